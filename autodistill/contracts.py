@@ -1,0 +1,226 @@
+"""The few protocols between rooms, and the plain records that cross them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.formats import TensorSpec
+from autodistill.strategy import Deployment
+from autodistill.units import Budget
+
+Source = Literal["measured", "simulated", "predicted"]
+Direction = Literal["max", "min"]
+
+
+class Status(StrEnum):
+    """What became of a trial."""
+
+    COMPLETED = "completed"  # trained to the plan's tokens and evaluated
+    STOPPED = "stopped"  # judged at a rung and not taken further
+    REJECTED = "rejected"  # no deployment can fit: never trained
+    FAILED = "failed"
+
+
+class Decision(StrEnum):
+    """A scheduler's answer to a report."""
+
+    CONTINUE = "continue"
+    PAUSE = "pause"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One measured quantity.
+
+    Attributes:
+        name: The row's field it fills, like "accuracy" or "memory_bytes".
+        value: In `unit`.
+        unit: "fraction", "bytes", "ms", "tokens/s", "perplexity", ...
+        direction: Whether more or less is better.
+        source: `measured` in the serving runtime, `simulated` in torch on the packed weights, or `predicted`.
+        stderr: Standard error in `unit`, or None where there is none.
+        detail: Plain data on how it was obtained: threads, context, parts of a sum.
+    """
+
+    name: str
+    value: float
+    unit: str
+    direction: Direction
+    source: Source
+    stderr: float | None = None
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The measurement as plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The shape of a decoder-only transformer, as far as memory and speed depend on it; no weights.
+
+    Attributes:
+        architecture: transformers' `model_type`, like "llama".
+        layers, width, heads, kv_heads, head_dim, ffn_width, vocabulary, max_context: Sizes.
+        tied: Whether the head is the embedding table.
+        tensors: Every stored tensor once, under transformers' name; a tied head is not among them.
+    """
+
+    architecture: str
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn_width: int
+    vocabulary: int
+    max_context: int
+    tied: bool
+    tensors: tuple[TensorSpec, ...]
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of weights, a tied embedding counted once."""
+        return sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in self.tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenScores:
+    """What one forward pass over a split says of every predicted token.
+
+    Attributes:
+        nll: float64 [n], negative log-likelihood of the true token in nats.
+        correct: bool [n], whether the most likely token is the true one.
+        agrees: bool [n], whether it is the teacher's most likely one.
+        documents: int32 [n], the document each predicted token belongs to.
+    """
+
+    nll: npt.NDArray[np.float64]
+    correct: npt.NDArray[np.bool_]
+    agrees: npt.NDArray[np.bool_]
+    documents: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What an evaluator is given; it reads what it needs and no more.
+
+    Attributes:
+        spec: Shape of the student.
+        deployment: How it is packed.
+        budget: Gives context and batch.
+        scores: Of the packed weights simulated in torch, or None where only the artefact is measured.
+        artefact: The exported file or folder, or None before export.
+        threads: CPU threads a runtime may use.
+    """
+
+    spec: ModelSpec
+    deployment: Deployment
+    budget: Budget
+    scores: TokenScores | None = None
+    artefact: Path | None = None
+    threads: int = 1
+
+
+class Evaluator(Protocol):
+    """One measurement, or several that fall out of the same work. A plug-in: constructed without arguments."""
+
+    name: str
+    needs: Literal["spec", "scores", "artefact"]
+
+    def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
+        """Measures; called only where what `needs` names is there and `supports` holds."""
+        ...
+
+    def supports(self, deployment: Deployment) -> bool:
+        """Whether this evaluator can measure a student packed so."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artefact:
+    """An exported student on disk.
+
+    Attributes:
+        path: The file a runtime is given (GGUF), or the folder.
+        size_bytes: Bytes of the files that hold weights.
+    """
+
+    path: Path
+    size_bytes: int
+
+
+class Exporter(Protocol):
+    """Writes a student in one container format, and reads back what was written. Constructed without arguments."""
+
+    name: str
+    formats: tuple[str, ...]
+
+    def export(self, student: Path, deployment: Deployment, out: Path) -> Artefact:
+        """Packs `student`, a folder of transformers with float32 weights, into the folder `out`."""
+        ...
+
+    def unpack(self, artefact: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+        """Yields each stored tensor by transformers' name, dequantised from the bytes on disk."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a search will spend, fixed before the first trial.
+
+    Attributes:
+        trials: Strategies proposed, baselines not counted.
+        tokens: Training tokens of a trial at full fidelity.
+        rungs: Tokens after which a trial is judged, ascending; the last is `tokens`.
+        keep: How many of the trials go past each rung but the last.
+        sequence_length: Tokens of a training sequence.
+        batch_tokens: Tokens of an optimiser step, a multiple of `sequence_length`.
+        warmup_tokens: Tokens over which the learning rate rises.
+        decay: Share of a rung's tokens that the final decay takes; finishing happens in it.
+        rung_eval_tokens, eval_tokens, test_tokens: Tokens an evaluation reads: at a rung, at full fidelity, on test.
+        workers: Trials that train at once.
+        threads: CPU threads of each worker.
+        bf16: Whether training computes in bfloat16 where that is safe.
+        seed: Of data order, projections and proposals.
+        box_seconds: The time box, or None.
+        seconds: Expected seconds by phase.
+        notes: What the box could not hold, in sentences.
+    """
+
+    trials: int
+    tokens: int
+    rungs: tuple[int, ...]
+    keep: tuple[int, ...]
+    sequence_length: int
+    batch_tokens: int
+    warmup_tokens: int
+    decay: float
+    rung_eval_tokens: int
+    eval_tokens: int
+    test_tokens: int
+    workers: int
+    threads: int
+    bf16: bool
+    seed: int
+    box_seconds: float | None
+    seconds: Mapping[str, float]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return asdict(self) | {"rungs": list(self.rungs), "keep": list(self.keep), "notes": list(self.notes)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        """Reads what `to_json` wrote."""
+        return cls(**(dict(data) | {name: tuple(data[name]) for name in ("rungs", "keep", "notes")}))

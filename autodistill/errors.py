@@ -1,0 +1,50 @@
+"""Every exception a user meets, each with what to do next."""
+
+from __future__ import annotations
+
+
+class AutoDistillError(Exception):
+    """Base of all errors shown to a user as one line.
+
+    Args:
+        message: What is wrong, and what to do about it, in one line.
+    """
+
+    exit_code = 1
+
+
+class InputError(AutoDistillError):
+    """Bad usage or input, found before any work was spent."""
+
+    exit_code = 2
+
+
+class MissingDependencyError(InputError):
+    """An optional package is not installed; the message holds the command that installs it."""
+
+
+class NothingFitsError(AutoDistillError):
+    """No student fits the budget; the message names the nearest one and the limit it breaks."""
+
+    exit_code = 3
+
+
+class TrialFailedError(AutoDistillError):
+    """A trial ended without a result; the search records `cause` and goes on.
+
+    Args:
+        cause: One of "nan", "out-of-memory", "worker-died", "error".
+        message: What happened.
+    """
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type[TrialFailedError], tuple[str, str]]:
+        # Exceptions cross process boundaries by pickle, which would otherwise call __init__ with the message alone.
+        return type(self), (self.cause, str(self))
+
+
+class VerificationError(AutoDistillError):
+    """An exported artefact, loaded again, is not what was evaluated."""

@@ -1,0 +1,1 @@
+"""What a search leaves behind: events, rows, the leaderboard and its pages."""

@@ -1,0 +1,1 @@
+"""Proposing, scheduling and running trials under a budget and a time box."""

@@ -1,0 +1,261 @@
+"""`Strategy` and its parts, and `Deployment`: frozen, validated, JSON-safe, hashed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from autodistill.errors import InputError
+from autodistill.formats import get_format
+
+
+def content_hash(data: Any, digits: int = 12) -> str:
+    """Hash of plain data, the same in every process and on every platform.
+
+    Keys are sorted, and floats are written by `repr`, which is the shortest text that reads back to the same float.
+    """
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    _check(value in allowed, f"{name} is {value!r}; it can be {', '.join(allowed)}")
+
+
+class Part:
+    """A frozen dataclass that reads from and writes to plain data, with each field checked by name and type."""
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "") -> Self:
+        """Builds the part from plain data.
+
+        Raises:
+            InputError: An unknown or missing field, a value of another type, or a rule of the part broken.
+        """
+        where = where or cls.__name__.lower()
+        _check(isinstance(data, Mapping), f"{where} must be a mapping of fields to values, not {data!r}")
+        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        hints = typing.get_type_hints(cls)
+        unknown = sorted(str(key) for key in data if key not in fields)
+        _check(not unknown, f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
+        values = {}
+        for name, field in fields.items():
+            if name in data:
+                values[name] = _convert(data[name], hints[name], f"{where}.{name}")
+            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                raise InputError(f"{where} lacks the field {name}")
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The part as plain data, every field written out."""
+        return typing.cast(dict[str, Any], _plain(self))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Checks `value` against the annotation of its field; an int is taken where a float is expected."""
+    if isinstance(hint, types.UnionType):
+        if value is None and type(None) in hint.__args__:
+            return None
+        (hint,) = (arm for arm in hint.__args__ if arm is not type(None))
+    if isinstance(hint, type) and issubclass(hint, Part):
+        return hint.from_json(value, where)
+    if typing.get_origin(hint) is tuple:
+        _check(isinstance(value, list | tuple), f"{where} must be a list, not {value!r}")
+        return tuple(_convert(item, typing.get_args(hint)[0], where) for item in value)
+    if hint is float and type(value) is int:
+        value = float(value)
+    _check(type(value) is hint, f"{where} must be of type {hint.__name__}, not {value!r}")
+    if hint is float:
+        _check(math.isfinite(value), f"{where} must be a finite number, not {value!r}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init(Part):
+    """How the student's weights begin.
+
+    Attributes:
+        source: "teacher" copies layers, embeddings and head of the teacher.
+        depth: Fraction of the teacher's layers that are kept, rounded down, at least one layer.
+        layers: "even" keeps layers spread evenly from the first to the last; "contiguous" keeps the first ones and the
+            last, dropping one block of late layers.
+    """
+
+    source: str = "teacher"
+    depth: float = 0.8
+    layers: str = "even"
+
+    def __post_init__(self) -> None:
+        _choice("init.source", self.source, ("teacher",))
+        _choice("init.layers", self.layers, ("even", "contiguous"))
+        _check(0 < self.depth <= 1, f"init.depth is a fraction of the teacher's layers above 0, not {self.depth}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Temperature(Part):
+    """The temperature of the divergence over the plan's tokens.
+
+    Attributes:
+        shape: "constant" (at `start`), "linear", "cosine" or "exponential" from `start` to `end`.
+        start: Temperature at the first token.
+        end: Temperature at the plan's last token; equal to `start` where the shape is constant.
+    """
+
+    shape: str = "constant"
+    start: float = 1.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        _choice("temperature.shape", self.shape, ("constant", "linear", "cosine", "exponential"))
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            _check(0.5 <= value <= 8, f"temperature.{name} must lie in 0.5 to 8, not {value}")
+        constant = self.shape == "constant"
+        _check(not constant or self.start == self.end, "a constant temperature has temperature.end equal to its start")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment(Part):
+    """Which hidden states of the student follow which of the teacher, and how.
+
+    A student layer copied from teacher layer g(j) aims at what the teacher feeds its layer g(j+1); the last student
+    layer aims at the teacher's last state.
+
+    Attributes:
+        layers: "last", or "even" for `count` student layers spread evenly, the last one included.
+        count: Number of aligned student layers; 1 where `layers` is "last".
+        projection: Map from the student's states to the teacher's width: "none" (equal widths only), "linear" (what
+            is also called a 1x1 convolution over the sequence), "low-rank" (two linear maps through `rank` channels).
+        rank: Inner width of the low-rank projection; 0 for the others.
+        weight: Factor of the alignment loss, which is of the size of 1 at the start.
+        projection_rate: Learning rate of the projections over that of the student.
+    """
+
+    layers: str = "last"
+    count: int = 1
+    projection: str = "none"
+    rank: int = 0
+    weight: float = 1.0
+    projection_rate: float = 5.0
+
+    def __post_init__(self) -> None:
+        _choice("alignment.layers", self.layers, ("last", "even"))
+        _choice("alignment.projection", self.projection, ("none", "linear", "low-rank"))
+        _check(self.count >= 1, f"alignment.count must be at least 1, not {self.count}")
+        _check(self.layers != "last" or self.count == 1, 'alignment.layers "last" has alignment.count 1')
+        low_rank = self.projection == "low-rank"
+        _check(low_rank == (self.rank > 0), "alignment.rank is above 0 for the low-rank projection and 0 for others")
+        _check(self.weight > 0, f"alignment.weight must be above 0, not {self.weight}: for none, leave alignment out")
+        _check(self.projection_rate > 0, f"alignment.projection_rate must be above 0, not {self.projection_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation(Part):
+    """How the student learns from the teacher.
+
+    Attributes:
+        divergence: "forward_kl", from the teacher's distribution to the student's.
+        divergence_weight: Share of the divergence in the logit loss, 0 to 1; cross-entropy has the rest.
+        temperature: Its schedule.
+        alignment: Hidden-state alignment, or None.
+        learning_rate: Peak rate of AdamW.
+        train_embeddings: Whether the embedding table is trained; a frozen one keeps the teacher's and trains faster.
+    """
+
+    divergence: str = "forward_kl"
+    divergence_weight: float = 0.5
+    temperature: Temperature = Temperature()
+    alignment: Alignment | None = None
+    learning_rate: float = 3e-4
+    train_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        _choice("distillation.divergence", self.divergence, ("forward_kl",))
+        weight, rate = self.divergence_weight, self.learning_rate
+        _check(0 <= weight <= 1, f"distillation.divergence_weight must lie in 0 to 1, not {weight}")
+        _check(0 < rate < 1, f"distillation.learning_rate must lie between 0 and 1, not {rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finishing(Part):
+    """The grid on which the last stage trains, with weights rounded to it in the forward pass (QAT).
+
+    Attributes:
+        format: A quantised format of `autodistill.formats`.
+        bits: Bit-width that this format can hold.
+        group_size: Weights that share a scale.
+    """
+
+    format: str
+    bits: int
+    group_size: int
+
+    def __post_init__(self) -> None:
+        _check(self.bits < 16, "finishing trains on a quantised grid: for a 16-bit student, leave finishing out")
+        get_format(self.format).check(self.bits, self.group_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy(Part):
+    """How one student is made: init, distillation, optional finishing. No deployment, no token count, no seed."""
+
+    init: Init = Init()
+    distillation: Distillation = Distillation()
+    finishing: Finishing | None = None
+
+    @property
+    def id(self) -> str:
+        """Content hash, the same wherever the same strategy is written."""
+        return content_hash(self.to_json())
+
+    @property
+    def stable_id(self) -> str:
+        """Content hash of the stages before finishing, whose checkpoint strategies may share."""
+        return content_hash({"init": self.init.to_json(), "distillation": self.distillation.to_json()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment(Part):
+    """How a trained student is packed.
+
+    Attributes:
+        runtime: The engine that serves it: "llama.cpp", "vllm" or "transformers".
+        format: A format of `autodistill.formats`.
+        bits: Bit-width of the linear layers; 16 where they are not quantised.
+        group_size: Weights that share a scale; 0 where they are not quantised.
+    """
+
+    runtime: str
+    format: str
+    bits: int
+    group_size: int
+
+    def __post_init__(self) -> None:
+        packing = get_format(self.format)
+        packing.check(self.bits, self.group_size)
+        _choice(f"the runtime of {self.format}", self.runtime, packing.runtimes)
+
+    @property
+    def name(self) -> str:
+        """Short readable name, like "gguf-q4_0" or "compressed-tensors-int4-g64"."""
+        return get_format(self.format).label(self.bits, self.group_size)

@@ -1,0 +1,111 @@
+"""Text such as "16GB" or "50ms" to numbers and back, and the budget that they make."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from autodistill.errors import InputError
+
+_BYTES = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]+)\s*\Z", re.ASCII)
+
+
+def _parse(text: str, units: dict[str, float] | dict[str, int], what: str, examples: str) -> float:
+    match = _QUANTITY.match(text)
+    factor = units.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise InputError(f"{text!r} is not {what}: write a number and a unit, like {examples}")
+    value = float(match[1]) * factor
+    if not math.isfinite(value) or value <= 0:
+        raise InputError(f"{text!r} is not {what}: it must be above zero, like {examples}")
+    return value
+
+
+def parse_bytes(text: str) -> int:
+    """Reads an amount of memory: GB is 10^9 bytes, GiB is 2^30.
+
+    Raises:
+        InputError: Not a positive number with a known unit, or below one byte.
+    """
+    value = int(_parse(text, _BYTES, "an amount of memory", "16GB or 900MiB"))
+    if value < 1:
+        raise InputError(f"{text!r} is less than one byte: write an amount like 16GB or 900MiB")
+    return value
+
+
+def parse_duration(text: str) -> float:
+    """Reads a duration as seconds: units us, ms, s, m (or min), h, d.
+
+    Raises:
+        InputError: Not a positive number with a known unit.
+    """
+    return _parse(text, _SECONDS, "a duration", "10m, 45s or 50ms")
+
+
+def format_bytes(count: float) -> str:
+    """Writes bytes with three significant digits in decimal units, like "98.3 MB"."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        # The limit lies where three digits would round up to the next unit's first.
+        if abs(count) >= 0.9995 * factor:
+            return f"{_three_digits(count / factor)} {unit}"
+    return f"{count:.0f} B"
+
+
+def format_duration(seconds: float) -> str:
+    """Writes seconds as a person says them, like "9m 05s", "12.3s" or "48.0ms"."""
+    if seconds >= 3600:
+        return f"{int(seconds // 3600)}h {int(seconds % 3600 // 60):02d}m"
+    if seconds >= 59.95:
+        return f"{int(round(seconds) // 60)}m {int(round(seconds) % 60):02d}s"
+    if seconds >= 1:
+        return f"{seconds:.1f}s"
+    return f"{seconds * 1e3:.1f}ms"
+
+
+def _three_digits(value: float) -> str:
+    decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{decimals}f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Hard limits of the deployed student.
+
+    Attributes:
+        memory_bytes: Limit of the memory that inference takes: weights, KV cache, compute buffers and overhead.
+        context: Tokens of context the memory is stated at.
+        batch: Sequences decoded at once, each with its own `context`.
+        latency_seconds: Limit of the 95th percentile of decode time per token at one stream, or None.
+    """
+
+    memory_bytes: int
+    context: int = 2048
+    batch: int = 1
+    latency_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.memory_bytes < 1:
+            raise InputError(f"a budget of {self.memory_bytes} bytes holds nothing: give an amount like 16GB")
+        for name in ("context", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.latency_seconds is not None and self.latency_seconds <= 0:
+            raise InputError("a latency limit must be above zero, like 50ms")
+
+    def to_json(self) -> dict[str, Any]:
+        """The budget as plain data."""
+        return asdict(self)

@@ -1,0 +1,1 @@
+"""Evaluators, one measurement a file; each is found by its entry point."""

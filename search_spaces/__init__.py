@@ -1,0 +1,1 @@
+"""Search spaces and named strategies, as YAML data without code."""
