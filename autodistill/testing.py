@@ -1,0 +1,133 @@
+"""Tiny models, tokenizers and texts for the tests of AutoDistill and of its plug-ins."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_SUBJECTS = ("the miller", "the teacher", "a sailor", "the young student", "a fox", "the old gardener")
+_VERBS = ("carries", "measures", "paints", "forgets", "follows", "repairs")
+_OBJECTS = ("the wooden boat", "a silver lamp", "the north wall", "a small garden", "the long letter", "two apples")
+_PLACES = ("near the river", "in the market", "under the bridge", "behind the mill", "at the harbour")
+
+
+def _sentence(dice: random.Random) -> str:
+    """One sentence in which the verb follows from the subject and the place mostly from the object."""
+    subject, thing = dice.randrange(len(_SUBJECTS)), dice.randrange(len(_OBJECTS))
+    place = thing % len(_PLACES) if dice.random() < 0.8 else dice.randrange(len(_PLACES))
+    return f"{_SUBJECTS[subject].capitalize()} {_VERBS[subject]} {_OBJECTS[thing]} {_PLACES[place]}."
+
+
+def tiny_text(folder: Path, documents: int = 24, sentences: int = 40, seed: int = 0) -> Path:
+    """Writes a small corpus that even a tiny model can learn a little of, the same for the same arguments.
+
+    Args:
+        folder: Made if missing; receives one .txt file for each document.
+        documents: Number of files.
+        sentences: Sentences of each, about 12 words long.
+        seed: Another seed gives other documents.
+
+    Returns:
+        The folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(documents):
+        dice = random.Random(f"{seed}/{index}")
+        text = " ".join(_sentence(dice) for _ in range(sentences))
+        (folder / f"{index:03d}.txt").write_text(f"Story {index}. {text}\n", encoding="utf-8")
+    return folder
+
+
+def tiny_tokenizer(vocabulary: int = 300) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that can write any text, trained on a few sentences.
+
+    Args:
+        vocabulary: Number of entries: 3 special ones (`<s>`, `</s>`, `<pad>`), 256 bytes, the rest merges.
+
+    Raises:
+        ValueError: A vocabulary too small for the bytes, or larger than the sentences give.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    dice = random.Random(0)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_sentence(dice) for _ in range(200)], trainer)
+    if tokenizer.get_vocab_size() != vocabulary:
+        raise ValueError(f"a tiny tokenizer cannot have {vocabulary} entries, but {tokenizer.get_vocab_size()}")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512
+    )
+
+
+def save_tiny_teacher(
+    folder: Path,
+    *,
+    architecture: str = "llama",
+    layers: int = 6,
+    width: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    ffn: int = 128,
+    tied: bool = True,
+    seed: int = 0,
+    vocabulary: int = 300,
+) -> Path:
+    """Saves random weights as a transformers folder: config, float32 safetensors, tokenizer, generation config.
+
+    Weights are spread wider than training would begin with, so that the most likely token is decided, and norms and
+    biases differ from 1 and 0, so that a test notices when one is left out.
+
+    Args:
+        folder: Made if missing.
+        architecture: transformers' `model_type`: "llama", "mistral", "qwen2" or "qwen3".
+        layers, width, heads, kv_heads, ffn: Sizes; heads are `width / heads` wide.
+        tied: Whether the head is the embedding table.
+        seed: Of the weights; torch's own random state is left as it was.
+        vocabulary: Entries of the tokenizer and of the embedding table.
+
+    Returns:
+        The folder.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = tiny_tokenizer(vocabulary)
+    config = AutoConfig.for_model(
+        architecture,
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=width // heads,
+        intermediate_size=ffn,
+        vocab_size=vocabulary,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
