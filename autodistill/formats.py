@@ -51,14 +51,14 @@ class TensorSpec:
 class Grid:
     """How `group_size` consecutive weights of a row become integer codes and one scale.
 
-    The scale is m / `divisor`, where m is the group's largest magnitude ("absmax"), or the first value that has it, with
-    its sign ("signed_absmax"). It is stored in `scale_dtype`.
+    The scale is m / `divisor`, stored in `scale_dtype`; m is the group's largest magnitude ("absmax"), or the first
+    value that has it, with its sign ("signed_absmax").
 
     - "gguf": a code is the rounded product of weight and 1/scale, both in float32, with the scale *before* its rounding
       to `scale_dtype`; a weight is read as code * stored scale in float32.
-    - "compressed-tensors": a code is the rounded quotient of weight and *stored* scale in float32, and a stored scale of
-      0 becomes bfloat16's epsilon; a weight is read as code * stored scale rounded to bfloat16. This does not put a
-      weight read back where it was (the largest lies half a step off the codes), so weights are quantised once.
+    - "compressed-tensors": a code is the rounded quotient of weight and *stored* scale in float32, where a stored scale
+      of 0 becomes bfloat16's epsilon; a weight is read as code * stored scale rounded to bfloat16. Quantising what was
+      read again would move it (the largest weight lies half a step off the codes): weights are quantised once.
 
     Attributes:
         name: Like "gguf-q4_0" or "compressed-tensors-int4-g64".
@@ -357,7 +357,7 @@ def pack(weights: Floats, storage: Storage) -> Arrays:
         Floats: `data`. bfloat16 stands as its bits in uint16.
 
     Raises:
-        InputError: A weight, or the scale that it needs, is not finite in this storage.
+        InputError: A weight is not finite, or it or its scale is beyond float16.
     """
     if isinstance(storage, Grid):
         codes, scales = quantize(weights, storage)
@@ -370,10 +370,11 @@ def pack(weights: Floats, storage: Storage) -> Arrays:
 
 
 def _finite(stored: Floats, weights: Floats, name: str) -> None:
+    if not np.isfinite(weights).all():
+        raise InputError(f"weights that are not finite cannot be packed as {name}: train the student again")
     if not np.isfinite(stored).all():
-        raise InputError(
-            f"{name} cannot hold weights as large as {np.abs(weights).max():.4g}: choose a 16-bit bfloat16 format"
-        )
+        largest = np.abs(weights).max()
+        raise InputError(f"{name} cannot hold a weight of {largest:.4g}: choose a format without float16")
 
 
 def _pack_codes(codes: Codes, scales: Floats, grid: Grid) -> Arrays:

@@ -1,0 +1,249 @@
+"""Fake quantisation against the packed bytes' values and a float64 closed form, and training under it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from autodistill.distillation import quantization
+from autodistill.distillation.quantization import FakeQuantized, deploy_tensor, fake_quantize, quantized_training
+from autodistill.errors import InputError
+from autodistill.formats import Q4_0, Q8_0, Grid, deployed, get_format, quantize
+
+SYMMETRIC = get_format("compressed-tensors").linears
+GRIDS = [Q4_0, Q8_0, *SYMMETRIC]
+by_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
+
+
+def _weights():
+    random = np.random.default_rng(0)
+    normal = random.standard_normal((24, 128)).astype(np.float32)
+    # A largest magnitude of 127 gives Q8_0 a scale of 1: here are its ties of rounding, and their neighbours.
+    halves = np.arange(-63.5, 64.5, dtype=np.float32)
+    near = np.stack([np.nextafter(halves, np.float32(side)) for side in (-1e9, 1e9)] + [halves])
+    near = np.concatenate([near.reshape(-1, 32), np.full((12, 32), -127, np.float32)], axis=1)
+    near[:, 1::31] = 127
+    return {
+        "normal": normal,
+        "heavy-tailed": normal**9,
+        "tied magnitudes": random.integers(-4, 5, (24, 128)).astype(np.float32),
+        "close to ties of rounding": near,
+        "zero": np.zeros((4, 64), np.float32),
+        "negative zero": -np.zeros((4, 64), np.float32),
+        "small": normal * np.float32(1e-6),
+        "subnormal": normal * np.float32(1e-39),
+        "scales beyond float16": normal * np.float32(1e6),
+    }
+
+
+WEIGHTS = _weights()
+
+
+def _bits(values):
+    return np.ascontiguousarray(values).view(np.uint32)
+
+
+@by_grid
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("chunk", [2**18, 256])
+def test_values_are_bit_for_bit_those_deployed(grid, weights, chunk, monkeypatch):
+    monkeypatch.setattr(quantization, "_CHUNK", chunk)
+    expected = _bits(deployed(weights, grid))
+    tensor = torch.from_numpy(weights)
+    np.testing.assert_array_equal(_bits(fake_quantize(tensor, grid).numpy()), expected)
+    trained = fake_quantize(tensor.clone().requires_grad_(), grid)
+    np.testing.assert_array_equal(_bits(trained.detach().numpy()), expected)
+    np.testing.assert_array_equal(_bits(deploy_tensor(tensor, grid).numpy()), expected)
+
+
+@pytest.mark.parametrize("storage", ["f32", "f16", "bf16"])
+def test_float_storage_is_deployed_too(storage):
+    weights = WEIGHTS["normal"]
+    actual = deploy_tensor(torch.from_numpy(weights).requires_grad_(), storage)
+    assert actual.dtype == torch.float32
+    assert not actual.requires_grad
+    np.testing.assert_array_equal(actual.numpy(), deployed(weights, storage))
+
+
+def _inside(weights: np.ndarray, grid: Grid) -> np.ndarray:
+    """In float64: whether weight / scale is at most qmax + 1/2, and at least qmin - 1/2."""
+    groups = weights.astype(np.float64).reshape(weights.shape[0], -1, grid.group_size)
+    if grid is Q4_0:
+        index = np.abs(groups).argmax(-1, keepdims=True)
+        scales = np.take_along_axis(groups, index, axis=-1) / -8
+    elif grid is Q8_0:
+        scales = np.abs(groups).max(-1, keepdims=True) / 127
+    else:
+        scales = quantize(weights, grid)[1].astype(np.float64)[..., None]
+    steps = groups / scales
+    assert (np.abs(steps - grid.qmax - 0.5) > 1e-6).all(), "a weight this close to clipping could go either way"
+    return ((steps <= grid.qmax + 0.5) & (steps >= grid.qmin - 0.5)).reshape(weights.shape)
+
+
+@by_grid
+@pytest.mark.parametrize("chunk", [2**18, 256])
+@pytest.mark.parametrize("name", ["normal", "heavy-tailed", "small"])
+def test_gradient_passes_inside_and_stops_where_clipped(grid, chunk, name, monkeypatch):
+    monkeypatch.setattr(quantization, "_CHUNK", chunk)
+    weights = WEIGHTS[name]
+    tensor = torch.from_numpy(weights).clone().requires_grad_()
+    # Transposed, so that the incoming gradient is not contiguous.
+    incoming = torch.randn(tensor.shape[::-1], generator=torch.Generator().manual_seed(0)).T
+    (gradient,) = torch.autograd.grad(fake_quantize(tensor, grid), tensor, incoming)
+    inside = _inside(weights, grid)
+    np.testing.assert_array_equal(gradient.numpy(), np.where(inside, incoming.numpy(), 0))
+    assert inside.all() == (grid is Q8_0)
+
+
+@by_grid
+def test_a_linears_gradient_is_the_closed_form(grid):
+    random = np.random.default_rng(3)
+    weights, inputs, incoming = (random.standard_normal(shape) for shape in ((8, 64), (5, 64), (5, 8)))
+    layer = nn.Linear(64, 8, bias=False)
+    layer.weight.data = torch.tensor(weights, dtype=torch.float32)
+    master = layer.weight.detach().numpy().copy()
+    x = torch.tensor(inputs, dtype=torch.float32, requires_grad=True)
+    with quantized_training(layer, lambda name: grid):
+        y = layer(x)
+        y.backward(torch.tensor(incoming, dtype=torch.float32))
+    values = deployed(master, grid).astype(np.float64)
+    np.testing.assert_allclose(y.detach().numpy(), inputs @ values.T, atol=2e-5)
+    np.testing.assert_allclose(x.grad.numpy(), incoming @ values, atol=2e-5)
+    np.testing.assert_allclose(layer.weight.grad.numpy(), incoming.T @ inputs * _inside(master, grid), atol=2e-5)
+    np.testing.assert_array_equal(layer.weight.detach().numpy(), master)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+TOKENS = torch.arange(24).view(2, 12)
+
+
+def _storage_of(name):
+    if "norm" in name:
+        return "f32"
+    return Q8_0 if "embed" in name else Q4_0
+
+
+def _packed(model):
+    """A copy whose weights are those of the packed file."""
+    student = copy.deepcopy(model)
+    for name, parameter in student.named_parameters():
+        storage = _storage_of(name)
+        parameter.data = torch.from_numpy(deployed(parameter.detach().numpy(), storage))
+    return student
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_tied_model_computes_with_the_packed_weights_and_trains_its_masters(model, frozen):
+    model.get_input_embeddings().weight.requires_grad_(not frozen)
+    parameters = dict(model.named_parameters())
+    names = list(model.state_dict())
+    optimiser = torch.optim.AdamW([p for p in parameters.values() if p.requires_grad], lr=1e-2)
+    plain = model(TOKENS).logits
+    with quantized_training(model, _storage_of):
+        for _ in range(3):
+            before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+            expected = _packed(model)(TOKENS).logits
+            output = model(TOKENS, labels=TOKENS)
+            torch.testing.assert_close(output.logits, expected, rtol=0, atol=0)
+            output.loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            assert list(model.state_dict()) == names
+            for name, parameter in model.named_parameters():
+                assert parameter is parameters[name]
+                assert torch.equal(parameter, before[name]) == (frozen and "embed" in name)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    # Out of the context the masters compute again, and nothing of the hooks is left.
+    assert not torch.equal(model(TOKENS).logits, plain)
+    torch.testing.assert_close(model(TOKENS).logits, copy.deepcopy(model)(TOKENS).logits, rtol=0, atol=0)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_tied_tables_gradient_is_the_sum_over_its_two_uses():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(16, 32), nn.Linear(32, 16, bias=False))
+    model[1].weight = model[0].weight
+    tokens = torch.arange(10)
+    seen = deploy_tensor(model[0].weight, Q4_0)
+    with quantized_training(model, lambda name: Q4_0):
+        functional.cross_entropy(model(tokens), tokens).backward()
+    table, head = (seen.clone().double().requires_grad_() for _ in range(2))
+    functional.cross_entropy(functional.linear(table[tokens], head), tokens).backward()
+    expected = (table.grad + head.grad).numpy() * _inside(model[0].weight.detach().numpy(), Q4_0)
+    np.testing.assert_allclose(model[0].weight.grad.numpy(), expected, atol=1e-6)
+
+
+def test_a_frozen_weight_is_quantised_again_only_when_it_changes(monkeypatch):
+    calls = []
+    monkeypatch.setattr(quantization, "deploy_tensor", lambda *args: calls.append(args) or deploy_tensor(*args))
+    weight = nn.Parameter(torch.randn(4, 32), requires_grad=False)
+    shown = FakeQuantized(weight, Q8_0)
+    with torch.inference_mode():
+        first = shown()
+    assert shown() is first
+    # What was first seen in inference mode still serves a training step.
+    x = torch.randn(2, 32, requires_grad=True)
+    functional.linear(x, shown()).sum().backward()
+    assert len(calls) == 1
+    weight.mul_(2)
+    torch.testing.assert_close(shown(), 2 * first)
+    weight.data = torch.ones(4, 32)
+    np.testing.assert_array_equal(shown().numpy(), deployed(np.ones((4, 32), np.float32), Q8_0))
+    assert len(calls) == 3
+
+
+def test_masters_come_back_when_a_forward_pass_fails():
+    layer = nn.Linear(32, 4)
+    master = layer.weight
+    with quantized_training(layer, lambda name: Q8_0 if name == "weight" else None):
+        with pytest.raises(RuntimeError):
+            layer(torch.randn(2, 31))
+        assert layer.weight is master
+    with pytest.raises(ZeroDivisionError), quantized_training(layer, lambda name: Q8_0 if name == "weight" else None):
+        raise ZeroDivisionError
+    assert layer.weight is master
+    assert not layer._forward_hooks
+    assert not layer._forward_pre_hooks
+
+
+def test_what_cannot_be_trained_on_a_grid_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(48, 32), nn.Bilinear(4, 4, 4))
+    with (
+        pytest.raises(InputError, match=r"0.weight has rows of 48 weights, which the groups of 32"),
+        quantized_training(model, lambda name: Q8_0 if name == "0.weight" else None),
+    ):
+        pass
+
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 32))
+
+    model = nn.Sequential(nn.Linear(32, 4), Other())
+    with (
+        pytest.raises(InputError, match=r"1.weight cannot be trained on a grid.*not Other"),
+        quantized_training(model, lambda name: Q8_0 if name.endswith("weight") else None),
+    ):
+        pass
+    assert not model[0]._forward_pre_hooks
