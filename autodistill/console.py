@@ -1,0 +1,247 @@
+"""The live view of a running search, and the leaderboard as a table of plain text."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from autodistill.records.leaderboard import Ranked
+from autodistill.records.row import Row
+from autodistill.units import format_bytes, format_duration
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a search has done so far.
+
+    Attributes:
+        phase: What it does now, like "teacher cache" or "trials".
+        planned: Trials in the plan.
+        done, running, stopped, rejected, failed: Trials by what became of them; `done` reached full fidelity.
+        metric: Name of the figure that ranks.
+        best, baseline, teacher: That figure of the best row so far, the baseline and the teacher; None until known.
+        tokens_per_second: Training speed of all workers together, or None.
+        seconds_left: Until the plan's end, or None.
+    """
+
+    phase: str
+    planned: int = 0
+    done: int = 0
+    running: int = 0
+    stopped: int = 0
+    rejected: int = 0
+    failed: int = 0
+    metric: str = "accuracy"
+    best: float | None = None
+    baseline: float | None = None
+    teacher: float | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+
+    def trials(self) -> str:
+        """The trials in words; empty before any is planned."""
+        if not self.planned:
+            return ""
+        counts = f"{self.done} of {self.planned} done, {self.running} running, {self.stopped} stopped"
+        return f"{counts}, {self.rejected} rejected, {self.failed} failed"
+
+    def quality(self) -> str:
+        """The best so far against baseline and teacher in words; empty before any is known."""
+        known = [("best", self.best), ("baseline", self.baseline), ("teacher", self.teacher)]
+        parts = [f"{name} {value:.4f}" for name, value in known if value is not None]
+        return f"{self.metric}: {', '.join(parts)}" if parts else ""
+
+    def speed(self) -> str:
+        """Tokens per second and time left in words; empty where neither is known."""
+        rate = "" if self.tokens_per_second is None else f"{self.tokens_per_second:,.0f} tokens/s"
+        left = "" if self.seconds_left is None else f"{format_duration(round(max(self.seconds_left, 1)))} left"
+        return ", ".join(part for part in (rate, left) if part)
+
+
+class View:
+    """Where a search shows its progress: a context manager that prints one line for each change.
+
+    Args:
+        stream: Usually stderr.
+        interval: Seconds that pass at least between two lines that say nothing but speed and time left.
+        clock: Seconds from any beginning.
+    """
+
+    def __init__(
+        self, stream: TextIO, interval: float = _SECONDS_BETWEEN_LINES, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stream = stream
+        self._interval = interval
+        self._clock = clock
+        self._shown: tuple[Any, ...] | None = None
+        self._when = 0.0
+
+    def update(self, progress: Progress) -> None:
+        """Shows new figures."""
+        # Trials begin as others end, so the number of running ones alone is not worth a line.
+        key = (progress.phase, progress.done, progress.stopped, progress.rejected, progress.failed, progress.quality())
+        now = self._clock()
+        if key == self._shown and now - self._when < self._interval:
+            return
+        self._shown, self._when = key, now
+        parts = (progress.trials(), progress.quality(), progress.speed())
+        self.log(f"{progress.phase}: {'; '.join(filter(None, parts))}".removesuffix(": "))
+
+    def log(self, line: str) -> None:
+        """Prints one line, without any control codes in it."""
+        print(printable(line), file=self._stream, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
+class LiveView(View):
+    """A few lines on a terminal that are drawn anew, with the log scrolling above them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        # stdout is left alone: it may carry the one JSON document of the search.
+        self._live = Live(console=Console(file=stream), refresh_per_second=4, redirect_stdout=False)
+
+    def update(self, progress: Progress) -> None:
+        """Shows new figures."""
+        self._live.update(panel(progress))
+
+    def log(self, line: str) -> None:
+        """Prints one line above the figures."""
+        self._live.console.print(Text(printable(line)))
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+
+def open_view(stream: TextIO | None = None, environ: Mapping[str, str] = os.environ) -> View:
+    """A live view on a terminal; plain lines where the stream is none, TERM is dumb or missing, or NO_COLOR is set.
+
+    Args:
+        stream: Where to, by default stderr.
+        environ: The environment's variables.
+    """
+    stream = sys.stderr if stream is None else stream
+    plain = not stream.isatty() or environ.get("TERM", "dumb") in ("", "dumb", "unknown") or environ.get("NO_COLOR")
+    return View(stream) if plain else LiveView(stream)
+
+
+def printable(text: str) -> str:
+    """The text in one line, its control characters (escape sequences among them) made harmless spaces."""
+    return _CONTROL.sub(" ", text)
+
+
+def panel(progress: Progress) -> Table:
+    """The figures as the lines of the live view."""
+    grid = Table.grid(padding=(0, 2))
+    lines = [
+        ("phase", progress.phase),
+        ("trials", progress.trials()),
+        ("quality", progress.quality()),
+        ("speed", progress.speed()),
+    ]
+    for title, words in lines:
+        if words:
+            grid.add_row(Text(title, style="bold cyan"), Text(printable(words)))
+    return grid
+
+
+def leaderboard_table(ranked: Sequence[Ranked], metric: str = "accuracy", width: int = 100) -> str:
+    """The leaderboard in aligned columns of plain text.
+
+    Args:
+        ranked: The rows in their order.
+        metric: The figure that ranks.
+        width: Characters of a line; what is left of it goes to the summary of the strategy.
+    """
+    titles = ["#", "deployment", metric, "kept", "memory", "size", "latency", "plan"]
+    lines = [[printable(cell) for cell in _cells(one, metric)] for one in ranked]
+    widths = [max(map(len, column)) for column in zip(titles, *lines, strict=True)]
+    room = max(width - sum(widths) - 2 * len(widths), 8)
+    summaries = [_cut(printable(_summary(one.row)), room) for one in ranked]
+    body = [
+        "  ".join([*map(_aligned, line, widths, range(len(widths))), summary]).rstrip()
+        for line, summary in zip([titles, *lines], ["strategy", *summaries], strict=True)
+    ]
+    notes = {
+        "= tied with the best: within one standard error": any(one.tied for one in ranked),
+        "~ predicted": any(cell.startswith("~") for line in lines for cell in line),
+        "! over the budget": any(not one.row.feasible for one in ranked),
+    }
+    note = "; ".join(text for text, needed in notes.items() if needed)
+    return "\n".join([*body, *filter(None, [note])])
+
+
+def _aligned(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column < 3 else cell.rjust(width)
+
+
+def _cells(one: Ranked, metric: str) -> list[str]:
+    row = one.row
+    value, error = row.figure(metric), row.figure(f"{metric}_stderr")
+    spread = "" if error is None else f" ± {error:.4f}"
+    return [
+        f"{one.place}{'=' if one.tied else ''}{'' if row.feasible else '!'}",
+        row.deployment_name.replace("compressed-tensors", "ct"),
+        "-" if value is None else f"{value:.4f}{spread}",
+        "-" if row.retention is None else f"{row.retention:.1%}",
+        _estimated(row.memory_bytes, row.memory_source, format_bytes),
+        _estimated(row.size_bytes, None, format_bytes),
+        _estimated(row.latency_ms, row.latency_source, lambda ms: format_duration(ms / 1e3)),
+        f"{1.0 if row.full else row.figure('fidelity') or 0.0:.0%}",
+    ]
+
+
+def _estimated(value: float | None, source: str | None, write: Callable[[float], str]) -> str:
+    return "-" if value is None else ("~" if source == "predicted" else "") + write(value)
+
+
+def _summary(row: Row) -> str:
+    """The name and what sets the strategy apart, the most telling first."""
+    if row.strategy is None:
+        return row.name
+    init, distillation = row.strategy["init"], row.strategy["distillation"]
+    finishing, alignment, temperature = (
+        row.strategy["finishing"],
+        distillation["alignment"],
+        distillation["temperature"],
+    )
+    parts = [f"{init['depth']:.0%} {init['layers']}"]
+    if finishing is not None:
+        parts.append(f"qat{finishing['bits']}")
+    parts.append(f"kd {distillation['divergence_weight']:.2g}")
+    parts.append("T " + "-".join(f"{value:g}" for value in dict.fromkeys((temperature["start"], temperature["end"]))))
+    if alignment is not None:
+        parts.append(f"align {alignment['count']} {alignment['projection']}")
+    parts.append(f"lr {distillation['learning_rate']:.1g}")
+    return f"{row.name} {', '.join(parts)}"
+
+
+def _cut(text: str, room: int) -> str:
+    return text if len(text) <= room else text[: room - 1] + "…"

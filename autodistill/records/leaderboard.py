@@ -1,0 +1,267 @@
+"""Rows, and their pure ranking: order, ties, Pareto front, the nearest that does not fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.contracts import Direction
+from autodistill.records.row import Row, read_parquet, rows_of, to_parquet
+from autodistill.units import Budget, format_bytes, format_duration
+
+__all__ = [
+    "DISTILLED",
+    "Nearest",
+    "Ranked",
+    "Row",
+    "best",
+    "best_student",
+    "limits_of",
+    "nearest",
+    "paired_bootstrap",
+    "pareto",
+    "rank",
+    "read_parquet",
+    "rows_of",
+    "to_parquet",
+]
+
+DISTILLED = ("student", "baseline")
+_RESAMPLES = 1000
+_CHUNK = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """A row in its place.
+
+    Attributes:
+        place: 1 is the first.
+        row: The row.
+        tied: Whether it belongs to the first rows that cannot be told apart by the metric.
+        difference: How much worse than the best by the metric, paired by document (mean over tokens); None where it
+            is not comparable.
+        difference_stderr: Its bootstrapped standard error.
+    """
+
+    place: int
+    row: Row
+    tied: bool = False
+    difference: float | None = None
+    difference_stderr: float | None = None
+
+
+def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max", seed: int = 0) -> list[Ranked]:
+    """Ranks rows; the order does not depend on the order they come in.
+
+    Rows that have the metric come before those that lack it, feasible ones before infeasible ones, those of full
+    fidelity before others, higher fidelity before lower, then the metric decides. Among feasible rows of full fidelity,
+    the best by the metric and all that are tied with it form a set, whose smallest (memory, then size) is put first: a
+    row is tied where its paired difference to the best is within one standard error, bootstrapped by document.
+
+    Args:
+        rows: Of one split.
+        metric: A figure of the rows.
+        direction: Whether more ("max") or less ("min") of it is better.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: The rows are of several splits, whose figures cannot be compared.
+    """
+    splits = {row.split for row in rows if row.split is not None and row.figure(metric) is not None}
+    if len(splits) > 1:
+        raise ValueError(f"rows of the splits {', '.join(sorted(splits))} cannot be ranked together")
+    ordered = sorted(rows, key=lambda row: _order(row, metric, direction))
+    # The order puts the rows that may tie, feasible and of full fidelity, before all others.
+    comparable = [row for row in ordered if row.feasible and row.full and row.figure(metric) is not None]
+    differences = _differences(comparable, metric, direction, seed)
+    tied = {index for index, (gap, error) in enumerate(differences) if gap <= error}
+    places = list(range(len(ordered)))
+    if tied:
+        # Of equally small rows `min` takes the first, which is the best of them by the metric.
+        winner = min(sorted(tied), key=lambda index: _smallness(ordered[index]))
+        places.insert(0, places.pop(winner))
+    differences += [(math.nan, math.nan)] * (len(ordered) - len(comparable))
+    return [
+        Ranked(
+            place=place,
+            row=ordered[index],
+            tied=len(tied) > 1 and index in tied,
+            difference=_finite(differences[index][0]),
+            difference_stderr=_finite(differences[index][1]),
+        )
+        for place, index in enumerate(places, start=1)
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _order(row: Row, metric: str, direction: Direction) -> tuple[Any, ...]:
+    value = row.figure(metric)
+    worse = math.inf if value is None else -value if direction == "max" else value
+    fidelity = 1.0 if row.full else row.figure("fidelity") or 0.0
+    return (value is None, not row.feasible, -fidelity, worse, *_smallness(row), row.row_id)
+
+
+def _smallness(row: Row) -> tuple[float, float]:
+    memory, size = (math.inf if value is None else value for value in (row.memory_bytes, row.size_bytes))
+    return memory, size
+
+
+def _differences(rows: Sequence[Row], metric: str, direction: Direction, seed: int) -> list[tuple[float, float]]:
+    """For each row its paired difference to the first one (above 0 is worse) and the standard error of that.
+
+    Rows that cannot be paired have NaN, but for those of exactly the same metric, which have a difference of 0.
+    """
+    if not rows:
+        return []
+    best = _documents(rows[0], metric)
+    result = [(0.0, 0.0) if row.figure(metric) == rows[0].figure(metric) else (math.nan, math.nan) for row in rows]
+    if best is None:
+        return result
+    ids, counts, sums = best
+    paired, gaps = [], []
+    for index, row in enumerate(rows):
+        other = _documents(row, metric)
+        if other is not None and other[0] == ids and np.array_equal(other[1], counts):
+            paired.append(index)
+            gaps.append(sums - other[2] if direction == "max" else other[2] - sums)
+    estimates, errors = paired_bootstrap(np.array(gaps), counts, seed)
+    for index, estimate, error in zip(paired, estimates, errors, strict=True):
+        result[index] = (float(estimate), float(error))
+    return result
+
+
+def _documents(row: Row, metric: str) -> tuple[list[Any], npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
+    """Ids, token counts and metric sums of the documents that have tokens; None where the row has none for `metric`."""
+    data = row.documents
+    if data is None or data.get("metric", "accuracy") != metric:
+        return None
+    counts, sums = np.array(data["count"], float), np.array(data["sum"], float)
+    used = counts > 0
+    if not used.any() or not np.isfinite(sums[used]).all():
+        return None
+    return [name for name, has in zip(data["ids"], used, strict=True) if has], counts[used], sums[used]
+
+
+def paired_bootstrap(
+    gaps: npt.NDArray[np.float64], counts: npt.NDArray[np.float64], seed: int = 0
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mean difference per token of several pairs, and its standard error over documents drawn with replacement.
+
+    The paired bootstrap of Efron and Tibshirani (1993), chapter 6, with the document as the unit that is drawn, since
+    tokens of one document depend on each other. All pairs see the same draws.
+
+    Args:
+        gaps: [pairs, documents], difference of the summed metric in each document.
+        counts: [documents], tokens of each document.
+        seed: Of the draws.
+
+    Returns:
+        The differences [pairs] and their standard errors [pairs], in the metric's unit.
+    """
+    documents = len(counts)
+    generator = np.random.default_rng(seed)
+    weights = generator.multinomial(documents, np.full(documents, 1 / documents), size=_RESAMPLES).astype(float)
+    tokens = weights @ counts
+    errors = [
+        ((weights @ gaps[start : start + _CHUNK].T) / tokens[:, None]).std(axis=0, ddof=1)
+        for start in range(0, len(gaps), _CHUNK)
+    ]
+    return gaps.sum(axis=1) / counts.sum(), np.concatenate(errors)
+
+
+def best(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max", seed: int = 0) -> Row | None:
+    """The first of the ranking if it is feasible and has the metric, else None.
+
+    Where no feasible row reached full fidelity, one of lower fidelity may be the best.
+    """
+    ranking = rank(rows, metric, direction, seed)
+    first = ranking[0].row if ranking else None
+    return first if first is not None and first.feasible and first.figure(metric) is not None else None
+
+
+def best_student(
+    rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max", seed: int = 0
+) -> Row | None:
+    """The best among distilled students, hand-designed baselines included."""
+    return best([row for row in rows if row.kind in DISTILLED], metric, direction, seed)
+
+
+def pareto(rows: Sequence[Row], objectives: Mapping[str, Direction]) -> list[Row]:
+    """The rows that no other row beats in one objective without losing in another, ordered by the first objective.
+
+    Rows that lack an objective are left out; of equal rows all are kept. Feasibility and fidelity are the caller's
+    choice.
+    """
+    having = [row for row in rows if all(row.figure(name) is not None for name in objectives)]
+    signs = np.array([-1.0 if direction == "max" else 1.0 for direction in objectives.values()])
+    costs = np.array([[row.figure(name) for name in objectives] for row in having], float).reshape(-1, len(signs))
+    costs *= signs
+    kept: list[int] = []
+    # In lexicographic order a row can only be beaten by one before it, so one pass over the growing front is enough.
+    for index in np.lexsort(costs.T[::-1]):
+        front = costs[kept]
+        if not ((front <= costs[index]).all(axis=1) & (front < costs[index]).any(axis=1)).any():
+            kept.append(int(index))
+    return [having[index] for index in kept]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearest:
+    """The candidate that comes nearest to meeting all limits, and the limit it misses by most.
+
+    Attributes:
+        candidate: Its name.
+        limit: "memory_bytes" or "latency_ms".
+        need, allowed: In the limit's unit.
+    """
+
+    candidate: str
+    limit: str
+    need: float
+    allowed: float
+
+    @property
+    def excess(self) -> float:
+        """log(need / limit): above 0 where the limit is broken."""
+        return math.log(self.need / self.allowed)
+
+    def describe(self) -> str:
+        """In words, like "needs 98.3 MB of memory, 1.23 times the limit of 80.0 MB"."""
+        memory = self.limit == "memory_bytes"
+        need, allowed = (format_bytes(v) if memory else format_duration(v / 1e3) for v in (self.need, self.allowed))
+        what = "of memory" if memory else "a token"
+        return f"needs {need} {what}, {self.need / self.allowed:.3g} times the limit of {allowed}"
+
+
+def limits_of(budget: Budget) -> dict[str, float]:
+    """The budget's limits under the names of the rows' figures."""
+    limits: dict[str, float] = {"memory_bytes": budget.memory_bytes}
+    return limits if budget.latency_seconds is None else limits | {"latency_ms": budget.latency_seconds * 1e3}
+
+
+def nearest(candidates: Mapping[str, Mapping[str, float | None]], limits: Mapping[str, float]) -> Nearest | None:
+    """The candidate whose worst log(need / limit) is the smallest; None where nothing is known of any.
+
+    Args:
+        candidates: For each name what it needs, under the names of the limits.
+        limits: See `limits_of`.
+    """
+    worst = []
+    for name, needs in candidates.items():
+        known = [
+            Nearest(candidate=name, limit=limit, need=need, allowed=allowed)
+            for limit, allowed in limits.items()
+            if (need := needs.get(limit)) is not None and need > 0
+        ]
+        if known:
+            worst.append(max(known, key=lambda one: one.excess))
+    return min(worst, key=lambda one: (one.excess, one.candidate), default=None)

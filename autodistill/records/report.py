@@ -1,0 +1,277 @@
+"""One page about a run: what was asked, what was found, at which cost, and how to do it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from autodistill.errors import MissingDependencyError
+from autodistill.records.leaderboard import DISTILLED, Ranked, limits_of, nearest, pareto, rank, rows_of
+from autodistill.records.row import Row
+from autodistill.records.store import RunFolder, read_json, replacing
+from autodistill.units import Budget, format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INSTALL_PLOTS = "pip install 'autodistill-search[plots]'"
+_PICTURE = "report.png"
+_TITLES = {"student": "found student", "baseline": "hand-designed baseline", "initial": "undistilled student"}
+
+
+def report_markdown(
+    search: Mapping[str, Any],
+    ranked: Sequence[Ranked],
+    events: Iterable[Mapping[str, Any]],
+    *,
+    picture: str | None = None,
+) -> str:
+    """The page as Markdown; what was not recorded is left out.
+
+    Args:
+        search: `search.json`: `name`, `command`, `budget` (as `Budget.to_json`), `metric`, `direction`, and where
+            known `teacher`, `data`, `space`, `plan`, `seconds` (by phase), `licences` (name to licence), `versions`,
+            `notes`. A mapping under `teacher` or `data` is written as its fields.
+        ranked: The leaderboard.
+        events: The log. Of it are read "status" events (`trial`, `status`, `reason`), and the rows of the test split.
+        picture: Path of the plot beside the page, or None where it could not be drawn.
+    """
+    events = list(events)
+    metric = str(search.get("metric", "accuracy"))
+    sections = [
+        f"# {_text(search.get('name', 'A search'))}",
+        _asked(search),
+        _answer(search, ranked, metric),
+        "## Leaderboard\n\n" + _leaderboard(ranked, metric),
+        f"![{metric} against memory]({picture})" if picture else f"For a plot of this table: `{INSTALL_PLOTS}`",
+        _lost(events),
+        _test(events, metric),
+        _pairs("Seconds by phase", {k: f"{v:.1f}" for k, v in search.get("seconds", {}).items()}),
+        _command(search),
+        _pairs("Versions", search.get("versions", {})),
+        _pairs("Licences", search.get("licences", {})),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def write_report(run: RunFolder) -> tuple[str, ...]:
+    """Writes `report.md` into the run's folder and, where matplotlib is installed, `report.png`.
+
+    Returns:
+        The names of the files written.
+
+    Raises:
+        InputError: `search.json` or the log cannot be read.
+    """
+    search = read_json(run.search_file)
+    events = run.events.read()
+    metric, direction = search.get("metric", "accuracy"), search.get("direction", "max")
+    ranked = rank([row for row in rows_of(events) if row.split != "test"], metric, direction)
+    try:
+        drawing = figure(ranked, metric, direction)
+    except MissingDependencyError:
+        written: tuple[str, ...] = ("report.md",)  # the page itself names the package
+    else:
+        with replacing(run.path / _PICTURE) as temporary:
+            drawing.savefig(temporary, format="png", dpi=150)
+        written = ("report.md", _PICTURE)
+    text = report_markdown(search, ranked, events, picture=_PICTURE if _PICTURE in written else None)
+    with replacing(run.path / "report.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return written
+
+
+def figure(ranked: Sequence[Ranked], metric: str = "accuracy", direction: str = "max") -> Figure:
+    """The metric against memory in MB, with standard errors and the Pareto front of feasible rows of full fidelity.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(f"plots need matplotlib: {INSTALL_PLOTS}") from error
+    drawing = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = drawing.subplots()
+    rows = [one.row for one in ranked if one.row.full and one.row.memory_bytes and one.row.figure(metric) is not None]
+    for feasible, colour, label in ((True, "tab:blue", "fits"), (False, "tab:grey", "over the budget")):
+        group = [row for row in rows if row.feasible == feasible]
+        if group:
+            axes.errorbar(
+                [_megabytes(row) for row in group],
+                [row.figure(metric) or 0.0 for row in group],
+                yerr=[row.figure(f"{metric}_stderr") or 0.0 for row in group],
+                fmt="o",
+                color=colour,
+                label=label,
+            )
+    front = pareto(
+        [row for row in rows if row.feasible],
+        {"memory_bytes": "min", metric: "min" if direction == "min" else "max"},
+    )
+    if front:
+        points = [_megabytes(row) for row in front], [row.figure(metric) or 0.0 for row in front]
+        axes.step(*points, where="post", color="tab:red", label="Pareto front")
+    for row in front:
+        point = (_megabytes(row), row.figure(metric) or 0.0)
+        axes.annotate(f"{row.name} {row.deployment_name}", point, textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes.set_xlabel("memory [MB]")
+    axes.set_ylabel(metric)
+    if rows:
+        axes.legend(loc="best", fontsize=8)
+    return drawing
+
+
+def _megabytes(row: Row) -> float:
+    return (row.memory_bytes or 0) / 1e6
+
+
+def _asked(search: Mapping[str, Any]) -> str:
+    facts = {name: search[name] for name in ("teacher", "data", "space") if name in search}
+    if "budget" in search:
+        facts["budget"] = _budget(Budget(**search["budget"]))
+    plan = search.get("plan") or {}
+    facts |= {name: plan[name] for name in ("trials", "tokens", "rungs", "workers", "threads", "seed") if name in plan}
+    if plan.get("box_seconds"):
+        facts["time box"] = format_duration(plan["box_seconds"])
+    notes = [*plan.get("notes", ()), *search.get("notes", ())]
+    return "\n\n".join([_pairs("What was asked", facts), *(f"- {_text(note)}" for note in notes)])
+
+
+def _budget(budget: Budget) -> str:
+    latency = budget.latency_seconds
+    limit = "" if latency is None else f", {format_duration(latency)} a token (95th percentile)"
+    return f"{format_bytes(budget.memory_bytes)} at context {budget.context}, batch {budget.batch}{limit}"
+
+
+def _answer(search: Mapping[str, Any], ranked: Sequence[Ranked], metric: str) -> str:
+    rows = [one.row for one in ranked]
+    first = rows[0] if rows and rows[0].feasible and rows[0].figure(metric) is not None else None
+    if first is not None:
+        parts = [
+            f"**{_text(first.name)}** ({first.kind}) as {first.deployment_name}: {metric} {_figure(first, metric)}"
+        ]
+        if first.retention is not None:
+            parts.append(f"{first.retention:.1%} of the teacher's")
+        if first.memory_bytes is not None:
+            parts.append(
+                f"{format_bytes(first.memory_bytes)} of memory ({first.memory_source or 'source not recorded'})"
+            )
+        if not first.full:
+            parts.append(f"after {first.figure('fidelity') or 0:.0%} of the plan's tokens only")
+        tied = sum(one.tied for one in ranked)
+        tie = f" It is the smallest of {tied} rows that {metric} cannot tell apart." if tied else ""
+        return "## Answer\n\n" + ", ".join(parts) + "." + tie + _undistilled(first, rows, metric)
+    limits = limits_of(Budget(**search["budget"])) if "budget" in search else {}
+    needs = {f"{row.name} as {row.deployment_name}": {n: row.figure(n) for n in limits} for row in rows}
+    closest = nearest(needs, limits)
+    reason = f" The nearest, {_text(closest.candidate)}, {closest.describe()}." if closest else ""
+    return "## Answer\n\nNothing fits the budget." + reason
+
+
+def _undistilled(first: Row, rows: Sequence[Row], metric: str) -> str:
+    """Says so plainly where the first row was not distilled, and what distilling reached."""
+    if first.kind in DISTILLED:
+        return ""
+    student = next((row for row in rows if row.kind in DISTILLED and row.feasible and row.figure(metric)), None)
+    if student is None:
+        return " It was not distilled, and no distilled student fits."
+    return (
+        f" It was not distilled: the first distilled student is {_text(student.name)} as {student.deployment_name}, "
+        f"{metric} {_figure(student, metric)}."
+    )
+
+
+def _leaderboard(ranked: Sequence[Ranked], metric: str) -> str:
+    titles = ["#", "name", "deployment", metric, "retention", "perplexity", "agreement", "memory", "size", "latency"]
+    lines = [
+        [
+            f"{one.place}{' =' if one.tied else ''}",
+            one.row.name,
+            one.row.deployment_name,
+            _figure(one.row, metric),
+            _shown(one.row.retention, "{:.1%}"),
+            _shown(one.row.perplexity, "{:.2f}"),
+            _shown(one.row.agreement, "{:.3f}"),
+            _sourced(one.row.memory_bytes, one.row.memory_source, format_bytes),
+            _sourced(one.row.size_bytes, None, format_bytes),
+            _sourced(one.row.latency_ms, one.row.latency_source, lambda ms: format_duration(ms / 1e3)),
+            _shown(1.0 if one.row.full else one.row.fidelity, "{:.0%}"),
+            "" if one.row.feasible else one.row.reason or "over the budget",
+        ]
+        for one in ranked
+    ]
+    note = "`=`: tied with the best by the metric, within one standard error of the difference paired by document."
+    return _table([*titles, "fidelity", "limits"], lines) + "\n\n" + note
+
+
+def _lost(events: Iterable[Mapping[str, Any]]) -> str:
+    last = {event["trial"]: event for event in events if event.get("event") == "status" and "trial" in event}
+    lines = [
+        [trial, event["status"], event.get("reason") or event.get("cause") or "not recorded"]
+        for trial, event in last.items()
+        if event.get("status") in ("rejected", "failed")
+    ]
+    return "## Rejected and failed trials\n\n" + _table(["trial", "status", "reason"], lines) if lines else ""
+
+
+def _test(events: Iterable[Mapping[str, Any]], metric: str) -> str:
+    rows = [row for row in rows_of(events, ("row", "test")) if row.split == "test"]
+    lines = [
+        [
+            _TITLES.get(row.kind, row.kind),
+            row.name,
+            row.deployment_name,
+            _figure(row, metric),
+            _shown(row.retention, "{:.1%}"),
+            _shown(row.perplexity, "{:.2f}"),
+        ]
+        for row in rows
+    ]
+    titles = ["what", "name", "deployment", metric, "retention", "perplexity"]
+    return "## Test split, opened once at the end\n\n" + _table(titles, lines) if lines else ""
+
+
+def _command(search: Mapping[str, Any]) -> str:
+    if "command" not in search:
+        return ""
+    return f"## To do it again\n\n```\n{search['command']}\n```"
+
+
+def _figure(row: Row, metric: str) -> str:
+    value, error = row.figure(metric), row.figure(f"{metric}_stderr")
+    if value is None:
+        return "-"
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _sourced(value: float | None, source: str | None, write: Any) -> str:
+    return "-" if value is None else f"{write(value)}{f' ({source})' if source else ''}"
+
+
+def _pairs(title: str, pairs: Mapping[str, Any]) -> str:
+    if not pairs:
+        return ""
+    return f"## {title}\n\n" + _table(["", ""], [[name, _value(value)] for name, value in pairs.items()])
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_value(item) for item in value)
+    return str(value)
+
+
+def _table(titles: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    rows = [titles, ["---"] * len(titles), *lines]
+    return "\n".join("| " + " | ".join(_text(cell) for cell in row) + " |" for row in rows)
+
+
+def _text(value: Any) -> str:
+    """Text that can neither end a table cell nor begin markup of its own."""
+    return " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

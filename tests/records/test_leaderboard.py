@@ -1,0 +1,258 @@
+"""Ranking by hand-computed cases, ties against brute force, the Pareto front against its definition."""
+
+import itertools
+import math
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autodistill.records.leaderboard import (
+    Row,
+    best,
+    best_student,
+    limits_of,
+    nearest,
+    paired_bootstrap,
+    pareto,
+    rank,
+)
+from autodistill.units import Budget
+
+
+def row(name: str, **fields: Any) -> Row:
+    least: dict[str, Any] = {
+        "row_id": name,
+        "trial": name,
+        "kind": "student",
+        "name": name,
+        "deployment": {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32},
+        "status": "completed",
+        "feasible": True,
+        "fidelity": 1.0,
+        "split": "validation",
+    }
+    return Row(**least | fields)
+
+
+def names(rows: list[Row], *args: Any) -> list[str]:
+    return [one.row.name for one in rank(rows, *args)]
+
+
+def documents(sums: list[float], count: int = 100, **more: Any) -> dict[str, Any]:
+    return {"ids": list(range(len(sums))), "count": [count] * len(sums), "sum": sums} | more
+
+
+def test_the_order_of_groups_does_not_depend_on_the_order_of_rows() -> None:
+    expected = [
+        row("best", accuracy=0.5),
+        row("second", accuracy=0.4),
+        row("rung", accuracy=0.9, fidelity=0.5),
+        row("early rung", accuracy=0.95, fidelity=0.25),
+        row("too large", accuracy=0.99, feasible=False),
+        row("too large rung", accuracy=1.0, feasible=False, fidelity=0.25),
+        row("unknown"),
+        row("unknown and too large", feasible=False),
+    ]
+    for seed in range(20):
+        shuffled = random.Random(seed).sample(expected, len(expected))
+        assert names(shuffled) == [one.name for one in expected]
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf])
+@pytest.mark.parametrize("direction", ["max", "min"])
+def test_a_missing_metric_never_ranks_first(missing: float | None, direction: Any) -> None:
+    rows = [row("missing", perplexity=missing), row("a", perplexity=20.0), row("b", perplexity=30.0, feasible=False)]
+    for order in itertools.permutations(rows):
+        assert names(list(order), "perplexity", direction) == ["a", "b", "missing"]
+    assert best([rows[0]], "perplexity", direction) is None
+
+
+def test_the_direction_decides() -> None:
+    rows = [row("a", perplexity=20.0), row("b", perplexity=10.0)]
+    assert names(rows, "perplexity", "min") == ["b", "a"]
+    assert names(rows, "perplexity", "max") == ["a", "b"]
+
+
+def test_a_metric_of_another_evaluator_ranks() -> None:
+    assert names([row("a", other={"chains": 0.1}), row("b", other={"chains": 0.2})], "chains") == ["b", "a"]
+
+
+def test_the_teacher_competes_but_is_no_student() -> None:
+    rows = [
+        row("teacher", kind="teacher", accuracy=0.6, fidelity=None),
+        row("initial", kind="initial", accuracy=0.55, fidelity=0.0),
+        row("baseline", kind="baseline", accuracy=0.5),
+        row("student", accuracy=0.4),
+    ]
+    assert names(rows) == ["teacher", "initial", "baseline", "student"]
+    assert best(rows) is rows[0]
+    assert best_student(rows) is rows[2]
+    assert best_student(rows[:2]) is None
+    assert best([row("x", accuracy=1.0, feasible=False)]) is None
+
+
+def test_splits_are_not_mixed() -> None:
+    with pytest.raises(ValueError, match="test, validation"):
+        rank([row("a", accuracy=0.1), row("b", accuracy=0.1, split="test")])
+
+
+def test_the_smallest_of_the_tied_wins_and_the_rest_sort_by_the_metric() -> None:
+    # Differences to the best per document: "near" +4, -4, +4, -3 of 100 tokens, mean 0.0025 and standard error
+    # sqrt(mean of squared deviations / 4) = 0.0188; "far" always 10 worse, mean 0.1 and standard error 0.
+    top = [50.0, 60.0, 40.0, 50.0]
+    near = [46.0, 64.0, 36.0, 53.0]
+    far = [s - 10 for s in top]
+    rows = [
+        row("top", accuracy=0.5, memory_bytes=300, documents=documents(top)),
+        row("near small", accuracy=0.4975, memory_bytes=100, size_bytes=9, documents=documents(near)),
+        row("near smallest", accuracy=0.4975, memory_bytes=100, size_bytes=8, documents=documents(near)),
+        row("near, memory unknown", accuracy=0.4975, documents=documents(near)),
+        row("far", accuracy=0.4, memory_bytes=1, documents=documents(far)),
+    ]
+    ranking = rank(rows)
+    assert [one.row.name for one in ranking] == [
+        "near smallest", "top", "near small", "near, memory unknown", "far"
+    ]  # fmt: skip
+    assert [one.tied for one in ranking] == [True, True, True, True, False]
+    assert [one.place for one in ranking] == [1, 2, 3, 4, 5]
+    assert ranking[0].difference == pytest.approx(0.0025)
+    assert ranking[0].difference_stderr == pytest.approx(0.0188, rel=0.1)
+    assert ranking[4].difference == pytest.approx(0.1)
+    assert ranking[4].difference_stderr == pytest.approx(0, abs=1e-12)
+
+
+def test_a_lone_best_is_not_marked_as_tied() -> None:
+    rows = [
+        row("a", accuracy=0.5, documents=documents([50.0, 50.0])),
+        row("b", accuracy=0.4, documents=documents([40.0, 40.0])),
+    ]
+    assert [one.tied for one in rank(rows)] == [False, False]
+
+
+def test_pairing_makes_small_steady_differences_count() -> None:
+    generator = np.random.default_rng(0)
+    hard = generator.uniform(10, 90, 40)  # documents differ far more than models do
+    steady = hard - generator.uniform(0.5, 1.5, 40)
+    rows = [
+        row("a", accuracy=hard.mean() / 100, memory_bytes=2, documents=documents(hard.tolist())),
+        row("b", accuracy=steady.mean() / 100, memory_bytes=1, documents=documents(steady.tolist())),
+    ]
+    assert hard.std() / 100 / math.sqrt(40) > 0.01 > rows[0].accuracy - rows[1].accuracy  # type: ignore[operator]
+    assert [(one.row.name, one.tied) for one in rank(rows)] == [("a", False), ("b", False)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        None,
+        {"ids": [0, 2], "count": [100, 100], "sum": [50.0, 40.0]},
+        {"ids": [0, 1], "count": [100, 50], "sum": [50.0, 40.0]},
+        {"ids": [0, 1], "count": [100, 100], "sum": [50.0, None]},
+        documents([50.0, 40.0], metric="perplexity"),
+    ],
+)
+def test_rows_that_cannot_be_paired_do_not_tie(other: Any) -> None:
+    rows = [
+        row("a", accuracy=0.5, memory_bytes=2, documents=documents([60.0, 40.0])),
+        row("b", accuracy=0.4999, memory_bytes=1, documents=other),
+    ]
+    assert [(one.row.name, one.tied, one.difference) for one in rank(rows)] == [("a", False, 0.0), ("b", False, None)]
+
+
+def test_without_documents_only_equal_figures_tie() -> None:
+    rows = [row("a", accuracy=0.5, memory_bytes=2), row("b", accuracy=0.5, memory_bytes=1), row("c", accuracy=0.49)]
+    assert [(one.row.name, one.tied) for one in rank(rows)] == [("b", True), ("a", True), ("c", False)]
+
+
+def test_ties_of_a_minimised_metric() -> None:
+    rows = [
+        row("a", perplexity=10.0, memory_bytes=2, documents=documents([230.0, 228.0, 233.0], metric="perplexity")),
+        row("b", perplexity=10.1, memory_bytes=1, documents=documents([232.0, 227.5, 233.0], metric="perplexity")),
+        row("c", perplexity=12.0, memory_bytes=1, documents=documents([248.0, 246.0, 252.0], metric="perplexity")),
+    ]
+    ranking = rank(rows, "perplexity", "min")
+    # Differences of b: 2, -0.5, 0 over 300 tokens: 0.005 with standard error sqrt(mean squared deviation / 3) = 0.0062.
+    assert [(one.row.name, one.tied) for one in ranking] == [("b", True), ("a", True), ("c", False)]
+    assert ranking[0].difference == pytest.approx(0.005)
+    assert ranking[0].difference_stderr == pytest.approx(0.0062, rel=0.1)
+
+
+def test_the_bootstrap_agrees_with_brute_force_and_with_the_closed_form() -> None:
+    generator = np.random.default_rng(7)
+    counts = generator.integers(20, 200, 30).astype(float)
+    gaps = generator.normal(1, 8, (3, 30))
+    estimates, errors = paired_bootstrap(gaps, counts)
+    for gap, estimate, error in zip(gaps, estimates, errors, strict=True):
+        draws = []
+        for _ in range(4000):
+            picked = [generator.integers(30) for _ in range(30)]
+            draws.append(sum(gap[p] for p in picked) / sum(counts[p] for p in picked))
+        assert estimate == pytest.approx(sum(gap) / sum(counts))
+        assert error == pytest.approx(np.std(draws, ddof=1), rel=0.1)
+    # For documents of one length the standard error of the mean is sqrt(population variance / n).
+    _, equal = paired_bootstrap(gaps, np.full(30, 50.0))
+    assert equal == pytest.approx(gaps.std(axis=1) / 50 / math.sqrt(30), rel=0.1)
+
+
+def test_the_bootstrap_does_not_depend_on_what_else_is_compared() -> None:
+    gaps = np.random.default_rng(0).normal(size=(600, 12))
+    counts = np.arange(1.0, 13)
+    alone = [paired_bootstrap(gap[None], counts)[1][0] for gap in gaps[::100]]
+    assert paired_bootstrap(gaps, counts)[1][::100] == pytest.approx(alone)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 3)), max_size=25))
+def test_the_pareto_front_is_what_nothing_dominates(points: list[tuple[int, int, int]]) -> None:
+    rows = [
+        row(str(index), accuracy=float(a), memory_bytes=m, latency_ms=float(t))
+        for index, (a, m, t) in enumerate(points)
+    ]
+    front = pareto(rows, {"accuracy": "max", "memory_bytes": "min", "latency_ms": "min"})
+
+    def beats(p: tuple[int, int, int], q: tuple[int, int, int]) -> bool:
+        return p != q and p[0] >= q[0] and p[1] <= q[1] and p[2] <= q[2]
+
+    expected = {str(index) for index, q in enumerate(points) if not any(beats(p, q) for p in points)}
+    assert {one.name for one in front} == expected
+    assert [one.accuracy for one in front] == sorted((one.accuracy for one in front), reverse=True)
+
+
+def test_rows_without_an_objective_are_not_on_the_front() -> None:
+    rows = [row("a", accuracy=0.9), row("b", accuracy=0.1, memory_bytes=5)]
+    assert [one.name for one in pareto(rows, {"accuracy": "max", "memory_bytes": "min"})] == ["b"]
+
+
+def test_the_nearest_has_the_smallest_worst_ratio() -> None:
+    limits = limits_of(Budget(memory_bytes=1000, latency_seconds=0.01))
+    assert limits == {"memory_bytes": 1000, "latency_ms": 10.0}
+    found = nearest(
+        {
+            "slow": {"memory_bytes": 500, "latency_ms": 40.0},
+            "near": {"memory_bytes": 1500, "latency_ms": 12.0},
+            "large": {"memory_bytes": 3000, "latency_ms": None},
+            "unknown": {"memory_bytes": None},
+        },
+        limits,
+    )
+    assert found is not None
+    assert (found.candidate, found.limit, found.excess) == ("near", "memory_bytes", pytest.approx(math.log(1.5)))
+    assert found.describe() == "needs 1.50 kB of memory, 1.5 times the limit of 1.00 kB"
+    assert nearest({"unknown": {}}, limits) is None
+
+
+def test_ten_thousand_rows_are_ranked_in_the_order_of_plain_sorting() -> None:
+    generator = np.random.default_rng(1)
+    sums = generator.binomial(100, generator.uniform(0.2, 0.6, (10_000, 1)), (10_000, 20)).astype(float)
+    rows = [
+        row(f"r{index}", accuracy=s.mean() / 100, memory_bytes=index, documents=documents(s.tolist()))
+        for index, s in enumerate(sums)
+    ]
+    ranking = rank(rows)
+    rest = [one.row.accuracy for one in ranking[1:]]
+    assert rest == sorted(rest, reverse=True)  # type: ignore[type-var]
+    assert len(pareto(rows, {"accuracy": "max", "memory_bytes": "min"})) > 0

@@ -1,0 +1,163 @@
+"""The page and the plot hold what the run recorded, and nothing breaks the page's tables."""
+
+import builtins
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autodistill.records import report
+from autodistill.records.leaderboard import Row, rank
+from autodistill.records.store import RunFolder, write_json
+from autodistill.units import Budget
+
+Q4 = {"runtime": "llama.cpp", "format": "gguf-q4_0", "bits": 4, "group_size": 32}
+SEARCH: dict[str, Any] = {
+    "name": "small",
+    "command": "autodistill search --budget 80MB --seed 3",
+    "teacher": {"reference": "smollm2", "parameters": 134515008},
+    "data": "pydoc",
+    "budget": Budget(memory_bytes=80_000_000, latency_seconds=0.05).to_json(),
+    "plan": {"trials": 12, "tokens": 8192, "rungs": [2048, 8192], "notes": ["The box held 12 trials of 20."]},
+    "metric": "accuracy",
+    "seconds": {"load": 17.25, "total": 590.0},
+    "licences": {"SmolLM2-135M-Instruct": "Apache-2.0"},
+}
+
+
+def row(name: str, **fields: Any) -> Row:
+    least: dict[str, Any] = {
+        "row_id": name,
+        "trial": name,
+        "kind": "student",
+        "name": name,
+        "deployment": Q4,
+        "status": "completed",
+        "feasible": True,
+        "fidelity": 1.0,
+        "split": "validation",
+    }
+    return Row(**least | fields)
+
+
+ROWS = [
+    row("t001", accuracy=0.41, accuracy_stderr=0.01, retention=0.9, memory_bytes=70_000_000, memory_source="measured"),
+    row("t002", accuracy=0.30, memory_bytes=50_000_000, memory_source="predicted"),
+    row("t003", accuracy=0.29, memory_bytes=60_000_000),
+    row("t004", accuracy=0.44, memory_bytes=100_000_000, feasible=False, reason="memory 1.25 times | the limit"),
+    row("t005", accuracy=0.50, memory_bytes=40_000_000, fidelity=0.25),
+]
+EVENTS: list[dict[str, Any]] = [
+    {"event": "status", "trial": "t006", "status": "rejected", "reason": "no deployment fits"},
+    {"event": "status", "trial": "t007", "status": "failed", "reason": "nan\nin <step> 3"},
+    {"event": "status", "trial": "t001", "status": "completed"},
+    {"event": "test", "row": row("t001", accuracy=0.40, split="test", retention=0.88).to_json()},
+    {"event": "test", "row": row("teacher", kind="teacher", accuracy=0.455, split="test").to_json()},
+]
+
+
+def tables(page: str) -> list[list[list[str]]]:
+    """The page's tables as cells, read as Markdown reads them: an escaped bar is no border."""
+    found: list[list[list[str]]] = [[]]
+    for line in page.split("\n"):
+        if line.startswith("| "):
+            cells = line.replace("\\|", "\0").strip("| ").split(" | ")
+            found[-1].append([cell.replace("\0", "|") for cell in cells])
+        elif found[-1]:
+            found.append([])
+    return [table for table in found if table]
+
+
+def test_the_page_says_what_was_asked_found_and_lost() -> None:
+    page = report.report_markdown(SEARCH, rank(ROWS), EVENTS)
+    assert page.startswith("# small\n")
+    for text in (
+        "80.0 MB at context 2048, batch 1, 50.0ms a token",
+        "reference smollm2, parameters 134515008",
+        "The box held 12 trials of 20.",
+        "**t001** (student) as gguf-q4_0: accuracy 0.4100 ± 0.0100, 90.0% of the teacher's, 70.0 MB of memory (",
+        "autodistill search --budget 80MB --seed 3",
+        "Apache-2.0",
+        "17.2",
+        report.INSTALL_PLOTS,
+    ):
+        assert text in page
+    by_title = {table[0][0] or table[2][0]: table for table in tables(page)}
+    assert [line[1] for line in by_title["#"][2:]] == ["t001", "t002", "t003", "t005", "t004"]
+    assert by_title["#"][-1][-1] == "memory 1.25 times | the limit"
+    assert by_title["trial"][2:] == [
+        ["t006", "rejected", "no deployment fits"],
+        ["t007", "failed", "nan in &lt;step> 3"],
+    ]
+    assert [line[:2] for line in by_title["what"][2:]] == [["found student", "t001"], ["teacher", "teacher"]]
+
+
+def test_every_line_of_a_table_has_as_many_cells_as_its_head() -> None:
+    page = report.report_markdown(SEARCH, rank(ROWS), EVENTS)
+    blocks = [block.split("\n") for block in page.strip().split("\n\n") if block.startswith("|")]
+    assert len(blocks) == 6
+    for block in blocks:
+        borders = [len(re.findall(r"(?<!\\)\|", line)) for line in block]
+        assert borders == [borders[0]] * len(block)
+
+
+def test_a_winning_teacher_is_said_plainly() -> None:
+    rows = [*ROWS, row("teacher", kind="teacher", accuracy=0.5, memory_bytes=10)]
+    page = report.report_markdown(SEARCH, rank(rows), [])
+    assert "It was not distilled: the first distilled student is t001 as gguf-q4_0, accuracy 0.4100" in page
+
+
+def test_where_nothing_fits_the_nearest_and_its_limit_are_named() -> None:
+    rows = [row("a", accuracy=0.4, memory_bytes=160_000_000, feasible=False), ROWS[3]]
+    page = report.report_markdown(SEARCH, rank(rows), [])
+    assert (
+        "Nothing fits the budget. The nearest, t004 as gguf-q4_0, needs 100 MB of memory, 1.25 times the limit of "
+        "80.0 MB." in page
+    )
+
+
+def test_an_empty_run_has_a_page() -> None:
+    assert "Nothing fits the budget." in report.report_markdown({"name": "empty"}, [], [])
+
+
+def test_the_plot_shows_rows_of_full_fidelity_and_the_front() -> None:
+    axes = report.figure(rank(ROWS)).axes[0]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    front = lines["Pareto front"]
+    # t003 is dominated by t002, t004 does not fit and t005 was stopped early.
+    assert list(zip(front.get_xdata(), front.get_ydata(), strict=True)) == [(50.0, 0.30), (70.0, 0.41)]
+    shown = {label: container[0].get_xdata() for container in axes.containers if (label := container.get_label())}
+    assert sorted(shown["fits"]) == [50.0, 60.0, 70.0]
+    assert list(shown["over the budget"]) == [100.0]
+
+
+def written_run(out: Path) -> RunFolder:
+    with RunFolder.create(out, "small") as run:
+        write_json(run.search_file, SEARCH)
+        for one in ROWS:
+            run.events.append({"event": "row", "row": one.to_json()})
+    return run
+
+
+def test_the_report_lies_in_the_folder_with_its_plot(tmp_path: Path) -> None:
+    run = written_run(tmp_path)
+    assert report.write_report(run) == ("report.md", "report.png")
+    assert (run.path / "report.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert "![accuracy against memory](report.png)" in (run.path / "report.md").read_text()
+
+
+def test_without_matplotlib_the_page_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    run = written_run(tmp_path)
+    assert report.write_report(run) == ("report.md",)
+    page = (run.path / "report.md").read_text()
+    assert report.INSTALL_PLOTS in page
+    assert "report.png" not in page

@@ -1,0 +1,169 @@
+"""Plain lines without control codes, a live view on a real terminal, and the table's columns."""
+
+import contextlib
+import io
+import os
+import pty
+import re
+from typing import Any
+
+import pytest
+
+from autodistill.console import LiveView, Progress, View, leaderboard_table, open_view
+from autodistill.records.leaderboard import Row, rank
+from autodistill.strategy import Alignment, Distillation, Finishing, Strategy, Temperature
+
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+PROGRESS = Progress(
+    phase="trials",
+    planned=12,
+    done=5,
+    running=2,
+    stopped=3,
+    rejected=1,
+    best=0.4123,
+    baseline=0.39,
+    teacher=0.455,
+    tokens_per_second=1812.4,
+    seconds_left=252.0,
+)
+LINE = (
+    "trials: 5 of 12 done, 2 running, 3 stopped, 1 rejected, 0 failed; "
+    "accuracy: best 0.4123, baseline 0.3900, teacher 0.4550; 1,812 tokens/s, 4m 12s left\n"
+)
+
+
+def changed(**fields: Any) -> Progress:
+    return Progress(**{**vars(PROGRESS), **fields})
+
+
+def test_a_stream_that_is_no_terminal_gets_plain_lines() -> None:
+    stream = io.StringIO()
+    with open_view(stream, {"TERM": "xterm"}) as view:
+        view.update(PROGRESS)
+        view.log("worker \x1b[31mred\x1b[0m\r\nnext\x07")
+    assert stream.getvalue() == LINE + "worker  [31mred [0m next \n"
+    assert not CONTROL.search(stream.getvalue())
+
+
+def test_only_changes_print_at_once() -> None:
+    now = [0.0]
+    stream = io.StringIO()
+    view = View(stream, interval=5.0, clock=lambda: now[0])
+    updates = [
+        (0.0, changed(), True),
+        (1.0, changed(tokens_per_second=1.0, running=1, seconds_left=9.0), False),
+        (2.0, changed(done=6), True),
+        (3.0, changed(done=6, best=0.42), True),
+        (7.9, changed(done=6, best=0.42, seconds_left=1.0), False),
+        (8.0, changed(done=6, best=0.42, seconds_left=1.0), True),
+        (8.1, changed(done=6, best=0.42, phase="export"), True),
+    ]
+    for when, progress, printed in updates:
+        now[0] = when
+        before = len(stream.getvalue().splitlines())
+        view.update(progress)
+        assert len(stream.getvalue().splitlines()) - before == printed, when
+
+
+def test_what_is_not_known_is_not_said() -> None:
+    stream = io.StringIO()
+    View(stream).update(Progress(phase="loading the teacher"))
+    assert stream.getvalue() == "loading the teacher\n"
+
+
+def on_terminal(environ: dict[str, str]) -> tuple[type[View], str]:
+    """What a view writes to a pseudo-terminal."""
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w", encoding="utf-8") as stream:
+        with open_view(stream, environ) as view:
+            view.update(PROGRESS)
+            view.log("[bold]a name\x1b[2J")
+        stream.flush()
+        os.set_blocking(master, False)
+        data = b""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                data += os.read(master, 1 << 16)
+    os.close(master)
+    return type(view), data.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("environ", [{"TERM": "dumb"}, {}, {"TERM": "xterm", "NO_COLOR": "1"}])
+def test_a_terminal_that_wants_no_control_codes_gets_none(environ: dict[str, str]) -> None:
+    kind, text = on_terminal(environ)
+    assert kind is View
+    assert text == LINE + "[bold]a name [2J\n"
+
+
+def test_a_terminal_gets_the_live_view(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    kind, text = on_terminal({"TERM": "xterm"})
+    assert kind is LiveView
+    for words in ("5 of 12 done, 2 running", "best 0.4123", "1,812 tokens/s", "[bold]a name"):
+        assert words in text
+    assert "\x1b[2J" not in text
+    assert capsys.readouterr().out == ""
+
+
+def row(name: str, bits: int = 4, **fields: Any) -> Row:
+    least: dict[str, Any] = {
+        "row_id": name,
+        "trial": name,
+        "kind": "student",
+        "name": name,
+        "deployment": {"runtime": "vllm", "format": "compressed-tensors", "bits": bits, "group_size": 64},
+        "status": "completed",
+        "feasible": True,
+        "fidelity": 1.0,
+    }
+    return Row(**least | fields)
+
+
+def test_the_table_fits_a_hundred_characters_and_its_columns_align() -> None:
+    strategy = Strategy(
+        distillation=Distillation(
+            temperature=Temperature(shape="cosine", start=5.0, end=1.0),
+            alignment=Alignment(layers="even", count=4, projection="low-rank", rank=8),
+        ),
+        finishing=Finishing(format="gguf-q4_0", bits=4, group_size=32),
+    ).to_json()
+    rows = [
+        row(
+            "t001",
+            accuracy=0.4123,
+            accuracy_stderr=0.0031,
+            retention=0.982,
+            memory_bytes=15_930_000_000,
+            memory_source="predicted",
+            size_bytes=98_300_000,
+            latency_ms=12.34,
+            latency_source="measured",
+            strategy=strategy,
+        ),
+        row("a teacher with a very long name that does not fit", kind="teacher", bits=8, accuracy=0.4123),
+        row("t002", accuracy=0.5, feasible=False, memory_bytes=10**10),
+    ]
+    text = leaderboard_table(rank(rows))
+    head, *lines, notes = text.split("\n")
+    assert max(map(len, text.split("\n"))) <= 100
+    assert head.split() == ["#", "deployment", "accuracy", "kept", "memory", "size", "latency", "plan", "strategy"]
+    assert [line.split()[:2] for line in lines] == [["1=", "ct-int4-g64"], ["2=", "ct-int8-g64"], ["3!", "ct-int4-g64"]]
+    assert "0.4123 ± 0.0031  98.2%  ~15.9 GB  98.3 MB   12.3ms  100%  t001 80% even" in lines[0]
+    assert {line.index("100%") for line in lines} == {lines[0].index("100%")}
+    assert "\u2026" in lines[1]
+    for note in ("tied", "~ predicted", "! over the budget"):
+        assert note in notes
+    wide = leaderboard_table(rank(rows), width=200)
+    assert "t001 80% even, qat4, kd 0.5, T 5-1, align 4 low-rank, lr 0.0003" in wide
+
+
+def test_an_empty_leaderboard_is_its_head() -> None:
+    assert leaderboard_table([]).split() == [
+        "#", "deployment", "accuracy", "kept", "memory", "size", "latency", "plan", "strategy"
+    ]  # fmt: skip
+
+
+def test_names_cannot_smuggle_control_codes_into_the_table() -> None:
+    assert not CONTROL.search(leaderboard_table(rank([row("\x1b[31mred\r", accuracy=0.1)])))
