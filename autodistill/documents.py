@@ -1,0 +1,220 @@
+"""A reference to data, read as documents of plain text: no model, no tokenizer, and no network for local references."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from autodistill.errors import InputError
+
+_FOLDER_SUFFIXES = (".txt", ".md", ".rst")
+_FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_KINDS = "pydoc, a folder of .txt, .md or .rst files, a .txt, .jsonl or .parquet file, or a hub id like owner/name"
+_USABLE = ("text", "content", "prompt+answer", "question+answer", "messages")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Documents of text and where they come from.
+
+    Attributes:
+        name: Short name for a person.
+        kind: "pydoc", "folder", "txt", "jsonl", "parquet" or "hub".
+        documents: Their texts, none of them blank; a .txt file is a single one.
+        licence: Where it is known.
+        fingerprint: Hash of the texts in their order; that of pydoc begins with the version of Python, which has its
+            own text.
+    """
+
+    name: str
+    kind: str
+    documents: tuple[str, ...]
+    licence: str | None
+    fingerprint: str
+
+
+def resolve_data(ref: str, field: str | None = None) -> Source:
+    """Finds and reads the documents that `ref` names.
+
+    Args:
+        ref: "pydoc" (Python's language reference, each topic a document), a folder (each .txt, .md or .rst file in it
+            a document), a .txt file (one long text), a .jsonl or .parquet file (each record a document), or a hub id
+            "owner/name", read whole through `datasets`.
+        field: Name of the field of a record that holds its text. By default the first of these that the records
+            have: text, content, prompt and answer, question and answer, messages.
+
+    Raises:
+        InputError: Missing or of an unsupported kind, malformed, not UTF-8, without a usable field, without any text.
+    """
+    if ref == "pydoc":
+        return _pydoc()
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return _source(path.resolve().name, "folder", _read_folder(path), ref)
+    suffix = path.suffix.lower()
+    if not path.exists():
+        if _is_hub_id(ref):
+            return _hub(ref, field)
+        raise InputError(f"there is no data at {ref}: give {_KINDS}")
+    if suffix not in _FILE_SUFFIXES:
+        raise InputError(f"{ref} is a file of an unsupported kind: give {_KINDS}")
+    if suffix == ".txt":
+        return _source(path.stem, "txt", [_read_text(path)], ref)
+    records = _read_jsonl(path) if suffix == ".jsonl" else _read_parquet(path)
+    return _source(path.stem, suffix[1:], _record_texts(records, field, ref), ref)
+
+
+def _source(name: str, kind: str, texts: Iterable[str], ref: str, licence: str | None = None) -> Source:
+    documents = tuple(text for text in texts if text.strip())
+    if not documents:
+        raise InputError(f"{ref} holds no text: give data with some")
+    digest = hashlib.sha256()
+    for document in documents:
+        # The length keeps two documents apart from one that joins them.
+        encoded = document.encode("utf-8", "surrogatepass")
+        digest.update(f"{len(encoded)}:".encode())
+        digest.update(encoded)
+    fingerprint = digest.hexdigest()[:16]
+    return Source(name=name, kind=kind, documents=documents, licence=licence, fingerprint=fingerprint)
+
+
+def _pydoc() -> Source:
+    from pydoc_data.topics import topics
+
+    version = platform.python_version()
+    texts = [topics[topic] for topic in sorted(topics)]
+    source = _source(f"pydoc of Python {version}", "pydoc", texts, "pydoc", licence="PSF-2.0")
+    return replace(source, fingerprint=f"python-{version}-{source.fingerprint}")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}): convert it to UTF-8") from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _read_folder(folder: Path) -> list[str]:
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _FOLDER_SUFFIXES and path.is_file())
+    if not files:
+        raise InputError(
+            f"the folder {folder} holds no {', '.join(_FOLDER_SUFFIXES)} file: give a folder with text files"
+        )
+    return [_read_text(path) for path in files]
+
+
+def _read_jsonl(path: Path) -> list[tuple[str, Record]]:
+    records: list[tuple[str, Record]] = []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"line {number} of {path} is not JSON ({error}): correct or remove it") from error
+        if not isinstance(record, dict):
+            raise InputError(f'line {number} of {path} is not a JSON object with fields, like {{"text": "..."}}')
+        records.append((f"line {number}", record))
+    return records
+
+
+def _read_parquet(path: Path) -> list[tuple[str, Record]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"cannot read {path} as Parquet: {str(error).splitlines()[0]}") from error
+    if not table.num_rows:
+        # Nothing would say which fields there are.
+        return [("the schema", dict.fromkeys(table.column_names))] if table.column_names else []
+    return [(f"row {number}", record) for number, record in enumerate(table.to_pylist(), start=1)]
+
+
+def _is_hub_id(ref: str) -> bool:
+    """Whether `ref` can only be meant for a hub: "owner/name" that does not look like a path on this machine."""
+    known = (*_FOLDER_SUFFIXES, *_FILE_SUFFIXES, ".json", ".csv", ".arrow", ".gz", ".zip")
+    return bool(_HUB_ID.fullmatch(ref)) and not ref.lower().endswith(known) and not Path(ref).parent.is_dir()
+
+
+def _hub(ref: str, field: str | None) -> Source:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(ref)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"there is no data at {ref} here, and the hub did not give the data set {ref}: {reason}; "
+            "check the name and the connection, or give local data"
+        ) from error
+    splits = dict(loaded)
+    split = splits["train"] if "train" in splits else next(iter(splits.values()))
+    records = [(f"record {number}", record) for number, record in enumerate(split, start=1)]
+    licence = split.info.license or None
+    return _source(ref, "hub", _record_texts(records, field, ref), ref, licence)
+
+
+def _record_texts(records: list[tuple[str, Record]], field: str | None, ref: str) -> list[str]:
+    """The text of each record; blank where its field is null or empty.
+
+    Args:
+        records: Each with the place it was found at, for error messages.
+    """
+    found = list(dict.fromkeys(name for _, record in records for name in record))
+    if not records:
+        raise InputError(f"{ref} holds no record: give data with some")
+    if field is not None:
+        if field not in found:
+            raise InputError(f"{ref} has no field {field}; the fields found are {', '.join(found)}")
+        reader = _joined(field)
+        return [reader(record, f"{where} of {ref}") for where, record in records]
+    for usable in _USABLE:
+        reader = _messages if usable == "messages" else _joined(*usable.split("+"))
+        if set(usable.split("+")) <= set(found):
+            texts = [reader(record, f"{where} of {ref}") for where, record in records]
+            if any(text.strip() for text in texts):
+                return texts
+    fields = f"the fields found are {', '.join(found)}" if found else "no fields were found"
+    raise InputError(f"{ref} has no field with usable text ({', '.join(_USABLE)}): {fields}")
+
+
+def _joined(*names: str) -> Callable[[Record, str], str]:
+    def read(record: Record, where: str) -> str:
+        missing = [name for name in names if name not in record]
+        if missing:
+            raise InputError(f"{where} lacks the field {missing[0]}: add it or remove the record")
+        parts = [record[name] for name in names]
+        if any(part is not None and not isinstance(part, str) for part in parts):
+            raise InputError(f"{where} has a field {' or '.join(names)} that is not text: write it as text")
+        return "\n".join(parts) if all(parts) else ""
+
+    return read
+
+
+def _messages(record: Record, where: str) -> str:
+    messages = record.get("messages")
+    if messages is None:
+        return ""
+    if not isinstance(messages, list):
+        raise InputError(f"{where} has messages that are not a list of roles with content")
+    lines = []
+    for message in messages:
+        if not isinstance(message, Mapping) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise InputError(f"{where} has a message without a role and a content that are text")
+        lines.append(f"{message['role']}: {message['content']}")
+    return "\n".join(lines)
