@@ -1,0 +1,45 @@
+"""YAML files of plain data: no tags, each key once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from autodistill.errors import InputError
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain data only, each key once; 3e-4 is a number, as in JSON, though not in YAML 1.1."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        repeated = next((key for key in keys if keys.count(key) > 1), None)
+        if repeated is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {repeated} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+\Z", re.ASCII), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path) -> Any:
+    """What the file holds.
+
+    Raises:
+        InputError: An unreadable file, or anything but plain data, with its line.
+    """
+    try:
+        # The bytes are given, so that YAML's own rules on encoding apply; the loader is a safe one.
+        return yaml.load(path.read_bytes(), _PlainLoader)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
+        raise InputError(f"{path.name} is not YAML of plain data: {line}{problem}") from None

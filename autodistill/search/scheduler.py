@@ -1,0 +1,143 @@
+"""Asynchronous successive halving with pause and promotion, as a pure object: reports in, three words out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+from autodistill.contracts import Decision, Direction
+
+
+class SuccessiveHalving:
+    """Pauses trials at rungs and says which of them goes on.
+
+    Nothing is kept but what was told, so that the same reports and discards rebuild the same scheduler. A trial counts
+    as promoted from a rung once it is in flight again or has reported further up. Promotion before all reports are in
+    follows ASHA (Li et al., 2020, arXiv:1810.05934): the best share of those that reported so far.
+
+    Args:
+        trials: Number that will be proposed, exempt ones not counted.
+        rungs: Training tokens at which a trial reports, ascending.
+        keep: How many trials may go past each rung but the last.
+        direction: Whether more or less of the reported value is better.
+        exempt: Trials that are never paused and take nobody's place: baselines.
+
+    Raises:
+        ValueError: Rungs, `keep` and `trials` do not match.
+    """
+
+    def __init__(
+        self,
+        *,
+        trials: int,
+        rungs: Sequence[int],
+        keep: Sequence[int],
+        direction: Direction = "max",
+        exempt: Collection[str] = (),
+    ) -> None:
+        if not rungs or list(rungs) != sorted(set(rungs)):
+            raise ValueError(f"rungs must ascend, not {list(rungs)}")
+        if len(keep) != len(rungs) - 1:
+            raise ValueError(f"{len(rungs)} rungs need {len(rungs) - 1} numbers of trials to keep, not {len(keep)}")
+        arriving = (trials, *keep)
+        if list(arriving) != sorted(arriving, reverse=True) or arriving[-1] < 0:
+            raise ValueError(f"of {trials} trials fewer and fewer may be kept, not {list(keep)}")
+        self.rungs = tuple(rungs)
+        self.keep = tuple(keep)
+        self.direction = direction
+        self.exempt = frozenset(exempt)
+        self._arriving = arriving
+        self._reports: list[dict[str, float | None]] = [{} for _ in rungs]
+        self._discarded: set[str] = set()
+
+    @property
+    def last(self) -> int:
+        """Index of the last rung."""
+        return len(self.rungs) - 1
+
+    def report(self, trial_id: str, rung: int, value: float | None, feasible: bool = True) -> Decision:
+        """Takes the value of a trial at a rung: STOP when it is complete, else PAUSE, or CONTINUE where it is exempt.
+
+        Args:
+            trial_id: Any name.
+            rung: Index of the rung.
+            value: Of the metric; a missing or non-finite one is never promoted.
+            feasible: Whether some deployment of the trial keeps to the budget; one without is never promoted.
+
+        Raises:
+            ValueError: No such rung, or the trial skipped one.
+        """
+        if not 0 <= rung <= self.last:
+            raise ValueError(f"there is no rung {rung}: there are {len(self.rungs)}")
+        if rung > 0 and trial_id not in self._reports[rung - 1]:
+            raise ValueError(f"trial {trial_id} reports at rung {rung} but never did at rung {rung - 1}")
+        usable = feasible and value is not None and math.isfinite(value)
+        self._reports[rung][trial_id] = value if usable else None
+        if rung == self.last:
+            return Decision.STOP
+        return Decision.CONTINUE if trial_id in self.exempt else Decision.PAUSE
+
+    def discard(self, trial_id: str) -> None:
+        """Takes a trial out that failed or was stopped: it is not promoted, and the place it took is free again."""
+        self._discarded.add(trial_id)
+
+    def next_to_promote(self, in_flight: Collection[str], all_proposed: bool, extra: bool = False) -> str | None:
+        """The paused trial to take to its next rung, from the highest rung that has one, or None.
+
+        A rung is closed when no further trial can arrive at it; then its best ones go on until `keep` is used up.
+        Before, one goes on only while it is among the best keep / (trials expected) of those that reported.
+
+        Args:
+            in_flight: Trials that are training, or were chosen to.
+            all_proposed: Whether no further trial will be started.
+            extra: Whether a trial beyond `keep` may go on where nothing else is to be done, as when time is left over.
+        """
+        for rung in reversed(range(self.last)):
+            closed = all_proposed and self._arrivals_over(rung, in_flight)
+            chosen = self._candidate(rung, in_flight, closed)
+            if chosen is not None:
+                return chosen
+        if not extra or not all_proposed:
+            return None
+        waiting = (self._waiting(rung, in_flight) for rung in reversed(range(self.last)))
+        return next((trials[0] for trials in waiting if trials), None)
+
+    def paused(self, in_flight: Collection[str]) -> tuple[str, ...]:
+        """Trials that wait at a rung, promotable or not: what must be stopped when a search ends."""
+        ended = self._discarded | self.exempt | set(self._reports[self.last])
+        return tuple(sorted(set(self._reports[0]) - ended - set(in_flight)))
+
+    def _ranked(self, rung: int) -> list[str]:
+        """Usable trials at a rung, the best first, ties by name."""
+        sign = -1.0 if self.direction == "max" else 1.0
+        out = self._discarded | self.exempt
+        values = {
+            trial: value for trial, value in self._reports[rung].items() if value is not None and trial not in out
+        }
+        return sorted(values, key=lambda trial: (sign * values[trial], trial))
+
+    def _moved_on(self, rung: int, in_flight: Collection[str]) -> set[str]:
+        """Trials that left a rung upwards, discarded ones not counted."""
+        left = set(self._reports[rung + 1]) | (set(in_flight) & set(self._reports[rung]))
+        return left - self._discarded - self.exempt
+
+    def _waiting(self, rung: int, in_flight: Collection[str]) -> list[str]:
+        moved = self._moved_on(rung, in_flight)
+        return [trial for trial in self._ranked(rung) if trial not in moved]
+
+    def _candidate(self, rung: int, in_flight: Collection[str], closed: bool) -> str | None:
+        waiting = self._waiting(rung, in_flight)
+        if not waiting or len(self._moved_on(rung, in_flight)) >= self.keep[rung]:
+            return None
+        if closed:
+            return waiting[0]
+        reported = len(set(self._reports[rung]) - self.exempt)
+        share = reported * self.keep[rung] // self._arriving[rung]
+        return waiting[0] if waiting[0] in self._ranked(rung)[:share] else None
+
+    def _arrivals_over(self, rung: int, in_flight: Collection[str]) -> bool:
+        """Whether, with all trials proposed, none is under way to `rung` or may yet be promoted towards it."""
+        here = set(self._reports[rung])
+        if any(trial not in here for trial in set(in_flight) - self.exempt):
+            return False
+        return all(self._candidate(below, in_flight, closed=True) is None for below in range(rung))

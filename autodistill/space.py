@@ -1,0 +1,360 @@
+"""What may be tried: YAML to `Space`, with its conditional dimensions, and a point of it to a strategy."""
+
+from __future__ import annotations
+
+import copy
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from autodistill.domains import Choices, Range, Value, check, check_fields, near, read_choices, read_range
+from autodistill.errors import InputError
+from autodistill.plain_yaml import read_yaml
+from autodistill.strategy import Alignment, Deployment, Init, Part, Strategy, content_hash
+
+Point = dict[str, Value]
+
+_DIMENSION_FIELDS = ("choices", "low", "high", "step", "log", "when")
+_SPACE_FIELDS = ("name", "description", "dimensions", "deployments", "baselines")
+
+
+def _strategy_paths(part: type[Part] = Strategy, prefix: str = "") -> dict[str, type]:
+    """Every dotted path of a strategy with the type found there."""
+    paths: dict[str, type] = {}
+    for name, hint in typing.get_type_hints(part).items():
+        if isinstance(hint, types.UnionType):
+            (hint,) = (arm for arm in hint.__args__ if arm is not type(None))
+        paths[prefix + name] = hint
+        if issubclass(hint, Part):
+            paths |= _strategy_paths(hint, f"{prefix}{name}.")
+    return paths
+
+
+PATHS: Mapping[str, type] = _strategy_paths()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimension:
+    """One thing that a strategy may vary.
+
+    Attributes:
+        path: Dotted path in a strategy, like "distillation.temperature.shape".
+        domain: What it may be.
+        when: Values of other dimensions, all of which must hold for this one to count.
+    """
+
+    path: str
+    domain: Choices | Range
+    when: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+
+    def active(self, point: Mapping[str, Value]) -> bool:
+        """Whether `point`, which has the dimensions before this one, makes this one count."""
+        return all(path in point and point[path] in values for path, values in self.when.items())
+
+    def to_json(self) -> dict[str, Any]:
+        """The dimension as plain data, without its path."""
+        when = {path: list(values) for path, values in self.when.items()}
+        return self.domain.to_json() | ({"when": when} if when else {})
+
+    @classmethod
+    def from_json(cls, path: str, data: Any) -> Dimension:
+        """Reads what a space file says of one dimension.
+
+        Raises:
+            InputError: An unknown path or field, a wrong type, an empty domain.
+        """
+        check(path in PATHS, f"no strategy has {path}; {near(path, PATHS)}")
+        check(isinstance(data, Mapping), f"{path} must be a mapping with choices, or low and high, not {data!r}")
+        check_fields(data, _DIMENSION_FIELDS, path)
+        when = data.get("when", {})
+        check(isinstance(when, Mapping), f"{path}.when must be a mapping of paths to lists of values, not {when!r}")
+        for values in when.values():
+            check(isinstance(values, list) and values != [], f"{path}.when needs a list of values, not {values!r}")
+        try:
+            domain = read_choices(data) if "choices" in data else read_range(PATHS[path], data)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        return cls(path=path, domain=domain, when={str(other): tuple(values) for other, values in when.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What a search may try.
+
+    Attributes:
+        name: Short name.
+        description: One sentence.
+        dimensions: Each after those that its condition names.
+        deployments: How trained students are packed.
+        baselines: Named strategies that run first, to the full plan.
+    """
+
+    name: str
+    description: str
+    dimensions: tuple[Dimension, ...]
+    deployments: tuple[Deployment, ...]
+    baselines: Mapping[str, Strategy]
+
+    def strategy(self, point: Mapping[str, Value]) -> Strategy:
+        """The strategy at `point`; what no dimension sets has the strategy's default.
+
+        Raises:
+            InputError: A value for no active dimension, an active one without a value, a value outside of its domain,
+                or values that contradict each other.
+        """
+        data: dict[str, Any] = {}
+        left = dict(point)
+        for dimension in self.dimensions:
+            if not dimension.active(point):
+                continue
+            check(dimension.path in left, f"the point lacks {dimension.path}")
+            value = left.pop(dimension.path)
+            check(dimension.domain.holds(value), f"{dimension.path} is {value!r}, which is outside of its domain")
+            _place(data, dimension.path, dimension.domain.meaning(value))
+        check(not left, f"the point sets {', '.join(left)}, which is no active dimension of the space")
+        temperature = data.get("distillation", {}).get("temperature", {})
+        if isinstance(temperature, dict) and temperature.get("shape", "constant") == "constant":
+            # A constant temperature has no end of its own, so that no dimension could set it.
+            temperature.setdefault("end", temperature.get("start", 1.0))
+        return Strategy.from_json(data)
+
+    def point(self, strategy: Strategy) -> Point | None:
+        """The point at which `strategy` lies, or None where it lies outside of the space."""
+        data = strategy.to_json()
+        point: Point = {}
+        for dimension in self.dimensions:
+            if dimension.active(point):
+                value = _find(dimension.domain, _look_up(data, dimension.path))
+                if value is None:
+                    return None
+                point[dimension.path] = value
+        return point if self.strategy(point) == strategy else None
+
+    def points(self, values: Callable[[Dimension], Sequence[Value]]) -> Iterator[Point]:
+        """Every point whose active dimensions take one of `values(dimension)`."""
+        return _points(self.dimensions, values, {})
+
+    def alignment_cases(self, teacher_layers: int) -> tuple[tuple[Init, Alignment], ...]:
+        """Every way of keeping layers and choosing aligned ones that the space and its baselines hold.
+
+        The teacher's hidden states that a search may need follow from it. Other fields of both parts are examples.
+        """
+        relevant = ("init", "init.depth", "init.layers", "init.source")
+        aligned = tuple(f"distillation.alignment{name}" for name in ("", ".layers", ".count"))
+        branching = _with_conditions(self.dimensions, {*relevant, *aligned, "distillation"})
+
+        def values(dimension: Dimension) -> Sequence[Value]:
+            if dimension.path not in branching:
+                return dimension.domain.corners[:1]
+            return dimension.domain.grid or _depths(dimension, teacher_layers)
+
+        cases: dict[tuple[float, str, str, int], tuple[Init, Alignment]] = {}
+        strategies = (self.strategy(point) for point in self.points(values))
+        for strategy in (*strategies, *self.baselines.values()):
+            alignment = strategy.distillation.alignment
+            if alignment is not None:
+                key = (strategy.init.depth, strategy.init.layers, alignment.layers, alignment.count)
+                cases.setdefault(key, (strategy.init, alignment))
+        return tuple(cases[key] for key in sorted(cases))
+
+    @cached_property
+    def hash(self) -> str:
+        """Content hash of all that a search depends on: dimensions, deployments and baselines, not the wording."""
+        data = self.to_json()
+        return content_hash([list(data["dimensions"].items()), data["deployments"], data["baselines"]])
+
+    def to_json(self) -> dict[str, Any]:
+        """The space as plain data, which `from_json` reads; baselines are written out."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            "dimensions": {dimension.path: dimension.to_json() for dimension in self.dimensions},
+            "deployments": [deployment.to_json() for deployment in self.deployments],
+            "baselines": {name: strategy.to_json() for name, strategy in self.baselines.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Space:
+        """Reads a space from plain data and checks that each of its corners is a strategy.
+
+        Raises:
+            InputError: Anything wrong with it, naming the dimension.
+        """
+        check(isinstance(data, Mapping), "the space must be a mapping with dimensions and deployments")
+        check_fields(data, _SPACE_FIELDS, "the space")
+        for name in ("name", "description"):
+            check(isinstance(data.get(name, ""), str), f"{name} must be text, not {data.get(name)!r}")
+        dimensions = data.get("dimensions")
+        check(isinstance(dimensions, Mapping) and len(dimensions) > 0, "dimensions must be a mapping with an entry")
+        space = cls(
+            name=data.get("name", "unnamed"),
+            description=data.get("description", ""),
+            dimensions=_in_order([Dimension.from_json(str(path), entry) for path, entry in dimensions.items()]),
+            deployments=_deployments(data.get("deployments")),
+            baselines=_baselines(data.get("baselines", [])),
+        )
+        _check_corners(space)
+        return space
+
+
+def _place(data: dict[str, Any], path: str, value: Any) -> None:
+    """Sets the field at `path` of a strategy's plain data."""
+    *parents, leaf = path.split(".")
+    for depth, name in enumerate(parents, 1):
+        data = data.setdefault(name, {})
+        holder = ".".join(parents[:depth])
+        check(isinstance(data, dict), f"{path} is set where {holder} is none: give it a condition (`when`) on {holder}")
+    check(leaf not in data, f"{path} is set by two dimensions at once")
+    data[leaf] = copy.deepcopy(value)
+
+
+def _look_up(data: Any, path: str) -> Any:
+    for name in path.split("."):
+        data = data.get(name) if isinstance(data, Mapping) else None
+    return data
+
+
+def _find(domain: Choices | Range, value: Any) -> Value | None:
+    """The value of `domain` that puts `value`, or what `value` agrees with, at the dimension's path."""
+    if isinstance(domain, Range):
+        return value if domain.holds(value) else None
+    for label, data in domain.values.items():
+        part = isinstance(data, Mapping) and isinstance(value, Mapping)
+        if value == data or (part and all(key in value and value[key] == data[key] for key in data)):
+            return label
+    return None
+
+
+def _points(
+    dimensions: Sequence[Dimension], values: Callable[[Dimension], Sequence[Value]], point: Point
+) -> Iterator[Point]:
+    if not dimensions:
+        yield dict(point)
+    elif not dimensions[0].active(point):
+        yield from _points(dimensions[1:], values, point)
+    else:
+        for value in values(dimensions[0]):
+            yield from _points(dimensions[1:], values, point | {dimensions[0].path: value})
+
+
+def _with_conditions(dimensions: Sequence[Dimension], paths: set[str]) -> set[str]:
+    """`paths` and all that their conditions name, directly or not; `dimensions` are in order."""
+    for dimension in reversed(dimensions):
+        if dimension.path in paths:
+            paths = paths | set(dimension.when)
+    return paths
+
+
+def _depths(dimension: Dimension, teacher_layers: int) -> tuple[Value, ...]:
+    """One depth of a continuous range for each number of layers that it can leave."""
+    low, high = (float(value) for value in dimension.domain.corners)
+    inner = (min(max((count + 0.5) / teacher_layers, low), high) for count in range(teacher_layers + 1))
+    return tuple(sorted({low, high, *inner}))
+
+
+def _in_order(dimensions: Sequence[Dimension]) -> tuple[Dimension, ...]:
+    """Sorts so that a dimension comes after those it depends on: its conditions, and the part that it is a field of."""
+    by_path = {dimension.path: dimension for dimension in dimensions}
+    for dimension in dimensions:
+        for path, values in dimension.when.items():
+            check(
+                path in by_path,
+                f"{dimension.path} has a condition on {path}, no dimension here; {near(path, by_path)}",
+            )
+            domain = by_path[path].domain
+            check(isinstance(domain, Choices), f"{dimension.path} has a condition on {path}, which has no choices")
+            for value in values:
+                where = f"{dimension.path} has a condition on {path} being {value!r}"
+                check(domain.holds(value), f"{where}; {near(value, map(str, domain.corners))}")
+    ordered: list[Dimension] = []
+    waiting = list(dimensions)
+    while waiting:
+        behind = {dimension.path for dimension in waiting}
+        ready = next((item for item in waiting if not _depends(item, behind)), None)
+        check(ready is not None, f"the conditions of {waiting[0].path} lead in a circle")
+        assert ready is not None
+        waiting.remove(ready)
+        ordered.append(ready)
+    return tuple(ordered)
+
+
+def _depends(dimension: Dimension, paths: set[str]) -> bool:
+    return any(path in paths for path in dimension.when) or any(dimension.path.startswith(f"{path}.") for path in paths)
+
+
+def _check_corners(space: Space) -> None:
+    """Builds the strategy at each corner: rules hold within a part, so parts are crossed one at a time."""
+    active: set[str] = set()
+    for part in dict.fromkeys(_part_of(dimension.path) for dimension in space.dimensions):
+        members = {item.path for item in space.dimensions if _part_of(item.path) == part}
+        branching = _with_conditions(space.dimensions, members)
+
+        def values(dimension: Dimension, branching: set[str] = branching) -> Sequence[Value]:
+            corners = dimension.domain.corners
+            return corners if dimension.path in branching else corners[:1]
+
+        for point in space.points(values):
+            space.strategy(point)
+            active.update(members & set(point))
+    idle = [dimension.path for dimension in space.dimensions if dimension.path not in active]
+    check(not idle, f"{', '.join(idle)} can never be active: its conditions exclude each other")
+
+
+def _part_of(path: str) -> str:
+    return path if issubclass(PATHS[path], Part) else path.rpartition(".")[0]
+
+
+def _deployments(data: Any) -> tuple[Deployment, ...]:
+    check(isinstance(data, list) and len(data) > 0, "the space has no deployments: list at least one")
+    deployments = tuple(Deployment.from_json(item, f"deployments[{index}]") for index, item in enumerate(data))
+    check(len(set(deployments)) == len(deployments), "a deployment is listed twice")
+    return deployments
+
+
+def _baselines(data: Any) -> dict[str, Strategy]:
+    if isinstance(data, Mapping):
+        return {str(name): Strategy.from_json(item, f"baselines.{name}") for name, item in data.items()}
+    check(isinstance(data, list), f"baselines must be a list of named strategies, not {data!r}")
+    return {str(name): load_strategy(str(name)) for name in data}
+
+
+def load_space(ref: str | Path) -> Space:
+    """The space of a name in `search_spaces/`, or of a YAML file.
+
+    Raises:
+        InputError: No such space or file, YAML that is not plain data, or a space that does not hold together.
+    """
+    path = _resolve(ref, "space", ".")
+    try:
+        return Space.from_json(read_yaml(path))
+    except InputError as error:
+        raise InputError(f"space {ref}: {error}") from None
+
+
+def load_strategy(ref: str | Path) -> Strategy:
+    """The strategy of a name in `search_spaces/strategies/`, or of a YAML file.
+
+    Raises:
+        InputError: No such strategy or file, YAML that is not plain data, or a broken rule.
+    """
+    path = _resolve(ref, "strategy", "strategies")
+    try:
+        return Strategy.from_json(read_yaml(path))
+    except InputError as error:
+        raise InputError(f"strategy {ref}: {error}") from None
+
+
+def _resolve(ref: str | Path, what: str, folder: str) -> Path:
+    if isinstance(ref, Path) or ref.endswith((".yaml", ".yml")) or "/" in ref or "\\" in ref:
+        check(Path(ref).is_file(), f"there is no {what} file {ref}")
+        return Path(ref)
+    home = Path(str(files("autodistill.search_spaces"))) / folder
+    known = {path.stem: path for path in sorted(home.glob("*.yaml"))}
+    if ref not in known:
+        raise InputError(f"there is no {what} {ref!r}; {near(ref, known)}; or give a .yaml file")
+    return known[ref]

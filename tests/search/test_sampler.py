@@ -1,0 +1,176 @@
+"""The sampler: the same proposals everywhere, never one twice, and what it is told moves them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from autodistill.contracts import Status
+from autodistill.errors import InputError
+from autodistill.search.sampler import Observation, Sampler
+from autodistill.space import Space, load_space
+
+HUGGINGFACE = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
+
+
+def space_of(**dimensions) -> Space:
+    return Space.from_json({"dimensions": dimensions, "deployments": [HUGGINGFACE]})
+
+
+def history(space: Space, count: int = 12) -> list[Observation]:
+    """Completed, paused, rejected, failed and running observations at random points."""
+    sampler = Sampler(space, name="random", seed=11)
+    observations = []
+    for number in range(count):
+        point = sampler.propose(number)
+        kinds = (
+            {"state": Status.COMPLETED, "value": number / 10, "fidelity": 1.0, "constraint": -0.5},
+            {"state": "paused", "value": number / 20, "fidelity": 0.25},
+            {"state": Status.STOPPED, "value": float("nan"), "fidelity": 0.25},
+            {"state": Status.REJECTED, "constraint": 0.3},
+            {"state": Status.FAILED},
+            {"state": "running"},
+        )
+        observations.append(Observation(point=point, **kinds[number % len(kinds)]))
+    return observations
+
+
+PROGRAM = """
+import json, sys
+sys.path.insert(0, "tests/search")
+from test_sampler import history, load_space, Sampler
+space = load_space("default")
+print(json.dumps([Sampler(space, name=name, seed=3).propose(number, history(space))
+                  for name in ("tpe", "random") for number in (2, 14)]))
+"""
+
+
+def test_another_process_proposes_the_same():
+    space = load_space("default")
+    here = [
+        Sampler(space, name=name, seed=3).propose(number, history(space))
+        for name in ("tpe", "random")
+        for number in (2, 14)
+    ]
+    environment = os.environ | {"PYTHONHASHSEED": "77"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, check=True)
+    assert json.loads(done.stdout) == here
+
+
+def test_one_sampler_keeps_nothing_between_calls():
+    space = load_space("default")
+    sampler = Sampler(space, seed=5)
+    first = sampler.propose(9, history(space))
+    sampler.propose(10, history(space))
+    assert sampler.propose(9, history(space)) == first
+    assert Sampler(space, seed=6).propose(9, history(space)) != first
+
+
+@pytest.mark.parametrize("name", ["tpe", "random"])
+def test_proposals_lie_in_the_space_and_differ(name):
+    space = load_space("default")
+    observations = history(space)
+    ids = {space.strategy(observation.point).id for observation in observations}
+    for number in range(len(observations), len(observations) + 8):
+        point = Sampler(space, name=name).propose(number, observations)
+        ids.add(space.strategy(point).id)  # raises outside of the space
+        observations.append(Observation(point=point, state="running"))  # asked again before anything is known of it
+    assert len(ids) == len(observations)
+
+
+@pytest.mark.parametrize("name", ["tpe", "random"])
+def test_a_finite_space_is_used_up_and_then_ends(name):
+    space = space_of(
+        **{
+            "init.layers": {"choices": ["even", "contiguous"]},
+            "distillation.temperature.shape": {"choices": ["constant", "linear"]},
+            "distillation.temperature.end": {
+                "low": 2.0,
+                "high": 4.0,
+                "step": 1.0,
+                "when": {"distillation.temperature.shape": ["linear"]},
+            },
+        }
+    )
+    observations: list[Observation] = []
+    while (point := Sampler(space, name=name).propose(len(observations), observations)) is not None:
+        value = float(len(observations))
+        observations.append(Observation(point=point, state=Status.COMPLETED, value=value, fidelity=1.0))
+    assert len(observations) == 2 * (1 + 3)
+
+
+def test_the_first_proposals_are_spread():
+    space = space_of(
+        **{
+            "init.depth": {"low": 0.2, "high": 0.8},
+            "distillation.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
+        }
+    )
+    points = [Sampler(space, seed=1).propose(number) for number in range(6)]
+    assert sorted(int((point["init.depth"] - 0.2) / 0.1 + 1e-6) for point in points) == list(range(6))
+
+
+RATE = {"distillation.divergence_weight": {"low": 0.0, "high": 1.0}}
+
+
+def proposals(observations, direction="max", count=20) -> list[float]:
+    """Weights proposed by samplers that differ in seed only."""
+    samplers = [Sampler(space_of(**RATE), seed=seed, direction=direction) for seed in range(count)]
+    return [sampler.propose(50, observations)["distillation.divergence_weight"] for sampler in samplers]
+
+
+def observed(weight: float, **fields) -> Observation:
+    fields = {"state": Status.COMPLETED, "fidelity": 1.0} | fields
+    return Observation(point={"distillation.divergence_weight": weight}, **fields)
+
+
+def mean(values) -> float:
+    return sum(values) / len(values)
+
+
+WEIGHTS = [index / 20 for index in range(21)]
+
+
+@pytest.mark.parametrize(("direction", "low", "high"), [("max", 0.7, 1.0), ("min", 0.0, 0.3)])
+def test_it_goes_where_values_are_better(direction, low, high):
+    proposed = proposals([observed(weight, value=weight) for weight in WEIGHTS], direction)
+    assert low < mean(proposed) < high
+
+
+def test_rejected_proposals_drive_it_away():
+    # The metric pulls upwards, but nothing above a half fits the budget.
+    observations = [
+        observed(weight, state=Status.REJECTED, fidelity=0.0, constraint=weight)
+        if weight > 0.5
+        else observed(weight, value=weight, constraint=-0.1)
+        for weight in WEIGHTS
+    ]
+    assert mean(proposals(observations)) < 0.6
+    assert mean(proposals([observed(weight, value=weight) for weight in WEIGHTS])) > 0.7
+
+
+def test_values_of_low_fidelity_do_not_outrank_complete_ones():
+    # Paused early with higher numbers, as where the metric falls with training.
+    early = [observed(weight, state="paused", value=10 + weight, fidelity=0.1) for weight in WEIGHTS if weight > 0.5]
+    complete = [observed(weight, value=1 - weight) for weight in WEIGHTS if weight <= 0.5]
+    assert mean(proposals(complete + early)) < 0.4
+
+
+def test_bad_use():
+    with pytest.raises(InputError, match="tpe, random"):
+        Sampler(space_of(**RATE), name="annealing")
+    with pytest.raises(ValueError, match="above 0"):
+        observed(0.5, state=Status.REJECTED, constraint=-0.1)
+
+
+def test_it_is_quiet(caplog):
+    with warnings.catch_warnings(), caplog.at_level(logging.DEBUG):
+        warnings.simplefilter("error")
+        Sampler(load_space("default")).propose(12, history(load_space("default")))
+    assert not caplog.records

@@ -1,0 +1,209 @@
+"""The scheduler against a brute-force successive halving and against the definition of ASHA, on recorded tables."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autodistill.contracts import Decision
+from autodistill.search.scheduler import SuccessiveHalving
+
+RUNGS = (100, 200, 400)
+
+
+def table(seed: int, trials: int, rungs: int) -> dict[str, list[float]]:
+    source = random.Random(seed)
+    return {f"t{index:02d}": [source.randrange(20) / 20 for _ in range(rungs)] for index in range(trials)}
+
+
+def make(**changes):
+    settings = {"trials": 4, "rungs": RUNGS, "keep": (2, 1)} | changes
+    return SuccessiveHalving(**settings)
+
+
+def test_words():
+    scheduler = make(exempt={"base"})
+    assert scheduler.report("a", 0, 0.5) is Decision.PAUSE
+    assert scheduler.report("a", 1, 0.5) is Decision.PAUSE
+    assert scheduler.report("a", 2, 0.5) is Decision.STOP
+    assert [scheduler.report("base", rung, 0.1) for rung in range(3)] == [
+        Decision.CONTINUE,
+        Decision.CONTINUE,
+        Decision.STOP,
+    ]
+
+
+@given(seed=st.integers(0, 10**6), trials=st.integers(1, 12), data=st.data(), direction=st.sampled_from(["max", "min"]))
+@settings(max_examples=60, deadline=None)
+def test_in_lockstep_it_is_plain_successive_halving(seed, trials, data, direction):
+    keep = sorted((data.draw(st.integers(0, trials)) for _ in range(2)), reverse=True)
+    curves = table(seed, trials, 3)
+    scheduler = make(trials=trials, keep=keep, direction=direction)
+    # Brute force: sort everything at each rung, cut, go on with the rest.
+    sign = -1 if direction == "max" else 1
+    survivors = list(curves)
+    expected = []
+    for rung, places in enumerate(keep):
+        survivors = sorted(survivors, key=lambda name: (sign * curves[name][rung], name))[:places]
+        expected.append(survivors)
+
+    for name in curves:
+        scheduler.report(name, 0, curves[name][0])
+    for rung in range(2):
+        promoted = []
+        while (name := scheduler.next_to_promote(promoted, all_proposed=True)) is not None:
+            promoted.append(name)
+        assert promoted == expected[rung]
+        for name in promoted:
+            scheduler.report(name, rung + 1, curves[name][rung + 1])
+    assert scheduler.paused(()) == tuple(sorted(set(curves) - set(expected[1])))
+
+
+def simulate(curves, scheduler, workers, source, extra=False):
+    """Runs recorded curves on workers of random speed; yields each choice with what was known when it was made."""
+    todo = list(curves)
+    flying: dict[str, tuple[float, int]] = {}
+    log = []
+    now = 0.0
+    while True:
+        while len(flying) < workers:
+            chosen = scheduler.next_to_promote(list(flying), not todo, extra)
+            if chosen is not None:
+                rung = max(rung for name, rung, _ in log if name == chosen) + 1
+                yield ("promote", chosen, rung - 1, list(log), set(flying), not todo)
+                flying[chosen] = (now + source.random(), rung)
+            elif todo:
+                flying[todo.pop(0)] = (now + source.random(), 0)
+            else:
+                break
+        if not flying:
+            yield ("end", None, None, list(log), set(), True)
+            return
+        name = min(flying, key=lambda item: flying[item])
+        now, rung = flying.pop(name)
+        scheduler.report(name, rung, curves[name][rung])
+        log.append((name, rung, curves[name][rung]))
+
+
+@given(seed=st.integers(0, 10**6), trials=st.integers(1, 14), workers=st.integers(1, 4), data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_asynchronous_promotions_keep_the_definition(seed, trials, workers, data):
+    keep = sorted((data.draw(st.integers(0, trials)) for _ in range(2)), reverse=True)
+    curves = table(seed, trials, 3)
+    promoted: list[list[str]] = [[], []]
+    arriving = (trials, keep[0])
+    for kind, name, rung, log, flying, all_proposed in simulate(
+        curves, make(trials=trials, keep=keep), workers, random.Random(seed)
+    ):
+        values = [{who: value for who, at, value in log if at == level} for level in range(2)]
+        ranked = [sorted(level, key=lambda who: (-level[who], who)) for level in values]
+        if kind == "end":
+            assert [len(names) for names in promoted] == keep  # nothing is left unused
+            continue
+        waiting = [who for who in ranked[rung] if who not in promoted[rung]]
+        assert name == waiting[0]
+        more_may_come = not all_proposed or any(who not in values[rung] for who in flying)
+        more_may_come |= any(len(promoted[below]) < keep[below] for below in range(rung))
+        if more_may_come:
+            assert name in ranked[rung][: math.floor(len(ranked[rung]) * keep[rung] / arriving[rung] + 1e-9)]
+        if rung == 0:  # nothing could have been promoted from further up
+            share = len(ranked[1]) * keep[1] // max(keep[0], 1)
+            above = [who for who in ranked[1][:share] if who not in promoted[1]]
+            assert not above or len(promoted[1]) >= keep[1]
+        promoted[rung].append(name)
+        assert len(promoted[rung]) <= keep[rung]
+
+
+@given(seed=st.integers(0, 10**6), workers=st.integers(1, 4))
+@settings(max_examples=20, deadline=None)
+def test_left_over_time_takes_every_trial_to_the_end(seed, workers):
+    curves = table(seed, 7, 3)
+    *_, (_, _, _, log, _, _) = simulate(curves, make(trials=7, keep=(2, 1)), workers, random.Random(seed), extra=True)
+    assert sorted(name for name, rung, _ in log if rung == 2) == sorted(curves)
+
+
+def test_extra_waits_until_all_are_proposed():
+    scheduler = make(keep=(0, 0))
+    scheduler.report("a", 0, 0.5)
+    assert scheduler.next_to_promote([], all_proposed=False, extra=True) is None
+    assert scheduler.next_to_promote([], all_proposed=True) is None
+    assert scheduler.next_to_promote([], all_proposed=True, extra=True) == "a"
+
+
+@pytest.mark.parametrize("direction", ["max", "min"])
+@pytest.mark.parametrize("value", [math.nan, None, math.inf, -math.inf])
+def test_without_a_value_nobody_goes_on(value, direction):
+    scheduler = make(direction=direction)
+    assert scheduler.report("a", 0, value) is Decision.PAUSE
+    scheduler.report("b", 0, 0.1)
+    assert scheduler.next_to_promote([], all_proposed=True) == "b"
+    assert scheduler.next_to_promote(["b"], all_proposed=True, extra=True) is None
+    assert scheduler.paused(["b"]) == ("a",)
+
+
+def test_infeasible_trials_do_not_go_on():
+    scheduler = make()
+    scheduler.report("a", 0, 0.9, feasible=False)
+    scheduler.report("b", 0, 0.1)
+    assert scheduler.next_to_promote([], all_proposed=True) == "b"
+
+
+def test_a_tie_goes_to_the_first_name():
+    scheduler = make()
+    for name in "cab":
+        scheduler.report(name, 0, 0.5)
+    assert scheduler.next_to_promote([], all_proposed=True) == "a"
+
+
+def test_exempt_trials_take_nobodys_place():
+    scheduler = make(trials=2, keep=(1, 1), exempt={"base"})
+    scheduler.report("base", 0, 0.9)
+    scheduler.report("a", 0, 0.5)
+    assert scheduler.next_to_promote(["base"], all_proposed=False) is None  # one of two reported: too early
+    scheduler.report("b", 0, 0.4)
+    assert scheduler.next_to_promote(["base"], all_proposed=False) == "a"
+    assert scheduler.paused(["base", "a"]) == ("b",)
+
+
+def test_a_failed_trial_frees_its_place():
+    scheduler = make(keep=(1, 1))
+    scheduler.report("a", 0, 0.9)
+    scheduler.report("b", 0, 0.5)
+    assert scheduler.next_to_promote([], all_proposed=True) == "a"
+    assert scheduler.next_to_promote(["a"], all_proposed=True) is None
+    scheduler.discard("a")
+    assert scheduler.next_to_promote([], all_proposed=True) == "b"
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_replaying_reports_rebuilds_it(seed):
+    source = random.Random(seed)
+    curves = table(seed, 8, 3)
+    original = make(trials=8, keep=(4, 2))
+    for _, _, _, log, flying, all_proposed in simulate(curves, original, 3, source):
+        copy = make(trials=8, keep=(4, 2))
+        for name, rung, value in log:
+            copy.report(name, rung, value)
+        assert copy.next_to_promote(flying, all_proposed) == original.next_to_promote(flying, all_proposed)
+        assert copy.paused(flying) == original.paused(flying)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rungs": ()}, {"rungs": (2, 1, 3)}, {"keep": (2,)}, {"keep": (1, 2)}, {"keep": (5, 1)}, {"keep": (1, -1)}],
+)
+def test_plans_that_do_not_hold_together(changes):
+    with pytest.raises(ValueError):
+        make(**changes)
+
+
+def test_reports_out_of_order():
+    with pytest.raises(ValueError, match="no rung 3"):
+        make().report("a", 3, 0.5)
+    with pytest.raises(ValueError, match="never did at rung 0"):
+        make().report("a", 1, 0.5)
