@@ -1,0 +1,127 @@
+"""The imports run one way: a file imports only what stands above it in the list of rooms."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# From the ground up. A folder is one room, whose files may import each other, though never in a circle.
+ROOMS = (
+    "errors",
+    "units",
+    "llama_cpp_child",
+    "llama_cpp",
+    "statistics",
+    "hardware",
+    "formats",
+    "strategy",
+    "plain_yaml",
+    "domains",
+    "space",
+    "contracts",
+    "plugins",
+    "estimate",
+    "records",
+    "documents",
+    "data",
+    "distillation",
+    "trial",
+    "export",
+    "evaluators",
+    "search",
+    "testing",
+    "console",
+    "cli",
+    "__main__",
+    "",  # autodistill/__init__.py: public names
+)
+WITHOUT_TORCH = ("errors", "units", "formats", "strategy", "space", "contracts", "plugins", "estimate")
+
+
+def sources() -> dict[str, Path]:
+    """Module names without "autodistill.", and their files."""
+    found = {}
+    for folder, prefix in ((ROOT / "autodistill", ""), (ROOT / "evaluators", "evaluators.")):
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            name = prefix + ".".join(part for part in parts if part != "__init__")
+            found[name.rstrip(".")] = path
+    return found
+
+
+SOURCES = sources()
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of all that a file imports, inside of functions too; where a name is a module, the module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            base = node.module or ""
+            modules = {f"{base}.{alias.name}" for alias in node.names} & {f"autodistill.{name}" for name in SOURCES}
+            found.update(modules or {base})
+    return found
+
+
+def own(path: Path) -> set[str]:
+    """Names of the project's modules that a file imports, without "autodistill."."""
+    names = {name for name in imports(path) if name == "autodistill" or name.startswith("autodistill.")}
+    return {name.removeprefix("autodistill").removeprefix(".") for name in names}
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def test_every_file_has_a_room():
+    assert {room(name) for name in SOURCES} <= set(ROOMS)
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_a_file_imports_only_what_stands_above_it(module):
+    place = ROOMS.index(room(module))
+    for other in own(SOURCES[module]):
+        inside = room(other) == room(module) and module != ""
+        above = room(other) in ROOMS and ROOMS.index(room(other)) < place
+        assert inside or above, f"autodistill.{module} imports autodistill.{other}, which stands below it"
+
+
+def test_nothing_imports_in_a_circle():
+    graph = {module: own(path) for module, path in SOURCES.items()}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_evaluators_import_the_contracts_the_estimate_and_what_stands_above_them():
+    # The estimate is the one room below the contracts that they may use: `memory` reports what it predicts.
+    allowed = {*ROOMS[: ROOMS.index("contracts") + 1], "estimate", "evaluators"}
+    for module, path in SOURCES.items():
+        if room(module) == "evaluators":
+            assert {room(other) for other in own(path)} <= allowed, module
+
+
+@pytest.mark.parametrize(
+    ("package", "files"),
+    [("ray", {"search.ray_runner"}), ("optuna", {"search.sampler"}), ("typer", {"cli"}), ("xllamacpp", None)],
+)
+def test_an_engine_is_imported_by_one_file(package, files):
+    users = {module for module, path in SOURCES.items() if any(room(name) == package for name in imports(path))}
+    assert users <= files if files is not None else len(users) <= 1
+
+
+def test_what_plans_and_describes_loads_no_torch():
+    names = [f"autodistill.{name}" for name in WITHOUT_TORCH]
+    program = (
+        f"import sys, {', '.join(names)}; print([n for n in ('torch', 'transformers', 'ray') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,218 @@
+"""Strategies: plain data both ways, one hash everywhere, and the error of every rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autodistill.errors import InputError
+from autodistill.formats import FORMATS
+from autodistill.strategy import (
+    Alignment,
+    Deployment,
+    Distillation,
+    Finishing,
+    Init,
+    Strategy,
+    Temperature,
+    content_hash,
+)
+
+inits = st.builds(Init, depth=st.floats(0, 1, exclude_min=True), layers=st.sampled_from(["even", "contiguous"]))
+degrees = st.floats(0.5, 8)
+temperatures = degrees.map(lambda value: Temperature(start=value, end=value)) | st.builds(
+    Temperature, shape=st.sampled_from(["linear", "cosine", "exponential"]), start=degrees, end=degrees
+)
+projections = st.sampled_from([("none", 0), ("linear", 0), ("low-rank", 16)])
+positive = st.floats(0, 100, exclude_min=True)
+alignments = st.builds(
+    lambda layers, projection, weight, rate: Alignment(
+        layers=layers[0],
+        count=layers[1],
+        projection=projection[0],
+        rank=projection[1],
+        weight=weight,
+        projection_rate=rate,
+    ),
+    st.just(("last", 1)) | st.integers(1, 9).map(lambda count: ("even", count)),
+    projections,
+    positive,
+    positive,
+)
+distillations = st.builds(
+    Distillation,
+    divergence_weight=st.floats(0, 1),
+    temperature=temperatures,
+    alignment=st.none() | alignments,
+    learning_rate=st.floats(0, 1, exclude_min=True, exclude_max=True),
+    train_embeddings=st.booleans(),
+)
+GRIDS = [(name, *packing) for name, held in FORMATS.items() for packing in held.packings if packing[0] < 16]
+finishings = st.sampled_from(GRIDS).map(lambda grid: Finishing(format=grid[0], bits=grid[1], group_size=grid[2]))
+strategies = st.builds(Strategy, init=inits, distillation=distillations, finishing=st.none() | finishings)
+
+
+@given(strategies)
+def test_json_and_yaml_round_trips(strategy):
+    for text, read in (
+        (json.dumps(strategy.to_json()), json.loads),
+        (yaml.safe_dump(strategy.to_json()), yaml.safe_load),
+    ):
+        again = Strategy.from_json(read(text))
+        assert again == strategy
+        assert again.id == strategy.id
+
+
+@given(strategies, strategies)
+def test_ids_are_equal_where_strategies_are(one, other):
+    assert (one.id == other.id) == (one == other)
+    stages = (one.init, one.distillation) == (other.init, other.distillation)
+    assert (one.stable_id == other.stable_id) == stages
+
+
+@given(strategies)
+def test_finishing_is_no_part_of_the_shared_checkpoint(strategy):
+    bare = dataclasses.replace(strategy, finishing=None)
+    assert bare.stable_id == strategy.stable_id
+    assert bare.id != strategy.id or strategy.finishing is None
+
+
+# Written by hand, so that a change of field, default, order or number format shows: it would orphan every stored row.
+TEXT = (
+    '{"distillation":{"alignment":{"count":4,"layers":"even","projection":"linear","projection_rate":5.0,"rank":0,'
+    '"weight":1.0},"divergence":"forward_kl","divergence_weight":0.7,"learning_rate":0.0003,"temperature":{"end":1.0,'
+    '"shape":"linear","start":5.0},"train_embeddings":false},"finishing":{"bits":8,"format":"gguf-q8_0",'
+    '"group_size":32},"init":{"depth":0.8,"layers":"even","source":"teacher"}}'
+)
+SAMPLE = Strategy.from_json(json.loads(TEXT))
+SAMPLE_ID = "c5dfd8d48712"
+
+
+def test_the_id_is_pinned():
+    assert hashlib.sha256(TEXT.encode()).hexdigest()[:12] == SAMPLE_ID
+    assert SAMPLE.id == SAMPLE_ID
+
+
+@pytest.mark.parametrize("seed", ["0", "1", "4242"])
+def test_the_id_is_the_same_in_another_process(seed):
+    program = (
+        "import json, sys; from autodistill.strategy import Strategy;print(Strategy.from_json(json.load(sys.stdin)).id)"
+    )
+    shuffled = json.dumps(dict(reversed(list(json.loads(TEXT).items()))))
+    environment = os.environ | {"PYTHONHASHSEED": seed}
+    done = subprocess.run(
+        [sys.executable, "-c", program], input=shuffled, capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.strip() == SAMPLE_ID
+
+
+def test_whole_numbers_are_taken_for_floats():
+    data = json.loads(TEXT)
+    data["distillation"]["temperature"] |= {"start": 5, "end": 1}
+    assert Strategy.from_json(data).id == SAMPLE_ID
+
+
+def test_what_is_not_written_has_its_default():
+    assert Strategy.from_json({}) == Strategy()
+    assert Strategy.from_json({"distillation": {"alignment": {}}}).distillation.alignment == Alignment()
+
+
+def test_hashes_refuse_what_json_cannot_hold():
+    with pytest.raises(ValueError):
+        content_hash({"loss": float("nan")})
+
+
+def test_it_is_frozen_and_hashable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SAMPLE.finishing = None
+    assert len({SAMPLE, Strategy.from_json(json.loads(TEXT))}) == 1
+
+
+GGUF = {"format": "gguf-q8_0", "bits": 8, "group_size": 32}
+RULES = [
+    ("init.source", "scratch", "can be teacher"),
+    ("init.layers", "odd", "even, contiguous"),
+    ("init.depth", 0.0, "fraction"),
+    ("init.depth", 1.01, "fraction"),
+    ("distillation.temperature.shape", "square", "cosine"),
+    ("distillation.temperature.start", 0.4, "0.5 to 8"),
+    ("distillation.temperature.end", 8.1, "0.5 to 8"),
+    ("distillation.temperature", {"start": 2.0, "end": 1.0}, "constant temperature"),
+    ("distillation.alignment.layers", "first", "last, even"),
+    ("distillation.alignment.projection", "conv", "none, linear, low-rank"),
+    ("distillation.alignment.count", 0, "at least 1"),
+    ("distillation.alignment", {"layers": "last", "count": 2}, "count 1"),
+    ("distillation.alignment", {"projection": "low-rank"}, "rank"),
+    ("distillation.alignment", {"projection": "linear", "rank": 4}, "rank"),
+    ("distillation.alignment", {"projection": "low-rank", "rank": -4}, "rank"),
+    ("distillation.alignment.weight", 0.0, "leave alignment out"),
+    ("distillation.alignment.projection_rate", 0.0, "projection_rate"),
+    ("distillation.divergence", "reverse_kl", "forward_kl"),
+    ("distillation.divergence_weight", -0.1, "0 to 1"),
+    ("distillation.divergence_weight", 1.1, "0 to 1"),
+    ("distillation.learning_rate", 0.0, "between 0 and 1"),
+    ("distillation.learning_rate", 1.0, "between 0 and 1"),
+    ("finishing", {"format": "gguf-f16", "bits": 16, "group_size": 0}, "leave finishing out"),
+    ("finishing", GGUF | {"group_size": 64}, "gguf-q8_0"),
+    ("finishing", GGUF | {"bits": 4}, "gguf-q8_0"),
+    ("finishing", GGUF | {"format": "gguf-q9"}, "no format 'gguf-q9'"),
+    ("finishing", {"format": "gguf-q8_0", "bits": 8}, "lacks the field group_size"),
+    ("finishing", "gguf-q8_0", "must be a mapping"),
+    ("init", None, "must be a mapping"),
+    ("init.width", 3, "no field width; its fields are source, depth, layers"),
+    ("init.depth", "0.8", "of type float"),
+    ("init.depth", True, "of type float"),
+    ("init.depth", float("nan"), "finite"),
+    ("init.layers", 1, "of type str"),
+    ("distillation.alignment.count", 2.0, "of type int"),
+    ("distillation.alignment.count", True, "of type int"),
+    ("distillation.train_embeddings", 1, "of type bool"),
+    ("distillation.learning_rate", None, "of type float"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "said"), RULES)
+def test_every_rule_has_its_error(path, value, said):
+    data: dict = {}
+    node = data
+    *parents, leaf = path.split(".")
+    for name in parents:
+        node = node.setdefault(name, {})
+    node[leaf] = value
+    with pytest.raises(InputError, match=said) as caught:
+        Strategy.from_json(data)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [None, [], "text", 3])
+def test_a_strategy_is_a_mapping(data):
+    with pytest.raises(InputError, match="strategy must be a mapping"):
+        Strategy.from_json(data)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_deployments_of_every_format(name):
+    packing = FORMATS[name]
+    for bits, group_size in packing.packings:
+        for runtime in packing.runtimes:
+            deployment = Deployment(runtime=runtime, format=name, bits=bits, group_size=group_size)
+            assert Deployment.from_json(deployment.to_json()) == deployment
+    with pytest.raises(InputError, match="the runtime of"):
+        Deployment(runtime="torchscript", format=name, bits=bits, group_size=group_size)
+    with pytest.raises(InputError, match=name):
+        Deployment(runtime=packing.runtimes[0], format=name, bits=3, group_size=group_size)
+
+
+def test_names_of_deployments():
+    q4 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
+    int4 = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=64)
+    assert (q4.name, int4.name) == ("gguf-q4_0", "compressed-tensors-int4-g64")
