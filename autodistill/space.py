@@ -20,6 +20,7 @@ from autodistill.strategy import Alignment, Deployment, Init, Part, Strategy, co
 Point = dict[str, Value]
 
 _DIMENSION_FIELDS = ("choices", "low", "high", "step", "log", "when")
+_INIT = ("init", "init.depth", "init.layers", "init.source")
 _SPACE_FIELDS = ("name", "description", "dimensions", "deployments", "baselines")
 
 
@@ -139,14 +140,25 @@ class Space:
         """Every point whose active dimensions take one of `values(dimension)`."""
         return _points(self.dimensions, values, {})
 
+    def smallest_point(self) -> Point:
+        """A point whose student keeps the fewest layers; what does not bear on that is an example."""
+        return min(self._depth_extremes(), key=lambda point: self.strategy(point).init.depth)
+
+    def largest_point(self) -> Point:
+        """A point whose student keeps the most layers; what does not bear on that is an example."""
+        return max(self._depth_extremes(), key=lambda point: self.strategy(point).init.depth)
+
+    def _depth_extremes(self) -> Iterator[Point]:
+        branching = _with_conditions(self.dimensions, set(_INIT))
+        return self.points(lambda item: item.domain.corners if item.path in branching else item.domain.corners[:1])
+
     def alignment_cases(self, teacher_layers: int) -> tuple[tuple[Init, Alignment], ...]:
         """Every way of keeping layers and choosing aligned ones that the space and its baselines hold.
 
         The teacher's hidden states that a search may need follow from it. Other fields of both parts are examples.
         """
-        relevant = ("init", "init.depth", "init.layers", "init.source")
         aligned = tuple(f"distillation.alignment{name}" for name in ("", ".layers", ".count"))
-        branching = _with_conditions(self.dimensions, {*relevant, *aligned, "distillation"})
+        branching = _with_conditions(self.dimensions, {*_INIT, *aligned, "distillation"})
 
         def values(dimension: Dimension) -> Sequence[Value]:
             if dimension.path not in branching:

@@ -142,6 +142,17 @@ def test_a_constant_temperature_ends_where_it_starts():
     assert space.strategy(point).distillation.temperature == Temperature(start=4.0, end=4.0)
 
 
+def test_the_extremes_of_depth():
+    space = load_space("default")
+    depths = [space.strategy(point).init.depth for point in (space.smallest_point(), space.largest_point())]
+    assert depths == [0.5, 0.8]
+    parts = {"shallow": {"depth": 0.3}, "deep": {"depth": 0.9, "layers": "contiguous"}, "middle": {"depth": 0.5}}
+    space = space_of({SHAPE: {"choices": ["linear"]}, "init": {"choices": parts}})
+    assert (space.smallest_point()["init"], space.largest_point()["init"]) == ("shallow", "deep")
+    space = space_of({SHAPE: {"choices": ["linear"]}})
+    assert space.smallest_point() == space.largest_point() == {SHAPE: "linear"}
+
+
 def test_alignment_cases_hold_whatever_a_trial_may_need():
     space = load_space("default")
     cases = space.alignment_cases(30)
