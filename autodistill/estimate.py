@@ -1,0 +1,358 @@
+"""The arithmetic of memory for a described model in a deployment, and while it trains; no torch, no training."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autodistill.contracts import ModelSpec
+from autodistill.errors import InputError
+from autodistill.formats import Role, TensorSpec, get_format, weights_bytes
+from autodistill.strategy import Deployment
+from autodistill.units import Budget, format_bytes
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+"""transformers' `model_type`s that can be described."""
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+_UBATCH = 512  # llama.cpp's n_ubatch: the most tokens that one graph of its works on
+_CACHE_CELLS = 256  # llama.cpp rounds a sequence's context up to a multiple of this
+_INPUT_BYTES = 40  # a token's id, position, cache slots and output index in llama.cpp's graph, padding included
+_VLLM_BLOCK = 16  # tokens of a page of vLLM's KV cache
+_VLLM_BATCHED_TOKENS = 2048  # vLLM's default max_num_batched_tokens: what a step's activations are made for
+
+LLAMA_CPP_PROCESS_BYTES = 20 * 2**20
+"""Resident code, threads and server of a llama.cpp process beyond its buffers (measured, xllamacpp on Linux x86-64)."""
+LLAMA_CPP_VOCABULARY_BYTES = 512
+"""Resident bytes of llama.cpp's tables for one entry of the vocabulary, merges included (measured, 49,152 entries)."""
+TRANSFORMERS_PROCESS_BYTES = 400 * 10**6
+"""Resident memory of a process that has imported torch and transformers (measured, CPU build of torch 2.13)."""
+VLLM_PROCESS_BYTES = 10**9
+"""CUDA context, libraries and captured graphs of vLLM: an order of magnitude, not measured here."""
+
+
+def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
+    """Describes a model by its transformers config, without loading it.
+
+    Names and shapes are those of transformers' own modules for the architecture.
+
+    Args:
+        config: Content of `config.json`, or a config's `to_dict()`.
+
+    Raises:
+        InputError: An architecture that is not supported, or a size that is missing or no positive number.
+    """
+    architecture = str(config.get("model_type"))
+    if architecture not in ARCHITECTURES:
+        raise InputError(f"the architecture {architecture!r} is not supported; these are: {', '.join(ARCHITECTURES)}")
+    width, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    spec = ModelSpec(
+        architecture=architecture,
+        layers=_size(config, "num_hidden_layers"),
+        width=width,
+        heads=heads,
+        kv_heads=_size(config, "num_key_value_heads", heads),
+        # Only Qwen3's default is not the width's even share.
+        head_dim=_size(config, "head_dim", 128 if architecture == "qwen3" else width // heads),
+        ffn_width=_size(config, "intermediate_size"),
+        vocabulary=_size(config, "vocab_size"),
+        max_context=_size(config, "max_position_embeddings"),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        tensors=(),
+    )
+    return replace(spec, tensors=tuple(_tensors(spec, config)))
+
+
+def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = config.get(name)
+    if value is None:
+        value = default
+    if type(value) is not int or value < 1:
+        found = "is missing from it" if value is None else f"is {value!r}"
+        raise InputError(f"the model's config must give {name} as a positive whole number, but it {found}")
+    return value
+
+
+def _tensors(spec: ModelSpec, config: Mapping[str, Any]) -> Iterable[TensorSpec]:
+    table = (spec.vocabulary, spec.width)
+    yield TensorSpec(name="model.embed_tokens.weight", role=Role.EMBEDDING, shape=table)
+    for index in range(spec.layers):
+        for name, role, shape in _layer_tensors(spec, config):
+            yield TensorSpec(name=f"model.layers.{index}.{name}", role=role, shape=shape)
+    yield TensorSpec(name="model.norm.weight", role=Role.NORM, shape=(spec.width,))
+    if not spec.tied:
+        yield TensorSpec(name="lm_head.weight", role=Role.HEAD, shape=table)
+
+
+def _layer_tensors(spec: ModelSpec, config: Mapping[str, Any]) -> Iterable[tuple[str, Role, tuple[int, ...]]]:
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    # Mistral has no biases, Qwen2 always has those of queries, keys and values; the others say so in their config.
+    attention_bias = spec.architecture in ("llama", "qwen3") and bool(config.get("attention_bias", False))
+    ffn_bias = spec.architecture == "llama" and bool(config.get("mlp_bias", False))
+    for name, outputs, inputs, bias in (
+        ("self_attn.q_proj", queries, spec.width, attention_bias or spec.architecture == "qwen2"),
+        ("self_attn.k_proj", keys, spec.width, attention_bias or spec.architecture == "qwen2"),
+        ("self_attn.v_proj", keys, spec.width, attention_bias or spec.architecture == "qwen2"),
+        ("self_attn.o_proj", spec.width, queries, attention_bias),
+        ("mlp.gate_proj", spec.ffn_width, spec.width, ffn_bias),
+        ("mlp.up_proj", spec.ffn_width, spec.width, ffn_bias),
+        ("mlp.down_proj", spec.width, spec.ffn_width, ffn_bias),
+    ):
+        yield f"{name}.weight", Role.LINEAR, (outputs, inputs)
+        if bias:
+            yield f"{name}.bias", Role.BIAS, (outputs,)
+    if spec.architecture == "qwen3":
+        yield "self_attn.q_norm.weight", Role.NORM, (spec.head_dim,)
+        yield "self_attn.k_norm.weight", Role.NORM, (spec.head_dim,)
+    yield "input_layernorm.weight", Role.NORM, (spec.width,)
+    yield "post_attention_layernorm.weight", Role.NORM, (spec.width,)
+
+
+def with_layers(spec: ModelSpec, layers: int) -> ModelSpec:
+    """The same model with fewer layers: the shape of a student that copies layers.
+
+    Raises:
+        InputError: No layer, or more than the model has.
+    """
+    if not 1 <= layers <= spec.layers:
+        raise InputError(f"a model of {spec.layers} layers cannot be cut to {layers}: keep 1 to {spec.layers}")
+    kept = tuple(
+        tensor for tensor in spec.tensors if not (match := _LAYER.match(tensor.name)) or int(match[1]) < layers
+    )
+    return replace(spec, layers=layers, tensors=kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Memory that inference takes, by parts, in bytes.
+
+    Attributes:
+        weights_bytes: The packed weights as the runtime holds them.
+        kv_cache_bytes: Keys and values of `batch` sequences of `context` tokens.
+        compute_bytes: Activations and logits.
+        overhead_bytes: What the process takes beyond those.
+        runtime: The engine.
+        context, batch: Tokens of each sequence, and sequences at once.
+    """
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    compute_bytes: int
+    overhead_bytes: int
+    runtime: str
+    context: int
+    batch: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum of the parts, which a memory limit is held against."""
+        return self.weights_bytes + self.kv_cache_bytes + self.compute_bytes + self.overhead_bytes
+
+
+def memory(spec: ModelSpec, deployment: Deployment, *, context: int, batch: int) -> MemoryEstimate:
+    """Predicts the memory that serving a model takes.
+
+    Raises:
+        InputError: A size below 1, or a tensor that the format cannot hold.
+    """
+    if context < 1 or batch < 1:
+        raise InputError(f"context and batch must be at least 1, not {context} and {batch}")
+    parts = {"llama.cpp": _llama_cpp, "transformers": _transformers, "vllm": _vllm}[deployment.runtime]
+    weights, cache, compute, overhead = parts(spec, deployment, context, batch)
+    return MemoryEstimate(
+        weights_bytes=weights,
+        kv_cache_bytes=cache,
+        compute_bytes=compute,
+        overhead_bytes=overhead,
+        runtime=deployment.runtime,
+        context=context,
+        batch=batch,
+    )
+
+
+def tightest_budget(spec: ModelSpec, deployment: Deployment, *, context: int, batch: int) -> int:
+    """The smallest memory limit, in bytes, that this deployment still meets."""
+    return memory(spec, deployment, context=context, batch=batch).total_bytes
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _packed(spec: ModelSpec, deployment: Deployment) -> int:
+    return weights_bytes(spec.tensors, get_format(deployment.format), deployment.bits, deployment.group_size)
+
+
+def _kv_cache(spec: ModelSpec, tokens: int) -> int:
+    """Keys and values of `tokens` tokens at 16 bits."""
+    return 2 * spec.layers * spec.kv_heads * spec.head_dim * tokens * 2
+
+
+def _llama_cpp(spec: ModelSpec, deployment: Deployment, context: int, batch: int) -> tuple[int, int, int, int]:
+    """Weights, KV, compute and overhead as llama.cpp allocates them on a CPU, flash attention on, KV in F16.
+
+    The graph's peak was read off llama.cpp's own "compute buffer size" lines while one size at a time was varied. In
+    float32 of n = min(n_ubatch, context) tokens it is five rows of the width, and the largest of: gate, up and product
+    of the FFN; the queries twice, or once with keys and values copied; the logits of one token a sequence. Beside it
+    lies the attention mask, F16 [cells, n]. It is exact for three layers and more, and an upper bound for models whose
+    FFN is narrower than twice the width. The output buffer holds one token's logits for each sequence.
+    """
+    cells = _round_up(context, _CACHE_CELLS)
+    tokens = min(_UBATCH, context * batch)
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    logits = 4 * batch * spec.vocabulary
+    peak = max(4 * tokens * max(3 * spec.ffn_width, 2 * queries, queries + 3 * keys), logits)
+    compute = 4 * tokens * 5 * spec.width + peak + 2 * cells * tokens + _INPUT_BYTES * tokens
+    overhead = LLAMA_CPP_PROCESS_BYTES + LLAMA_CPP_VOCABULARY_BYTES * spec.vocabulary
+    return _packed(spec, deployment), _kv_cache(spec, cells * batch), compute + logits, overhead
+
+
+def _transformers(spec: ModelSpec, deployment: Deployment, context: int, batch: int) -> tuple[int, int, int, int]:
+    """As transformers holds them in bfloat16, the prompt read in one pass, logits of the last token alone.
+
+    compressed-tensors weights are decompressed by the first forward pass, so they count as 16 bits. Activations are
+    the stream, its norm, the attention's output and one spare at the width, and three tensors at the FFN's.
+    """
+    weights = _packed(spec, deployment)
+    if get_format(deployment.format).container == "compressed-tensors":
+        weights = 2 * spec.parameters
+    activations = 2 * batch * context * (4 * spec.width + 3 * spec.ffn_width)
+    logits = (2 + 4) * batch * spec.vocabulary
+    return weights, _kv_cache(spec, context * batch), activations + logits, TRANSFORMERS_PROCESS_BYTES
+
+
+def _vllm(spec: ModelSpec, deployment: Deployment, context: int, batch: int) -> tuple[int, int, int, int]:
+    """As vLLM needs them at the least: packed weights, paged KV in bfloat16, and the activations of one step.
+
+    vLLM by default takes what is left of the device for more KV cache; `gpu_memory_utilization` is how it is limited.
+    """
+    cache = _kv_cache(spec, _round_up(context, _VLLM_BLOCK) * batch)
+    activations = 2 * _VLLM_BATCHED_TOKENS * (4 * spec.width + 3 * spec.ffn_width)
+    logits = (2 + 4) * batch * spec.vocabulary
+    return _packed(spec, deployment), cache, activations + logits, VLLM_PROCESS_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How one deployment stands to a memory limit.
+
+    Attributes:
+        deployment: Which one.
+        estimate: Its memory by parts.
+        need, limit: Bytes.
+        slack: log(need / limit): it fits at 0 and below.
+    """
+
+    deployment: Deployment
+    estimate: MemoryEstimate
+    need: int
+    limit: int
+    slack: float
+
+
+def fits(spec: ModelSpec, deployments: Sequence[Deployment], budget: Budget) -> tuple[Fit, ...]:
+    """Holds each deployment against the budget's memory.
+
+    Raises:
+        InputError: As `memory`.
+    """
+    estimates = [memory(spec, item, context=budget.context, batch=budget.batch) for item in deployments]
+    return tuple(
+        Fit(
+            deployment=deployment,
+            estimate=estimate,
+            need=estimate.total_bytes,
+            limit=budget.memory_bytes,
+            slack=math.log(estimate.total_bytes / budget.memory_bytes),
+        )
+        for deployment, estimate in zip(deployments, estimates, strict=True)
+    )
+
+
+def smallest(fitting: Sequence[Fit]) -> Fit:
+    """The one that needs the least memory, the first of equals."""
+    return min(fitting, key=lambda fit: fit.slack)
+
+
+def shortfall(fitting: Sequence[Fit], budget: Budget) -> str | None:
+    """Why nothing fits, in one line that names the smallest and what it misses by, or None where something fits."""
+    fit = smallest(fitting)
+    if fit.slack <= 0:
+        return None
+    at = f"context {budget.context}" + (f" and batch {budget.batch}" if budget.batch > 1 else "")
+    return (
+        f"the smallest, {fit.deployment.name}, needs {format_bytes(fit.need)} at {at}, "
+        f"{format_bytes(fit.need - fit.limit)} over the {format_bytes(fit.limit)} budget"
+    )
+
+
+def holdable(spec: ModelSpec, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:
+    """Those deployments whose groups divide the rows of every tensor, whatever memory they need."""
+    return tuple(deployment for deployment in deployments if _is_holdable(spec, deployment))
+
+
+def _is_holdable(spec: ModelSpec, deployment: Deployment) -> bool:
+    linears = (tensor for tensor in spec.tensors if tensor.role is Role.LINEAR)
+    try:
+        for tensor in (spec.tensors[0], *linears):
+            get_format(deployment.format).storage(tensor, deployment.bits, deployment.group_size)
+    except InputError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingEstimate:
+    """Memory that training takes, by parts, in bytes.
+
+    Attributes:
+        weights_bytes: Master weights in float32.
+        gradients_bytes, optimizer_bytes: Of the trained weights: one, and AdamW's two, float32 numbers each.
+        activations_bytes: What the forward pass keeps for the backward one.
+        logits_bytes: Logits, and the loss's gradient of them.
+        overhead_bytes: What the process takes beyond those.
+    """
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    logits_bytes: int
+    overhead_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum of the parts."""
+        return sum(getattr(self, name) for name in self.__dataclass_fields__)
+
+
+def training_memory(spec: ModelSpec, *, tokens: int, train_embeddings: bool = True) -> TrainingEstimate:
+    """Predicts the memory that a trial's training takes: float32 weights, AdamW, no checkpointing of activations.
+
+    Kept of each token in each layer, in float32: both norms' inputs, normalised and scaled values (6 widths); queries,
+    keys and values as the attention takes them, and its output; Qwen3's norms of queries and keys; and gate, its
+    activation, up and product of the FFN (read off the tensors that transformers' modules save for the backward pass).
+    bfloat16 autocast halves most of them but adds a copy of the weights; the difference is not counted.
+
+    Args:
+        spec: The student.
+        tokens: Tokens of one forward and backward pass.
+        train_embeddings: Whether the embedding table, and so a tied head, is trained.
+    """
+    frozen = 0 if train_embeddings else spec.vocabulary * spec.width
+    trained = spec.parameters - frozen
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    attention = (4 if spec.architecture == "qwen3" else 2) * (queries + keys)
+    kept = 6 * spec.width + attention + 4 * spec.ffn_width
+    return TrainingEstimate(
+        weights_bytes=4 * spec.parameters,
+        gradients_bytes=4 * trained,
+        optimizer_bytes=8 * trained,
+        activations_bytes=4 * tokens * spec.layers * kept,
+        logits_bytes=2 * 4 * tokens * spec.vocabulary,
+        overhead_bytes=TRANSFORMERS_PROCESS_BYTES,
+    )

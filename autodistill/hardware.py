@@ -1,0 +1,88 @@
+"""The machine this runs on: its cores, memory and GPUs, as far as this process may use them."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One accelerator.
+
+    Attributes:
+        name: As its driver gives it.
+        memory_bytes: All of its memory.
+    """
+
+    name: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a process may use.
+
+    Attributes:
+        cpus: Cores, after affinity and a container's quota.
+        memory_bytes: Main memory, after a container's limit.
+        gpus: CUDA or ROCm devices that this process sees, or Apple's one.
+    """
+
+    cpus: int
+    memory_bytes: int
+    gpus: tuple[Gpu, ...] = ()
+
+    @property
+    def accelerator(self) -> bool:
+        """Whether there is a GPU."""
+        return bool(self.gpus)
+
+
+def detect() -> Machine:
+    """Looks at this machine; imports torch to see its GPUs."""
+    return Machine(cpus=_cpus(_CGROUP), memory_bytes=_memory(_CGROUP), gpus=_gpus())
+
+
+def _cpus(cgroup: Path) -> int:
+    # macOS and Windows have no affinity to ask for.
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota(cgroup)
+    return allowed if quota is None else max(1, min(allowed, math.floor(quota)))
+
+
+def _quota(cgroup: Path) -> float | None:
+    """Cores that the control group grants: `cpu.max` of version 2 holds quota and period, version 1 has a file each."""
+    words = _read(cgroup / "cpu.max").split()
+    if not words:
+        words = [_read(cgroup / "cpu" / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+    quota, period = (int(word) if word.lstrip("-").isdigit() else -1 for word in (*words, "", "")[:2])
+    return quota / period if quota > 0 and period > 0 else None
+
+
+def _memory(cgroup: Path) -> int:
+    total = int(psutil.virtual_memory().total)
+    limit = _read(cgroup / "memory.max") or _read(cgroup / "memory" / "memory.limit_in_bytes")
+    # Version 1 writes a number beyond any memory where there is no limit, version 2 the word "max".
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def _read(path: Path) -> str:
+    return path.read_text().strip() if path.is_file() else ""
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    import torch
+
+    if torch.cuda.is_available():
+        devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+        return tuple(Gpu(name=device.name, memory_bytes=device.total_memory) for device in devices)
+    if torch.backends.mps.is_available():
+        return (Gpu(name="Apple GPU", memory_bytes=int(torch.mps.recommended_max_memory())),)
+    return ()

@@ -1,0 +1,60 @@
+"""Agreement with the teacher: the share of tokens where both hold the same token for the most likely one."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import datasets
+import evaluate
+import numpy as np
+import numpy.typing as npt
+from autodistill.evaluators.offline import compute
+
+from autodistill.contracts import Measurement, Subject
+from autodistill.statistics import clustered_mean
+from autodistill.strategy import Deployment
+
+
+class TopTokenAgreement(evaluate.Metric):
+    """Share of tokens on which student and teacher agree, with its standard error over documents."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of tokens whose most likely token is the teacher's, clustered by document.",
+            citation="",
+            features=datasets.Features({"agrees": datasets.Value("bool"), "documents": datasets.Value("int32")}),
+            format="numpy",
+        )
+
+    def _compute(self, agrees: npt.NDArray[np.bool_], documents: npt.NDArray[np.int32]) -> dict[str, Any]:
+        value, stderr = clustered_mean(agrees, documents)
+        return {"agreement": value, "stderr": stderr}
+
+
+class Agreement:
+    """Measures "agreement", a fraction; the standard error is `statistics.clustered_mean`'s, by document."""
+
+    name = "agreement"
+    needs: Literal["spec", "scores", "artefact"] = "scores"
+
+    def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
+        """Reads where the scores agree with the teacher's."""
+        scores = subject.scores
+        if scores is None:
+            raise ValueError("agreement is read from scores, and the subject has none")
+        result = compute(TopTokenAgreement, agrees=scores.agrees, documents=scores.documents)
+        return (
+            Measurement(
+                name="agreement",
+                value=result["agreement"],
+                unit="fraction",
+                direction="max",
+                source="simulated",
+                stderr=result["stderr"],
+                detail={"tokens": scores.agrees.size, "documents": np.unique(scores.documents).size},
+            ),
+        )
+
+    def supports(self, deployment: Deployment) -> bool:
+        """Every deployment can be simulated."""
+        return True

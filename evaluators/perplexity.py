@@ -1,0 +1,62 @@
+"""Perplexity: the exponential of the mean negative log-likelihood of the true tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import datasets
+import evaluate
+import numpy as np
+import numpy.typing as npt
+from autodistill.evaluators.offline import compute
+
+from autodistill.contracts import Measurement, Subject
+from autodistill.statistics import clustered_mean
+from autodistill.strategy import Deployment
+
+
+class TokenPerplexity(evaluate.Metric):
+    """exp(mean nll), with its standard error over documents by the delta method: perplexity * stderr of the mean."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Exponential of the mean negative log-likelihood in nats, clustered by document.",
+            citation="",
+            features=datasets.Features({"nll": datasets.Value("float64"), "documents": datasets.Value("int32")}),
+            format="numpy",
+        )
+
+    def _compute(self, nll: npt.NDArray[np.float64], documents: npt.NDArray[np.int32]) -> dict[str, Any]:
+        mean, stderr = clustered_mean(nll, documents)
+        perplexity = math.exp(mean)
+        return {"perplexity": perplexity, "stderr": None if stderr is None else perplexity * stderr}
+
+
+class Perplexity:
+    """Measures "perplexity" over all predicted tokens of the split, each in the context of its own sequence alone."""
+
+    name = "perplexity"
+    needs: Literal["spec", "scores", "artefact"] = "scores"
+
+    def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
+        """Reads the scores' log-likelihoods."""
+        scores = subject.scores
+        if scores is None:
+            raise ValueError("perplexity is read from scores, and the subject has none")
+        result = compute(TokenPerplexity, nll=scores.nll, documents=scores.documents)
+        return (
+            Measurement(
+                name="perplexity",
+                value=result["perplexity"],
+                unit="perplexity",
+                direction="min",
+                source="simulated",
+                stderr=result["stderr"],
+                detail={"tokens": scores.nll.size, "documents": np.unique(scores.documents).size},
+            ),
+        )
+
+    def supports(self, deployment: Deployment) -> bool:
+        """Every deployment can be simulated."""
+        return True

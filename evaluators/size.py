@@ -1,0 +1,42 @@
+"""Size: bytes of the packed weights, predicted by the format's arithmetic or counted on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from autodistill.contracts import Measurement, Source, Subject
+from autodistill.formats import get_format, weights_bytes
+from autodistill.strategy import Deployment
+
+
+class Size:
+    """Measures "size_bytes": of the artefact's files that hold weights where there is one, else of the tensors."""
+
+    name = "size"
+    needs: Literal["spec", "scores", "artefact"] = "spec"
+
+    def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
+        """Counts the artefact's bytes, or adds up those of each tensor in the deployment's format."""
+        source: Source = "predicted" if subject.artefact is None else "measured"
+        value = _predicted(subject) if subject.artefact is None else _on_disk(subject.artefact)
+        return (Measurement(name="size_bytes", value=float(value), unit="bytes", direction="min", source=source),)
+
+    def supports(self, deployment: Deployment) -> bool:
+        """Every deployment has a size."""
+        return True
+
+
+def _predicted(subject: Subject) -> int:
+    deployment = subject.deployment
+    packing = get_format(deployment.format)
+    return weights_bytes(subject.spec.tensors, packing, deployment.bits, deployment.group_size)
+
+
+def _on_disk(artefact: Path) -> int:
+    if artefact.is_file():
+        return artefact.stat().st_size
+    files = list(artefact.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{artefact} holds no weights: neither a GGUF file nor a folder with safetensors")
+    return sum(file.stat().st_size for file in files)
