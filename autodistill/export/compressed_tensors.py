@@ -1,0 +1,114 @@
+"""Exports a student as a compressed-tensors folder of packed integers, which vLLM and transformers serve."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from autodistill.contracts import Artefact
+from autodistill.errors import VerificationError
+from autodistill.export.huggingface import as_bf16
+from autodistill.export.student_files import (
+    WEIGHTS,
+    StudentFiles,
+    bf16_config,
+    read_arrays,
+    read_json,
+    write_folder,
+)
+from autodistill.formats import Arrays, Floats, Grid, Role, TensorSpec, get_format, pack, unpack
+from autodistill.strategy import Deployment
+
+_PARTS = ("weight_packed", "weight_scale", "weight_shape")
+
+
+class CompressedTensorsExporter:
+    """Writes `pack-quantized` safetensors: integers for linear layers, bfloat16 for the rest."""
+
+    name = "compressed-tensors"
+    formats = ("compressed-tensors",)
+
+    def export(self, student: Path, deployment: Deployment, out: Path) -> Artefact:
+        """Packs the student into the folder `out`.
+
+        Raises:
+            InputError: The student cannot be read or not be cut into groups, or `out` not be written.
+        """
+        packing = get_format(deployment.format)
+        tensors: dict[str, torch.Tensor] = {}
+        with StudentFiles(student) as files:
+            for name, spec in files.specs.items():
+                storage = packing.storage(spec, deployment.bits, deployment.group_size)
+                tensors |= _tensors(name, pack(files.read(name), storage))
+            config = bf16_config(files.config) | {"quantization_config": quantization_config(deployment)}
+            return write_folder(out, student, config, tensors)
+
+    def unpack(self, artefact: Path) -> Iterator[tuple[str, Floats]]:
+        """Yields each stored tensor, dequantised from the grid that the folder's config states.
+
+        Raises:
+            VerificationError: A packed tensor lacks one of its parts.
+        """
+        grid = _stated_grid(artefact)
+        parts: dict[str, Arrays] = defaultdict(dict)
+        for name, tensor in read_arrays(artefact / WEIGHTS):
+            prefix, _, part = name.rpartition(".")
+            if part not in _PARTS:
+                yield name, unpack({"data": _bits(tensor)}, "bf16", tuple(tensor.shape))
+                continue
+            parts[prefix][part] = _bits(tensor)
+            if len(parts[prefix]) == len(_PARTS):
+                arrays = parts.pop(prefix)
+                rows, columns = (int(size) for size in arrays["weight_shape"])
+                yield f"{prefix}.weight", unpack(arrays, grid, (rows, columns))
+        if parts:
+            raise VerificationError(f"{min(parts)} lacks a part of its packed weights: export the student again")
+
+
+def quantization_config(deployment: Deployment) -> dict[str, Any]:
+    """What config.json says of the grid, in the words of the compressed-tensors package."""
+    weights = {
+        "num_bits": deployment.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": deployment.group_size,
+        "dynamic": False,
+        "observer": "minmax",
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _tensors(name: str, arrays: Arrays) -> dict[str, torch.Tensor]:
+    if "data" in arrays:
+        return {name: as_bf16(arrays)}
+    prefix = name.removesuffix("weight")
+    scale = torch.from_numpy(arrays["weight_scale"]).view(torch.bfloat16)
+    plain = {prefix + part: torch.from_numpy(arrays[part]) for part in ("weight_packed", "weight_shape")}
+    return plain | {f"{prefix}weight_scale": scale}
+
+
+def _bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _stated_grid(artefact: Path) -> Grid:
+    weights = read_json(artefact / "config.json")["quantization_config"]["config_groups"]["group_0"]["weights"]
+    linear = TensorSpec(name="any linear", role=Role.LINEAR, shape=(1, weights["group_size"]))
+    storage = get_format("compressed-tensors").storage(linear, weights["num_bits"], weights["group_size"])
+    assert isinstance(storage, Grid)
+    return storage

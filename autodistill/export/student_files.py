@@ -1,0 +1,164 @@
+"""Reads a student's folder tensor by tensor, and writes folders of which no file is ever seen half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from autodistill.contracts import Artefact
+from autodistill.errors import InputError
+from autodistill.estimate import spec_from_config
+from autodistill.formats import Floats
+
+WEIGHTS = "model.safetensors"
+_COMPANIONS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "gguf_tokenizer.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        InputError: Missing, or not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}; a student is a folder that transformers saved") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} does not hold a JSON object")
+    return data
+
+
+class StudentFiles:
+    """The tensors of a transformers folder, each read when asked for. Use it in a `with` statement.
+
+    Args:
+        folder: With config.json and safetensors, in one file or in shards.
+
+    Attributes:
+        config: Content of config.json.
+        spec: The model that it describes.
+        specs: Every stored tensor by name; a tied head is not among them.
+
+    Raises:
+        InputError: Config or weights are missing, unreadable, of an unsupported architecture or of other shapes than
+            the config says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.config = read_json(folder / "config.json")
+        self.spec = spec_from_config(self.config)
+        self.specs = {tensor.name: tensor for tensor in self.spec.tensors}
+        self._open = ExitStack()
+        self._files: dict[str, Any] = {}
+        try:
+            for path in _weight_files(folder):
+                file = self._open.enter_context(safe_open(path, framework="pt"))
+                self._files |= dict.fromkeys(file.keys(), file)
+            self._check(folder)
+        except (OSError, SafetensorError) as error:
+            self._open.close()
+            raise InputError(f"cannot read the weights in {folder}: {error}") from error
+        except InputError:
+            self._open.close()
+            raise
+
+    def _check(self, folder: Path) -> None:
+        for name, tensor in self.specs.items():
+            if name not in self._files:
+                raise InputError(f"the weights in {folder} lack {name}, which its config.json asks for")
+            shape = tuple(self._files[name].get_slice(name).get_shape())
+            if shape != tensor.shape:
+                raise InputError(f"{name} in {folder} is {list(shape)}, where its config says {list(tensor.shape)}")
+
+    def __enter__(self) -> StudentFiles:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    def read(self, name: str) -> Floats:
+        """One tensor as float32."""
+        values: Floats = self._files[name].get_tensor(name).to(torch.float32).numpy()
+        return values
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / f"{WEIGHTS}.index.json"
+    if not index.is_file():
+        raise InputError(f"{folder} has no {WEIGHTS}: a student is a folder that transformers saved as safetensors")
+    return sorted({folder / file for file in read_json(index)["weight_map"].values()})
+
+
+def read_arrays(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields each tensor of a safetensors file as it stands."""
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            yield name, file.get_tensor(name)
+
+
+@contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """Gives an empty folder whose files are moved into `out` when the block ends well, and dropped otherwise.
+
+    The config is moved last: a folder without one is not taken for a model.
+
+    Raises:
+        InputError: `out` cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=out))
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}; choose another output folder") from error
+    try:
+        yield partial
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, out / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_folder(out: Path, student: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Artefact:
+    """Writes a folder that transformers loads: weights, config, and the student's tokenizer and generation config.
+
+    Raises:
+        InputError: `out` cannot be written.
+    """
+    with replacing(out) as partial:
+        save_file(dict(tensors), partial / WEIGHTS, metadata={"format": "pt"})
+        for name in _COMPANIONS:
+            if (student / name).is_file():
+                shutil.copyfile(student / name, partial / name)
+        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return Artefact(path=out, size_bytes=(out / WEIGHTS).stat().st_size)
+
+
+def bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same model stored in bfloat16, without what its source said of quantisation."""
+    dropped = ("quantization_config", "torch_dtype", "_name_or_path", "_model_name_or_path")
+    return {key: value for key, value in config.items() if key not in dropped} | {"dtype": "bfloat16"}

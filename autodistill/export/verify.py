@@ -1,0 +1,207 @@
+"""Holds an exported student to what was evaluated: the same weights on disk, the same choices in its runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from autodistill.contracts import Artefact, Exporter
+from autodistill.errors import VerificationError
+from autodistill.export.student_files import StudentFiles
+from autodistill.formats import Floats, deployed, get_format
+from autodistill.llama_cpp import LlamaServer
+from autodistill.strategy import Deployment
+
+MIN_AGREEMENT = 0.97
+"""Least share of positions at which the runtime must choose the simulation's token; llama.cpp quantises activations
+on CPUs, so that its logits differ a little by design."""
+MIN_POSITIONS = 500
+
+_PROMPT_TOKENS = 8
+_WRITTEN_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What the bytes on disk were found to be.
+
+    Attributes:
+        tensors: Stored tensors, all equal to what was evaluated.
+        weights: Weights in them.
+    """
+
+    tensors: int
+    weights: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeCheck:
+    """What the student did in its runtime.
+
+    Attributes:
+        agreement: Share of positions at which it chose the simulation's token.
+        positions: Number of positions.
+        text: What it wrote after the first tokens of the first sequence.
+    """
+
+    agreement: float
+    positions: int
+    text: str
+
+
+def verify(exporter: Exporter, artefact: Artefact, student: Path, deployment: Deployment) -> Verification:
+    """Compares every weight read back from an artefact with the weights that were evaluated.
+
+    Args:
+        exporter: The one that wrote the artefact.
+        artefact: What it wrote.
+        student: The folder of float32 weights that it was made of.
+        deployment: How it was to be packed.
+
+    Raises:
+        VerificationError: A tensor is missing, surplus, or differs in any weight.
+    """
+    packing = get_format(deployment.format)
+    weights, seen = 0, set()
+    with StudentFiles(student) as files:
+        for name, found in exporter.unpack(artefact.path):
+            if name not in files.specs or name in seen:
+                raise VerificationError(f"{artefact.path} holds a tensor too many: {name}")
+            storage = packing.storage(files.specs[name], deployment.bits, deployment.group_size)
+            _compare(name, found, deployed(files.read(name), storage))
+            seen.add(name)
+            weights += found.size
+        missing = sorted(set(files.specs) - seen)
+    if missing:
+        raise VerificationError(f"{artefact.path} lacks {len(missing)} tensors, {missing[0]} among them")
+    return Verification(tensors=len(seen), weights=weights)
+
+
+def _compare(name: str, found: Floats, expected: Floats) -> None:
+    if found.shape != expected.shape:
+        raise VerificationError(f"{name} was exported as {list(found.shape)}, not as {list(expected.shape)}")
+    if not np.array_equal(found, expected):
+        differs = found != expected
+        largest = float(np.abs(found - expected)[differs].max())
+        raise VerificationError(
+            f"{name} differs from the evaluated weights in {int(differs.sum())} of {found.size}, by up to {largest:.3g}"
+        )
+
+
+def verify_runtime(
+    artefact: Artefact,
+    deployment: Deployment,
+    simulated_top1: npt.NDArray[np.integer[Any]],
+    sequences: npt.NDArray[np.integer[Any]],
+    threads: int,
+) -> RuntimeCheck:
+    """Loads an artefact in its runtime, compares its choices with the simulation's, and lets it write.
+
+    Args:
+        artefact: The exported file or folder.
+        deployment: llama.cpp runs GGUF; folders are run by transformers, also where vLLM will serve them.
+        simulated_top1: int [sequences, tokens], the most likely next token after each token of each sequence, computed
+            in float32 from the packed weights.
+        sequences: int [sequences, tokens].
+        threads: CPU threads of the runtime. Beside other work, one is the fastest in llama.cpp.
+
+    Raises:
+        VerificationError: Fewer than 500 positions, less than 97% agreement, or a runtime that does not load the
+            student or does not write.
+    """
+    if sequences.shape != simulated_top1.shape or sequences.size < MIN_POSITIONS:
+        raise VerificationError(
+            f"agreement needs {MIN_POSITIONS} positions or more, of the same sequences: got {list(sequences.shape)} "
+            f"and {list(simulated_top1.shape)}"
+        )
+    run = _run_llama_cpp if deployment.runtime == "llama.cpp" else _run_transformers
+    top1, text = run(artefact.path, sequences, threads)
+    agreement = float(np.mean(top1 == simulated_top1))
+    if agreement < MIN_AGREEMENT:
+        raise VerificationError(
+            f"{artefact.path} chose the evaluated student's token in {agreement:.1%} of {sequences.size} positions in "
+            f"{deployment.runtime}; {MIN_AGREEMENT:.0%} is the least"
+        )
+    return RuntimeCheck(agreement=agreement, positions=sequences.size, text=text)
+
+
+_Run = tuple[npt.NDArray[np.int64], str]
+
+
+def _run_llama_cpp(path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int) -> _Run:
+    with LlamaServer(path, sequences.shape[1] + _WRITTEN_TOKENS, threads) as server:
+        # Each prompt is the one before and a token more, so that only that token is computed.
+        top1 = [[server.next_token(row[: end + 1]) for end in range(len(row))] for row in sequences.tolist()]
+        written = server.complete(sequences[0, :_PROMPT_TOKENS].tolist(), _WRITTEN_TOKENS, ignore_end=True)
+    _check_written(path, len(written.tokens))
+    return np.array(top1), written.text
+
+
+def _run_transformers(path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int) -> _Run:
+    from transformers import AutoTokenizer
+
+    tokens = torch.from_numpy(sequences.astype(np.int64))
+    with _torch_threads(threads), torch.inference_mode():
+        model = load_in_transformers(path)
+        top1 = torch.stack([model(row[None]).logits[0].argmax(-1) for row in tokens])
+        prompt = tokens[:1, :_PROMPT_TOKENS]
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=_WRITTEN_TOKENS,
+            min_new_tokens=_WRITTEN_TOKENS,
+            do_sample=False,
+        )
+    written = output[0, prompt.shape[1] :]
+    _check_written(path, len(written))
+    text = AutoTokenizer.from_pretrained(path, local_files_only=True).decode(written, skip_special_tokens=True)
+    return top1.numpy(), str(text)
+
+
+def load_in_transformers(path: Path) -> Any:
+    """Loads an exported folder with the weights it serves, to compute in float32.
+
+    A compressed-tensors folder is dequantised in bfloat16, as served, and widened afterwards: in bfloat16 itself equal
+    logits are so frequent that the most likely token would often be a matter of order.
+
+    Raises:
+        VerificationError: transformers cannot load it, or finds weights missing or surplus.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        if getattr(config, "quantization_config", None) is not None:
+            config.quantization_config["dequantize"] = True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise VerificationError(f"transformers could not load {path}: {error}") from error
+    model, report = loaded
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[what]:
+            raise VerificationError(f"transformers loaded {path} with {what}: {sorted(map(str, report[what]))[:3]}")
+    return model.float().eval()
+
+
+def _check_written(path: Path, count: int) -> None:
+    if count != _WRITTEN_TOKENS:
+        raise VerificationError(f"{path} wrote {count} tokens of the {_WRITTEN_TOKENS} that it was asked for")
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

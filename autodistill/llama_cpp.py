@@ -1,0 +1,262 @@
+"""Runs an exported GGUF file in llama.cpp, in a process of its own, and reads what its log says of memory."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from autodistill.errors import InputError, MissingDependencyError, VerificationError
+
+_CHILD = Path(__file__).with_name("llama_cpp_child.py")
+_BUFFER = re.compile(r": +(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
+_TROUBLE = re.compile(r"^[\d.]+ E (?P<said>.*)|(?P<abort>.*(?:GGML_ASSERT|GGML_ABORT).*)", re.MULTILINE)
+_STOP_SECONDS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What llama.cpp wrote after a prompt, and how long it says it took.
+
+    Attributes:
+        tokens: Ids of the tokens written, an end token included.
+        text: The same as text, without special tokens.
+        prompt_ms: Time to the first token, in milliseconds.
+        prompt_tokens: Tokens of the prompt that were computed, those already in the context left out.
+        decode_ms: Time from the first token to the last.
+        decode_tokens: Tokens after the first: the steps that `decode_ms` covers.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    prompt_ms: float
+    prompt_tokens: int
+    decode_ms: float
+    decode_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How long a prompt and each token after the first took, by llama.cpp's own clock.
+
+    Attributes:
+        prompt_ms: Time to the first token, in milliseconds, with nothing of the prompt in the context before.
+        prompt_tokens: Tokens of the prompt.
+        step_ms: Of each decoding step, in milliseconds.
+    """
+
+    prompt_ms: float
+    prompt_tokens: int
+    step_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buffers:
+    """Bytes that llama.cpp says it took, over all devices; it states them to a hundredth of a MiB."""
+
+    model_bytes: int
+    kv_bytes: int
+    compute_bytes: int
+    output_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Their sum."""
+        return self.model_bytes + self.kv_bytes + self.compute_bytes + self.output_bytes
+
+
+class LlamaServer:
+    """A GGUF file loaded in llama.cpp, for use in a `with` statement.
+
+    llama.cpp runs in a child process: it cannot take the caller down, gives its memory back, and its log is read whole.
+    The child ends with the `with` block, or with the caller, whatever the caller's end. Its threads spin while they
+    wait for each other: a latency is measured alone, on as many cores as threads; beside other work one thread is the
+    fastest.
+
+    Args:
+        path: The file.
+        context: Tokens of context of each sequence; llama.cpp rounds it up to a multiple of 256.
+        threads: CPU threads.
+        parallel: Sequences that it makes room for.
+
+    Raises:
+        MissingDependencyError: xllamacpp is not installed.
+        VerificationError: On entry, the file could not be loaded; later, the runtime died or refused a request. The
+            message has llama.cpp's own words.
+    """
+
+    def __init__(self, path: Path, context: int, threads: int, parallel: int = 1) -> None:
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise MissingDependencyError("running a GGUF file needs xllamacpp: pip install xllamacpp")
+        for name, value in (("context", context), ("threads", threads), ("parallel", parallel)):
+            if value < 1:
+                raise InputError(f"llama.cpp needs {name} of at least 1, not {value}")
+        self._path = path
+        self._settings = {
+            "path": str(path.resolve()),
+            "context": context,
+            "threads": threads,
+            "parallel": parallel,
+        }
+
+    def __enter__(self) -> Self:
+        self._folder = tempfile.TemporaryDirectory(prefix="autodistill-llama-")
+        self._log = Path(self._folder.name, "log")
+        # OpenMP settings are those of the caller's torch, or of its scheduler.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(_CHILD), json.dumps(self._settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=self._folder.name,
+                env=environment,
+                text=True,
+                encoding="utf-8",
+                start_new_session=True,  # Ctrl-C reaches the caller alone, which then ends the child in order
+            )
+        try:
+            self._answer(f"llama.cpp could not load {self._path.name}")
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def complete(
+        self, tokens: Sequence[int], max_tokens: int, *, reuse: bool = False, ignore_end: bool = False
+    ) -> Completion:
+        """Continues a prompt with the most likely tokens.
+
+        Args:
+            tokens: The prompt's ids.
+            max_tokens: Tokens to write at most; an end token stops earlier.
+            reuse: Whether what the context already holds of the prompt may be kept; times are then of the rest alone.
+            ignore_end: Whether end tokens are never chosen.
+        """
+        (result,) = self._ask(tokens, max_tokens, cache_prompt=reuse, ignore_eos=ignore_end, return_tokens=True)
+        written, times = result["__verbose"], result["timings"]
+        return Completion(
+            tokens=tuple(written["tokens"]),
+            text=written["content"],
+            prompt_ms=times["prompt_ms"],
+            prompt_tokens=times["prompt_n"],
+            decode_ms=times["predicted_ms"],
+            decode_tokens=times["predicted_n"] - 1,
+        )
+
+    def next_token(self, tokens: Sequence[int]) -> int:
+        """The most likely token after a prompt.
+
+        Of a prompt that begins like the one before, only the rest is computed.
+        """
+        return self.complete(tokens, 1, reuse=True).tokens[0]
+
+    def time_tokens(self, tokens: Sequence[int], count: int) -> Timing:
+        """Times a prompt and the decoding of exactly `count` tokens, the first of which belongs to the prompt.
+
+        Each step is a request of its own that continues the context by one token, which costs what a decoding step
+        costs. (A stream would state the same times, but ends at a token that is no valid text.)
+        """
+        first = self.complete(tokens, 1, ignore_end=True)
+        written = [*tokens, *first.tokens]
+        steps = []
+        for _ in range(count - 1):
+            step = self.complete(written, 1, reuse=True, ignore_end=True)
+            written += step.tokens
+            steps.append(step.prompt_ms)
+        return Timing(prompt_ms=first.prompt_ms, prompt_tokens=first.prompt_tokens, step_ms=tuple(steps))
+
+    def buffers(self) -> Buffers:
+        """The memory that the log states."""
+        return parse_buffers(self._log.read_text(encoding="utf-8", errors="replace"))
+
+    def _ask(self, tokens: Sequence[int], max_tokens: int, **options: Any) -> list[dict[str, Any]]:
+        request = {"prompt": [int(token) for token in tokens], "max_tokens": max_tokens, "temperature": 0, **options}
+        assert self._process.stdin is not None
+        # Where the child has died, the missing answer says so, with its last words.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        chunks = self._answer(f"llama.cpp died while it ran {self._path.name}")
+        for chunk in chunks:
+            if "error" in chunk:
+                raise VerificationError(f"llama.cpp refused {len(tokens)} tokens: {chunk['error']['message']}")
+        return chunks
+
+    def _answer(self, failure: str) -> list[dict[str, Any]]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            raise VerificationError(f"{failure}: {_last_words(self._log)} (exit status {code})")
+        answer: list[dict[str, Any]] = json.loads(line)
+        return answer
+
+    def _stop(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                # A dead child has never read what is left in the pipe.
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._folder.cleanup()
+
+
+def parse_buffers(log: str) -> Buffers:
+    """Reads the buffers from llama.cpp's log.
+
+    A model may have several model and KV buffers, which add up. Compute and output buffers may be reserved again, so
+    that the last line of each device holds.
+
+    Raises:
+        VerificationError: The log states no model buffer.
+    """
+    sums: dict[str, float] = defaultdict(float)
+    last: dict[tuple[str, str], float] = {}
+    for device, kind, size in _BUFFER.findall(log):
+        if kind in ("model", "KV"):
+            sums[kind] += float(size)
+        else:
+            last[kind, device] = float(size)
+    if "model" not in sums:
+        raise VerificationError("llama.cpp's log states no buffer sizes: install the xllamacpp version that this needs")
+    for (kind, _), size in last.items():
+        sums[kind] += size
+    sizes = {kind: round(sums[kind] * 2**20) for kind in ("model", "KV", "compute", "output")}
+    return Buffers(
+        model_bytes=sizes["model"],
+        kv_bytes=sizes["KV"],
+        compute_bytes=sizes["compute"],
+        output_bytes=sizes["output"],
+    )
+
+
+def _last_words(log: Path) -> str:
+    """The errors that llama.cpp logged, or else the log's last line."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    errors = [(match["said"] or match["abort"]).strip() for match in _TROUBLE.finditer(text)]
+    if errors:
+        return "; ".join(errors[:2])
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else "it left no log"

@@ -1,0 +1,53 @@
+"""The process in which llama.cpp runs: loads one GGUF file, then answers requests from stdin on stdout, a line each.
+
+Run by path and not as a module, so that neither this package nor torch is imported: it starts at once and stays small.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+
+def _load(settings: dict[str, Any]) -> Any:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = settings["path"]
+    params.n_parallel = settings["parallel"]
+    params.n_ctx = settings["context"] * settings["parallel"]
+    params.cpuparams.n_threads = settings["threads"]
+    params.cpuparams_batch.n_threads = settings["threads"]
+    # A relative Unix socket in the working folder, a private one: nothing listens on the network.
+    params.hostnames = ["llama.sock"]
+    params.offline = True
+    params.ui = False
+    params.cache_ram_mib = 0  # no store of old prompts beside the context
+    params.fit_params = False  # the context is as asked, or loading fails
+    # Mapped weights that the CPU repacks would be there, and be counted, twice.
+    params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
+    params.verbosity = 10  # the least at which answers hold token ids
+    return xllamacpp.Server(params)
+
+
+def main() -> None:
+    """Loads, says so with a line, and answers until stdin ends.
+
+    A request is a JSON object for llama.cpp's completions; the answer is the JSON list of the objects that it gave.
+    """
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever the runtime prints belongs to the log
+    server = _load(json.loads(sys.argv[1]))
+    print("[]", file=answers, flush=True)
+    for line in sys.stdin:
+        chunks: list[Any] = []
+        result = server.handle_completions(json.loads(line), chunks.append)
+        print(json.dumps(chunks if result is None else [result]), file=answers, flush=True)
+    # Not by way of the server's destructor, which now and then waits for ever for a loop that has just begun.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""GGUF files against the gguf package's reader and quantisers, transformers, and llama.cpp itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from autodistill.errors import InputError, VerificationError
+from autodistill.export.gguf import GgufExporter, gguf_name, permute, unpermute
+from autodistill.llama_cpp import LlamaServer
+from autodistill.strategy import Deployment
+from autodistill.testing import save_tiny_teacher
+
+DEPLOYMENTS = {
+    name: Deployment(runtime="llama.cpp", format=name, bits=bits, group_size=group)
+    for name, bits, group in (("gguf-f16", 16, 0), ("gguf-q8_0", 8, 32), ("gguf-q4_0", 4, 32))
+}
+F16 = DEPLOYMENTS["gguf-f16"]
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def metadata(path: Path) -> dict[str, object]:
+    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
+
+
+def choices(folder: Path, weights: dict[str, torch.Tensor], tokens: list[int]) -> np.ndarray:
+    """transformers' most likely tokens with other weights in the model of `folder`."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    lacking = model.load_state_dict(weights, strict=False)
+    assert not lacking.unexpected_keys
+    assert set(lacking.missing_keys) <= {"lm_head.weight"}
+    with torch.inference_mode():
+        return model(torch.tensor([tokens])).logits[0].argmax(-1).numpy()
+
+
+def served(path: Path, tokens: list[int]) -> np.ndarray:
+    with LlamaServer(path, len(tokens) + 1, 1) as server:
+        return np.array([server.next_token(tokens[: end + 1]) for end in range(len(tokens))])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied"),
+    [("llama", True), ("llama", False), ("mistral", True), ("qwen2", False), ("qwen3", True)],
+)
+def test_llama_cpp_chooses_the_tokens_of_transformers(tmp_path: Path, architecture: str, tied: bool) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, tied=tied)
+    artefact = GgufExporter().export(teacher, F16, tmp_path / "out")
+    tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
+    weights = {
+        name: values.half().float() if values.ndim == 2 else values
+        for name, values in load_file(teacher / "model.safetensors").items()
+    }
+    assert np.mean(served(artefact.path, tokens) == choices(teacher, weights, tokens)) >= 0.97
+
+
+@pytest.mark.parametrize("name", ["gguf-q8_0", "gguf-q4_0"])
+def test_quantised_files_hold_what_gguf_quants_makes_and_run(tmp_path: Path, name: str) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher", width=128, layers=2)
+    artefact = GgufExporter().export(teacher, DEPLOYMENTS[name], tmp_path / "out")
+    low = {"gguf-q8_0": gguf.GGMLQuantizationType.Q8_0, "gguf-q4_0": gguf.GGMLQuantizationType.Q4_0}[name]
+    expected = {}
+    for key, values in load_file(teacher / "model.safetensors").items():
+        kind = gguf.GGMLQuantizationType.Q8_0 if "embed_tokens" in key else low
+        quantised = values.ndim == 2
+        expected[key] = gguf.dequantize(gguf.quantize(values.numpy(), kind), kind) if quantised else values.numpy()
+    found = dict(GgufExporter().unpack(artefact.path))
+    assert set(found) == set(expected)
+    for key in expected:
+        np.testing.assert_array_equal(found[key], expected[key], err_msg=key)
+    tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
+    weights = {key: torch.from_numpy(np.array(values)) for key, values in expected.items()}
+    # llama.cpp quantises activations too, which moves near-equal logits of random weights.
+    assert np.mean(served(artefact.path, tokens) == choices(teacher, weights, tokens)) >= 0.9
+
+
+def test_metadata_says_what_the_config_says(tmp_path: Path) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher", layers=3)
+    artefact = GgufExporter().export(teacher, DEPLOYMENTS["gguf-q4_0"], tmp_path / "out")
+    assert artefact.path == tmp_path / "out" / "student.gguf"
+    assert artefact.size_bytes == artefact.path.stat().st_size
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["student.gguf"]
+    config = json.loads((teacher / "config.json").read_text())
+    keys = metadata(artefact.path)
+    expected = {
+        "general.architecture": "llama",
+        "general.file_type": 2,
+        "llama.block_count": 3,
+        "llama.context_length": 512,
+        "llama.embedding_length": 64,
+        "llama.feed_forward_length": 128,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.rope.dimension_count": 16,
+        "llama.rope.freq_base": config["rope_parameters"]["rope_theta"],
+        "llama.vocab_size": 300,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.padding_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    assert {key: keys.get(key) for key in expected} == expected
+    assert keys["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(config["rms_norm_eps"])
+    assert "llama.attention.key_length" not in keys
+    names = [tensor.name for tensor in gguf.GGUFReader(artefact.path).tensors]
+    assert "output.weight" not in names  # tied: the table once
+    assert len(names) == len(set(names)) == 2 + 3 * 9
+
+
+def test_head_dim_that_is_not_the_even_share_is_stated_and_runs(tmp_path: Path) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher", layers=2, width=64, heads=4)
+    weights = load_file(teacher / "model.safetensors")
+    torch.manual_seed(0)
+    for layer in range(2):
+        for part, shape in (("q", (128, 64)), ("k", (64, 64)), ("v", (64, 64)), ("o", (64, 128))):
+            weights[f"model.layers.{layer}.self_attn.{part}_proj.weight"] = torch.randn(shape) * 0.1
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    edit_config(teacher, head_dim=32)
+    artefact = GgufExporter().export(teacher, F16, tmp_path / "out")
+    keys = metadata(artefact.path)
+    assert (keys["llama.attention.key_length"], keys["llama.attention.value_length"]) == (32, 32)
+    tokens = np.random.default_rng(0).integers(3, 300, 60).tolist()
+    halves = {key: values.half().float() if values.ndim == 2 else values for key, values in weights.items()}
+    assert np.mean(served(artefact.path, tokens) == choices(teacher, halves, tokens)) >= 0.97
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+)
+def test_scaled_rotary_embeddings_run_as_in_transformers(tmp_path: Path, rope: dict[str, object]) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher", layers=2)
+    tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
+    weights = {
+        key: values.half().float() if values.ndim == 2 else values
+        for key, values in load_file(teacher / "model.safetensors").items()
+    }
+    unscaled = choices(teacher, weights, tokens)
+    edit_config(teacher, rope_parameters=rope)
+    artefact = GgufExporter().export(teacher, F16, tmp_path / "out")
+    scaled = choices(teacher, weights, tokens)
+    assert np.mean(scaled == unscaled) < 0.9  # or the test would show nothing
+    assert np.mean(served(artefact.path, tokens) == scaled) >= 0.97
+    assert set(dict(GgufExporter().unpack(artefact.path))) == set(weights)
+
+
+def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path: Path) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher", architecture="mistral", layers=1)
+    export = GgufExporter().export
+    edit_config(teacher, sliding_window=64)
+    with pytest.raises(InputError, match="sliding window of 64"):
+        export(teacher, F16, tmp_path / "out")
+    edit_config(teacher, sliding_window=None, hidden_act="gelu")
+    with pytest.raises(InputError, match="silu"):
+        export(teacher, F16, tmp_path / "out")
+    edit_config(teacher, hidden_act="silu", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(InputError, match="yarn"):
+        export(teacher, F16, tmp_path / "out")
+    edit_config(teacher, model_type="gpt_neox")
+    with pytest.raises(InputError, match="llama, mistral, qwen2"):
+        export(teacher, F16, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_rows_are_permuted_as_llama_cpp_pairs_them() -> None:
+    # two heads of four rows: row i is rotated with row i + 2 here, with its neighbour there
+    rows = np.arange(8).reshape(8, 1)
+    assert permute(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    wide = np.random.default_rng(0).normal(size=(48, 5))
+    np.testing.assert_array_equal(unpermute(permute(wide, 3), 3), wide)
+
+
+def test_names_are_those_of_the_gguf_package() -> None:
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 2)
+    for name in (
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "model.layers.1.self_attn.q_norm.weight",
+        "model.layers.0.self_attn.o_proj.weight",
+        "model.layers.1.post_attention_layernorm.weight",
+        "model.layers.1.mlp.down_proj.weight",
+    ):
+        assert gguf_name(name) == known.get_name(name, (".weight",))
+
+
+def test_a_foreign_file_is_not_taken_for_an_export(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "llama")
+    writer.add_head_count(1)
+    writer.add_head_count_kv(1)
+    writer.add_tensor("blk.0.ssm_a", np.zeros(32, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(VerificationError, match="ssm_a"):
+        list(GgufExporter().unpack(tmp_path / "other.gguf"))

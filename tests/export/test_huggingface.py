@@ -1,0 +1,92 @@
+"""The 16-bit folder, as transformers reads it, and the model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from autodistill.export.huggingface import HuggingFaceExporter, model_card
+from autodistill.strategy import Deployment, Strategy
+from autodistill.testing import save_tiny_teacher
+
+PLAIN = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_the_students_rounded_to_bfloat16(tmp_path: Path, tied: bool) -> None:
+    student = save_tiny_teacher(tmp_path / "student", tied=tied)
+    artefact = HuggingFaceExporter().export(student, PLAIN, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(artefact.path)
+    assert model.dtype == torch.bfloat16
+    expected = load_file(student / "model.safetensors")
+    assert ("lm_head.weight" in expected) is not tied
+    for name, values in expected.items():
+        assert torch.equal(model.state_dict()[name], values.bfloat16()), name
+    found = dict(HuggingFaceExporter().unpack(artefact.path))
+    assert set(found) == set(expected)
+    for name, values in found.items():
+        assert torch.equal(torch.from_numpy(values), expected[name].bfloat16().float()), name
+    assert artefact.size_bytes == (artefact.path / "model.safetensors").stat().st_size
+
+
+def test_config_tokenizer_and_generation_config_come_along(tmp_path: Path) -> None:
+    student = save_tiny_teacher(tmp_path / "student", layers=1)
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(student)
+    path = student / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gguf"}}))
+    out = HuggingFaceExporter().export(student, PLAIN, tmp_path / "out").path
+    assert not hasattr(AutoConfig.from_pretrained(out), "quantization_config")
+    loaded = AutoTokenizer.from_pretrained(out)
+    assert loaded("The miller carries").input_ids == tokenizer("The miller carries").input_ids
+    assert loaded.chat_template == "{{ messages }}"
+    assert (out / "generation_config.json").read_text() == (student / "generation_config.json").read_text()
+
+
+def test_shards_are_read(tmp_path: Path) -> None:
+    student = save_tiny_teacher(tmp_path / "student")
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    found = dict(
+        HuggingFaceExporter().unpack(HuggingFaceExporter().export(tmp_path / "sharded", PLAIN, tmp_path / "out").path)
+    )
+    whole = load_file(student / "model.safetensors")
+    assert set(found) == set(whole)
+    assert all(torch.equal(torch.from_numpy(found[name]), whole[name].bfloat16().float()) for name in whole)
+
+
+def test_model_card_states_what_was_measured_and_how() -> None:
+    strategy = Strategy()
+    row = {
+        "deployment": {"runtime": "llama.cpp", "format": "gguf-q4_0", "bits": 4, "group_size": 32},
+        "split": "test",
+        "accuracy": 0.41234,
+        "accuracy_stderr": 0.0051,
+        "retention": 0.91,
+        "perplexity": None,
+        "memory_bytes": 150_000_000,
+        "memory_source": "measured",
+        "latency_ms": 7.25,
+        "latency_source": "measured",
+        "size_bytes": 91_700_000,
+    }
+    card = model_card([row], strategy.to_json(), "SmolLM2-135M-Instruct", "pydoc", "Apache-2.0")
+    _, header, body = card.split("---\n", 2)
+    assert yaml.safe_load(header)["license"] == "apache-2.0"
+    assert strategy.id in body
+    assert (
+        "| gguf-q4_0 | test | 0.4123 ± 0.0051 | 0.910 | - | 150 MB (measured) | 7.2 ms (measured) | 91.7 MB |" in body
+    )
+    assert json.loads(body.split("```json\n")[1].split("```")[0]) == strategy.to_json()
+    unknown = model_card([row], {}, "SmolLM2-135M-Instruct", "pydoc", None)
+    assert "license:" not in unknown
+    assert "without training" in unknown
+    assert "unknown" in unknown

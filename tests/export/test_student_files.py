@@ -1,0 +1,83 @@
+"""Reading students and writing folders whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from autodistill.errors import InputError
+from autodistill.export.student_files import StudentFiles, replacing
+from autodistill.testing import save_tiny_teacher
+
+
+def test_specs_are_the_stored_tensors(tmp_path: Path) -> None:
+    student = save_tiny_teacher(tmp_path, architecture="qwen2", tied=False, layers=2)
+    stored = load_file(student / "model.safetensors")
+    with StudentFiles(student) as files:
+        assert {name: spec.shape for name, spec in files.specs.items()} == {
+            name: tuple(values.shape) for name, values in stored.items()
+        }
+        for name, values in stored.items():
+            assert torch.equal(torch.from_numpy(files.read(name)), values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("model.norm.weight"), r"lack model\.norm\.weight"),
+        (
+            lambda weights: weights.update({"model.norm.weight": torch.ones(3)}),
+            r"is \[3\], where its config says \[64\]",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path, change: object, message: str) -> None:
+    student = save_tiny_teacher(tmp_path, layers=1)
+    weights = load_file(student / "model.safetensors")
+    change(weights)  # type: ignore[operator]
+    save_file(weights, student / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+        StudentFiles(student)
+
+
+def test_unreadable_students_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config\.json"):
+        StudentFiles(tmp_path)
+    student = save_tiny_teacher(tmp_path / "student", layers=1)
+    (student / "model.safetensors").write_bytes(b"\x07torn")
+    with pytest.raises(InputError, match="cannot read the weights"):
+        StudentFiles(student)
+    (student / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"has no model\.safetensors"):
+        StudentFiles(student)
+    (student / "config.json").write_text(json.dumps([1]))
+    with pytest.raises(InputError, match="JSON object"):
+        StudentFiles(student)
+
+
+def replace(folder: Path, text: str, error: Exception | None = None) -> None:
+    with replacing(folder) as partial:
+        (partial / "kept").write_text(text)
+        if error is not None:
+            raise error
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("old")
+    with pytest.raises(RuntimeError):
+        replace(tmp_path, "new", RuntimeError())
+    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept").read_text() == "old"
+    replace(tmp_path, "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept").read_text() == "new"
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="choose another output folder"), replacing(tmp_path / "file"):
+        pass

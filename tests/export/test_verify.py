@@ -1,0 +1,125 @@
+"""Verification lets what was evaluated pass, and stops everything else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from autodistill.contracts import Artefact
+from autodistill.errors import VerificationError
+from autodistill.export.compressed_tensors import CompressedTensorsExporter
+from autodistill.export.gguf import GgufExporter
+from autodistill.export.huggingface import HuggingFaceExporter
+from autodistill.export.verify import verify, verify_runtime
+from autodistill.strategy import Deployment
+from autodistill.testing import save_tiny_teacher
+
+CASES = [
+    (GgufExporter(), Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)),
+    (GgufExporter(), Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)),
+    (GgufExporter(), Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)),
+    (CompressedTensorsExporter(), Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=64)),
+    (HuggingFaceExporter(), Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)),
+]
+IDS = [deployment.name for _, deployment in CASES]
+SEQUENCES = np.random.default_rng(0).integers(3, 300, (4, 128)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_teacher(tmp_path_factory.mktemp("student"), layers=2)
+
+
+def simulated(student: Path, weights: dict[str, np.ndarray]) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    model.load_state_dict({name: torch.from_numpy(np.array(values)) for name, values in weights.items()}, strict=False)
+    with torch.inference_mode():
+        return model(torch.from_numpy(SEQUENCES.astype(np.int64))).logits.argmax(-1).numpy()
+
+
+@pytest.mark.parametrize(("exporter", "deployment"), CASES, ids=IDS)
+def test_an_export_is_what_was_evaluated(tmp_path: Path, student: Path, exporter, deployment) -> None:
+    artefact = exporter.export(student, deployment, tmp_path)
+    stored = load_file(student / "model.safetensors")
+    found = verify(exporter, artefact, student, deployment)
+    assert (found.tensors, found.weights) == (len(stored), sum(values.numel() for values in stored.values()))
+
+
+@pytest.mark.parametrize(("exporter", "deployment"), CASES, ids=IDS)
+def test_one_flipped_byte_of_a_weight_is_found(tmp_path: Path, student: Path, exporter, deployment) -> None:
+    artefact = exporter.export(student, deployment, tmp_path)
+    file = artefact.path if artefact.path.is_file() else artefact.path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    if artefact.path.is_file():
+        (tensor,) = (item for item in gguf.GGUFReader(file).tensors if item.name == "blk.1.ffn_up.weight")
+        position = int(tensor.data_offset) + 7
+    else:
+        position = len(data) - 40
+    data[position] ^= 0x15
+    file.write_bytes(data)
+    with pytest.raises(VerificationError, match=r"model\.\S+ differs .* in \d+ of \d+, by up to") as failure:
+        verify(exporter, artefact, student, deployment)
+    if artefact.path.is_file():
+        assert "model.layers.1.mlp.up_proj.weight differs" in str(failure.value)
+
+
+def test_missing_and_surplus_tensors_are_named(tmp_path: Path, student: Path) -> None:
+    exporter, deployment = CASES[-1]
+    artefact = exporter.export(student, deployment, tmp_path / "out")
+    file = artefact.path / "model.safetensors"
+    stored = load_file(file)
+    save_file({name: values for name, values in stored.items() if name != "model.norm.weight"}, file)
+    with pytest.raises(VerificationError, match=r"lacks 1 tensors, model\.norm\.weight"):
+        verify(exporter, artefact, student, deployment)
+    save_file(stored | {"projector.weight": torch.zeros(2, 2, dtype=torch.bfloat16)}, file)
+    with pytest.raises(VerificationError, match=r"too many: projector\.weight"):
+        verify(exporter, artefact, student, deployment)
+    save_file(stored | {"model.norm.weight": torch.zeros(3, dtype=torch.bfloat16)}, file)
+    with pytest.raises(VerificationError, match=r"exported as \[3\], not as \[64\]"):
+        verify(exporter, artefact, student, deployment)
+
+
+@pytest.mark.parametrize(("exporter", "deployment"), [CASES[0], CASES[3], CASES[4]], ids=[IDS[0], IDS[3], IDS[4]])
+def test_the_runtime_chooses_the_simulations_tokens(tmp_path: Path, student: Path, exporter, deployment) -> None:
+    artefact = exporter.export(student, deployment, tmp_path)
+    top1 = simulated(student, dict(exporter.unpack(artefact.path)))
+    threads = torch.get_num_threads()
+    check = verify_runtime(artefact, deployment, top1, SEQUENCES, 1)
+    assert check.positions == 512
+    assert check.agreement >= 0.97
+    assert check.text
+    assert torch.get_num_threads() == threads
+    # The figure is a share of the positions: wrong tokens at 3 more of each hundred must fail it.
+    wrong = top1.copy()
+    wrong[:, ::16] += 1
+    with pytest.raises(VerificationError, match=r"9[0-4]\.\d% of 512 positions"):
+        verify_runtime(artefact, deployment, wrong, SEQUENCES, 1)
+
+
+def test_too_few_positions_prove_nothing(tmp_path: Path) -> None:
+    artefact = Artefact(path=tmp_path, size_bytes=0)
+    with pytest.raises(VerificationError, match="500 positions"):
+        verify_runtime(artefact, CASES[0][1], SEQUENCES[:3], SEQUENCES[:3], 1)
+    with pytest.raises(VerificationError, match="the same sequences"):
+        verify_runtime(artefact, CASES[0][1], SEQUENCES[:, 1:], SEQUENCES, 1)
+
+
+def test_a_folder_that_does_not_load_says_so(tmp_path: Path, student: Path) -> None:
+    exporter, deployment = CASES[4]
+    artefact = exporter.export(student, deployment, tmp_path / "out")
+    broken = shutil.copytree(artefact.path, tmp_path / "broken")
+    stored = load_file(broken / "model.safetensors")
+    del stored["model.norm.weight"]
+    save_file(stored, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match="missing_keys"):
+        verify_runtime(Artefact(path=broken, size_bytes=0), deployment, SEQUENCES, SEQUENCES, 1)
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(VerificationError, match="could not load"):
+        verify_runtime(Artefact(path=broken, size_bytes=0), deployment, SEQUENCES, SEQUENCES, 1)
