@@ -29,6 +29,12 @@ class NothingFitsError(AutoDistillError):
     exit_code = 3
 
 
+class InterruptedSearchError(AutoDistillError):
+    """A search was stopped by Ctrl-C; everything finished is kept, and the message holds the command that resumes."""
+
+    exit_code = 130
+
+
 class TrialFailedError(AutoDistillError):
     """A trial ended without a result; the search records `cause` and goes on.
 

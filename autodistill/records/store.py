@@ -223,7 +223,7 @@ class RunFolder:
                 holds it, or the folder holds something that is not a run.
         """
         run = cls(out, name)
-        run._check_free()
+        run.check_free()
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -231,7 +231,7 @@ class RunFolder:
         run._acquire()
         try:
             # Another process may have made the run and ended between the first look and the lock.
-            run._check_free()
+            run.check_free()
         except InputError:
             run.close()
             raise
@@ -291,7 +291,8 @@ class RunFolder:
     ) -> None:
         self.close()
 
-    def _check_free(self) -> None:
+    def check_free(self) -> None:
+        """Refuses a name that a run, or anything else, has already."""
         if self.search_file.exists():
             raise InputError(
                 f"the run {self.name!r} exists in {self.path.parent}: go on with it by --resume, or choose another "

@@ -1,0 +1,487 @@
+"""A search in progress: which trial runs next, what its report means, and what is written down of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from autodistill.contracts import Decision, Direction, ModelSpec, Plan, Status
+from autodistill.errors import InputError
+from autodistill.estimate import Fit, fits, shortfall
+from autodistill.formats import get_format
+from autodistill.records.row import Row, rows_of
+from autodistill.records.store import EventLog
+from autodistill.search.plan import Speed, trial_seconds
+from autodistill.search.rows import make_row
+from autodistill.search.sampler import Observation, Sampler
+from autodistill.search.scheduler import SuccessiveHalving
+from autodistill.space import Point, Space
+from autodistill.strategy import Deployment, Strategy
+from autodistill.trial import (
+    RungReport,
+    TrialTask,
+    check_strategy,
+    probe_deployment,
+    remove_checkpoint,
+    student_spec,
+)
+from autodistill.units import Budget
+
+# A space of which nearly nothing fits must not keep the sampler proposing for ever.
+_REJECTIONS_IN_A_ROW = 200
+
+
+@dataclass
+class TrialState:
+    """Where one trial stands.
+
+    Attributes:
+        task: What runs; for a rejected trial its strategy alone counts.
+        number: Of the proposal; baselines have none.
+        kind, name: As on its rows.
+        point: Of the space, or None for a baseline outside of it.
+        rung: Last rung reported, -1 before the first.
+        value: Of the metric there.
+        fits: Of each deployment.
+        running: Whether a worker has it.
+        status: Once it has ended.
+    """
+
+    task: TrialTask
+    number: int | None
+    kind: str
+    name: str
+    point: Point | None
+    fits: tuple[Fit, ...]
+    rung: int = -1
+    value: float | None = None
+    train_seconds: float = 0.0
+    running: bool = False
+    status: Status | None = None
+    reason: str | None = None
+    rows: list[Row] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """Work for one worker: take this trial to this rung."""
+
+    task: TrialTask
+    rung: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a campaign searches for; all of it fixed by `search.json`."""
+
+    space: Space
+    deployments: tuple[Deployment, ...]
+    budget: Budget
+    plan: Plan
+    speed: Speed
+    teacher_spec: ModelSpec
+    teacher_accuracy: float
+    metric: str
+    direction: Direction
+
+
+class Campaign:
+    """Proposes, schedules, judges and records; knows neither processes nor models, and is driven by a runner.
+
+    Args:
+        question: What is searched for.
+        sampler: Proposes points.
+        log: Where every event goes before it takes effect.
+        checkpoints: Folder that holds a folder for each trial.
+        deadline: `time.monotonic()` after which no trial may run, or None.
+        notify: Called after each event with a line for a person.
+    """
+
+    def __init__(
+        self,
+        question: Question,
+        *,
+        sampler: Sampler,
+        log: EventLog,
+        checkpoints: Path,
+        deadline: float | None = None,
+        notify: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.question = question
+        self.trials: dict[str, TrialState] = {}
+        self.stopping = False
+        self.exhausted = False
+        self.deadline = deadline
+        self._sampler = sampler
+        self._log = log
+        self._checkpoints = checkpoints
+        self._notify = notify
+        self.watch: Callable[[], None] = lambda: None
+        self._late = False
+        self._slowness = 1.0
+        self._worker_seconds = {"train": 0.0, "evaluate": 0.0}
+        plan = question.plan
+        self._scheduler = SuccessiveHalving(
+            trials=plan.trials, rungs=plan.rungs, keep=plan.keep, direction=question.direction
+        )
+
+    # What a runner asks.
+
+    def next(self) -> Assignment | None:
+        """The next piece of work, or None while there is none; marked as running from here on."""
+        if self.stopping:
+            return None
+        assignment = self._interrupted() or self._baseline() or self._promotion(extra=False) or self._proposal()
+        if assignment is None and self.deadline is not None:
+            # Time is left in the box: trials beyond the plan's number may go on.
+            assignment = self._promotion(extra=True)
+        if assignment is not None:
+            self.trials[assignment.task.id].running = True
+        self.watch()
+        return assignment
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing runs and nothing will."""
+        return not any(trial.running for trial in self.trials.values()) and (self.stopping or self._idle())
+
+    def report(self, trial_id: str, report: RungReport) -> Decision:
+        """Records a rung and says what becomes of the trial."""
+        trial, plan = self.trials[trial_id], self.question.plan
+        trial.running = False
+        trial.rung = report.rung
+        trial.train_seconds += report.seconds["train"]
+        for phase in self._worker_seconds:
+            self._worker_seconds[phase] += report.seconds[phase]
+        last = report.rung == len(plan.rungs) - 1
+        status = Status.COMPLETED if last else Status.STOPPED
+        rows = [self._row(trial, report, index, status) for index in range(len(report.evaluations))]
+        trial.value = self._value(rows)
+        self._learn_speed(trial, report)
+        decision = self._judge(trial)
+        # Rows come before the rung they belong to: killed in between, the stretch runs again and supersedes them.
+        for row in rows:
+            self._write({"event": "row", "row": row.to_json()})
+        self._write(
+            {
+                "event": "rung",
+                "trial": trial_id,
+                "rung": report.rung,
+                "tokens": report.tokens,
+                "value": trial.value,
+                "decision": decision.value,
+                "seconds": report.seconds,
+                "steps": [asdict(step) for step in report.steps],
+            }
+        )
+        trial.rows = rows
+        shown = "no value" if trial.value is None else f"{self.question.metric} {trial.value:.4f}"
+        self._notify(f"{trial_id} {trial.name}: {shown} after {report.tokens:,} tokens")
+        if last:
+            self._end(trial, Status.COMPLETED)
+        return decision
+
+    def _judge(self, trial: TrialState) -> Decision:
+        # A baseline runs straight to the end and takes nobody's place at a rung.
+        if trial.task.straight:
+            return Decision.STOP
+        return self._scheduler.report(trial.task.id, trial.rung, trial.value)
+
+    def fail(self, trial_id: str, cause: str, message: str) -> None:
+        """Records a trial that ended without a result; the search goes on."""
+        trial = self.trials[trial_id]
+        trial.running = False
+        self._scheduler.discard(trial_id)
+        self._end(trial, Status.FAILED, f"{cause}: {message}")
+        self._notify(f"{trial_id} failed ({cause}): {message}")
+
+    def abandon(self, trial_id: str) -> None:
+        """A worker gave the trial back before its rung, because the search is stopping or out of time."""
+        self.trials[trial_id].running = False
+        self._late = True
+
+    def close(self) -> None:
+        """Ends every trial that was left at a rung. Called once nothing runs and the search is not to be resumed."""
+        for trial in self.trials.values():
+            if trial.status is None:
+                reason = f"stopped at rung {trial.rung + 1} of {len(self.question.plan.rungs)}"
+                self._end(
+                    trial, Status.STOPPED, reason if trial.rung >= 0 else "the time box ended before its first rung"
+                )
+
+    # What a person is shown.
+
+    def standing(self) -> tuple[float | None, float | None]:
+        """The metric of the best student at full fidelity so far, and of the best baseline."""
+        best = max if self.question.direction == "max" else min
+        values: dict[str, list[float]] = {"student": [], "baseline": []}
+        for trial in self.trials.values():
+            if trial.status is Status.COMPLETED and trial.value is not None:
+                values[trial.kind].append(trial.value)
+        found, baseline = (best(values[kind]) if values[kind] else None for kind in ("student", "baseline"))
+        return found, baseline
+
+    def worker_seconds(self) -> dict[str, float]:
+        """Seconds that workers spent training and evaluating, added over all of them."""
+        return dict(self._worker_seconds)
+
+    # What a resumed search replays.
+
+    def replay(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Takes up the state that earlier events left; nothing is written."""
+        rows = [row for row in rows_of(events) if row.split == "validation"]
+        for event in events:
+            if event["event"] == "trial":
+                self._admit(
+                    Strategy.from_json(event["strategy"]),
+                    trial_id=event["trial"],
+                    number=event["number"],
+                    kind=event["kind"],
+                    name=event["name"],
+                    point=event["point"],
+                )
+            elif event["event"] == "rung":
+                trial = self.trials[event["trial"]]
+                trial.rung, trial.value = event["rung"], event["value"]
+                trial.train_seconds += event["seconds"]["train"]
+                trial.rows = [row for row in rows if row.trial == event["trial"]]
+                self._judge(trial)
+            elif event["event"] == "status":
+                trial = self.trials[event["trial"]]
+                trial.status, trial.reason = Status(event["status"]), event["reason"]
+                if trial.status is Status.FAILED:
+                    self._scheduler.discard(event["trial"])
+        for trial in self.trials.values():
+            # A kill between the last rung and its status leaves the trial whole but unended.
+            if trial.status is None and trial.rung == len(self.question.plan.rungs) - 1:
+                self._end(trial, Status.COMPLETED)
+            # Leftovers of a closed search may be taken further by a longer one.
+            if trial.status is Status.STOPPED:
+                trial.status = None
+
+    # What is next.
+
+    def _interrupted(self) -> Assignment | None:
+        """A trial that was proposed but has not reached its first rung: its worker, or the whole search, was killed."""
+        for trial in self.trials.values():
+            if trial.status is None and not trial.running and trial.rung < 0 and self._affordable(trial):
+                return self._assign(trial)
+        return None
+
+    def _baseline(self) -> Assignment | None:
+        for index, (name, strategy) in enumerate(self.question.space.baselines.items()):
+            trial_id = f"b{index:03d}"
+            if trial_id not in self.trials:
+                point = self.question.space.point(strategy)
+                trial = self._enter(strategy, trial_id=trial_id, number=None, kind="baseline", name=name, point=point)
+                if trial.status is None:
+                    return self._assign(trial)
+        return None
+
+    def _promotion(self, *, extra: bool) -> Assignment | None:
+        trial_id = self._scheduler.next_to_promote(self._in_flight(), self._proposals_over(), extra=extra)
+        if trial_id is None:
+            return None
+        trial = self.trials[trial_id]
+        if not self._affordable(trial):
+            return None
+        return self._assign(trial)
+
+    def _proposal(self) -> Assignment | None:
+        for _ in range(_REJECTIONS_IN_A_ROW):
+            if self._proposals_over():
+                return None
+            number = sum(trial.number is not None for trial in self.trials.values())
+            point = self._sampler.propose(number, self._observations())
+            if point is None:
+                self.exhausted = True
+                return None
+            strategy = self.question.space.strategy(point)
+            trial = self._enter(
+                strategy, trial_id=f"t{number:03d}", number=number, kind="student", name=describe(strategy), point=point
+            )
+            if trial.status is None:
+                return self._assign(trial)
+        self.exhausted = True
+        return None
+
+    def _all_proposed(self) -> bool:
+        # Rejected trials cost nothing and do not count.
+        counted = sum(t.number is not None and t.status is not Status.REJECTED for t in self.trials.values())
+        return self.exhausted or counted >= self.question.plan.trials
+
+    def _proposals_over(self) -> bool:
+        return self._all_proposed() or not self._time_for(self._first_stretch())
+
+    def _in_flight(self) -> set[str]:
+        return {t.task.id for t in self.trials.values() if t.running and not t.task.straight}
+
+    def _idle(self) -> bool:
+        started = all(f"b{index:03d}" in self.trials for index in range(len(self.question.space.baselines)))
+        extra = self.deadline is not None
+        waiting = self._scheduler.next_to_promote(self._in_flight(), True, extra=extra)
+        untouched = [t for t in self.trials.values() if t.status is None and t.rung < 0]
+        affordable = [t for t in (*untouched, *([self.trials[waiting]] if waiting else [])) if self._affordable(t)]
+        return started and self._proposals_over() and not affordable
+
+    def _assign(self, trial: TrialState) -> Assignment:
+        last = len(self.question.plan.rungs) - 1
+        return Assignment(task=trial.task, rung=last if trial.task.straight else trial.rung + 1)
+
+    # Time.
+
+    def _affordable(self, trial: TrialState) -> bool:
+        return self._time_for(self._expected(trial))
+
+    def _time_for(self, seconds: float) -> bool:
+        if self._late:
+            return False
+        return self.deadline is None or time.monotonic() + seconds * self._slowness <= self.deadline
+
+    def _expected(self, trial: TrialState) -> float:
+        plan = self.question.plan
+        rung = self._assign(trial).rung
+        last = rung == len(plan.rungs) - 1
+        reached = 0 if trial.task.straight or trial.rung < 0 else plan.rungs[trial.rung]
+        return trial_seconds(
+            plan.rungs[rung] - reached,
+            len(trial.task.deployments) if last else 1,
+            plan.eval_tokens if last else plan.rung_eval_tokens,
+            self.question.teacher_spec.parameters,
+            self.question.speed,
+            judged=not last,
+        )
+
+    def _first_stretch(self) -> float:
+        plan = self.question.plan
+        return trial_seconds(
+            plan.rungs[0],
+            1,
+            plan.rung_eval_tokens,
+            self.question.teacher_spec.parameters,
+            self.question.speed,
+            judged=len(plan.rungs) > 1,
+        )
+
+    def _learn_speed(self, trial: TrialState, report: RungReport) -> None:
+        """Follows how much longer than measured at first a stretch takes: upwards at once, downwards slowly."""
+        before = replace(trial, rung=-1 if trial.task.straight else report.rung - 1)
+        ratio = sum(report.seconds.values()) / self._expected(before)
+        self._slowness = max(ratio, 0.8 * self._slowness + 0.2 * ratio)
+
+    # Trials.
+
+    def _enter(self, strategy: Strategy, **fields: Any) -> TrialState:
+        """Writes a new trial down, and its rejection where no deployment can fit."""
+        trial = self._admit(strategy, **fields)
+        self._write(
+            {
+                "event": "trial",
+                "trial": trial.task.id,
+                "number": trial.number,
+                "kind": trial.kind,
+                "name": trial.name,
+                "point": trial.point,
+                "strategy_id": strategy.id,
+                "strategy": strategy.to_json(),
+                "seed": trial.task.seed,
+            }
+        )
+        if trial.reason is not None:
+            self._end(trial, Status.REJECTED, trial.reason)
+        return trial
+
+    def _admit(
+        self, strategy: Strategy, *, trial_id: str, number: int | None, kind: str, name: str, point: Point | None
+    ) -> TrialState:
+        question = self.question
+        fitting = fits(student_spec(strategy, question.teacher_spec), question.deployments, question.budget)
+        allowed = tuple(fit.deployment for fit in fitting if fit.slack <= 0)
+        reason = self._contradiction(strategy) or (None if allowed else shortfall(fitting, question.budget))
+        task = TrialTask(
+            id=trial_id,
+            strategy=strategy,
+            seed=question.plan.seed,
+            deployments=allowed,
+            probe=probe_deployment(strategy, allowed or question.deployments),
+            straight=kind == "baseline",
+        )
+        trial = TrialState(task=task, number=number, kind=kind, name=name, point=point, fits=fitting, reason=reason)
+        self.trials[trial_id] = trial
+        return trial
+
+    def _contradiction(self, strategy: Strategy) -> str | None:
+        """Why this teacher cannot be distilled so, where the strategy alone does not tell."""
+        try:
+            check_strategy(strategy, self.question.teacher_spec)
+        except InputError as error:
+            return str(error)
+        return None
+
+    def _end(self, trial: TrialState, status: Status, reason: str | None = None) -> None:
+        trial.status, trial.reason = status, reason
+        self._write({"event": "status", "trial": trial.task.id, "status": status.value, "reason": reason})
+        if status is not Status.REJECTED:
+            remove_checkpoint(self._checkpoints / trial.task.id)
+
+    def _row(self, trial: TrialState, report: RungReport, index: int, status: Status) -> Row:
+        return make_row(
+            report.evaluations[index],
+            trial=trial.task.id,
+            kind=trial.kind,
+            name=trial.name,
+            strategy=trial.task.strategy,
+            spec=student_spec(trial.task.strategy, self.question.teacher_spec),
+            status=status,
+            split="validation",
+            teacher_accuracy=self.question.teacher_accuracy,
+            budget=self.question.budget,
+            plan=self.question.plan,
+            train_tokens=report.tokens,
+            train_seconds=trial.train_seconds,
+            seed=trial.task.seed,
+        )
+
+    def _value(self, rows: list[Row]) -> float | None:
+        """The metric of the best feasible deployment."""
+        values = [value for row in rows if row.feasible and (value := row.figure(self.question.metric)) is not None]
+        best = max if self.question.direction == "max" else min
+        return best(values) if values else None
+
+    def _observations(self) -> list[Observation]:
+        return [self._observation(trial) for trial in self.trials.values() if trial.point is not None]
+
+    def _observation(self, trial: TrialState) -> Observation:
+        assert trial.point is not None
+        plan = self.question.plan
+        # A strategy that contradicts this teacher is out of bounds, whatever memory it would need.
+        slack = min(fit.slack for fit in trial.fits)
+        waiting: Literal["paused", "running"] = "paused" if trial.rung >= 0 and not trial.running else "running"
+        return Observation(
+            point=trial.point,
+            state=trial.status or waiting,
+            value=trial.value,
+            fidelity=plan.rungs[trial.rung] / plan.tokens if trial.rung >= 0 else 0.0,
+            constraint=max(1e-9, slack) if trial.status is Status.REJECTED else slack,
+        )
+
+    def _write(self, event: Mapping[str, Any]) -> None:
+        self._log.append({**event, "time": time.time()})
+
+
+def describe(strategy: Strategy) -> str:
+    """A strategy in a few words, for a table."""
+    init, recipe, finishing = strategy.init, strategy.distillation, strategy.finishing
+    temperature = recipe.temperature
+    heat = f"T{temperature.start:g}"
+    if temperature.shape != "constant":
+        heat += f">{temperature.end:g} {temperature.shape}"
+    words = [f"{init.depth:.0%} {init.layers}", f"KD {recipe.divergence_weight:.2f} {heat}"]
+    if recipe.alignment:
+        words.append(f"{recipe.alignment.layers}-{recipe.alignment.count} {recipe.alignment.projection}")
+    if finishing:
+        words.append(f"QAT {get_format(finishing.format).label(finishing.bits, finishing.group_size)}")
+    return ", ".join(words)

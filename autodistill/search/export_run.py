@@ -1,0 +1,112 @@
+"""Exports a student of a finished run once more: another row, another container, another folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from autodistill import plugins
+from autodistill.errors import InputError
+from autodistill.export.verify import verify
+from autodistill.formats import get_format
+from autodistill.records.leaderboard import DISTILLED, best_student, rank, rows_of
+from autodistill.records.row import Row
+from autodistill.records.store import RunFolder, read_json
+from autodistill.strategy import Deployment
+from autodistill.trial import student_folder
+
+
+def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], out: Path) -> dict[str, Path]:
+    """Packs the student of a row into each container, and holds the bytes on disk to the evaluated weights.
+
+    A container other than the row's own takes the deployment that ranks best among the rows of the same trial in it;
+    "huggingface" is the 16-bit folder.
+
+    Args:
+        run: The run.
+        row_id: Of the row, or None for the run's best student.
+        containers: Names of exporters; a folder of that name is made in `out` for each.
+        out: Folder for them.
+
+    Returns:
+        For each container the file or folder that a runtime is given.
+
+    Raises:
+        InputError: An unknown or repeated container, an unknown row, a row without a student on disk, a container that
+            the trial has no row in, or a folder that is not empty.
+        VerificationError: What was written is not what was evaluated.
+    """
+    _check_containers(containers)
+    asked = read_json(run.search_file)
+    rows = [row for row in rows_of(run.events.read()) if row.split != "test"]
+    ranked = [one.row for one in rank(rows, asked["metric"], asked["direction"])]
+    best = best_student(rows, asked["metric"], asked["direction"])
+    row = _find(run, ranked, row_id or (best.row_id if best else None))
+    student = _student(run, row)
+    deployments = {name: _deployment(name, row, ranked) for name in containers}
+    for name in containers:
+        folder = out / name
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} exists and is not an empty folder: choose another one with --out")
+    return {name: _pack(student, deployment, out / name) for name, deployment in deployments.items()}
+
+
+def _check_containers(containers: Sequence[str]) -> None:
+    known = plugins.names("exporters")
+    listed = f"the containers are {', '.join(known)}"
+    if not containers:
+        raise InputError(f"--to names no container; {listed}")
+    for name in containers:
+        if name not in known:
+            raise InputError(f"there is no container {name!r}; {listed}")
+    if len(set(containers)) < len(containers):
+        raise InputError(f"--to names a container twice: {', '.join(containers)}")
+
+
+def _find(run: RunFolder, ranked: Sequence[Row], row_id: str | None) -> Row:
+    ids = [row.row_id for row in ranked if row.kind in DISTILLED and _folder(run, row).is_dir()]
+    listed = f"the rows with a student on disk are {', '.join(ids)}" if ids else "it has no student on disk"
+    if row_id is None:
+        raise InputError(f"the run {run.name!r} has no student that fits its budget to export: {listed}")
+    for row in ranked:
+        if row.row_id == row_id:
+            return row
+    raise InputError(f"the run {run.name!r} has no row {row_id!r}: {listed}")
+
+
+def _folder(run: RunFolder, row: Row) -> Path:
+    return student_folder(run.checkpoints / row.trial)
+
+
+def _student(run: RunFolder, row: Row) -> Path:
+    """The float32 student of a row."""
+    if row.kind not in DISTILLED:
+        raise InputError(f"the row {row.row_id} is the unmodified teacher: choose a student's row")
+    folder = _folder(run, row)
+    if not folder.is_dir():
+        why = "was removed" if row.full else "was not trained to the end, so none was kept"
+        raise InputError(
+            f"the student of the row {row.row_id} {why} ({folder} is not there): choose another row, or resume the "
+            "run with more --time"
+        )
+    return folder
+
+
+def _deployment(container: str, row: Row, ranked: Sequence[Row]) -> Deployment:
+    """How the row's student is packed in a container."""
+    if container == "huggingface":
+        return Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
+    for candidate in (row, *ranked):
+        if candidate.trial == row.trial and get_format(candidate.deployment["format"]).container == container:
+            return Deployment.from_json(candidate.deployment)
+    raise InputError(
+        f"the trial {row.trial} was evaluated under no {container} deployment, so none can be verified: choose another "
+        "container, or a space with one"
+    )
+
+
+def _pack(student: Path, deployment: Deployment, out: Path) -> Path:
+    exporter = plugins.load("exporters", get_format(deployment.format).container)
+    artefact = exporter.export(student, deployment, out)
+    verify(exporter, artefact, student, deployment)
+    return artefact.path

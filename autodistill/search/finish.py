@@ -1,0 +1,329 @@
+"""The end of a search: the best student is exported, verified, measured in its runtime, and scored on the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from autodistill import plugins
+from autodistill.contracts import Artefact, Measurement, Status, Subject
+from autodistill.data import Prepared, load_split
+from autodistill.distillation.scoring import score
+from autodistill.distillation.student import build_student
+from autodistill.distillation.teacher import Teacher, load_model
+from autodistill.errors import NothingFitsError
+from autodistill.estimate import fits
+from autodistill.export.huggingface import model_card
+from autodistill.export.verify import MIN_POSITIONS, verify, verify_runtime
+from autodistill.formats import get_format
+from autodistill.records.leaderboard import DISTILLED, limits_of, nearest, paired_bootstrap, rank
+from autodistill.records.row import Row
+from autodistill.records.store import RunFolder, record_test_opening
+from autodistill.search.campaign import Question
+from autodistill.search.rows import make_row
+from autodistill.strategy import Deployment, Strategy
+from autodistill.trial import TrialSetting, deployed_weights, evaluate, student_folder, student_spec
+from autodistill.units import format_bytes
+
+# Measured in the runtime, a student may turn out above the budget; this many are tried before giving up.
+_CANDIDATES = 3
+
+
+class Phases(Protocol):
+    """Times the phases of a search."""
+
+    def phase(self, name: str, shown: str) -> AbstractContextManager[None]:
+        """Times the block."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """What the end of a search produced.
+
+    Attributes:
+        best: The exported row, with what its runtime measured.
+        paths: Exported students by container.
+        agreement: Top-1 agreement of runtime and simulation by container.
+        test: Rows on the test split.
+        gain: Best less baseline on test, paired by document, and its standard error; None where there is none.
+        notes: What a reader must know, in sentences.
+    """
+
+    best: Row
+    paths: Mapping[str, Path]
+    agreement: Mapping[str, float]
+    test: tuple[Row, ...]
+    gain: tuple[float, float] | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finisher:
+    """Everything that the steps of the end share."""
+
+    question: Question
+    setting: TrialSetting
+    run: RunFolder
+    teacher: Teacher
+    data: Prepared
+    threads: int
+    phases: Phases
+    line: Callable[[str], None]
+
+    def student(self, row: Row) -> Path:
+        """Folder of the float32 student of a row."""
+        return student_folder(self.run.checkpoints / row.trial)
+
+    def load(self, row: Row) -> Any:
+        """The float32 student of a row."""
+        return load_model(self.student(row), torch.float32, self.setting.device)
+
+    def write(self, kind: str, row: Row) -> None:
+        """Appends a row to the log."""
+        self.run.events.append({"event": kind, "row": row.to_json()})
+
+
+def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
+    """Exports the best student and everything that proves it.
+
+    Args:
+        rows: Of the validation split.
+        finisher: What the steps share.
+
+    Raises:
+        NothingFitsError: No student at full fidelity fits the budget.
+        VerificationError: An artefact is not what was evaluated.
+    """
+    question, phases = finisher.question, finisher.phases
+    torch.set_num_threads(finisher.threads)
+    students = [row for row in rows if row.kind in DISTILLED and row.full and finisher.student(row).is_dir()]
+    ranked = [one.row for one in rank(students, question.metric, question.direction) if one.row.feasible]
+    paths: dict[str, Path] = {}
+    agreement: dict[str, float] = {}
+    rejected: list[Row] = []
+    for candidate in ranked[:_CANDIDATES]:
+        best = _export(candidate, finisher, paths, agreement)
+        if best.feasible:
+            break
+        rejected.append(best)
+        finisher.line(f"{best.name} as {best.deployment_name} does not fit once measured: {best.reason}")
+    else:
+        raise NothingFitsError(_nothing(rejected or students, finisher))
+    ggufs = [row for row in ranked if get_format(row.deployment["format"]).container == "gguf"]
+    if "gguf" not in paths and ggufs:
+        _export(ggufs[0], finisher, paths, agreement)
+    if "huggingface" not in paths:
+        plain = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
+        with phases.phase("export", "exporting the 16-bit folder"):
+            paths["huggingface"] = _pack(best, plain, finisher)[0].path
+    with phases.phase("evaluate", "test split"):
+        test = _test(best, rows, finisher)
+    card = model_card(
+        [best.to_json(), *(row.to_json() for row in test)],
+        best.strategy or {},
+        teacher=finisher.teacher.name,
+        data_name=finisher.data.name,
+        licence=finisher.teacher.licence,
+    )
+    for folder in {path if path.is_dir() else path.parent for path in paths.values()}:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return Finish(
+        best=best,
+        paths=paths,
+        agreement=agreement,
+        test=test,
+        gain=_gain(test),
+        notes=_notes(best, rows, finisher),
+    )
+
+
+def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artefact, str]:
+    """Writes one deployment of a row's student and holds the bytes on disk to the evaluated weights."""
+    container = get_format(deployment.format).container
+    exporter = plugins.load("exporters", container)
+    artefact = exporter.export(finisher.student(row), deployment, finisher.run.student(container))
+    verify(exporter, artefact, finisher.student(row), deployment)
+    return artefact, container
+
+
+def _export(row: Row, finisher: Finisher, paths: dict[str, Path], agreement: dict[str, float]) -> Row:
+    """Exports a row's student, verifies it in its runtime, and gives the row with what was measured there."""
+    deployment = Deployment.from_json(row.deployment)
+    spec = student_spec(Strategy.from_json(row.strategy), finisher.setting.teacher_spec)
+    with finisher.phases.phase("export", f"exporting {row.name} as {deployment.name}"):
+        artefact, container = _pack(row, deployment, finisher)
+        length = finisher.question.plan.sequence_length
+        sequences = -(-MIN_POSITIONS // (length - 1))
+        data = load_split(finisher.data.folder, "validation").head(sequences * length)
+        model = finisher.load(row)
+        with deployed_weights(model, spec, deployment):
+            _, top1 = score(model, data, device=finisher.setting.device)
+        chosen = top1.reshape(len(data.tokens), -1)
+        check = verify_runtime(artefact, deployment, chosen, data.tokens[:, :-1], finisher.threads)
+        agreement[container] = check.agreement
+        paths[container] = artefact.path
+    subject = Subject(
+        spec=spec,
+        deployment=deployment,
+        budget=finisher.question.budget,
+        artefact=artefact.path,
+        threads=finisher.threads,
+    )
+    measured: dict[str, Measurement] = {}
+    for name in ("memory", "size", "latency"):
+        evaluator = plugins.load("evaluators", name)
+        if evaluator.supports(deployment):
+            with finisher.phases.phase("evaluate", f"{name} of the {deployment.name} student"):
+                measured |= {item.name: item for item in evaluator.evaluate(subject)}
+    updated = _with_measured(row, measured, finisher)
+    finisher.write("row", updated)
+    return updated
+
+
+def _with_measured(row: Row, measured: Mapping[str, Measurement], finisher: Finisher) -> Row:
+    """The row with the runtime's figures; the memory that was predicted stays beside the measured one."""
+    fields: dict[str, Any] = {"other": dict(row.other)}
+    for name, item in measured.items():
+        if name in ("memory_bytes", "size_bytes"):
+            fields[name] = int(item.value)
+        elif name in ("latency_ms", "tokens_per_second"):
+            fields[name] = item.value
+        else:
+            fields["other"][name] = item.value
+    if "memory_bytes" in measured:
+        fields["memory_source"] = measured["memory_bytes"].source
+        fields["other"]["memory_bytes_predicted"] = row.memory_bytes
+    if "latency_ms" in measured:
+        fields["latency_source"] = measured["latency_ms"].source
+    updated = replace(row, **fields)
+    over = (updated.memory_bytes or 0) - finisher.question.budget.memory_bytes
+    if over > 0:
+        limit = finisher.question.budget.memory_bytes
+        updated = replace(updated, feasible=False, reason=f"memory: {updated.memory_bytes} bytes, {over} over {limit}")
+    return updated
+
+
+def _nothing(rows: Sequence[Row], finisher: Finisher) -> str:
+    limits = limits_of(finisher.question.budget)
+    needs = {f"{row.name} as {row.deployment_name}": {name: row.figure(name) for name in limits} for row in rows}
+    closest = nearest(needs, limits)
+    if closest is None:
+        return "nothing was trained to the end within the box: give it more --time, or fewer --tokens"
+    return f"nothing fits the budget: the nearest, {closest.candidate}, {closest.describe()}; raise --budget"
+
+
+def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]:
+    """Opens the test split, once, for the student, the baseline, the undistilled student and the teacher."""
+    question, setting = finisher.question, finisher.setting
+    record_test_opening(finisher.run.path.parent, run=finisher.run.name, data=finisher.data.fingerprint)
+    data = load_split(finisher.data.folder, "test").head(question.plan.test_tokens)
+    deployment = Deployment.from_json(best.deployment)
+    teacher = load_model(finisher.teacher.folder, torch.float32, setting.device)
+    scores, top1 = score(teacher, data, device=setting.device)
+    accuracy = float(scores.correct.mean())
+    full = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
+    results: list[Row] = []
+
+    def add(model: Any, row: Row | None, kind: str, name: str, packing: Deployment, strategy: Strategy | None) -> None:
+        spec = student_spec(strategy, setting.teacher_spec) if strategy else setting.teacher_spec
+        evaluation, _ = evaluate(
+            model,
+            spec,
+            packing,
+            data,
+            top1,
+            budget=question.budget,
+            evaluators=setting.evaluators,
+            device=setting.device,
+        )
+        made = make_row(
+            evaluation,
+            trial=row.trial if row else kind,
+            kind=kind,
+            name=name,
+            strategy=strategy,
+            spec=spec,
+            status=Status.COMPLETED,
+            split="test",
+            teacher_accuracy=accuracy,
+            budget=question.budget,
+            plan=question.plan,
+            train_tokens=row.train_tokens or 0 if row else 0,
+            train_seconds=row.train_seconds or 0.0 if row else 0.0,
+            seed=question.plan.seed,
+        )
+        finisher.write("test", made)
+        results.append(made)
+
+    for packing in dict.fromkeys((full, deployment)):
+        add(teacher, None, "teacher", "teacher", packing, None)
+    del teacher
+    strategy = Strategy.from_json(best.strategy)
+    initial, _ = build_student(finisher.teacher.folder, strategy.init)
+    add(initial.to(setting.device), None, "initial", "undistilled student", deployment, strategy)
+    del initial
+    add(finisher.load(best), best, best.kind, best.name, deployment, strategy)
+    baseline = _best_baseline(rows, finisher)
+    if baseline is not None and baseline.trial != best.trial:
+        packing = Deployment.from_json(baseline.deployment)
+        add(
+            finisher.load(baseline), baseline, "baseline", baseline.name, packing, Strategy.from_json(baseline.strategy)
+        )
+    return tuple(results)
+
+
+def _best_baseline(rows: Sequence[Row], finisher: Finisher) -> Row | None:
+    baselines = [row for row in rows if row.kind == "baseline" and row.full and finisher.student(row).is_dir()]
+    ranked = rank(baselines, finisher.question.metric, finisher.question.direction)
+    return ranked[0].row if ranked else None
+
+
+def _gain(test: Sequence[Row]) -> tuple[float, float] | None:
+    """Accuracy of the found student less the baseline's, paired by document, and its standard error."""
+    pair = {row.kind: row for row in test if row.kind in DISTILLED}
+    if len(pair) < 2:
+        return None
+    found, baseline = pair["student"].documents, pair["baseline"].documents
+    assert found is not None
+    assert baseline is not None
+    gaps = [mine - theirs for mine, theirs in zip(found["sum"], baseline["sum"], strict=True)]
+    differences, errors = paired_bootstrap(np.asarray([gaps], np.float64), np.asarray(found["count"], np.float64), 0)
+    return float(differences[0]), float(errors[0])
+
+
+def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...]:
+    """Whether the budget binds, what is the tightest that the best meets, and whether the teacher beats it."""
+    question = finisher.question
+    metric = question.metric
+    limit = question.budget.memory_bytes
+    notes = []
+    fitting = fits(finisher.setting.teacher_spec, question.deployments, question.budget)
+    needs = [fit.need for fit in fitting]
+    if max(needs) <= limit:
+        notes.append(
+            f"the budget of {format_bytes(limit)} does not bind: even the unquantised teacher needs only "
+            f"{format_bytes(max(needs))}"
+        )
+    memory = best.memory_bytes or 0
+    notes.append(
+        f"the tightest budget that the best student still meets is {format_bytes(memory)} ({memory} bytes, "
+        f"{best.memory_source}), at context {question.budget.context} and batch {question.budget.batch}"
+    )
+    teachers = [row for row in rows if row.kind == "teacher" and row.feasible]
+    first = rank([best, *teachers], metric, question.direction)[0].row
+    if first.kind == "teacher":
+        notes.append(
+            f"quantising the teacher beats distilling it here: the teacher as {first.deployment_name} has {metric} "
+            f"{first.figure(metric):.4f} in {format_bytes(first.memory_bytes or 0)}, the best student "
+            f"{best.figure(metric):.4f} in {format_bytes(memory)}"
+        )
+    if best.kind == "baseline":
+        notes.append("no searched strategy beat the hand-designed baseline")
+    return tuple(notes)

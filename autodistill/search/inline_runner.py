@@ -1,0 +1,31 @@
+"""Runs a campaign's trials one after another in this process: for tests, debugging and machines without Ray."""
+
+from __future__ import annotations
+
+from autodistill.errors import TrialFailedError
+from autodistill.search.campaign import Campaign
+from autodistill.search.deadline import OutOfTime, step_guard
+from autodistill.trial import Trial, TrialSetting, Workbench
+
+
+def run_inline(campaign: Campaign, setting: TrialSetting, deadline: float | None) -> None:
+    """Drives the campaign until it is finished.
+
+    Args:
+        campaign: Decides what runs.
+        setting: What all trials have in common.
+        deadline: `time.time()` at which a running trial is given back, or None.
+    """
+    bench = Workbench(setting)
+    while (assignment := campaign.next()) is not None:
+        trial_id = assignment.task.id
+        try:
+            report = Trial(bench, assignment.task, step_guard(deadline)).run(assignment.rung)
+        except OutOfTime:
+            campaign.abandon(trial_id)
+        except TrialFailedError as error:
+            campaign.fail(trial_id, error.cause, str(error))
+        except Exception as error:  # a fault of one trial never ends a search
+            campaign.fail(trial_id, "error", f"{type(error).__name__}: {error}")
+        else:
+            campaign.report(trial_id, report)

@@ -1,0 +1,334 @@
+"""What a search will spend: trials, rungs and tokens from a short measurement and the time box."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from autodistill.contracts import ModelSpec, Plan
+from autodistill.distillation.student import keep_layers, kept_layers
+from autodistill.hardware import Machine
+from autodistill.strategy import Init
+from autodistill.units import format_duration
+
+SEQUENCE_LENGTH = 256
+_REDUCTION = 3
+_DECAY = 0.2
+# With fewer optimiser steps than this at full fidelity, strategies cannot be told apart.
+_FEWEST_STEPS = 24
+_TRIALS = 12
+_FINALISTS = 2
+# Share of the box that is planned; the rest absorbs a machine that slows down.
+_PLANNED_SHARE = 0.93
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What the short measurement found, in tokens per second.
+
+    Attributes:
+        cache: Teacher forward in the cache's precision, on all threads.
+        score: Teacher forward in float32, on all threads.
+        worker_train: A training step of the deepest student, on one worker's threads.
+        worker_score: Its forward in float32, on one worker's threads.
+    """
+
+    cache: float
+    score: float
+    worker_train: float
+    worker_score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """How a machine is shared out among trials."""
+
+    count: int
+    threads: int
+    bf16: bool
+    device: str
+
+
+def share_out(machine: Machine, training_bytes: int, runner: str) -> Workers:
+    """Workers for a machine: one a GPU, or one a core where the memory holds that many trials.
+
+    On CPUs, single-threaded workers side by side train more tokens in all than one trial over all cores.
+
+    Args:
+        machine: Cores, memory and GPUs.
+        training_bytes: Memory that the training of one trial takes.
+        runner: "inline" has one worker.
+    """
+    if machine.gpus:
+        count = 1 if runner == "inline" else len(machine.gpus)
+        return Workers(
+            count=count, threads=max(1, machine.cpus // count), bf16=torch.cuda.is_bf16_supported(), device="cuda"
+        )
+    held = max(1, int(0.8 * machine.memory_bytes // training_bytes))
+    count = 1 if runner == "inline" else min(machine.cpus, held, 8)
+    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return Workers(count=count, threads=max(1, machine.cpus // count), bf16=bf16, device="cpu")
+
+
+def measure_speed(teacher: Any, spec: ModelSpec, depth: float, workers: Workers, threads: int) -> Speed:
+    """Times the teacher's forward and one training step of the deepest student, on random tokens.
+
+    Args:
+        teacher: The teacher in float32; cut down to the student afterwards, so the caller must not use it again.
+        spec: The teacher's shape.
+        depth: Fraction of layers of the deepest student in the space.
+        workers: Threads and precision of a worker.
+        threads: All of the machine's threads.
+    """
+    device = workers.device
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, spec.vocabulary, (1, SEQUENCE_LENGTH))).to(device)
+    teacher.to(device)
+
+    def forward(bf16: bool) -> Any:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
+            return teacher(input_ids=ids, use_cache=False).logits
+
+    def rate(work: Any) -> float:
+        work()
+        _wait(device)
+        began = time.perf_counter()
+        work()
+        _wait(device)
+        return SEQUENCE_LENGTH / (time.perf_counter() - began)
+
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        cache, full = rate(lambda: forward(workers.bf16)), rate(lambda: forward(False))
+    torch.set_num_threads(workers.threads)
+    keep_layers(teacher, kept_layers(Init(depth=depth), spec.layers))
+    teacher.get_input_embeddings().weight.requires_grad_(False)
+    with torch.no_grad():
+        worker_score = rate(lambda: forward(False))
+    worker_train = rate(lambda: forward(workers.bf16).float().square().mean().backward())
+    torch.set_num_threads(threads)
+    return Speed(cache=cache, score=full, worker_train=worker_train, worker_score=worker_score)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What a plan is made for.
+
+    Attributes:
+        box_seconds: Time box, or None.
+        spent_seconds: Of the box, before planning.
+        trials, tokens: Fixed by the user, or None.
+        baselines: Strategies that run first, to the full plan.
+        deployments: Evaluated at full fidelity.
+        train_tokens, validation_tokens, test_tokens: Tokens there are.
+        parameters: Of the teacher.
+        seed: Of the search.
+        ray: Whether workers are processes of their own.
+    """
+
+    box_seconds: float | None
+    spent_seconds: float
+    trials: int | None
+    tokens: int | None
+    baselines: int
+    deployments: int
+    train_tokens: int
+    validation_tokens: int
+    test_tokens: int
+    parameters: int
+    seed: int
+    ray: bool
+
+
+def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
+    """Fixes trials, rungs and tokens; `Plan.notes` says what the box could not hold.
+
+    Baseline, evaluation and export are reserved first. What is left goes to trials: as many tokens at full fidelity as
+    the box holds for a dozen trials, at most one pass over the data; then more trials.
+    """
+    notes = []
+    batch = SEQUENCE_LENGTH
+    most = max(batch, demand.train_tokens // batch * batch)
+    trials = _TRIALS if demand.trials is None else demand.trials
+    if demand.tokens is not None:
+        tokens = max(batch * 3, demand.tokens // batch * batch)
+        if demand.box_seconds is not None and demand.trials is None:
+            trials = _most_trials(demand, speed, workers, tokens)
+    elif demand.box_seconds is None:
+        tokens = min(most, 64 * batch)
+    else:
+        tokens = _most_tokens(demand, speed, workers, trials)
+        while demand.trials is None and tokens < _FEWEST_STEPS * batch and trials > 3:
+            trials -= 1
+            tokens = _most_tokens(demand, speed, workers, trials)
+        if demand.trials is None and tokens > most:
+            trials = _most_trials(demand, speed, workers, most)
+        tokens = max(batch * 3, min(tokens, most))
+        if trials < _TRIALS and demand.trials is None:
+            notes.append(f"the box holds {trials} trials; {_TRIALS} are usual: give it more --time")
+        if tokens < _FEWEST_STEPS * batch:
+            notes.append(f"{tokens // batch} optimiser steps a trial hardly tell strategies apart: give it more --time")
+    plan = _build(demand, speed, workers, trials, tokens, tuple(notes))
+    expected = sum(plan.seconds.values())
+    if demand.box_seconds is not None and expected > demand.box_seconds:
+        short = format_duration(expected - demand.box_seconds)
+        extra = f"the plan is expected to take {short} longer than the box; trials that do not fit will not start"
+        plan = _build(demand, speed, workers, trials, tokens, (*notes, extra))
+    return plan
+
+
+def rung_tokens(tokens: int, batch: int) -> tuple[int, ...]:
+    """Geometric rungs, each a whole number of steps: a ninth, a third and all of the tokens."""
+    rungs = {max(2, round(tokens / batch / _REDUCTION**level)) * batch for level in (2, 1)}
+    return (*sorted(rung for rung in rungs if rung < tokens), tokens)
+
+
+def _keep(trials: int, rungs: int) -> tuple[int, ...]:
+    """How many trials go past each rung: half of them past the first, two at least to the end."""
+    keep = []
+    left = trials
+    for level in range(rungs - 1):
+        left = -(-left // (2 if level == 0 else _REDUCTION))
+        keep.append(min(trials, max(left, _FINALISTS)))
+    return tuple(keep)
+
+
+def _eval_tokens(demand: Demand, speed: Speed) -> tuple[int, int, int]:
+    """Tokens read at a rung, at full fidelity and on test: what the box can pay, between 4 sequences and all there is."""
+    if demand.box_seconds is None:
+        return min(demand.validation_tokens, 2048), min(demand.validation_tokens, 4096), min(demand.test_tokens, 8192)
+    # One forward over the validation tokens by the teacher takes this share of the box, whole sequences of it.
+    affordable = int(0.007 * demand.box_seconds * speed.score) // SEQUENCE_LENGTH * SEQUENCE_LENGTH
+    full = max(4 * SEQUENCE_LENGTH, affordable)
+    rung = max(4 * SEQUENCE_LENGTH, affordable // 2 // SEQUENCE_LENGTH * SEQUENCE_LENGTH)
+    return (
+        min(demand.validation_tokens, rung),
+        min(demand.validation_tokens, full),
+        min(demand.test_tokens, 2 * full),
+    )
+
+
+def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int, notes: tuple[str, ...]) -> Plan:
+    rungs = rung_tokens(tokens, SEQUENCE_LENGTH)
+    rung_eval, full_eval, test = _eval_tokens(demand, speed)
+    fixed = _fixed_seconds(demand, speed, tokens)
+    return Plan(
+        trials=trials,
+        tokens=tokens,
+        rungs=rungs,
+        keep=_keep(trials, len(rungs)),
+        sequence_length=SEQUENCE_LENGTH,
+        batch_tokens=SEQUENCE_LENGTH,
+        warmup_tokens=min(8 * SEQUENCE_LENGTH, tokens // 8),
+        decay=_DECAY,
+        rung_eval_tokens=rung_eval,
+        eval_tokens=full_eval,
+        test_tokens=test,
+        workers=workers.count,
+        threads=workers.threads,
+        bf16=workers.bf16,
+        seed=demand.seed,
+        box_seconds=demand.box_seconds,
+        seconds={**fixed, "trials": _trial_seconds(demand, speed, workers, trials, tokens)},
+        notes=notes,
+    )
+
+
+def _fixed_seconds(demand: Demand, speed: Speed, tokens: int) -> Mapping[str, float]:
+    """Expected seconds of all phases but the trials."""
+    _, full_eval, test = _eval_tokens(demand, speed)
+    # Packing, writing, reading back and running a student: seconds a weight, measured on one core of a server.
+    per_weight = 1.6e-7
+    return {
+        "load": demand.spent_seconds,
+        "cache": min(tokens, demand.train_tokens) / speed.cache * 1.4 + full_eval / speed.score,
+        "teacher": demand.deployments * (full_eval / speed.score + 8e-9 * demand.parameters),
+        "workers": 15.0 if demand.ray else 0.0,
+        "export": 12.0 + per_weight * demand.parameters,
+        "test": 6 * test / speed.score,
+    }
+
+
+def trial_seconds(
+    plan_tokens: int, evaluations: int, eval_tokens: int, parameters: int, speed: Speed, *, judged: bool
+) -> float:
+    """Expected seconds on one worker of `plan_tokens` of training, an evaluation of each deployment and the overhead.
+
+    Args:
+        plan_tokens: Training tokens of the stretch.
+        evaluations: Deployments evaluated at its end.
+        eval_tokens: Tokens each evaluation reads.
+        parameters: Of the teacher.
+        speed: As measured.
+        judged: Whether the stretch ends at a rung that trains on afterwards, so that its decay is extra work.
+    """
+    train = plan_tokens * (1 + (_DECAY if judged else 0)) / speed.worker_train
+    evaluate = evaluations * (eval_tokens / speed.worker_score + 1.5e-8 * parameters)
+    return 1.1 * train + evaluate + 2.5e-8 * parameters
+
+
+def _trial_seconds(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:
+    """Expected seconds of all trials, shared out over the workers."""
+    rungs = rung_tokens(tokens, SEQUENCE_LENGTH)
+    keep = _keep(trials, len(rungs))
+    rung_eval, full_eval, _ = _eval_tokens(demand, speed)
+    total = demand.baselines * trial_seconds(
+        tokens, demand.deployments, full_eval, demand.parameters, speed, judged=False
+    )
+    before = 0
+    for rung, reached, count in zip(rungs, (0, *rungs), (trials, *keep), strict=False):
+        last = rung == tokens
+        stretch = trial_seconds(
+            rung - reached,
+            demand.deployments if last else 1,
+            full_eval if last else rung_eval,
+            demand.parameters,
+            speed,
+            judged=not last,
+        )
+        total += count * stretch
+        before = rung
+    assert before == tokens
+    # The last trials do not end at the same moment: half a finalist's time is lost on the other workers.
+    return total / workers.count
+
+
+def _left(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:
+    assert demand.box_seconds is not None
+    fixed = sum(_fixed_seconds(demand, speed, tokens).values())
+    return demand.box_seconds * _PLANNED_SHARE - fixed - _trial_seconds(demand, speed, workers, trials, tokens)
+
+
+def _most_tokens(demand: Demand, speed: Speed, workers: Workers, trials: int) -> int:
+    """Most tokens at full fidelity that the box holds for so many trials, in whole steps, at least one."""
+    steps = 1
+    ceiling = max(2, demand.train_tokens // SEQUENCE_LENGTH + 1)
+    low, high = 1, ceiling
+    while low <= high:
+        middle = (low + high) // 2
+        if _left(demand, speed, workers, trials, middle * SEQUENCE_LENGTH) >= 0:
+            steps, low = middle, middle + 1
+        else:
+            high = middle - 1
+    return steps * SEQUENCE_LENGTH
+
+
+def _most_trials(demand: Demand, speed: Speed, workers: Workers, tokens: int) -> int:
+    """Most trials that the box holds at so many tokens, at least one and at most a thousand."""
+    low, high, most = 1, 1000, 1
+    while low <= high:
+        middle = (low + high) // 2
+        if _left(demand, speed, workers, middle, tokens) >= 0:
+            most, low = middle, middle + 1
+        else:
+            high = middle - 1
+    return most

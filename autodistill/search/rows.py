@@ -1,0 +1,92 @@
+"""An evaluation of a trial becomes a row of the leaderboard."""
+
+from __future__ import annotations
+
+from autodistill.contracts import ModelSpec, Plan, Status
+from autodistill.records.row import Row
+from autodistill.strategy import Strategy
+from autodistill.trial import Evaluation
+from autodistill.units import Budget
+
+_FIELDS = ("accuracy", "perplexity", "agreement", "memory_bytes", "latency_ms", "tokens_per_second", "size_bytes")
+_COUNTS = ("memory_bytes", "size_bytes")
+
+
+def make_row(
+    evaluation: Evaluation,
+    *,
+    trial: str,
+    kind: str,
+    name: str,
+    strategy: Strategy | None,
+    spec: ModelSpec,
+    status: Status,
+    split: str,
+    teacher_accuracy: float,
+    budget: Budget,
+    plan: Plan,
+    train_tokens: int,
+    train_seconds: float,
+    seed: int,
+) -> Row:
+    """The row of one deployment of one trial.
+
+    Args:
+        evaluation: Measurements on the packed weights.
+        trial, kind, name: See `Row`.
+        strategy: What was trained, or None for the teacher.
+        spec: Shape of the student.
+        status: Of the trial at this moment.
+        split: What was read.
+        teacher_accuracy: Of the teacher on the same examples, at full precision.
+        budget: Limits it is held to.
+        plan: Gives the fidelity.
+        train_tokens, train_seconds: What training took so far.
+        seed: Of the trial.
+    """
+    figures = {name: measurement.value for name, measurement in evaluation.measurements.items()}
+    errors = {
+        f"{name}_stderr": measurement.stderr
+        for name, measurement in evaluation.measurements.items()
+        if measurement.stderr is not None
+    }
+    memory = evaluation.measurements.get("memory_bytes")
+    reason = None
+    if memory is not None and memory.value > budget.memory_bytes:
+        over = int(memory.value) - budget.memory_bytes
+        reason = f"memory: {int(memory.value)} bytes, {over} over the budget of {budget.memory_bytes}"
+    accuracy_stderr = errors.pop("accuracy_stderr", None)
+    fields = {
+        field: int(figures.pop(field)) if field in _COUNTS else figures.pop(field)
+        for field in _FIELDS
+        if field in figures
+    }
+    accuracy = fields.get("accuracy")
+    latency = evaluation.measurements.get("latency_ms")
+    return Row(
+        row_id=f"{trial}-{evaluation.deployment.name}" + ("" if split == "validation" else f"-{split}"),
+        trial=trial,
+        kind=kind,
+        name=name,
+        deployment=evaluation.deployment.to_json(),
+        status=status.value,
+        feasible=reason is None,
+        reason=reason,
+        strategy_id=strategy.id if strategy else None,
+        strategy=strategy.to_json() if strategy else None,
+        split=split,
+        accuracy_stderr=accuracy_stderr,
+        retention=accuracy / teacher_accuracy if accuracy is not None and teacher_accuracy > 0 else None,
+        memory_source=memory.source if memory else None,
+        latency_source=latency.source if latency else None,
+        params=spec.parameters,
+        context=budget.context,
+        batch=budget.batch,
+        train_tokens=train_tokens,
+        train_seconds=train_seconds,
+        fidelity=min(1.0, train_tokens / plan.tokens) if kind in ("student", "baseline") else None,
+        seed=seed,
+        documents=evaluation.documents,
+        other=figures | errors,
+        **fields,
+    )
