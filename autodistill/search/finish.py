@@ -1,4 +1,4 @@
-"""The end of a search: the best student is exported, verified, measured in its runtime, and scored on the test split."""
+"""The end of a search: the best student is exported, verified, measured in its runtime and scored on test."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def _keep(trials: int, rungs: int) -> tuple[int, ...]:
 
 
 def _eval_tokens(demand: Demand, speed: Speed) -> tuple[int, int, int]:
-    """Tokens read at a rung, at full fidelity and on test: what the box can pay, between 4 sequences and all there is."""
+    """Tokens read at a rung, at full fidelity and on test: what the box can pay, at least 4 sequences."""
     if demand.box_seconds is None:
         return min(demand.validation_tokens, 2048), min(demand.validation_tokens, 4096), min(demand.test_tokens, 8192)
     # One forward over the validation tokens by the teacher takes this share of the box, whole sequences of it.

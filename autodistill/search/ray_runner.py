@@ -196,7 +196,9 @@ def _stretch_class() -> Any:
     from ray import tune
 
     class Stretch(tune.Trainable):  # type: ignore[misc, unused-ignore]
-        def setup(self, config: dict[str, Any], setting: TrialSetting, deadline: float | None) -> None:
+        def setup(  # type: ignore[override]
+            self, config: dict[str, Any], setting: TrialSetting, deadline: float | None
+        ) -> None:
             self._bench = Workbench(setting)
             self._guard = step_guard(deadline)
             self._assignment: Assignment = config["assignment"].assignment

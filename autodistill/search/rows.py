@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from autodistill.contracts import ModelSpec, Plan, Status
 from autodistill.records.row import Row
 from autodistill.strategy import Strategy
@@ -56,7 +58,7 @@ def make_row(
         over = int(memory.value) - budget.memory_bytes
         reason = f"memory: {int(memory.value)} bytes, {over} over the budget of {budget.memory_bytes}"
     accuracy_stderr = errors.pop("accuracy_stderr", None)
-    fields = {
+    fields: dict[str, Any] = {
         field: int(figures.pop(field)) if field in _COUNTS else figures.pop(field)
         for field in _FIELDS
         if field in figures

@@ -429,32 +429,8 @@ def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
     clock.add("load", time.monotonic() - request.started)
     earlier = run.events.read()
     runner = _start_runner(request)
-    with clock.phase("load", "loading teacher and data"):
-        loaded = _load(checked)
-    if checked.stored is not None:
-        plan, speed = Plan.from_json(checked.stored["plan"]), Speed(**checked.stored["speed"])
-        _check_fingerprints(checked, loaded)
-    else:
-        with clock.phase("plan", "measuring this machine"):
-            plan, speed = _plan(checked, loaded, time.monotonic() - request.started)
-    document = _describe(checked, loaded, plan, speed)
-    if checked.stored is None:
-        write_json(run.search_file, document)
-    for note in plan.notes:
-        observer.line(note)
-    run.events.append({"event": "session", "time": time.time()})
-    setting = _teacher_phase(checked, loaded, plan, run, clock, observer, earlier)
-    question = Question(
-        space=checked.space,
-        deployments=holdable(loaded.spec, checked.space.deployments),
-        budget=request.budget,
-        plan=plan,
-        speed=speed,
-        teacher_spec=loaded.spec,
-        teacher_accuracy=setting.teacher_accuracy,
-        metric=checked.metric,
-        direction=METRICS[checked.metric],
-    )
+    ready = make_ready(checked, run, clock, observer)
+    loaded, plan, question, setting = ready.loaded, ready.question.plan, ready.question, ready.setting
     deadline = _deadline(request, plan, earlier)
     campaign = Campaign(
         question,
@@ -491,10 +467,62 @@ def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
     rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
     seconds = clock.summary()
     result = _result(checked, campaign, rows, finished, plan, seconds, run)
-    write_json(run.search_file, document | {"seconds": seconds, "notes": result["notes"]})
+    write_json(run.search_file, {**ready.document, "seconds": seconds, "notes": result["notes"]})
     to_parquet(rows, run.leaderboard_file)
     write_report(run)
     return Outcome(document=result, rows=tuple(rows), finish=finished)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """Everything that stands before the first trial; `document` is the content of `search.json`."""
+
+    loaded: Loaded
+    question: Question
+    setting: TrialSetting
+    document: Mapping[str, Any]
+
+
+def make_ready(checked: Checked, run: RunFolder, clock: Clock, observer: Observer) -> Ready:
+    """Loads, plans, caches and scores the teacher, and writes `search.json`; what a resumed run has, it keeps.
+
+    Args:
+        checked: What is asked.
+        run: Its folder, locked.
+        clock: Times the phases.
+        observer: Is told of them.
+
+    Raises:
+        InputError: Bad input that only the loaded teacher or data could show.
+    """
+    earlier = run.events.read()
+    with clock.phase("load", "loading teacher and data"):
+        loaded = _load(checked)
+    if checked.stored is not None:
+        plan, speed = Plan.from_json(checked.stored["plan"]), Speed(**checked.stored["speed"])
+        _check_fingerprints(checked, loaded)
+    else:
+        with clock.phase("plan", "measuring this machine"):
+            plan, speed = _plan(checked, loaded, time.monotonic() - checked.request.started)
+    document = _describe(checked, loaded, plan, speed)
+    if checked.stored is None:
+        write_json(run.search_file, document)
+    for note in plan.notes:
+        observer.line(note)
+    run.events.append({"event": "session", "time": time.time()})
+    setting = _teacher_phase(checked, loaded, plan, run, clock, earlier)
+    question = Question(
+        space=checked.space,
+        deployments=holdable(loaded.spec, checked.space.deployments),
+        budget=checked.request.budget,
+        plan=plan,
+        speed=speed,
+        teacher_spec=loaded.spec,
+        teacher_accuracy=setting.teacher_accuracy,
+        metric=checked.metric,
+        direction=METRICS[checked.metric],
+    )
+    return Ready(loaded=loaded, question=question, setting=setting, document=document)
 
 
 def _start_runner(request: SearchRequest) -> Callable[[Campaign, TrialSetting, float | None], None]:
@@ -587,7 +615,6 @@ def _teacher_phase(
     plan: Plan,
     run: RunFolder,
     clock: Clock,
-    observer: Observer,
     earlier: list[dict[str, Any]],
 ) -> TrialSetting:
     """Caches the teacher's outputs, scores it, and writes its rows under each deployment."""
