@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, TextIO
 
@@ -88,6 +88,7 @@ class View:
         self._interval = interval
         self._clock = clock
         self._shown: tuple[Any, ...] | None = None
+        self._said: tuple[str, ...] = ()
         self._when = 0.0
 
     def update(self, progress: Progress) -> None:
@@ -98,8 +99,10 @@ class View:
         if key == self._shown and now - self._when < self._interval:
             return
         self._shown, self._when = key, now
-        parts = (progress.trials(), progress.quality(), progress.speed())
-        self.log(f"{progress.phase}: {'; '.join(filter(None, parts))}".removesuffix(": "))
+        # What the lines before have said already is not said again.
+        parts = [part for part in (progress.trials(), progress.quality()) if part not in self._said]
+        self._said = (progress.trials(), progress.quality())
+        self.log(f"{progress.phase}: {'; '.join(filter(None, [*parts, progress.speed()]))}".removesuffix(": "))
 
     def log(self, line: str) -> None:
         """Prints one line, without any control codes in it."""
@@ -119,12 +122,25 @@ class LiveView(View):
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
+        self._progress: Progress | None = None
         # stdout is left alone: it may carry the one JSON document of the search.
-        self._live = Live(console=Console(file=stream), refresh_per_second=4, redirect_stdout=False)
+        self._live = Live(
+            console=Console(file=stream), refresh_per_second=4, redirect_stdout=False, get_renderable=self._draw
+        )
 
     def update(self, progress: Progress) -> None:
         """Shows new figures."""
-        self._live.update(panel(progress))
+        self._progress, self._when = progress, self._clock()
+        self._live.refresh()
+
+    def _draw(self) -> Table | str:
+        """The figures, with the time left running down between two updates."""
+        progress = self._progress
+        if progress is None:
+            return ""
+        if progress.seconds_left is not None:
+            progress = replace(progress, seconds_left=progress.seconds_left - (self._clock() - self._when))
+        return panel(progress)
 
     def log(self, line: str) -> None:
         """Prints one line above the figures."""
@@ -223,9 +239,11 @@ def _estimated(value: float | None, source: str | None, write: Callable[[float],
 
 
 def _summary(row: Row) -> str:
-    """The name and what sets the strategy apart, the most telling first."""
+    """Which trial, and what sets its strategy apart, the most telling first."""
     if row.strategy is None:
         return row.name
+    # A proposed strategy is named by a description of itself, which the table gives in columns' width already.
+    title = row.trial if row.kind == "student" else f"{row.trial} {row.name}"
     init, distillation = row.strategy["init"], row.strategy["distillation"]
     finishing, alignment, temperature = (
         row.strategy["finishing"],
@@ -240,7 +258,7 @@ def _summary(row: Row) -> str:
     if alignment is not None:
         parts.append(f"align {alignment['count']} {alignment['projection']}")
     parts.append(f"lr {distillation['learning_rate']:.1g}")
-    return f"{row.name} {', '.join(parts)}"
+    return f"{title}: {', '.join(parts)}"
 
 
 def _cut(text: str, room: int) -> str:

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from autodistill.console import LiveView, Progress, View, leaderboard_table, open_view
 from autodistill.records.leaderboard import Row, rank
@@ -107,7 +108,7 @@ def test_a_terminal_gets_the_live_view(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().out == ""
 
 
-def row(name: str, bits: int = 4, **fields: Any) -> Row:
+def row(name: str, /, bits: int = 4, **fields: Any) -> Row:
     least: dict[str, Any] = {
         "row_id": name,
         "trial": name,
@@ -150,13 +151,25 @@ def test_the_table_fits_a_hundred_characters_and_its_columns_align() -> None:
     assert max(map(len, text.split("\n"))) <= 100
     assert head.split() == ["#", "deployment", "accuracy", "kept", "memory", "size", "latency", "plan", "strategy"]
     assert [line.split()[:2] for line in lines] == [["1=", "ct-int4-g64"], ["2=", "ct-int8-g64"], ["3!", "ct-int4-g64"]]
-    assert "0.4123 ± 0.0031  98.2%  ~15.9 GB  98.3 MB   12.3ms  100%  t001 80% even" in lines[0]
+    assert "0.4123 ± 0.0031  98.2%  ~15.9 GB  98.3 MB   12.3ms  100%  t001: 80% even" in lines[0]
     assert {line.index("100%") for line in lines} == {lines[0].index("100%")}
     assert "\u2026" in lines[1]
     for note in ("tied", "~ predicted", "! over the budget"):
         assert note in notes
     wide = leaderboard_table(rank(rows), width=200)
-    assert "t001 80% even, qat4, kd 0.5, T 5-1, align 4 low-rank, lr 0.0003" in wide
+    assert "t001: 80% even, qat4, kd 0.5, T 5-1, align 4 low-rank, lr 0.0003" in wide
+
+
+def test_a_strategy_is_named_by_its_trial_so_that_its_row_can_be_asked_for() -> None:
+    strategy = Strategy().to_json()
+    rows = [
+        row("t001", name="80% even, KD 0.50 T1", strategy=strategy, accuracy=0.3),
+        row("b000", kind="baseline", name="logit_kd", strategy=strategy, accuracy=0.2),
+    ]
+    first, second = leaderboard_table(rank(rows)).splitlines()[1:3]
+    assert "t001: 80% even, kd 0.5" in first
+    assert first.count("80%") == 1
+    assert "b000 logit_kd: 80% even" in second
 
 
 def test_an_empty_leaderboard_is_its_head() -> None:
@@ -167,3 +180,28 @@ def test_an_empty_leaderboard_is_its_head() -> None:
 
 def test_names_cannot_smuggle_control_codes_into_the_table() -> None:
     assert not CONTROL.search(leaderboard_table(rank([row("\x1b[31mred\r", accuracy=0.1)])))
+
+
+def test_a_line_says_only_what_the_lines_before_have_not() -> None:
+    stream = io.StringIO()
+    view = View(stream)
+    view.update(PROGRESS)
+    view.update(changed(phase="export", tokens_per_second=None))
+    view.update(changed(phase="export", tokens_per_second=None, best=0.42))
+    assert stream.getvalue().splitlines()[1:] == [
+        "export: 4m 12s left",
+        "export: accuracy: best 0.4200, baseline 0.3900, teacher 0.4550; 4m 12s left",
+    ]
+
+
+def test_the_time_left_runs_down_between_two_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = io.StringIO()
+    view = LiveView(stream)
+    now = [100.0]
+    monkeypatch.setattr(view, "_clock", lambda: now[0])
+    view.update(PROGRESS)
+    now[0] += 12
+    drawn = Console(file=stream, width=100)
+    drawn.print(view._draw())
+    assert "4m 00s left" in stream.getvalue()

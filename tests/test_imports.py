@@ -38,6 +38,10 @@ ROOMS = (
     "search",
     "testing",
     "console",
+    "live",
+    "summary",
+    "streams",
+    "doctor",
     "cli",
     "__main__",
     "",  # autodistill/__init__.py: public names

@@ -1,0 +1,345 @@
+"""The command line: parse, call the function that a library user calls, print its result."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from autodistill.console import leaderboard_table, open_view, printable
+from autodistill.errors import AutoDistillError, InputError
+from autodistill.records.store import RunFolder, known_runs, strict_json
+from autodistill.streams import quiet_libraries, stdout_reserved
+from autodistill.summary import leaderboard_of, plan_summary, search_summary
+from autodistill.units import Budget, parse_bytes, parse_duration
+
+if TYPE_CHECKING:
+    from autodistill.search.search import Outcome, SearchRequest
+
+T = TypeVar("T")
+
+_RUNS = Path("results/runs")
+# What `distill` takes for no limit: above any memory, and still a number that every file format holds.
+_NO_LIMIT = "1000000TB"
+# The base of all of Typer's own complaints, which it does not export by name.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Format(StrEnum):
+    """How a result is printed."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+def _option(name: str, text: str, metavar: str | None = None, **more: Any) -> Any:
+    return typer.Option(name, help=text, metavar=metavar, **more)
+
+
+_BUDGET_HELP = "Memory that inference of the student may take, like 16GB or 900MiB"
+BudgetOption = Annotated[str, _option("--budget", f"{_BUDGET_HELP}.", "SIZE")]
+AnyBudgetOption = Annotated[str | None, _option("--budget", f"{_BUDGET_HELP}; no limit by default.", "SIZE")]
+TeacherOption = Annotated[
+    str | None,
+    _option("--teacher", "smollm2 (the default), a folder of transformers, a .gguf file, or a hub id.", "REF"),
+]
+DataOption = Annotated[
+    str | None,
+    _option("--data", "pydoc (the default), a folder, a .txt, .jsonl or .parquet file, or a hub id.", "REF"),
+]
+SpaceOption = Annotated[str | None, _option("--space", "What may be tried: a name, or a YAML file.", "NAME|FILE")]
+MetricOption = Annotated[
+    str | None, _option("--metric", "What ranks: accuracy (the default), agreement or perplexity.", "NAME")
+]
+TrialsOption = Annotated[
+    int | None, _option("--trials", "Strategies to try; planned from the time box by default.", "N")
+]
+TokensOption = Annotated[int | None, _option("--tokens", "Training tokens of a trial; planned by default.", "T")]
+TimeOption = Annotated[
+    str | None, _option("--time", "Time box, like 10m, the default without an accelerator; 30m with one.", "TIME")
+]
+ContextOption = Annotated[int, _option("--context", "Tokens of context that the memory is stated at.", "TOKENS")]
+BatchOption = Annotated[int, _option("--batch", "Sequences decoded at once.", "N")]
+SeedOption = Annotated[
+    int | None, _option("--seed", "Of data order, projections and proposals; 0 by default.", "N", min=0)
+]
+NameOption = Annotated[str | None, _option("--name", "Of the run; date and time by default.", "RUN")]
+OutOption = Annotated[Path, _option("--out", "Folder of the runs.", "DIR")]
+ResumeOption = Annotated[bool, _option("--resume", "Go on with the run of this --name.")]
+PlanOption = Annotated[bool, _option("--plan", "Print trials, rungs, tokens, cache disk and time, and stop.")]
+RunnerOption = Annotated[str, _option("--runner", "ray: workers side by side; inline: this process alone.", "NAME")]
+CacheOption = Annotated[
+    Path | None, _option("--cache", "Folder of what later searches use again; ~/.cache/autodistill by default.", "DIR")
+]
+CacheLimitOption = Annotated[str, _option("--cache-limit", "Disk that the teacher's outputs may take.", "SIZE")]
+FormatOption = Annotated[Format, _option("--format", "How the result is printed.")]
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        print(version("autodistill-search"))
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+def _root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version)] = False,
+) -> None:
+    """Finds the distilled and quantised student with the highest measured accuracy that fits your hardware."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+        raise typer.Exit(2)
+
+
+@app.command()
+def search(
+    ctx: typer.Context,
+    budget: BudgetOption,
+    teacher: TeacherOption = None,
+    data: DataOption = None,
+    space: SpaceOption = None,
+    metric: MetricOption = None,
+    trials: TrialsOption = None,
+    tokens: TokensOption = None,
+    time_box: TimeOption = None,
+    context: ContextOption = 2048,
+    batch: BatchOption = 1,
+    seed: SeedOption = None,
+    name: NameOption = None,
+    out: OutOption = _RUNS,
+    resume: ResumeOption = False,
+    plan: PlanOption = False,
+    runner: RunnerOption = "ray",
+    cache: CacheOption = None,
+    cache_limit: CacheLimitOption = "8GB",
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """Find, export and verify the best student that fits a hardware budget."""
+    _search(ctx)
+
+
+@app.command()
+def distill(
+    ctx: typer.Context,
+    strategy: Annotated[str, typer.Argument(help="A strategy as a YAML file, or a name.", metavar="STRATEGY.yaml")],
+    budget: AnyBudgetOption = None,
+    teacher: TeacherOption = None,
+    data: DataOption = None,
+    metric: MetricOption = None,
+    tokens: TokensOption = None,
+    time_box: TimeOption = None,
+    context: ContextOption = 2048,
+    batch: BatchOption = 1,
+    seed: SeedOption = None,
+    name: NameOption = None,
+    out: OutOption = _RUNS,
+    resume: ResumeOption = False,
+    plan: PlanOption = False,
+    runner: RunnerOption = "ray",
+    cache: CacheOption = None,
+    cache_limit: CacheLimitOption = "8GB",
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """Train, export and verify the student of one strategy, without a search."""
+    _search(ctx)
+
+
+@app.command()
+def leaderboard(
+    runs: Annotated[list[str] | None, typer.Argument(help="Names of runs; all by default.", metavar="[RUN]...")] = None,
+    out: OutOption = _RUNS,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """Show the ranked rows of runs, also of one that is under way."""
+    _print(output, lambda: _leaderboards(runs, out), _rows, _tables)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Name of the run.", metavar="RUN")],
+    to: Annotated[
+        str, _option("--to", "Containers, parted by commas: huggingface, gguf, compressed-tensors.", "NAMES")
+    ],
+    out: Annotated[Path, _option("--out", "Where to; a folder is made in it for each container.", "DIR")],
+    row: Annotated[str | None, _option("--row", "Of the leaderboard; the best student by default.", "ID")] = None,
+    runs: Annotated[Path, _option("--runs", "Folder of the runs.", "DIR")] = _RUNS,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """Export a student of a run to other containers, and verify it."""
+    containers = [name.strip() for name in to.split(",") if name.strip()]
+    _print(output, lambda: _export(RunFolder.open(runs, run), row, containers, out), dict, _lines)
+
+
+@app.command()
+def doctor(
+    out: OutOption = _RUNS,
+    cache: CacheOption = None,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """Say what is installed, found and missing; exits with 2 where the default search cannot run."""
+    quiet_libraries()
+    from autodistill.doctor import describe, examine, ready, to_json
+    from autodistill.search.search import default_cache
+
+    found = _print(output, lambda: examine(out, cache or default_cache()), to_json, describe)
+    if not ready(found):
+        raise typer.Exit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line, by default this process's own, and gives its exit code."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    typed = shlex.join(["autodistill", *given])
+    try:
+        code = app(given, prog_name="autodistill", obj=typed, standalone_mode=False) or 0
+    except AutoDistillError as error:
+        return _fail(str(error), error.exit_code)
+    except _UsageError as error:
+        return _fail(_complaint(error), InputError.exit_code)
+    # Typer turns a Ctrl-C that nobody met into this code.
+    return _fail("stopped", code) if code == 130 else int(code)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+    return code
+
+
+def _complaint(error: Any) -> str:
+    where = error.ctx.command_path if error.ctx else "autodistill"
+    return f"{error.format_message().rstrip('.')}; see {where} --help"
+
+
+def _print(output: Format, work: Callable[[], T], document: Callable[[T], Any], text: Callable[[T], str]) -> T:
+    """Does the work with stdout held free, and prints its result there; with JSON also the error that ended it."""
+    try:
+        with stdout_reserved():
+            result = work()
+            shown = _dumps(document(result)) if output is Format.JSON else text(result)
+    except AutoDistillError as error:
+        if output is Format.JSON:
+            print(_dumps({"error": str(error), "exit_code": error.exit_code}), flush=True)
+        raise
+    print(shown, flush=True)
+    return result
+
+
+def _dumps(document: Any) -> str:
+    strict = [strict_json(item) for item in document] if isinstance(document, list) else strict_json(document)
+    return json.dumps(strict, indent=2, allow_nan=False)
+
+
+def _search(ctx: typer.Context) -> None:
+    """What `search` and `distill` do; their arguments are read from the context."""
+    started = time.monotonic()
+    output = ctx.params["output"]
+    if ctx.params["plan"]:
+        _print(output, lambda: _planned(_request(ctx, started)), dict, plan_summary)
+    else:
+        _print(output, lambda: _searched(_request(ctx, started)), lambda outcome: outcome.document, _summary(ctx))
+
+
+def _request(ctx: typer.Context, started: float) -> SearchRequest:
+    """The request of a command line; no model library is imported before its numbers are known to be right."""
+    given: dict[str, Any] = ctx.params
+    memory = given["budget"] if given["budget"] is not None else _NO_LIMIT
+    budget = Budget(memory_bytes=parse_bytes(memory), context=given["context"], batch=given["batch"])
+    seconds = None if given["time_box"] is None else parse_duration(given["time_box"])
+    limit = parse_bytes(given["cache_limit"])
+    quiet_libraries(given["teacher"], given["data"])
+    from autodistill.search.search import SearchRequest, default_cache
+
+    return SearchRequest(
+        budget=budget,
+        teacher=given["teacher"],
+        data=given["data"],
+        space=given.get("space"),
+        strategy=given.get("strategy"),
+        metric=given["metric"],
+        trials=given.get("trials"),
+        tokens=given["tokens"],
+        time_seconds=seconds,
+        seed=given["seed"],
+        name=given["name"],
+        out=given["out"],
+        resume=given["resume"],
+        runner=given["runner"],
+        cache=given["cache"] or default_cache(),
+        cache_limit_bytes=limit,
+        command=ctx.obj or ctx.command_path,
+        started=started,
+    )
+
+
+def _searched(request: SearchRequest) -> Outcome:
+    from autodistill.live import SearchView
+    from autodistill.search.search import search
+
+    with open_view() as view:
+        return search(request, SearchView(view))
+
+
+def _planned(request: SearchRequest) -> dict[str, Any]:
+    from autodistill.live import SearchView
+    from autodistill.search.search import plan_search
+
+    with open_view() as view:
+        return plan_search(request, SearchView(view))
+
+
+def _summary(ctx: typer.Context) -> Callable[[Outcome], str]:
+    def text(outcome: Outcome) -> str:
+        run = RunFolder.open(ctx.params["out"], outcome.document["name"])
+        return search_summary(outcome.document, *leaderboard_of(run), _width())
+
+    return text
+
+
+def _width() -> int:
+    """Characters of a line: the terminal's, where stdout is one that is wide enough."""
+    return max(100, shutil.get_terminal_size((120, 24)).columns)
+
+
+_Boards = list[tuple[str, tuple[Any, str]]]
+
+
+def _leaderboards(runs: Sequence[str] | None, out: Path) -> _Boards:
+    names = list(dict.fromkeys(runs or known_runs(out)))
+    if not names:
+        raise InputError(f"there are no runs in {out}: make one with autodistill search, or name another --out")
+    return [(name, leaderboard_of(RunFolder.open(out, name))) for name in names]
+
+
+def _rows(boards: _Boards) -> list[dict[str, Any]]:
+    return [
+        {"run": name, "place": one.place, "tied": one.tied, **one.row.to_json()}
+        for name, (ranked, _) in boards
+        for one in ranked
+    ]
+
+
+def _tables(boards: _Boards) -> str:
+    return "\n\n".join(f"{name}\n{leaderboard_table(ranked, metric, _width())}" for name, (ranked, metric) in boards)
+
+
+def _export(run: RunFolder, row: str | None, containers: Sequence[str], out: Path) -> dict[str, str]:
+    quiet_libraries()
+    from autodistill.search.export_run import export_run
+
+    return {name: str(path) for name, path in export_run(run, row, containers, out).items()}
+
+
+def _lines(paths: dict[str, str]) -> str:
+    return "\n".join(f"{name}: {path}" for name, path in paths.items())

@@ -1,0 +1,79 @@
+"""What a search tells while it runs, as lines and figures of the live view."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from autodistill.console import Progress, View
+from autodistill.contracts import Status
+from autodistill.search.campaign import Campaign, TrialState
+from autodistill.search.search import Observer
+
+
+class SearchView(Observer):
+    """Shows a search on a view.
+
+    Args:
+        view: Where to.
+        clock: The clock of the search's deadline.
+    """
+
+    def __init__(self, view: View, clock: Callable[[], float] = time.monotonic) -> None:
+        self._view = view
+        self._clock = clock
+        self._progress = Progress(phase="starting")
+        self._end: float | None = None
+
+    def phase(self, name: str) -> None:
+        """Shows that a phase began."""
+        self._show(replace(self._progress, phase=name, tokens_per_second=None))
+
+    def line(self, text: str) -> None:
+        """Prints a line."""
+        self._view.log(text)
+
+    def campaign(self, campaign: Campaign, best: float | None, baseline: float | None) -> None:
+        """Shows how the trials stand."""
+        question = campaign.question
+        if campaign.deadline is not None:
+            # Trials end at the deadline; what follows is expected to take this much longer.
+            after = sum(question.plan.seconds.get(phase, 0.0) for phase in ("export", "test"))
+            self._end = campaign.deadline + after
+        trials = list(campaign.trials.values())
+        count = {status: sum(trial.status is status for trial in trials) for status in Status}
+        self._show(
+            Progress(
+                phase="trials",
+                planned=question.plan.trials + len(question.space.baselines),
+                done=count[Status.COMPLETED],
+                running=sum(trial.running for trial in trials),
+                stopped=count[Status.STOPPED] + sum(_waiting(trial) for trial in trials),
+                rejected=count[Status.REJECTED],
+                failed=count[Status.FAILED],
+                metric=question.metric,
+                best=best,
+                baseline=baseline,
+                teacher=question.teacher_accuracy if question.metric == "accuracy" else None,
+                tokens_per_second=_speed(campaign),
+            )
+        )
+
+    def _show(self, progress: Progress) -> None:
+        left = None if self._end is None else self._end - self._clock()
+        self._progress = replace(progress, seconds_left=left)
+        self._view.update(self._progress)
+
+
+def _waiting(trial: TrialState) -> bool:
+    """Whether a trial stands at a rung, from which it may yet be taken further."""
+    return trial.status is None and not trial.running and trial.rung >= 0
+
+
+def _speed(campaign: Campaign) -> float | None:
+    """Training tokens a second of all workers together, over the stretches that are done."""
+    plan = campaign.question.plan
+    trained = [trial for trial in campaign.trials.values() if trial.rung >= 0]
+    seconds = sum(trial.train_seconds for trial in trained)
+    return sum(plan.rungs[trial.rung] for trial in trained) / seconds * plan.workers if seconds > 0 else None

@@ -1,0 +1,142 @@
+"""What a person reads at the end: leaderboard, test split, notes, seconds, paths; and a plan before the search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from autodistill.console import leaderboard_table
+from autodistill.records.leaderboard import DISTILLED, Ranked, rank, rows_of
+from autodistill.records.row import Row
+from autodistill.records.store import RunFolder, read_json
+from autodistill.units import format_bytes, format_duration
+
+_SHOWN_ROWS = 15
+
+
+def leaderboard_of(run: RunFolder) -> tuple[list[Ranked], str]:
+    """The ranked rows of a run's validation split, and the metric that ranks them; also of a run that is under way.
+
+    Raises:
+        InputError: Its records cannot be read.
+    """
+    asked = read_json(run.search_file)
+    rows = [row for row in rows_of(run.events.read()) if row.split != "test"]
+    return rank(rows, asked["metric"], asked["direction"]), asked["metric"]
+
+
+def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric: str, width: int = 120) -> str:
+    """The end of a search in some forty lines.
+
+    Args:
+        document: The search's JSON document.
+        ranked: Its leaderboard.
+        metric: The figure that ranks.
+        width: Characters of a line of the leaderboard.
+    """
+    more = len(ranked) - _SHOWN_ROWS
+    board = leaderboard_table(ranked[:_SHOWN_ROWS], metric, width)
+    sections = [
+        board + (f"\n{more} more rows: autodistill leaderboard {document['name']}" if more > 0 else ""),
+        _test(document),
+        "\n".join(f"{note[:1].upper()}{note[1:]}." for note in document["notes"]),
+        _seconds(document["seconds"]),
+        _paths(document),
+    ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def plan_summary(document: Mapping[str, Any]) -> str:
+    """A plan as lines: trials, rungs, tokens, cache and time.
+
+    Args:
+        document: As `plan_search` gives it.
+    """
+    plan = document["plan"]
+    rungs = [f"{rung:,}" for rung in plan["rungs"]]
+    survivors = [plan["trials"], *plan["keep"]]
+    box = "none" if plan["box_seconds"] is None else format_duration(plan["box_seconds"])
+    phases = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in plan["seconds"].items() if seconds)
+    lines = {
+        "trials": f"{plan['trials']} proposed, the space's baselines besides",
+        "rungs": f"{', '.join(rungs)} tokens, reached by {', '.join(map(str, survivors))} of them",
+        "tokens": f"{plan['tokens']:,} a trial at full fidelity, {plan['batch_tokens']:,} an optimiser step",
+        "workers": f"{plan['workers']} with {plan['threads']} threads each, {'bf16' if plan['bf16'] else 'float32'}",
+        "evaluation": f"{plan['rung_eval_tokens']:,} tokens at a rung, {plan['eval_tokens']:,} at the end, "
+        f"{plan['test_tokens']:,} on the test split",
+        "cache": f"{format_bytes(document['cache_bytes'])} of disk for the teacher's outputs",
+        "time": f"{format_duration(document['expected_seconds'])} expected, time box {box}",
+        "phases": phases,
+    }
+    width = max(map(len, lines))
+    notes = [f"{note[:1].upper()}{note[1:]}." for note in plan["notes"]]
+    return "\n".join([*(f"{name.ljust(width)}  {words}" for name, words in lines.items()), *notes])
+
+
+def table(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Cells in aligned columns, the first `left` of them flush left and the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _test(document: Mapping[str, Any]) -> str:
+    """The test split: found student, baseline, undistilled student, teacher, quantised teacher, and the gain."""
+    rows = [Row.from_json(data) for data in document["test"]]
+    if not rows:
+        return ""
+    titled = sorted(((_title(row, document["best"]), row) for row in rows), key=lambda pair: _ORDER.index(pair[0]))
+    header = ("test split", "deployment", "accuracy", "perplexity", "agreement", "memory")
+    lines = [table([header, *(_cells(title, row) for title, row in titled)], left=3)]
+    gain = document["gain_on_test"]
+    if gain is not None:
+        lines.append(f"Gain over the baseline on the test split: {gain[0]:+.4f} ± {gain[1]:.4f} of accuracy.")
+    return "\n".join(lines)
+
+
+_FOUND, _BASELINE, _INITIAL = "found student", "baseline", "undistilled student"
+_TEACHER, _QUANTISED = "teacher", "quantised teacher"
+_ORDER = (_FOUND, _BASELINE, _INITIAL, _TEACHER, _QUANTISED)
+
+
+def _title(row: Row, best: Mapping[str, Any]) -> str:
+    if row.kind in DISTILLED:
+        return _FOUND if row.trial == best["trial"] else _BASELINE
+    if row.kind == "teacher":
+        return _TEACHER if row.deployment["bits"] == 16 else _QUANTISED
+    return _INITIAL
+
+
+def _cells(title: str, row: Row) -> tuple[str, ...]:
+    error = "" if row.accuracy_stderr is None else f" ± {row.accuracy_stderr:.4f}"
+    return (
+        title,
+        row.deployment_name.replace("compressed-tensors", "ct"),
+        "-" if row.accuracy is None else f"{row.accuracy:.4f}{error}",
+        "-" if row.perplexity is None else f"{row.perplexity:.2f}",
+        "-" if row.agreement is None else f"{row.agreement:.4f}",
+        "-" if row.memory_bytes is None else format_bytes(row.memory_bytes),
+    )
+
+
+def _seconds(seconds: Mapping[str, float]) -> str:
+    total = seconds["total"]
+    phases = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
+    return f"Seconds: {phases}; {format_duration(total)} in all."
+
+
+def _paths(document: Mapping[str, Any]) -> str:
+    """Where everything lies, and the line that serves the student."""
+    paths = document["paths"]
+    lines = [table([(name, str(path)) for name, path in paths.items()], left=2)]
+    if "gguf" in paths:
+        lines.append(f"Serve it: llama-server -m {paths['gguf']} -c {document['budget']['context']}")
+    elif "compressed-tensors" in paths:
+        lines.append(f"Serve it: vllm serve {paths['compressed-tensors']}")
+    return "\n".join(lines)

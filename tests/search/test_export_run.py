@@ -1,0 +1,146 @@
+"""Which student is exported and how it is packed; what cannot be is refused before anything is written."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from safetensors.torch import load_file
+
+from autodistill.errors import InputError, VerificationError
+from autodistill.export.gguf import GgufExporter
+from autodistill.records.leaderboard import Row
+from autodistill.records.store import RunFolder, write_json
+from autodistill.search.export_run import export_run
+from autodistill.strategy import Deployment
+from autodistill.testing import save_tiny_teacher
+
+DEPLOYMENTS = {
+    "f16": Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0),
+    "q8_0": Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32),
+    "q4_0": Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32),
+    "int8": Deployment(runtime="vllm", format="compressed-tensors", bits=8, group_size=64),
+}
+
+
+def row(trial: str, packing: str, accuracy: float, kind: str = "student", **fields: Any) -> Row:
+    least: dict[str, Any] = {
+        "row_id": f"{trial}-{packing}",
+        "trial": trial,
+        "kind": kind,
+        "name": trial,
+        "deployment": DEPLOYMENTS[packing].to_json(),
+        "status": "completed",
+        "feasible": True,
+        "split": "validation",
+        "fidelity": 1.0,
+        "accuracy": accuracy,
+    }
+    return Row(**least | fields)
+
+
+ROWS = [
+    row("t000", "f16", 0.30),
+    row("t000", "q8_0", 0.31),
+    row("t000", "int8", 0.32),
+    row("t001", "q4_0", 0.40),
+    row("t001", "f16", 0.45, feasible=False),
+    row("t002", "f16", 0.20, fidelity=0.5),
+    row("t003", "f16", 0.10),
+    row("teacher", "f16", 0.50, "teacher"),
+    row("t000", "f16", 0.99, row_id="t000-f16-test", split="test"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run of which the students of t000 and t001 are on disk, different ones."""
+    with RunFolder.create(tmp_path_factory.mktemp("runs"), "small") as made:
+        write_json(made.search_file, {"metric": "accuracy", "direction": "max"})
+        for one in ROWS:
+            made.events.append({"event": "test" if one.split == "test" else "row", "row": one.to_json()})
+        for seed, trial in enumerate(("t000", "t001")):
+            save_tiny_teacher(made.checkpoints / trial / "student", layers=2, ffn=128, seed=seed)
+    return made
+
+
+def weights(run: RunFolder, trial: str) -> np.ndarray[Any, Any]:
+    """A row of one layer, whose order GGUF does not change."""
+    files = load_file(run.checkpoints / trial / "student" / "model.safetensors")
+    return files["model.layers.0.mlp.up_proj.weight"].numpy()
+
+
+def stored(path: Path) -> tuple[str, np.ndarray[Any, Any]]:
+    """Type and bytes of the same layer in a GGUF file."""
+    tensor = next(one for one in GGUFReader(path).tensors if one.name == "blk.0.ffn_up.weight")
+    return tensor.tensor_type.name, np.array(tensor.data)
+
+
+def test_by_default_the_best_student_that_fits_is_packed_on_its_own_grid(run: RunFolder, tmp_path: Path) -> None:
+    paths = export_run(run, None, ["gguf"], tmp_path)
+    assert paths == {"gguf": tmp_path / "gguf" / "student.gguf"}
+    assert stored(paths["gguf"])[0] == "Q4_0"
+
+
+def test_a_container_other_than_the_rows_takes_the_best_deployment_of_its_trial(run: RunFolder, tmp_path: Path) -> None:
+    paths = export_run(run, "t000-int8", ["huggingface", "gguf", "compressed-tensors"], tmp_path)
+    assert list(paths) == ["huggingface", "gguf", "compressed-tensors"]
+    assert stored(paths["gguf"])[0] == "Q8_0"
+    kept = load_file(paths["huggingface"] / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    # bfloat16 keeps 8 significant bits.
+    np.testing.assert_allclose(kept.float().numpy(), weights(run, "t000"), rtol=2**-8)
+    assert "model.layers.0.mlp.up_proj.weight_packed" in load_file(paths["compressed-tensors"] / "model.safetensors")
+
+
+def test_a_row_that_is_asked_for_is_the_one_that_is_exported(run: RunFolder, tmp_path: Path) -> None:
+    paths = export_run(run, "t000-f16", ["gguf"], tmp_path)
+    kind, data = stored(paths["gguf"])
+    assert kind == "F16"
+    np.testing.assert_array_equal(data, weights(run, "t000").astype(np.float16))
+
+
+@pytest.mark.parametrize(
+    ("row_id", "containers", "words"),
+    [
+        ("t009-f16", ["gguf"], ["t009-f16", "t000-int8", "t001-q4_0"]),
+        ("t000-f16-test", ["gguf"], ["no row"]),
+        ("t003-f16", ["gguf"], ["t003-f16", "removed"]),
+        ("t002-f16", ["gguf"], ["t002-f16", "not trained to the end"]),
+        ("teacher-f16", ["gguf"], ["unmodified teacher"]),
+        ("t001-q4_0", ["compressed-tensors"], ["t001", "no compressed-tensors deployment"]),
+        (None, ["onion"], ["onion", "compressed-tensors, gguf, huggingface"]),
+        (None, [], ["--to", "gguf"]),
+        (None, ["gguf", "gguf"], ["twice"]),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
+    row_id: str | None, containers: list[str], words: list[str], run: RunFolder, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as caught:
+        export_run(run, row_id, containers, tmp_path / "out")
+    for word in words:
+        assert word in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_something_in_it_is_left_alone(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "student.gguf").write_text("mine")
+    with pytest.raises(InputError, match="not an empty folder"):
+        export_run(run, None, ["huggingface", "gguf"], tmp_path)
+    assert (tmp_path / "gguf" / "student.gguf").read_text() == "mine"
+    assert not (tmp_path / "huggingface").exists()
+
+
+def test_what_is_on_disk_is_held_to_the_student(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = GgufExporter.export
+
+    def careless(self: GgufExporter, student: Path, deployment: Deployment, out: Path) -> Any:
+        return export(self, run.checkpoints / "t000" / "student", deployment, out)
+
+    monkeypatch.setattr(GgufExporter, "export", careless)
+    with pytest.raises(VerificationError, match="differs from the evaluated weights"):
+        export_run(run, "t001-q4_0", ["gguf"], tmp_path)

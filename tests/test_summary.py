@@ -1,0 +1,124 @@
+"""The end of a search as a person reads it, and a plan."""
+
+import re
+from typing import Any
+
+import pytest
+
+from autodistill.records.leaderboard import Row, rank
+from autodistill.strategy import Strategy
+from autodistill.summary import plan_summary, search_summary
+
+Q8 = {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}
+FULL = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
+
+
+def row(trial: str, kind: str, deployment: dict[str, Any] = Q8, **fields: Any) -> Row:
+    least: dict[str, Any] = {
+        "row_id": f"{trial}-{deployment['format']}",
+        "trial": trial,
+        "kind": kind,
+        "name": trial,
+        "deployment": deployment,
+        "status": "completed",
+        "feasible": True,
+        "fidelity": 1.0,
+        "strategy": Strategy().to_json(),
+    }
+    return Row(**least | fields)
+
+
+TEST = [
+    row("teacher", "teacher", FULL, accuracy=0.5, accuracy_stderr=0.0101, split="test"),
+    row("teacher", "teacher", accuracy=0.495, accuracy_stderr=0.0102, split="test"),
+    row("initial", "initial", accuracy=0.05, accuracy_stderr=0.0103, split="test"),
+    row("t003", "student", accuracy=0.42, accuracy_stderr=0.0104, perplexity=31.25, agreement=0.61, split="test"),
+    row("b000", "baseline", accuracy=0.40, accuracy_stderr=0.0105, split="test"),
+]
+DOCUMENT: dict[str, Any] = {
+    "name": "small",
+    "best": row("t003", "student").to_json(),
+    "test": [one.to_json() for one in TEST],
+    "gain_on_test": (0.02, 0.0042),
+    "notes": ["the budget of 16.0 GB does not bind"],
+    "seconds": {"load": 12.3, "cache": 20.0, "overhead": 3.25, "total": 590.0},
+    "budget": {"memory_bytes": 16 * 10**9, "context": 1024, "batch": 1},
+    "paths": {"run": "runs/small", "gguf": "runs/small/student/gguf/student.gguf"},
+}
+RANKED = rank([row(f"t{index:03d}", "student", accuracy=0.4 - index / 1000) for index in range(20)])
+
+
+def test_the_summary_holds_everything_in_some_forty_lines() -> None:
+    text = search_summary(DOCUMENT, RANKED, "accuracy")
+    assert len(text.splitlines()) <= 45
+    assert max(map(len, text.splitlines())) <= 120
+    assert text.count("gguf-q8_0") == 15 + 4
+    assert "5 more rows: autodistill leaderboard small" in text
+    assert "The budget of 16.0 GB does not bind." in text
+    assert "Gain over the baseline on the test split: +0.0200 ± 0.0042 of accuracy." in text
+    assert "Seconds: load 12.3, cache 20.0, overhead 3.2; 9m 50s in all." in text
+    assert text.splitlines()[-1] == "Serve it: llama-server -m runs/small/student/gguf/student.gguf -c 1024"
+
+
+def test_the_test_split_names_the_five_that_are_compared() -> None:
+    lines = search_summary(DOCUMENT, RANKED, "accuracy").splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("test split"))
+    table = [re.split(r"  +", line) for line in lines[start + 1 : start + 6]]
+    assert [(cells[0], cells[1], cells[2]) for cells in table] == [
+        ("found student", "gguf-q8_0", "0.4200 ± 0.0104"),
+        ("baseline", "gguf-q8_0", "0.4000 ± 0.0105"),
+        ("undistilled student", "gguf-q8_0", "0.0500 ± 0.0103"),
+        ("teacher", "huggingface", "0.5000 ± 0.0101"),
+        ("quantised teacher", "gguf-q8_0", "0.4950 ± 0.0102"),
+    ]
+    assert table[0][3:5] == ["31.25", "0.6100"]
+
+
+def test_a_baseline_that_won_is_the_found_student_and_has_no_gain() -> None:
+    document = DOCUMENT | {
+        "best": row("b000", "baseline").to_json(),
+        "test": [one.to_json() for one in TEST if one.kind != "student"],
+        "gain_on_test": None,
+    }
+    text = search_summary(document, RANKED, "accuracy")
+    assert re.search(r"found student +gguf-q8_0 +0.4000", text)
+    assert "Gain" not in text
+
+
+@pytest.mark.parametrize(
+    ("paths", "line"),
+    [({"compressed-tensors": "c"}, "Serve it: vllm serve c"), ({"huggingface": "h"}, "huggingface  h")],
+)
+def test_the_last_line_serves_what_was_exported(paths: dict[str, str], line: str) -> None:
+    assert search_summary(DOCUMENT | {"paths": paths}, RANKED, "accuracy").splitlines()[-1] == line
+
+
+def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
+    plan = {
+        "trials": 9,
+        "tokens": 9216,
+        "rungs": [1024, 3072, 9216],
+        "keep": [5, 2],
+        "batch_tokens": 256,
+        "workers": 2,
+        "threads": 1,
+        "bf16": True,
+        "rung_eval_tokens": 1024,
+        "eval_tokens": 2048,
+        "test_tokens": 4096,
+        "box_seconds": 600.0,
+        "seconds": {"load": 20.0, "workers": 0.0, "trials": 400.0},
+        "notes": ["the box holds 9 trials; 12 are usual: give it more --time"],
+    }
+    text = plan_summary({"plan": plan, "cache_bytes": 3.5e6, "expected_seconds": 420.0})
+    for words in (
+        "9 proposed",
+        "1,024, 3,072, 9,216 tokens, reached by 9, 5, 2 of them",
+        "9,216 a trial",
+        "2 with 1 threads each, bf16",
+        "3.50 MB of disk",
+        "7m 00s expected, time box 10m 00s",
+        "load 20.0s, trials 6m 40s",
+        "The box holds 9 trials; 12 are usual: give it more --time.",
+    ):
+        assert words in text
