@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -14,13 +15,13 @@ import torch
 from autodistill import plugins
 from autodistill.contracts import Artefact, Measurement, Status, Subject
 from autodistill.data import Prepared, load_split
-from autodistill.distillation.scoring import score
+from autodistill.distillation.scoring import choices, score
 from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import Teacher, load_model
 from autodistill.errors import NothingFitsError
 from autodistill.estimate import fits
 from autodistill.export.huggingface import model_card
-from autodistill.export.verify import MIN_POSITIONS, verify, verify_runtime
+from autodistill.export.verify import CLEAR_SHARE, MIN_POSITIONS, RuntimeCheck, verify, verify_runtime
 from autodistill.formats import get_format
 from autodistill.records.leaderboard import DISTILLED, limits_of, nearest, paired_bootstrap, rank
 from autodistill.records.row import Row
@@ -50,7 +51,7 @@ class Finish:
     Attributes:
         best: The exported row, with what its runtime measured.
         paths: Exported students by container.
-        agreement: Top-1 agreement of runtime and simulation by container.
+        checks: Agreement of runtime and simulation by container.
         test: Rows on the test split.
         gain: Best less baseline on test, paired by document, and its standard error; None where there is none.
         notes: What a reader must know, in sentences.
@@ -58,7 +59,7 @@ class Finish:
 
     best: Row
     paths: Mapping[str, Path]
-    agreement: Mapping[str, float]
+    checks: Mapping[str, RuntimeCheck]
     test: tuple[Row, ...]
     gain: tuple[float, float] | None
     notes: tuple[str, ...]
@@ -106,10 +107,10 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     students = [row for row in rows if row.kind in DISTILLED and row.full and finisher.student(row).is_dir()]
     ranked = [one.row for one in rank(students, question.metric, question.direction) if one.row.feasible]
     paths: dict[str, Path] = {}
-    agreement: dict[str, float] = {}
+    checks: dict[str, RuntimeCheck] = {}
     rejected: list[Row] = []
     for candidate in ranked[:_CANDIDATES]:
-        best = _export(candidate, finisher, paths, agreement)
+        best = _export(candidate, finisher, paths, checks)
         if best.feasible:
             break
         rejected.append(best)
@@ -118,7 +119,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         raise NothingFitsError(_nothing(rejected or students, finisher))
     ggufs = [row for row in ranked if get_format(row.deployment["format"]).container == "gguf"]
     if "gguf" not in paths and ggufs:
-        _export(ggufs[0], finisher, paths, agreement)
+        _export(ggufs[0], finisher, paths, checks)
     if "huggingface" not in paths:
         plain = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
         with phases.phase("export", "exporting the 16-bit folder"):
@@ -137,7 +138,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     return Finish(
         best=best,
         paths=paths,
-        agreement=agreement,
+        checks=checks,
         test=test,
         gain=_gain(test),
         notes=_notes(best, rows, finisher),
@@ -153,21 +154,19 @@ def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artefac
     return artefact, container
 
 
-def _export(row: Row, finisher: Finisher, paths: dict[str, Path], agreement: dict[str, float]) -> Row:
+def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[str, RuntimeCheck]) -> Row:
     """Exports a row's student, verifies it in its runtime, and gives the row with what was measured there."""
     deployment = Deployment.from_json(row.deployment)
     spec = student_spec(Strategy.from_json(row.strategy), finisher.setting.teacher_spec)
     with finisher.phases.phase("export", f"exporting {row.name} as {deployment.name}"):
         artefact, container = _pack(row, deployment, finisher)
         length = finisher.question.plan.sequence_length
-        sequences = -(-MIN_POSITIONS // (length - 1))
+        sequences = math.ceil(MIN_POSITIONS / CLEAR_SHARE / (length - 1))
         data = load_split(finisher.data.folder, "validation").head(sequences * length)
         model = finisher.load(row)
         with deployed_weights(model, spec, deployment):
-            _, top1 = score(model, data, device=finisher.setting.device)
-        chosen = top1.reshape(len(data.tokens), -1)
-        check = verify_runtime(artefact, deployment, chosen, data.tokens[:, :-1], finisher.threads)
-        agreement[container] = check.agreement
+            simulated = choices(model, data, device=finisher.setting.device)
+        checks[container] = verify_runtime(artefact, deployment, simulated, data.tokens[:, :-1], finisher.threads)
         paths[container] = artefact.path
     subject = Subject(
         spec=spec,
@@ -312,6 +311,9 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
             f"{format_bytes(max(needs))}"
         )
     memory = best.memory_bytes or 0
+    if not question.space.dimensions:
+        # One strategy alone was trained: there was no budget to search under.
+        notes = []
     notes.append(
         f"the tightest budget that the best student still meets is {format_bytes(memory)} ({memory} bytes, "
         f"{best.memory_source}), at context {question.budget.context} and batch {question.budget.batch}"
@@ -324,6 +326,6 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
             f"{first.figure(metric):.4f} in {format_bytes(first.memory_bytes or 0)}, the best student "
             f"{best.figure(metric):.4f} in {format_bytes(memory)}"
         )
-    if best.kind == "baseline":
+    if best.kind == "baseline" and question.space.dimensions:
         notes.append("no searched strategy beat the hand-designed baseline")
     return tuple(notes)

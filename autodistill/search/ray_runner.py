@@ -30,6 +30,8 @@ _ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    # Paths of a request may be relative to where it was typed.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "100000",
@@ -106,7 +108,8 @@ def _fit(campaign: Campaign, setting: TrialSetting, deadline: float | None, stor
 
     plan = setting.plan
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(plan.workers)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # Tune prints the traceback of every failed trial; the campaign has recorded its cause.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     resources = {"cpu": float(plan.threads), "gpu": 1.0 if setting.device == "cuda" else 0.0}
     trainable = tune.with_resources(
         tune.with_parameters(_stretch_class(), setting=setting, deadline=deadline), resources
@@ -125,7 +128,7 @@ def _fit(campaign: Campaign, setting: TrialSetting, deadline: float | None, stor
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
         ),
     )
-    # Tune prints a table of every failed trial; the campaign has recorded its cause.
+    # For the same reason its table of failed trials goes nowhere.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         tuner.fit()
 
@@ -161,7 +164,7 @@ def _searcher(campaign: Campaign, workers: int) -> Any:
         ) -> None:
             trial = self._trials.pop(trial_id)
             if error or result is None:
-                campaign.fail(trial, "worker-died", "its worker process ended; the memory may have run out")
+                campaign.fail(trial, "worker-died", "its worker process could not start, or ended: out of memory?")
             elif "failure" in result:
                 campaign.fail(trial, *result["failure"])
             elif "report" in result:

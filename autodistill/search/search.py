@@ -412,15 +412,10 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
         except KeyboardInterrupt:
             if not run.search_file.exists():
                 raise InterruptedSearchError("stopped before the first trial: nothing to resume") from None
-            resume = f"autodistill search --budget {request.budget.memory_bytes}B"
-            if request.budget.context != 2048:
-                resume += f" --context {request.budget.context}"
-            if request.budget.batch != 1:
-                resume += f" --batch {request.budget.batch}"
-            where = "" if str(out) == "results/runs" else f" --out {out}"
-            raise InterruptedSearchError(
-                f"stopped; every finished trial is kept. To go on: {resume} --name {name}{where} --resume"
-            ) from None
+            resume = request.command if request.resume else f"{request.command} --resume"
+            if request.name is None:
+                resume += f" --name {name}"
+            raise InterruptedSearchError(f"stopped; every finished trial is kept. To go on: {resume}") from None
 
 
 def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
@@ -739,7 +734,7 @@ def _result(
         ],
         "test": [row.to_json() for row in finished.test],
         "gain_on_test": finished.gain,
-        "runtime_agreement": dict(finished.agreement),
+        "runtime": {name: asdict(check) for name, check in finished.checks.items()},
         "budget": checked.request.budget.to_json(),
         "plan": plan.to_json(),
         "seconds": dict(seconds),

@@ -1,0 +1,44 @@
+"""What the benchmark programs share: a dated Markdown report that names the machine and the versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from autodistill.hardware import detect
+from autodistill.units import format_bytes
+
+REPORTS = Path(__file__).parent / "reports"
+
+
+def machine() -> str:
+    """One line about this machine and the packages that matter."""
+    found = detect()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    gpus = ", ".join(gpu.name for gpu in found.gpus) or "no GPU"
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "ray"))
+    return f"{found.cpus} cores ({model}), {format_bytes(found.memory_bytes)}, {gpus}; {versions}"
+
+
+def table(titles: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    rows = [titles, ["---"] * len(titles), *lines]
+    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
+
+
+def write(name: str, title: str, sections: Iterable[str]) -> Path:
+    """Writes `reports/<date>-<name>.md` and returns its path."""
+    today = datetime.now(UTC).strftime("%Y-%m-%d")
+    REPORTS.mkdir(exist_ok=True)
+    path = REPORTS / f"{today}-{name}.md"
+    head = f"# {title}\n\n{today}, {machine()}.\nMade by `python benchmarks/{name.replace('-', '_')}.py`."
+    path.write_text("\n\n".join([head, *sections]) + "\n", encoding="utf-8")
+    return path
