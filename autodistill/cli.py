@@ -23,7 +23,8 @@ from autodistill.summary import leaderboard_of, plan_summary, search_summary
 from autodistill.units import Budget, parse_bytes, parse_duration
 
 if TYPE_CHECKING:
-    from autodistill.search.search import Outcome, SearchRequest
+    from autodistill.search.request import SearchRequest
+    from autodistill.search.search import Outcome
 
 T = TypeVar("T")
 
@@ -191,7 +192,7 @@ def doctor(
     """Say what is installed, found and missing; exits with 2 where the default search cannot run."""
     quiet_libraries()
     from autodistill.doctor import describe, examine, ready, to_json
-    from autodistill.search.search import default_cache
+    from autodistill.search.request import default_cache
 
     found = _print(output, lambda: examine(out, cache or default_cache()), to_json, describe)
     if not ready(found):
@@ -259,7 +260,7 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
     seconds = None if given["time_box"] is None else parse_duration(given["time_box"])
     limit = parse_bytes(given["cache_limit"])
     quiet_libraries(given["teacher"], given["data"])
-    from autodistill.search.search import SearchRequest, default_cache
+    from autodistill.search.request import SearchRequest, default_cache
 
     return SearchRequest(
         budget=budget,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from autodistill.console import Progress, View
 from autodistill.contracts import Status
 from autodistill.search.campaign import Campaign, TrialState
-from autodistill.search.search import Observer
+from autodistill.search.prepare import Observer
 
 
 class SearchView(Observer):

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autodistill.records.store import RunFolder
-from autodistill.search.search import Clock, Observer, SearchRequest, check_request, make_ready
+from autodistill.search.prepare import Clock, Observer, plan_run, prepare_trials
+from autodistill.search.request import SearchRequest, check_request
 from autodistill.strategy import Strategy
 from autodistill.trial import Trial, TrialSetting, TrialTask, Workbench, probe_deployment
 from autodistill.units import Budget
@@ -96,7 +97,8 @@ def run(
         deployments = checked.space.deployments
         checked = replace(checked, space=space)
         with RunFolder.create(request.out, checked.name) as run_folder:
-            ready = make_ready(checked, run_folder, Clock(time.monotonic(), lambda text: None), Observer())
+            clock = Clock(time.monotonic(), lambda text: None)
+            ready = prepare_trials(checked, plan_run(checked, run_folder, clock, Observer()), run_folder, clock)
             plan = ready.setting.plan
             plan = replace(plan, threads=max(1, plan.threads // workers))
             if batch_tokens:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from autodistill.contracts import ModelSpec, Plan
+from autodistill.distillation.parallel import map_sequences
 from autodistill.distillation.student import keep_layers, kept_layers
 from autodistill.hardware import Machine
 from autodistill.strategy import Init
@@ -93,23 +95,36 @@ def measure_speed(teacher: Any, spec: ModelSpec, depth: float, workers: Workers,
         with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
             return teacher(input_ids=ids, use_cache=False).logits
 
-    def rate(work: Any) -> float:
-        work()
+    def forward_alone(index: int, bf16: bool) -> None:
+        with torch.no_grad():
+            forward(bf16)
+
+    def rate(work: Callable[[int], Any], sequences: int) -> float:
+        list(map_sequences(work, sequences, device))
         _wait(device)
         began = time.perf_counter()
-        work()
+        list(map_sequences(work, sequences, device))
         _wait(device)
-        return SEQUENCE_LENGTH / (time.perf_counter() - began)
+        return sequences * SEQUENCE_LENGTH / (time.perf_counter() - began)
 
     torch.set_num_threads(threads)
-    with torch.no_grad():
-        cache, full = rate(lambda: forward(workers.bf16)), rate(lambda: forward(False))
+    cache = rate(partial(forward_alone, bf16=workers.bf16), threads)
+    full = rate(partial(forward_alone, bf16=False), threads)
+    # A trial's operations all run on its worker's threads.
     torch.set_num_threads(workers.threads)
     keep_layers(teacher, kept_layers(Init(depth=depth), spec.layers))
     teacher.get_input_embeddings().weight.requires_grad_(False)
-    with torch.no_grad():
-        worker_score = rate(lambda: forward(False))
-    worker_train = rate(lambda: forward(workers.bf16).float().square().mean().backward())
+    worker_score = rate(partial(forward_alone, bf16=False), workers.threads)
+
+    def train_step() -> None:
+        forward(workers.bf16).float().square().mean().backward()
+
+    train_step()
+    _wait(device)
+    began = time.perf_counter()
+    train_step()
+    _wait(device)
+    worker_train = SEQUENCE_LENGTH / (time.perf_counter() - began)
     torch.set_num_threads(threads)
     return Speed(cache=cache, score=full, worker_train=worker_train, worker_score=worker_score)
 

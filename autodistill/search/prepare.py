@@ -1,0 +1,402 @@
+"""What stands before the first trial: teacher and data on disk, the plan, and the teacher's outputs and rows."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from autodistill.contracts import ModelSpec, Plan, Status
+from autodistill.data import Prepared, load_split, prepare
+from autodistill.distillation.alignment import layer_map
+from autodistill.distillation.scoring import score
+from autodistill.distillation.student import kept_layers
+from autodistill.distillation.teacher import (
+    Teacher,
+    load_model,
+    materialise,
+    tokenizer_fingerprint,
+)
+from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
+from autodistill.errors import InputError
+from autodistill.estimate import holdable, spec_from_config, training_memory
+from autodistill.hardware import detect
+from autodistill.records.leaderboard import rows_of
+from autodistill.records.row import Row
+from autodistill.records.store import RunFolder, read_json, write_json
+from autodistill.search.campaign import Campaign, Question
+from autodistill.search.plan import SEQUENCE_LENGTH, Demand, Speed, Workers, make_plan, measure_speed, share_out
+from autodistill.search.request import (
+    METRICS,
+    Checked,
+    by_depth,
+    check_budget,
+)
+from autodistill.search.rows import make_row
+from autodistill.space import Space
+from autodistill.strategy import Deployment
+from autodistill.trial import TrialSetting, evaluate, student_spec
+from autodistill.units import format_bytes
+
+EVALUATORS = ("accuracy", "perplexity", "agreement", "memory", "size")
+# Seconds of the time box where none is given.
+BOX_CPU, BOX_GPU = 600.0, 1800.0
+
+
+class Clock:
+    """Adds up wall-clock seconds by phase."""
+
+    def __init__(self, started: float, notify: Callable[[str], None]) -> None:
+        self.started = started
+        self.seconds: dict[str, float] = {}
+        self._notify = notify
+
+    @contextmanager
+    def phase(self, name: str, shown: str) -> Iterator[None]:
+        """Times the block, whatever ends it."""
+        self._notify(shown)
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(name, time.monotonic() - began)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Adds seconds to a phase."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def summary(self) -> dict[str, float]:
+        """Seconds by phase; what is in none of them is overhead."""
+        total = time.monotonic() - self.started
+        known = {name: self.seconds.get(name, 0.0) for name in ("load", "cache", "train", "evaluate", "export")}
+        return {**known, "overhead": max(0.0, total - sum(known.values())), "total": total}
+
+
+class Observer:
+    """What a search tells a person while it runs; the default tells nothing."""
+
+    def phase(self, name: str) -> None:
+        """A phase began."""
+
+    def line(self, text: str) -> None:
+        """Something worth a line happened."""
+
+    def campaign(self, campaign: Campaign, best: float | None, baseline: float | None) -> None:
+        """Trials changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Teacher and data on this machine's disk."""
+
+    teacher: Teacher
+    data: Prepared
+    spec: ModelSpec
+    workers: Workers
+    threads: int
+
+
+def load(checked: Checked) -> Loaded:
+    """Teacher and data on this machine's disk, and how it is shared out.
+
+    Raises:
+        InputError: Data too short, or training that does not fit this machine.
+    """
+    request = checked.request
+    teacher = materialise(checked.teacher, request.cache)
+    spec = spec_from_config(read_json(teacher.folder / "config.json"))
+    if checked.spec is None:
+        check_budget(checked, spec)
+    data = prepare(
+        checked.source,
+        teacher.folder,
+        tokenizer_fingerprint(teacher.folder),
+        SEQUENCE_LENGTH,
+        request.cache,
+    )
+    machine = detect()
+    deepest = student_spec(by_depth(checked.space)[-1], spec)
+    need = training_memory(deepest, tokens=SEQUENCE_LENGTH).total_bytes
+    limit = machine.gpus[0].memory_bytes if machine.gpus else machine.memory_bytes
+    if need > limit:
+        raise InputError(
+            f"training a student of {deepest.layers} layers takes {format_bytes(need)}, this machine has "
+            f"{format_bytes(limit)}: choose a smaller teacher, or a space with smaller students"
+        )
+    return Loaded(
+        teacher=teacher,
+        data=data,
+        spec=spec,
+        workers=share_out(machine, need, request.runner),
+        threads=machine.cpus,
+    )
+
+
+def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tuple[Plan, Speed]:
+    """Measures this machine for a few seconds and plans for it; `spent` seconds of the box are gone."""
+    request = checked.request
+    teacher = load_model(loaded.teacher.folder, _float32())
+    deepest = by_depth(checked.space)[-1].init.depth
+    speed = measure_speed(teacher, loaded.spec, deepest, loaded.workers, loaded.threads)
+    box = request.time_seconds
+    if box is None and not ((request.trials or request.strategy) and request.tokens):
+        box = BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
+    splits = loaded.data.splits
+    demand = Demand(
+        box_seconds=box,
+        spent_seconds=spent,
+        trials=0 if request.strategy else request.trials,
+        tokens=request.tokens,
+        baselines=len(checked.space.baselines),
+        deployments=len(holdable(loaded.spec, checked.space.deployments)),
+        train_tokens=splits["train"].sequences * SEQUENCE_LENGTH,
+        validation_tokens=splits["validation"].sequences * SEQUENCE_LENGTH,
+        test_tokens=splits["test"].sequences * SEQUENCE_LENGTH,
+        parameters=loaded.spec.parameters,
+        seed=checked.seed,
+        ray=request.runner == "ray",
+    )
+    return make_plan(demand, speed, loaded.workers), speed
+
+
+def _float32() -> Any:
+    import torch
+
+    return torch.float32
+
+
+def cache_settings(space: Space, spec: ModelSpec, bf16: bool) -> CacheSettings:
+    """What the trials of a space may ask of the teacher's cache."""
+    states = {
+        pair.teacher_state
+        for init, alignment in space.alignment_cases(spec.layers)
+        if alignment.count <= len(kept_layers(init, spec.layers))
+        for pair in layer_map(alignment, kept_layers(init, spec.layers), spec.layers)
+    }
+    return CacheSettings(states=tuple(sorted(states)), bf16=bf16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A loaded and planned run; `document` is the content of `search.json`."""
+
+    loaded: Loaded
+    plan: Plan
+    speed: Speed
+    document: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """Everything that stands before the first trial."""
+
+    question: Question
+    setting: TrialSetting
+
+
+def plan_run(checked: Checked, run: RunFolder, clock: Clock, observer: Observer) -> Planned:
+    """Loads teacher and data, plans, and writes `search.json`; what a resumed run has planned, it keeps.
+
+    Args:
+        checked: What is asked.
+        run: Its folder, locked.
+        clock: Times the phases.
+        observer: Is told of them.
+
+    Raises:
+        InputError: Bad input that only the loaded teacher or data could show.
+    """
+    with clock.phase("load", "loading teacher and data"):
+        loaded = load(checked)
+    if checked.stored is not None:
+        plan, speed = Plan.from_json(checked.stored["plan"]), Speed(**checked.stored["speed"])
+        _check_fingerprints(checked, loaded)
+    else:
+        with clock.phase("plan", "measuring this machine"):
+            plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.request.started)
+    document = _describe(checked, loaded, plan, speed)
+    if checked.stored is None:
+        write_json(run.search_file, document)
+    for note in plan.notes:
+        observer.line(note)
+    return Planned(loaded=loaded, plan=plan, speed=speed, document=document)
+
+
+def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Clock) -> Ready:
+    """Caches the teacher's outputs, scores it, and writes its rows; what a resumed run has of that, it keeps."""
+    setting = _teacher_phase(checked, planned.loaded, planned.plan, run, clock, run.events.read())
+    question = Question(
+        space=checked.space,
+        deployments=holdable(planned.loaded.spec, checked.space.deployments),
+        budget=checked.request.budget,
+        plan=planned.plan,
+        speed=planned.speed,
+        teacher_spec=planned.loaded.spec,
+        teacher_accuracy=setting.teacher_accuracy,
+        metric=checked.metric,
+        direction=METRICS[checked.metric],
+    )
+    return Ready(question=question, setting=setting)
+
+
+def _check_fingerprints(checked: Checked, loaded: Loaded) -> None:
+    assert checked.stored is not None
+    for name, now in (("teacher", loaded.teacher.fingerprint), ("data", loaded.data.fingerprint)):
+        before = checked.stored[name]["fingerprint"]
+        if now != before:
+            raise InputError(
+                f"the {name} of the run {checked.name!r} has changed since ({before}, now {now}): restore it, or start "
+                "a new run under another --name"
+            )
+
+
+def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dict[str, Any]:
+    """`search.json`: all that is needed to run the search again."""
+    if checked.stored is not None:
+        return dict(checked.stored)
+    packages = ("autodistill-search", "torch", "transformers", "optuna", "ray", "xllamacpp", "gguf")
+    return {
+        "schema_version": 1,
+        "name": checked.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": checked.request.command,
+        "budget": checked.request.budget.to_json(),
+        "teacher": {
+            "reference": checked.teacher_reference,
+            "name": loaded.teacher.name,
+            "fingerprint": loaded.teacher.fingerprint,
+            "parameters": loaded.spec.parameters,
+            "layers": loaded.spec.layers,
+        },
+        "data": {
+            "reference": checked.data_reference,
+            "name": loaded.data.name,
+            "fingerprint": loaded.data.fingerprint,
+            "tokens": {name: split.tokens for name, split in loaded.data.splits.items()},
+        },
+        "space": checked.space_reference,
+        "space_hash": checked.space.hash,
+        "space_definition": checked.space.to_json(),
+        "metric": checked.metric,
+        "direction": METRICS[checked.metric],
+        "seed": checked.seed,
+        "runner": checked.request.runner,
+        "plan": plan.to_json(),
+        "speed": asdict(speed),
+        "licences": _licences(loaded),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+    }
+
+
+def _licences(loaded: Loaded) -> dict[str, str]:
+    named = {loaded.teacher.name: loaded.teacher.licence, loaded.data.name: loaded.data.licence}
+    return {name: licence or "not stated: ask its author" for name, licence in named.items()}
+
+
+def _teacher_phase(
+    checked: Checked,
+    loaded: Loaded,
+    plan: Plan,
+    run: RunFolder,
+    clock: Clock,
+    earlier: list[dict[str, Any]],
+) -> TrialSetting:
+    """Caches the teacher's outputs, scores it, and writes its rows under each deployment."""
+    request, device = checked.request, loaded.workers.device
+    train = load_split(loaded.data.folder, "train").head(plan.tokens)
+    validation = load_split(loaded.data.folder, "validation").head(plan.eval_tokens)
+    with clock.phase("cache", "teacher cache"):
+        cache = ensure_cache(
+            lambda: load_model(loaded.teacher.folder, _float32()),
+            teacher_fingerprint=loaded.teacher.fingerprint,
+            data_fingerprint=loaded.data.fingerprint,
+            data=train,
+            vocabulary=loaded.spec.vocabulary,
+            width=loaded.spec.width,
+            settings=cache_settings(checked.space, loaded.spec, plan.bf16),
+            root=request.cache / "teacher-outputs",
+            limit_bytes=request.cache_limit_bytes,
+            device=device,
+        )
+    model = None
+    top1_file, accuracy_key = run.path / "teacher_top1.npy", "teacher_accuracy"
+    accuracy = next((event[accuracy_key] for event in earlier if event["event"] == "teacher"), None)
+    if accuracy is None or not top1_file.exists():
+        with clock.phase("evaluate", "scoring the teacher"):
+            model = load_model(loaded.teacher.folder, _float32(), device)
+            scores, top1 = score(model, validation, device=device)
+            np.save(top1_file, top1)
+            accuracy = float(scores.correct.mean())
+            run.events.append({"event": "teacher", accuracy_key: accuracy, "tokens": len(top1), "time": time.time()})
+    setting = TrialSetting(
+        teacher=loaded.teacher.folder,
+        teacher_spec=loaded.spec,
+        teacher_top1=top1_file,
+        teacher_accuracy=accuracy,
+        data=loaded.data.folder,
+        cache=cache,
+        checkpoints=run.checkpoints,
+        budget=request.budget,
+        plan=plan,
+        evaluators=EVALUATORS,
+        metric=checked.metric,
+        direction=METRICS[checked.metric],
+        device=device,
+    )
+    done = {row.deployment_name for row in rows_of(earlier) if row.kind == "teacher" and row.split == "validation"}
+    for deployment in holdable(loaded.spec, checked.space.deployments):
+        if deployment.name in done:
+            continue
+        with clock.phase("evaluate", f"teacher as {deployment.name}"):
+            model = model or load_model(loaded.teacher.folder, _float32(), device)
+            row = teacher_row(model, deployment, setting, "validation", validation, np.load(top1_file), accuracy)
+            run.events.append({"event": "row", "row": row.to_json(), "time": time.time()})
+    return setting
+
+
+def teacher_row(
+    model: Any,
+    deployment: Deployment,
+    setting: TrialSetting,
+    split: str,
+    data: Any,
+    top1: Any,
+    accuracy: float,
+) -> Row:
+    """The unmodified teacher under one deployment."""
+    evaluation, _ = evaluate(
+        model,
+        setting.teacher_spec,
+        deployment,
+        data,
+        top1,
+        budget=setting.budget,
+        evaluators=setting.evaluators,
+        device=setting.device,
+    )
+    return make_row(
+        evaluation,
+        trial="teacher",
+        kind="teacher",
+        name="teacher",
+        strategy=None,
+        spec=setting.teacher_spec,
+        status=Status.COMPLETED,
+        split=split,
+        teacher_accuracy=accuracy,
+        budget=setting.budget,
+        plan=setting.plan,
+        train_tokens=0,
+        train_seconds=0.0,
+        seed=setting.plan.seed,
+    )

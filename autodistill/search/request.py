@@ -1,0 +1,206 @@
+"""What a person asks of a search, and every check of it that needs no model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from autodistill.contracts import Direction, ModelSpec
+from autodistill.distillation.teacher import (
+    TeacherRef,
+    resolve_teacher,
+)
+from autodistill.documents import Source, resolve_data
+from autodistill.errors import InputError, NothingFitsError
+from autodistill.estimate import fits, holdable, shortfall, spec_from_config
+from autodistill.records.store import RunFolder, read_json
+from autodistill.space import Space, load_space, load_strategy
+from autodistill.strategy import Strategy
+from autodistill.trial import student_spec
+from autodistill.units import Budget
+
+DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE, DEFAULT_METRIC = "smollm2", "pydoc", "default", "accuracy"
+RUNNERS = ("ray", "inline")
+# What may rank is measured at every rung, so it must come from scores alone.
+METRICS: Mapping[str, Direction] = {"accuracy": "max", "agreement": "max", "perplexity": "min"}
+
+
+def default_cache() -> Path:
+    """Where teachers, prepared data and teacher outputs are kept for all searches."""
+    return Path.home() / ".cache" / "autodistill"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest:
+    """What a person asks of a search; None is "the default", or on resuming "as before".
+
+    Attributes:
+        budget: Limits of the deployed student.
+        strategy: Name or file of a strategy: it alone is trained, to the plan's tokens, and nothing is searched.
+        teacher, data, space, metric: References and names.
+        trials, tokens: Fixed instead of planned; with both, there is no time box unless `time_seconds` gives one.
+        time_seconds: The time box.
+        seed: Of data order, projections and proposals.
+        name: Of the run; a date and time by default.
+        out: Folder of the runs.
+        resume: Go on with the run `name`.
+        runner: "ray" or "inline".
+        cache: Folder of everything that later searches may use again.
+        cache_limit_bytes: Disk that cached teacher outputs may take.
+        command: As typed, for the record.
+        started: `time.monotonic()` at which the time box began.
+    """
+
+    budget: Budget
+    strategy: str | None = None
+    teacher: str | None = None
+    data: str | None = None
+    space: str | None = None
+    metric: str | None = None
+    trials: int | None = None
+    tokens: int | None = None
+    time_seconds: float | None = None
+    seed: int | None = None
+    name: str | None = None
+    out: Path = Path("results/runs")
+    resume: bool = False
+    runner: str = "ray"
+    cache: Path = field(default_factory=default_cache)
+    cache_limit_bytes: int = 8 * 10**9
+    command: str = "autodistill search"
+    started: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A request of which everything that can be checked without a model is known to be right."""
+
+    request: SearchRequest
+    name: str
+    teacher: TeacherRef
+    teacher_reference: str
+    source: Source
+    data_reference: str
+    space: Space
+    space_reference: str
+    metric: str
+    seed: int
+    spec: ModelSpec | None
+    stored: Mapping[str, Any] | None
+
+
+def check_request(request: SearchRequest) -> Checked:
+    """Checks all that can be checked before a model is loaded or a file written.
+
+    Raises:
+        InputError: Of each of its parts, in one line.
+        NothingFitsError: Not even the smallest student of the space fits the budget.
+    """
+    for name in ("trials", "tokens"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1, not {value}")
+    if request.runner not in RUNNERS:
+        raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
+    stored = _stored(request)
+    known = stored or {}
+    metric = request.metric or known.get("metric") or DEFAULT_METRIC
+    if metric not in METRICS:
+        raise InputError(f"{metric!r} is no metric that can rank; the metrics are {', '.join(METRICS)}")
+    teacher_reference = request.teacher or known.get("teacher", {}).get("reference") or DEFAULT_TEACHER
+    data_reference = request.data or known.get("data", {}).get("reference") or DEFAULT_DATA
+    space_reference = request.space or known.get("space") or DEFAULT_SPACE
+    teacher = resolve_teacher(teacher_reference)
+    source = resolve_data(data_reference)
+    space = load_space(space_reference)
+    if request.strategy is not None:
+        space = single(space, request.strategy)
+    checked = Checked(
+        request=request,
+        name=request.name or datetime.now().strftime("search-%Y%m%d-%H%M%S"),
+        teacher=teacher,
+        teacher_reference=teacher_reference,
+        source=source,
+        data_reference=data_reference,
+        space=space,
+        space_reference=space_reference,
+        metric=metric,
+        seed=request.seed if request.seed is not None else known.get("seed", 0),
+        spec=spec_from_config(teacher.config) if teacher.config else None,
+        stored=stored,
+    )
+    if stored is not None:
+        _check_same(checked, stored)
+    if checked.spec is not None:
+        check_budget(checked, checked.spec)
+    return checked
+
+
+def single(space: Space, reference: str) -> Space:
+    """The space that holds one strategy alone, under the deployments of another space."""
+    strategy = load_strategy(reference)
+    return replace(space, name=Path(reference).stem, dimensions=(), baselines={Path(reference).stem: strategy})
+
+
+def _stored(request: SearchRequest) -> Mapping[str, Any] | None:
+    if not request.resume:
+        if request.name is not None:
+            # Refused here as well as on creation: no work may be spent before.
+            RunFolder(request.out, request.name).check_free()
+        return None
+    if request.name is None:
+        raise InputError("--resume goes on with a run: name it with --name")
+    return read_json(RunFolder.open(request.out, request.name).search_file)
+
+
+def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
+    differing = {
+        "teacher": (checked.teacher_reference, stored["teacher"]["reference"]),
+        "data": (checked.data_reference, stored["data"]["reference"]),
+        "metric": (checked.metric, stored["metric"]),
+        "seed": (checked.seed, stored["seed"]),
+        "budget": (checked.request.budget.to_json(), stored["budget"]),
+        "space": (checked.space.hash, stored["space_hash"]),
+    }
+    for name, (asked, before) in differing.items():
+        if asked != before:
+            raise InputError(
+                f"the run {checked.name!r} was made with another {name} ({before}, now {asked}): resume it with the "
+                "same one, or start a new run under another --name"
+            )
+    for name in ("trials", "tokens"):
+        asked = getattr(checked.request, name)
+        if asked is not None and asked != stored["plan"][name]:
+            raise InputError(
+                f"the run {checked.name!r} was planned with {stored['plan'][name]} {name}, not {asked}: resume it "
+                f"without --{name}, or start a new run under another --name"
+            )
+
+
+def check_budget(checked: Checked, spec: ModelSpec) -> None:
+    """Refuses a budget that not even the smallest student meets."""
+    deployments = holdable(spec, checked.space.deployments)
+    if not deployments:
+        raise InputError(
+            f"no deployment of the space {checked.space.name} can hold this teacher: its rows are not divisible by "
+            "their groups; add a 16-bit deployment to the space"
+        )
+    smallest = student_spec(by_depth(checked.space)[0], spec)
+    fitting = fits(smallest, deployments, checked.request.budget)
+    reason = shortfall(fitting, checked.request.budget)
+    if reason is not None:
+        raise NothingFitsError(
+            f"nothing fits: of the smallest student ({smallest.layers} of {spec.layers} layers), {reason}; "
+            "raise --budget, or lower --context"
+        )
+
+
+def by_depth(space: Space) -> list[Strategy]:
+    """The baselines and the extremes of the space, the shallowest student first."""
+    points = [space.smallest_point(), space.largest_point()] if space.dimensions else []
+    strategies = [*map(space.strategy, points), *space.baselines.values()]
+    return sorted(strategies, key=lambda strategy: strategy.init.depth)
