@@ -1,0 +1,95 @@
+"""A tiny teacher with its data and cache, made once for all tests of the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from autodistill.contracts import Plan
+from autodistill.data import TokenSet
+from autodistill.distillation.student import build_student
+from autodistill.distillation.teacher import load_model
+from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
+from autodistill.distillation.trainer import Trainer
+from autodistill.strategy import Strategy
+from autodistill.testing import save_tiny_teacher
+
+LAYERS, WIDTH, VOCABULARY, LENGTH, SEQUENCES, TOP_K = 6, 64, 300, 32, 8, 16
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What a trainer is made of: a teacher of 6 layers, 8 sequences of 32 tokens, and all states of the teacher."""
+
+    teacher: Path
+    data: TokenSet
+    cache: TeacherCache
+
+    def plan(self, **changes: Any) -> Plan:
+        """Eight steps of two sequences, in float32."""
+        plan = Plan(
+            trials=1,
+            tokens=512,
+            rungs=(256, 512),
+            keep=(1,),
+            sequence_length=LENGTH,
+            batch_tokens=2 * LENGTH,
+            warmup_tokens=0,
+            decay=0.25,
+            rung_eval_tokens=64,
+            eval_tokens=128,
+            test_tokens=128,
+            workers=1,
+            threads=1,
+            bf16=False,
+            seed=0,
+            box_seconds=None,
+            seconds={},
+        )
+        return replace(plan, **changes)
+
+    def trainer(self, strategy: Strategy, seed: int = 0, cache: Any = None, **changes: Any) -> Trainer:
+        """A trainer of a fresh student."""
+        model, kept = build_student(self.teacher, strategy.init)
+        return Trainer(
+            model,
+            kept=kept,
+            teacher_layers=LAYERS,
+            teacher_width=WIDTH,
+            strategy=strategy,
+            plan=self.plan(**changes),
+            data=self.data,
+            cache=cache or self.cache,
+            seed=seed,
+        )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    folder = tmp_path_factory.mktemp("workshop")
+    teacher = save_tiny_teacher(folder / "teacher", layers=LAYERS, width=WIDTH, vocabulary=VOCABULARY)
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (SEQUENCES, LENGTH)).astype(np.int32)
+    documents = np.arange(SEQUENCES * LENGTH, dtype=np.int32).reshape(tokens.shape) // 48
+    data = TokenSet(tokens=tokens, documents=documents)
+    cache = ensure_cache(
+        lambda: load_model(teacher, torch.float32),
+        teacher_fingerprint="teacher",
+        data_fingerprint="data",
+        data=data,
+        vocabulary=VOCABULARY,
+        width=WIDTH,
+        settings=CacheSettings(top_k=TOP_K, states=tuple(range(LAYERS))),
+        root=folder / "cache",
+        limit_bytes=10**8,
+    )
+    return Workshop(teacher, data, TeacherCache(cache))

@@ -1,0 +1,76 @@
+"""Scores against transformers' own loss and logits."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from autodistill.distillation import scoring
+from autodistill.distillation.scoring import choices, score
+
+
+@pytest.fixture(scope="module")
+def model(workshop):
+    return AutoModelForCausalLM.from_pretrained(workshop.teacher, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("rows", [128, 7])
+def test_against_transformers(workshop, model, monkeypatch, rows):
+    monkeypatch.setattr(scoring, "_CHUNK_ROWS", rows)
+    scores, top1 = score(model, workshop.data)
+    ids = torch.from_numpy(workshop.data.tokens.astype(np.int64))
+    with torch.no_grad():
+        out = model(ids, labels=ids)
+        logits = out.logits[:, :-1].double()
+    assert scores.nll.mean() == pytest.approx(float(out.loss), rel=1e-6)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    np.testing.assert_allclose(scores.nll, expected.numpy(), rtol=1e-5, atol=1e-5)
+    chosen = logits.argmax(-1)
+    np.testing.assert_array_equal(top1, chosen.flatten().numpy())
+    np.testing.assert_array_equal(scores.correct, (chosen == ids[:, 1:]).flatten().numpy())
+    assert (scores.nll.dtype, top1.dtype) == (np.float64, np.int32)
+
+
+def test_documents_are_those_of_the_predicted_tokens(workshop, model):
+    scores, _ = score(model, workshop.data)
+    length = workshop.data.tokens.shape[1]
+    # Token number i of the whole belongs to document i // 48, and the first of each sequence is not predicted.
+    expected = [i // 48 for i in range(workshop.data.tokens.size) if i % length]
+    np.testing.assert_array_equal(scores.documents, expected)
+    assert scores.documents.dtype == np.int32
+
+
+def test_agreement(workshop, model):
+    itself, top1 = score(model, workshop.data)
+    assert itself.agrees.all()
+    again, _ = score(model, workshop.data, top1)
+    assert again.agrees.all()
+    other = top1.copy()
+    other[[3, 100]] += 1
+    differing, _ = score(model, workshop.data, other)
+    np.testing.assert_array_equal(np.flatnonzero(~differing.agrees), [3, 100])
+    np.testing.assert_array_equal(differing.correct, itself.correct)
+
+
+def test_a_sequences_scores_do_not_depend_on_its_neighbours(workshop, model):
+    alone, _ = score(model, workshop.data.head(1))
+    together, _ = score(model, workshop.data)
+    np.testing.assert_array_equal(together.nll[: len(alone.nll)], alone.nll)
+
+
+def test_a_model_in_training_is_scored_as_it_would_be_used(workshop, model):
+    expected, _ = score(model, workshop.data)
+    model.train()
+    actual, _ = score(model, workshop.data)
+    assert not model.training
+    np.testing.assert_array_equal(actual.nll, expected.nll)
+
+
+def test_choices_and_their_leads(workshop, model):
+    tokens, leads = choices(model, workshop.data)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(workshop.data.tokens.astype(np.int64))).logits[:, :-1].double().numpy()
+    ordered = np.sort(logits, axis=-1)
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+    np.testing.assert_allclose(leads, ordered[..., -1] - ordered[..., -2], atol=1e-5)
+    assert (tokens.dtype, leads.dtype) == (np.int32, np.float32)

@@ -1,0 +1,116 @@
+"""Which layers are kept, by hand, and that the cut model is a plain transformers model of the teacher's weights."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from autodistill.distillation.student import build_student, decoder_layers, kept_layers, student_depth
+from autodistill.errors import InputError
+from autodistill.strategy import Init
+from autodistill.testing import save_tiny_teacher
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers", "expected"),
+    [(0.8, 30, 24), (0.7, 30, 21), (0.55, 20, 11), (0.5, 5, 2), (0.29, 100, 29), (0.01, 6, 1), (1.0, 6, 6)],
+)
+def test_depth_is_rounded_down_but_not_below_one(depth, layers, expected):
+    assert student_depth(Init(depth=depth), layers) == expected
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers", "expected"),
+    [
+        (0.5, 6, (0, 2, 5)),  # 0, 2.5, 5: halves go to the even neighbour
+        (0.8, 6, (0, 2, 3, 5)),  # 0, 1.67, 3.33, 5
+        (0.7, 10, (0, 2, 3, 4, 6, 8, 9)),  # multiples of 1.5, halves to the even neighbour
+        (1.0, 4, (0, 1, 2, 3)),
+        (0.1, 10, (9,)),
+        (0.2, 10, (0, 9)),
+    ],
+)
+def test_even_layers(depth, layers, expected):
+    assert kept_layers(Init(depth=depth, layers="even"), layers) == expected
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers", "expected"),
+    [(0.5, 6, (0, 1, 5)), (0.8, 10, (0, 1, 2, 3, 4, 5, 6, 9)), (1.0, 4, (0, 1, 2, 3)), (0.1, 10, (9,))],
+)
+def test_contiguous_layers(depth, layers, expected):
+    assert kept_layers(Init(depth=depth, layers="contiguous"), layers) == expected
+
+
+@pytest.mark.parametrize("how", ["even", "contiguous"])
+def test_layers_ascend_and_hold_both_ends_at_every_depth(how):
+    for layers in range(2, 40):
+        for depth in range(2, layers + 1):
+            kept = kept_layers(Init(depth=depth / layers, layers=how), layers)
+            assert len(kept) == depth
+            assert sorted(set(kept)) == list(kept)
+            assert (kept[0], kept[-1]) == (0, layers - 1)
+
+
+FAMILIES = [("llama", True), ("llama", False), ("mistral", True), ("qwen2", False), ("qwen3", True)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: f"{family[0]}-{'tied' if family[1] else 'untied'}")
+def teacher(request, tmp_path_factory):
+    architecture, tied = request.param
+    return save_tiny_teacher(tmp_path_factory.mktemp("teacher"), architecture=architecture, tied=tied)
+
+
+def test_weights_are_the_teachers(teacher):
+    weights = load_file(teacher / "model.safetensors")
+    student, kept = build_student(teacher, Init(depth=0.5))
+    assert kept == (0, 2, 5)
+    expected = {}
+    for name, tensor in weights.items():
+        if not name.startswith("model.layers."):
+            expected[name] = tensor
+        elif int(name.split(".")[2]) in kept:
+            parts = name.split(".")
+            expected[".".join([*parts[:2], str(kept.index(int(parts[2]))), *parts[3:]])] = tensor
+    actual = dict(student.named_parameters())
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+    assert all(parameter.dtype == torch.float32 for parameter in actual.values())
+
+
+def test_saved_and_loaded_it_says_the_same(teacher, tmp_path):
+    student, _ = build_student(teacher, Init(depth=0.5))
+    student.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert again.config.num_hidden_layers == len(decoder_layers(again)) == 3
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, student(ids).logits)
+
+
+def test_generates_with_its_cache_what_it_says_without(teacher):
+    student, _ = build_student(teacher, Init(depth=0.5))
+    ids = torch.tensor([[5, 17, 99, 42]])
+    arguments = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 2}
+    with torch.no_grad():
+        cached = student.generate(ids, use_cache=True, **arguments)
+        plain = ids
+        while plain.shape[1] < cached.shape[1]:
+            following = student(plain, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+            plain = torch.cat([plain, following], dim=1)
+        assert torch.equal(cached, plain)
+        entries = student(cached, use_cache=True).past_key_values
+    assert len(entries) == 3
+    assert entries.get_seq_length(2) == cached.shape[1]
+
+
+def test_one_layer(teacher):
+    student, kept = build_student(teacher, Init(depth=0.01))
+    assert kept == (5,)
+    with torch.no_grad():
+        assert student(torch.arange(5, 25)[None]).logits.isfinite().all()
+
+
+def test_a_model_without_a_list_of_layers():
+    with pytest.raises(InputError, match="Linear has no list of layers"):
+        decoder_layers(torch.nn.Linear(2, 2))

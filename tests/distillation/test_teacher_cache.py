@@ -1,0 +1,337 @@
+"""What the cache holds against the teacher's dense outputs, and that damage, limits and other writers end well."""
+
+import json
+import os
+import shutil
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from autodistill.data import TokenSet
+from autodistill.distillation.teacher import load_model
+from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
+from autodistill.distillation.temperature import GRID
+from autodistill.errors import InputError
+
+K, STATES = 16, (0, 3, 5)
+SETTINGS = CacheSettings(top_k=K, states=STATES)
+
+
+class Teacher:
+    """Loads the teacher and counts how often."""
+
+    def __init__(self, folder):
+        self._folder = folder
+        self.loads = 0
+
+    def __call__(self):
+        self.loads += 1
+        return load_model(self._folder, torch.float32)
+
+
+@pytest.fixture
+def teacher(workshop):
+    return Teacher(workshop.teacher)
+
+
+@pytest.fixture
+def ensure(workshop, teacher, tmp_path):
+    def call(sequences=2, settings=SETTINGS, **changes):
+        arguments = {
+            "teacher_fingerprint": "t",
+            "data_fingerprint": "d",
+            "data": workshop.data.head(sequences * workshop.data.tokens.shape[1]),
+            "vocabulary": 300,
+            "width": 64,
+            "settings": settings,
+            "root": tmp_path,
+            "limit_bytes": 10**8,
+        }
+        return ensure_cache(changes.pop("load_teacher", teacher), **(arguments | changes))
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def dense(workshop):
+    """Logits float64 [tokens, vocab] of all sequences, and raw outputs of each layer, from transformers."""
+    model = AutoModelForCausalLM.from_pretrained(workshop.teacher, dtype=torch.float32).eval()
+    last = {}
+    model.model.layers[-1].register_forward_hook(lambda module, arguments, output: last.update(value=output))
+    with torch.no_grad():
+        out = model(torch.from_numpy(workshop.data.tokens.astype(np.int64)), output_hidden_states=True)
+    # The last of transformers' hidden states is after the final norm; the others are the layers' inputs.
+    states = [*out.hidden_states[1:-1], last["value"]]
+    assert torch.equal(model.model.norm(last["value"]), out.hidden_states[-1])
+    return out.logits[:, :-1].double().numpy(), [state[:, :-1].double().numpy() for state in states]
+
+
+def _logsumexp(logits, temperature):
+    scaled = logits / temperature
+    highest = scaled.max(axis=-1, keepdims=True)
+    return np.log(np.exp(scaled - highest).sum(axis=-1)) + highest[..., 0]
+
+
+def test_top_logits_and_exact_logsumexp(workshop, dense):
+    logits = dense[0].reshape(-1, 300)
+    order = np.argsort(-logits, axis=1)[:, :K]
+    expected = np.take_along_axis(logits, order, axis=1)
+    for temperature in GRID:
+        target = workshop.cache.target(range(8), temperature)
+        assert target.temperature == temperature
+        np.testing.assert_array_equal(target.ids.numpy(), order)
+        # Each logit is kept to float16's 11 bits of its distance from the row's largest, which itself is float32.
+        slack = 2.0**-11 * (expected[:, :1] - expected) + 1e-5
+        assert (np.abs(target.logits.numpy() - expected) <= slack).all()
+        np.testing.assert_allclose(target.logsumexp.numpy(), _logsumexp(logits, temperature), rtol=2e-6, atol=2e-6)
+        probabilities = np.exp(expected / temperature - _logsumexp(logits, temperature)[:, None])
+        np.testing.assert_allclose(target.log_probabilities().exp().numpy(), probabilities, atol=2e-3)
+
+
+def test_states_are_raw_layer_outputs_normalised(workshop, dense):
+    for layer, raw in enumerate(dense[1]):
+        raw = raw.reshape(-1, 64)
+        expected = raw / np.sqrt((raw**2).mean(axis=1, keepdims=True))
+        actual = workshop.cache.state(range(8), layer)
+        assert actual.dtype == torch.float16
+        np.testing.assert_allclose(actual.double().numpy(), expected, rtol=2**-11, atol=1e-5)
+
+
+def test_rows_come_in_the_order_asked_for(workshop):
+    cache, rows = workshop.cache, workshop.data.tokens.shape[1] - 1
+    both = cache.target([5, 2], 2.0)
+    for position, index in enumerate((5, 2)):
+        part = slice(position * rows, (position + 1) * rows)
+        alone = cache.target([index], 2.0)
+        assert torch.equal(both.ids[part], alone.ids)
+        assert torch.equal(both.logits[part], alone.logits)
+        assert torch.equal(both.logsumexp[part], alone.logsumexp)
+        assert torch.equal(cache.state([5, 2], 3)[part], cache.state([index], 3))
+
+
+def test_only_stored_temperatures_and_layers(ensure):
+    cache = TeacherCache(ensure())
+    with pytest.raises(ValueError):
+        cache.target([0], 1.7)
+    with pytest.raises(KeyError):
+        cache.state([0], 4)
+
+
+def test_more_stored_tokens_than_the_vocabulary_has(ensure, workshop, dense):
+    cache = TeacherCache(ensure(settings=CacheSettings(top_k=1000)))
+    target = cache.target([0], 1.0)
+    assert target.ids.shape == (31, 300)
+    np.testing.assert_allclose(target.log_probabilities().exp().sum(dim=1).numpy(), 1, atol=2e-3)
+
+
+def test_bfloat16_is_close(ensure, dense):
+    cache = TeacherCache(ensure(settings=replace(SETTINGS, bf16=True)))
+    assert cache.settings.bf16
+    expected = _logsumexp(dense[0][0], 1.0)
+    actual = cache.target([0], 1.0).logsumexp.numpy()
+    assert 0 < np.abs(actual - expected).max() < 0.2
+
+
+def test_is_computed_once(ensure, teacher):
+    seen = []
+    first = ensure(progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 2), (2, 2)]
+    assert ensure() == first
+    assert teacher.loads == 1
+
+
+def test_a_larger_cache_serves_a_smaller_request(ensure, teacher):
+    large = ensure(sequences=4)
+    assert ensure(sequences=3) == large
+    assert teacher.loads == 1
+    ensure(sequences=5)
+    assert teacher.loads == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"teacher_fingerprint": "other"},
+        {"data_fingerprint": "other"},
+        {"settings": replace(SETTINGS, top_k=8)},
+        {"settings": replace(SETTINGS, states=(0,))},
+        {"settings": replace(SETTINGS, bf16=True)},
+    ],
+)
+def test_another_teacher_data_or_setting_is_another_cache(ensure, teacher, change):
+    assert ensure() != ensure(**change)
+    assert teacher.loads == 2
+
+
+def _flip(path, position):
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def _torn(folder):
+    path = folder / "outputs.arrow"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _altered_meta(folder):
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["settings"]["top_k"] = 8
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+DAMAGES = {
+    "torn": _torn,
+    "flipped in the middle": lambda folder: _flip(folder / "outputs.arrow", 5000),
+    "flipped at the end": lambda folder: _flip(folder / "outputs.arrow", -1),
+    "no outputs": lambda folder: (folder / "outputs.arrow").unlink(),
+    "no meta": lambda folder: (folder / "meta.json").unlink(),
+    "torn meta": lambda folder: (folder / "meta.json").write_text('{"sequences": 2, "sha'),
+    "altered meta": _altered_meta,
+    "meta of another kind": lambda folder: (folder / "meta.json").write_text("[1]"),
+    "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damage_is_found_and_made_good(ensure, teacher, damage):
+    folder = ensure()
+    content = (folder / "outputs.arrow").read_bytes()
+    damage(folder)
+    assert ensure() == folder
+    assert teacher.loads == 2
+    assert (folder / "outputs.arrow").read_bytes() == content
+    assert ensure() == folder
+    assert teacher.loads == 2
+
+
+def test_size_is_foretold_and_limited(ensure, tmp_path, teacher):
+    folder = ensure(sequences=8)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    values = 8 * 31 * SETTINGS.bytes_per_token(300, 64)
+    # float16 distances and uint16 ids of 16 tokens, float32 maximum and 10 logsumexps, three float16 states.
+    assert SETTINGS.bytes_per_token(300, 64) == 16 * (2 + 2) + 4 + 40 + 3 * 128
+    assert values < size < values + 8 * 4096
+    shutil.rmtree(folder)
+    with pytest.raises(InputError, match=r"needs .* kB, above its limit of 100 kB: lower --tokens"):
+        ensure(sequences=8, limit_bytes=10**5)
+    assert teacher.loads == 1
+    assert list(tmp_path.iterdir()) == []
+    assert CacheSettings().bytes_per_token(49152, 576) == 64 * 4 + 4 + 40
+    assert CacheSettings().bytes_per_token(152064, 576) == 64 * 6 + 4 + 40
+
+
+def test_the_limit_holds_for_what_is_written(ensure):
+    needed = 2 * (31 * SETTINGS.bytes_per_token(300, 64) + 2048)
+    with pytest.raises(InputError):
+        ensure(limit_bytes=needed - 1)
+    folder = ensure(limit_bytes=needed)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= needed
+
+
+def test_the_longest_unused_is_removed_first(ensure):
+    caches = {name: ensure(teacher_fingerprint=name) for name in ("a", "b", "c")}
+    size = sum(path.stat().st_size for path in caches["a"].iterdir())
+    for age, name in enumerate(("c", "b", "a")):
+        os.utime(caches[name], (time.time() - 1000 * (age + 1),) * 2)
+    ensure(teacher_fingerprint="a")  # used again just now
+    ensure(teacher_fingerprint="d", limit_bytes=int(3.6 * size))
+    assert [caches[name].exists() for name in ("a", "b", "c")] == [True, False, True]
+
+
+def test_nothing_is_removed_while_there_is_room(ensure):
+    first = ensure()
+    ensure(teacher_fingerprint="b")
+    assert first.exists()
+
+
+def test_a_removed_cache_is_still_read_by_those_who_opened_it(ensure):
+    folder = ensure()
+    cache = TeacherCache(folder)
+    expected = cache.target([1], 1.0).logits.clone()
+    shutil.rmtree(folder)
+    assert torch.equal(cache.target([1], 1.0).logits, expected)
+
+
+def test_a_writer_that_fails_leaves_nothing(ensure, tmp_path, teacher):
+    def progress(done, total):
+        assert [path.name.startswith(".partial-") for path in tmp_path.iterdir()] == [True]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ensure(progress=progress)
+    assert list(tmp_path.iterdir()) == []
+    ensure()
+    assert teacher.loads == 2
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(ensure, tmp_path):
+    for name, age in ((".partial-dead", 7200), (".partial-alive", 7200), (".partial-new", 0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "outputs.arrow").write_bytes(b"x" * 200_000)
+        then = time.time() - age
+        os.utime(tmp_path / name, (then, then))
+        os.utime(tmp_path / name / "outputs.arrow", (then, then) if name.endswith("dead") else None)
+    ensure(limit_bytes=150_000)
+    assert sorted(path.name for path in tmp_path.glob(".partial-*")) == [".partial-alive", ".partial-new"]
+
+
+def test_two_writers_at_once(ensure, teacher, tmp_path):
+    barrier = threading.Barrier(2)
+    folders = []
+
+    def write(model):
+        def load():
+            barrier.wait(timeout=60)
+            return model
+
+        folders.append(ensure(load_teacher=load))
+
+    # Loaded here: transformers cannot load two models in two threads at once.
+    threads = [threading.Thread(target=write, args=(teacher(),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(folders) == 2
+    assert folders[0] == folders[1]
+    assert [path.name for path in tmp_path.iterdir()] == [folders[0].name]
+    ensure()
+    assert teacher.loads == 2
+
+
+def test_a_writer_that_comes_second_to_a_damaged_cache_says_so(ensure, tmp_path, teacher):
+    name = ensure().name
+    shutil.rmtree(tmp_path / name)
+
+    def load():
+        # Another process leaves something that is no cache under the final name.
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").write_text("{}")
+        return teacher()
+
+    with pytest.raises(OSError):
+        ensure(load_teacher=load)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert ensure().name == name
+
+
+def test_hooks_are_gone_and_dropout_is_off(workshop, ensure):
+    model = load_model(workshop.teacher, torch.float32).train()
+    ensure(load_teacher=lambda: model)
+    assert not model.training
+    assert not any(layer._forward_hooks for layer in model.model.layers)
+
+
+def test_data_can_be_read_only(ensure, workshop):
+    tokens = workshop.data.tokens[:2].copy()
+    tokens.setflags(write=False)
+    folder = ensure(data=TokenSet(tokens=tokens, documents=tokens))
+    with pa.memory_map(str(folder / "outputs.arrow")) as file:
+        assert pa.ipc.open_file(file).num_record_batches == 2

@@ -1,0 +1,375 @@
+"""Steps, schedule, checkpoints and failures of the trainer, to the last bit where it promises so."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from autodistill.distillation import trainer as trainer_module
+from autodistill.distillation.trainer import branch_point, decayed, read_tokens, stable_rate
+from autodistill.errors import TrialFailedError
+from autodistill.formats import Q4_0, Q8_0, deployed
+from autodistill.strategy import Alignment, Distillation, Strategy
+
+PLAIN = Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3))
+ALIGNED = Strategy(
+    distillation=Distillation(
+        divergence_weight=0.5,
+        learning_rate=1e-3,
+        alignment=Alignment(layers="even", count=2, projection="low-rank", rank=8, weight=0.3),
+    )
+)
+STEP = 64
+
+
+def _weights(trainer):
+    """Every weight, projections included, and the optimiser's state."""
+    parameters = [*trainer.model.named_parameters(), *trainer._projections.named_parameters(prefix="projection")]
+    found = {name: parameter.detach().clone() for name, parameter in parameters}
+    for name, parameter in parameters:
+        for key, value in trainer._optimizer.state.get(parameter, {}).items():
+            found[f"{name}.{key}"] = value.clone()
+    return found
+
+
+def _same(first, second):
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def _grid(name):
+    return Q8_0 if "embed" in name else Q4_0 if name.endswith("proj.weight") else None
+
+
+def test_rates_by_hand():
+    assert [stable_rate(2.0, tokens, 400) for tokens in (100, 200, 400, 800)] == [0.5, 1.0, 2.0, 2.0]
+    assert stable_rate(2.0, 64, 0) == 2.0
+    assert [decayed(tokens, 100, 300) for tokens in (100, 150, 200, 300)] == [1.0, 0.75, 0.5, 0.0]
+    assert [branch_point(target, 0.25, 64) for target in (512, 640, 128, 64)] == [384, 512, 64, 0]
+
+
+def test_the_schedule_is_a_function_of_absolute_tokens(workshop):
+    trainer = workshop.trainer(PLAIN, warmup_tokens=128)
+    records = [*trainer.train_stable(256), *trainer.train_decay(512)]
+    assert [record.tokens for record in records] == [64 * step for step in range(1, 9)]
+    factors = [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    np.testing.assert_allclose([record.learning_rate for record in records], np.array(factors) * 1e-3, rtol=1e-12)
+
+
+def test_terms_add_up(workshop):
+    for record in workshop.trainer(ALIGNED).train_stable(128):
+        logits = 0.5 * record.divergence + 0.5 * record.cross_entropy
+        assert record.loss == pytest.approx(logits + 0.3 * record.alignment, rel=1e-6)
+        assert min(record.divergence, record.cross_entropy, record.alignment, record.gradient_norm) > 0
+        assert record.tokens_per_second > 0
+    (record,) = workshop.trainer(PLAIN).train_stable(64)
+    assert record.alignment == 0
+
+
+def test_it_learns(workshop):
+    records = list(workshop.trainer(PLAIN, tokens=2560).train_stable(2560))
+    first, last = (np.mean([r.loss for r in part]) for part in (records[:4], records[-4:]))
+    assert last < 0.75 * first
+
+
+def test_two_targets_share_their_beginning_to_the_last_bit(workshop):
+    """A run to 256 tokens and a run to 512 are the same run until the first of them decays."""
+    near, far = workshop.trainer(ALIGNED), workshop.trainer(ALIGNED)
+    list(near.train_stable(branch_point(256, 0.25, STEP)))
+    records = far.train_stable(branch_point(512, 0.25, STEP))
+    for _ in range(3):
+        next(records)
+    assert near.tokens == far.tokens == 192
+    _same(_weights(near), _weights(far))
+
+
+@pytest.mark.parametrize("strategy", [PLAIN, ALIGNED], ids=["plain", "with projections"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_continues_to_the_last_bit(workshop, tmp_path, strategy, bf16):
+    whole, first = workshop.trainer(strategy, bf16=bf16), workshop.trainer(strategy, bf16=bf16)
+    records = list(whole.train_stable(384))
+    list(first.train_stable(192))
+    first.save(tmp_path / "checkpoint")
+    second = workshop.trainer(strategy, bf16=bf16)
+    second.load(tmp_path / "checkpoint")
+    assert second.tokens == read_tokens(tmp_path / "checkpoint") == 192
+    _same(_weights(second), _weights(first))
+    rest = list(second.train_stable(384))
+    assert [(r.tokens, r.loss, r.gradient_norm) for r in rest] == [
+        (r.tokens, r.loss, r.gradient_norm) for r in records[3:]
+    ]
+    _same(_weights(second), _weights(whole))
+
+
+def test_a_decay_leaves_what_was_saved_before_it(workshop, tmp_path):
+    whole, branched = workshop.trainer(PLAIN), workshop.trainer(PLAIN)
+    list(whole.train_stable(256))
+    list(branched.train_stable(128))
+    branched.save(tmp_path / "checkpoint")
+    list(branched.train_decay(192, _grid))
+    continued = workshop.trainer(PLAIN)
+    continued.load(tmp_path / "checkpoint")
+    list(continued.train_stable(256))
+    _same(_weights(continued), _weights(whole))
+
+
+def test_a_checkpoint_before_the_first_step(workshop, tmp_path):
+    workshop.trainer(PLAIN).save(tmp_path / "checkpoint")
+    loaded, fresh = workshop.trainer(PLAIN), workshop.trainer(PLAIN)
+    loaded.load(tmp_path / "checkpoint")
+    list(loaded.train_stable(128))
+    list(fresh.train_stable(128))
+    _same(_weights(loaded), _weights(fresh))
+
+
+def test_a_checkpoint_holds_what_is_trained_and_nothing_else(workshop, tmp_path):
+    trainer = workshop.trainer(ALIGNED)
+    list(trainer.train_stable(64))
+    trainer.save(tmp_path / "checkpoint")
+    with safe_open(tmp_path / "checkpoint", framework="pt") as file:
+        names = list(file.keys())
+    trained = [name for name, p in trainer.model.named_parameters() if name != "model.embed_tokens.weight"]
+    owners = [f"student.{name}" for name in trained] + [f"projection.{i}.{j}.weight" for i in (0, 1) for j in (0, 1)]
+    expected = {f"{key}.{owner}" for key in ("weight", "exp_avg", "exp_avg_sq", "step") for owner in owners}
+    assert set(names) == expected
+
+
+@pytest.mark.parametrize("other", [{"strategy": ALIGNED}, {"seed": 1}])
+def test_a_checkpoint_of_something_else_is_refused(workshop, tmp_path, other):
+    workshop.trainer(PLAIN).save(tmp_path / "checkpoint")
+    with pytest.raises(TrialFailedError, match="other stages or of another seed") as caught:
+        workshop.trainer(**({"strategy": PLAIN} | other)).load(tmp_path / "checkpoint")
+    assert caught.value.cause == "error"
+
+
+def test_finishing_does_not_make_it_another_checkpoint(workshop, tmp_path):
+    from autodistill.strategy import Finishing
+
+    workshop.trainer(PLAIN).save(tmp_path / "checkpoint")
+    finished = Strategy(distillation=PLAIN.distillation, finishing=Finishing(format="gguf-q4_0", bits=4, group_size=32))
+    workshop.trainer(finished).load(tmp_path / "checkpoint")
+
+
+KILLED = """
+import os, sys, pathlib
+from safetensors.torch import save_file
+from autodistill.distillation import trainer
+
+def dies(tensors, path, metadata):
+    save_file(tensors, path, metadata=metadata)
+    data = pathlib.Path(path).read_bytes()
+    pathlib.Path(path).write_bytes(data[: len(data) // 2])
+    os._exit(9)
+
+trainer.save_file = dies
+sys.path.insert(0, {tests!r})
+from conftest import Workshop
+from autodistill.strategy import Distillation, Strategy
+shop = Workshop(pathlib.Path({teacher!r}), None, None)
+made = shop.trainer(Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3)), cache=object())
+made.tokens = 640
+made.save(pathlib.Path({path!r}))
+"""
+
+
+def test_killed_while_saving_the_earlier_checkpoint_stands(workshop, tmp_path):
+    path = tmp_path / "checkpoint"
+    trainer = workshop.trainer(PLAIN)
+    list(trainer.train_stable(64))
+    trainer.save(path)
+    content = path.read_bytes()
+    tests = os.path.dirname(os.path.dirname(__file__))
+    program = KILLED.format(tests=tests, teacher=str(workshop.teacher), path=str(path))
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 9, ended.stderr
+    assert len(list(tmp_path.iterdir())) == 2, "the torn file stands beside it"
+    assert path.read_bytes() == content
+    again = workshop.trainer(PLAIN)
+    again.load(path)
+    _same(_weights(again), _weights(trainer))
+    again.save(path)
+    assert [found.name for found in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_gradients_are_clipped_together(workshop, tmp_path):
+    trainer = workshop.trainer(ALIGNED)
+    (record,) = trainer.train_stable(64)
+    assert record.gradient_norm > 1
+    # AdamW's first moment after one step is a tenth of the gradient it was given.
+    squares = [(v.double() * 10).square().sum() for k, v in _weights(trainer).items() if k.endswith("exp_avg")]
+    assert float(torch.stack(squares).sum().sqrt()) == pytest.approx(1, rel=1e-5)
+
+
+def test_small_gradients_are_not_scaled(workshop, monkeypatch):
+    monkeypatch.setattr(trainer_module, "_CLIP", 1e6)
+    trainer = workshop.trainer(ALIGNED)
+    (record,) = trainer.train_stable(64)
+    squares = [(v.double() * 10).square().sum() for k, v in _weights(trainer).items() if k.endswith("exp_avg")]
+    assert float(torch.stack(squares).sum().sqrt()) == pytest.approx(record.gradient_norm, rel=1e-5)
+
+
+class Poisoned:
+    """A cache that gives NaN in the steps named, counted from 0."""
+
+    def __init__(self, cache, steps):
+        self._cache, self._steps, self._step = cache, steps, -1
+
+    def target(self, indices, temperature):
+        self._step += 1
+        target = self._cache.target(indices, temperature)
+        return target._replace(logits=target.logits * float("nan")) if self._step in self._steps else target
+
+
+def test_one_spoilt_step_changes_nothing_and_two_good_ones_follow(workshop):
+    trainer = workshop.trainer(PLAIN, cache=Poisoned(workshop.cache, {1, 2, 4}))
+    steps = trainer.train_stable(384)
+    next(steps)
+    before = _weights(trainer)
+    for tokens in (128, 192):
+        record = next(steps)
+        assert record.tokens == tokens
+        assert not np.isfinite(record.loss)
+        _same(_weights(trainer), before)
+    assert [np.isfinite(record.loss) for record in steps] == [True, False, True]
+    assert all(value.isfinite().all() for value in _weights(trainer).values())
+
+
+def test_three_spoilt_steps_in_a_row_end_the_trial(workshop):
+    trainer = workshop.trainer(PLAIN, cache=Poisoned(workshop.cache, {1, 2, 3}))
+    seen = []
+    with pytest.raises(TrialFailedError, match="not finite in 3 steps in a row") as caught:
+        seen.extend(record.tokens for record in trainer.train_stable(512))
+    assert caught.value.cause == "nan"
+    assert trainer.tokens == 256
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_decay_on_a_grid_trains_float32_masters(workshop, bf16):
+    trainer = workshop.trainer(PLAIN, bf16=bf16)
+    list(trainer.train_stable(128))
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    shown = {}
+
+    def look(name):
+        def hook(module, arguments):
+            shown[name] = module.weight.detach().clone()
+
+        return hook
+
+    records = trainer.train_decay(256, _grid)
+    next(records)
+    handles = [
+        module.register_forward_pre_hook(look(f"{name}.weight"))
+        for name, module in trainer.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    ]
+    masters = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    next(records)
+    for handle in handles:
+        handle.remove()
+    assert len(shown) == 4 * 7
+    for name, weight in shown.items():
+        expected = deployed(masters[name].numpy(), Q4_0)
+        np.testing.assert_array_equal(weight.numpy().view(np.uint32), expected.view(np.uint32))
+    records.close()
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.dtype == torch.float32
+        if name != "model.embed_tokens.weight":
+            assert not torch.equal(parameter, before[name])
+            if _grid(name):
+                assert not np.array_equal(parameter.detach().numpy(), deployed(parameter.detach().numpy(), Q4_0))
+    assert not any(module._forward_pre_hooks for module in trainer.model.modules())
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_frozen_head_computes_what_autocast_would(workshop, quantised, monkeypatch):
+    """In bfloat16 a frozen head is cast once; losses and gradients are those of casting it in every step."""
+
+    def run():
+        trainer = workshop.trainer(PLAIN, bf16=True)
+        records = list(trainer.train_stable(64)) + list(trainer.train_decay(256, _grid if quantised else None))
+        return _weights(trainer), [record.loss for record in records]
+
+    fast = run()
+    monkeypatch.setattr(trainer_module.Trainer, "_cast_head", lambda self, storage_of: None)
+    slow = run()
+    _same(fast[0], slow[0])
+    assert fast[1] == slow[1]
+
+
+def test_the_table_is_frozen_unless_it_is_trained(workshop):
+    frozen = workshop.trainer(PLAIN)
+    table = frozen.model.model.embed_tokens.weight.detach().clone()
+    list(frozen.train_stable(64))
+    list(frozen.train_decay(192, _grid))
+    assert torch.equal(frozen.model.model.embed_tokens.weight, table)
+    assert frozen.model.lm_head.weight is frozen.model.model.embed_tokens.weight
+    recipe = Distillation(divergence_weight=0.5, learning_rate=1e-3, train_embeddings=True)
+    trained = workshop.trainer(Strategy(distillation=recipe), bf16=True)
+    list(trained.train_stable(64))
+    assert not torch.equal(trained.model.model.embed_tokens.weight, table)
+
+
+class Recorder:
+    """Notes which sequences each step asks for."""
+
+    def __init__(self, cache):
+        self._cache, self.steps = cache, []
+
+    def target(self, indices, temperature):
+        self.steps.append(list(indices))
+        return self._cache.target(indices, temperature)
+
+
+def _order(workshop, seed, steps=8):
+    recorder = Recorder(workshop.cache)
+    list(workshop.trainer(PLAIN, seed=seed, cache=recorder).train_stable(steps * STEP))
+    return recorder.steps
+
+
+def test_each_pass_over_the_data_has_its_own_order_by_the_seed(workshop):
+    steps = _order(workshop, 0)
+    flat = [index for step in steps for index in step]
+    first, second = flat[:8], flat[8:]
+    assert sorted(first) == sorted(second) == list(range(8))
+    assert first != second
+    assert _order(workshop, 0) == steps
+    assert _order(workshop, 1, 4) != steps[:4]
+
+
+def test_a_step_may_cross_into_the_next_pass(workshop):
+    recorder = Recorder(workshop.cache)
+    trainer = workshop.trainer(PLAIN, cache=recorder, batch_tokens=96, tokens=960)
+    list(trainer.train_stable(6 * 96))
+    flat = [index for step in recorder.steps for index in step]
+    assert sorted(flat[:8]) == sorted(flat[8:16]) == list(range(8))
+
+
+def test_a_strategy_without_divergence_reads_no_targets(workshop):
+    strategy = Strategy(distillation=Distillation(divergence_weight=0.0))
+    (record,) = workshop.trainer(strategy, cache=object()).train_stable(64)
+    assert record.divergence == 0
+    assert record.loss == record.cross_entropy
+
+
+def test_hooks_are_gone_after_a_step(workshop):
+    trainer = workshop.trainer(ALIGNED)
+    list(trainer.train_stable(64))
+    assert not any(module._forward_hooks for module in trainer.model.modules())
+    copy.deepcopy(trainer.model)
+
+
+def test_the_models_state_is_that_of_training_in_any_order_of_trainers(workshop):
+    """Nothing global is drawn from: a trainer beside another one trains as if alone."""
+    alone = workshop.trainer(ALIGNED)
+    list(alone.train_stable(128))
+    torch.manual_seed(123)
+    first, second = workshop.trainer(ALIGNED), workshop.trainer(PLAIN)
+    for _ in zip(first.train_stable(128), second.train_stable(128), strict=True):
+        torch.rand(3)
+    _same(_weights(first), _weights(alone))

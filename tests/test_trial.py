@@ -1,0 +1,442 @@
+"""A trial from rung to rung on a tiny teacher: what it reports, leaves on disk and restores, and how it fails."""
+
+import json
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from autodistill import trial as trial_module
+from autodistill.data import Prepared, load_split, prepare, resolve_data
+from autodistill.distillation.scoring import score
+from autodistill.distillation.student import build_student
+from autodistill.distillation.teacher import load_model
+from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
+from autodistill.distillation.trainer import branch_point
+from autodistill.errors import InputError, TrialFailedError
+from autodistill.estimate import spec_from_config
+from autodistill.formats import deployed, get_format
+from autodistill.strategy import Alignment, Deployment, Distillation, Finishing, Init, Strategy
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.trial import (
+    Trial,
+    TrialSetting,
+    TrialTask,
+    Workbench,
+    check_deployment,
+    check_strategy,
+    checkpoint_tokens,
+    deployed_weights,
+    evaluate,
+    per_document,
+    probe_deployment,
+    remove_checkpoint,
+    save_student,
+    student_folder,
+    student_spec,
+)
+from autodistill.units import Budget
+
+LENGTH = 32
+F16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
+Q8 = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
+Q4 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
+INT4 = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=32)
+INT4_64 = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=64)
+BF16 = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
+ALL = (F16, Q8, Q4, INT4, INT4_64, BF16)
+RECIPE = Distillation(
+    divergence_weight=0.5, learning_rate=1e-3, alignment=Alignment(projection="linear", layers="last", weight=0.1)
+)
+STRATEGY = Strategy(
+    init=Init(depth=0.5), distillation=RECIPE, finishing=Finishing(format="gguf-q4_0", bits=4, group_size=32)
+)
+
+
+@dataclass
+class Lab:
+    """What trials have in common, but for the folder of their checkpoints."""
+
+    teacher: Path
+    data: Prepared
+    cache: Path
+    top1: Path
+    plan: object
+
+    def setting(self, folder: Path, **changes) -> TrialSetting:
+        setting = TrialSetting(
+            teacher=self.teacher,
+            teacher_spec=spec_from_config(json.loads((self.teacher / "config.json").read_text())),
+            teacher_top1=self.top1,
+            teacher_accuracy=0.5,
+            data=self.data.folder,
+            cache=self.cache,
+            checkpoints=folder,
+            budget=Budget(memory_bytes=10**9, context=128),
+            plan=self.plan,
+            evaluators=("accuracy", "perplexity", "agreement", "size"),
+            metric="accuracy",
+            direction="max",
+            device="cpu",
+        )
+        return replace(setting, **changes)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, workshop):
+    folder = tmp_path_factory.mktemp("lab")
+    teacher = save_tiny_teacher(folder / "teacher")
+    data = prepare(resolve_data(str(tiny_text(folder / "text"))), teacher, "tokenizer", LENGTH, folder)
+    plan = workshop.plan(tokens=768, rungs=(256, 512, 768), keep=(2, 1), eval_tokens=512, rung_eval_tokens=256)
+    cache = ensure_cache(
+        lambda: load_model(teacher, torch.float32),
+        teacher_fingerprint="t",
+        data_fingerprint=data.fingerprint,
+        # More than the plan's tokens, as an earlier search may have left.
+        data=load_split(data.folder, "train").head(1024),
+        vocabulary=300,
+        width=64,
+        settings=CacheSettings(top_k=16, states=tuple(range(6))),
+        root=folder / "cache",
+        limit_bytes=10**8,
+    )
+    _, top1 = score(load_model(teacher, torch.float32), load_split(data.folder, "validation"))
+    np.save(folder / "top1.npy", top1)
+    return Lab(teacher, data, cache, folder / "top1.npy", plan)
+
+
+def _task(strategy=STRATEGY, **changes):
+    task = TrialTask(
+        id="t000", strategy=strategy, seed=0, deployments=ALL, probe=probe_deployment(strategy, ALL), straight=False
+    )
+    return replace(task, **changes)
+
+
+def _facts(report):
+    """All that a report says but for times."""
+    steps = [replace(step, tokens_per_second=0.0) for step in report.steps]
+    return report.rung, report.tokens, report.params, report.evaluations, steps
+
+
+def test_probe_is_the_finishing_grid_or_the_widest():
+    plain = replace(STRATEGY, finishing=None)
+    assert probe_deployment(STRATEGY, ALL) == Q4
+    assert probe_deployment(STRATEGY, (Q8, INT4)) == Q8
+    assert probe_deployment(plain, (INT4_64, Q4, Q8)) == Q8
+    assert probe_deployment(plain, (INT4_64, INT4)) == INT4
+    assert probe_deployment(plain, ALL) == probe_deployment(plain, ALL[::-1])
+    grouped = replace(STRATEGY, finishing=Finishing(format="compressed-tensors", bits=4, group_size=64))
+    assert probe_deployment(grouped, ALL) == INT4_64
+
+
+def test_what_a_teacher_cannot_be_distilled_by_is_refused_before_loading(lab):
+    spec = lab.setting(Path()).teacher_spec
+
+    def strategy(**changes):
+        return replace(STRATEGY, distillation=replace(RECIPE, **changes))
+
+    check_strategy(STRATEGY, spec)
+    with pytest.raises(InputError, match=r"alignment.count is 4, but the student has 3 layers"):
+        check_strategy(strategy(alignment=Alignment(layers="even", count=4)), spec)
+    with pytest.raises(InputError, match=r"alignment.rank is 65"):
+        check_strategy(strategy(alignment=Alignment(projection="low-rank", rank=65)), spec)
+    narrow = spec_from_config(json.loads((lab.teacher / "config.json").read_text()) | {"hidden_size": 48})
+    with pytest.raises(InputError, match="rows of 48 weights, which the groups of 32"):
+        check_strategy(STRATEGY, narrow)
+    with pytest.raises(InputError, match="rows of 48 weights, which the groups of 64"):
+        check_deployment(narrow, "compressed-tensors", 8, 64)
+
+
+def test_spec_is_that_of_the_built_student(lab):
+    spec = student_spec(STRATEGY, lab.setting(Path()).teacher_spec)
+    model, _ = build_student(lab.teacher, STRATEGY.init)
+    assert {t.name: t.shape for t in spec.tensors} == {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert spec.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("deployment", ALL, ids=lambda deployment: deployment.name)
+def test_an_evaluation_is_that_of_the_unpacked_weights(lab, deployment):
+    setting = lab.setting(Path())
+    spec = student_spec(STRATEGY, setting.teacher_spec)
+    packing = get_format(deployment.format)
+    storages = {t.name: packing.storage(t, deployment.bits, deployment.group_size) for t in spec.tensors}
+    model, _ = build_student(lab.teacher, STRATEGY.init)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    data = load_split(lab.data.folder, "validation")
+    top1 = np.load(lab.top1)
+    evaluation, scores = evaluate(
+        model, spec, deployment, data, top1, budget=setting.budget, evaluators=setting.evaluators
+    )
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+    replaced, _ = build_student(lab.teacher, STRATEGY.init)
+    with torch.no_grad():
+        for name, p in replaced.named_parameters():
+            p.copy_(torch.from_numpy(deployed(p.numpy().copy(), storages[name])))
+        ids = torch.from_numpy(data.tokens.astype(np.int64))
+        logits = replaced(ids).logits[:, :-1].double().flatten(0, 1)
+    labels = ids[:, 1:].flatten()
+    nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none").numpy()
+    np.testing.assert_allclose(scores.nll, nll, rtol=1e-4, atol=1e-4)
+    found = {name: measurement.value for name, measurement in evaluation.measurements.items()}
+    chosen = logits.argmax(-1)
+    assert found["accuracy"] == pytest.approx(float((chosen == labels).double().mean()), abs=2e-3)
+    assert found["agreement"] == pytest.approx((chosen.numpy() == top1).mean(), abs=2e-3)
+    assert found["perplexity"] == pytest.approx(np.exp(nll.mean()), rel=1e-4)
+    assert evaluation.deployment == deployment
+    assert sum(evaluation.documents["count"]) == len(nll)
+    assert sum(evaluation.documents["sum"]) == scores.correct.sum()
+
+
+@pytest.mark.parametrize("deployment", ALL, ids=lambda deployment: deployment.name)
+def test_masters_come_back_whatever_happens(lab, deployment):
+    spec = student_spec(STRATEGY, lab.setting(Path()).teacher_spec)
+    model, _ = build_student(lab.teacher, STRATEGY.init)
+    before = {name: (p, p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+    changed = []
+
+    def interrupted():
+        with deployed_weights(model, spec, deployment):
+            changed.extend(name for name, p in model.named_parameters() if not torch.equal(p, before[name][2]))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert len(changed) >= 3 * 7
+    for name, p in model.named_parameters():
+        parameter, memory, values = before[name]
+        assert p is parameter
+        assert p.data_ptr() == memory
+        assert torch.equal(p, values)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_masters_come_back_where_packing_fails_half_way(lab, monkeypatch):
+    spec = student_spec(STRATEGY, lab.setting(Path()).teacher_spec)
+    model, _ = build_student(lab.teacher, STRATEGY.init)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    original, calls = trial_module.deploy_tensor, []
+
+    def fails(weight, storage):
+        calls.append(storage)
+        if len(calls) == 9:
+            raise MemoryError
+        return original(weight, storage)
+
+    monkeypatch.setattr(trial_module, "deploy_tensor", fails)
+    with pytest.raises(MemoryError), deployed_weights(model, spec, Q4):
+        pass
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_documents_count_tokens_and_hits(lab):
+    data = load_split(lab.data.folder, "validation")
+    model = load_model(lab.teacher, torch.float32)
+    scores, _ = score(model, data)
+    documents = per_document(scores)
+    for document, count, hits in zip(documents["ids"], documents["count"], documents["sum"], strict=True):
+        own = scores.documents == document
+        assert (count, hits) == (own.sum(), scores.correct[own].sum())
+    assert json.loads(json.dumps(documents)) == documents
+
+
+def test_from_rung_to_rung(lab, tmp_path):
+    trial = Trial(Workbench(lab.setting(tmp_path)), _task())
+    reports = []
+    for rung, tokens in enumerate((256, 512, 768)):
+        reports.append(trial.run(rung))
+        assert (reports[-1].rung, reports[-1].tokens) == (rung, tokens)
+        # The checkpoint is that of the stable part; the last rung, after which nothing follows, leaves the one before.
+        assert checkpoint_tokens(tmp_path / "t000") == branch_point(min(tokens, 512), 0.25, 64)
+        assert student_folder(tmp_path / "t000").exists() == (rung == 2)
+    assert [[e.deployment for e in report.evaluations] for report in reports] == [[Q4], [Q4], list(ALL)]
+    assert reports[0].evaluations[0].measurements["accuracy"].detail["tokens"] == 256 // LENGTH * (LENGTH - 1)
+    assert reports[2].evaluations[0].measurements["accuracy"].detail["tokens"] == 512 // LENGTH * (LENGTH - 1)
+    assert [step.tokens for step in reports[0].steps] == [64, 128, 192, 256]
+    assert [step.tokens for step in reports[1].steps] == [256, 320, 384, 448, 512]
+    for report in reports:
+        assert set(report.seconds) == {"train", "evaluate", "other"}
+        assert min(report.seconds.values()) > 0
+        assert report.params == student_spec(STRATEGY, lab.setting(Path()).teacher_spec).parameters
+    remove_checkpoint(tmp_path / "t000")
+    assert checkpoint_tokens(tmp_path / "t000") == 0
+    assert [path.name for path in (tmp_path / "t000").iterdir()] == ["student"]
+    remove_checkpoint(tmp_path / "t000")
+
+
+OTHER_PROCESS = """
+import pickle, sys
+from autodistill.trial import Trial, Workbench
+setting, task, rung = pickle.load(open(sys.argv[1], "rb"))
+pickle.dump(Trial(Workbench(setting), task).run(rung), open(sys.argv[2], "wb"))
+"""
+
+
+def test_a_fresh_process_continues_to_the_same_figures(lab, tmp_path):
+    setting = lab.setting(tmp_path / "here")
+    bench = Workbench(setting)
+    trial = Trial(bench, _task())
+    expected = [_facts(trial.run(rung)) for rung in (0, 1)]
+
+    elsewhere = replace(setting, checkpoints=tmp_path / "there")
+    assert _facts(Trial(Workbench(elsewhere), _task()).run(0)) == expected[0]
+    (tmp_path / "in").write_bytes(pickle.dumps((elsewhere, _task(), 1)))
+    command = [sys.executable, "-c", OTHER_PROCESS, str(tmp_path / "in"), str(tmp_path / "out")]
+    subprocess.run(command, check=True, timeout=120)
+    assert _facts(pickle.loads((tmp_path / "out").read_bytes())) == expected[1]
+
+
+def test_a_rung_told_again_after_a_kill_is_the_same(lab, tmp_path):
+    trial = Trial(Workbench(lab.setting(tmp_path)), _task())
+    trial.run(0)
+    first = trial.run(1)
+    again = trial.run(1)  # its checkpoint is already that of this rung
+    assert again.evaluations == first.evaluations
+    assert [step.tokens for step in again.steps] == [448, 512]
+
+
+def test_straight_to_the_last_rung_is_the_same_student(lab, tmp_path):
+    bench = Workbench(lab.setting(tmp_path))
+    straight = Trial(bench, _task(id="straight", straight=True)).run(2)
+    stepwise = Trial(bench, _task(id="stepwise"))
+    for rung in range(2):
+        stepwise.run(rung)
+    assert stepwise.run(2).evaluations == straight.evaluations
+    students = [load_file(student_folder(tmp_path / name) / "model.safetensors") for name in ("straight", "stepwise")]
+    assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
+    assert checkpoint_tokens(tmp_path / "straight") == 0
+
+
+def test_the_saved_student_is_what_was_evaluated(lab, tmp_path):
+    setting = lab.setting(tmp_path)
+    report = Trial(Workbench(setting), _task(straight=True)).run(2)
+    folder = student_folder(tmp_path / "t000")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    data = load_split(lab.data.folder, "validation").head(512)
+    top1 = np.load(lab.top1)[: data.tokens[:, 1:].size]
+    spec = student_spec(STRATEGY, setting.teacher_spec)
+    for evaluation in report.evaluations:
+        again, _ = evaluate(
+            model, spec, evaluation.deployment, data, top1, budget=setting.budget, evaluators=setting.evaluators
+        )
+        assert again == evaluation
+    weights = load_file(folder / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    text = "The miller paints a silver lamp."
+    mine, theirs = (AutoTokenizer.from_pretrained(path)(text).input_ids for path in (folder, lab.teacher))
+    assert mine == theirs
+
+
+def test_a_student_takes_the_teachers_texts_but_not_its_weights(lab, tmp_path):
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    kept = {"tokenizer.json": "{}", "chat_template.jinja": "x", "merges.txt": "y", "tokenizer.model": "z"}
+    left = {"teacher.json": "{}", "model.safetensors.index.json": "{}", "pytorch_model.bin": "p", "a.gguf": "g"}
+    for name, text in (kept | left | {"config.json": "not the student's", "model-00001.safetensors": "w"}).items():
+        (teacher / name).write_text(text)
+    (teacher / "onnx").mkdir()
+    model, _ = build_student(lab.teacher, STRATEGY.init)
+    save_student(model, teacher, tmp_path / "student")
+    names = {path.name for path in (tmp_path / "student").iterdir()}
+    assert names == {*kept, "config.json", "generation_config.json", "model.safetensors"}
+    assert json.loads((tmp_path / "student" / "config.json").read_text())["num_hidden_layers"] == 3
+
+
+def test_the_metric_of_training_gets_better(lab, tmp_path):
+    plan = replace(lab.plan, tokens=1024, rungs=(64, 1024), keep=(1,))
+    strategy = Strategy(init=Init(depth=0.8), distillation=Distillation(divergence_weight=0.0, learning_rate=5e-3))
+    trial = Trial(Workbench(lab.setting(tmp_path, plan=plan)), _task(strategy))
+    first, last = trial.run(0), trial.run(1)
+    before, after = (report.evaluations[0].measurements["perplexity"].value for report in (first, last))
+    assert last.evaluations[0].deployment == F16
+    assert after < before
+
+
+def test_steps_are_thinned_to_twenty_with_the_last_among_them(lab, tmp_path):
+    plan = replace(lab.plan, tokens=1024, rungs=(1024,), keep=(), batch_tokens=32)
+    seen = []
+    report = Trial(Workbench(lab.setting(tmp_path, plan=plan)), _task(straight=True), seen.append).run(0)
+    assert len(seen) == 32
+    assert len(report.steps) == 16
+    assert report.steps[-1] == seen[-1]
+    assert [step.tokens for step in report.steps] == [64 * (i + 1) for i in range(16)]
+
+
+OUT_OF_MEMORY = {
+    "accelerator": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nGPU 0 has ..."),
+    "python": MemoryError(),
+    "torch on a CPU": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+        "allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+}
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY)
+def test_out_of_memory(lab, tmp_path, error):
+    def fails(record):
+        raise error
+
+    with pytest.raises(TrialFailedError) as caught:
+        Trial(Workbench(lab.setting(tmp_path)), _task(), fails).run(0)
+    assert caught.value.cause == "out-of-memory"
+    assert "\n" not in str(caught.value)
+    assert str(caught.value)
+
+
+def test_torchs_own_refusal_is_out_of_memory(lab, tmp_path):
+    with pytest.raises(TrialFailedError) as caught:
+        Trial(Workbench(lab.setting(tmp_path)), _task(), lambda record: torch.empty(2**50)).run(0)
+    assert caught.value.cause == "out-of-memory"
+
+
+def test_other_errors_are_not_called_so(lab, tmp_path):
+    def fails(record):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        Trial(Workbench(lab.setting(tmp_path)), _task(), fails).run(0)
+
+
+def test_nan(lab, tmp_path):
+    broken = replace(STRATEGY, distillation=replace(RECIPE, learning_rate=0.99))
+    bench = Workbench(lab.setting(tmp_path))
+    trial = Trial(bench, _task(broken))
+
+    class Spoilt:
+        def target(self, indices, temperature):
+            target = bench_cache.target(indices, temperature)
+            return target._replace(logits=target.logits * float("nan"))
+
+        def state(self, indices, layer):
+            return bench_cache.state(indices, layer)
+
+    bench_cache, bench.cache = bench.cache, Spoilt()
+    with pytest.raises(TrialFailedError) as caught:
+        trial.run(2)
+    assert caught.value.cause == "nan"
+
+
+def test_stopped_in_a_step_it_goes_on_from_the_last_rung(lab, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stops(record):
+        if record.tokens == 384:
+            raise Stop
+
+    bench = Workbench(lab.setting(tmp_path))
+    Trial(bench, _task()).run(0)
+    with pytest.raises(Stop):
+        Trial(bench, _task(), stops).run(1)
+    assert checkpoint_tokens(tmp_path / "t000") == 192
+    expected = Trial(bench, _task(id="other"))
+    expected.run(0)
+    assert _facts(Trial(bench, _task()).run(1)) == _facts(expected.run(1))
