@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from autodistill.contracts import Plan, Status
@@ -171,7 +172,7 @@ def _deadline(request: SearchRequest, plan: Plan, earlier: list[dict[str, Any]])
 def _session_seconds(events: list[dict[str, Any]]) -> Iterator[float]:
     """How long each earlier session of the run lasted, from its start to its last event."""
     starts = [index for index, event in enumerate(events) if event["event"] == "session"]
-    for start, end in zip(starts, [*starts[1:], len(events)], strict=True):
+    for start, end in pairwise([*starts, len(events)]):
         times = [event["time"] for event in events[start:end] if "time" in event]
         yield times[-1] - times[0]
 
