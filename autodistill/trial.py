@@ -17,6 +17,7 @@ import torch
 from autodistill.contracts import Direction, Measurement, ModelSpec, Plan, Subject, TokenScores
 from autodistill.data import TokenSet, load_split
 from autodistill.distillation.alignment import aligned_layers, check_rank
+from autodistill.distillation.memory import keep_freed_memory
 from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.scoring import score
 from autodistill.distillation.student import build_student, student_depth
@@ -243,6 +244,7 @@ class Workbench:
 
     def __post_init__(self) -> None:
         torch.set_num_threads(self.setting.plan.threads)
+        keep_freed_memory()
         self.cache = TeacherCache(self.setting.cache)
         # A cache over more sequences may be shared; this search trains on its own plan's tokens.
         self.train = load_split(self.setting.data, "train").head(self.setting.plan.tokens)

@@ -205,12 +205,15 @@ def test_gradients_are_clipped_together(workshop, tmp_path):
     assert float(torch.stack(squares).sum().sqrt()) == pytest.approx(1, rel=1e-5)
 
 
-def test_small_gradients_are_not_scaled(workshop, monkeypatch):
-    monkeypatch.setattr(trainer_module, "_CLIP", 1e6)
+@pytest.mark.parametrize("part", [0.99, 1.01])
+def test_only_gradients_above_the_limit_are_scaled(workshop, monkeypatch, part):
+    (record,) = workshop.trainer(ALIGNED).train_stable(64)
+    monkeypatch.setattr(trainer_module, "_CLIP", part * record.gradient_norm)
     trainer = workshop.trainer(ALIGNED)
-    (record,) = trainer.train_stable(64)
+    list(trainer.train_stable(64))
     squares = [(v.double() * 10).square().sum() for k, v in _weights(trainer).items() if k.endswith("exp_avg")]
-    assert float(torch.stack(squares).sum().sqrt()) == pytest.approx(record.gradient_norm, rel=1e-5)
+    expected = min(part, 1) * record.gradient_norm
+    assert float(torch.stack(squares).sum().sqrt()) == pytest.approx(expected, rel=1e-5)
 
 
 class Poisoned:

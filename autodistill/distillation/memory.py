@@ -1,0 +1,22 @@
+"""Keeps the memory that one training step frees for the next one, where the C library would give it back."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+# Of glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGEST_MMAP_THRESHOLD = 32 * 2**20
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to reuse freed blocks of up to 32 MiB; with other C libraries it does nothing.
+
+    By default such blocks go back to the system at the end of a step, which must clear every page of them again in the
+    next: half of all page faults of a step on a CPU. The process keeps its peak of such memory until it ends.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
