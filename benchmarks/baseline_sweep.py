@@ -22,7 +22,7 @@ import trials
 from autodistill.space import load_strategy
 from autodistill.strategy import Strategy
 
-RATES = (1e-4, 3e-4, 6e-4, 1.2e-3)
+RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
 DIVERGENCE_WEIGHTS = (0.5, 0.9)
 ALIGNMENT_WEIGHTS = (0.1, 1.0)
 

@@ -1,0 +1,230 @@
+"""A campaign without models: a fake worker answers each assignment, and the log is all that a second one needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autodistill.contracts import Measurement, Plan, Status
+from autodistill.estimate import fits, spec_from_config, with_layers
+from autodistill.records.row import rows_of
+from autodistill.records.store import EventLog
+from autodistill.search.campaign import Assignment, Campaign, Question
+from autodistill.search.plan import Speed
+from autodistill.search.sampler import Sampler
+from autodistill.space import load_space
+from autodistill.strategy import Deployment
+from autodistill.trial import Evaluation, RungReport
+from autodistill.units import Budget, format_bytes
+
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 12,
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 512,
+    "vocab_size": 1000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+PLAN = Plan(
+    trials=9,
+    tokens=9216,
+    rungs=(1024, 3072, 9216),
+    keep=(4, 2),
+    sequence_length=256,
+    batch_tokens=256,
+    warmup_tokens=512,
+    decay=0.2,
+    rung_eval_tokens=1024,
+    eval_tokens=2048,
+    test_tokens=2048,
+    workers=2,
+    threads=1,
+    bf16=False,
+    seed=0,
+    box_seconds=None,
+    seconds={"export": 1.0, "test": 1.0},
+)
+SPEED = Speed(cache=1e6, score=1e6, worker_train=1e6, worker_score=1e6)
+Worker = Callable[[Assignment], RungReport]
+
+
+def question(memory: int = 10**9) -> Question:
+    space = load_space("default")
+    return Question(
+        space=space,
+        deployments=space.deployments,
+        budget=Budget(memory_bytes=memory),
+        plan=PLAN,
+        speed=SPEED,
+        teacher_spec=spec_from_config(CONFIG),
+        teacher_accuracy=0.5,
+        metric="accuracy",
+        direction="max",
+    )
+
+
+def campaign(folder: Path, asked: Question, deadline: float | None = None) -> Campaign:
+    folder.mkdir(exist_ok=True)
+    return Campaign(
+        asked,
+        sampler=Sampler(asked.space, seed=0),
+        log=EventLog(folder / "trials.jsonl"),
+        checkpoints=folder / "checkpoints",
+        deadline=deadline,
+    )
+
+
+def measured(deployment: Deployment, accuracy: float) -> Evaluation:
+    values = {"accuracy": (accuracy, "fraction", "max"), "memory_bytes": (1e6, "bytes", "min")}
+    return Evaluation(
+        deployment=deployment,
+        measurements={
+            name: Measurement(name=name, value=value, unit=unit, direction=direction, source="simulated")
+            for name, (value, unit, direction) in values.items()
+        },
+        documents={"ids": [1, 2], "count": [500, 500], "sum": [int(500 * accuracy)] * 2},
+    )
+
+
+def worker(assignment: Assignment) -> RungReport:
+    """Accuracy is the trial's number in a fixed disorder; it rises with the rung."""
+    number = int(assignment.task.id[1:])
+    accuracy = 0.2 + (number * 7 % 9) / 100 + assignment.rung / 1000
+    last = assignment.rung == len(PLAN.rungs) - 1
+    packed = assignment.task.deployments if last else (assignment.task.probe,)
+    return RungReport(
+        rung=assignment.rung,
+        tokens=PLAN.rungs[assignment.rung],
+        evaluations=tuple(measured(deployment, accuracy) for deployment in packed),
+        params=1000,
+        seconds={"train": 1.0, "evaluate": 0.5, "other": 0.1},
+        steps=(),
+    )
+
+
+def drive(search: Campaign, answer: Worker = worker) -> list[tuple[str, int]]:
+    done = []
+    while (assignment := search.next()) is not None:
+        done.append((assignment.task.id, assignment.rung))
+        search.report(assignment.task.id, answer(assignment))
+    assert search.finished
+    search.close()
+    return done
+
+
+def test_the_baseline_runs_first_and_straight_to_the_end(tmp_path: Path) -> None:
+    search = campaign(tmp_path, question())
+    done = drive(search)
+    assert done[0] == ("b000", 2)
+    assert sum(trial == "b000" for trial, _ in done) == 1
+
+
+def test_trials_are_stopped_at_rungs_and_the_best_reach_the_end(tmp_path: Path) -> None:
+    search = campaign(tmp_path, question())
+    done = drive(search)
+    by_rung = [sorted(trial for trial, rung in done if rung == level and trial != "b000") for level in range(3)]
+    assert by_rung[0] == [f"t{number:03d}" for number in range(9)]
+    assert len(by_rung[1]) == 4
+    assert len(by_rung[2]) == 2
+    best = max(range(9), key=lambda number: number * 7 % 9)
+    assert f"t{best:03d}" in by_rung[2]
+    states = {trial: state.status for trial, state in search.trials.items()}
+    assert [states[trial] for trial in by_rung[2]] == [Status.COMPLETED] * 2
+    assert sum(status is Status.STOPPED for status in states.values()) == 7
+
+
+def test_what_cannot_fit_is_recorded_with_its_reason_and_never_trained(tmp_path: Path) -> None:
+    asked = question()
+    needs = [
+        min(fit.need for fit in fits(with_layers(asked.teacher_spec, layers), asked.deployments, asked.budget))
+        for layers in (6, 9)
+    ]
+    limit = sum(needs) // 2  # between the smallest and the largest student of the space
+    search = campaign(tmp_path, question(memory=limit))
+    done = drive(search)
+    rejected = [trial for trial in search.trials.values() if trial.status is Status.REJECTED]
+    assert rejected
+    assert not {trial.task.id for trial in rejected} & {trial for trial, _ in done}
+    assert all(f"over the {format_bytes(limit)} budget" in (trial.reason or "") for trial in rejected)
+    assert sum(trial.number is not None and trial not in rejected for trial in search.trials.values()) == 9
+    for trial in search.trials.values():
+        assert all(fit.need <= limit for fit in trial.fits if fit.deployment in trial.task.deployments)
+
+
+def test_one_failure_never_ends_a_search(tmp_path: Path) -> None:
+    search = campaign(tmp_path, question())
+    while (assignment := search.next()) is not None:
+        if assignment.task.id in ("b000", "t003"):
+            search.fail(assignment.task.id, "nan", "loss was not finite")
+        else:
+            search.report(assignment.task.id, worker(assignment))
+    search.close()
+    assert search.trials["t003"].status is Status.FAILED
+    assert search.trials["t003"].reason == "nan: loss was not finite"
+    assert sum(trial.status is Status.COMPLETED for trial in search.trials.values()) == 2
+
+
+def test_a_missing_value_is_never_promoted(tmp_path: Path) -> None:
+    def half_blind(assignment: Assignment) -> RungReport:
+        report = worker(assignment)
+        if assignment.task.id == "t005":
+            blind = [replace(one, measurements={}) for one in report.evaluations]
+            return replace(report, evaluations=tuple(blind))
+        return report
+
+    search = campaign(tmp_path, question())
+    assert ("t005", 1) not in drive(search, half_blind)
+
+
+@pytest.mark.parametrize("kept", range(1, 60, 4))
+def test_a_search_cut_off_after_any_event_ends_with_the_same_rows(tmp_path: Path, kept: int) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    cut.mkdir()
+    drive(campaign(whole, question()))
+    events = EventLog(whole / "trials.jsonl").read()
+    for event in events[:kept]:
+        EventLog(cut / "trials.jsonl").append(event)
+    again = campaign(cut, question())
+    again.replay(EventLog(cut / "trials.jsonl").read())
+    drive(again)
+    rows, expected = (
+        {row.row_id: replace(row, train_seconds=None) for row in rows_of(EventLog(path / "trials.jsonl").read())}
+        for path in (cut, whole)
+    )
+    assert rows == expected
+
+
+def test_proposals_do_not_depend_on_how_often_a_search_was_resumed(tmp_path: Path) -> None:
+    drive(campaign(tmp_path / "whole", question()))
+    folder = tmp_path / "pieces"
+    for _ in range(40):
+        search = campaign(folder, question())
+        log = EventLog(folder / "trials.jsonl")
+        search.replay(log.read() if log.path.exists() else [])
+        assignment = search.next()
+        if assignment is None:
+            break
+        search.report(assignment.task.id, worker(assignment))
+    strategies = [
+        [event["strategy_id"] for event in EventLog(path / "trials.jsonl").read() if event["event"] == "trial"]
+        for path in (tmp_path / "whole", folder)
+    ]
+    assert strategies[0] == strategies[1]
+
+
+def test_nothing_starts_that_the_box_cannot_hold(tmp_path: Path) -> None:
+    slow = replace(question(), speed=Speed(cache=1.0, score=1.0, worker_train=10.0, worker_score=10.0))
+    search = campaign(tmp_path, slow, deadline=time.monotonic() + 5)
+    assignment = search.next()
+    assert assignment is not None
+    assert assignment.task.id == "b000"  # the baseline is reserved first, whatever the box
+    search.report("b000", worker(assignment))
+    assert search.next() is None
+    assert search.finished

@@ -1,0 +1,99 @@
+"""A plan keeps to its box, and is what was asked where something was fixed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autodistill.hardware import Gpu, Machine
+from autodistill.search.plan import Demand, Speed, Workers, make_plan, rung_tokens, share_out
+
+SPEED = Speed(cache=600.0, score=400.0, worker_train=180.0, worker_score=330.0)
+WORKERS = Workers(count=2, threads=1, bf16=True, device="cpu")
+DEMAND = Demand(
+    box_seconds=600.0,
+    spent_seconds=15.0,
+    trials=None,
+    tokens=None,
+    baselines=1,
+    deployments=8,
+    train_tokens=90_000,
+    validation_tokens=11_000,
+    test_tokens=11_000,
+    parameters=134_000_000,
+    seed=0,
+    ray=True,
+)
+
+
+def test_ten_minutes_on_two_cores_hold_a_dozen_trials_of_which_six_go_past_the_first_rung() -> None:
+    plan = make_plan(DEMAND, SPEED, WORKERS)
+    assert plan.trials == 12
+    assert plan.keep == (6, 2)
+    assert sum(plan.seconds.values()) <= 600
+    assert plan.notes == ()
+
+
+@given(
+    box=st.floats(200, 100_000),
+    pace=st.floats(0.5, 50),
+    train=st.integers(1_000, 10**7),
+    trials=st.one_of(st.none(), st.integers(1, 60)),
+)
+def test_a_plan_keeps_to_its_box_or_says_that_it_cannot(box: float, pace: float, train: int, trials: int | None) -> None:
+    speed = Speed(**{name: value * pace for name, value in vars(SPEED).items()})
+    plan = make_plan(replace(DEMAND, box_seconds=box, train_tokens=train, trials=trials), speed, WORKERS)
+    over = sum(plan.seconds.values()) > box
+    assert over == any("longer than the box" in note for note in plan.notes)
+    assert plan.tokens == plan.rungs[-1]
+    assert list(plan.rungs) == sorted(set(plan.rungs))
+    assert all(rung % plan.batch_tokens == 0 for rung in plan.rungs)
+    assert len(plan.keep) == len(plan.rungs) - 1
+    assert all(count <= plan.trials for count in plan.keep)
+    assert plan.tokens <= max(train, 3 * plan.batch_tokens)
+    assert trials is None or plan.trials == trials
+
+
+def test_a_larger_box_holds_more_of_the_same() -> None:
+    small, large = (make_plan(replace(DEMAND, box_seconds=box), SPEED, WORKERS) for box in (600.0, 3600.0))
+    assert large.tokens > small.tokens
+    assert large.eval_tokens > small.eval_tokens
+    days = make_plan(replace(DEMAND, box_seconds=86_400.0), SPEED, WORKERS)
+    assert days.tokens == 90_000 // 256 * 256  # one pass over the data
+    assert days.trials > 100
+
+
+def test_fixed_trials_and_tokens_are_kept_and_need_no_box() -> None:
+    plan = make_plan(replace(DEMAND, box_seconds=None, trials=4, tokens=5000), SPEED, WORKERS)
+    assert (plan.trials, plan.tokens, plan.box_seconds) == (4, 4864, None)
+    assert plan.rungs == (512, 1536, 4864)
+    alone = make_plan(replace(DEMAND, box_seconds=None, trials=0, tokens=5000), SPEED, WORKERS)
+    assert alone.trials == 0
+
+
+def test_what_a_short_box_cannot_hold_is_said() -> None:
+    plan = make_plan(replace(DEMAND, box_seconds=230.0), SPEED, WORKERS)
+    assert any("trials" in note for note in plan.notes)
+
+
+def test_rungs_are_a_ninth_a_third_and_all() -> None:
+    assert rung_tokens(9 * 2560, 256) == (2560, 7680, 23040)
+    assert rung_tokens(768, 256) == (512, 768)
+
+
+def test_a_machine_is_shared_out_by_cores_memory_or_gpus() -> None:
+    machine = Machine(cpus=4, memory_bytes=10 * 10**9, gpus=())
+    assert share_out(machine, 10**9, "ray").count == 4
+    assert share_out(machine, 3 * 10**9, "ray").count == 2
+    inline = share_out(machine, 10**9, "inline")
+    assert (inline.count, inline.threads) == (1, 4)
+
+
+def test_gpus_have_a_worker_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    gpus = (Gpu(name="a", memory_bytes=10**10), Gpu(name="b", memory_bytes=10**10))
+    workers = share_out(Machine(cpus=16, memory_bytes=10**11, gpus=gpus), 10**9, "ray")
+    assert (workers.count, workers.threads, workers.device) == (2, 8, "cuda")

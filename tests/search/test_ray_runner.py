@@ -1,0 +1,75 @@
+"""The whole path through Ray: warm workers, relative paths, and a worker that dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from autodistill.contracts import Status
+from autodistill.records.row import rows_of
+from autodistill.records.store import EventLog
+from autodistill.search.prepare import Observer
+from autodistill.search.request import SearchRequest
+from autodistill.search.search import search
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.units import Budget
+
+
+class Killer(Observer):
+    """Kills the first worker that is seen training, once."""
+
+    def __init__(self) -> None:
+        self.killed: list[int] = []
+        self._watch = threading.Thread(target=self._run, daemon=True)
+
+    def phase(self, name: str) -> None:
+        """Starts to watch when trials begin."""
+        if name == "trials":
+            self._watch.start()
+
+    def _run(self) -> None:
+        ends = time.monotonic() + 120
+        while not self.killed and time.monotonic() < ends:
+            for child in psutil.Process().children(recursive=True):
+                if "Stretch" in child.name() or "Stretch" in " ".join(child.cmdline()):
+                    os.kill(child.pid, signal.SIGKILL)
+                    self.killed.append(child.pid)
+                    return
+            time.sleep(0.01)
+
+
+def test_a_search_through_ray_survives_the_death_of_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny_teacher(tmp_path / "teacher", layers=5)
+    tiny_text(tmp_path / "text", documents=30, sentences=80)
+    killer = Killer()
+    outcome = search(
+        SearchRequest(
+            budget=Budget(memory_bytes=16 * 10**9, context=256),
+            teacher="teacher",
+            data="text",
+            trials=4,
+            tokens=2304,
+            out=Path("runs"),
+            name="run",
+            cache=Path("cache"),
+        ),
+        killer,
+    )
+    events = EventLog(Path("runs/run/trials.jsonl")).read()
+    states = {event["trial"]: event for event in events if event["event"] == "status"}
+    assert killer.killed, "no worker was seen"
+    failed = [event for event in states.values() if event["status"] == Status.FAILED]
+    assert [event["reason"].split(":")[0] for event in failed] == ["worker-died"]
+    assert len(states) == 5
+    assert outcome.finish.best.feasible
+    assert Path("runs/run/student/gguf/student.gguf").is_file()
+    assert {row.trial for row in rows_of(events) if row.full and row.kind == "student"}

@@ -1,0 +1,141 @@
+"""The whole path on a tiny teacher, in one process: the same log twice, resumed, refused, exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from autodistill.errors import InputError, NothingFitsError
+from autodistill.records.row import read_parquet
+from autodistill.records.store import recorded_test_openings
+from autodistill.search.request import SearchRequest, check_request
+from autodistill.search.search import Outcome, plan_search, search
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.units import Budget
+
+TIMES = ("time", "seconds", "train_seconds", "steps", "latency_ms", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    teacher = save_tiny_teacher(folder / "teacher", layers=5)
+    return teacher, tiny_text(folder / "text", documents=30, sentences=80), folder / "cache"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def request(inputs: tuple[Path, Path, Path], out: Path, **changes: object) -> SearchRequest:
+    teacher, text, cache = inputs
+    fields: dict[str, object] = {
+        "budget": Budget(memory_bytes=16 * 10**9, context=256),
+        "teacher": str(teacher),
+        "data": str(text),
+        "trials": 3,
+        "tokens": 2304,
+        "runner": "inline",
+        "out": out,
+        "name": "run",
+        "cache": cache,
+    }
+    return SearchRequest(**(fields | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def outcome(inputs: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("runs")
+    return search(request(inputs, out)), out
+
+
+def without_times(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES and "ttft" not in key}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def events(out: Path) -> list[object]:
+    return [without_times(json.loads(line)) for line in (out / "run" / "trials.jsonl").read_text().splitlines()]
+
+
+def test_the_folder_holds_what_was_promised(outcome: tuple[Outcome, Path]) -> None:
+    run = outcome[1] / "run"
+    for name in ("search.json", "trials.jsonl", "leaderboard.parquet", "report.md", "student/gguf/student.gguf"):
+        assert (run / name).is_file(), name
+    document = outcome[0].document
+    for key in ("best", "rows", "baseline", "teacher", "rejected", "failed", "budget", "plan", "seconds", "paths"):
+        assert key in document
+    assert set(document["seconds"]) == {"load", "cache", "train", "evaluate", "export", "overhead", "total"}
+    json.dumps(document, allow_nan=False)
+    assert {row.row_id for row in read_parquet(run / "leaderboard.parquet")} == {row.row_id for row in outcome[0].rows}
+
+
+def test_the_best_row_is_exported_and_generates(outcome: tuple[Outcome, Path]) -> None:
+    best, folder = outcome[0].finish.best, outcome[1] / "run" / "student" / "huggingface"
+    assert best.feasible
+    assert best.kind in ("student", "baseline")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("The miller", return_tensors="pt")["input_ids"]
+    assert model.generate(prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False).shape[1] == prompt.shape[1] + 5
+    assert outcome[0].finish.checks["gguf"].agreement >= 0.97
+
+
+def test_the_teacher_is_a_row_under_each_deployment(outcome: tuple[Outcome, Path]) -> None:
+    assert len([row for row in outcome[0].rows if row.kind == "teacher"]) == 8
+
+
+def test_the_test_split_was_opened_once(outcome: tuple[Outcome, Path]) -> None:
+    assert [opening["run"] for opening in recorded_test_openings(outcome[1])] == ["run"]
+    assert {row.split for row in outcome[0].rows} == {"validation"}
+    kinds = [row.kind for row in outcome[0].finish.test]
+    assert {"teacher", "initial"} < set(kinds)
+
+
+def test_two_runs_give_the_same_log_but_for_times(
+    inputs: tuple[Path, Path, Path], outcome: tuple[Outcome, Path], tmp_path: Path
+) -> None:
+    search(request(inputs, tmp_path))
+    assert events(tmp_path) == events(outcome[1])
+
+
+def test_a_finished_run_is_refused_without_resume_and_changed_with(
+    inputs: tuple[Path, Path, Path], outcome: tuple[Outcome, Path]
+) -> None:
+    with pytest.raises(InputError, match="--resume"):
+        search(request(inputs, outcome[1]))
+    with pytest.raises(InputError, match="another data"):
+        check_request(request(inputs, outcome[1], resume=True, data="pydoc"))
+    with pytest.raises(InputError, match="another budget"):
+        check_request(request(inputs, outcome[1], resume=True, budget=Budget(memory_bytes=10**9, context=256)))
+    with pytest.raises(InputError, match="planned with 3 trials"):
+        check_request(request(inputs, outcome[1], resume=True, trials=4))
+
+
+def test_nothing_fits_is_known_before_anything_is_loaded(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autodistill.search.prepare.load", lambda checked: pytest.fail("a model was loaded"))
+    with pytest.raises(NothingFitsError, match=r"nothing fits: of the smallest student \(2 of 5 layers\).*over the"):
+        search(request(inputs, tmp_path, budget=Budget(memory_bytes=10**6, context=256)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_strategy_alone_is_distilled(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    result = search(request(inputs, tmp_path, strategy="logit_kd", trials=None))
+    assert {row.kind for row in result.rows} == {"teacher", "baseline"}
+    assert result.finish.best.name == "logit_kd"
+
+
+def test_a_plan_writes_no_run(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    document = plan_search(request(inputs, tmp_path))
+    assert document["plan"]["trials"] == 3
+    assert document["cache_bytes"] > 0
+    assert not (tmp_path / "run").exists()
