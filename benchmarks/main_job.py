@@ -78,8 +78,8 @@ def sections(command: str, result: dict, wall: float) -> list[str]:
         gain_line = f"\n\nFound student less baseline on test: {gain[0]:+.4f} ± {gain[1]:.4f}, paired by document."
     return [
         f"`{command}`: {wall:.0f} s as a process.",
-        "## Seconds by phase\n\nOf the trials' wall-clock, training and evaluation count as worker-seconds over workers; "
-        "overhead is the rest.\n\n" + report.table(["phase", "seconds", "share"], phases),
+        "## Seconds by phase\n\nOf the trials' wall-clock, training, evaluation and loading count as worker-seconds "
+        "over workers; overhead is the rest.\n\n" + report.table(["phase", "seconds", "share"], phases),
         "## What fitted the box\n\n" + "\n".join(f"- {line}" for line in counts),
         "## Test split\n\n"
         + report.table(["what", "strategy", "row", "accuracy", "retention", "perplexity", "agreement", "MB"], test)

@@ -2,8 +2,8 @@
 
     python benchmarks/student_init.py [--tokens 24576]
 
-The known recipe is forward KL at T = 1 from a cached top-64, AdamW at 3e-4, batches of 4 x 256 tokens, every weight trained.
-Ours spends the same tokens in batches of one sequence, with the embedding table frozen and a higher rate.
+The known recipe is forward KL at T = 1 from a cached top-64, AdamW at 3e-4, batches of 4 x 256 tokens, every weight
+trained. Ours spends the same tokens in batches of one sequence, with the embedding table frozen and a higher rate.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class Campaign:
         self.watch: Callable[[], None] = lambda: None
         self._late = False
         self._slowness = 1.0
-        self._worker_seconds = {"train": 0.0, "evaluate": 0.0}
+        self._worker_seconds = {"train": 0.0, "evaluate": 0.0, "other": 0.0}
         plan = question.plan
         self._scheduler = SuccessiveHalving(
             trials=plan.trials, rungs=plan.rungs, keep=plan.keep, direction=question.direction
@@ -225,7 +225,7 @@ class Campaign:
         return found, baseline
 
     def worker_seconds(self) -> dict[str, float]:
-        """Seconds that workers spent training and evaluating, added over all of them."""
+        """Seconds that workers spent training, evaluating, and loading or saving students, added over all of them."""
         return dict(self._worker_seconds)
 
     # What a resumed search replays.

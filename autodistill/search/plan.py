@@ -269,7 +269,8 @@ def _fixed_seconds(demand: Demand, speed: Speed, tokens: int) -> Mapping[str, fl
         "teacher": demand.deployments * (full_eval / speed.score + 8e-9 * demand.parameters),
         "workers": 15.0 if demand.ray else 0.0,
         "export": 12.0 + per_weight * demand.parameters,
-        "test": 6 * test / speed.score,
+        # The teacher up to three times, then three students, which are smaller.
+        "test": 5 * test / speed.score,
     }
 
 

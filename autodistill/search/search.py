@@ -126,8 +126,8 @@ def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
     runner(campaign, setting, until)
     spent = time.monotonic() - began
     after = campaign.worker_seconds()
-    for phase in ("train", "evaluate"):
-        clock.add(phase, min(spent, (after[phase] - before[phase]) / plan.workers))
+    for phase, name in (("train", "train"), ("evaluate", "evaluate"), ("load", "other")):
+        clock.add(phase, min(spent, (after[name] - before[name]) / plan.workers))
     campaign.close()
     rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
     finisher = Finisher(

@@ -95,7 +95,7 @@ def test_the_runtime_chooses_the_simulations_tokens(tmp_path: Path, student: Pat
     threads = torch.get_num_threads()
     check = verify_runtime(artefact, deployment, (top1, leads), SEQUENCES, 1)
     assert check.positions == pytest.approx(0.8 * 6 * 128, abs=1)
-    assert 0.97 <= check.agreement
+    assert check.agreement >= 0.97
     assert check.raw_agreement <= check.agreement
     assert check.text
     assert torch.get_num_threads() == threads

@@ -43,7 +43,9 @@ def test_ten_minutes_on_two_cores_hold_a_dozen_trials_of_which_six_go_past_the_f
     train=st.integers(1_000, 10**7),
     trials=st.one_of(st.none(), st.integers(1, 60)),
 )
-def test_a_plan_keeps_to_its_box_or_says_that_it_cannot(box: float, pace: float, train: int, trials: int | None) -> None:
+def test_a_plan_keeps_to_its_box_or_says_that_it_cannot(
+    box: float, pace: float, train: int, trials: int | None
+) -> None:
     speed = Speed(**{name: value * pace for name, value in vars(SPEED).items()})
     plan = make_plan(replace(DEMAND, box_seconds=box, train_tokens=train, trials=trials), speed, WORKERS)
     over = sum(plan.seconds.values()) > box
