@@ -172,6 +172,13 @@ def _searcher(campaign: Campaign, workers: int) -> Any:
             else:
                 campaign.abandon(trial)
 
+        def __reduce__(self) -> tuple[type[object], tuple[()]]:
+            # Tune keeps a pickle of its searcher to restore from. Ours holds a live view, and is restored from the log.
+            return object, ()
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
         def save(self, checkpoint_path: str) -> None:
             """The campaign's own log is what a search is resumed from."""
 

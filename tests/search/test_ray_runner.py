@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -37,10 +38,12 @@ class Killer(Observer):
         ends = time.monotonic() + 120
         while not self.killed and time.monotonic() < ends:
             for child in psutil.Process().children(recursive=True):
-                if "Stretch" in child.name() or "Stretch" in " ".join(child.cmdline()):
-                    os.kill(child.pid, signal.SIGKILL)
-                    self.killed.append(child.pid)
-                    return
+                # A worker's title is the method that it runs; one may end while it is looked at.
+                with contextlib.suppress(psutil.Error):
+                    if any("Trainable" in word for word in child.cmdline()):
+                        os.kill(child.pid, signal.SIGKILL)
+                        self.killed.append(child.pid)
+                        return
             time.sleep(0.01)
 
 
@@ -67,7 +70,7 @@ def test_a_search_through_ray_survives_the_death_of_a_worker(tmp_path: Path, mon
     assert killer.killed, "no worker was seen"
     failed = [event for event in states.values() if event["status"] == Status.FAILED]
     assert [event["reason"].split(":")[0] for event in failed] == ["worker-died"]
-    assert len(states) == 5
+    assert sum(event["status"] != Status.REJECTED for event in states.values()) == 5
     assert outcome.finish.best.feasible
     assert Path("runs/run/student/gguf/student.gguf").is_file()
     assert {row.trial for row in rows_of(events) if row.full and row.kind == "student"}
