@@ -1,0 +1,7 @@
+"""`python -m autodistill`, for where the command is not on the path."""
+
+import sys
+
+from autodistill.cli import main
+
+sys.exit(main())
