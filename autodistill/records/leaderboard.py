@@ -62,7 +62,8 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
     Rows that have the metric come before those that lack it, feasible ones before infeasible ones, those of full
     fidelity before others, higher fidelity before lower, then the metric decides. Among feasible rows of full fidelity,
     the best by the metric and all that are tied with it form a set, whose smallest (memory, then size) is put first: a
-    row is tied where its paired difference to the best is within one standard error, bootstrapped by document.
+    row is tied where its paired difference to the best is within one standard error, bootstrapped by document. No row
+    that is better by the metric and no larger stands behind the first.
 
     Args:
         rows: Of one split.
@@ -85,6 +86,9 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
     if tied:
         # Of equally small rows `min` takes the first, which is the best of them by the metric.
         winner = min(sorted(tied), key=lambda index: _smallness(ordered[index]))
+        # A better row that is no larger may stand outside of the set, where its difference to the best is more certain.
+        limit = _smallness(ordered[winner])
+        winner = next(index for index in range(len(comparable)) if _smallness(ordered[index]) <= limit)
         places.insert(0, places.pop(winner))
     differences += [(math.nan, math.nan)] * (len(ordered) - len(comparable))
     return [

@@ -143,7 +143,8 @@ class Demand:
         spent_seconds: Of the box, before planning.
         trials, tokens: Fixed by the user, or None.
         baselines: Strategies that run first, to the full plan.
-        deployments: Evaluated at full fidelity.
+        teacher_deployments: That the teacher is evaluated under.
+        deployments: That a student at full fidelity is evaluated under, at most.
         train_tokens, validation_tokens, test_tokens: Tokens there are.
         parameters: Of the teacher.
         seed: Of the search.
@@ -155,6 +156,7 @@ class Demand:
     trials: int | None
     tokens: int | None
     baselines: int
+    teacher_deployments: int
     deployments: int
     train_tokens: int
     validation_tokens: int
@@ -266,7 +268,7 @@ def _fixed_seconds(demand: Demand, speed: Speed, tokens: int) -> Mapping[str, fl
     return {
         "load": demand.spent_seconds,
         "cache": min(tokens, demand.train_tokens) / speed.cache * 1.4 + full_eval / speed.score,
-        "teacher": demand.deployments * (full_eval / speed.score + 8e-9 * demand.parameters),
+        "teacher": demand.teacher_deployments * (full_eval / speed.score + 8e-9 * demand.parameters),
         "workers": 15.0 if demand.ray else 0.0,
         "export": 12.0 + per_weight * demand.parameters,
         # The teacher up to three times, then three students, which are smaller.

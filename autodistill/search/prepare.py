@@ -26,7 +26,7 @@ from autodistill.distillation.teacher import (
 )
 from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
 from autodistill.errors import InputError
-from autodistill.estimate import holdable, spec_from_config, training_memory
+from autodistill.estimate import fits, holdable, spec_from_config, training_memory
 from autodistill.hardware import detect
 from autodistill.records.leaderboard import rows_of
 from autodistill.records.row import Row
@@ -149,13 +149,17 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
     if box is None and not ((request.trials or request.strategy) and request.tokens):
         box = BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
     splits = loaded.data.splits
+    deployments = holdable(loaded.spec, checked.space.deployments)
+    smallest = student_spec(by_depth(checked.space)[0], loaded.spec)
     demand = Demand(
         box_seconds=box,
         spent_seconds=spent,
         trials=0 if request.strategy else request.trials,
         tokens=request.tokens,
         baselines=len(checked.space.baselines),
-        deployments=len(holdable(loaded.spec, checked.space.deployments)),
+        teacher_deployments=len(deployments),
+        # The smallest student has the most deployments that fit.
+        deployments=sum(fit.slack <= 0 for fit in fits(smallest, deployments, request.budget)),
         train_tokens=splits["train"].sequences * SEQUENCE_LENGTH,
         validation_tokens=splits["validation"].sequences * SEQUENCE_LENGTH,
         test_tokens=splits["test"].sequences * SEQUENCE_LENGTH,

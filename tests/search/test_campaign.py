@@ -23,7 +23,7 @@ from autodistill.units import Budget, format_bytes
 
 CONFIG = {
     "model_type": "llama",
-    "num_hidden_layers": 12,
+    "num_hidden_layers": 20,
     "hidden_size": 256,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -144,7 +144,7 @@ def test_what_cannot_fit_is_recorded_with_its_reason_and_never_trained(tmp_path:
     asked = question()
     needs = [
         min(fit.need for fit in fits(with_layers(asked.teacher_spec, layers), asked.deployments, asked.budget))
-        for layers in (6, 9)
+        for layers in (12, 16)
     ]
     limit = sum(needs) // 2  # between the smallest and the largest student of the space
     search = campaign(tmp_path, question(memory=limit))

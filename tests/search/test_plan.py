@@ -19,6 +19,7 @@ DEMAND = Demand(
     trials=None,
     tokens=None,
     baselines=1,
+    teacher_deployments=8,
     deployments=8,
     train_tokens=90_000,
     validation_tokens=11_000,
@@ -66,6 +67,11 @@ def test_a_larger_box_holds_more_of_the_same() -> None:
     days = make_plan(replace(DEMAND, box_seconds=86_400.0), SPEED, WORKERS)
     assert days.tokens == 90_000 // 256 * 256  # one pass over the data
     assert days.trials > 100
+
+
+def test_a_budget_that_leaves_few_deployments_leaves_more_for_training() -> None:
+    tight, loose = (make_plan(replace(DEMAND, deployments=count), SPEED, WORKERS) for count in (2, 8))
+    assert tight.tokens > loose.tokens
 
 
 def test_fixed_trials_and_tokens_are_kept_and_need_no_box() -> None:
