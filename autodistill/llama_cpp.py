@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ _CHILD = Path(__file__).with_name("llama_cpp_child.py")
 _BUFFER = re.compile(r": +(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
 _TROUBLE = re.compile(r"^[\d.]+ E (?P<said>.*)|(?P<abort>.*(?:GGML_ASSERT|GGML_ABORT).*)", re.MULTILINE)
 _STOP_SECONDS = 10
+_LOG_SECONDS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +186,20 @@ class LlamaServer:
         return Timing(prompt_ms=first.prompt_ms, prompt_tokens=first.prompt_tokens, step_ms=tuple(steps))
 
     def buffers(self) -> Buffers:
-        """The memory that the log states."""
-        return parse_buffers(self._log.read_text(encoding="utf-8", errors="replace"))
+        """The memory that the log states.
+
+        Raises:
+            VerificationError: The log names no compute buffer.
+        """
+        # llama.cpp writes its log in a thread of its own, which may lag behind the model.
+        ends, before = time.monotonic() + _LOG_SECONDS, None
+        while time.monotonic() < ends:
+            found = parse_buffers(self._log.read_text(encoding="utf-8", errors="replace"))
+            if found.compute_bytes > 0 and found == before:
+                return found
+            before = found
+            time.sleep(0.05)
+        raise VerificationError(f"llama.cpp's log names no compute buffer for {self._path.name}")
 
     def _ask(self, tokens: Sequence[int], max_tokens: int, **options: Any) -> list[dict[str, Any]]:
         request = {"prompt": [int(token) for token in tokens], "max_tokens": max_tokens, "temperature": 0, **options}

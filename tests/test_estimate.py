@@ -149,17 +149,14 @@ def test_fewer_layers_are_the_same_model_configured_with_fewer() -> None:
             with_layers(spec_from_config(config()), layers)
 
 
-MAPPED = pytest.mark.xfail(reason="a file that llama.cpp maps counts twice what it repacks for the CPU", strict=False)
-
-
 @pytest.mark.parametrize(
     ("architecture", "changes", "deployment", "context", "batch"),
     [
         ("llama", {}, F16, 512, 1),
         ("llama", {"tie_word_embeddings": False, "vocab_size": 8192}, Q8_0, 2048, 1),
-        pytest.param("llama", WIDE, Q4_0, 300, 4, marks=MAPPED),
-        pytest.param("qwen2", {"intermediate_size": 384, "vocab_size": 16384}, Q4_0, 512, 64, marks=MAPPED),
-        pytest.param("qwen3", {"head_dim": 32, "num_key_value_heads": 4}, Q4_0, 4096, 1, marks=MAPPED),
+        pytest.param("llama", WIDE, Q4_0, 300, 4),
+        pytest.param("qwen2", {"intermediate_size": 384, "vocab_size": 16384}, Q4_0, 512, 64),
+        pytest.param("qwen3", {"head_dim": 32, "num_key_value_heads": 4}, Q4_0, 4096, 1),
         ("llama", WIDE, Q8_0, 300, 4),
         ("qwen2", {"intermediate_size": 384, "vocab_size": 16384}, F16, 512, 64),
         ("qwen3", {"head_dim": 32, "num_key_value_heads": 4}, Q8_0, 4096, 1),
