@@ -60,7 +60,12 @@ class RayRunner:
         try:
             import ray
 
+            job = ray.job_config.JobConfig()
+            # Ray would put the folder where the command was typed in front of its workers' import path, where any
+            # folder or file named like a library stands in for it: in a checkout, this package without its evaluators.
+            job._runtime_env_has_working_dir = lambda: True  # type: ignore[method-assign, unused-ignore]
             ray.init(
+                job_config=job,
                 num_cpus=self._machine.cpus,
                 num_gpus=len(self._machine.gpus),
                 include_dashboard=False,

@@ -1,4 +1,4 @@
-"""The whole path through Ray: warm workers, relative paths, and a worker that dies."""
+"""The whole path through Ray: warm workers, relative paths, a folder that shadows the package, a worker that dies."""
 
 from __future__ import annotations
 
@@ -49,6 +49,11 @@ class Killer(Observer):
 
 def test_a_search_through_ray_survives_the_death_of_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # As in a checkout of a package that is installed elsewhere.
+    (tmp_path / "autodistill").mkdir()
+    (tmp_path / "autodistill" / "__init__.py").write_text(
+        "raise ImportError('a worker looked where the command was typed')"
+    )
     save_tiny_teacher(tmp_path / "teacher", layers=5)
     tiny_text(tmp_path / "text", documents=30, sentences=80)
     killer = Killer()
