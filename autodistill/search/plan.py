@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,8 +37,8 @@ class Speed:
     Attributes:
         cache: Teacher forward in the cache's precision, on all threads.
         score: Teacher forward in float32, on all threads.
-        worker_train: A training step of the deepest student, on one worker's threads.
-        worker_score: Its forward in float32, on one worker's threads.
+        worker_train: A training step of the deepest student, on one of all busy workers.
+        worker_score: Its forward in float32, likewise.
     """
 
     cache: float
@@ -110,21 +111,23 @@ def measure_speed(teacher: Any, spec: ModelSpec, depth: float, workers: Workers,
     torch.set_num_threads(threads)
     cache = rate(partial(forward_alone, bf16=workers.bf16), threads)
     full = rate(partial(forward_alone, bf16=False), threads)
-    # A trial's operations all run on its worker's threads.
-    torch.set_num_threads(workers.threads)
     keep_layers(teacher, kept_layers(Init(depth=depth), spec.layers))
     teacher.get_input_embeddings().weight.requires_grad_(False)
-    worker_score = rate(partial(forward_alone, bf16=False), workers.threads)
+    # All workers at once, as they will be: they share the memory's bandwidth.
+    torch.set_num_threads(workers.count * workers.threads)
+    worker_score = rate(partial(forward_alone, bf16=False), workers.count * workers.threads) / workers.count
 
-    def train_step() -> None:
+    def train_step(index: int) -> None:
         forward(workers.bf16).float().square().mean().backward()
 
-    train_step()
-    _wait(device)
-    began = time.perf_counter()
-    train_step()
-    _wait(device)
-    worker_train = SEQUENCE_LENGTH / (time.perf_counter() - began)
+    torch.set_num_threads(workers.threads)
+    with ThreadPoolExecutor(workers.count) as pool:
+        list(pool.map(train_step, range(workers.count)))
+        _wait(device)
+        began = time.perf_counter()
+        list(pool.map(train_step, range(workers.count)))
+        _wait(device)
+        worker_train = SEQUENCE_LENGTH / (time.perf_counter() - began)
     torch.set_num_threads(threads)
     return Speed(cache=cache, score=full, worker_train=worker_train, worker_score=worker_score)
 
