@@ -67,6 +67,9 @@ TrialsOption = Annotated[
     int | None, _option("--trials", "Strategies to try; planned from the time box by default.", "N")
 ]
 TokensOption = Annotated[int | None, _option("--tokens", "Training tokens of a trial; planned by default.", "T")]
+StepTokensOption = Annotated[
+    int | None, _option("--step-tokens", "Training tokens of an optimiser step; one sequence, 256, by default.", "T")
+]
 TimeOption = Annotated[
     str | None, _option("--time", "Time box, like 10m, the default without an accelerator; 30m with one.", "TIME")
 ]
@@ -114,6 +117,7 @@ def search(
     metric: MetricOption = None,
     trials: TrialsOption = None,
     tokens: TokensOption = None,
+    step_tokens: StepTokensOption = None,
     time_box: TimeOption = None,
     context: ContextOption = 2048,
     batch: BatchOption = 1,
@@ -140,6 +144,7 @@ def distill(
     data: DataOption = None,
     metric: MetricOption = None,
     tokens: TokensOption = None,
+    step_tokens: StepTokensOption = None,
     time_box: TimeOption = None,
     context: ContextOption = 2048,
     batch: BatchOption = 1,
@@ -271,6 +276,7 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         metric=given["metric"],
         trials=given.get("trials"),
         tokens=given["tokens"],
+        step_tokens=given["step_tokens"],
         time_seconds=seconds,
         seed=given["seed"],
         name=given["name"],

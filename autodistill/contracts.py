@@ -18,6 +18,10 @@ from autodistill.units import Budget
 
 Source = Literal["measured", "simulated", "predicted"]
 Direction = Literal["max", "min"]
+OptimizerState = Literal["float32", "int8"]
+
+# Tokens of a training or evaluation sequence.
+SEQUENCE_LENGTH = 256
 
 
 class Status(StrEnum):
@@ -186,6 +190,9 @@ class Plan:
         sequence_length: Tokens of a training sequence.
         batch_tokens: Tokens of an optimiser step, a multiple of `sequence_length`.
         warmup_tokens: Tokens over which the learning rate rises.
+        micro_batch: Sequences of one forward and backward pass; their gradients add up to the step's.
+        checkpointing: Whether the backward pass computes each layer's activations again instead of keeping them.
+        optimizer_state: What AdamW's two moments are held in.
         decay: Share of a rung's tokens that the final decay takes; finishing happens in it.
         rung_eval_tokens, eval_tokens, test_tokens: Tokens an evaluation reads: at a rung, at full fidelity, on test.
         workers: Trials that train at once.
@@ -215,6 +222,9 @@ class Plan:
     box_seconds: float | None
     seconds: Mapping[str, float]
     notes: tuple[str, ...] = ()
+    micro_batch: int = 1
+    checkpointing: bool = False
+    optimizer_state: OptimizerState = "float32"
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autodistill.contracts import ModelSpec
+from autodistill.contracts import ModelSpec, OptimizerState
 from autodistill.errors import InputError
 from autodistill.formats import Role, TensorSpec, get_format, weights_bytes
 from autodistill.strategy import Deployment
@@ -330,8 +330,15 @@ class TrainingEstimate:
         return sum(getattr(self, name) for name in self.__dataclass_fields__)
 
 
-def training_memory(spec: ModelSpec, *, tokens: int, train_embeddings: bool = True) -> TrainingEstimate:
-    """Predicts the memory that a trial's training takes: float32 weights, AdamW, no checkpointing of activations.
+def training_memory(
+    spec: ModelSpec,
+    *,
+    tokens: int,
+    train_embeddings: bool = True,
+    checkpointing: bool = False,
+    optimizer_state: OptimizerState = "float32",
+) -> TrainingEstimate:
+    """Predicts the memory that a trial's training takes: float32 weights and AdamW.
 
     Kept of each token in each layer, in float32: both norms' inputs, normalised and scaled values (6 widths); queries,
     keys and values as the attention takes them, and its output; Qwen3's norms of queries and keys; and gate, its
@@ -342,17 +349,20 @@ def training_memory(spec: ModelSpec, *, tokens: int, train_embeddings: bool = Tr
         spec: The student.
         tokens: Tokens of one forward and backward pass.
         train_embeddings: Whether the embedding table, and so a tied head, is trained.
+        checkpointing: Whether of each layer its input alone is kept, and one layer at a time is computed again.
+        optimizer_state: What AdamW's two moments are held in; "int8" has a float32 scale for each block of 256.
     """
     frozen = 0 if train_embeddings else spec.vocabulary * spec.width
     trained = spec.parameters - frozen
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     attention = (4 if spec.architecture == "qwen3" else 2) * (queries + keys)
-    kept = 6 * spec.width + attention + 4 * spec.ffn_width
+    layer = 6 * spec.width + attention + 4 * spec.ffn_width
+    kept = spec.layers * spec.width + layer if checkpointing else spec.layers * layer
     return TrainingEstimate(
         weights_bytes=4 * spec.parameters,
         gradients_bytes=4 * trained,
-        optimizer_bytes=8 * trained,
-        activations_bytes=4 * tokens * spec.layers * kept,
+        optimizer_bytes=8 * trained if optimizer_state == "float32" else 2 * trained + 2 * 4 * trained // 256,
+        activations_bytes=4 * tokens * kept,
         logits_bytes=2 * 4 * tokens * spec.vocabulary,
         overhead_bytes=TRANSFORMERS_PROCESS_BYTES,
     )

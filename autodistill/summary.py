@@ -56,12 +56,19 @@ def plan_summary(document: Mapping[str, Any]) -> str:
     rungs = [f"{rung:,}" for rung in plan["rungs"]]
     survivors = [plan["trials"], *plan["keep"]]
     box = "none" if plan["box_seconds"] is None else format_duration(plan["box_seconds"])
+    memory = {name.removesuffix("_bytes"): count for name, count in document["training_bytes"].items()}
+    total = memory.pop("total")
+    parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in memory.items())
+    means = f"{plan['micro_batch']} sequences at a time"
+    means += ", checkpointing" if plan["checkpointing"] else ""
+    means += ", 8-bit optimiser states" if plan["optimizer_state"] == "int8" else ""
     phases = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in plan["seconds"].items() if seconds)
     lines = {
         "trials": f"{plan['trials']} proposed, the space's baselines besides",
         "rungs": f"{', '.join(rungs)} tokens, reached by {', '.join(map(str, survivors))} of them",
         "tokens": f"{plan['tokens']:,} a trial at full fidelity, {plan['batch_tokens']:,} an optimiser step",
         "workers": f"{plan['workers']} with {plan['threads']} threads each, {'bf16' if plan['bf16'] else 'float32'}",
+        "memory": f"{format_bytes(total)} to train the largest student, {means}: {parts}",
         "evaluation": f"{plan['rung_eval_tokens']:,} tokens at a rung, {plan['eval_tokens']:,} at the end, "
         f"{plan['test_tokens']:,} on the test split",
         "cache": f"{format_bytes(document['cache_bytes'])} of disk for the teacher's outputs",

@@ -17,7 +17,7 @@ import torch
 from autodistill.contracts import Direction, Measurement, ModelSpec, Plan, Subject, TokenScores
 from autodistill.data import TokenSet, load_split
 from autodistill.distillation.alignment import aligned_layers, check_rank
-from autodistill.distillation.memory import keep_freed_memory
+from autodistill.distillation.memory import is_out_of_memory, keep_freed_memory
 from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.scoring import score
 from autodistill.distillation.student import build_student, student_depth
@@ -284,14 +284,11 @@ class Trial:
         """
         try:
             return self._run(rung)
-        except torch.OutOfMemoryError as error:
-            raise TrialFailedError("out-of-memory", str(error).splitlines()[0]) from error
-        except MemoryError as error:
-            raise TrialFailedError("out-of-memory", "the machine's memory is full") from error
-        except RuntimeError as error:
-            if "alloc" in str(error) and "memory" in str(error):
-                raise TrialFailedError("out-of-memory", str(error).splitlines()[0]) from error
-            raise
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            said = str(error).splitlines()
+            raise TrialFailedError("out-of-memory", said[0] if said else "the machine's memory is full") from error
 
     def _run(self, rung: int) -> RungReport:
         setting, plan = self._bench.setting, self._bench.setting.plan

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 from autodistill.errors import InputError
@@ -20,17 +21,27 @@ _BYTES = {
     "gib": 2**30,
     "tib": 2**40,
 }
-_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_SECONDS: dict[str, int | Fraction] = {
+    "us": Fraction(1, 10**6),
+    "ms": Fraction(1, 1000),
+    "s": 1,
+    "m": 60,
+    "min": 60,
+    "h": 3600,
+    "d": 86400,
+}
+_TOO_LARGE = 10**30
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]+)\s*\Z", re.ASCII)
 
 
-def _parse(text: str, units: dict[str, float] | dict[str, int], what: str, examples: str) -> float:
+def _parse(text: str, units: Mapping[str, int | Fraction], what: str, examples: str) -> Fraction:
     match = _QUANTITY.match(text)
     factor = units.get(match[2].lower()) if match else None
     if match is None or factor is None:
         raise InputError(f"{text!r} is not {what}: write a number and a unit, like {examples}")
-    value = float(match[1]) * factor
-    if not math.isfinite(value) or value <= 0:
+    # As a fraction, since 1.005 kB would be 1004.999... bytes in binary.
+    value = Fraction(match[1]) * factor
+    if not 0 < value < _TOO_LARGE:
         raise InputError(f"{text!r} is not {what}: it must be above zero, like {examples}")
     return value
 
@@ -53,7 +64,7 @@ def parse_duration(text: str) -> float:
     Raises:
         InputError: Not a positive number with a known unit.
     """
-    return _parse(text, _SECONDS, "a duration", "10m, 45s or 50ms")
+    return float(_parse(text, _SECONDS, "a duration", "10m, 45s or 50ms"))
 
 
 def format_bytes(count: float) -> str:
@@ -67,7 +78,8 @@ def format_bytes(count: float) -> str:
 
 def format_duration(seconds: float) -> str:
     """Writes seconds as a person says them, like "9m 05s", "12.3s" or "48.0ms"."""
-    if seconds >= 3600:
+    if seconds >= 3599.5:
+        seconds = round(seconds)
         return f"{int(seconds // 3600)}h {int(seconds % 3600 // 60):02d}m"
     if seconds >= 59.95:
         return f"{int(round(seconds) // 60)}m {int(round(seconds) % 60):02d}s"

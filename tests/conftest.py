@@ -39,6 +39,7 @@ class Workshop:
             keep=(1,),
             sequence_length=LENGTH,
             batch_tokens=2 * LENGTH,
+            micro_batch=2,
             warmup_tokens=0,
             decay=0.25,
             rung_eval_tokens=64,

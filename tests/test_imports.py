@@ -28,6 +28,7 @@ ROOMS = (
     "contracts",
     "plugins",
     "estimate",
+    "training_fit",
     "records",
     "documents",
     "data",

@@ -108,15 +108,21 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
         "test_tokens": 4096,
         "box_seconds": 600.0,
         "seconds": {"load": 20.0, "workers": 0.0, "trials": 400.0},
+        "micro_batch": 1,
+        "checkpointing": True,
+        "optimizer_state": "int8",
         "notes": ["the box holds 9 trials; 12 are usual: give it more --time"],
     }
-    text = plan_summary({"plan": plan, "cache_bytes": 3.5e6, "expected_seconds": 420.0})
+    memory = {"weights_bytes": 2e9, "gradients_bytes": 1e9, "total_bytes": 3e9}
+    text = plan_summary({"plan": plan, "cache_bytes": 3.5e6, "expected_seconds": 420.0, "training_bytes": memory})
     for words in (
         "9 proposed",
         "1,024, 3,072, 9,216 tokens, reached by 9, 5, 2 of them",
         "9,216 a trial",
         "2 with 1 threads each, bf16",
         "3.50 MB of disk",
+        "3.00 GB to train the largest student, 1 sequences at a time, checkpointing, 8-bit optimiser states: "
+        "weights 2.00 GB, gradients 1.00 GB",
         "7m 00s expected, time box 10m 00s",
         "load 20.0s, trials 6m 40s",
         "The box holds 9 trials; 12 are usual: give it more --time.",

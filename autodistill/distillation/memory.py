@@ -1,9 +1,11 @@
-"""Keeps the memory that one training step frees for the next one, where the C library would give it back."""
+"""Memory of the training process: kept from step to step where the C library would give it back; known when full."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+
+import torch
 
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -20,3 +22,10 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
         library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on an accelerator or in the machine's own memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "alloc" in str(error) and "memory" in str(error)

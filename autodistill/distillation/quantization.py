@@ -67,11 +67,13 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        if not ctx.saved_tensors:
+        # Read once: under checkpointing each reading would compute the layer again.
+        saved = ctx.saved_tensors
+        if not saved:
             return gradient, None
         out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
         # As bytes the mask converts to float several times faster than as booleans.
-        mask = ctx.saved_tensors[0].view(torch.int8).view(-1)
+        mask = saved[0].view(torch.int8).view(-1)
         size = _chunk_size(gradient)
         for source, kept, target in zip(
             gradient.reshape(-1).split(size), mask.split(size), out.view(-1).split(size), strict=True

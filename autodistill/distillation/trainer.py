@@ -18,10 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from autodistill.contracts import Plan
+from autodistill.contracts import OptimizerState, Plan
 from autodistill.data import TokenSet
 from autodistill.distillation.alignment import Pair, alignment_loss, layer_map, projection
 from autodistill.distillation.divergence import logit_loss
+from autodistill.distillation.memory import is_out_of_memory
 from autodistill.distillation.quantization import deploy_tensor, quantized_training
 from autodistill.distillation.student import decoder_layers
 from autodistill.distillation.teacher_cache import TeacherCache
@@ -48,6 +49,7 @@ class StepRecord:
         learning_rate: Of the student.
         gradient_norm: Before clipping.
         tokens_per_second: Of this step.
+        micro_batch: Sequences of one forward and backward pass.
     """
 
     tokens: int
@@ -59,6 +61,7 @@ class StepRecord:
     learning_rate: float
     gradient_norm: float
     tokens_per_second: float
+    micro_batch: int
 
 
 def stable_rate(peak: float, tokens: int, warmup: int) -> float:
@@ -130,7 +133,10 @@ class Trainer:
         groups = [{"params": [p for p in model.parameters() if p.requires_grad], "factor": 1.0}]
         if alignment and list(self._projections.parameters()):
             groups.append({"params": list(self._projections.parameters()), "factor": alignment.projection_rate})
-        self._optimizer = torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0, fused=True)
+        self._optimizer = _adamw(groups, plan.optimizer_state)
+        self._micro_batch = plan.micro_batch
+        if plan.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def train_stable(self, until: int) -> Iterator[StepRecord]:
         """Trains at the warm-up's or stable rate until `until` tokens, a whole number of steps."""
@@ -193,8 +199,7 @@ class Trainer:
         temperature = snap(temperature_at(self._recipe.temperature, self.tokens, self._plan.tokens))
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        loss, terms = self._loss(self._sequences(), temperature)
-        loss.backward()
+        terms = self._gradients(self._sequences(), temperature)
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         norm = _clip(parameters)
         if math.isfinite(norm) and math.isfinite(terms["loss"]):
@@ -212,8 +217,37 @@ class Trainer:
             learning_rate=rate,
             gradient_norm=norm,
             tokens_per_second=self._plan.batch_tokens / (time.perf_counter() - began),
+            micro_batch=self._micro_batch,
             **terms,
         )
+
+    def _gradients(self, indices: list[int], temperature: float) -> dict[str, float]:
+        """Gradients of a whole step and the means of its terms, some sequences at a time.
+
+        Where memory runs out the step begins again with half as many at a time: the effective batch stays.
+        """
+        while True:
+            try:
+                return self._accumulate(indices, temperature)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self._micro_batch == 1:
+                    raise
+            # Outside of the handler, whose traceback holds on to the tensors of the failed pass.
+            self._optimizer.zero_grad(set_to_none=True)
+            self._micro_batch = min(self._micro_batch, len(indices)) // 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _accumulate(self, indices: list[int], temperature: float) -> dict[str, float]:
+        means: dict[str, float] = {}
+        for start in range(0, len(indices), self._micro_batch):
+            part = indices[start : start + self._micro_batch]
+            share = len(part) / len(indices)
+            loss, terms = self._loss(part, temperature)
+            (loss * share).backward()
+            for name, value in terms.items():
+                means[name] = means.get(name, 0.0) + share * value
+        return means
 
     def _loss(self, indices: list[int], temperature: float) -> tuple[Tensor, dict[str, float]]:
         ids = torch.from_numpy(np.asarray(self._data.tokens[indices], dtype=np.int64)).to(self._device)
@@ -269,7 +303,9 @@ class Trainer:
         tensors = {f"weight.{name}": p.detach() for name, p in self._trained()}
         for name, parameter in self._trained():
             for key, value in self._optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}.{name}"] = value
+                # The 8-bit optimiser counts in int, and shares its code books, of which safetensors wants one a name.
+                shared = not isinstance(value, Tensor) or key.startswith("qmap")
+                tensors[f"{key}.{name}"] = torch.as_tensor(value).clone() if shared else value
         temporary = path.with_name(f".{path.name}.partial")
         metadata = {"tokens": str(self.tokens), "strategy": self._strategy.stable_id, "seed": str(self._seed)}
         save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
@@ -289,13 +325,24 @@ class Trainer:
             for name, parameter in self._trained():
                 with torch.no_grad():
                     parameter.copy_(file.get_tensor(f"weight.{name}"))
-                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in names]
-                self._optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}") for key in keys}
+                keys = [key.partition(".")[0] for key in names if key.partition(".")[2] == name]
+                state = {key: file.get_tensor(f"{key}.{name}") for key in keys if key != "weight"}
+                if self._plan.optimizer_state == "int8" and "step" in state:
+                    state["step"] = int(state["step"])
+                self._optimizer.state[parameter] = state
         self.tokens = int(metadata["tokens"])
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         named = [(f"student.{name}", p) for name, p in self.model.named_parameters() if p.requires_grad]
         return named + [(f"projection.{name}", p) for name, p in self._projections.named_parameters()]
+
+
+def _adamw(groups: list[dict[str, Any]], state: OptimizerState) -> Any:
+    if state == "int8":
+        from bitsandbytes.optim.adamw import AdamW8bit
+
+        return AdamW8bit(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
+    return torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0, fused=True)
 
 
 def _clip(parameters: list[nn.Parameter]) -> float:

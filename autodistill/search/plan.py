@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from autodistill.contracts import ModelSpec, Plan
+from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec, Plan
 from autodistill.distillation.parallel import map_sequences
 from autodistill.distillation.student import keep_layers, kept_layers
 from autodistill.hardware import Machine
 from autodistill.strategy import Init
 from autodistill.units import format_duration
 
-SEQUENCE_LENGTH = 256
 _REDUCTION = 3
 _DECAY = 0.2
 # With fewer optimiser steps than this at full fidelity, strategies cannot be told apart.
@@ -78,7 +77,9 @@ def share_out(machine: Machine, training_bytes: int, runner: str) -> Workers:
     return Workers(count=count, threads=max(1, machine.cpus // count), bf16=bf16, device="cpu")
 
 
-def measure_speed(teacher: Any, spec: ModelSpec, depth: float, workers: Workers, threads: int) -> Speed:
+def measure_speed(
+    teacher: Any, spec: ModelSpec, depth: float, workers: Workers, threads: int, *, checkpointing: bool = False
+) -> Speed:
     """Times the teacher's forward and one training step of the deepest student, on random tokens.
 
     Args:
@@ -87,6 +88,7 @@ def measure_speed(teacher: Any, spec: ModelSpec, depth: float, workers: Workers,
         depth: Fraction of layers of the deepest student in the space.
         workers: Threads and precision of a worker.
         threads: All of the machine's threads.
+        checkpointing: Whether a step computes activations twice.
     """
     device = workers.device
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, spec.vocabulary, (1, SEQUENCE_LENGTH))).to(device)
@@ -116,6 +118,10 @@ def measure_speed(teacher: Any, spec: ModelSpec, depth: float, workers: Workers,
     # All workers at once, as they will be: they share the memory's bandwidth.
     torch.set_num_threads(workers.count * workers.threads)
     worker_score = rate(partial(forward_alone, bf16=False), workers.count * workers.threads) / workers.count
+
+    if checkpointing:
+        teacher.train()
+        teacher.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def train_step(index: int) -> None:
         forward(workers.bf16).float().square().mean().backward()
@@ -152,6 +158,7 @@ class Demand:
         parameters: Of the teacher.
         seed: Of the search.
         ray: Whether workers are processes of their own.
+        step_tokens: Of an optimiser step, whole sequences.
     """
 
     box_seconds: float | None
@@ -167,6 +174,7 @@ class Demand:
     parameters: int
     seed: int
     ray: bool
+    step_tokens: int = SEQUENCE_LENGTH
 
 
 def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
@@ -176,7 +184,7 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
     the box holds for a dozen trials, at most one pass over the data; then more trials.
     """
     notes = []
-    batch = SEQUENCE_LENGTH
+    batch = demand.step_tokens
     most = max(batch, demand.train_tokens // batch * batch)
     trials = _TRIALS if demand.trials is None else demand.trials
     if demand.tokens is not None:
@@ -238,7 +246,7 @@ def _eval_tokens(demand: Demand, speed: Speed) -> tuple[int, int, int]:
 
 
 def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int, notes: tuple[str, ...]) -> Plan:
-    rungs = rung_tokens(tokens, SEQUENCE_LENGTH)
+    rungs = rung_tokens(tokens, demand.step_tokens)
     rung_eval, full_eval, test = _eval_tokens(demand, speed)
     fixed = _fixed_seconds(demand, speed, tokens)
     return Plan(
@@ -247,8 +255,8 @@ def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: 
         rungs=rungs,
         keep=_keep(trials, len(rungs)),
         sequence_length=SEQUENCE_LENGTH,
-        batch_tokens=SEQUENCE_LENGTH,
-        warmup_tokens=min(8 * SEQUENCE_LENGTH, tokens // 8),
+        batch_tokens=demand.step_tokens,
+        warmup_tokens=min(8 * demand.step_tokens, tokens // 8),
         decay=_DECAY,
         rung_eval_tokens=rung_eval,
         eval_tokens=full_eval,
@@ -299,7 +307,7 @@ def trial_seconds(
 
 def _trial_seconds(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:
     """Expected seconds of all trials, shared out over the workers."""
-    rungs = rung_tokens(tokens, SEQUENCE_LENGTH)
+    rungs = rung_tokens(tokens, demand.step_tokens)
     keep = _keep(trials, len(rungs))
     rung_eval, full_eval, _ = _eval_tokens(demand, speed)
     total = demand.baselines * trial_seconds(
@@ -332,15 +340,15 @@ def _left(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: i
 def _most_tokens(demand: Demand, speed: Speed, workers: Workers, trials: int) -> int:
     """Most tokens at full fidelity that the box holds for so many trials, in whole steps, at least one."""
     steps = 1
-    ceiling = max(2, demand.train_tokens // SEQUENCE_LENGTH + 1)
+    ceiling = max(2, demand.train_tokens // demand.step_tokens + 1)
     low, high = 1, ceiling
     while low <= high:
         middle = (low + high) // 2
-        if _left(demand, speed, workers, trials, middle * SEQUENCE_LENGTH) >= 0:
+        if _left(demand, speed, workers, trials, middle * demand.step_tokens) >= 0:
             steps, low = middle, middle + 1
         else:
             high = middle - 1
-    return steps * SEQUENCE_LENGTH
+    return steps * demand.step_tokens
 
 
 def _most_trials(demand: Demand, speed: Speed, workers: Workers, tokens: int) -> int:

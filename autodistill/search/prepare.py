@@ -7,13 +7,13 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
-from autodistill.contracts import ModelSpec, Plan, Status
+from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec, Plan, Status
 from autodistill.data import Prepared, load_split, prepare
 from autodistill.distillation.alignment import layer_map
 from autodistill.distillation.scoring import score
@@ -26,13 +26,13 @@ from autodistill.distillation.teacher import (
 )
 from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
 from autodistill.errors import InputError
-from autodistill.estimate import fits, holdable, spec_from_config, training_memory
+from autodistill.estimate import fits, holdable, spec_from_config
 from autodistill.hardware import detect
 from autodistill.records.leaderboard import rows_of
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder, read_json, write_json
 from autodistill.search.campaign import Campaign, Question
-from autodistill.search.plan import SEQUENCE_LENGTH, Demand, Speed, Workers, make_plan, measure_speed, share_out
+from autodistill.search.plan import Demand, Speed, Workers, make_plan, measure_speed, share_out
 from autodistill.search.request import (
     METRICS,
     Checked,
@@ -42,8 +42,8 @@ from autodistill.search.request import (
 from autodistill.search.rows import make_row
 from autodistill.space import Space
 from autodistill.strategy import Deployment
+from autodistill.training_fit import TrainingFit, fit_training
 from autodistill.trial import TrialSetting, evaluate, student_spec
-from autodistill.units import format_bytes
 
 EVALUATORS = ("accuracy", "perplexity", "agreement", "memory", "size")
 # Seconds of the time box where none is given.
@@ -101,13 +101,15 @@ class Loaded:
     spec: ModelSpec
     workers: Workers
     threads: int
+    step_tokens: int
+    fit: TrainingFit
 
 
 def load(checked: Checked) -> Loaded:
     """Teacher and data on this machine's disk, and how it is shared out.
 
     Raises:
-        InputError: Data too short, or training that does not fit this machine.
+        InputError: Data too short, or training that cannot be made to fit this machine.
     """
     request = checked.request
     teacher = materialise(checked.teacher, request.cache)
@@ -123,19 +125,21 @@ def load(checked: Checked) -> Loaded:
     )
     machine = detect()
     deepest = student_spec(by_depth(checked.space)[-1], spec)
-    need = training_memory(deepest, tokens=SEQUENCE_LENGTH).total_bytes
-    limit = machine.gpus[0].memory_bytes if machine.gpus else machine.memory_bytes
-    if need > limit:
-        raise InputError(
-            f"training a student of {deepest.layers} layers takes {format_bytes(need)}, this machine has "
-            f"{format_bytes(limit)}: choose a smaller teacher, or a space with smaller students"
-        )
+    step_tokens = checked.stored["plan"]["batch_tokens"] if checked.stored else request.step_tokens or SEQUENCE_LENGTH
+    fit = fit_training(
+        deepest,
+        sequence_length=SEQUENCE_LENGTH,
+        sequences=step_tokens // SEQUENCE_LENGTH,
+        limit_bytes=machine.gpus[0].memory_bytes if machine.gpus else machine.memory_bytes,
+    )
     return Loaded(
         teacher=teacher,
         data=data,
         spec=spec,
-        workers=share_out(machine, need, request.runner),
+        workers=share_out(machine, fit.estimate.total_bytes, request.runner),
         threads=machine.cpus,
+        step_tokens=step_tokens,
+        fit=fit,
     )
 
 
@@ -144,7 +148,9 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
     request = checked.request
     teacher = load_model(loaded.teacher.folder, _float32())
     deepest = by_depth(checked.space)[-1].init.depth
-    speed = measure_speed(teacher, loaded.spec, deepest, loaded.workers, loaded.threads)
+    speed = measure_speed(
+        teacher, loaded.spec, deepest, loaded.workers, loaded.threads, checkpointing=loaded.fit.checkpointing
+    )
     box = request.time_seconds
     if box is None and not ((request.trials or request.strategy) and request.tokens):
         box = BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
@@ -166,8 +172,15 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         parameters=loaded.spec.parameters,
         seed=checked.seed,
         ray=request.runner == "ray",
+        step_tokens=loaded.step_tokens,
     )
-    return make_plan(demand, speed, loaded.workers), speed
+    plan = replace(
+        make_plan(demand, speed, loaded.workers),
+        micro_batch=loaded.fit.micro_batch,
+        checkpointing=loaded.fit.checkpointing,
+        optimizer_state=loaded.fit.optimizer_state,
+    )
+    return plan, speed
 
 
 def _float32() -> Any:

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from autodistill.contracts import Direction, ModelSpec
+from autodistill.contracts import SEQUENCE_LENGTH, Direction, ModelSpec
 from autodistill.distillation.teacher import (
     TeacherRef,
     resolve_teacher,
@@ -43,6 +43,7 @@ class SearchRequest:
         strategy: Name or file of a strategy: it alone is trained, to the plan's tokens, and nothing is searched.
         teacher, data, space, metric: References and names.
         trials, tokens: Fixed instead of planned; with both, there is no time box unless `time_seconds` gives one.
+        step_tokens: Training tokens of an optimiser step, whole sequences; one sequence by default.
         time_seconds: The time box.
         seed: Of data order, projections and proposals.
         name: Of the run; a date and time by default.
@@ -63,6 +64,7 @@ class SearchRequest:
     metric: str | None = None
     trials: int | None = None
     tokens: int | None = None
+    step_tokens: int | None = None
     time_seconds: float | None = None
     seed: int | None = None
     name: str | None = None
@@ -104,6 +106,10 @@ def check_request(request: SearchRequest) -> Checked:
         value = getattr(request, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, not {value}")
+    if request.step_tokens is not None and (request.step_tokens < 1 or request.step_tokens % SEQUENCE_LENGTH):
+        raise InputError(
+            f"--step-tokens must be a multiple of {SEQUENCE_LENGTH}, a sequence, not {request.step_tokens}"
+        )
     if request.runner not in RUNNERS:
         raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
     stored = _stored(request)
@@ -172,12 +178,12 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
                 f"the run {checked.name!r} was made with another {name} ({before}, now {asked}): resume it with the "
                 "same one, or start a new run under another --name"
             )
-    for name in ("trials", "tokens"):
-        asked = getattr(checked.request, name)
-        if asked is not None and asked != stored["plan"][name]:
+    for name, planned in (("trials", "trials"), ("tokens", "tokens"), ("step_tokens", "batch_tokens")):
+        asked, option = getattr(checked.request, name), name.replace("_", "-")
+        if asked is not None and asked != stored["plan"][planned]:
             raise InputError(
-                f"the run {checked.name!r} was planned with {stored['plan'][name]} {name}, not {asked}: resume it "
-                f"without --{name}, or start a new run under another --name"
+                f"the run {checked.name!r} was planned with {stored['plan'][planned]} {option}, not {asked}: resume it "
+                f"without --{option}, or start a new run under another --name"
             )
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from autodistill.contracts import Plan, Status
+from autodistill.contracts import SEQUENCE_LENGTH, Plan, Status
 from autodistill.errors import InterruptedSearchError
 from autodistill.hardware import detect
 from autodistill.records.leaderboard import rank, rows_of, to_parquet
@@ -18,7 +18,6 @@ from autodistill.records.store import RunFolder, write_json
 from autodistill.search.campaign import Campaign
 from autodistill.search.finish import Finish, Finisher, finish
 from autodistill.search.inline_runner import run_inline
-from autodistill.search.plan import SEQUENCE_LENGTH
 from autodistill.search.prepare import (
     Clock,
     Observer,
@@ -67,6 +66,7 @@ def plan_search(request: SearchRequest, observer: Observer | None = None) -> dic
         "plan": plan.to_json(),
         "speed": asdict(speed),
         "cache_bytes": tokens * per_token,
+        "training_bytes": {**asdict(loaded.fit.estimate), "total_bytes": loaded.fit.estimate.total_bytes},
         "budget": request.budget.to_json(),
         "expected_seconds": sum(plan.seconds.values()),
     }

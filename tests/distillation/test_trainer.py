@@ -33,7 +33,7 @@ def _weights(trainer):
     found = {name: parameter.detach().clone() for name, parameter in parameters}
     for name, parameter in parameters:
         for key, value in trainer._optimizer.state.get(parameter, {}).items():
-            found[f"{name}.{key}"] = value.clone()
+            found[f"{name}.{key}"] = torch.as_tensor(value).clone()
     return found
 
 
@@ -89,13 +89,17 @@ def test_two_targets_share_their_beginning_to_the_last_bit(workshop):
 
 
 @pytest.mark.parametrize("strategy", [PLAIN, ALIGNED], ids=["plain", "with projections"])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_continues_to_the_last_bit(workshop, tmp_path, strategy, bf16):
-    whole, first = workshop.trainer(strategy, bf16=bf16), workshop.trainer(strategy, bf16=bf16)
+@pytest.mark.parametrize(
+    "plan",
+    [{"bf16": False}, {"bf16": True}, {"checkpointing": True, "micro_batch": 1}, {"optimizer_state": "int8"}],
+    ids=str,
+)
+def test_continues_to_the_last_bit(workshop, tmp_path, strategy, plan):
+    whole, first = workshop.trainer(strategy, **plan), workshop.trainer(strategy, **plan)
     records = list(whole.train_stable(384))
     list(first.train_stable(192))
     first.save(tmp_path / "checkpoint")
-    second = workshop.trainer(strategy, bf16=bf16)
+    second = workshop.trainer(strategy, **plan)
     second.load(tmp_path / "checkpoint")
     assert second.tokens == read_tokens(tmp_path / "checkpoint") == 192
     _same(_weights(second), _weights(first))
@@ -104,6 +108,76 @@ def test_continues_to_the_last_bit(workshop, tmp_path, strategy, bf16):
         (r.tokens, r.loss, r.gradient_norm) for r in records[3:]
     ]
     _same(_weights(second), _weights(whole))
+
+
+def _gradients(trainer, grid=None):
+    """The gradients of the first step, before clipping, and its record's terms."""
+    kept = {}
+
+    def keep(*arguments):
+        kept.update({name: p.grad.clone() for name, p in trainer._trained()})
+        return 0.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "_clip", keep)
+        (record,) = trainer.train_decay(64, grid) if grid else trainer.train_stable(64)
+    return kept, record
+
+
+@pytest.mark.parametrize("grid", [None, _grid], ids=["plain", "on a grid"])
+def test_sequences_one_by_one_add_up_to_the_step(workshop, grid):
+    whole, parts = workshop.trainer(ALIGNED), workshop.trainer(ALIGNED, micro_batch=1)
+    (expected, one), (found, other) = _gradients(whole, grid), _gradients(parts, grid)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
+    for term in ("loss", "divergence", "cross_entropy", "alignment"):
+        assert getattr(other, term) == pytest.approx(getattr(one, term), rel=1e-5)
+    assert (one.micro_batch, other.micro_batch) == (2, 1)
+
+
+@pytest.mark.parametrize("grid", [None, _grid], ids=["plain", "on a grid"])
+def test_checkpointing_changes_no_gradient(workshop, grid):
+    expected, _ = _gradients(workshop.trainer(ALIGNED), grid)
+    found, _ = _gradients(workshop.trainer(ALIGNED, checkpointing=True), grid)
+    _same(found, expected)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: you")]
+)
+def test_out_of_memory_halves_the_micro_batch_and_the_step_is_the_same(workshop, error):
+    small, large = workshop.trainer(PLAIN, micro_batch=1), workshop.trainer(PLAIN, micro_batch=2)
+    loss = large._loss
+    large._loss = lambda indices, *rest: loss(indices, *rest) if len(indices) == 1 else _raise(error)
+    expected = [(record.loss, record.gradient_norm, 1) for record in small.train_stable(192)]
+    assert [(record.loss, record.gradient_norm, record.micro_batch) for record in large.train_stable(192)] == expected
+    _same(_weights(large), _weights(small))
+
+
+def test_out_of_memory_with_a_single_sequence_ends_the_trial(workshop):
+    trainer = workshop.trainer(PLAIN)
+    trainer._loss = lambda *arguments: _raise(MemoryError())
+    with pytest.raises(MemoryError):
+        next(trainer.train_stable(64))
+
+
+def _raise(error):
+    raise error
+
+
+def test_eight_bit_states_take_a_quarter_and_descend_as_adamw_does(workshop):
+    exact, rounded = workshop.trainer(PLAIN), workshop.trainer(PLAIN, optimizer_state="int8")
+    start = _weights(exact)
+    list(exact.train_stable(512))
+    list(rounded.train_stable(512))
+    found, expected = _weights(rounded), _weights(exact)
+    moved = sum(float((expected[name] - start[name]).square().sum()) for name in start)
+    apart = sum(float((expected[name] - found[name]).square().sum()) for name in start)
+    assert apart < 0.05 * moved
+    moments = {name: found[f"{name}.state1"] for name in start if f"{name}.state1" in found}
+    eight_bit = {name for name, moment in moments.items() if moment.dtype == torch.uint8}
+    assert {name for name in moments if start[name].numel() >= 4096} == eight_bit
+    assert all(moments[name].nbytes * 4 == start[name].nbytes for name in eight_bit)
 
 
 def test_a_decay_leaves_what_was_saved_before_it(workshop, tmp_path):

@@ -1,0 +1,110 @@
+"""A search killed with SIGKILL while it trains, and resumed: nothing is lost, and nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from autodistill.records.row import rows_of
+from autodistill.records.store import EventLog
+from autodistill.testing import save_tiny_teacher, tiny_text
+
+Inputs = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("inputs")
+    return save_tiny_teacher(folder / "teacher", layers=5), tiny_text(folder / "text", documents=30, sentences=80)
+
+
+def command(inputs: Inputs, runner: str, *more: str) -> list[str]:
+    options = ["--budget", "16GB", "--context", "256", "--teacher", str(inputs[0]), "--data", str(inputs[1])]
+    fixed = ["--trials", "4", "--tokens", "4608", "--runner", runner, "--name", "run", "--format", "json"]
+    return [sys.executable, "-m", "autodistill", "search", *options, *fixed, *more]
+
+
+def start(words: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    # On one core, since threads that wait for a core that others use are slower than none.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(folder)}
+    return subprocess.Popen(
+        words,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def events(folder: Path) -> list[dict[str, object]]:
+    log = folder / "results" / "runs" / "run" / "trials.jsonl"
+    return EventLog(log).read() if log.exists() else []
+
+
+def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
+    """Kills a search, and it alone, once `ready`; what it started has to notice by itself."""
+    ends = time.monotonic() + 180
+    while not ready():
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < ends, "the search came to nothing"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def finish(words: list[str], folder: Path) -> dict[str, object]:
+    output, errors = start(words, folder).communicate(timeout=300)
+    assert output, errors.decode()
+    return dict(json.loads(output))
+
+
+def reports(folder: Path) -> list[tuple[object, object]]:
+    return [(event["trial"], event["rung"]) for event in events(folder) if event["event"] == "rung"]
+
+
+def results(folder: Path) -> dict[str, tuple[object, ...]]:
+    return {row.row_id: (row.accuracy, row.perplexity, row.train_tokens) for row in rows_of(events(folder))}
+
+
+def test_a_killed_search_ends_as_if_it_had_not_been(inputs: Inputs, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    finish(command(inputs, "inline"), whole)
+    for stop in (2, 4):
+        process = start(command(inputs, "inline", *(("--resume",) if stop > 2 else ())), cut)
+        kill_when(process, lambda stop=stop: len(reports(cut)) >= stop)  # type: ignore[misc]
+    finish(command(inputs, "inline", "--resume"), cut)
+    assert reports(cut) == reports(whole)
+    assert results(cut) == results(whole)
+
+
+def test_a_search_killed_under_ray_leaves_no_process_and_resumes(inputs: Inputs, tmp_path: Path) -> None:
+    process = start(command(inputs, "ray"), tmp_path)
+    children: list[psutil.Process] = []
+
+    def two_reports() -> bool:
+        if len(reports(tmp_path)) < 2:
+            return False
+        children.extend(psutil.Process(process.pid).children(recursive=True))
+        return True
+
+    kill_when(process, two_reports)
+    assert children
+    assert not psutil.wait_procs(children, timeout=180)[1], "processes of the killed search live on"
+    before = reports(tmp_path)
+    document = finish(command(inputs, "ray", "--resume"), tmp_path)
+    after = reports(tmp_path)
+    assert after[: len(before)] == before
+    assert len(set(after)) == len(after), "a stretch was run twice"
+    assert document["best"]

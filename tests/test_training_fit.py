@@ -1,0 +1,71 @@
+"""Training is made to fit by the cheapest means that does, and refused where none does."""
+
+from __future__ import annotations
+
+import importlib.util
+from itertools import pairwise
+
+import pytest
+
+from autodistill.contracts import ModelSpec
+from autodistill.errors import InputError, MissingDependencyError
+from autodistill.estimate import spec_from_config
+from autodistill.training_fit import fit_training, training_fits
+
+QWEN_1_5B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
+
+
+def spec() -> ModelSpec:
+    return spec_from_config(QWEN_1_5B)
+
+
+def test_each_way_is_smaller_than_the_one_before() -> None:
+    ways = list(training_fits(spec(), sequence_length=256, sequences=5))
+    assert [(way.micro_batch, way.checkpointing, way.optimizer_state) for way in ways] == [
+        (5, False, "float32"),
+        (3, False, "float32"),
+        (2, False, "float32"),
+        (1, False, "float32"),
+        (1, True, "float32"),
+        (1, True, "int8"),
+    ]
+    assert all(one.estimate.total_bytes > other.estimate.total_bytes for one, other in pairwise(ways))
+
+
+def test_the_parts_of_a_1_5b_student_by_hand() -> None:
+    # 1,543,714,304 weights, the table of 233,373,696 among them; 28 layers of width 1536.
+    fit = fit_training(spec(), sequence_length=256, sequences=1, limit_bytes=24 * 10**9)
+    weights = 1_543_714_304
+    assert (fit.checkpointing, fit.optimizer_state) == (True, "int8")
+    assert fit.estimate.weights_bytes == fit.estimate.gradients_bytes == 4 * weights
+    assert fit.estimate.optimizer_bytes == 2 * weights + 8 * weights // 256
+    assert fit.estimate.logits_bytes == 2 * 4 * 256 * 151936
+    layer = 6 * 1536 + 2 * (12 * 128 + 2 * 128) + 4 * 8960
+    assert fit.estimate.activations_bytes == 4 * 256 * (28 * 1536 + layer)
+
+
+def test_the_first_that_fits_is_taken() -> None:
+    ways = list(training_fits(spec(), sequence_length=256, sequences=4))
+    for way in ways:
+        assert fit_training(spec(), sequence_length=256, sequences=4, limit_bytes=way.estimate.total_bytes) == way
+    least = ways[-1].estimate.total_bytes
+    with pytest.raises(InputError, match="even one sequence at a time"):
+        fit_training(spec(), sequence_length=256, sequences=4, limit_bytes=least - 1)
+
+
+def test_eight_bit_states_without_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    least = list(training_fits(spec(), sequence_length=256, sequences=1))[-1].estimate.total_bytes
+    with pytest.raises(MissingDependencyError, match="8bit"):
+        fit_training(spec(), sequence_length=256, sequences=1, limit_bytes=least)
