@@ -13,9 +13,7 @@ import torch
 
 from autodistill.contracts import ModelSpec, Plan
 from autodistill.distillation.parallel import map_sequences
-from autodistill.distillation.student import keep_layers, kept_layers
 from autodistill.hardware import Machine
-from autodistill.strategy import Init
 from autodistill.units import format_duration
 
 SEQUENCE_LENGTH = 256
@@ -36,7 +34,7 @@ class Speed:
     Attributes:
         cache: Teacher forward in the cache's precision, on all threads.
         score: Teacher forward in float32, on all threads.
-        worker_train: A training step of the deepest student, on one worker's threads.
+        worker_train: A training step of the largest student, on one worker's threads.
         worker_score: Its forward in float32, on one worker's threads.
     """
 
@@ -77,23 +75,25 @@ def share_out(machine: Machine, training_bytes: int, runner: str) -> Workers:
     return Workers(count=count, threads=max(1, machine.cpus // count), bf16=bf16, device="cpu")
 
 
-def measure_speed(teacher: Any, spec: ModelSpec, depth: float, workers: Workers, threads: int) -> Speed:
-    """Times the teacher's forward and one training step of the deepest student, on random tokens.
+def measure_speed(
+    teacher: Any, spec: ModelSpec, largest: Callable[[Any], Any], workers: Workers, threads: int
+) -> Speed:
+    """Times the teacher's forward and one training step of the largest student, on random tokens.
 
     Args:
-        teacher: The teacher in float32; cut down to the student afterwards, so the caller must not use it again.
+        teacher: The teacher in float32; the student may share its weights, so the caller must not use it again.
         spec: The teacher's shape.
-        depth: Fraction of layers of the deepest student in the space.
+        largest: Makes the largest student in the space of the teacher.
         workers: Threads and precision of a worker.
         threads: All of the machine's threads.
     """
     device = workers.device
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, spec.vocabulary, (1, SEQUENCE_LENGTH))).to(device)
-    teacher.to(device)
+    model = teacher.to(device)
 
     def forward(bf16: bool) -> Any:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
-            return teacher(input_ids=ids, use_cache=False).logits
+            return model(input_ids=ids, use_cache=False).logits
 
     def forward_alone(index: int, bf16: bool) -> None:
         with torch.no_grad():
@@ -112,8 +112,8 @@ def measure_speed(teacher: Any, spec: ModelSpec, depth: float, workers: Workers,
     full = rate(partial(forward_alone, bf16=False), threads)
     # A trial's operations all run on its worker's threads.
     torch.set_num_threads(workers.threads)
-    keep_layers(teacher, kept_layers(Init(depth=depth), spec.layers))
-    teacher.get_input_embeddings().weight.requires_grad_(False)
+    model = largest(teacher).to(device)
+    model.get_input_embeddings().weight.requires_grad_(False)
     worker_score = rate(partial(forward_alone, bf16=False), workers.threads)
 
     def train_step() -> None:
