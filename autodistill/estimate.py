@@ -336,12 +336,20 @@ class TrainingEstimate:
         return sum(getattr(self, name) for name in self.__dataclass_fields__)
 
 
+# Values kept of a token in a layer, by transformers' `model_type`: widths, times queries and keys, and FFN widths.
+_KEPT = {
+    "qwen3": (6.0, 4.0, 4.0),  # the norms of queries and keys
+    "gemma3_text": (10.0, 4.0, 4.0),  # these, and input and normalised value of two norms before the residual
+    "gpt_neox": (3.0, 3.5, 2.0),  # LayerNorm keeps one input for both; fused projections, rotated copies; no gate
+}
+
+
 def training_memory(spec: ModelSpec, *, tokens: int, train_embeddings: bool = True) -> TrainingEstimate:
     """Predicts the memory that a trial's training takes: float32 weights, AdamW, no checkpointing of activations.
 
     Kept of each token in each layer, in float32: both norms' inputs, normalised and scaled values (6 widths); queries,
-    keys and values as the attention takes them, and its output; Qwen3's norms of queries and keys; and gate, its
-    activation, up and product of the FFN (read off the tensors that transformers' modules save for the backward pass).
+    keys and values as the attention takes them, and its output; and gate, its activation, up and product of the FFN
+    (read off the tensors that transformers' modules save for the backward pass). `_KEPT` has what differs.
     bfloat16 autocast halves most of them but adds a copy of the weights; the difference is not counted.
 
     Args:
@@ -349,16 +357,16 @@ def training_memory(spec: ModelSpec, *, tokens: int, train_embeddings: bool = Tr
         tokens: Tokens of one forward and backward pass.
         train_embeddings: Whether the embedding table, and so a tied head, is trained.
     """
+    widths, attention, ffn = _KEPT.get(spec.architecture, (6.0, 2.0, 4.0))
     frozen = 0 if train_embeddings else spec.vocabulary * spec.width
     trained = spec.parameters - frozen
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    attention = (4 if spec.architecture == "qwen3" else 2) * (queries + keys)
-    kept = 6 * spec.width + attention + 4 * spec.ffn_width
+    kept = widths * spec.width + attention * (queries + keys) + ffn * spec.ffn_width
     return TrainingEstimate(
         weights_bytes=4 * spec.parameters,
         gradients_bytes=4 * trained,
         optimizer_bytes=8 * trained,
-        activations_bytes=4 * tokens * spec.layers * kept,
+        activations_bytes=int(4 * tokens * spec.layers * kept),
         logits_bytes=2 * 4 * tokens * spec.vocabulary,
         overhead_bytes=TRANSFORMERS_PROCESS_BYTES,
     )
