@@ -181,7 +181,7 @@ def _packed(spec: ModelSpec, deployment: Deployment) -> int:
 
 
 def _kv_cache(spec: ModelSpec, tokens: int) -> int:
-    """Keys and values of `tokens` tokens at 16 bits."""
+    """Keys and values of `tokens` tokens at 16 bits; that sliding windows may hold fewer is not counted."""
     return 2 * spec.layers * spec.kv_heads * spec.head_dim * tokens * 2
 
 

@@ -321,6 +321,7 @@ def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[
             None, config=config, state_dict=stored, dtype=torch.float32, attn_implementation="sdpa"
         )
     made.generation_config = model.generation_config
+    made.config._name_or_path = model.config._name_or_path
     return made.eval()
 
 

@@ -29,6 +29,11 @@ def one_thread() -> None:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("inputs")
     teacher = save_tiny_teacher(folder / "teacher", layers=5, width=128, ffn=192)
+    packings = [("transformers", "huggingface", 16, 0), ("llama.cpp", "gguf-q8_0", 8, 32)]
+    deployments = [dict(zip(("runtime", "format", "bits", "group_size"), item, strict=True)) for item in packings]
+    # One deployment to export, and one that not every family has.
+    space = {"name": "two", "dimensions": {"init.depth": {"choices": [0.8]}}, "deployments": deployments}
+    (folder / "two.yaml").write_text(yaml.safe_dump(space))
     return teacher, tiny_text(folder / "text", documents=30, sentences=80), folder / "cache"
 
 
@@ -37,6 +42,7 @@ def request(inputs: tuple[Path, Path, Path], out: Path, strategy: Path | str, **
     fields: dict[str, object] = {
         "budget": Budget(memory_bytes=16 * 10**9, context=256),
         "strategy": str(strategy),
+        "space": str(text.parent / "two.yaml"),
         "teacher": str(teacher),
         "data": str(text),
         "tokens": 1024,
@@ -78,7 +84,7 @@ def test_a_family_without_gguf_is_distilled_and_exported_to_the_rest(inputs, tmp
     )
     strategy = written(tmp_path, depth=0.75, layers="influence", ffn=0.67, heads=0.5, width=0.5)
     outcome = search(request((teacher, *inputs[1:]), tmp_path / "out", strategy))
-    assert {row.deployment["format"] for row in outcome.rows} == {"compressed-tensors", "huggingface"}
+    assert {row.deployment["format"] for row in outcome.rows} == {"huggingface"}
     config = AutoConfig.from_pretrained(outcome.finish.paths["huggingface"])
     assert (config.model_type, config.hidden_size, config.num_hidden_layers) == (architecture, 64, 3)
 
