@@ -102,27 +102,23 @@ def select(spec: ModelSpec, teacher: ModelSpec, layers: tuple[int, ...], calibra
         calibration: Of the teacher; without one the first of each are kept, which is enough to measure speed.
     """
 
-    def best(count: int, whole: int, importance: Tensor | None, shape: tuple[int, ...] = ()) -> Tensor | None:
-        if count == whole:
-            return None
-        if importance is None:
-            return torch.arange(count).expand(*shape, count)
-        # A stable sort, so that equal parts are kept in the teacher's order on every machine.
-        return importance.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
-
     kept = list(layers)
-    rows = (len(kept),)
-    neurons, groups, channels = (
-        (None, None, None)
-        if calibration is None
-        else (calibration.neurons[kept], calibration.groups[kept], calibration.channels)
-    )
+    channels = torch.zeros(teacher.width) if calibration is None else calibration.channels
+    neurons = torch.zeros(len(kept), teacher.ffn_width) if calibration is None else calibration.neurons[kept]
+    groups = torch.zeros(len(kept), teacher.kv_heads) if calibration is None else calibration.groups[kept]
     return Selection(
         layers=layers,
-        channels=best(spec.width, teacher.width, channels),
-        neurons=best(spec.ffn_width, teacher.ffn_width, neurons, rows),
-        groups=best(spec.kv_heads, teacher.kv_heads, groups, rows),
+        channels=_most_important(channels, spec.width),
+        neurons=_most_important(neurons, spec.ffn_width),
+        groups=_most_important(groups, spec.kv_heads),
     )
+
+
+def _most_important(importance: Tensor, count: int) -> Tensor | None:
+    if count == importance.shape[-1]:
+        return None
+    # A stable sort, so that equal parts are kept in the teacher's order on every machine.
+    return importance.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
 
 
 def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
@@ -211,6 +207,8 @@ def build_student(
     Raises:
         InputError: Sizes that the family cannot have, or a pretrained model of other tokens.
     """
+    if init.selective and calibration is None:
+        raise ValueError("a calibration says which parts of the teacher matter: make one first")
     if init.source == "teacher":
         return cut_student(load_model(teacher, torch.float32), init, calibration)
     layers = kept_layers(init, spec_from_config(read_config(teacher)).layers)

@@ -162,6 +162,12 @@ def test_spec_is_exact_and_from_pretrained_loads_it(teacher, importance, tmp_pat
     assert len(decoder_layers(again)) == len(kept) == 3
 
 
+def test_nothing_is_chosen_without_a_calibration(teacher):
+    for init in (Init(ffn=0.5), Init(layers="influence")):
+        with pytest.raises(ValueError, match="calibration"):
+            build_student(teacher, init)
+
+
 def test_each_layer_keeps_its_kind_of_attention(tmp_path):
     teacher = save_tiny_teacher(tmp_path / "teacher", architecture="gemma3_text", layers=6)
     kinds = json.loads((teacher / "config.json").read_text())["layer_types"]
