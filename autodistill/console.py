@@ -18,6 +18,7 @@ from rich.text import Text
 
 from autodistill.records.leaderboard import Ranked
 from autodistill.records.row import Row
+from autodistill.strategy import Init
 from autodistill.units import format_bytes, format_duration
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
@@ -250,7 +251,7 @@ def _summary(row: Row) -> str:
         distillation["alignment"],
         distillation["temperature"],
     )
-    parts = [f"{init['depth']:.0%} {init['layers']}"]
+    parts = [Init.from_json(init).describe()]
     if finishing is not None:
         parts.append(f"qat{finishing['bits']}")
     parts.append(f"kd {distillation['divergence_weight']:.2g}")

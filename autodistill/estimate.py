@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from autodistill.contracts import ModelSpec, OptimizerState
 from autodistill.errors import InputError
-from autodistill.formats import Role, TensorSpec, get_format, weights_bytes
+from autodistill.families import FAMILIES, Axis, get_family
+from autodistill.formats import TensorSpec, get_format, weights_bytes
 from autodistill.strategy import Deployment
 from autodistill.units import Budget, format_bytes
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = tuple(FAMILIES)
 """transformers' `model_type`s that can be described."""
-
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 _UBATCH = 512  # llama.cpp's n_ubatch: the most tokens that one graph of its works on
 _CACHE_CELLS = 256  # llama.cpp rounds a sequence's context up to a multiple of this
@@ -44,27 +42,35 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         config: Content of `config.json`, or a config's `to_dict()`.
 
     Raises:
-        InputError: An architecture that is not supported, or a size that is missing or no positive number.
+        InputError: An architecture that is not supported, or something it can do that is not; or a size that is missing
+            or no positive number.
     """
     architecture = str(config.get("model_type"))
-    if architecture not in ARCHITECTURES:
-        raise InputError(f"the architecture {architecture!r} is not supported; these are: {', '.join(ARCHITECTURES)}")
+    family = get_family(architecture)
+    for name in family.off:
+        if config.get(name):
+            raise InputError(f"the model's config sets {name}, which is not supported for {architecture}")
     width, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
     spec = ModelSpec(
         architecture=architecture,
         layers=_size(config, "num_hidden_layers"),
         width=width,
         heads=heads,
-        kv_heads=_size(config, "num_key_value_heads", heads),
-        # Only Qwen3's default is not the width's even share.
-        head_dim=_size(config, "head_dim", 128 if architecture == "qwen3" else width // heads),
+        kv_heads=heads if family.heads_fill_width else _size(config, "num_key_value_heads", heads),
+        head_dim=width // heads
+        if family.heads_fill_width
+        else _size(config, "head_dim", family.head_dim or width // heads),
         ffn_width=_size(config, "intermediate_size"),
         vocabulary=_size(config, "vocab_size"),
         max_context=_size(config, "max_position_embeddings"),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=bool(config.get("tie_word_embeddings", family.tied)),
         tensors=(),
     )
-    return replace(spec, tensors=tuple(_tensors(spec, config)))
+    tensors = (
+        TensorSpec(name=name, role=role, shape=_shape(spec, name))
+        for name, role in family.tensors(config, spec.layers, spec.tied)
+    )
+    return replace(spec, tensors=tuple(tensors))
 
 
 def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
@@ -77,39 +83,29 @@ def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> i
     return value
 
 
-def _tensors(spec: ModelSpec, config: Mapping[str, Any]) -> Iterable[TensorSpec]:
-    table = (spec.vocabulary, spec.width)
-    yield TensorSpec(name="model.embed_tokens.weight", role=Role.EMBEDDING, shape=table)
-    for index in range(spec.layers):
-        for name, role, shape in _layer_tensors(spec, config):
-            yield TensorSpec(name=f"model.layers.{index}.{name}", role=role, shape=shape)
-    yield TensorSpec(name="model.norm.weight", role=Role.NORM, shape=(spec.width,))
-    if not spec.tied:
-        yield TensorSpec(name="lm_head.weight", role=Role.HEAD, shape=table)
+def _shape(spec: ModelSpec, name: str) -> tuple[int, ...]:
+    sizes = {
+        Axis.VOCABULARY: spec.vocabulary,
+        Axis.WIDTH: spec.width,
+        Axis.FFN: spec.ffn_width,
+        Axis.QUERIES: spec.heads * spec.head_dim,
+        Axis.KEYS: spec.kv_heads * spec.head_dim,
+        Axis.FUSED: 3 * spec.heads * spec.head_dim,
+        Axis.HEAD: spec.head_dim,
+    }
+    return tuple(sizes[axis] for axis in get_family(spec.architecture).axes(name))
 
 
-def _layer_tensors(spec: ModelSpec, config: Mapping[str, Any]) -> Iterable[tuple[str, Role, tuple[int, ...]]]:
-    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    # Mistral has no biases, Qwen2 always has those of queries, keys and values; the others say so in their config.
-    attention_bias = spec.architecture in ("llama", "qwen3") and bool(config.get("attention_bias", False))
-    ffn_bias = spec.architecture == "llama" and bool(config.get("mlp_bias", False))
-    for name, outputs, inputs, bias in (
-        ("self_attn.q_proj", queries, spec.width, attention_bias or spec.architecture == "qwen2"),
-        ("self_attn.k_proj", keys, spec.width, attention_bias or spec.architecture == "qwen2"),
-        ("self_attn.v_proj", keys, spec.width, attention_bias or spec.architecture == "qwen2"),
-        ("self_attn.o_proj", spec.width, queries, attention_bias),
-        ("mlp.gate_proj", spec.ffn_width, spec.width, ffn_bias),
-        ("mlp.up_proj", spec.ffn_width, spec.width, ffn_bias),
-        ("mlp.down_proj", spec.width, spec.ffn_width, ffn_bias),
-    ):
-        yield f"{name}.weight", Role.LINEAR, (outputs, inputs)
-        if bias:
-            yield f"{name}.bias", Role.BIAS, (outputs,)
-    if spec.architecture == "qwen3":
-        yield "self_attn.q_norm.weight", Role.NORM, (spec.head_dim,)
-        yield "self_attn.k_norm.weight", Role.NORM, (spec.head_dim,)
-    yield "input_layernorm.weight", Role.NORM, (spec.width,)
-    yield "post_attention_layernorm.weight", Role.NORM, (spec.width,)
+def resized(spec: ModelSpec, **sizes: int) -> ModelSpec:
+    """The same model with other sizes, and at most as many layers."""
+    changed = replace(spec, **sizes)  # type: ignore[arg-type]
+    family = get_family(spec.architecture)
+    kept = (
+        replace(tensor, shape=_shape(changed, tensor.name))
+        for tensor in spec.tensors
+        if (part := family.layer_part(tensor.name)) is None or part[0] < changed.layers
+    )
+    return replace(changed, tensors=tuple(kept))
 
 
 def with_layers(spec: ModelSpec, layers: int) -> ModelSpec:
@@ -120,10 +116,7 @@ def with_layers(spec: ModelSpec, layers: int) -> ModelSpec:
     """
     if not 1 <= layers <= spec.layers:
         raise InputError(f"a model of {spec.layers} layers cannot be cut to {layers}: keep 1 to {spec.layers}")
-    kept = tuple(
-        tensor for tensor in spec.tensors if not (match := _LAYER.match(tensor.name)) or int(match[1]) < layers
-    )
-    return replace(spec, layers=layers, tensors=kept)
+    return resized(spec, layers=layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +181,7 @@ def _packed(spec: ModelSpec, deployment: Deployment) -> int:
 
 
 def _kv_cache(spec: ModelSpec, tokens: int) -> int:
-    """Keys and values of `tokens` tokens at 16 bits."""
+    """Keys and values of `tokens` tokens at 16 bits; that sliding windows may hold fewer is not counted."""
     return 2 * spec.layers * spec.kv_heads * spec.head_dim * tokens * 2
 
 
@@ -290,19 +283,32 @@ def shortfall(fitting: Sequence[Fit], budget: Budget) -> str | None:
     )
 
 
+def check_holds(spec: ModelSpec, deployment: Deployment) -> None:
+    """Refuses a deployment that cannot hold a model, whatever memory it needs.
+
+    Raises:
+        InputError: No verified export of this family, or groups that do not divide the rows of a tensor.
+    """
+    packing = get_format(deployment.format)
+    if packing.container == "gguf" and get_family(spec.architecture).gguf is None:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.gguf)
+        raise InputError(f"{packing.name} cannot hold the architecture {spec.architecture}; GGUF holds {known}")
+    for tensor in spec.tensors:
+        packing.storage(tensor, deployment.bits, deployment.group_size)
+
+
 def holdable(spec: ModelSpec, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:
-    """Those deployments whose groups divide the rows of every tensor, whatever memory they need."""
-    return tuple(deployment for deployment in deployments if _is_holdable(spec, deployment))
+    """Those deployments that can hold a model, whatever memory they need."""
+    return tuple(deployment for deployment in deployments if not cannot_hold(spec, deployment))
 
 
-def _is_holdable(spec: ModelSpec, deployment: Deployment) -> bool:
-    linears = (tensor for tensor in spec.tensors if tensor.role is Role.LINEAR)
+def cannot_hold(spec: ModelSpec, deployment: Deployment) -> str:
+    """Why a deployment cannot hold a model, or nothing where it can."""
     try:
-        for tensor in (spec.tensors[0], *linears):
-            get_format(deployment.format).storage(tensor, deployment.bits, deployment.group_size)
-    except InputError:
-        return False
-    return True
+        check_holds(spec, deployment)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,6 +336,14 @@ class TrainingEstimate:
         return sum(getattr(self, name) for name in self.__dataclass_fields__)
 
 
+# Values kept of a token in a layer, by transformers' `model_type`: widths, times queries and keys, and FFN widths.
+_KEPT = {
+    "qwen3": (6.0, 4.0, 4.0),  # the norms of queries and keys
+    "gemma3_text": (10.0, 4.0, 4.0),  # these, and input and normalised value of two norms before the residual
+    "gpt_neox": (3.0, 3.5, 2.0),  # LayerNorm keeps one input for both; fused projections, rotated copies; no gate
+}
+
+
 def training_memory(
     spec: ModelSpec,
     *,
@@ -341,8 +355,8 @@ def training_memory(
     """Predicts the memory that a trial's training takes: float32 weights and AdamW.
 
     Kept of each token in each layer, in float32: both norms' inputs, normalised and scaled values (6 widths); queries,
-    keys and values as the attention takes them, and its output; Qwen3's norms of queries and keys; and gate, its
-    activation, up and product of the FFN (read off the tensors that transformers' modules save for the backward pass).
+    keys and values as the attention takes them, and its output; and gate, its activation, up and product of the FFN
+    (read off the tensors that transformers' modules save for the backward pass). `_KEPT` has what differs.
     bfloat16 autocast halves most of them but adds a copy of the weights; the difference is not counted.
 
     Args:
@@ -352,17 +366,17 @@ def training_memory(
         checkpointing: Whether of each layer its input alone is kept, and one layer at a time is computed again.
         optimizer_state: What AdamW's two moments are held in; "int8" has a float32 scale for each block of 256.
     """
+    widths, attention, ffn = _KEPT.get(spec.architecture, (6.0, 2.0, 4.0))
     frozen = 0 if train_embeddings else spec.vocabulary * spec.width
     trained = spec.parameters - frozen
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    attention = (4 if spec.architecture == "qwen3" else 2) * (queries + keys)
-    layer = 6 * spec.width + attention + 4 * spec.ffn_width
+    layer = widths * spec.width + attention * (queries + keys) + ffn * spec.ffn_width
     kept = spec.layers * spec.width + layer if checkpointing else spec.layers * layer
     return TrainingEstimate(
         weights_bytes=4 * spec.parameters,
         gradients_bytes=4 * trained,
         optimizer_bytes=8 * trained if optimizer_state == "float32" else 2 * trained + 2 * 4 * trained // 256,
-        activations_bytes=4 * tokens * kept,
+        activations_bytes=int(4 * tokens * kept),
         logits_bytes=2 * 4 * tokens * spec.vocabulary,
         overhead_bytes=TRANSFORMERS_PROCESS_BYTES,
     )

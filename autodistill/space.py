@@ -20,7 +20,8 @@ from autodistill.strategy import Alignment, Deployment, Init, Part, Strategy, co
 Point = dict[str, Value]
 
 _DIMENSION_FIELDS = ("choices", "low", "high", "step", "log", "when")
-_INIT = ("init", "init.depth", "init.layers", "init.source")
+# What decides the layers that a student has or stands for.
+_LAYERS = ("init", "init.depth", "init.layers", "init.source", "init.model")
 _SPACE_FIELDS = ("name", "description", "dimensions", "deployments", "baselines")
 
 
@@ -140,17 +141,15 @@ class Space:
         """Every point whose active dimensions take one of `values(dimension)`."""
         return _points(self.dimensions, values, {})
 
-    def smallest_point(self) -> Point:
-        """A point whose student keeps the fewest layers; what does not bear on that is an example."""
-        return min(self._depth_extremes(), key=lambda point: self.strategy(point).init.depth)
+    def extremes(self) -> tuple[Strategy, ...]:
+        """The baselines, and a strategy for each way a student may begin at the ends of its dimensions.
 
-    def largest_point(self) -> Point:
-        """A point whose student keeps the most layers; what does not bear on that is an example."""
-        return max(self._depth_extremes(), key=lambda point: self.strategy(point).init.depth)
-
-    def _depth_extremes(self) -> Iterator[Point]:
-        branching = _with_conditions(self.dimensions, set(_INIT))
-        return self.points(lambda item: item.domain.corners if item.path in branching else item.domain.corners[:1])
+        The smallest and the largest student are among them, and each model that one may start from. What does not bear
+        on how a student begins is an example.
+        """
+        branching = _with_conditions(self.dimensions, {path for path in PATHS if path.split(".")[0] == "init"})
+        points = self.points(lambda item: item.domain.corners if item.path in branching else item.domain.corners[:1])
+        return (*map(self.strategy, points if self.dimensions else ()), *self.baselines.values())
 
     def alignment_cases(self, teacher_layers: int) -> tuple[tuple[Init, Alignment], ...]:
         """Every way of keeping layers and choosing aligned ones that the space and its baselines hold.
@@ -158,20 +157,21 @@ class Space:
         The teacher's hidden states that a search may need follow from it. Other fields of both parts are examples.
         """
         aligned = tuple(f"distillation.alignment{name}" for name in ("", ".layers", ".count"))
-        branching = _with_conditions(self.dimensions, {*_INIT, *aligned, "distillation"})
+        branching = _with_conditions(self.dimensions, {*_LAYERS, *aligned, "distillation"})
 
         def values(dimension: Dimension) -> Sequence[Value]:
             if dimension.path not in branching:
                 return dimension.domain.corners[:1]
             return dimension.domain.grid or _depths(dimension, teacher_layers)
 
-        cases: dict[tuple[float, str, str, int], tuple[Init, Alignment]] = {}
+        cases: dict[tuple[str, str, float, str, str, int], tuple[Init, Alignment]] = {}
         strategies = (self.strategy(point) for point in self.points(values))
         for strategy in (*strategies, *self.baselines.values()):
             alignment = strategy.distillation.alignment
             if alignment is not None:
-                key = (strategy.init.depth, strategy.init.layers, alignment.layers, alignment.count)
-                cases.setdefault(key, (strategy.init, alignment))
+                init = strategy.init
+                key = (init.source, init.model, init.depth, init.layers, alignment.layers, alignment.count)
+                cases.setdefault(key, (init, alignment))
         return tuple(cases[key] for key in sorted(cases))
 
     @cached_property

@@ -94,21 +94,56 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 class Init(Part):
     """How the student's weights begin.
 
+    Fractions are of the teacher's sizes; `autodistill.shapes` rounds them.
+
     Attributes:
-        source: "teacher" copies layers, embeddings and head of the teacher.
+        source: "teacher" copies parts of the teacher; "scratch" draws new weights in these proportions of the teacher;
+            "pretrained" takes `model` as it is.
+        model: Reference of a smaller pretrained model with the teacher's tokens, as for a teacher; else empty.
         depth: Fraction of the teacher's layers that are kept, rounded down, at least one layer.
         layers: "even" keeps layers spread evenly from the first to the last; "contiguous" keeps the first ones and the
-            last, dropping one block of late layers.
+            last, dropping one block of late layers; "influence" drops the block of neighbouring layers that turns the
+            hidden states least. The last two are for the teacher's own layers alone.
+        ffn: Fraction of each layer's FFN neurons.
+        heads: Fraction of each layer's attention heads, in whole groups that share keys and values.
+        width: Fraction of the hidden channels.
     """
 
     source: str = "teacher"
+    model: str = ""
     depth: float = 0.8
     layers: str = "even"
+    ffn: float = 1.0
+    heads: float = 1.0
+    width: float = 1.0
 
     def __post_init__(self) -> None:
-        _choice("init.source", self.source, ("teacher",))
-        _choice("init.layers", self.layers, ("even", "contiguous"))
+        _choice("init.source", self.source, ("teacher", "scratch", "pretrained"))
+        _choice("init.layers", self.layers, ("even", "contiguous", "influence"))
         _check(0 < self.depth <= 1, f"init.depth is a fraction of the teacher's layers above 0, not {self.depth}")
+        for name in ("ffn", "heads", "width"):
+            value = getattr(self, name)
+            _check(0 < value <= 1, f"init.{name} is a fraction of the teacher's above 0, not {value}")
+        pretrained = self.source == "pretrained"
+        _check(pretrained == (self.model != ""), "init.model names a model where init.source is pretrained, else none")
+        whole = (self.depth, self.ffn, self.heads, self.width) == (1, 1, 1, 1)
+        _check(whole or not pretrained, "a pretrained model is taken whole: set init.depth (and every fraction) to 1")
+        chosen = self.layers != "even"
+        _check(self.source == "teacher" or not chosen, 'init.layers is "even" where they are not the teacher\'s')
+
+    @property
+    def selective(self) -> bool:
+        """Whether it depends on the teacher's activations what is kept."""
+        whole = (self.ffn, self.heads, self.width) == (1, 1, 1)
+        return self.source == "teacher" and (not whole or self.layers == "influence")
+
+    def describe(self) -> str:
+        """The init in a few words, for a table."""
+        if self.source == "pretrained":
+            return f"from {self.model}"
+        kept = f"{self.depth:.0%} {self.layers if self.source == 'teacher' else 'from scratch'}"
+        fractions = {name: getattr(self, name) for name in ("ffn", "heads", "width")}
+        return " ".join([kept, *(f"{name} {value:.0%}" for name, value in fractions.items() if value < 1)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +257,12 @@ class Strategy(Part):
     init: Init = Init()
     distillation: Distillation = Distillation()
     finishing: Finishing | None = None
+
+    def __post_init__(self) -> None:
+        _check(
+            self.init.source != "scratch" or self.distillation.train_embeddings,
+            "a student from scratch has an embedding table that means nothing yet: set distillation.train_embeddings",
+        )
 
     @property
     def id(self) -> str:

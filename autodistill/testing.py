@@ -92,8 +92,9 @@ def save_tiny_teacher(
 
     Args:
         folder: Made if missing.
-        architecture: transformers' `model_type`: "llama", "mistral", "qwen2" or "qwen3".
-        layers, width, heads, kv_heads, ffn: Sizes; heads are `width / heads` wide.
+        architecture: transformers' `model_type`, one of `autodistill.families`. Two of three layers of "gemma3_text"
+            have a sliding window of 16 tokens.
+        layers, width, heads, kv_heads, ffn: Sizes; heads are `width / heads` wide. "gpt_neox" has no `kv_heads`.
         tied: Whether the head is the embedding table.
         seed: Of the weights; torch's own random state is left as it was.
         vocabulary: Entries of the tokenizer and of the embedding table.
@@ -105,13 +106,18 @@ def save_tiny_teacher(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = tiny_tokenizer(vocabulary)
+    grouped = {"num_key_value_heads": kv_heads, "head_dim": width // heads}
+    sliding = ["full_attention" if (layer + 1) % 3 == 0 else "sliding_attention" for layer in range(layers)]
+    own = {
+        "gpt_neox": {},
+        "gemma3_text": grouped
+        | {"query_pre_attn_scalar": width // heads, "sliding_window": 16, "layer_types": sliding},
+    }
     config = AutoConfig.for_model(
         architecture,
         num_hidden_layers=layers,
         hidden_size=width,
         num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=width // heads,
         intermediate_size=ffn,
         vocab_size=vocabulary,
         max_position_embeddings=512,
@@ -120,6 +126,7 @@ def save_tiny_teacher(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.1,
+        **own.get(architecture, grouped),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,18 +16,19 @@ import torch
 
 from autodistill.contracts import Direction, Measurement, ModelSpec, Plan, Subject, TokenScores
 from autodistill.data import TokenSet, load_split
-from autodistill.distillation.alignment import aligned_layers, check_rank
+from autodistill.distillation.alignment import aligned_layers, check_rank, check_widths
+from autodistill.distillation.calibration import Calibration
 from autodistill.distillation.memory import is_out_of_memory, keep_freed_memory
 from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.scoring import score
-from autodistill.distillation.student import build_student, student_depth
+from autodistill.distillation.student import build_student, init_spec
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.distillation.trainer import StepRecord, Trainer, branch_point, read_tokens
 from autodistill.errors import TrialFailedError
-from autodistill.estimate import with_layers
+from autodistill.estimate import check_holds
 from autodistill.formats import Grid, get_format
 from autodistill.plugins import load
-from autodistill.strategy import Deployment, Strategy
+from autodistill.strategy import Deployment, Init, Strategy
 from autodistill.units import Budget
 
 _STABLE = "stable.safetensors"
@@ -50,6 +51,8 @@ class TrialSetting:
         evaluators: Names of those that run on simulated students.
         metric, direction: What a rung is judged by.
         device: Where trials train.
+        calibration: File of the teacher's calibration, where a strategy chooses by it.
+        pretrained: Folders of the models that strategies start from, by their references.
     """
 
     teacher: Path
@@ -65,6 +68,8 @@ class TrialSetting:
     metric: str
     direction: Direction
     device: str
+    calibration: Path | None = None
+    pretrained: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,35 +143,51 @@ def probe_deployment(strategy: Strategy, deployments: tuple[Deployment, ...]) ->
 
 
 def student_spec(strategy: Strategy, teacher: ModelSpec) -> ModelSpec:
-    """Shape of the student that a strategy makes of a teacher."""
-    return with_layers(teacher, student_depth(strategy.init, teacher.layers))
+    """Shape of the student that a strategy makes of a teacher.
+
+    Raises:
+        InputError: The teacher has no student of these proportions.
+    """
+    return init_spec(strategy.init, teacher)
+
+
+def initial_student(setting: TrialSetting, init: Init, seed: int) -> tuple[Any, tuple[int, ...]]:
+    """The student before training, in float32 on the CPU, and the teacher layer that each of its layers stands for."""
+    return build_student(
+        setting.teacher,
+        init,
+        seed=seed,
+        calibration=Calibration.load(setting.calibration) if setting.calibration and init.selective else None,
+        pretrained=setting.pretrained.get(init.model),
+    )
 
 
 def check_strategy(strategy: Strategy, teacher: ModelSpec) -> None:
     """Refuses a strategy that this teacher cannot be distilled by, before anything is loaded.
 
     Raises:
-        InputError: More aligned layers than the student has, a low-rank projection that is no reduction, or a finishing
-            group that does not divide a row of weights.
+        InputError: A shape that this teacher cannot be cut to, more aligned layers than the student has, widths that
+            differ without a projection, a low-rank projection that is no reduction, or a finishing grid that cannot
+            hold the student.
     """
     spec = student_spec(strategy, teacher)
     alignment = strategy.distillation.alignment
     if alignment is not None:
         aligned_layers(alignment, spec.layers)
+        check_widths(alignment, spec.width, teacher.width)
         check_rank(alignment, spec.width, teacher.width)
     if strategy.finishing is not None:
         check_deployment(spec, strategy.finishing.format, strategy.finishing.bits, strategy.finishing.group_size)
 
 
 def check_deployment(spec: ModelSpec, format_name: str, bits: int, group_size: int) -> None:
-    """Refuses a packing that a tensor of the model does not divide into.
+    """Refuses a packing that cannot hold the model.
 
     Raises:
-        InputError: Names the tensor, its row and the group.
+        InputError: Names the architecture, or the tensor, its row and the group.
     """
-    packing = get_format(format_name)
-    for tensor in spec.tensors:
-        packing.storage(tensor, bits, group_size)
+    runtime = get_format(format_name).runtimes[0]
+    check_holds(spec, Deployment(runtime=runtime, format=format_name, bits=bits, group_size=group_size))
 
 
 @contextmanager
@@ -343,7 +364,7 @@ class Trial:
 
     def _trainer(self) -> Trainer:
         setting, task = self._bench.setting, self._task
-        model, kept = build_student(setting.teacher, task.strategy.init)
+        model, kept = initial_student(setting, task.strategy.init, task.seed)
         trainer = Trainer(
             model.to(setting.device),
             kept=kept,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +23,7 @@ from autodistill.contracts import ModelSpec
 from autodistill.errors import InputError
 from autodistill.estimate import (
     ARCHITECTURES,
+    cannot_hold,
     fits,
     holdable,
     memory,
@@ -117,7 +119,7 @@ def test_tensors_are_those_of_transformers(architecture: str, tied: bool) -> Non
     assert len(spec.tensors) == len(expected)
     assert spec.parameters == sum(parameter.numel() for parameter in model.parameters())
     for tensor in spec.tensors:
-        assert (tensor.role is Role.NORM) == ("norm" in tensor.name)
+        assert (tensor.role is Role.NORM) == ("norm" in tensor.name and not tensor.name.endswith("bias"))
         assert (tensor.role is Role.BIAS) == tensor.name.endswith("bias")
 
 
@@ -129,8 +131,22 @@ def test_a_size_that_a_config_leaves_out_is_transformers_default() -> None:
 
 
 def test_an_unknown_architecture_names_the_supported_ones() -> None:
-    with pytest.raises(InputError, match=r"'gpt_neox' is not supported; these are: llama, mistral, qwen2, qwen3"):
-        spec_from_config({"model_type": "gpt_neox"})
+    known = "llama, mistral, qwen2, qwen3, gemma3_text, gpt_neox"
+    with pytest.raises(InputError, match=f"'bloom' is not supported; these are: {known}"):
+        spec_from_config({"model_type": "bloom"})
+
+
+def test_what_a_family_can_do_and_we_cannot_is_refused() -> None:
+    with pytest.raises(InputError, match="final_logit_softcapping, which is not supported for gemma3_text"):
+        spec_from_config(config("gemma3_text") | {"final_logit_softcapping": 30.0})
+
+
+@pytest.mark.parametrize("architecture", ["gemma3_text", "gpt_neox"])
+def test_a_family_without_a_verified_gguf_export_is_left_out_with_its_reason(architecture: str) -> None:
+    spec = spec_from_config(config(architecture))
+    assert holdable(spec, ALL) == (INT4, HUGGING_FACE)
+    assert cannot_hold(spec, HUGGING_FACE) == ""
+    assert re.match(f"gguf-q8_0 cannot hold the architecture {architecture}; GGUF holds llama", cannot_hold(spec, Q8_0))
 
 
 @pytest.mark.parametrize("value", [None, 0, -3, "64", 64.0, True])

@@ -21,6 +21,7 @@ ROOMS = (
     "statistics",
     "hardware",
     "formats",
+    "families",
     "strategy",
     "plain_yaml",
     "domains",
@@ -28,6 +29,7 @@ ROOMS = (
     "contracts",
     "plugins",
     "estimate",
+    "shapes",
     "training_fit",
     "records",
     "documents",
@@ -47,7 +49,18 @@ ROOMS = (
     "__main__",
     "",  # autodistill/__init__.py: public names
 )
-WITHOUT_TORCH = ("errors", "units", "formats", "strategy", "space", "contracts", "plugins", "estimate")
+WITHOUT_TORCH = (
+    "errors",
+    "units",
+    "formats",
+    "families",
+    "strategy",
+    "space",
+    "contracts",
+    "plugins",
+    "estimate",
+    "shapes",
+)
 
 
 def sources() -> dict[str, Path]:

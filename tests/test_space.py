@@ -143,15 +143,22 @@ def test_a_constant_temperature_ends_where_it_starts():
     assert space.strategy(point).distillation.temperature == Temperature(start=4.0, end=4.0)
 
 
-def test_the_extremes_of_depth():
+def test_the_extremes_are_the_corners_of_how_a_student_begins():
     space = load_space("default")
-    depths = [space.strategy(point).init.depth for point in (space.smallest_point(), space.largest_point())]
-    assert depths == [0.6, 0.8]
-    parts = {"shallow": {"depth": 0.3}, "deep": {"depth": 0.9, "layers": "contiguous"}, "middle": {"depth": 0.5}}
-    space = space_of({SHAPE: {"choices": ["linear"]}, "init": {"choices": parts}})
-    assert (space.smallest_point()["init"], space.largest_point()["init"]) == ("shallow", "deep")
+    inits = {(strategy.init.depth, strategy.init.layers) for strategy in space.extremes()}
+    assert inits == {(depth, layers) for depth in (0.6, 0.8) for layers in ("even", "contiguous")}
+    assert space.extremes()[-1] == space.baselines["hand_designed"]
+    sibling = {"source": "pretrained", "model": "owner/name", "depth": 1.0}
+    parts = {"shallow": {"depth": 0.3}, "deep": {"depth": 0.9, "layers": "influence"}, "sibling": sibling}
+    ffn = {"low": 0.5, "high": 0.9, "when": {"init": ["shallow", "deep"]}}
+    space = space_of({SHAPE: {"choices": ["linear"]}, "init": {"choices": parts}, "init.ffn": ffn})
+    assert {strategy.init for strategy in space.extremes()} == {
+        *(Init(depth=0.3, ffn=ffn) for ffn in (0.5, 0.9)),
+        *(Init(depth=0.9, layers="influence", ffn=ffn) for ffn in (0.5, 0.9)),
+        Init(**sibling),
+    }
     space = space_of({SHAPE: {"choices": ["linear"]}})
-    assert space.smallest_point() == space.largest_point() == {SHAPE: "linear"}
+    assert {strategy.init for strategy in space.extremes()} == {Init()}
 
 
 def test_alignment_cases_hold_whatever_a_trial_may_need():

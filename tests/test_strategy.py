@@ -27,7 +27,15 @@ from autodistill.strategy import (
     content_hash,
 )
 
-inits = st.builds(Init, depth=st.floats(0, 1, exclude_min=True), layers=st.sampled_from(["even", "contiguous"]))
+fractions = st.floats(0, 1, exclude_min=True)
+inits = st.builds(
+    Init,
+    depth=fractions,
+    layers=st.sampled_from(["even", "contiguous", "influence"]),
+    ffn=fractions,
+    heads=fractions,
+    width=fractions,
+) | st.just(Init(source="pretrained", model="owner/name", depth=1.0))
 degrees = st.floats(0.5, 8)
 temperatures = degrees.map(lambda value: Temperature(start=value, end=value)) | st.builds(
     Temperature, shape=st.sampled_from(["linear", "cosine", "exponential"]), start=degrees, end=degrees
@@ -91,10 +99,11 @@ TEXT = (
     '{"distillation":{"alignment":{"count":4,"layers":"even","projection":"linear","projection_rate":5.0,"rank":0,'
     '"weight":1.0},"divergence":"forward_kl","divergence_weight":0.7,"learning_rate":0.0003,"temperature":{"end":1.0,'
     '"shape":"linear","start":5.0},"train_embeddings":false},"finishing":{"bits":8,"format":"gguf-q8_0",'
-    '"group_size":32},"init":{"depth":0.8,"layers":"even","source":"teacher"}}'
+    '"group_size":32},"init":{"depth":0.8,"ffn":1.0,"heads":1.0,"layers":"even","model":"","source":"teacher",'
+    '"width":1.0}}'
 )
 SAMPLE = Strategy.from_json(json.loads(TEXT))
-SAMPLE_ID = "c5dfd8d48712"
+SAMPLE_ID = "1dcb2660796e"
 
 
 def test_the_id_is_pinned():
@@ -139,7 +148,14 @@ def test_it_is_frozen_and_hashable():
 
 GGUF = {"format": "gguf-q8_0", "bits": 8, "group_size": 32}
 RULES = [
-    ("init.source", "scratch", "can be teacher"),
+    ("init.source", "void", "can be teacher, scratch, pretrained"),
+    ("init.source", "scratch", "train_embeddings"),
+    ("init.source", "pretrained", "init.model names a model where init.source is pretrained"),
+    ("init.model", "owner/name", "init.model names a model where init.source is pretrained"),
+    ("init", {"source": "pretrained", "model": "owner/name"}, "taken whole"),
+    ("init", {"source": "scratch", "layers": "influence"}, "even"),
+    ("init.ffn", 0.0, "init.ffn is a fraction"),
+    ("init.heads", 1.5, "init.heads is a fraction"),
     ("init.layers", "odd", "even, contiguous"),
     ("init.depth", 0.0, "fraction"),
     ("init.depth", 1.01, "fraction"),
@@ -168,7 +184,7 @@ RULES = [
     ("finishing", {"format": "gguf-q8_0", "bits": 8}, "lacks the field group_size"),
     ("finishing", "gguf-q8_0", "must be a mapping"),
     ("init", None, "must be a mapping"),
-    ("init.width", 3, "no field width; its fields are source, depth, layers"),
+    ("init.colour", 3, "no field colour; its fields are source, model, depth, layers, ffn, heads, width"),
     ("init.depth", "0.8", "of type float"),
     ("init.depth", True, "of type float"),
     ("init.depth", float("nan"), "finite"),

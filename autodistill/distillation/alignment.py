@@ -56,11 +56,7 @@ def projection(alignment: Alignment, student_width: int, teacher_width: int, see
     """
     generator = torch.Generator().manual_seed(seed)
     if alignment.projection == "none":
-        if student_width != teacher_width:
-            raise InputError(
-                f"alignment.projection is none, but the student is {student_width} wide and the teacher "
-                f"{teacher_width}: use a linear projection"
-            )
+        check_widths(alignment, student_width, teacher_width)
         return nn.Identity()
     if alignment.projection == "linear":
         linear = _linear(student_width, teacher_width)
@@ -78,6 +74,19 @@ def projection(alignment: Alignment, student_width: int, teacher_width: int, see
     else:
         nn.init.orthogonal_(up.weight, generator=generator)
     return nn.Sequential(down, up)
+
+
+def check_widths(alignment: Alignment, student_width: int, teacher_width: int) -> None:
+    """Refuses states of different widths without a projection.
+
+    Raises:
+        InputError: The widths differ, and there is none.
+    """
+    if alignment.projection == "none" and student_width != teacher_width:
+        raise InputError(
+            f"alignment.projection is none, but the student is {student_width} wide and the teacher {teacher_width}: "
+            "use a linear projection"
+        )
 
 
 def check_rank(alignment: Alignment, student_width: int, teacher_width: int) -> None:

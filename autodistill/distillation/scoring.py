@@ -77,13 +77,14 @@ def _over_rows(
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Applies `work` to logits, float32 [rows, vocab], and true tokens, int64 [rows]; joins what it gives, in order."""
     model.eval()
+    head = model.get_output_embeddings()
 
     def sequence(index: int) -> list[tuple[Tensor, ...]]:
         ids = torch.from_numpy(np.array(data.tokens[index], dtype=np.int64)).to(device)
         with torch.no_grad():
-            hidden = model.model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
+            hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
             parts = zip(hidden.split(_CHUNK_ROWS), ids[1:].split(_CHUNK_ROWS), strict=True)
-            return [tuple(part.cpu() for part in work(model.lm_head(rows), labels)) for rows, labels in parts]
+            return [tuple(part.cpu() for part in work(head(rows), labels)) for rows, labels in parts]
 
     results = [part for parts in map_sequences(sequence, len(data.tokens), device) for part in parts]
     first, second = (torch.cat(columns).numpy() for columns in zip(*results, strict=True))

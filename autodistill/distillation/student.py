@@ -1,66 +1,226 @@
-"""How a student begins: the teacher's layers that are kept, and the plain transformers model made of them."""
+"""How a student begins: parts of the teacher, new weights, or a pretrained model, as a plain transformers model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from autodistill.distillation.teacher import load_model
+from autodistill.contracts import ModelSpec
+from autodistill.distillation.calibration import Calibration
+from autodistill.distillation.pretrained import load_pretrained, pretrained_spec
+from autodistill.distillation.teacher import load_model, model_from_weights, read_config
 from autodistill.errors import InputError
+from autodistill.estimate import resized, spec_from_config
+from autodistill.families import Axis, get_family
+from autodistill.shapes import cut_spec, student_depth
 from autodistill.strategy import Init
 
 
-def student_depth(init: Init, teacher_layers: int) -> int:
-    """Number of layers kept: the fraction rounded down, at least one."""
-    # 0.7 * 30 is 20.999... in binary; the nudge keeps such products on the side that was meant.
-    return max(1, int(init.depth * teacher_layers + 1e-9))
+def init_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
+    """Shape of the student that `init` makes of a teacher; its table always has the teacher's tokens.
 
-
-def kept_layers(init: Init, teacher_layers: int) -> tuple[int, ...]:
-    """Indices of the teacher's layers that the student keeps, ascending, the first and the last among them.
-
-    "even" spreads them evenly; "contiguous" keeps the first ones and the last, leaving out one block of late layers.
+    Raises:
+        InputError: As `shapes.cut_spec`, or a pretrained model that is not found.
     """
+    if init.source == "pretrained":
+        return resized(pretrained_spec(init.model), vocabulary=teacher.vocabulary)
+    return cut_spec(init, teacher)
+
+
+def kept_layers(init: Init, teacher_layers: int, calibration: Calibration | None = None) -> tuple[int, ...]:
+    """Teacher layer that each student layer is, or stands for where it was not copied; the last one among them.
+
+    Kept layers ascend, and the first is among them unless only one is kept. "even" spreads them evenly; "contiguous"
+    leaves out one block of late layers, just before the last; "influence" leaves out the block of neighbouring layers
+    between whose input and output the hidden state turns least (Gromov et al., 2024, arXiv:2403.17887). A student that
+    is not made of the teacher's layers stands for evenly spread ones.
+
+    Args:
+        init: How the student begins.
+        teacher_layers: Number of the teacher's layers.
+        calibration: Of the teacher; "influence" needs it.
+    """
+    if init.source == "pretrained":
+        return _spread(pretrained_spec(init.model).layers, teacher_layers)
     depth = student_depth(init, teacher_layers)
+    if depth == 1 or init.layers == "even":
+        return _spread(depth, teacher_layers)
+    start = depth - 1
+    dropped = teacher_layers - depth
+    if init.layers == "influence":
+        if calibration is None:
+            raise ValueError("layers are chosen by influence from a calibration")
+        start = 1 + int(calibration.similarity.diagonal(dropped)[1:depth].argmax())
+    return (*range(start), *range(start + dropped, teacher_layers))
+
+
+def _spread(depth: int, teacher_layers: int) -> tuple[int, ...]:
     if depth == 1:
         return (teacher_layers - 1,)
-    if init.layers == "contiguous":
-        return (*range(depth - 1), teacher_layers - 1)
-    return tuple(round(i * (teacher_layers - 1) / (depth - 1)) for i in range(depth))
+    # No later layer than the first stands for the teacher's first one, however deep the student is.
+    return (0, *(max(1, round(i * (teacher_layers - 1) / (depth - 1))) for i in range(1, depth)))
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's list of transformer blocks."""
-    layers = getattr(getattr(model, "model", None), "layers", None)
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The model's list of transformer blocks.
+
+    Raises:
+        InputError: A model without one, as of a family that is not supported.
+    """
+    layers = getattr(getattr(model, "base_model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise InputError(f"{type(model).__name__} has no list of layers at model.layers: this family is not supported")
+        raise InputError(f"{type(model).__name__} has no list of layers: this family is not supported")
     return layers
 
 
-def keep_layers(model: Any, kept: tuple[int, ...]) -> None:
-    """Removes all blocks but those in `kept`, in place; the config and the blocks' own indices follow."""
-    layers = decoder_layers(model)
-    model.model.layers = nn.ModuleList(layers[index] for index in kept)
-    for position, layer in enumerate(model.model.layers):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = position
-    model.config.num_hidden_layers = len(kept)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[index] for index in kept]
+class Selection(NamedTuple):
+    """What is kept of a teacher; None for everything.
+
+    Attributes:
+        layers: Indices, ascending.
+        channels: int64 [width].
+        neurons: int64 [layers, ffn width], for each kept layer its own.
+        groups: int64 [layers, key-value heads], for each kept layer its own.
+    """
+
+    layers: tuple[int, ...]
+    channels: Tensor | None
+    neurons: Tensor | None
+    groups: Tensor | None
 
 
-def build_student(teacher: Path, init: Init) -> tuple[Any, tuple[int, ...]]:
-    """The student before any training, in float32 on the CPU, and the teacher layer each of its layers is.
+def select(spec: ModelSpec, teacher: ModelSpec, layers: tuple[int, ...], calibration: Calibration | None) -> Selection:
+    """Keeps the most important channels, neurons and groups of heads, each in the teacher's order.
+
+    Args:
+        spec: Shape of the student.
+        teacher: Shape of the teacher.
+        layers: Those kept.
+        calibration: Of the teacher; without one the first of each are kept, which is enough to measure speed.
+    """
+
+    kept = list(layers)
+    channels = torch.zeros(teacher.width) if calibration is None else calibration.channels
+    neurons = torch.zeros(len(kept), teacher.ffn_width) if calibration is None else calibration.neurons[kept]
+    groups = torch.zeros(len(kept), teacher.kv_heads) if calibration is None else calibration.groups[kept]
+    return Selection(
+        layers=layers,
+        channels=_most_important(channels, spec.width),
+        neurons=_most_important(neurons, spec.ffn_width),
+        groups=_most_important(groups, spec.kv_heads),
+    )
+
+
+def _most_important(importance: Tensor, count: int) -> Tensor | None:
+    if count == importance.shape[-1]:
+        return None
+    # A stable sort, so that equal parts are kept in the teacher's order on every machine.
+    return importance.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
+
+
+def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
+    """A model of the selected parts of another; tensors of which everything is kept are shared with it.
+
+    Args:
+        model: The teacher in float32.
+        spec: Shape of the student.
+        selection: What is kept.
+    """
+    family = get_family(spec.architecture)
+    parameters = dict(model.named_parameters())
+
+    def kept(axis: Axis, layer: int) -> Tensor | None:
+        if axis is Axis.WIDTH:
+            return selection.channels
+        if axis is Axis.FFN:
+            return None if selection.neurons is None else selection.neurons[layer]
+        if axis in (Axis.QUERIES, Axis.KEYS, Axis.FUSED) and selection.groups is not None:
+            heads = {Axis.QUERIES: spec.heads // spec.kv_heads, Axis.KEYS: 1, Axis.FUSED: 3}[axis]
+            block = heads * spec.head_dim
+            return (selection.groups[layer][:, None] * block + torch.arange(block)).flatten()
+        return None
+
+    weights = {}
+    for tensor in spec.tensors:
+        layer, name = -1, tensor.name
+        if (part := family.layer_part(name)) is not None:
+            layer = part[0]
+            name = f"{family.body}.layers.{selection.layers[layer]}.{part[1]}"
+        weight = parameters[name].detach()
+        for dimension, axis in enumerate(family.axes(tensor.name)):
+            indices = kept(axis, layer)
+            if indices is not None:
+                weight = weight.index_select(dimension, indices.to(weight.device))
+        weights[tensor.name] = weight
+    return model_from_weights(model, _config_changes(model.config, spec, selection.layers), weights)
+
+
+def _config_changes(config: Any, spec: ModelSpec, layers: tuple[int, ...]) -> dict[str, Any]:
+    """The fields of transformers' config that differ in a student of this shape, made of these layers."""
+    changes: dict[str, Any] = {
+        "num_hidden_layers": spec.layers,
+        "hidden_size": spec.width,
+        "num_attention_heads": spec.heads,
+        "intermediate_size": spec.ffn_width,
+    }
+    if not get_family(spec.architecture).heads_fill_width:
+        changes |= {"num_key_value_heads": spec.kv_heads, "head_dim": spec.head_dim}
+    if getattr(config, "layer_types", None):
+        changes["layer_types"] = [config.layer_types[index] for index in layers]
+    return changes
+
+
+def new_student(teacher: Path, init: Init, seed: int) -> Any:
+    """A model in the proportions of the teacher with new weights, drawn from `seed` as transformers draws them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(teacher, local_files_only=True, trust_remote_code=False)
+    spec = cut_spec(init, spec_from_config(config.to_dict()))
+    changes = _config_changes(config, spec, kept_layers(init, config.num_hidden_layers))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = type(config).from_dict(config.to_dict() | changes)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    return model.eval()
+
+
+def build_student(
+    teacher: Path,
+    init: Init,
+    *,
+    seed: int = 0,
+    calibration: Calibration | None = None,
+    pretrained: Path | None = None,
+) -> tuple[Any, tuple[int, ...]]:
+    """The student before any training, in float32 on the CPU, and the teacher layer that each of its layers stands for.
 
     Args:
         teacher: Folder of the teacher.
         init: How the student begins.
+        seed: Of new weights.
+        calibration: Of the teacher, where `init.selective`.
+        pretrained: Folder of the model that `init.model` refers to.
+
+    Raises:
+        InputError: Sizes that the family cannot have, or a pretrained model of other tokens.
     """
-    model = load_model(teacher, torch.float32)
-    kept = kept_layers(init, len(decoder_layers(model)))
-    keep_layers(model, kept)
-    return model, kept
+    if init.selective and calibration is None:
+        raise ValueError("a calibration says which parts of the teacher matter: make one first")
+    if init.source == "teacher":
+        return cut_student(load_model(teacher, torch.float32), init, calibration)
+    layers = kept_layers(init, spec_from_config(read_config(teacher)).layers)
+    if init.source == "scratch":
+        return new_student(teacher, init, seed), layers
+    assert pretrained is not None
+    return load_pretrained(pretrained, teacher), layers
+
+
+def cut_student(model: Any, init: Init, calibration: Calibration | None) -> tuple[Any, tuple[int, ...]]:
+    """The parts of a teacher that `init` keeps, and its layers among them."""
+    whole = spec_from_config(model.config.to_dict())
+    spec = cut_spec(init, whole)
+    layers = kept_layers(init, whole.layers, calibration)
+    return cut(model, spec, select(spec, whole, layers, calibration)), layers

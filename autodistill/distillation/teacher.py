@@ -7,7 +7,8 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -15,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from autodistill.distillation.gguf_conversion import convert, is_whole, sha256
 from autodistill.distillation.gguf_file import read_gguf, transformers_name
 from autodistill.errors import InputError, MissingDependencyError
+from autodistill.families import FAMILIES
 from autodistill.strategy import content_hash
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 _KINDS = "smollm2, a .gguf file, a folder of transformers with safetensors, or a hub id like owner/name"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
@@ -141,8 +142,8 @@ def _folder_ref(folder: Path) -> TeacherRef:
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
     architecture = config.get("model_type")
-    if architecture not in ARCHITECTURES:
-        raise InputError(f"{where} holds the architecture {architecture}; supported are {', '.join(ARCHITECTURES)}")
+    if architecture not in FAMILIES:
+        raise InputError(f"{where} holds the architecture {architecture}; supported are {', '.join(FAMILIES)}")
     if config.get("quantization_config"):
         raise InputError(f"{where} holds quantised weights: give the model's 16- or 32-bit folder, or a GGUF file")
 
@@ -250,6 +251,15 @@ def _fingerprint(folder: Path) -> str:
     return content_hash([[path.name, sha256(path)] for path in files], digits=16)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a model's folder.
+
+    Raises:
+        InputError: Missing or unreadable.
+    """
+    return _read_json(folder / "config.json")
+
+
 def tokenizer_fingerprint(folder: Path) -> str:
     """Hash of what decides the tokens of a text: the tokenizer's files and its special tokens.
 
@@ -276,11 +286,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrai
         device: Where the model goes.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with _no_progress_bar():
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -289,9 +296,43 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrai
             use_safetensors=True,
             local_files_only=True,
         )
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     model.to(device)
     model.eval()
     return cast("PreTrainedModel", model)
+
+
+def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Any:
+    """A model of the class of `model` in float32, as transformers makes it of another config and other weights.
+
+    Args:
+        model: Gives class, config and generation config; it is not changed.
+        changes: Fields of the config that differ.
+        weights: By name, a tied head left out; the tensors themselves become the parameters.
+    """
+    import torch
+
+    config = type(model.config).from_dict(model.config.to_dict() | dict(changes))
+    stored = dict(weights)
+    if "lm_head.weight" in stored:
+        # Under the name in files, or transformers would save it under another one than it read.
+        stored[f"{FAMILIES[config.model_type].stored_head}.weight"] = stored.pop("lm_head.weight")
+    with _no_progress_bar():
+        made = type(model).from_pretrained(
+            None, config=config, state_dict=stored, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    made.generation_config = model.generation_config
+    made.config._name_or_path = model.config._name_or_path
+    return made.eval()
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -248,8 +248,8 @@ def _teacher_batches(
         ids = torch.from_numpy(np.array(data.tokens[index], dtype=np.int64))[None].to(device)
         with torch.no_grad():
             with torch.autocast(device, dtype=torch.bfloat16, enabled=settings.bf16):
-                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-            columns = _sparse_outputs(model.lm_head(hidden[0, :-1].float()), settings)
+                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            columns = _sparse_outputs(model.get_output_embeddings()(hidden[0, :-1].float()), settings)
             for layer in settings.states:
                 columns[f"state_{layer}"] = rms_normalise(local.states[layer][0, :-1]).half().cpu().numpy()
         return pa.record_batch({name: _arrow(values) for name, values in columns.items()})

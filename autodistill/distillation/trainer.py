@@ -173,7 +173,7 @@ class Trainer:
 
     def _cast_head(self, storage_of: Callable[[str], Grid | None] | None) -> Tensor | None:
         """A frozen head as bfloat16 training sees it, cast once and not in every step; None where it is trained."""
-        weight = self.model.lm_head.weight
+        weight = self.model.get_output_embeddings().weight
         if weight.requires_grad or not self._plan.bf16:
             return None
         name = next(name for name, parameter in self.model.named_parameters() if parameter is weight)
@@ -258,11 +258,11 @@ class Trainer:
                 handle = layer.register_forward_hook(_capture(states, pair.student_layer))
                 stack.callback(handle.remove)
             with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._plan.bf16):
-                hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
+                hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
                 # As a matrix: for a slice of three dimensions the product would copy the whole head.
                 rows = hidden[:, :-1].flatten(0, 1)
                 head = self._frozen_head
-                logits = self.model.lm_head(rows) if head is None else nn.functional.linear(rows, head)
+                logits = self.model.get_output_embeddings()(rows) if head is None else nn.functional.linear(rows, head)
                 projected = [
                     project(states[pair.student_layer][:, :-1].flatten(0, 1))
                     for pair, project in zip(self._pairs, self._projections, strict=True)

@@ -16,13 +16,12 @@ from autodistill.distillation.gguf_file import transformers_name
 from autodistill.errors import InputError, VerificationError
 from autodistill.export.gguf_tokenizer import add_tokenizer
 from autodistill.export.student_files import StudentFiles, replacing
+from autodistill.families import FAMILIES, get_family
 from autodistill.formats import Q4_0, Q8_0, Floats, Grid, Storage, get_format, pack, tensor_bytes, unpack
 from autodistill.strategy import Deployment
 
 FILE = "student.gguf"
 
-# llama.cpp's own converter writes Mistral as "llama": the same graph.
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _FILE_TYPES = {
     "gguf-f16": LlamaFileType.MOSTLY_F16,
     "gguf-q8_0": LlamaFileType.MOSTLY_Q8_0,
@@ -99,11 +98,11 @@ class GgufExporter:
 
 
 def _gguf_architecture(spec: ModelSpec) -> str:
-    if spec.architecture not in _ARCHITECTURES:
-        raise InputError(
-            f"GGUF export does not know the architecture {spec.architecture!r}; it knows {', '.join(_ARCHITECTURES)}"
-        )
-    return _ARCHITECTURES[spec.architecture]
+    name = get_family(spec.architecture).gguf
+    if name is None:
+        known = ", ".join(name for name, family in FAMILIES.items() if family.gguf)
+        raise InputError(f"GGUF export does not know the architecture {spec.architecture!r}; it knows {known}")
+    return name
 
 
 def gguf_name(name: str) -> str:

@@ -18,9 +18,12 @@ from safetensors.torch import save_file
 from autodistill.contracts import Artefact
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
+from autodistill.families import FAMILIES, get_family
 from autodistill.formats import Floats
 
 WEIGHTS = "model.safetensors"
+_HEAD = "lm_head.weight"
+_HEADS = {f"{family.stored_head}.weight": _HEAD for family in FAMILIES.values()}
 _COMPANIONS = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -72,11 +75,11 @@ class StudentFiles:
         self.spec = spec_from_config(self.config)
         self.specs = {tensor.name: tensor for tensor in self.spec.tensors}
         self._open = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, tuple[Any, str]] = {}
         try:
             for path in _weight_files(folder):
                 file = self._open.enter_context(safe_open(path, framework="pt"))
-                self._files |= dict.fromkeys(file.keys(), file)
+                self._files |= {_HEADS.get(name, name): (file, name) for name in file.keys()}  # noqa: SIM118
             self._check(folder)
         except (OSError, SafetensorError) as error:
             self._open.close()
@@ -89,7 +92,8 @@ class StudentFiles:
         for name, tensor in self.specs.items():
             if name not in self._files:
                 raise InputError(f"the weights in {folder} lack {name}, which its config.json asks for")
-            shape = tuple(self._files[name].get_slice(name).get_shape())
+            file, stored = self._files[name]
+            shape = tuple(file.get_slice(stored).get_shape())
             if shape != tensor.shape:
                 raise InputError(f"{name} in {folder} is {list(shape)}, where its config says {list(tensor.shape)}")
 
@@ -101,7 +105,8 @@ class StudentFiles:
 
     def read(self, name: str) -> Floats:
         """One tensor as float32."""
-        values: Floats = self._files[name].get_tensor(name).to(torch.float32).numpy()
+        file, stored = self._files[name]
+        values: Floats = file.get_tensor(stored).to(torch.float32).numpy()
         return values
 
 
@@ -115,10 +120,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def read_arrays(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields each tensor of a safetensors file as it stands."""
+    """Yields each tensor of a safetensors file as it stands, under transformers' name."""
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
-            yield name, file.get_tensor(name)
+            yield _HEADS.get(name, name), file.get_tensor(name)
 
 
 @contextmanager
@@ -149,8 +154,11 @@ def write_folder(out: Path, student: Path, config: Mapping[str, Any], tensors: M
     Raises:
         InputError: `out` cannot be written.
     """
+    stored = dict(tensors)
+    if _HEAD in stored:
+        stored[f"{get_family(config['model_type']).stored_head}.weight"] = stored.pop(_HEAD)
     with replacing(out) as partial:
-        save_file(dict(tensors), partial / WEIGHTS, metadata={"format": "pt"})
+        save_file(stored, partial / WEIGHTS, metadata={"format": "pt"})
         for name in _COMPANIONS:
             if (student / name).is_file():
                 shutil.copyfile(student / name, partial / name)

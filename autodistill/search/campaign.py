@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from autodistill.contracts import Decision, Direction, ModelSpec, Plan, Status
 from autodistill.errors import InputError
-from autodistill.estimate import Fit, fits, shortfall
+from autodistill.estimate import Fit, cannot_hold, fits, holdable, shortfall
 from autodistill.formats import get_format
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import EventLog
@@ -398,9 +398,10 @@ class Campaign:
         self, strategy: Strategy, *, trial_id: str, number: int | None, kind: str, name: str, point: Point | None
     ) -> TrialState:
         question = self.question
-        fitting = fits(student_spec(strategy, question.teacher_spec), question.deployments, question.budget)
+        fitting, reason = self._fits(strategy)
         allowed = tuple(fit.deployment for fit in fitting if fit.slack <= 0)
-        reason = self._contradiction(strategy) or (None if allowed else shortfall(fitting, question.budget))
+        if reason is None and not allowed:
+            reason = shortfall(fitting, question.budget)
         task = TrialTask(
             id=trial_id,
             strategy=strategy,
@@ -413,13 +414,16 @@ class Campaign:
         self.trials[trial_id] = trial
         return trial
 
-    def _contradiction(self, strategy: Strategy) -> str | None:
-        """Why this teacher cannot be distilled so, where the strategy alone does not tell."""
+    def _fits(self, strategy: Strategy) -> tuple[tuple[Fit, ...], str | None]:
+        """How each deployment stands to the budget, and why this teacher cannot be distilled so if it cannot."""
+        question = self.question
         try:
-            check_strategy(strategy, self.question.teacher_spec)
+            spec = student_spec(strategy, question.teacher_spec)
+            fitting = fits(spec, holdable(spec, question.deployments), question.budget)
+            check_strategy(strategy, question.teacher_spec)
         except InputError as error:
-            return str(error)
-        return None
+            return (), str(error)
+        return fitting, None if fitting else cannot_hold(spec, question.deployments[0])
 
     def _end(self, trial: TrialState, status: Status, reason: str | None = None) -> None:
         trial.status, trial.reason = status, reason
@@ -458,7 +462,7 @@ class Campaign:
         assert trial.point is not None
         plan = self.question.plan
         # A strategy that contradicts this teacher is out of bounds, whatever memory it would need.
-        slack = min(fit.slack for fit in trial.fits)
+        slack = min((fit.slack for fit in trial.fits), default=0.0)
         waiting: Literal["paused", "running"] = "paused" if trial.rung >= 0 and not trial.running else "running"
         return Observation(
             point=trial.point,
@@ -479,7 +483,7 @@ def describe(strategy: Strategy) -> str:
     heat = f"T{temperature.start:g}"
     if temperature.shape != "constant":
         heat += f">{temperature.end:g} {temperature.shape}"
-    words = [f"{init.depth:.0%} {init.layers}", f"KD {recipe.divergence_weight:.2f} {heat}"]
+    words = [init.describe(), f"KD {recipe.divergence_weight:.2f} {heat}"]
     if recipe.alignment:
         words.append(f"{recipe.alignment.layers}-{recipe.alignment.count} {recipe.alignment.projection}")
     if finishing:

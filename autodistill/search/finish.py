@@ -16,10 +16,9 @@ from autodistill import plugins
 from autodistill.contracts import Artefact, Measurement, Status, Subject
 from autodistill.data import Prepared, load_split
 from autodistill.distillation.scoring import choices, score
-from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import Teacher, load_model
 from autodistill.errors import NothingFitsError
-from autodistill.estimate import fits
+from autodistill.estimate import fits, holdable
 from autodistill.export.huggingface import model_card
 from autodistill.export.verify import CLEAR_SHARE, MIN_POSITIONS, RuntimeCheck, verify, verify_runtime
 from autodistill.formats import get_format
@@ -29,7 +28,7 @@ from autodistill.records.store import RunFolder, record_test_opening
 from autodistill.search.campaign import Question
 from autodistill.search.rows import make_row
 from autodistill.strategy import Deployment, Strategy
-from autodistill.trial import TrialSetting, deployed_weights, evaluate, student_folder, student_spec
+from autodistill.trial import TrialSetting, deployed_weights, evaluate, initial_student, student_folder, student_spec
 from autodistill.units import format_bytes
 
 # Measured in the runtime, a student may turn out above the budget; this many are tried before giving up.
@@ -265,7 +264,7 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
         add(teacher, None, "teacher", "teacher", packing, None)
     del teacher
     strategy = Strategy.from_json(best.strategy)
-    initial, _ = build_student(finisher.teacher.folder, strategy.init)
+    initial, _ = initial_student(setting, strategy.init, question.plan.seed)
     add(initial.to(setting.device), None, "initial", "undistilled student", deployment, strategy)
     del initial
     add(finisher.load(best), best, best.kind, best.name, deployment, strategy)
@@ -303,9 +302,10 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
     metric = question.metric
     limit = question.budget.memory_bytes
     notes = []
-    fitting = fits(finisher.setting.teacher_spec, question.deployments, question.budget)
+    spec = finisher.setting.teacher_spec
+    fitting = fits(spec, holdable(spec, question.deployments), question.budget)
     needs = [fit.need for fit in fitting]
-    if max(needs) <= limit:
+    if needs and max(needs) <= limit:
         notes.append(
             f"the budget of {format_bytes(limit)} does not bind: even the unquantised teacher needs only "
             f"{format_bytes(max(needs))}"

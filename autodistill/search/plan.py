@@ -14,9 +14,7 @@ import torch
 
 from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec, Plan
 from autodistill.distillation.parallel import map_sequences
-from autodistill.distillation.student import keep_layers, kept_layers
 from autodistill.hardware import Machine
-from autodistill.strategy import Init
 from autodistill.units import format_duration
 
 _REDUCTION = 3
@@ -36,7 +34,7 @@ class Speed:
     Attributes:
         cache: Teacher forward in the cache's precision, on all threads.
         score: Teacher forward in float32, on all threads.
-        worker_train: A training step of the deepest student, on one of all busy workers.
+        worker_train: A training step of the largest student, on one of all busy workers.
         worker_score: Its forward in float32, likewise.
     """
 
@@ -78,25 +76,31 @@ def share_out(machine: Machine, training_bytes: int, runner: str) -> Workers:
 
 
 def measure_speed(
-    teacher: Any, spec: ModelSpec, depth: float, workers: Workers, threads: int, *, checkpointing: bool = False
+    teacher: Any,
+    spec: ModelSpec,
+    largest: Callable[[Any], Any],
+    workers: Workers,
+    threads: int,
+    *,
+    checkpointing: bool = False,
 ) -> Speed:
-    """Times the teacher's forward and one training step of the deepest student, on random tokens.
+    """Times the teacher's forward and one training step of the largest student, on random tokens.
 
     Args:
-        teacher: The teacher in float32; cut down to the student afterwards, so the caller must not use it again.
+        teacher: The teacher in float32; the student may share its weights, so the caller must not use it again.
         spec: The teacher's shape.
-        depth: Fraction of layers of the deepest student in the space.
+        largest: Makes the largest student in the space of the teacher.
         workers: Threads and precision of a worker.
         threads: All of the machine's threads.
         checkpointing: Whether a step computes activations twice.
     """
     device = workers.device
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, spec.vocabulary, (1, SEQUENCE_LENGTH))).to(device)
-    teacher.to(device)
+    model = teacher.to(device)
 
     def forward(bf16: bool) -> Any:
         with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
-            return teacher(input_ids=ids, use_cache=False).logits
+            return model(input_ids=ids, use_cache=False).logits
 
     def forward_alone(index: int, bf16: bool) -> None:
         with torch.no_grad():
@@ -113,15 +117,15 @@ def measure_speed(
     torch.set_num_threads(threads)
     cache = rate(partial(forward_alone, bf16=workers.bf16), threads)
     full = rate(partial(forward_alone, bf16=False), threads)
-    keep_layers(teacher, kept_layers(Init(depth=depth), spec.layers))
-    teacher.get_input_embeddings().weight.requires_grad_(False)
+    model = largest(teacher).to(device)
+    model.get_input_embeddings().weight.requires_grad_(False)
     # All workers at once, as they will be: they share the memory's bandwidth.
     torch.set_num_threads(workers.count * workers.threads)
     worker_score = rate(partial(forward_alone, bf16=False), workers.count * workers.threads) / workers.count
 
     if checkpointing:
-        teacher.train()
-        teacher.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def train_step(index: int) -> None:
         forward(workers.bf16).float().square().mean().backward()

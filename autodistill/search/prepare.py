@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,20 @@ import numpy as np
 from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec, Plan, Status
 from autodistill.data import Prepared, load_split, prepare
 from autodistill.distillation.alignment import layer_map
+from autodistill.distillation.calibration import Calibration, ensure_calibration
+from autodistill.distillation.pretrained import token_rows
 from autodistill.distillation.scoring import score
-from autodistill.distillation.student import kept_layers
+from autodistill.distillation.student import cut_student, kept_layers
 from autodistill.distillation.teacher import (
     Teacher,
     load_model,
     materialise,
+    resolve_teacher,
     tokenizer_fingerprint,
 )
 from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
 from autodistill.errors import InputError
-from autodistill.estimate import fits, holdable, spec_from_config
+from autodistill.estimate import cannot_hold, fits, holdable, spec_from_config
 from autodistill.hardware import detect
 from autodistill.records.leaderboard import rows_of
 from autodistill.records.row import Row
@@ -36,14 +40,14 @@ from autodistill.search.plan import Demand, Speed, Workers, make_plan, measure_s
 from autodistill.search.request import (
     METRICS,
     Checked,
-    by_depth,
+    by_size,
     check_budget,
 )
 from autodistill.search.rows import make_row
 from autodistill.space import Space
 from autodistill.strategy import Deployment
 from autodistill.training_fit import TrainingFit, fit_training
-from autodistill.trial import TrialSetting, evaluate, student_spec
+from autodistill.trial import TrialSetting, evaluate
 
 EVALUATORS = ("accuracy", "perplexity", "agreement", "memory", "size")
 # Seconds of the time box where none is given.
@@ -94,7 +98,7 @@ class Observer:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """Teacher and data on this machine's disk."""
+    """Teacher, data and the pretrained models that students may start from, on this machine's disk."""
 
     teacher: Teacher
     data: Prepared
@@ -103,13 +107,14 @@ class Loaded:
     threads: int
     step_tokens: int
     fit: TrainingFit
+    pretrained: Mapping[str, Path]
 
 
 def load(checked: Checked) -> Loaded:
     """Teacher and data on this machine's disk, and how it is shared out.
 
     Raises:
-        InputError: Data too short, or training that cannot be made to fit this machine.
+        InputError: Data too short, a pretrained model of other tokens, or training that cannot be made to fit.
     """
     request = checked.request
     teacher = materialise(checked.teacher, request.cache)
@@ -123,11 +128,15 @@ def load(checked: Checked) -> Loaded:
         SEQUENCE_LENGTH,
         request.cache,
     )
+    models = dict.fromkeys(strategy.init.model for strategy in checked.space.extremes() if strategy.init.model)
+    pretrained = {model: materialise(resolve_teacher(model), request.cache).folder for model in models}
+    for folder in pretrained.values():
+        token_rows(folder, teacher.folder)
     machine = detect()
-    deepest = student_spec(by_depth(checked.space)[-1], spec)
+    _, largest = by_size(checked.space, spec)[-1]
     step_tokens = checked.stored["plan"]["batch_tokens"] if checked.stored else request.step_tokens or SEQUENCE_LENGTH
     fit = fit_training(
-        deepest,
+        largest,
         sequence_length=SEQUENCE_LENGTH,
         sequences=step_tokens // SEQUENCE_LENGTH,
         limit_bytes=machine.gpus[0].memory_bytes if machine.gpus else machine.memory_bytes,
@@ -140,6 +149,7 @@ def load(checked: Checked) -> Loaded:
         threads=machine.cpus,
         step_tokens=step_tokens,
         fit=fit,
+        pretrained=pretrained,
     )
 
 
@@ -147,16 +157,24 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
     """Measures this machine for a few seconds and plans for it; `spent` seconds of the box are gone."""
     request = checked.request
     teacher = load_model(loaded.teacher.folder, _float32())
-    deepest = by_depth(checked.space)[-1].init.depth
+    students = by_size(checked.space, loaded.spec)
+    init = students[-1][0].init
+
+    def largest(model: Any) -> Any:
+        if init.model:
+            return load_model(loaded.pretrained[init.model], _float32())
+        # Which layers and neurons are kept does not bear on speed.
+        return cut_student(model, replace(init, layers="even"), None)[0]
+
     speed = measure_speed(
-        teacher, loaded.spec, deepest, loaded.workers, loaded.threads, checkpointing=loaded.fit.checkpointing
+        teacher, loaded.spec, largest, loaded.workers, loaded.threads, checkpointing=loaded.fit.checkpointing
     )
     box = request.time_seconds
     if box is None and not ((request.trials or request.strategy) and request.tokens):
         box = BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
     splits = loaded.data.splits
     deployments = holdable(loaded.spec, checked.space.deployments)
-    smallest = student_spec(by_depth(checked.space)[0], loaded.spec)
+    smallest = students[0][1]
     demand = Demand(
         box_seconds=box,
         spent_seconds=spent,
@@ -165,7 +183,9 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         baselines=len(checked.space.baselines),
         teacher_deployments=len(deployments),
         # The smallest student has the most deployments that fit.
-        deployments=sum(fit.slack <= 0 for fit in fits(smallest, deployments, request.budget)),
+        deployments=sum(
+            fit.slack <= 0 for fit in fits(smallest, holdable(smallest, checked.space.deployments), request.budget)
+        ),
         train_tokens=splits["train"].sequences * SEQUENCE_LENGTH,
         validation_tokens=splits["validation"].sequences * SEQUENCE_LENGTH,
         test_tokens=splits["test"].sequences * SEQUENCE_LENGTH,
@@ -189,13 +209,29 @@ def _float32() -> Any:
     return torch.float32
 
 
-def cache_settings(space: Space, spec: ModelSpec, bf16: bool) -> CacheSettings:
+def calibration_file(checked: Checked, loaded: Loaded) -> Path | None:
+    """File of the teacher's calibration, made if a strategy of the space chooses by it."""
+    if not any(strategy.init.selective for strategy in checked.space.extremes()):
+        return None
+    return ensure_calibration(
+        lambda: load_model(loaded.teacher.folder, _float32()),
+        teacher_fingerprint=loaded.teacher.fingerprint,
+        data_fingerprint=loaded.data.fingerprint,
+        data=load_split(loaded.data.folder, "train"),
+        root=checked.request.cache / "calibrations",
+        device=loaded.workers.device,
+    )
+
+
+def cache_settings(space: Space, spec: ModelSpec, bf16: bool, calibration: Path | None) -> CacheSettings:
     """What the trials of a space may ask of the teacher's cache."""
+    importance = Calibration.load(calibration) if calibration else None
+    cases = [(kept_layers(init, spec.layers, importance), item) for init, item in space.alignment_cases(spec.layers)]
     states = {
         pair.teacher_state
-        for init, alignment in space.alignment_cases(spec.layers)
-        if alignment.count <= len(kept_layers(init, spec.layers))
-        for pair in layer_map(alignment, kept_layers(init, spec.layers), spec.layers)
+        for kept, alignment in cases
+        if alignment.count <= len(kept)
+        for pair in layer_map(alignment, kept, spec.layers)
     }
     return CacheSettings(states=tuple(sorted(states)), bf16=bf16)
 
@@ -241,7 +277,8 @@ def plan_run(checked: Checked, run: RunFolder, clock: Clock, observer: Observer)
     document = _describe(checked, loaded, plan, speed)
     if checked.stored is None:
         write_json(run.search_file, document)
-    for note in plan.notes:
+    left_out = (cannot_hold(loaded.spec, deployment) for deployment in checked.space.deployments)
+    for note in (*plan.notes, *dict.fromkeys(filter(None, left_out))):
         observer.line(note)
     return Planned(loaded=loaded, plan=plan, speed=speed, document=document)
 
@@ -251,7 +288,7 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
     setting = _teacher_phase(checked, planned.loaded, planned.plan, run, clock, run.events.read())
     question = Question(
         space=checked.space,
-        deployments=holdable(planned.loaded.spec, checked.space.deployments),
+        deployments=checked.space.deployments,
         budget=checked.request.budget,
         plan=planned.plan,
         speed=planned.speed,
@@ -332,6 +369,8 @@ def _teacher_phase(
     request, device = checked.request, loaded.workers.device
     train = load_split(loaded.data.folder, "train").head(plan.tokens)
     validation = load_split(loaded.data.folder, "validation").head(plan.eval_tokens)
+    with clock.phase("cache", "calibration"):
+        calibration = calibration_file(checked, loaded)
     with clock.phase("cache", "teacher cache"):
         cache = ensure_cache(
             lambda: load_model(loaded.teacher.folder, _float32()),
@@ -340,7 +379,7 @@ def _teacher_phase(
             data=train,
             vocabulary=loaded.spec.vocabulary,
             width=loaded.spec.width,
-            settings=cache_settings(checked.space, loaded.spec, plan.bf16),
+            settings=cache_settings(checked.space, loaded.spec, plan.bf16, calibration),
             root=request.cache / "teacher-outputs",
             limit_bytes=request.cache_limit_bytes,
             device=device,
@@ -369,6 +408,8 @@ def _teacher_phase(
         metric=checked.metric,
         direction=METRICS[checked.metric],
         device=device,
+        calibration=calibration,
+        pretrained=loaded.pretrained,
     )
     done = {row.deployment_name for row in rows_of(earlier) if row.kind == "teacher" and row.split == "validation"}
     for deployment in holdable(loaded.spec, checked.space.deployments):

@@ -16,11 +16,11 @@ from autodistill.distillation.teacher import (
 )
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError, NothingFitsError
-from autodistill.estimate import fits, holdable, shortfall, spec_from_config
+from autodistill.estimate import cannot_hold, fits, holdable, shortfall, spec_from_config
 from autodistill.records.store import RunFolder, read_json
 from autodistill.space import Space, load_space, load_strategy
 from autodistill.strategy import Strategy
-from autodistill.trial import student_spec
+from autodistill.trial import check_strategy, student_spec
 from autodistill.units import Budget
 
 DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE, DEFAULT_METRIC = "smollm2", "pydoc", "default", "accuracy"
@@ -189,13 +189,11 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
 
 def check_budget(checked: Checked, spec: ModelSpec) -> None:
     """Refuses a budget that not even the smallest student meets."""
-    deployments = holdable(spec, checked.space.deployments)
+    smallest = by_size(checked.space, spec)[0][1]
+    deployments = holdable(smallest, checked.space.deployments)
     if not deployments:
-        raise InputError(
-            f"no deployment of the space {checked.space.name} can hold this teacher: its rows are not divisible by "
-            "their groups; add a 16-bit deployment to the space"
-        )
-    smallest = student_spec(by_depth(checked.space)[0], spec)
+        cause = cannot_hold(smallest, checked.space.deployments[0])
+        raise InputError(f"no deployment of the space {checked.space.name} can hold the smallest student: {cause}")
     fitting = fits(smallest, deployments, checked.request.budget)
     reason = shortfall(fitting, checked.request.budget)
     if reason is not None:
@@ -205,8 +203,19 @@ def check_budget(checked: Checked, spec: ModelSpec) -> None:
         )
 
 
-def by_depth(space: Space) -> list[Strategy]:
-    """The baselines and the extremes of the space, the shallowest student first."""
-    points = [space.smallest_point(), space.largest_point()] if space.dimensions else []
-    strategies = [*map(space.strategy, points), *space.baselines.values()]
-    return sorted(strategies, key=lambda strategy: strategy.init.depth)
+def by_size(space: Space, teacher: ModelSpec) -> list[tuple[Strategy, ModelSpec]]:
+    """The extremes of the space that this teacher can be distilled by, and their shapes, the smallest student first.
+
+    Raises:
+        InputError: There is none; the message is that of the first.
+    """
+    found, refused = [], None
+    for strategy in space.extremes():
+        try:
+            check_strategy(strategy, teacher)
+            found.append((strategy, student_spec(strategy, teacher)))
+        except InputError as error:
+            refused = refused or error
+    if not found and refused is not None:
+        raise refused
+    return sorted(found, key=lambda item: item[1].parameters)

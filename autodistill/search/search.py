@@ -22,6 +22,7 @@ from autodistill.search.prepare import (
     Clock,
     Observer,
     cache_settings,
+    calibration_file,
     load,
     plan_from_measurement,
     plan_run,
@@ -59,7 +60,7 @@ def plan_search(request: SearchRequest, observer: Observer | None = None) -> dic
     loaded = load(checked)
     (observer or Observer()).phase("measuring this machine")
     plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - request.started)
-    settings = cache_settings(checked.space, loaded.spec, plan.bf16)
+    settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration_file(checked, loaded))
     tokens = min(plan.tokens, loaded.data.splits["train"].sequences * SEQUENCE_LENGTH)
     per_token = settings.bytes_per_token(loaded.spec.vocabulary, loaded.spec.width)
     return {

@@ -5,8 +5,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from autodistill.distillation.student import build_student, decoder_layers, kept_layers, student_depth
+from autodistill.distillation.calibration import Calibration
+from autodistill.distillation.student import build_student, decoder_layers, kept_layers
 from autodistill.errors import InputError
+from autodistill.shapes import student_depth
 from autodistill.strategy import Init
 from autodistill.testing import save_tiny_teacher
 
@@ -42,17 +44,43 @@ def test_contiguous_layers(depth, layers, expected):
     assert kept_layers(Init(depth=depth, layers="contiguous"), layers) == expected
 
 
-@pytest.mark.parametrize("how", ["even", "contiguous"])
+def _calibration(similarity):
+    empty = torch.zeros(0, dtype=torch.float64)
+    return Calibration(similarity=similarity, neurons=empty, groups=empty, channels=empty)
+
+
+def test_influence_drops_the_block_that_turns_the_state_least():
+    # Angles of the states that layers 0 to 5 are fed, and of the last output, in one plane.
+    angles = torch.tensor([0.0, 0.9, 1.0, 1.3, 1.2, 2.0, 2.05], dtype=torch.float64)
+    calibration = _calibration((angles[:, None] - angles).cos())
+
+    def kept(depth):
+        return kept_layers(Init(depth=depth, layers="influence"), 6, calibration)
+
+    assert kept(0.84) == (0, 2, 3, 4, 5)  # layer 1 turns by 0.1, the last one by less, but it is kept
+    assert kept(0.67) == (0, 1, 4, 5)  # layers 2 and 3 by 0.2 together
+    assert kept(0.5) == (0, 4, 5)  # 1 to 3 by 0.3, 2 to 4 by 1.0
+    assert kept(0.34) == (0, 5)
+    assert kept(0.1) == (5,)
+    assert kept(1.0) == (0, 1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize("how", ["even", "contiguous", "influence"])
 def test_layers_ascend_and_hold_both_ends_at_every_depth(how):
+    torch.manual_seed(0)
     for layers in range(2, 40):
         for depth in range(2, layers + 1):
-            kept = kept_layers(Init(depth=depth / layers, layers=how), layers)
+            calibration = _calibration(torch.rand(layers + 1, layers + 1, dtype=torch.float64))
+            kept = kept_layers(Init(depth=depth / layers, layers=how), layers, calibration)
             assert len(kept) == depth
             assert sorted(set(kept)) == list(kept)
             assert (kept[0], kept[-1]) == (0, layers - 1)
 
 
-FAMILIES = [("llama", True), ("llama", False), ("mistral", True), ("qwen2", False), ("qwen3", True)]
+FAMILIES = [
+    *(("llama", True), ("llama", False), ("mistral", True), ("qwen2", False), ("qwen3", True)),
+    *(("gemma3_text", True), ("gpt_neox", False)),
+]
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: f"{family[0]}-{'tied' if family[1] else 'untied'}")
@@ -67,8 +95,8 @@ def test_weights_are_the_teachers(teacher):
     assert kept == (0, 2, 5)
     expected = {}
     for name, tensor in weights.items():
-        if not name.startswith("model.layers."):
-            expected[name] = tensor
+        if not name.startswith(("model.layers.", "gpt_neox.layers.")):
+            expected[name.replace("embed_out", "lm_head")] = tensor
         elif int(name.split(".")[2]) in kept:
             parts = name.split(".")
             expected[".".join([*parts[:2], str(kept.index(int(parts[2]))), *parts[3:]])] = tensor
@@ -109,6 +137,25 @@ def test_one_layer(teacher):
     assert kept == (5,)
     with torch.no_grad():
         assert student(torch.arange(5, 25)[None]).logits.isfinite().all()
+
+
+def test_from_scratch_is_a_function_of_the_seed_alone(teacher):
+    init = Init(source="scratch", depth=0.5)
+    state = torch.get_rng_state()
+    (one, kept), (same, _), (other, _) = (build_student(teacher, init, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert kept == (0, 2, 5)
+    cut, _ = build_student(teacher, Init(depth=0.5))
+    assert {name: p.shape for name, p in one.named_parameters()} == {
+        name: p.shape for name, p in cut.named_parameters()
+    }
+    assert one.config.to_dict() == cut.config.to_dict()
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, same.get_parameter(name))
+        if parameter.ndim == 2:
+            assert not torch.equal(parameter, other.get_parameter(name))
+            # The teacher's initializer_range, which its own weights were drawn with.
+            assert float(parameter.detach().std()) == pytest.approx(0.1, rel=0.1)
 
 
 def test_a_model_without_a_list_of_layers():

@@ -178,9 +178,9 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path: Path) -> No
     edit_config(teacher, hidden_act="silu", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(InputError, match="yarn"):
         export(teacher, F16, tmp_path / "out")
-    edit_config(teacher, model_type="gpt_neox")
-    with pytest.raises(InputError, match="llama, mistral, qwen2"):
-        export(teacher, F16, tmp_path / "out")
+    neox = save_tiny_teacher(tmp_path / "neox", architecture="gpt_neox", layers=1)
+    with pytest.raises(InputError, match="'gpt_neox'; it knows llama, mistral, qwen2"):
+        export(neox, F16, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 

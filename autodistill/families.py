@@ -1,0 +1,208 @@
+"""The supported families of models: what each calls its tensors, along which axes they run, and its own rules.
+
+transformers' modules are the reference for names and shapes. Estimate, pruning and exports all read this table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Any, TypeAlias
+
+from autodistill.errors import InputError
+from autodistill.formats import Role
+
+
+class Axis(StrEnum):
+    """What a dimension of a tensor counts."""
+
+    VOCABULARY = "vocabulary"
+    WIDTH = "width"  # channels of the residual stream
+    FFN = "ffn"  # neurons
+    QUERIES = "queries"  # heads x head dim
+    KEYS = "keys"  # key-value heads x head dim
+    FUSED = "fused"  # heads x (query, key, value) x head dim
+    HEAD = "head"  # head dim
+
+
+Condition: TypeAlias = bool | tuple[str, bool]
+"""Whether a tensor is there: always, never, or as a field of the config says, which has a default."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer in a block: its name there, what its outputs and inputs count, and whether it has a bias."""
+
+    name: str
+    outputs: Axis
+    inputs: Axis
+    bias: Condition = False
+
+
+Place: TypeAlias = tuple[Role, tuple[Axis, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family.
+
+    Attributes:
+        linears: Of a block.
+        norms: Of a block, over the width.
+        body: Name of the model below the head; its blocks are `layers`.
+        embedding, final_norm: Names in the body.
+        head_norms: Of a block, over each head's queries and keys.
+        stored_head: Name of an untied head in files; transformers' modules call it lm_head in every family.
+        norm_bias: Whether norms have a bias, as LayerNorm has.
+        heads_fill_width: Whether heads x head dim is the width by definition, so that the two shrink together.
+        heads_divide_width: Whether transformers asks the number of heads to divide the width.
+        head_dim: Where a config leaves it out; 0 is the width's even share.
+        tied: Whether the head is the embedding table where a config does not say.
+        gguf: llama.cpp's name of the graph that computes this family, or None where no verified export exists.
+        off: Fields of a config that must be false or absent, for what they turn on is not supported.
+    """
+
+    linears: tuple[Linear, ...]
+    norms: tuple[str, ...]
+    body: str = "model"
+    embedding: str = "embed_tokens"
+    final_norm: str = "norm"
+    stored_head: str = "lm_head"
+    head_norms: tuple[str, ...] = ()
+    norm_bias: bool = False
+    heads_fill_width: bool = False
+    heads_divide_width: bool = False
+    head_dim: int = 0
+    tied: bool = False
+    gguf: str | None = None
+    off: tuple[str, ...] = ()
+
+    def tensors(self, config: Mapping[str, Any], layers: int, tied: bool) -> Iterator[tuple[str, Role]]:
+        """Name and role of every stored tensor of a model, a tied table once."""
+
+        def there(condition: Condition) -> bool:
+            return condition if isinstance(condition, bool) else bool(config.get(*condition))
+
+        yield f"{self.body}.{self.embedding}.weight", Role.EMBEDDING
+        for index in range(layers):
+            block = f"{self.body}.layers.{index}"
+            for linear in self.linears:
+                yield f"{block}.{linear.name}.weight", Role.LINEAR
+                if there(linear.bias):
+                    yield f"{block}.{linear.name}.bias", Role.BIAS
+            for norm in (*self.head_norms, *self.norms):
+                yield from self._norm(f"{block}.{norm}")
+        yield from self._norm(f"{self.body}.{self.final_norm}")
+        if not tied:
+            yield "lm_head.weight", Role.HEAD
+
+    def _norm(self, name: str) -> Iterator[tuple[str, Role]]:
+        yield f"{name}.weight", Role.NORM
+        if self.norm_bias:
+            yield f"{name}.bias", Role.BIAS
+
+    def axes(self, name: str) -> tuple[Axis, ...]:
+        """What each dimension of the tensor `name` counts."""
+        found = self.layer_part(name)
+        return self._axes[name if found is None else found[1]]
+
+    def layer_part(self, name: str) -> tuple[int, str] | None:
+        """The block that the tensor `name` is of and its name there, or None for one of no block."""
+        found = re.fullmatch(rf"{self.body}\.layers\.(\d+)\.(.+)", name)
+        return (int(found[1]), found[2]) if found else None
+
+    @cached_property
+    def _axes(self) -> dict[str, tuple[Axis, ...]]:
+        table = (Axis.VOCABULARY, Axis.WIDTH)
+        axes: dict[str, tuple[Axis, ...]] = {f"{self.body}.{self.embedding}.weight": table, "lm_head.weight": table}
+        for linear in self.linears:
+            axes[f"{linear.name}.weight"] = (linear.outputs, linear.inputs)
+            axes[f"{linear.name}.bias"] = (linear.outputs,)
+        widths = dict.fromkeys((*self.norms, f"{self.body}.{self.final_norm}"), Axis.WIDTH)
+        for name, axis in (widths | dict.fromkeys(self.head_norms, Axis.HEAD)).items():
+            axes[f"{name}.weight"] = axes[f"{name}.bias"] = (axis,)
+        return axes
+
+    def reading(self, axis: Axis) -> str:
+        """Name in a block of the linear layer whose inputs count `axis`: the one that ends attention, or the FFN."""
+        return next(linear.name for linear in self.linears if linear.inputs is axis)
+
+
+def _attention(qkv_bias: Condition, output_bias: Condition) -> tuple[Linear, ...]:
+    return (
+        Linear("self_attn.q_proj", Axis.QUERIES, Axis.WIDTH, qkv_bias),
+        Linear("self_attn.k_proj", Axis.KEYS, Axis.WIDTH, qkv_bias),
+        Linear("self_attn.v_proj", Axis.KEYS, Axis.WIDTH, qkv_bias),
+        Linear("self_attn.o_proj", Axis.WIDTH, Axis.QUERIES, output_bias),
+    )
+
+
+def _gated(bias: Condition) -> tuple[Linear, ...]:
+    return (
+        Linear("mlp.gate_proj", Axis.FFN, Axis.WIDTH, bias),
+        Linear("mlp.up_proj", Axis.FFN, Axis.WIDTH, bias),
+        Linear("mlp.down_proj", Axis.WIDTH, Axis.FFN, bias),
+    )
+
+
+_PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_ATTENTION_BIAS = ("attention_bias", False)
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(
+        linears=_attention(_ATTENTION_BIAS, _ATTENTION_BIAS) + _gated(("mlp_bias", False)),
+        norms=_PRE_NORMS,
+        heads_divide_width=True,
+        gguf="llama",
+    ),
+    # llama.cpp's own converter writes Mistral as "llama": the same graph.
+    "mistral": Family(linears=_attention(False, False) + _gated(False), norms=_PRE_NORMS, gguf="llama"),
+    "qwen2": Family(linears=_attention(True, False) + _gated(False), norms=_PRE_NORMS, gguf="qwen2"),
+    "qwen3": Family(
+        linears=_attention(_ATTENTION_BIAS, _ATTENTION_BIAS) + _gated(False),
+        norms=_PRE_NORMS,
+        head_norms=_QK_NORMS,
+        head_dim=128,
+        gguf="qwen3",
+    ),
+    "gemma3_text": Family(
+        linears=_attention(_ATTENTION_BIAS, _ATTENTION_BIAS) + _gated(False),
+        norms=(*_PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        head_norms=_QK_NORMS,
+        heads_divide_width=True,
+        head_dim=256,
+        tied=True,
+        off=("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"),
+    ),
+    "gpt_neox": Family(
+        linears=(
+            Linear("attention.query_key_value", Axis.FUSED, Axis.WIDTH, ("attention_bias", True)),
+            Linear("attention.dense", Axis.WIDTH, Axis.QUERIES, ("attention_bias", True)),
+            Linear("mlp.dense_h_to_4h", Axis.FFN, Axis.WIDTH, True),
+            Linear("mlp.dense_4h_to_h", Axis.WIDTH, Axis.FFN, True),
+        ),
+        norms=_PRE_NORMS,
+        body="gpt_neox",
+        embedding="embed_in",
+        final_norm="final_layer_norm",
+        stored_head="embed_out",
+        norm_bias=True,
+        heads_fill_width=True,
+    ),
+}
+"""By transformers' `model_type`."""
+
+
+def get_family(architecture: str) -> Family:
+    """Looks a family up by transformers' `model_type`.
+
+    Raises:
+        InputError: Not supported; the message lists those that are.
+    """
+    if architecture not in FAMILIES:
+        raise InputError(f"the architecture {architecture!r} is not supported; these are: {', '.join(FAMILIES)}")
+    return FAMILIES[architecture]

@@ -1,0 +1,121 @@
+"""Every way a student begins, and every kind of family, through the whole path that `autodistill distill` takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from autodistill.errors import InputError
+from autodistill.search.request import SearchRequest
+from autodistill.search.search import Outcome, plan_search, search
+from autodistill.space import load_strategy
+from autodistill.testing import save_tiny_teacher, tiny_text, tiny_tokenizer
+from autodistill.units import Budget
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    teacher = save_tiny_teacher(folder / "teacher", layers=5, width=128, ffn=192)
+    plain = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
+    gguf = {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}
+    # One deployment that is quick to verify; and with one that not every family has.
+    for name, deployments in (("one", [plain]), ("two", [gguf, plain])):
+        space = {"name": name, "dimensions": {"init.depth": {"choices": [0.8]}}, "deployments": deployments}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(space))
+    return teacher, tiny_text(folder / "text", documents=30, sentences=80), folder / "cache"
+
+
+def request(inputs: tuple[Path, Path, Path], out: Path, strategy: Path | str, **changes: object) -> SearchRequest:
+    teacher, text, cache = inputs
+    fields: dict[str, object] = {
+        "budget": Budget(memory_bytes=16 * 10**9, context=256),
+        "strategy": str(strategy),
+        "space": str(text.parent / "one.yaml"),
+        "teacher": str(teacher),
+        "data": str(text),
+        "tokens": 1024,
+        "runner": "inline",
+        "out": out,
+        "name": "run",
+        "cache": cache,
+    }
+    return SearchRequest(**(fields | changes))  # type: ignore[arg-type]
+
+
+def student_of(outcome: Outcome) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(outcome.finish.paths["huggingface"], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["narrow", "influence", "from_scratch"])
+def test_a_named_strategy_ends_in_a_student_that_transformers_loads(inputs, tmp_path: Path, name: str) -> None:
+    outcome = search(request(inputs, tmp_path, name))
+    init = load_strategy(name).init
+    config = student_of(outcome).config
+    assert config.num_hidden_layers == int(init.depth * 5 + 1e-9)
+    assert config.intermediate_size == {1.0: 192, 0.7: 128}[init.ffn]
+    (row,) = {row.trial: row for row in outcome.rows if row.kind == "baseline"}.values()
+    assert row.status == "completed"
+    assert outcome.finish.best.name == name
+
+
+def written(folder: Path, **init: object) -> Path:
+    path = folder / "mine.yaml"
+    recipe = {"divergence_weight": 0.5, "train_embeddings": init.get("source") == "scratch"}
+    path.write_text(yaml.safe_dump({"init": init, "distillation": recipe}))
+    return path
+
+
+@pytest.mark.parametrize("architecture", ["gemma3_text", "gpt_neox"])
+def test_a_family_without_gguf_is_distilled_and_exported_to_the_rest(inputs, tmp_path: Path, architecture: str) -> None:
+    teacher = save_tiny_teacher(
+        tmp_path / "teacher", architecture=architecture, layers=4, width=128, ffn=192, tied=False, heads=4
+    )
+    strategy = written(tmp_path, depth=0.75, layers="influence", ffn=0.67, heads=0.5, width=0.5)
+    two = str(inputs[1].parent / "two.yaml")
+    outcome = search(request((teacher, *inputs[1:]), tmp_path / "out", strategy, space=two))
+    assert {row.deployment["format"] for row in outcome.rows} == {"huggingface"}
+    config = AutoConfig.from_pretrained(outcome.finish.paths["huggingface"])
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == (architecture, 64, 3)
+
+
+def test_a_pretrained_sibling_is_the_student(inputs, tmp_path: Path) -> None:
+    sibling = save_tiny_teacher(tmp_path / "sibling", architecture="qwen2", layers=2, width=64, seed=9)
+    strategy = written(tmp_path, source="pretrained", model=str(sibling), depth=1.0)
+    outcome = search(request(inputs, tmp_path / "out", strategy))
+    config = student_of(outcome).config
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("qwen2", 64, 2)
+
+
+def test_a_pretrained_model_of_other_tokens_is_refused_before_training(inputs, tmp_path: Path) -> None:
+    other = save_tiny_teacher(tmp_path / "other", layers=2)
+    tokenizer = tiny_tokenizer(300)
+    text = tokenizer.backend_tokenizer.to_str()
+    longest = max(tokenizer.get_vocab(), key=len)
+    (other / "tokenizer.json").write_text(text.replace(f'"{longest}"', '"other"'))
+    strategy = written(tmp_path, source="pretrained", model=str(other), depth=1.0)
+    with pytest.raises(InputError, match=r"logit distillation needs one vocabulary"):
+        search(request(inputs, tmp_path / "out", strategy))
+
+
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        ({"source": "pretrained", "model": "/nowhere/at/all", "depth": 1.0}, "/nowhere/at/all"),
+        ({"ffn": 0.1}, "rounds to none: they are kept in multiples of 64"),
+    ],
+)
+def test_an_impossible_student_is_refused_before_anything_is_loaded(
+    inputs, tmp_path: Path, init: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        plan_search(request(inputs, tmp_path / "out", written(tmp_path, **init)))
