@@ -308,10 +308,10 @@ FAULTS = {
     ),
     "contradiction": (
         {
-            "distillation.alignment.layers": {"choices": ["even", "last"]},
+            "distillation.alignment.layers": {"choices": ["even", "all"]},
             "distillation.alignment.count": {"choices": [1, 2]},
         },
-        "alignment.count 1",
+        "leave count at 1",
     ),
     "no such grid": (
         {

@@ -16,6 +16,7 @@ import numpy as np
 from autodistill.contracts import ModelSpec, Plan, Status
 from autodistill.data import Prepared, load_split, prepare
 from autodistill.distillation.alignment import layer_map
+from autodistill.distillation.attention import teacher_layer
 from autodistill.distillation.scoring import score
 from autodistill.distillation.student import kept_layers
 from autodistill.distillation.teacher import (
@@ -184,6 +185,9 @@ def cache_settings(space: Space, spec: ModelSpec, bf16: bool) -> CacheSettings:
         if alignment.count <= len(kept_layers(init, spec.layers))
         for pair in layer_map(alignment, kept_layers(init, spec.layers), spec.layers)
     }
+    # A layer's attention is computed from its input, the output of the layer before.
+    followed = {teacher_layer(attention, spec.layers) for attention in space.attention_cases(spec.layers)}
+    states |= {layer - 1 for layer in followed if layer > 0}
     return CacheSettings(states=tuple(sorted(states)), bf16=bf16)
 
 

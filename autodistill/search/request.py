@@ -20,7 +20,7 @@ from autodistill.estimate import fits, holdable, shortfall, spec_from_config
 from autodistill.records.store import RunFolder, read_json
 from autodistill.space import Space, load_space, load_strategy
 from autodistill.strategy import Strategy
-from autodistill.trial import student_spec
+from autodistill.trial import check_strategy, student_spec
 from autodistill.units import Budget
 
 DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE, DEFAULT_METRIC = "smollm2", "pydoc", "default", "accuracy"
@@ -136,6 +136,9 @@ def check_request(request: SearchRequest) -> Checked:
     if stored is not None:
         _check_same(checked, stored)
     if checked.spec is not None:
+        if request.strategy is not None:
+            for strategy in space.baselines.values():
+                check_strategy(strategy, checked.spec)
         check_budget(checked, checked.spec)
     return checked
 

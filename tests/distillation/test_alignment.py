@@ -9,7 +9,7 @@ from autodistill.distillation.alignment import (
     Pair,
     aligned_layers,
     alignment_loss,
-    check_rank,
+    check_projection,
     layer_map,
     projection,
     rms_normalise,
@@ -99,10 +99,10 @@ def test_low_rank_projection_between_widths():
 
 def test_a_rank_that_reduces_nothing():
     low_rank = Alignment(projection="low-rank", rank=9)
-    for check in (lambda: check_rank(low_rank, 8, 16), lambda: projection(low_rank, 16, 8, 0)):
+    for check in (lambda: check_projection(low_rank, 8, 16), lambda: projection(low_rank, 16, 8, 0)):
         with pytest.raises(InputError, match=r"alignment.rank is 9, but the states are .* wide: lower it"):
             check()
-    check_rank(Alignment(projection="low-rank", rank=8), 8, 16)
+    check_projection(Alignment(projection="low-rank", rank=8), 8, 16)
 
 
 @pytest.mark.parametrize("alignment", [LINEAR, Alignment(projection="low-rank", rank=3)])
