@@ -11,7 +11,7 @@ from typing import Any
 from autodistill.contracts import ModelSpec
 from autodistill.errors import InputError
 from autodistill.formats import Role, TensorSpec, get_format, weights_bytes
-from autodistill.strategy import Deployment
+from autodistill.strategy import Alignment, Attention, Deployment
 from autodistill.units import Budget, format_bytes
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -314,6 +314,8 @@ class TrainingEstimate:
         gradients_bytes, optimizer_bytes: Of the trained weights: one, and AdamW's two, float32 numbers each.
         activations_bytes: What the forward pass keeps for the backward one.
         logits_bytes: Logits, and the loss's gradient of them.
+        alignment_bytes: What alignments add: projections with their gradients and optimiser states, aligned states, the
+            sides of attention matrices, and the teacher's layer.
         overhead_bytes: What the process takes beyond those.
     """
 
@@ -322,6 +324,7 @@ class TrainingEstimate:
     optimizer_bytes: int
     activations_bytes: int
     logits_bytes: int
+    alignment_bytes: int
     overhead_bytes: int
 
     @property
@@ -330,7 +333,15 @@ class TrainingEstimate:
         return sum(getattr(self, name) for name in self.__dataclass_fields__)
 
 
-def training_memory(spec: ModelSpec, *, tokens: int, train_embeddings: bool = True) -> TrainingEstimate:
+def training_memory(
+    spec: ModelSpec,
+    *,
+    tokens: int,
+    train_embeddings: bool = True,
+    teacher: ModelSpec | None = None,
+    alignment: Alignment | None = None,
+    attention: Attention | None = None,
+) -> TrainingEstimate:
     """Predicts the memory that a trial's training takes: float32 weights, AdamW, no checkpointing of activations.
 
     Kept of each token in each layer, in float32: both norms' inputs, normalised and scaled values (6 widths); queries,
@@ -342,17 +353,48 @@ def training_memory(spec: ModelSpec, *, tokens: int, train_embeddings: bool = Tr
         spec: The student.
         tokens: Tokens of one forward and backward pass.
         train_embeddings: Whether the embedding table, and so a tied head, is trained.
+        teacher: The teacher, where there is an alignment.
+        alignment, attention: What is aligned to it.
     """
+    teacher = teacher or spec
     frozen = 0 if train_embeddings else spec.vocabulary * spec.width
     trained = spec.parameters - frozen
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    attention = (4 if spec.architecture == "qwen3" else 2) * (queries + keys)
-    kept = 6 * spec.width + attention + 4 * spec.ffn_width
+    attended = (4 if spec.architecture == "qwen3" else 2) * (queries + keys)
+    kept = 6 * spec.width + attended + 4 * spec.ffn_width
     return TrainingEstimate(
         weights_bytes=4 * spec.parameters,
         gradients_bytes=4 * trained,
         optimizer_bytes=8 * trained,
         activations_bytes=4 * tokens * spec.layers * kept,
         logits_bytes=2 * 4 * tokens * spec.vocabulary,
+        alignment_bytes=(_states_bytes(spec, teacher, alignment, tokens) if alignment else 0)
+        + (_attention_bytes(spec, teacher, attention, tokens) if attention else 0),
         overhead_bytes=TRANSFORMERS_PROCESS_BYTES,
     )
+
+
+def _states_bytes(spec: ModelSpec, teacher: ModelSpec, alignment: Alignment, tokens: int) -> int:
+    """Of each aligned layer: its states as a matrix, what the projection keeps, projected states and differences."""
+    layers = spec.layers if alignment.layers == "all" else alignment.count
+    # Channels between the projection's maps, and how many times they are kept.
+    inner, times = {"low-rank": (alignment.rank, 1), "mlp": (2 * teacher.width, 2)}.get(alignment.projection, (0, 0))
+    weights = inner * (spec.width + teacher.width)
+    if alignment.projection == "linear":
+        weights = spec.width * teacher.width
+    return layers * (16 * weights + 4 * tokens * (spec.width + times * inner + 2 * teacher.width))
+
+
+def _attention_bytes(spec: ModelSpec, teacher: ModelSpec, attention: Attention, tokens: int) -> int:
+    """The sides of the matrices, which are never held themselves, the student's gradients of them, and the layer."""
+    queries, keys, theirs, their_keys = (
+        heads * one.head_dim for one in (spec, teacher) for heads in (one.heads, one.kv_heads)
+    )
+    if attention.kind == "maps":
+        # Keys are repeated for the query heads that they serve.
+        sides, gradients, target = 2 * queries, 2 * queries, 2 * theirs
+    else:
+        sides, target = queries + 2 * keys, theirs + 2 * their_keys
+        gradients = 2 * sides
+    layer = sum(math.prod(tensor.shape) for tensor in teacher.tensors if tensor.name.startswith("model.layers.0."))
+    return 4 * layer + 4 * tokens * (sides + gradients + target)

@@ -159,7 +159,7 @@ class Space:
         """
         aligned = {f"distillation.alignment{name}" for name in ("", ".layers", ".count")}
         cases: dict[tuple[float, str, str, int], tuple[Init, Alignment]] = {}
-        for strategy in self._cases({*_INIT, *aligned, "distillation"}, teacher_layers):
+        for strategy in self.cases({*_INIT, *aligned, "distillation"}, teacher_layers):
             alignment = strategy.distillation.alignment
             if alignment is not None:
                 key = (strategy.init.depth, strategy.init.layers, alignment.layers, alignment.count)
@@ -169,11 +169,11 @@ class Space:
     def attention_cases(self, teacher_layers: int) -> tuple[Attention, ...]:
         """Every choice of the teacher's layer whose attention is followed; other fields are examples."""
         paths = {"distillation", "distillation.attention", "distillation.attention.teacher_depth"}
-        found = (strategy.distillation.attention for strategy in self._cases(paths, teacher_layers))
+        found = (strategy.distillation.attention for strategy in self.cases(paths, teacher_layers))
         cases = {attention.teacher_depth: attention for attention in found if attention is not None}
         return tuple(cases[depth] for depth in sorted(cases))
 
-    def _cases(self, paths: set[str], teacher_layers: int) -> Iterator[Strategy]:
+    def cases(self, paths: set[str], teacher_layers: int) -> Iterator[Strategy]:
         """Strategies with all that `paths` may be, and the baselines; a continuous range is taken layer by layer."""
         branching = _with_conditions(self.dimensions, paths)
 

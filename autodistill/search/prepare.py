@@ -42,7 +42,7 @@ from autodistill.search.request import (
 )
 from autodistill.search.rows import make_row
 from autodistill.space import Space
-from autodistill.strategy import Deployment
+from autodistill.strategy import Alignment, Attention, Deployment
 from autodistill.trial import TrialSetting, evaluate, student_spec
 from autodistill.units import format_bytes
 
@@ -124,7 +124,12 @@ def load(checked: Checked) -> Loaded:
     )
     machine = detect()
     deepest = student_spec(by_depth(checked.space)[-1], spec)
-    need = training_memory(deepest, tokens=SEQUENCE_LENGTH).total_bytes
+    need = max(
+        training_memory(
+            deepest, tokens=SEQUENCE_LENGTH, teacher=spec, alignment=alignment, attention=attention
+        ).total_bytes
+        for alignment, attention in _alignments(checked.space, spec)
+    )
     limit = machine.gpus[0].memory_bytes if machine.gpus else machine.memory_bytes
     if need > limit:
         raise InputError(
@@ -138,6 +143,14 @@ def load(checked: Checked) -> Loaded:
         workers=share_out(machine, need, request.runner),
         threads=machine.cpus,
     )
+
+
+def _alignments(space: Space, spec: ModelSpec) -> set[tuple[Alignment | None, Attention | None]]:
+    """All that a trial of the space may align, as far as its memory depends on it."""
+    fields = ("", ".layers", ".count", ".projection", ".rank", ".kind")
+    paths = {f"distillation.{part}{name}" for part in ("alignment", "attention") for name in fields}
+    recipes = (strategy.distillation for strategy in space.cases({"distillation", *paths}, spec.layers))
+    return {(recipe.alignment, recipe.attention) for recipe in recipes}
 
 
 def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tuple[Plan, Speed]:
