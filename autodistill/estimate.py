@@ -391,8 +391,8 @@ def _attention_bytes(spec: ModelSpec, teacher: ModelSpec, attention: Attention, 
         heads * one.head_dim for one in (spec, teacher) for heads in (one.heads, one.kv_heads)
     )
     if attention.kind == "maps":
-        # Keys are repeated for the query heads that they serve.
-        sides, gradients, target = 2 * queries, 2 * queries, 2 * theirs
+        # The gradient of the keys is kept for each of the query heads that they serve.
+        sides, gradients, target = queries + keys, 2 * queries, theirs + their_keys
     else:
         sides, target = queries + 2 * keys, theirs + 2 * their_keys
         gradients = 2 * sides

@@ -30,7 +30,8 @@ class Heads(NamedTuple):
     """Two sides whose products, after a softmax over the right one's tokens, are attention matrices.
 
     Attributes:
-        left, right: [sequences, heads, tokens, channels].
+        left: [sequences, heads, tokens, channels].
+        right: The same, or with one head for each group of the left one's.
         scale: Factor of the products.
         visible: bool [sequences or 1, 1, tokens, tokens], which right tokens each left one is shown; None for itself
             and all before it.
@@ -45,6 +46,11 @@ class Heads(NamedTuple):
         """The same of the first `tokens` tokens, which no later one bears on."""
         visible = None if self.visible is None else self.visible[..., :tokens, :tokens]
         return Heads(self.left[:, :, :tokens], self.right[:, :, :tokens], self.scale, visible)
+
+    def ungrouped(self) -> Heads:
+        """The same with a right head for each left one."""
+        groups = self.left.shape[1] // self.right.shape[1]
+        return self._replace(right=self.right.repeat_interleave(groups, dim=1)) if groups > 1 else self
 
 
 def teacher_layer(attention: Attention, teacher_layers: int) -> int:
@@ -90,9 +96,7 @@ def _watched_attention(
 ) -> tuple[Tensor, None]:
     """transformers' SDPA, which shows queries and keys as they enter the product to whoever watches the module."""
     if module in _watchers:
-        # One key head serves a group of query heads.
-        right = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        _watchers[module](Heads(query, right, options["scaling"], attention_mask))
+        _watchers[module](Heads(query, key, options["scaling"], attention_mask))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
@@ -184,12 +188,12 @@ def attention_loss(student: list[Heads], teacher: list[Heads]) -> Tensor:
     losses = []
     for theirs, target in zip(student, teacher, strict=True):
         tokens = target.left.shape[2]
-        ours = theirs.first(tokens)
+        ours = theirs.first(tokens).ungrouped()
         visible = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=ours.left.device).tril()
         for mask in (ours.visible, target.visible):
             # Where windows differ, the tokens that both see are compared.
             visible = visible if mask is None else visible & mask
-        losses.append(_SoftmaxKL.apply(ours.left, ours.right, ours.scale, target, visible))
+        losses.append(_SoftmaxKL.apply(ours.left, ours.right, ours.scale, target.ungrouped(), visible))
     return torch.stack(losses).mean()
 
 

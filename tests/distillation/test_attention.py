@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import repeat_kv
 
 from autodistill.distillation import attention as attention_module
 from autodistill.distillation.attention import (
@@ -56,7 +57,9 @@ def _matrices(heads):
     """Attention matrices in float64 by their definition."""
     tokens = heads.left.shape[2]
     visible = torch.ones(tokens, tokens).tril().bool() if heads.visible is None else heads.visible
-    scores = heads.left.double() @ heads.right.double().transpose(-1, -2) * heads.scale
+    # transformers' own rule: query head h is served by key head h // group.
+    right = repeat_kv(heads.right, heads.left.shape[1] // heads.right.shape[1])
+    scores = heads.left.double() @ right.double().transpose(-1, -2) * heads.scale
     return scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
 
 
@@ -201,6 +204,18 @@ def test_relations_of_a_side_with_itself_and_the_mean_over_kinds():
     assert float(loss.detach()) == pytest.approx(float(expected.detach()) / 3, rel=1e-12)
     for gradient, summed in zip(actual, torch.autograd.grad(expected, sides), strict=True):
         torch.testing.assert_close(gradient, summed / 3, rtol=1e-9, atol=1e-14)
+
+
+def test_a_right_head_serves_its_group():
+    left, right = _sides(6, 7, 4, 0)
+    their_left, their_right = _sides(6, 7, 4, 1)
+    right, their_right = right[:, :3].clone().requires_grad_(), their_right[:, :2]
+    loss = attention_loss([Heads(left, right, 0.5)], [Heads(their_left, their_right, 0.5)])
+    (actual,) = torch.autograd.grad(loss, right)
+    served = (left, right[:, [0, 0, 1, 1, 2, 2]], 0.5), (their_left, their_right[:, [0, 0, 0, 1, 1, 1]], 0.5)
+    expected = _divergence(*served, (99, 99))
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    torch.testing.assert_close(actual, torch.autograd.grad(expected, right)[0], rtol=1e-9, atol=1e-14)
 
 
 def test_equal_attention_is_the_minimum():
