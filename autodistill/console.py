@@ -257,7 +257,10 @@ def _summary(row: Row) -> str:
     parts.append(f"kd {distillation['divergence_weight']:.2g}")
     parts.append("T " + "-".join(f"{value:g}" for value in dict.fromkeys((temperature["start"], temperature["end"]))))
     if alignment is not None:
-        parts.append(f"align {alignment['count']} {alignment['projection']}")
+        layers = "all" if alignment["layers"] == "all" else alignment["count"]
+        parts.append(f"align {layers} {alignment['projection']}")
+    if attention := distillation.get("attention"):
+        parts.append(f"attention {attention['kind']}")
     parts.append(f"lr {distillation['learning_rate']:.1g}")
     return f"{title}: {', '.join(parts)}"
 

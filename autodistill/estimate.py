@@ -11,7 +11,7 @@ from autodistill.contracts import ModelSpec, OptimizerState
 from autodistill.errors import InputError
 from autodistill.families import FAMILIES, Axis, get_family
 from autodistill.formats import TensorSpec, get_format, weights_bytes
-from autodistill.strategy import Deployment
+from autodistill.strategy import Alignment, Attention, Deployment
 from autodistill.units import Budget, format_bytes
 
 ARCHITECTURES = tuple(FAMILIES)
@@ -320,6 +320,8 @@ class TrainingEstimate:
         gradients_bytes, optimizer_bytes: Of the trained weights: one, and AdamW's two, float32 numbers each.
         activations_bytes: What the forward pass keeps for the backward one.
         logits_bytes: Logits, and the loss's gradient of them.
+        alignment_bytes: What alignments add: projections with their gradients and optimiser states, aligned states, the
+            sides of attention matrices, and the teacher's layer.
         overhead_bytes: What the process takes beyond those.
     """
 
@@ -328,6 +330,7 @@ class TrainingEstimate:
     optimizer_bytes: int
     activations_bytes: int
     logits_bytes: int
+    alignment_bytes: int
     overhead_bytes: int
 
     @property
@@ -351,6 +354,9 @@ def training_memory(
     train_embeddings: bool = True,
     checkpointing: bool = False,
     optimizer_state: OptimizerState = "float32",
+    teacher: ModelSpec | None = None,
+    alignment: Alignment | None = None,
+    attention: Attention | None = None,
 ) -> TrainingEstimate:
     """Predicts the memory that a trial's training takes: float32 weights and AdamW.
 
@@ -365,12 +371,15 @@ def training_memory(
         train_embeddings: Whether the embedding table, and so a tied head, is trained.
         checkpointing: Whether of each layer its input alone is kept, and one layer at a time is computed again.
         optimizer_state: What AdamW's two moments are held in; "int8" has a float32 scale for each block of 256.
+        teacher: The teacher, where there is an alignment.
+        alignment, attention: What is aligned to it.
     """
-    widths, attention, ffn = _KEPT.get(spec.architecture, (6.0, 2.0, 4.0))
+    teacher = teacher or spec
+    widths, attended, ffn = _KEPT.get(spec.architecture, (6.0, 2.0, 4.0))
     frozen = 0 if train_embeddings else spec.vocabulary * spec.width
     trained = spec.parameters - frozen
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    layer = widths * spec.width + attention * (queries + keys) + ffn * spec.ffn_width
+    layer = widths * spec.width + attended * (queries + keys) + ffn * spec.ffn_width
     kept = spec.layers * spec.width + layer if checkpointing else spec.layers * layer
     return TrainingEstimate(
         weights_bytes=4 * spec.parameters,
@@ -378,5 +387,33 @@ def training_memory(
         optimizer_bytes=8 * trained if optimizer_state == "float32" else 2 * trained + 2 * 4 * trained // 256,
         activations_bytes=int(4 * tokens * kept),
         logits_bytes=2 * 4 * tokens * spec.vocabulary,
+        alignment_bytes=(_states_bytes(spec, teacher, alignment, tokens) if alignment else 0)
+        + (_attention_bytes(spec, teacher, attention, tokens) if attention else 0),
         overhead_bytes=TRANSFORMERS_PROCESS_BYTES,
     )
+
+
+def _states_bytes(spec: ModelSpec, teacher: ModelSpec, alignment: Alignment, tokens: int) -> int:
+    """Of each aligned layer: its states as a matrix, what the projection keeps, projected states and differences."""
+    layers = spec.layers if alignment.layers == "all" else alignment.count
+    # Channels between the projection's maps, and how many times they are kept.
+    inner, times = {"low-rank": (alignment.rank, 1), "mlp": (2 * teacher.width, 2)}.get(alignment.projection, (0, 0))
+    weights = inner * (spec.width + teacher.width)
+    if alignment.projection == "linear":
+        weights = spec.width * teacher.width
+    return layers * (16 * weights + 4 * tokens * (spec.width + times * inner + 2 * teacher.width))
+
+
+def _attention_bytes(spec: ModelSpec, teacher: ModelSpec, attention: Attention, tokens: int) -> int:
+    """The sides of the matrices, which are never held themselves, the student's gradients of them, and the layer."""
+    queries, keys, theirs, their_keys = (
+        heads * one.head_dim for one in (spec, teacher) for heads in (one.heads, one.kv_heads)
+    )
+    if attention.kind == "maps":
+        # The gradient of the keys is kept for each of the query heads that they serve.
+        sides, gradients, target = queries + keys, 2 * queries, theirs + their_keys
+    else:
+        sides, target = queries + 2 * keys, theirs + 2 * their_keys
+        gradients = 2 * sides
+    layer = sum(math.prod(tensor.shape) for tensor in teacher.tensors if ".layers.0." in tensor.name)
+    return 4 * layer + 4 * tokens * (sides + gradients + target)

@@ -15,7 +15,7 @@ from typing import Any
 from autodistill.domains import Choices, Range, Value, check, check_fields, near, read_choices, read_range
 from autodistill.errors import InputError
 from autodistill.plain_yaml import read_yaml
-from autodistill.strategy import Alignment, Deployment, Init, Part, Strategy, content_hash
+from autodistill.strategy import Alignment, Attention, Deployment, Init, Part, Strategy, content_hash
 
 Point = dict[str, Value]
 
@@ -156,23 +156,33 @@ class Space:
 
         The teacher's hidden states that a search may need follow from it. Other fields of both parts are examples.
         """
-        aligned = tuple(f"distillation.alignment{name}" for name in ("", ".layers", ".count"))
-        branching = _with_conditions(self.dimensions, {*_LAYERS, *aligned, "distillation"})
+        aligned = {f"distillation.alignment{name}" for name in ("", ".layers", ".count")}
+        cases: dict[tuple[str, str, float, str, str, int], tuple[Init, Alignment]] = {}
+        for strategy in self.cases({*_LAYERS, *aligned, "distillation"}, teacher_layers):
+            init, alignment = strategy.init, strategy.distillation.alignment
+            if alignment is not None:
+                key = (init.source, init.model, init.depth, init.layers, alignment.layers, alignment.count)
+                cases.setdefault(key, (init, alignment))
+        return tuple(cases[key] for key in sorted(cases))
+
+    def attention_cases(self, teacher_layers: int) -> tuple[Attention, ...]:
+        """Every choice of the teacher's layer whose attention is followed; other fields are examples."""
+        paths = {"distillation", "distillation.attention", "distillation.attention.teacher_depth"}
+        found = (strategy.distillation.attention for strategy in self.cases(paths, teacher_layers))
+        cases = {attention.teacher_depth: attention for attention in found if attention is not None}
+        return tuple(cases[depth] for depth in sorted(cases))
+
+    def cases(self, paths: set[str], teacher_layers: int) -> Iterator[Strategy]:
+        """Strategies with all that `paths` may be, and the baselines; a continuous range is taken layer by layer."""
+        branching = _with_conditions(self.dimensions, paths)
 
         def values(dimension: Dimension) -> Sequence[Value]:
             if dimension.path not in branching:
                 return dimension.domain.corners[:1]
             return dimension.domain.grid or _depths(dimension, teacher_layers)
 
-        cases: dict[tuple[str, str, float, str, str, int], tuple[Init, Alignment]] = {}
-        strategies = (self.strategy(point) for point in self.points(values))
-        for strategy in (*strategies, *self.baselines.values()):
-            alignment = strategy.distillation.alignment
-            if alignment is not None:
-                init = strategy.init
-                key = (init.source, init.model, init.depth, init.layers, alignment.layers, alignment.count)
-                cases.setdefault(key, (init, alignment))
-        return tuple(cases[key] for key in sorted(cases))
+        yield from (self.strategy(point) for point in self.points(values))
+        yield from self.baselines.values()
 
     @cached_property
     def hash(self) -> str:

@@ -174,34 +174,81 @@ class Alignment(Part):
     """Which hidden states of the student follow which of the teacher, and how.
 
     A student layer copied from teacher layer g(j) aims at what the teacher feeds its layer g(j+1); the last student
-    layer aims at the teacher's last state.
+    layer aims at the teacher's last state. In a student that was not copied from the teacher, a layer aims at the state
+    of the same relative depth.
 
     Attributes:
-        layers: "last", or "even" for `count` student layers spread evenly, the last one included.
-        count: Number of aligned student layers; 1 where `layers` is "last".
+        layers: "last" for the last `count` student layers, "even" for `count` of them spread evenly, the last one
+            included, or "all".
+        count: Number of aligned student layers; 1 where `layers` is "all".
+        distance: "cosine", 2 - 2 cos of the angle, which is the mean squared difference of states that both have a root
+            mean square of 1; or "l2", the mean squared difference over the mean square of the teacher's state, which
+            asks for the teacher's size as well.
         projection: Map from the student's states to the teacher's width: "none" (equal widths only), "linear" (what
-            is also called a 1x1 convolution over the sequence), "low-rank" (two linear maps through `rank` channels).
+            is also called a 1x1 convolution over the sequence), "low-rank" (two linear maps through `rank` channels),
+            "mlp" (linear, GELU, linear).
         rank: Inner width of the low-rank projection; 0 for the others.
         weight: Factor of the alignment loss, which is of the size of 1 at the start.
+        balance: Whether the alignment loss is first brought to the size of the logit loss, step by step.
         projection_rate: Learning rate of the projections over that of the student.
     """
 
     layers: str = "last"
     count: int = 1
+    distance: str = "cosine"
     projection: str = "none"
     rank: int = 0
     weight: float = 1.0
+    balance: bool = False
     projection_rate: float = 5.0
 
     def __post_init__(self) -> None:
-        _choice("alignment.layers", self.layers, ("last", "even"))
-        _choice("alignment.projection", self.projection, ("none", "linear", "low-rank"))
+        _choice("alignment.layers", self.layers, ("last", "even", "all"))
+        _choice("alignment.distance", self.distance, ("cosine", "l2"))
+        _choice("alignment.projection", self.projection, ("none", "linear", "low-rank", "mlp"))
         _check(self.count >= 1, f"alignment.count must be at least 1, not {self.count}")
-        _check(self.layers != "last" or self.count == 1, 'alignment.layers "last" has alignment.count 1')
+        _check(self.layers != "all" or self.count == 1, 'alignment.layers "all" counts by itself: leave count at 1')
         low_rank = self.projection == "low-rank"
         _check(low_rank == (self.rank > 0), "alignment.rank is above 0 for the low-rank projection and 0 for others")
         _check(self.weight > 0, f"alignment.weight must be above 0, not {self.weight}: for none, leave alignment out")
         _check(self.projection_rate > 0, f"alignment.projection_rate must be above 0, not {self.projection_rate}")
+
+    @property
+    def name(self) -> str:
+        """Short readable name of the layers, like "last", "last-2", "even-4" or "all"."""
+        return self.layers if self.count == 1 and self.layers != "even" else f"{self.layers}-{self.count}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Part):
+    """How the attention of the student's last layer follows that of one layer of the teacher.
+
+    Attributes:
+        kind: "maps" compares where each head attends to, head by head (equal head counts only); "relations" compares
+            queries with queries, keys with keys and values with values (MiniLMv2, arXiv 2012.15828; any head counts).
+        relation_heads: Heads that the relations are taken in, which divide the widths of queries, keys and values of
+            both models; 0 for maps.
+        teacher_depth: Which layer of the teacher: the last one within this fraction of its depth. The paper takes the
+            last one of 12, and 19 or 21 of 24 (0.8 or 0.88).
+        weight: Factor of the attention loss.
+        balance: Whether the attention loss is first brought to the size of the logit loss, step by step.
+    """
+
+    kind: str = "maps"
+    relation_heads: int = 0
+    teacher_depth: float = 1.0
+    weight: float = 1.0
+    balance: bool = False
+
+    def __post_init__(self) -> None:
+        _choice("attention.kind", self.kind, ("maps", "relations"))
+        relations = self.kind == "relations"
+        _check(
+            relations == (self.relation_heads > 0), "attention.relation_heads is above 0 for relations and 0 for maps"
+        )
+        depth = self.teacher_depth
+        _check(0 < depth <= 1, f"attention.teacher_depth is a fraction of the teacher's layers above 0, not {depth}")
+        _check(self.weight > 0, f"attention.weight must be above 0, not {self.weight}: for none, leave attention out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +260,7 @@ class Distillation(Part):
         divergence_weight: Share of the divergence in the logit loss, 0 to 1; cross-entropy has the rest.
         temperature: Its schedule.
         alignment: Hidden-state alignment, or None.
+        attention: Attention alignment, or None.
         learning_rate: Peak rate of AdamW.
         train_embeddings: Whether the embedding table is trained; a frozen one keeps the teacher's and trains faster.
     """
@@ -221,6 +269,7 @@ class Distillation(Part):
     divergence_weight: float = 0.5
     temperature: Temperature = Temperature()
     alignment: Alignment | None = None
+    attention: Attention | None = None
     learning_rate: float = 3e-4
     train_embeddings: bool = False
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from autodistill.contracts import ModelSpec, OptimizerState
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.estimate import TrainingEstimate, training_memory
+from autodistill.strategy import Alignment, Attention
 from autodistill.units import format_bytes
 
+Aligned = tuple[Alignment | None, Attention | None]
 INSTALL_8BIT = "pip install 'autodistill-search[8bit]'"
 
 
@@ -31,7 +33,14 @@ class TrainingFit:
     estimate: TrainingEstimate = field(repr=False)
 
 
-def training_fits(spec: ModelSpec, *, sequence_length: int, sequences: int) -> Iterator[TrainingFit]:
+def training_fits(
+    spec: ModelSpec,
+    *,
+    sequence_length: int,
+    sequences: int,
+    teacher: ModelSpec | None = None,
+    alignments: Collection[Aligned] = (),
+) -> Iterator[TrainingFit]:
     """Ways to compute a step of so many sequences, from the fastest to the smallest.
 
     Halving the micro-batch costs nearly nothing, checkpointing a third more operations; 8-bit states come last because
@@ -41,6 +50,8 @@ def training_fits(spec: ModelSpec, *, sequence_length: int, sequences: int) -> I
         spec: The student.
         sequence_length: Tokens of a sequence.
         sequences: Of an optimiser step.
+        teacher: The teacher, where there are alignments.
+        alignments: What trials may align to it; the one that takes most counts.
     """
     ways: list[tuple[int, bool, OptimizerState]] = []
     micro_batch = sequences
@@ -49,17 +60,35 @@ def training_fits(spec: ModelSpec, *, sequence_length: int, sequences: int) -> I
         micro_batch = -(-micro_batch // 2)
     ways += [(1, False, "float32"), (1, True, "float32"), (1, True, "int8")]
     for micro_batch, checkpointing, state in ways:
+        estimates = (
+            training_memory(
+                spec,
+                tokens=micro_batch * sequence_length,
+                checkpointing=checkpointing,
+                optimizer_state=state,
+                teacher=teacher,
+                alignment=alignment,
+                attention=attention,
+            )
+            for alignment, attention in alignments or [(None, None)]
+        )
         yield TrainingFit(
             micro_batch=micro_batch,
             checkpointing=checkpointing,
             optimizer_state=state,
-            estimate=training_memory(
-                spec, tokens=micro_batch * sequence_length, checkpointing=checkpointing, optimizer_state=state
-            ),
+            estimate=max(estimates, key=lambda estimate: estimate.total_bytes),
         )
 
 
-def fit_training(spec: ModelSpec, *, sequence_length: int, sequences: int, limit_bytes: int) -> TrainingFit:
+def fit_training(
+    spec: ModelSpec,
+    *,
+    sequence_length: int,
+    sequences: int,
+    limit_bytes: int,
+    teacher: ModelSpec | None = None,
+    alignments: Collection[Aligned] = (),
+) -> TrainingFit:
     """The fastest way to train a student that a memory holds.
 
     Args:
@@ -67,13 +96,17 @@ def fit_training(spec: ModelSpec, *, sequence_length: int, sequences: int, limit
         sequence_length: Tokens of a sequence.
         sequences: Of an optimiser step.
         limit_bytes: Memory of the device that trains.
+        teacher: The teacher, where there are alignments.
+        alignments: What trials may align to it; the one that takes most counts.
 
     Raises:
         InputError: None does; says what the smallest takes.
         MissingDependencyError: Only 8-bit optimiser states fit, and their package is not installed.
     """
     smallest = None
-    for way in training_fits(spec, sequence_length=sequence_length, sequences=sequences):
+    for way in training_fits(
+        spec, sequence_length=sequence_length, sequences=sequences, teacher=teacher, alignments=alignments
+    ):
         smallest = way
         if way.estimate.total_bytes > limit_bytes:
             continue

@@ -16,12 +16,14 @@ import torch
 
 from autodistill.contracts import Direction, Measurement, ModelSpec, Plan, Subject, TokenScores
 from autodistill.data import TokenSet, load_split
-from autodistill.distillation.alignment import aligned_layers, check_rank, check_widths
+from autodistill.distillation.alignment import aligned_layers, check_projection
+from autodistill.distillation.attention import TeacherBlock, check_attention, teacher_layer
 from autodistill.distillation.calibration import Calibration
 from autodistill.distillation.memory import is_out_of_memory, keep_freed_memory
 from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.scoring import score
 from autodistill.distillation.student import build_student, init_spec
+from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.distillation.trainer import StepRecord, Trainer, branch_point, read_tokens
 from autodistill.errors import TrialFailedError
@@ -167,15 +169,16 @@ def check_strategy(strategy: Strategy, teacher: ModelSpec) -> None:
 
     Raises:
         InputError: A shape that this teacher cannot be cut to, more aligned layers than the student has, widths that
-            differ without a projection, a low-rank projection that is no reduction, or a finishing grid that cannot
-            hold the student.
+            the projection does not allow, attention that cannot be compared, or a finishing grid that cannot hold the
+            student.
     """
     spec = student_spec(strategy, teacher)
     alignment = strategy.distillation.alignment
     if alignment is not None:
         aligned_layers(alignment, spec.layers)
-        check_widths(alignment, spec.width, teacher.width)
-        check_rank(alignment, spec.width, teacher.width)
+        check_projection(alignment, spec.width, teacher.width)
+    if strategy.distillation.attention is not None:
+        check_attention(strategy.distillation.attention, spec, teacher)
     if strategy.finishing is not None:
         check_deployment(spec, strategy.finishing.format, strategy.finishing.bits, strategy.finishing.group_size)
 
@@ -255,13 +258,16 @@ def per_document(scores: TokenScores) -> dict[str, list[int]]:
 
 @dataclass
 class Workbench:
-    """What a warm worker keeps from trial to trial: data, cache and the teacher's choices, mapped into memory."""
+    """What a warm worker keeps from trial to trial: data, cache and the teacher's choices, mapped into memory, and the
+    layers of the teacher that its trials have needed.
+    """
 
     setting: TrialSetting
     train: TokenSet = field(init=False)
     validation: TokenSet = field(init=False)
     cache: TeacherCache = field(init=False)
     teacher_top1: np.ndarray[Any, Any] = field(init=False)
+    _blocks: dict[int, TeacherBlock] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         torch.set_num_threads(self.setting.plan.threads)
@@ -271,6 +277,13 @@ class Workbench:
         self.train = load_split(self.setting.data, "train").head(self.setting.plan.tokens)
         self.validation = load_split(self.setting.data, "validation")
         self.teacher_top1 = np.load(self.setting.teacher_top1)
+
+    def teacher_block(self, layer: int) -> TeacherBlock:
+        """One layer of the teacher, in float32 on the trials' device."""
+        if layer not in self._blocks:
+            model = load_model(self.setting.teacher, torch.float32)
+            self._blocks[layer] = TeacherBlock(model, layer, self.setting.device)
+        return self._blocks[layer]
 
     def held_out(self, tokens: int) -> tuple[TokenSet, np.ndarray[Any, Any]]:
         """The first validation sequences that hold `tokens` tokens, and the teacher's choices for them."""
@@ -365,15 +378,18 @@ class Trial:
     def _trainer(self) -> Trainer:
         setting, task = self._bench.setting, self._task
         model, kept = initial_student(setting, task.strategy.init, task.seed)
+        attention = task.strategy.distillation.attention
+        layers = setting.teacher_spec.layers
         trainer = Trainer(
             model.to(setting.device),
             kept=kept,
-            teacher_layers=setting.teacher_spec.layers,
+            teacher_layers=layers,
             teacher_width=setting.teacher_spec.width,
             strategy=task.strategy,
             plan=setting.plan,
             data=self._bench.train,
             cache=self._bench.cache,
+            teacher_block=self._bench.teacher_block(teacher_layer(attention, layers)) if attention else None,
             seed=task.seed,
             device=setting.device,
         )

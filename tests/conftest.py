@@ -12,6 +12,7 @@ import torch
 
 from autodistill.contracts import Plan
 from autodistill.data import TokenSet
+from autodistill.distillation.attention import TeacherBlock, teacher_layer
 from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
@@ -57,6 +58,9 @@ class Workshop:
     def trainer(self, strategy: Strategy, seed: int = 0, cache: Any = None, **changes: Any) -> Trainer:
         """A trainer of a fresh student."""
         model, kept = build_student(self.teacher, strategy.init)
+        attention, block = strategy.distillation.attention, None
+        if attention is not None:
+            block = TeacherBlock(load_model(self.teacher, torch.float32), teacher_layer(attention, LAYERS))
         return Trainer(
             model,
             kept=kept,
@@ -66,6 +70,7 @@ class Workshop:
             plan=self.plan(**changes),
             data=self.data,
             cache=cache or self.cache,
+            teacher_block=block,
             seed=seed,
         )
 

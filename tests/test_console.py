@@ -12,7 +12,7 @@ from rich.console import Console
 
 from autodistill.console import LiveView, Progress, View, leaderboard_table, open_view
 from autodistill.records.leaderboard import Row, rank
-from autodistill.strategy import Alignment, Distillation, Finishing, Strategy, Temperature
+from autodistill.strategy import Alignment, Attention, Distillation, Finishing, Strategy, Temperature
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 PROGRESS = Progress(
@@ -127,6 +127,7 @@ def test_the_table_fits_a_hundred_characters_and_its_columns_align() -> None:
         distillation=Distillation(
             temperature=Temperature(shape="cosine", start=5.0, end=1.0),
             alignment=Alignment(layers="even", count=4, projection="low-rank", rank=8),
+            attention=Attention(),
         ),
         finishing=Finishing(format="gguf-q4_0", bits=4, group_size=32),
     ).to_json()
@@ -157,7 +158,7 @@ def test_the_table_fits_a_hundred_characters_and_its_columns_align() -> None:
     for note in ("tied", "~ predicted", "! over the budget"):
         assert note in notes
     wide = leaderboard_table(rank(rows), width=200)
-    assert "t001: 80% even, qat4, kd 0.5, T 5-1, align 4 low-rank, lr 0.0003" in wide
+    assert "t001: 80% even, qat4, kd 0.5, T 5-1, align 4 low-rank, attention maps, lr 0.0003" in wide
 
 
 def test_a_strategy_is_named_by_its_trial_so_that_its_row_can_be_asked_for() -> None:

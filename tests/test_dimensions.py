@@ -21,7 +21,8 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from autodistill import formats
-from autodistill.strategy import Alignment, Distillation, Finishing, Init, Strategy, Temperature
+from autodistill.distillation.trainer import Trainer
+from autodistill.strategy import Alignment, Attention, Distillation, Finishing, Init, Strategy, Temperature
 
 K = 16
 ALL = 256  # tokens of the tiny data: a step over all of them does not depend on their order
@@ -93,8 +94,11 @@ class Truth:
         each = (p * (log_p - log_q)).sum(dim=-1) + p_rest * (p_rest.log() - log_q_rest)
         return temperature**2 * each.mean()
 
-    def terms(self, model, weight=0.5, temperature=1.0, pairs=(), maps=None):
-        """Divergence, cross-entropy, alignment and the logit loss, with gradients for the model's parameters."""
+    def terms(self, model, weight=0.5, temperature=1.0, pairs=(), maps=None, distance="cosine"):
+        """Divergence, cross-entropy, alignment and the logit loss, with gradients for the model's parameters.
+
+        Where `maps` has a function among the matrices of a pair, it is applied between them.
+        """
         raw = {}
         hooks = [
             layer.register_forward_hook(lambda module, arguments, output, index=index: raw.update({index: output}))
@@ -108,18 +112,20 @@ class Truth:
         losses = []
         for number, (layer, state) in enumerate(pairs):
             mapped = raw[layer][:, :-1]
-            for matrix in maps[number] if maps else ():
-                mapped = mapped @ matrix.T
-            losses.append(_distance(mapped, self.states[state][:, :-1]))
+            for step in maps[number] if maps else ():
+                mapped = step(mapped) if callable(step) else mapped @ step.T
+            losses.append(_distance(mapped, self.states[state][:, :-1], distance))
         alignment = sum(losses) / len(losses) if losses else torch.zeros(())
         return divergence, cross_entropy, alignment, weight * divergence + (1 - weight) * cross_entropy
 
 
-def _distance(student, teacher):
-    """Mean squared difference of states with a root mean square of 1, the teacher's as float16 has them."""
-    student = student / student.square().mean(dim=-1, keepdim=True).sqrt()
-    teacher = (teacher / teacher.square().mean(dim=-1, keepdim=True).sqrt()).half().double()
-    return (student - teacher).square().mean()
+def _distance(student, teacher, distance):
+    """Mean squared difference of states with a root mean square of 1, the teacher's as float16 has them, or over the
+    teacher's root mean square.
+    """
+    size = teacher.square().mean(dim=-1, keepdim=True).sqrt()
+    by = student.square().mean(dim=-1, keepdim=True).sqrt() if distance == "cosine" else size
+    return (student / by - (teacher / size).half().double()).square().mean()
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +177,13 @@ def _check_first_step(workshop, truth, tmp_path, strategy, kept=(0, 2, 5), pairs
     trainer = _trainer(workshop, strategy)
     (record,) = trainer.train_stable(ALL)
     model = truth.student(kept)
-    divergence, cross_entropy, alignment, logit = truth.terms(model, weight, temperature, pairs)
+    recipe = strategy.distillation.alignment
+    distance = recipe.distance if recipe else "cosine"
+    divergence, cross_entropy, alignment, logit = truth.terms(model, weight, temperature, pairs, distance=distance)
     loss = logit
     if pairs:
-        loss = logit + strategy.distillation.alignment.weight * alignment
+        factor = float((logit / alignment).detach()) if recipe.balance else 1.0
+        loss = logit + recipe.weight * factor * alignment
     loss.backward()
     terms = {"cross_entropy": cross_entropy, "alignment": alignment, "loss": loss}
     if weight > 0:
@@ -229,6 +238,8 @@ def test_temperature_shape(workshop, truth, shape, start, end):
 # Of a student made of the teacher's layers 0, 2, 3, 5: layer 1 feeds the copy of layer 3, whose input is state 2.
 PAIRS = {
     ("last", 1): [(3, 5)],
+    ("last", 2): [(2, 4), (3, 5)],
+    ("all", 1): [(0, 1), (1, 2), (2, 4), (3, 5)],
     ("even", 2): [(1, 2), (3, 5)],
     ("even", 4): [(0, 1), (1, 2), (2, 4), (3, 5)],
 }
@@ -247,7 +258,106 @@ def test_alignment_weight(workshop, truth, tmp_path, weight):
     )
 
 
-@pytest.mark.parametrize(("projection", "rank"), [("linear", 0), ("low-rank", 16), ("low-rank", 4)])
+@pytest.mark.parametrize("distance", ["cosine", "l2"])
+@pytest.mark.parametrize("balance", [False, True])
+def test_alignment_distance_and_balance(workshop, truth, tmp_path, distance, balance):
+    alignment = Alignment(layers="even", count=2, distance=distance, balance=balance, weight=0.7)
+    _check_first_step(workshop, truth, tmp_path, _strategy(alignment=alignment), pairs=[(1, 4), (2, 5)])
+
+
+def test_alignment_by_relative_depth(workshop, truth, tmp_path):
+    """Of a student that was not copied, here one of another initialisation: layers 1 and 2 of 3 aim at 4/6 and 6/6."""
+    strategy = _strategy(alignment=Alignment(count=2, weight=0.7))
+    config = AutoConfig.from_pretrained(truth.folder)
+    config.num_hidden_layers = 3
+    torch.manual_seed(0)
+    student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    trainer = Trainer(
+        student,
+        kept=None,
+        teacher_layers=6,
+        teacher_width=64,
+        strategy=strategy,
+        plan=workshop.plan(batch_tokens=ALL, tokens=ALL),
+        data=workshop.data,
+        cache=workshop.cache,
+        seed=0,
+    )
+    weights = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    (record,) = trainer.train_stable(ALL)
+    model = truth.student((0, 1, 2), weights)
+    _, _, aligned, logit = truth.terms(model, pairs=[(1, 3), (2, 5)])
+    (logit + 0.7 * aligned).backward()
+    assert record.alignment == pytest.approx(float(aligned.detach()), rel=2e-5)
+    _check_gradients(_gradients(trainer, record, tmp_path), _named_gradients(model))
+
+
+def _rotate(side, config):
+    """Rotary positions by their formula, the first half of the channels paired with the second."""
+    channels = side.shape[-1]
+    rates = config.rope_parameters["rope_theta"] ** (-torch.arange(0, channels, 2).double() / channels)
+    angles = torch.arange(side.shape[-2]).double()[:, None] * rates
+    first, second = side.chunk(2, dim=-1)
+    turned = first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()
+    return torch.cat(turned, dim=-1)
+
+
+def _attention(layer, states, config, relation_heads):
+    """One pair of sides for maps, three for relations, each side [sequences, heads, tokens, channels] in float64."""
+    size = (states.square().mean(dim=-1, keepdim=True) + config.rms_norm_eps).sqrt()
+    entering = states / size * layer.input_layernorm.weight
+    projections = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+    queries, keys, values = (entering @ projection.weight.T for projection in projections)
+
+    def split(side, heads):
+        return side.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    if relation_heads:
+        return [(split(side, relation_heads),) * 2 for side in (queries, keys, values)]
+    queries, keys = (_rotate(split(side, heads), config) for side, heads in ((queries, 4), (keys, 2)))
+    return [(queries, keys.repeat_interleave(2, dim=1))]
+
+
+def _attention_divergence(student, teacher):
+    terms = []
+    for one, other in zip(student, teacher, strict=True):
+        log_q, log_p = (
+            (left @ right.transpose(-1, -2) / left.shape[-1] ** 0.5)
+            .masked_fill(torch.ones(left.shape[-2], left.shape[-2]).triu(1).bool(), -1e9)
+            .log_softmax(dim=-1)
+            for left, right in (one, other)
+        )
+        terms.append((log_p.exp() * (log_p - log_q)).sum(dim=-1).mean())
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize(("kind", "relation_heads"), [("maps", 0), ("relations", 4), ("relations", 16)])
+@pytest.mark.parametrize(("depth", "layer"), [(1.0, 5), (0.7, 3)])
+@pytest.mark.parametrize("balance", [False, True])
+def test_attention(workshop, truth, tmp_path, kind, relation_heads, depth, layer, balance):
+    attention = Attention(kind=kind, relation_heads=relation_heads, teacher_depth=depth, weight=0.7, balance=balance)
+    trainer = _trainer(workshop, _strategy(attention=attention))
+    (record,) = trainer.train_stable(ALL)
+    teacher, model = truth.student(tuple(range(6))), truth.student((0, 2, 5))
+    entering = []
+    model.model.layers[-1].register_forward_pre_hook(lambda module, arguments: entering.append(arguments[0]))
+    logit = truth.terms(model)[3]
+    state = truth.states[layer - 1][:, :-1]
+    size = state.square().mean(dim=-1, keepdim=True).sqrt()
+    target = _attention(
+        teacher.model.layers[layer], (state / size).half().double() * size, teacher.config, relation_heads
+    )
+    ours = _attention(model.model.layers[-1], entering[0][:, :-1], model.config, relation_heads)
+    expected = _attention_divergence(ours, [[side.detach() for side in pair] for pair in target])
+    factor = float((logit / expected).detach()) if balance else 1.0
+    loss = logit + 0.7 * factor * expected
+    loss.backward()
+    assert record.attention == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert record.loss == pytest.approx(float(loss.detach()), rel=2e-5)
+    _check_gradients(_gradients(trainer, record, tmp_path), _named_gradients(model), tolerance=2e-4)
+
+
+@pytest.mark.parametrize(("projection", "rank"), [("linear", 0), ("low-rank", 16), ("low-rank", 4), ("mlp", 0)])
 def test_alignment_projection(workshop, truth, tmp_path, projection, rank):
     alignment = Alignment(layers="even", count=2, projection=projection, rank=rank, weight=0.7, projection_rate=5.0)
     trainer = _trainer(workshop, _strategy(alignment=alignment))
@@ -258,11 +368,14 @@ def test_alignment_projection(workshop, truth, tmp_path, projection, rank):
         for name, tensor in before.items()
         if name.startswith("weight.projection.")
     }
-    shapes = {(64, 64)} if rank == 0 else {(rank, 64), (64, rank)}
+    inner = 128 if projection == "mlp" else rank
+    shapes = {(inner, 64), (64, inner)} if inner else {(64, 64)}
     assert {tuple(tensor.shape) for tensor in start.values()} == shapes
-    assert len(start) == (2 if rank == 0 else 4)
+    assert len(start) == (4 if inner else 2)
     names = sorted(start)
     maps = [[start[name] for name in names if name.startswith(f"projection.{pair}.")] for pair in (0, 1)]
+    if projection == "mlp":
+        maps = [[first, lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2, second] for first, second in maps]
 
     (record,) = trainer.train_stable(ALL)
     model = truth.student((0, 2, 5))

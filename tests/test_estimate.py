@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE
@@ -20,6 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autodistill.contracts import ModelSpec
+from autodistill.distillation.alignment import alignment_loss, projection
+from autodistill.distillation.attention import TeacherBlock, attention_loss, watch
+from autodistill.distillation.student import decoder_layers
 from autodistill.errors import InputError
 from autodistill.estimate import (
     ARCHITECTURES,
@@ -36,7 +40,7 @@ from autodistill.estimate import (
 )
 from autodistill.formats import Grid, Role, get_format
 from autodistill.llama_cpp import LlamaServer
-from autodistill.strategy import Deployment
+from autodistill.strategy import Alignment, Attention, Deployment
 from autodistill.units import Budget
 
 F16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
@@ -322,6 +326,64 @@ def test_training_keeps_what_torch_keeps(architecture: str) -> None:
     assert estimate.activations_bytes == pytest.approx(kept, rel=0.1)
     assert estimate.logits_bytes == 2 * logits.nbytes
     assert estimate.weights_bytes == sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _kept(run: Callable[[], object]) -> dict[int, int]:
+    """Bytes by address of the storages that autograd keeps of `run`."""
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return {address: storage.nbytes() for address, storage in saved.items()}
+
+
+@pytest.mark.parametrize("kind", ["linear", "low-rank", "mlp"])
+def test_alignment_keeps_what_torch_keeps(kind: str) -> None:
+    tokens, student, teacher = 256, spec_from_config(config(hidden_size=128)), spec_from_config(config())
+    alignment = Alignment(layers="even", count=2, projection=kind, rank=24 if kind == "low-rank" else 0)
+    projections = [projection(alignment, 128, teacher.width, seed) for seed in (0, 1)]
+    weights = {p.data_ptr(): p.nbytes for project in projections for p in project.parameters()}
+    target = torch.zeros(tokens, teacher.width, dtype=torch.float16)
+    states = [torch.randn(tokens, 128).requires_grad_() for _ in projections]
+
+    def run() -> list[torch.Tensor]:
+        pairs = zip(projections, states, strict=True)
+        return [alignment_loss(project(rows), target) for project, rows in pairs]
+
+    kept = sum(nbytes for address, nbytes in _kept(run).items() if address not in weights)
+    estimate = training_memory(student, tokens=tokens, teacher=teacher, alignment=alignment)
+    # Weight, gradient and two moments of each projection.
+    assert estimate.alignment_bytes == pytest.approx(kept + 4 * sum(weights.values()), rel=0.05)
+    assert training_memory(student, tokens=tokens).alignment_bytes == 0
+    everywhere = training_memory(
+        student, tokens=tokens, teacher=teacher, alignment=replace(alignment, layers="all", count=1)
+    )
+    assert everywhere.alignment_bytes == student.layers / 2 * estimate.alignment_bytes
+
+
+@pytest.mark.parametrize("attention", [Attention(), Attention(kind="relations", relation_heads=8)])
+def test_attention_keeps_its_sides_their_gradients_and_a_layer(attention: Attention) -> None:
+    tokens, described = 256, config()
+    spec = spec_from_config(described)
+    make = transformers.AutoConfig.for_model
+    model, teacher = (transformers.AutoModelForCausalLM.from_config(make(**described)) for _ in range(2))
+    with watch(model, attention) as ours:
+        model.model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+    block = TeacherBlock(teacher, 1)
+    target = block.heads(torch.randn(1, tokens, spec.width), attention)
+    gradients = sum(_kept(lambda: attention_loss(ours, target)).values())
+    sides = {
+        side.untyped_storage().data_ptr(): side.untyped_storage().nbytes()
+        for heads in (*ours, *target)
+        for side in (heads.left, heads.right)
+    }
+    layer = sum(p.nbytes for p in decoder_layers(block._model)[0].parameters())
+    estimate = training_memory(spec, tokens=tokens, teacher=spec, attention=attention)
+    assert estimate.alignment_bytes == pytest.approx(gradients + sum(sides.values()) + layer, rel=0.01)
 
 
 def test_adamw_takes_sixteen_bytes_a_weight_and_four_where_frozen() -> None:

@@ -18,7 +18,7 @@ from autodistill.domains import Choices, Range
 from autodistill.errors import InputError
 from autodistill.formats import FORMATS
 from autodistill.space import Dimension, Space, load_space, load_strategy
-from autodistill.strategy import Alignment, Finishing, Init, Strategy, Temperature
+from autodistill.strategy import Alignment, Attention, Finishing, Init, Strategy, Temperature
 
 DEPLOYMENTS = [{"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}]
 SHAPE = "distillation.temperature.shape"
@@ -74,6 +74,10 @@ def test_named_strategies():
     assert recipe.distillation.alignment is not None
     assert (recipe.distillation.alignment.projection, recipe.distillation.alignment.count) == ("linear", 4)
     assert recipe.finishing == Finishing(format="gguf-q8_0", bits=8, group_size=32)
+    full = load_strategy("full_recipe")
+    assert full.distillation.temperature == recipe.distillation.temperature
+    assert full.distillation.attention == Attention(kind="maps")
+    assert (full.distillation.alignment.projection, full.distillation.alignment.distance) == ("linear", "l2")
     assert load_strategy("logit_kd").distillation.divergence_weight == 1.0
     assert load_strategy("cross_entropy").distillation.divergence_weight == 0.0
     assert load_space("default").baselines == {"hand_designed": recipe}
@@ -187,6 +191,16 @@ def test_alignment_cases_of_a_continuous_depth_and_of_baselines():
     }
     assert space_of({"init.depth": {"low": 0.5, "high": 0.8}}).alignment_cases(10) == ()
     assert all(isinstance(item, Alignment) for _, item in cases)
+
+
+def test_attention_cases_hold_every_layer_that_a_trial_may_follow():
+    attended = {"choices": {"none": None, "maps": {"kind": "maps"}}}
+    depths = {"low": 0.45, "high": 0.8, "when": {"distillation.attention": ["maps"]}}
+    dimensions = {"distillation.attention": attended, "distillation.attention.teacher_depth": depths}
+    cases = space_of(dimensions, baselines=["full_recipe"]).attention_cases(10)
+    assert {int(item.teacher_depth * 10 + 1e-9) for item in cases} == {4, 5, 6, 7, 8, 10}
+    assert all(isinstance(item, Attention) for item in cases)
+    assert load_space("default").attention_cases(30) == ()
 
 
 @given(low=st.floats(1e-6, 10), width=st.floats(1e-3, 100), quantile=st.floats(0, 1), log=st.booleans())
@@ -315,10 +329,10 @@ FAULTS = {
     ),
     "contradiction": (
         {
-            "distillation.alignment.layers": {"choices": ["even", "last"]},
+            "distillation.alignment.layers": {"choices": ["even", "all"]},
             "distillation.alignment.count": {"choices": [1, 2]},
         },
-        "alignment.count 1",
+        "leave count at 1",
     ),
     "no such grid": (
         {

@@ -18,6 +18,7 @@ from autodistill.errors import InputError
 from autodistill.formats import FORMATS
 from autodistill.strategy import (
     Alignment,
+    Attention,
     Deployment,
     Distillation,
     Finishing,
@@ -40,27 +41,41 @@ degrees = st.floats(0.5, 8)
 temperatures = degrees.map(lambda value: Temperature(start=value, end=value)) | st.builds(
     Temperature, shape=st.sampled_from(["linear", "cosine", "exponential"]), start=degrees, end=degrees
 )
-projections = st.sampled_from([("none", 0), ("linear", 0), ("low-rank", 16)])
+projections = st.sampled_from([("none", 0), ("linear", 0), ("low-rank", 16), ("mlp", 0)])
 positive = st.floats(0, 100, exclude_min=True)
 alignments = st.builds(
-    lambda layers, projection, weight, rate: Alignment(
+    lambda layers, distance, projection, weight, balance, rate: Alignment(
         layers=layers[0],
         count=layers[1],
+        distance=distance,
         projection=projection[0],
         rank=projection[1],
         weight=weight,
+        balance=balance,
         projection_rate=rate,
     ),
-    st.just(("last", 1)) | st.integers(1, 9).map(lambda count: ("even", count)),
+    st.just(("all", 1)) | st.tuples(st.sampled_from(["last", "even"]), st.integers(1, 9)),
+    st.sampled_from(["cosine", "l2"]),
     projections,
     positive,
+    st.booleans(),
     positive,
+)
+attentions = st.builds(
+    lambda kind, depth, weight, balance: Attention(
+        kind=kind[0], relation_heads=kind[1], teacher_depth=depth, weight=weight, balance=balance
+    ),
+    st.just(("maps", 0)) | st.integers(1, 64).map(lambda heads: ("relations", heads)),
+    st.floats(0, 1, exclude_min=True),
+    positive,
+    st.booleans(),
 )
 distillations = st.builds(
     Distillation,
     divergence_weight=st.floats(0, 1),
     temperature=temperatures,
     alignment=st.none() | alignments,
+    attention=st.none() | attentions,
     learning_rate=st.floats(0, 1, exclude_min=True, exclude_max=True),
     train_embeddings=st.booleans(),
 )
@@ -96,14 +111,14 @@ def test_finishing_is_no_part_of_the_shared_checkpoint(strategy):
 
 # Written by hand, so that a change of field, default, order or number format shows: it would orphan every stored row.
 TEXT = (
-    '{"distillation":{"alignment":{"count":4,"layers":"even","projection":"linear","projection_rate":5.0,"rank":0,'
-    '"weight":1.0},"divergence":"forward_kl","divergence_weight":0.7,"learning_rate":0.0003,"temperature":{"end":1.0,'
+    '{"distillation":{"alignment":{"balance":false,"count":4,"distance":"cosine","layers":"even","projection":"linear",'
+    '"projection_rate":5.0,"rank":0,"weight":1.0},"attention":null,"divergence":"forward_kl","divergence_weight":0.7,"learning_rate":0.0003,"temperature":{"end":1.0,'
     '"shape":"linear","start":5.0},"train_embeddings":false},"finishing":{"bits":8,"format":"gguf-q8_0",'
     '"group_size":32},"init":{"depth":0.8,"ffn":1.0,"heads":1.0,"layers":"even","model":"","source":"teacher",'
     '"width":1.0}}'
 )
 SAMPLE = Strategy.from_json(json.loads(TEXT))
-SAMPLE_ID = "1dcb2660796e"
+SAMPLE_ID = "38717b62924f"
 
 
 def test_the_id_is_pinned():
@@ -163,15 +178,24 @@ RULES = [
     ("distillation.temperature.start", 0.4, "0.5 to 8"),
     ("distillation.temperature.end", 8.1, "0.5 to 8"),
     ("distillation.temperature", {"start": 2.0, "end": 1.0}, "constant temperature"),
-    ("distillation.alignment.layers", "first", "last, even"),
-    ("distillation.alignment.projection", "conv", "none, linear, low-rank"),
+    ("distillation.alignment.layers", "first", "last, even, all"),
+    ("distillation.alignment.distance", "l1", "cosine, l2"),
+    ("distillation.alignment.projection", "conv", "none, linear, low-rank, mlp"),
     ("distillation.alignment.count", 0, "at least 1"),
-    ("distillation.alignment", {"layers": "last", "count": 2}, "count 1"),
+    ("distillation.alignment", {"layers": "all", "count": 2}, "leave count at 1"),
     ("distillation.alignment", {"projection": "low-rank"}, "rank"),
     ("distillation.alignment", {"projection": "linear", "rank": 4}, "rank"),
     ("distillation.alignment", {"projection": "low-rank", "rank": -4}, "rank"),
     ("distillation.alignment.weight", 0.0, "leave alignment out"),
     ("distillation.alignment.projection_rate", 0.0, "projection_rate"),
+    ("distillation.projection", "linear", "distillation has no field projection"),
+    ("distillation.attention.kind", "values", "maps, relations"),
+    ("distillation.attention", {"kind": "relations"}, "relation_heads is above 0 for relations"),
+    ("distillation.attention", {"kind": "maps", "relation_heads": 4}, "relation_heads is above 0 for relations"),
+    ("distillation.attention", {"kind": "relations", "relation_heads": -4}, "relation_heads"),
+    ("distillation.attention.teacher_depth", 0.0, "above 0"),
+    ("distillation.attention.teacher_depth", 1.5, "a fraction of the teacher's layers"),
+    ("distillation.attention.weight", 0.0, "leave attention out"),
     ("distillation.divergence", "reverse_kl", "forward_kl"),
     ("distillation.divergence_weight", -0.1, "0 to 1"),
     ("distillation.divergence_weight", 1.1, "0 to 1"),

@@ -23,7 +23,9 @@ from autodistill.distillation.trainer import branch_point
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import spec_from_config
 from autodistill.formats import deployed, get_format
-from autodistill.strategy import Alignment, Deployment, Distillation, Finishing, Init, Strategy
+from autodistill.plugins import load
+from autodistill.space import load_strategy
+from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Init, Strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.trial import (
     Trial,
@@ -145,6 +147,10 @@ def test_what_a_teacher_cannot_be_distilled_by_is_refused_before_loading(lab):
     check_strategy(STRATEGY, spec)
     with pytest.raises(InputError, match=r"alignment.count is 4, but the student has 3 layers"):
         check_strategy(strategy(alignment=Alignment(layers="even", count=4)), spec)
+    with pytest.raises(InputError, match=r"attention.relation_heads is 3, which does not divide the student's 64"):
+        check_strategy(strategy(attention=Attention(kind="relations", relation_heads=3)), spec)
+    with pytest.raises(InputError, match=r"attention.teacher_depth is 0.2, the first of the teacher's 6 layers"):
+        check_strategy(strategy(attention=Attention(teacher_depth=0.2)), spec)
     with pytest.raises(InputError, match=r"alignment.rank is 65"):
         check_strategy(strategy(alignment=Alignment(projection="low-rank", rank=65)), spec)
     narrow = spec_from_config(json.loads((lab.teacher / "config.json").read_text()) | {"hidden_size": 48})
@@ -332,6 +338,43 @@ def test_the_saved_student_is_what_was_evaluated(lab, tmp_path):
     text = "The miller paints a silver lamp."
     mine, theirs = (AutoTokenizer.from_pretrained(path)(text).input_ids for path in (folder, lab.teacher))
     assert mine == theirs
+
+
+@pytest.mark.parametrize("attention", [Attention(), Attention(kind="relations", relation_heads=4)])
+def test_nothing_of_the_alignments_leaves_the_training(lab, tmp_path, attention):
+    """Neither the student's folder nor any export holds a projection or a layer of the teacher."""
+    alignment = Alignment(layers="all", projection="mlp", distance="l2", balance=True)
+    strategy = replace(STRATEGY, distillation=replace(RECIPE, alignment=alignment, attention=attention))
+    setting = lab.setting(tmp_path)
+    bench = Workbench(setting)
+    for rung in range(3):
+        report = Trial(bench, _task(strategy)).run(rung)
+    assert report.steps[-1].alignment > 0
+    assert report.steps[-1].attention > 0
+    straight = Trial(bench, _task(strategy, id="t001", straight=True)).run(2)
+    assert straight.evaluations == report.evaluations
+    folder = student_folder(tmp_path / "t000")
+    expected = {tensor.name for tensor in student_spec(strategy, setting.teacher_spec).tensors}
+    assert set(load_file(folder / "model.safetensors")) == expected
+    written = json.loads((folder / "config.json").read_text())
+    assert "watched" not in json.dumps(written)
+    for deployment in (BF16, Q8, INT4):
+        exporter = load("exporters", get_format(deployment.format).container)
+        artefact = exporter.export(folder, deployment, tmp_path / deployment.name)
+        assert {name for name, _ in exporter.unpack(artefact.path)} == expected
+
+
+STRATEGIES = sorted(path.stem for path in (Path(__file__).parents[1] / "search_spaces" / "strategies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_named_strategy_trains(lab, tmp_path, name):
+    strategy = load_strategy(name)
+    setting = lab.setting(tmp_path)
+    check_strategy(strategy, setting.teacher_spec)
+    report = Trial(Workbench(setting), _task(strategy, straight=True)).run(2)
+    assert [evaluation.deployment for evaluation in report.evaluations] == list(ALL)
+    assert np.mean([step.loss for step in report.steps[-3:]]) < np.mean([step.loss for step in report.steps[:3]])
 
 
 def test_a_student_takes_the_teachers_texts_but_not_its_weights(lab, tmp_path):

@@ -27,6 +27,10 @@ def aligned_layers(alignment: Alignment, layers: int) -> tuple[int, ...]:
     """Student layers that are aligned, ascending, the last one always among them."""
     if alignment.count > layers:
         raise InputError(f"alignment.count is {alignment.count}, but the student has {layers} layers: lower it")
+    if alignment.layers == "all":
+        return tuple(range(layers))
+    if alignment.layers == "last":
+        return tuple(range(layers - alignment.count, layers))
     return tuple(-(-(i + 1) * layers // alignment.count) - 1 for i in range(alignment.count))
 
 
@@ -46,55 +50,54 @@ def layer_map(alignment: Alignment, kept: tuple[int, ...], teacher_layers: int) 
 
 
 def projection(alignment: Alignment, student_width: int, teacher_width: int, seed: int) -> nn.Module:
-    """Map from the student's states [..., student_width] to [..., teacher_width], float32.
+    """Map from the student's states [..., student_width] to [..., teacher_width], float32, without biases.
 
     A linear map starts as the identity where widths agree and as an orthogonal map elsewhere; a low-rank one starts as
-    a projection onto a random subspace of `rank` channels. Neither has a bias.
+    a projection onto a random subspace of `rank` channels. Two layers start as the linear map A would: since
+    gelu(x) - gelu(-x) = x, they are [A; -A], 2 * teacher_width channels, and [I, -I].
 
     Raises:
         InputError: Widths that differ without a projection, or a rank that is no reduction.
     """
-    generator = torch.Generator().manual_seed(seed)
+    check_projection(alignment, student_width, teacher_width)
     if alignment.projection == "none":
-        check_widths(alignment, student_width, teacher_width)
         return nn.Identity()
-    if alignment.projection == "linear":
-        linear = _linear(student_width, teacher_width)
+    generator = torch.Generator().manual_seed(seed)
+    if alignment.projection == "low-rank":
+        down, up = _linear(student_width, alignment.rank), _linear(alignment.rank, teacher_width)
+        nn.init.orthogonal_(down.weight, generator=generator)
         if student_width == teacher_width:
-            nn.init.eye_(linear.weight)
+            with torch.no_grad():
+                up.weight.copy_(down.weight.T)
         else:
-            nn.init.orthogonal_(linear.weight, generator=generator)
-        return linear
-    check_rank(alignment, student_width, teacher_width)
-    down, up = _linear(student_width, alignment.rank), _linear(alignment.rank, teacher_width)
-    nn.init.orthogonal_(down.weight, generator=generator)
+            nn.init.orthogonal_(up.weight, generator=generator)
+        return nn.Sequential(down, up)
+    linear = _linear(student_width, teacher_width)
     if student_width == teacher_width:
-        with torch.no_grad():
-            up.weight.copy_(down.weight.T)
+        nn.init.eye_(linear.weight)
     else:
-        nn.init.orthogonal_(up.weight, generator=generator)
-    return nn.Sequential(down, up)
+        nn.init.orthogonal_(linear.weight, generator=generator)
+    if alignment.projection == "linear":
+        return linear
+    first, second = _linear(student_width, 2 * teacher_width), _linear(2 * teacher_width, teacher_width)
+    unit = torch.eye(teacher_width)
+    with torch.no_grad():
+        first.weight.copy_(torch.cat([linear.weight, -linear.weight]))
+        second.weight.copy_(torch.cat([unit, -unit], dim=1))
+    return nn.Sequential(first, nn.GELU(), second)
 
 
-def check_widths(alignment: Alignment, student_width: int, teacher_width: int) -> None:
-    """Refuses states of different widths without a projection.
+def check_projection(alignment: Alignment, student_width: int, teacher_width: int) -> None:
+    """Refuses a projection that these widths do not allow.
 
     Raises:
-        InputError: The widths differ, and there is none.
+        InputError: Widths that differ without a projection, or a rank above one of them, which is no reduction.
     """
     if alignment.projection == "none" and student_width != teacher_width:
         raise InputError(
-            f"alignment.projection is none, but the student is {student_width} wide and the teacher {teacher_width}: "
-            "use a linear projection"
+            f"alignment.projection is none, but the student is {student_width} wide and the teacher "
+            f"{teacher_width}: use a linear projection"
         )
-
-
-def check_rank(alignment: Alignment, student_width: int, teacher_width: int) -> None:
-    """Refuses a low-rank projection that is no reduction.
-
-    Raises:
-        InputError: The rank is above one of the widths.
-    """
     if alignment.rank > min(student_width, teacher_width):
         raise InputError(
             f"alignment.rank is {alignment.rank}, but the states are {student_width} and {teacher_width} wide: lower it"
@@ -114,11 +117,33 @@ def rms_normalise(states: Tensor) -> Tensor:
     return work * torch.rsqrt(work.square().mean(dim=-1, keepdim=True) + 1e-12)
 
 
-def alignment_loss(states: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference of RMS-normalised states, 2 - 2 cos of the angle between them, over all tokens.
+def alignment_loss(states: Tensor, target: Tensor, target_size: Tensor | None = None) -> Tensor:
+    """Mean squared difference of states, with both at a root mean square of 1 or both over the teacher's.
+
+    The first is 2 - 2 cos of the angle between them; the second also asks for the teacher's size.
 
     Args:
         states: [tokens, teacher_width], of the student after its projection.
         target: [tokens, teacher_width], of the teacher, already RMS-normalised.
+        target_size: [tokens, 1], root mean squares that the teacher's states had, for the second; None for the first.
     """
-    return (rms_normalise(states) - target.to(torch.promote_types(states.dtype, torch.float32))).square().mean()
+    scaled = rms_normalise(states) if target_size is None else states / target_size
+    return (scaled - target.to(torch.promote_types(states.dtype, torch.float32))).square().mean()
+
+
+# About what rounding to bfloat16 leaves of a loss whose target is met.
+_MET = 1e-3
+
+
+def balance_factor(loss: Tensor, logit_loss: Tensor) -> Tensor:
+    """What brings a loss to the size of the logit loss: |logit_loss| / max(loss, 0.001), without a gradient.
+
+    The product's gradient is that of logit_loss * log(loss): it asks for the same relative progress however small the
+    loss has become. It depends on its own step alone, so that a trial goes on from a checkpoint to the last bit. The
+    floor bounds it: below, a met target's rounding would be blown up to the size of the logit loss.
+
+    Args:
+        loss: Scalar, at least 0.
+        logit_loss: Scalar.
+    """
+    return logit_loss.detach().abs() / loss.detach().clamp_min(_MET)

@@ -36,7 +36,7 @@ def kept_layers(init: Init, teacher_layers: int, calibration: Calibration | None
     Kept layers ascend, and the first is among them unless only one is kept. "even" spreads them evenly; "contiguous"
     leaves out one block of late layers, just before the last; "influence" leaves out the block of neighbouring layers
     between whose input and output the hidden state turns least (Gromov et al., 2024, arXiv:2403.17887). A student that
-    is not made of the teacher's layers stands for evenly spread ones.
+    is not made of the teacher's layers stands for those of its relative depth.
 
     Args:
         init: How the student begins.
@@ -44,8 +44,10 @@ def kept_layers(init: Init, teacher_layers: int, calibration: Calibration | None
         calibration: Of the teacher; "influence" needs it.
     """
     if init.source == "pretrained":
-        return _spread(pretrained_spec(init.model).layers, teacher_layers)
+        return same_depth(pretrained_spec(init.model).layers, teacher_layers)
     depth = student_depth(init, teacher_layers)
+    if init.source == "scratch":
+        return same_depth(depth, teacher_layers)
     if depth == 1 or init.layers == "even":
         return _spread(depth, teacher_layers)
     start = depth - 1
@@ -60,8 +62,16 @@ def kept_layers(init: Init, teacher_layers: int, calibration: Calibration | None
 def _spread(depth: int, teacher_layers: int) -> tuple[int, ...]:
     if depth == 1:
         return (teacher_layers - 1,)
-    # No later layer than the first stands for the teacher's first one, however deep the student is.
-    return (0, *(max(1, round(i * (teacher_layers - 1) / (depth - 1))) for i in range(1, depth)))
+    return tuple(round(i * (teacher_layers - 1) / (depth - 1)) for i in range(depth))
+
+
+def same_depth(layers: int, teacher_layers: int) -> tuple[int, ...]:
+    """Teacher layer that each layer of a student stands for by relative depth, where none was copied from the teacher.
+
+    With it, `alignment.layer_map` gives student layer j of n the output of teacher layer round((j + 1) m / n) - 1 of m,
+    at least the first.
+    """
+    return tuple(max(round(layer * teacher_layers / layers), min(layer, 1)) for layer in range(layers))
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

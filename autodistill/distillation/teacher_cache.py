@@ -30,7 +30,7 @@ from autodistill.errors import InputError
 from autodistill.strategy import content_hash
 from autodistill.units import format_bytes
 
-_VERSION = 1
+_VERSION = 2
 _FILE = "outputs.arrow"
 _META = "meta.json"
 _PARTIAL = ".partial-"
@@ -48,7 +48,7 @@ class CacheSettings:
 
     Attributes:
         top_k: Number of most likely tokens whose raw logits are kept.
-        states: Teacher layers whose outputs are kept, RMS-normalised, in float16.
+        states: Teacher layers whose outputs are kept, RMS-normalised in float16, and their root mean squares.
         bf16: Whether the teacher computes in bfloat16; the head always computes in float32.
     """
 
@@ -59,7 +59,7 @@ class CacheSettings:
     def bytes_per_token(self, vocabulary: int, width: int) -> int:
         """Bytes on disk for one predicted token."""
         k = min(self.top_k, vocabulary)
-        return k * (2 + _id_type(vocabulary).itemsize) + 4 + 4 * len(GRID) + 2 * width * len(self.states)
+        return k * (2 + _id_type(vocabulary).itemsize) + 4 + 4 * len(GRID) + (2 * width + 4) * len(self.states)
 
 
 def _id_type(vocabulary: int) -> np.dtype[Any]:
@@ -107,6 +107,10 @@ class TeacherCache:
             KeyError: The cache does not hold this layer.
         """
         return torch.from_numpy(self._column(f"state_{layer}", indices))
+
+    def state_size(self, indices: Iterable[int], layer: int) -> Tensor:
+        """Root mean squares that the states of a teacher layer had, float32 [tokens, 1], as `state`."""
+        return torch.from_numpy(self._column(f"size_{layer}", indices))
 
 
 def ensure_cache(
@@ -251,7 +255,9 @@ def _teacher_batches(
                 hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             columns = _sparse_outputs(model.get_output_embeddings()(hidden[0, :-1].float()), settings)
             for layer in settings.states:
-                columns[f"state_{layer}"] = rms_normalise(local.states[layer][0, :-1]).half().cpu().numpy()
+                state = local.states[layer][0, :-1].float()
+                columns[f"state_{layer}"] = rms_normalise(state).half().cpu().numpy()
+                columns[f"size_{layer}"] = state.square().mean(dim=1).sqrt().cpu().numpy()
         return pa.record_batch({name: _arrow(values) for name, values in columns.items()})
 
     handles = [layers[index].register_forward_hook(capture(index)) for index in settings.states]

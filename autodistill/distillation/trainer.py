@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from autodistill.contracts import OptimizerState, Plan
 from autodistill.data import TokenSet
-from autodistill.distillation.alignment import Pair, alignment_loss, layer_map, projection
+from autodistill.distillation.alignment import (
+    Pair,
+    alignment_loss,
+    balance_factor,
+    layer_map,
+    projection,
+)
+from autodistill.distillation.attention import Heads, TeacherBlock, attention_loss, watch
 from autodistill.distillation.divergence import logit_loss
 from autodistill.distillation.memory import is_out_of_memory
 from autodistill.distillation.quantization import deploy_tensor, quantized_training
@@ -29,7 +36,7 @@ from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.distillation.temperature import snap, temperature_at
 from autodistill.errors import TrialFailedError
 from autodistill.formats import Grid
-from autodistill.strategy import Strategy
+from autodistill.strategy import Attention, Strategy
 
 _CLIP = 1.0
 _BETAS = (0.9, 0.95)
@@ -43,8 +50,8 @@ class StepRecord:
 
     Attributes:
         tokens: Trained on so far, this step included.
-        loss, divergence, cross_entropy, alignment: Means over the step's predicted tokens; `loss` is what was
-            descended, the others are its terms without their weights.
+        loss, divergence, cross_entropy, alignment, attention: Means over the step's predicted tokens; `loss` is what
+            was descended, the others are its terms without their weights.
         temperature: Of the divergence, as snapped.
         learning_rate: Of the student.
         gradient_norm: Before clipping.
@@ -57,6 +64,7 @@ class StepRecord:
     divergence: float
     cross_entropy: float
     alignment: float
+    attention: float
     temperature: float
     learning_rate: float
     gradient_norm: float
@@ -88,12 +96,13 @@ class Trainer:
 
     Args:
         model: The student, in float32 on `device`.
-        kept: Teacher layer of each student layer.
+        kept: Teacher layer that each student layer is, or stands for.
         teacher_layers, teacher_width: The teacher's.
         strategy: What is trained.
         plan: Batch, warm-up, horizon and precision.
         data: Training sequences, in the cache's order.
         cache: The teacher's outputs for them.
+        teacher_block: The layer of the teacher whose attention is followed; None where the strategy follows none.
         seed: Of data order and projections.
         device: Where the student lies.
     """
@@ -109,6 +118,7 @@ class Trainer:
         plan: Plan,
         data: TokenSet,
         cache: TeacherCache,
+        teacher_block: TeacherBlock | None = None,
         seed: int,
         device: str = "cpu",
     ) -> None:
@@ -119,6 +129,7 @@ class Trainer:
         self._plan = plan
         self._data = data
         self._cache = cache
+        self._teacher_block = teacher_block
         self._seed = seed
         self._device = device
         self._failures = 0
@@ -257,6 +268,8 @@ class Trainer:
                 layer = decoder_layers(self.model)[pair.student_layer]
                 handle = layer.register_forward_hook(_capture(states, pair.student_layer))
                 stack.callback(handle.remove)
+            attention = self._recipe.attention
+            heads = stack.enter_context(watch(self.model, attention)) if attention else []
             with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._plan.bf16):
                 hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
                 # As a matrix: for a slice of three dimensions the product would copy the whole head.
@@ -278,22 +291,41 @@ class Trainer:
             )
         logit_terms = logit_loss(logits, ids[:, 1:].flatten(), target, weight)
         loss = logit_terms.total
-        aligned = torch.zeros((), device=self._device)
-        if self._pairs:
-            losses = [
-                alignment_loss(state, self._cache.state(indices, pair.teacher_state).to(self._device))
-                for pair, state in zip(self._pairs, projected, strict=True)
-            ]
-            aligned = torch.stack(losses).mean()
-            assert self._recipe.alignment is not None
-            loss = loss + self._recipe.alignment.weight * aligned
+        aligned, attended = (torch.zeros((), device=self._device) for _ in range(2))
+        if alignment := self._recipe.alignment:
+            aligned = self._alignment_loss(projected, indices, alignment.distance)
+            factor = balance_factor(aligned, logit_terms.total) if alignment.balance else 1.0
+            loss = loss + alignment.weight * factor * aligned
+        if attention:
+            attended = attention_loss(heads, self._teacher_heads(indices, attention))
+            factor = balance_factor(attended, logit_terms.total) if attention.balance else 1.0
+            loss = loss + attention.weight * factor * attended
         values = {
             "loss": loss,
             "divergence": logit_terms.divergence,
             "cross_entropy": logit_terms.cross_entropy,
             "alignment": aligned,
+            "attention": attended,
         }
         return loss, {name: float(value.detach()) for name, value in values.items()}
+
+    def _alignment_loss(self, projected: list[Tensor], indices: list[int], distance: str) -> Tensor:
+        """Mean over the pairs, of the student's states after their projections."""
+        losses = []
+        for pair, states in zip(self._pairs, projected, strict=True):
+            target = self._cache.state(indices, pair.teacher_state).to(self._device)
+            size = self._cache.state_size(indices, pair.teacher_state).to(self._device) if distance == "l2" else None
+            losses.append(alignment_loss(states, target, size))
+        return torch.stack(losses).mean()
+
+    def _teacher_heads(self, indices: list[int], attention: Attention) -> list[Heads]:
+        """What the teacher's attention is compared by, computed from the cached input of its layer."""
+        assert self._teacher_block is not None
+        layer = self._teacher_block.layer - 1
+        states = self._cache.state(indices, layer).float() * self._cache.state_size(indices, layer)
+        states = states.unflatten(0, (len(indices), -1)).to(self._device)
+        with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._plan.bf16):
+            return self._teacher_block.heads(states, attention)
 
     def save(self, path: Path) -> None:
         """Writes the trained weights, the optimiser and the place in the schedule, whole or not at all.

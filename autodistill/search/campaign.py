@@ -485,7 +485,9 @@ def describe(strategy: Strategy) -> str:
         heat += f">{temperature.end:g} {temperature.shape}"
     words = [init.describe(), f"KD {recipe.divergence_weight:.2f} {heat}"]
     if recipe.alignment:
-        words.append(f"{recipe.alignment.layers}-{recipe.alignment.count} {recipe.alignment.projection}")
+        words.append(f"{recipe.alignment.name} {recipe.alignment.projection}")
+    if recipe.attention:
+        words.append(f"attention {recipe.attention.kind}")
     if finishing:
         words.append(f"QAT {get_format(finishing.format).label(finishing.bits, finishing.group_size)}")
     return ", ".join(words)

@@ -17,6 +17,7 @@ import numpy as np
 from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec, Plan, Status
 from autodistill.data import Prepared, load_split, prepare
 from autodistill.distillation.alignment import layer_map
+from autodistill.distillation.attention import teacher_layer
 from autodistill.distillation.calibration import Calibration, ensure_calibration
 from autodistill.distillation.pretrained import token_rows
 from autodistill.distillation.scoring import score
@@ -45,7 +46,7 @@ from autodistill.search.request import (
 )
 from autodistill.search.rows import make_row
 from autodistill.space import Space
-from autodistill.strategy import Deployment
+from autodistill.strategy import Alignment, Attention, Deployment
 from autodistill.training_fit import TrainingFit, fit_training
 from autodistill.trial import TrialSetting, evaluate
 
@@ -137,6 +138,8 @@ def load(checked: Checked) -> Loaded:
     step_tokens = checked.stored["plan"]["batch_tokens"] if checked.stored else request.step_tokens or SEQUENCE_LENGTH
     fit = fit_training(
         largest,
+        teacher=spec,
+        alignments=_alignments(checked.space, spec),
         sequence_length=SEQUENCE_LENGTH,
         sequences=step_tokens // SEQUENCE_LENGTH,
         limit_bytes=machine.gpus[0].memory_bytes if machine.gpus else machine.memory_bytes,
@@ -151,6 +154,14 @@ def load(checked: Checked) -> Loaded:
         fit=fit,
         pretrained=pretrained,
     )
+
+
+def _alignments(space: Space, spec: ModelSpec) -> set[tuple[Alignment | None, Attention | None]]:
+    """All that a trial of the space may align, as far as its memory depends on it."""
+    fields = ("", ".layers", ".count", ".projection", ".rank", ".kind")
+    paths = {f"distillation.{part}{name}" for part in ("alignment", "attention") for name in fields}
+    recipes = (strategy.distillation for strategy in space.cases({"distillation", *paths}, spec.layers))
+    return {(recipe.alignment, recipe.attention) for recipe in recipes}
 
 
 def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tuple[Plan, Speed]:
@@ -233,6 +244,9 @@ def cache_settings(space: Space, spec: ModelSpec, bf16: bool, calibration: Path 
         if alignment.count <= len(kept)
         for pair in layer_map(alignment, kept, spec.layers)
     }
+    # A layer's attention is computed from its input, the output of the layer before.
+    followed = {teacher_layer(attention, spec.layers) for attention in space.attention_cases(spec.layers)}
+    states |= {layer - 1 for layer in followed if layer > 0}
     return CacheSettings(states=tuple(sorted(states)), bf16=bf16)
 
 

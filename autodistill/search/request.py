@@ -142,6 +142,9 @@ def check_request(request: SearchRequest) -> Checked:
     if stored is not None:
         _check_same(checked, stored)
     if checked.spec is not None:
+        if request.strategy is not None:
+            for strategy in space.baselines.values():
+                check_strategy(strategy, checked.spec)
         check_budget(checked, checked.spec)
     return checked
 

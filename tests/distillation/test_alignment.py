@@ -9,7 +9,8 @@ from autodistill.distillation.alignment import (
     Pair,
     aligned_layers,
     alignment_loss,
-    check_rank,
+    balance_factor,
+    check_projection,
     layer_map,
     projection,
     rms_normalise,
@@ -34,15 +35,19 @@ def _even(count):
         (_even(4), 15, (3, 7, 11, 14)),
         (_even(4), 4, (0, 1, 2, 3)),
         (_even(3), 7, (2, 4, 6)),
+        (Alignment(count=3), 7, (4, 5, 6)),
+        (Alignment(count=7), 7, (0, 1, 2, 3, 4, 5, 6)),
+        (Alignment(layers="all"), 3, (0, 1, 2)),
     ],
 )
 def test_aligned_layers(alignment, layers, expected):
     assert aligned_layers(alignment, layers) == expected
 
 
-def test_more_aligned_layers_than_layers():
+@pytest.mark.parametrize("alignment", [_even(4), Alignment(count=4)])
+def test_more_aligned_layers_than_layers(alignment):
     with pytest.raises(InputError, match=r"alignment.count is 4, but the student has 3 layers"):
-        aligned_layers(_even(4), 3)
+        aligned_layers(alignment, 3)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +60,8 @@ def test_more_aligned_layers_than_layers():
         (Alignment(), (0, 1, 2, 7), 8, ((3, 7),)),
         (Alignment(), (7,), 8, ((0, 7),)),
         (_even(4), (0, 1, 2, 7), 8, ((0, 0), (1, 1), (2, 6), (3, 7))),
+        (Alignment(count=2), (0, 2, 5, 9), 10, ((2, 8), (3, 9))),
+        (Alignment(layers="all"), (0, 2, 5, 9), 10, ((0, 1), (1, 4), (2, 8), (3, 9))),
     ],
 )
 def test_layer_map(alignment, kept, teacher_layers, expected):
@@ -97,15 +104,30 @@ def test_low_rank_projection_between_widths():
     np.testing.assert_allclose(np.linalg.svd(matrix, compute_uv=False)[:4], [1, 1, 1, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize(("student", "teacher"), [(8, 8), (8, 16), (16, 8)])
+def test_two_layers_start_as_the_linear_projection(student, teacher):
+    states = torch.randn(5, student, generator=torch.Generator().manual_seed(0))
+    project = projection(Alignment(projection="mlp"), student, teacher, 3)
+    linear = projection(LINEAR, student, teacher, 3)
+    torch.testing.assert_close(project(states), linear(states), atol=1e-5, rtol=1e-5)
+    assert [p.shape for p in project.parameters()] == [(2 * teacher, student), (teacher, 2 * teacher)]
+    # Both layers learn from the first step on, and what they become is no linear map.
+    project(states).square().sum().backward()
+    assert all(p.grad.abs().max() > 0.1 for p in project.parameters())
+    with torch.no_grad():
+        project[0].weight[:teacher] *= 2
+    assert (project(2 * states) - 2 * project(states)).abs().max() > 0.1
+
+
 def test_a_rank_that_reduces_nothing():
     low_rank = Alignment(projection="low-rank", rank=9)
-    for check in (lambda: check_rank(low_rank, 8, 16), lambda: projection(low_rank, 16, 8, 0)):
+    for check in (lambda: check_projection(low_rank, 8, 16), lambda: projection(low_rank, 16, 8, 0)):
         with pytest.raises(InputError, match=r"alignment.rank is 9, but the states are .* wide: lower it"):
             check()
-    check_rank(Alignment(projection="low-rank", rank=8), 8, 16)
+    check_projection(Alignment(projection="low-rank", rank=8), 8, 16)
 
 
-@pytest.mark.parametrize("alignment", [LINEAR, Alignment(projection="low-rank", rank=3)])
+@pytest.mark.parametrize("alignment", [LINEAR, Alignment(projection="low-rank", rank=3), Alignment(projection="mlp")])
 def test_projections_are_a_function_of_the_seed_alone(alignment):
     def weights(seed):
         return [p.detach().clone() for p in projection(alignment, 8, 16, seed).parameters()]
@@ -115,7 +137,7 @@ def test_projections_are_a_function_of_the_seed_alone(alignment):
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
     assert all(torch.equal(a, b) for a, b in zip(first, weights(0), strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(first, weights(1), strict=True))
+    assert not torch.equal(first[0], weights(1)[0])
 
 
 def test_normalised_states_have_a_root_mean_square_of_one():
@@ -149,3 +171,34 @@ def test_loss_does_not_depend_on_the_scale_of_the_student():
     first, second = alignment_loss(states, target), alignment_loss(states * 100, target)
     torch.testing.assert_close(first, second)
     assert first.dtype == torch.float32
+
+
+def test_loss_over_the_teachers_size():
+    random = np.random.default_rng(0)
+    student, teacher = (random.standard_normal((9, 32)) * np.logspace(-2, 3, 9)[:, None] for _ in range(2))
+    size = np.sqrt((teacher**2).mean(axis=1, keepdims=True))
+    states = torch.from_numpy(student).requires_grad_()
+    loss = alignment_loss(states, torch.from_numpy(teacher / size), torch.from_numpy(size))
+    loss.backward()
+    # Of each token, |s - t|^2 / |t|^2.
+    errors = ((student - teacher) ** 2).sum(axis=1) / (teacher**2).sum(axis=1)
+    assert float(loss.detach()) == pytest.approx(errors.mean(), rel=1e-10)
+    slope = 2 * (student - teacher) / (teacher**2).sum(axis=1, keepdims=True) / 9
+    np.testing.assert_allclose(states.grad.numpy(), slope, rtol=1e-9, atol=1e-14)
+
+
+def test_a_balanced_loss_has_the_size_of_the_logit_loss():
+    loss = torch.tensor(0.25, requires_grad=True)
+    logit_loss = torch.tensor(3.0, requires_grad=True)
+    factor = balance_factor(loss, logit_loss)
+    (factor * loss).backward()
+    assert float(factor) == 12
+    assert not factor.requires_grad
+    assert logit_loss.grad is None
+    # d (3 log loss) / d loss
+    assert float(loss.grad) == 12
+
+
+def test_a_met_target_is_not_blown_up():
+    factors = [float(balance_factor(torch.tensor(loss), torch.tensor(3.0))) for loss in (1e-3, 1e-6, 0.0)]
+    assert factors == pytest.approx([3000, 3000, 3000])

@@ -5,11 +5,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from autodistill.distillation.alignment import Pair, layer_map
 from autodistill.distillation.calibration import Calibration
-from autodistill.distillation.student import build_student, decoder_layers, kept_layers
+from autodistill.distillation.student import build_student, decoder_layers, kept_layers, same_depth
 from autodistill.errors import InputError
 from autodistill.shapes import student_depth
-from autodistill.strategy import Init
+from autodistill.strategy import Alignment, Init
 from autodistill.testing import save_tiny_teacher
 
 
@@ -161,3 +162,20 @@ def test_from_scratch_is_a_function_of_the_seed_alone(teacher):
 def test_a_model_without_a_list_of_layers():
     with pytest.raises(InputError, match="Linear has no list of layers"):
         decoder_layers(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("layers", "teacher_layers", "states"),
+    [
+        # A third, two thirds and all of the teacher's layers.
+        (3, 12, (3, 7, 11)),
+        (4, 4, (0, 1, 2, 3)),
+        (4, 6, (1, 2, 3, 5)),
+        (1, 6, (5,)),
+        # Deeper than the teacher: no state stands before the first.
+        (4, 2, (0, 0, 1, 1)),
+    ],
+)
+def test_a_layer_that_was_not_copied_follows_the_same_depth(layers, teacher_layers, states):
+    pairs = layer_map(Alignment(layers="all"), same_depth(layers, teacher_layers), teacher_layers)
+    assert pairs == tuple(Pair(layer, state) for layer, state in enumerate(states))

@@ -101,6 +101,9 @@ def test_states_are_raw_layer_outputs_normalised(workshop, dense):
         actual = workshop.cache.state(range(8), layer)
         assert actual.dtype == torch.float16
         np.testing.assert_allclose(actual.double().numpy(), expected, rtol=2**-11, atol=1e-5)
+        size = workshop.cache.state_size(range(8), layer)
+        assert (size.dtype, size.shape) == (torch.float32, (len(raw), 1))
+        np.testing.assert_allclose(size.numpy(), np.sqrt((raw**2).mean(axis=1, keepdims=True)), rtol=1e-6)
 
 
 def test_rows_come_in_the_order_asked_for(workshop):
@@ -215,8 +218,9 @@ def test_size_is_foretold_and_limited(ensure, tmp_path, teacher):
     folder = ensure(sequences=8)
     size = sum(path.stat().st_size for path in folder.iterdir())
     values = 8 * 31 * SETTINGS.bytes_per_token(300, 64)
-    # float16 distances and uint16 ids of 16 tokens, float32 maximum and 10 logsumexps, three float16 states.
-    assert SETTINGS.bytes_per_token(300, 64) == 16 * (2 + 2) + 4 + 40 + 3 * 128
+    # float16 distances and uint16 ids of 16 tokens, float32 maximum and 10 logsumexps, three float16 states
+    # with their float32 sizes.
+    assert SETTINGS.bytes_per_token(300, 64) == 16 * (2 + 2) + 4 + 40 + 3 * (128 + 4)
     assert values < size < values + 8 * 4096
     shutil.rmtree(folder)
     with pytest.raises(InputError, match=r"needs .* kB, above its limit of 100 kB: lower --tokens"):

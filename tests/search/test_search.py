@@ -134,6 +134,21 @@ def test_one_strategy_alone_is_distilled(inputs: tuple[Path, Path, Path], tmp_pa
     assert result.finish.best.name == "logit_kd"
 
 
+def test_the_full_recipe_alone(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    result = search(request(inputs, tmp_path, strategy="full_recipe", trials=None))
+    assert result.finish.best.name == "full_recipe"
+
+
+def test_a_strategy_that_the_teacher_does_not_allow_is_refused_before_anything_is_loaded(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text("distillation: {attention: {kind: relations, relation_heads: 5}}")
+    monkeypatch.setattr("autodistill.search.prepare.load", lambda checked: pytest.fail("a model was loaded"))
+    with pytest.raises(InputError, match=r"relation_heads is 5, which does not divide the student's 64 channels"):
+        search(request(inputs, tmp_path, strategy=str(path), trials=None))
+
+
 def test_a_plan_writes_no_run(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     document = plan_search(request(inputs, tmp_path))
     assert document["plan"]["trials"] == 3
