@@ -52,11 +52,10 @@ def main() -> None:
             f"{found[name].accuracy:.4f} ± {found[name].stderr:.4f}",
             f"{found[name].perplexity:.2f}",
             f"{found[name].agreement:.3f}",
-            f"{found[name].train_seconds:.0f}",
         ]
         for name in CASES
     ]
-    titles = ["alignment", "accuracy", "perplexity", "agreement with the teacher", "training, s"]
+    titles = ["alignment", "accuracy", "perplexity", "agreement with the teacher"]
     print(
         report.write(
             "alignments",
