@@ -10,7 +10,7 @@ from typing import Any
 
 from autodistill.contracts import ModelSpec
 from autodistill.errors import InputError
-from autodistill.formats import Role, TensorSpec, get_format, weights_bytes
+from autodistill.formats import Role, TensorSpec, weights_bytes
 from autodistill.strategy import Deployment
 from autodistill.units import Budget, format_bytes
 
@@ -184,7 +184,7 @@ def _round_up(count: int, multiple: int) -> int:
 
 
 def _packed(spec: ModelSpec, deployment: Deployment) -> int:
-    return weights_bytes(spec.tensors, get_format(deployment.format), deployment.bits, deployment.group_size)
+    return weights_bytes(spec.tensors, deployment)
 
 
 def _kv_cache(spec: ModelSpec, tokens: int) -> int:
@@ -218,7 +218,7 @@ def _transformers(spec: ModelSpec, deployment: Deployment, context: int, batch: 
     the stream, its norm, the attention's output and one spare at the width, and three tensors at the FFN's.
     """
     weights = _packed(spec, deployment)
-    if get_format(deployment.format).container == "compressed-tensors":
+    if deployment.container == "compressed-tensors":
         weights = 2 * spec.parameters
     activations = 2 * batch * context * (4 * spec.width + 3 * spec.ffn_width)
     logits = (2 + 4) * batch * spec.vocabulary
@@ -291,15 +291,13 @@ def shortfall(fitting: Sequence[Fit], budget: Budget) -> str | None:
 
 
 def holdable(spec: ModelSpec, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:
-    """Those deployments whose groups divide the rows of every tensor, whatever memory they need."""
+    """Those deployments that can pack every tensor of the model, whatever memory they need."""
     return tuple(deployment for deployment in deployments if _is_holdable(spec, deployment))
 
 
 def _is_holdable(spec: ModelSpec, deployment: Deployment) -> bool:
-    linears = (tensor for tensor in spec.tensors if tensor.role is Role.LINEAR)
     try:
-        for tensor in (spec.tensors[0], *linears):
-            get_format(deployment.format).storage(tensor, deployment.bits, deployment.group_size)
+        deployment.check_model(spec.tensors)
     except InputError:
         return False
     return True

@@ -385,7 +385,7 @@ GRIDS = {
 def test_finishing(workshop, truth, tmp_path, finishing, quantise):
     """The first step on a grid: loss and gradient of the float64 model whose weights are on it, and packed bytes."""
     packing = formats.get_format(finishing.format)
-    grid = packing.linears[packing.packings.index((finishing.bits, finishing.group_size))]
+    grid = packing.linear(finishing.bits, finishing.group_size, finishing.symmetric)
 
     def storage_of(name):
         if name.endswith("proj.weight"):

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from autodistill.contracts import Decision, Direction, ModelSpec, Plan, Status
 from autodistill.errors import InputError
 from autodistill.estimate import Fit, fits, shortfall
-from autodistill.formats import get_format
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import EventLog
 from autodistill.search.plan import Speed, trial_seconds
@@ -27,6 +26,7 @@ from autodistill.trial import (
     probe_deployment,
     remove_checkpoint,
     student_spec,
+    with_own,
 )
 from autodistill.units import Budget
 
@@ -398,15 +398,17 @@ class Campaign:
         self, strategy: Strategy, *, trial_id: str, number: int | None, kind: str, name: str, point: Point | None
     ) -> TrialState:
         question = self.question
-        fitting = fits(student_spec(strategy, question.teacher_spec), question.deployments, question.budget)
+        contradiction = self._contradiction(strategy)
+        deployments = question.deployments if contradiction else with_own(strategy, question.deployments)
+        fitting = fits(student_spec(strategy, question.teacher_spec), deployments, question.budget)
         allowed = tuple(fit.deployment for fit in fitting if fit.slack <= 0)
-        reason = self._contradiction(strategy) or (None if allowed else shortfall(fitting, question.budget))
+        reason = contradiction or (None if allowed else shortfall(fitting, question.budget))
         task = TrialTask(
             id=trial_id,
             strategy=strategy,
             seed=question.plan.seed,
             deployments=allowed,
-            probe=probe_deployment(strategy, allowed or question.deployments),
+            probe=probe_deployment(strategy, allowed or deployments),
             straight=kind == "baseline",
         )
         trial = TrialState(task=task, number=number, kind=kind, name=name, point=point, fits=fitting, reason=reason)
@@ -483,5 +485,5 @@ def describe(strategy: Strategy) -> str:
     if recipe.alignment:
         words.append(f"{recipe.alignment.layers}-{recipe.alignment.count} {recipe.alignment.projection}")
     if finishing:
-        words.append(f"QAT {get_format(finishing.format).label(finishing.bits, finishing.group_size)}")
+        words.append(f"QAT {finishing.name}")
     return ", ".join(words)
