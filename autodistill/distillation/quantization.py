@@ -141,8 +141,8 @@ class _LearnedStep(torch.autograd.Function):
             target, inside = out[part], scratch[: len(out[part])]
             step = steps[: len(target)]
             _, zero_points = _given_steps(groups[part], _part(given, part), grid, step)
-            _within(step, grid, 0, inside)
-            target.copy_(step)
+            torch.clamp(step, grid.qmin, grid.qmax, out=target)
+            torch.eq(target, step, out=inside)
             _round(target, grid)
             # Of a rounded weight its distance to the code, of a clipped one the code itself.
             target.addcmul_(step, inside, value=-1)
@@ -166,13 +166,6 @@ def _clips(grid: Grid) -> bool:
         return grid.offset == "zero_point"
     # Where the largest magnitude itself stays within half a step of qmax, nothing can be clipped.
     return abs(grid.divisor) >= grid.qmax + 0.5
-
-
-def _within(steps: Tensor, grid: Grid, margin: float, out: Tensor) -> Tensor:
-    """Writes 1 where a step lies within the codes and a margin on both sides, and 0 elsewhere."""
-    torch.sub(steps, (grid.qmin + grid.qmax) / 2, out=out)
-    # A comparison written as floats is vectorised, one written as booleans is not.
-    return torch.le(out.abs_(), (grid.qmax - grid.qmin) / 2 + margin, out=out)
 
 
 def _chunk_size(tensor: Tensor) -> int:
@@ -203,9 +196,11 @@ def _on_grid(weight: Tensor, grid: Grid, inside: Tensor | None, given: _Given | 
         else:
             stored, offsets = _given_steps(groups[part], _part(given, part), grid, target)
         if mask is not None:
+            # A comparison written as floats is vectorised, one written as booleans is not.
             within = scratch[: len(target)]
             if grid.scale_rule == "range":
-                _within(target, grid, 0.5, within)
+                torch.sub(target, (grid.qmin + grid.qmax) / 2, out=within).abs_()
+                torch.le(within, (grid.qmax - grid.qmin + 1) / 2, out=within)
             else:
                 # No weight lies below the codes: the scale is chosen from the largest magnitude.
                 torch.le(target, grid.qmax + 0.5, out=within)
