@@ -10,7 +10,7 @@ from typing import Any
 from autodistill.contracts import ModelSpec, OptimizerState
 from autodistill.errors import InputError
 from autodistill.families import FAMILIES, Axis, get_family
-from autodistill.formats import TensorSpec, get_format, weights_bytes
+from autodistill.formats import Packing, TensorSpec, weights_bytes
 from autodistill.strategy import Alignment, Attention, Deployment
 from autodistill.units import Budget, format_bytes
 
@@ -177,7 +177,7 @@ def _round_up(count: int, multiple: int) -> int:
 
 
 def _packed(spec: ModelSpec, deployment: Deployment) -> int:
-    return weights_bytes(spec.tensors, get_format(deployment.format), deployment.bits, deployment.group_size)
+    return weights_bytes(spec.tensors, deployment)
 
 
 def _kv_cache(spec: ModelSpec, tokens: int) -> int:
@@ -211,7 +211,7 @@ def _transformers(spec: ModelSpec, deployment: Deployment, context: int, batch: 
     the stream, its norm, the attention's output and one spare at the width, and three tensors at the FFN's.
     """
     weights = _packed(spec, deployment)
-    if get_format(deployment.format).container == "compressed-tensors":
+    if deployment.container == "compressed-tensors":
         weights = 2 * spec.parameters
     activations = 2 * batch * context * (4 * spec.width + 3 * spec.ffn_width)
     logits = (2 + 4) * batch * spec.vocabulary
@@ -283,18 +283,16 @@ def shortfall(fitting: Sequence[Fit], budget: Budget) -> str | None:
     )
 
 
-def check_holds(spec: ModelSpec, deployment: Deployment) -> None:
-    """Refuses a deployment that cannot hold a model, whatever memory it needs.
+def check_holds(spec: ModelSpec, packing: Packing) -> None:
+    """Refuses a packing that cannot hold a model, whatever memory it needs.
 
     Raises:
-        InputError: No verified export of this family, or groups that do not divide the rows of a tensor.
+        InputError: No verified export of this family, or as `Packing.check_model`.
     """
-    packing = get_format(deployment.format)
     if packing.container == "gguf" and get_family(spec.architecture).gguf is None:
         known = ", ".join(name for name, family in FAMILIES.items() if family.gguf)
-        raise InputError(f"{packing.name} cannot hold the architecture {spec.architecture}; GGUF holds {known}")
-    for tensor in spec.tensors:
-        packing.storage(tensor, deployment.bits, deployment.group_size)
+        raise InputError(f"{packing.format} cannot hold the architecture {spec.architecture}; GGUF holds {known}")
+    packing.check_model(spec.tensors)
 
 
 def holdable(spec: ModelSpec, deployments: Iterable[Deployment]) -> tuple[Deployment, ...]:

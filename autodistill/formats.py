@@ -7,10 +7,11 @@ for bit, those of the format's own tools: `gguf.quants` (and so llama.cpp) and t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -49,26 +50,33 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """How `group_size` consecutive weights of a row become integer codes and one scale.
+    """How the consecutive weights of a row that make a group become integer codes, one scale and perhaps one offset.
 
-    The scale is m / `divisor`, stored in `scale_dtype`; m is the group's largest magnitude ("absmax"), or the first
-    value that has it, with its sign ("signed_absmax").
+    The scale is m / `divisor`, stored in `scale_dtype`; m is the group's largest magnitude ("absmax"), the first value
+    that has it, with its sign ("signed_absmax"), or the largest weight less the smallest one ("range"). A symmetric
+    grid has no offset. Else it is the smallest weight, stored as the scale is ("minimum"), or the code that 0 is read
+    from ("zero_point"), for which 0 counts among the group's weights.
 
-    - "gguf": a code is the rounded product of weight and 1/scale, both in float32, with the scale *before* its rounding
-      to `scale_dtype`; a weight is read as code * stored scale in float32.
-    - "compressed-tensors": a code is the rounded quotient of weight and *stored* scale in float32, where a stored scale
-      of 0 becomes bfloat16's epsilon; a weight is read as code * stored scale rounded to bfloat16. Quantising what was
-      read again would move it (the largest weight lies half a step off the codes): weights are quantised once.
+    - "gguf": a code is the rounded product of weight (less its minimum) and 1/scale, in float32 and with scale and
+      minimum *before* their rounding to `scale_dtype`; a weight is read as code * stored scale (+ stored minimum) in
+      float32.
+    - "compressed-tensors": a code is the rounded quotient of weight and *stored* scale in float32 (+ zero point), where
+      a stored scale of 0 becomes bfloat16's epsilon; a weight is read as (code - zero point) * stored scale rounded to
+      bfloat16. Quantising what was read again would move it (the largest weight lies half a step off the codes):
+      weights are quantised once.
+
+    Where scales are given and not derived (`Scales`), a code is in both the rounded quotient by the stored scale.
 
     Attributes:
         name: Like "gguf-q4_0" or "compressed-tensors-int4-g64".
         container: The container whose arithmetic and layout it follows.
         bits: Width of a code.
-        group_size: Weights that share a scale.
+        group_size: Weights that share a scale; 0 where a whole row does.
         qmin, qmax: The codes used; what rounds beyond them is clipped.
         scale_dtype: Of the stored scale.
         scale_rule, divisor: How the scale follows from the group.
         rounding: Where a tie goes: "half_up" (to the larger), "half_away" (from zero) or "half_even".
+        offset: What is stored beside the scale.
     """
 
     name: str
@@ -78,65 +86,103 @@ class Grid:
     qmin: int
     qmax: int
     scale_dtype: Literal["f16", "bf16"]
-    scale_rule: Literal["absmax", "signed_absmax"]
+    scale_rule: Literal["absmax", "signed_absmax", "range"]
     divisor: float
     rounding: Literal["half_up", "half_away", "half_even"]
+    offset: Literal["none", "minimum", "zero_point"] = "none"
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether 0 is read from the code 0."""
+        return self.offset == "none"
+
+    @property
+    def levels(self) -> int:
+        """Steps of the longer side of 0, or of the whole range where it is asymmetric: LSQ's Q_P."""
+        return self.qmax if self.symmetric else self.qmax - self.qmin
+
+    def group(self, columns: int) -> int:
+        """Weights that share a scale in a row of `columns`."""
+        return self.group_size or columns
 
 
 Storage: TypeAlias = Grid | Literal["f32", "f16", "bf16"]
 
+
+class Scales(NamedTuple):
+    """What stands beside the codes of a matrix.
+
+    Attributes:
+        scales: float32 [out, groups], values of the grid's scale dtype.
+        offsets: float32 [out, groups], minima or zero points; None on a symmetric grid.
+    """
+
+    scales: Floats
+    offsets: Floats | None = None
+
+
 BF16_EPSILON = 2.0**-7
 """bfloat16's epsilon: the scale that compressed-tensors gives to a group whose own would be 0."""
 
-Q4_0 = Grid(
-    name="gguf-q4_0",
-    container="gguf",
-    bits=4,
-    group_size=32,
-    qmin=-8,
-    qmax=7,
-    scale_dtype="f16",
-    scale_rule="signed_absmax",
-    divisor=-8.0,
-    rounding="half_up",
-)
-Q8_0 = Grid(
-    name="gguf-q8_0",
-    container="gguf",
-    bits=8,
-    group_size=32,
-    qmin=-127,
-    qmax=127,
-    scale_dtype="f16",
-    scale_rule="absmax",
-    divisor=127.0,
-    rounding="half_away",
-)
+
+def _gguf_grid(kind: str, bits: int, **rule: Any) -> Grid:
+    return Grid(name=f"gguf-{kind}", container="gguf", bits=bits, group_size=32, scale_dtype="f16", **rule)
 
 
-def _symmetric(bits: int, group_size: int) -> Grid:
-    # compressed-tensors' `calculate_qparams` for symmetric integers: absmax / ((qmax - qmin) / 2).
+_SIGNED: Mapping[str, Any] = {"scale_rule": "signed_absmax", "rounding": "half_up"}
+_MINIMUM: Mapping[str, Any] = {"scale_rule": "range", "rounding": "half_up", "offset": "minimum"}
+Q4_0 = _gguf_grid("q4_0", 4, qmin=-8, qmax=7, divisor=-8.0, **_SIGNED)
+Q4_1 = _gguf_grid("q4_1", 4, qmin=0, qmax=15, divisor=15.0, **_MINIMUM)
+Q5_0 = _gguf_grid("q5_0", 5, qmin=-16, qmax=15, divisor=-16.0, **_SIGNED)
+Q5_1 = _gguf_grid("q5_1", 5, qmin=0, qmax=31, divisor=31.0, **_MINIMUM)
+Q8_0 = _gguf_grid("q8_0", 8, qmin=-127, qmax=127, divisor=127.0, scale_rule="absmax", rounding="half_away")
+
+
+def _integers(bits: int, group_size: int, symmetric: bool) -> Grid:
+    # compressed-tensors' `calculate_qparams`: absmax / ((qmax - qmin) / 2), or the range / (qmax - qmin).
     levels = 2**bits
     return Grid(
-        name=f"compressed-tensors-int{bits}-g{group_size}",
+        name=f"compressed-tensors{_suffix(bits, group_size, symmetric)}",
         container="compressed-tensors",
         bits=bits,
         group_size=group_size,
         qmin=-levels // 2,
         qmax=levels // 2 - 1,
         scale_dtype="bf16",
-        scale_rule="absmax",
-        divisor=(levels - 1) / 2,
+        scale_rule="absmax" if symmetric else "range",
+        divisor=(levels - 1) / 2 if symmetric else levels - 1,
         rounding="half_even",
+        offset="none" if symmetric else "zero_point",
     )
 
 
-def _key(storage: Storage) -> tuple[int, int]:
-    return (storage.bits, storage.group_size) if isinstance(storage, Grid) else (16, 0)
+def _suffix(bits: int, group_size: int, symmetric: bool) -> str:
+    return f"-int{bits}-{f'g{group_size}' if group_size else 'row'}{'' if symmetric else '-asym'}"
 
 
-def _describe(bits: int, group_size: int) -> str:
-    return f"{bits} bits in groups of {group_size}" if group_size else f"{bits} bits without groups"
+_Key: TypeAlias = tuple[int, int, bool]
+
+
+def _key(storage: Storage) -> _Key:
+    return (storage.bits, storage.group_size, storage.symmetric) if isinstance(storage, Grid) else (16, 0, True)
+
+
+def _describe(keys: Iterable[_Key]) -> str:
+    """The keys in words; a format holds every combination of the values that it holds."""
+    bits, groups, symmetric = (list(dict.fromkeys(values)) for values in zip(*keys, strict=True))
+    if bits == [16]:
+        return "16 bits without groups"
+    sizes = [str(size) for size in groups if size]
+    cut = [f"in groups of {_either(sizes)}"] if sizes else []
+    if 0 in groups:
+        cut.append("in whole rows")
+    kinds = ["symmetric" if kind else "asymmetric" for kind in symmetric]
+    return f"{_either(map(str, bits))} bits {_either(cut)}, {_either(kinds)}"
+
+
+def _either(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +193,9 @@ class Format:
         name: Its name in strategies, deployments and on the command line.
         container: "gguf", "compressed-tensors" or "huggingface".
         runtimes: The engines that serve it, the usual one first.
-        linears: What the weights of linear layers may be stored as; a deployment's bits and group size pick one.
+        linears: What the weights of linear layers may be stored as; a packing picks one.
         tables: What the embedding and an untied head are stored as.
+        kept: What weights are stored as that a packing keeps off its grid.
         vectors: What norms and biases are stored as.
     """
 
@@ -157,41 +204,118 @@ class Format:
     runtimes: tuple[str, ...]
     linears: tuple[Storage, ...]
     tables: Storage
-    vectors: Storage
+    kept: Literal["f16", "bf16"]
+    vectors: Literal["f32", "bf16"]
+
+    def linear(self, bits: int, group_size: int, symmetric: bool) -> Storage:
+        """What linear layers are stored as at this choice.
+
+        Raises:
+            InputError: It cannot hold that; the message lists what it can.
+        """
+        held = {_key(storage): storage for storage in self.linears}
+        asked = (bits, group_size, symmetric)
+        if asked not in held:
+            raise InputError(f"{self.name} cannot hold {_describe([asked])}; it holds {_describe(held)}")
+        return held[asked]
+
+
+_KEEP = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How the weights of a model are stored: a format, one of the grids that it holds, and what stays off the grid.
+
+    Attributes:
+        format: Name of a format.
+        bits: Bit-width of the linear layers; 16 where they are not quantised.
+        group_size: Weights of a row that share a scale; 0 where the whole row does, or nothing is quantised.
+        symmetric: Whether a group has a scale alone, and no offset.
+        keep: What stays in 16 bits (mixed precision): "attention", "embeddings", "head", or part of a weight's dotted
+            name in transformers, like "layers.0", "down_proj" or "layers.0.mlp.down_proj". In alphabetical order.
+    """
+
+    format: str
+    bits: int
+    group_size: int
+    symmetric: bool = True
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        linear = get_format(self.format).linear(self.bits, self.group_size, self.symmetric)
+        if self.keep and not isinstance(linear, Grid):
+            raise InputError(f"{self.format} holds all weights in 16 bits: leave keep out")
+        for part in self.keep:
+            if not _KEEP.fullmatch(part):
+                raise InputError(
+                    f"keep holds {part!r}: it can be attention, embeddings, head, or part of a weight's name such as "
+                    "layers.0 or mlp.down_proj"
+                )
+        object.__setattr__(self, "keep", tuple(sorted(set(self.keep))))
 
     @property
-    def packings(self) -> tuple[tuple[int, int], ...]:
-        """The pairs of bits and group size that it can hold; (16, 0) where nothing is quantised."""
-        return tuple(_key(storage) for storage in self.linears)
+    def packing(self) -> Packing:
+        """The fields of this class alone, whatever else the object says: equal where weights are stored equally."""
+        return Packing(**{field.name: getattr(self, field.name) for field in fields(Packing)})
 
-    def check(self, bits: int, group_size: int) -> None:
-        """Refuses bits and group sizes that it cannot hold.
+    @property
+    def container(self) -> str:
+        """The container of its format."""
+        return get_format(self.format).container
 
-        Raises:
-            InputError: It cannot hold this pair; the message lists those it can.
-        """
-        if (bits, group_size) not in self.packings:
-            held = ", ".join(_describe(*packing) for packing in self.packings)
-            raise InputError(f"{self.name} cannot hold {_describe(bits, group_size)}; it holds {held}")
+    @property
+    def name(self) -> str:
+        """Short readable name, like "gguf-q4_0", "compressed-tensors-int4-g64-asym" or "gguf-q4_0+attention"."""
+        choices = len(get_format(self.format).linears)
+        suffix = _suffix(self.bits, self.group_size, self.symmetric) if choices > 1 else ""
+        return "+".join([self.format + suffix, *self.keep])
 
-    def label(self, bits: int, group_size: int) -> str:
-        """Short readable name, like "gguf-q4_0" or "compressed-tensors-int4-g64"."""
-        return self.name if len(self.linears) == 1 else f"{self.name}-int{bits}-g{group_size}"
-
-    def storage(self, tensor: TensorSpec, bits: int, group_size: int) -> Storage:
-        """What `tensor` is stored as in a deployment of `bits` and `group_size`.
+    def storage(self, tensor: TensorSpec) -> Storage:
+        """What `tensor` is stored as.
 
         Raises:
-            InputError: The format cannot hold this pair, or the tensor cannot be cut into the groups.
+            InputError: The tensor cannot be cut into the groups.
         """
-        self.check(bits, group_size)
+        held = get_format(self.format)
         if tensor.role in (Role.NORM, Role.BIAS):
-            return self.vectors
-        storage = self.tables
+            return held.vectors
+        if any(_is_part(part, tensor) for part in self.keep):
+            return held.kept
+        storage = held.tables
         if tensor.role is Role.LINEAR:
-            storage = self.linears[self.packings.index((bits, group_size))]
+            storage = held.linear(self.bits, self.group_size, self.symmetric)
         check_tensor(tensor, storage)
         return storage
+
+    def check_model(self, tensors: Iterable[TensorSpec]) -> None:
+        """Refuses a model that cannot be packed so.
+
+        Raises:
+            InputError: A tensor that cannot be cut into the groups, or a part to keep that would be on no grid.
+        """
+        storages = {tensor: self.storage(tensor) for tensor in tensors}
+        if not self.keep:
+            return
+        if not any(isinstance(storage, Grid) for storage in storages.values()):
+            raise InputError(f"keep leaves no weight on the grid of {self.format}: name fewer parts")
+        plain = replace(self, keep=())
+        gridded = [tensor for tensor in storages if isinstance(plain.storage(tensor), Grid)]
+        unused = [part for part in self.keep if not any(_is_part(part, tensor) for tensor in gridded)]
+        if unused:
+            raise InputError(
+                f"keep names {', '.join(unused)}, but no weight of this model that {self.format} would quantise "
+                "is called so: leave it out (a tied head is the embeddings)"
+            )
+
+
+_ROLES = {"embeddings": Role.EMBEDDING, "head": Role.HEAD}
+
+
+def _is_part(part: str, tensor: TensorSpec) -> bool:
+    if part in _ROLES:
+        return tensor.role is _ROLES[part]
+    return f".{'self_attn' if part == 'attention' else part}." in f".{tensor.name}."
 
 
 def check_tensor(tensor: TensorSpec, storage: Storage) -> None:
@@ -204,7 +328,7 @@ def check_tensor(tensor: TensorSpec, storage: Storage) -> None:
         return
     if len(tensor.shape) != 2:
         raise InputError(f"{tensor.name} of shape {list(tensor.shape)} is no matrix: {storage.name} cannot hold it")
-    if tensor.shape[1] % storage.group_size:
+    if tensor.shape[1] % storage.group(tensor.shape[1]):
         raise InputError(
             f"{tensor.name} has rows of {tensor.shape[1]} weights, which the groups of {storage.group_size} of "
             f"{storage.name} do not divide: choose a smaller group, or a format without groups"
@@ -213,7 +337,13 @@ def check_tensor(tensor: TensorSpec, storage: Storage) -> None:
 
 def _gguf(name: str, linears: Storage, tables: Storage) -> Format:
     return Format(
-        name=name, container="gguf", runtimes=("llama.cpp",), linears=(linears,), tables=tables, vectors="f32"
+        name=name,
+        container="gguf",
+        runtimes=("llama.cpp",),
+        linears=(linears,),
+        tables=tables,
+        kept="f16",
+        vectors="f32",
     )
 
 
@@ -223,13 +353,19 @@ FORMATS: Mapping[str, Format] = {
         _gguf("gguf-f16", "f16", "f16"),
         _gguf("gguf-q8_0", Q8_0, Q8_0),
         # The table stays at 8 bits: tied, it is also the output head, and llama.cpp's own Q4_0 files keep it above 4.
-        _gguf("gguf-q4_0", Q4_0, Q8_0),
+        *(_gguf(grid.name, grid, Q8_0) for grid in (Q5_1, Q5_0, Q4_1, Q4_0)),
         Format(
             name="compressed-tensors",
             container="compressed-tensors",
             runtimes=("vllm", "transformers"),
-            linears=tuple(_symmetric(bits, group_size) for bits in (8, 4) for group_size in (32, 64)),
+            linears=tuple(
+                _integers(bits, group_size, symmetric)
+                for bits in (8, 6, 4, 3, 2)
+                for group_size in (32, 64, 128, 0)
+                for symmetric in (True, False)
+            ),
             tables="bf16",
+            kept="bf16",
             vectors="bf16",
         ),
         Format(
@@ -238,6 +374,7 @@ FORMATS: Mapping[str, Format] = {
             runtimes=("transformers", "vllm"),
             linears=("bf16",),
             tables="bf16",
+            kept="bf16",
             vectors="bf16",
         ),
     )
@@ -280,7 +417,7 @@ def round_to(values: Floats, dtype: Literal["f32", "f16", "bf16"]) -> Floats:
         return values.astype(np.float16 if dtype == "f16" else np.float32).astype(np.float32)
 
 
-def quantize(weights: Floats, grid: Grid) -> tuple[Codes, Floats]:
+def quantize(weights: Floats, grid: Grid, scales: Scales | None = None) -> tuple[Codes, Scales]:
     """Puts weights on a grid.
 
     A scale that float16 cannot hold becomes infinite, as in llama.cpp; `pack` refuses it.
@@ -288,32 +425,61 @@ def quantize(weights: Floats, grid: Grid) -> tuple[Codes, Floats]:
     Args:
         weights: float32 [out, in], `in` a multiple of the group size.
         grid: The grid.
+        scales: Scales and offsets to use, learned ones say; by default they follow from the weights. A scale of 0 reads
+            every weight of its group as 0, or as the minimum.
 
     Returns:
-        Codes, int8 [out, in], and scales, float32 [out, in / group size], already rounded to the grid's scale dtype.
+        Codes, int8 [out, in], and what is stored beside them.
     """
-    groups = np.asarray(weights, dtype=np.float32).reshape(weights.shape[0], -1, grid.group_size)
+    columns = weights.shape[1]
+    groups = np.asarray(weights, dtype=np.float32).reshape(weights.shape[0], -1, grid.group(columns))
     with np.errstate(all="ignore"):
-        scales = _scales(groups, grid)
-        stored = round_to(scales, grid.scale_dtype)
-        if grid.container == "gguf":
-            inverse = np.float32(1) / scales
-            # A scale of 0 or so small that its reciprocal overflows: every weight is read as 0 whatever its code.
-            inverse[np.isinf(inverse)] = 0
-            steps = groups * inverse
-        else:
-            stored[stored == 0] = BF16_EPSILON
-            steps = groups / stored
+        scales, steps = _fitted(groups, grid) if scales is None else (scales, _steps(groups, scales, grid))
         codes = _round(steps, grid).clip(grid.qmin, grid.qmax).astype(np.int8)
-    return codes.reshape(weights.shape), stored[..., 0]
+    return codes.reshape(weights.shape), scales
 
 
-def _scales(groups: Floats, grid: Grid) -> Floats:
-    if grid.scale_rule == "signed_absmax":
-        largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=-1, keepdims=True), axis=-1)
+def _fitted(groups: Floats, grid: Grid) -> tuple[Scales, Floats]:
+    """The scales and offsets of groups [out, groups, group], and the weights in steps of them."""
+    offsets = None
+    if grid.scale_rule == "range":
+        low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
+        if grid.offset == "zero_point":
+            low, high = np.minimum(low, 0), np.maximum(high, 0)
+        extent = high - low
+    elif grid.scale_rule == "signed_absmax":
+        extent = np.take_along_axis(groups, np.abs(groups).argmax(axis=-1, keepdims=True), axis=-1)
     else:
-        largest = np.abs(groups).max(axis=-1, keepdims=True)
-    return largest / np.float32(grid.divisor)
+        extent = np.abs(groups).max(axis=-1, keepdims=True)
+    scales = extent / np.float32(grid.divisor)
+    stored = round_to(scales, grid.scale_dtype)
+    if grid.container == "gguf":
+        inverse = np.float32(1) / scales
+        # A scale of 0 or so small that its reciprocal overflows: every weight is read as 0 whatever its code.
+        inverse[np.isinf(inverse)] = 0
+        if grid.offset == "minimum":
+            offsets = round_to(low, grid.scale_dtype)[..., 0]
+            steps = (groups - low) * inverse
+        else:
+            steps = groups * inverse
+        return Scales(stored[..., 0], offsets), steps
+    stored[stored == 0] = BF16_EPSILON
+    if grid.offset == "zero_point":
+        # Of a group of zeros the quotient is NaN, and its zero point 0.
+        zero_points = np.rint(np.nan_to_num(np.float32(grid.qmin) - low / scales).clip(grid.qmin, grid.qmax))
+        offsets = zero_points[..., 0]
+    given = Scales(stored[..., 0], offsets)
+    return given, _steps(groups, given, grid)
+
+
+def _steps(groups: Floats, given: Scales, grid: Grid) -> Floats:
+    """Groups [out, groups, group] in steps of the stored scales."""
+    scales = given.scales[..., None]
+    scales = np.where(scales == 0, np.float32(np.inf), scales)
+    if given.offsets is None:
+        return groups / scales
+    offsets = given.offsets[..., None]
+    return (groups - offsets) / scales if grid.offset == "minimum" else groups / scales + offsets
 
 
 def _round(steps: Floats, grid: Grid) -> Floats:
@@ -327,41 +493,49 @@ def _round(steps: Floats, grid: Grid) -> Floats:
     return whole + np.trunc(2 * (steps - whole))
 
 
-def dequantize(codes: Codes, scales: Floats, grid: Grid) -> Floats:
-    """The float32 weights [out, in] that the runtime computes from codes [out, in] and scales [out, in / group]."""
-    groups = codes.reshape(codes.shape[0], -1, grid.group_size).astype(np.float32)
+def dequantize(codes: Codes, scales: Scales, grid: Grid) -> Floats:
+    """The float32 weights [out, in] that the runtime computes from codes [out, in] and what is stored beside them."""
+    groups = codes.reshape(codes.shape[0], -1, grid.group(codes.shape[1])).astype(np.float32)
     with np.errstate(invalid="ignore"):
-        groups *= scales[..., None]
+        if scales.offsets is not None and grid.offset == "zero_point":
+            groups -= scales.offsets[..., None]
+        groups *= scales.scales[..., None]
+        if scales.offsets is not None and grid.offset == "minimum":
+            groups += scales.offsets[..., None]
     if grid.container == "compressed-tensors":
         groups = round_to(groups, "bf16")
     return groups.reshape(codes.shape)
 
 
-def deployed(weights: Floats, storage: Storage) -> Floats:
-    """The float32 values that the runtime will see of `weights`."""
+def deployed(weights: Floats, storage: Storage, scales: Scales | None = None) -> Floats:
+    """The float32 values that the runtime will see of `weights`; `scales` as for `quantize`."""
     if isinstance(storage, Grid):
-        return dequantize(*quantize(weights, storage), storage)
+        return dequantize(*quantize(weights, storage, scales), storage)
     return round_to(weights, storage)
 
 
-def pack(weights: Floats, storage: Storage) -> Arrays:
+def pack(weights: Floats, storage: Storage, scales: Scales | None = None) -> Arrays:
     """The arrays that stand on disk for `weights`.
 
     Args:
         weights: float32, [out, in] for a grid.
         storage: A grid or a float type.
+        scales: As for `quantize`.
 
     Returns:
-        GGUF: `data`, uint8 [out, bytes per row], in blocks of a float16 scale and the codes. compressed-tensors:
-        `weight_packed` int32 [out, in * bits / 32], `weight_scale` [out, in / group size] and `weight_shape` int64 [2].
-        Floats: `data`. bfloat16 stands as its bits in uint16.
+        GGUF: `data`, uint8 [out, bytes per row], in blocks of a float16 scale, perhaps a float16 minimum, and codes.
+        compressed-tensors: `weight_packed` int32 [out, words], `weight_scale` [out, groups], `weight_shape` int64 [2],
+        and of an asymmetric grid `weight_zero_point` int32 [words, groups]. Floats: `data`. bfloat16 stands as its bits
+        in uint16.
 
     Raises:
         InputError: A weight is not finite, or it or its scale is beyond float16.
     """
     if isinstance(storage, Grid):
-        codes, scales = quantize(weights, storage)
-        _finite(scales, weights, storage.name)
+        codes, scales = quantize(weights, storage, scales)
+        _finite(scales.scales, weights, storage.name)
+        if storage.offset == "minimum" and scales.offsets is not None:
+            _finite(scales.offsets, weights, storage.name)
         return _pack_codes(codes, scales, storage)
     _finite(round_to(weights, storage), weights, storage)
     if storage == "bf16":
@@ -377,28 +551,78 @@ def _finite(stored: Floats, weights: Floats, name: str) -> None:
         raise InputError(f"{name} cannot hold a weight of {largest:.4g}: choose a format without float16")
 
 
-def _pack_codes(codes: Codes, scales: Floats, grid: Grid) -> Arrays:
+def _pack_codes(codes: Codes, scales: Scales, grid: Grid) -> Arrays:
     rows, columns = codes.shape
     if grid.container == "gguf":
         blocks = codes.reshape(rows, -1, grid.group_size)
-        if grid.bits == 4:
-            # A block's first half lies in the low nibbles, its second half in the high ones.
-            nibbles = (blocks - np.int8(grid.qmin)).view(np.uint8)
-            half = grid.group_size // 2
-            packed = nibbles[..., :half] | (nibbles[..., half:] << np.uint8(4))
-        else:
-            packed = blocks.view(np.uint8)
-        head = scales.astype("<f2")[..., None].view(np.uint8)
-        return {"data": np.concatenate([head, packed], axis=-1).reshape(rows, -1)}
-    # Codes are stored above their least, the first one in the lowest bits of a little-endian word.
-    unsigned = (codes.astype(np.int16) - grid.qmin).astype(np.uint8)
-    if grid.bits == 4:
-        unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << np.uint8(4))
-    return {
-        "weight_packed": np.ascontiguousarray(unsigned).view("<i4"),
-        "weight_scale": to_bf16_bits(scales),
+        head = [values.astype("<f2")[..., None].view(np.uint8) for values in scales if values is not None]
+        return {"data": np.concatenate([*head, *_gguf_codes(blocks, grid)], axis=-1).reshape(rows, -1)}
+    arrays: Arrays = {
+        "weight_packed": _pack_words(codes, grid),
+        "weight_scale": to_bf16_bits(scales.scales),
         "weight_shape": np.array([rows, columns], dtype=np.int64),
     }
+    if scales.offsets is not None:
+        # Packed along the rows of the matrix, not along its groups.
+        arrays["weight_zero_point"] = np.ascontiguousarray(_pack_words(scales.offsets.T.astype(np.int8), grid).T)
+    return arrays
+
+
+def _gguf_codes(blocks: Codes, grid: Grid) -> list[npt.NDArray[np.uint8]]:
+    """The bytes of codes [out, blocks, 32]."""
+    if grid.bits == 8:
+        return [blocks.view(np.uint8)]
+    unsigned = (blocks - np.int8(grid.qmin)).view(np.uint8)
+    # A block's first half lies in the low nibbles, its second half in the high ones, and fifth bits before them.
+    low, high = np.split(unsigned & np.uint8(15), 2, axis=-1)
+    nibbles = low | (high << np.uint8(4))
+    return [np.packbits(unsigned >> np.uint8(4), axis=-1, bitorder="little"), nibbles] if grid.bits == 5 else [nibbles]
+
+
+def _pack_words(codes: Codes, grid: Grid) -> npt.NDArray[np.int32]:
+    """Codes [rows, columns] as a stream of bits in little-endian words, int32 [rows, words]."""
+    # Codes are stored above their least, the first one in the lowest bits.
+    unsigned = (codes.astype(np.int16) - grid.qmin).astype(np.uint8)
+    if grid.bits == 4 and unsigned.shape[1] % 2 == 0:
+        packed = unsigned[:, 0::2] | (unsigned[:, 1::2] << np.uint8(4))
+    elif grid.bits == 8:
+        packed = unsigned
+    else:
+        rows = max(1, _BIT_CHUNK // unsigned.shape[1])
+        packed = np.concatenate(
+            [_pack_bits(unsigned[start : start + rows], grid.bits) for start in range(0, len(unsigned), rows)]
+        )
+    padded = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4)))
+    return np.ascontiguousarray(padded).view("<i4")
+
+
+# Weights whose single bits, a byte each, are in memory at once.
+_BIT_CHUNK = 2**20
+
+
+def _pack_bits(unsigned: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    single = np.unpackbits(unsigned[..., None], axis=-1, bitorder="little", count=bits)
+    return np.packbits(single.reshape(len(unsigned), -1), axis=-1, bitorder="little")
+
+
+def _unpack_words(words: npt.NDArray[np.int32], columns: int, grid: Grid) -> Codes:
+    """The inverse of `_pack_words`."""
+    packed = np.ascontiguousarray(words, dtype="<i4").view(np.uint8)
+    if grid.bits == 4:
+        unsigned = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1).reshape(len(packed), -1)
+    elif grid.bits == 8:
+        unsigned = packed
+    else:
+        rows = max(1, _BIT_CHUNK // columns)
+        unsigned = np.concatenate(
+            [_unpack_bits(packed[start : start + rows], columns, grid.bits) for start in range(0, len(packed), rows)]
+        )
+    return (unsigned[:, :columns].astype(np.int16) + grid.qmin).astype(np.int8)
+
+
+def _unpack_bits(packed: npt.NDArray[np.uint8], columns: int, bits: int) -> npt.NDArray[np.uint8]:
+    single = np.unpackbits(packed, axis=-1, bitorder="little", count=columns * bits)
+    return np.packbits(single.reshape(len(packed), columns, bits), axis=-1, bitorder="little")[..., 0]
 
 
 def unpack(arrays: Mapping[str, npt.NDArray[Any]], storage: Storage, shape: tuple[int, ...]) -> Floats:
@@ -409,42 +633,53 @@ def unpack(arrays: Mapping[str, npt.NDArray[Any]], storage: Storage, shape: tupl
     return from_bf16_bits(data) if storage == "bf16" else data.astype(np.float32)
 
 
-def _unpack_codes(arrays: Mapping[str, npt.NDArray[Any]], grid: Grid, shape: tuple[int, ...]) -> tuple[Codes, Floats]:
+def _unpack_codes(arrays: Mapping[str, npt.NDArray[Any]], grid: Grid, shape: tuple[int, ...]) -> tuple[Codes, Scales]:
     if grid.container == "gguf":
         blocks = arrays["data"].reshape(shape[0], shape[1] // grid.group_size, -1)
-        scales = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0].astype(np.float32)
-        packed = blocks[..., 2:]
-        if grid.bits == 4:
-            nibbles = np.concatenate([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1)
-            codes = nibbles.astype(np.int8) + np.int8(grid.qmin)
-        else:
-            codes = np.ascontiguousarray(packed).view(np.int8)
-        return codes.reshape(shape), scales
-    packed = np.ascontiguousarray(arrays["weight_packed"], dtype="<i4").view(np.uint8)
-    if grid.bits == 4:
-        packed = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1)
-    codes = (packed.reshape(shape).astype(np.int16) + grid.qmin).astype(np.int8)
-    return codes, from_bf16_bits(arrays["weight_scale"])
+        count = 1 if grid.symmetric else 2
+        head = np.ascontiguousarray(blocks[..., : 2 * count]).view("<f2").astype(np.float32)
+        codes = _gguf_blocks(np.ascontiguousarray(blocks[..., 2 * count :]), grid)
+        return codes.reshape(shape), Scales(*np.moveaxis(head, -1, 0))
+    scales = from_bf16_bits(arrays["weight_scale"])
+    offsets = None
+    if not grid.symmetric:
+        offsets = _unpack_words(arrays["weight_zero_point"].T, shape[0], grid).T.astype(np.float32)
+    return _unpack_words(arrays["weight_packed"], shape[1], grid), Scales(scales, offsets)
 
 
-def tensor_bytes(tensor: TensorSpec, packing: Format, bits: int, group_size: int) -> int:
-    """Bytes that one tensor takes in a deployment, scales included: what `pack` writes, no padding.
+def _gguf_blocks(packed: npt.NDArray[np.uint8], grid: Grid) -> Codes:
+    """The codes [out, blocks, 32] of the bytes of `_gguf_codes`."""
+    if grid.bits == 8:
+        return packed.view(np.int8)
+    nibbles = packed[..., -grid.group_size // 2 :]
+    unsigned = np.concatenate([nibbles & np.uint8(15), nibbles >> np.uint8(4)], axis=-1)
+    if grid.bits == 5:
+        unsigned |= np.unpackbits(packed[..., :4], axis=-1, bitorder="little") << np.uint8(4)
+    return unsigned.astype(np.int8) + np.int8(grid.qmin)
 
-    Raises:
-        InputError: As `Format.storage`.
-    """
-    storage = packing.storage(tensor, bits, group_size)
+
+def tensor_bytes(tensor: TensorSpec, storage: Storage) -> int:
+    """Bytes that one tensor takes, scales included: what `pack` writes, no padding."""
     count = math.prod(tensor.shape)
     if not isinstance(storage, Grid):
         return count * (4 if storage == "f32" else 2)
-    shape_bytes = 16 if storage.container == "compressed-tensors" else 0
-    return count * storage.bits // 8 + count // storage.group_size * 2 + shape_bytes
+    rows, columns = tensor.shape
+    groups = columns // storage.group(columns)
+    if storage.container == "gguf":
+        return count * storage.bits // 8 + rows * groups * (2 if storage.symmetric else 4)
+    zero_points = 0 if storage.symmetric else _words(rows, storage.bits) * groups
+    return rows * (_words(columns, storage.bits) + 2 * groups) + zero_points + 16
 
 
-def weights_bytes(tensors: Iterable[TensorSpec], packing: Format, bits: int, group_size: int) -> int:
-    """Bytes that all of a model's tensors take in a deployment.
+def _words(codes: int, bits: int) -> int:
+    """Bytes of a row of codes in whole words of 32 bits."""
+    return -(-codes * bits // 32) * 4
+
+
+def weights_bytes(tensors: Iterable[TensorSpec], packing: Packing) -> int:
+    """Bytes that all of a model's tensors take in a packing.
 
     Raises:
-        InputError: As `Format.storage`.
+        InputError: As `Packing.storage`.
     """
-    return sum(tensor_bytes(tensor, packing, bits, group_size) for tensor in tensors)
+    return sum(tensor_bytes(tensor, packing.storage(tensor)) for tensor in tensors)

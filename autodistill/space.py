@@ -32,7 +32,7 @@ def _strategy_paths(part: type[Part] = Strategy, prefix: str = "") -> dict[str, 
         if isinstance(hint, types.UnionType):
             (hint,) = (arm for arm in hint.__args__ if arm is not type(None))
         paths[prefix + name] = hint
-        if issubclass(hint, Part):
+        if isinstance(hint, type) and issubclass(hint, Part):
             paths |= _strategy_paths(hint, f"{prefix}{name}.")
     return paths
 
@@ -328,7 +328,8 @@ def _check_corners(space: Space) -> None:
 
 
 def _part_of(path: str) -> str:
-    return path if issubclass(PATHS[path], Part) else path.rpartition(".")[0]
+    hint = PATHS[path]
+    return path if isinstance(hint, type) and issubclass(hint, Part) else path.rpartition(".")[0]
 
 
 def _deployments(data: Any) -> tuple[Deployment, ...]:

@@ -8,12 +8,12 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from autodistill.errors import InputError
-from autodistill.formats import get_format
+from autodistill.formats import Packing, TensorSpec, get_format
 
 
 def content_hash(data: Any, digits: int = 12) -> str:
@@ -281,22 +281,25 @@ class Distillation(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finishing(Part):
+class Finishing(Packing, Part):
     """The grid on which the last stage trains, with weights rounded to it in the forward pass (QAT).
 
+    The fields of `Packing` say which grid, and which weights stay off it.
+
     Attributes:
-        format: A quantised format of `autodistill.formats`.
-        bits: Bit-width that this format can hold.
-        group_size: Weights that share a scale.
+        scales: "absmax" derives a group's scale from its weights in every step, as its container's own tools do;
+            "learned" trains it (LSQ, arXiv:1902.08153), and the export packs with what was learned.
+        start: Share of the decay, 0 to below 1, after which the weights go on the grid.
     """
 
-    format: str
-    bits: int
-    group_size: int
+    scales: str = "absmax"
+    start: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(self.bits < 16, "finishing trains on a quantised grid: for a 16-bit student, leave finishing out")
-        get_format(self.format).check(self.bits, self.group_size)
+        _choice("finishing.scales", self.scales, ("absmax", "learned"))
+        _check(0 <= self.start < 1, f"finishing.start is a share of the decay, 0 to below 1, not {self.start}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,28 +327,52 @@ class Strategy(Part):
         return content_hash({"init": self.init.to_json(), "distillation": self.distillation.to_json()})
 
 
+# vLLM computes each of these sets of layers as one matrix, which has one storage.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
 @dataclass(frozen=True, kw_only=True)
-class Deployment(Part):
-    """How a trained student is packed.
+class Deployment(Packing, Part):
+    """How a trained student is packed and served.
+
+    The fields of `Packing` say how it is packed.
 
     Attributes:
         runtime: The engine that serves it: "llama.cpp", "vllm" or "transformers".
-        format: A format of `autodistill.formats`.
-        bits: Bit-width of the linear layers; 16 where they are not quantised.
-        group_size: Weights that share a scale; 0 where they are not quantised.
     """
 
     runtime: str
-    format: str
-    bits: int
-    group_size: int
 
     def __post_init__(self) -> None:
-        packing = get_format(self.format)
-        packing.check(self.bits, self.group_size)
-        _choice(f"the runtime of {self.format}", self.runtime, packing.runtimes)
+        super().__post_init__()
+        _choice(f"the runtime of {self.name}", self.runtime, serving(self))
 
-    @property
-    def name(self) -> str:
-        """Short readable name, like "gguf-q4_0" or "compressed-tensors-int4-g64"."""
-        return get_format(self.format).label(self.bits, self.group_size)
+    def check_model(self, tensors: Iterable[TensorSpec]) -> None:
+        """Refuses a model that cannot be packed, or not be served so.
+
+        Raises:
+            InputError: As `Packing.check_model`; or vLLM would compute kept and quantised layers as one matrix.
+        """
+        tensors = tuple(tensors)
+        super().check_model(tensors)
+        if self.runtime != "vllm" or not self.keep:
+            return
+        storages = {tensor.name: self.storage(tensor) for tensor in tensors}
+        for first, *others in _FUSED:
+            for name in storages:
+                for other in others:
+                    twin = name.replace(f".{first}.weight", f".{other}.weight")
+                    _check(
+                        storages[name] == storages[twin],
+                        f"vLLM computes {', '.join((first, *others))} as one: keep all of them or none",
+                    )
+
+
+def serving(packing: Packing) -> tuple[str, ...]:
+    """The engines that serve a packing, the usual one first.
+
+    Any engine reads a format, but vLLM has had kernels for 4 and 8 bits only, with zero points for 4 bits.
+    """
+    runtimes = get_format(packing.format).runtimes
+    kernels = packing.bits in (4, 16) or (packing.bits == 8 and packing.symmetric)
+    return runtimes if kernels or packing.container != "compressed-tensors" else ("transformers",)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from autodistill.data import TokenSet, load_split
 from autodistill.distillation.alignment import aligned_layers, check_projection
 from autodistill.distillation.attention import TeacherBlock, check_attention, teacher_layer
 from autodistill.distillation.calibration import Calibration
+from autodistill.distillation.grid_scales import write_scales
 from autodistill.distillation.memory import is_out_of_memory, keep_freed_memory
 from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.scoring import score
@@ -28,9 +30,9 @@ from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.distillation.trainer import StepRecord, Trainer, branch_point, read_tokens
 from autodistill.errors import TrialFailedError
 from autodistill.estimate import check_holds
-from autodistill.formats import Grid, get_format
+from autodistill.formats import Grid, Scales
 from autodistill.plugins import load
-from autodistill.strategy import Deployment, Init, Strategy
+from autodistill.strategy import Deployment, Init, Strategy, serving
 from autodistill.units import Budget
 
 _STABLE = "stable.safetensors"
@@ -135,13 +137,22 @@ def probe_deployment(strategy: Strategy, deployments: tuple[Deployment, ...]) ->
     """The deployment a rung is judged on: the finishing stage's own grid where it is allowed, else the widest one."""
     finishing = strategy.finishing
     for deployment in deployments:
-        if finishing and (deployment.format, deployment.bits, deployment.group_size) == (
-            finishing.format,
-            finishing.bits,
-            finishing.group_size,
-        ):
+        if finishing and deployment.packing == finishing.packing:
             return deployment
-    return max(deployments, key=lambda deployment: (deployment.bits, -deployment.group_size, deployment.name))
+    return max(deployments, key=_width)
+
+
+def _width(deployment: Deployment) -> tuple[int, bool, float, str]:
+    return deployment.bits, bool(deployment.keep), -(deployment.group_size or math.inf), deployment.name
+
+
+def with_own(strategy: Strategy, deployments: tuple[Deployment, ...]) -> tuple[Deployment, ...]:
+    """The deployments, and that of the strategy's finishing grid where it is none of them."""
+    finishing = strategy.finishing
+    if finishing is None or any(deployment.packing == finishing.packing for deployment in deployments):
+        return deployments
+    packing = finishing.packing
+    return (*deployments, Deployment(runtime=serving(packing)[0], **asdict(packing)))
 
 
 def student_spec(strategy: Strategy, teacher: ModelSpec) -> ModelSpec:
@@ -180,31 +191,29 @@ def check_strategy(strategy: Strategy, teacher: ModelSpec) -> None:
     if strategy.distillation.attention is not None:
         check_attention(strategy.distillation.attention, spec, teacher)
     if strategy.finishing is not None:
-        check_deployment(spec, strategy.finishing.format, strategy.finishing.bits, strategy.finishing.group_size)
-
-
-def check_deployment(spec: ModelSpec, format_name: str, bits: int, group_size: int) -> None:
-    """Refuses a packing that cannot hold the model.
-
-    Raises:
-        InputError: Names the architecture, or the tensor, its row and the group.
-    """
-    runtime = get_format(format_name).runtimes[0]
-    check_holds(spec, Deployment(runtime=runtime, format=format_name, bits=bits, group_size=group_size))
+        check_holds(spec, strategy.finishing)
 
 
 @contextmanager
-def deployed_weights(model: Any, spec: ModelSpec, deployment: Deployment) -> Iterator[None]:
-    """Puts the values that the runtime will see into the model, and the master weights back at the end."""
-    packing = get_format(deployment.format)
+def deployed_weights(
+    model: Any, spec: ModelSpec, deployment: Deployment, scales: Mapping[str, Scales] | None = None
+) -> Iterator[None]:
+    """Puts the values that the runtime will see into the model, and the master weights back at the end.
+
+    Args:
+        model: In float32.
+        spec: Its shape.
+        deployment: How it is packed.
+        scales: Those that were learned for this packing, by name of the weight.
+    """
     parameters = dict(model.named_parameters())
     masters = {}
     try:
         for tensor in spec.tensors:
             parameter = parameters[tensor.name]
             masters[tensor.name] = parameter.data
-            storage = packing.storage(tensor, deployment.bits, deployment.group_size)
-            parameter.data = deploy_tensor(parameter.data, storage)
+            learned = (scales or {}).get(tensor.name)
+            parameter.data = deploy_tensor(parameter.data, deployment.storage(tensor), learned)
         yield
     finally:
         for name, master in masters.items():
@@ -221,6 +230,7 @@ def evaluate(
     budget: Budget,
     evaluators: tuple[str, ...],
     device: str = "cpu",
+    scales: Mapping[str, Scales] | None = None,
 ) -> tuple[Evaluation, TokenScores]:
     """Scores the packed model once and lets every evaluator read the scores.
 
@@ -233,8 +243,9 @@ def evaluate(
         budget: Context and batch for the memory estimate.
         evaluators: Names.
         device: Where the model lies.
+        scales: As for `deployed_weights`.
     """
-    with deployed_weights(model, spec, deployment):
+    with deployed_weights(model, spec, deployment, scales):
         scores, _ = score(model, data, teacher_top1, device=device)
     subject = Subject(spec=spec, deployment=deployment, budget=budget, scores=scores)
     measurements = {
@@ -339,14 +350,15 @@ class Trial:
         if not last:
             trainer.save(self._folder / _STABLE)
         saved = time.perf_counter()
-        for record in trainer.train_decay(target, self._finishing_grid()):
+        for record in self._decay(trainer, target):
             steps.append(record)
             self._on_step(record)
         trained = time.perf_counter()
         if last:
-            self._save_student(trainer.model)
+            self._save_student(trainer)
         kept = time.perf_counter()
         data, top1 = self._bench.held_out(plan.eval_tokens if last else plan.rung_eval_tokens)
+        finishing = self._task.strategy.finishing
         evaluations = tuple(
             evaluate(
                 trainer.model,
@@ -357,6 +369,7 @@ class Trial:
                 budget=setting.budget,
                 evaluators=setting.evaluators,
                 device=setting.device,
+                scales=trainer.scales if finishing and deployment.packing == finishing.packing else None,
             )[0]
             for deployment in (self._task.deployments if last else (self._task.probe,))
         )
@@ -398,22 +411,27 @@ class Trial:
             trainer.load(checkpoint)
         return trainer
 
-    def _finishing_grid(self) -> Callable[[str], Grid | None] | None:
+    def _decay(self, trainer: Trainer, target: int) -> Iterator[StepRecord]:
+        """The decay, on the finishing stage's grid where there is one."""
         finishing = self._task.strategy.finishing
         if finishing is None:
-            return None
-        packing = get_format(finishing.format)
-        storages = {
-            tensor.name: packing.storage(tensor, finishing.bits, finishing.group_size) for tensor in self._spec.tensors
-        }
+            return trainer.train_decay(target)
+        storages = {tensor.name: finishing.storage(tensor) for tensor in self._spec.tensors}
         grids = {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
-        return grids.get
+        return trainer.train_decay(
+            target, grids.get, on_grid_after=finishing.start, learned=finishing.scales == "learned"
+        )
 
-    def _save_student(self, model: Any) -> None:
-        """Writes the trained master weights as a folder that transformers loads, whole or not at all."""
+    def _save_student(self, trainer: Trainer) -> None:
+        """Writes the trained master weights as a folder that transformers loads, whole or not at all.
+
+        What scales were learned lie beside them: rounded weights would not give these scales back.
+        """
         temporary, folder = self._folder / ".student.partial", student_folder(self._folder)
         shutil.rmtree(temporary, ignore_errors=True)
-        save_student(model, self._bench.setting.teacher, temporary)
+        save_student(trainer.model, self._bench.setting.teacher, temporary)
+        if self._task.strategy.finishing is not None:
+            write_scales(temporary, self._task.strategy.finishing, trainer.scales)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
 

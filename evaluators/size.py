@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from autodistill.contracts import Measurement, Source, Subject
-from autodistill.formats import get_format, weights_bytes
+from autodistill.formats import weights_bytes
 from autodistill.strategy import Deployment
 
 
@@ -28,9 +28,7 @@ class Size:
 
 
 def _predicted(subject: Subject) -> int:
-    deployment = subject.deployment
-    packing = get_format(deployment.format)
-    return weights_bytes(subject.spec.tensors, packing, deployment.bits, deployment.group_size)
+    return weights_bytes(subject.spec.tensors, subject.deployment)
 
 
 def _on_disk(artefact: Path) -> int:

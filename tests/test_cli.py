@@ -282,7 +282,14 @@ def test_a_search_prints_one_json_document_with_the_promised_keys(ran: Ran) -> N
     assert [phase for phase in phases if phase not in ran.document["seconds"]] == []
     for row in (ran.document["best"], ran.document["baseline"], *ran.document["rows"]):
         assert [field for field in ROW_FIELDS.split() if field not in row] == []
-    assert set(ran.document["best"]["deployment"]) == {"runtime", "format", "bits", "group_size"}
+    assert set(ran.document["best"]["deployment"]) == {
+        "runtime",
+        "format",
+        "bits",
+        "group_size",
+        "symmetric",
+        "keep",
+    }
     assert {row["kind"] for row in ran.document["rows"]} == {"student", "baseline", "teacher"}
     for container in ("gguf", "huggingface"):
         assert Path(ran.document["paths"][container]).exists()

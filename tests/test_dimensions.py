@@ -7,6 +7,7 @@ The trainer's gradient is read from its checkpoint: after one step AdamW's first
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from autodistill import formats
 from autodistill.distillation.trainer import Trainer
+from autodistill.estimate import spec_from_config, with_layers
 from autodistill.strategy import Alignment, Attention, Distillation, Finishing, Init, Strategy, Temperature
 
 K = 16
@@ -498,7 +500,7 @@ GRIDS = {
 def test_finishing(workshop, truth, tmp_path, finishing, quantise):
     """The first step on a grid: loss and gradient of the float64 model whose weights are on it, and packed bytes."""
     packing = formats.get_format(finishing.format)
-    grid = packing.linears[packing.packings.index((finishing.bits, finishing.group_size))]
+    grid = packing.linear(finishing.bits, finishing.group_size, finishing.symmetric)
 
     def storage_of(name):
         if name.endswith("proj.weight"):
@@ -545,6 +547,192 @@ def test_finishing(workshop, truth, tmp_path, finishing, quantise):
             on_disk = _codes_on_disk(packed, finishing, weight.shape)
             np.testing.assert_array_equal(on_disk[clear], codes.reshape(weight.shape)[clear])
             np.testing.assert_array_equal(_scales_on_disk(packed, finishing), scales[..., 0])
+
+
+def _asymmetric(bits, group):
+    """compressed-tensors: the range, 0 included, over the codes; a zero point rounded to one of them."""
+
+    def rule(weights):
+        groups = weights.astype(np.float64).reshape(len(weights), -1, group or weights.shape[1])
+        low, high = groups.min(axis=-1, keepdims=True, initial=0), groups.max(axis=-1, keepdims=True, initial=0)
+        scales = (high - low) / (2**bits - 1)
+        zero = np.clip(np.rint(-(2 ** (bits - 1)) - low / scales), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        return groups, torch.from_numpy(scales).float().bfloat16().double().numpy(), zero, 0
+
+    return rule
+
+
+def _symmetric(bits, group):
+    def rule(weights):
+        _, scales, _, _ = _integers(bits, group or weights.shape[1])(weights)
+        return weights.astype(np.float64).reshape(*scales.shape[:2], -1), scales, 0, 0
+
+    return rule
+
+
+def _q4_1(weights):
+    groups = weights.astype(np.float64).reshape(len(weights), -1, 32)
+    least = groups.min(axis=-1, keepdims=True)
+    return groups, (groups.max(axis=-1, keepdims=True) - least) / 15, 0, least
+
+
+def _q4_1_stored(weights):
+    groups, scales, zero, least = _q4_1(weights)
+    return groups, *(np.float16(values).astype(np.float64) for values in (scales, zero, least))
+
+
+def _q4_0_scales(weights):
+    _, scales, steps, _ = _q4_0(weights)
+    return weights.astype(np.float64).reshape(steps.shape), scales, 0, 0
+
+
+INT = {"format": "compressed-tensors"}
+FIELDS = {
+    "zero points": (Finishing(**INT, bits=4, group_size=32, symmetric=False), _asymmetric(4, 32)),
+    "8 bits, zero points, rows": (Finishing(**INT, bits=8, group_size=0, symmetric=False), _asymmetric(8, 0)),
+    "minima": (Finishing(format="gguf-q4_1", bits=4, group_size=32, symmetric=False), _q4_1),
+    "6 bits": (Finishing(**INT, bits=6, group_size=64), _symmetric(6, 64)),
+    "3 bits, rows": (Finishing(**INT, bits=3, group_size=0), _symmetric(3, 0)),
+    "2 bits": (Finishing(**INT, bits=2, group_size=32), _symmetric(2, 32)),
+    "2 bits, zero points": (Finishing(**INT, bits=2, group_size=64, symmetric=False), _asymmetric(2, 64)),
+    "kept attention": (Finishing(**INT, bits=4, group_size=32, keep=("attention",)), _symmetric(4, 32)),
+    "kept layer": (Finishing(**INT, bits=3, group_size=32, keep=("layers.1", "up_proj")), _symmetric(3, 32)),
+    "learned": (Finishing(format="gguf-q4_0", bits=4, group_size=32, scales="learned"), _q4_0_scales),
+    "learned, minima": (
+        Finishing(format="gguf-q4_1", bits=4, group_size=32, symmetric=False, scales="learned"),
+        _q4_1_stored,
+    ),
+    "learned, zero points": (
+        Finishing(**INT, bits=3, group_size=32, symmetric=False, scales="learned", keep=("down_proj",)),
+        _asymmetric(3, 32),
+    ),
+}
+
+
+class _Rounded(torch.autograd.Function):
+    """Rounds, with the gradient of the identity."""
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.round()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def _shown(master, scales, zero, least, finishing):
+    """The weights that a grid shows, in float64, with the gradients of the clamp and of rounding passed through."""
+    bits = finishing.bits
+    lowest = 0 if finishing.format == "gguf-q4_1" else -(2 ** (bits - 1))
+    # A derived scale clips half a step further out than a learned one, whose published definition clamps, then rounds.
+    margin = 0.0 if finishing.scales == "learned" else 0.5
+    groups = master.reshape(*scales.shape[:2], -1)
+    steps = torch.clamp((groups - least) / scales + zero, lowest - margin, lowest + 2**bits - 1 + margin)
+    codes = torch.clamp(_Rounded.apply(steps).detach(), lowest, lowest + 2**bits - 1) - steps.detach() + steps
+    if finishing.format.startswith("gguf"):
+        # What is read has float16's scale and minimum, while derived codes come from the unrounded ones.
+        scales = scales.detach().half().double() - scales.detach() + scales
+        least = least.half()
+    values = (codes - zero) * scales
+    if finishing.format == "compressed-tensors":
+        values = values.detach().float().bfloat16().double() - values.detach() + values
+    return (values + least).reshape(master.shape)
+
+
+@pytest.mark.parametrize(("finishing", "rule"), FIELDS.values(), ids=FIELDS)
+def test_finishing_fields(workshop, truth, tmp_path, finishing, rule):
+    """Asymmetric grids, other widths and groups, kept weights and learned scales, each over its first step."""
+    kept = {"attention": "self_attn", "layers.1": "layers.2", "up_proj": "up_proj", "down_proj": "down_proj"}
+    source = load_file(truth.folder / "model.safetensors")
+    parts = [kept[part] for part in finishing.keep]
+    gridded = [n for n in source if n.endswith("proj.weight") and not any(f".{part}." in f".{n}." for part in parts)]
+    student = {f"model.layers.{place}.": f"model.layers.{layer}." for place, layer in enumerate((0, 2, 5))}
+
+    def original(name):
+        return next((name.replace(ours, theirs) for ours, theirs in student.items() if name.startswith(ours)), name)
+
+    spec = spec_from_config(json.loads((truth.folder / "config.json").read_text()))
+    storages = {tensor.name: finishing.storage(tensor) for tensor in with_layers(spec, 3).tensors}
+    rate = 1e-2
+    trainer = _trainer(workshop, _strategy(finishing=finishing, learning_rate=rate))
+    grids = {name: storage for name, storage in storages.items() if isinstance(storage, formats.Grid)}
+    assert {original(n) for n in grids if "proj" in n} == {n for n in gridded if n[13] in "025"}
+    (record,) = trainer.train_decay(ALL, grids.get, learned=finishing.scales == "learned")
+
+    masters = {name: source[name].double().requires_grad_() for name in gridded}
+    found = {name: rule(source[name].numpy()) for name in gridded}
+    learned = {name: torch.from_numpy(found[name][1]).requires_grad_() for name in gridded}
+    shown = {
+        name: _shown(masters[name], learned[name], *(torch.as_tensor(v) for v in found[name][2:]), finishing)
+        for name in gridded
+    }
+    weights = {name: shown[name].detach() if name in shown else tensor.double() for name, tensor in source.items()}
+    if finishing.format.startswith("gguf"):
+        codes, scales, _, _ = _q8_0(source["model.embed_tokens.weight"].numpy())
+        weights["model.embed_tokens.weight"] = torch.from_numpy(
+            (codes * scales).reshape(source["model.embed_tokens.weight"].shape)
+        )
+    model = truth.student((0, 2, 5), weights)
+    loss = truth.terms(model)[3]
+    loss.backward()
+    assert record.loss == pytest.approx(float(loss.detach()), rel=2e-5)
+    expected = _named_gradients(model)
+    pulled = {}
+    for name, gradient in expected.items():
+        own = original(name.removeprefix("student."))
+        if own in shown:
+            leaves = (masters[own], learned[own])
+            pulled[own] = torch.autograd.grad(shown[own], leaves, gradient.clone())
+            expected[name] = pulled[own][0]
+    if finishing.scales == "absmax":
+        assert trainer.scales == {}
+        # Of a hundred thousand weights float32 may put one on the other side of half-way.
+        _check_gradients(_gradients(trainer, record, tmp_path), expected, tolerance=2e-3)
+        return
+
+    # AdamW's first step moves a scale by the rate, whatever the size of its gradient; the rate is divided by Q_P.
+    levels = {"gguf-q4_0": 7, "gguf-q4_1": 15, "compressed-tensors": 2**finishing.bits - 1}[finishing.format]
+    dtype = torch.bfloat16 if finishing.format == "compressed-tensors" else torch.float16
+    assert {original(name) for name in trainer.scales} == {name for name in gridded if name[13] in "025"}
+    total = math.sqrt(
+        sum(float(g.square().sum()) for g in expected.values())
+        + sum(float((g[1].square().sum()) / (32 * levels)) for g in pulled.values())
+    )
+    assert record.gradient_norm == pytest.approx(total, rel=1e-4)
+    for name, (scales, _) in trainer.scales.items():
+        gradient = pulled[original(name)][1][..., 0]
+        begun = found[original(name)][1][..., 0]
+        clear = gradient.abs() > 1e-2 * gradient.abs().max()
+        moved = torch.from_numpy(begun) - rate / levels * gradient.sign()
+        torch.testing.assert_close(
+            torch.from_numpy(scales)[clear].double(),
+            moved[clear].to(dtype).double(),
+            rtol=2**-7,
+            atol=rate / levels / 4,
+        )
+        assert (np.sign(scales - begun) == -gradient.sign().numpy())[clear.numpy()].mean() > 0.95
+    # No checkpoint has them.
+    assert all(name.startswith(("student", "projection")) for name in _gradients(trainer, record, tmp_path))
+
+
+@pytest.mark.parametrize(("start", "plain"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.99, 3)])
+def test_finishing_start(workshop, truth, start, plain):
+    """Before its share of the decay a step computes with the plain weights, and with those of the grid after it."""
+    trainer = _trainer(workshop, _strategy(learning_rate=1e-12))
+    grid = formats.get_format("compressed-tensors").linear(2, 32, True)
+    records = trainer.train_decay(4 * ALL, lambda name: grid if "proj" in name else None, on_grid_after=start)
+    losses = [record.loss for record in records]
+    source = load_file(truth.folder / "model.safetensors")
+    shown = dict(source)
+    for name, tensor in source.items():
+        if name.endswith("proj.weight"):
+            codes, scales, _, _ = _integers(2, 32)(tensor.numpy())
+            shown[name] = torch.from_numpy((codes * scales).reshape(tensor.shape)).float().bfloat16()
+    with torch.no_grad():
+        before, after = (float(truth.terms(truth.student((0, 2, 5), w))[3]) for w in (source, shown))
+    assert abs(before - after) > 1e-3
+    np.testing.assert_allclose(losses, [before] * plain + [after] * (4 - plain), rtol=2e-5)
 
 
 def _codes_on_disk(packed, finishing, shape):

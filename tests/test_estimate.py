@@ -38,7 +38,7 @@ from autodistill.estimate import (
     training_memory,
     with_layers,
 )
-from autodistill.formats import Grid, Role, get_format
+from autodistill.formats import Grid, Role
 from autodistill.llama_cpp import LlamaServer
 from autodistill.strategy import Alignment, Attention, Deployment
 from autodistill.units import Budget
@@ -93,10 +93,9 @@ def write_gguf(spec: ModelSpec, deployment: Deployment, path: Path) -> Path:
     writer.add_token_merges(["t 0"])
     writer.add_eos_token_id(1)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[spec.architecture.upper()], spec.layers)
-    packing = get_format(deployment.format)
     for tensor in spec.tensors:
         name = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
-        storage = packing.storage(tensor, deployment.bits, deployment.group_size)
+        storage = deployment.storage(tensor)
         zeros = np.zeros(tensor.shape, np.float32)
         if isinstance(storage, Grid):
             kind = {8: gguf.GGMLQuantizationType.Q8_0, 4: gguf.GGMLQuantizationType.Q4_0}[storage.bits]

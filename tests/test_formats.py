@@ -6,7 +6,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
-from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -15,9 +15,14 @@ from autodistill.errors import InputError
 from autodistill.formats import (
     FORMATS,
     Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
     Q8_0,
     Grid,
+    Packing,
     Role,
+    Scales,
     TensorSpec,
     deployed,
     dequantize,
@@ -31,17 +36,25 @@ from autodistill.formats import (
     weights_bytes,
 )
 
-SYMMETRIC = get_format("compressed-tensors").linears
-GRIDS = [Q4_0, Q8_0, *SYMMETRIC]
-CHOICES = [(packing, *pair) for packing in FORMATS.values() for pair in packing.packings]
-QTYPES = {Q4_0.name: gguf.GGMLQuantizationType.Q4_0, Q8_0.name: gguf.GGMLQuantizationType.Q8_0}
+INTEGERS = get_format("compressed-tensors").linears
+GGUF = [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0]
+GRIDS = [*GGUF, *INTEGERS]
+PACKINGS = [
+    Packing(format=held.name, bits=grid.bits, group_size=grid.group_size, symmetric=grid.symmetric)
+    if isinstance(grid, Grid)
+    else Packing(format=held.name, bits=16, group_size=0)
+    for held in FORMATS.values()
+    for grid in held.linears
+]
+QTYPES = {grid.name: gguf.GGMLQuantizationType[grid.name.removeprefix("gguf-").upper()] for grid in GGUF}
 
 
 def _weights():
     random = np.random.default_rng(0)
     normal = random.standard_normal((16, 128)).astype(np.float32)
     ties = random.integers(-4, 5, (16, 128)).astype(np.float32)
-    zeros = np.zeros((4, 64), np.float32)
+    # The package cannot read back 4-bit zero points of 8 rows or fewer, which fit one word.
+    zeros = np.zeros((12, 64), np.float32)
     return {
         "normal": normal,
         "heavy-tailed": normal**9,
@@ -52,7 +65,7 @@ def _weights():
         "scales below float16's normals": normal * np.float32(1e-5),
         "scales that are zero in float16": normal * np.float32(1e-9),
         "large": normal * np.float32(1e4),
-        "odd row": normal[:, :96][:3],
+        "odd row": normal[:, :96][:12],
     }
 
 
@@ -64,8 +77,10 @@ def _bits(values):
 
 
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
-@pytest.mark.parametrize("grid", [Q4_0, Q8_0], ids=lambda grid: grid.name)
+@pytest.mark.parametrize("grid", GGUF, ids=lambda grid: grid.name)
 def test_gguf_blocks_are_those_of_gguf_quants(grid, weights):
+    if grid.offset == "minimum":
+        weights = weights.clip(-60000, 60000)  # what float16 holds
     packed = pack(weights, grid)["data"]
     np.testing.assert_array_equal(packed, gguf.quants.quantize(weights, QTYPES[grid.name]))
     expected = gguf.quants.dequantize(packed, QTYPES[grid.name])
@@ -73,43 +88,86 @@ def test_gguf_blocks_are_those_of_gguf_quants(grid, weights):
     np.testing.assert_array_equal(_bits(deployed(weights, grid)), _bits(expected))
 
 
-def _their_scheme(grid):
+def _theirs(weights, grid):
+    """What the package compresses to, with the scales and zero points that it calculates, and what it reads again."""
     args = QuantizationArgs(
         num_bits=grid.bits,
-        group_size=grid.group_size,
-        strategy=QuantizationStrategy.GROUP,
-        symmetric=True,
+        group_size=grid.group_size or None,
+        strategy=QuantizationStrategy.GROUP if grid.group_size else QuantizationStrategy.CHANNEL,
+        symmetric=grid.symmetric,
         scale_dtype=torch.bfloat16,
     )
-    return QuantizationScheme(targets=["Linear"], weights=args)
-
-
-@pytest.mark.parametrize("name", [name for name in WEIGHTS if name != "odd row"])
-@pytest.mark.parametrize("grid", SYMMETRIC, ids=lambda grid: grid.name)
-def test_compressed_tensors_are_those_of_its_package(grid, name):
-    weights, scheme = WEIGHTS[name], _their_scheme(grid)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
     tensor = torch.from_numpy(weights)
-    scale, _ = compute_dynamic_scales_and_zp(tensor, scheme.weights, torch.nn.Identity())
-    state = {"weight": tensor, "weight_scale": scale.to(torch.bfloat16)}
-    theirs = PackedQuantizationCompressor.compress(state, scheme)
-
-    ours = pack(weights, grid)
-    np.testing.assert_array_equal(ours["weight_packed"], theirs["weight_packed"].numpy())
-    np.testing.assert_array_equal(ours["weight_scale"], theirs["weight_scale"].view(torch.uint16).numpy())
-    np.testing.assert_array_equal(ours["weight_shape"], theirs["weight_shape"].numpy())
-
-    read = PackedQuantizationCompressor.decompress(theirs, scheme)["weight"]
+    groups = tensor.unflatten(-1, (-1, grid.group_size or weights.shape[1]))
+    scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    state = {"weight": tensor, "weight_scale": scale.to(torch.bfloat16), "weight_zero_point": zero_point}
+    packed = PackedQuantizationCompressor.compress(state, scheme)
+    read = PackedQuantizationCompressor.decompress(packed, scheme)["weight"]
     assert read.dtype == torch.bfloat16
-    np.testing.assert_array_equal(_bits(unpack(ours, grid, weights.shape)), _bits(read.float().numpy()))
-    np.testing.assert_array_equal(_bits(deployed(weights, grid)), _bits(read.float().numpy()))
+    return packed, read.float().numpy()
+
+
+def _same_arrays(ours, theirs):
+    assert set(ours) == set(theirs)
+    for name, values in theirs.items():
+        bits = values.view(torch.uint16) if values.dtype == torch.bfloat16 else values
+        np.testing.assert_array_equal(ours[name], bits.numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("grid", INTEGERS, ids=lambda grid: grid.name)
+def test_compressed_tensors_are_those_of_its_package(grid):
+    for name, weights in WEIGHTS.items():
+        if weights.shape[1] % (grid.group_size or 1):
+            continue
+        theirs, read = _theirs(weights, grid)
+        ours = pack(weights, grid)
+        _same_arrays(ours, theirs)
+        np.testing.assert_array_equal(_bits(unpack(ours, grid, weights.shape)), _bits(read), err_msg=name)
+        np.testing.assert_array_equal(_bits(deployed(weights, grid)), _bits(read), err_msg=name)
+
+
+@pytest.mark.parametrize("grid", INTEGERS, ids=lambda grid: grid.name)
+def test_given_scales_are_packed_as_the_package_packs_them(grid):
+    weights = WEIGHTS["normal"]
+    _, found = quantize(weights, grid)
+    given = Scales(from_bf16_bits(to_bf16_bits(found.scales * np.float32(0.7))), found.offsets)
+    args = QuantizationArgs(
+        num_bits=grid.bits,
+        group_size=grid.group_size or None,
+        strategy=QuantizationStrategy.GROUP if grid.group_size else QuantizationStrategy.CHANNEL,
+        symmetric=grid.symmetric,
+    )
+    zero_point = None if given.offsets is None else torch.from_numpy(given.offsets.astype(np.int8))
+    state = {"weight": torch.from_numpy(weights), "weight_scale": torch.from_numpy(given.scales).bfloat16()}
+    state |= {"weight_zero_point": zero_point} if zero_point is not None else {}
+    theirs = PackedQuantizationCompressor.compress(state, QuantizationScheme(targets=["Linear"], weights=args))
+    ours = pack(weights, grid, given)
+    _same_arrays(ours, theirs)
+    np.testing.assert_array_equal(unpack(ours, grid, weights.shape), deployed(weights, grid, given))
+
+
+@pytest.mark.parametrize("grid", GGUF, ids=lambda grid: grid.name)
+def test_given_scales_are_read_by_gguf_as_they_were_meant(grid):
+    weights = WEIGHTS["normal"].copy()
+    weights[0, 0] = 100  # far beyond the codes
+    _, found = quantize(WEIGHTS["normal"], grid)
+    given = Scales((found.scales * np.float32(0.7)).astype(np.float16).astype(np.float32), found.offsets)
+    given.scales[1, 0] = 0
+    packed = pack(weights, grid, given)["data"]
+    read = gguf.quants.dequantize(packed, QTYPES[grid.name])
+    np.testing.assert_array_equal(read, deployed(weights, grid, given))
+    scales, offset = (np.repeat(v, 32, axis=1).astype(np.float64) if v is not None else 0 for v in given)
+    codes = np.clip((weights - offset) / np.where(scales == 0, np.inf, scales), grid.qmin, grid.qmax)
+    assert (np.abs(read - (codes * scales + offset)) <= np.abs(scales) * (0.5 + 1e-6)).all()
 
 
 def test_a_row_of_odd_groups_is_no_matter_to_compressed_tensors():
     weights = WEIGHTS["odd row"]
-    grid = next(grid for grid in SYMMETRIC if (grid.bits, grid.group_size) == (4, 32))
-    assert pack(weights, grid)["weight_packed"].shape == (3, 12)
+    grids = {(grid.bits, grid.group_size): grid for grid in INTEGERS if grid.symmetric}
+    assert pack(weights, grids[4, 32])["weight_packed"].shape == (12, 12)
     with pytest.raises(ValueError):
-        quantize(weights, next(grid for grid in SYMMETRIC if grid.group_size == 64))
+        quantize(weights, grids[4, 64])
 
 
 def test_q8_0_rounds_halves_away_from_zero_and_q4_0_up():
@@ -139,25 +197,26 @@ def test_bfloat16_covers_every_kind_of_float():
     np.testing.assert_array_equal(from_bf16_bits(to_bf16_bits(values)), expected)
 
 
-@pytest.mark.parametrize("storage", [Q4_0, Q8_0, "f16"], ids=str)
+@pytest.mark.parametrize("storage", [*GGUF, "f16"], ids=str)
 def test_what_float16_cannot_hold_is_refused(storage):
     with pytest.raises(InputError, match=r"cannot hold a weight of 1e\+09"):
-        pack(np.full((1, 32), 1e9, np.float32), storage)
+        pack(np.array([[1e9, *[0] * 31]], np.float32), storage)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_refused(grid, value):
-    weights = np.ones((2, 64), np.float32)
+    weights = np.ones((2, 128), np.float32)
     weights[1, 5] = value
     with pytest.raises(InputError, match="not finite cannot be packed"):
         pack(weights, grid)
 
 
 def _matrices(grid):
-    sizes = st.tuples(st.integers(1, 3), st.integers(1, 3).map(lambda groups: groups * grid.group_size))
-    # Up to where float16 still holds Q4_0's scale.
-    return npst.arrays(np.float32, sizes, elements=st.floats(-5e5, 5e5, width=32))
+    sizes = st.tuples(st.integers(1, 3), st.integers(1, 3).map(lambda groups: groups * (grid.group_size or 20)))
+    # Up to where float16 still holds Q4_0's scale, and a minimum.
+    largest = 6e4 if grid.offset == "minimum" else 5e5
+    return npst.arrays(np.float32, sizes, elements=st.floats(-largest, largest, width=32))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
@@ -170,50 +229,62 @@ def test_packing_and_unpacking_are_inverse_on_the_grid(grid):
         assert codes.max() <= grid.qmax
         on_grid = dequantize(codes, scales, grid)
         np.testing.assert_array_equal(unpack(pack(weights, grid), grid, weights.shape), on_grid)
-        if grid.container == "gguf":
+        if grid.container == "gguf" and grid.symmetric:
             # What was read packs to bytes that read the same.
             np.testing.assert_array_equal(unpack(pack(on_grid, grid), grid, weights.shape), on_grid)
+        groups = weights.reshape(*scales.scales.shape, -1)
         # The error is half a step, or up to a step where the code was clipped, and what rounding the scale adds.
-        rounded = 2.0**-8 * np.abs(weights).reshape(*scales.shape, grid.group_size).max(axis=-1, keepdims=True)
-        steps = np.abs(scales)[..., None] * (1.01 if grid.divisor != 127 else 0.51) + rounded + 2.0**-24 * 128
-        assert (np.abs(on_grid - weights).reshape(*scales.shape, -1) <= steps).all()
+        clipped = grid.divisor != 127 and grid.offset != "minimum"
+        size = max(1, grid.levels / 128) * np.abs(groups).max(axis=-1, keepdims=True)
+        rounded = 2.0**-8 * size + 2.0**-24 * 128
+        steps = np.abs(scales.scales)[..., None] * (1.01 if clipped else 0.51) + rounded
+        assert (np.abs(on_grid.reshape(groups.shape) - groups) <= steps).all()
 
     check()
 
 
-@pytest.mark.parametrize(("packing", "bits", "group_size"), CHOICES, ids=[c[0].label(*c[1:]) for c in CHOICES])
+@pytest.mark.parametrize("packing", PACKINGS, ids=lambda packing: packing.name)
 @pytest.mark.parametrize("role", list(Role))
-def test_bytes_counted_are_bytes_packed(packing, bits, group_size, role):
-    @settings(max_examples=15, deadline=None)
-    @given(st.integers(1, 4), st.integers(1, 4))
-    def check(rows, groups):
-        shape = (rows, 64 * groups) if role not in (Role.NORM, Role.BIAS) else (64 * groups,)
-        tensor = TensorSpec(name="t", role=role, shape=shape)
+def test_bytes_counted_are_bytes_packed(packing, role):
+    for rows, groups in ((1, 1), (3, 2), (4, 3)):
+        shape = (rows, 128 * groups) if role not in (Role.NORM, Role.BIAS) else (128 * groups,)
+        storage = packing.storage(TensorSpec(name="t", role=role, shape=shape))
         weights = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
-        arrays = pack(weights, packing.storage(tensor, bits, group_size))
-        assert tensor_bytes(tensor, packing, bits, group_size) == sum(array.nbytes for array in arrays.values())
+        expected = sum(array.nbytes for array in pack(weights, storage).values())
+        assert tensor_bytes(TensorSpec(name="t", role=role, shape=shape), storage) == expected
 
-    check()
+
+def _packing(name, bits, group_size, **more):
+    return Packing(format=name, bits=bits, group_size=group_size, **more)
 
 
 def test_a_models_bytes_are_those_of_its_tensors():
     tensors = [
         TensorSpec(name="embed", role=Role.EMBEDDING, shape=(100, 64)),
-        TensorSpec(name="up", role=Role.LINEAR, shape=(128, 64)),
+        TensorSpec(name="layers.0.up", role=Role.LINEAR, shape=(128, 64)),
+        TensorSpec(name="layers.1.up.weight", role=Role.LINEAR, shape=(128, 64)),
         TensorSpec(name="norm", role=Role.NORM, shape=(64,)),
     ]
-    # 34 bytes a block of 32 at 8 bits, 18 at 4 bits, norms at 4 bytes each.
-    assert weights_bytes(tensors, get_format("gguf-q4_0"), 4, 32) == 200 * 34 + 256 * 18 + 64 * 4
-    assert weights_bytes(tensors, get_format("gguf-q8_0"), 8, 32) == 200 * 34 + 256 * 34 + 64 * 4
-    assert weights_bytes(tensors, get_format("gguf-f16"), 16, 0) == 6400 * 2 + 8192 * 2 + 64 * 4
-    assert weights_bytes(tensors, get_format("huggingface"), 16, 0) == (6400 + 8192 + 64) * 2
-    int4 = weights_bytes(tensors, get_format("compressed-tensors"), 4, 64)
-    assert int4 == 6400 * 2 + 8192 // 2 + 128 * 2 + 16 + 64 * 2
+    # 34 bytes a block of 32 at 8 bits, 18 at 4 bits (20 with a minimum), norms at 4 bytes each.
+    assert weights_bytes(tensors, _packing("gguf-q4_0", 4, 32)) == 200 * 34 + 512 * 18 + 64 * 4
+    assert weights_bytes(tensors, _packing("gguf-q4_1", 4, 32, symmetric=False)) == 200 * 34 + 512 * 20 + 64 * 4
+    assert weights_bytes(tensors, _packing("gguf-q5_0", 5, 32)) == 200 * 34 + 512 * 22 + 64 * 4
+    assert weights_bytes(tensors, _packing("gguf-q5_1", 5, 32, symmetric=False)) == 200 * 34 + 512 * 24 + 64 * 4
+    assert weights_bytes(tensors, _packing("gguf-q8_0", 8, 32)) == 200 * 34 + 512 * 34 + 64 * 4
+    assert weights_bytes(tensors, _packing("gguf-f16", 16, 0)) == (6400 + 16384) * 2 + 64 * 4
+    assert weights_bytes(tensors, _packing("huggingface", 16, 0)) == (6400 + 16384 + 64) * 2
+    int4 = weights_bytes(tensors, _packing("compressed-tensors", 4, 64))
+    assert int4 == 6400 * 2 + 16384 // 2 + 256 * 2 + 2 * 16 + 64 * 2
+    # A row of 64 codes of 3 bits has 6 words, one scale; 128 zero points of 3 bits have 12 words.
+    int3 = weights_bytes(tensors, _packing("compressed-tensors", 3, 0, symmetric=False))
+    assert int3 == 6400 * 2 + 2 * (128 * (6 * 4 + 2) + 12 * 4 + 16) + 64 * 2
+    kept = _packing("gguf-q4_0", 4, 32, keep=("embeddings", "layers.1"))
+    assert weights_bytes(tensors, kept) == 6400 * 2 + 256 * 18 + 8192 * 2 + 64 * 4
 
 
 def test_each_tensor_has_its_storage():
-    def held(name, role, bits, group_size, shape=(64, 64)):
-        storage = get_format(name).storage(TensorSpec(name="t", role=role, shape=shape), bits, group_size)
+    def held(name, role, bits, group_size, shape=(64, 64), tensor="t.weight", **more):
+        storage = _packing(name, bits, group_size, **more).storage(TensorSpec(name=tensor, role=role, shape=shape))
         return storage.name if isinstance(storage, Grid) else storage
 
     assert held("gguf-q4_0", Role.LINEAR, 4, 32) == "gguf-q4_0"
@@ -223,30 +294,72 @@ def test_each_tensor_has_its_storage():
     assert held("gguf-f16", Role.LINEAR, 16, 0) == "f16"
     assert held("gguf-f16", Role.BIAS, 16, 0, (64,)) == "f32"
     assert held("compressed-tensors", Role.LINEAR, 4, 64) == "compressed-tensors-int4-g64"
+    assert held("compressed-tensors", Role.LINEAR, 3, 0, symmetric=False) == "compressed-tensors-int3-row-asym"
     assert held("compressed-tensors", Role.EMBEDDING, 8, 32) == "bf16"
     assert held("huggingface", Role.NORM, 16, 0, (64,)) == "bf16"
+    query = {"tensor": "model.layers.1.self_attn.q_proj.weight", "role": Role.LINEAR}
+    for keep in ("attention", "layers.1", "q_proj", "self_attn.q_proj", "layers.1.self_attn.q_proj"):
+        assert held("gguf-q4_0", bits=4, group_size=32, keep=(keep,), **query) == "f16"
+        assert held("compressed-tensors", bits=4, group_size=32, keep=(keep,), **query) == "bf16"
+    # Neither layer 11 nor layer 1 of something else is layer 1.
+    other = {"tensor": "model.layers.11.self_attn.q_proj.weight", "role": Role.LINEAR}
+    assert held("gguf-q4_0", bits=4, group_size=32, keep=("layers.1", "head", "proj"), **other) == "gguf-q4_0"
+    assert held("gguf-q4_0", Role.HEAD, 4, 32, keep=("head",)) == "f16"
+    assert held("gguf-q4_0", Role.EMBEDDING, 4, 32, keep=("head",)) == "gguf-q8_0"
+    assert held("gguf-q4_0", Role.EMBEDDING, 4, 32, keep=("embeddings",)) == "f16"
 
 
-def test_labels_name_the_choice_where_there_is_one():
-    labels = [packing.label(bits, group_size) for packing, bits, group_size in CHOICES]
-    assert len(set(labels)) == len(labels) == 8
-    assert "gguf-q4_0" in labels
-    assert "compressed-tensors-int4-g64" in labels
+def test_names_tell_packings_apart():
+    names = [packing.name for packing in PACKINGS]
+    assert len(set(names)) == len(names) == 47
+    assert {"gguf-q4_0", "compressed-tensors-int4-g64", "compressed-tensors-int2-row-asym"} <= set(names)
+    kept = _packing("gguf-q4_0", 4, 32, keep=("layers.0", "attention", "layers.0"))
+    assert kept.name == "gguf-q4_0+attention+layers.0"
+    assert kept == _packing("gguf-q4_0", 4, 32, keep=("attention", "layers.0"))
+
+
+def test_what_is_kept_is_held_to_the_model():
+    tensors = [
+        TensorSpec(name="model.embed_tokens.weight", role=Role.EMBEDDING, shape=(100, 64)),
+        TensorSpec(name="model.layers.0.self_attn.q_proj.weight", role=Role.LINEAR, shape=(64, 64)),
+        TensorSpec(name="model.layers.0.mlp.up_proj.weight", role=Role.LINEAR, shape=(64, 64)),
+        TensorSpec(name="model.norm.weight", role=Role.NORM, shape=(64,)),
+    ]
+    for keep in (("attention",), ("embeddings", "up_proj"), ("layers.0",)):
+        _packing("gguf-q4_0", 4, 32, keep=keep).check_model(tensors)
+    for keep in ("head", "layers.1", "norm"):
+        with pytest.raises(InputError, match=f"keep names {keep}, but no weight"):
+            _packing("gguf-q4_0", 4, 32, keep=(keep,)).check_model(tensors)
+    with pytest.raises(InputError, match="keep names embeddings, but no weight of this model that compressed-tensors"):
+        _packing("compressed-tensors", 4, 32, keep=("embeddings",)).check_model(tensors)
+    with pytest.raises(InputError, match="keep leaves no weight on the grid"):
+        _packing("compressed-tensors", 4, 32, keep=("layers.0",)).check_model(tensors)
+    with pytest.raises(InputError, match="huggingface holds all weights in 16 bits: leave keep out"):
+        _packing("huggingface", 16, 0, keep=("attention",))
+    with pytest.raises(InputError, match=r"keep holds 'layers\.\*'"):
+        _packing("gguf-q4_0", 4, 32, keep=("layers.*",))
 
 
 def test_impossible_choices_are_refused_with_the_possible_ones():
     with pytest.raises(InputError, match="no format 'q4'; the formats are gguf-f16, gguf-q8_0"):
         get_format("q4")
-    with pytest.raises(InputError, match=r"cannot hold 4 bits in groups of 64; it holds 4 bits in groups of 32$"):
-        get_format("gguf-q4_0").check(4, 64)
-    with pytest.raises(InputError, match="huggingface cannot hold 8 bits in groups of 32; it holds 16 bits without"):
-        get_format("huggingface").check(8, 32)
+    q4_0 = "it holds 4 bits in groups of 32, symmetric"
+    with pytest.raises(InputError, match=f"cannot hold 4 bits in groups of 64, symmetric; {q4_0}$"):
+        _packing("gguf-q4_0", 4, 64)
+    with pytest.raises(InputError, match=f"cannot hold 4 bits in groups of 32, asymmetric; {q4_0}$"):
+        _packing("gguf-q4_0", 4, 32, symmetric=False)
+    with pytest.raises(InputError, match="huggingface cannot hold 8 bits in groups of 32, symmetric; it holds 16 bits"):
+        _packing("huggingface", 8, 32)
+    held = "8, 6, 4, 3 or 2 bits in groups of 32, 64 or 128 or in whole rows, symmetric or asymmetric"
+    with pytest.raises(InputError, match=f"cannot hold 5 bits in whole rows, symmetric; it holds {held}"):
+        _packing("compressed-tensors", 5, 0)
 
 
 def test_a_tensor_that_the_groups_do_not_divide_is_refused_by_name():
     tensor = TensorSpec(name="layers.0.down.weight", role=Role.LINEAR, shape=(64, 96))
-    get_format("compressed-tensors").storage(tensor, 4, 32)
+    for group_size in (32, 0):
+        _packing("compressed-tensors", 4, group_size).storage(tensor)
     with pytest.raises(InputError, match=r"layers.0.down.weight has rows of 96 weights, which the groups of 64"):
-        get_format("compressed-tensors").storage(tensor, 4, 64)
+        _packing("compressed-tensors", 4, 64).storage(tensor)
     with pytest.raises(InputError, match="is no matrix"):
-        get_format("gguf-q8_0").storage(TensorSpec(name="conv", role=Role.LINEAR, shape=(4, 4, 32)), 8, 32)
+        _packing("gguf-q8_0", 8, 32).storage(TensorSpec(name="conv", role=Role.LINEAR, shape=(4, 4, 32)))

@@ -58,7 +58,7 @@ def test_the_default_space_searches_what_the_project_is_known_by():
     assert None in finishings
     assert {strategy.init.layers for strategy in strategies} == {"even", "contiguous"}
     assert max(strategy.init.depth for strategy in strategies) == 0.8
-    assert {deployment.format for deployment in space.deployments} == set(FORMATS)
+    assert {deployment.container for deployment in space.deployments} == {held.container for held in FORMATS.values()}
 
 
 @pytest.mark.parametrize("seed", range(30))

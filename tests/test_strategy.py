@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autodistill.errors import InputError
-from autodistill.formats import FORMATS
+from autodistill.formats import FORMATS, Grid, Role, TensorSpec
 from autodistill.strategy import (
     Alignment,
     Attention,
@@ -79,8 +79,16 @@ distillations = st.builds(
     learning_rate=st.floats(0, 1, exclude_min=True, exclude_max=True),
     train_embeddings=st.booleans(),
 )
-GRIDS = [(name, *packing) for name, held in FORMATS.items() for packing in held.packings if packing[0] < 16]
-finishings = st.sampled_from(GRIDS).map(lambda grid: Finishing(format=grid[0], bits=grid[1], group_size=grid[2]))
+GRIDS = [(name, grid) for name, held in FORMATS.items() for grid in held.linears if isinstance(grid, Grid)]
+finishings = st.builds(
+    lambda grid, **more: Finishing(
+        format=grid[0], bits=grid[1].bits, group_size=grid[1].group_size, symmetric=grid[1].symmetric, **more
+    ),
+    st.sampled_from(GRIDS),
+    keep=st.lists(st.sampled_from(["attention", "head", "layers.0", "down_proj"])).map(tuple),
+    scales=st.sampled_from(["absmax", "learned"]),
+    start=st.floats(0, 1, exclude_max=True),
+)
 strategies = st.builds(Strategy, init=inits, distillation=distillations, finishing=st.none() | finishings)
 
 
@@ -114,11 +122,11 @@ TEXT = (
     '{"distillation":{"alignment":{"balance":false,"count":4,"distance":"cosine","layers":"even","projection":"linear",'
     '"projection_rate":5.0,"rank":0,"weight":1.0},"attention":null,"divergence":"forward_kl","divergence_weight":0.7,"learning_rate":0.0003,"temperature":{"end":1.0,'
     '"shape":"linear","start":5.0},"train_embeddings":false},"finishing":{"bits":8,"format":"gguf-q8_0",'
-    '"group_size":32},"init":{"depth":0.8,"ffn":1.0,"heads":1.0,"layers":"even","model":"","source":"teacher",'
-    '"width":1.0}}'
+    '"group_size":32,"keep":[],"scales":"absmax","start":0.0,"symmetric":true},"init":{"depth":0.8,"ffn":1.0,"heads":1.0,'
+    '"layers":"even","model":"","source":"teacher","width":1.0}}'
 )
 SAMPLE = Strategy.from_json(json.loads(TEXT))
-SAMPLE_ID = "38717b62924f"
+SAMPLE_ID = "ac396ba894e2"
 
 
 def test_the_id_is_pinned():
@@ -242,14 +250,67 @@ def test_a_strategy_is_a_mapping(data):
 @pytest.mark.parametrize("name", FORMATS)
 def test_deployments_of_every_format(name):
     packing = FORMATS[name]
-    for bits, group_size in packing.packings:
-        for runtime in packing.runtimes:
-            deployment = Deployment(runtime=runtime, format=name, bits=bits, group_size=group_size)
+    for storage in packing.linears:
+        grid = isinstance(storage, Grid)
+        held = (
+            {"bits": storage.bits, "group_size": storage.group_size, "symmetric": storage.symmetric}
+            if grid
+            else {"bits": 16, "group_size": 0}
+        )
+        # vLLM has had kernels for 4 and 8 bits, with zero points for 4.
+        served = not grid or name != "compressed-tensors" or held["bits"] == 4
+        served = served or (held["bits"], held["symmetric"]) == (8, True)
+        for runtime in packing.runtimes if served else ("transformers",):
+            deployment = Deployment(runtime=runtime, format=name, **held)
             assert Deployment.from_json(deployment.to_json()) == deployment
+        if not served:
+            with pytest.raises(InputError, match=r"the runtime of .* is 'vllm'; it can be transformers"):
+                Deployment(runtime="vllm", format=name, **held)
     with pytest.raises(InputError, match="the runtime of"):
-        Deployment(runtime="torchscript", format=name, bits=bits, group_size=group_size)
+        Deployment(runtime="torchscript", format=name, **held)
     with pytest.raises(InputError, match=name):
-        Deployment(runtime=packing.runtimes[0], format=name, bits=3, group_size=group_size)
+        Deployment(runtime=packing.runtimes[0], format=name, bits=7, group_size=32)
+
+
+def test_a_deployment_of_older_records_is_read():
+    data = {"runtime": "llama.cpp", "format": "gguf-q4_0", "bits": 4, "group_size": 32}
+    assert Deployment.from_json(data) == Deployment(**data, symmetric=True, keep=())
+
+
+def test_the_grid_of_a_finishing_and_of_a_deployment_are_compared():
+    held = {"format": "compressed-tensors", "bits": 4, "group_size": 64}
+    finishing = Finishing(**held, keep=("attention", "layers.0"), scales="learned", start=0.5)
+    assert Deployment(runtime="vllm", **held, keep=("layers.0", "attention")).packing == finishing.packing
+    for other in ({}, {"keep": ("attention",)}, {"keep": ("attention", "layers.0"), "symmetric": False}):
+        assert Deployment(runtime="vllm", **held, **other).packing != finishing.packing
+
+
+def test_vllm_cannot_keep_a_part_of_what_it_computes_as_one():
+    layer = "model.layers.0.{}.weight"
+    names = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    tensors = [TensorSpec(name=layer.format(name), role=Role.LINEAR, shape=(64, 64)) for name in names]
+    held = {"format": "compressed-tensors", "bits": 4, "group_size": 64}
+    for keep in (("attention",), ("down_proj", "o_proj"), ("gate_proj", "up_proj")):
+        Deployment(runtime="vllm", **held, keep=keep).check_model(tensors)
+    for keep, fused in (("v_proj", "q_proj, k_proj, v_proj"), ("up_proj", "gate_proj, up_proj")):
+        Deployment(runtime="transformers", **held, keep=(keep,)).check_model(tensors)
+        with pytest.raises(InputError, match=f"vLLM computes {fused} as one: keep all of them or none"):
+            Deployment(runtime="vllm", **held, keep=(keep,)).check_model(tensors)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"scales": "lsq"}, "finishing.scales is 'lsq'; it can be absmax, learned"),
+        ({"start": 1.0}, "finishing.start is a share of the decay, 0 to below 1, not 1.0"),
+        ({"start": -0.1}, "finishing.start is a share"),
+        ({"keep": ["Attention"]}, "keep holds 'Attention': it can be attention, embeddings, head, or part"),
+        ({"symmetric": False}, "gguf-q4_0 cannot hold 4 bits in groups of 32, asymmetric"),
+    ],
+)
+def test_finishings_that_break_a_rule(fields, message):
+    with pytest.raises(InputError, match=message):
+        Finishing.from_json({"format": "gguf-q4_0", "bits": 4, "group_size": 32, **fields})
 
 
 def test_names_of_deployments():

@@ -13,16 +13,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from autodistill import plugins
 from autodistill import trial as trial_module
 from autodistill.data import Prepared, load_split, prepare, resolve_data
+from autodistill.distillation.grid_scales import read_scales
+from autodistill.distillation.quantization import fake_quantize_learned
 from autodistill.distillation.scoring import score
 from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
 from autodistill.distillation.trainer import branch_point
 from autodistill.errors import InputError, TrialFailedError
-from autodistill.estimate import spec_from_config
-from autodistill.formats import deployed, get_format
+from autodistill.estimate import holdable, spec_from_config
+from autodistill.export.verify import verify
+from autodistill.formats import Grid, deployed, get_format
 from autodistill.plugins import load
 from autodistill.space import load_strategy
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Init, Strategy
@@ -32,7 +36,6 @@ from autodistill.trial import (
     TrialSetting,
     TrialTask,
     Workbench,
-    check_deployment,
     check_strategy,
     checkpoint_tokens,
     deployed_weights,
@@ -43,6 +46,7 @@ from autodistill.trial import (
     save_student,
     student_folder,
     student_spec,
+    with_own,
 )
 from autodistill.units import Budget
 
@@ -157,7 +161,7 @@ def test_what_a_teacher_cannot_be_distilled_by_is_refused_before_loading(lab):
     with pytest.raises(InputError, match="rows of 48 weights, which the groups of 32"):
         check_strategy(STRATEGY, narrow)
     with pytest.raises(InputError, match="rows of 48 weights, which the groups of 64"):
-        check_deployment(narrow, "compressed-tensors", 8, 64)
+        Deployment(runtime="vllm", format="compressed-tensors", bits=8, group_size=64).check_model(narrow.tensors)
 
 
 def test_spec_is_that_of_the_built_student(lab):
@@ -171,8 +175,7 @@ def test_spec_is_that_of_the_built_student(lab):
 def test_an_evaluation_is_that_of_the_unpacked_weights(lab, deployment):
     setting = lab.setting(Path())
     spec = student_spec(STRATEGY, setting.teacher_spec)
-    packing = get_format(deployment.format)
-    storages = {t.name: packing.storage(t, deployment.bits, deployment.group_size) for t in spec.tensors}
+    storages = {t.name: deployment.storage(t) for t in spec.tensors}
     model, _ = build_student(lab.teacher, STRATEGY.init)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     data = load_split(lab.data.folder, "validation")
@@ -230,11 +233,11 @@ def test_masters_come_back_where_packing_fails_half_way(lab, monkeypatch):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     original, calls = trial_module.deploy_tensor, []
 
-    def fails(weight, storage):
+    def fails(weight, storage, scales):
         calls.append(storage)
         if len(calls) == 9:
             raise MemoryError
-        return original(weight, storage)
+        return original(weight, storage, scales)
 
     monkeypatch.setattr(trial_module, "deploy_tensor", fails)
     with pytest.raises(MemoryError), deployed_weights(model, spec, Q4):
@@ -375,6 +378,91 @@ def test_every_named_strategy_trains(lab, tmp_path, name):
     report = Trial(Workbench(setting), _task(strategy, straight=True)).run(2)
     assert [evaluation.deployment for evaluation in report.evaluations] == list(ALL)
     assert np.mean([step.loss for step in report.steps[-3:]]) < np.mean([step.loss for step in report.steps[:3]])
+
+
+LEARNED = {
+    name: Finishing(format=name, bits=bits, group_size=group, symmetric=symmetric, scales="learned", **more)
+    for name, bits, group, symmetric, more in (
+        ("gguf-q4_0", 4, 32, True, {"keep": ("layers.1",)}),
+        ("gguf-q4_1", 4, 32, False, {}),
+        ("compressed-tensors", 3, 64, False, {"keep": ("attention",), "start": 0.5}),
+    )
+}
+
+
+@pytest.mark.parametrize("finishing", LEARNED.values(), ids=LEARNED)
+def test_the_export_holds_the_weights_that_a_learned_grid_was_trained_on(lab, tmp_path, finishing):
+    setting = lab.setting(tmp_path)
+    # A rate at which scales move within a few steps.
+    strategy = replace(STRATEGY, finishing=finishing, distillation=replace(RECIPE, learning_rate=5e-3))
+    deployments = with_own(strategy, ALL)
+    assert deployments[: len(ALL)] == ALL
+    own = deployments[-1]
+    probe = probe_deployment(strategy, deployments)
+    assert probe.packing == finishing.packing
+    task = _task(strategy, deployments=deployments, probe=probe, straight=True)
+    shown = {}
+    trial = Trial(Workbench(setting), task)
+    trainer = trial._trainer()
+    trial._trainer = lambda: trainer
+    report = trial.run(2)
+    folder = student_folder(tmp_path / "t000")
+    spec = student_spec(strategy, setting.teacher_spec)
+    scales = read_scales(folder, own)
+    assert set(scales) == {t.name for t in spec.tensors if "proj" in t.name and isinstance(own.storage(t), Grid)}
+
+    # What the training's own forward pass computes with after its last step, under the scales that were stored.
+    grids = {t.name: own.storage(t) for t in spec.tensors if isinstance(own.storage(t), Grid)}
+    masters = {name: p.detach().numpy().copy() for name, p in trainer.model.named_parameters()}
+    for name, (values, offsets) in scales.items():
+        scale = torch.from_numpy(values)
+        offset = None if offsets is None else torch.from_numpy(offsets)
+        shown[name] = fake_quantize_learned(torch.from_numpy(masters[name]), scale, offset, grids[name]).numpy()
+        # Learned, and not those that the weights would give.
+        assert not np.array_equal(shown[name], deployed(masters[name], grids[name]))
+
+    container = get_format(own.format).container
+    exporter = plugins.load("exporters", container)
+    artefact = exporter.export(folder, own, tmp_path / "out")
+    verify(exporter, artefact, folder, own)
+    for name, values in exporter.unpack(artefact.path):
+        expected = shown.get(
+            name, deployed(masters[name], own.storage(next(t for t in spec.tensors if t.name == name)))
+        )
+        np.testing.assert_array_equal(values, expected, err_msg=name)
+
+    # The student is evaluated with them under its own grid, as the saved folder is, and without them under others.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    data = load_split(lab.data.folder, "validation").head(512)
+    top1 = np.load(lab.top1)[: data.tokens[:, 1:].size]
+    for evaluation in report.evaluations:
+        again, _ = evaluate(
+            model,
+            spec,
+            evaluation.deployment,
+            data,
+            top1,
+            budget=setting.budget,
+            evaluators=setting.evaluators,
+            scales=read_scales(folder, evaluation.deployment),
+        )
+        assert again == evaluation
+    plain, _ = evaluate(model, spec, own, data, top1, budget=setting.budget, evaluators=setting.evaluators)
+    assert plain != next(item for item in report.evaluations if item.deployment == own)
+
+
+@pytest.mark.parametrize("name", ["qat_int4", "qat_int2", "qat_q4_mixed"])
+def test_named_finishings_run(lab, tmp_path, name):
+    strategy = load_strategy(name)
+    setting = lab.setting(tmp_path)
+    check_strategy(strategy, setting.teacher_spec)
+    deployments = holdable(student_spec(strategy, setting.teacher_spec), with_own(strategy, ALL))
+    probe = probe_deployment(strategy, deployments)
+    assert strategy.finishing is not None
+    assert probe.packing == strategy.finishing.packing
+    report = Trial(Workbench(setting), _task(strategy, deployments=deployments, probe=probe, straight=True)).run(2)
+    assert [item.deployment for item in report.evaluations] == list(deployments)
+    assert 0 < report.evaluations[-1].measurements["accuracy"].value < 1
 
 
 def test_a_student_takes_the_teachers_texts_but_not_its_weights(lab, tmp_path):

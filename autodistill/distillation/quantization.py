@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from autodistill.errors import InputError
-from autodistill.formats import BF16_EPSILON, Grid, Role, Storage, TensorSpec, check_tensor
+from autodistill.formats import BF16_EPSILON, Grid, Role, Scales, Storage, TensorSpec, check_tensor
 
 # Weights handled at once on a CPU: a chunk and its buffers stay in cache, so that each of the ten or so passes costs a
 # tenth of a nanosecond a weight, and memory is read and written once; of powers of two around it this was the fastest.
@@ -23,8 +24,8 @@ _BELOW_HALF = 0.5 - 2.0**-25
 def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
     """The values that the runtime will see of `weight`, with a straight-through gradient.
 
-    The gradient passes unchanged where a weight was rounded and is zero where it was clipped: where weight / scale lies
-    above qmax + 1/2. (No weight lies below qmin - 1/2: the scale is chosen from the largest magnitude.)
+    The gradient passes unchanged where a weight was rounded and is zero where it was clipped: where weight / scale (+
+    zero point) lies above qmax + 1/2, or below qmin - 1/2, which only a rounded zero point brings about.
     Bengio et al., 2013, arXiv:1308.3432; clipping as in Jacob et al., 2018, arXiv:1712.05877.
 
     Args:
@@ -39,27 +40,62 @@ def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
     return _on_grid(weight.float(), grid, None)
 
 
-def deploy_tensor(weight: Tensor, storage: Storage) -> Tensor:
+def fake_quantize_learned(weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
+    """The values that the runtime will see of `weight` under a scale that is learned with it.
+
+    Let v be weight / scale (+ zero point). Where v lies within qmin to qmax, the gradient of the weight is the incoming
+    one and that of the scale round(v) - v times it; elsewhere they are 0 and the clipped code (less the zero point)
+    times it. The scale's are summed over its group, times 1 / sqrt(N * Q_P): N weights in a group, Q_P levels.
+    Learned step size quantisation (LSQ), Esser et al., 2019, arXiv:1902.08153. That the scale is rounded to the type it
+    is stored in passes gradients straight through.
+
+    Args:
+        weight: float32 [out, in], `in` a multiple of the group size.
+        scale: float32 [out, groups].
+        offset: float32 [out, groups], as stored, on an asymmetric grid; it stays as it is.
+        grid: The grid.
+
+    Returns:
+        float32 [out, in], on a CPU bit for bit `formats.deployed` with these scales, rounded, and offsets.
+    """
+    return _LearnedStep.apply(weight, scale, offset, grid)
+
+
+def deploy_tensor(weight: Tensor, storage: Storage, scales: Scales | None = None) -> Tensor:
     """The values that the runtime will see of `weight`, as float32 without gradient.
 
     Args:
         weight: Of any shape; [out, in] for a grid.
         storage: A grid or a float type; "f32" gives the weight's own memory.
+        scales: Scales and offsets to use, learned ones say; by default they follow from the weights.
     """
     weight = weight.detach().float()
     if isinstance(storage, Grid):
-        return _on_grid(weight, storage, None)
+        return _on_grid(weight, storage, None, None if scales is None else _columns(scales, weight.device))
     if storage == "f32":
         return weight
     return weight.to(torch.float16 if storage == "f16" else torch.bfloat16).float()
 
 
+# Stored scales and offsets, float32 [groups, 1].
+_Given: TypeAlias = tuple[Tensor, Tensor | None]
+
+
+def _columns(scales: Scales, device: torch.device) -> _Given:
+    stored, offsets = (None if values is None else torch.from_numpy(values).to(device).view(-1, 1) for values in scales)
+    assert stored is not None
+    return stored, offsets
+
+
+def _part(given: _Given, part: slice) -> _Given:
+    stored, offsets = given
+    return stored[part], None if offsets is None else offsets[part]
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, grid: Grid) -> Tensor:
-        # Where the largest magnitude itself stays within half a step of qmax, nothing can be clipped.
-        clips = abs(grid.divisor) >= grid.qmax + 0.5
-        inside = torch.empty(weight.shape, dtype=torch.bool, device=weight.device) if clips else None
+        inside = torch.empty(weight.shape, dtype=torch.bool, device=weight.device) if _clips(grid) else None
         values = _on_grid(weight, grid, inside)
         ctx.save_for_backward(*(() if inside is None else (inside,)))
         return values
@@ -82,46 +118,144 @@ class _StraightThrough(torch.autograd.Function):
         return out, None
 
 
+class _LearnedStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
+        ctx.grid = grid
+        # Codes are computed again in the backward pass: to keep them would take more memory than the weights.
+        ctx.save_for_backward(weight, scale, offset)
+        return _on_grid(weight, grid, None, _stored(scale, offset, grid))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        weight, scale, offset = ctx.saved_tensors
+        grid: Grid = ctx.grid
+        size = grid.group(weight.shape[1])
+        given = _stored(scale, offset, grid)
+        weight_gradient, scale_gradient = torch.empty_like(weight), torch.empty_like(scale)
+        groups, incoming, out = (tensor.reshape(-1, size) for tensor in (weight, gradient, weight_gradient))
+        sums = scale_gradient.view(-1)
+        rows = max(1, _chunk_size(weight) // size)
+        steps, scratch = torch.empty_like(groups[:rows]), torch.empty_like(groups[:rows])
+        for start in range(0, len(groups), rows):
+            part = slice(start, start + rows)
+            target, inside = out[part], scratch[: len(out[part])]
+            step = steps[: len(target)]
+            _, zero_points = _given_steps(groups[part], _part(given, part), grid, step)
+            torch.clamp(step, grid.qmin, grid.qmax, out=target)
+            torch.eq(target, step, out=inside)
+            _round(target, grid)
+            # Of a rounded weight its distance to the code, of a clipped one the code itself.
+            target.addcmul_(step, inside, value=-1)
+            if zero_points is not None and grid.offset == "zero_point":
+                target.sub_(zero_points).addcmul_(inside, zero_points)
+            torch.mul(target, incoming[part], out=step)
+            torch.sum(step, -1, out=sums[part])
+            torch.mul(incoming[part], inside, out=target)
+        return weight_gradient, scale_gradient.mul_(1 / math.sqrt(size * grid.levels)), None, None
+
+
+def _stored(scale: Tensor, offset: Tensor | None, grid: Grid) -> _Given:
+    """What the file will hold of a learned scale and its offset, float32 [groups, 1]."""
+    rounded = (scale.half() if grid.scale_dtype == "f16" else scale.bfloat16()).float().view(-1, 1)
+    return rounded, None if offset is None else offset.view(-1, 1)
+
+
+def _clips(grid: Grid) -> bool:
+    """Whether a weight can be clipped under a scale that follows from its group."""
+    if grid.scale_rule == "range":
+        return grid.offset == "zero_point"
+    # Where the largest magnitude itself stays within half a step of qmax, nothing can be clipped.
+    return abs(grid.divisor) >= grid.qmax + 0.5
+
+
 def _chunk_size(tensor: Tensor) -> int:
     return _CHUNK if tensor.device.type == "cpu" else max(1, tensor.numel())
 
 
 @torch.no_grad()
-def _on_grid(weight: Tensor, grid: Grid, inside: Tensor | None) -> Tensor:
-    """Values on the grid; fills the mask `inside` (bool [out, in]) with whether each weight was not clipped."""
+def _on_grid(weight: Tensor, grid: Grid, inside: Tensor | None, given: _Given | None = None) -> Tensor:
+    """Values on the grid; fills the mask `inside` (bool [out, in]) with whether each weight was not clipped.
+
+    Args:
+        weight: float32 [out, in].
+        grid: The grid.
+        inside: bool [out, in], or None.
+        given: Stored scales and offsets, or None where they follow from the weights.
+    """
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    groups, values = weight.reshape(-1, grid.group_size), out.view(-1, grid.group_size)
-    rows = max(1, _chunk_size(weight) // grid.group_size)
-    mask = None if inside is None else inside.view(torch.int8).view(-1, grid.group_size)
+    size = grid.group(weight.shape[-1])
+    groups, values = weight.reshape(-1, size), out.view(-1, size)
+    rows = max(1, _chunk_size(weight) // size)
+    mask = None if inside is None else inside.view(torch.int8).view(-1, size)
     scratch = torch.empty_like(values[:rows])
     for start in range(0, len(groups), rows):
         part = slice(start, start + rows)
         target = values[part]
-        stored = _steps(groups[part], grid, target)
+        if given is None:
+            stored, offsets = _fitted_steps(groups[part], grid, target)
+        else:
+            stored, offsets = _given_steps(groups[part], _part(given, part), grid, target)
         if mask is not None:
             # A comparison written as floats is vectorised, one written as booleans is not.
-            within = torch.le(target, grid.qmax + 0.5, out=scratch[: len(target)])
+            within = scratch[: len(target)]
+            if grid.scale_rule == "range":
+                torch.sub(target, (grid.qmin + grid.qmax) / 2, out=within).abs_()
+                torch.le(within, (grid.qmax - grid.qmin + 1) / 2, out=within)
+            else:
+                # No weight lies below the codes: the scale is chosen from the largest magnitude.
+                torch.le(target, grid.qmax + 0.5, out=within)
             mask[part].copy_(within)
         _round(target, grid)
+        if offsets is not None and grid.offset == "zero_point":
+            target.sub_(offsets)
         target.mul_(stored)
+        if offsets is not None and grid.offset == "minimum":
+            target.add_(offsets)
         if grid.container == "compressed-tensors":
             target.copy_(target.bfloat16())
     return out
 
 
-def _steps(groups: Tensor, grid: Grid, out: Tensor) -> Tensor:
-    """Writes weight / scale into `out`, and gives the stored scales, float32 [groups, 1]; as `formats.quantize`."""
-    largest = _signed_absmax(groups) if grid.scale_rule == "signed_absmax" else _absmax(groups)
+def _fitted_steps(groups: Tensor, grid: Grid, out: Tensor) -> _Given:
+    """Writes the groups in steps of their scales into `out`, and gives what is stored; as `formats.quantize`."""
+    low: Tensor | None = None
+    if grid.scale_rule == "range":
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        if grid.offset == "zero_point":
+            low, high = low.clamp_(max=0), high.clamp_(min=0)
+        extent = high - low
+    else:
+        extent = _signed_absmax(groups) if grid.scale_rule == "signed_absmax" else _absmax(groups)
     # By a tensor, since CUDA turns a division by a Python number into a product with its rounded reciprocal.
-    scales = largest / torch.full((), grid.divisor, device=groups.device)
+    scales = extent / torch.full((), grid.divisor, device=groups.device)
     if grid.container == "gguf":
         inverse = scales.reciprocal().nan_to_num_(nan=float("nan"), posinf=0.0, neginf=0.0)
-        torch.mul(groups, inverse, out=out)
-        return scales.half().float()
+        if low is None:
+            torch.mul(groups, inverse, out=out)
+            return scales.half().float(), None
+        torch.sub(groups, low, out=out).mul_(inverse)
+        return scales.half().float(), low.half().float()
     stored = scales.bfloat16().float()
     stored.masked_fill_(stored == 0, BF16_EPSILON)
-    torch.div(groups, stored, out=out)
-    return stored
+    if low is not None:
+        # Of a group of zeros the quotient is NaN, and its zero point 0.
+        low = (grid.qmin - low / scales).nan_to_num_().clamp_(grid.qmin, grid.qmax).round_()
+    return _given_steps(groups, (stored, low), grid, out)
+
+
+def _given_steps(groups: Tensor, given: _Given, grid: Grid, out: Tensor) -> _Given:
+    """Writes the groups in steps of stored scales into `out`, and gives those back; under a scale of 0 all are 0."""
+    scales, offsets = given
+    scales = scales.masked_fill(scales == 0, math.inf)
+    if offsets is None:
+        torch.div(groups, scales, out=out)
+    elif grid.offset == "minimum":
+        torch.sub(groups, offsets, out=out).div_(scales)
+    else:
+        torch.div(groups, scales, out=out).add_(offsets)
+    return given
 
 
 def _absmax(groups: Tensor) -> Tensor:
@@ -158,28 +292,61 @@ class FakeQuantized:
     Args:
         master: float32 [out, in], which the optimiser updates.
         grid: The grid.
+        learned: Whether the scales of a trained master are parameters of their own, which begin as those of its groups.
+
+    Attributes:
+        scale: float32 [out, groups], or None where scales follow from the weights.
     """
 
-    def __init__(self, master: nn.Parameter, grid: Grid) -> None:
+    def __init__(self, master: nn.Parameter, grid: Grid, *, learned: bool = False) -> None:
         self.master = master
-        self._grid = grid
+        self.grid = grid
+        self.scale: nn.Parameter | None = None
+        self._offset: Tensor | None = None
         self._kept: tuple[tuple[int, int], Tensor] | None = None
+        if learned and master.requires_grad:
+            scales, self._offset = fitted_scales(master.detach(), grid)
+            self.scale = nn.Parameter(scales)
 
     def __call__(self) -> Tensor:
         """The quantised weight; that of a frozen master is computed once, until the master's values change."""
+        if self.scale is not None:
+            return fake_quantize_learned(self.master, self.scale, self._offset, self.grid)
         if self.master.requires_grad:
             self._kept = None
-            return fake_quantize(self.master, self._grid)
+            return fake_quantize(self.master, self.grid)
         state = (self.master._version, self.master.data_ptr())
         if self._kept is None or self._kept[0] != state:
             # What inference mode makes, autograd cannot use later.
             with torch.inference_mode(False):
-                self._kept = (state, deploy_tensor(self.master, self._grid))
+                self._kept = (state, deploy_tensor(self.master, self.grid))
         return self._kept[1]
+
+    def stored(self) -> Scales | None:
+        """The learned scales and their offsets as a file holds them, or None where none are learned."""
+        if self.scale is None:
+            return None
+        scales, _ = _stored(self.scale.detach(), None, self.grid)
+        offset = None if self._offset is None else self._offset.cpu().numpy()
+        return Scales(scales.view_as(self.scale).cpu().numpy(), offset)
+
+
+def fitted_scales(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """The stored scales, and offsets, that follow from the weights: float32 [out, groups] each."""
+    groups = weight.reshape(-1, grid.group(weight.shape[1]))
+    found = [
+        _fitted_steps(part, grid, torch.empty_like(part))
+        for part in groups.split(max(1, _chunk_size(weight) // groups.shape[1]))
+    ]
+    scales, offsets = zip(*found, strict=True)
+    shape = (len(weight), -1)
+    return torch.cat(scales).view(shape), None if grid.symmetric else torch.cat(offsets).view(shape)
 
 
 @contextmanager
-def quantized_training(model: nn.Module, storage_of: Callable[[str], Storage | None]) -> Iterator[None]:
+def quantized_training(
+    model: nn.Module, storage_of: Callable[[str], Storage | None], *, learned: bool = False
+) -> Iterator[Mapping[str, FakeQuantized]]:
     """Within the context the model computes with weights on their grids, while the optimiser moves the float32 masters.
 
     Each module holds its quantised weight only while it runs, so that parameters, their names in the state dict, and
@@ -189,17 +356,22 @@ def quantized_training(model: nn.Module, storage_of: Callable[[str], Storage | N
     Args:
         model: Its parameters are looked up by name; a tied one has the name it is first met under.
         storage_of: What the parameter of this name is stored as.
+        learned: Whether scales are learned, which is for the caller to do: they are no parameters of the model.
+
+    Yields:
+        What is on a grid, by name of its parameter.
 
     Raises:
         InputError: A grid for a parameter that is not the weight of a linear or embedding layer, or whose rows the
             groups do not divide.
     """
-    quantized: dict[int, FakeQuantized] = {}
+    shown: dict[str, FakeQuantized] = {}
     for name, parameter in model.named_parameters():
         storage = storage_of(name)
         if isinstance(storage, Grid):
             check_tensor(TensorSpec(name=name, role=Role.LINEAR, shape=tuple(parameter.shape)), storage)
-            quantized[id(parameter)] = FakeQuantized(parameter, storage)
+            shown[name] = FakeQuantized(parameter, storage, learned=learned)
+    quantized = {id(weight.master): weight for weight in shown.values()}
     with ExitStack() as hooks:
         for path, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -210,7 +382,7 @@ def quantized_training(model: nn.Module, storage_of: Callable[[str], Storage | N
                             f"not {type(module).__name__}; leave the finishing stage out"
                         )
                     _attach(module, quantized[id(parameter)], hooks)
-        yield
+        yield shown
 
 
 def _attach(module: nn.Module, weight: FakeQuantized, hooks: ExitStack) -> None:

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,12 @@ from autodistill.distillation.alignment import (
 from autodistill.distillation.attention import Heads, TeacherBlock, attention_loss, watch
 from autodistill.distillation.divergence import logit_loss
 from autodistill.distillation.memory import is_out_of_memory
-from autodistill.distillation.quantization import deploy_tensor, quantized_training
+from autodistill.distillation.quantization import FakeQuantized, deploy_tensor, quantized_training
 from autodistill.distillation.student import decoder_layers
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.distillation.temperature import snap, temperature_at
 from autodistill.errors import TrialFailedError
-from autodistill.formats import Grid
+from autodistill.formats import Grid, Scales
 from autodistill.strategy import Attention, Strategy
 
 _CLIP = 1.0
@@ -105,6 +105,12 @@ class Trainer:
         teacher_block: The layer of the teacher whose attention is followed; None where the strategy follows none.
         seed: Of data order and projections.
         device: Where the student lies.
+
+    Attributes:
+        model: The student.
+        tokens: Trained on so far.
+        scales: What the finishing stage learned, by name of the weight; empty before it, and where scales follow from
+            the weights.
     """
 
     def __init__(
@@ -134,6 +140,7 @@ class Trainer:
         self._device = device
         self._failures = 0
         self._frozen_head: Tensor | None = None
+        self.scales: dict[str, Scales] = {}
         model.get_input_embeddings().weight.requires_grad_(self._recipe.train_embeddings)
         alignment = self._recipe.alignment
         self._pairs: tuple[Pair, ...] = layer_map(alignment, kept, teacher_layers) if alignment else ()
@@ -153,22 +160,60 @@ class Trainer:
         """Trains at the warm-up's or stable rate until `until` tokens, a whole number of steps."""
         yield from self._train(until, self._stable_rate, None)
 
-    def train_decay(self, until: int, storage_of: Callable[[str], Grid | None] | None = None) -> Iterator[StepRecord]:
+    def train_decay(
+        self,
+        until: int,
+        storage_of: Callable[[str], Grid | None] | None = None,
+        *,
+        on_grid_after: float = 0.0,
+        learned: bool = False,
+    ) -> Iterator[StepRecord]:
         """Trains with the rate falling to zero at `until`, on the finishing stage's grid where there is one.
 
         Args:
             until: Tokens at the end, a whole number of steps.
             storage_of: The grid of each weight by name, or None for a plain decay.
+            on_grid_after: Share of the decay's steps, 0 to below 1, before the weights go on the grid, where at least
+                one step is trained.
+            learned: Whether the scales of trained weights are learned; `scales` has them afterwards.
         """
         start = self.tokens
 
         def rate(tokens: int) -> float:
             return self._stable_rate(tokens) * decayed(tokens, start, until)
 
-        with ExitStack() as stack:
-            if storage_of is not None:
-                stack.enter_context(quantized_training(self.model, storage_of))
+        if storage_of is None:
+            yield from self._train(until, rate, None)
+            return
+        steps = (until - start) // self._plan.batch_tokens
+        before = min(round(steps * on_grid_after), steps - 1)
+        yield from self._train(start + before * self._plan.batch_tokens, rate, None)
+        with quantized_training(self.model, storage_of, learned=learned) as shown, self._learning(shown):
             yield from self._train(until, rate, storage_of)
+        self.scales = {name: scales for name, weight in shown.items() if (scales := weight.stored()) is not None}
+
+    @contextmanager
+    def _learning(self, shown: Mapping[str, FakeQuantized]) -> Iterator[None]:
+        """Lets the optimiser move the learned scales, which are part of this branch alone and of no checkpoint.
+
+        LSQ scales gradients so that a step moves scales and weights by equal shares of themselves. AdamW divides a
+        gradient's size out again, so that the rate has to do it: a scale is about 1 / Q_P of its largest weight.
+        """
+        by_levels: dict[int, list[nn.Parameter]] = {}
+        for weight in shown.values():
+            if weight.scale is not None:
+                by_levels.setdefault(weight.grid.levels, []).append(weight.scale)
+        groups = self._optimizer.param_groups
+        count = len(groups)
+        for levels, scales in by_levels.items():
+            self._optimizer.add_param_group({"params": scales, "factor": 1 / levels})
+        try:
+            yield
+        finally:
+            for group in groups[count:]:
+                for scale in group["params"]:
+                    self._optimizer.state.pop(scale, None)
+            del groups[count:]
 
     def _stable_rate(self, tokens: int) -> float:
         after = tokens + self._plan.batch_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from autodistill.export.student_files import (
     read_json,
     write_folder,
 )
-from autodistill.formats import Arrays, Floats, Grid, Role, TensorSpec, get_format, pack, unpack
+from autodistill.formats import Arrays, Floats, Grid, Role, get_format, unpack
 from autodistill.strategy import Deployment
 
-_PARTS = ("weight_packed", "weight_scale", "weight_shape")
+_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
 class CompressedTensorsExporter:
@@ -39,13 +39,14 @@ class CompressedTensorsExporter:
         Raises:
             InputError: The student cannot be read or not be cut into groups, or `out` not be written.
         """
-        packing = get_format(deployment.format)
         tensors: dict[str, torch.Tensor] = {}
-        with StudentFiles(student) as files:
-            for name, spec in files.specs.items():
-                storage = packing.storage(spec, deployment.bits, deployment.group_size)
-                tensors |= _tensors(name, pack(files.read(name), storage))
-            config = bf16_config(files.config) | {"quantization_config": quantization_config(deployment)}
+        with StudentFiles(student, deployment) as files:
+            for name in files.specs:
+                tensors |= _tensors(name, files.pack(name))
+            linears = (spec for spec in files.specs.values() if spec.role is Role.LINEAR)
+            kept = [spec.name for spec in linears if not isinstance(deployment.storage(spec), Grid)]
+            quantization = quantization_config(deployment, [name.removesuffix(".weight") for name in kept])
+            config = bf16_config(files.config) | {"quantization_config": quantization}
             return write_folder(out, student, config, tensors)
 
     def unpack(self, artefact: Path) -> Iterator[tuple[str, Floats]]:
@@ -55,14 +56,15 @@ class CompressedTensorsExporter:
             VerificationError: A packed tensor lacks one of its parts.
         """
         grid = _stated_grid(artefact)
+        names = _PARTS[:3] if grid.symmetric else _PARTS
         parts: dict[str, Arrays] = defaultdict(dict)
         for name, tensor in read_arrays(artefact / WEIGHTS):
             prefix, _, part = name.rpartition(".")
-            if part not in _PARTS:
+            if part not in names:
                 yield name, unpack({"data": _bits(tensor)}, "bf16", tuple(tensor.shape))
                 continue
             parts[prefix][part] = _bits(tensor)
-            if len(parts[prefix]) == len(_PARTS):
+            if len(parts[prefix]) == len(names):
                 arrays = parts.pop(prefix)
                 rows, columns = (int(size) for size in arrays["weight_shape"])
                 yield f"{prefix}.weight", unpack(arrays, grid, (rows, columns))
@@ -70,26 +72,34 @@ class CompressedTensorsExporter:
             raise VerificationError(f"{min(parts)} lacks a part of its packed weights: export the student again")
 
 
-def quantization_config(deployment: Deployment) -> dict[str, Any]:
-    """What config.json says of the grid, in the words of the compressed-tensors package."""
+def quantization_config(deployment: Deployment, kept: Sequence[str] = ()) -> dict[str, Any]:
+    """What config.json says of the grid, in the words of the compressed-tensors package.
+
+    Args:
+        deployment: How the student is packed.
+        kept: Linear layers that stay in 16 bits, the head apart.
+    """
     weights = {
         "num_bits": deployment.bits,
         "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": deployment.group_size,
+        "symmetric": deployment.symmetric,
+        "strategy": "group" if deployment.group_size else "channel",
+        "group_size": deployment.group_size or None,
         "dynamic": False,
         "observer": "minmax",
     }
+    # transformers 5.24 makes no room for packed zero points where it keeps weights packed until they are used.
+    unpacked = {} if deployment.symmetric else {"dequantize": True}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *kept],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
+        **unpacked,
     }
 
 
@@ -98,7 +108,7 @@ def _tensors(name: str, arrays: Arrays) -> dict[str, torch.Tensor]:
         return {name: as_bf16(arrays)}
     prefix = name.removesuffix("weight")
     scale = torch.from_numpy(arrays["weight_scale"]).view(torch.bfloat16)
-    plain = {prefix + part: torch.from_numpy(arrays[part]) for part in ("weight_packed", "weight_shape")}
+    plain = {prefix + part: torch.from_numpy(values) for part, values in arrays.items() if part != "weight_scale"}
     return plain | {f"{prefix}weight_scale": scale}
 
 
@@ -108,7 +118,7 @@ def _bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
 
 def _stated_grid(artefact: Path) -> Grid:
     weights = read_json(artefact / "config.json")["quantization_config"]["config_groups"]["group_0"]["weights"]
-    linear = TensorSpec(name="any linear", role=Role.LINEAR, shape=(1, weights["group_size"]))
-    storage = get_format("compressed-tensors").storage(linear, weights["num_bits"], weights["group_size"])
+    held = get_format("compressed-tensors")
+    storage = held.linear(weights["num_bits"], weights["group_size"] or 0, weights["symmetric"])
     assert isinstance(storage, Grid)
     return storage

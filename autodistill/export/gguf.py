@@ -17,7 +17,7 @@ from autodistill.errors import InputError, VerificationError
 from autodistill.export.gguf_tokenizer import add_tokenizer
 from autodistill.export.student_files import StudentFiles, replacing
 from autodistill.families import FAMILIES, get_family
-from autodistill.formats import Q4_0, Q8_0, Floats, Grid, Storage, get_format, pack, tensor_bytes, unpack
+from autodistill.formats import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Floats, Grid, Storage, tensor_bytes, unpack
 from autodistill.strategy import Deployment
 
 FILE = "student.gguf"
@@ -25,12 +25,18 @@ FILE = "student.gguf"
 _FILE_TYPES = {
     "gguf-f16": LlamaFileType.MOSTLY_F16,
     "gguf-q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "gguf-q5_1": LlamaFileType.MOSTLY_Q5_1,
+    "gguf-q5_0": LlamaFileType.MOSTLY_Q5_0,
+    "gguf-q4_1": LlamaFileType.MOSTLY_Q4_1,
     "gguf-q4_0": LlamaFileType.MOSTLY_Q4_0,
 }
 _TYPES: Mapping[Storage, GGMLQuantizationType] = {
     "f32": GGMLQuantizationType.F32,
     "f16": GGMLQuantizationType.F16,
     Q8_0: GGMLQuantizationType.Q8_0,
+    Q5_1: GGMLQuantizationType.Q5_1,
+    Q5_0: GGMLQuantizationType.Q5_0,
+    Q4_1: GGMLQuantizationType.Q4_1,
     Q4_0: GGMLQuantizationType.Q4_0,
 }
 _STORAGES: Mapping[GGMLQuantizationType, Storage] = {kind: storage for storage, kind in _TYPES.items()}
@@ -65,7 +71,7 @@ class GgufExporter:
         Raises:
             InputError: The student cannot be read or be held by GGUF, or `out` not be written.
         """
-        with StudentFiles(student) as files, replacing(out) as partial:
+        with StudentFiles(student, deployment) as files, replacing(out) as partial:
             writer = GGUFWriter(os.fspath(partial / FILE), _gguf_architecture(files.spec))
             try:
                 add_metadata(writer, files.spec, files.config, _FILE_TYPES[deployment.format])
@@ -140,13 +146,12 @@ def _permuted_heads(architecture: str, name: str, heads: int, kv_heads: int) -> 
 
 
 def _write_tensors(writer: GGUFWriter, files: StudentFiles, deployment: Deployment) -> None:
-    packing, bits, group_size = get_format(deployment.format), deployment.bits, deployment.group_size
-    storages = {name: packing.storage(tensor, bits, group_size) for name, tensor in files.specs.items()}
+    storages = {name: deployment.storage(tensor) for name, tensor in files.specs.items()}
     factors = _rope_factors(files.config)
     if factors is not None:
         writer.add_tensor_info(_ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
     for name, storage in storages.items():
-        size = tensor_bytes(files.specs[name], packing, bits, group_size)
+        size = tensor_bytes(files.specs[name], storage)
         # The shape of the weights, with a dtype that keeps the writer from taking it for one of bytes.
         dtype = np.dtype(np.float16 if isinstance(storage, Grid) else storage.replace("f", "float"))
         writer.add_tensor_info(gguf_name(name), files.specs[name].shape, dtype, size, raw_dtype=_TYPES[storage])
@@ -155,8 +160,8 @@ def _write_tensors(writer: GGUFWriter, files: StudentFiles, deployment: Deployme
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
-    for name, storage in storages.items():
-        data = pack(files.read(name), storage)["data"]
+    for name in storages:
+        data = files.pack(name)["data"]
         permuted = _permuted_heads(writer.arch, name, files.spec.heads, files.spec.kv_heads)
         writer.write_tensor_data(permute(data, permuted) if permuted else data)
 

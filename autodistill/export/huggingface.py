@@ -11,7 +11,7 @@ import torch
 
 from autodistill.contracts import Artefact
 from autodistill.export.student_files import WEIGHTS, StudentFiles, bf16_config, read_arrays, write_folder
-from autodistill.formats import Floats, get_format, pack, unpack
+from autodistill.formats import Floats, unpack
 from autodistill.strategy import Deployment, content_hash
 from autodistill.units import format_bytes
 
@@ -28,12 +28,8 @@ class HuggingFaceExporter:
         Raises:
             InputError: The student cannot be read, or `out` not be written.
         """
-        packing = get_format(deployment.format)
-        with StudentFiles(student) as files:
-            tensors = {
-                name: as_bf16(pack(files.read(name), packing.storage(spec, deployment.bits, deployment.group_size)))
-                for name, spec in files.specs.items()
-            }
+        with StudentFiles(student, deployment) as files:
+            tensors = {name: as_bf16(files.pack(name)) for name in files.specs}
             return write_folder(out, student, bf16_config(files.config), tensors)
 
     def unpack(self, artefact: Path) -> Iterator[tuple[str, Floats]]:

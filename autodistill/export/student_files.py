@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from autodistill.contracts import Artefact
+from autodistill.distillation.grid_scales import read_scales
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES, get_family
-from autodistill.formats import Floats
+from autodistill.formats import Arrays, Floats, Packing, Scales, deployed, pack
 
 WEIGHTS = "model.safetensors"
 _HEAD = "lm_head.weight"
@@ -55,10 +56,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class StudentFiles:
-    """The tensors of a transformers folder, each read when asked for. Use it in a `with` statement.
+    """The tensors of a student's folder under a packing, each read when asked for. Use it in a `with` statement.
 
     Args:
         folder: With config.json and safetensors, in one file or in shards.
+        packing: How it is packed.
 
     Attributes:
         config: Content of config.json.
@@ -70,7 +72,9 @@ class StudentFiles:
             the config says.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, packing: Packing) -> None:
+        self._packing = packing
+        self._scales: dict[str, Scales] = read_scales(folder, packing)
         self.config = read_json(folder / "config.json")
         self.spec = spec_from_config(self.config)
         self.specs = {tensor.name: tensor for tensor in self.spec.tensors}
@@ -103,8 +107,15 @@ class StudentFiles:
     def __exit__(self, *exception: object) -> None:
         self._open.close()
 
-    def read(self, name: str) -> Floats:
-        """One tensor as float32."""
+    def pack(self, name: str) -> Arrays:
+        """What stands on disk for one tensor, with the scales that were learned for this packing, if any."""
+        return pack(self._read(name), self._packing.storage(self.specs[name]), self._scales.get(name))
+
+    def deployed(self, name: str) -> Floats:
+        """The float32 values that the runtime will see of it."""
+        return deployed(self._read(name), self._packing.storage(self.specs[name]), self._scales.get(name))
+
+    def _read(self, name: str) -> Floats:
         file, stored = self._files[name]
         values: Floats = file.get_tensor(stored).to(torch.float32).numpy()
         return values

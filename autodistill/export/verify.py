@@ -15,7 +15,7 @@ import torch
 from autodistill.contracts import Artefact, Exporter
 from autodistill.errors import VerificationError
 from autodistill.export.student_files import StudentFiles
-from autodistill.formats import Floats, deployed, get_format
+from autodistill.formats import Floats
 from autodistill.llama_cpp import LlamaServer
 from autodistill.strategy import Deployment
 
@@ -73,14 +73,12 @@ def verify(exporter: Exporter, artefact: Artefact, student: Path, deployment: De
     Raises:
         VerificationError: A tensor is missing, surplus, or differs in any weight.
     """
-    packing = get_format(deployment.format)
     weights, seen = 0, set()
-    with StudentFiles(student) as files:
+    with StudentFiles(student, deployment) as files:
         for name, found in exporter.unpack(artefact.path):
             if name not in files.specs or name in seen:
                 raise VerificationError(f"{artefact.path} holds a tensor too many: {name}")
-            storage = packing.storage(files.specs[name], deployment.bits, deployment.group_size)
-            _compare(name, found, deployed(files.read(name), storage))
+            _compare(name, found, files.deployed(name))
             seen.add(name)
             weights += found.size
         missing = sorted(set(files.specs) - seen)

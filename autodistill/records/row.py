@@ -30,7 +30,7 @@ class Row:
         trial: Id of the trial, like "t003".
         kind: "student" (proposed), "baseline" (hand-designed), "teacher" (unmodified), "initial" (undistilled student).
         name: For people: the baseline's name, or the trial's.
-        deployment: `Deployment` as plain data: runtime, format, bits, group_size.
+        deployment: `Deployment` as plain data.
         status: A `Status`.
         feasible: Whether it meets every limit of the budget.
         reason: Why it is not feasible or did not finish.

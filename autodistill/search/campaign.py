@@ -11,7 +11,6 @@ from typing import Any, Literal
 from autodistill.contracts import Decision, Direction, ModelSpec, Plan, Status
 from autodistill.errors import InputError
 from autodistill.estimate import Fit, cannot_hold, fits, holdable, shortfall
-from autodistill.formats import get_format
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import EventLog
 from autodistill.search.plan import Speed, trial_seconds
@@ -27,6 +26,7 @@ from autodistill.trial import (
     probe_deployment,
     remove_checkpoint,
     student_spec,
+    with_own,
 )
 from autodistill.units import Budget
 
@@ -419,8 +419,9 @@ class Campaign:
         question = self.question
         try:
             spec = student_spec(strategy, question.teacher_spec)
-            fitting = fits(spec, holdable(spec, question.deployments), question.budget)
             check_strategy(strategy, question.teacher_spec)
+            deployments = with_own(strategy, question.deployments)
+            fitting = fits(spec, holdable(spec, deployments), question.budget)
         except InputError as error:
             return (), str(error)
         return fitting, None if fitting else cannot_hold(spec, question.deployments[0])
@@ -489,5 +490,5 @@ def describe(strategy: Strategy) -> str:
     if recipe.attention:
         words.append(f"attention {recipe.attention.kind}")
     if finishing:
-        words.append(f"QAT {get_format(finishing.format).label(finishing.bits, finishing.group_size)}")
+        words.append(f"QAT {finishing.name}")
     return ", ".join(words)

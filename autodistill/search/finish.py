@@ -15,6 +15,7 @@ import torch
 from autodistill import plugins
 from autodistill.contracts import Artefact, Measurement, Status, Subject
 from autodistill.data import Prepared, load_split
+from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.scoring import choices, score
 from autodistill.distillation.teacher import Teacher, load_model
 from autodistill.errors import NothingFitsError
@@ -163,7 +164,7 @@ def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[s
         sequences = math.ceil(MIN_POSITIONS / CLEAR_SHARE / (length - 1))
         data = load_split(finisher.data.folder, "validation").head(sequences * length)
         model = finisher.load(row)
-        with deployed_weights(model, spec, deployment):
+        with deployed_weights(model, spec, deployment, read_scales(finisher.student(row), deployment)):
             simulated = choices(model, data, device=finisher.setting.device)
         checks[container] = verify_runtime(artefact, deployment, simulated, data.tokens[:, :-1], finisher.threads)
         paths[container] = artefact.path
@@ -240,6 +241,7 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
             budget=question.budget,
             evaluators=setting.evaluators,
             device=setting.device,
+            scales=read_scales(finisher.student(row), packing) if row else None,
         )
         made = make_row(
             evaluation,

@@ -13,12 +13,20 @@ from transformers import AutoModelForCausalLM
 
 from autodistill.errors import VerificationError
 from autodistill.export.compressed_tensors import CompressedTensorsExporter
+from autodistill.export.verify import load_in_transformers
 from autodistill.strategy import Deployment
 from autodistill.testing import save_tiny_teacher
 
 
-def deployment(bits: int, group_size: int) -> Deployment:
-    return Deployment(runtime="vllm", format="compressed-tensors", bits=bits, group_size=group_size)
+def deployment(bits: int, group_size: int, symmetric: bool = True, keep: tuple[str, ...] = ()) -> Deployment:
+    return Deployment(
+        runtime="transformers",
+        format="compressed-tensors",
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        keep=keep,
+    )
 
 
 def dequantised(folder: Path) -> dict[str, torch.Tensor]:
@@ -35,21 +43,44 @@ def dequantised(folder: Path) -> dict[str, torch.Tensor]:
             prefix = name.removesuffix("_packed")
             scale, shape = stored[f"{prefix}_scale"], torch.Size(stored[f"{prefix}_shape"].tolist())
             codes = unpack_from_int32(tensor, bits, shape).to(torch.bfloat16)
+            if f"{prefix}_zero_point" in stored:
+                zero_points = unpack_from_int32(
+                    stored[f"{prefix}_zero_point"], bits, torch.Size([shape[0], scale.shape[1]]), packed_dim=0
+                )
+                codes -= zero_points.to(torch.bfloat16).repeat_interleave(shape[1] // scale.shape[1], dim=1)
             weights[prefix] = codes * scale.repeat_interleave(shape[1] // scale.shape[1], dim=1)
-        elif not name.endswith((".weight_scale", ".weight_shape")):
+        elif not name.endswith((".weight_scale", ".weight_shape", ".weight_zero_point")):
             weights[name] = tensor
     return weights
 
 
 @pytest.mark.parametrize(
-    ("architecture", "tied", "bits", "group_size"),
-    [("llama", True, 4, 32), ("llama", False, 8, 64), ("qwen2", False, 4, 64), ("qwen2", True, 8, 32)],
+    ("architecture", "tied", "held"),
+    [
+        ("llama", True, deployment(4, 32)),
+        ("llama", False, deployment(8, 64)),
+        ("qwen2", False, deployment(4, 128, symmetric=False)),
+        ("qwen2", True, deployment(8, 0)),
+        ("llama", True, deployment(8, 32, symmetric=False)),
+        ("llama", True, deployment(2, 0, symmetric=False)),
+        ("llama", False, deployment(3, 64)),
+        ("llama", True, deployment(6, 128, symmetric=False)),
+        ("llama", True, deployment(4, 64, keep=("attention", "layers.1.mlp.down_proj"))),
+        ("qwen2", False, deployment(3, 0, symmetric=False, keep=("layers.0",))),
+    ],
+    ids=str,
 )
 def test_transformers_loads_it_with_the_logits_of_the_dequantised_model(
-    tmp_path: Path, architecture: str, tied: bool, bits: int, group_size: int
+    tmp_path: Path, architecture: str, tied: bool, held: Deployment
 ) -> None:
-    teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, tied=tied)
-    out = CompressedTensorsExporter().export(teacher, deployment(bits, group_size), tmp_path / "out").path
+    teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, tied=tied, width=128, layers=3)
+    out = CompressedTensorsExporter().export(teacher, held, tmp_path / "out").path
+    packed = [name for name in load_file(out / "model.safetensors") if name.endswith("weight_packed")]
+    kept = sum(part in name for name in packed for part in ("self_attn", "layers.1.mlp.down_proj"))
+    if held.keep == ("attention", "layers.1.mlp.down_proj"):
+        assert (len(packed), kept) == (3 * 3 - 1, 0)
+    else:
+        assert len(packed) == 7 * (3 - len(held.keep))
     weights = dequantised(out)
     reference = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16)
     lacking = reference.load_state_dict(weights, strict=False)
@@ -63,6 +94,9 @@ def test_transformers_loads_it_with_the_logits_of_the_dequantised_model(
         np.testing.assert_array_equal(loaded(tokens).logits.float().numpy(), reference(tokens).logits.float().numpy())
     if tied:
         assert loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
+    served = dict(load_in_transformers(out).named_parameters())
+    for name, values in weights.items():
+        np.testing.assert_array_equal(served[name].detach().numpy(), values.float().numpy(), err_msg=name)
     found = dict(CompressedTensorsExporter().unpack(out))
     assert set(found) == set(weights)
     for name, values in found.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -19,9 +20,17 @@ from autodistill.strategy import Deployment
 from autodistill.testing import save_tiny_teacher
 
 DEPLOYMENTS = {
-    name: Deployment(runtime="llama.cpp", format=name, bits=bits, group_size=group)
-    for name, bits, group in (("gguf-f16", 16, 0), ("gguf-q8_0", 8, 32), ("gguf-q4_0", 4, 32))
+    name: Deployment(runtime="llama.cpp", format=name, bits=bits, group_size=group, symmetric=not name.endswith("_1"))
+    for name, bits, group in (
+        ("gguf-f16", 16, 0),
+        ("gguf-q8_0", 8, 32),
+        ("gguf-q5_1", 5, 32),
+        ("gguf-q5_0", 5, 32),
+        ("gguf-q4_1", 4, 32),
+        ("gguf-q4_0", 4, 32),
+    )
 }
+KEEP = ("attention", "embeddings", "layers.1.mlp.down_proj")
 F16 = DEPLOYMENTS["gguf-f16"]
 
 
@@ -64,14 +73,17 @@ def test_llama_cpp_chooses_the_tokens_of_transformers(tmp_path: Path, architectu
     assert np.mean(served(artefact.path, tokens) == choices(teacher, weights, tokens)) >= 0.97
 
 
-@pytest.mark.parametrize("name", ["gguf-q8_0", "gguf-q4_0"])
-def test_quantised_files_hold_what_gguf_quants_makes_and_run(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("keep", [(), KEEP], ids=["all", "mixed"])
+@pytest.mark.parametrize("name", [name for name in DEPLOYMENTS if name != "gguf-f16"])
+def test_quantised_files_hold_what_gguf_quants_makes_and_run(tmp_path: Path, name: str, keep: tuple[str, ...]) -> None:
     teacher = save_tiny_teacher(tmp_path / "teacher", width=128, layers=2)
-    artefact = GgufExporter().export(teacher, DEPLOYMENTS[name], tmp_path / "out")
-    low = {"gguf-q8_0": gguf.GGMLQuantizationType.Q8_0, "gguf-q4_0": gguf.GGMLQuantizationType.Q4_0}[name]
+    artefact = GgufExporter().export(teacher, replace(DEPLOYMENTS[name], keep=keep), tmp_path / "out")
+    low = gguf.GGMLQuantizationType[name.removeprefix("gguf-").upper()]
     expected = {}
     for key, values in load_file(teacher / "model.safetensors").items():
         kind = gguf.GGMLQuantizationType.Q8_0 if "embed_tokens" in key else low
+        if any(part in key for part in ("self_attn", "embed_tokens", "layers.1.mlp.down_proj") if keep):
+            kind = gguf.GGMLQuantizationType.F16
         quantised = values.ndim == 2
         expected[key] = gguf.dequantize(gguf.quantize(values.numpy(), kind), kind) if quantised else values.numpy()
     found = dict(GgufExporter().unpack(artefact.path))

@@ -5,24 +5,34 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from autodistill.errors import InputError
 from autodistill.export.student_files import StudentFiles, replacing
+from autodistill.formats import Packing, deployed
 from autodistill.testing import save_tiny_teacher
+
+F16 = Packing(format="gguf-f16", bits=16, group_size=0)
 
 
 def test_specs_are_the_stored_tensors(tmp_path: Path) -> None:
     student = save_tiny_teacher(tmp_path, architecture="qwen2", tied=False, layers=2)
     stored = load_file(student / "model.safetensors")
-    with StudentFiles(student) as files:
+    with StudentFiles(student, F16) as files:
         assert {name: spec.shape for name, spec in files.specs.items()} == {
             name: tuple(values.shape) for name, values in stored.items()
         }
         for name, values in stored.items():
-            assert torch.equal(torch.from_numpy(files.read(name)), values)
+            storage = "f16" if values.ndim == 2 else "f32"
+            assert torch.equal(
+                torch.from_numpy(files.deployed(name)), values.half().float() if values.ndim == 2 else values
+            )
+            np.testing.assert_array_equal(
+                files.pack(name)["data"].astype(np.float32), deployed(values.numpy(), storage)
+            )
 
 
 @pytest.mark.parametrize(
@@ -41,22 +51,22 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path, change: 
     change(weights)  # type: ignore[operator]
     save_file(weights, student / "model.safetensors")
     with pytest.raises(InputError, match=message):
-        StudentFiles(student)
+        StudentFiles(student, F16)
 
 
 def test_unreadable_students_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json"):
-        StudentFiles(tmp_path)
+        StudentFiles(tmp_path, F16)
     student = save_tiny_teacher(tmp_path / "student", layers=1)
     (student / "model.safetensors").write_bytes(b"\x07torn")
     with pytest.raises(InputError, match="cannot read the weights"):
-        StudentFiles(student)
+        StudentFiles(student, F16)
     (student / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"has no model\.safetensors"):
-        StudentFiles(student)
+        StudentFiles(student, F16)
     (student / "config.json").write_text(json.dumps([1]))
     with pytest.raises(InputError, match="JSON object"):
-        StudentFiles(student)
+        StudentFiles(student, F16)
 
 
 def replace(folder: Path, text: str, error: Exception | None = None) -> None:

@@ -17,7 +17,7 @@ from autodistill.search.campaign import Assignment, Campaign, Question
 from autodistill.search.plan import Speed
 from autodistill.search.sampler import Sampler
 from autodistill.space import load_space
-from autodistill.strategy import Deployment
+from autodistill.strategy import Deployment, Finishing, Strategy
 from autodistill.trial import Evaluation, RungReport
 from autodistill.units import Budget, format_bytes
 
@@ -228,3 +228,33 @@ def test_nothing_starts_that_the_box_cannot_hold(tmp_path: Path) -> None:
     search.report("b000", worker(assignment))
     assert search.next() is None
     assert search.finished
+
+
+def test_a_finishing_is_also_evaluated_on_its_own_grid(tmp_path: Path) -> None:
+    """Of a grid that the space lists no deployment of; one that the teacher cannot be cut into is rejected."""
+    own = Finishing(format="compressed-tensors", bits=2, group_size=0, symmetric=False, keep=("attention",))
+    impossible = Finishing(format="gguf-q4_1", bits=4, group_size=32, symmetric=False, keep=("layers.77",))
+    space = replace(
+        load_space("default"),
+        dimensions=(),
+        baselines={name: Strategy(finishing=finishing) for name, finishing in (("own", own), ("not", impossible))},
+    )
+    asked = replace(question(10**10), space=space)
+    running = campaign(tmp_path, asked)
+    running.next()
+    trials = {trial.name: trial for trial in running.trials.values()}
+    task = trials["own"].task
+    assert task.deployments[:-1] == asked.deployments
+    assert task.probe == task.deployments[-1]
+    assert task.probe == Deployment(
+        runtime="transformers",
+        format="compressed-tensors",
+        bits=2,
+        group_size=0,
+        symmetric=False,
+        keep=("attention",),
+    )
+    running.next()
+    rejected = next(trial for trial in running.trials.values() if trial.name == "not")
+    assert rejected.status is Status.REJECTED
+    assert "keep names layers.77" in str(rejected.reason)
