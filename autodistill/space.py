@@ -15,12 +15,24 @@ from typing import Any
 from autodistill.domains import Choices, Range, Value, check, check_fields, near, read_choices, read_range
 from autodistill.errors import InputError
 from autodistill.plain_yaml import read_yaml
-from autodistill.strategy import Alignment, Deployment, Init, Part, Strategy, content_hash
+from autodistill.strategy import Alignment, Deployment, Distillation, Init, Part, Strategy, content_hash
 
 Point = dict[str, Value]
 
 _DIMENSION_FIELDS = ("choices", "low", "high", "step", "log", "when")
 _INIT = ("init", "init.depth", "init.layers", "init.source")
+# What decides which outputs of the teacher a strategy reads.
+_SIGNAL = (
+    "distillation",
+    "distillation.signal",
+    "distillation.signal_tokens",
+    "distillation.divergence_weight",
+    "distillation.final_divergence_weight",
+    "distillation.temperature",
+    "distillation.temperature.shape",
+    "distillation.temperature.start",
+    "distillation.temperature.end",
+)
 _SPACE_FIELDS = ("name", "description", "dimensions", "deployments", "baselines")
 
 
@@ -173,6 +185,21 @@ class Space:
                 key = (strategy.init.depth, strategy.init.layers, alignment.layers, alignment.count)
                 cases.setdefault(key, (strategy.init, alignment))
         return tuple(cases[key] for key in sorted(cases))
+
+    def signal_cases(self) -> tuple[Distillation, ...]:
+        """Every source of the teacher's outputs that the space and its baselines hold, at the temperatures' extremes.
+
+        The teacher's outputs that a search may need follow from it. Other fields are examples.
+        """
+        branching = _with_conditions(self.dimensions, set(_SIGNAL))
+
+        def values(dimension: Dimension) -> Sequence[Value]:
+            corners = dimension.domain.corners
+            return corners if dimension.path in branching else corners[:1]
+
+        strategies = (self.strategy(point) for point in self.points(values))
+        found = (strategy.distillation for strategy in (*strategies, *self.baselines.values()))
+        return tuple(dict.fromkeys(found))
 
     @cached_property
     def hash(self) -> str:

@@ -16,14 +16,15 @@ import torch
 
 from autodistill.contracts import Direction, Measurement, ModelSpec, Plan, Subject, TokenScores
 from autodistill.data import TokenSet, load_split
-from autodistill.distillation.alignment import aligned_layers, check_rank
+from autodistill.distillation.alignment import aligned_layers, check_rank, layer_map
 from autodistill.distillation.memory import keep_freed_memory
 from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.scoring import score
-from autodistill.distillation.student import build_student, student_depth
-from autodistill.distillation.teacher_cache import TeacherCache
+from autodistill.distillation.signals import LiveTeacher
+from autodistill.distillation.student import build_student, kept_layers, student_depth
+from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
 from autodistill.distillation.trainer import StepRecord, Trainer, branch_point, read_tokens
-from autodistill.errors import TrialFailedError
+from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import with_layers
 from autodistill.formats import Grid, get_format
 from autodistill.plugins import load
@@ -41,7 +42,8 @@ class TrialSetting:
     """All that the trials of a search have in common; plain data, sent to every worker once.
 
     Attributes:
-        teacher, data, cache: Folders of the teacher, the prepared data and the teacher's cached outputs.
+        teacher, data: Folders of the teacher and of the prepared data.
+        cache: Folder of the teacher's cached outputs; None where no strategy of the search reads any.
         teacher_spec: The teacher's shape.
         teacher_top1: File of the teacher's most likely tokens on the validation sequences, int32.
         teacher_accuracy: The teacher's accuracy on validation, for the retention.
@@ -57,7 +59,7 @@ class TrialSetting:
     teacher_top1: Path
     teacher_accuracy: float
     data: Path
-    cache: Path
+    cache: Path | None
     checkpoints: Path
     budget: Budget
     plan: Plan
@@ -234,22 +236,45 @@ def per_document(scores: TokenScores) -> dict[str, list[int]]:
 
 @dataclass
 class Workbench:
-    """What a warm worker keeps from trial to trial: data, cache and the teacher's choices, mapped into memory."""
+    """What a warm worker keeps from trial to trial: data, cache and the teacher's choices, mapped into memory.
+
+    The teacher itself is loaded by the first trial that runs it.
+    """
 
     setting: TrialSetting
     train: TokenSet = field(init=False)
     validation: TokenSet = field(init=False)
-    cache: TeacherCache = field(init=False)
+    cache: TeacherCache | None = field(init=False)
+    teacher: LiveTeacher = field(init=False)
     teacher_top1: np.ndarray[Any, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         torch.set_num_threads(self.setting.plan.threads)
         keep_freed_memory()
-        self.cache = TeacherCache(self.setting.cache)
+        self.cache = TeacherCache(self.setting.cache) if self.setting.cache else None
+        self.teacher = LiveTeacher(self.setting.teacher, self.setting.device, self.setting.plan.bf16)
         # A cache over more sequences may be shared; this search trains on its own plan's tokens.
         self.train = load_split(self.setting.data, "train").head(self.setting.plan.tokens)
         self.validation = load_split(self.setting.data, "validation")
         self.teacher_top1 = np.load(self.setting.teacher_top1)
+
+    def check(self, strategy: Strategy) -> None:
+        """Refuses a strategy that needs what the cache lacks, before its student is built.
+
+        Raises:
+            InputError: Says what is lacking.
+        """
+        layers, alignment = self.setting.teacher_spec.layers, strategy.distillation.alignment
+        pairs = layer_map(alignment, kept_layers(strategy.init, layers), layers) if alignment else ()
+        states = {pair.teacher_state for pair in pairs}
+        needed = CacheSettings.for_recipes([strategy.distillation], states, self.setting.plan.bf16)
+        held = self.cache.settings if self.cache else CacheSettings(top_k=0, temperatures=())
+        lacking = held.lacks(needed)
+        if lacking:
+            raise InputError(
+                f"the teacher cache lacks {', '.join(lacking)}, which the strategy reads: make the cache of a space "
+                "that holds this strategy"
+            )
 
     def held_out(self, tokens: int) -> tuple[TokenSet, np.ndarray[Any, Any]]:
         """The first validation sequences that hold `tokens` tokens, and the teacher's choices for them."""
@@ -346,6 +371,7 @@ class Trial:
 
     def _trainer(self) -> Trainer:
         setting, task = self._bench.setting, self._task
+        self._bench.check(task.strategy)
         model, kept = build_student(setting.teacher, task.strategy.init)
         trainer = Trainer(
             model.to(setting.device),
@@ -358,6 +384,7 @@ class Trial:
             cache=self._bench.cache,
             seed=task.seed,
             device=setting.device,
+            teacher=self._bench.teacher,
         )
         checkpoint = self._folder / _STABLE
         if checkpoint.exists():

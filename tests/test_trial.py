@@ -103,7 +103,7 @@ def lab(tmp_path_factory, workshop):
         data=load_split(data.folder, "train").head(1024),
         vocabulary=300,
         width=64,
-        settings=CacheSettings(top_k=16, states=tuple(range(6))),
+        settings=CacheSettings(draws=(12,), final=True, states=tuple(range(6))),
         root=folder / "cache",
         limit_bytes=10**8,
     )
@@ -411,9 +411,11 @@ def test_nan(lab, tmp_path):
     trial = Trial(bench, _task(broken))
 
     class Spoilt:
-        def target(self, indices, temperature):
-            target = bench_cache.target(indices, temperature)
-            return target._replace(logits=target.logits * float("nan"))
+        settings = bench.cache.settings
+
+        def top(self, indices, temperature, count):
+            target = bench_cache.top(indices, temperature, count)
+            return replace(target, log_p=target.log_p * float("nan"))
 
         def state(self, indices, layer):
             return bench_cache.state(indices, layer)

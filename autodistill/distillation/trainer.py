@@ -1,4 +1,4 @@
-"""Trains one student on a teacher's cached outputs: a generator of step records that can stop and continue anywhere."""
+"""Trains one student on a teacher's outputs: a generator of step records that can stop and continue anywhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,15 @@ from torch import Tensor, nn
 from autodistill.contracts import Plan
 from autodistill.data import TokenSet
 from autodistill.distillation.alignment import Pair, alignment_loss, layer_map, projection
-from autodistill.distillation.divergence import logit_loss
+from autodistill.distillation.divergence import divergence_of
+from autodistill.distillation.interpolation import Interpolation
+from autodistill.distillation.logit_loss import logit_loss
+from autodistill.distillation.positions import uncertain_rows
 from autodistill.distillation.quantization import deploy_tensor, quantized_training
+from autodistill.distillation.signals import LiveTeacher, target_source
 from autodistill.distillation.student import decoder_layers
 from autodistill.distillation.teacher_cache import TeacherCache
-from autodistill.distillation.temperature import snap, temperature_at
+from autodistill.distillation.temperature import along, progress, snap, temperature_at
 from autodistill.errors import TrialFailedError
 from autodistill.formats import Grid
 from autodistill.strategy import Strategy
@@ -42,8 +47,10 @@ class StepRecord:
 
     Attributes:
         tokens: Trained on so far, this step included.
-        loss, divergence, cross_entropy, alignment: Means over the step's predicted tokens; `loss` is what was
-            descended, the others are its terms without their weights.
+        loss, divergence, cross_entropy, alignment: Means over the step's predicted tokens, the logit terms over those
+            of the chosen positions; `loss` is what was descended, the others are its terms without their weights.
+        divergence_weight: Share of the divergence in the logit loss.
+        teacher_share: Of the teacher in the target; below 1 for "taid" alone.
         temperature: Of the divergence, as snapped.
         learning_rate: Of the student.
         gradient_norm: Before clipping.
@@ -55,6 +62,8 @@ class StepRecord:
     divergence: float
     cross_entropy: float
     alignment: float
+    divergence_weight: float
+    teacher_share: float
     temperature: float
     learning_rate: float
     gradient_norm: float
@@ -90,9 +99,10 @@ class Trainer:
         strategy: What is trained.
         plan: Batch, warm-up, horizon and precision.
         data: Training sequences, in the cache's order.
-        cache: The teacher's outputs for them.
+        cache: The teacher's outputs for them; None where the strategy reads none.
         seed: Of data order and projections.
         device: Where the student lies.
+        teacher: For the signals "states" and "online".
     """
 
     def __init__(
@@ -105,9 +115,10 @@ class Trainer:
         strategy: Strategy,
         plan: Plan,
         data: TokenSet,
-        cache: TeacherCache,
+        cache: TeacherCache | None,
         seed: int,
         device: str = "cpu",
+        teacher: LiveTeacher | None = None,
     ) -> None:
         self.model = model
         self.tokens = 0
@@ -116,6 +127,9 @@ class Trainer:
         self._plan = plan
         self._data = data
         self._cache = cache
+        self._target = target_source(self._recipe, cache, teacher)
+        taid = self._recipe.divergence == "taid"
+        self._interpolation = Interpolation(share=self._recipe.mixture) if taid else None
         self._seed = seed
         self._device = device
         self._failures = 0
@@ -190,10 +204,13 @@ class Trainer:
 
     def _step(self, rate: float) -> StepRecord:
         began = time.perf_counter()
-        temperature = snap(temperature_at(self._recipe.temperature, self.tokens, self._plan.tokens))
+        recipe = self._recipe
+        temperature = snap(temperature_at(recipe.temperature, self.tokens, self._plan.tokens))
+        passed = progress(self.tokens, self._plan.tokens)
+        weight = along(recipe.divergence_weight, recipe.final_divergence_weight, passed)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        loss, terms = self._loss(self._sequences(), temperature)
+        loss, terms = self._loss(self._sequences(), temperature, weight)
         loss.backward()
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         norm = _clip(parameters)
@@ -206,8 +223,16 @@ class Trainer:
         self.tokens += self._plan.batch_tokens
         if self._failures >= _PATIENCE:
             raise TrialFailedError("nan", f"loss or gradient was not finite in {_PATIENCE} steps in a row")
+        share = 1.0
+        if self._interpolation is not None:
+            share = self._interpolation.share
+            if weight > 0:
+                reached = progress(self.tokens, self._plan.tokens)
+                self._interpolation = self._interpolation.after(terms["divergence"], recipe.mixture, reached)
         return StepRecord(
             tokens=self.tokens,
+            divergence_weight=weight,
+            teacher_share=share,
             temperature=temperature,
             learning_rate=rate,
             gradient_norm=norm,
@@ -215,7 +240,7 @@ class Trainer:
             **terms,
         )
 
-    def _loss(self, indices: list[int], temperature: float) -> tuple[Tensor, dict[str, float]]:
+    def _loss(self, indices: list[int], temperature: float, weight: float) -> tuple[Tensor, dict[str, float]]:
         ids = torch.from_numpy(np.asarray(self._data.tokens[indices], dtype=np.int64)).to(self._device)
         states: dict[int, Tensor] = {}
         with ExitStack() as stack:
@@ -227,25 +252,23 @@ class Trainer:
                 hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
                 # As a matrix: for a slice of three dimensions the product would copy the whole head.
                 rows = hidden[:, :-1].flatten(0, 1)
-                head = self._frozen_head
-                logits = self.model.lm_head(rows) if head is None else nn.functional.linear(rows, head)
+                frozen = self._frozen_head
+                head = self.model.lm_head if frozen is None else partial(nn.functional.linear, weight=frozen)
+                chosen = self._positions(indices, rows, head)
+                logits = head(rows if chosen is None else rows[chosen])
                 projected = [
                     project(states[pair.student_layer][:, :-1].flatten(0, 1))
                     for pair, project in zip(self._pairs, self._projections, strict=True)
                 ]
-        weight = self._recipe.divergence_weight
-        target = None
-        if weight > 0:
-            cached = self._cache.target(indices, temperature)
-            target = cached._replace(
-                ids=cached.ids.to(self._device),
-                logits=cached.logits.to(self._device),
-                logsumexp=cached.logsumexp.to(self._device),
-            )
-        logit_terms = logit_loss(logits, ids[:, 1:].flatten(), target, weight)
+        labels, target = ids[:, 1:].flatten(), self._target(indices, ids, temperature) if weight > 0 else None
+        if chosen is not None:
+            labels, target = labels[chosen], target.take(chosen) if target else None
+        mixture = self._interpolation.share if self._interpolation else self._recipe.mixture
+        logit_terms = logit_loss(logits, labels, target, weight, divergence_of(self._recipe.divergence, mixture))
         loss = logit_terms.total
         aligned = torch.zeros((), device=self._device)
         if self._pairs:
+            assert self._cache is not None
             losses = [
                 alignment_loss(state, self._cache.state(indices, pair.teacher_state).to(self._device))
                 for pair, state in zip(self._pairs, projected, strict=True)
@@ -261,6 +284,15 @@ class Trainer:
         }
         return loss, {name: float(value.detach()) for name, value in values.items()}
 
+    def _positions(self, indices: list[int], rows: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Which of the flattened predicted tokens the logit loss is taken over, or None for all of them."""
+        answers = getattr(self._data, "answers", None)
+        if self._recipe.positions == "answers" and answers is not None:
+            return torch.from_numpy(np.flatnonzero(answers[indices][:, 1:])).to(self._device)
+        if self._recipe.positions == "uncertain":
+            return uncertain_rows(rows, head, self._recipe.uncertain_share)
+        return None
+
     def save(self, path: Path) -> None:
         """Writes the trained weights, the optimiser and the place in the schedule, whole or not at all.
 
@@ -272,6 +304,8 @@ class Trainer:
                 tensors[f"{key}.{name}"] = value
         temporary = path.with_name(f".{path.name}.partial")
         metadata = {"tokens": str(self.tokens), "strategy": self._strategy.stable_id, "seed": str(self._seed)}
+        if self._interpolation is not None:
+            metadata["interpolation"] = json.dumps(asdict(self._interpolation))
         save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
         os.replace(temporary, path)
 
@@ -292,6 +326,8 @@ class Trainer:
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in names]
                 self._optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}") for key in keys}
         self.tokens = int(metadata["tokens"])
+        if self._interpolation is not None:
+            self._interpolation = Interpolation(**json.loads(metadata["interpolation"]))
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         named = [(f"student.{name}", p) for name, p in self.model.named_parameters() if p.requires_grad]

@@ -124,6 +124,8 @@ def load(checked: Checked) -> Loaded:
     machine = detect()
     deepest = student_spec(by_depth(checked.space)[-1], spec)
     need = training_memory(deepest, tokens=SEQUENCE_LENGTH).total_bytes
+    if any(recipe.weighs_teacher and recipe.signal == "online" for recipe in checked.space.signal_cases()):
+        need += 4 * spec.parameters  # the teacher beside the student, in float32
     limit = machine.gpus[0].memory_bytes if machine.gpus else machine.memory_bytes
     if need > limit:
         raise InputError(
@@ -184,7 +186,7 @@ def cache_settings(space: Space, spec: ModelSpec, bf16: bool) -> CacheSettings:
         if alignment.count <= len(kept_layers(init, spec.layers))
         for pair in layer_map(alignment, kept_layers(init, spec.layers), spec.layers)
     }
-    return CacheSettings(states=tuple(sorted(states)), bf16=bf16)
+    return CacheSettings.for_recipes(space.signal_cases(), states, bf16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,19 +321,22 @@ def _teacher_phase(
     request, device = checked.request, loaded.workers.device
     train = load_split(loaded.data.folder, "train").head(plan.tokens)
     validation = load_split(loaded.data.folder, "validation").head(plan.eval_tokens)
-    with clock.phase("cache", "teacher cache"):
-        cache = ensure_cache(
-            lambda: load_model(loaded.teacher.folder, _float32()),
-            teacher_fingerprint=loaded.teacher.fingerprint,
-            data_fingerprint=loaded.data.fingerprint,
-            data=train,
-            vocabulary=loaded.spec.vocabulary,
-            width=loaded.spec.width,
-            settings=cache_settings(checked.space, loaded.spec, plan.bf16),
-            root=request.cache / "teacher-outputs",
-            limit_bytes=request.cache_limit_bytes,
-            device=device,
-        )
+    settings = cache_settings(checked.space, loaded.spec, plan.bf16)
+    cache = None
+    if not settings.empty:
+        with clock.phase("cache", "teacher cache"):
+            cache = ensure_cache(
+                lambda: load_model(loaded.teacher.folder, _float32()),
+                teacher_fingerprint=loaded.teacher.fingerprint,
+                data_fingerprint=loaded.data.fingerprint,
+                data=train,
+                vocabulary=loaded.spec.vocabulary,
+                width=loaded.spec.width,
+                settings=settings,
+                root=request.cache / "teacher-outputs",
+                limit_bytes=request.cache_limit_bytes,
+                device=device,
+            )
     model = None
     top1_file, accuracy_key = run.path / "teacher_top1.npy", "teacher_accuracy"
     accuracy = next((event[accuracy_key] for event in earlier if event["event"] == "teacher"), None)
