@@ -197,8 +197,9 @@ class Space:
             corners = dimension.domain.corners
             return corners if dimension.path in branching else corners[:1]
 
-        strategies = (self.strategy(point) for point in self.points(values))
-        found = (strategy.distillation for strategy in (*strategies, *self.baselines.values()))
+        # Without dimensions nothing is proposed, and the baselines are all there is.
+        proposed = (self.strategy(point) for point in self.points(values)) if self.dimensions else ()
+        found = (strategy.distillation for strategy in (*proposed, *self.baselines.values()))
         return tuple(dict.fromkeys(found))
 
     @cached_property

@@ -37,6 +37,6 @@ class Interpolation:
         if self.loss is not None:
             fall = (self.loss - loss) / (self.loss + 1e-15)
             momentum = _MEMORY * momentum + (1 - _MEMORY) * fall
-            share += _STEP / (1 + math.exp(-momentum)) * (1 - share)
+            share += _STEP * (1 + math.tanh(momentum / 2)) / 2 * (1 - share)  # a sigmoid of the momentum
         line = start + (1 - start) * progress
         return Interpolation(share=min(1.0, max(line, share)), momentum=momentum, loss=loss)

@@ -373,5 +373,5 @@ def test_all_tokens_take_no_more_memory_than_some_rows(monkeypatch):
     with _PeakMemory([logits, labels, target.states, target.head]) as memory:
         logit_loss(logits, labels, target, 0.5, divergence_of("jsd", 0.5)).total.backward()
     one, row = rows * vocabulary * 4, vocabulary * 4
-    # Beside the gradient, 128 rows of the teacher's logits and eight tensors of a few rows.
-    assert one <= memory.peak <= one + 128 * row + 8 * step * row
+    # Beside the gradient, 128 rows of the teacher's logits and nine tensors of a few rows.
+    assert one <= memory.peak <= one + 128 * row + 9 * step * row
