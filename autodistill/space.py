@@ -15,13 +15,25 @@ from typing import Any
 from autodistill.domains import Choices, Range, Value, check, check_fields, near, read_choices, read_range
 from autodistill.errors import InputError
 from autodistill.plain_yaml import read_yaml
-from autodistill.strategy import Alignment, Attention, Deployment, Init, Part, Strategy, content_hash
+from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Init, Part, Strategy, content_hash
 
 Point = dict[str, Value]
 
 _DIMENSION_FIELDS = ("choices", "low", "high", "step", "log", "when")
 # What decides the layers that a student has or stands for.
 _LAYERS = ("init", "init.depth", "init.layers", "init.source", "init.model")
+# What decides which outputs of the teacher a strategy reads.
+_SIGNAL = (
+    "distillation",
+    "distillation.signal",
+    "distillation.signal_tokens",
+    "distillation.divergence_weight",
+    "distillation.final_divergence_weight",
+    "distillation.temperature",
+    "distillation.temperature.shape",
+    "distillation.temperature.start",
+    "distillation.temperature.end",
+)
 _SPACE_FIELDS = ("name", "description", "dimensions", "deployments", "baselines")
 
 
@@ -183,6 +195,22 @@ class Space:
 
         yield from (self.strategy(point) for point in self.points(values))
         yield from self.baselines.values()
+
+    def signal_cases(self) -> tuple[Distillation, ...]:
+        """Every source of the teacher's outputs that the space and its baselines hold, at the temperatures' extremes.
+
+        The teacher's outputs that a search may need follow from it. Other fields are examples.
+        """
+        branching = _with_conditions(self.dimensions, set(_SIGNAL))
+
+        def values(dimension: Dimension) -> Sequence[Value]:
+            corners = dimension.domain.corners
+            return corners if dimension.path in branching else corners[:1]
+
+        # Without dimensions nothing is proposed, and the baselines are all there is.
+        proposed = (self.strategy(point) for point in self.points(values)) if self.dimensions else ()
+        found = (strategy.distillation for strategy in (*proposed, *self.baselines.values()))
+        return tuple(dict.fromkeys(found))
 
     @cached_property
     def hash(self) -> str:

@@ -251,14 +251,33 @@ class Attention(Part):
         _check(self.weight > 0, f"attention.weight must be above 0, not {self.weight}: for none, leave attention out")
 
 
+_PLAIN_DIVERGENCES = ("forward_kl", "reverse_kl")
+_MIXED_DIVERGENCES = ("jsd", "skew_forward_kl", "skew_reverse_kl", "taid")
+_SPARSE_SIGNALS = ("top-k", "sampled")
+_FULL_SIGNALS = ("states", "online")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Distillation(Part):
     """How the student learns from the teacher.
 
     Attributes:
-        divergence: "forward_kl", from the teacher's distribution to the student's.
+        divergence: "forward_kl" or "reverse_kl" between teacher and student; "jsd", the generalised Jensen-Shannon
+            divergence; "skew_forward_kl" or "skew_reverse_kl", to a mixture that keeps the divergence finite; "taid",
+            forward KL from a target that moves from the student to the teacher.
+        mixture: Between 0 and 1 for those that mix, 0 for plain KL: beta of "jsd", the teacher's share in the mixture;
+            alpha of a skew KL, the share of its first distribution; where "taid" starts, the teacher's share.
         divergence_weight: Share of the divergence in the logit loss, 0 to 1; cross-entropy has the rest.
+        final_divergence_weight: The share at the plan's last token, reached linearly; None where it stays.
         temperature: Its schedule.
+        standardise: Whether each row of logits is divided by its standard deviation before the temperature.
+        signal: Where the teacher's outputs come from: "top-k", its `signal_tokens` likeliest tokens from the cache;
+            "sampled", tokens from the cache found by `signal_tokens` draws; "states", all tokens, from the cached
+            last hidden states and the teacher's head; "online", all tokens, from the teacher run beside the student.
+        signal_tokens: Above 0 for "top-k" and "sampled", 0 for the others.
+        positions: Predicted tokens that the logit loss is taken over: "all", "answers" (those that the data mark as
+            answers; all where they mark none), or "uncertain" (those of highest entropy of the student's prediction).
+        uncertain_share: Share of a step's tokens that are "uncertain", below 1; 1 for other positions.
         alignment: Hidden-state alignment, or None.
         attention: Attention alignment, or None.
         learning_rate: Peak rate of AdamW.
@@ -266,18 +285,71 @@ class Distillation(Part):
     """
 
     divergence: str = "forward_kl"
+    mixture: float = 0.0
     divergence_weight: float = 0.5
+    final_divergence_weight: float | None = None
     temperature: Temperature = Temperature()
+    standardise: bool = False
+    signal: str = "top-k"
+    signal_tokens: int = 64
+    positions: str = "all"
+    uncertain_share: float = 1.0
     alignment: Alignment | None = None
     attention: Attention | None = None
     learning_rate: float = 3e-4
     train_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        _choice("distillation.divergence", self.divergence, ("forward_kl",))
-        weight, rate = self.divergence_weight, self.learning_rate
-        _check(0 <= weight <= 1, f"distillation.divergence_weight must lie in 0 to 1, not {weight}")
+        _choice("distillation.divergence", self.divergence, _PLAIN_DIVERGENCES + _MIXED_DIVERGENCES)
+        mixes = self.divergence in _MIXED_DIVERGENCES
+        _check(
+            0 < self.mixture < 1 if mixes else self.mixture == 0,
+            f"distillation.mixture must lie between 0 and 1 for {', '.join(_MIXED_DIVERGENCES)} and be 0 for "
+            f"{' and '.join(_PLAIN_DIVERGENCES)}, not {self.mixture} for {self.divergence}",
+        )
+        for name in ("divergence_weight", "final_divergence_weight"):
+            weight = getattr(self, name)
+            _check(weight is None or 0 <= weight <= 1, f"distillation.{name} must lie in 0 to 1, not {weight}")
+        rate = self.learning_rate
         _check(0 < rate < 1, f"distillation.learning_rate must lie between 0 and 1, not {rate}")
+        self._check_signal()
+        _choice("distillation.positions", self.positions, ("all", "answers", "uncertain"))
+        share, uncertain = self.uncertain_share, self.positions == "uncertain"
+        _check(
+            0 < share < 1 if uncertain else share == 1,
+            f"distillation.uncertain_share must lie between 0 and 1 for uncertain positions and be 1 for others, "
+            f"not {share}",
+        )
+
+    def _check_signal(self) -> None:
+        _choice("distillation.signal", self.signal, _SPARSE_SIGNALS + _FULL_SIGNALS)
+        sparse, tokens = self.signal in _SPARSE_SIGNALS, self.signal_tokens
+        _check(
+            tokens > 0 if sparse else tokens == 0,
+            f"distillation.signal_tokens must be above 0 for {' and '.join(_SPARSE_SIGNALS)} and 0 for "
+            f"{' and '.join(_FULL_SIGNALS)}, which have all tokens, not {tokens} for {self.signal}",
+        )
+        full = f"use the signal {' or '.join(_FULL_SIGNALS)}"
+        _check(
+            self.signal != "sampled" or self.divergence == "forward_kl",
+            f"distillation.divergence is {self.divergence}, of which sampled tokens give no unbiased estimate: {full}",
+        )
+        _check(
+            not (self.standardise and sparse),
+            f"distillation.standardise needs the deviation of all logits, which {self.signal} lacks: {full}",
+        )
+
+    @property
+    def weighs_teacher(self) -> bool:
+        """Whether the divergence has a weight above 0 at any time."""
+        return max(self.divergence_weight, self.final_divergence_weight or 0.0) > 0
+
+    @property
+    def approximation(self) -> str | None:
+        """What the logit loss is in place of the divergence that is named, or None where it is that divergence."""
+        if self.weighs_teacher and self.signal == "top-k" and self.divergence != "forward_kl":
+            return f"{self.divergence} of {self.signal_tokens} tokens and the rest as one outcome: a lower bound"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,18 +17,19 @@ import torch
 
 from autodistill.contracts import Direction, Measurement, ModelSpec, Plan, Subject, TokenScores
 from autodistill.data import TokenSet, load_split
-from autodistill.distillation.alignment import aligned_layers, check_projection
+from autodistill.distillation.alignment import aligned_layers, check_projection, layer_map
 from autodistill.distillation.attention import TeacherBlock, check_attention, teacher_layer
 from autodistill.distillation.calibration import Calibration
 from autodistill.distillation.grid_scales import write_scales
 from autodistill.distillation.memory import is_out_of_memory, keep_freed_memory
 from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.scoring import score
+from autodistill.distillation.signals import LiveTeacher
 from autodistill.distillation.student import build_student, init_spec
 from autodistill.distillation.teacher import load_model
-from autodistill.distillation.teacher_cache import TeacherCache
+from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
 from autodistill.distillation.trainer import StepRecord, Trainer, branch_point, read_tokens
-from autodistill.errors import TrialFailedError
+from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import check_holds
 from autodistill.formats import Grid, Scales
 from autodistill.plugins import load
@@ -46,7 +47,8 @@ class TrialSetting:
     """All that the trials of a search have in common; plain data, sent to every worker once.
 
     Attributes:
-        teacher, data, cache: Folders of the teacher, the prepared data and the teacher's cached outputs.
+        teacher, data: Folders of the teacher and of the prepared data.
+        cache: Folder of the teacher's cached outputs; None where no strategy of the search reads any.
         teacher_spec: The teacher's shape.
         teacher_top1: File of the teacher's most likely tokens on the validation sequences, int32.
         teacher_accuracy: The teacher's accuracy on validation, for the retention.
@@ -64,7 +66,7 @@ class TrialSetting:
     teacher_top1: Path
     teacher_accuracy: float
     data: Path
-    cache: Path
+    cache: Path | None
     checkpoints: Path
     budget: Budget
     plan: Plan
@@ -269,21 +271,23 @@ def per_document(scores: TokenScores) -> dict[str, list[int]]:
 
 @dataclass
 class Workbench:
-    """What a warm worker keeps from trial to trial: data, cache and the teacher's choices, mapped into memory, and the
-    layers of the teacher that its trials have needed.
+    """What a warm worker keeps from trial to trial: data, cache and the teacher's choices, mapped into memory, and what
+    of the teacher its trials have needed: it, or layers of it.
     """
 
     setting: TrialSetting
     train: TokenSet = field(init=False)
     validation: TokenSet = field(init=False)
-    cache: TeacherCache = field(init=False)
+    cache: TeacherCache | None = field(init=False)
+    teacher: LiveTeacher = field(init=False)
     teacher_top1: np.ndarray[Any, Any] = field(init=False)
     _blocks: dict[int, TeacherBlock] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         torch.set_num_threads(self.setting.plan.threads)
         keep_freed_memory()
-        self.cache = TeacherCache(self.setting.cache)
+        self.cache = TeacherCache(self.setting.cache) if self.setting.cache else None
+        self.teacher = LiveTeacher(self.setting.teacher, self.setting.device, self.setting.plan.bf16)
         # A cache over more sequences may be shared; this search trains on its own plan's tokens.
         self.train = load_split(self.setting.data, "train").head(self.setting.plan.tokens)
         self.validation = load_split(self.setting.data, "validation")
@@ -295,6 +299,30 @@ class Workbench:
             model = load_model(self.setting.teacher, torch.float32)
             self._blocks[layer] = TeacherBlock(model, layer, self.setting.device)
         return self._blocks[layer]
+
+    def check(self, strategy: Strategy, kept: tuple[int, ...]) -> None:
+        """Refuses a strategy that needs what the cache lacks.
+
+        Args:
+            strategy: What is to be trained.
+            kept: Teacher layer that each layer of its student is, or stands for.
+
+        Raises:
+            InputError: Says what is lacking.
+        """
+        recipe, layers = strategy.distillation, self.setting.teacher_spec.layers
+        pairs = layer_map(recipe.alignment, kept, layers) if recipe.alignment else ()
+        states = {pair.teacher_state for pair in pairs}
+        if recipe.attention:
+            states.add(teacher_layer(recipe.attention, layers) - 1)
+        needed = CacheSettings.for_recipes([recipe], states, self.setting.plan.bf16)
+        held = self.cache.settings if self.cache else CacheSettings(top_k=0, temperatures=())
+        lacking = held.lacks(needed)
+        if lacking:
+            raise InputError(
+                f"the teacher cache lacks {', '.join(lacking)}, which the strategy reads: make the cache of a space "
+                "that holds this strategy"
+            )
 
     def held_out(self, tokens: int) -> tuple[TokenSet, np.ndarray[Any, Any]]:
         """The first validation sequences that hold `tokens` tokens, and the teacher's choices for them."""
@@ -391,6 +419,7 @@ class Trial:
     def _trainer(self) -> Trainer:
         setting, task = self._bench.setting, self._task
         model, kept = initial_student(setting, task.strategy.init, task.seed)
+        self._bench.check(task.strategy, kept)
         attention = task.strategy.distillation.attention
         layers = setting.teacher_spec.layers
         trainer = Trainer(
@@ -405,6 +434,7 @@ class Trial:
             teacher_block=self._bench.teacher_block(teacher_layer(attention, layers)) if attention else None,
             seed=task.seed,
             device=setting.device,
+            teacher=self._bench.teacher,
         )
         checkpoint = self._folder / _STABLE
         if checkpoint.exists():

@@ -13,6 +13,7 @@ import torch
 from autodistill.contracts import Plan
 from autodistill.data import TokenSet
 from autodistill.distillation.attention import TeacherBlock, teacher_layer
+from autodistill.distillation.signals import LiveTeacher
 from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
@@ -20,12 +21,12 @@ from autodistill.distillation.trainer import Trainer
 from autodistill.strategy import Strategy
 from autodistill.testing import save_tiny_teacher
 
-LAYERS, WIDTH, VOCABULARY, LENGTH, SEQUENCES, TOP_K = 6, 64, 300, 32, 8, 16
+LAYERS, WIDTH, VOCABULARY, LENGTH, SEQUENCES, TOP_K, DRAWS = 6, 64, 300, 32, 8, 64, 12
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """What a trainer is made of: a teacher of 6 layers, 8 sequences of 32 tokens, and all states of the teacher."""
+    """What a trainer is made of: a teacher of 6 layers, 8 sequences of 32 tokens, and all of the teacher's outputs."""
 
     teacher: Path
     data: TokenSet
@@ -72,6 +73,7 @@ class Workshop:
             cache=cache or self.cache,
             teacher_block=block,
             seed=seed,
+            teacher=LiveTeacher(self.teacher),
         )
 
 
@@ -94,7 +96,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         data=data,
         vocabulary=VOCABULARY,
         width=WIDTH,
-        settings=CacheSettings(top_k=TOP_K, states=tuple(range(LAYERS))),
+        settings=CacheSettings(top_k=TOP_K, draws=(DRAWS,), final=True, states=tuple(range(LAYERS))),
         root=folder / "cache",
         limit_bytes=10**8,
     )

@@ -26,7 +26,7 @@ from autodistill.distillation.trainer import Trainer
 from autodistill.estimate import spec_from_config, with_layers
 from autodistill.strategy import Alignment, Attention, Distillation, Finishing, Init, Strategy, Temperature
 
-K = 16
+K = 64
 ALL = 256  # tokens of the tiny data: a step over all of them does not depend on their order
 GRID = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 EVEN, CONTIGUOUS = {0.5: (0, 2, 5), 0.8: (0, 2, 3, 5)}, {0.5: (0, 1, 5), 0.8: (0, 1, 2, 5)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import random
 import subprocess
@@ -201,6 +202,32 @@ def test_attention_cases_hold_every_layer_that_a_trial_may_follow():
     assert {int(item.teacher_depth * 10 + 1e-9) for item in cases} == {4, 5, 6, 7, 8, 10}
     assert all(isinstance(item, Attention) for item in cases)
     assert load_space("default").attention_cases(30) == ()
+
+
+def test_signal_cases_hold_every_signal_and_temperature():
+    dimensions = {
+        "distillation.signal": {"choices": ["top-k", "online"]},
+        "distillation.signal_tokens": {"choices": [8, 16], "when": {"distillation.signal": ["top-k"]}},
+        "distillation.divergence_weight": {"low": 0.0, "high": 1.0},
+        "distillation.temperature.start": {"low": 1.0, "high": 4.0},
+        "distillation.learning_rate": {"low": 1e-4, "high": 1e-3},
+    }
+    # Without a number of its own the online signal would keep the default's, which is for sparse ones.
+    with pytest.raises(InputError, match="signal_tokens"):
+        space_of(dimensions)
+    dimensions["distillation.signal_tokens"] = {"choices": [0], "when": {"distillation.signal": ["online"]}}
+    space = space_of(dimensions)
+    cases = space.signal_cases()
+    found = {(case.signal, case.signal_tokens, case.divergence_weight, case.temperature.start) for case in cases}
+    expected = {(s, n, w, t) for s, n in (("top-k", 64), ("online", 0)) for w in (0.0, 1.0) for t in (1.0, 4.0)}
+    assert found == expected
+    assert len(cases) == len(expected)
+
+
+def test_signal_cases_without_dimensions_are_the_baselines():
+    strategy = load_strategy("gkd")
+    space = dataclasses.replace(load_space("default"), dimensions=(), baselines={"gkd": strategy})
+    assert space.signal_cases() == (strategy.distillation,)
 
 
 @given(low=st.floats(1e-6, 10), width=st.floats(1e-3, 100), quantile=st.floats(0, 1), log=st.booleans())

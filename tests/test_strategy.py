@@ -70,9 +70,32 @@ attentions = st.builds(
     positive,
     st.booleans(),
 )
+shares = st.floats(0, 1, exclude_min=True, exclude_max=True)
+signals = st.tuples(st.sampled_from(["top-k", "sampled"]), st.integers(1, 99)) | st.tuples(
+    st.sampled_from(["states", "online"]), st.just(0)
+)
+mixes = st.tuples(st.sampled_from(["forward_kl", "reverse_kl"]), st.just(0.0)) | st.tuples(
+    st.sampled_from(["jsd", "skew_forward_kl", "skew_reverse_kl", "taid"]), shares
+)
+losses = st.builds(
+    lambda signal, mix, standardise: {
+        "signal": signal[0],
+        "signal_tokens": signal[1],
+        "divergence": "forward_kl" if signal[0] == "sampled" else mix[0],
+        "mixture": 0.0 if signal[0] == "sampled" else mix[1],
+        "standardise": standardise and not signal[1],
+    },
+    signals,
+    mixes,
+    st.booleans(),
+)
+positions = st.tuples(st.sampled_from(["all", "answers"]), st.just(1.0)) | st.tuples(st.just("uncertain"), shares)
 distillations = st.builds(
-    Distillation,
+    lambda loss, position, **rest: Distillation(**loss, positions=position[0], uncertain_share=position[1], **rest),
+    loss=losses,
+    position=positions,
     divergence_weight=st.floats(0, 1),
+    final_divergence_weight=st.none() | st.floats(0, 1),
     temperature=temperatures,
     alignment=st.none() | alignments,
     attention=st.none() | attentions,
@@ -120,13 +143,15 @@ def test_finishing_is_no_part_of_the_shared_checkpoint(strategy):
 # Written by hand, so that a change of field, default, order or number format shows: it would orphan every stored row.
 TEXT = (
     '{"distillation":{"alignment":{"balance":false,"count":4,"distance":"cosine","layers":"even","projection":"linear",'
-    '"projection_rate":5.0,"rank":0,"weight":1.0},"attention":null,"divergence":"forward_kl","divergence_weight":0.7,"learning_rate":0.0003,"temperature":{"end":1.0,'
-    '"shape":"linear","start":5.0},"train_embeddings":false},"finishing":{"bits":8,"format":"gguf-q8_0",'
+    '"projection_rate":5.0,"rank":0,"weight":1.0},"attention":null,"divergence":"forward_kl","divergence_weight":0.7,'
+    '"final_divergence_weight":null,"learning_rate":0.0003,"mixture":0.0,"positions":"all","signal":"top-k",'
+    '"signal_tokens":64,"standardise":false,"temperature":{"end":1.0,"shape":"linear","start":5.0},'
+    '"train_embeddings":false,"uncertain_share":1.0},"finishing":{"bits":8,"format":"gguf-q8_0",'
     '"group_size":32,"keep":[],"scales":"absmax","start":0.0,"symmetric":true},"init":{"depth":0.8,"ffn":1.0,"heads":1.0,'
     '"layers":"even","model":"","source":"teacher","width":1.0}}'
 )
 SAMPLE = Strategy.from_json(json.loads(TEXT))
-SAMPLE_ID = "ac396ba894e2"
+SAMPLE_ID = "bcb44b0b99a4"
 
 
 def test_the_id_is_pinned():
@@ -204,7 +229,19 @@ RULES = [
     ("distillation.attention.teacher_depth", 0.0, "above 0"),
     ("distillation.attention.teacher_depth", 1.5, "a fraction of the teacher's layers"),
     ("distillation.attention.weight", 0.0, "leave attention out"),
-    ("distillation.divergence", "reverse_kl", "forward_kl"),
+    ("distillation.divergence", "chi_squared", "forward_kl"),
+    ("distillation.divergence", "jsd", "mixture must lie between 0 and 1 for jsd"),
+    ("distillation", {"divergence": "taid", "mixture": 1.0}, "mixture must lie between 0 and 1"),
+    ("distillation", {"mixture": 0.5}, "be 0 for forward_kl and reverse_kl, not 0.5 for forward_kl"),
+    ("distillation.signal", "cloud", "top-k, sampled, states, online"),
+    ("distillation.signal", "online", "signal_tokens must be above 0 for top-k and sampled and 0 for states"),
+    ("distillation.signal_tokens", 0, "signal_tokens must be above 0"),
+    ("distillation", {"signal": "sampled", "divergence": "reverse_kl"}, "no unbiased estimate: use the signal states"),
+    ("distillation", {"standardise": True}, "which top-k lacks: use the signal states or online"),
+    ("distillation.positions", "hard", "all, answers, uncertain"),
+    ("distillation.positions", "uncertain", "uncertain_share must lie between 0 and 1"),
+    ("distillation.uncertain_share", 0.5, "be 1 for others, not 0.5"),
+    ("distillation.final_divergence_weight", 1.1, "0 to 1"),
     ("distillation.divergence_weight", -0.1, "0 to 1"),
     ("distillation.divergence_weight", 1.1, "0 to 1"),
     ("distillation.learning_rate", 0.0, "between 0 and 1"),
@@ -317,3 +354,15 @@ def test_names_of_deployments():
     q4 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
     int4 = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=64)
     assert (q4.name, int4.name) == ("gguf-q4_0", "compressed-tensors-int4-g64")
+
+
+def test_only_other_divergences_of_the_likeliest_tokens_are_approximate():
+    full = {"signal": "states", "signal_tokens": 0}
+    assert Distillation(divergence="reverse_kl").approximation.startswith("reverse_kl of 64 tokens and the rest")
+    for exact in (
+        Distillation(),
+        Distillation(signal="sampled"),
+        Distillation(divergence="reverse_kl", **full),
+        Distillation(divergence="reverse_kl", divergence_weight=0.0),
+    ):
+        assert exact.approximation is None

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from autodistill import plugins
 from autodistill import trial as trial_module
 from autodistill.data import Prepared, load_split, prepare, resolve_data
+from autodistill.distillation import signals
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.quantization import fake_quantize_learned
 from autodistill.distillation.scoring import score
@@ -109,7 +110,7 @@ def lab(tmp_path_factory, workshop):
         data=load_split(data.folder, "train").head(1024),
         vocabulary=300,
         width=64,
-        settings=CacheSettings(top_k=16, states=tuple(range(6))),
+        settings=CacheSettings(draws=(12,), final=True, states=tuple(range(6))),
         root=folder / "cache",
         limit_bytes=10**8,
     )
@@ -542,9 +543,11 @@ def test_nan(lab, tmp_path):
     trial = Trial(bench, _task(broken))
 
     class Spoilt:
-        def target(self, indices, temperature):
-            target = bench_cache.target(indices, temperature)
-            return target._replace(logits=target.logits * float("nan"))
+        settings = bench.cache.settings
+
+        def top(self, indices, temperature, count):
+            target = bench_cache.top(indices, temperature, count)
+            return replace(target, log_p=target.log_p * float("nan"))
 
         def state(self, indices, layer):
             return bench_cache.state(indices, layer)
@@ -553,6 +556,32 @@ def test_nan(lab, tmp_path):
     with pytest.raises(TrialFailedError) as caught:
         trial.run(2)
     assert caught.value.cause == "nan"
+
+
+def test_what_the_cache_lacks_is_refused_before_the_student_is_built(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial_module, "build_student", lambda *arguments: pytest.fail("a student was built"))
+    bench = Workbench(lab.setting(tmp_path))
+    many = replace(RECIPE, signal_tokens=65)
+    with pytest.raises(InputError, match=r"the teacher cache lacks the 65 likeliest tokens, which the strategy reads"):
+        Trial(bench, _task(replace(STRATEGY, distillation=many))).run(0)
+    bench = Workbench(lab.setting(tmp_path, cache=None))
+    with pytest.raises(InputError, match=r"lacks the 64 likeliest tokens, temperature 1, the states of layer 5"):
+        Trial(bench, _task()).run(0)
+
+
+def test_an_online_teacher_needs_no_cache_and_is_shared_by_trials(lab, tmp_path, monkeypatch):
+    loads = []
+    monkeypatch.setattr(signals, "load_model", lambda *arguments: loads.append(1) or load_model(*arguments))
+    bench = Workbench(lab.setting(tmp_path, cache=None))
+    online = Distillation(
+        divergence="reverse_kl", divergence_weight=1.0, signal="online", signal_tokens=0, learning_rate=1e-3
+    )
+    strategy = Strategy(init=Init(depth=0.5), distillation=online)
+    first = Trial(bench, _task(strategy)).run(0)
+    second = Trial(bench, _task(strategy, id="t001")).run(0)
+    assert loads == [1]
+    assert _facts(first) == _facts(second)
+    assert first.steps[-1].divergence < first.steps[0].divergence
 
 
 def test_stopped_in_a_step_it_goes_on_from_the_last_rung(lab, tmp_path):

@@ -1,137 +1,95 @@
-"""The logit loss: a divergence from the teacher's sparse outputs, mixed with cross-entropy, in one pass over rows."""
+"""How far the student's distribution is from the teacher's: pure functions of log-probabilities, with their slopes."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-# Logits worked on at once: on a CPU 6 MB of float32, which stays in a core's share of the cache; elsewhere 128 MB, as
-# there it is the number of steps that costs.
-_CPU_CHUNK, _CHUNK = 3 * 2**19, 2**25
+Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From log-probabilities of the teacher and of the student, [rows, outcomes] each, to two tensors of this shape: the
+outcomes' shares of the row's divergence, and the derivative of their sum by each log-probability of the student."""
 
 
-class SparseTarget(NamedTuple):
-    """The teacher's outputs for n predicted tokens.
+def forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student), which asks the student to cover all that the teacher may say."""
+    p = log_p.exp()
+    return p * (log_p - log_q), p.neg_()
 
-    Attributes:
-        ids: int64 [n, k], the k most likely tokens.
-        logits: float [n, k], their raw logits.
-        logsumexp: float [n], of the teacher's whole row divided by the temperature.
-        temperature: The temperature that `logsumexp` was taken at.
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(student || teacher), which asks the student to say only what the teacher may say."""
+    q = log_q.exp()
+    value = q * (log_q - log_p)
+    return value, q.add_(value)
+
+
+def jensen_shannon(beta: float) -> Divergence:
+    """beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student.
+
+    The generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649, eq. 1), for 0 < beta < 1.
     """
 
-    ids: Tensor
-    logits: Tensor
-    logsumexp: Tensor
-    temperature: float
+    def divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        p, q = log_p.exp(), log_q.exp()
+        log_m = _log_mixture(p, q, beta)
+        # The mixture's own derivative cancels between the two terms.
+        slope = q.mul_(1 - beta).mul_(log_q - log_m)
+        return p.mul_(beta).mul_(log_p - log_m).add_(slope), slope
 
-    def log_probabilities(self) -> Tensor:
-        """Exact log-probabilities of the k tokens at the temperature, [n, k]."""
-        return self.logits / self.temperature - self.logsumexp[:, None]
-
-
-class LogitLoss(NamedTuple):
-    """Means over the predicted tokens; only `total` carries a gradient."""
-
-    total: Tensor
-    divergence: Tensor
-    cross_entropy: Tensor
+    return divergence
 
 
-def logit_loss(logits: Tensor, labels: Tensor, target: SparseTarget | None, divergence_weight: float) -> LogitLoss:
-    """weight * T^2 * KL(teacher || student) + (1 - weight) * cross-entropy, averaged over rows.
+def skew_forward_kl(alpha: float) -> Divergence:
+    """KL(teacher || alpha teacher + (1 - alpha) student), for 0 < alpha < 1 (DistiLLM, arXiv 2402.03898)."""
 
-    The k tokens of the target keep their exact probabilities at temperature T. All others share one bucket with the
-    rest of the teacher's mass, so the divergence is the exact KL of these k + 1 outcomes, a lower bound of the full
-    one. T^2 keeps the gradient's size independent of T (Hinton et al., arXiv 1503.02531).
+    def divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        p, q = log_p.exp(), log_q.exp()
+        log_m = _log_mixture(p, q, alpha)
+        return (log_p - log_m).mul_(p), q.mul_(p.mul_(alpha - 1)).mul_(log_m.neg_().exp_())
 
-    The gradient is computed with the value and kept in the logits' type: beside the logits there is one tensor of
-    their size, and working memory for a few rows.
+    return divergence
 
-    Args:
-        logits: [n, vocab], of the student; they stay as they are.
-        labels: int64 [n], the true next tokens.
-        target: Of the teacher, or None where `divergence_weight` is 0.
-        divergence_weight: 0 to 1.
+
+def skew_reverse_kl(alpha: float) -> Divergence:
+    """KL(student || alpha student + (1 - alpha) teacher), for 0 < alpha < 1 (DistiLLM, arXiv 2402.03898)."""
+
+    def divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        p, q = log_p.exp(), log_q.exp()
+        log_m = _log_mixture(p, q, 1 - alpha)
+        value = (log_q - log_m).mul_(q)
+        return value, value + q - log_m.neg_().exp_().mul_(q).mul_(q).mul_(alpha)
+
+    return divergence
+
+
+def interpolated_kl(share: float) -> Divergence:
+    """KL(m || student) with log m = share log teacher + (1 - share) log student, normalised, and held fixed.
+
+    The objective of TAID (arXiv 2501.16937): at a share of 1 it is forward KL.
     """
-    if divergence_weight > 0 and target is None:
-        raise ValueError("a divergence needs the teacher's outputs")
-    return LogitLoss(*_LogitLoss.apply(logits, labels, target, divergence_weight))
+
+    def divergence(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        return forward_kl(torch.log_softmax(torch.lerp(log_q, log_p, share), dim=1), log_q)
+
+    return divergence
 
 
-class _LogitLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, target: SparseTarget | None, weight: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = logits.shape[0]
-        work = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        gradient = torch.empty_like(logits)
-        divergence = torch.zeros((), dtype=work, device=logits.device)
-        cross_entropy = torch.zeros((), dtype=work, device=logits.device)
-        step = max(1, (_CPU_CHUNK if logits.device.type == "cpu" else _CHUNK) // logits.shape[1])
-        for start in range(0, rows, step):
-            part = slice(start, start + step)
-            # A copy, shifted by the maximum, so that no exponential overflows at any temperature.
-            shifted = logits[part] - logits[part].amax(dim=1, keepdim=True).to(work)
-            label = labels[part, None]
-            label_logit = shifted.gather(1, label)
-            chunk_gradient: Tensor | None = None
-            if weight > 0:
-                assert target is not None
-                chunk = SparseTarget(
-                    target.ids[part], target.logits[part].to(work), target.logsumexp[part].to(work), target.temperature
-                )
-                value, chunk_gradient = _divergence(shifted, chunk)
-                divergence += value
-                chunk_gradient *= weight
-            # At its last use the copy is overwritten by its own exponential.
-            exponential = shifted.exp_()
-            total = exponential.sum(dim=1, keepdim=True)
-            cross_entropy += (total.log() - label_logit).sum()
-            if weight < 1:
-                exponential *= (1 - weight) / total
-                exponential.scatter_add_(1, label, torch.full_like(label_logit, weight - 1))
-                chunk_gradient = exponential if chunk_gradient is None else chunk_gradient.add_(exponential)
-            assert chunk_gradient is not None
-            gradient[part] = chunk_gradient.div_(rows)
-        ctx.save_for_backward(gradient)
-        divergence /= rows
-        cross_entropy /= rows
-        loss = weight * divergence + (1 - weight) * cross_entropy
-        ctx.mark_non_differentiable(divergence, cross_entropy)
-        return loss, divergence, cross_entropy
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient.mul_(upstream[0].to(gradient.dtype)), None, None, None
+def _log_mixture(p: Tensor, q: Tensor, share: float) -> Tensor:
+    """log(share p + (1 - share) q); where both are below the smallest normal number, of no consequence, its log."""
+    return torch.lerp(q, p, share).clamp_(min=torch.finfo(p.dtype).tiny).log_()
 
 
-def _divergence(shifted: Tensor, target: SparseTarget) -> tuple[Tensor, Tensor]:
-    """T^2 * KL summed over the rows, and its gradient by the logits, [rows, vocab].
+_PLAIN: dict[str, Divergence] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl}
+_MIXED: dict[str, Callable[[float], Divergence]] = {
+    "jsd": jensen_shannon,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "taid": interpolated_kl,
+}
 
-    With q the student's and p the teacher's distribution at temperature T, S the k stored tokens and p_t, q_t the mass
-    outside S, the derivative by logit j is T * (q_j - p_j) inside S and T * q_j * (1 - p_t / q_t) outside.
-    """
-    t = target.temperature
-    log_inside = shifted.gather(1, target.ids) / t
-    exponential = (shifted / t).exp_() if t != 1 else shifted.exp()
-    inside = exponential.gather(1, target.ids)
-    # The bucket is summed by itself: as a difference of sums, a small one would be rounding.
-    exponential.scatter_(1, target.ids, 0.0)
-    outside = exponential.sum(dim=1, keepdim=True)
-    total = outside + inside.sum(dim=1, keepdim=True)
-    log_p, log_q = target.log_probabilities(), log_inside - total.log()
-    p, q = log_p.exp(), inside / total
-    p_rest = (1 - p.sum(dim=1, keepdim=True)).clamp_(min=0)
-    if target.ids.shape[1] == shifted.shape[1]:
-        # Every token is stored: the bucket is empty, and the teacher's rest is rounding.
-        p_rest.zero_()
-    q_rest = (outside / total).clamp_(min=torch.finfo(outside.dtype).tiny)
-    value = (p * (log_p - log_q)).sum() + torch.xlogy(p_rest, p_rest / q_rest).sum()
-    gradient = exponential.mul_((1 - p_rest / q_rest) * (t / total))
-    gradient.scatter_(1, target.ids, (q - p) * t)
-    return value * t * t, gradient
+
+def divergence_of(name: str, mixture: float) -> Divergence:
+    """The divergence of a strategy's name, with the share that it mixes by where it mixes."""
+    return _PLAIN[name] if name in _PLAIN else _MIXED[name](mixture)

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from autodistill.data import TokenSet
 from autodistill.distillation.alignment import rms_normalise
-from autodistill.distillation.divergence import SparseTarget
 from autodistill.distillation.parallel import map_sequences
 from autodistill.distillation.student import decoder_layers
-from autodistill.distillation.temperature import GRID
+from autodistill.distillation.target import SampledTarget, TopTarget
+from autodistill.distillation.temperature import GRID, snap
 from autodistill.errors import InputError
-from autodistill.strategy import content_hash
+from autodistill.strategy import Distillation, content_hash
 from autodistill.units import format_bytes
 
 _VERSION = 2
@@ -47,19 +47,67 @@ class CacheSettings:
     """What is kept of the teacher for each predicted token.
 
     Attributes:
-        top_k: Number of most likely tokens whose raw logits are kept.
+        top_k: Number of likeliest tokens that are kept, 0 for none.
+        draws: Numbers of draws that tokens are sampled by; each is a sample of its own.
+        temperatures: Those of the grid at which the probabilities of sparse tokens can be had.
+        final: Whether the last hidden states after the final norm are kept, in float16.
         states: Teacher layers whose outputs are kept, RMS-normalised in float16, and their root mean squares.
         bf16: Whether the teacher computes in bfloat16; the head always computes in float32.
     """
 
     top_k: int = 64
+    draws: tuple[int, ...] = ()
+    temperatures: tuple[float, ...] = GRID
+    final: bool = False
     states: tuple[int, ...] = ()
     bf16: bool = False
 
+    @classmethod
+    def for_recipes(cls, recipes: Iterable[Distillation], states: Iterable[int], bf16: bool) -> CacheSettings:
+        """All that some recipes may read, and nothing else.
+
+        Args:
+            recipes: The extremes of their temperatures stand for all between them.
+            states: Layers that are aligned to.
+            bf16: See the attributes.
+        """
+        recipes = [recipe for recipe in recipes if recipe.weighs_teacher]
+        sparse = [recipe for recipe in recipes if recipe.signal in ("top-k", "sampled")]
+        ends = [snap(end) for recipe in sparse for end in (recipe.temperature.start, recipe.temperature.end)]
+        draws = {recipe.signal_tokens for recipe in sparse if recipe.signal == "sampled"}
+        if draws:
+            ends.append(1.0)  # that tokens are drawn at
+        return cls(
+            top_k=max((recipe.signal_tokens for recipe in sparse if recipe.signal == "top-k"), default=0),
+            draws=tuple(sorted(draws)),
+            temperatures=tuple(value for value in GRID if ends and min(ends) <= value <= max(ends)),
+            final=any(recipe.signal == "states" for recipe in recipes),
+            states=tuple(sorted(set(states))),
+            bf16=bf16,
+        )
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing at all is kept."""
+        return not (self.top_k or self.draws or self.final or self.states)
+
+    def lacks(self, needed: CacheSettings) -> list[str]:
+        """What of `needed` is not kept, for a person to read."""
+        found = []
+        if needed.top_k > self.top_k:
+            found.append(f"the {needed.top_k} likeliest tokens")
+        found += [f"the tokens of {draws} draws" for draws in needed.draws if draws not in self.draws]
+        found += [f"temperature {value:g}" for value in needed.temperatures if value not in self.temperatures]
+        if needed.final and not self.final:
+            found.append("the last hidden states")
+        return found + [f"the states of layer {layer}" for layer in needed.states if layer not in self.states]
+
     def bytes_per_token(self, vocabulary: int, width: int) -> int:
-        """Bytes on disk for one predicted token."""
-        k = min(self.top_k, vocabulary)
-        return k * (2 + _id_type(vocabulary).itemsize) + 4 + 4 * len(GRID) + (2 * width + 4) * len(self.states)
+        """Bytes on disk for one predicted token, at the most: draws may fall on the same token."""
+        entry = 2 + _id_type(vocabulary).itemsize
+        drawn = sum(min(draws, vocabulary) * entry + 4 for draws in self.draws)
+        values = min(self.top_k, vocabulary) * entry + drawn + 4 * len(self.temperatures)
+        return values + (2 * width + 4) * len(self.states) + 2 * width * self.final
 
 
 def _id_type(vocabulary: int) -> np.dtype[Any]:
@@ -75,7 +123,8 @@ class TeacherCache:
     def __init__(self, folder: Path) -> None:
         meta = json.loads((folder / _META).read_text())
         self.sequences: int = meta["sequences"]
-        self.settings = CacheSettings(**(meta["settings"] | {"states": tuple(meta["settings"]["states"])}))
+        lists = {name: tuple(value) for name, value in meta["settings"].items() if isinstance(value, list)}
+        self.settings = CacheSettings(**(meta["settings"] | lists))
         self._reader = pa.ipc.open_file(pa.memory_map(str(folder / _FILE)))
 
     def _column(self, name: str, indices: Iterable[int]) -> npt.NDArray[Any]:
@@ -86,19 +135,61 @@ class TeacherCache:
             parts.append(flat.to_numpy(zero_copy_only=True).reshape(len(column), -1))
         return np.concatenate(parts)
 
-    def target(self, indices: Iterable[int], temperature: float) -> SparseTarget:
-        """The teacher's outputs for the sequences `indices`, rows in their order, [sequences * (length - 1), ...].
+    def top(self, indices: Iterable[int], temperature: float, count: int) -> TopTarget:
+        """The teacher's likeliest tokens for the sequences `indices`, rows in their order.
 
         Args:
             indices: Sequences.
-            temperature: One of the grid's temperatures.
+            temperature: One that the cache holds.
+            count: Number of tokens.
+
+        Raises:
+            ValueError: More tokens than the cache holds, or another temperature.
+        """
+        if count > self.settings.top_k:
+            raise ValueError(f"the cache holds {self.settings.top_k} tokens, not {count}")
+        indices = list(indices)
+        ids = self._column("ids", indices)[:, :count].astype(np.int64)
+        below = self._column("below_maximum", indices)[:, :count].astype(np.float32)
+        log_p = below / np.float32(temperature) - self._log_sum(indices, temperature)
+        return TopTarget(ids=torch.from_numpy(ids), log_p=torch.from_numpy(log_p), temperature=temperature)
+
+    def sampled(self, indices: Iterable[int], temperature: float, draws: int) -> SampledTarget:
+        """The tokens of so many draws for the sequences `indices`, rows in their order, padded to the longest.
+
+        Args:
+            indices: Sequences.
+            temperature: One that the cache holds.
+            draws: One of the numbers that the cache holds.
+
+        Raises:
+            KeyError, ValueError: Other draws than the cache holds, or another temperature.
         """
         indices = list(indices)
-        maximum = self._column("maximum", indices)
-        logits = maximum + self._column("below_maximum", indices).astype(np.float32)
-        logsumexp = self._column("logsumexp", indices)[:, GRID.index(temperature)]
-        ids = torch.from_numpy(self._column("ids", indices).astype(np.int64))
-        return SparseTarget(ids, torch.from_numpy(logits), torch.from_numpy(logsumexp.copy()), temperature)
+        lists = [self._reader.get_batch(int(index)).column(f"drawn_{draws}") for index in indices]
+        counts = np.concatenate([np.diff(column.offsets.to_numpy()) for column in lists])
+        shape = (len(counts), counts.max())
+        filled = np.arange(shape[1]) < counts[:, None]
+        ids, below = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+        for values, name in ((ids, "ids"), (below, "below_maximum")):
+            values[filled] = np.concatenate([column.flatten().field(name).to_numpy() for column in lists])
+        drawn_at = below - self._log_sum(indices, 1.0)
+        log_p = below / np.float32(temperature) - self._log_sum(indices, temperature)
+        weights = np.where(filled, 1 / np.minimum(1, draws * np.exp(drawn_at)), 0)
+        return SampledTarget(
+            ids=torch.from_numpy(ids),
+            log_p=torch.from_numpy(log_p),
+            weights=torch.from_numpy(weights.astype(np.float32)),
+            temperature=temperature,
+        )
+
+    def _log_sum(self, indices: list[int], temperature: float) -> npt.NDArray[np.float32]:
+        place = self.settings.temperatures.index(temperature)
+        return self._column("log_sum", indices)[:, place : place + 1]
+
+    def final(self, indices: Iterable[int]) -> Tensor:
+        """Last hidden states after the final norm for the sequences `indices`, float16 [tokens, width]."""
+        return torch.from_numpy(self._column("final", indices))
 
     def state(self, indices: Iterable[int], layer: int) -> Tensor:
         """RMS-normalised output of a teacher layer for the sequences `indices`, float16 [tokens, width].
@@ -159,8 +250,7 @@ def ensure_cache(
             "version": _VERSION,
             "teacher": teacher_fingerprint,
             "data": data_fingerprint,
-            "settings": {**asdict(settings), "states": list(settings.states)},
-            "temperatures": list(GRID),
+            "settings": asdict(settings),
         },
         16,
     )
@@ -253,12 +343,17 @@ def _teacher_batches(
         with torch.no_grad():
             with torch.autocast(device, dtype=torch.bfloat16, enabled=settings.bf16):
                 hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            columns = _sparse_outputs(model.get_output_embeddings()(hidden[0, :-1].float()), settings)
+            rows = hidden[0, :-1].float()
+            columns = {}
+            if settings.top_k or settings.draws:
+                columns = _sparse_outputs(model.get_output_embeddings()(rows), settings, seed=index)
+            if settings.final:
+                columns["final"] = _arrow(rows.half().cpu().numpy())
             for layer in settings.states:
                 state = local.states[layer][0, :-1].float()
-                columns[f"state_{layer}"] = rms_normalise(state).half().cpu().numpy()
-                columns[f"size_{layer}"] = state.square().mean(dim=1).sqrt().cpu().numpy()
-        return pa.record_batch({name: _arrow(values) for name, values in columns.items()})
+                columns[f"state_{layer}"] = _arrow(rms_normalise(state).half().cpu().numpy())
+                columns[f"size_{layer}"] = _arrow(state.square().mean(dim=1).sqrt().cpu().numpy())
+        return pa.record_batch(columns)
 
     handles = [layers[index].register_forward_hook(capture(index)) for index in settings.states]
     try:
@@ -270,40 +365,72 @@ def _teacher_batches(
             handle.remove()
 
 
-def _sparse_outputs(logits: Tensor, settings: CacheSettings) -> dict[str, npt.NDArray[Any]]:
-    """Columns for float32 logits [tokens, vocab]; the top logits are kept as distances below the row's maximum, which
-    float16 holds most exactly where the probability is large.
+def _sparse_outputs(logits: Tensor, settings: CacheSettings, seed: int) -> dict[str, pa.Array]:
+    """Columns for float32 logits [tokens, vocab].
+
+    Logits are kept as distances below their row's maximum, which float16 holds most exactly where the probability is
+    large. The logarithm of the row's sum of exponentials, at each temperature, is below the maximum likewise.
     """
-    top = logits.topk(min(settings.top_k, logits.shape[1]), dim=1)
-    maximum = top.values[:, :1]
-    logsumexp = torch.cat([_logsumexp(rows - rows.amax(dim=1, keepdim=True)) for rows in logits.split(_CHUNK_ROWS)])
-    logsumexp += maximum / torch.tensor(GRID, device=logits.device)
-    return {
-        "ids": top.indices.cpu().numpy().astype(_id_type(logits.shape[1])),
-        "below_maximum": (top.values - maximum).half().cpu().numpy(),
-        "maximum": maximum[:, 0].cpu().numpy(),
-        "logsumexp": logsumexp.cpu().numpy(),
-    }
+    logits -= logits.amax(dim=1, keepdim=True)
+    id_type = _id_type(logits.shape[1])
+    log_sum = torch.cat([_log_sums(rows, settings.temperatures) for rows in logits.split(_CHUNK_ROWS)])
+    columns = {"log_sum": _arrow(log_sum.cpu().numpy())}
+    if settings.top_k:
+        top = logits.topk(min(settings.top_k, logits.shape[1]), dim=1)
+        columns["ids"] = _arrow(top.indices.cpu().numpy().astype(id_type))
+        columns["below_maximum"] = _arrow(top.values.half().cpu().numpy())
+    for draws in settings.draws:
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [_draw(rows, draws, generator) for rows in logits.split(_CHUNK_ROWS)]
+        counts = torch.cat([counts for counts, _, _ in drawn]).cpu().numpy()
+        ids, below = (torch.cat([part[place] for part in drawn]).cpu().numpy() for place in (1, 2))
+        entries = pa.StructArray.from_arrays([ids.astype(id_type), below], ["ids", "below_maximum"])
+        offsets = pa.array(np.concatenate([[0], counts.cumsum()]).astype(np.int32))
+        columns[f"drawn_{draws}"] = pa.ListArray.from_arrays(offsets, entries)
+    return columns
 
 
-def _logsumexp(shifted: Tensor) -> Tensor:
-    """Logarithms of the sums of exponentials at each of the grid's temperatures, [rows, len(GRID)].
+def _draw(shifted: Tensor, draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens drawn from each row's distribution: how many in each row, their ids and their logits in float16.
+
+    The draws are `draws` evenly spaced points of the cumulative distribution with one random offset a row. A token is
+    met with probability min(1, draws * p), so that one over it is the weight of an unbiased sum (Horvitz and Thompson).
+    Independent draws, as in Sparse Logit Sampling (arXiv 2503.16870), have the same mean and a larger variance: their
+    likeliest tokens come a random number of times.
+
+    Args:
+        shifted: float32 [rows, vocab], logits less their row's largest.
+        draws: For each row.
+        generator: On the CPU.
+    """
+    cumulative = shifted.double().exp_().cumsum_(dim=1)
+    offset = torch.rand(len(shifted), 1, generator=generator, dtype=torch.float64).to(shifted.device)
+    points = (torch.arange(draws, device=shifted.device) + offset) / draws * cumulative[:, -1:]
+    ids = torch.searchsorted(cumulative, points, right=True).clamp_(max=shifted.shape[1] - 1)
+    first = torch.ones_like(ids, dtype=torch.bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return first.sum(dim=1), ids[first], shifted.gather(1, ids)[first].half()
+
+
+def _log_sums(shifted: Tensor, temperatures: tuple[float, ...]) -> Tensor:
+    """Logarithms of the sums of exponentials at each of the temperatures, [rows, temperatures].
 
     Halving a temperature squares the exponentials, which costs less than new ones and a few units in the last place.
 
     Args:
         shifted: float32 [rows, vocab], logits less their row's largest.
+        temperatures: Without repetition.
     """
     found: dict[float, Tensor] = {}
-    for temperature in sorted(GRID, reverse=True):
+    for temperature in sorted(temperatures, reverse=True):
         if temperature not in found:
             exponential = (shifted / temperature).exp_()
-            while temperature in GRID:
+            while temperature in temperatures:
                 found[temperature] = exponential.sum(dim=1).log_()
                 temperature /= 2
-                if temperature in GRID:
+                if temperature in temperatures:
                     exponential.square_()
-    return torch.stack([found[temperature] for temperature in GRID], dim=1)
+    return torch.stack([found[temperature] for temperature in temperatures], dim=1)
 
 
 def _arrow(values: npt.NDArray[Any]) -> pa.Array:

@@ -15,6 +15,16 @@ def snap(temperature: float) -> float:
     return min(GRID, key=lambda value: (round(abs(math.log(value / temperature)), 12), value))
 
 
+def progress(tokens: int, horizon: int) -> float:
+    """Share of the horizon that `tokens` of training are, 1 beyond it."""
+    return min(max(tokens / horizon, 0.0), 1.0)
+
+
+def along(start: float, end: float | None, x: float) -> float:
+    """A line from `start` to `end` at the share `x` of the horizon; constant where there is no end."""
+    return start if end is None else start + (end - start) * x
+
+
 def temperature_at(schedule: Temperature, tokens: int, horizon: int) -> float:
     """Temperature after `tokens` of training, before snapping.
 
@@ -23,10 +33,10 @@ def temperature_at(schedule: Temperature, tokens: int, horizon: int) -> float:
         tokens: Tokens trained on so far.
         horizon: Tokens at which the schedule reaches its end; it stays there beyond.
     """
-    x = min(max(tokens / horizon, 0.0), 1.0)
+    x = progress(tokens, horizon)
     start, end = schedule.start, schedule.end
     if schedule.shape == "linear":
-        return start + (end - start) * x
+        return along(start, end, x)
     if schedule.shape == "cosine":
         return end + (start - end) * (1 + math.cos(math.pi * x)) / 2
     if schedule.shape == "exponential":

@@ -1,4 +1,4 @@
-"""Trains one student on a teacher's cached outputs: a generator of step records that can stop and continue anywhere."""
+"""Trains one student on a teacher's outputs: a generator of step records that can stop and continue anywhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,16 @@ from autodistill.distillation.alignment import (
     projection,
 )
 from autodistill.distillation.attention import Heads, TeacherBlock, attention_loss, watch
-from autodistill.distillation.divergence import logit_loss
+from autodistill.distillation.divergence import divergence_of
+from autodistill.distillation.interpolation import Interpolation
+from autodistill.distillation.logit_loss import logit_loss
 from autodistill.distillation.memory import is_out_of_memory
+from autodistill.distillation.positions import uncertain_rows
 from autodistill.distillation.quantization import FakeQuantized, deploy_tensor, quantized_training
+from autodistill.distillation.signals import LiveTeacher, target_source
 from autodistill.distillation.student import decoder_layers
 from autodistill.distillation.teacher_cache import TeacherCache
-from autodistill.distillation.temperature import snap, temperature_at
+from autodistill.distillation.temperature import along, progress, snap, temperature_at
 from autodistill.errors import TrialFailedError
 from autodistill.formats import Grid, Scales
 from autodistill.strategy import Attention, Strategy
@@ -50,8 +55,11 @@ class StepRecord:
 
     Attributes:
         tokens: Trained on so far, this step included.
-        loss, divergence, cross_entropy, alignment, attention: Means over the step's predicted tokens; `loss` is what
-            was descended, the others are its terms without their weights.
+        loss, divergence, cross_entropy, alignment, attention: Means over the step's predicted tokens, the logit terms
+            over those of the chosen positions; `loss` is what was descended, the others are its terms without their
+            weights.
+        divergence_weight: Share of the divergence in the logit loss.
+        teacher_share: Of the teacher in the target; below 1 for "taid" alone.
         temperature: Of the divergence, as snapped.
         learning_rate: Of the student.
         gradient_norm: Before clipping.
@@ -65,6 +73,8 @@ class StepRecord:
     cross_entropy: float
     alignment: float
     attention: float
+    divergence_weight: float
+    teacher_share: float
     temperature: float
     learning_rate: float
     gradient_norm: float
@@ -101,10 +111,11 @@ class Trainer:
         strategy: What is trained.
         plan: Batch, warm-up, horizon and precision.
         data: Training sequences, in the cache's order.
-        cache: The teacher's outputs for them.
+        cache: The teacher's outputs for them; None where the strategy reads none.
         teacher_block: The layer of the teacher whose attention is followed; None where the strategy follows none.
         seed: Of data order and projections.
         device: Where the student lies.
+        teacher: For the signals "states" and "online".
 
     Attributes:
         model: The student.
@@ -123,10 +134,11 @@ class Trainer:
         strategy: Strategy,
         plan: Plan,
         data: TokenSet,
-        cache: TeacherCache,
+        cache: TeacherCache | None,
         teacher_block: TeacherBlock | None = None,
         seed: int,
         device: str = "cpu",
+        teacher: LiveTeacher | None = None,
     ) -> None:
         self.model = model
         self.tokens = 0
@@ -136,6 +148,9 @@ class Trainer:
         self._data = data
         self._cache = cache
         self._teacher_block = teacher_block
+        self._target = target_source(self._recipe, cache, teacher)
+        taid = self._recipe.divergence == "taid"
+        self._interpolation = Interpolation(share=self._recipe.mixture) if taid else None
         self._seed = seed
         self._device = device
         self._failures = 0
@@ -252,10 +267,13 @@ class Trainer:
 
     def _step(self, rate: float) -> StepRecord:
         began = time.perf_counter()
-        temperature = snap(temperature_at(self._recipe.temperature, self.tokens, self._plan.tokens))
+        recipe = self._recipe
+        temperature = snap(temperature_at(recipe.temperature, self.tokens, self._plan.tokens))
+        passed = progress(self.tokens, self._plan.tokens)
+        weight = along(recipe.divergence_weight, recipe.final_divergence_weight, passed)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        terms = self._gradients(self._sequences(), temperature)
+        terms = self._gradients(self._sequences(), temperature, weight)
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         norm = _clip(parameters)
         if math.isfinite(norm) and math.isfinite(terms["loss"]):
@@ -267,8 +285,16 @@ class Trainer:
         self.tokens += self._plan.batch_tokens
         if self._failures >= _PATIENCE:
             raise TrialFailedError("nan", f"loss or gradient was not finite in {_PATIENCE} steps in a row")
+        share = 1.0
+        if self._interpolation is not None:
+            share = self._interpolation.share
+            if weight > 0:
+                reached = progress(self.tokens, self._plan.tokens)
+                self._interpolation = self._interpolation.after(terms["divergence"], recipe.mixture, reached)
         return StepRecord(
             tokens=self.tokens,
+            divergence_weight=weight,
+            teacher_share=share,
             temperature=temperature,
             learning_rate=rate,
             gradient_norm=norm,
@@ -277,14 +303,14 @@ class Trainer:
             **terms,
         )
 
-    def _gradients(self, indices: list[int], temperature: float) -> dict[str, float]:
+    def _gradients(self, indices: list[int], temperature: float, weight: float) -> dict[str, float]:
         """Gradients of a whole step and the means of its terms, some sequences at a time.
 
         Where memory runs out the step begins again with half as many at a time: the effective batch stays.
         """
         while True:
             try:
-                return self._accumulate(indices, temperature)
+                return self._accumulate(indices, temperature, weight)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or self._micro_batch == 1:
                     raise
@@ -294,18 +320,18 @@ class Trainer:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _accumulate(self, indices: list[int], temperature: float) -> dict[str, float]:
+    def _accumulate(self, indices: list[int], temperature: float, weight: float) -> dict[str, float]:
         means: dict[str, float] = {}
         for start in range(0, len(indices), self._micro_batch):
             part = indices[start : start + self._micro_batch]
             share = len(part) / len(indices)
-            loss, terms = self._loss(part, temperature)
+            loss, terms = self._loss(part, temperature, weight)
             (loss * share).backward()
             for name, value in terms.items():
                 means[name] = means.get(name, 0.0) + share * value
         return means
 
-    def _loss(self, indices: list[int], temperature: float) -> tuple[Tensor, dict[str, float]]:
+    def _loss(self, indices: list[int], temperature: float, weight: float) -> tuple[Tensor, dict[str, float]]:
         ids = torch.from_numpy(np.asarray(self._data.tokens[indices], dtype=np.int64)).to(self._device)
         states: dict[int, Tensor] = {}
         with ExitStack() as stack:
@@ -319,22 +345,20 @@ class Trainer:
                 hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
                 # As a matrix: for a slice of three dimensions the product would copy the whole head.
                 rows = hidden[:, :-1].flatten(0, 1)
-                head = self._frozen_head
-                logits = self.model.get_output_embeddings()(rows) if head is None else nn.functional.linear(rows, head)
+                frozen = self._frozen_head
+                head = self.model.get_output_embeddings()
+                head = head if frozen is None else partial(nn.functional.linear, weight=frozen)
+                chosen = self._positions(indices, rows, head)
+                logits = head(rows if chosen is None else rows[chosen])
                 projected = [
                     project(states[pair.student_layer][:, :-1].flatten(0, 1))
                     for pair, project in zip(self._pairs, self._projections, strict=True)
                 ]
-        weight = self._recipe.divergence_weight
-        target = None
-        if weight > 0:
-            cached = self._cache.target(indices, temperature)
-            target = cached._replace(
-                ids=cached.ids.to(self._device),
-                logits=cached.logits.to(self._device),
-                logsumexp=cached.logsumexp.to(self._device),
-            )
-        logit_terms = logit_loss(logits, ids[:, 1:].flatten(), target, weight)
+        labels, target = ids[:, 1:].flatten(), self._target(indices, ids, temperature) if weight > 0 else None
+        if chosen is not None:
+            labels, target = labels[chosen], target.take(chosen) if target else None
+        mixture = self._interpolation.share if self._interpolation else self._recipe.mixture
+        logit_terms = logit_loss(logits, labels, target, weight, divergence_of(self._recipe.divergence, mixture))
         loss = logit_terms.total
         aligned, attended = (torch.zeros((), device=self._device) for _ in range(2))
         if alignment := self._recipe.alignment:
@@ -356,6 +380,7 @@ class Trainer:
 
     def _alignment_loss(self, projected: list[Tensor], indices: list[int], distance: str) -> Tensor:
         """Mean over the pairs, of the student's states after their projections."""
+        assert self._cache is not None
         losses = []
         for pair, states in zip(self._pairs, projected, strict=True):
             target = self._cache.state(indices, pair.teacher_state).to(self._device)
@@ -366,11 +391,21 @@ class Trainer:
     def _teacher_heads(self, indices: list[int], attention: Attention) -> list[Heads]:
         """What the teacher's attention is compared by, computed from the cached input of its layer."""
         assert self._teacher_block is not None
+        assert self._cache is not None
         layer = self._teacher_block.layer - 1
         states = self._cache.state(indices, layer).float() * self._cache.state_size(indices, layer)
         states = states.unflatten(0, (len(indices), -1)).to(self._device)
         with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._plan.bf16):
             return self._teacher_block.heads(states, attention)
+
+    def _positions(self, indices: list[int], rows: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Which of the flattened predicted tokens the logit loss is taken over, or None for all of them."""
+        answers = getattr(self._data, "answers", None)
+        if self._recipe.positions == "answers" and answers is not None:
+            return torch.from_numpy(np.flatnonzero(answers[indices][:, 1:])).to(self._device)
+        if self._recipe.positions == "uncertain":
+            return uncertain_rows(rows, head, self._recipe.uncertain_share)
+        return None
 
     def save(self, path: Path) -> None:
         """Writes the trained weights, the optimiser and the place in the schedule, whole or not at all.
@@ -385,6 +420,8 @@ class Trainer:
                 tensors[f"{key}.{name}"] = torch.as_tensor(value).clone() if shared else value
         temporary = path.with_name(f".{path.name}.partial")
         metadata = {"tokens": str(self.tokens), "strategy": self._strategy.stable_id, "seed": str(self._seed)}
+        if self._interpolation is not None:
+            metadata["interpolation"] = json.dumps(asdict(self._interpolation))
         save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
         os.replace(temporary, path)
 
@@ -408,6 +445,8 @@ class Trainer:
                     state["step"] = int(state["step"])
                 self._optimizer.state[parameter] = state
         self.tokens = int(metadata["tokens"])
+        if self._interpolation is not None:
+            self._interpolation = Interpolation(**json.loads(metadata["interpolation"]))
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         named = [(f"student.{name}", p) for name, p in self.model.named_parameters() if p.requires_grad]

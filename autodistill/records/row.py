@@ -47,7 +47,8 @@ class Row:
         train_tokens, train_seconds, fidelity: What training took; `fidelity` is the fraction of the plan's tokens.
         documents: Paired data for ties: `ids`, `count` (tokens) and `sum` (of the metric) of each document, and
             optionally `metric`, the figure the sums are of ("accuracy" where absent).
-        other: Figures of further evaluators by name, their standard errors under `<name>_stderr`.
+        other: Figures of further evaluators by name, their standard errors under `<name>_stderr`;
+            `approximate` says what the loss was where it was not the divergence that the strategy names.
     """
 
     row_id: str

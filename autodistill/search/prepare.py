@@ -136,13 +136,16 @@ def load(checked: Checked) -> Loaded:
     machine = detect()
     _, largest = by_size(checked.space, spec)[-1]
     step_tokens = checked.stored["plan"]["batch_tokens"] if checked.stored else request.step_tokens or SEQUENCE_LENGTH
+    online = any(recipe.weighs_teacher and recipe.signal == "online" for recipe in checked.space.signal_cases())
+    memory = machine.gpus[0].memory_bytes if machine.gpus else machine.memory_bytes
     fit = fit_training(
         largest,
         teacher=spec,
         alignments=_alignments(checked.space, spec),
         sequence_length=SEQUENCE_LENGTH,
         sequences=step_tokens // SEQUENCE_LENGTH,
-        limit_bytes=machine.gpus[0].memory_bytes if machine.gpus else machine.memory_bytes,
+        # Run in the trial, the teacher lies beside the student in float32.
+        limit_bytes=memory - (4 * spec.parameters if online else 0),
     )
     return Loaded(
         teacher=teacher,
@@ -247,7 +250,7 @@ def cache_settings(space: Space, spec: ModelSpec, bf16: bool, calibration: Path 
     # A layer's attention is computed from its input, the output of the layer before.
     followed = {teacher_layer(attention, spec.layers) for attention in space.attention_cases(spec.layers)}
     states |= {layer - 1 for layer in followed if layer > 0}
-    return CacheSettings(states=tuple(sorted(states)), bf16=bf16)
+    return CacheSettings.for_recipes(space.signal_cases(), states, bf16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,19 +388,22 @@ def _teacher_phase(
     validation = load_split(loaded.data.folder, "validation").head(plan.eval_tokens)
     with clock.phase("cache", "calibration"):
         calibration = calibration_file(checked, loaded)
-    with clock.phase("cache", "teacher cache"):
-        cache = ensure_cache(
-            lambda: load_model(loaded.teacher.folder, _float32()),
-            teacher_fingerprint=loaded.teacher.fingerprint,
-            data_fingerprint=loaded.data.fingerprint,
-            data=train,
-            vocabulary=loaded.spec.vocabulary,
-            width=loaded.spec.width,
-            settings=cache_settings(checked.space, loaded.spec, plan.bf16, calibration),
-            root=request.cache / "teacher-outputs",
-            limit_bytes=request.cache_limit_bytes,
-            device=device,
-        )
+    settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration)
+    cache = None
+    if not settings.empty:
+        with clock.phase("cache", "teacher cache"):
+            cache = ensure_cache(
+                lambda: load_model(loaded.teacher.folder, _float32()),
+                teacher_fingerprint=loaded.teacher.fingerprint,
+                data_fingerprint=loaded.data.fingerprint,
+                data=train,
+                vocabulary=loaded.spec.vocabulary,
+                width=loaded.spec.width,
+                settings=settings,
+                root=request.cache / "teacher-outputs",
+                limit_bytes=request.cache_limit_bytes,
+                device=device,
+            )
     model = None
     top1_file, accuracy_key = run.path / "teacher_top1.npy", "teacher_accuracy"
     accuracy = next((event[accuracy_key] for event in earlier if event["event"] == "teacher"), None)

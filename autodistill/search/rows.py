@@ -63,6 +63,8 @@ def make_row(
         for field in _FIELDS
         if field in figures
     }
+    approximation = strategy.distillation.approximation if strategy else None
+    remarks = {"approximate": approximation} if approximation else {}
     accuracy = fields.get("accuracy")
     latency = evaluation.measurements.get("latency_ms")
     return Row(
@@ -89,6 +91,6 @@ def make_row(
         fidelity=min(1.0, train_tokens / plan.tokens) if kind in ("student", "baseline") else None,
         seed=seed,
         documents=evaluation.documents,
-        other=figures | errors,
+        other=figures | errors | remarks,
         **fields,
     )

@@ -14,10 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from autodistill.data import TokenSet
+from autodistill.distillation import teacher_cache
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
 from autodistill.distillation.temperature import GRID
 from autodistill.errors import InputError
+from autodistill.strategy import Distillation, Temperature
 
 K, STATES = 16, (0, 3, 5)
 SETTINGS = CacheSettings(top_k=K, states=STATES)
@@ -83,15 +85,58 @@ def test_top_logits_and_exact_logsumexp(workshop, dense):
     order = np.argsort(-logits, axis=1)[:, :K]
     expected = np.take_along_axis(logits, order, axis=1)
     for temperature in GRID:
-        target = workshop.cache.target(range(8), temperature)
+        target = workshop.cache.top(range(8), temperature, K)
         assert target.temperature == temperature
         np.testing.assert_array_equal(target.ids.numpy(), order)
-        # Each logit is kept to float16's 11 bits of its distance from the row's largest, which itself is float32.
-        slack = 2.0**-11 * (expected[:, :1] - expected) + 1e-5
-        assert (np.abs(target.logits.numpy() - expected) <= slack).all()
-        np.testing.assert_allclose(target.logsumexp.numpy(), _logsumexp(logits, temperature), rtol=2e-6, atol=2e-6)
-        probabilities = np.exp(expected / temperature - _logsumexp(logits, temperature)[:, None])
-        np.testing.assert_allclose(target.log_probabilities().exp().numpy(), probabilities, atol=2e-3)
+        # Each logit is kept to float16's 11 bits of its distance from the row's largest.
+        slack = 2.0**-11 * (expected[:, :1] - expected) / temperature + 1e-5
+        exact = expected / temperature - _logsumexp(logits, temperature)[:, None]
+        assert (np.abs(target.log_p.numpy() - exact) <= slack).all()
+
+
+def test_drawn_tokens_and_their_weights(workshop, dense):
+    """Ids are distinct, log-probabilities exact, and a weight is one over the chance of being met by 12 points."""
+    logits = dense[0].reshape(-1, 300)
+    at_one = logits - _logsumexp(logits, 1.0)[:, None]
+    for temperature in (1.0, 4.0):
+        target = workshop.cache.sampled(range(8), temperature, 12)
+        exact = logits / temperature - _logsumexp(logits, temperature)[:, None]
+        for row, (ids, log_p, weights) in enumerate(zip(target.ids, target.log_p, target.weights, strict=True)):
+            drawn = ids[weights > 0].tolist()
+            assert 1 <= len(drawn) == len(set(drawn)) <= 12
+            assert (weights[len(drawn) :] == 0).all()
+            # A token with more than a twelfth of the mass is always met.
+            assert set(np.flatnonzero(at_one[row] > np.log(1.001 / 12))) <= set(drawn)
+            np.testing.assert_allclose(log_p[: len(drawn)], exact[row, drawn], rtol=0, atol=5e-3)
+            met = np.minimum(1, 12 * np.exp(at_one[row, drawn]))
+            np.testing.assert_allclose(weights[: len(drawn)], 1 / met, rtol=5e-3)
+
+
+def test_draws_are_unbiased(dense):
+    """Over 4,000 samples of one row the weighted probabilities average to the probabilities."""
+    logits = torch.from_numpy(dense[0][0, :1]).float()
+    shifted = logits - logits.amax()
+    p = torch.softmax(logits[0].double(), dim=0)
+    times, draws = 4000, 12
+    counts, ids, _ = teacher_cache._draw(shifted.expand(times, -1), draws, torch.Generator().manual_seed(0))
+    assert counts.sum() == len(ids)
+    mean = torch.zeros(300, dtype=torch.float64)
+    mean.scatter_add_(0, ids, (p[ids] / (draws * p[ids]).clamp(max=1)) / times)
+    # A token is met or not: a binomial proportion, held to five of its standard errors.
+    met = (draws * p).clamp(max=1)
+    error = p / met * (met * (1 - met) / times).sqrt()
+    assert ((mean - p).abs() <= 5 * error + 1e-7).all()
+    assert mean.sum() == pytest.approx(1, abs=0.01)
+
+
+def test_final_states_give_the_teachers_logits(workshop, dense):
+    states = workshop.cache.final(range(8))
+    assert states.dtype == torch.float16
+    head = load_model(workshop.teacher, torch.float32).lm_head.weight.detach()
+    logits = dense[0].reshape(-1, 300)
+    # 11 bits of each of 64 states.
+    slack = 2.0**-11 * (states.double().abs() @ head.double().abs().T).numpy() + 1e-4
+    assert (np.abs(states.double().numpy() @ head.double().numpy().T - logits) <= slack).all()
 
 
 def test_states_are_raw_layer_outputs_normalised(workshop, dense):
@@ -108,36 +153,42 @@ def test_states_are_raw_layer_outputs_normalised(workshop, dense):
 
 def test_rows_come_in_the_order_asked_for(workshop):
     cache, rows = workshop.cache, workshop.data.tokens.shape[1] - 1
-    both = cache.target([5, 2], 2.0)
+    both, drawn = cache.top([5, 2], 2.0, K), cache.sampled([5, 2], 2.0, 12)
     for position, index in enumerate((5, 2)):
         part = slice(position * rows, (position + 1) * rows)
-        alone = cache.target([index], 2.0)
+        alone = cache.top([index], 2.0, K)
         assert torch.equal(both.ids[part], alone.ids)
-        assert torch.equal(both.logits[part], alone.logits)
-        assert torch.equal(both.logsumexp[part], alone.logsumexp)
+        assert torch.equal(both.log_p[part], alone.log_p)
+        found, expected = drawn.weights[part], cache.sampled([index], 2.0, 12).weights
+        assert torch.equal(found[found > 0], expected[expected > 0])
+        assert torch.equal(cache.final([5, 2])[part], cache.final([index]))
         assert torch.equal(cache.state([5, 2], 3)[part], cache.state([index], 3))
 
 
 def test_only_stored_temperatures_and_layers(ensure):
     cache = TeacherCache(ensure())
     with pytest.raises(ValueError):
-        cache.target([0], 1.7)
+        cache.top([0], 1.7, K)
+    with pytest.raises(ValueError, match="holds 16 tokens, not 17"):
+        cache.top([0], 1.0, 17)
+    with pytest.raises(KeyError):
+        cache.sampled([0], 1.0, 12)
     with pytest.raises(KeyError):
         cache.state([0], 4)
 
 
 def test_more_stored_tokens_than_the_vocabulary_has(ensure, workshop, dense):
     cache = TeacherCache(ensure(settings=CacheSettings(top_k=1000)))
-    target = cache.target([0], 1.0)
+    target = cache.top([0], 1.0, 1000)
     assert target.ids.shape == (31, 300)
-    np.testing.assert_allclose(target.log_probabilities().exp().sum(dim=1).numpy(), 1, atol=2e-3)
+    np.testing.assert_allclose(target.log_p.exp().sum(dim=1).numpy(), 1, atol=2e-3)
 
 
 def test_bfloat16_is_close(ensure, dense):
     cache = TeacherCache(ensure(settings=replace(SETTINGS, bf16=True)))
     assert cache.settings.bf16
-    expected = _logsumexp(dense[0][0], 1.0)
-    actual = cache.target([0], 1.0).logsumexp.numpy()
+    expected = dense[0][0].max(axis=1) - _logsumexp(dense[0][0], 1.0)
+    actual = cache.top([0], 1.0, 1).log_p[:, 0].numpy()
     assert 0 < np.abs(actual - expected).max() < 0.2
 
 
@@ -164,6 +215,9 @@ def test_a_larger_cache_serves_a_smaller_request(ensure, teacher):
         {"data_fingerprint": "other"},
         {"settings": replace(SETTINGS, top_k=8)},
         {"settings": replace(SETTINGS, states=(0,))},
+        {"settings": replace(SETTINGS, temperatures=(1.0,))},
+        {"settings": replace(SETTINGS, draws=(12,))},
+        {"settings": replace(SETTINGS, final=True)},
         {"settings": replace(SETTINGS, bf16=True)},
     ],
 )
@@ -218,17 +272,18 @@ def test_size_is_foretold_and_limited(ensure, tmp_path, teacher):
     folder = ensure(sequences=8)
     size = sum(path.stat().st_size for path in folder.iterdir())
     values = 8 * 31 * SETTINGS.bytes_per_token(300, 64)
-    # float16 distances and uint16 ids of 16 tokens, float32 maximum and 10 logsumexps, three float16 states
-    # with their float32 sizes.
-    assert SETTINGS.bytes_per_token(300, 64) == 16 * (2 + 2) + 4 + 40 + 3 * (128 + 4)
+    # float16 distances and uint16 ids of 16 tokens, 10 float32 sums, three float16 states with their float32 sizes.
+    assert SETTINGS.bytes_per_token(300, 64) == 16 * (2 + 2) + 40 + 3 * (128 + 4)
     assert values < size < values + 8 * 4096
     shutil.rmtree(folder)
     with pytest.raises(InputError, match=r"needs .* kB, above its limit of 100 kB: lower --tokens"):
         ensure(sequences=8, limit_bytes=10**5)
     assert teacher.loads == 1
     assert list(tmp_path.iterdir()) == []
-    assert CacheSettings().bytes_per_token(49152, 576) == 64 * 4 + 4 + 40
-    assert CacheSettings().bytes_per_token(152064, 576) == 64 * 6 + 4 + 40
+    assert CacheSettings().bytes_per_token(49152, 576) == 64 * 4 + 40
+    assert CacheSettings().bytes_per_token(152064, 576) == 64 * 6 + 40
+    assert CacheSettings(top_k=0, temperatures=(), final=True).bytes_per_token(49152, 576) == 1152
+    assert CacheSettings(top_k=0, temperatures=(1.0,), draws=(24,)).bytes_per_token(49152, 576) == 24 * 4 + 4 + 4
 
 
 def test_the_limit_holds_for_what_is_written(ensure):
@@ -258,9 +313,9 @@ def test_nothing_is_removed_while_there_is_room(ensure):
 def test_a_removed_cache_is_still_read_by_those_who_opened_it(ensure):
     folder = ensure()
     cache = TeacherCache(folder)
-    expected = cache.target([1], 1.0).logits.clone()
+    expected = cache.top([1], 1.0, K).log_p.clone()
     shutil.rmtree(folder)
-    assert torch.equal(cache.target([1], 1.0).logits, expected)
+    assert torch.equal(cache.top([1], 1.0, K).log_p, expected)
 
 
 def test_a_writer_that_fails_leaves_nothing(ensure, tmp_path, teacher):
@@ -339,3 +394,44 @@ def test_data_can_be_read_only(ensure, workshop):
     folder = ensure(data=TokenSet(tokens=tokens, documents=tokens))
     with pa.memory_map(str(folder / "outputs.arrow")) as file:
         assert pa.ipc.open_file(file).num_record_batches == 2
+
+
+def _recipe(**changes):
+    return Distillation(**({"divergence_weight": 0.5} | changes))
+
+
+def test_a_cache_holds_what_recipes_read_and_nothing_else():
+    falling = Temperature(shape="linear", start=5.0, end=1.0)
+    cases = [
+        ([_recipe()], {"top_k": 64, "temperatures": (1.0,)}),
+        ([_recipe(divergence_weight=0.0)], {}),
+        ([_recipe(divergence_weight=0.0, final_divergence_weight=1.0)], {"top_k": 64, "temperatures": (1.0,)}),
+        ([_recipe(signal="online", signal_tokens=0)], {}),
+        ([_recipe(signal="states", signal_tokens=0, temperature=falling)], {"final": True}),
+        # Tokens are drawn at temperature 1, whatever they are read at.
+        (
+            [_recipe(signal="sampled", signal_tokens=12, temperature=Temperature(start=2.2, end=2.2))],
+            {"draws": (12,), "temperatures": (1.0, 1.5, 2.0)},
+        ),
+        (
+            [_recipe(signal_tokens=8, temperature=falling), _recipe(signal_tokens=16)],
+            {"top_k": 16, "temperatures": (1.0, 1.5, 2.0, 3.0, 4.0, 5.0)},
+        ),
+    ]
+    for recipes, expected in cases:
+        settings = CacheSettings.for_recipes(recipes, (), bf16=False)
+        assert settings == CacheSettings(**({"top_k": 0, "temperatures": ()} | expected))
+        assert settings.empty == (expected == {})
+        assert settings.lacks(settings) == []
+
+
+def test_what_is_lacking_is_named():
+    held = CacheSettings(top_k=8, temperatures=(1.0, 2.0), draws=(12,), states=(3,))
+    needed = CacheSettings(top_k=9, temperatures=(1.0, 1.5), draws=(24,), states=(3, 4), final=True)
+    assert held.lacks(needed) == [
+        "the 9 likeliest tokens",
+        "the tokens of 24 draws",
+        "temperature 1.5",
+        "the last hidden states",
+        "the states of layer 4",
+    ]

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -296,10 +297,10 @@ class Poisoned:
     def __init__(self, cache, steps):
         self._cache, self._steps, self._step = cache, steps, -1
 
-    def target(self, indices, temperature):
+    def top(self, indices, temperature, count):
         self._step += 1
-        target = self._cache.target(indices, temperature)
-        return target._replace(logits=target.logits * float("nan")) if self._step in self._steps else target
+        target = self._cache.top(indices, temperature, count)
+        return replace(target, log_p=target.log_p * float("nan")) if self._step in self._steps else target
 
 
 def test_one_spoilt_step_changes_nothing_and_two_good_ones_follow(workshop):
@@ -398,9 +399,9 @@ class Recorder:
     def __init__(self, cache):
         self._cache, self.steps = cache, []
 
-    def target(self, indices, temperature):
+    def top(self, indices, temperature, count):
         self.steps.append(list(indices))
-        return self._cache.target(indices, temperature)
+        return self._cache.top(indices, temperature, count)
 
 
 def _order(workshop, seed, steps=8):

@@ -149,6 +149,24 @@ def test_a_strategy_that_the_teacher_does_not_allow_is_refused_before_anything_i
         search(request(inputs, tmp_path, strategy=str(path), trials=None))
 
 
+def test_an_online_strategy_caches_nothing(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    result = search(request(inputs, tmp_path, strategy="gkd", trials=None, cache=cache))
+    assert result.finish.best.name == "gkd"
+    assert not (cache / "teacher-outputs").exists()
+    assert "approximate" not in result.finish.best.other
+
+
+def test_what_stands_in_for_a_divergence_is_in_the_record(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    strategy = tmp_path / "mode_seeking.yaml"
+    strategy.write_text("distillation: {divergence: reverse_kl, signal_tokens: 8}")
+    result = search(request(inputs, tmp_path, strategy=str(strategy), trials=None))
+    said = "reverse_kl of 8 tokens and the rest as one outcome: a lower bound"
+    assert {row.other["approximate"] for row in result.rows if row.kind == "baseline"} == {said}
+    stored = read_parquet(tmp_path / "run" / "leaderboard.parquet")
+    assert {row.other.get("approximate") for row in stored} == {said, None}
+
+
 def test_a_plan_writes_no_run(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     document = plan_search(request(inputs, tmp_path))
     assert document["plan"]["trials"] == 3

@@ -1,0 +1,79 @@
+"""Where a step's target comes from: the cache, the cache and the teacher's head, or the teacher in the trial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autodistill.distillation.target import FullTarget, Target
+from autodistill.distillation.teacher import load_model
+from autodistill.distillation.teacher_cache import TeacherCache
+from autodistill.strategy import Distillation
+
+
+class LiveTeacher:
+    """A teacher that is loaded when a trial first asks for it, and then stays with its worker.
+
+    Args:
+        folder: Of transformers.
+        device: Where it runs.
+        bf16: Whether its weights are held, and its products computed, in bfloat16 and not in float32.
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu", bf16: bool = False) -> None:
+        self._folder, self._device = folder, device
+        self._type = torch.bfloat16 if bf16 else torch.float32
+
+    @cached_property
+    def _model(self) -> Any:
+        return load_model(self._folder, self._type, self._device).requires_grad_(False)
+
+    @cached_property
+    def head(self) -> Tensor:
+        """[vocab, width]; read alone, the rest of the model is let go."""
+        model = self.__dict__.get("_model") or load_model(self._folder, self._type)
+        weight: Tensor = model.get_output_embeddings().weight.detach()
+        return weight.to(self._device)
+
+    def final(self, ids: Tensor) -> Tensor:
+        """Last hidden states after the final norm, [sequences * (length - 1), width].
+
+        Args:
+            ids: int64 [sequences, length].
+        """
+        with torch.no_grad():
+            hidden: Tensor = self._model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden[:, :-1].flatten(0, 1)
+
+
+def target_source(
+    recipe: Distillation, cache: TeacherCache | None, teacher: LiveTeacher | None
+) -> Callable[[list[int], Tensor, float], Target]:
+    """A function from sequences' indices, their ids int64 [sequences, length] and a temperature to their target.
+
+    Args:
+        recipe: Says which signal is read.
+        cache: Holds what the signal needs; None where it needs nothing.
+        teacher: For signals of all tokens.
+    """
+
+    def target(indices: list[int], ids: Tensor, temperature: float) -> Target:
+        if recipe.signal == "online":
+            assert teacher is not None
+            states, head = teacher.final(ids), teacher.head
+            return FullTarget(states=states, head=head, temperature=temperature, standardised=recipe.standardise)
+        assert cache is not None
+        if recipe.signal == "states":
+            assert teacher is not None
+            states, head = cache.final(indices).to(ids.device), teacher.head
+            return FullTarget(states=states, head=head, temperature=temperature, standardised=recipe.standardise)
+        if recipe.signal == "sampled":
+            return cache.sampled(indices, temperature, recipe.signal_tokens).to(str(ids.device))
+        return cache.top(indices, temperature, recipe.signal_tokens).to(str(ids.device))
+
+    return target

@@ -1,0 +1,285 @@
+"""One step of distillation: tokens a second by what the teacher supplies, its floor, and the memory of the loss.
+
+    python benchmarks/distill_step.py [--teacher smollm2] [--rounds 3] [--sequences 4] [--length 256]
+
+Every arm trains the same 15-layer student by turns, so that what else the machine does falls on all of them alike; a
+figure is the median of the arm's steps, and its ratio is taken within the round. The published loss is the generalised
+JSD of GKD in plain torch as TRL writes it, with full softmaxes and the teacher run in each step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+import report
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from autodistill.contracts import Plan
+from autodistill.data import TokenSet, load_split, prepare, resolve_data
+from autodistill.distillation.divergence import divergence_of
+from autodistill.distillation.logit_loss import logit_loss
+from autodistill.distillation.memory import keep_freed_memory
+from autodistill.distillation.signals import LiveTeacher
+from autodistill.distillation.student import build_student, decoder_layers
+from autodistill.distillation.target import FullTarget, TopTarget
+from autodistill.distillation.teacher import load_model, materialise, resolve_teacher, tokenizer_fingerprint
+from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
+from autodistill.distillation.trainer import Trainer
+from autodistill.formats import get_format
+from autodistill.search.request import default_cache
+from autodistill.strategy import Alignment, Distillation, Init, Strategy
+
+DRAWS = 50
+BASE, PUBLISHED, QAT = "cross-entropy", "published JSD in plain torch, teacher live", "top-64, on the grid of Q8_0"
+FULL = {"signal": "states", "signal_tokens": 0}
+ARMS = {
+    BASE: Distillation(divergence_weight=0.0),
+    "top-64": Distillation(),
+    f"sampled, {DRAWS} draws": Distillation(signal="sampled", signal_tokens=DRAWS),
+    "states": Distillation(**FULL),
+    "states, JSD": Distillation(divergence="jsd", mixture=0.5, **FULL),
+    "online": Distillation(signal="online", signal_tokens=0),
+    "top-64, the uncertain fifth": Distillation(positions="uncertain", uncertain_share=0.2),
+    "top-64, 4 layers aligned": Distillation(alignment=Alignment(layers="even", count=4, projection="linear")),
+    QAT: Distillation(),
+}
+
+
+def published_step(student: Any, teacher: Any, optimizer: Any, ids: Tensor, beta: float = 0.5) -> None:
+    """A training step on the generalised JSD of arXiv 2306.13649 with whole tensors of log-probabilities."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = student(input_ids=ids, use_cache=False).logits[:, :-1]
+        with torch.no_grad():
+            wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1]
+    loss = published_loss(logits, wanted, beta)
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def published_loss(logits: Tensor, wanted: Tensor, beta: float) -> Tensor:
+    """beta KL(teacher || m) + (1 - beta) KL(student || m), a mean over tokens."""
+    log_q, log_p = functional.log_softmax(logits.float(), dim=-1), functional.log_softmax(wanted.float(), dim=-1)
+    log_m = torch.logsumexp(torch.stack([log_q + math.log1p(-beta), log_p + math.log(beta)]), dim=0)
+    to_teacher = functional.kl_div(log_m, log_p, reduction="none", log_target=True)
+    to_student = functional.kl_div(log_m, log_q, reduction="none", log_target=True)
+    return (beta * to_teacher + (1 - beta) * to_student).sum() / logits[..., 0].numel()
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def q8_0(model: Any) -> Callable[[str], Any]:
+    """The grid of each linear layer and of the embedding table."""
+    packing = get_format("gguf-q8_0")
+    grids = {name: packing.linears[0] for name, p in model.named_parameters() if name.endswith("proj.weight")}
+    return (grids | {"model.embed_tokens.weight": packing.tables}).get
+
+
+def quantised_seconds(trainer: Trainer, grids: Callable[[str], Any], tokens: int) -> float:
+    """Of one step on a grid; one before it prepares the head, once a stretch as in a search."""
+    steps = trainer.train_decay(trainer.tokens + 2 * tokens, grids)
+    next(steps)
+    taken = seconds(lambda: next(steps))
+    steps.close()
+    return taken
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """Memory that a call takes at its peak beyond what the process holds (Linux)."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before, _ = _resident()
+    work()
+    return _resident()[1] - before
+
+
+def _resident() -> tuple[int, int]:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    now, most = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return now, most
+
+
+def memory_lines(rows: int, width: int = 576) -> Iterator[list[str]]:
+    """Peak memory of loss and gradient, beyond the student's logits in bfloat16, by vocabulary."""
+    for vocabulary in (49152, 151936):
+        states, head = torch.randn(rows, width), torch.randn(vocabulary, width).bfloat16() / 24
+        logits = functional.linear(states.bfloat16(), head)
+        labels = torch.zeros(rows, dtype=torch.int64)
+        top = TopTarget(ids=torch.arange(64).repeat(rows, 1), log_p=torch.full((rows, 64), -5.0), temperature=1.0)
+        full = FullTarget(states=states, head=head, temperature=1.0)
+        jsd = divergence_of("jsd", 0.5)
+
+        def ours(target: Any, weight: float, *divergence: Any, logits: Tensor = logits, labels: Tensor = labels) -> int:
+            leaf = logits.detach().requires_grad_()
+            return peak_bytes(lambda: logit_loss(leaf, labels, target, weight, *divergence).total.backward())
+
+        def published(logits: Tensor = logits, states: Tensor = states, head: Tensor = head) -> int:
+            leaf = logits.detach().requires_grad_()
+            return peak_bytes(lambda: published_loss(leaf, functional.linear(states.bfloat16(), head), 0.5).backward())
+
+        found = [ours(None, 0.0), ours(top, 0.5), ours(full, 0.5, jsd), published()]
+        size = logits.numel() * 2
+        yield [f"{vocabulary:,}", f"{size / 1e6:.0f} MB", *(f"{value / 1e6:.0f} MB" for value in found)]
+
+
+def matrix_rate() -> float:
+    """Floating-point operations a second of a bfloat16 product the size of a layer's."""
+    a, b = torch.randn(1024, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
+    functional.linear(a, b)
+    times = [seconds(lambda: [functional.linear(a, b) for _ in range(50)]) for _ in range(5)]
+    return 50 * 2 * 1024 * 576 * 1536 / min(times)
+
+
+def cache_lines(cache: TeacherCache, folder: Path, length: int) -> Iterator[list[str]]:
+    """Bytes a token as they lie on disk, and tokens a second that are read."""
+    import pyarrow as pa
+
+    batch = pa.ipc.open_file(pa.memory_map(str(folder / "outputs.arrow"))).get_batch(0)
+    held = {name: batch.column(name).nbytes / len(batch) for name in batch.schema.names}
+    one = held["log_sum"] / len(cache.settings.temperatures)
+    everything = range(cache.sequences)
+    reads = {
+        "top-64": (held["ids"] + held["below_maximum"] + one, lambda: cache.top(everything, 1.0, 64)),
+        f"sampled, {DRAWS} draws": (held[f"drawn_{DRAWS}"] + one, lambda: cache.sampled(everything, 1.0, DRAWS)),
+        "states": (held["final"], lambda: cache.final(everything)),
+    }
+    for name, (size, read) in reads.items():
+        read()
+        rate = cache.sequences * (length - 1) / min(seconds(read) for _ in range(5))
+        yield [name, f"{size:.0f}", f"{rate:,.0f}", f"{rate * size / 1e6:,.0f} MB/s"]
+
+
+def main() -> None:
+    """Times the arms by turns and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--teacher", default="smollm2")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cache", type=Path, default=default_cache())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    length, tokens = arguments.length, arguments.sequences * arguments.length
+    memory = list(memory_lines(tokens - arguments.sequences))
+    print(report.table(["vocabulary", "logits", "ours..."], memory), file=sys.stderr)
+    keep_freed_memory()
+    teacher = materialise(resolve_teacher(arguments.teacher), arguments.cache)
+    source, fingerprint = resolve_data("pydoc"), tokenizer_fingerprint(teacher.folder)
+    data: TokenSet = load_split(
+        prepare(source, teacher.folder, fingerprint, length, arguments.cache).folder, "train"
+    ).head(2 * tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        model, kept = build_student(teacher.folder, Init(depth=0.5))
+        layers = len(decoder_layers(load_model(teacher.folder, torch.float32)))
+        cached = ensure_cache(
+            lambda: load_model(teacher.folder, torch.float32),
+            teacher_fingerprint=teacher.fingerprint,
+            data_fingerprint="distill-step",
+            data=data,
+            vocabulary=model.config.vocab_size,
+            width=model.config.hidden_size,
+            settings=CacheSettings(
+                draws=(DRAWS,), temperatures=(1.0,), final=True, states=tuple(range(layers)), bf16=True
+            ),
+            root=Path(folder),
+            limit_bytes=10**9,
+        )
+        cache = TeacherCache(cached)
+        reading = list(cache_lines(cache, cached, length))
+        live = LiveTeacher(teacher.folder, bf16=True)
+        plan = Plan(
+            trials=1, tokens=10**9, rungs=(10**9,), keep=(), sequence_length=length, batch_tokens=tokens,
+            warmup_tokens=0, decay=0.25, rung_eval_tokens=0, eval_tokens=0, test_tokens=0, workers=1,
+            threads=arguments.threads, bf16=True, seed=0, box_seconds=None, seconds={},
+        )  # fmt: skip
+        trainers = {
+            name: Trainer(
+                model, kept=kept, teacher_layers=layers, teacher_width=model.config.hidden_size,
+                strategy=Strategy(init=Init(depth=0.5), distillation=recipe), plan=plan, data=data, cache=cache,
+                seed=0, teacher=live,
+            )
+            for name, recipe in ARMS.items()
+        }  # fmt: skip
+        # One state of AdamW is enough for all that train the same parameters, and keeps the memory of ten arms small.
+        for name, trainer in trainers.items():
+            if ARMS[name].alignment is None:
+                trainer._optimizer = trainers[BASE]._optimizer
+        steps = {name: trainer.train_stable(10**9) for name, trainer in trainers.items()}
+        grids = q8_0(model)
+        wanted = load_model(teacher.folder, torch.bfloat16)
+        optimizer = trainers[BASE]._optimizer
+        ids = torch.from_numpy(np.array(data.tokens[: arguments.sequences], dtype=np.int64))
+        runs: dict[str, Callable[[], float]] = {
+            name: lambda own=own: seconds(lambda: next(own)) for name, own in steps.items() if name != QAT
+        }
+        runs[QAT] = lambda: quantised_seconds(trainers[QAT], grids, tokens)
+        runs[PUBLISHED] = lambda: seconds(lambda: published_step(model, wanted, optimizer, ids))
+        with FlopCounterMode(display=False) as counter:
+            runs[BASE]()
+        for name, run in runs.items():
+            print(f"first: {name} {run():.2f} s", file=sys.stderr, flush=True)
+        taken: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(arguments.rounds):
+            for name, run in runs.items():
+                taken[name].append(run())
+                print(f"round {turn + 1}: {name} {taken[name][-1]:.2f} s", file=sys.stderr, flush=True)
+    lines = []
+    for name, times in taken.items():
+        by_base = statistics.median(base / own for base, own in zip(taken[BASE], times, strict=True))
+        by_live = statistics.median(own / mine for own, mine in zip(taken[PUBLISHED], times, strict=True))
+        middle = statistics.median(times)
+        lines.append([name, f"{middle:.2f}", f"{tokens / middle:.0f}", f"{by_base:.2f}", f"{by_live:.2f}"])
+    rate, flops = matrix_rate(), counter.get_total_flops()
+    floor, base = flops / rate, statistics.median(taken[BASE])
+    print(
+        report.write(
+            "distill-step",
+            "One step of distillation",
+            [
+                f"Teacher {teacher.name} of {layers} layers, student of {len(kept)}, embedding table frozen, bfloat16 "
+                f"autocast, batch {arguments.sequences} x {length}, {arguments.threads} thread(s), "
+                f"{arguments.rounds} rounds by turns after one that is not counted.",
+                report.table(
+                    ["step", "median seconds", "tokens/s", "speed over cross-entropy", "speed over the published"],
+                    lines,
+                ),
+                f"Floor: {flops / 1e9:.0f} GFLOP in a cross-entropy step over {rate / 1e9:.0f} GFLOP/s in bfloat16 "
+                f"products of a layer's size is {floor:.2f} s, {floor / base:.0%} of the step measured.",
+                "## Peak memory of loss and gradient",
+                f"Beyond the student's logits, {tokens - arguments.sequences} rows in bfloat16; the published one "
+                "includes the teacher's logits, and is four times that of a quarter of the rows.",
+                report.table(
+                    ["vocabulary", "logits", "cross-entropy", "top-64", "states, JSD", "published JSD"], memory
+                ),
+                "## Cache",
+                "Bytes a token at one temperature, and tokens a second read from the page cache into tensors.",
+                report.table(["signal", "bytes/token", "tokens/s", "rate"], reading),
+            ],
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

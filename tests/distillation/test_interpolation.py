@@ -1,0 +1,39 @@
+"""TAID's share: the line it may not fall behind, and the pace that the loss sets."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autodistill.distillation.interpolation import Interpolation
+
+
+@given(st.lists(st.floats(0, 100), max_size=30), st.floats(0, 1, exclude_max=True))
+def test_it_never_falls_never_lags_and_ends_at_the_teacher(losses, start):
+    state = Interpolation(share=start)
+    for step, loss in enumerate(losses, start=1):
+        progress = step / len(losses)
+        following = state.after(loss, start, progress)
+        assert state.share <= following.share <= 1
+        assert following.share >= start + (1 - start) * progress - 1e-12
+        state = following
+    assert state.share == (pytest.approx(1) if losses else start)
+
+
+def test_a_falling_loss_moves_it_faster():
+    def share(losses):
+        state = Interpolation(share=0.4)
+        for loss in losses:
+            state = state.after(loss, 0.4, 0.0)
+        return state.share
+
+    falling, level, rising = (share([8 * factor**step for step in range(500)]) for factor in (0.99, 1.0, 1.01))
+    assert falling > level > rising > 0.4
+    # With a level loss each step covers half of 5e-4 of what is left; the first only notes the loss.
+    assert level == pytest.approx(1 - 0.6 * (1 - 2.5e-4) ** 499, rel=1e-9)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing():
+    state = Interpolation(share=0.5, momentum=0.1, loss=2.0)
+    assert state.after(math.nan, 0.4, 0.9) == state

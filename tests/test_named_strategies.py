@@ -1,0 +1,55 @@
+"""Every named strategy trains a tiny student on the cache that it asks for, through its decay and grid, and learns."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from autodistill.distillation.teacher import load_model
+from autodistill.distillation.teacher_cache import TeacherCache, ensure_cache
+from autodistill.estimate import spec_from_config
+from autodistill.formats import Grid, get_format
+from autodistill.search.prepare import cache_settings
+from autodistill.space import load_space, load_strategy
+from autodistill.trial import check_strategy, student_spec
+
+NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "search_spaces" / "strategies").glob("*.yaml"))
+STEP = 64
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains(workshop, tmp_path, name):
+    strategy = load_strategy(name)
+    spec = spec_from_config(json.loads((workshop.teacher / "config.json").read_text()))
+    check_strategy(strategy, spec)
+    space = dataclasses.replace(load_space("default"), dimensions=(), baselines={name: strategy})
+    settings = cache_settings(space, spec, bf16=False)
+    cache = None
+    if not settings.empty:
+        folder = ensure_cache(
+            lambda: load_model(workshop.teacher, torch.float32),
+            teacher_fingerprint="t",
+            data_fingerprint="d",
+            data=workshop.data,
+            vocabulary=spec.vocabulary,
+            width=spec.width,
+            settings=settings,
+            root=tmp_path,
+            limit_bytes=10**8,
+        )
+        cache = TeacherCache(folder)
+    storage_of = None
+    if strategy.finishing is not None:
+        finishing, packing = strategy.finishing, get_format(strategy.finishing.format)
+        tensors = student_spec(strategy, spec).tensors
+        storages = {t.name: packing.storage(t, finishing.bits, finishing.group_size) for t in tensors}
+        storage_of = {tensor: storage for tensor, storage in storages.items() if isinstance(storage, Grid)}.get
+    trainer = dataclasses.replace(workshop, cache=cache).trainer(strategy, tokens=40 * STEP)
+    records = [*trainer.train_stable(32 * STEP), *trainer.train_decay(40 * STEP, storage_of)]
+    # Losses of one kind: TAID's target moves, and a temperature scales what it is a divergence of.
+    first, last = (np.mean([record.cross_entropy for record in part]) for part in (records[:8], records[-8:]))
+    assert np.isfinite([record.loss for record in records]).all()
+    assert last < first
