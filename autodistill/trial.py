@@ -254,8 +254,7 @@ class Workbench:
     def held_out(self, tokens: int) -> tuple[TokenSet, np.ndarray[Any, Any]]:
         """The first validation sequences that hold `tokens` tokens, and the teacher's choices for them."""
         data = self.validation.head(tokens)
-        sequences, length = data.tokens.shape
-        return data, self.teacher_top1[: sequences * (length - 1)]
+        return data, self.teacher_top1[: data.predicted]
 
 
 class Trial:

@@ -89,7 +89,8 @@ class Trainer:
         teacher_layers, teacher_width: The teacher's.
         strategy: What is trained.
         plan: Batch, warm-up, horizon and precision.
-        data: Training sequences, in the cache's order.
+        data: Training sequences, in the cache's order. Where they say which tokens are answers, those alone are
+            learnt, and the head is computed for them alone.
         cache: The teacher's outputs for them.
         seed: Of data order and projections.
         device: Where the student lies.
@@ -217,6 +218,7 @@ class Trainer:
 
     def _loss(self, indices: list[int], temperature: float) -> tuple[Tensor, dict[str, float]]:
         ids = torch.from_numpy(np.asarray(self._data.tokens[indices], dtype=np.int64)).to(self._device)
+        counted = self._counted(indices)
         states: dict[int, Tensor] = {}
         with ExitStack() as stack:
             for pair in self._pairs:
@@ -226,11 +228,11 @@ class Trainer:
             with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._plan.bf16):
                 hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
                 # As a matrix: for a slice of three dimensions the product would copy the whole head.
-                rows = hidden[:, :-1].flatten(0, 1)
+                rows = hidden[:, :-1].flatten(0, 1)[counted]
                 head = self._frozen_head
                 logits = self.model.lm_head(rows) if head is None else nn.functional.linear(rows, head)
                 projected = [
-                    project(states[pair.student_layer][:, :-1].flatten(0, 1))
+                    project(states[pair.student_layer][:, :-1].flatten(0, 1)[counted])
                     for pair, project in zip(self._pairs, self._projections, strict=True)
                 ]
         weight = self._recipe.divergence_weight
@@ -238,16 +240,16 @@ class Trainer:
         if weight > 0:
             cached = self._cache.target(indices, temperature)
             target = cached._replace(
-                ids=cached.ids.to(self._device),
-                logits=cached.logits.to(self._device),
-                logsumexp=cached.logsumexp.to(self._device),
+                ids=cached.ids[counted].to(self._device),
+                logits=cached.logits[counted].to(self._device),
+                logsumexp=cached.logsumexp[counted].to(self._device),
             )
-        logit_terms = logit_loss(logits, ids[:, 1:].flatten(), target, weight)
+        logit_terms = logit_loss(logits, ids[:, 1:].flatten()[counted], target, weight)
         loss = logit_terms.total
         aligned = torch.zeros((), device=self._device)
         if self._pairs:
             losses = [
-                alignment_loss(state, self._cache.state(indices, pair.teacher_state).to(self._device))
+                alignment_loss(state, self._cache.state(indices, pair.teacher_state)[counted].to(self._device))
                 for pair, state in zip(self._pairs, projected, strict=True)
             ]
             aligned = torch.stack(losses).mean()
@@ -260,6 +262,12 @@ class Trainer:
             "alignment": aligned,
         }
         return loss, {name: float(value.detach()) for name, value in values.items()}
+
+    def _counted(self, indices: list[int]) -> Tensor | slice:
+        """The rows that losses are averaged over: answers, where the data say which tokens are; else all of them."""
+        if self._data.answers is None:
+            return slice(None)
+        return torch.from_numpy(np.flatnonzero(self._data.answers[indices, 1:]))
 
     def save(self, path: Path) -> None:
         """Writes the trained weights, the optimiser and the place in the schedule, whole or not at all.
