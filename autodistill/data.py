@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ SPLITS = ("train", "validation", "test")
 _HELD_OUT = 0.1  # share of the tokens that validation gets, and test
 _RULE = 1  # part of the fingerprint: to be raised with any change of how data are split, tokenised or packed
 _INDEX = "prepared.json"
-_QUESTIONS = "questions.json"
+_QUESTIONS, _TOKENIZER = "questions.json", "tokenizer"
 
 Tokens = npt.NDArray[np.int32]
 
@@ -110,11 +110,13 @@ class Questions:
     Attributes:
         task: Reference of the task that marks the answers, or None.
         stops: Ids of the tokens that end an answer.
+        tokenizer: Folder of the tokenizer that the prompts are of.
         entries: The questions.
     """
 
     task: str | None
     stops: tuple[int, ...]
+    tokenizer: Path
     entries: tuple[Question, ...]
 
 
@@ -217,7 +219,7 @@ def _prepare_conversations(
     tokens = [record.tokens for record in records.values()]
     texts = {place: conversations[place].opening for place in owners.values()}
     chosen = _assign(texts, tokens, list(owners.values()), length, seed)
-    tables, questions, stops = {}, {}, renderer.stops
+    tables, questions = {}, {}
     for split, firsts in chosen.items():
         inside = set(firsts)
         members = [place for place, owner in owners.items() if owner in inside]
@@ -226,9 +228,16 @@ def _prepare_conversations(
         counted = packed.answers.view(np.uint8)
         tables[split] = _table({"tokens": packed.tokens, "documents": packed.documents, "answers": counted}, seed)
         if split != "train":
-            entries = (_question(place, conversations[place], whole[place], renderer) for place in sorted(inside))
-            questions[split] = Questions(task=source.task, stops=stops, entries=tuple(entries))
-    return _write(folder, source, length, tables, questions, notes)
+            entries = [_question(place, conversations[place], whole[place], renderer) for place in sorted(inside)]
+            asking = {"task": source.task, "stops": renderer.stops, "entries": [asdict(entry) for entry in entries]}
+            questions[split] = json.dumps(asking)
+
+    def add(temporary: Path) -> None:
+        renderer.tokenizer.save_pretrained(temporary / _TOKENIZER)
+        for split, text in questions.items():
+            (temporary / split / _QUESTIONS).write_text(text, encoding="utf-8")
+
+    return _write(folder, source, length, tables, add, notes)
 
 
 def _notes(sizes: list[int], kept: set[int], length: int) -> tuple[str, ...]:
@@ -381,10 +390,14 @@ def _write(
     source: Source,
     length: int,
     tables: dict[str, pyarrow.Table],
-    questions: Mapping[str, Questions] | None = None,
+    add: Callable[[Path], None] = lambda temporary: None,
     notes: tuple[str, ...] = (),
 ) -> Prepared:
-    """Writes all splits under a temporary name, then renames: a folder of the final name is whole or was damaged."""
+    """Writes all splits under a temporary name, then renames: a folder of the final name is whole or was damaged.
+
+    Args:
+        add: Writes what else belongs there, given the folder.
+    """
     import datasets
 
     fingerprint = folder.name
@@ -397,8 +410,7 @@ def _write(
                 datasets.Dataset(table).save_to_disk(temporary / split)
             distinct = len(np.unique(_column(table, "documents")))
             splits[split] = SplitInfo(sequences=len(table), tokens=len(table) * length, documents=distinct)
-        for split, asked in (questions or {}).items():
-            (temporary / split / _QUESTIONS).write_text(json.dumps(asdict(asked)), encoding="utf-8")
+        add(temporary)
         head = {
             "fingerprint": fingerprint,
             "name": source.name,
@@ -490,16 +502,17 @@ def load_split(folder: Path, split: str) -> TokenSet:
         tokens=_column(table, "tokens"),
         documents=_column(table, "documents"),
         answers=answers,
-        questions=_read_questions(folder / split / _QUESTIONS),
+        questions=_read_questions(folder, split),
     )
 
 
-def _read_questions(path: Path) -> Questions | None:
+def _read_questions(folder: Path, split: str) -> Questions | None:
+    path = folder / split / _QUESTIONS
     if not path.is_file():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
     entries = tuple(Question(**(entry | {"prompt": tuple(entry["prompt"])})) for entry in found["entries"])
-    return Questions(task=found["task"], stops=tuple(found["stops"]), entries=entries)
+    return Questions(task=found["task"], stops=tuple(found["stops"]), tokenizer=folder / _TOKENIZER, entries=entries)
 
 
 def _column(table: pyarrow.Table, name: str) -> npt.NDArray[Any]:

@@ -93,10 +93,15 @@ def _test(document: Mapping[str, Any]) -> str:
         return ""
     titled = sorted(((_title(row, document["best"]), row) for row in rows), key=lambda pair: _ORDER.index(pair[0]))
     header = ("test split", "deployment", "accuracy", "perplexity", "agreement", "memory")
-    lines = [table([header, *(_cells(title, row) for title, row in titled)], left=3)]
+    cells = [header, *(_cells(title, row) for title, row in titled)]
+    metric = (rows[0].documents or {}).get("metric", "accuracy")
+    if metric != "accuracy":
+        shown = (_figure(row.figure(metric), row.figure(f"{metric}_stderr")) for _, row in titled)
+        cells = [(*line, figure) for line, figure in zip(cells, (metric, *shown), strict=True)]
+    lines = [table(cells, left=3)]
     gain = document["gain_on_test"]
     if gain is not None:
-        lines.append(f"Gain over the baseline on the test split: {gain[0]:+.4f} ± {gain[1]:.4f} of accuracy.")
+        lines.append(f"Gain over the baseline on the test split: {gain[0]:+.4f} ± {gain[1]:.4f} of {metric}.")
     return "\n".join(lines)
 
 
@@ -114,15 +119,18 @@ def _title(row: Row, best: Mapping[str, Any]) -> str:
 
 
 def _cells(title: str, row: Row) -> tuple[str, ...]:
-    error = "" if row.accuracy_stderr is None else f" ± {row.accuracy_stderr:.4f}"
     return (
         title,
         row.deployment_name.replace("compressed-tensors", "ct"),
-        "-" if row.accuracy is None else f"{row.accuracy:.4f}{error}",
+        _figure(row.accuracy, row.accuracy_stderr),
         "-" if row.perplexity is None else f"{row.perplexity:.2f}",
         "-" if row.agreement is None else f"{row.agreement:.4f}",
         "-" if row.memory_bytes is None else format_bytes(row.memory_bytes),
     )
+
+
+def _figure(value: float | None, error: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _seconds(seconds: Mapping[str, float]) -> str:

@@ -12,24 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from autodistill.contracts import Direction, Measurement, ModelSpec, Plan, Subject, TokenScores
 from autodistill.data import TokenSet, load_split
 from autodistill.distillation.alignment import aligned_layers, check_rank
+from autodistill.distillation.generation import answer
 from autodistill.distillation.memory import keep_freed_memory
 from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.scoring import score
 from autodistill.distillation.student import build_student, student_depth
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.distillation.trainer import StepRecord, Trainer, branch_point, read_tokens
-from autodistill.errors import TrialFailedError
+from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import with_layers
 from autodistill.formats import Grid, get_format
 from autodistill.plugins import load
 from autodistill.strategy import Deployment, Strategy
 from autodistill.units import Budget
 
+ASKING_DATA = "give --data with a prompt and an answer in each record, or reasoning-gym:TASK"
 _STABLE = "stable.safetensors"
 # What a student takes from its teacher's folder: by suffix, but for the files that describe the teacher's own weights.
 _TEXT_FILES = (".json", ".jinja", ".model", ".txt")
@@ -95,12 +98,13 @@ class Evaluation:
     Attributes:
         deployment: How it is packed.
         measurements: By name.
-        documents: Ids, token counts and correct tokens of each document, for paired comparisons.
+        documents: Ids, counts and correct ones of each document, for paired comparisons: of tokens, or where the
+            student answered in writing of answers, and then under "metric" the name of their figure.
     """
 
     deployment: Deployment
     measurements: dict[str, Measurement]
-    documents: dict[str, list[int]]
+    documents: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +202,7 @@ def evaluate(
     evaluators: tuple[str, ...],
     device: str = "cpu",
 ) -> tuple[Evaluation, TokenScores]:
-    """Scores the packed model once and lets every evaluator read the scores.
+    """Scores the packed model once, lets it answer once where that is asked for, and lets every evaluator read both.
 
     Args:
         model: In float32 on `device`; unchanged afterwards.
@@ -209,26 +213,41 @@ def evaluate(
         budget: Context and batch for the memory estimate.
         evaluators: Names.
         device: Where the model lies.
+
+    Raises:
+        InputError: An evaluator needs answers, and the data have no questions.
     """
+    chosen = [
+        evaluator
+        for evaluator in (load("evaluators", name) for name in evaluators)
+        if evaluator.needs != "artefact" and evaluator.supports(deployment)
+    ]
+    asking = next((evaluator.name for evaluator in chosen if evaluator.needs == "answers"), None)
+    answers = None
     with deployed_weights(model, spec, deployment):
         scores, _ = score(model, data, teacher_top1, device=device)
-    subject = Subject(spec=spec, deployment=deployment, budget=budget, scores=scores)
+        if asking is not None:
+            if data.questions is None:
+                raise InputError(f"{asking} needs questions with answers: {ASKING_DATA}")
+            answers = answer(model, data.questions, device=device)
+    subject = Subject(spec=spec, deployment=deployment, budget=budget, scores=scores, answers=answers)
     measurements = {
-        measurement.name: measurement
-        for name in evaluators
-        if (evaluator := load("evaluators", name)).needs != "artefact" and evaluator.supports(deployment)
-        for measurement in evaluator.evaluate(subject)
+        measurement.name: measurement for evaluator in chosen for measurement in evaluator.evaluate(subject)
     }
-    return Evaluation(deployment=deployment, measurements=measurements, documents=per_document(scores)), scores
+    documents: dict[str, Any] = per_document(scores.correct, scores.documents)
+    if answers is not None:
+        # What is answered in writing is what a search ranks by, so its ties are of these.
+        documents = per_document(answers.marks >= 1, answers.documents) | {"metric": "exact_match"}
+    return Evaluation(deployment=deployment, measurements=measurements, documents=documents), scores
 
 
-def per_document(scores: TokenScores) -> dict[str, list[int]]:
-    """Token counts and correct tokens of each document."""
-    ids, inverse = np.unique(scores.documents, return_inverse=True)
+def per_document(correct: npt.NDArray[np.bool_], documents: npt.NDArray[np.int32]) -> dict[str, list[int]]:
+    """Counts, and how many of them are correct, of each document, from arrays [n]."""
+    ids, inverse = np.unique(documents, return_inverse=True)
     return {
         "ids": ids.tolist(),
         "count": np.bincount(inverse).tolist(),
-        "sum": np.bincount(inverse, weights=scores.correct).astype(int).tolist(),
+        "sum": np.bincount(inverse, weights=correct).astype(int).tolist(),
     }
 
 

@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,6 +35,7 @@ from autodistill.search.campaign import Campaign, Question
 from autodistill.search.plan import SEQUENCE_LENGTH, Demand, Speed, Workers, make_plan, measure_speed, share_out
 from autodistill.search.request import (
     METRICS,
+    WRITTEN,
     Checked,
     by_depth,
     check_budget,
@@ -145,6 +146,9 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
     teacher = load_model(loaded.teacher.folder, _float32())
     deepest = by_depth(checked.space)[-1].init.depth
     speed = measure_speed(teacher, loaded.spec, deepest, loaded.workers, loaded.threads)
+    if checked.metric in WRITTEN:
+        # Answering the questions of so many tokens takes about as long again as scoring them.
+        speed = replace(speed, score=speed.score / 2, worker_score=speed.worker_score / 2)
     box = request.time_seconds
     if box is None and not ((request.trials or request.strategy) and request.tokens):
         box = BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
@@ -228,7 +232,7 @@ def plan_run(checked: Checked, run: RunFolder, clock: Clock, observer: Observer)
     document = _describe(checked, loaded, plan, speed)
     if checked.stored is None:
         write_json(run.search_file, document)
-    for note in plan.notes:
+    for note in (*loaded.data.notes, *plan.notes):
         observer.line(note)
     return Planned(loaded=loaded, plan=plan, speed=speed, document=document)
 
@@ -352,7 +356,7 @@ def _teacher_phase(
         checkpoints=run.checkpoints,
         budget=request.budget,
         plan=plan,
-        evaluators=EVALUATORS,
+        evaluators=tuple(dict.fromkeys((*EVALUATORS, checked.metric))),
         metric=checked.metric,
         direction=METRICS[checked.metric],
         device=device,
