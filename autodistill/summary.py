@@ -86,6 +86,20 @@ def table(rows: Sequence[Sequence[str]], left: int) -> str:
     return "\n".join(lines)
 
 
+def written_summary(counts: Mapping[str, Any]) -> str:
+    """What `write` did: answers, tokens, and what they can teach."""
+    lines = [
+        f"{counts['written']} answers written, {counts['kept']} kept from before, of {counts['prompts']} prompts: "
+        f"{counts['out']}",
+        f"Tokens: {counts['prompt_tokens']:,} of prompts, {counts['answer_tokens']:,} of answers.",
+    ]
+    if counts["unfinished"]:
+        lines.append(f"{counts['unfinished']} answers reached --max-tokens and are not learnt: raise it to use them.")
+    if counts["top-k"]:
+        lines.append(f"{counts['top-k']} answers have the teacher's log-probabilities, {counts['text']} text alone.")
+    return "\n".join(lines)
+
+
 def _test(document: Mapping[str, Any]) -> str:
     """The test split: found student, baseline, undistilled student, teacher, quantised teacher, and the gain."""
     rows = [Row.from_json(data) for data in document["test"]]
