@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from autodistill import writing
@@ -40,8 +41,14 @@ PROMPTS = ("the miller", "a fox", "the old gardener")
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_tiny_teacher(tmp_path_factory.mktemp("teacher"), layers=3)
+    """Random, but with no wish for tokens that are no text: bytes of torn characters have no name to be matched by."""
+    folder = save_tiny_teacher(tmp_path_factory.mktemp("teacher"), layers=3, tied=False)
     tokenizer = tiny_tokenizer()
+    weights = load_file(folder / "model.safetensors")
+    for token in range(len(tokenizer)):
+        if token <= 2 or not tokenizer.decode([token]).isprintable() or "\ufffd" in tokenizer.decode([token]):
+            weights["lm_head.weight"][token] = 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
     return folder
