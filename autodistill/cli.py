@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from autodistill.console import leaderboard_table, open_view, printable
 from autodistill.errors import AutoDistillError, InputError
 from autodistill.records.store import RunFolder, known_runs, strict_json
 from autodistill.streams import quiet_libraries, stdout_reserved
-from autodistill.summary import leaderboard_of, plan_summary, search_summary
+from autodistill.summary import leaderboard_of, plan_summary, search_summary, written_summary
 from autodistill.units import Budget, parse_bytes, parse_duration
 
 if TYPE_CHECKING:
@@ -57,11 +57,16 @@ TeacherOption = Annotated[
 ]
 DataOption = Annotated[
     str | None,
-    _option("--data", "pydoc (the default), a folder, a .txt, .jsonl or .parquet file, or a hub id.", "REF"),
+    _option(
+        "--data",
+        "pydoc (the default), a folder, a .txt, .jsonl or .parquet file, reasoning-gym:TASK, or a hub id.",
+        "REF",
+    ),
 ]
 SpaceOption = Annotated[str | None, _option("--space", "What may be tried: a name, or a YAML file.", "NAME|FILE")]
 MetricOption = Annotated[
-    str | None, _option("--metric", "What ranks: accuracy (the default), agreement or perplexity.", "NAME")
+    str | None,
+    _option("--metric", "What ranks: accuracy (the default), agreement, perplexity or exact_match.", "NAME"),
 ]
 TrialsOption = Annotated[
     int | None, _option("--trials", "Strategies to try; planned from the time box by default.", "N")
@@ -160,6 +165,32 @@ def distill(
 ) -> None:
     """Train, export and verify the student of one strategy, without a search."""
     _search(ctx)
+
+
+@app.command()
+def write(
+    ctx: typer.Context,
+    prompts: Annotated[
+        str, _option("--prompts", "A .jsonl file, a .txt file with a prompt a line, or reasoning-gym:TASK.", "REF")
+    ],
+    out: Annotated[Path, _option("--out", "A .jsonl file; answers that it has already are kept.", "FILE")],
+    teacher: TeacherOption = None,
+    endpoint: Annotated[
+        str | None, _option("--endpoint", "Base of an OpenAI-compatible API, like http://localhost:8000/v1.", "URL")
+    ] = None,
+    model: Annotated[str | None, _option("--model", "The model's name at the endpoint.", "NAME")] = None,
+    max_tokens: Annotated[int, _option("--max-tokens", "Of an answer; one cut there is not learnt.", "N")] = 256,
+    temperature: Annotated[float, _option("--temperature", "0 takes the most likely token.", "T")] = 0.0,
+    top_p: Annotated[float, _option("--top-p", "Draw from the likeliest tokens of this probability.", "P")] = 1.0,
+    seed: Annotated[int, _option("--seed", "Of the draws.", "N", min=0)] = 0,
+    top_k: Annotated[int, _option("--top-k", "Log-probabilities to ask the endpoint for at each token.", "N")] = 0,
+    batch: Annotated[int, _option("--batch", "Answers written at once.", "N")] = 8,
+    timeout: Annotated[str, _option("--timeout", "After which a request to the endpoint is given up.", "TIME")] = "5m",
+    cache: CacheOption = None,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """Let a teacher answer prompts, as data to learn from; its key at an endpoint is AUTODISTILL_API_KEY."""
+    _print(output, lambda: _written(ctx.params), dict, written_summary)
 
 
 @app.command()
@@ -296,6 +327,32 @@ def _searched(request: SearchRequest) -> Outcome:
 
     with open_view() as view:
         return search(request, SearchView(view))
+
+
+def _written(given: Mapping[str, Any]) -> dict[str, Any]:
+    timeout = parse_duration(given["timeout"])
+    quiet_libraries(given["teacher"])
+    from autodistill.distillation.generation import Sampling
+    from autodistill.search.request import DEFAULT_TEACHER, default_cache
+    from autodistill.writing import WriteRequest, write_data
+
+    names = ("prompts", "out", "endpoint", "model", "max_tokens", "top_k", "batch")
+    request = WriteRequest(
+        **{name: given[name] for name in names},
+        teacher=given["teacher"] or DEFAULT_TEACHER,
+        cache=given["cache"] or default_cache(),
+        sampling=Sampling(temperature=given["temperature"], top_p=given["top_p"], seed=given["seed"]),
+        timeout=timeout,
+    )
+
+    with open_view() as view:
+
+        def progress(done: int, total: int) -> None:
+            # About ten lines, however many answers there are.
+            if done == total or done % max(1, total // 10) == 0:
+                view.log(f"{done} of {total} answers")
+
+        return write_data(request, progress)
 
 
 def _planned(request: SearchRequest) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from autodistill.units import Budget
 Source = Literal["measured", "simulated", "predicted"]
 Direction = Literal["max", "min"]
 OptimizerState = Literal["float32", "int8"]
+# What an evaluator reads of a subject, beside its shape, deployment and budget.
+Needs = Literal["spec", "scores", "answers", "artefact"]
 
 # Tokens of a training or evaluation sequence.
 SEQUENCE_LENGTH = 256
@@ -115,6 +117,21 @@ class TokenScores:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a model wrote, greedily, to the questions of a split.
+
+    Attributes:
+        texts: The answers, in the order of the questions, without special tokens.
+        marks: float64 [n], 1 for a right answer; a task may give a part to a wrong one.
+        documents: int32 [n], the document of each question.
+    """
+
+    texts: tuple[str, ...]
+    marks: npt.NDArray[np.float64]
+    documents: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Subject:
     """What an evaluator is given; it reads what it needs and no more.
 
@@ -123,6 +140,7 @@ class Subject:
         deployment: How it is packed.
         budget: Gives context and batch.
         scores: Of the packed weights simulated in torch, or None where only the artefact is measured.
+        answers: Written by the packed weights simulated in torch; None where no evaluator asks for them.
         artefact: The exported file or folder, or None before export.
         threads: CPU threads a runtime may use.
     """
@@ -131,6 +149,7 @@ class Subject:
     deployment: Deployment
     budget: Budget
     scores: TokenScores | None = None
+    answers: Answers | None = None
     artefact: Path | None = None
     threads: int = 1
 
@@ -139,7 +158,7 @@ class Evaluator(Protocol):
     """One measurement, or several that fall out of the same work. A plug-in: constructed without arguments."""
 
     name: str
-    needs: Literal["spec", "scores", "artefact"]
+    needs: Needs
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Measures; called only where what `needs` names is there and `supports` holds."""

@@ -1,7 +1,7 @@
 """Reference to tokenised, packed, fingerprinted train, validation and test sets, kept in Arrow.
 
-Documents are split before they are packed, so no document is in two splits. One long text is cut into three contiguous
-blocks, with a gap of one sequence between them.
+Documents are split before they are packed, so no document is in two splits, and no prompt of a conversation. One long
+text is cut into three contiguous blocks, with a gap of one sequence between them.
 """
 
 from __future__ import annotations
@@ -12,27 +12,42 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from autodistill.conversations import Conversation
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError
+from autodistill.packing import cut, pack
+from autodistill.rendering import Rendered, Renderer
 from autodistill.strategy import content_hash
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Prepared", "Source", "SplitInfo", "TokenSet", "load_split", "open_prepared", "prepare", "resolve_data"]
+__all__ = [
+    "Prepared",
+    "Question",
+    "Questions",
+    "Source",
+    "SplitInfo",
+    "TokenSet",
+    "load_split",
+    "open_prepared",
+    "prepare",
+    "resolve_data",
+]
 
 SPLITS = ("train", "validation", "test")
 _HELD_OUT = 0.1  # share of the tokens that validation gets, and test
 _RULE = 1  # part of the fingerprint: to be raised with any change of how data are split, tokenised or packed
 _INDEX = "prepared.json"
+_QUESTIONS, _TOKENIZER = "questions.json", "tokenizer"
 
 Tokens = npt.NDArray[np.int32]
 
@@ -52,11 +67,12 @@ class Prepared:
 
     Attributes:
         folder: Where they lie; `open_prepared` needs no more.
-        fingerprint: Hash of text, tokenizer, sequence length, seed and split rule.
+        fingerprint: Hash of text, tokenizer, sequence length, seed and split rule, and of what renders conversations.
         name: That of the source.
         licence: Of the text, where it is known.
         sequence_length: Tokens of a sequence.
         splits: "train", "validation" and "test".
+        notes: What a person must know of the data, in sentences.
     """
 
     folder: Path
@@ -65,6 +81,43 @@ class Prepared:
     licence: str | None
     sequence_length: int
     splits: dict[str, SplitInfo]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question to be answered in writing.
+
+    Attributes:
+        document: Its place in the source, as in `TokenSet.documents`.
+        prompt: Token ids after which the answer is to be written.
+        answer: The one expected.
+        answer_tokens: Its tokens, with the one that ends it.
+        item: Number of the item in the task that made it.
+    """
+
+    document: int
+    prompt: tuple[int, ...]
+    answer: str
+    answer_tokens: int
+    item: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """The questions of a held-out split, and what it takes to ask them.
+
+    Attributes:
+        task: Reference of the task that marks the answers, or None.
+        stops: Ids of the tokens that end an answer.
+        tokenizer: Folder of the tokenizer that the prompts are of.
+        entries: The questions.
+    """
+
+    task: str | None
+    stops: tuple[int, ...]
+    tokenizer: Path
+    entries: tuple[Question, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,16 +127,37 @@ class TokenSet:
     Attributes:
         tokens: int32 [sequences, sequence_length], read-only.
         documents: int32 [sequences, sequence_length], the document each token belongs to, by its place in the source;
-            equal documents share the place of the first. Of one long text, each sequence counts as a document.
+            equal documents, and conversations that begin with the same prompt, share the place of the first. Of one
+            long text, each sequence counts as a document.
+        answers: bool [sequences, sequence_length], whether a token is part of an answer and so counts as a label, in
+            losses and in scores; None where all tokens count.
+        questions: Those of the documents, in a held-out split of conversations; else None.
     """
 
     tokens: Tokens
     documents: Tokens
+    answers: npt.NDArray[np.bool_] | None = None
+    questions: Questions | None = None
+
+    @property
+    def predicted(self) -> int:
+        """Number of tokens that are predicted from those before them and count."""
+        labels = self.tokens[:, 1:] if self.answers is None else self.answers[:, 1:]
+        return labels.size if self.answers is None else int(labels.sum())
 
     def head(self, tokens: int) -> TokenSet:
         """The first sequences that together hold at most this many tokens, but at least one of them."""
         count = max(1, tokens // self.tokens.shape[1])
-        return TokenSet(tokens=self.tokens[:count], documents=self.documents[:count])
+        documents, questions = self.documents[:count], self.questions
+        if questions is not None:
+            known = set(np.unique(documents).tolist())
+            questions = replace(questions, entries=tuple(one for one in questions.entries if one.document in known))
+        return TokenSet(
+            tokens=self.tokens[:count],
+            documents=documents,
+            answers=None if self.answers is None else self.answers[:count],
+            questions=questions,
+        )
 
 
 def prepare(
@@ -104,20 +178,88 @@ def prepare(
     """
     if sequence_length < 2:
         raise InputError(f"a sequence needs at least 2 tokens to predict one from another, not {sequence_length}")
+    conversations = source.conversations
+    renderer = Renderer(tokenizer_folder) if conversations else None
     parts = [source.fingerprint, tokenizer_fingerprint, sequence_length, seed, _RULE]
-    fingerprint = content_hash(parts, digits=16)
+    fingerprint = content_hash([*parts, renderer.rule, source.task] if renderer else parts, digits=16)
     folder = cache / "data" / fingerprint
     with contextlib.suppress(InputError):  # missing, torn or altered: made below
         return open_prepared(folder)
+    if renderer is not None:
+        return _prepare_conversations(folder, source, conversations, renderer, sequence_length, seed)
 
-    documents = _tokenise(source.documents, tokenizer_folder)
-    places = _places(source.documents)
+    texts = tuple(text for text in source.documents if isinstance(text, str))
+    documents = _tokenise(texts, tokenizer_folder)
+    places = _places(texts)
     if len(set(places)) < len(SPLITS):
         packed = _cut(np.concatenate(documents), sequence_length)
     else:
-        packed = _pack(documents, places, _assign(source.documents, documents, places, sequence_length, seed))
-    tables = {split: _table(*packed[split], sequence_length, seed) for split in SPLITS}
-    return _write(folder, fingerprint, source, sequence_length, tables)
+        packed = _pack(documents, places, _assign(texts, documents, places, sequence_length, seed))
+    tables = {}
+    for split, (tokens, owners) in packed.items():
+        columns = {"tokens": tokens, "documents": owners}
+        whole = {name: _sequences(values, sequence_length) for name, values in columns.items()}
+        tables[split] = _table(whole, seed)
+    return _write(folder, source, sequence_length, tables)
+
+
+def _prepare_conversations(
+    folder: Path, source: Source, conversations: tuple[Conversation, ...], renderer: Renderer, length: int, seed: int
+) -> Prepared:
+    """Splits by opening prompt and packs whole records; questions are kept of the splits that are held out."""
+    whole = renderer.render(conversations)
+    short = [cut(record, length) for record in whole]
+    # By place in the source.
+    records = {place: record for place, record in enumerate(short) if record is not None}
+    notes = _notes([len(record.tokens) for record in whole], set(records), length)
+    if not records:
+        raise InputError(f"the data cannot be used: {notes[0]}; give shorter prompts")
+    openings = [conversations[place].opening for place in records]
+    owners = dict(zip(records, (list(records)[first] for first in _places(openings)), strict=True))
+    tokens = [record.tokens for record in records.values()]
+    texts = {place: conversations[place].opening for place in owners.values()}
+    chosen = _assign(texts, tokens, list(owners.values()), length, seed)
+    tables, questions = {}, {}
+    for split, firsts in chosen.items():
+        inside = set(firsts)
+        members = [place for place, owner in owners.items() if owner in inside]
+        packed = pack([records[place] for place in members], [owners[place] for place in members], length)
+        # Arrow keeps a bool in a bit, which cannot be mapped.
+        counted = packed.answers.view(np.uint8)
+        tables[split] = _table({"tokens": packed.tokens, "documents": packed.documents, "answers": counted}, seed)
+        if split != "train":
+            entries = [_question(place, conversations[place], whole[place], renderer) for place in sorted(inside)]
+            asking = {"task": source.task, "stops": renderer.stops, "entries": [asdict(entry) for entry in entries]}
+            questions[split] = json.dumps(asking)
+
+    def add(temporary: Path) -> None:
+        renderer.tokenizer.save_pretrained(temporary / _TOKENIZER)
+        for split, text in questions.items():
+            (temporary / split / _QUESTIONS).write_text(text, encoding="utf-8")
+
+    return _write(folder, source, length, tables, add, notes)
+
+
+def _notes(sizes: list[int], kept: set[int], length: int) -> tuple[str, ...]:
+    """What became of records that are longer than a sequence."""
+    cut_off = sum(size > length for place, size in enumerate(sizes) if place in kept)
+    lost = len(sizes) - len(kept)
+    notes = []
+    if lost:
+        notes.append(f"{lost} of {len(sizes)} records are left out: their prompt fills a sequence of {length} tokens")
+    if cut_off:
+        notes.append(f"{cut_off} of {len(sizes)} records are longer than {length} tokens and cut at their end")
+    return tuple(notes)
+
+
+def _question(place: int, conversation: Conversation, record: Rendered, renderer: Renderer) -> Question:
+    return Question(
+        document=place,
+        prompt=tuple(renderer.prompt(conversation.prompt)),
+        answer=conversation.answer,
+        answer_tokens=record.last_answer,
+        item=conversation.item,
+    )
 
 
 def _tokenise(documents: tuple[str, ...], folder: Path) -> list[Tokens]:
@@ -133,7 +275,7 @@ def _tokenise(documents: tuple[str, ...], folder: Path) -> list[Tokens]:
     return [np.array([*ids, end], dtype=np.int32) for ids in encoded["input_ids"]]
 
 
-def _places(documents: tuple[str, ...]) -> list[int]:
+def _places(documents: Sequence[str]) -> list[int]:
     """For each document the place of the first one with the same text."""
     first: dict[str, int] = {}
     return [first.setdefault(text.strip(), place) for place, text in enumerate(documents)]
@@ -164,7 +306,7 @@ def _cut(tokens: Tokens, length: int) -> dict[str, tuple[Tokens, Tokens]]:
 
 
 def _assign(
-    texts: tuple[str, ...], documents: list[Tokens], places: list[int], length: int, seed: int
+    texts: Sequence[str] | Mapping[int, str], documents: list[Tokens], places: list[int], length: int, seed: int
 ) -> dict[str, list[int]]:
     """Chooses the split of every distinct document, in an order that only its text and the seed decide.
 
@@ -225,23 +367,40 @@ def _pack(documents: list[Tokens], places: list[int], chosen: dict[str, list[int
     return packed
 
 
-def _table(tokens: Tokens, documents: Tokens, length: int, seed: int) -> pyarrow.Table:
-    """Whole sequences in a shuffled order, as Arrow; what is left over at the end is dropped."""
+def _sequences(values: Tokens, length: int) -> Tokens:
+    """Whole sequences; what is left over at the end is dropped."""
+    count = len(values) // length
+    return values[: count * length].reshape(count, length)
+
+
+def _table(columns: Mapping[str, npt.NDArray[Any]], seed: int) -> pyarrow.Table:
+    """Sequences, [sequences, length] in each column, in a shuffled order, as Arrow."""
     import pyarrow
 
-    count = len(tokens) // length
-    order = np.random.default_rng(seed).permutation(count)
-    columns = {}
-    for name, values in (("tokens", tokens), ("documents", documents)):
-        rows = values[: count * length].reshape(count, length)[order]
-        columns[name] = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), length)
-    return pyarrow.table(columns)
+    lists = {}
+    for name, values in columns.items():
+        count, length = values.shape
+        rows = values[np.random.default_rng(seed).permutation(count)]
+        lists[name] = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(rows.reshape(-1)), length)
+    return pyarrow.table(lists)
 
 
-def _write(folder: Path, fingerprint: str, source: Source, length: int, tables: dict[str, pyarrow.Table]) -> Prepared:
-    """Writes all splits under a temporary name, then renames: a folder of the final name is whole or was damaged."""
+def _write(
+    folder: Path,
+    source: Source,
+    length: int,
+    tables: dict[str, pyarrow.Table],
+    add: Callable[[Path], None] = lambda temporary: None,
+    notes: tuple[str, ...] = (),
+) -> Prepared:
+    """Writes all splits under a temporary name, then renames: a folder of the final name is whole or was damaged.
+
+    Args:
+        add: Writes what else belongs there, given the folder.
+    """
     import datasets
 
+    fingerprint = folder.name
     temporary = folder.with_name(f".{fingerprint}-{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
     try:
@@ -251,7 +410,14 @@ def _write(folder: Path, fingerprint: str, source: Source, length: int, tables: 
                 datasets.Dataset(table).save_to_disk(temporary / split)
             distinct = len(np.unique(_column(table, "documents")))
             splits[split] = SplitInfo(sequences=len(table), tokens=len(table) * length, documents=distinct)
-        head = {"fingerprint": fingerprint, "name": source.name, "licence": source.licence, "sequence_length": length}
+        add(temporary)
+        head = {
+            "fingerprint": fingerprint,
+            "name": source.name,
+            "licence": source.licence,
+            "sequence_length": length,
+            "notes": list(notes),
+        }
         index = head | {"splits": {split: asdict(info) for split, info in splits.items()}, "files": _hashes(temporary)}
         text = json.dumps({"checksum": content_hash(index), **index}, indent=1)
         (temporary / _INDEX).write_text(text, encoding="utf-8")
@@ -311,7 +477,7 @@ def open_prepared(folder: Path) -> Prepared:
         raise InputError(f"the prepared data in {folder} have been altered: delete the folder")
     splits = {split: SplitInfo(**info) for split, info in index["splits"].items()}
     fields = {name: index[name] for name in ("fingerprint", "name", "licence", "sequence_length")}
-    return Prepared(folder=folder, splits=splits, **fields)
+    return Prepared(folder=folder, splits=splits, notes=tuple(index.get("notes", ())), **fields)
 
 
 def load_split(folder: Path, split: str) -> TokenSet:
@@ -331,14 +497,29 @@ def load_split(folder: Path, split: str) -> TokenSet:
     import datasets
 
     table = datasets.load_from_disk(str(folder / split)).data.table
-    return TokenSet(tokens=_column(table, "tokens"), documents=_column(table, "documents"))
+    answers = _column(table, "answers").view(np.bool_) if "answers" in table.column_names else None
+    return TokenSet(
+        tokens=_column(table, "tokens"),
+        documents=_column(table, "documents"),
+        answers=answers,
+        questions=_read_questions(folder, split),
+    )
 
 
-def _column(table: pyarrow.Table, name: str) -> Tokens:
-    """A column of lists as int32 [rows, length]: a view into the file where the column is one chunk."""
+def _read_questions(folder: Path, split: str) -> Questions | None:
+    path = folder / split / _QUESTIONS
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    entries = tuple(Question(**(entry | {"prompt": tuple(entry["prompt"])})) for entry in found["entries"])
+    return Questions(task=found["task"], stops=tuple(found["stops"]), tokenizer=folder / _TOKENIZER, entries=entries)
+
+
+def _column(table: pyarrow.Table, name: str) -> npt.NDArray[Any]:
+    """A column of lists as an array [rows, length]: a view into the file where the column is one chunk."""
     column = table.column(name)
     pieces = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
     flat = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-    values: Tokens = flat.reshape(-1, column.type.list_size)
+    values: npt.NDArray[Any] = flat.reshape(-1, column.type.list_size)
     values.flags.writeable = False
     return values

@@ -1,4 +1,4 @@
-"""A reference to data, read as documents of plain text: no model, no tokenizer, and no network for local references."""
+"""A reference to data, read as documents of text or conversations: no model, and no network for local references."""
 
 from __future__ import annotations
 
@@ -8,40 +8,61 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from autodistill import tasks
+from autodistill.conversations import (
+    ANSWERS,
+    MESSAGES,
+    PROMPTS,
+    Conversation,
+    Record,
+    Turn,
+    read_prompt,
+    readers,
+)
 from autodistill.errors import InputError
 
 _FOLDER_SUFFIXES = (".txt", ".md", ".rst")
 _FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
-_KINDS = "pydoc, a folder of .txt, .md or .rst files, a .txt, .jsonl or .parquet file, or a hub id like owner/name"
-_USABLE = ("text", "content", "prompt+answer", "question+answer", "messages")
+_KINDS = (
+    "pydoc, a folder of .txt, .md or .rst files, a .txt, .jsonl or .parquet file, reasoning-gym:TASK, "
+    "or a hub id like owner/name"
+)
+_TEXTS = ("text", "content")
+_USABLE = f"{', '.join(_TEXTS)}, {'|'.join(PROMPTS)} with {'|'.join(ANSWERS)}, {MESSAGES}"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
-Record = Mapping[str, Any]
+Document = str | Conversation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Documents of text and where they come from.
+    """Documents and where they come from.
 
     Attributes:
         name: Short name for a person.
-        kind: "pydoc", "folder", "txt", "jsonl", "parquet" or "hub".
-        documents: Their texts, none of them blank; a .txt file is a single one.
+        kind: "pydoc", "folder", "txt", "jsonl", "parquet", "task" or "hub".
+        documents: Texts, or conversations, none of them blank; a .txt file is a single text.
         licence: Where it is known.
-        fingerprint: Hash of the texts in their order; that of pydoc begins with the version of Python, which has its
-            own text.
+        fingerprint: Hash of the documents in their order; that of pydoc begins with the version of Python, which has
+            its own text.
+        task: The reference of the task that made the conversations and can mark answers; None elsewhere.
     """
 
     name: str
     kind: str
-    documents: tuple[str, ...]
+    documents: tuple[str, ...] | tuple[Conversation, ...]
     licence: str | None
     fingerprint: str
+    task: str | None = None
+
+    @property
+    def conversations(self) -> tuple[Conversation, ...]:
+        """The documents, where they are conversations; else none."""
+        return tuple(document for document in self.documents if isinstance(document, Conversation))
 
 
 def resolve_data(ref: str, field: str | None = None) -> Source:
@@ -49,16 +70,22 @@ def resolve_data(ref: str, field: str | None = None) -> Source:
 
     Args:
         ref: "pydoc" (Python's language reference, each topic a document), a folder (each .txt, .md or .rst file in it
-            a document), a .txt file (one long text), a .jsonl or .parquet file (each record a document), or a hub id
-            "owner/name", read whole through `datasets`.
+            a document), a .txt file (one long text), a .jsonl or .parquet file (each record a document),
+            "reasoning-gym:TASK?option=value&..." (see `tasks.read_task`), or a hub id "owner/name", read whole through
+            `datasets`.
         field: Name of the field of a record that holds its text. By default the first of these that the records
-            have: text, content, prompt and answer, question and answer, messages.
+            have: text; content; a prompt (or question, or instruction) with an answer (or response, completion,
+            output); messages. The last two make conversations.
 
     Raises:
         InputError: Missing or of an unsupported kind, malformed, not UTF-8, without a usable field, without any text.
     """
     if ref == "pydoc":
         return _pydoc()
+    if tasks.is_task(ref):
+        task = tasks.read_task(ref)
+        source = _source(task.name, "task", task.conversations, ref, licence=tasks.LICENCE)
+        return replace(source, task=ref)
     expanded = os.path.expanduser(ref)  # os.path takes any text for a name, where pathlib raises or reads "" as "."
     path = Path(expanded)
     if os.path.isdir(expanded):
@@ -73,21 +100,49 @@ def resolve_data(ref: str, field: str | None = None) -> Source:
     if suffix == ".txt":
         return _source(path.stem, "txt", [_read_text(path)], ref)
     records = _read_jsonl(path) if suffix == ".jsonl" else _read_parquet(path)
-    return _source(path.stem, suffix[1:], _record_texts(records, field, ref), ref)
+    return _source(path.stem, suffix[1:], _record_documents(records, field, ref), ref)
 
 
-def _source(name: str, kind: str, texts: Iterable[str], ref: str, licence: str | None = None) -> Source:
-    documents = tuple(text for text in texts if text.strip())
+def resolve_prompts(ref: str) -> tuple[tuple[Turn, ...], ...]:
+    """The prompts that `ref` names, each as turns to be answered, without those that are there a second time.
+
+    Args:
+        ref: A .jsonl file (each record with a prompt, question or instruction, or with messages), a .txt file (each
+            line a prompt), or "reasoning-gym:TASK".
+
+    Raises:
+        InputError: Missing, of another kind, malformed, or without a prompt.
+    """
+    path = Path(os.path.expanduser(ref))
+    if tasks.is_task(ref):
+        prompts = [conversation.prompt for conversation in tasks.read_task(ref).conversations]
+    elif not os.path.exists(os.path.expanduser(ref)):
+        raise InputError(f"there are no prompts at {ref!r}: give a .jsonl or .txt file, or reasoning-gym:TASK")
+    elif path.suffix.lower() == ".jsonl":
+        prompts = [read_prompt(record, f"{where} of {ref}") for where, record in _read_jsonl(path)]
+    elif path.suffix.lower() == ".txt":
+        prompts = [(Turn("user", line.strip()),) for line in _read_text(path).splitlines() if line.strip()]
+    else:
+        raise InputError(f"{ref} is not a file of prompts: give a .jsonl or .txt file, or reasoning-gym:TASK")
+    if not prompts:
+        raise InputError(f"{ref} holds no prompt: give one at least")
+    return tuple(dict.fromkeys(prompts))
+
+
+def _source(name: str, kind: str, found: Iterable[Document], ref: str, licence: str | None = None) -> Source:
+    documents = tuple(one for one in found if isinstance(one, Conversation) or one.strip())
     if not documents:
         raise InputError(f"{ref} holds no text: give data with some")
     digest = hashlib.sha256()
     for document in documents:
+        text = document if isinstance(document, str) else json.dumps(document.turns)
         # The length keeps two documents apart from one that joins them.
-        encoded = document.encode("utf-8", "surrogatepass")
+        encoded = text.encode("utf-8", "surrogatepass")
         digest.update(f"{len(encoded)}:".encode())
         digest.update(encoded)
     fingerprint = digest.hexdigest()[:16]
-    return Source(name=name, kind=kind, documents=documents, licence=licence, fingerprint=fingerprint)
+    # All are of one kind: each way to read records gives either texts or conversations.
+    return Source(name=name, kind=kind, documents=documents, licence=licence, fingerprint=fingerprint)  # type: ignore[arg-type]
 
 
 def _pydoc() -> Source:
@@ -173,11 +228,11 @@ def _hub(ref: str, field: str | None) -> Source:
     split = splits["train"] if "train" in splits else next(iter(splits.values()))
     records = [(f"record {number}", record) for number, record in enumerate(split, start=1)]
     licence = split.info.license or None
-    return _source(ref, "hub", _record_texts(records, field, ref), ref, licence)
+    return _source(ref, "hub", _record_documents(records, field, ref), ref, licence)
 
 
-def _record_texts(records: list[tuple[str, Record]], field: str | None, ref: str) -> list[str]:
-    """The text of each record; blank where its field is null or empty.
+def _record_documents(records: list[tuple[str, Record]], field: str | None, ref: str) -> list[Document]:
+    """The document of each record that has one.
 
     Args:
         records: Each with the place it was found at, for error messages.
@@ -185,45 +240,29 @@ def _record_texts(records: list[tuple[str, Record]], field: str | None, ref: str
     found = list(dict.fromkeys(name for _, record in records for name in record))
     if not records:
         raise InputError(f"{ref} holds no record: give data with some")
+    if field is not None and field not in found:
+        raise InputError(f"{ref} has no field {field}; the fields found are {', '.join(found)}")
+    texts = [name for name in _TEXTS if name in found] if field is None else [field]
+    ways: list[Callable[[Record, str], Document | None]] = [_text_reader(name) for name in texts]
+    if field is None:
+        ways += readers(found)
+    for read in ways:
+        documents = [document for where, record in records if (document := read(record, f"{where} of {ref}"))]
+        if documents:
+            return documents
     if field is not None:
-        if field not in found:
-            raise InputError(f"{ref} has no field {field}; the fields found are {', '.join(found)}")
-        reader = _joined(field)
-        return [reader(record, f"{where} of {ref}") for where, record in records]
-    for usable in _USABLE:
-        reader = _messages if usable == "messages" else _joined(*usable.split("+"))
-        if set(usable.split("+")) <= set(found):
-            texts = [reader(record, f"{where} of {ref}") for where, record in records]
-            if any(text.strip() for text in texts):
-                return texts
+        raise InputError(f"{ref} holds no text in its field {field}: give data with some")
     fields = f"the fields found are {', '.join(found)}" if found else "no fields were found"
-    raise InputError(f"{ref} has no field with usable text ({', '.join(_USABLE)}): {fields}")
+    raise InputError(f"{ref} has no field with usable text ({_USABLE}): {fields}")
 
 
-def _joined(*names: str) -> Callable[[Record, str], str]:
-    def read(record: Record, where: str) -> str:
-        missing = [name for name in names if name not in record]
-        if missing:
-            raise InputError(f"{where} lacks the field {missing[0]}: add it or remove the record")
-        parts = [record[name] for name in names]
-        if any(part is not None and not isinstance(part, str) for part in parts):
-            raise InputError(f"{where} has a field {' or '.join(names)} that is not text: write it as text")
-        return "\n".join(parts) if all(parts) else ""
+def _text_reader(name: str) -> Callable[[Record, str], str | None]:
+    def read(record: Record, where: str) -> str | None:
+        if name not in record:
+            raise InputError(f"{where} lacks the field {name}: add it or remove the record")
+        value = record[name]
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{where} has a field {name} that is not text: write it as text")
+        return value if value and value.strip() else None
 
     return read
-
-
-def _messages(record: Record, where: str) -> str:
-    messages = record.get("messages")
-    if messages is None:
-        return ""
-    if not isinstance(messages, list):
-        raise InputError(f"{where} has messages that are not a list of roles with content")
-    lines = []
-    for message in messages:
-        if not isinstance(message, Mapping) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise InputError(f"{where} has a message without a role and a content that are text")
-        lines.append(f"{message['role']}: {message['content']}")
-    return "\n".join(lines)

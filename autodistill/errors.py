@@ -52,5 +52,9 @@ class TrialFailedError(AutoDistillError):
         return type(self), (self.cause, str(self))
 
 
+class EndpointError(AutoDistillError):
+    """An endpoint was not reached, refused, or answered nonsense; answers that it gave before are kept."""
+
+
 class VerificationError(AutoDistillError):
     """An exported artefact, loaded again, is not what was evaluated."""

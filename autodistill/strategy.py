@@ -275,8 +275,9 @@ class Distillation(Part):
             "sampled", tokens from the cache found by `signal_tokens` draws; "states", all tokens, from the cached
             last hidden states and the teacher's head; "online", all tokens, from the teacher run beside the student.
         signal_tokens: Above 0 for "top-k" and "sampled", 0 for the others.
-        positions: Predicted tokens that the logit loss is taken over: "all", "answers" (those that the data mark as
-            answers; all where they mark none), or "uncertain" (those of highest entropy of the student's prediction).
+        positions: Predicted tokens that are learnt: "answers", those that the data mark as such, or all where they mark
+            none; "all"; or "uncertain", the share of the first whose predictions by the student have the most entropy
+            (alignments take all of the first).
         uncertain_share: Share of a step's tokens that are "uncertain", below 1; 1 for other positions.
         alignment: Hidden-state alignment, or None.
         attention: Attention alignment, or None.
@@ -292,7 +293,7 @@ class Distillation(Part):
     standardise: bool = False
     signal: str = "top-k"
     signal_tokens: int = 64
-    positions: str = "all"
+    positions: str = "answers"
     uncertain_share: float = 1.0
     alignment: Alignment | None = None
     attention: Attention | None = None

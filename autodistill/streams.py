@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 
+from autodistill.tasks import is_task
+
 # Read by the libraries when they are imported, here and in workers; a person's own settings go before.
 _QUIET = {
     "DATASETS_VERBOSITY": "error",
@@ -24,6 +26,10 @@ _QUIET = {
 _BUILT_IN = ("smollm2", "pydoc")
 
 
+def _local(reference: str) -> bool:
+    return reference in _BUILT_IN or is_task(reference) or os.path.exists(os.path.expanduser(reference))
+
+
 def quiet_libraries(*references: str | None) -> None:
     """Silences warnings and progress bars of the libraries; called before they are imported.
 
@@ -32,7 +38,7 @@ def quiet_libraries(*references: str | None) -> None:
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    if all(ref is None or ref in _BUILT_IN or os.path.exists(os.path.expanduser(ref)) for ref in references):
+    if all(ref is None or _local(ref) for ref in references):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     if not sys.warnoptions:

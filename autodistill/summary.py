@@ -93,6 +93,20 @@ def table(rows: Sequence[Sequence[str]], left: int) -> str:
     return "\n".join(lines)
 
 
+def written_summary(counts: Mapping[str, Any]) -> str:
+    """What `write` did: answers, tokens, and what they can teach."""
+    lines = [
+        f"{counts['written']} answers written, {counts['kept']} kept from before, of {counts['prompts']} prompts: "
+        f"{counts['out']}",
+        f"Tokens: {counts['prompt_tokens']:,} of prompts, {counts['answer_tokens']:,} of answers.",
+    ]
+    if counts["unfinished"]:
+        lines.append(f"{counts['unfinished']} answers reached --max-tokens and are not learnt: raise it to use them.")
+    if counts["top-k"]:
+        lines.append(f"{counts['top-k']} answers have the teacher's log-probabilities, {counts['text']} text alone.")
+    return "\n".join(lines)
+
+
 def _test(document: Mapping[str, Any]) -> str:
     """The test split: found student, baseline, undistilled student, teacher, quantised teacher, and the gain."""
     rows = [Row.from_json(data) for data in document["test"]]
@@ -100,10 +114,15 @@ def _test(document: Mapping[str, Any]) -> str:
         return ""
     titled = sorted(((_title(row, document["best"]), row) for row in rows), key=lambda pair: _ORDER.index(pair[0]))
     header = ("test split", "deployment", "accuracy", "perplexity", "agreement", "memory")
-    lines = [table([header, *(_cells(title, row) for title, row in titled)], left=3)]
+    cells = [header, *(_cells(title, row) for title, row in titled)]
+    metric = (rows[0].documents or {}).get("metric", "accuracy")
+    if metric != "accuracy":
+        shown = (_figure(row.figure(metric), row.figure(f"{metric}_stderr")) for _, row in titled)
+        cells = [(*line, figure) for line, figure in zip(cells, (metric, *shown), strict=True)]
+    lines = [table(cells, left=3)]
     gain = document["gain_on_test"]
     if gain is not None:
-        lines.append(f"Gain over the baseline on the test split: {gain[0]:+.4f} ± {gain[1]:.4f} of accuracy.")
+        lines.append(f"Gain over the baseline on the test split: {gain[0]:+.4f} ± {gain[1]:.4f} of {metric}.")
     return "\n".join(lines)
 
 
@@ -121,15 +140,18 @@ def _title(row: Row, best: Mapping[str, Any]) -> str:
 
 
 def _cells(title: str, row: Row) -> tuple[str, ...]:
-    error = "" if row.accuracy_stderr is None else f" ± {row.accuracy_stderr:.4f}"
     return (
         title,
         row.deployment_name.replace("compressed-tensors", "ct"),
-        "-" if row.accuracy is None else f"{row.accuracy:.4f}{error}",
+        _figure(row.accuracy, row.accuracy_stderr),
         "-" if row.perplexity is None else f"{row.perplexity:.2f}",
         "-" if row.agreement is None else f"{row.agreement:.4f}",
         "-" if row.memory_bytes is None else format_bytes(row.memory_bytes),
     )
+
+
+def _figure(value: float | None, error: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _seconds(seconds: Mapping[str, float]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from autodistill.contracts import Direction, Measurement, ModelSpec, Plan, Subject, TokenScores
@@ -20,6 +21,7 @@ from autodistill.data import TokenSet, load_split
 from autodistill.distillation.alignment import aligned_layers, check_projection, layer_map
 from autodistill.distillation.attention import TeacherBlock, check_attention, teacher_layer
 from autodistill.distillation.calibration import Calibration
+from autodistill.distillation.generation import answer
 from autodistill.distillation.grid_scales import write_scales
 from autodistill.distillation.memory import is_out_of_memory, keep_freed_memory
 from autodistill.distillation.quantization import deploy_tensor
@@ -36,6 +38,7 @@ from autodistill.plugins import load
 from autodistill.strategy import Deployment, Init, Strategy, serving
 from autodistill.units import Budget
 
+ASKING_DATA = "give --data with a prompt and an answer in each record, or reasoning-gym:TASK"
 _STABLE = "stable.safetensors"
 # What a student takes from its teacher's folder: by suffix, but for the files that describe the teacher's own weights.
 _TEXT_FILES = (".json", ".jinja", ".model", ".txt")
@@ -106,12 +109,13 @@ class Evaluation:
     Attributes:
         deployment: How it is packed.
         measurements: By name.
-        documents: Ids, token counts and correct tokens of each document, for paired comparisons.
+        documents: Ids, counts and correct ones of each document, for paired comparisons: of tokens, or where the
+            student answered in writing of answers, and then under "metric" the name of their figure.
     """
 
     deployment: Deployment
     measurements: dict[str, Measurement]
-    documents: dict[str, list[int]]
+    documents: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +238,7 @@ def evaluate(
     device: str = "cpu",
     scales: Mapping[str, Scales] | None = None,
 ) -> tuple[Evaluation, TokenScores]:
-    """Scores the packed model once and lets every evaluator read the scores.
+    """Scores the packed model once, lets it answer once where that is asked for, and lets every evaluator read both.
 
     Args:
         model: In float32 on `device`; unchanged afterwards.
@@ -246,26 +250,41 @@ def evaluate(
         evaluators: Names.
         device: Where the model lies.
         scales: As for `deployed_weights`.
+
+    Raises:
+        InputError: An evaluator needs answers, and the data have no questions.
     """
+    chosen = [
+        evaluator
+        for evaluator in (load("evaluators", name) for name in evaluators)
+        if evaluator.needs != "artefact" and evaluator.supports(deployment)
+    ]
+    asking = next((evaluator.name for evaluator in chosen if evaluator.needs == "answers"), None)
+    answers = None
     with deployed_weights(model, spec, deployment, scales):
         scores, _ = score(model, data, teacher_top1, device=device)
-    subject = Subject(spec=spec, deployment=deployment, budget=budget, scores=scores)
+        if asking is not None:
+            if data.questions is None:
+                raise InputError(f"{asking} needs questions with answers: {ASKING_DATA}")
+            answers = answer(model, data.questions, device=device)
+    subject = Subject(spec=spec, deployment=deployment, budget=budget, scores=scores, answers=answers)
     measurements = {
-        measurement.name: measurement
-        for name in evaluators
-        if (evaluator := load("evaluators", name)).needs != "artefact" and evaluator.supports(deployment)
-        for measurement in evaluator.evaluate(subject)
+        measurement.name: measurement for evaluator in chosen for measurement in evaluator.evaluate(subject)
     }
-    return Evaluation(deployment=deployment, measurements=measurements, documents=per_document(scores)), scores
+    documents: dict[str, Any] = per_document(scores.correct, scores.documents)
+    if answers is not None:
+        # What is answered in writing is what a search ranks by, so its ties are of these.
+        documents = per_document(answers.marks >= 1, answers.documents) | {"metric": "exact_match"}
+    return Evaluation(deployment=deployment, measurements=measurements, documents=documents), scores
 
 
-def per_document(scores: TokenScores) -> dict[str, list[int]]:
-    """Token counts and correct tokens of each document."""
-    ids, inverse = np.unique(scores.documents, return_inverse=True)
+def per_document(correct: npt.NDArray[np.bool_], documents: npt.NDArray[np.int32]) -> dict[str, list[int]]:
+    """Counts, and how many of them are correct, of each document, from arrays [n]."""
+    ids, inverse = np.unique(documents, return_inverse=True)
     return {
         "ids": ids.tolist(),
         "count": np.bincount(inverse).tolist(),
-        "sum": np.bincount(inverse, weights=scores.correct).astype(int).tolist(),
+        "sum": np.bincount(inverse, weights=correct).astype(int).tolist(),
     }
 
 
@@ -327,8 +346,7 @@ class Workbench:
     def held_out(self, tokens: int) -> tuple[TokenSet, np.ndarray[Any, Any]]:
         """The first validation sequences that hold `tokens` tokens, and the teacher's choices for them."""
         data = self.validation.head(tokens)
-        sequences, length = data.tokens.shape
-        return data, self.teacher_top1[: sequences * (length - 1)]
+        return data, self.teacher_top1[: data.predicted]
 
 
 class Trial:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import evaluate
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from autodistill.evaluators.offline import compute
 
-from autodistill.contracts import Measurement, Subject
+from autodistill.contracts import Measurement, Needs, Subject
 from autodistill.statistics import clustered_mean
 from autodistill.strategy import Deployment
 
@@ -35,7 +35,7 @@ class Accuracy:
     """Measures "accuracy", a fraction; the standard error is `statistics.clustered_mean`'s, by document."""
 
     name = "accuracy"
-    needs: Literal["spec", "scores", "artefact"] = "scores"
+    needs: Needs = "scores"
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Reads the scores' correct tokens."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import psutil
 
-from autodistill.contracts import Measurement, Subject
+from autodistill.contracts import Measurement, Needs, Subject
 from autodistill.llama_cpp import LlamaServer
 from autodistill.strategy import Deployment
 
@@ -25,7 +23,7 @@ class Latency:
     """
 
     name = "latency"
-    needs: Literal["spec", "scores", "artefact"] = "artefact"
+    needs: Needs = "artefact"
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Times the artefact.

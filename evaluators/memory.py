@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Literal
 
-from autodistill.contracts import Measurement, Source, Subject
+from autodistill.contracts import Measurement, Needs, Source, Subject
 from autodistill.estimate import MemoryEstimate, memory
 from autodistill.llama_cpp import LlamaServer
 from autodistill.strategy import Deployment
@@ -19,7 +18,7 @@ class Memory:
     """
 
     name = "memory"
-    needs: Literal["spec", "scores", "artefact"] = "spec"
+    needs: Needs = "spec"
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Predicts, or loads the artefact.

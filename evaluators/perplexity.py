@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import evaluate
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from autodistill.evaluators.offline import compute
 
-from autodistill.contracts import Measurement, Subject
+from autodistill.contracts import Measurement, Needs, Subject
 from autodistill.statistics import clustered_mean
 from autodistill.strategy import Deployment
 
@@ -37,7 +37,7 @@ class Perplexity:
     """Measures "perplexity" over all predicted tokens of the split, each in the context of its own sequence alone."""
 
     name = "perplexity"
-    needs: Literal["spec", "scores", "artefact"] = "scores"
+    needs: Needs = "scores"
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Reads the scores' log-likelihoods."""

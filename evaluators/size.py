@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
-from autodistill.contracts import Measurement, Source, Subject
+from autodistill.contracts import Measurement, Needs, Source, Subject
 from autodistill.formats import weights_bytes
 from autodistill.strategy import Deployment
 
@@ -14,7 +13,7 @@ class Size:
     """Measures "size_bytes": of the artefact's files that hold weights where there is one, else of the tensors."""
 
     name = "size"
-    needs: Literal["spec", "scores", "artefact"] = "spec"
+    needs: Needs = "spec"
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Counts the artefact's bytes, or adds up those of each tensor in the deployment's format."""

@@ -33,6 +33,8 @@ VERBS = {
     "--out --resume --plan --runner --format --cache --cache-limit",
     "distill": "--budget --teacher --data --metric --tokens --time --context --batch --seed --name --out --runner "
     "--format --cache --cache-limit",
+    "write": "--prompts --out --teacher --endpoint --model --max-tokens --temperature --top-p --seed --top-k --batch "
+    "--timeout --cache --format",
     "leaderboard": "--out --format",
     "export": "--row --to --out --runs --format",
     "doctor": "--out --cache --format",
@@ -111,6 +113,8 @@ BAD = [
     (f"{GOOD} --time -5m", ["-5m", "10m"]),
     (f"{GOOD} --time 0", ["'0'", "10m"]),
     (f"{GOOD} --cache-limit lots", ["lots", "16GB"]),
+    (f"{GOOD} --metric exact_match", ["exact_match needs questions with answers", "reasoning-gym:TASK"]),
+    (f"{GOOD} --data reasoning-gym:chain_som", ["no task 'chain_som'", "chain_sum"]),
     (f"{GOOD} --trials 0", ["--trials", "at least 1"]),
     (f"{GOOD} --trials -3", ["--trials", "at least 1"]),
     (f"{GOOD} --trials many", ["--trials"]),

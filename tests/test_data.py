@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from autodistill.conversations import Conversation, asked
 from autodistill.data import SPLITS, Prepared, Source, load_split, open_prepared, prepare, resolve_data
 from autodistill.errors import InputError
 from autodistill.testing import tiny_text, tiny_tokenizer
@@ -210,3 +211,86 @@ def test_importing_loads_no_heavy_package() -> None:
     program = "import autodistill.data, sys; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def _chats(count: int, words: int = 3) -> tuple[Conversation, ...]:
+    """So many questions, the first three of which are asked twice, with two answers."""
+    found = [asked(f"Question {number}: " + "which? " * words, f"Answer {number}.") for number in range(count)]
+    return (*found, *(asked(one.prompt[0].content + " ", f"Or {number}.") for number, one in enumerate(found[:3])))
+
+
+def _source(documents: tuple[Conversation, ...], **changes: object) -> Source:
+    fields = {"name": "chats", "kind": "jsonl", "licence": None, "fingerprint": str(hash(documents))}
+    return Source(documents=documents, **(fields | changes))  # type: ignore[arg-type]
+
+
+def test_conversations_stay_whole_and_their_answers_are_marked(tokenizer: Path, tmp_path: Path) -> None:
+    chats = _chats(120)
+    data = prepare(_source(chats), tokenizer, "tiny", 64, tmp_path)
+    encode, found = tiny_tokenizer(), {}
+    for split in SPLITS:
+        sequences = load_split(data.folder, split)
+        assert sequences.answers is not None
+        assert sequences.answers.dtype == bool
+        assert sequences.answers.shape == sequences.tokens.shape
+        assert sequences.predicted == sequences.answers[:, 1:].sum()
+        assert sequences.answers.any(axis=1).all()
+        for tokens, documents, answers in zip(sequences.tokens, sequences.documents, sequences.answers, strict=True):
+            text = encode.decode(tokens)
+            for place in set(documents.tolist()):
+                prompt = chats[place].prompt[0].content.strip()
+                assert prompt in text
+                # The two answers to one question belong to one document.
+                said = encode.decode(tokens[(documents == place) & answers])
+                found.setdefault(place, []).append((split, said))
+    assert set(found) == set(range(120))
+    for place, parts in found.items():
+        assert len({split for split, _ in parts}) == 1
+        expected = {f"Answer {place}.", f"Or {place}."} if place < 3 else {f"Answer {place}."}
+        assert {one for _, said in parts for one in said.split("</s>") if one} == expected
+
+
+def test_questions_are_kept_of_the_splits_that_are_held_out(tokenizer: Path, tmp_path: Path) -> None:
+    chats = _chats(120)
+    data = prepare(_source(chats), tokenizer, "tiny", 64, tmp_path)
+    assert load_split(data.folder, "train").questions is None
+    for split in ("validation", "test"):
+        sequences = load_split(data.folder, split)
+        questions = sequences.questions
+        assert questions is not None
+        assert {one.document for one in questions.entries} == set(np.unique(sequences.documents).tolist())
+        assert questions.stops == (tiny_tokenizer().eos_token_id,)
+        for one in questions.entries:
+            assert tiny_tokenizer().decode(one.prompt) == chats[one.document].prompt[0].content + "\n"
+            assert one.answer == f"Answer {one.document}."
+            assert one.answer_tokens == len(tiny_tokenizer()(one.answer)["input_ids"]) + 1
+        few = sequences.head(64)
+        assert few.questions is not None
+        assert {one.document for one in few.questions.entries} == set(np.unique(few.documents).tolist())
+        assert len(few.answers) == 1
+
+
+def test_records_that_do_not_fit_are_cut_or_left_out_with_their_count(tokenizer: Path, tmp_path: Path) -> None:
+    long = asked("short", "word " * 100), asked("word " * 100, "short")
+    data = prepare(_source((*_chats(60), *long)), tokenizer, "tiny", 64, tmp_path)
+    assert data.notes == (
+        "1 of 65 records are left out: their prompt fills a sequence of 64 tokens",
+        "1 of 65 records are longer than 64 tokens and cut at their end",
+    )
+    assert open_prepared(data.folder) == data
+    with pytest.raises(InputError, match="the data cannot be used: 65 of 65 records are left out"):
+        prepare(_source((*_chats(60), *long)), tokenizer, "tiny", 4, tmp_path)
+    with pytest.raises(InputError, match=r"too short: .* in 2 documents"):
+        prepare(_source(_chats(2)), tokenizer, "tiny", 64, tmp_path)
+
+
+def test_another_template_makes_another_fingerprint(tokenizer: Path, tmp_path: Path) -> None:
+    source, chat = _source(_chats(60)), tmp_path / "chat"
+    rendered = tiny_tokenizer()
+    rendered.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    rendered.save_pretrained(chat)
+    plain, templated = (prepare(source, folder, "tiny", 64, tmp_path) for folder in (tokenizer, chat))
+    assert plain.fingerprint != templated.fingerprint
+    assert prepare(source, chat, "tiny", 64, tmp_path) == templated
+    marked = prepare(_source(_chats(60), task="reasoning-gym:chain_sum"), tokenizer, "tiny", 64, tmp_path)
+    assert marked.fingerprint != plain.fingerprint

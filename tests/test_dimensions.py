@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +201,26 @@ def _check_first_step(workshop, truth, tmp_path, strategy, kept=(0, 2, 5), pairs
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
 def test_divergence_weight(workshop, truth, tmp_path, weight):
     _check_first_step(workshop, truth, tmp_path, _strategy(divergence_weight=weight), weight=weight)
+
+
+def test_of_answers_alone_the_losses_are_means(workshop, truth, tmp_path):
+    answers = np.random.default_rng(1).random(workshop.data.tokens.shape) < 0.3
+    masked = replace(workshop, data=replace(workshop.data, answers=answers))
+    strategy = _strategy(alignment=Alignment(layers="last", projection="none", weight=2.0))
+    trainer = _trainer(masked, strategy)
+    (record,) = trainer.train_stable(ALL)
+    model, states, counted = truth.student((0, 2, 5)), {}, torch.from_numpy(answers[:, 1:])
+    model.model.layers[2].register_forward_hook(lambda module, arguments, output: states.update(last=output))
+    logits = model(truth.ids).logits[:, :-1][counted]
+    divergence = replace(truth, logits=truth.logits[counted]).divergence(logits, 1.0)
+    cross_entropy = functional.cross_entropy(logits, truth.ids[:, 1:][counted])
+    aligned = _distance(states["last"][:, :-1][counted], truth.states[5][:, :-1][counted])
+    loss = 0.5 * divergence + 0.5 * cross_entropy + 2 * aligned
+    loss.backward()
+    for name, value in {"divergence": divergence, "cross_entropy": cross_entropy, "alignment": aligned}.items():
+        assert getattr(record, name) == pytest.approx(float(value.detach()), rel=2e-5), name
+    assert record.loss == pytest.approx(float(loss.detach()), rel=2e-5)
+    _check_gradients(_gradients(trainer, record, tmp_path), _named_gradients(model))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 6.0])

@@ -12,7 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from autodistill.documents import resolve_data
+from autodistill.conversations import Conversation, Turn, asked
+from autodistill.documents import resolve_data, resolve_prompts
 from autodistill.errors import InputError
 
 
@@ -55,16 +56,19 @@ def test_a_text_file_is_one_document_without_its_byte_order_mark(tmp_path: Path)
     [
         ({"text": "t", "content": "c"}, "t"),
         ({"content": "c", "prompt": "p", "answer": "a"}, "c"),
-        ({"prompt": "p", "answer": "a"}, "p\na"),
-        ({"question": "q", "answer": "a"}, "q\na"),
+        ({"prompt": "p", "answer": "a"}, asked("p", "a")),
+        ({"question": "q", "response": "a"}, asked("q", "a")),
+        ({"instruction": "do", "completion": "done", "title": "t"}, asked("do", "done")),
+        ({"instruction": "do", "context": "it", "response": "done"}, asked("do\nit", "done")),
+        ({"instruction": "do", "input": "", "output": "done"}, asked("do", "done")),
         (
             {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
-            "user: hi\nassistant: ho",
+            asked("hi", "ho"),
         ),
     ],
 )
-def test_records_give_their_text_from_jsonl_and_parquet_alike(
-    tmp_path: Path, record: dict[str, object], text: str
+def test_records_give_their_document_from_jsonl_and_parquet_alike(
+    tmp_path: Path, record: dict[str, object], text: object
 ) -> None:
     assert resolve_data(_jsonl(tmp_path / "d.jsonl", record)).documents == (text,)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "d.parquet")
@@ -87,6 +91,68 @@ def test_the_fingerprint_follows_the_text_and_its_division(tmp_path: Path) -> No
     assert first == third != second
 
 
+def test_a_conversation_ends_with_its_last_answer_and_keeps_its_system_turn(tmp_path: Path) -> None:
+    turns = [("system", "be kind"), ("user", "hi"), ("assistant", "ho"), ("user", "go"), ("assistant", "no")]
+    messages = [{"role": role, "content": content} for role, content in (*turns, ("user", "why?"))]
+    source = resolve_data(_jsonl(tmp_path / "d.jsonl", {"messages": messages}, {"messages": None}))
+    assert source.documents == (Conversation(tuple(Turn(*turn) for turn in turns)),) == source.conversations
+    assert source.documents[0].opening == "be kind\nhi"
+    assert (source.documents[0].answer, len(source.documents[0].prompt)) == ("no", 4)
+
+
+def test_records_without_prompt_or_answer_are_left_out(tmp_path: Path) -> None:
+    records = [{"prompt": "p", "answer": answer} for answer in ("a", "", None, "b")] + [{"prompt": " ", "answer": "c"}]
+    assert resolve_data(_jsonl(tmp_path / "d.jsonl", *records)).documents == (asked("p", "a"), asked("p", "b"))
+
+
+def test_a_task_is_data_with_a_licence_and_a_fingerprint_by_its_content() -> None:
+    first, again, other = (
+        resolve_data(f"reasoning-gym:chain_sum?size=8&seed={seed}") for seed in ("0", "0&worked=true", "100")
+    )
+    assert (first.kind, first.name, first.licence) == ("task", "chain_sum", "Apache-2.0")
+    assert first.task == "reasoning-gym:chain_sum?size=8&seed=0"
+    assert len(first.conversations) == 8
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+
+
+def test_prompts_come_from_records_lines_and_tasks_once_each(tmp_path: Path) -> None:
+    user, system = {"role": "user", "content": "hi"}, {"role": "system", "content": "be kind"}
+    records = [
+        {"prompt": "p", "answer": "a"},
+        {"question": "q"},
+        {"messages": [system, user, {"role": "assistant", "content": "ho"}]},
+        {"prompt": "p"},
+    ]
+    hello = (Turn("system", "be kind"), Turn("user", "hi"))
+    assert resolve_prompts(_jsonl(tmp_path / "p.jsonl", *records)) == (
+        (Turn("user", "p"),),
+        (Turn("user", "q"),),
+        hello,
+    )
+    (tmp_path / "p.txt").write_text("one\n\n two \none\n")
+    assert resolve_prompts(str(tmp_path / "p.txt")) == ((Turn("user", "one"),), (Turn("user", "two"),))
+    task = "reasoning-gym:chain_sum?size=3"
+    assert resolve_prompts(task) == tuple(one.prompt for one in resolve_data(task).conversations)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("p.csv", "a", "not a file of prompts"),
+        ("p.txt", " \n", "holds no prompt"),
+        ("p.jsonl", '{"title": "x"}', "line 1 of .* has no prompt .* the fields found are title"),
+        ("p.jsonl", '{"prompt": ""}', "line 1 of .* has a blank prompt"),
+        ("p.jsonl", '{"prompt": 3}', "line 1 of .* field prompt that is not text"),
+        ("nowhere", None, "there are no prompts at"),
+    ],
+)
+def test_faulty_prompts_are_refused(tmp_path: Path, name: str, text: str | None, said: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=said):
+        resolve_prompts(str(tmp_path / name))
+
+
 def _bad(tmp_path: Path) -> None:
     files = {
         "table.csv": "a,b",
@@ -101,6 +167,10 @@ def _bad(tmp_path: Path) -> None:
         "nulls.jsonl": '{"text": null}',
         "chat.jsonl": '{"messages": [{"role": "user"}]}',
         "chats.jsonl": '{"messages": "hello"}',
+        "monologue.jsonl": '{"messages": [{"role": "user", "content": "hello"}]}',
+        "unanswered.jsonl": '{"prompt": "x", "score": 3}',
+        "answers.jsonl": '{"prompt": "x", "answer": "y"}\n{"prompt": "x"}',
+        "choices.jsonl": '{"prompt": "x", "answer": ["y"]}',
         "broken.parquet": b"PAR1 and no more",
     }
     for name, data in files.items():
@@ -131,6 +201,10 @@ def _bad(tmp_path: Path) -> None:
         ("nulls.jsonl", ["no field with usable text", "text"]),
         ("chat.jsonl", ["line 1", "role"]),
         ("chats.jsonl", ["line 1", "messages"]),
+        ("monologue.jsonl", ["line 1", "no message of the assistant"]),
+        ("unanswered.jsonl", ["no field with usable text", "prompt, score"]),
+        ("answers.jsonl", ["line 2", "lacks the field answer"]),
+        ("choices.jsonl", ["line 1", "answer that is not text"]),
         ("broken.parquet", ["cannot read", "Parquet"]),
         ("empty.parquet", ["no field with usable text"]),
         ("code", ["holds no .txt, .md, .rst file"]),

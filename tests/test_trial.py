@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill import plugins
 from autodistill import trial as trial_module
+from autodistill.contracts import Answers
 from autodistill.data import Prepared, load_split, prepare, resolve_data
 from autodistill.distillation import signals
 from autodistill.distillation.grid_scales import read_scales
@@ -250,7 +252,7 @@ def test_documents_count_tokens_and_hits(lab):
     data = load_split(lab.data.folder, "validation")
     model = load_model(lab.teacher, torch.float32)
     scores, _ = score(model, data)
-    documents = per_document(scores)
+    documents = per_document(scores.correct, scores.documents)
     for document, count, hits in zip(documents["ids"], documents["count"], documents["sum"], strict=True):
         own = scores.documents == document
         assert (count, hits) == (own.sum(), scores.correct[own].sum())
@@ -600,3 +602,83 @@ def test_stopped_in_a_step_it_goes_on_from_the_last_rung(lab, tmp_path):
     expected = Trial(bench, _task(id="other"))
     expected.run(0)
     assert _facts(Trial(bench, _task()).run(1)) == _facts(expected.run(1))
+
+
+@pytest.fixture(scope="module")
+def quiz(lab, tmp_path_factory):
+    """The lab with questions of a task in the place of text, and what the teacher scores and answers there."""
+    folder = tmp_path_factory.mktemp("quiz")
+    source = resolve_data("reasoning-gym:chain_sum?size=150&max_terms=3&max_digits=1&worked=false")
+    data = prepare(source, lab.teacher, "tokenizer", 128, folder)
+    teacher = load_model(lab.teacher, torch.float32)
+    cache = ensure_cache(
+        lambda: load_model(lab.teacher, torch.float32),
+        teacher_fingerprint="t",
+        data_fingerprint=data.fingerprint,
+        data=load_split(data.folder, "train").head(1024),
+        vocabulary=300,
+        width=64,
+        settings=CacheSettings(top_k=16, states=tuple(range(6))),
+        root=folder / "cache",
+        limit_bytes=10**8,
+    )
+    _, top1 = score(teacher, load_split(data.folder, "validation"))
+    np.save(folder / "top1.npy", top1)
+    plan = replace(lab.plan, sequence_length=128, batch_tokens=256, tokens=768, rungs=(256, 768), keep=(1,))
+    return Lab(lab.teacher, data, cache, folder / "top1.npy", plan)
+
+
+def test_a_trial_answers_questions_in_writing_where_that_is_asked_for(quiz, tmp_path):
+    setting = quiz.setting(tmp_path, evaluators=("accuracy", "exact_match"), metric="exact_match")
+    bench = Workbench(setting)
+    report = Trial(bench, _task()).run(0)
+    (evaluation,) = report.evaluations
+    data, top1 = bench.held_out(quiz.plan.rung_eval_tokens)
+    assert len(top1) == data.predicted < data.tokens[:, 1:].size
+    measured = evaluation.measurements["exact_match"]
+    assert measured.detail["questions"] == len(data.questions.entries) == len(evaluation.documents["ids"])
+    assert evaluation.documents["metric"] == "exact_match"
+    assert evaluation.documents["ids"] == sorted(entry.document for entry in data.questions.entries)
+    assert sum(evaluation.documents["sum"]) / sum(evaluation.documents["count"]) == measured.value
+    assert evaluation.measurements["accuracy"].detail["tokens"] == data.predicted
+
+
+def test_a_packed_model_answers_with_its_packed_weights(quiz, tmp_path, monkeypatch):
+    """Every answer is asked for while the weights are the deployment's."""
+    spec = quiz.setting(tmp_path).teacher_spec
+    model, seen = load_model(quiz.teacher, torch.float32), []
+    right = {}
+
+    def answering(given, questions, *, device):
+        seen.append(given.model.layers[0].mlp.up_proj.weight.detach().clone())
+        right.update({entry.document: entry.answer for entry in questions.entries})
+        marks = np.arange(len(questions.entries)) % 2 == 0
+        documents = np.array([entry.document for entry in questions.entries], np.int32)
+        return Answers(texts=tuple(right.values()), marks=marks.astype(float), documents=documents)
+
+    monkeypatch.setattr(trial_module, "answer", answering)
+    data = load_split(quiz.data.folder, "validation").head(512)
+    budget = Budget(memory_bytes=10**9)
+    evaluation, _ = evaluate(model, spec, Q4, data, None, budget=budget, evaluators=("exact_match",))
+    master = load_file(quiz.teacher / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    storage = get_format("gguf-q4_0").storage(
+        next(tensor for tensor in spec.tensors if tensor.name == "model.layers.0.mlp.up_proj.weight"), 4, 32
+    )
+    np.testing.assert_array_equal(seen[0].numpy(), deployed(master.numpy(), storage))
+    assert evaluation.measurements["exact_match"].value == pytest.approx(0.5, abs=0.1)
+    assert all(re.fullmatch(r"-?\d+", answer) for answer in right.values())
+
+
+def test_answers_need_questions(lab, tmp_path):
+    setting = lab.setting(tmp_path)
+    data = load_split(lab.data.folder, "validation").head(64)
+    with pytest.raises(InputError, match=r"exact_match needs questions with answers: give --data"):
+        evaluate(
+            load_model(lab.teacher, torch.float32),
+            setting.teacher_spec,
+            F16,
+            data,
+            None,
+            budget=setting.budget,
+            evaluators=("exact_match",),
+        )

@@ -25,26 +25,28 @@ def score(
 
     Args:
         model: Causal language model in float32 on `device`.
-        data: Sequences [sequences, length]; position i predicts token i + 1.
-        teacher_top1: int32 [sequences * (length - 1)], the teacher's most likely tokens; None scores the teacher
-            itself, which agrees with itself everywhere.
+        data: Sequences [sequences, length]; position i predicts token i + 1. Where they say which tokens are answers,
+            only those count.
+        teacher_top1: int32 [data.predicted], the teacher's most likely tokens; None scores the teacher itself, which
+            agrees with itself everywhere.
         device: Where the model lies.
 
     Returns:
-        The scores, and the model's own most likely tokens, int32 [sequences * (length - 1)].
+        The scores, and the model's own most likely tokens, int32 [data.predicted].
     """
 
     def work(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         chosen = logits.gather(1, labels[:, None])[:, 0]
         return (torch.logsumexp(logits, dim=1) - chosen).double(), logits.argmax(dim=1).int()
 
-    nll, predicted = _over_rows(model, data, device, work)
-    labels_all = data.tokens[:, 1:].reshape(-1)
+    counted = np.ones(data.tokens.shape, dtype=bool) if data.answers is None else data.answers
+    nll, predicted = _over_rows(model, data, counted, device, work)
+    labels_all = data.tokens[:, 1:][counted[:, 1:]]
     scores = TokenScores(
         nll=nll,
         correct=predicted == labels_all,
         agrees=np.ones(len(predicted), dtype=bool) if teacher_top1 is None else predicted == teacher_top1,
-        documents=np.ascontiguousarray(data.documents[:, 1:].reshape(-1), dtype=np.int32),
+        documents=np.ascontiguousarray(data.documents[:, 1:][counted[:, 1:]], dtype=np.int32),
     )
     return scores, predicted
 
@@ -56,7 +58,7 @@ def choices(
 
     Args:
         model: Causal language model in float32 on `device`.
-        data: Sequences [sequences, length].
+        data: Sequences [sequences, length], every token of which counts.
         device: Where the model lies.
 
     Returns:
@@ -68,22 +70,31 @@ def choices(
         (first, second), tokens = logits.topk(2, dim=1).values.unbind(1), logits.argmax(dim=1)
         return tokens.int(), first - second
 
-    tokens, leads = _over_rows(model, data, device, work)
+    tokens, leads = _over_rows(model, data, np.ones(data.tokens.shape, dtype=bool), device, work)
     return tokens.reshape(shape), leads.reshape(shape)
 
 
 def _over_rows(
-    model: Any, data: TokenSet, device: str, work: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    model: Any,
+    data: TokenSet,
+    counted: npt.NDArray[np.bool_],
+    device: str,
+    work: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Applies `work` to logits, float32 [rows, vocab], and true tokens, int64 [rows]; joins what it gives, in order."""
+    """Applies `work` to logits, float32 [rows, vocab], and true tokens, int64 [rows]; joins what it gives, in order.
+
+    Args:
+        counted: [sequences, length], the tokens that are predicted; no logits are computed for others.
+    """
     model.eval()
     head = model.get_output_embeddings()
 
     def sequence(index: int) -> list[tuple[Tensor, ...]]:
         ids = torch.from_numpy(np.array(data.tokens[index], dtype=np.int64)).to(device)
+        chosen = torch.from_numpy(np.flatnonzero(counted[index, 1:])).to(device)
         with torch.no_grad():
-            hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
-            parts = zip(hidden.split(_CHUNK_ROWS), ids[1:].split(_CHUNK_ROWS), strict=True)
+            hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, chosen]
+            parts = zip(hidden.split(_CHUNK_ROWS), ids[chosen + 1].split(_CHUNK_ROWS), strict=True)
             return [tuple(part.cpu() for part in work(head(rows), labels)) for rows, labels in parts]
 
     results = [part for parts in map_sequences(sequence, len(data.tokens), device) for part in parts]

@@ -43,7 +43,7 @@ class Target(Protocol):
     def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
         """The rows in order, `step` of them at a time."""
 
-    def take(self, rows: Tensor) -> Self:
+    def take(self, rows: Tensor | slice) -> Self:
         """The target of some rows, by their indices."""
 
     def to(self, device: str) -> Self:
@@ -190,7 +190,7 @@ class FullTarget:
                 outputs = FullOutputs(logits[part], self.temperature, self.standardised)
                 yield slice(block.start + part.start, block.start + part.stop), outputs
 
-    def take(self, rows: Tensor) -> FullTarget:
+    def take(self, rows: Tensor | slice) -> FullTarget:
         """See `Target`."""
         return replace(self, states=self.states[rows])
 

@@ -110,7 +110,8 @@ class Trainer:
         teacher_layers, teacher_width: The teacher's.
         strategy: What is trained.
         plan: Batch, warm-up, horizon and precision.
-        data: Training sequences, in the cache's order.
+        data: Training sequences, in the cache's order. Where they say which tokens are answers, those alone are
+            learnt, unless the strategy takes all positions, and the head is computed for them alone.
         cache: The teacher's outputs for them; None where the strategy reads none.
         teacher_block: The layer of the teacher whose attention is followed; None where the strategy follows none.
         seed: Of data order and projections.
@@ -324,7 +325,7 @@ class Trainer:
         means: dict[str, float] = {}
         for start in range(0, len(indices), self._micro_batch):
             part = indices[start : start + self._micro_batch]
-            share = len(part) / len(indices)
+            share = self._rows(part) / self._rows(indices)
             loss, terms = self._loss(part, temperature, weight)
             (loss * share).backward()
             for name, value in terms.items():
@@ -333,6 +334,7 @@ class Trainer:
 
     def _loss(self, indices: list[int], temperature: float, weight: float) -> tuple[Tensor, dict[str, float]]:
         ids = torch.from_numpy(np.asarray(self._data.tokens[indices], dtype=np.int64)).to(self._device)
+        counted = self._counted(indices)
         states: dict[int, Tensor] = {}
         with ExitStack() as stack:
             for pair in self._pairs:
@@ -344,17 +346,19 @@ class Trainer:
             with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._plan.bf16):
                 hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
                 # As a matrix: for a slice of three dimensions the product would copy the whole head.
-                rows = hidden[:, :-1].flatten(0, 1)
+                rows = hidden[:, :-1].flatten(0, 1)[counted]
                 frozen = self._frozen_head
                 head = self.model.get_output_embeddings()
                 head = head if frozen is None else partial(nn.functional.linear, weight=frozen)
-                chosen = self._positions(indices, rows, head)
+                uncertain = self._recipe.positions == "uncertain"
+                chosen = uncertain_rows(rows, head, self._recipe.uncertain_share) if uncertain else None
                 logits = head(rows if chosen is None else rows[chosen])
                 projected = [
-                    project(states[pair.student_layer][:, :-1].flatten(0, 1))
+                    project(states[pair.student_layer][:, :-1].flatten(0, 1)[counted])
                     for pair, project in zip(self._pairs, self._projections, strict=True)
                 ]
-        labels, target = ids[:, 1:].flatten(), self._target(indices, ids, temperature) if weight > 0 else None
+        labels = ids[:, 1:].flatten()[counted]
+        target = self._target(indices, ids, temperature).take(counted) if weight > 0 else None
         if chosen is not None:
             labels, target = labels[chosen], target.take(chosen) if target else None
         mixture = self._interpolation.share if self._interpolation else self._recipe.mixture
@@ -362,7 +366,7 @@ class Trainer:
         loss = logit_terms.total
         aligned, attended = (torch.zeros((), device=self._device) for _ in range(2))
         if alignment := self._recipe.alignment:
-            aligned = self._alignment_loss(projected, indices, alignment.distance)
+            aligned = self._alignment_loss(projected, indices, counted, alignment.distance)
             factor = balance_factor(aligned, logit_terms.total) if alignment.balance else 1.0
             loss = loss + alignment.weight * factor * aligned
         if attention:
@@ -378,13 +382,17 @@ class Trainer:
         }
         return loss, {name: float(value.detach()) for name, value in values.items()}
 
-    def _alignment_loss(self, projected: list[Tensor], indices: list[int], distance: str) -> Tensor:
-        """Mean over the pairs, of the student's states after their projections."""
+    def _alignment_loss(
+        self, projected: list[Tensor], indices: list[int], counted: Tensor | slice, distance: str
+    ) -> Tensor:
+        """Mean over the pairs, of the student's counted states after their projections."""
         assert self._cache is not None
         losses = []
         for pair, states in zip(self._pairs, projected, strict=True):
-            target = self._cache.state(indices, pair.teacher_state).to(self._device)
-            size = self._cache.state_size(indices, pair.teacher_state).to(self._device) if distance == "l2" else None
+            target = self._cache.state(indices, pair.teacher_state).to(self._device)[counted]
+            size = None
+            if distance == "l2":
+                size = self._cache.state_size(indices, pair.teacher_state).to(self._device)[counted]
             losses.append(alignment_loss(states, target, size))
         return torch.stack(losses).mean()
 
@@ -398,14 +406,18 @@ class Trainer:
         with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._plan.bf16):
             return self._teacher_block.heads(states, attention)
 
-    def _positions(self, indices: list[int], rows: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """Which of the flattened predicted tokens the logit loss is taken over, or None for all of them."""
-        answers = getattr(self._data, "answers", None)
-        if self._recipe.positions == "answers" and answers is not None:
-            return torch.from_numpy(np.flatnonzero(answers[indices][:, 1:])).to(self._device)
-        if self._recipe.positions == "uncertain":
-            return uncertain_rows(rows, head, self._recipe.uncertain_share)
-        return None
+    def _counted(self, indices: list[int]) -> Tensor | slice:
+        """The flattened predicted tokens that losses are averaged over; of plain text all of them."""
+        if self._data.answers is None:
+            return slice(None)
+        # What belongs to no document is padding.
+        learnt = self._data.documents >= 0 if self._recipe.positions == "all" else self._data.answers
+        return torch.from_numpy(np.flatnonzero(learnt[indices, 1:])).to(self._device)
+
+    def _rows(self, indices: list[int]) -> int:
+        """How many tokens those are."""
+        counted = self._counted(indices)
+        return len(indices) * (self._plan.sequence_length - 1) if isinstance(counted, slice) else len(counted)
 
     def save(self, path: Path) -> None:
         """Writes the trained weights, the optimiser and the place in the schedule, whole or not at all.

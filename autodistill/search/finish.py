@@ -286,7 +286,7 @@ def _best_baseline(rows: Sequence[Row], finisher: Finisher) -> Row | None:
 
 
 def _gain(test: Sequence[Row]) -> tuple[float, float] | None:
-    """Accuracy of the found student less the baseline's, paired by document, and its standard error."""
+    """How much more the found student has right than the baseline, paired by document, and its standard error."""
     pair = {row.kind: row for row in test if row.kind in DISTILLED}
     if len(pair) < 2:
         return None

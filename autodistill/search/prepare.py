@@ -40,6 +40,7 @@ from autodistill.search.campaign import Campaign, Question
 from autodistill.search.plan import Demand, Speed, Workers, make_plan, measure_speed, share_out
 from autodistill.search.request import (
     METRICS,
+    WRITTEN,
     Checked,
     by_size,
     check_budget,
@@ -183,6 +184,9 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
     speed = measure_speed(
         teacher, loaded.spec, largest, loaded.workers, loaded.threads, checkpointing=loaded.fit.checkpointing
     )
+    if checked.metric in WRITTEN:
+        # Answering the questions of so many tokens takes about as long again as scoring them.
+        speed = replace(speed, score=speed.score / 2, worker_score=speed.worker_score / 2)
     box = request.time_seconds
     if box is None and not ((request.trials or request.strategy) and request.tokens):
         box = BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
@@ -295,7 +299,7 @@ def plan_run(checked: Checked, run: RunFolder, clock: Clock, observer: Observer)
     if checked.stored is None:
         write_json(run.search_file, document)
     left_out = (cannot_hold(loaded.spec, deployment) for deployment in checked.space.deployments)
-    for note in (*plan.notes, *dict.fromkeys(filter(None, left_out))):
+    for note in (*loaded.data.notes, *plan.notes, *dict.fromkeys(filter(None, left_out))):
         observer.line(note)
     return Planned(loaded=loaded, plan=plan, speed=speed, document=document)
 
@@ -424,7 +428,7 @@ def _teacher_phase(
         checkpoints=run.checkpoints,
         budget=request.budget,
         plan=plan,
-        evaluators=EVALUATORS,
+        evaluators=tuple(dict.fromkeys((*EVALUATORS, checked.metric))),
         metric=checked.metric,
         direction=METRICS[checked.metric],
         device=device,

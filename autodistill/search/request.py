@@ -20,13 +20,14 @@ from autodistill.estimate import cannot_hold, fits, holdable, shortfall, spec_fr
 from autodistill.records.store import RunFolder, read_json
 from autodistill.space import Space, load_space, load_strategy
 from autodistill.strategy import Strategy
-from autodistill.trial import check_strategy, student_spec
+from autodistill.trial import ASKING_DATA, check_strategy, student_spec
 from autodistill.units import Budget
 
 DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE, DEFAULT_METRIC = "smollm2", "pydoc", "default", "accuracy"
 RUNNERS = ("ray", "inline")
-# What may rank is measured at every rung, so it must come from scores alone.
-METRICS: Mapping[str, Direction] = {"accuracy": "max", "agreement": "max", "perplexity": "min"}
+# What may rank is measured at every rung, so it must come from the simulated student alone.
+METRICS: Mapping[str, Direction] = {"accuracy": "max", "agreement": "max", "perplexity": "min", "exact_match": "max"}
+WRITTEN = ("exact_match",)  # those for which the student answers questions in writing
 
 
 def default_cache() -> Path:
@@ -122,6 +123,8 @@ def check_request(request: SearchRequest) -> Checked:
     space_reference = request.space or known.get("space") or DEFAULT_SPACE
     teacher = resolve_teacher(teacher_reference)
     source = resolve_data(data_reference)
+    if metric in WRITTEN and not source.conversations:
+        raise InputError(f"--metric {metric} needs questions with answers: {ASKING_DATA}")
     space = load_space(space_reference)
     if request.strategy is not None:
         space = single(space, request.strategy)

@@ -1,5 +1,7 @@
 """Scores against transformers' own loss and logits."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,26 @@ def test_against_transformers(workshop, model, monkeypatch, rows):
     np.testing.assert_array_equal(top1, chosen.flatten().numpy())
     np.testing.assert_array_equal(scores.correct, (chosen == ids[:, 1:]).flatten().numpy())
     assert (scores.nll.dtype, top1.dtype) == (np.float64, np.int32)
+
+
+def test_only_answers_are_scored_where_the_data_say_which_they_are(workshop, model):
+    answers = np.random.default_rng(0).random(workshop.data.tokens.shape) < 0.2
+    answers[3] = False  # a sequence without any
+    data = replace(workshop.data, answers=answers)
+    whole, whole_top1 = score(model, workshop.data)
+    scores, top1 = score(model, data)
+    counted = answers[:, 1:].ravel()
+    assert len(top1) == data.predicted == counted.sum()
+    np.testing.assert_allclose(scores.nll, whole.nll[counted], rtol=1e-5)
+    np.testing.assert_array_equal(top1, whole_top1[counted])
+    np.testing.assert_array_equal(scores.correct, whole.correct[counted])
+    np.testing.assert_array_equal(scores.documents, whole.documents[counted])
+    ids = torch.from_numpy(workshop.data.tokens.astype(np.int64))
+    with torch.no_grad():
+        loss = model(ids, labels=ids.masked_fill(~torch.from_numpy(answers), -100)).loss  # transformers' own mask
+    assert scores.nll.mean() == pytest.approx(float(loss), rel=1e-5)
+    # The runtime is held to the simulation at every position.
+    assert choices(model, data)[0].shape == choices(model, workshop.data)[0].shape
 
 
 def test_documents_are_those_of_the_predicted_tokens(workshop, model):

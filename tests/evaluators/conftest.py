@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autodistill.contracts import Subject, TokenScores
+from autodistill.contracts import Answers, Subject, TokenScores
 from autodistill.estimate import spec_from_config
 from autodistill.export.gguf import GgufExporter
 from autodistill.strategy import Deployment
@@ -37,6 +37,11 @@ def subject(student: Path) -> Subject:
         deployment=Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32),
         budget=Budget(memory_bytes=10**9, context=512, batch=2),
         scores=scores,
+        answers=Answers(
+            texts=tuple(map(str, range(60))),
+            marks=np.random.default_rng(1).choice([0.0, 0.01, 0.5, 1.0], size=60),
+            documents=np.arange(60, dtype=np.int32) // 2,
+        ),
     )
 
 

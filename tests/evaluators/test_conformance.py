@@ -19,6 +19,7 @@ PACKED = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_s
 UNITS = {
     "accuracy": ("fraction", "max"),
     "agreement": ("fraction", "max"),
+    "exact_match": ("fraction", "max"),
     "latency_ms": ("ms", "min"),
     "memory_bytes": ("bytes", "min"),
     "perplexity": ("perplexity", "min"),
@@ -41,7 +42,7 @@ def prepared(evaluator: Any, subject: Subject, request: pytest.FixtureRequest) -
 
 
 def test_measurements_are_finite_and_plain_with_unit_direction_and_source(evaluator: Any, prepared: Subject) -> None:
-    sources = {"spec": "predicted", "scores": "simulated", "artefact": "measured"}
+    sources = {"spec": "predicted", "scores": "simulated", "answers": "simulated", "artefact": "measured"}
     measurements = evaluator.evaluate(prepared)
     assert measurements
     for measurement in measurements:
@@ -86,4 +87,4 @@ def test_nothing_is_fetched_or_left_behind(
 def test_missing_scores_or_artefact_are_an_error(evaluator: Any, subject: Subject) -> None:
     if evaluator.needs != "spec":
         with pytest.raises(ValueError, match=f"{evaluator.name} is .* and the subject has none"):
-            evaluator.evaluate(replace(subject, scores=None, artefact=None))
+            evaluator.evaluate(replace(subject, scores=None, answers=None, artefact=None))

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.records.row import read_parquet
-from autodistill.records.store import recorded_test_openings
+from autodistill.records.store import RunFolder, recorded_test_openings
 from autodistill.search.request import SearchRequest, check_request
 from autodistill.search.search import Outcome, plan_search, search
+from autodistill.summary import leaderboard_of, search_summary
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import Budget
 
@@ -172,3 +173,21 @@ def test_a_plan_writes_no_run(inputs: tuple[Path, Path, Path], tmp_path: Path) -
     assert document["plan"]["trials"] == 3
     assert document["cache_bytes"] > 0
     assert not (tmp_path / "run").exists()
+
+
+def test_a_search_may_rank_by_answers_in_writing(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    task = "reasoning-gym:chain_sum?size=300&max_terms=3&max_digits=1&worked=false"
+    outcome = search(request(inputs, tmp_path, data=task, metric="exact_match", trials=1, tokens=1024))
+    rows = read_parquet(tmp_path / "run" / "leaderboard.parquet")
+    full = [row for row in rows if row.full]
+    assert {row.kind for row in full} >= {"teacher", "baseline"}
+    for row in full:
+        assert row.figure("exact_match") is not None
+        assert row.documents is not None
+        assert row.documents["metric"] == "exact_match"
+        assert sum(row.documents["sum"]) / sum(row.documents["count"]) == row.figure("exact_match")
+    document = outcome.document
+    assert all("exact_match" in row["other"] for row in document["test"])
+    assert "exact_match" in search_summary(document, *leaderboard_of(RunFolder.open(tmp_path, "run")), 120)
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "exact_match" in report

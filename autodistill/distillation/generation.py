@@ -1,0 +1,144 @@
+"""A model writes: prompts are answered in batches, greedily or by seeded sampling, with keys and values cached."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autodistill.contracts import Answers
+from autodistill.data import Questions
+from autodistill.tasks import marker
+
+BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Only the most likely tokens that together have this probability may be drawn (nucleus sampling,
+            arXiv 1904.09751).
+        seed: Of the draws.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
+def write(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stops: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    batch: int = BATCH,
+    device: str = "cpu",
+) -> Iterator[tuple[int, list[int]]]:
+    """Yields the place of each prompt and the tokens written after it, prompts of like length together.
+
+    What is drawn for a prompt depends on it and on the seed alone, not on the prompts that it is answered with.
+
+    Args:
+        model: Causal language model on `device`.
+        prompts: Token ids, none of them empty.
+        stops: Tokens that end an answer; the one that did is the last of it.
+        max_tokens: Tokens after which an answer ends unfinished.
+        sampling: How tokens are chosen.
+        batch: Prompts answered at once.
+        device: Where the model lies.
+    """
+    from transformers import GenerationConfig
+
+    model.eval()
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    chosen = GenerationConfig(
+        max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(stops), pad_token_id=stops[0], use_cache=True
+    )
+    # A folder may bring settings of its own, such as a penalty on repetition, which would be merged with these.
+    before, model.generation_config = model.generation_config, chosen
+    try:
+        for start in range(0, len(order), batch):
+            places = order[start : start + batch]
+            rows = [torch.tensor(prompts[place]) for place in places]
+            # Padded on the left, where the mask hides it and positions do not count it.
+            lengths = torch.tensor([len(row) for row in rows])
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=stops[0], padding_side="left")
+            mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
+            with torch.inference_mode():
+                output = model.generate(
+                    ids.to(device),
+                    attention_mask=mask.long().to(device),
+                    logits_processor=[_Draw(sampling, rows)] if sampling.temperature > 0 else [],
+                )
+            for place, written in zip(places, output[:, ids.shape[1] :].tolist(), strict=True):
+                end = next((i + 1 for i, token in enumerate(written) if token in stops), len(written))
+                yield place, written[:end]
+    finally:
+        model.generation_config = before
+
+
+class _Draw:
+    """Makes the largest score a draw from softmax(logits / temperature), by adding Gumbel noise.
+
+    The maximum of logits and such noise is distributed as their softmax (Gumbel-max; Maddison et al., arXiv
+    1411.0030). Each row draws from a generator of its own.
+    """
+
+    def __init__(self, sampling: Sampling, prompts: Sequence[Tensor]) -> None:
+        from transformers import TopPLogitsWarper
+
+        self._temperature = sampling.temperature
+        self._nucleus = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
+        self._generators = [torch.Generator().manual_seed(_seed(prompt, sampling.seed)) for prompt in prompts]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores / self._temperature
+        if self._nucleus is not None:
+            scores = self._nucleus(input_ids, scores)
+        draws = [torch.empty(scores.shape[1]).exponential_(generator=generator) for generator in self._generators]
+        return scores - torch.stack(draws).log_().to(scores.device)
+
+
+def _seed(prompt: Tensor, seed: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{prompt.tolist()}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def answer(model: Any, questions: Questions, *, device: str = "cpu") -> Answers:
+    """What a model writes to questions, greedily, and the marks it gets.
+
+    An answer may be half as long again as the longest one expected.
+
+    Args:
+        model: Causal language model on `device`.
+        questions: At least one.
+        device: Where the model lies.
+    """
+    from transformers import AutoTokenizer
+
+    entries = questions.entries
+    limit = max(entry.answer_tokens for entry in entries) * 3 // 2
+    prompts = [entry.prompt for entry in entries]
+    written = dict(write(model, prompts, stops=questions.stops, max_tokens=limit, device=device))
+    decoder = AutoTokenizer.from_pretrained(questions.tokenizer, local_files_only=True, trust_remote_code=False)
+    texts = tuple(str(decoder.decode(written[place], skip_special_tokens=True)) for place in range(len(entries)))
+    mark = marker(questions.task)
+    marks = [mark(text, entry.answer, entry.item) for text, entry in zip(texts, entries, strict=True)]
+    return Answers(
+        texts=texts,
+        marks=np.array(marks, dtype=np.float64),
+        documents=np.array([entry.document for entry in entries], dtype=np.int32),
+    )

@@ -1,0 +1,200 @@
+"""A model behind an OpenAI-compatible endpoint: asked over HTTP, and asked again where that may help."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autodistill.errors import EndpointError, InputError
+
+KEY_VARIABLE = "AUTODISTILL_API_KEY"
+MOST_LOGPROBS = 20  # that the protocol allows for each token
+# Statuses of a server that is busy, restarting or behind a gateway that is.
+_PASSING = (408, 425, 429, 500, 502, 503, 504)
+_LONGEST_PAUSE = 60.0
+_SHOWN = 200  # characters of what a server says
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token, by the name and, where the server tells it, the id that it has there, and its log-probability."""
+
+    text: str
+    id: int | None
+    logprob: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What an endpoint answered.
+
+    Attributes:
+        text: The answer.
+        finished: Whether it ended by itself, not at the limit of tokens.
+        prompt_tokens, answer_tokens: What the server counts, and bills.
+        tokens: The answer's tokens, each with the most likely ones in its place; empty where the server tells none.
+    """
+
+    text: str
+    finished: bool
+    prompt_tokens: int
+    answer_tokens: int
+    tokens: tuple[tuple[Choice, tuple[Choice, ...]], ...]
+
+
+class Endpoint:
+    """Asks one model for chat completions; may be used from several threads.
+
+    A request that fails in a way that may pass (a busy server, a time-out, a torn answer) is repeated after a pause
+    that doubles, or that the server names. The key, if any, is read from AUTODISTILL_API_KEY; it is sent to this
+    endpoint alone, never across a redirection, and never shown.
+
+    Args:
+        url: Base of the API, like "http://localhost:8000/v1".
+        model: Its name there.
+        timeout: Seconds after which an answer is given up.
+        attempts: Requests made for an answer, at most.
+        pause: Seconds before the second one.
+
+    Raises:
+        InputError: No http(s) URL.
+    """
+
+    def __init__(self, url: str, model: str, *, timeout: float = 300.0, attempts: int = 6, pause: float = 1.0) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+            raise InputError("--endpoint is the base of an API, like http://localhost:8000/v1, without key or query")
+        self.url = url.rstrip("/")
+        self.model = model
+        self._timeout, self._attempts, self._pause = timeout, attempts, pause
+        self._key = os.environ.get(KEY_VARIABLE, "").strip()
+        # A server that never answered is not there: waiting for it would hide a wrong address.
+        self._reached = threading.Event()
+
+    def ask(
+        self, messages: Sequence[Mapping[str, str]], *, max_tokens: int, top_logprobs: int = 0, **options: Any
+    ) -> Reply:
+        """The answer to messages.
+
+        Args:
+            messages: Each with "role" and "content".
+            max_tokens: After which it ends unfinished.
+            top_logprobs: Most likely tokens to ask for in each place; 0 asks for none.
+            options: Further fields of the request, such as temperature, top_p and seed.
+
+        Raises:
+            EndpointError: Unreachable, refused, or without a proper answer after all attempts.
+        """
+        body = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, **options}
+        if top_logprobs:
+            body |= {"logprobs": True, "top_logprobs": top_logprobs}
+        trouble = ""
+        for attempt in range(self._attempts):
+            wait = self._pause * 2**attempt
+            try:
+                return _reply(self._post(body))
+            except urllib.error.HTTPError as error:
+                said = self._said(error)
+                self._reached.set()
+                if error.code not in _PASSING:
+                    raise EndpointError(
+                        f"{self.url} refused ({error.code}): {said}{self._advice(error.code)}"
+                    ) from None
+                trouble = f"answered {error.code}: {said}"
+                wait = max(wait, _retry_after(error))
+            except TimeoutError:
+                trouble = f"gave no answer in {self._timeout:g} seconds"
+            except (OSError, http.client.HTTPException) as error:
+                reason = getattr(error, "reason", error)
+                if isinstance(reason, TimeoutError):
+                    trouble = f"gave no answer in {self._timeout:g} seconds"
+                elif not self._reached.is_set():
+                    raise EndpointError(
+                        f"{self.url} cannot be reached ({reason}): start the server, or correct --endpoint"
+                    ) from None
+                else:
+                    trouble = f"broke off ({reason or type(error).__name__})"
+            except ValueError as error:
+                self._reached.set()
+                trouble = f"answered nonsense ({error})"
+            if attempt + 1 < self._attempts:
+                time.sleep(min(wait, _LONGEST_PAUSE))
+        raise EndpointError(f"{self.url} {trouble}, {self._attempts} times: try again later")
+
+    def _post(self, body: Mapping[str, Any]) -> Any:
+        request = urllib.request.Request(
+            f"{self.url}/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json", "User-Agent": "autodistill"},
+        )
+        if self._key:
+            request.add_unredirected_header("Authorization", f"Bearer {self._key}")
+        with urllib.request.urlopen(request, timeout=self._timeout) as response:
+            data = response.read()
+        self._reached.set()
+        return json.loads(data)
+
+    def _said(self, error: urllib.error.HTTPError) -> str:
+        """What the server says is wrong, in one line, without the key, which some servers repeat."""
+        try:
+            text = error.read().decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException):
+            text = ""
+        try:
+            message = json.loads(text)["error"]
+            text = message["message"] if isinstance(message, dict) else str(message)
+        except (ValueError, KeyError, TypeError):
+            text = text or str(error.reason)
+        if self._key:
+            text = text.replace(self._key, "***")
+        return " ".join(str(text).split())[:_SHOWN]
+
+    def _advice(self, status: int) -> str:
+        if status in (401, 403):
+            return f"; set {KEY_VARIABLE} to a key of this endpoint"
+        return "; correct --endpoint or --model" if status == 404 else ""
+
+
+def _retry_after(error: urllib.error.HTTPError) -> float:
+    try:
+        return max(0.0, float(error.headers.get("Retry-After") or 0))
+    except ValueError:  # a date, which the doubling pause stands in for
+        return 0.0
+
+
+def _reply(answer: Any) -> Reply:
+    """Reads a chat completion.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        (choice, *_) = answer["choices"]
+        text, usage = choice["message"]["content"], answer.get("usage") or {}
+        if not isinstance(text, str):
+            raise ValueError("no text in its message")
+        # Servers that tell no log-probabilities leave them out, or give null.
+        content = (choice.get("logprobs") or {}).get("content") or ()
+        return Reply(
+            text=text,
+            finished=choice.get("finish_reason") != "length",
+            prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            answer_tokens=int(usage.get("completion_tokens") or 0),
+            tokens=tuple((_choice(one), tuple(map(_choice, one.get("top_logprobs") or ()))) for one in content),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no chat completion: {type(error).__name__} {error}") from error
+
+
+def _choice(entry: Mapping[str, Any]) -> Choice:
+    given = entry.get("id")
+    return Choice(str(entry["token"]), int(given) if given is not None else None, float(entry["logprob"]))

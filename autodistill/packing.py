@@ -1,0 +1,68 @@
+"""Whole records packed into sequences of one length, so that no answer is parted from its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.rendering import Rendered
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Packed:
+    """Sequences of whole records, one after the other, and padding behind the last of each.
+
+    Attributes:
+        tokens: int32 [sequences, length]; padding repeats the last token.
+        documents: int32 [sequences, length], the owner of the record each token belongs to; -1 for padding.
+        answers: bool [sequences, length], whether the token is part of an answer; False for padding.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    documents: npt.NDArray[np.int32]
+    answers: npt.NDArray[np.bool_]
+
+
+def cut(record: Rendered, length: int) -> Rendered | None:
+    """The record, shortened at its end to one sequence; None where no token of an answer would be left."""
+    answers = record.answers[:length]
+    return Rendered(record.tokens[:length], answers) if answers[1:].any() else None
+
+
+def pack(records: Sequence[Rendered], owners: Sequence[int], length: int) -> Packed:
+    """Fills sequences with records: the longest first, each where it leaves the least room (best-fit decreasing).
+
+    Args:
+        records: None longer than `length`.
+        owners: The document of each.
+        length: Tokens of a sequence.
+    """
+    rows: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(length + 1)]
+    for index in sorted(range(len(records)), key=lambda index: -len(records[index].tokens)):
+        size = len(records[index].tokens)
+        room = next((room for room in range(size, length + 1) if by_room[room]), None)
+        if room is None:
+            rows.append([])
+            row, room = len(rows) - 1, length
+        else:
+            row = by_room[room].pop()
+        rows[row].append(index)
+        by_room[room - size].append(row)
+    shape = (len(rows), length)
+    tokens, documents = np.empty(shape, np.int32), np.full(shape, -1, np.int32)
+    answers = np.zeros(shape, dtype=bool)
+    for row, members in enumerate(rows):
+        start = 0
+        for index in members:
+            end = start + len(records[index].tokens)
+            # Each record's last token also fills what follows; the next record overwrites it.
+            tokens[row, start:] = records[index].tokens[-1]
+            documents[row, start:end] = owners[index]
+            tokens[row, start:end] = records[index].tokens
+            answers[row, start:end] = records[index].answers
+            start = end
+    return Packed(tokens=tokens, documents=documents, answers=answers)

@@ -1,0 +1,261 @@
+"""Teacher-written data (sequence-level distillation): prompts are answered, and each answer is a line of a JSONL file.
+
+The student then learns the teacher's own words (Kim and Rush, arXiv 1606.07947).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autodistill.conversations import ANSWERING, Turn
+from autodistill.distillation.generation import Sampling, write
+from autodistill.distillation.teacher import load_model, materialise, resolve_teacher
+from autodistill.documents import resolve_prompts
+from autodistill.endpoint import MOST_LOGPROBS, Endpoint, Reply
+from autodistill.errors import EndpointError, InputError
+from autodistill.records.store import EventLog
+from autodistill.rendering import Renderer
+from autodistill.strategy import content_hash
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteRequest:
+    """What is to be written.
+
+    Attributes:
+        prompts: Reference to prompts; see `documents.resolve_prompts`.
+        out: JSONL file that answers are appended to; those it has of the same prompts and settings are kept.
+        teacher: Reference to the teacher that writes; with an endpoint, to one whose tokenizer the endpoint's
+            log-probabilities are matched with.
+        endpoint, model: Base of an OpenAI-compatible API and a model's name there, or None.
+        max_tokens: Tokens of an answer, at most.
+        sampling: How tokens are chosen.
+        top_k: Log-probabilities of so many tokens are asked of the endpoint for each place.
+        batch: Answers written at once.
+        cache: Folder of converted teachers.
+        timeout: Seconds after which a request is given up.
+    """
+
+    prompts: str
+    out: Path
+    teacher: str
+    cache: Path
+    endpoint: str | None = None
+    model: str | None = None
+    max_tokens: int = 256
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    top_k: int = 0
+    batch: int = 8
+    timeout: float = 300.0
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An answer as it is kept; `top` has (id, log-probability) pairs for each of `tokens`, where the ids match."""
+
+    text: str
+    finished: bool
+    prompt_tokens: int
+    answer_tokens: int
+    tokens: list[int] | None = None
+    top: list[list[tuple[int, float]]] | None = None
+
+
+def check(request: WriteRequest) -> None:
+    """Refuses what can be seen to be wrong before anything is read.
+
+    Raises:
+        InputError: Names the option.
+    """
+    sampling = request.sampling
+    for name, value in (("--max-tokens", request.max_tokens), ("--batch", request.batch)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        raise InputError(f"--temperature must be 0 (the most likely token) or more, not {sampling.temperature}")
+    if not 0 < sampling.top_p <= 1:
+        raise InputError(f"--top-p must be above 0 and at most 1, not {sampling.top_p}")
+    if not 0 <= request.top_k <= MOST_LOGPROBS:
+        raise InputError(f"--top-k must be 0 to {MOST_LOGPROBS}, not {request.top_k}")
+    if (request.endpoint is None) != (request.model is None):
+        raise InputError("--endpoint and --model belong together: give both, or neither for a local teacher")
+    if request.top_k and request.endpoint is None:
+        raise InputError("--top-k is asked of an endpoint: a local teacher's outputs are cached when it is distilled")
+    if request.out.suffix.lower() != ".jsonl":
+        raise InputError(f"--out is a .jsonl file, not {request.out}")
+
+
+def write_data(request: WriteRequest, progress: Progress = lambda done, total: None) -> dict[str, Any]:
+    """Writes an answer to each prompt that the file has none for yet; each is synced to the disk before the next.
+
+    An answer that reached the limit of tokens is kept, so that it is not paid for again, but not as something to learn.
+
+    Returns:
+        Counts: prompts, those kept from before, written, unfinished, tokens of prompts and answers written, and how
+        many of the answers come with log-probabilities ("top-k") and without ("text").
+
+    Raises:
+        InputError: Bad options, prompts or teacher, or a file that cannot be written or read.
+        EndpointError: The endpoint failed; the message says how many answers are kept.
+    """
+    check(request)
+    endpoint = None
+    if request.endpoint is not None and request.model is not None:
+        endpoint = Endpoint(request.endpoint, request.model, timeout=request.timeout)
+    prompts = resolve_prompts(request.prompts)
+    log = EventLog(request.out)
+    try:
+        request.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {request.out}: {error.strerror or error}") from error
+    known = {record.get("key") for record in log.read()}
+    writer, answers = _from_endpoint(request, endpoint) if endpoint else _from_teacher(request)
+    settings = {
+        "writer": writer,
+        "max_tokens": request.max_tokens,
+        "top_k": request.top_k,
+        **dataclasses.asdict(request.sampling),
+    }
+    keys = [content_hash({"settings": settings, "prompt": prompt}, digits=16) for prompt in prompts]
+    missing = [place for place, key in enumerate(keys) if key not in known]
+    counts = {"prompts": len(prompts), "kept": len(prompts) - len(missing), "written": 0, "unfinished": 0}
+    counts |= {"prompt_tokens": 0, "answer_tokens": 0, "top-k": 0, "text": 0}
+    try:
+        for place, answer in answers([prompts[place] for place in missing]):
+            log.append(_record(keys[missing[place]], settings, prompts[missing[place]], answer))
+            signal = "text" if answer.top is None else "top-k"
+            counts["written"] += 1
+            counts["unfinished"] += not answer.finished
+            counts["prompt_tokens"] += answer.prompt_tokens
+            counts["answer_tokens"] += answer.answer_tokens
+            counts[signal] += 1
+            progress(counts["kept"] + counts["written"], len(prompts))
+    except EndpointError as error:
+        kept = counts["kept"] + counts["written"]
+        raise EndpointError(
+            f"{error}; {kept} of {len(prompts)} answers are in {request.out}, the same command goes on with the rest"
+        ) from error
+    return {"out": str(request.out), **counts}
+
+
+def _record(key: str, settings: Mapping[str, Any], prompt: Sequence[Turn], answer: _Answer) -> dict[str, Any]:
+    """A line of the file: as data, a record with `messages`; without them where the answer is unfinished."""
+    asked = [turn._asdict() for turn in prompt]
+    messages = [*asked, {"role": ANSWERING, "content": answer.text}]
+    learnt = {"messages": messages} if answer.finished else {"messages": None, "asked": asked, "cut": answer.text}
+    signal: dict[str, Any] = {"signal": "text"}
+    if answer.top is not None:
+        signal = {"signal": "top-k", "tokens": answer.tokens, "top": answer.top}
+    used = {"prompt_tokens": answer.prompt_tokens, "answer_tokens": answer.answer_tokens}
+    return {**learnt, **signal, **used, "key": key, "settings": dict(settings)}
+
+
+_Answers = Callable[[Sequence[Sequence[Turn]]], Iterator[tuple[int, _Answer]]]
+
+
+def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
+    """The teacher's fingerprint, and what makes it answer."""
+    teacher = materialise(resolve_teacher(request.teacher), request.cache)
+
+    def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer]]:
+        if not prompts:
+            return
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        renderer = Renderer(teacher.folder)
+        ids = [renderer.prompt(prompt) for prompt in prompts]
+        for place, written in write(
+            load_model(teacher.folder, torch.float32, device),
+            ids,
+            stops=renderer.stops,
+            max_tokens=request.max_tokens,
+            sampling=request.sampling,
+            batch=request.batch,
+            device=device,
+        ):
+            text = str(renderer.tokenizer.decode(written, skip_special_tokens=True))
+            yield place, _Answer(text, written[-1] in renderer.stops, len(ids[place]), len(written))
+
+    return f"{teacher.name} {teacher.fingerprint}", answers
+
+
+def _from_endpoint(request: WriteRequest, endpoint: Endpoint) -> tuple[str, _Answers]:
+    """The endpoint's name for its model, and what asks it, several prompts at once."""
+    matcher = None
+    if request.top_k:
+        matcher = _Matcher(materialise(resolve_teacher(request.teacher), request.cache).folder)
+    options = {name: getattr(request.sampling, name) for name in ("temperature", "top_p", "seed")}
+
+    def ask(prompt: Sequence[Turn]) -> _Answer:
+        reply = endpoint.ask(
+            [turn._asdict() for turn in prompt],
+            max_tokens=request.max_tokens,
+            top_logprobs=request.top_k,
+            **options,
+        )
+        tokens, top = matcher.match(reply) if matcher else (None, None)
+        return _Answer(reply.text, reply.finished, reply.prompt_tokens, reply.answer_tokens, tokens, top)
+
+    def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer]]:
+        with ThreadPoolExecutor(request.batch, thread_name_prefix="endpoint") as pool:
+            places = {pool.submit(ask, prompt): place for place, prompt in enumerate(prompts)}
+            failure: EndpointError | None = None
+            try:
+                for future in as_completed(places):
+                    if future.cancelled():
+                        continue
+                    try:
+                        yield places[future], future.result()
+                    except EndpointError as error:
+                        # What is under way has been paid for: it is waited for, and kept.
+                        failure = failure or error
+                        pool.shutdown(wait=False, cancel_futures=True)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+            if failure is not None:
+                raise failure
+
+    return f"{endpoint.model} at {endpoint.url}", answers
+
+
+class _Matcher:
+    """Finds an endpoint's tokens in a local tokenizer.
+
+    They match where the answer's text has the same tokens here, by name, and by id where the server tells ids.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        tokenizer = Renderer(folder).tokenizer
+        self._encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        names: dict[str, list[int]] = {}
+        self._names = [str(tokenizer.decode([token])) for token in range(len(tokenizer))]
+        for token, name in enumerate(self._names):
+            names.setdefault(name, []).append(token)
+        # A name that several tokens share, such as that of a torn character, says nothing.
+        self._ids = {name: tokens[0] for name, tokens in names.items() if len(tokens) == 1}
+
+    def match(self, reply: Reply) -> tuple[list[int], list[list[tuple[int, float]]]] | tuple[None, None]:
+        """The answer's tokens and the likeliest ones in each place, or nothing where they do not match."""
+        ids = self._encode(reply.text)
+        # The token that ends the answer may be told as well; it has no text.
+        told = reply.tokens[: len(ids)]
+        if not ids or len(told) < len(ids):
+            return None, None
+        for token, (choice, _) in zip(ids, told, strict=True):
+            if choice.id not in (None, token) or choice.text != self._names[token]:
+                return None, None
+        by_id = all(choice.id is not None for choice, _ in told)
+        top = []
+        for _, likeliest in told:
+            found = [(one.id if by_id else self._ids.get(one.text), one.logprob) for one in likeliest]
+            top.append([(token, logprob) for token, logprob in found if token is not None])
+        return ids, top

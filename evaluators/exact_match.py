@@ -1,0 +1,60 @@
+"""Exact match: the share of questions that the student answers rightly, in full, in writing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import numpy.typing as npt
+from autodistill.evaluators.offline import compute
+
+from autodistill.contracts import Measurement, Needs, Subject
+from autodistill.statistics import clustered_mean
+from autodistill.strategy import Deployment
+
+
+class FullMarks(evaluate.Metric):
+    """Share of answers with full marks, with its standard error over questions."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of answers whose mark is 1, with a standard error clustered by document.",
+            citation="",
+            features=datasets.Features({"marks": datasets.Value("float64"), "documents": datasets.Value("int32")}),
+            format="numpy",
+        )
+
+    def _compute(self, marks: npt.NDArray[np.float64], documents: npt.NDArray[np.int32]) -> dict[str, Any]:
+        value, stderr = clustered_mean(marks >= 1, documents)
+        return {"exact_match": value, "stderr": stderr, "mean_mark": float(np.mean(marks))}
+
+
+class ExactMatch:
+    """Measures "exact_match", a fraction; a task marks by its own rules, which may give a wrong answer a part."""
+
+    name = "exact_match"
+    needs: Needs = "answers"
+
+    def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
+        """Reads the marks of the answers."""
+        answers = subject.answers
+        if answers is None:
+            raise ValueError("exact_match is read from answers, and the subject has none")
+        result = compute(FullMarks, marks=answers.marks, documents=answers.documents)
+        return (
+            Measurement(
+                name="exact_match",
+                value=result["exact_match"],
+                unit="fraction",
+                direction="max",
+                source="simulated",
+                stderr=result["stderr"],
+                detail={"questions": answers.marks.size, "mean_mark": result["mean_mark"]},
+            ),
+        )
+
+    def supports(self, deployment: Deployment) -> bool:
+        """Every deployment can be simulated."""
+        return True

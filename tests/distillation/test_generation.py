@@ -1,0 +1,107 @@
+"""Written answers against a plain loop without a cache, batch or padding, and draws against their distribution."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from autodistill.data import Question, Questions
+from autodistill.distillation.generation import Sampling, answer, write
+from autodistill.testing import save_tiny_teacher, tiny_tokenizer
+
+PROMPTS = [[5, 9, 200], [7], list(range(40, 60)), [100, 101, 102, 103, 104], [7, 8]]
+STOPS = (1, 30)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_teacher(tmp_path_factory.mktemp("model"), layers=3)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _alone(model: torch.nn.Module, prompt: list[int], limit: int, stops: tuple[int, ...]) -> list[int]:
+    """The most likely tokens, each from a forward pass over all before it."""
+    written: list[int] = []
+    while len(written) < limit and not (written and written[-1] in stops):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + written])).logits
+        written.append(int(logits[0, -1].argmax()))
+    return written
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_greedy_answers_are_those_of_each_prompt_alone(model: torch.nn.Module, batch: int) -> None:
+    free = {place: _alone(model, prompt, 12, STOPS) for place, prompt in enumerate(PROMPTS)}
+    # A token that the model does write, so that answers end at different lengths.
+    stops = (*STOPS, free[2][3])
+    expected = {place: _alone(model, prompt, 12, stops) for place, prompt in enumerate(PROMPTS)}
+    assert len({len(tokens) for tokens in expected.values()}) > 1
+    assert dict(write(model, PROMPTS, stops=stops, max_tokens=12, batch=batch)) == expected
+
+
+def test_settings_that_a_folder_brings_change_nothing_and_stay(model: torch.nn.Module) -> None:
+    plain = dict(write(model, PROMPTS, stops=STOPS, max_tokens=12))
+    before = model.generation_config
+    own = GenerationConfig(repetition_penalty=5.0, do_sample=True, max_length=3, suppress_tokens=[plain[0][0]])
+    model.generation_config = own
+    try:
+        assert dict(write(model, PROMPTS, stops=STOPS, max_tokens=12)) == plain
+        assert model.generation_config is own
+    finally:
+        model.generation_config = before
+
+
+def test_draws_depend_on_prompt_and_seed_alone(model: torch.nn.Module) -> None:
+    def drawn(prompts: list[list[int]], seed: int, batch: int = 16) -> list[list[int]]:
+        sampling = Sampling(temperature=0.8, top_p=0.9, seed=seed)
+        found = dict(write(model, prompts, stops=STOPS, max_tokens=8, sampling=sampling, batch=batch))
+        return [found[place] for place in range(len(prompts))]
+
+    first = drawn(PROMPTS, 0)
+    assert drawn(PROMPTS, 0) == first
+    assert drawn(PROMPTS[::-1], 0, batch=2) == first[::-1]
+    assert drawn(PROMPTS, 1) != first
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.7)])
+def test_draws_follow_the_models_distribution(model: torch.nn.Module, temperature: float, top_p: float) -> None:
+    draws = 3000
+    counts = np.zeros(300)
+    for seed in range(draws):
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        ((_, tokens),) = write(model, [PROMPTS[0]], stops=STOPS, max_tokens=1, sampling=sampling)
+        counts[tokens[0]] += 1
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].double()
+    p = torch.softmax(logits / temperature, -1).numpy()
+    order = np.argsort(-p)
+    before = np.cumsum(p[order]) - p[order]
+    p[order[before >= top_p]] = 0
+    p /= p.sum()
+    assert counts[p == 0].sum() == 0
+    # Pearson's statistic over tokens that are expected five times, against its mean and spread.
+    often = p * draws >= 5
+    statistic = ((counts - p * draws)[often] ** 2 / (p * draws)[often]).sum()
+    freedom = often.sum()
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_answers_are_marked_as_text_without_their_end(model: torch.nn.Module, folder: Path) -> None:
+    written = _alone(model, PROMPTS[3], 9, STOPS)
+    text = tiny_tokenizer().decode(written, skip_special_tokens=True)
+    entries = tuple(
+        Question(document=place + 10, prompt=tuple(prompt), answer=said, answer_tokens=6, item=None)
+        for place, (prompt, said) in enumerate([(PROMPTS[3], text), (PROMPTS[2], "something else")])
+    )
+    answers = answer(model, Questions(task=None, stops=STOPS, tokenizer=folder, entries=entries))
+    assert answers.texts[0] == text
+    assert answers.marks.tolist() == [1.0, 0.0]
+    assert answers.documents.tolist() == [10, 11]

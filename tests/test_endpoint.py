@@ -1,0 +1,203 @@
+"""A small server that answers, stalls, refuses and talks nonsense, and what the client makes of it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from autodistill.endpoint import Choice, Endpoint
+from autodistill.errors import EndpointError, InputError
+
+ASK = [{"role": "user", "content": "hi"}]
+GOOD = {
+    "choices": [{"message": {"role": "assistant", "content": "ho"}, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 7, "completion_tokens": 2},
+}
+
+
+class Server:
+    """Answers each request by the next of its scripts, the last one again and again; keeps what it was asked."""
+
+    def __init__(self, *scripts: Callable[[BaseHTTPRequestHandler], None]) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        lock = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    script = scripts[min(len(server.requests), len(scripts) - 1)]
+                    server.requests.append(body)
+                    server.headers.append(dict(self.headers))
+                script(self)
+
+            def do_GET(self) -> None:
+                server.headers.append(dict(self.headers))
+                send(200, {"moved": True})(self)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
+        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
+def send(status: int, body: Any, **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
+    def script(handler: BaseHTTPRequestHandler) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        handler.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    return script
+
+
+def stall(handler: BaseHTTPRequestHandler) -> None:
+    time.sleep(1.5)
+
+
+def hang_up(handler: BaseHTTPRequestHandler) -> None:
+    handler.connection.shutdown(socket.SHUT_RDWR)
+
+
+def torn(handler: BaseHTTPRequestHandler) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Server]]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("AUTODISTILL_API_KEY", raising=False)
+    started: list[Server] = []
+
+    def start(*scripts: Callable[[BaseHTTPRequestHandler], None]) -> Server:
+        started.append(Server(*scripts))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
+
+
+def client(server: Server, **changes: Any) -> Endpoint:
+    return Endpoint(server.url, "big", **({"timeout": 10.0, "attempts": 3, "pause": 0.01} | changes))
+
+
+def test_a_chat_completion_is_asked_for_and_read(serve: Callable[..., Server]) -> None:
+    entry = {"token": "ho", "logprob": -0.5, "top_logprobs": [{"token": "hi", "logprob": -1.0, "id": 4}]}
+    content = {"choices": [GOOD["choices"][0] | {"logprobs": {"content": [entry]}, "finish_reason": "length"}]}
+    server = serve(send(200, GOOD | content))
+    reply = client(server).ask(ASK, max_tokens=9, top_logprobs=5, temperature=0.5)
+    assert server.requests == [
+        {"model": "big", "messages": ASK, "max_tokens": 9, "logprobs": True, "top_logprobs": 5, "temperature": 0.5}
+    ]
+    assert (reply.text, reply.finished, reply.prompt_tokens, reply.answer_tokens) == ("ho", False, 7, 2)
+    assert reply.tokens == ((Choice("ho", None, -0.5), (Choice("hi", 4, -1.0),)),)
+    assert "Authorization" not in server.headers[0]
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [send(429, {}), send(500, b"oops"), send(503, {}), hang_up, torn, send(200, b"<html>"), send(200, {"no": 1})],
+)
+def test_what_may_pass_is_asked_again(serve: Callable[..., Server], trouble: Any) -> None:
+    server = serve(send(503, {}), trouble, send(200, GOOD))
+    assert client(server).ask(ASK, max_tokens=9).text == "ho"
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (send(429, {"error": {"message": "slow down"}}), r"answered 429: slow down, 3 times: try again later"),
+        (send(500, b"oops\nand more"), r"answered 500: oops and more, 3 times"),
+        (send(200, b"<html>"), r"answered nonsense \(.*\), 3 times"),
+        (send(200, {"choices": []}), r"answered nonsense"),
+        (send(200, {"choices": [{"message": {"content": None}}]}), r"nonsense \(no text in its message\)"),
+        (send(200, [1]), r"answered nonsense \(no chat completion"),
+    ],
+)
+def test_what_does_not_pass_is_said(serve: Callable[..., Server], script: Any, said: str) -> None:
+    server = serve(script)
+    with pytest.raises(EndpointError, match=said) as caught:
+        client(server).ask(ASK, max_tokens=9)
+    assert len(server.requests) == 3
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("status", "advice"), [(400, "too long"), (401, "AUTODISTILL_API_KEY"), (404, "--model")])
+def test_what_cannot_pass_is_said_at_once(serve: Callable[..., Server], status: int, advice: str) -> None:
+    server = serve(send(status, {"error": {"message": "too long"}}))
+    with pytest.raises(EndpointError, match=rf"refused \({status}\): too long.*") as caught:
+        client(server).ask(ASK, max_tokens=9)
+    assert advice in str(caught.value)
+    assert len(server.requests) == 1
+
+
+def test_a_slow_server_is_given_up(serve: Callable[..., Server]) -> None:
+    server = serve(stall)
+    with pytest.raises(EndpointError, match=r"gave no answer in 0.1 seconds, 3 times"):
+        client(server, timeout=0.1).ask(ASK, max_tokens=9)
+
+
+def test_nobody_there_is_said_at_once() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(EndpointError, match=r"cannot be reached .*refused.*: start the server"):
+        Endpoint(f"http://127.0.0.1:{port}/v1", "big", pause=60).ask(ASK, max_tokens=9)
+
+
+def test_the_pause_doubles_and_is_at_least_what_the_server_asks(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("autodistill.endpoint.time.sleep", pauses.append)
+    busy = send(429, {}, Retry_After="7")
+    server = serve(send(503, {}), send(503, {}), busy, send(429, {}, Retry_After="9999"), send(200, GOOD))
+    client(server, attempts=5, pause=1.0).ask(ASK, max_tokens=9)
+    assert pauses == [1.0, 2.0, 7.0, 60.0]
+
+
+def test_the_key_goes_to_the_endpoint_alone_and_is_never_shown(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTODISTILL_API_KEY", "sk-very-secret")
+    other = serve(send(200, GOOD))
+    server = serve(
+        send(302, {}, Location=f"{other.url}/elsewhere"),
+        send(401, {"error": {"message": "wrong key sk-very-secret"}}),
+    )
+    with pytest.raises(EndpointError) as caught:
+        client(server).ask(ASK, max_tokens=9)
+    assert server.headers[0]["Authorization"] == "Bearer sk-very-secret"
+    assert other.headers
+    assert all("Authorization" not in headers for headers in other.headers)
+    assert "secret" not in str(caught.value)
+    assert "wrong key ***" in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "file:///etc/passwd", "http://", "https://me:secret@host/v1", ""])
+def test_only_a_plain_base_is_taken(url: str) -> None:
+    with pytest.raises(InputError, match="http://localhost:8000/v1") as caught:
+        Endpoint(url, "big")
+    assert "secret" not in str(caught.value)

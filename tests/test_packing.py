@@ -1,0 +1,55 @@
+"""Whole records in sequences: each once, in one piece, and little padding."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autodistill.packing import cut, pack
+from autodistill.rendering import Rendered
+
+
+def _record(number: int, size: int) -> Rendered:
+    """Tokens that name the record and the place in it; the second half is the answer."""
+    return Rendered(np.arange(size, dtype=np.int32) + 100 * number, np.arange(size) >= size // 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(2, 16), min_size=1, max_size=40))
+def test_each_record_is_there_once_and_in_one_piece(sizes: list[int]) -> None:
+    records = [_record(number, size) for number, size in enumerate(sizes)]
+    packed = pack(records, list(range(len(sizes))), 16)
+    assert packed.tokens.shape == packed.documents.shape == packed.answers.shape
+    assert packed.tokens.shape[1] == 16
+    for number, record in enumerate(records):
+        (row,) = np.unique(np.nonzero(packed.tokens == 100 * number)[0])
+        begin = int(np.flatnonzero(packed.tokens[row] == 100 * number)[0])
+        place = slice(begin, begin + len(record.tokens))
+        assert np.array_equal(packed.tokens[row, place], record.tokens)
+        assert np.array_equal(packed.answers[row, place], record.answers)
+        assert (packed.documents[row, place] == number).all()
+    # What is no record is padding, which never counts.
+    assert packed.answers.sum() == sum(record.answers.sum() for record in records)
+    # Best fit never leaves two sequences whose records would fit in one.
+    used = [len(set(row.tolist())) for row in packed.tokens]
+    assert len(used) < 2 or sorted(used)[0] + sorted(used)[1] > 16
+
+
+def test_padding_repeats_the_last_token_and_its_owner() -> None:
+    packed = pack([_record(0, 5), _record(1, 4)], [7, 9], 12)
+    assert packed.tokens.tolist() == [[0, 1, 2, 3, 4, 100, 101, 102, 103, 103, 103, 103]]
+    assert packed.documents.tolist() == [[7] * 5 + [9] * 7]
+    assert packed.answers.astype(int).tolist() == [[0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0]]
+
+
+def test_a_long_record_is_cut_at_its_end_or_left_out() -> None:
+    short = cut(_record(0, 10), 10)
+    assert short is not None
+    assert len(short.tokens) == 10
+    half = cut(_record(0, 10), 7)
+    assert half is not None
+    assert half.answers.sum() == 2
+    assert cut(_record(0, 10), 5) is None
+    # The first token of a sequence is predicted from nothing.
+    assert cut(Rendered(np.arange(3, dtype=np.int32), np.array([True, False, False])), 3) is None

@@ -1,0 +1,131 @@
+"""Rendered conversations against transformers' own rendering, and masks against its generation tags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from autodistill.conversations import Conversation, Turn, asked
+from autodistill.errors import InputError
+from autodistill.rendering import Renderer
+from autodistill.testing import tiny_tokenizer
+
+HEAD = "{% for message in messages %}<s>{{ message.role }}\n"
+TAIL = "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+TEMPLATE = HEAD + "{{ message.content }}</s>" + TAIL
+# The same text; the tags tell transformers which part is the assistant's.
+TAGGED = (
+    HEAD
+    + "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}</s>{% endgeneration %}"
+    + "{% else %}{{ message.content }}</s>{% endif %}"
+    + TAIL
+)
+LONG = Conversation(
+    tuple(
+        Turn(*turn)
+        for turn in [
+            ("system", "Be kind."),
+            ("user", "Who carries the boat?"),
+            ("assistant", " The miller.\n\nNear the river "),
+            ("user", "And then?"),
+            ("assistant", "Two apples."),
+        ]
+    )
+)
+
+
+def _renderer(folder: Path, template: str | None, **changes: str) -> Renderer:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    return Renderer(folder)
+
+
+def _messages(conversation: Conversation) -> list[dict[str, str]]:
+    return [turn._asdict() for turn in conversation.turns]
+
+
+@pytest.mark.parametrize("conversation", [LONG, asked("hi", "ho")])
+def test_tokens_and_mask_are_those_of_transformers(tmp_path: Path, conversation: Conversation) -> None:
+    (rendered,) = _renderer(tmp_path, TEMPLATE).render([conversation])
+    expected = tiny_tokenizer().apply_chat_template(
+        _messages(conversation), chat_template=TAGGED, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert rendered.tokens.tolist() == expected["input_ids"]
+    assert rendered.answers.astype(int).tolist() == expected["assistant_masks"]
+    assert rendered.tokens.dtype == np.int32
+
+
+def test_the_prompt_is_what_training_sees_before_the_answer(tmp_path: Path) -> None:
+    for folder, template in (("chat", TEMPLATE), ("plain", None)):
+        renderer = _renderer(tmp_path / folder, template)
+        (rendered,) = renderer.render([LONG])
+        prompt = renderer.prompt(LONG.prompt)
+        begin = len(prompt)
+        assert rendered.tokens[:begin].tolist() == prompt
+        assert rendered.answers[begin : begin + rendered.last_answer].all()
+        assert rendered.answers[begin:].sum() == rendered.last_answer
+        assert not rendered.answers[begin - 1]
+    expected = tiny_tokenizer().apply_chat_template(
+        _messages(LONG)[:-1], chat_template=TEMPLATE, add_generation_prompt=True, return_dict=False
+    )
+    assert _renderer(tmp_path / "chat", TEMPLATE).prompt(LONG.prompt) == expected
+
+
+def test_without_a_template_turns_are_lines_and_answers_end_with_eos(tmp_path: Path) -> None:
+    renderer, tokenizer = _renderer(tmp_path, None), tiny_tokenizer()
+    (rendered,) = renderer.render([asked("question", "answer")])
+    assert tokenizer.decode(rendered.tokens) == "question\nanswer</s>"
+    assert tokenizer.decode(rendered.tokens[rendered.answers]) == "answer</s>"
+    (rendered,) = renderer.render([LONG])
+    assert tokenizer.decode(rendered.tokens[rendered.answers]) == " The miller.\n\nNear the river </s>Two apples.</s>"
+
+
+def test_an_answer_without_an_end_is_given_one(tmp_path: Path) -> None:
+    open_ended = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    (rendered,) = _renderer(tmp_path, open_ended + "{% if add_generation_prompt %}assistant: {% endif %}").render(
+        [asked("hi", "ho")]
+    )
+    assert tiny_tokenizer().decode(rendered.tokens[rendered.answers]).lstrip() == "ho</s>"
+    assert rendered.answers[-1]
+
+
+def test_an_answer_that_the_template_rewrites_later_is_not_learnt(tmp_path: Path) -> None:
+    # As Qwen3 does: what was thought before the last answer is left out of the text.
+    template = HEAD.replace("\n", "\n{% if loop.last and message.role == 'assistant' %}<think> {% endif %}")
+    (rendered,) = _renderer(tmp_path, template + "{{ message.content }}</s>" + TAIL).render([LONG])
+    assert tiny_tokenizer().decode(rendered.tokens[rendered.answers]) == "<think> Two apples.</s>"
+
+
+def test_an_answer_is_ended_by_what_the_template_says_and_by_eos(tmp_path: Path) -> None:
+    assert _renderer(tmp_path / "a", TEMPLATE).stops == (tiny_tokenizer().eos_token_id,)
+    other = _renderer(tmp_path / "b", TEMPLATE.replace("</s>", "<pad>"))
+    assert other.stops == (tiny_tokenizer().pad_token_id, tiny_tokenizer().eos_token_id)
+
+
+def test_the_rule_is_another_for_another_template(tmp_path: Path) -> None:
+    rules = [_renderer(tmp_path / str(i), text).rule for i, text in enumerate((None, TEMPLATE, TEMPLATE + " "))]
+    assert len(set(rules)) == 3
+    assert _renderer(tmp_path / "1", TEMPLATE).rule == rules[1]
+
+
+def test_what_a_template_refuses_is_said(tmp_path: Path) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+    renderer = _renderer(tmp_path, refusing)
+    with pytest.raises(InputError, match=r"refuses a conversation of system, user.*no system role"):
+        renderer.render([LONG])
+    assert len(renderer.render([asked("hi", "ho")])) == 1
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id is None
+    with pytest.raises(InputError, match="no EOS token to end an answer with"):
+        Renderer(tmp_path)

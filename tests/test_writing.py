@@ -1,0 +1,328 @@
+"""Teacher-written data: resumed, torn, interrupted; locally, at a faulty endpoint, and at llama.cpp's own server."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from autodistill import writing
+from autodistill.cli import main
+from autodistill.conversations import asked
+from autodistill.distillation.generation import Sampling
+from autodistill.documents import resolve_data
+from autodistill.endpoint import Choice, Reply
+from autodistill.errors import EndpointError, InputError
+from autodistill.export.gguf import GgufExporter
+from autodistill.strategy import Deployment
+from autodistill.testing import save_tiny_teacher, tiny_tokenizer
+from autodistill.writing import WriteRequest, write_data
+
+CHATML = (
+    "{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] + '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+PROMPTS = ("the miller", "a fox", "the old gardener")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random, but with no wish for tokens that are no text: bytes of torn characters have no name to be matched by."""
+    folder = save_tiny_teacher(tmp_path_factory.mktemp("teacher"), layers=3, tied=False)
+    tokenizer = tiny_tokenizer()
+    weights = load_file(folder / "model.safetensors")
+    for token in range(len(tokenizer)):
+        if token <= 2 or not tokenizer.decode([token]).isprintable() or "\ufffd" in tokenizer.decode([token]):
+            weights["lm_head.weight"][token] = 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def request_(teacher: Path, tmp_path: Path) -> WriteRequest:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    return WriteRequest(
+        prompts=str(tmp_path / "prompts.txt"),
+        out=tmp_path / "made" / "data.jsonl",
+        teacher=str(teacher),
+        cache=tmp_path / "cache",
+        max_tokens=8,
+    )
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _expected(teacher: Path, prompt: str, limit: int) -> list[int]:
+    """The likeliest answer, a forward pass a token."""
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    messages = [{"role": "user", "content": prompt}]
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.apply_chat_template(messages, chat_template=CHATML, add_generation_prompt=True, return_dict=False)
+    written: list[int] = []
+    while len(written) < limit and tokenizer.eos_token_id not in written:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids + written])).logits
+        written.append(int(logits[0, -1].argmax()))
+    return written
+
+
+def test_a_local_teacher_writes_what_it_holds_for_likeliest(request_: WriteRequest, teacher: Path) -> None:
+    counts = write_data(request_)
+    records = {record["asked"][0]["content"]: record for record in _records(request_.out)}
+    assert set(records) == set(PROMPTS)
+    total = 0
+    for prompt, record in records.items():
+        expected = _expected(teacher, prompt, 8)
+        assert record["cut"] == tiny_tokenizer().decode(expected)
+        assert record["answer_tokens"] == len(expected) == 8  # a random model does not end by itself
+        total += record["prompt_tokens"]
+        assert record["signal"] == "text"
+    assert counts == {
+        "out": str(request_.out),
+        "prompts": 3,
+        "kept": 0,
+        "written": 3,
+        "unfinished": 3,
+        "prompt_tokens": total,
+        "answer_tokens": 24,
+        "top-k": 0,
+        "text": 3,
+    }
+
+
+def _canned(monkeypatch: pytest.MonkeyPatch, replies: dict[str, Any]) -> list[dict[str, Any]]:
+    """In the place of an endpoint: answers by prompt, or raises."""
+    seen: list[dict[str, Any]] = []
+
+    def ask(self: Any, messages: Any, **options: Any) -> Reply:
+        seen.append({"messages": messages, **options})
+        reply = replies[messages[-1]["content"]]
+        if isinstance(reply, Exception):
+            raise reply
+        if isinstance(reply, Reply):
+            return reply
+        return Reply(text=reply, finished=True, prompt_tokens=5, answer_tokens=2, tokens=())
+
+    monkeypatch.setattr(writing.Endpoint, "ask", ask)
+    return seen
+
+
+def test_answers_are_data_and_cut_ones_are_not(request_: WriteRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = Reply(text="and so", finished=False, prompt_tokens=5, answer_tokens=8, tokens=())
+    seen = _canned(monkeypatch, {PROMPTS[0]: "paints", PROMPTS[1]: cut, PROMPTS[2]: "repairs\nit"})
+    sampling = Sampling(temperature=0.7, top_p=0.9, seed=3)
+    remote = replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", sampling=sampling)
+    counts = write_data(remote)
+    assert (counts["written"], counts["unfinished"], counts["prompt_tokens"], counts["answer_tokens"]) == (3, 1, 15, 12)
+    documents = resolve_data(str(request_.out)).documents
+    assert sorted(documents, key=str) == sorted(
+        [asked(PROMPTS[0], "paints"), asked(PROMPTS[2], "repairs\nit")], key=str
+    )
+    options = {"max_tokens": 8, "top_logprobs": 0, "temperature": 0.7, "top_p": 0.9, "seed": 3}
+    assert all(options.items() <= one.items() for one in seen)
+    assert {record["settings"]["writer"] for record in _records(request_.out)} == {"big at http://127.0.0.1:1/v1"}
+
+
+def test_it_goes_on_where_it_ended_and_pays_for_nothing_twice(
+    request_: WriteRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", batch=1)
+    _canned(monkeypatch, {PROMPTS[0]: "one", PROMPTS[1]: EndpointError("it is down"), PROMPTS[2]: "three"})
+    with pytest.raises(EndpointError, match=r"it is down; \d of 3 answers are in .*data.jsonl, the same command"):
+        write_data(remote)
+    kept = len(_records(request_.out))
+    with request_.out.open("a") as file:
+        file.write('{"messages": [{"role": "us')  # killed while writing
+    seen = _canned(monkeypatch, dict.fromkeys(PROMPTS, "later"))
+    counts = write_data(remote)
+    assert (counts["kept"], counts["written"], len(seen)) == (kept, 3 - kept, 3 - kept)
+    assert len(_records(request_.out)) == 3
+    assert write_data(remote)["written"] == 0
+    # Other settings, or another model, are other answers.
+    for other in (replace(remote, model="bigger"), replace(remote, sampling=Sampling(temperature=1.0, seed=1))):
+        assert write_data(other)["written"] == 3
+    assert len({record["key"] for record in _records(request_.out)}) == 9
+
+
+def test_what_was_under_way_when_one_failed_is_kept(request_: WriteRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(self: Any, messages: Any, **options: Any) -> Reply:
+        if messages[-1]["content"] == PROMPTS[0]:
+            raise EndpointError("it is down")
+        time.sleep(0.2)
+        return Reply(text="slow", finished=True, prompt_tokens=1, answer_tokens=1, tokens=())
+
+    monkeypatch.setattr(writing.Endpoint, "ask", ask)
+    with pytest.raises(EndpointError, match="2 of 3 answers"):
+        write_data(replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", batch=3))
+    assert len(_records(request_.out)) == 2
+
+
+def _told(text: str, ids: list[int | None] | None = None, end: bool = True) -> Reply:
+    tokenizer = tiny_tokenizer()
+    tokens = tokenizer(text)["input_ids"]
+    told = ids or [None] * len(tokens)
+    places = [
+        (Choice(tokenizer.decode([t]), i, -0.5), (Choice(tokenizer.decode([t]), i, -0.5), Choice("e", None, -2.0)))
+        for t, i in zip(tokens, told, strict=True)
+    ]
+    if end:
+        places.append((Choice("", None, -0.1), ()))
+    return Reply(text=text, finished=True, prompt_tokens=1, answer_tokens=len(places), tokens=tuple(places))
+
+
+def test_log_probabilities_are_kept_where_the_tokens_match_and_text_alone_otherwise(
+    request_: WriteRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_ids = [token + 1 for token in tiny_tokenizer()("repairs")["input_ids"]]
+    replies = {PROMPTS[0]: _told("paints"), PROMPTS[1]: _told("repairs", other_ids), PROMPTS[2]: _told("x", end=False)}
+    _canned(monkeypatch, replies)
+    counts = write_data(replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", top_k=2))
+    assert (counts["top-k"], counts["text"]) == (2, 1)
+    records = {record["messages"][0]["content"]: record for record in _records(request_.out)}
+    first = records[PROMPTS[0]]
+    assert first["tokens"] == tiny_tokenizer()("paints")["input_ids"]
+    (e,) = tiny_tokenizer()("e")["input_ids"]
+    assert first["top"] == [[[token, -0.5], [e, -2.0]] for token in first["tokens"]]
+    assert records[PROMPTS[1]]["signal"] == "text"
+    assert "top" not in records[PROMPTS[1]]
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"max_tokens": 0}, "--max-tokens must be at least 1"),
+    ({"batch": 0}, "--batch must be at least 1"),
+    ({"sampling": Sampling(temperature=-1.0)}, "--temperature"),
+    ({"sampling": Sampling(temperature=math.nan)}, "--temperature"),
+    ({"sampling": Sampling(top_p=0.0)}, "--top-p"),
+    ({"top_k": 3}, "--top-k is asked of an endpoint"),
+    ({"top_k": 21, "endpoint": "http://a/v1", "model": "m"}, "--top-k must be 0 to 20"),
+    ({"endpoint": "http://a/v1"}, "--endpoint and --model belong together"),
+    ({"model": "m"}, "--endpoint and --model belong together"),
+    ({"out": Path("data.txt")}, "--out is a .jsonl file"),
+    ({"prompts": "nowhere.jsonl"}, "there are no prompts at"),
+    ({"teacher": "nowhere"}, "there is no teacher at"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), BAD)
+def test_bad_input_is_refused_before_a_model_is_loaded(
+    request_: WriteRequest, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(writing, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(InputError, match=said):
+        write_data(replace(request_, **changes))
+
+
+SERVER = """
+import sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path = sys.argv[1]
+params.hostnames = ["127.0.0.1"]
+params.port = int(sys.argv[2])
+params.n_ctx, params.n_parallel, params.cpuparams.n_threads = 1024, 2, 1
+params.ui, params.offline, params.fit_params = False, True, False
+server = xllamacpp.Server(params)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def llama_url(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """llama.cpp's own server on loopback, with the tiny teacher in float16."""
+    folder = tmp_path_factory.mktemp("gguf")
+    f16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
+    artefact = GgufExporter().export(teacher, f16, folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    command = [sys.executable, "-c", SERVER, str(artefact.path), str(port)]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        ends = time.monotonic() + 60
+        while time.monotonic() < ends:
+            assert process.poll() is None, (folder / "log").read_text()[-2000:]
+            try:
+                opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+                with opener.open(f"{url}/health", timeout=5):
+                    break
+            except OSError:
+                time.sleep(0.1)
+        yield f"{url}/v1"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_llama_cpps_own_server_writes_with_log_probabilities(
+    request_: WriteRequest,
+    teacher: Path,
+    llama_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    line = (
+        f"write --prompts {request_.prompts} --out {request_.out} --teacher {teacher} --endpoint {llama_url} "
+        f"--model tiny --max-tokens 6 --top-k 4 --format json --cache {request_.cache}"
+    )
+    assert main(line.split()) == 0
+    counts = json.loads(capfd.readouterr().out)
+    assert (counts["prompts"], counts["written"]) == (3, 3)
+    assert counts["answer_tokens"] > 0
+    assert counts["top-k"] + counts["text"] == 3
+    assert counts["top-k"] > 0
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+    tokenizer = tiny_tokenizer()
+    for record in _records(request_.out):
+        if record["signal"] != "top-k":
+            continue
+        turns = record["asked"] if record["messages"] is None else record["messages"][:-1]
+        ids = tokenizer.apply_chat_template(turns, chat_template=CHATML, add_generation_prompt=True, return_dict=False)
+        assert record["prompt_tokens"] == len(ids)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids + record["tokens"]])).logits[0, len(ids) - 1 : -1]
+        log_p = torch.log_softmax(logits.double(), -1)
+        for row, token, top in zip(log_p, record["tokens"], record["top"], strict=True):
+            assert len(top) == 4
+            assert token == top[0][0]
+            for other, said in top:
+                # llama.cpp computes with float16 weights.
+                assert said == pytest.approx(float(row[other]), abs=0.05)
+    assert main(line.split()) == 0
+    assert json.loads(capfd.readouterr().out)["kept"] == 3
+
+
+def test_the_command_line_says_what_was_done(
+    request_: WriteRequest, teacher: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = f"write --prompts {request_.prompts} --out {request_.out} --teacher {teacher} --max-tokens 4"
+    assert main([*line.split(), "--temperature", "0.9", "--cache", str(request_.cache)]) == 0
+    printed = capfd.readouterr()
+    assert f"3 answers written, 0 kept from before, of 3 prompts: {request_.out}" in printed.out
+    assert "12 of answers" in printed.out
+    assert "3 answers reached --max-tokens and are not learnt" in printed.out
+    assert main([*line.split(), "--top-p", "2"]) == 2
+    assert "--top-p must be above 0" in capfd.readouterr().err
