@@ -36,10 +36,10 @@ def test_each_record_is_there_once_and_in_one_piece(sizes: list[int]) -> None:
     assert len(used) < 2 or sorted(used)[0] + sorted(used)[1] > 16
 
 
-def test_padding_repeats_the_last_token_and_its_owner() -> None:
+def test_padding_repeats_the_last_token_and_has_no_owner() -> None:
     packed = pack([_record(0, 5), _record(1, 4)], [7, 9], 12)
     assert packed.tokens.tolist() == [[0, 1, 2, 3, 4, 100, 101, 102, 103, 103, 103, 103]]
-    assert packed.documents.tolist() == [[7] * 5 + [9] * 7]
+    assert packed.documents.tolist() == [[7] * 5 + [9] * 4 + [-1] * 3]
     assert packed.answers.astype(int).tolist() == [[0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0]]
 
 
