@@ -192,7 +192,6 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         box = BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
     splits = loaded.data.splits
     deployments = holdable(loaded.spec, checked.space.deployments)
-    smallest = students[0][1]
     demand = Demand(
         box_seconds=box,
         spent_seconds=spent,
@@ -200,9 +199,9 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         tokens=request.tokens,
         baselines=len(checked.space.baselines),
         teacher_deployments=len(deployments),
-        # The smallest student has the most deployments that fit.
-        deployments=sum(
-            fit.slack <= 0 for fit in fits(smallest, holdable(smallest, checked.space.deployments), request.budget)
+        deployments=max(
+            sum(fit.slack <= 0 for fit in fits(student, holdable(student, checked.space.deployments), request.budget))
+            for _, student in students
         ),
         train_tokens=splits["train"].sequences * SEQUENCE_LENGTH,
         validation_tokens=splits["validation"].sequences * SEQUENCE_LENGTH,

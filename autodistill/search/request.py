@@ -101,7 +101,7 @@ def check_request(request: SearchRequest) -> Checked:
 
     Raises:
         InputError: Of each of its parts, in one line.
-        NothingFitsError: Not even the smallest student of the space fits the budget.
+        NothingFitsError: Not even the student that needs least fits the budget.
     """
     for name in ("trials", "tokens"):
         value = getattr(request, name)
@@ -194,18 +194,23 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
 
 
 def check_budget(checked: Checked, spec: ModelSpec) -> None:
-    """Refuses a budget that not even the smallest student meets."""
-    smallest = by_size(checked.space, spec)[0][1]
-    deployments = holdable(smallest, checked.space.deployments)
-    if not deployments:
-        cause = cannot_hold(smallest, checked.space.deployments[0])
+    """Refuses a budget that no student meets, not even that which needs least."""
+    students = by_size(checked.space, spec)
+    fitting = {
+        strategy: fits(student, holdable(student, checked.space.deployments), checked.request.budget)
+        for strategy, student in students
+    }
+    held = {strategy: found for strategy, found in fitting.items() if found}
+    if not held:
+        cause = cannot_hold(students[0][1], checked.space.deployments[0])
         raise InputError(f"no deployment of the space {checked.space.name} can hold the smallest student: {cause}")
-    fitting = fits(smallest, deployments, checked.request.budget)
-    reason = shortfall(fitting, checked.request.budget)
+    # Fewer weights are not always less memory: the KV cache goes with the layers.
+    least = min(held, key=lambda strategy: min(fit.slack for fit in held[strategy]))
+    reason = shortfall(held[least], checked.request.budget)
     if reason is not None:
         raise NothingFitsError(
-            f"nothing fits: of the smallest student ({smallest.layers} of {spec.layers} layers), {reason}; "
-            "raise --budget, or lower --context"
+            f"nothing fits: of the student that needs least ({least.init.describe()}), {reason}; raise --budget, or "
+            "lower --context"
         )
 
 
