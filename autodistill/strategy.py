@@ -272,8 +272,9 @@ class Distillation(Part):
         temperature: Its schedule.
         standardise: Whether each row of logits is divided by its standard deviation before the temperature.
         signal: Where the teacher's outputs come from: "top-k", its `signal_tokens` likeliest tokens from the cache;
-            "sampled", tokens from the cache found by `signal_tokens` draws; "states", all tokens, from the cached
-            last hidden states and the teacher's head; "online", all tokens, from the teacher run beside the student.
+            "sampled", tokens from the cache found by `signal_tokens` draws, up to temperature 1; "states", all tokens,
+            from the cached last hidden states and the teacher's head; "online", all tokens, from the teacher run
+            beside the student.
         signal_tokens: Above 0 for "top-k" and "sampled", 0 for the others.
         positions: Predicted tokens that are learnt: "answers", those that the data mark as such, or all where they mark
             none; "all"; or "uncertain", the share of the first whose predictions by the student have the most entropy
@@ -335,6 +336,12 @@ class Distillation(Part):
             self.signal != "sampled" or self.divergence == "forward_kl",
             f"distillation.divergence is {self.divergence}, of which sampled tokens give no unbiased estimate: {full}",
         )
+        hottest = max(self.temperature.start, self.temperature.end)
+        _check(
+            self.signal != "sampled" or hottest <= 1,
+            f"distillation.temperature goes up to {hottest:g}, but tokens are drawn at 1, and above it their weights "
+            f"have no bound: {full}, or a temperature of at most 1",
+        )
         _check(
             not (self.standardise and sparse),
             f"distillation.standardise needs the deviation of all logits, which {self.signal} lacks: {full}",
@@ -348,9 +355,11 @@ class Distillation(Part):
     @property
     def approximation(self) -> str | None:
         """What the logit loss is in place of the divergence that is named, or None where it is that divergence."""
-        if self.weighs_teacher and self.signal == "top-k" and self.divergence != "forward_kl":
-            return f"{self.divergence} of {self.signal_tokens} tokens and the rest as one outcome: a lower bound"
-        return None
+        if not self.weighs_teacher or self.signal != "top-k":
+            return None
+        if self.divergence == "forward_kl" and max(self.temperature.start, self.temperature.end) <= 1:
+            return None  # there the likeliest tokens have nearly all of the mass that counts
+        return f"{self.divergence} of {self.signal_tokens} tokens and the rest as one outcome: a lower bound"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,20 +78,23 @@ mixes = st.tuples(st.sampled_from(["forward_kl", "reverse_kl"]), st.just(0.0)) |
     st.sampled_from(["jsd", "skew_forward_kl", "skew_reverse_kl", "taid"]), shares
 )
 losses = st.builds(
-    lambda signal, mix, standardise: {
-        "signal": signal[0],
-        "signal_tokens": signal[1],
-        "divergence": "forward_kl" if signal[0] == "sampled" else mix[0],
-        "mixture": 0.0 if signal[0] == "sampled" else mix[1],
-        "standardise": standardise and not signal[1],
-    },
+    lambda signal, mix, standardise: (
+        {
+            "signal": signal[0],
+            "signal_tokens": signal[1],
+            "divergence": "forward_kl" if signal[0] == "sampled" else mix[0],
+            "mixture": 0.0 if signal[0] == "sampled" else mix[1],
+            "standardise": standardise and not signal[1],
+        }
+        | ({"temperature": Temperature()} if signal[0] == "sampled" else {})
+    ),
     signals,
     mixes,
     st.booleans(),
 )
 positions = st.tuples(st.sampled_from(["all", "answers"]), st.just(1.0)) | st.tuples(st.just("uncertain"), shares)
 distillations = st.builds(
-    lambda loss, position, **rest: Distillation(**loss, positions=position[0], uncertain_share=position[1], **rest),
+    lambda loss, position, **rest: Distillation(**(rest | loss), positions=position[0], uncertain_share=position[1]),
     loss=losses,
     position=positions,
     divergence_weight=st.floats(0, 1),
@@ -237,6 +240,11 @@ RULES = [
     ("distillation.signal", "online", "signal_tokens must be above 0 for top-k and sampled and 0 for states"),
     ("distillation.signal_tokens", 0, "signal_tokens must be above 0"),
     ("distillation", {"signal": "sampled", "divergence": "reverse_kl"}, "no unbiased estimate: use the signal states"),
+    (
+        "distillation",
+        {"signal": "sampled", "temperature": {"shape": "linear", "start": 2.0, "end": 1.0}},
+        "temperature goes up to 2, but tokens are drawn at 1",
+    ),
     ("distillation", {"standardise": True}, "which top-k lacks: use the signal states or online"),
     ("distillation.positions", "hard", "all, answers, uncertain"),
     ("distillation.positions", "uncertain", "uncertain_share must lie between 0 and 1"),
@@ -356,11 +364,14 @@ def test_names_of_deployments():
     assert (q4.name, int4.name) == ("gguf-q4_0", "compressed-tensors-int4-g64")
 
 
-def test_only_other_divergences_of_the_likeliest_tokens_are_approximate():
+def test_the_likeliest_tokens_are_approximate_but_for_forward_kl_up_to_temperature_1():
     full = {"signal": "states", "signal_tokens": 0}
     assert Distillation(divergence="reverse_kl").approximation.startswith("reverse_kl of 64 tokens and the rest")
+    warm = Distillation(temperature=Temperature(shape="linear", start=5.0, end=1.0))
+    assert warm.approximation.startswith("forward_kl of 64 tokens and the rest")
     for exact in (
         Distillation(),
+        Distillation(temperature=Temperature(start=0.7, end=0.7)),
         Distillation(signal="sampled"),
         Distillation(divergence="reverse_kl", **full),
         Distillation(divergence="reverse_kl", divergence_weight=0.0),

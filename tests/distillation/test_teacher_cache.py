@@ -98,7 +98,7 @@ def test_drawn_tokens_and_their_weights(workshop, dense):
     """Ids are distinct, log-probabilities exact, and a weight is one over the chance of being met by 12 points."""
     logits = dense[0].reshape(-1, 300)
     at_one = logits - _logsumexp(logits, 1.0)[:, None]
-    for temperature in (1.0, 4.0):
+    for temperature in (0.5, 1.0):
         target = workshop.cache.sampled(range(8), temperature, 12)
         exact = logits / temperature - _logsumexp(logits, temperature)[:, None]
         for row, (ids, log_p, weights) in enumerate(zip(target.ids, target.log_p, target.weights, strict=True)):
@@ -107,7 +107,7 @@ def test_drawn_tokens_and_their_weights(workshop, dense):
             assert (weights[len(drawn) :] == 0).all()
             # A token with more than a twelfth of the mass is always met.
             assert set(np.flatnonzero(at_one[row] > np.log(1.001 / 12))) <= set(drawn)
-            np.testing.assert_allclose(log_p[: len(drawn)], exact[row, drawn], rtol=0, atol=5e-3)
+            np.testing.assert_allclose(log_p[: len(drawn)], exact[row, drawn], rtol=0, atol=1e-2)
             met = np.minimum(1, 12 * np.exp(at_one[row, drawn]))
             np.testing.assert_allclose(weights[: len(drawn)], 1 / met, rtol=5e-3)
 
@@ -410,8 +410,8 @@ def test_a_cache_holds_what_recipes_read_and_nothing_else():
         ([_recipe(signal="states", signal_tokens=0, temperature=falling)], {"final": True}),
         # Tokens are drawn at temperature 1, whatever they are read at.
         (
-            [_recipe(signal="sampled", signal_tokens=12, temperature=Temperature(start=2.2, end=2.2))],
-            {"draws": (12,), "temperatures": (1.0, 1.5, 2.0)},
+            [_recipe(signal="sampled", signal_tokens=12, temperature=Temperature(start=0.5, end=0.5))],
+            {"draws": (12,), "temperatures": (0.5, 0.7, 1.0)},
         ),
         (
             [_recipe(signal_tokens=8, temperature=falling), _recipe(signal_tokens=16)],
