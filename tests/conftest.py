@@ -13,6 +13,7 @@ import torch
 from autodistill.contracts import Plan
 from autodistill.data import TokenSet
 from autodistill.distillation.attention import TeacherBlock, teacher_layer
+from autodistill.distillation.calibration import Calibration
 from autodistill.distillation.signals import LiveTeacher
 from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import load_model
@@ -41,7 +42,6 @@ class Workshop:
             keep=(1,),
             sequence_length=LENGTH,
             batch_tokens=2 * LENGTH,
-            micro_batch=2,
             warmup_tokens=0,
             decay=0.25,
             rung_eval_tokens=64,
@@ -54,11 +54,15 @@ class Workshop:
             box_seconds=None,
             seconds={},
         )
-        return replace(plan, **changes)
+        plan = replace(plan, **changes)
+        return plan if "micro_batch" in changes else replace(plan, micro_batch=plan.batch_tokens // LENGTH)
 
-    def trainer(self, strategy: Strategy, seed: int = 0, cache: Any = None, **changes: Any) -> Trainer:
+    def trainer(
+        self, strategy: Strategy, seed: int = 0, cache: Any = None, calibration: Path | None = None, **changes: Any
+    ) -> Trainer:
         """A trainer of a fresh student."""
-        model, kept = build_student(self.teacher, strategy.init)
+        importance = Calibration.load(calibration) if calibration else None
+        model, kept = build_student(self.teacher, strategy.init, calibration=importance)
         attention, block = strategy.distillation.attention, None
         if attention is not None:
             block = TeacherBlock(load_model(self.teacher, torch.float32), teacher_layer(attention, LAYERS))

@@ -22,6 +22,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from autodistill import formats
+from autodistill.distillation.student import same_depth
 from autodistill.distillation.trainer import Trainer
 from autodistill.estimate import spec_from_config, with_layers
 from autodistill.strategy import Alignment, Attention, Distillation, Finishing, Init, Strategy, Temperature
@@ -214,7 +215,7 @@ def test_of_answers_alone_the_losses_are_means(workshop, truth, tmp_path):
     logits = model(truth.ids).logits[:, :-1][counted]
     divergence = replace(truth, logits=truth.logits[counted]).divergence(logits, 1.0)
     cross_entropy = functional.cross_entropy(logits, truth.ids[:, 1:][counted])
-    aligned = _distance(states["last"][:, :-1][counted], truth.states[5][:, :-1][counted])
+    aligned = _distance(states["last"][:, :-1][counted], truth.states[5][:, :-1][counted], "cosine")
     loss = 0.5 * divergence + 0.5 * cross_entropy + 2 * aligned
     loss.backward()
     for name, value in {"divergence": divergence, "cross_entropy": cross_entropy, "alignment": aligned}.items():
@@ -296,7 +297,7 @@ def test_alignment_by_relative_depth(workshop, truth, tmp_path):
     student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     trainer = Trainer(
         student,
-        kept=None,
+        kept=same_depth(3, 6),
         teacher_layers=6,
         teacher_width=64,
         strategy=strategy,

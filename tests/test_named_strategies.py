@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from autodistill.distillation.calibration import calibrate
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import TeacherCache, ensure_cache
 from autodistill.estimate import spec_from_config
-from autodistill.formats import Grid, get_format
+from autodistill.formats import Grid
 from autodistill.search.prepare import cache_settings
 from autodistill.space import load_space, load_strategy
 from autodistill.trial import check_strategy, student_spec
@@ -26,7 +27,11 @@ def test_it_trains(workshop, tmp_path, name):
     spec = spec_from_config(json.loads((workshop.teacher / "config.json").read_text()))
     check_strategy(strategy, spec)
     space = dataclasses.replace(load_space("default"), dimensions=(), baselines={name: strategy})
-    settings = cache_settings(space, spec, bf16=False)
+    calibration = None
+    if strategy.init.selective:
+        calibration = tmp_path / "calibration.safetensors"
+        calibrate(load_model(workshop.teacher, torch.float32), workshop.data).save(calibration)
+    settings = cache_settings(space, spec, bf16=False, calibration=calibration)
     cache = None
     if not settings.empty:
         folder = ensure_cache(
@@ -43,11 +48,10 @@ def test_it_trains(workshop, tmp_path, name):
         cache = TeacherCache(folder)
     storage_of = None
     if strategy.finishing is not None:
-        finishing, packing = strategy.finishing, get_format(strategy.finishing.format)
-        tensors = student_spec(strategy, spec).tensors
-        storages = {t.name: packing.storage(t, finishing.bits, finishing.group_size) for t in tensors}
+        storages = {t.name: strategy.finishing.storage(t) for t in student_spec(strategy, spec).tensors}
         storage_of = {tensor: storage for tensor, storage in storages.items() if isinstance(storage, Grid)}.get
-    trainer = dataclasses.replace(workshop, cache=cache).trainer(strategy, tokens=40 * STEP)
+    bench = dataclasses.replace(workshop, cache=cache)
+    trainer = bench.trainer(strategy, calibration=calibration, tokens=40 * STEP)
     records = [*trainer.train_stable(32 * STEP), *trainer.train_decay(40 * STEP, storage_of)]
     # Losses of one kind: TAID's target moves, and a temperature scales what it is a divergence of.
     first, last = (np.mean([record.cross_entropy for record in part]) for part in (records[:8], records[-8:]))

@@ -370,19 +370,6 @@ def test_nothing_of_the_alignments_leaves_the_training(lab, tmp_path, attention)
         assert {name for name, _ in exporter.unpack(artefact.path)} == expected
 
 
-STRATEGIES = sorted(path.stem for path in (Path(__file__).parents[1] / "search_spaces" / "strategies").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_every_named_strategy_trains(lab, tmp_path, name):
-    strategy = load_strategy(name)
-    setting = lab.setting(tmp_path)
-    check_strategy(strategy, setting.teacher_spec)
-    report = Trial(Workbench(setting), _task(strategy, straight=True)).run(2)
-    assert [evaluation.deployment for evaluation in report.evaluations] == list(ALL)
-    assert np.mean([step.loss for step in report.steps[-3:]]) < np.mean([step.loss for step in report.steps[:3]])
-
-
 LEARNED = {
     name: Finishing(format=name, bits=bits, group_size=group, symmetric=symmetric, scales="learned", **more)
     for name, bits, group, symmetric, more in (
@@ -560,8 +547,8 @@ def test_nan(lab, tmp_path):
     assert caught.value.cause == "nan"
 
 
-def test_what_the_cache_lacks_is_refused_before_the_student_is_built(lab, tmp_path, monkeypatch):
-    monkeypatch.setattr(trial_module, "build_student", lambda *arguments: pytest.fail("a student was built"))
+def test_what_the_cache_lacks_is_refused_before_anything_is_trained(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial_module, "Trainer", lambda *arguments, **more: pytest.fail("a trainer was built"))
     bench = Workbench(lab.setting(tmp_path))
     many = replace(RECIPE, signal_tokens=65)
     with pytest.raises(InputError, match=r"the teacher cache lacks the 65 likeliest tokens, which the strategy reads"):
@@ -618,7 +605,7 @@ def quiz(lab, tmp_path_factory):
         data=load_split(data.folder, "train").head(1024),
         vocabulary=300,
         width=64,
-        settings=CacheSettings(top_k=16, states=tuple(range(6))),
+        settings=CacheSettings(states=tuple(range(6))),
         root=folder / "cache",
         limit_bytes=10**8,
     )
@@ -661,9 +648,7 @@ def test_a_packed_model_answers_with_its_packed_weights(quiz, tmp_path, monkeypa
     budget = Budget(memory_bytes=10**9)
     evaluation, _ = evaluate(model, spec, Q4, data, None, budget=budget, evaluators=("exact_match",))
     master = load_file(quiz.teacher / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
-    storage = get_format("gguf-q4_0").storage(
-        next(tensor for tensor in spec.tensors if tensor.name == "model.layers.0.mlp.up_proj.weight"), 4, 32
-    )
+    storage = Q4.storage(next(tensor for tensor in spec.tensors if tensor.name == "model.layers.0.mlp.up_proj.weight"))
     np.testing.assert_array_equal(seen[0].numpy(), deployed(master.numpy(), storage))
     assert evaluation.measurements["exact_match"].value == pytest.approx(0.5, abs=0.1)
     assert all(re.fullmatch(r"-?\d+", answer) for answer in right.values())

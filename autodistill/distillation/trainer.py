@@ -322,14 +322,21 @@ class Trainer:
                 torch.cuda.empty_cache()
 
     def _accumulate(self, indices: list[int], temperature: float, weight: float) -> dict[str, float]:
-        means: dict[str, float] = {}
+        """Adds up the gradients of the micro-batches, each by its share of the counted tokens.
+
+        What is chosen or balanced within a step, as uncertain positions are, is so within each micro-batch.
+        """
+        means = dict.fromkeys(("loss", "divergence", "cross_entropy", "alignment", "attention"), 0.0)
+        total = self._rows(indices)
         for start in range(0, len(indices), self._micro_batch):
             part = indices[start : start + self._micro_batch]
-            share = self._rows(part) / self._rows(indices)
+            share = self._rows(part) / max(1, total)
+            if share == 0:
+                continue
             loss, terms = self._loss(part, temperature, weight)
             (loss * share).backward()
             for name, value in terms.items():
-                means[name] = means.get(name, 0.0) + share * value
+                means[name] += share * value
         return means
 
     def _loss(self, indices: list[int], temperature: float, weight: float) -> tuple[Tensor, dict[str, float]]:
