@@ -3,8 +3,9 @@
     python benchmarks/distill_step.py [--teacher smollm2] [--rounds 3] [--sequences 4] [--length 256]
 
 Every arm trains the same 15-layer student by turns, so that what else the machine does falls on all of them alike; a
-figure is the median of the arm's steps, and its ratio is taken within the round. The published loss is the generalised
-JSD of GKD in plain torch as TRL writes it, with full softmaxes and the teacher run in each step.
+figure is the median of the arm's steps, and its ratio is taken within the round. Ratios of processor time stand beside
+those of wall-clock time: where other processes share the cores, they are the steadier ones. The published loss is the
+generalised JSD of GKD in plain torch as TRL writes it, with full softmaxes and the teacher run in each step.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -82,11 +84,24 @@ def published_loss(logits: Tensor, wanted: Tensor, beta: float) -> Tensor:
     return (beta * to_teacher + (1 - beta) * to_student).sum() / logits[..., 0].numel()
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """Wall-clock seconds of one call."""
-    began = time.perf_counter()
+class Taken(NamedTuple):
+    """Seconds of one step: on the wall's clock, and of the processor."""
+
+    wall: float
+    processor: float
+
+
+def seconds(work: Callable[[], Any]) -> Taken:
+    """What one call takes."""
+    began = Taken(time.perf_counter(), time.process_time())
     work()
-    return time.perf_counter() - began
+    return Taken(time.perf_counter() - began.wall, time.process_time() - began.processor)
+
+
+def ratio(others: list[Taken], own: list[Taken], clock: str) -> float:
+    """How many times faster, the median over the rounds."""
+    pairs = zip(others, own, strict=True)
+    return statistics.median(getattr(other, clock) / getattr(mine, clock) for other, mine in pairs)
 
 
 def q8_0(model: Any) -> Callable[[str], Any]:
@@ -96,7 +111,7 @@ def q8_0(model: Any) -> Callable[[str], Any]:
     return (grids | {"model.embed_tokens.weight": packing.tables}).get
 
 
-def quantised_seconds(trainer: Trainer, grids: Callable[[str], Any], tokens: int) -> float:
+def quantised_seconds(trainer: Trainer, grids: Callable[[str], Any], tokens: int) -> Taken:
     """Of one step on a grid; one before it prepares the head, once a stretch as in a search."""
     steps = trainer.train_decay(trainer.tokens + 2 * tokens, grids)
     next(steps)
@@ -148,7 +163,7 @@ def matrix_rate() -> float:
     a, b = torch.randn(1024, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
     functional.linear(a, b)
     times = [seconds(lambda: [functional.linear(a, b) for _ in range(50)]) for _ in range(5)]
-    return 50 * 2 * 1024 * 576 * 1536 / min(times)
+    return 50 * 2 * 1024 * 576 * 1536 / min(taken.processor for taken in times)
 
 
 def cache_lines(cache: TeacherCache, folder: Path, length: int) -> Iterator[list[str]]:
@@ -166,7 +181,7 @@ def cache_lines(cache: TeacherCache, folder: Path, length: int) -> Iterator[list
     }
     for name, (size, read) in reads.items():
         read()
-        rate = cache.sequences * (length - 1) / min(seconds(read) for _ in range(5))
+        rate = cache.sequences * (length - 1) / min(seconds(read).wall for _ in range(5))
         yield [name, f"{size:.0f}", f"{rate:,.0f}", f"{rate * size / 1e6:,.0f} MB/s"]
 
 
@@ -231,7 +246,7 @@ def main() -> None:
         wanted = load_model(teacher.folder, torch.bfloat16)
         optimizer = trainers[BASE]._optimizer
         ids = torch.from_numpy(np.array(data.tokens[: arguments.sequences], dtype=np.int64))
-        runs: dict[str, Callable[[], float]] = {
+        runs: dict[str, Callable[[], Taken]] = {
             name: lambda own=own: seconds(lambda: next(own)) for name, own in steps.items() if name != QAT
         }
         runs[QAT] = lambda: quantised_seconds(trainers[QAT], grids, tokens)
@@ -239,20 +254,25 @@ def main() -> None:
         with FlopCounterMode(display=False) as counter:
             runs[BASE]()
         for name, run in runs.items():
-            print(f"first: {name} {run():.2f} s", file=sys.stderr, flush=True)
-        taken: dict[str, list[float]] = {name: [] for name in runs}
+            print(f"first: {name} {run().wall:.2f} s", file=sys.stderr, flush=True)
+        taken: dict[str, list[Taken]] = {name: [] for name in runs}
         for turn in range(arguments.rounds):
             for name, run in runs.items():
                 taken[name].append(run())
-                print(f"round {turn + 1}: {name} {taken[name][-1]:.2f} s", file=sys.stderr, flush=True)
+                print(
+                    f"round {turn + 1}: {name} {taken[name][-1].wall:.2f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
     lines = []
     for name, times in taken.items():
-        by_base = statistics.median(base / own for base, own in zip(taken[BASE], times, strict=True))
-        by_live = statistics.median(own / mine for own, mine in zip(taken[PUBLISHED], times, strict=True))
-        middle = statistics.median(times)
-        lines.append([name, f"{middle:.2f}", f"{tokens / middle:.0f}", f"{by_base:.2f}", f"{by_live:.2f}"])
+        middle = statistics.median(step.wall for step in times)
+        used = statistics.median(step.processor for step in times)
+        ratios = [f"{ratio(taken[other], times, clock):.2f}" for other in (BASE, PUBLISHED) for clock in Taken._fields]
+        lines.append([name, f"{middle:.2f}", f"{used:.2f}", f"{tokens / middle:.0f}", *ratios])
     rate, flops = matrix_rate(), counter.get_total_flops()
-    floor, base = flops / rate, statistics.median(taken[BASE])
+    floor, base = flops / rate, statistics.median(step.processor for step in taken[BASE])
+    load = os.getloadavg()[1]
     print(
         report.write(
             "distill-step",
@@ -260,13 +280,24 @@ def main() -> None:
             [
                 f"Teacher {teacher.name} of {layers} layers, student of {len(kept)}, embedding table frozen, bfloat16 "
                 f"autocast, batch {arguments.sequences} x {length}, {arguments.threads} thread(s), "
-                f"{arguments.rounds} rounds by turns after one that is not counted.",
+                f"{arguments.rounds} rounds by turns after one that is not counted; "
+                f"load average of the last five minutes {load:.1f} on {os.cpu_count()} cores.",
                 report.table(
-                    ["step", "median seconds", "tokens/s", "speed over cross-entropy", "speed over the published"],
+                    [
+                        "step",
+                        "seconds",
+                        "processor seconds",
+                        "tokens/s",
+                        "over cross-entropy",
+                        "by processor",
+                        "over the published",
+                        "by processor",
+                    ],
                     lines,
                 ),
                 f"Floor: {flops / 1e9:.0f} GFLOP in a cross-entropy step over {rate / 1e9:.0f} GFLOP/s in bfloat16 "
-                f"products of a layer's size is {floor:.2f} s, {floor / base:.0%} of the step measured.",
+                f"products of a layer's size is {floor:.2f} s, {floor / base:.0%} of "
+                f"the processor time measured.",
                 "## Peak memory of loss and gradient",
                 f"Beyond the student's logits, {tokens - arguments.sequences} rows in bfloat16; the published one "
                 "includes the teacher's logits, and is four times that of a quarter of the rows.",
