@@ -189,7 +189,7 @@ def new_student(teacher: Path, init: Init, seed: int) -> Any:
 
     config = AutoConfig.from_pretrained(teacher, local_files_only=True, trust_remote_code=False)
     spec = cut_spec(init, spec_from_config(config.to_dict()))
-    changes = _config_changes(config, spec, kept_layers(init, config.num_hidden_layers))
+    changes = _config_changes(config, spec, _spread(spec.layers, config.num_hidden_layers))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = type(config).from_dict(config.to_dict() | changes)

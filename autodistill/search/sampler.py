@@ -16,7 +16,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 
 from autodistill.contracts import Direction, Status
-from autodistill.domains import Choices, Value
+from autodistill.domains import Choices, Range, Value
 from autodistill.errors import InputError
 from autodistill.space import Dimension, Point, Space
 
@@ -24,6 +24,7 @@ Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 
 SAMPLERS = ("tpe", "random")
 _STARTUP = 6  # proposals spread over the space before anything is inferred from results
+_NEAR = 4  # draws of which a neighbour takes the nearest
 _ASKS = 8  # draws of the model before a duplicate is replaced by a random point
 _DRAWS = 200  # random draws before a space is searched for its last unseen points
 _FIDELITY_STEPS = 10**6  # Optuna counts fidelity in whole steps
@@ -53,7 +54,7 @@ class Observation:
 
 
 class Sampler:
-    """Proposes points: by a tree-structured Parzen estimator, or at random.
+    """Proposes points: by a tree-structured Parzen estimator by turns with neighbours of the best, or at random.
 
     Args:
         space: What may be proposed.
@@ -88,10 +89,13 @@ class Sampler:
 
     def _candidates(self, number: int, observations: Sequence[Observation]) -> Iterator[Point]:
         source = random.Random(f"{self.seed}/{number}")  # text seeds through SHA-512, alike in every process
-        if self.name == "tpe" and number < _STARTUP:
-            yield self._spread(number)
-        elif self.name == "tpe":
-            yield from islice(self._modelled(source.getrandbits(32), observations), _ASKS)
+        if self.name == "tpe":
+            if number % 2 == 0:
+                yield from self._neighbours(number // 2, source, observations)
+            if number < _STARTUP:
+                yield self._spread(number)
+            else:
+                yield from islice(self._modelled(source.getrandbits(32), observations), _ASKS)
         for _ in range(_DRAWS):
             yield self._draw(lambda dimension: source.random())
         if all(dimension.domain.grid is not None for dimension in self.space.dimensions):
@@ -114,6 +118,41 @@ class Sampler:
             return (parts[number] + offsets[number]) / _STARTUP
 
         return self._draw(quantile)
+
+    def _neighbours(self, turn: int, source: random.Random, observations: Sequence[Observation]) -> Iterator[Point]:
+        """The best point so far with one dimension drawn anew, each in its turn, in the order of the space.
+
+        A dozen trials tell a model little, and a hand-designed baseline is where they begin well.
+        """
+        best = self._best(observations)
+        if best is None:
+            return
+        active = [dimension for dimension in self.space.dimensions if dimension.path in best]
+        for step in range(len(active)):
+            changed = active[(turn + step) % len(active)]
+            value = _step(changed, best[changed.path], source)
+            if value is None:
+                continue
+            point: Point = {}
+            for dimension in self.space.dimensions:
+                if not dimension.active(point):
+                    continue
+                if dimension is changed:
+                    point[dimension.path] = value
+                elif dimension.path in best:
+                    point[dimension.path] = best[dimension.path]
+                else:
+                    point[dimension.path] = dimension.domain.at(source.random())
+            yield point
+
+    def _best(self, observations: Sequence[Observation]) -> Mapping[str, Value] | None:
+        """The best point at the highest fidelity that any has reached; the first one while none has a value."""
+        sign = 1.0 if self.direction == "max" else -1.0
+        usable = [item for item in observations if item.state not in (Status.REJECTED, Status.FAILED)]
+        valued = [item for item in usable if item.value is not None and math.isfinite(item.value)]
+        if valued:
+            return max(valued, key=lambda item: (item.fidelity, sign * (item.value or 0.0))).point
+        return usable[0].point if usable else None
 
     def _modelled(self, seed: int, observations: Sequence[Observation]) -> Iterator[Point]:
         """Draws of Optuna's estimator. Each stays in the study as running, so that the next one lies elsewhere."""
@@ -162,6 +201,19 @@ class Sampler:
             intermediate_values={step: value} if state == TrialState.PRUNED and value is not None else {},
             constraints=None if constraint is None else {"budget": constraint},
         )
+
+
+def _step(dimension: Dimension, value: Value, source: random.Random) -> Value | None:
+    """Another value of a dimension: of numbers the nearest of a few draws; None where there is no other."""
+    domain = dimension.domain
+    draws = [domain.at(source.random()) for _ in range(_NEAR if isinstance(domain, Range) else _ASKS)]
+    others = [draw for draw in draws if draw != value]
+    if not others:
+        return None
+    if not isinstance(domain, Range):
+        return others[0]
+    scale = math.log if domain.log else float
+    return min(others, key=lambda other: abs(scale(float(other)) - scale(float(value))))
 
 
 def _state(observation: Observation, value: float | None) -> TrialState:

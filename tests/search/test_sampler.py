@@ -116,13 +116,38 @@ def test_the_first_proposals_are_spread():
     assert sorted(int((point["init.depth"] - 0.2) / 0.1 + 1e-6) for point in points) == list(range(6))
 
 
+def test_every_other_proposal_changes_one_dimension_of_the_best_in_turn():
+    space = load_space("default")
+    known = space.point(space.baselines["hand_designed"])
+    worse = Sampler(space, name="random").propose(0)
+    other = worse | {"distillation.learning_rate": 7e-4}
+    observations = [
+        Observation(point=worse, state="paused", value=0.9, fidelity=0.1),
+        Observation(point=known, state=Status.COMPLETED, value=0.4, fidelity=1.0),
+        Observation(point=other, state=Status.COMPLETED, value=0.3, fidelity=1.0),
+    ]
+    paths = [dimension.path for dimension in space.dimensions if dimension.path in known]
+    for turn, path in enumerate(paths):
+        point = Sampler(space).propose(2 * turn, observations)
+        strange = {other for other in point if other in known and point[other] != known[other]}
+        assert strange == {path}
+        gone = {other for other in known if other not in point}
+        new = {other for other in point if other not in known}
+        # What the changed dimension makes count, or no longer count.
+        assert all(path in dict(d.when) or gone | new for d in space.dimensions if d.path in gone | new)
+    falling = Sampler(space, direction="min").propose(0, observations)
+    assert falling["distillation.learning_rate"] == 7e-4
+
+
 RATE = {"distillation.divergence_weight": {"low": 0.0, "high": 1.0}}
 
 
 def proposals(observations, direction="max", count=20) -> list[float]:
     """Weights proposed by samplers that differ in seed only."""
     samplers = [Sampler(space_of(**RATE), seed=seed, direction=direction) for seed in range(count)]
-    return [sampler.propose(50, observations)["distillation.divergence_weight"] for sampler in samplers]
+    # One of two proposals is a neighbour of the best, the other the model's.
+    points = [sampler.propose(number, observations) for sampler in samplers for number in (50, 51)]
+    return [point["distillation.divergence_weight"] for point in points]
 
 
 def observed(weight: float, **fields) -> Observation:
