@@ -15,7 +15,7 @@ from autodistill.distillation import trainer as trainer_module
 from autodistill.distillation.trainer import branch_point, decayed, read_tokens, stable_rate
 from autodistill.errors import TrialFailedError
 from autodistill.formats import Q4_0, Q8_0, deployed
-from autodistill.strategy import Alignment, Distillation, Strategy
+from autodistill.strategy import Alignment, Attention, Distillation, Strategy
 
 PLAIN = Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3))
 ALIGNED = Strategy(
@@ -137,9 +137,11 @@ def test_sequences_one_by_one_add_up_to_the_step(workshop, grid):
 
 
 @pytest.mark.parametrize("grid", [None, _grid], ids=["plain", "on a grid"])
-def test_checkpointing_changes_no_gradient(workshop, grid):
-    expected, _ = _gradients(workshop.trainer(ALIGNED), grid)
-    found, _ = _gradients(workshop.trainer(ALIGNED, checkpointing=True), grid)
+@pytest.mark.parametrize("attention", [None, Attention(), Attention(kind="relations", relation_heads=4)])
+def test_checkpointing_changes_no_gradient(workshop, grid, attention):
+    strategy = replace(ALIGNED, distillation=replace(ALIGNED.distillation, attention=attention))
+    expected, _ = _gradients(workshop.trainer(strategy), grid)
+    found, _ = _gradients(workshop.trainer(strategy, checkpointing=True), grid)
     _same(found, expected)
 
 
