@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,17 +208,19 @@ def _from_endpoint(request: WriteRequest, endpoint: Endpoint) -> tuple[str, _Ans
     def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer]]:
         with ThreadPoolExecutor(request.batch, thread_name_prefix="endpoint") as pool:
             places = {pool.submit(ask, prompt): place for place, prompt in enumerate(prompts)}
+            left = set(places)
             failure: EndpointError | None = None
             try:
-                for future in as_completed(places):
-                    if future.cancelled():
-                        continue
-                    try:
-                        yield places[future], future.result()
-                    except EndpointError as error:
-                        # What is under way has been paid for: it is waited for, and kept.
-                        failure = failure or error
-                        pool.shutdown(wait=False, cancel_futures=True)
+                while left:
+                    done, left = wait(left, return_when=FIRST_COMPLETED)
+                    for future in sorted(done, key=places.__getitem__):
+                        try:
+                            yield places[future], future.result()
+                        except EndpointError as error:
+                            # What is under way has been paid for: it is waited for, and kept. What is not begun is
+                            # taken out here, since nobody is told of a future that was cancelled before it ran.
+                            failure = failure or error
+                            left = {future for future in left if not future.cancel()}
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
             if failure is not None:

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -163,7 +164,10 @@ def test_it_goes_on_where_it_ended_and_pays_for_nothing_twice(
 
 
 def test_what_was_under_way_when_one_failed_is_kept(request_: WriteRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    under_way = threading.Barrier(3)
+
     def ask(self: Any, messages: Any, **options: Any) -> Reply:
+        under_way.wait(30)
         if messages[-1]["content"] == PROMPTS[0]:
             raise EndpointError("it is down")
         time.sleep(0.2)
@@ -173,6 +177,18 @@ def test_what_was_under_way_when_one_failed_is_kept(request_: WriteRequest, monk
     with pytest.raises(EndpointError, match="2 of 3 answers"):
         write_data(replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", batch=3))
     assert len(_records(request_.out)) == 2
+
+
+def test_what_was_not_begun_when_one_failed_is_not_waited_for(
+    request_: WriteRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(self: Any, messages: Any, **options: Any) -> Reply:
+        raise EndpointError("it is down")
+
+    monkeypatch.setattr(writing.Endpoint, "ask", ask)
+    for _ in range(50):
+        with pytest.raises(EndpointError, match="0 of 3 answers"):
+            write_data(replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", batch=1))
 
 
 def _told(text: str, ids: list[int | None] | None = None, end: bool = True) -> Reply:
