@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from autodistill.console import Progress, View
 from autodistill.contracts import Status
-from autodistill.search.campaign import Campaign, TrialState
+from autodistill.search.campaign import Campaign
 from autodistill.search.prepare import Observer
+from autodistill.search.trials import TrialState
 
 
 class SearchView(Observer):
@@ -37,10 +38,10 @@ class SearchView(Observer):
     def campaign(self, campaign: Campaign, best: float | None, baseline: float | None) -> None:
         """Shows how the trials stand."""
         question = campaign.question
-        if campaign.deadline is not None:
+        if campaign.box.deadline is not None:
             # Trials end at the deadline; what follows is expected to take this much longer.
             after = sum(question.plan.seconds.get(phase, 0.0) for phase in ("export", "test"))
-            self._end = campaign.deadline + after
+            self._end = campaign.box.deadline + after
         trials = list(campaign.trials.values())
         count = {status: sum(trial.status is status for trial in trials) for status in Status}
         self._show(

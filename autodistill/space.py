@@ -34,7 +34,7 @@ _SIGNAL = (
     "distillation.temperature.start",
     "distillation.temperature.end",
 )
-_SPACE_FIELDS = ("name", "description", "dimensions", "deployments", "baselines")
+_SPACE_FIELDS = ("name", "description", "dimensions", "deployments", "baselines", "starts")
 
 
 def _strategy_paths(part: type[Part] = Strategy, prefix: str = "") -> dict[str, type]:
@@ -106,6 +106,7 @@ class Space:
         dimensions: Each after those that its condition names.
         deployments: How trained students are packed.
         baselines: Named strategies that run first, to the full plan.
+        starts: Named strategies of the space that are proposed first, and have to pass every rung.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Space:
     dimensions: tuple[Dimension, ...]
     deployments: tuple[Deployment, ...]
     baselines: Mapping[str, Strategy]
+    starts: Mapping[str, Strategy] = field(default_factory=dict)
 
     def strategy(self, point: Mapping[str, Value]) -> Strategy:
         """The strategy at `point`; what no dimension sets has the strategy's default.
@@ -214,18 +216,21 @@ class Space:
 
     @cached_property
     def hash(self) -> str:
-        """Content hash of all that a search depends on: dimensions, deployments and baselines, not the wording."""
+        """Content hash of all that a search depends on, which is all but the wording."""
         data = self.to_json()
-        return content_hash([list(data["dimensions"].items()), data["deployments"], data["baselines"]])
+        return content_hash(
+            [list(data["dimensions"].items()), data["deployments"], data["baselines"], list(data["starts"].items())]
+        )
 
     def to_json(self) -> dict[str, Any]:
-        """The space as plain data, which `from_json` reads; baselines are written out."""
+        """The space as plain data, which `from_json` reads; baselines and starts are written out."""
         return {
             "name": self.name,
             "description": self.description,
             "dimensions": {dimension.path: dimension.to_json() for dimension in self.dimensions},
             "deployments": [deployment.to_json() for deployment in self.deployments],
             "baselines": {name: strategy.to_json() for name, strategy in self.baselines.items()},
+            "starts": {name: strategy.to_json() for name, strategy in self.starts.items()},
         }
 
     @classmethod
@@ -246,9 +251,12 @@ class Space:
             description=data.get("description", ""),
             dimensions=_in_order([Dimension.from_json(str(path), entry) for path, entry in dimensions.items()]),
             deployments=_deployments(data.get("deployments")),
-            baselines=_baselines(data.get("baselines", [])),
+            baselines=_named("baselines", data.get("baselines", [])),
+            starts=_named("starts", data.get("starts", [])),
         )
         _check_corners(space)
+        for name, strategy in space.starts.items():
+            check(space.point(strategy) is not None, f"starts: {name} lies outside of the space")
         return space
 
 
@@ -367,10 +375,10 @@ def _deployments(data: Any) -> tuple[Deployment, ...]:
     return deployments
 
 
-def _baselines(data: Any) -> dict[str, Strategy]:
+def _named(field_name: str, data: Any) -> dict[str, Strategy]:
     if isinstance(data, Mapping):
-        return {str(name): Strategy.from_json(item, f"baselines.{name}") for name, item in data.items()}
-    check(isinstance(data, list), f"baselines must be a list of named strategies, not {data!r}")
+        return {str(name): Strategy.from_json(item, f"{field_name}.{name}") for name, item in data.items()}
+    check(isinstance(data, list), f"{field_name} must be a list of named strategies, not {data!r}")
     return {str(name): load_strategy(str(name)) for name in data}
 
 

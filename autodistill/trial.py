@@ -22,7 +22,7 @@ from autodistill.distillation.alignment import aligned_layers, check_projection,
 from autodistill.distillation.attention import TeacherBlock, check_attention, teacher_layer
 from autodistill.distillation.calibration import Calibration
 from autodistill.distillation.generation import answer
-from autodistill.distillation.grid_scales import write_scales
+from autodistill.distillation.grid_scales import read_scales, write_scales
 from autodistill.distillation.memory import is_out_of_memory, keep_freed_memory
 from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.scoring import score
@@ -89,8 +89,8 @@ class TrialTask:
         id: Name of the trial in its run, like "t004".
         strategy: What to train.
         seed: Of data order and projections.
-        deployments: Those that the budget allows, evaluated at full fidelity.
-        probe: The one that rungs are judged on.
+        deployments: Those that the budget allows, under which the trained student may be evaluated.
+        probe: The one of them that rungs are judged on.
         straight: Whether the trial runs to the plan's tokens without stopping at rungs.
     """
 
@@ -125,7 +125,7 @@ class RungReport:
     Attributes:
         rung: Index of the rung.
         tokens: Trained on at the rung.
-        evaluations: One for the probe, or one for each deployment at the last rung.
+        evaluation: Of the probe, or of the deployment asked for.
         params: Weights of the student.
         seconds: "train", "evaluate" and "other".
         steps: Step records of this stretch, thinned to at most 20.
@@ -133,7 +133,7 @@ class RungReport:
 
     rung: int
     tokens: int
-    evaluations: tuple[Evaluation, ...]
+    evaluation: Evaluation
     params: int
     seconds: dict[str, float]
     steps: tuple[StepRecord, ...]
@@ -382,7 +382,7 @@ class Trial:
             raise TrialFailedError("out-of-memory", said[0] if said else "the machine's memory is full") from error
 
     def _run(self, rung: int) -> RungReport:
-        setting, plan = self._bench.setting, self._bench.setting.plan
+        plan = self._bench.setting.plan
         began = time.perf_counter()
         trainer = self._trainer()
         ready = time.perf_counter()
@@ -403,28 +403,19 @@ class Trial:
         if last:
             self._save_student(trainer)
         kept = time.perf_counter()
-        data, top1 = self._bench.held_out(plan.eval_tokens if last else plan.rung_eval_tokens)
-        finishing = self._task.strategy.finishing
-        evaluations = tuple(
-            evaluate(
-                trainer.model,
-                self._spec,
-                deployment,
-                data,
-                top1,
-                budget=setting.budget,
-                evaluators=setting.evaluators,
-                device=setting.device,
-                scales=trainer.scales if finishing and deployment.packing == finishing.packing else None,
-            )[0]
-            for deployment in (self._task.deployments if last else (self._task.probe,))
+        probe, finishing = self._task.probe, self._task.strategy.finishing
+        evaluation = self._evaluate(
+            trainer.model,
+            probe,
+            plan.eval_tokens if last else plan.rung_eval_tokens,
+            trainer.scales if finishing and probe.packing == finishing.packing else None,
         )
         ended = time.perf_counter()
         stride = -(-len(steps) // 20)
         return RungReport(
             rung=rung,
             tokens=target,
-            evaluations=evaluations,
+            evaluation=evaluation,
             params=self._spec.parameters,
             seconds={
                 "train": (stable - ready) + (trained - saved),
@@ -433,6 +424,40 @@ class Trial:
             },
             steps=tuple(steps[::-1][::stride][::-1]),
         )
+
+    def evaluate(self, deployment: Deployment) -> RungReport:
+        """Evaluates the trained student, as it was kept at the last rung, under one more deployment."""
+        setting, plan = self._bench.setting, self._bench.setting.plan
+        began = time.perf_counter()
+        folder = student_folder(self._folder)
+        model = load_model(folder, torch.float32, setting.device)
+        ready = time.perf_counter()
+        evaluation = self._evaluate(model, deployment, plan.eval_tokens, read_scales(folder, deployment))
+        return RungReport(
+            rung=len(plan.rungs) - 1,
+            tokens=plan.tokens,
+            evaluation=evaluation,
+            params=self._spec.parameters,
+            seconds={"train": 0.0, "evaluate": time.perf_counter() - ready, "other": ready - began},
+            steps=(),
+        )
+
+    def _evaluate(
+        self, model: Any, deployment: Deployment, tokens: int, scales: Mapping[str, Scales] | None
+    ) -> Evaluation:
+        setting = self._bench.setting
+        data, top1 = self._bench.held_out(tokens)
+        return evaluate(
+            model,
+            self._spec,
+            deployment,
+            data,
+            top1,
+            budget=setting.budget,
+            evaluators=setting.evaluators,
+            device=setting.device,
+            scales=scales,
+        )[0]
 
     def _trainer(self) -> Trainer:
         setting, task = self._bench.setting, self._task

@@ -44,7 +44,7 @@ def _open(setting: TrialSetting) -> None:
 def _train(name: str, task: TrialTask) -> Result:
     assert _bench is not None
     report = Trial(_bench, task).run(len(_bench.setting.plan.rungs) - 1)
-    (evaluation,) = report.evaluations
+    evaluation = report.evaluation
     figures = evaluation.measurements
     return Result(
         name=name,

@@ -470,3 +470,13 @@ def test_it_loads_neither_torch_nor_ray_nor_optuna():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_starts_lie_in_the_space_and_count_in_its_hash(tmp_path):
+    space = load_space("default")
+    assert list(space.starts) == ["narrow"]
+    assert Space.from_json(space.to_json()) == space
+    assert dataclasses.replace(space, starts={}).hash != space.hash
+    data = space.to_json() | {"starts": ["from_scratch"]}
+    with pytest.raises(InputError, match="from_scratch lies outside of the space"):
+        Space.from_json(data)

@@ -131,7 +131,7 @@ def _task(strategy=STRATEGY, **changes):
 def _facts(report):
     """All that a report says but for times."""
     steps = [replace(step, tokens_per_second=0.0) for step in report.steps]
-    return report.rung, report.tokens, report.params, report.evaluations, steps
+    return report.rung, report.tokens, report.params, report.evaluation, steps
 
 
 def test_probe_is_the_finishing_grid_or_the_widest():
@@ -268,9 +268,9 @@ def test_from_rung_to_rung(lab, tmp_path):
         # The checkpoint is that of the stable part; the last rung, after which nothing follows, leaves the one before.
         assert checkpoint_tokens(tmp_path / "t000") == branch_point(min(tokens, 512), 0.25, 64)
         assert student_folder(tmp_path / "t000").exists() == (rung == 2)
-    assert [[e.deployment for e in report.evaluations] for report in reports] == [[Q4], [Q4], list(ALL)]
-    assert reports[0].evaluations[0].measurements["accuracy"].detail["tokens"] == 256 // LENGTH * (LENGTH - 1)
-    assert reports[2].evaluations[0].measurements["accuracy"].detail["tokens"] == 512 // LENGTH * (LENGTH - 1)
+    assert [report.evaluation.deployment for report in reports] == [Q4] * 3
+    assert reports[0].evaluation.measurements["accuracy"].detail["tokens"] == 256 // LENGTH * (LENGTH - 1)
+    assert reports[2].evaluation.measurements["accuracy"].detail["tokens"] == 512 // LENGTH * (LENGTH - 1)
     assert [step.tokens for step in reports[0].steps] == [64, 128, 192, 256]
     assert [step.tokens for step in reports[1].steps] == [256, 320, 384, 448, 512]
     for report in reports:
@@ -310,7 +310,7 @@ def test_a_rung_told_again_after_a_kill_is_the_same(lab, tmp_path):
     trial.run(0)
     first = trial.run(1)
     again = trial.run(1)  # its checkpoint is already that of this rung
-    assert again.evaluations == first.evaluations
+    assert again.evaluation == first.evaluation
     assert [step.tokens for step in again.steps] == [448, 512]
 
 
@@ -320,7 +320,7 @@ def test_straight_to_the_last_rung_is_the_same_student(lab, tmp_path):
     stepwise = Trial(bench, _task(id="stepwise"))
     for rung in range(2):
         stepwise.run(rung)
-    assert stepwise.run(2).evaluations == straight.evaluations
+    assert stepwise.run(2).evaluation == straight.evaluation
     students = [load_file(student_folder(tmp_path / name) / "model.safetensors") for name in ("straight", "stepwise")]
     assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
     assert checkpoint_tokens(tmp_path / "straight") == 0
@@ -328,17 +328,20 @@ def test_straight_to_the_last_rung_is_the_same_student(lab, tmp_path):
 
 def test_the_saved_student_is_what_was_evaluated(lab, tmp_path):
     setting = lab.setting(tmp_path)
-    report = Trial(Workbench(setting), _task(straight=True)).run(2)
+    trial = Trial(Workbench(setting), _task(straight=True))
+    report = trial.run(2)
     folder = student_folder(tmp_path / "t000")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     data = load_split(lab.data.folder, "validation").head(512)
     top1 = np.load(lab.top1)[: data.tokens[:, 1:].size]
     spec = student_spec(STRATEGY, setting.teacher_spec)
-    for evaluation in report.evaluations:
-        again, _ = evaluate(
-            model, spec, evaluation.deployment, data, top1, budget=setting.budget, evaluators=setting.evaluators
-        )
-        assert again == evaluation
+    for deployment in ALL:
+        again, _ = evaluate(model, spec, deployment, data, top1, budget=setting.budget, evaluators=setting.evaluators)
+        later = trial.evaluate(deployment)
+        assert again == later.evaluation
+        assert (later.rung, later.tokens, later.steps) == (2, report.tokens, ())
+        if deployment == report.evaluation.deployment:
+            assert again == report.evaluation
     weights = load_file(folder / "model.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
     text = "The miller paints a silver lamp."
@@ -358,7 +361,7 @@ def test_nothing_of_the_alignments_leaves_the_training(lab, tmp_path, attention)
     assert report.steps[-1].alignment > 0
     assert report.steps[-1].attention > 0
     straight = Trial(bench, _task(strategy, id="t001", straight=True)).run(2)
-    assert straight.evaluations == report.evaluations
+    assert straight.evaluation == report.evaluation
     folder = student_folder(tmp_path / "t000")
     expected = {tensor.name for tensor in student_spec(strategy, setting.teacher_spec).tensors}
     assert set(load_file(folder / "model.safetensors")) == expected
@@ -425,20 +428,20 @@ def test_the_export_holds_the_weights_that_a_learned_grid_was_trained_on(lab, tm
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     data = load_split(lab.data.folder, "validation").head(512)
     top1 = np.load(lab.top1)[: data.tokens[:, 1:].size]
-    for evaluation in report.evaluations:
+    for deployment in (own, F16):
         again, _ = evaluate(
             model,
             spec,
-            evaluation.deployment,
+            deployment,
             data,
             top1,
             budget=setting.budget,
             evaluators=setting.evaluators,
-            scales=read_scales(folder, evaluation.deployment),
+            scales=read_scales(folder, deployment),
         )
-        assert again == evaluation
+        assert again == trial.evaluate(deployment).evaluation
     plain, _ = evaluate(model, spec, own, data, top1, budget=setting.budget, evaluators=setting.evaluators)
-    assert plain != next(item for item in report.evaluations if item.deployment == own)
+    assert report.evaluation == trial.evaluate(own).evaluation != plain
 
 
 @pytest.mark.parametrize("name", ["qat_int4", "qat_int2", "qat_q4_mixed"])
@@ -451,8 +454,8 @@ def test_named_finishings_run(lab, tmp_path, name):
     assert strategy.finishing is not None
     assert probe.packing == strategy.finishing.packing
     report = Trial(Workbench(setting), _task(strategy, deployments=deployments, probe=probe, straight=True)).run(2)
-    assert [item.deployment for item in report.evaluations] == list(deployments)
-    assert 0 < report.evaluations[-1].measurements["accuracy"].value < 1
+    assert report.evaluation.deployment == probe
+    assert 0 < report.evaluation.measurements["accuracy"].value < 1
 
 
 def test_a_student_takes_the_teachers_texts_but_not_its_weights(lab, tmp_path):
@@ -475,8 +478,8 @@ def test_the_metric_of_training_gets_better(lab, tmp_path):
     strategy = Strategy(init=Init(depth=0.8), distillation=Distillation(divergence_weight=0.0, learning_rate=5e-3))
     trial = Trial(Workbench(lab.setting(tmp_path, plan=plan)), _task(strategy))
     first, last = trial.run(0), trial.run(1)
-    before, after = (report.evaluations[0].measurements["perplexity"].value for report in (first, last))
-    assert last.evaluations[0].deployment == F16
+    before, after = (report.evaluation.measurements["perplexity"].value for report in (first, last))
+    assert last.evaluation.deployment == probe_deployment(strategy, ALL)
     assert after < before
 
 
@@ -619,7 +622,7 @@ def test_a_trial_answers_questions_in_writing_where_that_is_asked_for(quiz, tmp_
     setting = quiz.setting(tmp_path, evaluators=("accuracy", "exact_match"), metric="exact_match")
     bench = Workbench(setting)
     report = Trial(bench, _task()).run(0)
-    (evaluation,) = report.evaluations
+    evaluation = report.evaluation
     data, top1 = bench.held_out(quiz.plan.rung_eval_tokens)
     assert len(top1) == data.predicted < data.tokens[:, 1:].size
     measured = evaluation.measurements["exact_match"]

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from autodistill.contracts import Decision, Direction, ModelSpec, Plan, Status
+from autodistill.contracts import Decision, Status
 from autodistill.errors import InputError
 from autodistill.estimate import Fit, cannot_hold, fits, holdable, shortfall
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import EventLog
-from autodistill.search.plan import Speed, trial_seconds
 from autodistill.search.rows import make_row
 from autodistill.search.sampler import Observation, Sampler
 from autodistill.search.scheduler import SuccessiveHalving
-from autodistill.space import Point, Space
-from autodistill.strategy import Deployment, Strategy
+from autodistill.search.time_box import TimeBox
+from autodistill.search.trials import Assignment, Question, TrialState
+from autodistill.space import Point
+from autodistill.strategy import Strategy
 from autodistill.trial import (
     RungReport,
     TrialTask,
@@ -28,64 +29,9 @@ from autodistill.trial import (
     student_spec,
     with_own,
 )
-from autodistill.units import Budget
 
 # A space of which nearly nothing fits must not keep the sampler proposing for ever.
 _REJECTIONS_IN_A_ROW = 200
-
-
-@dataclass
-class TrialState:
-    """Where one trial stands.
-
-    Attributes:
-        task: What runs; for a rejected trial its strategy alone counts.
-        number: Of the proposal; baselines have none.
-        kind, name: As on its rows.
-        point: Of the space, or None for a baseline outside of it.
-        rung: Last rung reported, -1 before the first.
-        value: Of the metric there.
-        fits: Of each deployment.
-        running: Whether a worker has it.
-        status: Once it has ended.
-    """
-
-    task: TrialTask
-    number: int | None
-    kind: str
-    name: str
-    point: Point | None
-    fits: tuple[Fit, ...]
-    rung: int = -1
-    value: float | None = None
-    train_seconds: float = 0.0
-    running: bool = False
-    status: Status | None = None
-    reason: str | None = None
-    rows: list[Row] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assignment:
-    """Work for one worker: take this trial to this rung."""
-
-    task: TrialTask
-    rung: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """What a campaign searches for; all of it fixed by `search.json`."""
-
-    space: Space
-    deployments: tuple[Deployment, ...]
-    budget: Budget
-    plan: Plan
-    speed: Speed
-    teacher_spec: ModelSpec
-    teacher_accuracy: float
-    metric: str
-    direction: Direction
 
 
 class Campaign:
@@ -114,14 +60,13 @@ class Campaign:
         self.trials: dict[str, TrialState] = {}
         self.stopping = False
         self.exhausted = False
-        self.deadline = deadline
+        self.box = TimeBox(question, deadline)
         self._sampler = sampler
         self._log = log
         self._checkpoints = checkpoints
         self._notify = notify
         self.watch: Callable[[], None] = lambda: None
-        self._late = False
-        self._slowness = 1.0
+        self._evaluating = 0
         self._worker_seconds = {"train": 0.0, "evaluate": 0.0, "other": 0.0}
         plan = question.plan
         self._scheduler = SuccessiveHalving(
@@ -131,44 +76,59 @@ class Campaign:
     # What a runner asks.
 
     def next(self) -> Assignment | None:
-        """The next piece of work, or None while there is none; marked as running from here on."""
+        """The next piece of work, or None while there is none; taken as under way from here on.
+
+        Training comes first. Once nothing is left to be trained, trained students are evaluated under the deployments
+        that their rungs were not judged on, the best student first: small pieces, which keep every worker busy while
+        the last trial trains.
+        """
         if self.stopping:
             return None
         assignment = self._interrupted() or self._baseline() or self._promotion(extra=False) or self._proposal()
-        if assignment is None and self.deadline is not None:
+        if assignment is None and self.box.deadline is not None:
             # Time is left in the box: trials beyond the plan's number may go on.
             assignment = self._promotion(extra=True)
+        assignment = assignment or self._evaluation()
         if assignment is not None:
-            self.trials[assignment.task.id].running = True
+            trial = self.trials[assignment.task.id]
+            if assignment.deployment is None:
+                trial.running = True
+            else:
+                trial.settled.add(assignment.deployment.name)
+                self._evaluating += 1
         self.watch()
         return assignment
 
     @property
     def finished(self) -> bool:
         """Whether nothing runs and nothing will."""
-        return not any(trial.running for trial in self.trials.values()) and (self.stopping or self._idle())
+        busy = self._evaluating or any(trial.running for trial in self.trials.values())
+        return not busy and (self.stopping or self._idle())
 
-    def report(self, trial_id: str, report: RungReport) -> Decision:
-        """Records a rung and says what becomes of the trial."""
-        trial, plan = self.trials[trial_id], self.question.plan
-        trial.running = False
-        trial.rung = report.rung
-        trial.train_seconds += report.seconds["train"]
+    def report(self, assignment: Assignment, report: RungReport) -> Decision:
+        """Records what a worker found and says what becomes of the trial."""
+        trial, plan = self.trials[assignment.task.id], self.question.plan
+        self.box.learn(assignment, trial.rung, sum(report.seconds.values()))
         for phase in self._worker_seconds:
             self._worker_seconds[phase] += report.seconds[phase]
+        trial.train_seconds += report.seconds["train"]
         last = report.rung == len(plan.rungs) - 1
         status = Status.COMPLETED if last else Status.STOPPED
-        rows = [self._row(trial, report, index, status) for index in range(len(report.evaluations))]
-        trial.value = self._value(rows)
-        self._learn_speed(trial, report)
+        row = self._row(trial, report, status)
+        self._write({"event": "row", "row": row.to_json()})
+        if assignment.deployment is not None:
+            self._evaluating -= 1
+            return Decision.STOP
+        trial.running = False
+        trial.rung = report.rung
+        trial.value = row.figure(self.question.metric) if row.feasible else None
+        trial.settled = {row.deployment_name}
         decision = self._judge(trial)
-        # Rows come before the rung they belong to: killed in between, the stretch runs again and supersedes them.
-        for row in rows:
-            self._write({"event": "row", "row": row.to_json()})
+        # The row came before the rung it belongs to: killed in between, the stretch runs again and supersedes it.
         self._write(
             {
                 "event": "rung",
-                "trial": trial_id,
+                "trial": trial.task.id,
                 "rung": report.rung,
                 "tokens": report.tokens,
                 "value": trial.value,
@@ -177,9 +137,8 @@ class Campaign:
                 "steps": [asdict(step) for step in report.steps],
             }
         )
-        trial.rows = rows
         shown = "no value" if trial.value is None else f"{self.question.metric} {trial.value:.4f}"
-        self._notify(f"{trial_id} {trial.name}: {shown} after {report.tokens:,} tokens")
+        self._notify(f"{trial.task.id} {trial.name}: {shown} after {report.tokens:,} tokens")
         if last:
             self._end(trial, Status.COMPLETED)
         return decision
@@ -190,18 +149,37 @@ class Campaign:
             return Decision.STOP
         return self._scheduler.report(trial.task.id, trial.rung, trial.value)
 
-    def fail(self, trial_id: str, cause: str, message: str) -> None:
-        """Records a trial that ended without a result; the search goes on."""
-        trial = self.trials[trial_id]
+    def fail(self, assignment: Assignment, cause: str, message: str) -> None:
+        """Records work that ended without a result; the search goes on."""
+        trial = self.trials[assignment.task.id]
+        if assignment.deployment is not None:
+            # The student is trained, and stands with the deployments it was evaluated under.
+            self._evaluating -= 1
+            name = assignment.deployment.name
+            self._write(
+                {
+                    "event": "unevaluated",
+                    "trial": trial.task.id,
+                    "deployment": name,
+                    "reason": f"{cause}: {message}",
+                }
+            )
+            self._notify(f"{trial.task.id} could not be evaluated as {name} ({cause}): {message}")
+            return
         trial.running = False
-        self._scheduler.discard(trial_id)
+        self._scheduler.discard(trial.task.id)
         self._end(trial, Status.FAILED, f"{cause}: {message}")
-        self._notify(f"{trial_id} failed ({cause}): {message}")
+        self._notify(f"{trial.task.id} failed ({cause}): {message}")
 
-    def abandon(self, trial_id: str) -> None:
-        """A worker gave the trial back before its rung, because the search is stopping or out of time."""
-        self.trials[trial_id].running = False
-        self._late = True
+    def abandon(self, assignment: Assignment) -> None:
+        """A worker gave work back undone, because the search is stopping or out of time."""
+        trial = self.trials[assignment.task.id]
+        if assignment.deployment is None:
+            trial.running = False
+        else:
+            self._evaluating -= 1
+            trial.settled.discard(assignment.deployment.name)
+        self.box.close()
 
     def close(self) -> None:
         """Ends every trial that was left at a rung. Called once nothing runs and the search is not to be resumed."""
@@ -216,7 +194,7 @@ class Campaign:
 
     def standing(self) -> tuple[float | None, float | None]:
         """The metric of the best student at full fidelity so far, and of the best baseline."""
-        best = max if self.question.direction == "max" else min
+        best = self.question.best
         values: dict[str, list[float]] = {"student": [], "baseline": []}
         for trial in self.trials.values():
             if trial.status is Status.COMPLETED and trial.value is not None:
@@ -247,13 +225,15 @@ class Campaign:
                 trial = self.trials[event["trial"]]
                 trial.rung, trial.value = event["rung"], event["value"]
                 trial.train_seconds += event["seconds"]["train"]
-                trial.rows = [row for row in rows if row.trial == event["trial"]]
+                trial.settled = {row.deployment_name for row in rows if row.trial == event["trial"]}
                 self._judge(trial)
             elif event["event"] == "status":
                 trial = self.trials[event["trial"]]
                 trial.status, trial.reason = Status(event["status"]), event["reason"]
                 if trial.status is Status.FAILED:
                     self._scheduler.discard(event["trial"])
+            elif event["event"] == "unevaluated":
+                self.trials[event["trial"]].settled.add(event["deployment"])
         for trial in self.trials.values():
             # A kill between the last rung and its status leaves the trial whole but unended.
             if trial.status is None and trial.rung == len(self.question.plan.rungs) - 1:
@@ -286,9 +266,31 @@ class Campaign:
         if trial_id is None:
             return None
         trial = self.trials[trial_id]
-        if not self._affordable(trial):
+        # What is trained beyond the plan must leave time for what the best student's rows are read for.
+        if not self._affordable(trial, reserved=self._seconds_of_best() if extra else 0.0):
             return None
         return self._assign(trial)
+
+    def _evaluation(self) -> Assignment | None:
+        """A deployment of a trained student that nobody has looked at, of the best student first."""
+        if not self.box.holds(self.box.evaluation()):
+            return None
+        for trial in self._trained():
+            for deployment in trial.unseen:
+                return Assignment(task=trial.task, rung=trial.rung, deployment=deployment)
+        return None
+
+    def _trained(self) -> list[TrialState]:
+        """Trials at full fidelity, the best first."""
+        sign = -1.0 if self.question.direction == "max" else 1.0
+        valued = [(trial.value, trial) for trial in self.trials.values() if trial.status is Status.COMPLETED]
+        ranked = sorted((sign * value, trial.task.id) for value, trial in valued if value is not None)
+        return [self.trials[trial_id] for _, trial_id in ranked]
+
+    def _seconds_of_best(self) -> float:
+        """Expected seconds, all workers at it, of what is to be evaluated of the best student."""
+        count = max(1, *(len(trial.task.deployments) for trial in self.trials.values())) - 1
+        return count * self.box.evaluation() / self.question.plan.workers
 
     def _proposal(self) -> Assignment | None:
         for _ in range(_REJECTIONS_IN_A_ROW):
@@ -314,63 +316,25 @@ class Campaign:
         return self.exhausted or counted >= self.question.plan.trials
 
     def _proposals_over(self) -> bool:
-        return self._all_proposed() or not self._time_for(self._first_stretch())
+        return self._all_proposed() or not self.box.holds(self.box.first_stretch())
 
     def _in_flight(self) -> set[str]:
         return {t.task.id for t in self.trials.values() if t.running and not t.task.straight}
 
     def _idle(self) -> bool:
         started = all(f"b{index:03d}" in self.trials for index in range(len(self.question.space.baselines)))
-        extra = self.deadline is not None
+        extra = self.box.deadline is not None
         waiting = self._scheduler.next_to_promote(self._in_flight(), True, extra=extra)
         untouched = [t for t in self.trials.values() if t.status is None and t.rung < 0]
         affordable = [t for t in (*untouched, *([self.trials[waiting]] if waiting else [])) if self._affordable(t)]
-        return started and self._proposals_over() and not affordable
+        return started and self._proposals_over() and not affordable and self._evaluation() is None
 
     def _assign(self, trial: TrialState) -> Assignment:
         last = len(self.question.plan.rungs) - 1
         return Assignment(task=trial.task, rung=last if trial.task.straight else trial.rung + 1)
 
-    # Time.
-
-    def _affordable(self, trial: TrialState) -> bool:
-        return self._time_for(self._expected(trial))
-
-    def _time_for(self, seconds: float) -> bool:
-        if self._late:
-            return False
-        return self.deadline is None or time.monotonic() + seconds * self._slowness <= self.deadline
-
-    def _expected(self, trial: TrialState) -> float:
-        plan = self.question.plan
-        rung = self._assign(trial).rung
-        last = rung == len(plan.rungs) - 1
-        reached = 0 if trial.task.straight or trial.rung < 0 else plan.rungs[trial.rung]
-        return trial_seconds(
-            plan.rungs[rung] - reached,
-            len(trial.task.deployments) if last else 1,
-            plan.eval_tokens if last else plan.rung_eval_tokens,
-            self.question.teacher_spec.parameters,
-            self.question.speed,
-            judged=not last,
-        )
-
-    def _first_stretch(self) -> float:
-        plan = self.question.plan
-        return trial_seconds(
-            plan.rungs[0],
-            1,
-            plan.rung_eval_tokens,
-            self.question.teacher_spec.parameters,
-            self.question.speed,
-            judged=len(plan.rungs) > 1,
-        )
-
-    def _learn_speed(self, trial: TrialState, report: RungReport) -> None:
-        """Follows how much longer than measured at first a stretch takes: upwards at once, downwards slowly."""
-        before = replace(trial, rung=-1 if trial.task.straight else report.rung - 1)
-        ratio = sum(report.seconds.values()) / self._expected(before)
-        self._slowness = max(ratio, 0.8 * self._slowness + 0.2 * ratio)
+    def _affordable(self, trial: TrialState, reserved: float = 0.0) -> bool:
+        return self.box.holds(self.box.expected(self._assign(trial), trial.rung) + reserved)
 
     # Trials.
 
@@ -432,9 +396,9 @@ class Campaign:
         if status is not Status.REJECTED:
             remove_checkpoint(self._checkpoints / trial.task.id)
 
-    def _row(self, trial: TrialState, report: RungReport, index: int, status: Status) -> Row:
+    def _row(self, trial: TrialState, report: RungReport, status: Status) -> Row:
         return make_row(
-            report.evaluations[index],
+            report.evaluation,
             trial=trial.task.id,
             kind=trial.kind,
             name=trial.name,
@@ -449,12 +413,6 @@ class Campaign:
             train_seconds=trial.train_seconds,
             seed=trial.task.seed,
         )
-
-    def _value(self, rows: list[Row]) -> float | None:
-        """The metric of the best feasible deployment."""
-        values = [value for row in rows if row.feasible and (value := row.figure(self.question.metric)) is not None]
-        best = max if self.question.direction == "max" else min
-        return best(values) if values else None
 
     def _observations(self) -> list[Observation]:
         return [self._observation(trial) for trial in self.trials.values() if trial.point is not None]

@@ -26,8 +26,8 @@ from autodistill.formats import get_format
 from autodistill.records.leaderboard import DISTILLED, limits_of, nearest, paired_bootstrap, rank
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder, record_test_opening
-from autodistill.search.campaign import Question
 from autodistill.search.rows import make_row
+from autodistill.search.trials import Question
 from autodistill.strategy import Deployment, Strategy
 from autodistill.trial import TrialSetting, deployed_weights, evaluate, initial_student, student_folder, student_spec
 from autodistill.units import format_bytes

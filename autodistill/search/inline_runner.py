@@ -5,7 +5,8 @@ from __future__ import annotations
 from autodistill.errors import TrialFailedError
 from autodistill.search.campaign import Campaign
 from autodistill.search.deadline import OutOfTime, step_guard
-from autodistill.trial import Trial, TrialSetting, Workbench
+from autodistill.search.trials import work
+from autodistill.trial import TrialSetting, Workbench
 
 
 def run_inline(campaign: Campaign, setting: TrialSetting, deadline: float | None) -> None:
@@ -18,14 +19,13 @@ def run_inline(campaign: Campaign, setting: TrialSetting, deadline: float | None
     """
     bench = Workbench(setting)
     while (assignment := campaign.next()) is not None:
-        trial_id = assignment.task.id
         try:
-            report = Trial(bench, assignment.task, step_guard(deadline)).run(assignment.rung)
+            report = work(bench, assignment, step_guard(deadline))
         except OutOfTime:
-            campaign.abandon(trial_id)
+            campaign.abandon(assignment)
         except TrialFailedError as error:
-            campaign.fail(trial_id, error.cause, str(error))
+            campaign.fail(assignment, error.cause, str(error))
         except Exception as error:  # a fault of one trial never ends a search
-            campaign.fail(trial_id, "error", f"{type(error).__name__}: {error}")
+            campaign.fail(assignment, "error", f"{type(error).__name__}: {error}")
         else:
-            campaign.report(trial_id, report)
+            campaign.report(assignment, report)

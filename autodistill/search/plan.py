@@ -291,47 +291,36 @@ def _fixed_seconds(demand: Demand, speed: Speed, tokens: int) -> Mapping[str, fl
     }
 
 
-def trial_seconds(
-    plan_tokens: int, evaluations: int, eval_tokens: int, parameters: int, speed: Speed, *, judged: bool
-) -> float:
-    """Expected seconds on one worker of `plan_tokens` of training, an evaluation of each deployment and the overhead.
+def trial_seconds(tokens: int, eval_tokens: int, parameters: int, speed: Speed, *, judged: bool) -> float:
+    """Expected seconds on one worker of a stretch of training and the evaluation of one deployment at its end.
 
     Args:
-        plan_tokens: Training tokens of the stretch.
-        evaluations: Deployments evaluated at its end.
-        eval_tokens: Tokens each evaluation reads.
+        tokens: Training tokens of the stretch.
+        eval_tokens: Tokens that the evaluation reads.
         parameters: Of the teacher.
         speed: As measured.
         judged: Whether the stretch ends at a rung that trains on afterwards, so that its decay is extra work.
     """
-    train = plan_tokens * (1 + (_DECAY if judged else 0)) / speed.worker_train
-    evaluate = evaluations * (eval_tokens / speed.worker_score + 1.5e-8 * parameters)
-    return 1.1 * train + evaluate + 2.5e-8 * parameters
+    train = tokens * (1 + (_DECAY if judged else 0)) / speed.worker_train
+    return 1.1 * train + evaluation_seconds(eval_tokens, parameters, speed)
+
+
+def evaluation_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float:
+    """Expected seconds on one worker of one deployment: the student is loaded, packed and scored."""
+    return eval_tokens / speed.worker_score + 4e-8 * parameters
 
 
 def _trial_seconds(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:
-    """Expected seconds of all trials, shared out over the workers."""
+    """Expected seconds of all trials, and of the best one's other deployments, shared out over the workers."""
     rungs = rung_tokens(tokens, demand.step_tokens)
     keep = _keep(trials, len(rungs))
     rung_eval, full_eval, _ = _eval_tokens(demand, speed)
-    total = demand.baselines * trial_seconds(
-        tokens, demand.deployments, full_eval, demand.parameters, speed, judged=False
-    )
-    before = 0
+    total = demand.baselines * trial_seconds(tokens, full_eval, demand.parameters, speed, judged=False)
     for rung, reached, count in zip(rungs, (0, *rungs), (trials, *keep), strict=False):
         last = rung == tokens
-        stretch = trial_seconds(
-            rung - reached,
-            demand.deployments if last else 1,
-            full_eval if last else rung_eval,
-            demand.parameters,
-            speed,
-            judged=not last,
-        )
-        total += count * stretch
-        before = rung
-    assert before == tokens
-    # The last trials do not end at the same moment: half a finalist's time is lost on the other workers.
+        eval_tokens = full_eval if last else rung_eval
+        total += count * trial_seconds(rung - reached, eval_tokens, demand.parameters, speed, judged=not last)
+    total += (demand.deployments - 1) * evaluation_seconds(full_eval, demand.parameters, speed)
     return total / workers.count
 
 

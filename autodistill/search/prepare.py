@@ -36,7 +36,7 @@ from autodistill.hardware import detect
 from autodistill.records.leaderboard import rows_of
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder, read_json, write_json
-from autodistill.search.campaign import Campaign, Question
+from autodistill.search.campaign import Campaign
 from autodistill.search.plan import Demand, Speed, Workers, make_plan, measure_speed, share_out
 from autodistill.search.request import (
     METRICS,
@@ -46,6 +46,7 @@ from autodistill.search.request import (
     check_budget,
 )
 from autodistill.search.rows import make_row
+from autodistill.search.trials import Question
 from autodistill.space import Space
 from autodistill.strategy import Alignment, Attention, Deployment
 from autodistill.training_fit import TrainingFit, fit_training

@@ -20,9 +20,10 @@ import torch
 
 from autodistill.errors import AutoDistillError, TrialFailedError
 from autodistill.hardware import Machine
-from autodistill.search.campaign import Assignment, Campaign
+from autodistill.search.campaign import Campaign
 from autodistill.search.deadline import OutOfTime, step_guard
-from autodistill.trial import Trial, TrialSetting, Workbench
+from autodistill.search.trials import Assignment, work
+from autodistill.trial import TrialSetting, Workbench
 
 # Read by Ray when it is imported or started; a person's own settings go before.
 _ENVIRONMENT = {
@@ -149,16 +150,16 @@ def _searcher(campaign: Campaign, workers: int) -> Any:
     class CampaignSearcher(Searcher):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
             super().__init__()
-            self._trials: dict[str, str] = {}
+            self._work: dict[str, Assignment] = {}
 
         def suggest(self, trial_id: str) -> Any:
-            if len(self._trials) >= workers:
+            if len(self._work) >= workers:
                 return None
             assignment = campaign.next()
             if assignment is None:
                 # With nothing running there is nothing that could still make work.
-                return None if self._trials else Searcher.FINISHED
-            self._trials[trial_id] = assignment.task.id
+                return None if self._work else Searcher.FINISHED
+            self._work[trial_id] = assignment
             return {"assignment": _Opaque(assignment)}
 
         def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
@@ -167,15 +168,15 @@ def _searcher(campaign: Campaign, workers: int) -> Any:
         def on_trial_complete(
             self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
         ) -> None:
-            trial = self._trials.pop(trial_id)
+            assignment = self._work.pop(trial_id)
             if error or result is None:
-                campaign.fail(trial, "worker-died", "its worker process could not start, or ended: out of memory?")
+                campaign.fail(assignment, "worker-died", "its worker process could not start, or ended: out of memory?")
             elif "failure" in result:
-                campaign.fail(trial, *result["failure"])
+                campaign.fail(assignment, *result["failure"])
             elif "report" in result:
-                campaign.report(trial, result["report"])
+                campaign.report(assignment, result["report"])
             else:
-                campaign.abandon(trial)
+                campaign.abandon(assignment)
 
         def __reduce__(self) -> tuple[type[object], tuple[()]]:
             # Tune keeps a pickle of its searcher to restore from. Ours holds a live view, and is restored from the log.
@@ -226,9 +227,8 @@ def _stretch_class() -> Any:
             return True
 
         def step(self) -> dict[str, Any]:
-            assignment = self._assignment
             try:
-                report = Trial(self._bench, assignment.task, self._guard).run(assignment.rung)
+                report = work(self._bench, self._assignment, self._guard)
             except OutOfTime:
                 return {"done": True}
             except TrialFailedError as error:

@@ -155,7 +155,9 @@ def check_request(request: SearchRequest) -> Checked:
 def single(space: Space, reference: str) -> Space:
     """The space that holds one strategy alone, under the deployments of another space."""
     strategy = load_strategy(reference)
-    return replace(space, name=Path(reference).stem, dimensions=(), baselines={Path(reference).stem: strategy})
+    return replace(
+        space, name=Path(reference).stem, dimensions=(), starts={}, baselines={Path(reference).stem: strategy}
+    )
 
 
 def _stored(request: SearchRequest) -> Mapping[str, Any] | None:

@@ -54,7 +54,8 @@ class Observation:
 
 
 class Sampler:
-    """Proposes points: by a tree-structured Parzen estimator by turns with neighbours of the best, or at random.
+    """Proposes points: the space's starts, then by a tree-structured Parzen estimator by turns with neighbours of the
+    best, or at random.
 
     Args:
         space: What may be proposed.
@@ -88,6 +89,10 @@ class Sampler:
         return None
 
     def _candidates(self, number: int, observations: Sequence[Observation]) -> Iterator[Point]:
+        if number < len(self.space.starts):
+            start = self.space.point(list(self.space.starts.values())[number])
+            assert start is not None  # a space holds its starts
+            yield start
         source = random.Random(f"{self.seed}/{number}")  # text seeds through SHA-512, alike in every process
         if self.name == "tpe":
             if number % 2 == 0:
@@ -146,12 +151,16 @@ class Sampler:
             yield point
 
     def _best(self, observations: Sequence[Observation]) -> Mapping[str, Value] | None:
-        """The best point at the highest fidelity that any has reached; the first one while none has a value."""
+        """The point of the best value, whatever its fidelity; the first one while none has a value.
+
+        Values rise with training, so that an early one above a late one says all the more. Ranking by fidelity first
+        would keep a search beside its baseline, which alone is trained to the end at once.
+        """
         sign = 1.0 if self.direction == "max" else -1.0
         usable = [item for item in observations if item.state not in (Status.REJECTED, Status.FAILED)]
         valued = [item for item in usable if item.value is not None and math.isfinite(item.value)]
         if valued:
-            return max(valued, key=lambda item: (item.fidelity, sign * (item.value or 0.0))).point
+            return max(valued, key=lambda item: (sign * (item.value or 0.0), item.fidelity)).point
         return usable[0].point if usable else None
 
     def _modelled(self, seed: int, observations: Sequence[Observation]) -> Iterator[Point]:

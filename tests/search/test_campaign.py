@@ -13,9 +13,10 @@ from autodistill.contracts import Measurement, Plan, Status
 from autodistill.estimate import fits, spec_from_config, with_layers
 from autodistill.records.row import rows_of
 from autodistill.records.store import EventLog
-from autodistill.search.campaign import Assignment, Campaign, Question
+from autodistill.search.campaign import Campaign
 from autodistill.search.plan import Speed
 from autodistill.search.sampler import Sampler
+from autodistill.search.trials import Assignment, Question
 from autodistill.space import load_space
 from autodistill.strategy import Deployment, Finishing, Strategy
 from autodistill.trial import Evaluation, RungReport
@@ -97,12 +98,10 @@ def worker(assignment: Assignment) -> RungReport:
     """Accuracy is the trial's number in a fixed disorder; it rises with the rung."""
     number = int(assignment.task.id[1:])
     accuracy = 0.2 + (number * 7 % 9) / 100 + assignment.rung / 1000
-    last = assignment.rung == len(PLAN.rungs) - 1
-    packed = assignment.task.deployments if last else (assignment.task.probe,)
     return RungReport(
         rung=assignment.rung,
         tokens=PLAN.rungs[assignment.rung],
-        evaluations=tuple(measured(deployment, accuracy) for deployment in packed),
+        evaluation=measured(assignment.deployment or assignment.task.probe, accuracy),
         params=1000,
         seconds={"train": 1.0, "evaluate": 0.5, "other": 0.1},
         steps=(),
@@ -110,10 +109,12 @@ def worker(assignment: Assignment) -> RungReport:
 
 
 def drive(search: Campaign, answer: Worker = worker) -> list[tuple[str, int]]:
+    """Runs the search and gives what was trained, in order."""
     done = []
     while (assignment := search.next()) is not None:
-        done.append((assignment.task.id, assignment.rung))
-        search.report(assignment.task.id, answer(assignment))
+        if assignment.deployment is None:
+            done.append((assignment.task.id, assignment.rung))
+        search.report(assignment, answer(assignment))
     assert search.finished
     search.close()
     return done
@@ -162,9 +163,9 @@ def test_one_failure_never_ends_a_search(tmp_path: Path) -> None:
     search = campaign(tmp_path, question())
     while (assignment := search.next()) is not None:
         if assignment.task.id in ("b000", "t003"):
-            search.fail(assignment.task.id, "nan", "loss was not finite")
+            search.fail(assignment, "nan", "loss was not finite")
         else:
-            search.report(assignment.task.id, worker(assignment))
+            search.report(assignment, worker(assignment))
     search.close()
     assert search.trials["t003"].status is Status.FAILED
     assert search.trials["t003"].reason == "nan: loss was not finite"
@@ -175,8 +176,7 @@ def test_a_missing_value_is_never_promoted(tmp_path: Path) -> None:
     def half_blind(assignment: Assignment) -> RungReport:
         report = worker(assignment)
         if assignment.task.id == "t005":
-            blind = [replace(one, measurements={}) for one in report.evaluations]
-            return replace(report, evaluations=tuple(blind))
+            return replace(report, evaluation=replace(report.evaluation, measurements={}))
         return report
 
     search = campaign(tmp_path, question())
@@ -211,7 +211,7 @@ def test_proposals_do_not_depend_on_how_often_a_search_was_resumed(tmp_path: Pat
         assignment = search.next()
         if assignment is None:
             break
-        search.report(assignment.task.id, worker(assignment))
+        search.report(assignment, worker(assignment))
     strategies = [
         [event["strategy_id"] for event in EventLog(path / "trials.jsonl").read() if event["event"] == "trial"]
         for path in (tmp_path / "whole", folder)
@@ -225,9 +225,66 @@ def test_nothing_starts_that_the_box_cannot_hold(tmp_path: Path) -> None:
     assignment = search.next()
     assert assignment is not None
     assert assignment.task.id == "b000"  # the baseline is reserved first, whatever the box
-    search.report("b000", worker(assignment))
+    search.report(assignment, worker(assignment))
     assert search.next() is None
     assert search.finished
+
+
+def test_trained_students_are_evaluated_under_every_deployment_the_best_first(tmp_path: Path) -> None:
+    search = campaign(tmp_path, question())
+    later = []
+    while (assignment := search.next()) is not None:
+        if assignment.deployment is not None:
+            later.append((assignment.task.id, assignment.deployment.name))
+        search.report(assignment, worker(assignment))
+    trained = sorted(trial for trial, state in search.trials.items() if state.status is Status.COMPLETED)
+    rows = rows_of(EventLog(tmp_path / "trials.jsonl").read())
+    for trial in trained:
+        names = {deployment.name for deployment in search.trials[trial].task.deployments}
+        assert len(names) > 3
+        assert {row.deployment_name for row in rows if row.trial == trial and row.full} == names
+        assert sum(one == trial for one, _ in later) == len(names) - 1  # the probe's row was there
+    values = {trial: search.trials[trial].value or 0.0 for trial in trained}
+    order = list(dict.fromkeys(trial for trial, _ in later))
+    # Those of the last rung beside which nothing was left to be trained: the best goes first.
+    assert order[-2:] == sorted(order[-2:], key=lambda trial: -values[trial])
+
+
+def test_an_evaluation_that_fails_leaves_the_trained_student_standing(tmp_path: Path) -> None:
+    search = campaign(tmp_path, question())
+    failed = None
+    while (assignment := search.next()) is not None:
+        if assignment.deployment is not None and failed is None:
+            failed = assignment
+            search.fail(assignment, "worker-died", "gone")
+        else:
+            search.report(assignment, worker(assignment))
+    assert failed is not None
+    assert failed.deployment is not None
+    assert search.trials[failed.task.id].status is Status.COMPLETED
+    again = campaign(tmp_path, question())
+    again.replay(EventLog(tmp_path / "trials.jsonl").read())
+    assert again.next() is None  # it is not tried for ever
+    rows = rows_of(EventLog(tmp_path / "trials.jsonl").read())
+    held = {row.deployment_name for row in rows if row.trial == failed.task.id}
+    assert {deployment.name for deployment in failed.task.deployments} - held == {failed.deployment.name}
+
+
+def test_an_evaluation_given_back_is_done_when_the_search_goes_on(tmp_path: Path) -> None:
+    search = campaign(tmp_path, question())
+    while (assignment := search.next()) is not None:
+        if assignment.deployment is not None:
+            search.abandon(assignment)
+            break
+        search.report(assignment, worker(assignment))
+    assert assignment is not None
+    assert search.next() is None
+    again = campaign(tmp_path, question())
+    again.replay(EventLog(tmp_path / "trials.jsonl").read())
+    drive(again)
+    rows = rows_of(EventLog(tmp_path / "trials.jsonl").read())
+    names = {row.deployment_name for row in rows if row.trial == assignment.task.id}
+    assert names == {deployment.name for deployment in assignment.task.deployments}
 
 
 def test_a_finishing_is_also_evaluated_on_its_own_grid(tmp_path: Path) -> None:
@@ -237,6 +294,7 @@ def test_a_finishing_is_also_evaluated_on_its_own_grid(tmp_path: Path) -> None:
     space = replace(
         load_space("default"),
         dimensions=(),
+        starts={},
         baselines={name: Strategy(finishing=finishing) for name, finishing in (("own", own), ("not", impossible))},
     )
     asked = replace(question(10**10), space=space)

@@ -119,10 +119,11 @@ def test_the_first_proposals_are_spread():
 def test_every_other_proposal_changes_one_dimension_of_the_best_in_turn():
     space = load_space("default")
     known = space.point(space.baselines["hand_designed"])
-    worse = Sampler(space, name="random").propose(0)
+    worse = Sampler(space, name="random").propose(5)
     other = worse | {"distillation.learning_rate": 7e-4}
     observations = [
-        Observation(point=worse, state="paused", value=0.9, fidelity=0.1),
+        Observation(point=space.point(space.starts["narrow"]), state=Status.FAILED),
+        Observation(point=worse, state="paused", value=0.35, fidelity=0.1),
         Observation(point=known, state=Status.COMPLETED, value=0.4, fidelity=1.0),
         Observation(point=other, state=Status.COMPLETED, value=0.3, fidelity=1.0),
     ]
@@ -199,3 +200,26 @@ def test_it_is_quiet(caplog):
         warnings.simplefilter("error")
         Sampler(load_space("default")).propose(12, history(load_space("default")))
     assert not caplog.records
+
+
+def test_the_starts_of_a_space_are_proposed_first_and_once():
+    space = load_space("default")
+    first = space.point(space.starts["narrow"])
+    for name in ("tpe", "random"):
+        sampler = Sampler(space, name=name, seed=5)
+        assert sampler.propose(0) == first
+        seen = [Observation(point=first, state="running")]
+        assert sampler.propose(0, seen) != first
+        assert sampler.propose(1, seen) != first
+
+
+def test_neighbours_follow_the_best_value_whatever_its_fidelity():
+    """A baseline is the first to reach full fidelity; one that beats it at an early rung is the better place."""
+    space = space_of(**{"init.depth": {"low": 0.1, "high": 0.9}})
+    observations = [
+        Observation(point={"init.depth": 0.2}, state=Status.COMPLETED, value=0.4, fidelity=1.0),
+        Observation(point={"init.depth": 0.8}, state="paused", value=0.5, fidelity=0.1),
+    ]
+    # Turn after turn, the nearest of four draws: nearer to the better one.
+    proposals = [Sampler(space, seed=seed).propose(8, observations)["init.depth"] for seed in range(12)]
+    assert sum(abs(value - 0.8) < abs(value - 0.2) for value in proposals) >= 10

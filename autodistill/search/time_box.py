@@ -1,0 +1,64 @@
+"""How long a piece of work is expected to take, by the speed measured and the slowness since, and whether that fits."""
+
+from __future__ import annotations
+
+import time
+
+from autodistill.search.plan import evaluation_seconds, trial_seconds
+from autodistill.search.trials import Assignment, Question
+
+
+class TimeBox:
+    """The time that is left for trials.
+
+    Args:
+        question: Has the plan and the measured speed.
+        deadline: `time.monotonic()` after which no trial may run, or None.
+    """
+
+    def __init__(self, question: Question, deadline: float | None) -> None:
+        self.deadline = deadline
+        self._question = question
+        self._slowness = 1.0
+        self._closed = False
+
+    def holds(self, seconds: float) -> bool:
+        """Whether work that is expected to take so many seconds still ends in time."""
+        if self._closed:
+            return False
+        return self.deadline is None or time.monotonic() + seconds * self._slowness <= self.deadline
+
+    def close(self) -> None:
+        """Nothing is to start any more."""
+        self._closed = True
+
+    def expected(self, work: Assignment, reached: int) -> float:
+        """Seconds that `work` is expected to take a worker, on a trial that stands at rung `reached`, -1 before any."""
+        plan = self._question.plan
+        if work.deployment is not None:
+            return self.evaluation()
+        last = work.rung == len(plan.rungs) - 1
+        return self._stretch(
+            plan.rungs[work.rung] - (plan.rungs[reached] if reached >= 0 else 0),
+            plan.eval_tokens if last else plan.rung_eval_tokens,
+            judged=not last,
+        )
+
+    def first_stretch(self) -> float:
+        """Expected seconds of a new trial up to its first rung."""
+        plan = self._question.plan
+        return self._stretch(plan.rungs[0], plan.rung_eval_tokens, judged=len(plan.rungs) > 1)
+
+    def evaluation(self) -> float:
+        """Expected seconds of one deployment of a trained student."""
+        question = self._question
+        return evaluation_seconds(question.plan.eval_tokens, question.teacher_spec.parameters, question.speed)
+
+    def learn(self, work: Assignment, reached: int, seconds: float) -> None:
+        """Follows how much longer than measured at first work takes: upwards at once, downwards slowly."""
+        ratio = seconds / self.expected(work, reached)
+        self._slowness = max(ratio, 0.8 * self._slowness + 0.2 * ratio)
+
+    def _stretch(self, tokens: int, eval_tokens: int, *, judged: bool) -> float:
+        question = self._question
+        return trial_seconds(tokens, eval_tokens, question.teacher_spec.parameters, question.speed, judged=judged)

@@ -1,0 +1,101 @@
+"""Where the trials of a search stand, what is asked of them, and the work that a worker is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from autodistill.contracts import Direction, ModelSpec, Plan, Status
+from autodistill.distillation.trainer import StepRecord
+from autodistill.estimate import Fit
+from autodistill.search.plan import Speed
+from autodistill.space import Point, Space
+from autodistill.strategy import Deployment
+from autodistill.trial import RungReport, Trial, TrialTask, Workbench
+from autodistill.units import Budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What a campaign searches for; all of it fixed by `search.json`."""
+
+    space: Space
+    deployments: tuple[Deployment, ...]
+    budget: Budget
+    plan: Plan
+    speed: Speed
+    teacher_spec: ModelSpec
+    teacher_accuracy: float
+    metric: str
+    direction: Direction
+
+    @property
+    def best(self) -> Callable[..., float]:
+        """`max` or `min`, as the metric asks."""
+        return max if self.direction == "max" else min
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """Work for one worker: take a trial to a rung, or evaluate its trained student under one more deployment.
+
+    Attributes:
+        task: Which trial.
+        rung: To be reached, or that the student stands at.
+        deployment: To be evaluated; None where the trial is trained.
+    """
+
+    task: TrialTask
+    rung: int
+    deployment: Deployment | None = None
+
+
+def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord], None]) -> RungReport:
+    """Does what a worker was assigned.
+
+    Raises:
+        TrialFailedError: An error of this trial alone.
+    """
+    trial = Trial(bench, assignment.task, on_step)
+    if assignment.deployment is not None:
+        return trial.evaluate(assignment.deployment)
+    return trial.run(assignment.rung)
+
+
+@dataclass
+class TrialState:
+    """Where one trial stands.
+
+    Attributes:
+        task: What runs; for a rejected trial its strategy alone counts.
+        number: Of the proposal; baselines have none.
+        kind, name: As on its rows.
+        point: Of the space, or None for a baseline outside of it.
+        fits: Of each deployment.
+        rung: Last rung reported, -1 before the first.
+        value: Of the metric there.
+        running: Whether a worker trains it.
+        status: Once it has ended.
+        settled: Deployments that were evaluated at full fidelity, are being, or cannot be.
+    """
+
+    task: TrialTask
+    number: int | None
+    kind: str
+    name: str
+    point: Point | None
+    fits: tuple[Fit, ...]
+    rung: int = -1
+    value: float | None = None
+    train_seconds: float = 0.0
+    running: bool = False
+    status: Status | None = None
+    reason: str | None = None
+    settled: set[str] = field(default_factory=set)
+
+    @property
+    def unseen(self) -> list[Deployment]:
+        """Deployments of the trained student that nobody has evaluated or is evaluating."""
+        if self.status is not Status.COMPLETED:
+            return []
+        return [deployment for deployment in self.task.deployments if deployment.name not in self.settled]
