@@ -68,8 +68,12 @@ MetricOption = Annotated[
     str | None,
     _option("--metric", "What ranks: accuracy (the default), agreement, perplexity or exact_match.", "NAME"),
 ]
+SamplerOption = Annotated[
+    str | None, _option("--sampler", "What proposes: tpe (the default), gp, nsga2 or random.", "NAME")
+]
 TrialsOption = Annotated[
-    int | None, _option("--trials", "Strategies to try; planned from the time box by default.", "N")
+    int | None,
+    _option("--trials", "Strategies to try; planned from the time box by default. With --resume: in all.", "N"),
 ]
 TokensOption = Annotated[int | None, _option("--tokens", "Training tokens of a trial; planned by default.", "T")]
 StepTokensOption = Annotated[
@@ -120,6 +124,7 @@ def search(
     data: DataOption = None,
     space: SpaceOption = None,
     metric: MetricOption = None,
+    sampler: SamplerOption = None,
     trials: TrialsOption = None,
     tokens: TokensOption = None,
     step_tokens: StepTokensOption = None,
@@ -305,6 +310,7 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         space=given.get("space"),
         strategy=given.get("strategy"),
         metric=given["metric"],
+        sampler=given.get("sampler"),
         trials=given.get("trials"),
         tokens=given["tokens"],
         step_tokens=given["step_tokens"],

@@ -25,7 +25,7 @@ from autodistill.export.verify import CLEAR_SHARE, MIN_POSITIONS, RuntimeCheck, 
 from autodistill.formats import get_format
 from autodistill.records.leaderboard import DISTILLED, limits_of, nearest, paired_bootstrap, rank
 from autodistill.records.row import Row
-from autodistill.records.store import RunFolder, record_test_opening
+from autodistill.records.store import RunFolder, record_test_opening, recorded_test_openings
 from autodistill.search.rows import make_row
 from autodistill.search.trials import Question
 from autodistill.strategy import Deployment, Strategy
@@ -141,7 +141,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         checks=checks,
         test=test,
         gain=_gain(test),
-        notes=_notes(best, rows, finisher),
+        notes=(*_notes(best, rows, finisher), *_spent(finisher)),
     )
 
 
@@ -279,6 +279,19 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
     return tuple(results)
 
 
+def _spent(finisher: Finisher) -> tuple[str, ...]:
+    """Says so where this run was scored on test before."""
+    run = finisher.run
+    openings = recorded_test_openings(run.path.parent, data=finisher.data.fingerprint)
+    earlier = sum(opening["run"] == run.name for opening in openings) - 1
+    if earlier < 1:
+        return ()
+    return (
+        f"this run's test split was opened before ({earlier} time{'s' if earlier > 1 else ''}): it is spent, and its "
+        "figures no longer say how well a choice does on unseen documents",
+    )
+
+
 def _best_baseline(rows: Sequence[Row], finisher: Finisher) -> Row | None:
     baselines = [row for row in rows if row.kind == "baseline" and row.full and finisher.student(row).is_dir()]
     ranked = rank(baselines, finisher.question.metric, finisher.question.direction)
@@ -326,7 +339,8 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
         notes.append(
             f"quantising the teacher beats distilling it here: the teacher as {first.deployment_name} has {metric} "
             f"{first.figure(metric):.4f} in {format_bytes(first.memory_bytes or 0)}, the best student "
-            f"{best.figure(metric):.4f} in {format_bytes(memory)}"
+            f"{best.figure(metric):.4f} in {format_bytes(memory)}; of what is equal within one standard error, the "
+            "smaller is better"
         )
     if best.kind == "baseline" and question.space.dimensions:
         notes.append("no searched strategy beat the hand-designed baseline")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -218,6 +218,24 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
     return plan
 
 
+def extend(plan: Plan, trials: int) -> Plan:
+    """The plan with another number of trials; tokens and rungs stay, so that all of its trials can be compared."""
+    return replace(plan, trials=trials, keep=_keep(trials, len(plan.rungs)))
+
+
+def more_trials(plan: Plan, parameters: int, speed: Speed, seconds: float) -> int:
+    """How many more trials so many further seconds hold, export and test left out."""
+    usable = seconds * _PLANNED_SHARE - sum(plan.seconds.get(phase, 0.0) for phase in ("workers", "export", "test"))
+    per_trial = 0.0
+    # Of a good many trials the shares that go past each rung are those of `_keep`.
+    shares = (1.0, *(kept / 900 for kept in _keep(900, len(plan.rungs))))
+    for rung, reached, share in zip(plan.rungs, (0, *plan.rungs), shares, strict=False):
+        last = rung == plan.tokens
+        eval_tokens = plan.eval_tokens if last else plan.rung_eval_tokens
+        per_trial += share * trial_seconds(rung - reached, eval_tokens, parameters, speed, judged=not last)
+    return max(0, int(usable * plan.workers / per_trial))
+
+
 def rung_tokens(tokens: int, batch: int) -> tuple[int, ...]:
     """Geometric rungs, each a whole number of steps: a ninth, a third and all of the tokens."""
     rungs = {max(2, round(tokens / batch / _REDUCTION**level)) * batch for level in (2, 1)}
@@ -286,8 +304,8 @@ def _fixed_seconds(demand: Demand, speed: Speed, tokens: int) -> Mapping[str, fl
         "teacher": demand.teacher_deployments * (full_eval / speed.score + 8e-9 * demand.parameters),
         "workers": 15.0 if demand.ray else 0.0,
         "export": 12.0 + per_weight * demand.parameters,
-        # The teacher up to three times, then three students, which are smaller.
-        "test": 5 * test / speed.score,
+        # The teacher up to three times, the undistilled student, the found one and the baseline.
+        "test": 6 * (test / speed.score + 1e-8 * demand.parameters),
     }
 
 

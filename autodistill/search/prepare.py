@@ -37,7 +37,7 @@ from autodistill.records.leaderboard import rows_of
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder, read_json, write_json
 from autodistill.search.campaign import Campaign
-from autodistill.search.plan import Demand, Speed, Workers, make_plan, measure_speed, share_out
+from autodistill.search.plan import Demand, Speed, Workers, extend, make_plan, measure_speed, more_trials, share_out
 from autodistill.search.request import (
     METRICS,
     WRITTEN,
@@ -276,7 +276,8 @@ class Ready:
 
 
 def plan_run(checked: Checked, run: RunFolder, clock: Clock, observer: Observer) -> Planned:
-    """Loads teacher and data, plans, and writes `search.json`; what a resumed run has planned, it keeps.
+    """Loads teacher and data, plans, and writes `search.json`; what a resumed run has planned, it keeps,
+    but for more trials.
 
     Args:
         checked: What is asked.
@@ -290,14 +291,14 @@ def plan_run(checked: Checked, run: RunFolder, clock: Clock, observer: Observer)
     with clock.phase("load", "loading teacher and data"):
         loaded = load(checked)
     if checked.stored is not None:
-        plan, speed = Plan.from_json(checked.stored["plan"]), Speed(**checked.stored["speed"])
+        speed = Speed(**checked.stored["speed"])
+        plan = _extended(checked, Plan.from_json(checked.stored["plan"]), loaded.spec, speed)
         _check_fingerprints(checked, loaded)
     else:
         with clock.phase("plan", "measuring this machine"):
             plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.request.started)
     document = _describe(checked, loaded, plan, speed)
-    if checked.stored is None:
-        write_json(run.search_file, document)
+    write_json(run.search_file, document)
     left_out = (cannot_hold(loaded.spec, deployment) for deployment in checked.space.deployments)
     for note in (*loaded.data.notes, *plan.notes, *dict.fromkeys(filter(None, left_out))):
         observer.line(note)
@@ -321,6 +322,16 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
     return Ready(question=question, setting=setting)
 
 
+def _extended(checked: Checked, plan: Plan, spec: ModelSpec, speed: Speed) -> Plan:
+    """The plan of a resumed run with the trials that were asked for, or that more time for a finished one holds."""
+    request = checked.request
+    assert checked.stored is not None
+    trials = request.trials or plan.trials
+    if request.trials is None and request.time_seconds is not None and "seconds" in checked.stored:
+        trials += more_trials(plan, spec.parameters, speed, request.time_seconds)
+    return extend(plan, trials)
+
+
 def _check_fingerprints(checked: Checked, loaded: Loaded) -> None:
     assert checked.stored is not None
     for name, now in (("teacher", loaded.teacher.fingerprint), ("data", loaded.data.fingerprint)):
@@ -335,7 +346,7 @@ def _check_fingerprints(checked: Checked, loaded: Loaded) -> None:
 def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dict[str, Any]:
     """`search.json`: all that is needed to run the search again."""
     if checked.stored is not None:
-        return dict(checked.stored)
+        return {**checked.stored, "plan": plan.to_json()}
     packages = ("autodistill-search", "torch", "transformers", "optuna", "ray", "xllamacpp", "gguf")
     return {
         "schema_version": 1,
@@ -361,6 +372,7 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "space_definition": checked.space.to_json(),
         "metric": checked.metric,
         "direction": METRICS[checked.metric],
+        "sampler": checked.sampler,
         "seed": checked.seed,
         "runner": checked.request.runner,
         "plan": plan.to_json(),

@@ -18,12 +18,14 @@ from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimate import cannot_hold, fits, holdable, shortfall, spec_from_config
 from autodistill.records.store import RunFolder, read_json
+from autodistill.search.sampler import SAMPLERS
 from autodistill.space import Space, load_space, load_strategy
 from autodistill.strategy import Strategy
 from autodistill.trial import ASKING_DATA, check_strategy, student_spec
 from autodistill.units import Budget
 
-DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE, DEFAULT_METRIC = "smollm2", "pydoc", "default", "accuracy"
+DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE = "smollm2", "pydoc", "default"
+DEFAULT_METRIC, DEFAULT_SAMPLER = "accuracy", "tpe"
 RUNNERS = ("ray", "inline")
 # What may rank is measured at every rung, so it must come from the simulated student alone.
 METRICS: Mapping[str, Direction] = {"accuracy": "max", "agreement": "max", "perplexity": "min", "exact_match": "max"}
@@ -42,10 +44,11 @@ class SearchRequest:
     Attributes:
         budget: Limits of the deployed student.
         strategy: Name or file of a strategy: it alone is trained, to the plan's tokens, and nothing is searched.
-        teacher, data, space, metric: References and names.
-        trials, tokens: Fixed instead of planned; with both, there is no time box unless `time_seconds` gives one.
+        teacher, data, space, metric, sampler: References and names.
+        trials, tokens: Fixed instead of planned; with both, there is no time box unless `time_seconds` gives one. On
+            resuming, more trials than were planned extend the search.
         step_tokens: Training tokens of an optimiser step, whole sequences; one sequence by default.
-        time_seconds: The time box.
+        time_seconds: The time box; on resuming a finished search, of what it is extended by.
         seed: Of data order, projections and proposals.
         name: Of the run; a date and time by default.
         out: Folder of the runs.
@@ -63,6 +66,7 @@ class SearchRequest:
     data: str | None = None
     space: str | None = None
     metric: str | None = None
+    sampler: str | None = None
     trials: int | None = None
     tokens: int | None = None
     step_tokens: int | None = None
@@ -91,6 +95,7 @@ class Checked:
     space: Space
     space_reference: str
     metric: str
+    sampler: str
     seed: int
     spec: ModelSpec | None
     stored: Mapping[str, Any] | None
@@ -118,6 +123,9 @@ def check_request(request: SearchRequest) -> Checked:
     metric = request.metric or known.get("metric") or DEFAULT_METRIC
     if metric not in METRICS:
         raise InputError(f"{metric!r} is no metric that can rank; the metrics are {', '.join(METRICS)}")
+    sampler = request.sampler or known.get("sampler") or DEFAULT_SAMPLER
+    if sampler not in SAMPLERS:
+        raise InputError(f"there is no sampler {sampler!r}; the samplers are {', '.join(SAMPLERS)}")
     teacher_reference = request.teacher or known.get("teacher", {}).get("reference") or DEFAULT_TEACHER
     data_reference = request.data or known.get("data", {}).get("reference") or DEFAULT_DATA
     space_reference = request.space or known.get("space") or DEFAULT_SPACE
@@ -138,6 +146,7 @@ def check_request(request: SearchRequest) -> Checked:
         space=space,
         space_reference=space_reference,
         metric=metric,
+        sampler=sampler,
         seed=request.seed if request.seed is not None else known.get("seed", 0),
         spec=spec_from_config(teacher.config) if teacher.config else None,
         stored=stored,
@@ -176,6 +185,7 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
         "teacher": (checked.teacher_reference, stored["teacher"]["reference"]),
         "data": (checked.data_reference, stored["data"]["reference"]),
         "metric": (checked.metric, stored["metric"]),
+        "sampler": (checked.sampler, stored["sampler"]),
         "seed": (checked.seed, stored["seed"]),
         "budget": (checked.request.budget.to_json(), stored["budget"]),
         "space": (checked.space.hash, stored["space_hash"]),
@@ -186,7 +196,13 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
                 f"the run {checked.name!r} was made with another {name} ({before}, now {asked}): resume it with the "
                 "same one, or start a new run under another --name"
             )
-    for name, planned in (("trials", "trials"), ("tokens", "tokens"), ("step_tokens", "batch_tokens")):
+    trials = checked.request.trials
+    if trials is not None and trials < stored["plan"]["trials"]:
+        raise InputError(
+            f"the run {checked.name!r} was planned with {stored['plan']['trials']} trials, not {trials}: resume it "
+            "with as many or more, or start a new run under another --name"
+        )
+    for name, planned in (("tokens", "tokens"), ("step_tokens", "batch_tokens")):
         asked, option = getattr(checked.request, name), name.replace("_", "-")
         if asked is not None and asked != stored["plan"][planned]:
             raise InputError(

@@ -4,62 +4,29 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
-
-import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import FrozenTrial, TrialState
 
 from autodistill.contracts import Direction, Status
-from autodistill.domains import Choices, Range, Value
+from autodistill.domains import Range, Value
 from autodistill.errors import InputError
+from autodistill.search.study import MODELS, Observation, modelled
 from autodistill.space import Dimension, Point, Space
 
-Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
-
-SAMPLERS = ("tpe", "random")
+SAMPLERS = (*MODELS, "random")
 _STARTUP = 6  # proposals spread over the space before anything is inferred from results
 _NEAR = 4  # draws of which a neighbour takes the nearest
 _ASKS = 8  # draws of the model before a duplicate is replaced by a random point
 _DRAWS = 200  # random draws before a space is searched for its last unseen points
-_FIDELITY_STEPS = 10**6  # Optuna counts fidelity in whole steps
-
-
-@dataclass(frozen=True, kw_only=True)
-class Observation:
-    """What is known of an earlier proposal, or of a baseline that lies in the space.
-
-    Attributes:
-        point: Where it lies.
-        state: A `Status`, or "running", or "paused" at a rung.
-        value: Of the metric, at the highest fidelity seen; None where there is none.
-        fidelity: Fraction of the plan's tokens after which `value` was taken.
-        constraint: Smallest log(need / limit) over the deployments, above 0 where none fits; None where it is unknown.
-    """
-
-    point: Mapping[str, Value]
-    state: Status | Literal["running", "paused"]
-    value: float | None = None
-    fidelity: float = 0.0
-    constraint: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.state == Status.REJECTED and not (self.constraint or 0.0) > 0:
-            raise ValueError("a rejected proposal has a constraint above 0")
 
 
 class Sampler:
-    """Proposes points: the space's starts, then by a tree-structured Parzen estimator by turns with neighbours of the
-    best, or at random.
+    """Proposes points: the space's starts, a spread over the space, and then what a model of the results suggests.
 
     Args:
         space: What may be proposed.
-        name: "tpe" or "random".
+        name: "tpe", a tree-structured Parzen estimator by turns with neighbours of the best point; "gp", a Gaussian
+            process; "nsga2", a genetic algorithm; or "random".
         seed: Every proposal follows from it, the number asked for and the observations; nothing is kept between calls.
         direction: Whether more or less of the metric is better.
 
@@ -94,13 +61,15 @@ class Sampler:
             assert start is not None  # a space holds its starts
             yield start
         source = random.Random(f"{self.seed}/{number}")  # text seeds through SHA-512, alike in every process
-        if self.name == "tpe":
-            if number % 2 == 0:
+        if self.name in MODELS:
+            if self.name == "tpe" and number % 2 == 0:
                 yield from self._neighbours(number // 2, source, observations)
             if number < _STARTUP:
                 yield self._spread(number)
             else:
-                yield from islice(self._modelled(source.getrandbits(32), observations), _ASKS)
+                seed = source.getrandbits(32)
+                model = modelled(self.name, seed, self.space, observations, self.direction, startup=_STARTUP)
+                yield from islice(model, _ASKS)
         for _ in range(_DRAWS):
             yield self._draw(lambda dimension: source.random())
         if all(dimension.domain.grid is not None for dimension in self.space.dimensions):
@@ -163,54 +132,6 @@ class Sampler:
             return max(valued, key=lambda item: (sign * (item.value or 0.0), item.fidelity)).point
         return usable[0].point if usable else None
 
-    def _modelled(self, seed: int, observations: Sequence[Observation]) -> Iterator[Point]:
-        """Draws of Optuna's estimator. Each stays in the study as running, so that the next one lies elsewhere."""
-        with _quiet():
-            # `group` splits the space by which dimensions occur together, which conditional ones need.
-            sampler = optuna.samplers.TPESampler(
-                seed=seed, n_startup_trials=_STARTUP, multivariate=True, group=True, constant_liar=True
-            )
-            study = optuna.create_study(
-                sampler=sampler, direction="maximize" if self.direction == "max" else "minimize"
-            )
-            study.add_trials([self._as_trial(observation) for observation in observations])
-        while True:
-            with _quiet():
-                point = self._ask(study.ask())
-            yield point
-
-    def _ask(self, trial: optuna.Trial) -> Point:
-        point: Point = {}
-        for dimension in self.space.dimensions:
-            if dimension.active(point):
-                drawn = _suggest(trial, dimension.path, _distribution(dimension))
-                point[dimension.path] = drawn if isinstance(dimension.domain, Choices) else dimension.domain.snap(drawn)
-        return point
-
-    def _as_trial(self, observation: Observation) -> FrozenTrial:
-        """An earlier proposal as Optuna is to see it.
-
-        A trial that was not taken to the end is told as pruned, with its value at its fidelity: the estimator ranks
-        such trials by fidelity first, so that an early value is never compared with a late one.
-        """
-        value = observation.value if observation.value is not None and math.isfinite(observation.value) else None
-        state = _state(observation, value)
-        step = round(observation.fidelity * _FIDELITY_STEPS)
-        distributions: dict[str, BaseDistribution] = {
-            dimension.path: _distribution(dimension)
-            for dimension in self.space.dimensions
-            if dimension.path in observation.point
-        }
-        constraint = observation.constraint
-        return optuna.trial.create_trial(
-            state=state,
-            params=dict(observation.point),
-            distributions=distributions,
-            value=value if state == TrialState.COMPLETE else None,
-            intermediate_values={step: value} if state == TrialState.PRUNED and value is not None else {},
-            constraints=None if constraint is None else {"budget": constraint},
-        )
-
 
 def _step(dimension: Dimension, value: Value, source: random.Random) -> Value | None:
     """Another value of a dimension: of numbers the nearest of a few draws; None where there is no other."""
@@ -223,44 +144,3 @@ def _step(dimension: Dimension, value: Value, source: random.Random) -> Value | 
         return others[0]
     scale = math.log if domain.log else float
     return min(others, key=lambda other: abs(scale(float(other)) - scale(float(value))))
-
-
-def _state(observation: Observation, value: float | None) -> TrialState:
-    if observation.state == Status.FAILED:
-        return TrialState.FAIL
-    if observation.state == "running" and value is None:
-        return TrialState.RUNNING
-    if observation.state == Status.COMPLETED:
-        return TrialState.FAIL if value is None else TrialState.COMPLETE
-    # Running past a rung, paused, stopped or rejected: of use through its value so far, or as a warning of the budget.
-    infeasible = (observation.constraint or 0.0) > 0
-    return TrialState.FAIL if value is None and not infeasible else TrialState.PRUNED
-
-
-def _distribution(dimension: Dimension) -> Distribution:
-    domain = dimension.domain
-    if isinstance(domain, Choices):
-        return CategoricalDistribution(domain.grid)
-    if domain.integer:
-        return IntDistribution(int(domain.low), int(domain.high), log=domain.log, step=int(domain.step or 1))
-    return FloatDistribution(domain.low, domain.high, log=domain.log, step=domain.step)
-
-
-def _suggest(trial: optuna.Trial, name: str, distribution: Distribution) -> Any:
-    if isinstance(distribution, CategoricalDistribution):
-        return trial.suggest_categorical(name, distribution.choices)
-    suggest: Any = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
-    return suggest(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Optuna from logging each proposal and from warning that its groups are experimental."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            yield
-    finally:
-        optuna.logging.set_verbosity(verbosity)

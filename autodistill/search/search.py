@@ -112,7 +112,7 @@ def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
     deadline = _deadline(request, plan, earlier)
     campaign = Campaign(
         question,
-        sampler=Sampler(checked.space, seed=checked.seed, direction=question.direction),
+        sampler=Sampler(checked.space, name=checked.sampler, seed=checked.seed, direction=question.direction),
         log=run.events,
         checkpoints=run.checkpoints,
         deadline=deadline,

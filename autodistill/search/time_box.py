@@ -26,7 +26,12 @@ class TimeBox:
         """Whether work that is expected to take so many seconds still ends in time."""
         if self._closed:
             return False
-        return self.deadline is None or time.monotonic() + seconds * self._slowness <= self.deadline
+        if self.deadline is None:
+            return True
+        # What follows the trials will be as slow as they are.
+        planned = self._question.plan.seconds
+        after = sum(planned.get(phase, 0.0) for phase in ("export", "test"))
+        return time.monotonic() + seconds * self._slowness + after * max(0.0, self._slowness - 1) <= self.deadline
 
     def close(self) -> None:
         """Nothing is to start any more."""

@@ -47,7 +47,7 @@ sys.path.insert(0, "tests/search")
 from test_sampler import history, load_space, Sampler
 space = load_space("default")
 print(json.dumps([Sampler(space, name=name, seed=3).propose(number, history(space))
-                  for name in ("tpe", "random") for number in (2, 14)]))
+                  for name in ("tpe", "gp", "nsga2", "random") for number in (2, 14)]))
 """
 
 
@@ -55,7 +55,7 @@ def test_another_process_proposes_the_same():
     space = load_space("default")
     here = [
         Sampler(space, name=name, seed=3).propose(number, history(space))
-        for name in ("tpe", "random")
+        for name in ("tpe", "gp", "nsga2", "random")
         for number in (2, 14)
     ]
     environment = os.environ | {"PYTHONHASHSEED": "77"}
@@ -189,7 +189,7 @@ def test_values_of_low_fidelity_do_not_outrank_complete_ones():
 
 
 def test_bad_use():
-    with pytest.raises(InputError, match="tpe, random"):
+    with pytest.raises(InputError, match="tpe, gp, nsga2, random"):
         Sampler(space_of(**RATE), name="annealing")
     with pytest.raises(ValueError, match="above 0"):
         observed(0.5, state=Status.REJECTED, constraint=-0.1)
@@ -223,3 +223,37 @@ def test_neighbours_follow_the_best_value_whatever_its_fidelity():
     # Turn after turn, the nearest of four draws: nearer to the better one.
     proposals = [Sampler(space, seed=seed).propose(8, observations)["init.depth"] for seed in range(12)]
     assert sum(abs(value - 0.8) < abs(value - 0.2) for value in proposals) >= 10
+
+
+def test_the_gaussian_process_learns_from_results_and_from_trials_that_were_stopped():
+    """On a slope proposals rise above chance; a stopped trial's early value counts as no better than the worst."""
+    space = space_of(**{"distillation.divergence_weight": {"low": 0.0, "high": 1.0}})
+    path = "distillation.divergence_weight"
+
+    def observed(weight: float, index: int) -> Observation:
+        if index % 3 == 2:  # stopped early, with a value that would look best beside late ones
+            return Observation(point={path: weight}, state=Status.STOPPED, value=9.0, fidelity=0.1)
+        return Observation(point={path: weight}, state=Status.COMPLETED, value=weight, fidelity=1.0)
+
+    weights = [index / 24 for index in range(24)]
+    observations = [observed(weight, index) for index, weight in enumerate(weights)]
+    proposals = [Sampler(space, name="gp", seed=seed).propose(24, observations)[path] for seed in range(10)]
+    assert sum(proposals) / len(proposals) > 0.6
+
+
+def test_the_genetic_sampler_breeds_from_what_it_was_told(monkeypatch):
+    """Children of parents that agree in a dimension agree in it too, mutations apart."""
+    space = space_of(
+        **{"init.depth": {"low": 0.1, "high": 0.9}, "distillation.divergence_weight": {"low": 0.0, "high": 1.0}}
+    )
+    observations = [
+        Observation(
+            point={"init.depth": 0.5, "distillation.divergence_weight": index / 16},
+            state=Status.COMPLETED,
+            value=index / 16,
+            fidelity=1.0,
+        )
+        for index in range(16)
+    ]
+    depths = [Sampler(space, name="nsga2", seed=seed).propose(16, observations)["init.depth"] for seed in range(12)]
+    assert depths.count(0.5) > len(depths) / 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -117,7 +118,29 @@ def test_a_finished_run_is_refused_without_resume_and_changed_with(
     with pytest.raises(InputError, match="another budget"):
         check_request(request(inputs, outcome[1], resume=True, budget=Budget(memory_bytes=10**9, context=256)))
     with pytest.raises(InputError, match="planned with 3 trials"):
-        check_request(request(inputs, outcome[1], resume=True, trials=4))
+        check_request(request(inputs, outcome[1], resume=True, trials=2))
+    with pytest.raises(InputError, match="another sampler"):
+        check_request(request(inputs, outcome[1], resume=True, sampler="random"))
+
+
+def test_a_finished_search_is_extended_and_says_that_its_test_is_spent(
+    inputs: tuple[Path, Path, Path], outcome: tuple[Outcome, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "runs"
+    shutil.copytree(outcome[1], out)
+    before = {row.row_id: row for row in outcome[0].rows}
+    longer = search(request(inputs, out, resume=True, trials=5))
+    proposed = {row.trial for row in longer.rows if row.kind == "student"}
+    assert len(proposed) == 5  # rejected ones not counted
+    assert {row.trial for row in before.values() if row.kind == "student"} < proposed
+    # What was trained is not trained again, nor lost.
+    kept = {row.row_id: row for row in longer.rows if row.full}
+    full = [row for row in before.values() if row.full]
+    assert all(kept[row.row_id].accuracy == row.accuracy for row in full)
+    trained = [event for event in events(out) if event["event"] == "rung" and event["trial"] == "b000"]
+    assert len(trained) == 1
+    assert json.loads((out / "run" / "search.json").read_text())["plan"]["trials"] == 5
+    assert any("test split was opened before (1 time)" in note for note in longer.document["notes"])
 
 
 def test_nothing_fits_is_known_before_anything_is_loaded(
