@@ -209,6 +209,16 @@ def leaderboard(
 
 
 @app.command()
+def explain(
+    run: Annotated[str, typer.Argument(help="Name of the run.", metavar="RUN")],
+    out: OutOption = _RUNS,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """Tell which dimensions of a run mattered, what was left early, which limit binds and what would fit next."""
+    _print(output, lambda: _explained(RunFolder.open(out, run)), dict, lambda found: found["text"])
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(help="Name of the run.", metavar="RUN")],
     to: Annotated[
@@ -402,6 +412,13 @@ def _rows(boards: _Boards) -> list[dict[str, Any]]:
 
 def _tables(boards: _Boards) -> str:
     return "\n\n".join(f"{name}\n{leaderboard_table(ranked, metric, _width())}" for name, (ranked, metric) in boards)
+
+
+def _explained(run: RunFolder) -> dict[str, Any]:
+    from autodistill.search.explain import explain
+
+    found = explain(run)
+    return {**found.to_json(), "text": found.describe()}
 
 
 def _export(run: RunFolder, row: str | None, containers: Sequence[str], out: Path) -> dict[str, str]:

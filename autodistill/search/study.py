@@ -76,13 +76,13 @@ def modelled(
         direction: Whether more or less of the metric is better.
         startup: Results before which a model is not fitted.
     """
-    with _quiet():
+    with quiet():
         study = optuna.create_study(
             sampler=MODELS[name](seed, startup), direction="maximize" if direction == "max" else "minimize"
         )
         study.add_trials(_told(name, space, observations, direction))
     while True:
-        with _quiet():
+        with quiet():
             point = _ask(study.ask(), space)
         yield point
 
@@ -95,7 +95,7 @@ def _told(name: str, space: Space, observations: Sequence[Observation], directio
     trained to the end, since that is what it lost against.
     """
     if name == "tpe":
-        yield from (_as_trial(space, observation) for observation in observations)
+        yield from (as_trial(space, observation) for observation in observations)
         return
     ends = [item.value for item in observations if item.state == Status.COMPLETED and _finite(item.value)]
     worst = (min if direction == "max" else max)(ends) if ends else None
@@ -113,7 +113,7 @@ def _told(name: str, space: Space, observations: Sequence[Observation], directio
                 fidelity=1.0,
                 constraint=observation.constraint,
             )
-        trial = _as_trial(space, told)
+        trial = as_trial(space, told)
         if name == "nsga2" and trial.state == TrialState.COMPLETE:
             # It breeds from whole generations, which it would have numbered itself.
             trial.system_attrs[NSGAIISampler._get_generation_key()] = finished // _POPULATION
@@ -130,7 +130,7 @@ def _ask(trial: optuna.Trial, space: Space) -> Point:
     return point
 
 
-def _as_trial(space: Space, observation: Observation) -> FrozenTrial:
+def as_trial(space: Space, observation: Observation) -> FrozenTrial:
     """An earlier proposal as Optuna is to see it; one that was not taken to the end is pruned, at its fidelity."""
     value = observation.value if _finite(observation.value) else None
     state = _state(observation, value)
@@ -184,7 +184,7 @@ def _suggest(trial: optuna.Trial, name: str, distribution: Distribution) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps Optuna from logging each proposal and from warning that its groups are experimental."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

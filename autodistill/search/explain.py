@@ -1,0 +1,176 @@
+"""What a search has shown: which dimensions mattered, what ended early, which limit binds and what would fit next."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import optuna
+
+from autodistill.contracts import Plan, Status
+from autodistill.errors import InputError
+from autodistill.records.leaderboard import rank
+from autodistill.records.row import Row, rows_of
+from autodistill.records.store import RunFolder, read_json
+from autodistill.search.study import Observation, as_trial, quiet
+from autodistill.space import Space
+from autodistill.units import format_bytes
+
+# With fewer results a share of the variance is noise.
+_FEWEST_RESULTS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What the log of a run tells.
+
+    Attributes:
+        metric: That the search was judged by.
+        importance: Share of what sets good trials apart that each dimension accounts for, by path, the largest first;
+            of values at the first rung, which every trial reports. Empty where there were too few.
+        results: Trials with such a value.
+        rejected: How many proposals were rejected, by reason.
+        stopped: How many trials ended at each rung, by its tokens; the last are those at full fidelity.
+        failed: How many trials failed, by cause.
+        tokens_trained: Training tokens of all trials.
+        tokens_full: What the same trials would have taken to the end, each of them.
+        tokens_rejected: What the rejected ones would have taken to the first rung.
+        binding: The limit and how near the best row is to it, in a sentence.
+        next: What would fit next, in sentences.
+    """
+
+    metric: str
+    importance: Mapping[str, float]
+    results: int
+    rejected: Mapping[str, int]
+    stopped: Mapping[int, int]
+    failed: Mapping[str, int]
+    tokens_trained: int
+    tokens_full: int
+    tokens_rejected: int
+    binding: str
+    next: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The explanation as plain data."""
+        return asdict(self) | {"next": list(self.next), "stopped": {str(key): n for key, n in self.stopped.items()}}
+
+    def describe(self) -> str:
+        """The explanation as lines for a person."""
+        lines = []
+        if self.importance:
+            lines.append(f"What mattered, of {self.results} trials at the first rung by {self.metric} (PED-ANOVA):")
+            lines += [f"  {share:6.1%}  {path}" for path, share in self.importance.items()]
+        else:
+            lines.append(f"{self.results} results are too few to tell which dimensions mattered.")
+        lines.append("How far trials went:")
+        lines += [f"  {count:4d}  ended at {tokens:,} tokens" for tokens, count in self.stopped.items()]
+        lines += [f"  {count:4d}  rejected without training: {reason}" for reason, count in self.rejected.items()]
+        lines += [f"  {count:4d}  failed: {cause}" for cause, count in self.failed.items()]
+        if self.tokens_full:
+            saved = 1 - self.tokens_trained / self.tokens_full
+            lines.append(
+                f"{self.tokens_trained:,} tokens were trained; all of these trials to the end would have been "
+                f"{self.tokens_full:,} ({saved:.0%} saved by stopping), rejection saved {self.tokens_rejected:,} more."
+            )
+        return "\n".join([*lines, self.binding, *self.next])
+
+
+def explain(run: RunFolder) -> Explanation:
+    """Reads the log of a run, finished or under way.
+
+    Raises:
+        InputError: There is no trial yet.
+    """
+    asked, events = read_json(run.search_file), run.events.read()
+    plan, space = Plan.from_json(asked["plan"]), Space.from_json(asked["space_definition"])
+    trials = {event["trial"]: event for event in events if event["event"] == "trial"}
+    if not trials:
+        raise InputError(f"the run {run.name!r} has no trial yet: nothing to explain")
+    rungs = [event for event in events if event["event"] == "rung"]
+    ends = {event["trial"]: event for event in events if event["event"] == "status"}
+    reached: dict[str, int] = {}
+    for event in rungs:
+        reached[event["trial"]] = max(reached.get(event["trial"], 0), event["tokens"])
+    rejected = _reasons(ends, Status.REJECTED)
+    first = {event["trial"]: event["value"] for event in rungs if event["rung"] == 0 and event["value"] is not None}
+    points = {trial: event["point"] for trial, event in trials.items() if event["point"] is not None}
+    results = [
+        Observation(point=points[trial], state=Status.COMPLETED, value=value, fidelity=1.0)
+        for trial, value in first.items()
+        if trial in points
+    ]
+    binding, following = _limits(asked, rows_of(events))
+    return Explanation(
+        metric=asked["metric"],
+        importance=_importance(space, results, asked["direction"]),
+        results=len(results),
+        rejected=rejected,
+        stopped=dict(sorted(Counter(reached.values()).items())),
+        failed=_reasons(ends, Status.FAILED),
+        tokens_trained=sum(reached.values()),
+        tokens_full=plan.tokens * len(reached),
+        tokens_rejected=plan.rungs[0] * sum(rejected.values()),
+        binding=binding,
+        next=following,
+    )
+
+
+def _reasons(ends: Mapping[str, Mapping[str, Any]], status: Status) -> dict[str, int]:
+    reasons = Counter(str(event["reason"]) for event in ends.values() if event["status"] == status)
+    return dict(reasons.most_common())
+
+
+def _importance(space: Space, results: Sequence[Observation], direction: str) -> dict[str, float]:
+    """Of the dimensions that every trial has: those under a condition have no value where it does not hold."""
+    varied = {path for path in _common(results) if len({str(item.point[path]) for item in results}) > 1}
+    if len(results) < _FEWEST_RESULTS or not varied:
+        return {}
+    with quiet():
+        study = optuna.create_study(direction="maximize" if direction == "max" else "minimize")
+        study.add_trials([as_trial(space, item) for item in results])
+        shares = optuna.importance.get_param_importances(
+            study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(), params=sorted(varied)
+        )
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def _common(results: Sequence[Observation]) -> set[str]:
+    """Dimensions in which every one of the results has a value."""
+    return set.intersection(*(set(item.point) for item in results)) if results else set()
+
+
+def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:
+    """Which limit the best row is near to, and which better row is how far beyond it."""
+    limit = asked["budget"]["memory_bytes"]
+    full = [row for row in rows if row.split == "validation" and row.full and row.memory_bytes]
+    ranked = [one.row for one in rank(full, asked["metric"], asked["direction"]) if one.row.feasible]
+    if not ranked:
+        short = min((row.memory_bytes or 0) - limit for row in full) if full else None
+        if short is None:
+            return "No student has been trained to the end yet.", ()
+        return f"Nothing fits {format_bytes(limit)}: the nearest needs {format_bytes(short)} more.", ()
+    best = ranked[0]
+    used = (best.memory_bytes or 0) / limit
+    binding = (
+        f"The best, {best.name} as {best.deployment_name}, needs {format_bytes(best.memory_bytes or 0)} of "
+        f"{format_bytes(limit)} ({used:.0%}): memory {'binds' if used > 0.9 else 'does not bind'}."
+    )
+    sign = 1 if asked["direction"] == "max" else -1
+    best_value = best.figure(asked["metric"])
+    beyond = [
+        row
+        for row in full
+        if not row.feasible
+        and (value := row.figure(asked["metric"])) is not None
+        and best_value is not None
+        and sign * value > sign * best_value
+    ]
+    nearest = sorted(beyond, key=lambda row: row.memory_bytes or 0)[:3]
+    return binding, tuple(
+        f"{format_bytes((row.memory_bytes or 0) - limit)} more would hold {row.name} as {row.deployment_name}: "
+        f"{asked['metric']} {row.figure(asked['metric']):.4f} instead of {best_value:.4f}."
+        for row in nearest
+    )

@@ -1,0 +1,131 @@
+"""What a log tells: the dimension that made the values comes first; counts and limits are those of the log."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from autodistill.contracts import Plan
+from autodistill.errors import InputError
+from autodistill.records.row import Row
+from autodistill.records.store import RunFolder, write_json
+from autodistill.search.explain import explain
+from autodistill.space import Space
+
+PLAN = Plan(
+    trials=30,
+    tokens=9000,
+    rungs=(1000, 3000, 9000),
+    keep=(10, 3),
+    sequence_length=256,
+    batch_tokens=256,
+    warmup_tokens=512,
+    decay=0.2,
+    rung_eval_tokens=1024,
+    eval_tokens=2048,
+    test_tokens=2048,
+    workers=2,
+    threads=1,
+    bf16=False,
+    seed=0,
+    box_seconds=None,
+    seconds={},
+)
+SPACE = Space.from_json(
+    {
+        "dimensions": {
+            "init.depth": {"low": 0.2, "high": 0.8},
+            "distillation.learning_rate": {"low": 1e-5, "high": 1e-3, "log": True},
+            "distillation.divergence_weight": {"low": 0.0, "high": 1.0},
+        },
+        "deployments": [{"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}],
+    }
+)
+
+
+def row(trial: str, memory: int, accuracy: float, feasible: bool) -> Row:
+    least = {"row_id": f"{trial}-gguf-q8_0", "trial": trial, "kind": "student", "name": "name", "strategy_id": None}
+    fields = {
+        "strategy": None,
+        "deployment": SPACE.deployments[0].to_json(),
+        "status": "completed",
+        "split": "validation",
+    }
+    figures = {"accuracy": accuracy, "memory_bytes": memory, "feasible": feasible, "fidelity": 1.0}
+    return Row(**least | fields | figures)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """Thirty trials whose value at the first rung is half their depth; ten went on, three to the end."""
+    source = random.Random(5)
+    folder = RunFolder.create(tmp_path, "run")
+    asked = {"plan": PLAN.to_json(), "space_definition": SPACE.to_json(), "metric": "accuracy", "direction": "max"}
+    with folder:
+        write_json(folder.search_file, {**asked, "budget": {"memory_bytes": 100_000_000}})
+        for number in range(32):
+            trial = f"t{number:03d}"
+            point = {
+                "init.depth": source.uniform(0.2, 0.8),
+                "distillation.learning_rate": 10 ** source.uniform(-5, -3),
+                "distillation.divergence_weight": source.random(),
+            }
+            folder.events.append({"event": "trial", "trial": trial, "point": point})
+            if number >= 30:
+                folder.events.append(
+                    {"event": "status", "trial": trial, "status": "rejected", "reason": "needs 7 MB too much"}
+                )
+                continue
+            for rung in range(1 + (number < 10) + (number < 3)):
+                folder.events.append(
+                    {
+                        "event": "rung",
+                        "trial": trial,
+                        "rung": rung,
+                        "tokens": PLAN.rungs[rung],
+                        "value": point["init.depth"] / 2 + rung / 100,
+                    }
+                )
+        for one in (
+            row("t000", 90_000_000, 0.30, True),
+            row("t001", 102_100_000, 0.40, False),
+            row("t002", 101_000_000, 0.20, False),
+        ):
+            folder.events.append({"event": "row", "row": one.to_json()})
+    return folder
+
+
+def test_the_dimension_that_made_the_values_matters_most(run: RunFolder) -> None:
+    found = explain(run)
+    assert found.results == 30
+    assert next(iter(found.importance)) == "init.depth"
+    assert found.importance["init.depth"] > 0.5
+    assert sum(found.importance.values()) == pytest.approx(1.0)
+
+
+def test_counts_and_tokens_are_those_of_the_log(run: RunFolder) -> None:
+    found = explain(run)
+    assert found.stopped == {1000: 20, 3000: 7, 9000: 3}
+    assert found.rejected == {"needs 7 MB too much": 2}
+    assert (found.tokens_trained, found.tokens_full) == (20 * 1000 + 7 * 3000 + 3 * 9000, 30 * 9000)
+    assert found.tokens_rejected == 2 * 1000
+
+
+def test_what_would_fit_next_is_what_is_better_and_how_much_it_lacks(run: RunFolder) -> None:
+    found = explain(run)
+    assert "90.0 MB of 100 MB (90%)" in found.binding
+    (sentence,) = found.next
+    assert sentence.startswith("2.10 MB more would hold")
+    assert "accuracy 0.4000 instead of 0.3000" in sentence
+    assert sentence in found.describe()
+
+
+def test_a_run_without_trials_has_nothing_to_explain(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "empty")
+    asked = {"plan": PLAN.to_json(), "space_definition": SPACE.to_json(), "metric": "accuracy", "direction": "max"}
+    with folder:
+        write_json(folder.search_file, {**asked, "budget": {"memory_bytes": 1}})
+    with pytest.raises(InputError, match="no trial yet"):
+        explain(folder)
