@@ -11,7 +11,7 @@ from autodistill.contracts import HeldType, ModelSpec, OptimizerState
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.estimate import TRANSFORMERS_PROCESS_BYTES, TrainingEstimate, training_memory
 from autodistill.hardware import Machine
-from autodistill.strategy import Alignment, Attention
+from autodistill.strategy import Alignment, Attention, Lora
 from autodistill.units import format_bytes
 
 Aligned = tuple[Alignment | None, Attention | None]
@@ -42,6 +42,8 @@ def training_fits(
     sequences: int,
     teacher: ModelSpec | None = None,
     alignments: Collection[Aligned] = (),
+    lora: Lora | None = None,
+    train_embeddings: bool = True,
 ) -> Iterator[TrainingFit]:
     """Ways to compute a step of so many sequences, from the fastest to the smallest.
 
@@ -54,6 +56,8 @@ def training_fits(
         sequences: Of an optimiser step.
         teacher: The teacher, where there are alignments.
         alignments: What trials may align to it; the one that takes most counts.
+        lora: Where every trial trains low-rank changes, the largest of them.
+        train_embeddings: Whether a trial may train the embedding table.
     """
     ways: list[tuple[int, bool, OptimizerState]] = []
     micro_batch = sequences
@@ -71,6 +75,8 @@ def training_fits(
                 teacher=teacher,
                 alignment=alignment,
                 attention=attention,
+                lora=lora,
+                train_embeddings=train_embeddings,
             )
             for alignment, attention in alignments or [(None, None)]
         )
@@ -90,6 +96,8 @@ def fit_training(
     limit_bytes: int,
     teacher: ModelSpec | None = None,
     alignments: Collection[Aligned] = (),
+    lora: Lora | None = None,
+    train_embeddings: bool = True,
 ) -> TrainingFit:
     """The fastest way to train a student that a memory holds.
 
@@ -100,6 +108,8 @@ def fit_training(
         limit_bytes: Memory of the device that trains.
         teacher: The teacher, where there are alignments.
         alignments: What trials may align to it; the one that takes most counts.
+        lora: Where every trial trains low-rank changes, the largest of them.
+        train_embeddings: Whether a trial may train the embedding table.
 
     Raises:
         InputError: None does; says what the smallest takes.
@@ -107,7 +117,13 @@ def fit_training(
     """
     smallest = None
     for way in training_fits(
-        spec, sequence_length=sequence_length, sequences=sequences, teacher=teacher, alignments=alignments
+        spec,
+        sequence_length=sequence_length,
+        sequences=sequences,
+        teacher=teacher,
+        alignments=alignments,
+        lora=lora,
+        train_embeddings=train_embeddings,
     ):
         smallest = way
         if way.estimate.total_bytes > limit_bytes:

@@ -24,6 +24,7 @@ from autodistill.distillation.calibration import Calibration
 from autodistill.distillation.generation import answer
 from autodistill.distillation.grid_scales import write_scales
 from autodistill.distillation.held import held_as_deployed, is_held, load_held
+from autodistill.distillation.lora import check_lora
 from autodistill.distillation.memory import is_out_of_memory, keep_freed_memory
 from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.scoring import score
@@ -198,6 +199,8 @@ def check_strategy(strategy: Strategy, teacher: ModelSpec) -> None:
         check_projection(alignment, spec.width, teacher.width)
     if strategy.distillation.attention is not None:
         check_attention(strategy.distillation.attention, spec, teacher)
+    if strategy.distillation.lora is not None:
+        check_lora(strategy.distillation.lora, spec)
     if strategy.finishing is not None:
         check_holds(spec, strategy.finishing)
 

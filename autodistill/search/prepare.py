@@ -33,7 +33,7 @@ from autodistill.distillation.teacher import (
 )
 from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
 from autodistill.errors import InputError
-from autodistill.estimate import cannot_hold, fits, holdable, spec_from_config
+from autodistill.estimate import adapted_tensors, cannot_hold, fits, holdable, spec_from_config
 from autodistill.hardware import Machine, detect
 from autodistill.records.leaderboard import rows_of
 from autodistill.records.row import Row
@@ -49,7 +49,7 @@ from autodistill.search.request import (
 )
 from autodistill.search.rows import make_row
 from autodistill.space import Space
-from autodistill.strategy import Alignment, Attention, Deployment
+from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Lora
 from autodistill.training_fit import TeacherFit, TrainingFit, fit_teacher, fit_training
 from autodistill.trial import TrialSetting, evaluate
 
@@ -158,6 +158,8 @@ def load(checked: Checked) -> Loaded:
         largest,
         teacher=spec,
         alignments=_alignments(checked.space, spec),
+        lora=_lora(checked.space, spec, largest),
+        train_embeddings=any(recipe.train_embeddings for recipe in _recipes(checked.space, spec, "train_embeddings")),
         sequence_length=SEQUENCE_LENGTH,
         sequences=step_tokens // SEQUENCE_LENGTH,
         # Run in the trial, the teacher lies beside the student.
@@ -181,11 +183,27 @@ def _online_bytes(spec: ModelSpec, machine: Machine, fit: TeacherFit) -> int:
     return 2 * spec.parameters if supports_bf16(machine) else fit.held_bytes
 
 
+def _recipes(space: Space, spec: ModelSpec, *fields: str) -> Iterator[Distillation]:
+    """Of the space, with all that these fields may be."""
+    paths = {"distillation", *(f"distillation.{name}" for name in fields)}
+    # Without dimensions nothing is proposed, and the baselines are all there is.
+    strategies = space.cases(paths, spec.layers) if space.dimensions else iter(space.baselines.values())
+    return (strategy.distillation for strategy in strategies)
+
+
+def _lora(space: Space, spec: ModelSpec, student: ModelSpec) -> Lora | None:
+    """The low-rank changes of a trial that take most memory; None where a trial trains the weights themselves."""
+    found = {recipe.lora for recipe in _recipes(space, spec, "lora", "lora.rank", "lora.layers")}
+    changes = [lora for lora in found if lora is not None]
+    if len(changes) < len(found):
+        return None
+    return max(changes, key=lambda lora: lora.rank * sum(sum(item.shape) for item in adapted_tensors(student, lora)))
+
+
 def _alignments(space: Space, spec: ModelSpec) -> set[tuple[Alignment | None, Attention | None]]:
     """All that a trial of the space may align, as far as its memory depends on it."""
     fields = ("", ".layers", ".count", ".projection", ".rank", ".kind")
-    paths = {f"distillation.{part}{name}" for part in ("alignment", "attention") for name in fields}
-    recipes = (strategy.distillation for strategy in space.cases({"distillation", *paths}, spec.layers))
+    recipes = _recipes(space, spec, *(f"{part}{name}" for part in ("alignment", "attention") for name in fields))
     return {(recipe.alignment, recipe.attention) for recipe in recipes}
 
 
