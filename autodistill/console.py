@@ -254,6 +254,8 @@ def _summary(row: Row) -> str:
     parts = [Init.from_json(init).describe()]
     if finishing is not None:
         parts.append(f"qat{finishing['bits']}")
+    if lora := distillation.get("lora"):
+        parts.append(f"lora {lora['rank']}")
     parts.append(f"kd {distillation['divergence_weight']:.2g}")
     parts.append("T " + "-".join(f"{value:g}" for value in dict.fromkeys((temperature["start"], temperature["end"]))))
     if alignment is not None:

@@ -10,8 +10,8 @@ from typing import Any
 from autodistill.contracts import ModelSpec, OptimizerState
 from autodistill.errors import InputError
 from autodistill.families import FAMILIES, Axis, get_family
-from autodistill.formats import Packing, TensorSpec, weights_bytes
-from autodistill.strategy import Alignment, Attention, Deployment
+from autodistill.formats import Packing, Role, TensorSpec, weights_bytes
+from autodistill.strategy import Alignment, Attention, Deployment, Lora
 from autodistill.units import Budget, format_bytes
 
 ARCHITECTURES = tuple(FAMILIES)
@@ -345,6 +345,19 @@ _KEPT = {
 }
 
 
+def adapted_tensors(spec: ModelSpec, lora: Lora) -> tuple[TensorSpec, ...]:
+    """The weights of a model that low-rank changes are trained of, in the order of its tensors."""
+    family = get_family(spec.architecture)
+    chosen = {"attention": (False,), "ffn": (True,), "all": (False, True)}[lora.layers]
+    return tuple(
+        tensor
+        for tensor in spec.tensors
+        if tensor.role is Role.LINEAR
+        and family.layer_part(tensor.name) is not None
+        and (Axis.FFN in family.axes(tensor.name)) in chosen
+    )
+
+
 def training_memory(
     spec: ModelSpec,
     *,
@@ -355,6 +368,7 @@ def training_memory(
     teacher: ModelSpec | None = None,
     alignment: Alignment | None = None,
     attention: Attention | None = None,
+    lora: Lora | None = None,
 ) -> TrainingEstimate:
     """Predicts the memory that a trial's training takes: float32 weights and AdamW.
 
@@ -371,16 +385,24 @@ def training_memory(
         optimizer_state: What AdamW's two moments are held in; "int8" has a float32 scale for each block of 256.
         teacher: The teacher, where there is an alignment.
         alignment, attention: What is aligned to it.
+        lora: Low-rank changes that are trained in place of the weights; what they compute within is kept, and so is
+            what the frozen weights' gradients would have been computed from.
     """
     teacher = teacher or spec
     widths, attended, ffn = _KEPT.get(spec.architecture, (6.0, 2.0, 4.0))
     frozen = 0 if train_embeddings else spec.vocabulary * spec.width
     trained = spec.parameters - frozen
+    adapters = ranks = 0
+    if lora is not None:
+        shapes = [tensor.shape for tensor in adapted_tensors(spec, lora)]
+        adapters, ranks = lora.rank * sum(map(sum, shapes)), lora.rank * len(shapes)
+        trained = adapters + spec.vocabulary * spec.width - frozen
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     layer = widths * spec.width + attended * (queries + keys) + ffn * spec.ffn_width
+    layer += ranks / spec.layers
     kept = spec.layers * spec.width + layer if checkpointing else spec.layers * layer
     return TrainingEstimate(
-        weights_bytes=4 * spec.parameters,
+        weights_bytes=4 * (spec.parameters + adapters),
         gradients_bytes=4 * trained,
         optimizer_bytes=8 * trained if optimizer_state == "float32" else 2 * trained + 2 * 4 * trained // 256,
         activations_bytes=int(4 * tokens * kept),

@@ -251,6 +251,29 @@ class Attention(Part):
         _check(self.weight > 0, f"attention.weight must be above 0, not {self.weight}: for none, leave attention out")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lora(Part):
+    """Low-rank changes that are trained in place of the student's weights, and merged into them (arXiv:2106.09685).
+
+    Weights W [out, in] are frozen; W + (alpha / rank) B A is what the student computes with. Nothing else is trained
+    but the embedding table where `train_embeddings` says so. In a finishing the merged weight is what is rounded.
+
+    Attributes:
+        rank: Of B [out, rank] and A [rank, in], below the smaller side of every adapted matrix.
+        alpha: The change's factor, times the rank.
+        layers: Adapted matrices of each block: "attention", "ffn" or "all".
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    layers: str = "all"
+
+    def __post_init__(self) -> None:
+        _check(self.rank >= 1, f"lora.rank must be at least 1, not {self.rank}: to train all weights, leave lora out")
+        _check(self.alpha > 0, f"lora.alpha must be above 0, not {self.alpha}")
+        _choice("lora.layers", self.layers, ("attention", "ffn", "all"))
+
+
 _PLAIN_DIVERGENCES = ("forward_kl", "reverse_kl")
 _MIXED_DIVERGENCES = ("jsd", "skew_forward_kl", "skew_reverse_kl", "taid")
 _SPARSE_SIGNALS = ("top-k", "sampled")
@@ -284,6 +307,7 @@ class Distillation(Part):
         attention: Attention alignment, or None.
         learning_rate: Peak rate of AdamW.
         train_embeddings: Whether the embedding table is trained; a frozen one keeps the teacher's and trains faster.
+        lora: Low-rank changes that are trained in place of the weights, or None.
     """
 
     divergence: str = "forward_kl"
@@ -300,6 +324,7 @@ class Distillation(Part):
     attention: Attention | None = None
     learning_rate: float = 3e-4
     train_embeddings: bool = False
+    lora: Lora | None = None
 
     def __post_init__(self) -> None:
         _choice("distillation.divergence", self.divergence, _PLAIN_DIVERGENCES + _MIXED_DIVERGENCES)
@@ -396,6 +421,10 @@ class Strategy(Part):
         _check(
             self.init.source != "scratch" or self.distillation.train_embeddings,
             "a student from scratch has an embedding table that means nothing yet: set distillation.train_embeddings",
+        )
+        _check(
+            self.init.source != "scratch" or self.distillation.lora is None,
+            "a student from scratch has weights that mean nothing yet, and lora changes weights a little: leave it out",
         )
 
     @property

@@ -1,15 +1,17 @@
-"""How a trial's training is made to fit a machine's memory: fewer sequences at once, checkpointing, 8-bit states."""
+"""How a teacher and a trial's training are made to fit a machine's memory, and by which means."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
-from autodistill.contracts import ModelSpec, OptimizerState
+from autodistill.contracts import HeldType, ModelSpec, OptimizerState
 from autodistill.errors import InputError, MissingDependencyError
-from autodistill.estimate import TrainingEstimate, training_memory
-from autodistill.strategy import Alignment, Attention
+from autodistill.estimate import TRANSFORMERS_PROCESS_BYTES, TrainingEstimate, training_memory
+from autodistill.hardware import Machine
+from autodistill.strategy import Alignment, Attention, Lora
 from autodistill.units import format_bytes
 
 Aligned = tuple[Alignment | None, Attention | None]
@@ -40,6 +42,8 @@ def training_fits(
     sequences: int,
     teacher: ModelSpec | None = None,
     alignments: Collection[Aligned] = (),
+    lora: Lora | None = None,
+    train_embeddings: bool = True,
 ) -> Iterator[TrainingFit]:
     """Ways to compute a step of so many sequences, from the fastest to the smallest.
 
@@ -52,6 +56,8 @@ def training_fits(
         sequences: Of an optimiser step.
         teacher: The teacher, where there are alignments.
         alignments: What trials may align to it; the one that takes most counts.
+        lora: Where every trial trains low-rank changes, the largest of them.
+        train_embeddings: Whether a trial may train the embedding table.
     """
     ways: list[tuple[int, bool, OptimizerState]] = []
     micro_batch = sequences
@@ -69,6 +75,8 @@ def training_fits(
                 teacher=teacher,
                 alignment=alignment,
                 attention=attention,
+                lora=lora,
+                train_embeddings=train_embeddings,
             )
             for alignment, attention in alignments or [(None, None)]
         )
@@ -88,6 +96,8 @@ def fit_training(
     limit_bytes: int,
     teacher: ModelSpec | None = None,
     alignments: Collection[Aligned] = (),
+    lora: Lora | None = None,
+    train_embeddings: bool = True,
 ) -> TrainingFit:
     """The fastest way to train a student that a memory holds.
 
@@ -98,6 +108,8 @@ def fit_training(
         limit_bytes: Memory of the device that trains.
         teacher: The teacher, where there are alignments.
         alignments: What trials may align to it; the one that takes most counts.
+        lora: Where every trial trains low-rank changes, the largest of them.
+        train_embeddings: Whether a trial may train the embedding table.
 
     Raises:
         InputError: None does; says what the smallest takes.
@@ -105,7 +117,13 @@ def fit_training(
     """
     smallest = None
     for way in training_fits(
-        spec, sequence_length=sequence_length, sequences=sequences, teacher=teacher, alignments=alignments
+        spec,
+        sequence_length=sequence_length,
+        sequences=sequences,
+        teacher=teacher,
+        alignments=alignments,
+        lora=lora,
+        train_embeddings=train_embeddings,
     ):
         smallest = way
         if way.estimate.total_bytes > limit_bytes:
@@ -121,4 +139,99 @@ def fit_training(
         f"training a student of {spec.layers} layers takes {format_bytes(smallest.estimate.total_bytes)} even one "
         f"sequence at a time, with checkpointing and 8-bit optimiser states, and this machine has "
         f"{format_bytes(limit_bytes)}: choose a smaller teacher, or a space with smaller students"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherFit:
+    """What a teacher's matrices are held in while it runs; it computes in float32 (or where a trial says so bfloat16).
+
+    Attributes:
+        held: Their type.
+        stored: The type of the weights on disk.
+        weights_bytes: Of the weights, and in float32 of their copy as a deployment packs them.
+        pass_bytes: What passes over one sequence on each thread take beside them.
+    """
+
+    held: HeldType
+    stored: HeldType
+    weights_bytes: int
+    pass_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """What the memory must hold."""
+        return self.weights_bytes + self.pass_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the weights alone."""
+        return self.weights_bytes // (2 if self.held == "float32" else 1)
+
+    @property
+    def rounded(self) -> bool:
+        """Whether weights were rounded, so that outputs are not those of the weights on disk."""
+        return self.held not in ("float32", self.stored)
+
+    def of(self, fingerprint: str) -> str:
+        """What a teacher of this fingerprint puts out is known by: another name where weights were rounded."""
+        return f"{fingerprint}-{self.held}" if self.rounded else fingerprint
+
+    @property
+    def note(self) -> str | None:
+        """What a person is told, in a sentence; None for float32."""
+        if self.held == "float32":
+            return None
+        exact = "which rounds them: its outputs differ a little" if self.rounded else "the type of its files"
+        return (
+            f"the teacher's matrices are held in {self.held}, {exact}, and computed with in float32: "
+            f"{format_bytes(self.total_bytes)} of memory"
+        )
+
+
+# float32 values of a matrix that are shown to a product at once, for each thread.
+_SHOWN_BYTES = 4 * 2**25
+
+
+def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, machine: Machine) -> TeacherFit:
+    """How a teacher is held: in float32 where memory takes that, which is fastest on a CPU, else in 16 bits.
+
+    Float32 needs the weights twice: while the teacher is scored under a deployment, its packed values lie beside them.
+    In 16 bits matrices are held once, in the type that they are stored in, and cast to float32, or packed, part by
+    part when they are read. Weights stored in float32 are then rounded to bfloat16.
+
+    Args:
+        spec: The teacher.
+        stored: Type of the weights on disk.
+        sequence_length: Tokens of a sequence.
+        machine: The memory of its first GPU is the limit, or its own where that is smaller (through it weights are
+            read) or there is none; on a CPU each core runs a sequence of its own.
+
+    Raises:
+        InputError: Not even 16 bits fit.
+    """
+    limit_bytes = min([machine.memory_bytes, *(gpu.memory_bytes for gpu in machine.gpus[:1])])
+    threads = 1 if machine.gpus else machine.cpus
+    logits = 3 * 4 * sequence_length * spec.vocabulary
+    activations = 4 * sequence_length * (4 * spec.width + 3 * spec.ffn_width)
+    matrices = sum(math.prod(tensor.shape) for tensor in spec.tensors if len(tensor.shape) == 2)
+    whole = TeacherFit(
+        held="float32",
+        stored=stored,
+        weights_bytes=2 * 4 * spec.parameters,
+        pass_bytes=threads * (activations + logits) + TRANSFORMERS_PROCESS_BYTES,
+    )
+    if whole.total_bytes <= limit_bytes:
+        return whole
+    half = TeacherFit(
+        held="bfloat16" if stored == "float32" else stored,
+        stored=stored,
+        weights_bytes=2 * matrices + 4 * (spec.parameters - matrices),
+        pass_bytes=whole.pass_bytes + threads * _SHOWN_BYTES,
+    )
+    if half.total_bytes <= limit_bytes:
+        return half
+    raise InputError(
+        f"running a teacher of {spec.layers} layers takes {format_bytes(half.total_bytes)} even in 16 bits, and this "
+        f"machine has {format_bytes(limit_bytes)}: choose a smaller teacher"
     )

@@ -16,13 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from autodistill.contracts import Direction, Measurement, ModelSpec, Plan, Subject, TokenScores
+from autodistill.contracts import Direction, HeldType, Measurement, ModelSpec, Plan, Subject, TokenScores
 from autodistill.data import TokenSet, load_split
 from autodistill.distillation.alignment import aligned_layers, check_projection, layer_map
 from autodistill.distillation.attention import TeacherBlock, check_attention, teacher_layer
 from autodistill.distillation.calibration import Calibration
 from autodistill.distillation.generation import answer
 from autodistill.distillation.grid_scales import read_scales, write_scales
+from autodistill.distillation.held import held_as_deployed, is_held, load_held
+from autodistill.distillation.lora import check_lora
 from autodistill.distillation.memory import is_out_of_memory, keep_freed_memory
 from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.scoring import score
@@ -62,6 +64,7 @@ class TrialSetting:
         device: Where trials train.
         calibration: File of the teacher's calibration, where a strategy chooses by it.
         pretrained: Folders of the models that strategies start from, by their references.
+        held: What the teacher's matrices are held in.
     """
 
     teacher: Path
@@ -79,6 +82,7 @@ class TrialSetting:
     device: str
     calibration: Path | None = None
     pretrained: Mapping[str, Path] = field(default_factory=dict)
+    held: HeldType = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +200,8 @@ def check_strategy(strategy: Strategy, teacher: ModelSpec) -> None:
         check_projection(alignment, spec.width, teacher.width)
     if strategy.distillation.attention is not None:
         check_attention(strategy.distillation.attention, spec, teacher)
+    if strategy.distillation.lora is not None:
+        check_lora(strategy.distillation.lora, spec)
     if strategy.finishing is not None:
         check_holds(spec, strategy.finishing)
 
@@ -207,11 +213,15 @@ def deployed_weights(
     """Puts the values that the runtime will see into the model, and the master weights back at the end.
 
     Args:
-        model: In float32.
+        model: In float32, or held in 16 bits, where scales are not for it.
         spec: Its shape.
         deployment: How it is packed.
         scales: Those that were learned for this packing, by name of the weight.
     """
+    if is_held(model):
+        with held_as_deployed(model, {tensor.name: deployment.storage(tensor) for tensor in spec.tensors}):
+            yield
+        return
     parameters = dict(model.named_parameters())
     masters = {}
     try:
@@ -306,7 +316,8 @@ class Workbench:
         torch.set_num_threads(self.setting.plan.threads)
         keep_freed_memory()
         self.cache = TeacherCache(self.setting.cache) if self.setting.cache else None
-        self.teacher = LiveTeacher(self.setting.teacher, self.setting.device, self.setting.plan.bf16)
+        setting = self.setting
+        self.teacher = LiveTeacher(setting.teacher, setting.device, setting.plan.bf16, setting.held)
         # A cache over more sequences may be shared; this search trains on its own plan's tokens.
         self.train = load_split(self.setting.data, "train").head(self.setting.plan.tokens)
         self.validation = load_split(self.setting.data, "validation")
@@ -315,7 +326,7 @@ class Workbench:
     def teacher_block(self, layer: int) -> TeacherBlock:
         """One layer of the teacher, in float32 on the trials' device."""
         if layer not in self._blocks:
-            model = load_model(self.setting.teacher, torch.float32)
+            model = load_held(self.setting.teacher, self.setting.held)
             self._blocks[layer] = TeacherBlock(model, layer, self.setting.device)
         return self._blocks[layer]
 

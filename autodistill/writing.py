@@ -13,15 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autodistill.contracts import SEQUENCE_LENGTH
 from autodistill.conversations import ANSWERING, Turn
 from autodistill.distillation.generation import Sampling, write
-from autodistill.distillation.teacher import load_model, materialise, resolve_teacher
+from autodistill.distillation.held import load_held
+from autodistill.distillation.teacher import materialise, read_config, resolve_teacher, stored_type
 from autodistill.documents import resolve_prompts
 from autodistill.endpoint import MOST_LOGPROBS, Endpoint, Reply
 from autodistill.errors import EndpointError, InputError
+from autodistill.estimate import spec_from_config
+from autodistill.hardware import detect
 from autodistill.records.store import EventLog
 from autodistill.rendering import Renderer
 from autodistill.strategy import content_hash
+from autodistill.training_fit import fit_teacher
 
 Progress = Callable[[int, int], None]
 
@@ -162,8 +167,10 @@ _Answers = Callable[[Sequence[Sequence[Turn]]], Iterator[tuple[int, _Answer]]]
 
 
 def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
-    """The teacher's fingerprint, and what makes it answer."""
+    """What the teacher's outputs are known by, and what makes it answer."""
     teacher = materialise(resolve_teacher(request.teacher), request.cache)
+    spec = spec_from_config(read_config(teacher.folder))
+    fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=SEQUENCE_LENGTH, machine=detect())
 
     def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer]]:
         if not prompts:
@@ -174,7 +181,7 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
         renderer = Renderer(teacher.folder)
         ids = [renderer.prompt(prompt) for prompt in prompts]
         for place, written in write(
-            load_model(teacher.folder, torch.float32, device),
+            load_held(teacher.folder, fit.held, device),
             ids,
             stops=renderer.stops,
             max_tokens=request.max_tokens,
@@ -185,7 +192,7 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
             text = str(renderer.tokenizer.decode(written, skip_special_tokens=True))
             yield place, _Answer(text, written[-1] in renderer.stops, len(ids[place]), len(written))
 
-    return f"{teacher.name} {teacher.fingerprint}", answers
+    return f"{teacher.name} {fit.of(teacher.fingerprint)}", answers
 
 
 def _from_endpoint(request: WriteRequest, endpoint: Endpoint) -> tuple[str, _Answers]:

@@ -32,6 +32,7 @@ class Workshop:
     teacher: Path
     data: TokenSet
     cache: TeacherCache
+    folder: Path = Path()  # of the cache
 
     def plan(self, **changes: Any) -> Plan:
         """Eight steps of two sequences, in float32."""
@@ -58,7 +59,13 @@ class Workshop:
         return plan if "micro_batch" in changes else replace(plan, micro_batch=plan.batch_tokens // LENGTH)
 
     def trainer(
-        self, strategy: Strategy, seed: int = 0, cache: Any = None, calibration: Path | None = None, **changes: Any
+        self,
+        strategy: Strategy,
+        seed: int = 0,
+        cache: Any = None,
+        calibration: Path | None = None,
+        sharding: Any = None,
+        **changes: Any,
     ) -> Trainer:
         """A trainer of a fresh student."""
         importance = Calibration.load(calibration) if calibration else None
@@ -78,6 +85,7 @@ class Workshop:
             teacher_block=block,
             seed=seed,
             teacher=LiveTeacher(self.teacher),
+            sharding=sharding,
         )
 
 
@@ -104,4 +112,4 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         root=folder / "cache",
         limit_bytes=10**8,
     )
-    return Workshop(teacher, data, TeacherCache(cache))
+    return Workshop(teacher, data, TeacherCache(cache), cache)

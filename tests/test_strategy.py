@@ -23,6 +23,7 @@ from autodistill.strategy import (
     Distillation,
     Finishing,
     Init,
+    Lora,
     Strategy,
     Temperature,
     content_hash,
@@ -104,6 +105,8 @@ distillations = st.builds(
     attention=st.none() | attentions,
     learning_rate=st.floats(0, 1, exclude_min=True, exclude_max=True),
     train_embeddings=st.booleans(),
+    lora=st.none()
+    | st.builds(Lora, rank=st.integers(1, 64), alpha=shares, layers=st.sampled_from(["attention", "ffn", "all"])),
 )
 GRIDS = [(name, grid) for name, held in FORMATS.items() for grid in held.linears if isinstance(grid, Grid)]
 finishings = st.builds(
@@ -147,14 +150,14 @@ def test_finishing_is_no_part_of_the_shared_checkpoint(strategy):
 TEXT = (
     '{"distillation":{"alignment":{"balance":false,"count":4,"distance":"cosine","layers":"even","projection":"linear",'
     '"projection_rate":5.0,"rank":0,"weight":1.0},"attention":null,"divergence":"forward_kl","divergence_weight":0.7,'
-    '"final_divergence_weight":null,"learning_rate":0.0003,"mixture":0.0,"positions":"all","signal":"top-k",'
+    '"final_divergence_weight":null,"learning_rate":0.0003,"lora":null,"mixture":0.0,"positions":"all","signal":"top-k",'
     '"signal_tokens":64,"standardise":false,"temperature":{"end":1.0,"shape":"linear","start":5.0},'
     '"train_embeddings":false,"uncertain_share":1.0},"finishing":{"bits":8,"format":"gguf-q8_0",'
     '"group_size":32,"keep":[],"scales":"absmax","start":0.0,"symmetric":true},"init":{"depth":0.8,"ffn":1.0,"heads":1.0,'
     '"layers":"even","model":"","source":"teacher","width":1.0}}'
 )
 SAMPLE = Strategy.from_json(json.loads(TEXT))
-SAMPLE_ID = "bcb44b0b99a4"
+SAMPLE_ID = "0f0ef5f6741e"
 
 
 def test_the_id_is_pinned():
@@ -254,6 +257,9 @@ RULES = [
     ("distillation.divergence_weight", 1.1, "0 to 1"),
     ("distillation.learning_rate", 0.0, "between 0 and 1"),
     ("distillation.learning_rate", 1.0, "between 0 and 1"),
+    ("distillation.lora.rank", 0, "leave lora out"),
+    ("distillation.lora.alpha", 0.0, "above 0"),
+    ("distillation.lora.layers", "head", "attention, ffn, all"),
     ("finishing", {"format": "gguf-f16", "bits": 16, "group_size": 0}, "leave finishing out"),
     ("finishing", GGUF | {"group_size": 64}, "gguf-q8_0"),
     ("finishing", GGUF | {"bits": 4}, "gguf-q8_0"),

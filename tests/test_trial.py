@@ -20,6 +20,7 @@ from autodistill.contracts import Answers
 from autodistill.data import Prepared, load_split, prepare, resolve_data
 from autodistill.distillation import signals
 from autodistill.distillation.grid_scales import read_scales
+from autodistill.distillation.held import load_held
 from autodistill.distillation.quantization import fake_quantize_learned
 from autodistill.distillation.scoring import score
 from autodistill.distillation.student import build_student
@@ -563,7 +564,7 @@ def test_what_the_cache_lacks_is_refused_before_anything_is_trained(lab, tmp_pat
 
 def test_an_online_teacher_needs_no_cache_and_is_shared_by_trials(lab, tmp_path, monkeypatch):
     loads = []
-    monkeypatch.setattr(signals, "load_model", lambda *arguments: loads.append(1) or load_model(*arguments))
+    monkeypatch.setattr(signals, "load_held", lambda *arguments: loads.append(1) or load_held(*arguments))
     bench = Workbench(lab.setting(tmp_path, cache=None))
     online = Distillation(
         divergence="reverse_kl", divergence_weight=1.0, signal="online", signal_tokens=0, learning_rate=1e-3

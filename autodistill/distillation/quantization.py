@@ -293,34 +293,46 @@ class FakeQuantized:
         master: float32 [out, in], which the optimiser updates.
         grid: The grid.
         learned: Whether the scales of a trained master are parameters of their own, which begin as those of its groups.
+        change: Gives the values to be rounded of a frozen master whose change is trained, with their gradient.
 
     Attributes:
         scale: float32 [out, groups], or None where scales follow from the weights.
     """
 
-    def __init__(self, master: nn.Parameter, grid: Grid, *, learned: bool = False) -> None:
+    def __init__(
+        self,
+        master: nn.Parameter,
+        grid: Grid,
+        *,
+        learned: bool = False,
+        change: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.master = master
+        self._change = change
         self.grid = grid
         self.scale: nn.Parameter | None = None
         self._offset: Tensor | None = None
         self._kept: tuple[tuple[int, int], Tensor] | None = None
-        if learned and master.requires_grad:
-            scales, self._offset = fitted_scales(master.detach(), grid)
+        if learned and self._values().requires_grad:
+            scales, self._offset = fitted_scales(self._values().detach(), grid)
             self.scale = nn.Parameter(scales)
 
     def __call__(self) -> Tensor:
         """The quantised weight; that of a frozen master is computed once, until the master's values change."""
         if self.scale is not None:
-            return fake_quantize_learned(self.master, self.scale, self._offset, self.grid)
-        if self.master.requires_grad:
+            return fake_quantize_learned(self._values(), self.scale, self._offset, self.grid)
+        if self.master.requires_grad or self._change is not None:
             self._kept = None
-            return fake_quantize(self.master, self.grid)
+            return fake_quantize(self._values(), self.grid)
         state = (self.master._version, self.master.data_ptr())
         if self._kept is None or self._kept[0] != state:
             # What inference mode makes, autograd cannot use later.
             with torch.inference_mode(False):
                 self._kept = (state, deploy_tensor(self.master, self.grid))
         return self._kept[1]
+
+    def _values(self) -> Tensor:
+        return self.master if self._change is None else self._change(self.master)
 
     def stored(self) -> Scales | None:
         """The learned scales and their offsets as a file holds them, or None where none are learned."""
@@ -345,7 +357,11 @@ def fitted_scales(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
 
 @contextmanager
 def quantized_training(
-    model: nn.Module, storage_of: Callable[[str], Storage | None], *, learned: bool = False
+    model: nn.Module,
+    storage_of: Callable[[str], Storage | None],
+    *,
+    learned: bool = False,
+    changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Iterator[Mapping[str, FakeQuantized]]:
     """Within the context the model computes with weights on their grids, while the optimiser moves the float32 masters.
 
@@ -357,6 +373,7 @@ def quantized_training(
         model: Its parameters are looked up by name; a tied one has the name it is first met under.
         storage_of: What the parameter of this name is stored as.
         learned: Whether scales are learned, which is for the caller to do: they are no parameters of the model.
+        changes: What gives the values of frozen weights whose changes are trained, by name.
 
     Yields:
         What is on a grid, by name of its parameter.
@@ -370,7 +387,8 @@ def quantized_training(
         storage = storage_of(name)
         if isinstance(storage, Grid):
             check_tensor(TensorSpec(name=name, role=Role.LINEAR, shape=tuple(parameter.shape)), storage)
-            shown[name] = FakeQuantized(parameter, storage, learned=learned)
+            change = (changes or {}).get(name)
+            shown[name] = FakeQuantized(parameter, storage, learned=learned, change=change)
     quantized = {id(weight.master): weight for weight in shown.values()}
     with ExitStack() as hooks:
         for path, module in model.named_modules():

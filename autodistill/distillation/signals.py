@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autodistill.contracts import HeldType
+from autodistill.distillation.held import load_held
 from autodistill.distillation.target import FullTarget, Target
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import TeacherCache
@@ -23,22 +25,27 @@ class LiveTeacher:
         folder: Of transformers.
         device: Where it runs.
         bf16: Whether its weights are held, and its products computed, in bfloat16 and not in float32.
+        held: What its matrices are held in where it computes in float32.
     """
 
-    def __init__(self, folder: Path, device: str = "cpu", bf16: bool = False) -> None:
-        self._folder, self._device = folder, device
+    def __init__(self, folder: Path, device: str = "cpu", bf16: bool = False, held: HeldType = "float32") -> None:
+        self._folder, self._device, self._held = folder, device, held
         self._type = torch.bfloat16 if bf16 else torch.float32
 
     @cached_property
     def _model(self) -> Any:
-        return load_model(self._folder, self._type, self._device).requires_grad_(False)
+        if self._type == torch.bfloat16:
+            model = load_model(self._folder, self._type, self._device)
+        else:
+            model = load_held(self._folder, self._held, self._device)
+        return model.requires_grad_(False)
 
     @cached_property
     def head(self) -> Tensor:
         """[vocab, width]; read alone, the rest of the model is let go."""
-        model = self.__dict__.get("_model") or load_model(self._folder, self._type)
+        model = self.__dict__.get("_model") or load_held(self._folder, self._held)
         weight: Tensor = model.get_output_embeddings().weight.detach()
-        return weight.to(self._device)
+        return weight.to(self._device, self._type)
 
     def final(self, ids: Tensor) -> Tensor:
         """Last hidden states after the final norm, [sequences * (length - 1), width].

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from autodistill.contracts import ModelSpec
 from autodistill.distillation.calibration import Calibration
 from autodistill.distillation.pretrained import load_pretrained, pretrained_spec
-from autodistill.distillation.teacher import load_model, model_from_weights, read_config
+from autodistill.distillation.teacher import load_model, model_from_weights, read_config, stored_type
 from autodistill.errors import InputError
 from autodistill.estimate import resized, spec_from_config
 from autodistill.families import Axis, get_family
@@ -132,10 +132,10 @@ def _most_important(importance: Tensor, count: int) -> Tensor | None:
 
 
 def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
-    """A model of the selected parts of another; tensors of which everything is kept are shared with it.
+    """A model in float32 of the selected parts of another; float32 tensors of which everything is kept are shared.
 
     Args:
-        model: The teacher in float32.
+        model: The teacher.
         spec: Shape of the student.
         selection: What is kept.
     """
@@ -164,7 +164,7 @@ def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
             indices = kept(axis, layer)
             if indices is not None:
                 weight = weight.index_select(dimension, indices.to(weight.device))
-        weights[tensor.name] = weight
+        weights[tensor.name] = weight.float()
     return model_from_weights(model, _config_changes(model.config, spec, selection.layers), weights)
 
 
@@ -220,7 +220,8 @@ def build_student(
     if init.selective and calibration is None:
         raise ValueError("a calibration says which parts of the teacher matter: make one first")
     if init.source == "teacher":
-        return cut_student(load_model(teacher, torch.float32), init, calibration)
+        # In the folder's own type: what is kept becomes float32, the rest need not.
+        return cut_student(load_model(teacher, getattr(torch, stored_type(teacher))), init, calibration)
     layers = kept_layers(init, spec_from_config(read_config(teacher)).layers)
     if init.source == "scratch":
         return new_student(teacher, init, seed), layers

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from autodistill.contracts import HeldType
 from autodistill.distillation.gguf_conversion import convert, is_whole, sha256
 from autodistill.distillation.gguf_file import read_gguf, transformers_name
 from autodistill.errors import InputError, MissingDependencyError
@@ -175,14 +176,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_safetensors(path: Path) -> None:
-    """Checks a safetensors file: 8 bytes with the length of a JSON header, which says where each tensor ends."""
+    """Checks a safetensors file: its header says where each tensor ends."""
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            size = path.stat().st_size
-            if length > size - 8:
-                raise ValueError("its header ends beyond the file")
-            header = json.loads(file.read(length))
+        length, header = _header(path)
+        size = path.stat().st_size
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         if 8 + length + end != size:
             raise ValueError(f"it should have {8 + length + end} bytes, but has {size}")
@@ -190,6 +187,22 @@ def _check_safetensors(path: Path) -> None:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"{path} is truncated or damaged ({error}): get the file again") from error
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """A safetensors file's header and its length: JSON, whose length in bytes is in the first 8."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > path.stat().st_size - 8:
+            raise ValueError("its header ends beyond the file")
+        return length, json.loads(file.read(length))
+
+
+def stored_type(folder: Path) -> HeldType:
+    """The 16-bit type that every weight of a folder has, or float32 where they have another, or several."""
+    headers = (_header(path)[1] for path in folder.glob("*.safetensors"))
+    types = {entry["dtype"] for header in headers for name, entry in header.items() if name != "__metadata__"}
+    return {"BF16": "bfloat16", "F16": "float16"}.get(types.pop(), "float32") if len(types) == 1 else "float32"  # type: ignore[return-value]
 
 
 def _hub_ref(ref: str) -> TeacherRef:

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,14 +32,17 @@ from autodistill.distillation.attention import Heads, TeacherBlock, attention_lo
 from autodistill.distillation.divergence import divergence_of
 from autodistill.distillation.interpolation import Interpolation
 from autodistill.distillation.logit_loss import logit_loss
+from autodistill.distillation.lora import Adapters
 from autodistill.distillation.memory import is_out_of_memory
 from autodistill.distillation.positions import uncertain_rows
 from autodistill.distillation.quantization import FakeQuantized, deploy_tensor, quantized_training
+from autodistill.distillation.sharding import Sharding, check_sharded, clip_sharded, like, whole
 from autodistill.distillation.signals import LiveTeacher, target_source
 from autodistill.distillation.student import decoder_layers
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.distillation.temperature import along, progress, snap, temperature_at
 from autodistill.errors import TrialFailedError
+from autodistill.estimate import spec_from_config
 from autodistill.formats import Grid, Scales
 from autodistill.strategy import Attention, Strategy
 
@@ -117,6 +120,7 @@ class Trainer:
         seed: Of data order and projections.
         device: Where the student lies.
         teacher: For the signals "states" and "online".
+        sharding: The processes that train it together, each of which makes a trainer; None for this one alone.
 
     Attributes:
         model: The student.
@@ -140,8 +144,10 @@ class Trainer:
         seed: int,
         device: str = "cpu",
         teacher: LiveTeacher | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         self.model = model
+        self._sharding = sharding
         self.tokens = 0
         self._strategy = strategy
         self._recipe = strategy.distillation
@@ -157,14 +163,22 @@ class Trainer:
         self._failures = 0
         self._frozen_head: Tensor | None = None
         self.scales: dict[str, Scales] = {}
+        lora = self._recipe.lora
+        spec = spec_from_config(model.config.to_dict())
+        self._adapters = Adapters(model, spec, lora, seed) if lora else None
         model.get_input_embeddings().weight.requires_grad_(self._recipe.train_embeddings)
+        if sharding is not None:
+            check_sharded(strategy, plan.optimizer_state)
+            sharding.shard(model)
         alignment = self._recipe.alignment
         self._pairs: tuple[Pair, ...] = layer_map(alignment, kept, teacher_layers) if alignment else ()
         width = model.config.hidden_size
         self._projections = nn.ModuleList(
             projection(alignment, width, teacher_width, seed + index) for index in range(len(self._pairs)) if alignment
         ).to(device)
-        groups = [{"params": [p for p in model.parameters() if p.requires_grad], "factor": 1.0}]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        trained += [] if self._adapters is None else list(self._adapters.parameters())
+        groups = [{"params": trained, "factor": 1.0}]
         if alignment and list(self._projections.parameters()):
             groups.append({"params": list(self._projections.parameters()), "factor": alignment.projection_rate})
         self._optimizer = _adamw(groups, plan.optimizer_state)
@@ -186,6 +200,8 @@ class Trainer:
     ) -> Iterator[StepRecord]:
         """Trains with the rate falling to zero at `until`, on the finishing stage's grid where there is one.
 
+        At its end low-rank changes are merged into the model's weights.
+
         Args:
             until: Tokens at the end, a whole number of steps.
             storage_of: The grid of each weight by name, or None for a plain decay.
@@ -200,13 +216,23 @@ class Trainer:
 
         if storage_of is None:
             yield from self._train(until, rate, None)
+            self._merge()
             return
         steps = (until - start) // self._plan.batch_tokens
         before = min(round(steps * on_grid_after), steps - 1)
         yield from self._train(start + before * self._plan.batch_tokens, rate, None)
-        with quantized_training(self.model, storage_of, learned=learned) as shown, self._learning(shown):
-            yield from self._train(until, rate, storage_of)
+        changes = {name: adapter.merged for name, adapter in self._adapters.by_name.items()} if self._adapters else {}
+        with (
+            quantized_training(self.model, storage_of, learned=learned, changes=changes) as shown,
+            self._learning(shown),
+        ):
+            yield from self._train(until, rate, storage_of, shown)
         self.scales = {name: scales for name, weight in shown.items() if (scales := weight.stored()) is not None}
+        self._merge()
+
+    def _merge(self) -> None:
+        if self._adapters is not None:
+            self._adapters.merge()
 
     @contextmanager
     def _learning(self, shown: Mapping[str, FakeQuantized]) -> Iterator[None]:
@@ -236,17 +262,23 @@ class Trainer:
         return stable_rate(self._recipe.learning_rate, after, self._plan.warmup_tokens)
 
     def _train(
-        self, until: int, rate: Callable[[int], float], storage_of: Callable[[str], Grid | None] | None
+        self,
+        until: int,
+        rate: Callable[[int], float],
+        storage_of: Callable[[str], Grid | None] | None,
+        merged: Collection[str] = (),
     ) -> Iterator[StepRecord]:
+        """Steps until `until` tokens; the weights in `merged` are shown with their low-rank changes already."""
         self.model.train()
         self._frozen_head = self._cast_head(storage_of)
-        while self.tokens < until:
-            yield self._step(rate(self.tokens))
+        with self._adapters.added(self.model, merged) if self._adapters else nullcontext():
+            while self.tokens < until:
+                yield self._step(rate(self.tokens))
 
     def _cast_head(self, storage_of: Callable[[str], Grid | None] | None) -> Tensor | None:
         """A frozen head as bfloat16 training sees it, cast once and not in every step; None where it is trained."""
         weight = self.model.get_output_embeddings().weight
-        if weight.requires_grad or not self._plan.bf16:
+        if weight.requires_grad or not self._plan.bf16 or self._sharding is not None:
             return None
         name = next(name for name, parameter in self.model.named_parameters() if parameter is weight)
         grid = storage_of(name) if storage_of else None
@@ -276,7 +308,7 @@ class Trainer:
             group["lr"] = rate * group["factor"]
         terms = self._gradients(self._sequences(), temperature, weight)
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        norm = _clip(parameters)
+        norm = _clip(parameters) if self._sharding is None else clip_sharded(self._sharding, parameters, _CLIP)
         if math.isfinite(norm) and math.isfinite(terms["loss"]):
             self._optimizer.step()
             self._failures = 0
@@ -313,7 +345,8 @@ class Trainer:
             try:
                 return self._accumulate(indices, temperature, weight)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self._micro_batch == 1:
+                # Of several processes the others would wait for this one's share of the failed pass.
+                if not is_out_of_memory(error) or self._micro_batch == 1 or self._sharding is not None:
                     raise
             # Outside of the handler, whose traceback holds on to the tensors of the failed pass.
             self._optimizer.zero_grad(set_to_none=True)
@@ -328,16 +361,33 @@ class Trainer:
         """
         means = dict.fromkeys(("loss", "divergence", "cross_entropy", "alignment", "attention"), 0.0)
         total = self._rows(indices)
+        sharding, processes = self._sharding, 1
+        if sharding is not None:
+            indices, processes = sharding.share(indices), sharding.count
         for start in range(0, len(indices), self._micro_batch):
             part = indices[start : start + self._micro_batch]
             share = self._rows(part) / max(1, total)
             if share == 0:
+                if sharding is not None and total > 0:
+                    self._accompany(part)
                 continue
             loss, terms = self._loss(part, temperature, weight)
-            (loss * share).backward()
+            # Their gradients are averaged, where those of the step's parts add up.
+            (loss * (share * processes)).backward()
             for name, value in terms.items():
                 means[name] += share * value
-        return means
+        if sharding is None or total == 0:
+            return means
+        sharding.average(self._projections.parameters())
+        return sharding.sum(means)
+
+    def _accompany(self, indices: list[int]) -> None:
+        """A pass whose tokens do not count, beside those of other processes: they gather every block together."""
+        ids = torch.from_numpy(np.asarray(self._data.tokens[indices], dtype=np.int64)).to(self._device)
+        with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._plan.bf16):
+            hidden = self.model(input_ids=ids, use_cache=False).last_hidden_state
+            logits = self.model.get_output_embeddings()(hidden[:, :1])
+        (0.0 * logits.sum()).backward()
 
     def _loss(self, indices: list[int], temperature: float, weight: float) -> tuple[Tensor, dict[str, float]]:
         ids = torch.from_numpy(np.asarray(self._data.tokens[indices], dtype=np.int64)).to(self._device)
@@ -351,7 +401,8 @@ class Trainer:
             attention = self._recipe.attention
             heads = stack.enter_context(watch(self.model, attention)) if attention else []
             with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._plan.bf16):
-                hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                body = self.model.base_model if self._sharding is None else self.model
+                hidden = body(input_ids=ids, use_cache=False).last_hidden_state
                 # As a matrix: for a slice of three dimensions the product would copy the whole head.
                 rows = hidden[:, :-1].flatten(0, 1)[counted]
                 frozen = self._frozen_head
@@ -429,20 +480,24 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Writes the trained weights, the optimiser and the place in the schedule, whole or not at all.
 
-        Frozen weights are not written: they are the teacher's, and the student is built from it before `load`.
+        Frozen weights are not written: they are the teacher's, and the student is built from it before `load`. Of
+        several processes each gives its shards and the first one writes: any number of them may go on from it.
         """
-        tensors = {f"weight.{name}": p.detach() for name, p in self._trained()}
+        tensors = {f"weight.{name}": whole(p.detach()) for name, p in self._trained()}
         for name, parameter in self._trained():
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 # The 8-bit optimiser counts in int, and shares its code books, of which safetensors wants one a name.
                 shared = not isinstance(value, Tensor) or key.startswith("qmap")
-                tensors[f"{key}.{name}"] = torch.as_tensor(value).clone() if shared else value
+                tensors[f"{key}.{name}"] = torch.as_tensor(value).clone() if shared else whole(value)
         temporary = path.with_name(f".{path.name}.partial")
         metadata = {"tokens": str(self.tokens), "strategy": self._strategy.stable_id, "seed": str(self._seed)}
         if self._interpolation is not None:
             metadata["interpolation"] = json.dumps(asdict(self._interpolation))
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        if self._sharding is None or self._sharding.rank == 0:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
+            os.replace(temporary, path)
+        if self._sharding is not None:
+            self._sharding.wait()
 
     def load(self, path: Path) -> None:
         """Continues from what `save` wrote, to the last bit on the CPU.
@@ -454,12 +509,14 @@ class Trainer:
             metadata = file.metadata()
             if (metadata["strategy"], metadata["seed"]) != (self._strategy.stable_id, str(self._seed)):
                 raise TrialFailedError("error", f"{path.name} is a checkpoint of other stages or of another seed")
-            names = set(file.keys())
+            names = sorted(file.keys())  # in one order, since processes cut each of them up together
             for name, parameter in self._trained():
                 with torch.no_grad():
-                    parameter.copy_(file.get_tensor(f"weight.{name}"))
+                    parameter.copy_(like(file.get_tensor(f"weight.{name}"), parameter))
                 keys = [key.partition(".")[0] for key in names if key.partition(".")[2] == name]
-                state = {key: file.get_tensor(f"{key}.{name}") for key in keys if key != "weight"}
+                state: dict[str, Any] = {
+                    key: like(file.get_tensor(f"{key}.{name}"), parameter) for key in keys if key != "weight"
+                }
                 if self._plan.optimizer_state == "int8" and "step" in state:
                     state["step"] = int(state["step"])
                 self._optimizer.state[parameter] = state
@@ -469,6 +526,8 @@ class Trainer:
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         named = [(f"student.{name}", p) for name, p in self.model.named_parameters() if p.requires_grad]
+        if self._adapters is not None:
+            named += [(f"adapter.{name}", p) for name, p in self._adapters.named()]
         return named + [(f"projection.{name}", p) for name, p in self._projections.named_parameters()]
 
 

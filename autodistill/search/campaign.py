@@ -14,8 +14,9 @@ from autodistill.estimate import Fit, cannot_hold, fits, holdable, shortfall
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import EventLog
 from autodistill.search.rows import make_row
-from autodistill.search.sampler import Observation, Sampler
+from autodistill.search.sampler import Sampler
 from autodistill.search.scheduler import SuccessiveHalving
+from autodistill.search.study import Observation
 from autodistill.search.time_box import TimeBox
 from autodistill.search.trials import Assignment, Question, TrialState
 from autodistill.space import Point

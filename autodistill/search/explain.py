@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import optuna
-
 from autodistill.contracts import Plan, Status
 from autodistill.errors import InputError
 from autodistill.records.leaderboard import rank
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import RunFolder, read_json
-from autodistill.search.study import Observation, as_trial, quiet
+from autodistill.search.study import Observation, importance
 from autodistill.space import Space
 from autodistill.units import format_bytes
 
@@ -105,7 +103,7 @@ def explain(run: RunFolder) -> Explanation:
     binding, following = _limits(asked, rows_of(events))
     return Explanation(
         metric=asked["metric"],
-        importance=_importance(space, results, asked["direction"]),
+        importance=importance(space, results, asked["direction"]) if len(results) >= _FEWEST_RESULTS else {},
         results=len(results),
         rejected=rejected,
         stopped=dict(sorted(Counter(reached.values()).items())),
@@ -121,25 +119,6 @@ def explain(run: RunFolder) -> Explanation:
 def _reasons(ends: Mapping[str, Mapping[str, Any]], status: Status) -> dict[str, int]:
     reasons = Counter(str(event["reason"]) for event in ends.values() if event["status"] == status)
     return dict(reasons.most_common())
-
-
-def _importance(space: Space, results: Sequence[Observation], direction: str) -> dict[str, float]:
-    """Of the dimensions that every trial has: those under a condition have no value where it does not hold."""
-    varied = {path for path in _common(results) if len({str(item.point[path]) for item in results}) > 1}
-    if len(results) < _FEWEST_RESULTS or not varied:
-        return {}
-    with quiet():
-        study = optuna.create_study(direction="maximize" if direction == "max" else "minimize")
-        study.add_trials([as_trial(space, item) for item in results])
-        shares = optuna.importance.get_param_importances(
-            study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(), params=sorted(varied)
-        )
-    return dict(sorted(shares.items(), key=lambda item: -item[1]))
-
-
-def _common(results: Sequence[Observation]) -> set[str]:
-    """Dimensions in which every one of the results has a value."""
-    return set.intersection(*(set(item.point) for item in results)) if results else set()
 
 
 def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:

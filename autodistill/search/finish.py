@@ -16,6 +16,7 @@ from autodistill import plugins
 from autodistill.contracts import Artefact, Measurement, Status, Subject
 from autodistill.data import Prepared, load_split
 from autodistill.distillation.grid_scales import read_scales
+from autodistill.distillation.held import load_held
 from autodistill.distillation.scoring import choices, score
 from autodistill.distillation.teacher import Teacher, load_model
 from autodistill.errors import NothingFitsError
@@ -224,7 +225,7 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
     record_test_opening(finisher.run.path.parent, run=finisher.run.name, data=finisher.data.fingerprint)
     data = load_split(finisher.data.folder, "test").head(question.plan.test_tokens)
     deployment = Deployment.from_json(best.deployment)
-    teacher = load_model(finisher.teacher.folder, torch.float32, setting.device)
+    teacher = load_held(finisher.teacher.folder, setting.held, setting.device)
     scores, top1 = score(teacher, data, device=setting.device)
     accuracy = float(scores.correct.mean())
     full = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)

@@ -54,6 +54,11 @@ class Workers:
     device: str
 
 
+def supports_bf16(machine: Machine) -> bool:
+    """Whether training computes in bfloat16 on the machine's GPU, or on its CPU where there is none."""
+    return bool(torch.cuda.is_bf16_supported() if machine.gpus else torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def share_out(machine: Machine, training_bytes: int, runner: str) -> Workers:
     """Workers for a machine: one a GPU, or one a core where the memory holds that many trials.
 
@@ -66,13 +71,10 @@ def share_out(machine: Machine, training_bytes: int, runner: str) -> Workers:
     """
     if machine.gpus:
         count = 1 if runner == "inline" else len(machine.gpus)
-        return Workers(
-            count=count, threads=max(1, machine.cpus // count), bf16=torch.cuda.is_bf16_supported(), device="cuda"
-        )
+        return Workers(count=count, threads=max(1, machine.cpus // count), bf16=supports_bf16(machine), device="cuda")
     held = max(1, int(0.8 * machine.memory_bytes // training_bytes))
     count = 1 if runner == "inline" else min(machine.cpus, held, 8)
-    bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return Workers(count=count, threads=max(1, machine.cpus // count), bf16=bf16, device="cpu")
+    return Workers(count=count, threads=max(1, machine.cpus // count), bf16=supports_bf16(machine), device="cpu")
 
 
 def measure_speed(

@@ -19,6 +19,7 @@ from autodistill.data import Prepared, load_split, prepare
 from autodistill.distillation.alignment import layer_map
 from autodistill.distillation.attention import teacher_layer
 from autodistill.distillation.calibration import Calibration, ensure_calibration
+from autodistill.distillation.held import load_held
 from autodistill.distillation.pretrained import token_rows
 from autodistill.distillation.scoring import score
 from autodistill.distillation.student import cut_student, kept_layers
@@ -27,17 +28,28 @@ from autodistill.distillation.teacher import (
     load_model,
     materialise,
     resolve_teacher,
+    stored_type,
     tokenizer_fingerprint,
 )
 from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
 from autodistill.errors import InputError
-from autodistill.estimate import cannot_hold, fits, holdable, spec_from_config
-from autodistill.hardware import detect
+from autodistill.estimate import adapted_tensors, cannot_hold, fits, holdable, spec_from_config
+from autodistill.hardware import Machine, detect
 from autodistill.records.leaderboard import rows_of
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder, read_json, write_json
 from autodistill.search.campaign import Campaign
-from autodistill.search.plan import Demand, Speed, Workers, extend, make_plan, measure_speed, more_trials, share_out
+from autodistill.search.plan import (
+    Demand,
+    Speed,
+    Workers,
+    extend,
+    make_plan,
+    measure_speed,
+    more_trials,
+    share_out,
+    supports_bf16,
+)
 from autodistill.search.request import (
     METRICS,
     WRITTEN,
@@ -48,8 +60,8 @@ from autodistill.search.request import (
 from autodistill.search.rows import make_row
 from autodistill.search.trials import Question
 from autodistill.space import Space
-from autodistill.strategy import Alignment, Attention, Deployment
-from autodistill.training_fit import TrainingFit, fit_training
+from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Lora
+from autodistill.training_fit import TeacherFit, TrainingFit, fit_teacher, fit_training
 from autodistill.trial import TrialSetting, evaluate
 
 EVALUATORS = ("accuracy", "perplexity", "agreement", "memory", "size")
@@ -110,7 +122,17 @@ class Loaded:
     threads: int
     step_tokens: int
     fit: TrainingFit
+    teacher_fit: TeacherFit
     pretrained: Mapping[str, Path]
+
+    @property
+    def outputs_of(self) -> str:
+        """What the teacher's outputs are known by."""
+        return self.teacher_fit.of(self.teacher.fingerprint)
+
+    def load_teacher(self, device: str = "cpu") -> Any:
+        """The teacher, held as it fits and computing in float32."""
+        return load_held(self.teacher.folder, self.teacher_fit.held, device)
 
 
 def load(checked: Checked) -> Loaded:
@@ -136,6 +158,9 @@ def load(checked: Checked) -> Loaded:
     for folder in pretrained.values():
         token_rows(folder, teacher.folder)
     machine = detect()
+    teacher_fit = fit_teacher(
+        spec, stored=stored_type(teacher.folder), sequence_length=SEQUENCE_LENGTH, machine=machine
+    )
     _, largest = by_size(checked.space, spec)[-1]
     step_tokens = checked.stored["plan"]["batch_tokens"] if checked.stored else request.step_tokens or SEQUENCE_LENGTH
     online = any(recipe.weighs_teacher and recipe.signal == "online" for recipe in checked.space.signal_cases())
@@ -144,10 +169,12 @@ def load(checked: Checked) -> Loaded:
         largest,
         teacher=spec,
         alignments=_alignments(checked.space, spec),
+        lora=_lora(checked.space, spec, largest),
+        train_embeddings=any(recipe.train_embeddings for recipe in _recipes(checked.space, spec, "train_embeddings")),
         sequence_length=SEQUENCE_LENGTH,
         sequences=step_tokens // SEQUENCE_LENGTH,
-        # Run in the trial, the teacher lies beside the student in float32.
-        limit_bytes=memory - (4 * spec.parameters if online else 0),
+        # Run in the trial, the teacher lies beside the student.
+        limit_bytes=memory - (_online_bytes(spec, machine, teacher_fit) if online else 0),
     )
     return Loaded(
         teacher=teacher,
@@ -157,22 +184,44 @@ def load(checked: Checked) -> Loaded:
         threads=machine.cpus,
         step_tokens=step_tokens,
         fit=fit,
+        teacher_fit=teacher_fit,
         pretrained=pretrained,
     )
+
+
+def _online_bytes(spec: ModelSpec, machine: Machine, fit: TeacherFit) -> int:
+    """Of the teacher's weights in a trial, which computes in bfloat16 where the machine does."""
+    return 2 * spec.parameters if supports_bf16(machine) else fit.held_bytes
+
+
+def _recipes(space: Space, spec: ModelSpec, *fields: str) -> Iterator[Distillation]:
+    """Of the space, with all that these fields may be."""
+    paths = {"distillation", *(f"distillation.{name}" for name in fields)}
+    # Without dimensions nothing is proposed, and the baselines are all there is.
+    strategies = space.cases(paths, spec.layers) if space.dimensions else iter(space.baselines.values())
+    return (strategy.distillation for strategy in strategies)
+
+
+def _lora(space: Space, spec: ModelSpec, student: ModelSpec) -> Lora | None:
+    """The low-rank changes of a trial that take most memory; None where a trial trains the weights themselves."""
+    found = {recipe.lora for recipe in _recipes(space, spec, "lora", "lora.rank", "lora.layers")}
+    changes = [lora for lora in found if lora is not None]
+    if len(changes) < len(found):
+        return None
+    return max(changes, key=lambda lora: lora.rank * sum(sum(item.shape) for item in adapted_tensors(student, lora)))
 
 
 def _alignments(space: Space, spec: ModelSpec) -> set[tuple[Alignment | None, Attention | None]]:
     """All that a trial of the space may align, as far as its memory depends on it."""
     fields = ("", ".layers", ".count", ".projection", ".rank", ".kind")
-    paths = {f"distillation.{part}{name}" for part in ("alignment", "attention") for name in fields}
-    recipes = (strategy.distillation for strategy in space.cases({"distillation", *paths}, spec.layers))
+    recipes = _recipes(space, spec, *(f"{part}{name}" for part in ("alignment", "attention") for name in fields))
     return {(recipe.alignment, recipe.attention) for recipe in recipes}
 
 
 def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tuple[Plan, Speed]:
     """Measures this machine for a few seconds and plans for it; `spent` seconds of the box are gone."""
     request = checked.request
-    teacher = load_model(loaded.teacher.folder, _float32())
+    teacher = loaded.load_teacher()
     students = by_size(checked.space, loaded.spec)
     init = students[-1][0].init
 
@@ -212,8 +261,10 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         ray=request.runner == "ray",
         step_tokens=loaded.step_tokens,
     )
+    plan = make_plan(demand, speed, loaded.workers)
     plan = replace(
-        make_plan(demand, speed, loaded.workers),
+        plan,
+        notes=(*plan.notes, *filter(None, [loaded.teacher_fit.note])),
         micro_batch=loaded.fit.micro_batch,
         checkpointing=loaded.fit.checkpointing,
         optimizer_state=loaded.fit.optimizer_state,
@@ -232,8 +283,8 @@ def calibration_file(checked: Checked, loaded: Loaded) -> Path | None:
     if not any(strategy.init.selective for strategy in checked.space.extremes()):
         return None
     return ensure_calibration(
-        lambda: load_model(loaded.teacher.folder, _float32()),
-        teacher_fingerprint=loaded.teacher.fingerprint,
+        loaded.load_teacher,
+        teacher_fingerprint=loaded.outputs_of,
         data_fingerprint=loaded.data.fingerprint,
         data=load_split(loaded.data.folder, "train"),
         root=checked.request.cache / "calibrations",
@@ -360,6 +411,8 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
             "fingerprint": loaded.teacher.fingerprint,
             "parameters": loaded.spec.parameters,
             "layers": loaded.spec.layers,
+            "held": loaded.teacher_fit.held,
+            "rounded": loaded.teacher_fit.rounded,
         },
         "data": {
             "reference": checked.data_reference,
@@ -409,8 +462,8 @@ def _teacher_phase(
     if not settings.empty:
         with clock.phase("cache", "teacher cache"):
             cache = ensure_cache(
-                lambda: load_model(loaded.teacher.folder, _float32()),
-                teacher_fingerprint=loaded.teacher.fingerprint,
+                loaded.load_teacher,
+                teacher_fingerprint=loaded.outputs_of,
                 data_fingerprint=loaded.data.fingerprint,
                 data=train,
                 vocabulary=loaded.spec.vocabulary,
@@ -425,7 +478,7 @@ def _teacher_phase(
     accuracy = next((event[accuracy_key] for event in earlier if event["event"] == "teacher"), None)
     if accuracy is None or not top1_file.exists():
         with clock.phase("evaluate", "scoring the teacher"):
-            model = load_model(loaded.teacher.folder, _float32(), device)
+            model = loaded.load_teacher(device)
             scores, top1 = score(model, validation, device=device)
             np.save(top1_file, top1)
             accuracy = float(scores.correct.mean())
@@ -446,13 +499,14 @@ def _teacher_phase(
         device=device,
         calibration=calibration,
         pretrained=loaded.pretrained,
+        held=loaded.teacher_fit.held,
     )
     done = {row.deployment_name for row in rows_of(earlier) if row.kind == "teacher" and row.split == "validation"}
     for deployment in holdable(loaded.spec, checked.space.deployments):
         if deployment.name in done:
             continue
         with clock.phase("evaluate", f"teacher as {deployment.name}"):
-            model = model or load_model(loaded.teacher.folder, _float32(), device)
+            model = model or loaded.load_teacher(device)
             row = teacher_row(model, deployment, setting, "validation", validation, np.load(top1_file), accuracy)
             run.events.append({"event": "row", "row": row.to_json(), "time": time.time()})
     return setting

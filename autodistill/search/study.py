@@ -76,15 +76,38 @@ def modelled(
         direction: Whether more or less of the metric is better.
         startup: Results before which a model is not fitted.
     """
-    with quiet():
+    with _quiet():
         study = optuna.create_study(
             sampler=MODELS[name](seed, startup), direction="maximize" if direction == "max" else "minimize"
         )
         study.add_trials(_told(name, space, observations, direction))
     while True:
-        with quiet():
+        with _quiet():
             point = _ask(study.ask(), space)
         yield point
+
+
+def importance(space: Space, results: Sequence[Observation], direction: Direction) -> dict[str, float]:
+    """Share of what sets the better results apart that each dimension accounts for, the largest first.
+
+    PED-ANOVA (Watanabe et al., 2023, arXiv:2304.10255), of the dimensions that vary and that every result has: one
+    under a condition has no value where that does not hold.
+
+    Args:
+        space: Of the results.
+        results: Finished, all at the same fidelity.
+        direction: Whether more or less of the metric is better.
+    """
+    common = set.intersection(*(set(item.point) for item in results)) if results else set()
+    varied = {path for path in common if len({str(item.point[path]) for item in results}) > 1}
+    if not varied:
+        return {}
+    with _quiet():
+        study = optuna.create_study(direction="maximize" if direction == "max" else "minimize")
+        study.add_trials([_as_trial(space, item) for item in results])
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        shares = optuna.importance.get_param_importances(study, evaluator=evaluator, params=sorted(varied))
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
 def _told(name: str, space: Space, observations: Sequence[Observation], direction: Direction) -> Iterator[FrozenTrial]:
@@ -95,9 +118,10 @@ def _told(name: str, space: Space, observations: Sequence[Observation], directio
     trained to the end, since that is what it lost against.
     """
     if name == "tpe":
-        yield from (as_trial(space, observation) for observation in observations)
+        yield from (_as_trial(space, observation) for observation in observations)
         return
-    ends = [item.value for item in observations if item.state == Status.COMPLETED and _finite(item.value)]
+    completed = (item.value for item in observations if item.state == Status.COMPLETED)
+    ends = [value for value in completed if value is not None and math.isfinite(value)]
     worst = (min if direction == "max" else max)(ends) if ends else None
     finished = 0
     for observation in observations:
@@ -113,7 +137,7 @@ def _told(name: str, space: Space, observations: Sequence[Observation], directio
                 fidelity=1.0,
                 constraint=observation.constraint,
             )
-        trial = as_trial(space, told)
+        trial = _as_trial(space, told)
         if name == "nsga2" and trial.state == TrialState.COMPLETE:
             # It breeds from whole generations, which it would have numbered itself.
             trial.system_attrs[NSGAIISampler._get_generation_key()] = finished // _POPULATION
@@ -130,7 +154,7 @@ def _ask(trial: optuna.Trial, space: Space) -> Point:
     return point
 
 
-def as_trial(space: Space, observation: Observation) -> FrozenTrial:
+def _as_trial(space: Space, observation: Observation) -> FrozenTrial:
     """An earlier proposal as Optuna is to see it; one that was not taken to the end is pruned, at its fidelity."""
     value = observation.value if _finite(observation.value) else None
     state = _state(observation, value)
@@ -184,7 +208,7 @@ def _suggest(trial: optuna.Trial, name: str, distribution: Distribution) -> Any:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Keeps Optuna from logging each proposal and from warning that its groups are experimental."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -169,8 +169,8 @@ def test_a_live_teacher_is_loaded_once_and_only_if_asked(workshop, monkeypatch):
     from autodistill.distillation import signals
 
     loads = []
-    load = signals.load_model
-    monkeypatch.setattr(signals, "load_model", lambda *arguments: loads.append(1) or load(*arguments))
+    load = signals.load_held
+    monkeypatch.setattr(signals, "load_held", lambda *arguments: loads.append(1) or load(*arguments))
     teacher = LiveTeacher(workshop.teacher)
     assert loads == []
     ids = torch.from_numpy(workshop.data.tokens[:2].astype(np.int64))

@@ -8,8 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autodistill.estimate import spec_from_config
 from autodistill.hardware import Gpu, Machine
 from autodistill.search.plan import Demand, Speed, Workers, make_plan, rung_tokens, share_out
+from autodistill.search.prepare import _lora
+from autodistill.space import load_space, load_strategy
+from autodistill.strategy import Lora
 
 SPEED = Speed(cache=600.0, score=400.0, worker_train=180.0, worker_score=330.0)
 WORKERS = Workers(count=2, threads=1, bf16=True, device="cpu")
@@ -105,3 +109,17 @@ def test_gpus_have_a_worker_each(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = (Gpu(name="a", memory_bytes=10**10), Gpu(name="b", memory_bytes=10**10))
     workers = share_out(Machine(cpus=16, memory_bytes=10**11, gpus=gpus), 10**9, "ray")
     assert (workers.count, workers.threads, workers.device) == (2, 8, "cuda")
+
+
+def test_low_rank_changes_count_where_every_trial_trains_them() -> None:
+    strategies = {name: load_strategy(name) for name in ("lora", "logit_kd")}
+    wider = replace(strategies["lora"], distillation=replace(strategies["lora"].distillation, lora=Lora(rank=32)))
+    space = replace(load_space("default"), dimensions=())
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128}
+    spec = spec_from_config({"model_type": "llama", "vocab_size": 300, "max_position_embeddings": 512, **sizes})
+    for baselines, expected in (
+        ({"a": strategies["lora"]}, Lora(rank=16)),
+        ({"a": strategies["lora"], "b": wider}, Lora(rank=32)),
+        (strategies, None),
+    ):
+        assert _lora(replace(space, baselines=baselines), spec, spec) == expected

@@ -13,7 +13,8 @@ import pytest
 
 from autodistill.contracts import Status
 from autodistill.errors import InputError
-from autodistill.search.sampler import Observation, Sampler
+from autodistill.search.sampler import Sampler
+from autodistill.search.study import Observation
 from autodistill.space import Space, load_space
 
 HUGGINGFACE = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}

@@ -1,0 +1,129 @@
+"""One trial over several processes: each holds a share of every weight and trains on a share of each step (FSDP2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from autodistill.errors import InputError
+from autodistill.strategy import Strategy
+
+
+class Sharding:
+    """The processes of one trial, as Accelerate finds them (`accelerate launch`, torchrun): one for each GPU.
+
+    Every process is given the whole student and the same data, and calls the same methods in the same order.
+
+    Args:
+        device: "cuda", or "cpu" with gloo.
+
+    Attributes:
+        rank: Of this process.
+        count: Of processes.
+    """
+
+    def __init__(self, device: str = "cuda") -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        )
+        self._accelerator = Accelerator(cpu=device == "cpu", fsdp_plugin=plugin)
+        if device == "cpu":
+            # Accelerate shards over accelerators alone, though FSDP2 itself works over gloo as well.
+            self._accelerator.state.distributed_type = DistributedType.FSDP
+            self._accelerator.state.fsdp_plugin = plugin
+        self.rank: int = self._accelerator.process_index
+        self.count: int = self._accelerator.num_processes
+
+    def shard(self, model: Any) -> None:
+        """Cuts a model's weights up, in place and block by block: its parameters become sharded ones."""
+        from accelerate.utils import fsdp2_prepare_model
+
+        fsdp2_prepare_model(self._accelerator, model)
+        # The whole model's call gathers weights and returns them; what trains calls the body and the head apart.
+        model.forward = model.base_model.forward
+
+    def share(self, indices: list[int]) -> list[int]:
+        """This process's share of a step's sequences.
+
+        Raises:
+            InputError: Sequences that do not divide: processes would wait for each other for ever.
+        """
+        if len(indices) % self.count:
+            raise InputError(
+                f"a step of {len(indices)} sequences does not divide over {self.count} processes: choose --step-tokens "
+                "that do"
+            )
+        return indices[self.rank :: self.count]
+
+    def sum(self, values: dict[str, float]) -> dict[str, float]:
+        """Sums over all processes, the same to the last bit in each."""
+        total = torch.tensor(list(values.values()), dtype=torch.float64, device=self._accelerator.device)
+        dist.all_reduce(total)
+        return dict(zip(values, total.tolist(), strict=True))
+
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Gradients of what is not sharded, as FSDP does with those that are: their mean over all processes."""
+        for parameter in parameters:
+            if parameter.grad is None:  # of this process no token counts
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= self.count
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of whole gradients, of which each process has its shards."""
+        squares = [whole(gradient.detach().square().sum()) for gradient in gradients]
+        return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self._accelerator.wait_for_everyone()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which every process has a shard; one that is not sharded as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """This process's shard of a whole tensor, cut as `parameter` is."""
+    if not isinstance(parameter, DTensor) or tensor.ndim == 0:
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+
+
+def clip_sharded(sharding: Sharding, parameters: list[nn.Parameter], limit: float) -> float:
+    """Scales the gradients to a norm of `limit` together, where it is above, and gives the norm they had."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = float(sharding.norm(gradients))
+    if norm > limit or not math.isfinite(norm):
+        for gradient in gradients:
+            gradient.mul_(limit / (norm + 1e-6))
+    return norm
+
+
+def check_sharded(strategy: Strategy, optimizer_state: str) -> None:
+    """Refuses what needs a whole weight, or a second product with the head, in a step.
+
+    Raises:
+        InputError: Names it.
+    """
+    recipe = strategy.distillation
+    reasons = {
+        "a finishing grid": strategy.finishing is not None,
+        "low-rank changes": recipe.lora is not None,
+        "attention alignment": recipe.attention is not None,
+        "uncertain positions": recipe.positions == "uncertain",
+        "8-bit optimiser states": optimizer_state == "int8",
+    }
+    found = [name for name, there in reasons.items() if there]
+    if found:
+        raise InputError(f"a trial over several processes cannot have {', '.join(found)}: leave it out, or use one GPU")

@@ -1,0 +1,271 @@
+"""What training a 1.5B student of a 7.6B teacher takes of 24 GB, by parts, and such parts against measured peaks.
+
+    python benchmarks/training_memory.py
+
+The arithmetic is that of a search's plan (`autodistill.training_fit`). Its parts are held against the peak of resident
+memory of real training steps of a smaller student, each in a process of its own, in float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import report
+
+from autodistill.contracts import HeldType, ModelSpec, Plan
+from autodistill.estimate import TrainingEstimate, spec_from_config, training_memory
+from autodistill.hardware import Gpu, Machine
+from autodistill.strategy import Distillation, Init, Lora, Strategy
+from autodistill.training_fit import fit_teacher, training_fits
+from autodistill.units import format_bytes
+
+LIMIT = 24 * 10**9
+LENGTH = 256
+STUDENT = {
+    "model_type": "qwen2",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
+"""Qwen2.5-1.5B's config, as far as memory depends on it."""
+TEACHER = STUDENT | {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+}
+"""Qwen2.5-7B's."""
+MEASURED = STUDENT | {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 32000,
+}
+LORA = Lora(rank=16)
+GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""glibc's settings under which every larger block goes back to the system when it is freed."""
+PARTS = tuple(field.name for field in fields(TrainingEstimate))
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to compute a step, as `training_memory` takes it."""
+
+    micro_batch: int = 4
+    checkpointing: bool = False
+    optimizer_state: Any = "float32"
+    lora: Lora | None = None
+    train_embeddings: bool = False
+
+    def estimate(self, spec: ModelSpec) -> TrainingEstimate:
+        return training_memory(
+            spec,
+            tokens=self.micro_batch * LENGTH,
+            checkpointing=self.checkpointing,
+            optimizer_state=self.optimizer_state,
+            lora=self.lora,
+            train_embeddings=self.train_embeddings,
+        )
+
+
+MODES = {
+    "4 sequences at once": Mode(),
+    "embeddings trained": Mode(train_embeddings=True),
+    "1 sequence at once": Mode(micro_batch=1),
+    "4, checkpointing": Mode(checkpointing=True),
+    "4, 8-bit states": Mode(optimizer_state="int8"),
+    "4, low-rank changes": Mode(lora=LORA),
+}
+
+
+def peak_bytes() -> int:
+    """The largest resident memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(mode: Mode) -> dict[str, int]:
+    """Trains a new model of `MEASURED`; the peak before it was made, after the same with a tiny one, and at the end.
+
+    The tiny one loads what libraries load at their first use, which is of the process and not of the training.
+    """
+    train(mode, MEASURED | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 1000})
+    before = peak_bytes()
+    train(mode, MEASURED)
+    return {"before": before, "peak": peak_bytes()}
+
+
+def train(mode: Mode, config: dict[str, Any]) -> None:
+    """Three steps of a new model."""
+    import numpy as np
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from autodistill.data import TokenSet
+    from autodistill.distillation.trainer import Trainer
+
+    torch.set_num_threads(1)
+    plan = Plan(
+        trials=1,
+        tokens=12 * LENGTH,
+        rungs=(12 * LENGTH,),
+        keep=(),
+        sequence_length=LENGTH,
+        batch_tokens=4 * LENGTH,
+        warmup_tokens=0,
+        decay=0.2,
+        rung_eval_tokens=0,
+        eval_tokens=0,
+        test_tokens=0,
+        workers=1,
+        threads=1,
+        bf16=False,
+        seed=0,
+        box_seconds=None,
+        seconds={},
+        micro_batch=mode.micro_batch,
+        checkpointing=mode.checkpointing,
+        optimizer_state=mode.optimizer_state,
+    )
+    tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (12, LENGTH)).astype(np.int32)
+    data = TokenSet(tokens=tokens, documents=np.zeros_like(tokens))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    recipe = Distillation(divergence_weight=0.0, train_embeddings=mode.train_embeddings, lora=mode.lora)
+    trainer = Trainer(
+        model,
+        kept=tuple(range(model.config.num_hidden_layers)),
+        teacher_layers=model.config.num_hidden_layers,
+        teacher_width=model.config.hidden_size,
+        strategy=Strategy(init=Init(depth=1.0), distillation=recipe),
+        plan=plan,
+        data=data,
+        cache=None,
+        seed=0,
+    )
+    list(trainer.train_stable(plan.tokens))
+
+
+def parts(estimate: TrainingEstimate, held: Sequence[str] = PARTS) -> list[str]:
+    """The parts for a table's line."""
+    return [format_bytes(getattr(estimate, name)) for name in held]
+
+
+def ladder(sequences: int) -> Iterator[list[str]]:
+    """Lines of the ways to train the 1.5B student on a step of so many sequences, and which is taken."""
+    spec = spec_from_config(STUDENT)
+    for title, lora, table in (
+        ("all weights", None, True),
+        ("table frozen", None, False),
+        ("LoRA, rank 16", LORA, False),
+    ):
+        taken = False
+        for way in training_fits(spec, sequence_length=LENGTH, sequences=sequences, lora=lora, train_embeddings=table):
+            fits = way.estimate.total_bytes <= LIMIT
+            means = f"{way.micro_batch}" + (", checkpointing" if way.checkpointing else "")
+            means += ", 8-bit states" if way.optimizer_state == "int8" else ""
+            verdict = "taken" if fits and not taken else "fits" if fits else "no"
+            taken = taken or fits
+            yield [title, means, *parts(way.estimate), format_bytes(way.estimate.total_bytes), verdict]
+
+
+def teacher_lines() -> Iterator[list[str]]:
+    """Lines of how the 7.6B teacher is held on some machines, by the type of its files."""
+    spec = spec_from_config(TEACHER)
+    gpu = (Gpu(name="", memory_bytes=LIMIT),)
+    machines = {
+        "24 GB, no GPU, 2 cores": Machine(cpus=2, memory_bytes=LIMIT),
+        "64 GB with a GPU of 24 GB": Machine(cpus=16, memory_bytes=64 * 10**9, gpus=gpu),
+        "96 GB, no GPU, 16 cores": Machine(cpus=16, memory_bytes=96 * 10**9),
+    }
+    stored_types: tuple[HeldType, ...] = ("bfloat16", "float32")
+    for title, machine in machines.items():
+        for stored in stored_types:
+            fit = fit_teacher(spec, stored=stored, sequence_length=LENGTH, machine=machine)
+            numbers = [format_bytes(count) for count in (fit.weights_bytes, fit.pass_bytes, fit.total_bytes)]
+            yield [title, stored, fit.held, "yes" if fit.rounded else "no", *numbers]
+
+
+def growth(name: str, environment: dict[str, str]) -> int:
+    """Growth of the peak of a process that trains in one of the `MODES`."""
+    command = [sys.executable, __file__, "--measure", name]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent, env=os.environ | environment
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    return int(found["peak"] - found["before"])
+
+
+def measured_lines() -> Iterator[list[str]]:
+    """Each mode's prediction, less the process's own memory, beside the measured growth of the peak."""
+    spec = spec_from_config(MEASURED)
+    own = [name for name in PARTS if name not in ("overhead_bytes", "alignment_bytes")]
+    for name, mode in MODES.items():
+        estimate = mode.estimate(spec)
+        predicted = sum(getattr(estimate, part) for part in own)
+        line = [name, *parts(estimate, own), format_bytes(predicted)]
+        for setting in ({}, GIVING_BACK):
+            grown = growth(name, setting)
+            line += [format_bytes(grown), f"{predicted / grown:.2f}"]
+        print(*line, sep=" | ", flush=True)
+        yield line
+
+
+def main() -> None:
+    """Prints and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--measure", choices=list(MODES), help="one measurement, for a process of its own")
+    chosen = parser.parse_args().measure
+    if chosen:
+        print(json.dumps(measure(MODES[chosen])))
+        return
+    names = [name.removesuffix("_bytes") for name in PARTS]
+    student, teacher, small = (spec_from_config(config) for config in (STUDENT, TEACHER, MEASURED))
+    sections = [
+        f"## The teacher\n\n{teacher.parameters:,} weights, beside no student: its outputs are cached first.\n\n"
+        + report.table(
+            ["machine", "files", "held", "rounded", "weights", "passes and process", "total"], teacher_lines()
+        ),
+        f"## The student\n\n{student.parameters:,} weights, steps of 4 sequences of {LENGTH} tokens, from the fastest "
+        f"way to the smallest; the first that fits {format_bytes(LIMIT)} is taken.\n\n"
+        + report.table(["trained", "sequences at once", *names, "total", "verdict"], ladder(4)),
+        "A teacher that is run in the trial (`online`) lies beside the student in bfloat16: "
+        f"{format_bytes(2 * teacher.parameters)}, which leaves {format_bytes(LIMIT - 2 * teacher.parameters)}.",
+        f"## Measured\n\nA student of {small.parameters:,} weights ({small.layers} layers, width {small.width}, "
+        f"vocabulary {small.vocabulary:,}), three steps in float32 on one core by cross-entropy. Growth is the peak of "
+        "resident memory less that before the model was made, as glibc keeps freed blocks, and with all of them given "
+        "back (MALLOC_MMAP_THRESHOLD_=65536). A ratio above 1 is a prediction on the safe side.\n\n"
+        + report.table(
+            [
+                "step",
+                *(name for name in names if name not in ("overhead", "alignment")),
+                "predicted",
+                "grown",
+                "ratio",
+                "given back",
+                "ratio",
+            ],
+            measured_lines(),
+        ),
+    ]
+    print(report.write("training-memory", "Memory of training, by parts", sections))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Two gloo processes against one: gradients, a step's weights, and a trial that goes on in another number of them."""
+
+import socket
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import multiprocessing
+
+from autodistill.distillation.sharding import Sharding, check_sharded
+from autodistill.distillation.teacher_cache import TeacherCache
+from autodistill.errors import InputError
+from autodistill.strategy import Alignment, Attention, Distillation, Finishing, Init, Lora, Strategy
+
+ALIGNED = Strategy(
+    distillation=Distillation(
+        learning_rate=1e-2,
+        alignment=Alignment(layers="even", count=2, projection="low-rank", rank=8, weight=0.3),
+    )
+)
+PLAIN = Strategy(distillation=Distillation(learning_rate=1e-2, train_embeddings=True))
+STEP = 128  # four sequences
+
+
+@dataclass(frozen=True)
+class Task:
+    """What each process is to do: train from a checkpoint, or the start, to some tokens, and save."""
+
+    workshop: object
+    cache: Path
+    strategy: Strategy
+    until: int
+    out: Path
+    begin: Path | None = None
+    plan: tuple[tuple[str, object], ...] = ()
+
+
+def run(task, sharding=None):
+    workshop = replace(task.workshop, cache=TeacherCache(task.cache))
+    trainer = workshop.trainer(task.strategy, batch_tokens=STEP, sharding=sharding, **dict(task.plan))
+    if task.begin:
+        trainer.load(task.begin)
+    records = list(trainer.train_stable(task.until))
+    trainer.save(task.out)
+    return [(record.loss, record.divergence, record.gradient_norm) for record in records]
+
+
+def work(rank, port, tasks, results):
+    import os
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    sharding = Sharding("cpu")
+    for index, task in enumerate(tasks):
+        np.save(results / f"{index}.{rank}.npy", run(task, sharding))
+    torch.distributed.destroy_process_group()
+
+
+def together(tasks, results):
+    """Runs tasks in two processes, and gives the records of each, which are the same in both."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    multiprocessing.spawn(work, (port, tasks, results), nprocs=2)
+    files = [[np.load(results / f"{index}.{rank}.npy") for rank in (0, 1)] for index in range(len(tasks))]
+    for one, other in files:
+        np.testing.assert_array_equal(one, other)
+    return [one for one, _ in files]
+
+
+def test_two_processes_train_as_one_and_each_goes_on_from_the_others_checkpoint(workshop, tmp_path):
+    bare = replace(workshop, cache=None)
+    answers = np.zeros(workshop.data.tokens.shape, dtype=bool)
+    answers[::2, 5:20] = True  # of the processes' sequences some have no token that counts
+    marked = replace(bare, data=replace(workshop.data, answers=answers))
+
+    def task(name, strategy, until=STEP, bench=bare, **more):
+        return Task(bench, workshop.folder, strategy, until, tmp_path / name, **more)
+
+    cases = {
+        "plain": {"strategy": PLAIN},
+        "aligned": {"strategy": ALIGNED},
+        "parts": {"strategy": ALIGNED, "plan": (("micro_batch", 1), ("checkpointing", True))},
+        "answers": {"strategy": ALIGNED, "bench": marked, "plan": (("micro_batch", 1),)},
+        "longer": {"strategy": ALIGNED, "until": 2 * STEP},
+    }
+    alone = {name: run(task(f"{name}.1", **case)) for name, case in cases.items()}
+    again = {"begin": tmp_path / "aligned.1", "until": 2 * STEP}
+    tasks = [task(f"{name}.2", **case) for name, case in cases.items()]
+    tasks.append(task("continued.2", ALIGNED, **again))
+    records = dict(zip([*cases, "continued"], together(tasks, tmp_path), strict=True))
+    for name in cases:
+        np.testing.assert_allclose(records[name], alone[name], rtol=1e-5)
+        same(tmp_path / f"{name}.1", tmp_path / f"{name}.2")
+    # Begun by one process and continued by two, and the other way round.
+    same(tmp_path / "longer.1", tmp_path / "continued.2")
+    run(task("back.1", ALIGNED, until=2 * STEP, begin=tmp_path / "aligned.2"))
+    same(tmp_path / "longer.1", tmp_path / "back.1")
+
+
+def same(one, other):
+    """Both checkpoints hold the same names, weights and moments; a first step's moment is a tenth of its gradient.
+
+    Where a gradient is next to nothing, AdamW's quotient of it and its size is rounding, and a weight moves any way.
+    """
+    first, second = load_file(one), load_file(other)
+    assert first.keys() == second.keys()
+    for name, expected in first.items():
+        kind, _, owner = name.partition(".")
+        if kind == "weight":
+            clear = first[f"exp_avg.{owner}"].abs() > 1e-6
+            assert clear.float().mean() > 0.9 or "embed" in name
+            torch.testing.assert_close(second[name][clear], expected[clear], rtol=1e-4, atol=2e-5)
+        else:
+            torch.testing.assert_close(second[name], expected, rtol=1e-3, atol={"exp_avg": 1e-7}.get(kind, 1e-10))
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"lora": Lora(rank=4)}, "low-rank changes"),
+        ({"attention": Attention()}, "attention alignment"),
+        ({"positions": "uncertain", "uncertain_share": 0.5}, "uncertain positions"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused(part, said):
+    with pytest.raises(InputError, match=said):
+        check_sharded(Strategy(init=Init(), distillation=Distillation(**part)), "float32")
+    grid = Finishing(format="gguf-q8_0", bits=8, group_size=32)
+    with pytest.raises(InputError, match="a finishing grid, 8-bit optimiser states"):
+        check_sharded(Strategy(finishing=grid), "int8")
+
+
+def test_sequences_that_do_not_divide_are_refused():
+    sharding = Sharding.__new__(Sharding)
+    sharding.rank, sharding.count = 1, 2
+    assert sharding.share([5, 6, 7, 8]) == [6, 8]
+    with pytest.raises(InputError, match="3 sequences does not divide over 2"):
+        sharding.share([1, 2, 3])
