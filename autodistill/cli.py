@@ -17,7 +17,7 @@ import typer
 
 from autodistill.console import leaderboard_table, open_view, printable
 from autodistill.errors import AutoDistillError, InputError
-from autodistill.records.store import RunFolder, known_runs, strict_json
+from autodistill.records.store import RunFolder, default_cache, known_runs, strict_json
 from autodistill.streams import quiet_libraries, stdout_reserved
 from autodistill.summary import leaderboard_of, plan_summary, search_summary, written_summary
 from autodistill.units import Budget, parse_bytes, parse_duration
@@ -228,11 +228,30 @@ def doctor(
     """Say what is installed, found and missing; exits with 2 where the default search cannot run."""
     quiet_libraries()
     from autodistill.doctor import describe, examine, ready, to_json
-    from autodistill.search.request import default_cache
 
     found = _print(output, lambda: examine(out, cache or default_cache()), to_json, describe)
     if not ready(found):
         raise typer.Exit(2)
+
+
+DevicesOption = Annotated[
+    list[Path] | None, _option("--devices", "YAML file of devices of your own; may be given again.", "FILE")
+]
+
+
+@app.command()
+def devices(
+    own: DevicesOption = None,
+    local: Annotated[bool, typer.Option("--local", help="This machine too, measured once.")] = False,
+    cache: CacheOption = None,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """List the devices that a student may be served on: memory, bandwidth, rates."""
+    from autodistill.hardware_summary import devices_table
+    from autodistill.local_device import known_devices
+
+    kept = (cache or default_cache()) if local else None
+    _print(output, lambda: known_devices(own or (), kept), lambda all: [one.to_json() for one in all], devices_table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -296,7 +315,7 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
     seconds = None if given["time_box"] is None else parse_duration(given["time_box"])
     limit = parse_bytes(given["cache_limit"])
     quiet_libraries(given["teacher"], given["data"])
-    from autodistill.search.request import SearchRequest, default_cache
+    from autodistill.search.request import SearchRequest
 
     return SearchRequest(
         budget=budget,
@@ -333,7 +352,7 @@ def _written(given: Mapping[str, Any]) -> dict[str, Any]:
     timeout = parse_duration(given["timeout"])
     quiet_libraries(given["teacher"])
     from autodistill.distillation.generation import Sampling
-    from autodistill.search.request import DEFAULT_TEACHER, default_cache
+    from autodistill.search.request import DEFAULT_TEACHER
     from autodistill.writing import WriteRequest, write_data
 
     names = ("prompts", "out", "endpoint", "model", "max_tokens", "top_k", "batch")

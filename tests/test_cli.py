@@ -38,6 +38,7 @@ VERBS = {
     "leaderboard": "--out --format",
     "export": "--row --to --out --runs --format",
     "doctor": "--out --cache --format",
+    "devices": "--devices --local --cache --format",
 }
 ROW_FIELDS = (
     "row_id schema_version strategy_id strategy deployment status split accuracy accuracy_stderr perplexity agreement "
