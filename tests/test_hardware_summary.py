@@ -8,6 +8,7 @@ from autodistill.hardware_summary import devices_table
 
 def test_a_device_is_a_line_with_its_figures() -> None:
     head, line, note = devices_table([find_device("4090", devices())]).splitlines()
-    assert line.split() == ["NVIDIA", "GeForce", "RTX", "4090", "discrete-gpu", "25.8", "GB", "25.2", "GB", "1.01", "TB/s", "-", "165", "165", "661", "330"]
+    figures = ["25.8", "GB", "25.2", "GB", "1.01", "TB/s", "-", "165", "165", "661", "330"]
+    assert line.split() == ["NVIDIA", "GeForce", "RTX", "4090", "discrete-gpu", *figures]
     assert head.split()[:2] == ["device", "class"]
     assert "source" in note
