@@ -281,7 +281,7 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
         same = [device for device, name in named if form(name) == form(text)]
         if same and form(text):
             return same[0]
-    having = {}
+    having: dict[str, int] = {}
     for device, name in named:
         words = _words(name)
         if asked <= words | _memory_words(device):

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def _rates(kind: str) -> dict[str, float]:
     rates = {}
     for name, dtype in names.items():
         left, right = (torch.ones(size, size, dtype=dtype, device=kind) for _ in range(2))
-        rates[name] = 2 * size**3 / _best(lambda left=left, right=right: left @ right, kind)
+        rates[name] = 2 * size**3 / _best(partial(torch.mm, left, right), kind)
     return rates
 
 
