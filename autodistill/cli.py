@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -254,6 +255,46 @@ def devices(
     _print(output, lambda: known_devices(own or (), kept), lambda all: [one.to_json() for one in all], devices_table)
 
 
+@app.command()
+def estimate(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(help="A folder, a .gguf file, smollm2, or a hub id.", metavar="[MODEL]")
+    ] = None,
+    format_name: Annotated[
+        str | None, _option("--format-name", "Like gguf-q4_0; a GGUF file's own types, else gguf-q8_0.", "NAME")
+    ] = None,
+    runtime: Annotated[
+        str | None, _option("--runtime", "llama.cpp, transformers, vllm or onnxruntime; the format's own.", "NAME")
+    ] = None,
+    context: ContextOption = 2048,
+    batch: BatchOption = 1,
+    kv_type: Annotated[str, _option("--kv-type", "Of the KV cache: f16, q8_0 or q4_0.", "TYPE")] = "f16",
+    prompt: Annotated[int | None, _option("--prompt", "Tokens before the first one; 512 by default.", "TOKENS")] = None,
+    device: Annotated[str | None, _option("--device", "Like 4090 or local; see devices.", "NAME")] = None,
+    all_devices: Annotated[bool, typer.Option("--all-devices", help="Every device.")] = False,
+    own: DevicesOption = None,
+    layers: Annotated[int | None, _option("--layers", "Of a shape in the place of MODEL.", "N")] = None,
+    width: Annotated[int | None, _option("--width", "Of its hidden states.", "N")] = None,
+    heads: Annotated[int | None, _option("--heads", "Of its attention.", "N")] = None,
+    kv_heads: Annotated[int | None, _option("--kv-heads", "As many as heads by default.", "N")] = None,
+    head_dim: Annotated[int | None, _option("--head-dim", "The heads' share of the width by default.", "N")] = None,
+    ffn: Annotated[int | None, _option("--ffn", "Neurons of a layer, or of an expert.", "N")] = None,
+    vocab: Annotated[int | None, _option("--vocab", "Entries of the vocabulary.", "N")] = None,
+    experts: Annotated[int | None, _option("--experts", "Of a mixture.", "N")] = None,
+    active_experts: Annotated[int | None, _option("--active-experts", "That a token takes.", "N")] = None,
+    window: Annotated[int | None, _option("--window", "Of sliding attention in all layers.", "TOKENS")] = None,
+    tied: Annotated[bool, typer.Option("--tied", help="The head is the embedding table.")] = False,
+    cache: CacheOption = None,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """Predict what a model takes and how fast it would run; nothing is loaded."""
+    from autodistill.hardware_summary import appraisal_text
+
+    quiet_libraries(model)
+    _print(output, lambda: _appraised(ctx.params), dict, appraisal_text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line, by default this process's own, and gives its exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
@@ -372,6 +413,31 @@ def _written(given: Mapping[str, Any]) -> dict[str, Any]:
                 view.log(f"{done} of {total} answers")
 
         return write_data(request, progress)
+
+
+_SIZES = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "experts", "active_experts", "window")
+
+
+def _appraised(given: Mapping[str, Any]) -> dict[str, Any]:
+    from autodistill.appraisal import appraise
+    from autodistill.described import deployment_named, describe, shape
+    from autodistill.local_device import choose_device, known_devices
+
+    sizes = {name: given[name] for name in _SIZES}
+    if (given["model"] is None) == all(size is None for size in sizes.values()):
+        raise InputError("estimate takes either a MODEL or a shape, like --layers 22 --width 2048 --heads 32 ...")
+    if given["device"] and given["all_devices"]:
+        raise InputError("--device names one device and --all-devices all of them: give one of the two")
+    own, cache = given["own"] or (), given["cache"] or default_cache()
+    found = known_devices(own) if given["all_devices"] else ()
+    if given["device"]:
+        found = (choose_device(given["device"], cache, own),)
+    described = shape(sizes, tied=given["tied"]) if given["model"] is None else describe(given["model"])
+    if given["format_name"]:
+        described = replace(described, weights_bytes=None)
+    deployment = deployment_named(given["format_name"] or "gguf-q8_0")
+    options = {name: given[name] for name in ("context", "batch", "kv_type", "runtime", "prompt")}
+    return appraise(described, deployment, devices=found, **options)
 
 
 def _planned(request: SearchRequest) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from autodistill.units import Budget, format_bytes
 ARCHITECTURES = tuple(FAMILIES)
 """transformers' `model_type`s that can be described."""
 
+
 def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     """Describes a model by its transformers config, without loading it.
 

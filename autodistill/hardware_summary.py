@@ -1,12 +1,13 @@
-"""What a person reads of devices."""
+"""What a person reads of devices and of estimates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from autodistill.devices import PRECISIONS, Device
 from autodistill.summary import table
-from autodistill.units import format_bytes
+from autodistill.units import format_bytes, format_duration
 
 
 def devices_table(known: Sequence[Device]) -> str:
@@ -25,3 +26,34 @@ def devices_table(known: Sequence[Device]) -> str:
     ]
     note = "Rates are dense, in tera operations a second; --format json has the source of each figure."
     return f"{table([head, *lines], left=2)}\n{note}"
+
+
+def appraisal_text(document: Mapping[str, Any]) -> str:
+    """What a model takes, its parts and the devices, as lines; everything in them is predicted.
+
+    Args:
+        document: As `appraise` gives it.
+    """
+    parts = ("weights", "kv_cache", "compute", "overhead", "total")
+    lines = [(name.replace("_", " "), format_bytes(document[f"{name}_bytes"])) for name in parts]
+    size = f"{document['parameters']:,} parameters, {document['deployment']} in {document['runtime']}"
+    title = f"{document['model']}: {size}, context {document['context']}, batch {document['batch']}, KV cache "
+    sections = [f"{title}{document['kv_type']}\n{table(lines, left=1)}\nRests on: {document['basis']}."]
+    if document["devices"]:
+        head = ("device", "fits", "usable", "tokens/s", "band", "first token", "waits for")
+        rows = [
+            (
+                one["device"],
+                "yes" if one["fits"] else "no",
+                format_bytes(one["usable_bytes"]),
+                f"{one['tokens_per_second']:,.3g}",
+                f"{one['tokens_per_second_low']:,.3g}-{one['tokens_per_second_high']:,.3g}",
+                format_duration(one["time_to_first_token_ms"] / 1e3),
+                one["bound"],
+            )
+            for one in document["devices"]
+        ]
+        prompt = document["devices"][0]["prompt"]
+        note = f"Speeds are predicted by a roofline at a full context; the first token follows a prompt of {prompt}."
+        sections.append(f"{table([head, *rows], left=2)}\n{note}")
+    return "\n\n".join(sections)

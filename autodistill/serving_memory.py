@@ -34,7 +34,7 @@ ONNX_PROCESS_BYTES = 150 * 10**6
 BASIS: Mapping[str, str] = {
     "llama.cpp": "buffers as llama.cpp's own log states them on a CPU; the process's overhead measured on Linux x86-64",
     "transformers": "weights, cache and process as measured on a CPU; activations counted from its modules",
-    "vllm": "predicted: packed weights, pages of the cache and one step's activations, by vLLM's defaults; not measured",
+    "vllm": "predicted: packed weights, pages of cache and a step's activations by vLLM's defaults; not measured",
     "onnxruntime": "predicted: packed weights, a float16 cache and the prompt's activations; not measured",
 }
 """What the figures of a runtime rest on."""
