@@ -295,6 +295,30 @@ def estimate(
     _print(output, lambda: _appraised(ctx.params), dict, appraisal_text)
 
 
+@app.command()
+def pick(
+    ctx: typer.Context,
+    runs: Annotated[list[str] | None, typer.Argument(help="Names of runs; all by default.", metavar="[RUN]...")] = None,
+    budget: Annotated[str | None, _option("--budget", f"{_BUDGET_HELP}.", "SIZE")] = None,
+    device: Annotated[str | None, _option("--device", "Takes the budget from it, like 4090 or local.", "NAME")] = None,
+    context: ContextOption = 2048,
+    streams: Annotated[int, _option("--streams", "Sequences decoded at once.", "N")] = 1,
+    latency: Annotated[
+        str | None, _option("--latency", "Like 50ms, or ttft_p95=300ms,tpot_p99=50ms@streams=16.", "LIMITS")
+    ] = None,
+    min_accuracy: Annotated[float | None, _option("--min-accuracy", "A fraction.", "X")] = None,
+    tiers: Annotated[bool, typer.Option("--tiers", help="The best for each of 4 to 80 GB.")] = False,
+    own: DevicesOption = None,
+    out: OutOption = _RUNS,
+    cache: CacheOption = None,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """Pick the best stored student for some hardware, without training."""
+    from autodistill.hardware_summary import pick_text
+
+    _print(output, lambda: _pick(ctx.params), dict, pick_text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line, by default this process's own, and gives its exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
@@ -438,6 +462,30 @@ def _appraised(given: Mapping[str, Any]) -> dict[str, Any]:
     deployment = deployment_named(given["format_name"] or "gguf-q8_0")
     options = {name: given[name] for name in ("context", "batch", "kv_type", "runtime", "prompt")}
     return appraise(described, deployment, devices=found, **options)
+
+
+def _pick(given: Mapping[str, Any]) -> dict[str, Any]:
+    from autodistill.local_device import choose_device
+    from autodistill.pick import Wanted, pick, pick_tiers, stored
+    from autodistill.units import parse_latency
+
+    if given["tiers"] == bool(given["budget"] or given["device"]):
+        raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
+    limits = parse_latency(given["latency"], given["streams"]) if given["latency"] else ()
+    cache = given["cache"] or default_cache()
+    found = choose_device(given["device"], cache, given["own"] or ()) if given["device"] else None
+    if limits and found is None:
+        raise InputError("a limit of latency holds on a device: name it with --device")
+    wanted = Wanted(
+        memory_bytes=parse_bytes(given["budget"]) if given["budget"] else found.usable_bytes if found else 1,
+        context=given["context"],
+        streams=given["streams"],
+        device=found,
+        latency=limits,
+        least=given["min_accuracy"],
+    )
+    rows = stored(given["out"], given["runs"] or ())
+    return pick_tiers(rows, wanted) if given["tiers"] else pick(rows, wanted)
 
 
 def _planned(request: SearchRequest) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a person reads of devices and of estimates."""
+"""What a person reads of devices, estimates and picks."""
 
 from __future__ import annotations
 
@@ -57,3 +57,31 @@ def appraisal_text(document: Mapping[str, Any]) -> str:
         note = f"Speeds are predicted by a roofline at a full context; the first token follows a prompt of {prompt}."
         sections.append(f"{table([head, *rows], left=2)}\n{note}")
     return "\n\n".join(sections)
+
+
+def pick_text(document: Mapping[str, Any]) -> str:
+    """The row for some hardware and its runner-up, or the rows for each tier, as lines.
+
+    Args:
+        document: As `pick` or `pick_tiers` gives it.
+    """
+    head = ("", "run", "row", "metric", "value", "memory", "size")
+    if "tiers" in document:
+        lines = [(format_bytes(one["memory_bytes"]), *_picked(one["pick"])) for one in document["tiers"]]
+        return f"{table([head, *lines], left=4)}\nAt context {document['context']}, {document['streams']} streams."
+    named = (("pick", "pick"), ("runner-up", "runner_up"), ("left out", "better_left_out"))
+    lines = [(title, *_picked(document[key])) for title, key in named if document[key]]
+    margins = document["pick"]["margins"]
+    told = ", ".join(f"{name} {margin:.0%} below the limit" for name, margin in margins.items() if name != "accuracy")
+    binds = f"What binds is {document['binds']}." if document["binds"] else "Nothing binds: no better row is left out."
+    return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}"
+
+
+def _picked(one: Mapping[str, Any] | None) -> tuple[str, ...]:
+    if one is None:
+        return ("-", "nothing fits", "-", "-", "-", "-")
+    error = "" if one["stderr"] is None else f" ± {one['stderr']:.4f}"
+    mark = "~" if one["memory_source"] == "predicted" else ""
+    size = "-" if one["size_bytes"] is None else format_bytes(one["size_bytes"])
+    value = f"{one['value']:.4f}{error}"
+    return (one["run"], one["row_id"], one["metric"], value, mark + format_bytes(one["memory_bytes"]), size)

@@ -46,6 +46,7 @@ ROOMS = (
     "distillation",
     "described",
     "appraisal",
+    "pick",
     "writing",
     "trial",
     "export",
