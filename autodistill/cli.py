@@ -50,7 +50,10 @@ def _option(name: str, text: str, metavar: str | None = None, **more: Any) -> An
 
 
 _BUDGET_HELP = "Memory that inference of the student may take, like 16GB or 900MiB"
-BudgetOption = Annotated[str, _option("--budget", f"{_BUDGET_HELP}.", "SIZE")]
+SearchBudgetOption = Annotated[str | None, _option("--budget", f"{_BUDGET_HELP}.", "SIZE")]
+SearchDeviceOption = Annotated[
+    str | None, _option("--device", "In the place of a budget: its usable memory, like 4090; see devices.", "NAME")
+]
 AnyBudgetOption = Annotated[str | None, _option("--budget", f"{_BUDGET_HELP}; no limit by default.", "SIZE")]
 TeacherOption = Annotated[
     str | None,
@@ -116,7 +119,8 @@ def _root(
 @app.command()
 def search(
     ctx: typer.Context,
-    budget: BudgetOption,
+    budget: SearchBudgetOption = None,
+    device: SearchDeviceOption = None,
     teacher: TeacherOption = None,
     data: DataOption = None,
     space: SpaceOption = None,
@@ -375,8 +379,7 @@ def _search(ctx: typer.Context) -> None:
 def _request(ctx: typer.Context, started: float) -> SearchRequest:
     """The request of a command line; no model library is imported before its numbers are known to be right."""
     given: dict[str, Any] = ctx.params
-    memory = given["budget"] if given["budget"] is not None else _NO_LIMIT
-    budget = Budget(memory_bytes=parse_bytes(memory), context=given["context"], batch=given["batch"])
+    budget = Budget(memory_bytes=_memory_limit(ctx), context=given["context"], batch=given["batch"])
     seconds = None if given["time_box"] is None else parse_duration(given["time_box"])
     limit = parse_bytes(given["cache_limit"])
     quiet_libraries(given["teacher"], given["data"])
@@ -403,6 +406,20 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         command=ctx.obj or ctx.command_path,
         started=started,
     )
+
+
+def _memory_limit(ctx: typer.Context) -> int:
+    """The memory that `--budget` gives, or the device; `distill` alone may have no limit."""
+    given = ctx.params
+    if given["budget"] is not None and given.get("device") is not None:
+        raise InputError("--budget gives the memory, and so does --device: give one of the two")
+    if given.get("device") is not None:
+        from autodistill.local_device import choose_device
+
+        return choose_device(given["device"], given["cache"] or default_cache()).usable_bytes
+    if given["budget"] is None and "device" in given:
+        raise InputError("search needs the memory that the student may take: --budget like 16GB, or --device like 4090")
+    return parse_bytes(_NO_LIMIT if given["budget"] is None else given["budget"])
 
 
 def _searched(request: SearchRequest) -> Outcome:

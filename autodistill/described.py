@@ -74,7 +74,8 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
             raise InputError(f"the architecture {name!r} cannot be estimated; these can: {known}")
         return spec_from_config(config)
     like, width, count = _MIXTURES[name]
-    experts, active = config.get(count), config.get("num_experts_per_tok")
+    # transformers 5 writes every family's count under one name; files on the hub have the family's own.
+    experts, active = config.get(count, config.get("num_local_experts")), config.get("num_experts_per_tok")
     if type(experts) is not int or type(active) is not int or not 1 <= active <= experts:
         raise InputError(f"a config of {name} must give {count} and num_experts_per_tok, at most as many")
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:

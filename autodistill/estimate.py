@@ -52,7 +52,8 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         tied=bool(config.get("tie_word_embeddings", family.tied)),
         tensors=(),
     )
-    spec = replace(spec, **_windows(config, spec.layers))
+    window, windowed = _windows(config, spec.layers)
+    spec = replace(spec, window=window, windowed_layers=windowed)
     tensors = (
         TensorSpec(name=name, role=role, shape=_shape(spec, name))
         for name, role in family.tensors(config, spec.layers, spec.tied)
@@ -60,11 +61,11 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     return replace(spec, tensors=tuple(tensors))
 
 
-def _windows(config: Mapping[str, Any], layers: int) -> dict[str, int]:
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, int]:
     """The sliding window of a config, and how many layers have one; Qwen's counts where `use_sliding_window` says."""
     window = config.get("sliding_window")
     if not window or config.get("use_sliding_window") is False:
-        return {}
+        return 0, 0
     kinds = config.get("layer_types")
     pattern = config.get("sliding_window_pattern")
     if kinds:
@@ -73,7 +74,7 @@ def _windows(config: Mapping[str, Any], layers: int) -> dict[str, int]:
         windowed = layers - layers // int(pattern)
     else:
         windowed = layers
-    return {"window": int(window), "windowed_layers": windowed} if windowed else {}
+    return (int(window), windowed) if windowed else (0, 0)
 
 
 def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,14 @@ def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
         metrics[name] = (asked["metric"], asked["direction"])
         shapes = _Shapes(asked["teacher"]["reference"])
         found += [
-            Candidate(run=name, row=row, metric=asked["metric"], direction=asked["direction"], shape=shapes.of(row))
-            for row in _rows(run)
+            Candidate(
+                run=name,
+                row=row,
+                metric=asked["metric"],
+                direction=asked["direction"],
+                shape=partial(shapes.of, strategy),
+            )
+            for row, strategy in _rows(run)
             if row.kind in DISTILLED and row.split != "test" and row.full and row.figure(asked["metric"]) is not None
         ]
     if len(set(metrics.values())) > 1:
@@ -166,25 +173,38 @@ def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
     return found
 
 
-def _rows(run: RunFolder) -> list[Row]:
-    """The rows without their documents, which make up most of the file and play no part here."""
+def _rows(run: RunFolder) -> Iterator[tuple[Row, Callable[[], Mapping[str, Any] | None]]]:
+    """The rows without documents and strategies, which make up most of the file, and what gives a row's strategy."""
     if not run.leaderboard_file.is_file():
-        return rows_of(run.events.read())
+        for row in rows_of(run.events.read()):
+            yield row, partial(_same, row.strategy)
+        return
     import pyarrow.parquet as pq
 
-    table = pq.read_table(run.leaderboard_file, columns=list(_COLUMNS), use_threads=False)
-    nested = ("deployment", "strategy", "other")
+    # Not `read_table`, which imports pandas where that is installed, and takes longer than all else here.
+    with pq.ParquetFile(run.leaderboard_file) as file:
+        table = file.read(columns=list(_COLUMNS), use_threads=False)
     columns = {name: table.column(name).to_pylist() for name in _COLUMNS}
-    parsed: dict[str, Any] = {}
-    for name in nested:
-        columns[name] = [
-            None if text is None else parsed[text] if text in parsed else parsed.setdefault(text, json.loads(text))
-            for text in columns[name]
-        ]
-    return [
-        Row(**({"other": {}} | {key: value for key, value in zip(columns, cells, strict=True) if value is not None}))
-        for cells in zip(*columns.values(), strict=True)
-    ]
+    strategies = columns.pop("strategy")
+    for name in ("deployment", "other"):
+        columns[name] = [None if text is None else _parsed(text) for text in columns[name]]
+    for strategy, *cells in zip(strategies, *columns.values(), strict=True):
+        fields = {key: value for key, value in zip(columns, cells, strict=True) if value is not None}
+        yield Row(**({"other": {}} | fields)), partial(_parsed, strategy or "null")
+
+
+def _same(value: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return value
+
+
+@lru_cache(65536)
+def _parsed(text: str) -> Any:
+    return json.loads(text)
+
+
+@lru_cache(1024)
+def _deployment(text: str) -> Deployment:
+    return Deployment.from_json(json.loads(text))
 
 
 class _Shapes:
@@ -194,14 +214,12 @@ class _Shapes:
         self._reference = teacher
         self._teacher: ModelSpec | None = None
         self._known: dict[str, ModelSpec | None] = {}
+        self._sizes: dict[str, ModelSpec] = {}
         self._tried = False
 
-    def of(self, row: Row) -> Callable[[], ModelSpec | None]:
-        """What gives the shape of a row's student."""
-        init = (row.strategy or {}).get("init")
-        return lambda: self._shape(init)
-
-    def _shape(self, init: Mapping[str, Any] | None) -> ModelSpec | None:
+    def of(self, strategy: Callable[[], Mapping[str, Any] | None]) -> ModelSpec | None:
+        """The shape of a strategy's student, where it can be told."""
+        init = (strategy() or {}).get("init")
         key = json.dumps(init, sort_keys=True)
         if key not in self._known:
             if not self._tried:
@@ -211,14 +229,24 @@ class _Shapes:
                 except InputError:
                     self._teacher = None  # rows then hold at the load that they were stored at
             whole = self._teacher is not None and init is not None and init.get("source") != "pretrained"
-            self._known[key] = cut_spec(Init.from_json(init), self._teacher) if whole and self._teacher else None
+            self._known[key] = self._cut(Init.from_json(init)) if whole else None
         return self._known[key]
+
+    def _cut(self, init: Init) -> ModelSpec | None:
+        """The student's shape; of the many fractions that come to the same sizes it is worked out once."""
+        if self._teacher is None:
+            return None
+        bare = cut_spec(init, replace(self._teacher, tensors=()))
+        key = f"{bare.layers} {bare.width} {bare.heads} {bare.kv_heads} {bare.ffn_width}"
+        if key not in self._sizes:
+            self._sizes[key] = cut_spec(init, self._teacher)
+        return self._sizes[key]
 
 
 def solve(candidate: Candidate, wanted: Wanted) -> Solved | None:
     """What a row needs under the load that is asked; None where that cannot be told."""
     row = candidate.row
-    deployment = Deployment.from_json(row.deployment)
+    deployment = _deployment(json.dumps(row.deployment))
     spec = candidate.shape() if wanted.latency or (row.context, row.batch) != (wanted.context, wanted.streams) else None
     found = _memory(row, deployment, spec, wanted)
     if found is None:
@@ -240,7 +268,7 @@ def _memory(row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wa
         return row.memory_bytes, row.memory_source or "predicted"
     if spec is None or wanted.context > spec.max_context:
         return None
-    weights = row.size_bytes if deployment.container == "gguf" else None
+    weights = row.size_bytes
     need = memory(spec, deployment, context=wanted.context, batch=wanted.streams, weights=weights).total_bytes
     if row.memory_source == "measured" and row.memory_bytes is not None and row.context and row.batch:
         before = memory(spec, deployment, context=row.context, batch=row.batch, weights=weights).total_bytes

@@ -18,6 +18,7 @@ _CACHE_CELLS = 256  # llama.cpp rounds a sequence's context up to a multiple of 
 _INPUT_BYTES = 40  # a token's id, position, cache slots and output index in llama.cpp's graph, padding included
 _VLLM_BLOCK = 16  # tokens of a page of vLLM's KV cache
 _VLLM_BATCHED_TOKENS = 2048  # vLLM's default max_num_batched_tokens: what a step's activations are made for
+_UNGATED = ("gpt_neox",)  # families whose FFN is one matrix up and one down, and whose projections are fused
 _WINDOWED_IN_LLAMA_CPP = ("gemma3_text",)  # families whose llama.cpp graph knows the sliding window
 
 LLAMA_CPP_PROCESS_BYTES = 20 * 2**20
@@ -148,6 +149,10 @@ def _active_ffn(spec: ModelSpec) -> int:
     return spec.ffn_width * max(1, spec.active_experts)
 
 
+def _fused(spec: ModelSpec) -> tuple[int, ...]:
+    return (3 * spec.heads * spec.head_dim,) if spec.architecture in _UNGATED else ()
+
+
 def _windowed_cache(serving: _Serving, full: int, windowed: int) -> int:
     """The cache where layers without a window hold `full` tokens in all, and those with one hold `windowed`."""
     spec = serving.spec
@@ -160,7 +165,8 @@ def _llama_cpp(serving: _Serving) -> tuple[int, int, int, int]:
 
     The graph's peak was read off llama.cpp's own "compute buffer size" lines while one size at a time was varied. In
     float32 of n = min(n_ubatch, context) tokens it is five rows of the width, and the largest of: gate, up and product
-    of the FFN; the queries twice, or once with keys and values copied; the logits of one token a sequence. Beside it
+    of the FFN (of GPT-NeoX, which has no gate, one row, and its fused queries, keys and values); the queries twice, or
+    once with keys and values copied; the logits of one token a sequence. Beside it
     lies the attention mask, F16 [cells, n]. It is exact for three layers and more, and an upper bound for models whose
     FFN is narrower than twice the width. The output buffer holds one token's logits for each sequence.
     """
@@ -169,7 +175,8 @@ def _llama_cpp(serving: _Serving) -> tuple[int, int, int, int]:
     tokens = min(_UBATCH, serving.context * batch)
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     logits = 4 * batch * spec.vocabulary
-    peak = max(4 * tokens * max(3 * _active_ffn(spec), 2 * queries, queries + 3 * keys), logits)
+    ffn = _active_ffn(spec) * (1 if spec.architecture in _UNGATED else 3)
+    peak = max(4 * tokens * max(ffn, 2 * queries, queries + 3 * keys, *_fused(spec)), logits)
     compute = 4 * tokens * 5 * spec.width + peak + 2 * cells * tokens + _INPUT_BYTES * tokens
     overhead = LLAMA_CPP_PROCESS_BYTES + LLAMA_CPP_VOCABULARY_BYTES * spec.vocabulary
     cache = kv_bytes(spec, spec.layers, cells * batch, serving.kv_type)

@@ -1,7 +1,7 @@
 """The memory that `estimate` predicts, against what llama.cpp's own log says it allocated, for models made here.
 
-Random weights do not matter to memory: the files hold zeros, in the shapes and types of real ones, written by the `gguf`
-package alone, so that neither our exporter nor our packing is its own reference.
+What the weights are does not matter to memory: the files hold zeros, in the shapes and types of real ones, written by
+the `gguf` package alone, so that neither our exporter nor our packing is its own reference.
 """
 
 from __future__ import annotations
@@ -305,8 +305,8 @@ def main() -> None:
     ]
     sections = [
         summary,
-        "Predicted / stated by llama.cpp's log, in MB of 10^6 bytes. The process's overhead is left out: the log does not "
-        "state it (`tests/test_estimate.py` holds it to the resident memory of the real teacher).",
+        "Predicted / stated by llama.cpp's log, in MB of 10^6 bytes. The process's overhead is left out: the log does "
+        "not state it (`tests/test_estimate.py` holds it to the resident memory of the real teacher).",
         report.table(titles, lines),
         "## 1B, 3B and 7B (claim 5)",
         "Predicted for llama.cpp with an F16 cache at one stream, of the shapes of TinyLlama-1.1B, OpenLLaMA-3B and "
