@@ -13,12 +13,14 @@ from autodistill.roofline import speed
 from autodistill.serving_memory import BASIS, memory
 from autodistill.strategy import Deployment
 
+_CONTEXT = 2048  # that of a search's budget
+
 
 def appraise(
     model: Described,
     deployment: Deployment,
     *,
-    context: int = 2048,
+    context: int | None = None,
     batch: int = 1,
     kv_type: str = "f16",
     runtime: str | None = None,
@@ -30,7 +32,8 @@ def appraise(
     Args:
         model: What is served.
         deployment: How; a GGUF file's own tensors count where the model has them.
-        context, batch, kv_type, runtime, prompt: As `memory` and `speed` take them.
+        context: Tokens of each sequence; 2048 by default, or the model's if that is less.
+        batch, kv_type, runtime, prompt: As `memory` and `speed` take them.
         devices: One, whose speed is then the document's own, or several.
 
     Returns:
@@ -41,6 +44,7 @@ def appraise(
         InputError: As `memory`, or a context beyond the model's.
     """
     spec = model.spec
+    context = min(_CONTEXT, spec.max_context) if context is None else context
     if context > spec.max_context:
         raise InputError(f"{model.name} has a context of {spec.max_context} tokens: lower --context {context}")
     if prompt is not None and not 1 <= prompt <= context:

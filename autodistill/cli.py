@@ -271,7 +271,7 @@ def estimate(
     runtime: Annotated[
         str | None, _option("--runtime", "llama.cpp, transformers, vllm or onnxruntime; the format's own.", "NAME")
     ] = None,
-    context: ContextOption = 2048,
+    context: Annotated[int | None, _option("--context", "Of each sequence; 2048 by default.", "TOKENS")] = None,
     batch: BatchOption = 1,
     kv_type: Annotated[str, _option("--kv-type", "Of the KV cache: f16, q8_0 or q4_0.", "TYPE")] = "f16",
     prompt: Annotated[int | None, _option("--prompt", "Tokens before the first one; 512 by default.", "TOKENS")] = None,

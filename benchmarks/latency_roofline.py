@@ -139,7 +139,7 @@ def main() -> None:
         local(),
         "## 7B on an A100 80GB (claim 6)",
         "Predicted for vLLM at a context of 2048 tokens a stream; the guide says 320 tokens/s in FP16 and 580 in INT8, "
-        "without a batch. In brackets the band, from the lowest and highest share of the bandwidth that the class reaches.",
+        "without a batch. In brackets the band, from the lowest and highest share of the bandwidth that the class has.",
         claim_six(),
         "## 1B in 4 bits on a Raspberry Pi 4B (claim 12)",
         "The guide says from 2.1 GB to 530 MB, and 8 tokens/s. Predicted at a context of 512; no board was at hand.",
