@@ -50,6 +50,7 @@ class DeviceClass:
         share, reserve_bytes: What is usable of the memory: the share of it, less the reserve.
         decode: Share of the bandwidth that decoding reaches.
         prefill: Share of the matrix rate that reading a prompt reaches.
+        prefill_quantized: The same in llama.cpp with weights on a grid, whose products are of integers on a CPU.
         layer_seconds: What a layer of a decoding step costs beside reading its bytes.
         reference: Where these come from.
     """
@@ -59,6 +60,7 @@ class DeviceClass:
     reserve_bytes: int
     decode: Range
     prefill: Range
+    prefill_quantized: Range
     layer_seconds: float
     reference: str
 
@@ -180,6 +182,7 @@ def _classes(data: Mapping[str, Mapping[str, Any]]) -> Mapping[str, DeviceClass]
             reserve_bytes=0 if entry["reserve"] == "0B" else parse_bytes(entry["reserve"]),
             decode=ranged(entry["decode"]),
             prefill=ranged(entry["prefill"]),
+            prefill_quantized=ranged(entry.get("prefill_quantized", entry["prefill"])),
             layer_seconds=entry["layer_us"] / 1e6,
             reference=entry["reference"],
         )

@@ -92,18 +92,18 @@ def speed(
     preferred = ("fp32", "fp16") if kind.name in _PLAIN else ("bf16", "fp16")
     rate = device.rate(*preferred)
     launches = spec.layers * kind.layer_seconds
+    integers = deployment.runtime == "llama.cpp" and deployment.bits < 16
+    shares = kind.prefill_quantized if integers else kind.prefill
 
     def seconds(done: Work, decode: float, prefill: float) -> float:
         return max(done.bytes / (device.bandwidth * decode), done.operations / (rate * prefill)) + launches
 
     slow, typical, fast = (
-        seconds(step, getattr(kind.decode, end), getattr(kind.prefill, end)) for end in ("low", "typical", "high")
+        seconds(step, getattr(kind.decode, end), getattr(shares, end)) for end in ("low", "typical", "high")
     )
-    first, first_slow = (
-        seconds(read, getattr(kind.decode, end), getattr(kind.prefill, end)) for end in ("typical", "low")
-    )
+    first, first_slow = (seconds(read, getattr(kind.decode, end), getattr(shares, end)) for end in ("typical", "low"))
     reading = step.bytes / (device.bandwidth * kind.decode.typical)
-    computing = step.operations / (rate * kind.prefill.typical)
+    computing = step.operations / (rate * shares.typical)
     waits = {"bandwidth": reading, "compute": computing, "launches": launches}
     return Speed(
         tokens_per_second=batch / typical,

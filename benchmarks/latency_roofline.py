@@ -59,7 +59,9 @@ def local() -> str:
     told = (
         f"One thread beside other work (load average {psutil.getloadavg()[0]:.1f}); {format_bytes(device.bandwidth)}/s "
         f"and {device.rates['fp32'] / 1e9:.0f} GFLOP/s in float32 were measured for this core at the start. "
-        "Predicted / measured, no figure of these rows was used for the prediction."
+        "Predicted / measured. The class's shares of the rate for a prompt were set after an earlier run of this "
+        "program, "
+        "its shares of the bandwidth and the cost of a layer come from elsewhere (`autodistill/hardware.yaml`)."
     )
     return f"{told}\n\n{report.table(titles, lines)}\n\n{_errors('A token', decodes)} {_errors('First token', firsts)}"
 
