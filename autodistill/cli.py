@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ import typer
 
 from autodistill.console import leaderboard_table, open_view, printable
 from autodistill.errors import AutoDistillError, InputError
-from autodistill.records.store import RunFolder, known_runs, strict_json
+from autodistill.records.store import RunFolder, default_cache, known_runs, strict_json
 from autodistill.streams import quiet_libraries, stdout_reserved
 from autodistill.summary import leaderboard_of, plan_summary, search_summary, written_summary
 from autodistill.units import Budget, parse_bytes, parse_duration
@@ -49,7 +50,10 @@ def _option(name: str, text: str, metavar: str | None = None, **more: Any) -> An
 
 
 _BUDGET_HELP = "Memory that inference of the student may take, like 16GB or 900MiB"
-BudgetOption = Annotated[str, _option("--budget", f"{_BUDGET_HELP}.", "SIZE")]
+SearchBudgetOption = Annotated[str | None, _option("--budget", f"{_BUDGET_HELP}.", "SIZE")]
+SearchDeviceOption = Annotated[
+    str | None, _option("--device", "In the place of a budget: its usable memory, like 4090; see devices.", "NAME")
+]
 AnyBudgetOption = Annotated[str | None, _option("--budget", f"{_BUDGET_HELP}; no limit by default.", "SIZE")]
 TeacherOption = Annotated[
     str | None,
@@ -119,7 +123,8 @@ def _root(
 @app.command()
 def search(
     ctx: typer.Context,
-    budget: BudgetOption,
+    budget: SearchBudgetOption = None,
+    device: SearchDeviceOption = None,
     teacher: TeacherOption = None,
     data: DataOption = None,
     space: SpaceOption = None,
@@ -243,11 +248,94 @@ def doctor(
     """Say what is installed, found and missing; exits with 2 where the default search cannot run."""
     quiet_libraries()
     from autodistill.doctor import describe, examine, ready, to_json
-    from autodistill.search.request import default_cache
 
     found = _print(output, lambda: examine(out, cache or default_cache()), to_json, describe)
     if not ready(found):
         raise typer.Exit(2)
+
+
+DevicesOption = Annotated[
+    list[Path] | None, _option("--devices", "YAML file of devices of your own; may be given again.", "FILE")
+]
+
+
+@app.command()
+def devices(
+    own: DevicesOption = None,
+    local: Annotated[bool, typer.Option("--local", help="This machine too, measured once.")] = False,
+    cache: CacheOption = None,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """List the devices that a student may be served on: memory, bandwidth, rates."""
+    from autodistill.hardware_summary import devices_table
+    from autodistill.local_device import known_devices
+
+    kept = (cache or default_cache()) if local else None
+    _print(output, lambda: known_devices(own or (), kept), lambda all: [one.to_json() for one in all], devices_table)
+
+
+@app.command()
+def estimate(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(help="A folder, a .gguf file, smollm2, or a hub id.", metavar="[MODEL]")
+    ] = None,
+    format_name: Annotated[
+        str | None, _option("--format-name", "Like gguf-q4_0; a GGUF file's own types, else gguf-q8_0.", "NAME")
+    ] = None,
+    runtime: Annotated[
+        str | None, _option("--runtime", "llama.cpp, transformers, vllm or onnxruntime; the format's own.", "NAME")
+    ] = None,
+    context: Annotated[int | None, _option("--context", "Of each sequence; 2048 by default.", "TOKENS")] = None,
+    batch: BatchOption = 1,
+    kv_type: Annotated[str, _option("--kv-type", "Of the KV cache: f16, q8_0 or q4_0.", "TYPE")] = "f16",
+    prompt: Annotated[int | None, _option("--prompt", "Tokens before the first one; 512 by default.", "TOKENS")] = None,
+    device: Annotated[str | None, _option("--device", "Like 4090 or local; see devices.", "NAME")] = None,
+    all_devices: Annotated[bool, typer.Option("--all-devices", help="Every device.")] = False,
+    own: DevicesOption = None,
+    layers: Annotated[int | None, _option("--layers", "Of a shape in the place of MODEL.", "N")] = None,
+    width: Annotated[int | None, _option("--width", "Of its hidden states.", "N")] = None,
+    heads: Annotated[int | None, _option("--heads", "Of its attention.", "N")] = None,
+    kv_heads: Annotated[int | None, _option("--kv-heads", "As many as heads by default.", "N")] = None,
+    head_dim: Annotated[int | None, _option("--head-dim", "The heads' share of the width by default.", "N")] = None,
+    ffn: Annotated[int | None, _option("--ffn", "Neurons of a layer, or of an expert.", "N")] = None,
+    vocab: Annotated[int | None, _option("--vocab", "Entries of the vocabulary.", "N")] = None,
+    experts: Annotated[int | None, _option("--experts", "Of a mixture.", "N")] = None,
+    active_experts: Annotated[int | None, _option("--active-experts", "That a token takes.", "N")] = None,
+    window: Annotated[int | None, _option("--window", "Of sliding attention in all layers.", "TOKENS")] = None,
+    tied: Annotated[bool, typer.Option("--tied", help="The head is the embedding table.")] = False,
+    cache: CacheOption = None,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """Predict what a model takes and how fast it would run; nothing is loaded."""
+    from autodistill.hardware_summary import appraisal_text
+
+    quiet_libraries(model)
+    _print(output, lambda: _appraised(ctx.params), dict, appraisal_text)
+
+
+@app.command()
+def pick(
+    ctx: typer.Context,
+    runs: Annotated[list[str] | None, typer.Argument(help="Names of runs; all by default.", metavar="[RUN]...")] = None,
+    budget: Annotated[str | None, _option("--budget", f"{_BUDGET_HELP}.", "SIZE")] = None,
+    device: Annotated[str | None, _option("--device", "Takes the budget from it, like 4090 or local.", "NAME")] = None,
+    context: ContextOption = 2048,
+    streams: Annotated[int, _option("--streams", "Sequences decoded at once.", "N")] = 1,
+    latency: Annotated[
+        str | None, _option("--latency", "Like 50ms, or ttft_p95=300ms,tpot_p99=50ms@streams=16.", "LIMITS")
+    ] = None,
+    min_accuracy: Annotated[float | None, _option("--min-accuracy", "A fraction.", "X")] = None,
+    tiers: Annotated[bool, typer.Option("--tiers", help="The best for each of 4 to 80 GB.")] = False,
+    own: DevicesOption = None,
+    out: OutOption = _RUNS,
+    cache: CacheOption = None,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """Pick the best stored student for some hardware, without training."""
+    from autodistill.hardware_summary import pick_text
+
+    _print(output, lambda: _pick(ctx.params), dict, pick_text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -306,12 +394,11 @@ def _search(ctx: typer.Context) -> None:
 def _request(ctx: typer.Context, started: float) -> SearchRequest:
     """The request of a command line; no model library is imported before its numbers are known to be right."""
     given: dict[str, Any] = ctx.params
-    memory = given["budget"] if given["budget"] is not None else _NO_LIMIT
-    budget = Budget(memory_bytes=parse_bytes(memory), context=given["context"], batch=given["batch"])
+    budget = Budget(memory_bytes=_memory_limit(ctx), context=given["context"], batch=given["batch"])
     seconds = None if given["time_box"] is None else parse_duration(given["time_box"])
     limit = parse_bytes(given["cache_limit"])
     quiet_libraries(given["teacher"], given["data"])
-    from autodistill.search.request import SearchRequest, default_cache
+    from autodistill.search.request import SearchRequest
 
     return SearchRequest(
         budget=budget,
@@ -337,6 +424,20 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
     )
 
 
+def _memory_limit(ctx: typer.Context) -> int:
+    """The memory that `--budget` gives, or the device; `distill` alone may have no limit."""
+    given = ctx.params
+    if given["budget"] is not None and given.get("device") is not None:
+        raise InputError("--budget gives the memory, and so does --device: give one of the two")
+    if given.get("device") is not None:
+        from autodistill.local_device import choose_device
+
+        return choose_device(given["device"], given["cache"] or default_cache()).usable_bytes
+    if given["budget"] is None and "device" in given:
+        raise InputError("search needs the memory that the student may take: --budget like 16GB, or --device like 4090")
+    return parse_bytes(_NO_LIMIT if given["budget"] is None else given["budget"])
+
+
 def _searched(request: SearchRequest) -> Outcome:
     from autodistill.live import SearchView
     from autodistill.search.search import search
@@ -349,7 +450,7 @@ def _written(given: Mapping[str, Any]) -> dict[str, Any]:
     timeout = parse_duration(given["timeout"])
     quiet_libraries(given["teacher"])
     from autodistill.distillation.generation import Sampling
-    from autodistill.search.request import DEFAULT_TEACHER, default_cache
+    from autodistill.search.request import DEFAULT_TEACHER
     from autodistill.writing import WriteRequest, write_data
 
     names = ("prompts", "out", "endpoint", "model", "max_tokens", "top_k", "batch")
@@ -369,6 +470,55 @@ def _written(given: Mapping[str, Any]) -> dict[str, Any]:
                 view.log(f"{done} of {total} answers")
 
         return write_data(request, progress)
+
+
+_SIZES = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "experts", "active_experts", "window")
+
+
+def _appraised(given: Mapping[str, Any]) -> dict[str, Any]:
+    from autodistill.appraisal import appraise
+    from autodistill.described import deployment_named, describe, shape
+    from autodistill.local_device import choose_device, known_devices
+
+    sizes = {name: given[name] for name in _SIZES}
+    if (given["model"] is None) == all(size is None for size in sizes.values()):
+        raise InputError("estimate takes either a MODEL or a shape, like --layers 22 --width 2048 --heads 32 ...")
+    if given["device"] and given["all_devices"]:
+        raise InputError("--device names one device and --all-devices all of them: give one of the two")
+    own, cache = given["own"] or (), given["cache"] or default_cache()
+    found = known_devices(own) if given["all_devices"] else ()
+    if given["device"]:
+        found = (choose_device(given["device"], cache, own),)
+    described = shape(sizes, tied=given["tied"]) if given["model"] is None else describe(given["model"])
+    if given["format_name"]:
+        described = replace(described, weights_bytes=None)
+    deployment = deployment_named(given["format_name"] or "gguf-q8_0")
+    options = {name: given[name] for name in ("context", "batch", "kv_type", "runtime", "prompt")}
+    return appraise(described, deployment, devices=found, **options)
+
+
+def _pick(given: Mapping[str, Any]) -> dict[str, Any]:
+    from autodistill.local_device import choose_device
+    from autodistill.pick import Wanted, pick, pick_tiers, stored
+    from autodistill.units import parse_latency
+
+    if given["tiers"] == bool(given["budget"] or given["device"]):
+        raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
+    limits = parse_latency(given["latency"], given["streams"]) if given["latency"] else ()
+    cache = given["cache"] or default_cache()
+    found = choose_device(given["device"], cache, given["own"] or ()) if given["device"] else None
+    if limits and found is None:
+        raise InputError("a limit of latency holds on a device: name it with --device")
+    wanted = Wanted(
+        memory_bytes=parse_bytes(given["budget"]) if given["budget"] else found.usable_bytes if found else 1,
+        context=given["context"],
+        streams=given["streams"],
+        device=found,
+        latency=limits,
+        least=given["min_accuracy"],
+    )
+    rows = stored(given["out"], given["runs"] or ())
+    return pick_tiers(rows, wanted) if given["tiers"] else pick(rows, wanted)
 
 
 def _planned(request: SearchRequest) -> dict[str, Any]:

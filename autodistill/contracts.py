@@ -80,7 +80,11 @@ class ModelSpec:
         architecture: transformers' `model_type`, like "llama".
         layers, width, heads, kv_heads, head_dim, ffn_width, vocabulary, max_context: Sizes.
         tied: Whether the head is the embedding table.
-        tensors: Every stored tensor once, under transformers' name; a tied head is not among them.
+        tensors: Every stored tensor once, under transformers' name; a tied head is not among them. The experts' share
+            of a mixture is one matrix each of gates, ups and downs in a layer.
+        window, windowed_layers: Tokens that a sliding window sees, and how many of the layers have one; 0 where none.
+        experts, active_experts: Of a mixture of experts, each of `ffn_width`, and those that a token takes; 0 where
+            there is one FFN.
     """
 
     architecture: str
@@ -94,6 +98,10 @@ class ModelSpec:
     max_context: int
     tied: bool
     tensors: tuple[TensorSpec, ...]
+    window: int = 0
+    windowed_layers: int = 0
+    experts: int = 0
+    active_experts: int = 0
 
     @cached_property
     def parameters(self) -> int:

@@ -1,4 +1,4 @@
-"""The arithmetic of memory for a described model in a deployment, and while it trains; no torch, no training."""
+"""A model described by its config, held against a budget, and the memory of its training; no torch, no training."""
 
 from __future__ import annotations
 
@@ -10,27 +10,13 @@ from typing import Any
 from autodistill.contracts import ModelSpec, OptimizerState
 from autodistill.errors import InputError
 from autodistill.families import FAMILIES, Axis, get_family
-from autodistill.formats import Packing, Role, TensorSpec, weights_bytes
+from autodistill.formats import Packing, Role, TensorSpec
+from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES, MemoryEstimate, memory
 from autodistill.strategy import Alignment, Attention, Deployment, Lora
 from autodistill.units import Budget, format_bytes
 
 ARCHITECTURES = tuple(FAMILIES)
 """transformers' `model_type`s that can be described."""
-
-_UBATCH = 512  # llama.cpp's n_ubatch: the most tokens that one graph of its works on
-_CACHE_CELLS = 256  # llama.cpp rounds a sequence's context up to a multiple of this
-_INPUT_BYTES = 40  # a token's id, position, cache slots and output index in llama.cpp's graph, padding included
-_VLLM_BLOCK = 16  # tokens of a page of vLLM's KV cache
-_VLLM_BATCHED_TOKENS = 2048  # vLLM's default max_num_batched_tokens: what a step's activations are made for
-
-LLAMA_CPP_PROCESS_BYTES = 20 * 2**20
-"""Resident code, threads and server of a llama.cpp process beyond its buffers (measured, xllamacpp on Linux x86-64)."""
-LLAMA_CPP_VOCABULARY_BYTES = 512
-"""Resident bytes of llama.cpp's tables for one entry of the vocabulary, merges included (measured, 49,152 entries)."""
-TRANSFORMERS_PROCESS_BYTES = 400 * 10**6
-"""Resident memory of a process that has imported torch and transformers (measured, CPU build of torch 2.13)."""
-VLLM_PROCESS_BYTES = 10**9
-"""CUDA context, libraries and captured graphs of vLLM: an order of magnitude, not measured here."""
 
 
 def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
@@ -66,11 +52,29 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         tied=bool(config.get("tie_word_embeddings", family.tied)),
         tensors=(),
     )
+    window, windowed = _windows(config, spec.layers)
+    spec = replace(spec, window=window, windowed_layers=windowed)
     tensors = (
         TensorSpec(name=name, role=role, shape=_shape(spec, name))
         for name, role in family.tensors(config, spec.layers, spec.tied)
     )
     return replace(spec, tensors=tuple(tensors))
+
+
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, int]:
+    """The sliding window of a config, and how many layers have one; Qwen's counts where `use_sliding_window` says."""
+    window = config.get("sliding_window")
+    if not window or config.get("use_sliding_window") is False:
+        return 0, 0
+    kinds = config.get("layer_types")
+    pattern = config.get("sliding_window_pattern")
+    if kinds:
+        windowed = sum(kind == "sliding_attention" for kind in kinds[:layers])
+    elif pattern:
+        windowed = layers - layers // int(pattern)
+    else:
+        windowed = layers
+    return (int(window), windowed) if windowed else (0, 0)
 
 
 def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
@@ -99,6 +103,8 @@ def _shape(spec: ModelSpec, name: str) -> tuple[int, ...]:
 def resized(spec: ModelSpec, **sizes: int) -> ModelSpec:
     """The same model with other sizes, and at most as many layers."""
     changed = replace(spec, **sizes)  # type: ignore[arg-type]
+    windowed = round(spec.windowed_layers * changed.layers / spec.layers)
+    changed = replace(changed, windowed_layers=windowed, window=spec.window if windowed else 0)
     family = get_family(spec.architecture)
     kept = (
         replace(tensor, shape=_shape(changed, tensor.name))
@@ -117,116 +123,6 @@ def with_layers(spec: ModelSpec, layers: int) -> ModelSpec:
     if not 1 <= layers <= spec.layers:
         raise InputError(f"a model of {spec.layers} layers cannot be cut to {layers}: keep 1 to {spec.layers}")
     return resized(spec, layers=layers)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryEstimate:
-    """Memory that inference takes, by parts, in bytes.
-
-    Attributes:
-        weights_bytes: The packed weights as the runtime holds them.
-        kv_cache_bytes: Keys and values of `batch` sequences of `context` tokens.
-        compute_bytes: Activations and logits.
-        overhead_bytes: What the process takes beyond those.
-        runtime: The engine.
-        context, batch: Tokens of each sequence, and sequences at once.
-    """
-
-    weights_bytes: int
-    kv_cache_bytes: int
-    compute_bytes: int
-    overhead_bytes: int
-    runtime: str
-    context: int
-    batch: int
-
-    @property
-    def total_bytes(self) -> int:
-        """The sum of the parts, which a memory limit is held against."""
-        return self.weights_bytes + self.kv_cache_bytes + self.compute_bytes + self.overhead_bytes
-
-
-def memory(spec: ModelSpec, deployment: Deployment, *, context: int, batch: int) -> MemoryEstimate:
-    """Predicts the memory that serving a model takes.
-
-    Raises:
-        InputError: A size below 1, or a tensor that the format cannot hold.
-    """
-    if context < 1 or batch < 1:
-        raise InputError(f"context and batch must be at least 1, not {context} and {batch}")
-    parts = {"llama.cpp": _llama_cpp, "transformers": _transformers, "vllm": _vllm}[deployment.runtime]
-    weights, cache, compute, overhead = parts(spec, deployment, context, batch)
-    return MemoryEstimate(
-        weights_bytes=weights,
-        kv_cache_bytes=cache,
-        compute_bytes=compute,
-        overhead_bytes=overhead,
-        runtime=deployment.runtime,
-        context=context,
-        batch=batch,
-    )
-
-
-def tightest_budget(spec: ModelSpec, deployment: Deployment, *, context: int, batch: int) -> int:
-    """The smallest memory limit, in bytes, that this deployment still meets."""
-    return memory(spec, deployment, context=context, batch=batch).total_bytes
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
-def _packed(spec: ModelSpec, deployment: Deployment) -> int:
-    return weights_bytes(spec.tensors, deployment)
-
-
-def _kv_cache(spec: ModelSpec, tokens: int) -> int:
-    """Keys and values of `tokens` tokens at 16 bits; that sliding windows may hold fewer is not counted."""
-    return 2 * spec.layers * spec.kv_heads * spec.head_dim * tokens * 2
-
-
-def _llama_cpp(spec: ModelSpec, deployment: Deployment, context: int, batch: int) -> tuple[int, int, int, int]:
-    """Weights, KV, compute and overhead as llama.cpp allocates them on a CPU, flash attention on, KV in F16.
-
-    The graph's peak was read off llama.cpp's own "compute buffer size" lines while one size at a time was varied. In
-    float32 of n = min(n_ubatch, context) tokens it is five rows of the width, and the largest of: gate, up and product
-    of the FFN; the queries twice, or once with keys and values copied; the logits of one token a sequence. Beside it
-    lies the attention mask, F16 [cells, n]. It is exact for three layers and more, and an upper bound for models whose
-    FFN is narrower than twice the width. The output buffer holds one token's logits for each sequence.
-    """
-    cells = _round_up(context, _CACHE_CELLS)
-    tokens = min(_UBATCH, context * batch)
-    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    logits = 4 * batch * spec.vocabulary
-    peak = max(4 * tokens * max(3 * spec.ffn_width, 2 * queries, queries + 3 * keys), logits)
-    compute = 4 * tokens * 5 * spec.width + peak + 2 * cells * tokens + _INPUT_BYTES * tokens
-    overhead = LLAMA_CPP_PROCESS_BYTES + LLAMA_CPP_VOCABULARY_BYTES * spec.vocabulary
-    return _packed(spec, deployment), _kv_cache(spec, cells * batch), compute + logits, overhead
-
-
-def _transformers(spec: ModelSpec, deployment: Deployment, context: int, batch: int) -> tuple[int, int, int, int]:
-    """As transformers holds them in bfloat16, the prompt read in one pass, logits of the last token alone.
-
-    compressed-tensors weights are decompressed by the first forward pass, so they count as 16 bits. Activations are
-    the stream, its norm, the attention's output and one spare at the width, and three tensors at the FFN's.
-    """
-    weights = _packed(spec, deployment)
-    if deployment.container == "compressed-tensors":
-        weights = 2 * spec.parameters
-    activations = 2 * batch * context * (4 * spec.width + 3 * spec.ffn_width)
-    logits = (2 + 4) * batch * spec.vocabulary
-    return weights, _kv_cache(spec, context * batch), activations + logits, TRANSFORMERS_PROCESS_BYTES
-
-
-def _vllm(spec: ModelSpec, deployment: Deployment, context: int, batch: int) -> tuple[int, int, int, int]:
-    """As vLLM needs them at the least: packed weights, paged KV in bfloat16, and the activations of one step.
-
-    vLLM by default takes what is left of the device for more KV cache; `gpu_memory_utilization` is how it is limited.
-    """
-    cache = _kv_cache(spec, _round_up(context, _VLLM_BLOCK) * batch)
-    activations = 2 * _VLLM_BATCHED_TOKENS * (4 * spec.width + 3 * spec.ffn_width)
-    logits = (2 + 4) * batch * spec.vocabulary
-    return _packed(spec, deployment), cache, activations + logits, VLLM_PROCESS_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,6 +91,7 @@ class LlamaServer:
         context: Tokens of context of each sequence; llama.cpp rounds it up to a multiple of 256.
         threads: CPU threads.
         parallel: Sequences that it makes room for.
+        kv_type: What keys and values are held in: "f16", "q8_0" or "q4_0".
 
     Raises:
         MissingDependencyError: xllamacpp is not installed.
@@ -98,7 +99,7 @@ class LlamaServer:
             message has llama.cpp's own words.
     """
 
-    def __init__(self, path: Path, context: int, threads: int, parallel: int = 1) -> None:
+    def __init__(self, path: Path, context: int, threads: int, parallel: int = 1, kv_type: str = "f16") -> None:
         if importlib.util.find_spec("xllamacpp") is None:
             raise MissingDependencyError("running a GGUF file needs xllamacpp: pip install xllamacpp")
         for name, value in (("context", context), ("threads", threads), ("parallel", parallel)):
@@ -110,6 +111,7 @@ class LlamaServer:
             "context": context,
             "threads": threads,
             "parallel": parallel,
+            "kv_type": kv_type,
         }
 
     def __enter__(self) -> Self:

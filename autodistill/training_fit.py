@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from autodistill.contracts import HeldType, ModelSpec, OptimizerState
 from autodistill.errors import InputError, MissingDependencyError
-from autodistill.estimate import TRANSFORMERS_PROCESS_BYTES, TrainingEstimate, training_memory
+from autodistill.estimate import TrainingEstimate, training_memory
 from autodistill.hardware import Machine
+from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
 from autodistill.strategy import Alignment, Attention, Lora
 from autodistill.units import format_bytes
 

@@ -67,6 +67,65 @@ def parse_duration(text: str) -> float:
     return float(_parse(text, _SECONDS, "a duration", "10m, 45s or 50ms"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class LatencyLimit:
+    """One limit of latency.
+
+    Attributes:
+        quantity: "tpot", time of a token after the first, or "ttft", time to the first one.
+        percentile: Of the times that must lie within it.
+        seconds: The limit.
+        streams: Sequences decoded at once.
+    """
+
+    quantity: str
+    percentile: int
+    seconds: float
+    streams: int
+
+    def describe(self) -> str:
+        """As it would be typed, like "tpot_p95=50.0ms@streams=1"."""
+        return f"{self.quantity}_p{self.percentile}={format_duration(self.seconds)}@streams={self.streams}"
+
+
+_LATENCY = "50ms, or ttft_p95=300ms,tpot_p99=50ms@streams=16"
+_LIMIT = re.compile(r"\s*(ttft|tpot)(?:_p([1-9]\d?))?\s*=(.*)", re.ASCII)
+_STREAMS = re.compile(r"\s*streams\s*=\s*([1-9]\d{0,5})\s*\Z", re.ASCII)
+
+
+def parse_latency(text: str, streams: int = 1) -> tuple[LatencyLimit, ...]:
+    """Reads limits of latency: "50ms" is the 95th percentile of a token after the first.
+
+    Args:
+        text: A duration, or quantities with their limits, and perhaps "@streams=N" at the end.
+        streams: Where the text does not say.
+
+    Raises:
+        InputError: Another form, a quantity that is not known or limited twice, or no positive duration.
+    """
+    limits, at, load = text.partition("@")
+    if at:
+        found = _STREAMS.match(load)
+        if found is None:
+            raise InputError(f"{text!r} is no limit of latency: after @ comes streams=N; write {_LATENCY}")
+        streams = int(found[1])
+    parsed = []
+    for part in limits.split(","):
+        named = _LIMIT.match(part)
+        if named is None and "=" in part:
+            raise InputError(
+                f"{text!r} is no limit of latency: ttft and tpot have percentiles 1 to 99; write {_LATENCY}"
+            )
+        quantity, percentile, duration = named.groups() if named else ("tpot", None, part)
+        seconds = float(_parse(duration, _SECONDS, "a limit of latency", _LATENCY))
+        parsed.append(
+            LatencyLimit(quantity=quantity, percentile=int(percentile or 95), seconds=seconds, streams=streams)
+        )
+    if len({(limit.quantity, limit.percentile) for limit in parsed}) < len(parsed):
+        raise InputError(f"{text!r} limits one latency twice: write {_LATENCY}")
+    return tuple(parsed)
+
+
 def format_bytes(count: float) -> str:
     """Writes bytes with three significant digits in decimal units, like "98.3 MB"."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

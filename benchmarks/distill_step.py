@@ -43,7 +43,7 @@ from autodistill.distillation.teacher import load_model, materialise, resolve_te
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
 from autodistill.distillation.trainer import Trainer
 from autodistill.formats import get_format
-from autodistill.search.request import default_cache
+from autodistill.records.store import default_cache
 from autodistill.strategy import Alignment, Distillation, Init, Strategy
 
 DRAWS = 50

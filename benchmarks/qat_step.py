@@ -30,7 +30,7 @@ from autodistill.distillation.teacher import materialise, resolve_teacher
 from autodistill.distillation.trainer import Trainer
 from autodistill.estimate import spec_from_config
 from autodistill.formats import Grid
-from autodistill.search.request import default_cache
+from autodistill.records.store import default_cache
 from autodistill.strategy import Distillation, Finishing, Init, Strategy
 
 LENGTH = 256

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from autodistill.contracts import Measurement, Needs, Source, Subject
-from autodistill.estimate import MemoryEstimate, memory
 from autodistill.llama_cpp import LlamaServer
+from autodistill.serving_memory import MemoryEstimate, memory
 from autodistill.strategy import Deployment
 
 

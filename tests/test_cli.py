@@ -29,8 +29,8 @@ deployments:
 baselines: [logit_kd]
 """
 VERBS = {
-    "search": "--budget --teacher --data --space --metric --trials --tokens --time --context --batch --seed --name "
-    "--out --resume --plan --runner --format --cache --cache-limit",
+    "search": "--budget --device --teacher --data --space --metric --trials --tokens --time --context --batch --seed "
+    "--name --out --resume --plan --runner --format --cache --cache-limit",
     "distill": "--budget --teacher --data --metric --tokens --time --context --batch --seed --name --out --runner "
     "--format --cache --cache-limit",
     "write": "--prompts --out --teacher --endpoint --model --max-tokens --temperature --top-p --seed --top-k --batch "
@@ -38,6 +38,11 @@ VERBS = {
     "leaderboard": "--out --format",
     "export": "--row --to --out --runs --format",
     "doctor": "--out --cache --format",
+    "devices": "--devices --local --cache --format",
+    "estimate": "--format-name --runtime --context --batch --kv-type --prompt --device --all-devices --devices "
+    "--layers --width --heads --kv-heads --head-dim --ffn --vocab --experts --active-experts --window --tied --cache "
+    "--format",
+    "pick": "--budget --device --context --streams --latency --min-accuracy --tiers --devices --out --cache --format",
 }
 ROW_FIELDS = (
     "row_id schema_version strategy_id strategy deployment status split accuracy accuracy_stderr perplexity agreement "
@@ -104,7 +109,25 @@ def run(capfd: pytest.CaptureFixture[str], line: str, inputs: Path, out: Path | 
 
 GOOD = "search --budget 1GB --teacher @/teacher --data @/data --space @/space.yaml"
 BAD = [
-    ("search", ["--budget"]),
+    ("search", ["--budget", "--device"]),
+    ("search --device 409", ["there is no device '409'", "RTX 4090"]),
+    ("search --device t4 --budget 1GB", ["give one of the two"]),
+    ("estimate", ["a MODEL or a shape"]),
+    ("estimate --layers 2 --width 64", ["--heads, --ffn, --vocab"]),
+    ("estimate @/teacher --format-name q4", ["no format 'q4'", "gguf-q4_0"]),
+    ("estimate @/teacher --context 513", ["context of 512"]),
+    ("estimate @/teacher --kv-type q5", ["f16, q8_0, q4_0"]),
+    (
+        "estimate @/teacher --runtime vllm --format-name huggingface --kv-type q8_0",
+        ["vllm holds no KV cache in 'q8_0'"],
+    ),
+    ("estimate @/teacher --device t4 --all-devices", ["give one of the two"]),
+    ("pick", ["--budget or --device", "--tiers"]),
+    ("pick --budget 1GB --latency 50ms", ["name it with --device"]),
+    ("pick --device t4 --latency fast", ["no", "50ms"]),
+    ("pick --budget 1GB --streams 0", ["--streams must be at least 1"]),
+    ("pick --budget 1GB --min-accuracy 80", ["between 0 and 1"]),
+    ("pick --budget 1GB --out @/none", ["there are no runs"]),
     ("search --budget '16 gigs'", ["16 gigs", "16GB"]),
     ("search --budget -1GB", ["-1GB", "16GB"]),
     ("search --budget 0", ["'0'", "16GB"]),
@@ -319,7 +342,7 @@ def test_a_search_says_what_it_does_in_plain_lines_and_no_library_joins_in(ran: 
         ("--resume --teacher @/other", ["another teacher"]),
         ("--resume --data pydoc", ["another data"]),
         ("--resume --space default", ["another space"]),
-        ("--resume --trials 5", ["trials"]),
+        ("--resume --trials 1", ["trials"]),
         ("--resume --seed 9", ["another seed"]),
     ],
 )

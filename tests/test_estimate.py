@@ -30,16 +30,15 @@ from autodistill.estimate import (
     cannot_hold,
     fits,
     holdable,
-    memory,
     shortfall,
     smallest,
     spec_from_config,
-    tightest_budget,
     training_memory,
     with_layers,
 )
 from autodistill.formats import Grid, Role
 from autodistill.llama_cpp import LlamaServer
+from autodistill.serving_memory import memory, tightest_budget
 from autodistill.strategy import Alignment, Attention, Deployment
 from autodistill.units import Budget
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autodistill.errors import InputError
-from autodistill.units import Budget, format_bytes, format_duration, parse_bytes, parse_duration
+from autodistill.units import (
+    Budget,
+    LatencyLimit,
+    format_bytes,
+    format_duration,
+    parse_bytes,
+    parse_duration,
+    parse_latency,
+)
 
 BYTES = {
     "B": 1,
@@ -165,3 +175,59 @@ def test_a_budget_is_plain_data():
 def test_budgets_that_cannot_be(fields, said):
     with pytest.raises(InputError, match=said):
         Budget(**({"memory_bytes": 10**9} | fields))
+
+
+@pytest.mark.parametrize(
+    ("text", "limits"),
+    [
+        ("50ms", [("tpot", 95, 0.05, 1)]),
+        ("ttft=2s", [("ttft", 95, 2.0, 1)]),
+        ("ttft_p95=300ms,tpot_p99=50ms@streams=16", [("ttft", 95, 0.3, 16), ("tpot", 99, 0.05, 16)]),
+        (" tpot_p50 = 20 ms @ streams = 4 ", [("tpot", 50, 0.02, 4)]),
+    ],
+)
+def test_a_limit_of_latency_names_quantity_percentile_and_load(text: str, limits: list[tuple[Any, ...]]) -> None:
+    found = parse_latency(text)
+    assert [(one.quantity, one.percentile, one.seconds, one.streams) for one in found] == limits
+
+
+def test_streams_are_the_caller_s_where_the_text_does_not_say() -> None:
+    assert parse_latency("50ms", 4)[0].streams == 4
+    assert parse_latency("50ms@streams=2", 4)[0].streams == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is not a limit of latency"),
+        ("50", "write a number and a unit"),
+        ("0ms", "above zero"),
+        ("ttft_p0=1s", "percentiles 1 to 99"),
+        ("ttft_p100=1s", "percentiles 1 to 99"),
+        ("latency=1s", "ttft and tpot"),
+        ("50ms@16", "after @ comes streams=N"),
+        ("50ms@streams=0", "after @ comes streams=N"),
+        ("50ms,tpot=40ms", "limits one latency twice"),
+        ("50ms,", "is not a limit of latency"),
+    ],
+)
+def test_other_limits_of_latency_are_refused(text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        parse_latency(text)
+
+
+@given(text=st.text(alphabet="tpo_f=,@streams 0123456789.mus", max_size=40))
+def test_any_text_is_limits_of_latency_or_is_refused(text: str) -> None:
+    with contextlib.suppress(InputError):
+        assert all(limit.seconds > 0 and 1 <= limit.percentile <= 99 for limit in parse_latency(text))
+
+
+@given(
+    quantity=st.sampled_from(["tpot", "ttft"]),
+    percentile=st.integers(1, 99),
+    tenths=st.integers(1, 9999),
+    streams=st.integers(1, 999),
+)
+def test_a_limit_of_latency_reads_what_it_writes(quantity: str, percentile: int, tenths: int, streams: int) -> None:
+    limit = LatencyLimit(quantity=quantity, percentile=percentile, seconds=tenths / 1e4, streams=streams)
+    assert parse_latency(limit.describe()) == (limit,)

@@ -324,6 +324,11 @@ class RunFolder:
         self._lock = descriptor
 
 
+def default_cache() -> Path:
+    """Where teachers, prepared data, teacher outputs and this machine's measurement are kept for all runs."""
+    return Path.home() / ".cache" / "autodistill"
+
+
 def known_runs(out: Path) -> list[str]:
     """Names of the runs in a folder, sorted."""
     return sorted(path.parent.name for path in out.glob(f"*/{_SEARCH}") if _NAME.match(path.parent.name))

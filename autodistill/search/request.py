@@ -17,7 +17,7 @@ from autodistill.distillation.teacher import (
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimate import cannot_hold, fits, holdable, shortfall, spec_from_config
-from autodistill.records.store import RunFolder, read_json
+from autodistill.records.store import RunFolder, default_cache, read_json
 from autodistill.search.sampler import SAMPLERS
 from autodistill.space import Space, load_space, load_strategy
 from autodistill.strategy import Strategy
@@ -30,11 +30,6 @@ RUNNERS = ("ray", "inline")
 # What may rank is measured at every rung, so it must come from the simulated student alone.
 METRICS: Mapping[str, Direction] = {"accuracy": "max", "agreement": "max", "perplexity": "min", "exact_match": "max"}
 WRITTEN = ("exact_match",)  # those for which the student answers questions in writing
-
-
-def default_cache() -> Path:
-    """Where teachers, prepared data and teacher outputs are kept for all searches."""
-    return Path.home() / ".cache" / "autodistill"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,164 @@
+"""A model to be estimated: a folder, a GGUF file, a hub id or a shape in numbers becomes its description."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from autodistill.contracts import ModelSpec
+from autodistill.distillation.gguf_file import read_gguf
+from autodistill.distillation.teacher import read_config, resolve_teacher
+from autodistill.errors import InputError
+from autodistill.estimate import spec_from_config
+from autodistill.families import FAMILIES
+from autodistill.formats import FORMATS, Packing, Role, TensorSpec
+from autodistill.strategy import Deployment, serving
+
+# transformers' names of mixtures: the dense family they are like, and the config's names of their sizes.
+_MIXTURES = {
+    "mixtral": ("llama", "intermediate_size", "num_local_experts"),
+    "qwen3_moe": ("qwen3", "moe_intermediate_size", "num_experts"),
+}
+_SHAPE = ("layers", "width", "heads", "ffn", "vocab")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """A model of which nothing was loaded.
+
+    Attributes:
+        name: For a person.
+        spec: Its shape.
+        weights_bytes: Of a GGUF file's own tensors; None where a format decides.
+    """
+
+    name: str
+    spec: ModelSpec
+    weights_bytes: int | None = None
+
+
+def describe(reference: str) -> Described:
+    """Describes the model that a reference names; nothing but its config or header is read.
+
+    Args:
+        reference: A folder with a config.json, a .gguf file, "smollm2", or a hub id.
+
+    Raises:
+        InputError: Nothing is there, it is damaged, or of an architecture that is not known.
+    """
+    path = Path(os.path.expanduser(reference))
+    if path.is_dir():
+        return Described(name=path.resolve().name, spec=spec_of(read_config(path)))
+    found = resolve_teacher(reference)
+    if found.kind == "gguf" and found.path is not None:
+        file = read_gguf(found.path)
+        stored = sum(tensor.size for tensor in file.tensors)
+        return Described(name=found.name, spec=spec_of(found.config), weights_bytes=stored)
+    return Described(name=found.name, spec=spec_of(found.config))
+
+
+def spec_of(config: Mapping[str, Any]) -> ModelSpec:
+    """As `spec_from_config`, and for mixtures of experts, which can be estimated though not distilled.
+
+    Raises:
+        InputError: As `spec_from_config`.
+    """
+    name = str(config.get("model_type"))
+    if name not in _MIXTURES:
+        if name not in FAMILIES:
+            known = ", ".join([*FAMILIES, *_MIXTURES])
+            raise InputError(f"the architecture {name!r} cannot be estimated; these can: {known}")
+        return spec_from_config(config)
+    like, width, count = _MIXTURES[name]
+    # transformers 5 writes every family's count under one name; files on the hub have the family's own.
+    experts, active = config.get(count, config.get("num_local_experts")), config.get("num_experts_per_tok")
+    if type(experts) is not int or type(active) is not int or not 1 <= active <= experts:
+        raise InputError(f"a config of {name} must give {count} and num_experts_per_tok, at most as many")
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise InputError(f"a {name} whose layers are not all mixtures cannot be estimated")
+    dense = spec_from_config(dict(config) | {"model_type": like, "intermediate_size": config.get(width)})
+    tensors = tuple(_mixed(tensor, experts) for tensor in dense.tensors)
+    # The router stays in the precision of vectors, in GGUF float32.
+    routers = tuple(
+        TensorSpec(name=f"model.layers.{layer}.mlp.router.weight", role=Role.NORM, shape=(experts, dense.width))
+        for layer in range(dense.layers)
+    )
+    return replace(dense, tensors=tensors + routers, experts=experts, active_experts=active)
+
+
+def _mixed(tensor: TensorSpec, experts: int) -> TensorSpec:
+    """The matrices of all experts as one, stacked by rows, which packs to as many bytes."""
+    found = re.fullmatch(r"(model\.layers\.\d+\.mlp)\.(\w+\.weight)", tensor.name)
+    if found is None:
+        return tensor
+    rows, columns = tensor.shape
+    return replace(tensor, name=f"{found[1]}.experts.{found[2]}", shape=(experts * rows, columns))
+
+
+def shape(sizes: Mapping[str, int | None], *, tied: bool = False, family: str = "llama") -> Described:
+    """A model in numbers.
+
+    Args:
+        sizes: "layers", "width", "heads", "ffn" and "vocab"; "kv_heads" is as many as heads, "head_dim" their even
+            share of the width, "experts" and "active_experts" none, and "window" none where they are left out.
+        tied: Whether the head is the embedding table.
+        family: transformers' `model_type` that it is like.
+
+    Raises:
+        InputError: A size that is missing or not positive, or sizes that do not go together.
+    """
+    missing = [f"--{name}" for name in _SHAPE if sizes.get(name) is None]
+    if missing:
+        raise InputError(f"a described shape needs {', '.join(missing)} as well")
+    config: dict[str, Any] = {
+        "model_type": family,
+        "num_hidden_layers": sizes["layers"],
+        "hidden_size": sizes["width"],
+        "num_attention_heads": sizes["heads"],
+        "num_key_value_heads": sizes.get("kv_heads") or sizes["heads"],
+        "intermediate_size": sizes["ffn"],
+        "vocab_size": sizes["vocab"],
+        "max_position_embeddings": 2**31 - 1,
+        "tie_word_embeddings": tied,
+        "sliding_window": sizes.get("window"),
+    }
+    heads, width = sizes["heads"], sizes["width"]
+    if sizes.get("head_dim") is not None:
+        config["head_dim"] = sizes["head_dim"]
+    elif heads and width and (heads < 1 or width % heads):
+        raise InputError(f"{heads} heads do not divide a width of {width}: give --head-dim")
+    if heads and config["num_key_value_heads"] and heads % config["num_key_value_heads"]:
+        raise InputError(f"{config['num_key_value_heads']} --kv-heads do not divide {heads} --heads")
+    if sizes.get("experts"):
+        changes = {"model_type": "mixtral", "num_local_experts": sizes["experts"]}
+        config |= changes | {"num_experts_per_tok": sizes.get("active_experts") or 1}
+    spec = spec_of(config)
+    return Described(name=f"{spec.parameters / 1e9:.3g}B {family}", spec=spec)
+
+
+def deployment_named(name: str, runtime: str | None = None) -> Deployment:
+    """The deployment of a name such as "gguf-q4_0", "compressed-tensors-int4-g64" or "huggingface".
+
+    Raises:
+        InputError: There is none of that name, or it is not served by the runtime; the message lists those that are.
+    """
+    known = {}
+    for form in FORMATS.values():
+        for storage in form.linears:
+            grid = (16, 0, True) if isinstance(storage, str) else (storage.bits, storage.group_size, storage.symmetric)
+            packing = Packing(format=form.name, bits=grid[0], group_size=grid[1], symmetric=grid[2])
+            known[packing.name] = packing
+    if name not in known:
+        raise InputError(f"there is no format {name!r}; there are {', '.join(known)}")
+    packing = known[name]
+    return Deployment(
+        runtime=runtime or serving(packing)[0],
+        format=packing.format,
+        bits=packing.bits,
+        group_size=packing.group_size,
+        symmetric=packing.symmetric,
+    )

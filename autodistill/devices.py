@@ -1,0 +1,327 @@
+"""The devices that a student may be served on: described in YAML, and looked up by a person's spelling."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from autodistill.errors import InputError
+from autodistill.plain_yaml import read_yaml
+from autodistill.units import parse_bytes
+
+BUILT_IN = Path(__file__).with_name("hardware.yaml")
+USER_FILE = Path("~/.config/autodistill/devices.yaml")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+_FIGURES = ("memory", "usable", "bandwidth", "rates")
+_FIELDS = ("aliases", "class", *_FIGURES, "source", "sources")
+_NAME = re.compile(r"[\w(][\w .+()/-]{0,79}", re.ASCII)
+# Beyond these an entry is a slip of the unit: a tenth of the slowest memory known, and some times the fastest parts.
+_BANDWIDTHS = (1e8, 1e14)
+_TERA_RATES = (1e-4, 1e5)
+# Words of a name that a person leaves out.
+_FILLERS = {
+    *("nvidia", "geforce", "rtx", "gtx", "tesla", "amd", "instinct", "apple", "jetson", "intel", "core", "qualcomm"),
+    *("xeon", "platinum", "gpu", "model", "channels"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """A low, typical and high value."""
+
+    low: float
+    typical: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceClass:
+    """What devices of a kind have in common.
+
+    Attributes:
+        name: "discrete-gpu", "unified", "board", "phone" or "cpu".
+        share, reserve_bytes: What is usable of the memory: the share of it, less the reserve.
+        decode: Share of the bandwidth that decoding reaches.
+        prefill: Share of the matrix rate that reading a prompt reaches.
+        prefill_quantized: The same in llama.cpp with weights on a grid, whose products are of integers on a CPU.
+        layer_seconds: What a layer of a decoding step costs beside reading its bytes.
+        reference: Where these come from.
+    """
+
+    name: str
+    share: float
+    reserve_bytes: int
+    decode: Range
+    prefill: Range
+    prefill_quantized: Range
+    layer_seconds: float
+    reference: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One device.
+
+    Attributes:
+        name: As its maker or its driver calls it.
+        aliases: Other names.
+        kind: Its class.
+        memory_bytes, usable_bytes: All of its memory, and what is left for a model.
+        bandwidth: Bytes a second.
+        rates: Dense operations a second, a multiply-add being two, by precision: some of `PRECISIONS`.
+        sources: Where each figure comes from: of "memory", "usable", "bandwidth" and "rates".
+        measured: Whether bandwidth and rates were measured on it and not stated by its maker.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    kind: DeviceClass
+    memory_bytes: int
+    usable_bytes: int
+    bandwidth: float
+    rates: Mapping[str, float]
+    sources: Mapping[str, str]
+    measured: bool = False
+
+    def rate(self, *precisions: str) -> float:
+        """Operations a second in the first of these precisions that it has, else in the fastest that is no 8 bits."""
+        for precision in precisions:
+            if precision in self.rates:
+                return self.rates[precision]
+        wide = [rate for precision, rate in self.rates.items() if precision not in ("int8", "fp8")]
+        return max(wide or self.rates.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The device as plain data."""
+        return {
+            "name": self.name,
+            "aliases": list(self.aliases),
+            "class": self.kind.name,
+            "memory_bytes": self.memory_bytes,
+            "usable_bytes": self.usable_bytes,
+            "bandwidth_bytes_per_second": self.bandwidth,
+            "operations_per_second": dict(self.rates),
+            "sources": dict(self.sources),
+            "measured": self.measured,
+        }
+
+
+def devices(*files: Path) -> tuple[Device, ...]:
+    """The built-in devices, then those of a person's own files.
+
+    Args:
+        files: Further files of the same form; `~/.config/autodistill/devices.yaml` is read as well where it exists.
+
+    Raises:
+        InputError: As `read_devices`, or a name that another device has.
+    """
+    own = Path(os.path.expanduser(USER_FILE))
+    wanted = [*([own] if own.is_file() else []), *files]
+    found = [*_built_in()]
+    for path in wanted:
+        taken = {_joined(name): name for device in found for name in (device.name, *device.aliases)}
+        for device in read_devices(path):
+            twin = next((taken[key] for name in (device.name, *device.aliases) if (key := _joined(name)) in taken), "")
+            if twin:
+                raise InputError(f"{path} describes {device.name!r}, but there is {twin!r} already: take another name")
+            found.append(device)
+    return tuple(found)
+
+
+@cache
+def _built_in() -> tuple[Device, ...]:
+    return read_devices(BUILT_IN)
+
+
+@cache
+def device_classes() -> Mapping[str, DeviceClass]:
+    """The classes by name."""
+    return _classes(read_yaml(BUILT_IN)["classes"])
+
+
+def read_devices(path: Path) -> tuple[Device, ...]:
+    """Reads a file of devices, of the form of the built-in `hardware.yaml`.
+
+    Its `devices` map names to `class`, `memory` ("24GiB"), `bandwidth` (of a second, "1008GB") and `rates` (tera
+    operations a second by precision), and optionally `aliases`, `usable`, `source` and `sources`.
+
+    Raises:
+        InputError: Not such a file, or an impossible device; the message names it.
+    """
+    data = read_yaml(path)
+    if not isinstance(data, Mapping) or not isinstance(data.get("devices"), Mapping):
+        raise InputError(f"{path} describes no devices: it must have a mapping `devices` of names to figures")
+    texts = data.get("sources") or {}
+    if not isinstance(texts, Mapping):
+        raise InputError(f"{path}: sources must map short names to texts")
+    classes = _classes(data["classes"]) if path == BUILT_IN else device_classes()
+    found = tuple(_device(name, entry, classes, texts, path) for name, entry in data["devices"].items())
+    names = [key for device in found for key in {_joined(name) for name in (device.name, *device.aliases)}]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{path} gives the name {twice!r} to two devices: take another one")
+    return found
+
+
+def _classes(data: Mapping[str, Mapping[str, Any]]) -> Mapping[str, DeviceClass]:
+    def ranged(values: list[float]) -> Range:
+        low, typical, high = values
+        return Range(low=low, typical=typical, high=high)
+
+    return {
+        name: DeviceClass(
+            name=name,
+            share=entry["share"],
+            reserve_bytes=0 if entry["reserve"] == "0B" else parse_bytes(entry["reserve"]),
+            decode=ranged(entry["decode"]),
+            prefill=ranged(entry["prefill"]),
+            prefill_quantized=ranged(entry.get("prefill_quantized", entry["prefill"])),
+            layer_seconds=entry["layer_us"] / 1e6,
+            reference=entry["reference"],
+        )
+        for name, entry in data.items()
+    }
+
+
+def _device(name: Any, entry: Any, classes: Mapping[str, DeviceClass], texts: Mapping[str, str], path: Path) -> Device:
+    where = f"{path.name}: the device {name!r}"
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InputError(f"{where} needs a name of up to 80 letters, digits, blanks and .+()/-")
+    if not isinstance(entry, Mapping):
+        raise InputError(f"{where} must map {', '.join(_FIELDS)} to values")
+    unknown = [str(key) for key in entry if key not in _FIELDS]
+    missing = [key for key in ("class", "memory", "bandwidth", "rates") if key not in entry]
+    if unknown or missing:
+        problem = f"has no field {', '.join(unknown)}" if unknown else f"lacks {', '.join(missing)}"
+        raise InputError(f"{where} {problem}; its fields are {', '.join(_FIELDS)}")
+    kind = classes.get(entry["class"]) if isinstance(entry["class"], str) else None
+    if kind is None:
+        raise InputError(f"{where} is of class {entry['class']!r}; the classes are {', '.join(classes)}")
+    memory = _amount(entry["memory"], f"{where} has the memory")
+    least = max(0, int(memory * kind.share) - kind.reserve_bytes)
+    usable = _amount(entry["usable"], f"{where} has the usable memory") if "usable" in entry else least
+    if not 0 < usable <= memory:
+        raise InputError(f"{where} has {usable} usable of {memory} bytes of memory: give usable as a part of it")
+    bandwidth = _amount(entry["bandwidth"], f"{where} has the bandwidth")
+    if not _BANDWIDTHS[0] <= bandwidth <= _BANDWIDTHS[1]:
+        raise InputError(f"{where} has a bandwidth of {entry['bandwidth']} a second, which no memory has: check it")
+    return Device(
+        name=name,
+        aliases=_aliases(entry.get("aliases", []), where),
+        kind=kind,
+        memory_bytes=memory,
+        usable_bytes=usable,
+        bandwidth=float(bandwidth),
+        rates=_rates(entry["rates"], where),
+        sources=_sources(entry, texts, kind, where),
+    )
+
+
+def _amount(value: Any, what: str) -> int:
+    if not isinstance(value, str):
+        raise InputError(f"{what} {value!r}: write a number and a unit, like 24GiB")
+    try:
+        return parse_bytes(value)
+    except InputError as error:
+        raise InputError(f"{what} {value!r}: {error}") from None
+
+
+def _aliases(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in value):
+        raise InputError(f"{where} has aliases {value!r}: give a list of names")
+    return tuple(value)
+
+
+def _rates(value: Any, where: str) -> dict[str, float]:
+    known = isinstance(value, Mapping) and value and all(key in PRECISIONS for key in value)
+    if not known:
+        raise InputError(
+            f"{where} has rates {value!r}: map some of {', '.join(PRECISIONS)} to tera operations a second"
+        )
+    for precision, rate in value.items():
+        number = type(rate) in (int, float) and math.isfinite(rate)
+        if not number or not _TERA_RATES[0] <= rate <= _TERA_RATES[1]:
+            raise InputError(f"{where} has {precision}: {rate!r}: give tera operations a second, like 65")
+    return {precision: 1e12 * rate for precision, rate in value.items()}
+
+
+def _sources(entry: Mapping[str, Any], texts: Mapping[str, str], kind: DeviceClass, where: str) -> dict[str, str]:
+    own = entry.get("sources", {})
+    if not isinstance(own, Mapping) or not all(key in _FIGURES for key in own):
+        raise InputError(f"{where} has sources {own!r}: map some of {', '.join(_FIGURES)} to texts")
+    general = entry.get("source", "stated by its description")
+    given = {figure: own.get(figure, general) for figure in _FIGURES}
+    if not all(isinstance(text, str) for text in given.values()):
+        raise InputError(f"{where} has a source that is no text: write where its figures come from")
+    named = {figure: str(texts.get(text, text)) for figure, text in given.items()}
+    if "usable" not in entry:
+        named["usable"] = f"{kind.share:.0%} of the memory less {kind.reserve_bytes} bytes, as of {kind.name}"
+    return named
+
+
+def find_device(text: str, known: Iterable[Device]) -> Device:
+    """Looks a device up by a person's spelling: "4090", "rtx 4060 ti 16gb", "A100-80GB".
+
+    Case, blanks, hyphens and makers' names do not matter, and words may be left out where one device alone has the
+    others. The amount of memory may be said although a name does not hold it.
+
+    Raises:
+        InputError: No device or several are called so; the message lists the near ones.
+    """
+    known = tuple(known)
+    asked = _words(text)
+    if not asked:
+        raise InputError(f"{text!r} names no device: autodistill devices lists them")
+    named = [(device, name) for device in known for name in (device.name, *device.aliases)]
+    for form in (_joined, _bare):
+        same = [device for device, name in named if form(name) == form(text)]
+        if same and form(text):
+            return same[0]
+    having: dict[str, int] = {}
+    for device, name in named:
+        words = _words(name)
+        if asked <= words | _memory_words(device):
+            having[device.name] = min(having.get(device.name, 99), len(words - asked))
+    if having:
+        least = min(having.values())
+        closest = [device for device in known if having.get(device.name) == least]
+        if len(closest) == 1:
+            return closest[0]
+        raise InputError(f"{text!r} can be {', '.join(device.name for device in closest)}: name one of them")
+    names = {_joined(name): device.name for device, name in named} | {_bare(name): dev.name for dev, name in named}
+    near = difflib.get_close_matches(_bare(text) or _joined(text), names, n=5, cutoff=0.5)
+    shown = ", ".join(dict.fromkeys(names[key] for key in near))
+    hint = f"near to it are {shown}" if shown else "autodistill devices lists them"
+    raise InputError(f"there is no device {text!r}; {hint}")
+
+
+def _split(text: str) -> list[str]:
+    plain = re.sub(r"[^a-z0-9+.]+", " ", text.lower())
+    # "16 gb", "16g" and "16gib" are one word, and letters part from the number that follows them where it is a model's.
+    plain = re.sub(r"(\d) *(?:gib|gb|g)\b", r"\1gb", plain)
+    plain = re.sub(r"\b(rtx|gtx|pi|m)(?= ?\d)", lambda found: found[1] + ("" if found[1] == "m" else " "), plain)
+    return re.sub(r"(?<=\d)(ti|super)(?=\d|\b)", r" \1 ", plain).split()
+
+
+def _words(text: str) -> set[str]:
+    words = _split(text)
+    return {word for word in words if word not in _FILLERS} or set(words)
+
+
+def _joined(text: str) -> str:
+    return "".join(_split(text))
+
+
+def _bare(text: str) -> str:
+    return "".join(word for word in _split(text) if word not in _FILLERS)
+
+
+def _memory_words(device: Device) -> set[str]:
+    return {f"{round(device.memory_bytes / unit)}gb" for unit in (10**9, 2**30)}

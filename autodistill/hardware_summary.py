@@ -1,0 +1,87 @@
+"""What a person reads of devices, estimates and picks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from autodistill.devices import PRECISIONS, Device
+from autodistill.summary import table
+from autodistill.units import format_bytes, format_duration
+
+
+def devices_table(known: Sequence[Device]) -> str:
+    """Devices as a table: memory, usable memory, bandwidth, dense rates; measured ones are marked."""
+    head = ("device", "class", "memory", "usable", "bandwidth", *PRECISIONS)
+    lines = [
+        (
+            device.name + (" (measured)" if device.measured else ""),
+            device.kind.name,
+            format_bytes(device.memory_bytes),
+            format_bytes(device.usable_bytes),
+            f"{format_bytes(device.bandwidth)}/s",
+            *(f"{device.rates[name] / 1e12:,.4g}" if name in device.rates else "-" for name in PRECISIONS),
+        )
+        for device in known
+    ]
+    note = "Rates are dense, in tera operations a second; --format json has the source of each figure."
+    return f"{table([head, *lines], left=2)}\n{note}"
+
+
+def appraisal_text(document: Mapping[str, Any]) -> str:
+    """What a model takes, its parts and the devices, as lines; everything in them is predicted.
+
+    Args:
+        document: As `appraise` gives it.
+    """
+    parts = ("weights", "kv_cache", "compute", "overhead", "total")
+    lines = [(name.replace("_", " "), format_bytes(document[f"{name}_bytes"])) for name in parts]
+    size = f"{document['parameters']:,} parameters, {document['deployment']} in {document['runtime']}"
+    title = f"{document['model']}: {size}, context {document['context']}, batch {document['batch']}, KV cache "
+    sections = [f"{title}{document['kv_type']}\n{table(lines, left=1)}\nRests on: {document['basis']}."]
+    if document["devices"]:
+        head = ("device", "fits", "usable", "tokens/s", "band", "first token", "waits for")
+        rows = [
+            (
+                one["device"],
+                "yes" if one["fits"] else "no",
+                format_bytes(one["usable_bytes"]),
+                f"{one['tokens_per_second']:,.3g}",
+                f"{one['tokens_per_second_low']:,.3g}-{one['tokens_per_second_high']:,.3g}",
+                format_duration(one["time_to_first_token_ms"] / 1e3),
+                one["bound"],
+            )
+            for one in document["devices"]
+        ]
+        prompt = document["devices"][0]["prompt"]
+        note = f"Speeds are predicted by a roofline at a full context; the first token follows a prompt of {prompt}."
+        sections.append(f"{table([head, *rows], left=2)}\n{note}")
+    return "\n\n".join(sections)
+
+
+def pick_text(document: Mapping[str, Any]) -> str:
+    """The row for some hardware and its runner-up, or the rows for each tier, as lines.
+
+    Args:
+        document: As `pick` or `pick_tiers` gives it.
+    """
+    head = ("", "run", "row", "metric", "value", "memory", "size")
+    if "tiers" in document:
+        lines = [(format_bytes(one["memory_bytes"]), *_picked(one["pick"])) for one in document["tiers"]]
+        return f"{table([head, *lines], left=4)}\nAt context {document['context']}, {document['streams']} streams."
+    named = (("pick", "pick"), ("runner-up", "runner_up"), ("left out", "better_left_out"))
+    lines = [(title, *_picked(document[key])) for title, key in named if document[key]]
+    margins = document["pick"]["margins"]
+    told = ", ".join(f"{name} {margin:.0%} below the limit" for name, margin in margins.items() if name != "accuracy")
+    binds = f"What binds is {document['binds']}." if document["binds"] else "Nothing binds: no better row is left out."
+    return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}"
+
+
+def _picked(one: Mapping[str, Any] | None) -> tuple[str, ...]:
+    if one is None:
+        return ("-", "nothing fits", "-", "-", "-", "-")
+    error = "" if one["stderr"] is None else f" ± {one['stderr']:.4f}"
+    mark = "~" if one["memory_source"] == "predicted" else ""
+    size = "-" if one["size_bytes"] is None else format_bytes(one["size_bytes"])
+    value = f"{one['value']:.4f}{error}"
+    return (one["run"], one["row_id"], one["metric"], value, mark + format_bytes(one["memory_bytes"]), size)

@@ -1,0 +1,160 @@
+"""This machine as a device: its memory bandwidth and matrix rate are measured once and kept."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from autodistill.devices import Device, device_classes, devices, find_device
+from autodistill.errors import InputError
+from autodistill.hardware import Machine, detect
+from autodistill.records.store import read_json, write_json
+from autodistill.strategy import content_hash
+
+LOCAL = "local"
+"""What a person calls this machine where a device is asked for."""
+
+_METHOD = 1  # of measuring: to be raised with any change of it
+_BYTES = 256 * 2**20  # read at once: beyond any cache
+_SECONDS = 0.6  # that one quantity is measured for
+_SQUARE = {"cpu": 1024, "cuda": 8192, "mps": 4096}
+
+
+def local_device(cache: Path, machine: Machine | None = None) -> Device:
+    """This machine: its first GPU where it has one, else its CPU.
+
+    Bandwidth is the best of several products of a matrix of 256 MiB and a vector, the rate that of products of square
+    matrices, both with all cores. Where other work shares them, both come out low.
+
+    Args:
+        cache: Folder where the measurement is kept for the next time.
+        machine: As `detect` finds it.
+    """
+    machine = machine or detect()
+    kind, name, memory = _identity(machine)
+    key = {"method": _METHOD, "name": name, "cpus": machine.cpus, "kind": kind}
+    path = cache / "devices" / f"{content_hash(key)}.json"
+    figures = _kept(path) or _measured(kind, machine.cpus, path)
+    found = device_classes()[{"cpu": "cpu", "cuda": "discrete-gpu", "mps": "unified"}[kind]]
+    text = f"measured on this machine with {machine.cpus} cores, load average {figures['load']:.1f}"
+    return Device(
+        name=name,
+        aliases=(LOCAL,),
+        kind=found,
+        memory_bytes=memory,
+        usable_bytes=max(memory // 2, int(memory * found.share) - found.reserve_bytes),
+        bandwidth=figures["bandwidth"],
+        rates=figures["rates"],
+        sources={"memory": "reported by the system", "usable": found.reference, "bandwidth": text, "rates": text},
+        measured=True,
+    )
+
+
+def known_devices(files: Sequence[Path] = (), local: Path | None = None) -> tuple[Device, ...]:
+    """The described devices, and before them this machine where a cache is given to keep its measurement in.
+
+    Raises:
+        InputError: As `devices`.
+    """
+    return (*([local_device(local)] if local else []), *devices(*files))
+
+
+def choose_device(text: str, cache: Path, files: Sequence[Path] = ()) -> Device:
+    """The device that a person names; "local" is this machine.
+
+    Raises:
+        InputError: As `find_device`.
+    """
+    if text.strip().lower() == LOCAL:
+        return local_device(cache)
+    return find_device(text, devices(*files))
+
+
+def _identity(machine: Machine) -> tuple[str, str, int]:
+    if not machine.gpus:
+        return "cpu", f"{_cpu_name()}, {machine.cpus} cores", machine.memory_bytes
+    import torch
+
+    kind = "cuda" if torch.cuda.is_available() else "mps"
+    return kind, machine.gpus[0].name, machine.gpus[0].memory_bytes
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """What was measured before; a damaged file is measured anew."""
+    if not path.is_file():
+        return None
+    try:
+        data = read_json(path)
+        bandwidth, load = float(data["bandwidth"]), float(data["load"])
+        rates = {str(key): float(rate) for key, rate in data["rates"].items()}
+    except (InputError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+    whole = bandwidth > 0 and rates and min(rates.values()) > 0
+    return {"bandwidth": bandwidth, "rates": rates, "load": load} if whole else None
+
+
+def _measured(kind: str, cpus: int, path: Path) -> dict[str, Any]:
+    import torch
+
+    load, before = os.getloadavg()[0], torch.get_num_threads()
+    torch.set_num_threads(cpus)
+    try:
+        figures = {"bandwidth": _bandwidth(kind), "rates": _rates(kind), "load": load}
+    finally:
+        torch.set_num_threads(before)
+    write_json(path, figures)
+    return figures
+
+
+def _bandwidth(kind: str) -> float:
+    """Bytes a second that a matrix is read with."""
+    import torch
+
+    dtype = torch.float32 if kind == "cpu" else torch.float16
+    columns = 4096
+    matrix = torch.ones(_BYTES // dtype.itemsize // columns, columns, dtype=dtype, device=kind)
+    vector = torch.ones(columns, dtype=dtype, device=kind)
+    return _BYTES / _best(lambda: torch.mv(matrix, vector), kind)
+
+
+def _rates(kind: str) -> dict[str, float]:
+    """Operations a second of products of square matrices."""
+    import torch
+
+    size = _SQUARE[kind]
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16} | ({} if kind == "cpu" else {"fp16": torch.float16})
+    rates = {}
+    for name, dtype in names.items():
+        left, right = (torch.ones(size, size, dtype=dtype, device=kind) for _ in range(2))
+        rates[name] = 2 * size**3 / _best(partial(torch.mm, left, right), kind)
+    return rates
+
+
+def _best(work: Callable[[], Any], kind: str) -> float:
+    """Seconds of the fastest run."""
+    import torch
+
+    def wait() -> None:
+        if kind != "cpu":
+            getattr(torch, kind).synchronize()
+
+    work()
+    wait()
+    best, ends = float("inf"), time.perf_counter() + _SECONDS
+    while time.perf_counter() < ends:
+        begun = time.perf_counter()
+        work()
+        wait()
+        best = min(best, time.perf_counter() - begun)
+    return best

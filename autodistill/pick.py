@@ -1,0 +1,384 @@
+"""The best stored row for given hardware, solved anew from what is on file; nothing is trained or loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from autodistill.contracts import ModelSpec
+from autodistill.described import describe
+from autodistill.devices import Device
+from autodistill.errors import InputError, NothingFitsError
+from autodistill.records.leaderboard import DISTILLED
+from autodistill.records.row import Row, rows_of
+from autodistill.records.store import RunFolder, known_runs, read_json
+from autodistill.roofline import speed
+from autodistill.serving_memory import memory
+from autodistill.shapes import cut_spec
+from autodistill.strategy import Deployment, Init
+from autodistill.units import LatencyLimit, format_bytes, format_duration
+
+TIERS = tuple(size * 10**9 for size in (4, 8, 12, 16, 24, 48, 80))
+"""Classes of GPUs by memory, in bytes."""
+
+_COLUMNS = (
+    *("row_id", "trial", "kind", "name", "deployment", "status", "feasible", "strategy", "split", "params"),
+    *("accuracy", "accuracy_stderr", "perplexity", "agreement", "memory_bytes", "memory_source", "size_bytes"),
+    *("latency_ms", "latency_source", "context", "batch", "fidelity", "other"),
+)
+_CELLS = 256  # contexts that are tried where a shorter one would do are multiples of this
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """The hardware and the load.
+
+    Attributes:
+        memory_bytes: Limit of memory.
+        context, streams: Tokens of each stream, and streams at once.
+        device: For limits of latency; None where memory alone is limited.
+        latency: The limits.
+        least: The least of the metric, as `min_accuracy`; None for none.
+    """
+
+    memory_bytes: int
+    context: int = 2048
+    streams: int = 1
+    device: Device | None = None
+    latency: tuple[LatencyLimit, ...] = ()
+    least: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("context", "streams"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.least is not None and not 0 <= self.least <= 1:
+            raise InputError(f"--min-accuracy must be between 0 and 1, not {self.least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A stored row, and the shape of its student where that can be told.
+
+    Attributes:
+        run: Name of its run.
+        row: The row, without its documents.
+        metric, direction: What ranked in its run.
+        shape: Of the student; None where its teacher is not there any more.
+    """
+
+    run: str
+    row: Row
+    metric: str
+    direction: str
+    shape: Callable[[], ModelSpec | None]
+
+    @property
+    def worth(self) -> float:
+        """The metric, more being better."""
+        value = self.row.figure(self.metric)
+        return -math.inf if value is None else value if self.direction == "max" else -value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """A candidate under the load that is asked.
+
+    Attributes:
+        candidate: The row.
+        needs: For each limit what it needs, in bytes or seconds; for "accuracy" what it has.
+        limits: The limits under the same names.
+        source: Of the memory: "measured" or "predicted".
+    """
+
+    candidate: Candidate
+    needs: Mapping[str, float]
+    limits: Mapping[str, float]
+    source: str
+
+    @property
+    def excess(self) -> dict[str, float]:
+        """log(need / limit) of each limit, above 0 where it is broken."""
+        found = {}
+        for name, limit in self.limits.items():
+            need = self.needs[name]
+            ratio = limit / max(need, 1e-12) if name == "accuracy" else need / limit
+            found[name] = math.log(max(ratio, 1e-12))
+        return found
+
+    @property
+    def fits(self) -> bool:
+        """Whether no limit is broken."""
+        return max(self.excess.values()) <= 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer as plain data: the row's figures, needs, limits and margins."""
+        row = self.candidate.row
+        return {
+            "run": self.candidate.run,
+            "row_id": row.row_id,
+            "trial": row.trial,
+            "kind": row.kind,
+            "deployment": row.deployment_name,
+            "metric": self.candidate.metric,
+            "value": row.figure(self.candidate.metric),
+            "stderr": row.figure(f"{self.candidate.metric}_stderr"),
+            "size_bytes": row.size_bytes,
+            "memory_bytes": int(self.needs["memory"]),
+            "memory_source": self.source,
+            "needs": dict(self.needs),
+            "limits": dict(self.limits),
+            "margins": {name: 1 - math.exp(excess) for name, excess in self.excess.items()},
+        }
+
+
+def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
+    """The students of runs that were trained to the end, of their validation split.
+
+    Args:
+        out: Folder of the runs.
+        runs: Names; all by default.
+
+    Raises:
+        InputError: No such run, none at all, or runs that ranked by different metrics.
+    """
+    names = list(dict.fromkeys(runs or known_runs(out)))
+    if not names:
+        raise InputError(f"there are no runs in {out}: make one with autodistill search, or name another --out")
+    found, metrics = [], {}
+    for name in names:
+        run = RunFolder.open(out, name)
+        asked = read_json(run.search_file)
+        metrics[name] = (asked["metric"], asked["direction"])
+        shapes = _Shapes(asked["teacher"]["reference"])
+        found += [
+            Candidate(
+                run=name,
+                row=row,
+                metric=asked["metric"],
+                direction=asked["direction"],
+                shape=partial(shapes.of, strategy),
+            )
+            for row, strategy in _rows(run)
+            if row.kind in DISTILLED and row.split != "test" and row.full and row.figure(asked["metric"]) is not None
+        ]
+    if len(set(metrics.values())) > 1:
+        told = ", ".join(f"{name} by {metric}" for name, (metric, _) in metrics.items())
+        raise InputError(f"runs that rank by different metrics cannot be compared ({told}): name those of one")
+    return found
+
+
+def _rows(run: RunFolder) -> Iterator[tuple[Row, Callable[[], Mapping[str, Any] | None]]]:
+    """The rows without documents and strategies, which make up most of the file, and what gives a row's strategy."""
+    if not run.leaderboard_file.is_file():
+        for row in rows_of(run.events.read()):
+            yield row, partial(_same, row.strategy)
+        return
+    import pyarrow.parquet as pq
+
+    # Not `read_table`, which imports pandas where that is installed, and takes longer than all else here.
+    with pq.ParquetFile(run.leaderboard_file) as file:
+        table = file.read(columns=list(_COLUMNS), use_threads=False)
+    columns = {name: table.column(name).to_pylist() for name in _COLUMNS}
+    strategies = columns.pop("strategy")
+    for name in ("deployment", "other"):
+        columns[name] = [None if text is None else _parsed(text) for text in columns[name]]
+    for strategy, *cells in zip(strategies, *columns.values(), strict=True):
+        fields = {key: value for key, value in zip(columns, cells, strict=True) if value is not None}
+        yield Row(**({"other": {}} | fields)), partial(_parsed, strategy or "null")
+
+
+def _same(value: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return value
+
+
+@lru_cache(65536)
+def _parsed(text: str) -> Any:
+    return json.loads(text)
+
+
+@lru_cache(1024)
+def _deployment(text: str) -> Deployment:
+    return Deployment.from_json(json.loads(text))
+
+
+class _Shapes:
+    """Shapes of students of one teacher, each worked out once and only where it is asked for."""
+
+    def __init__(self, teacher: str) -> None:
+        self._reference = teacher
+        self._teacher: ModelSpec | None = None
+        self._known: dict[str, ModelSpec | None] = {}
+        self._sizes: dict[str, ModelSpec] = {}
+        self._tried = False
+
+    def of(self, strategy: Callable[[], Mapping[str, Any] | None]) -> ModelSpec | None:
+        """The shape of a strategy's student, where it can be told."""
+        init = (strategy() or {}).get("init")
+        key = json.dumps(init, sort_keys=True)
+        if key not in self._known:
+            if not self._tried:
+                self._tried = True
+                try:
+                    self._teacher = describe(self._reference).spec
+                except InputError:
+                    self._teacher = None  # rows then hold at the load that they were stored at
+            whole = self._teacher is not None and init is not None and init.get("source") != "pretrained"
+            self._known[key] = self._cut(Init.from_json(init)) if whole else None
+        return self._known[key]
+
+    def _cut(self, init: Init) -> ModelSpec | None:
+        """The student's shape; of the many fractions that come to the same sizes it is worked out once."""
+        if self._teacher is None:
+            return None
+        bare = cut_spec(init, replace(self._teacher, tensors=()))
+        key = f"{bare.layers} {bare.width} {bare.heads} {bare.kv_heads} {bare.ffn_width}"
+        if key not in self._sizes:
+            self._sizes[key] = cut_spec(init, self._teacher)
+        return self._sizes[key]
+
+
+def solve(candidate: Candidate, wanted: Wanted) -> Solved | None:
+    """What a row needs under the load that is asked; None where that cannot be told."""
+    row = candidate.row
+    deployment = _deployment(json.dumps(row.deployment))
+    spec = candidate.shape() if wanted.latency or (row.context, row.batch) != (wanted.context, wanted.streams) else None
+    found = _memory(row, deployment, spec, wanted)
+    if found is None:
+        return None
+    needs, limits = {"memory": float(found[0])}, {"memory": float(wanted.memory_bytes)}
+    for limit in wanted.latency:
+        seconds = _latency(row, deployment, spec, wanted, limit)
+        if seconds is None:
+            return None
+        needs[limit.describe()], limits[limit.describe()] = seconds, limit.seconds
+    if wanted.least is not None and row.accuracy is not None:
+        needs["accuracy"], limits["accuracy"] = row.accuracy, wanted.least
+    return Solved(candidate=candidate, needs=needs, limits=limits, source=found[1])
+
+
+def _memory(row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted) -> tuple[int, str] | None:
+    """Bytes, and whether they were measured; what a measurement differed from the estimate by is kept."""
+    if (row.context, row.batch) == (wanted.context, wanted.streams) and row.memory_bytes is not None:
+        return row.memory_bytes, row.memory_source or "predicted"
+    if spec is None or wanted.context > spec.max_context:
+        return None
+    weights = row.size_bytes
+    need = memory(spec, deployment, context=wanted.context, batch=wanted.streams, weights=weights).total_bytes
+    if row.memory_source == "measured" and row.memory_bytes is not None and row.context and row.batch:
+        before = memory(spec, deployment, context=row.context, batch=row.batch, weights=weights).total_bytes
+        need += row.memory_bytes - before
+    return need, "predicted"
+
+
+def _latency(
+    row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted, limit: LatencyLimit
+) -> float | None:
+    if wanted.device is None:
+        raise InputError("a limit of latency holds on a device: name it with --device")
+    if spec is None:
+        return None
+    guess = speed(spec, deployment, wanted.device, context=wanted.context, batch=limit.streams)
+    # A percentile above the middle is held to the slow end of the band.
+    times = {
+        "tpot": (guess.decode_ms, guess.decode_ms_high),
+        "ttft": (guess.time_to_first_token_ms, guess.time_to_first_token_ms_high),
+    }[limit.quantity]
+    return times[limit.percentile > 50] / 1e3
+
+
+def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
+    """The best row that meets all limits, the runner-up, the margins, and the limit that binds.
+
+    What binds is the limit that the best of the better rows breaks by most; None where no better row was left out.
+
+    Raises:
+        NothingFitsError: None does; the message has the nearest, and the cheapest change that would do.
+        InputError: There are no rows.
+    """
+    ranked = sorted(candidates, key=lambda one: (-one.worth, one.row.memory_bytes or math.inf, one.run, one.row.row_id))
+    if not ranked:
+        raise InputError("there is no student that was trained to the end: run autodistill search first")
+    left_out: list[Solved] = []
+    chosen: list[Solved] = []
+    unknown = 0
+    for solved in (solve(one, wanted) for one in ranked):
+        if solved is None:
+            unknown += 1
+        elif solved.fits:
+            chosen.append(solved)
+            if len(chosen) == 2:
+                break
+        elif not chosen:
+            left_out.append(solved)
+    if not chosen:
+        raise NothingFitsError(_nothing(left_out, unknown, wanted))
+    excess = left_out[0].excess if left_out else {}
+    return {
+        "pick": chosen[0].to_json(),
+        "runner_up": chosen[1].to_json() if len(chosen) > 1 else None,
+        "binds": max(excess, key=lambda name: excess[name]) if excess else None,
+        "better_left_out": left_out[0].to_json() if left_out else None,
+        "unknown": unknown,
+        "context": wanted.context,
+        "streams": wanted.streams,
+        "device": wanted.device.name if wanted.device else None,
+    }
+
+
+def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[int] = TIERS) -> dict[str, Any]:
+    """The best row for each amount of memory; None where nothing fits."""
+    rows = []
+    for size in tiers:
+        try:
+            answer = pick(candidates, replace(wanted, memory_bytes=size))["pick"]
+        except NothingFitsError:
+            answer = None
+        rows.append({"memory_bytes": size, "pick": answer})
+    return {"tiers": rows, "context": wanted.context, "streams": wanted.streams}
+
+
+def _nothing(left_out: Sequence[Solved], unknown: int, wanted: Wanted) -> str:
+    if not left_out:
+        return (
+            f"of {unknown} rows none can be solved at context {wanted.context} and {wanted.streams} streams: their "
+            "teacher is not where it was, or their context is shorter; ask for the context that they were stored at"
+        )
+    nearest = min(left_out, key=lambda one: max(one.excess.values()))
+    name = max(nearest.excess, key=lambda limit: nearest.excess[limit])
+    need, limit = nearest.needs[name], nearest.limits[name]
+    row = nearest.candidate.row
+    said = f"nothing fits: the nearest, {row.row_id} of {nearest.candidate.run}, "
+    if name == "accuracy":
+        return f"{said}has an accuracy of {need:.4f}; lower --min-accuracy {limit:g}"
+    if name != "memory":
+        return f"{said}is predicted {format_duration(need)}, {need / limit:.3g} times {name}; raise --latency"
+    over = f"needs {format_bytes(need)} at context {wanted.context}, {format_bytes(need - limit)} over the limit"
+    return f"{said}{over}; {' or '.join(_changes(nearest.candidate, need, wanted))}"
+
+
+def _changes(candidate: Candidate, need: float, wanted: Wanted) -> Iterator[str]:
+    """What would make it fit, by how little it changes: fewer streams, a shorter context, more memory."""
+    if wanted.streams > 1:
+        fewer = (count for count in range(wanted.streams - 1, 0, -1))
+        found = _first(candidate, (replace(wanted, streams=count) for count in fewer))
+        if found is not None:
+            yield f"--streams {found.streams} would do"
+    cells = range(_CELLS * ((wanted.context - 1) // _CELLS), 0, -_CELLS)
+    found = _first(candidate, (replace(wanted, context=count) for count in cells))
+    if found is not None:
+        yield f"--context {found.context} would do"
+    yield f"a budget of {format_bytes(need)} would do"
+
+
+def _first(candidate: Candidate, tries: Iterable[Wanted]) -> Wanted | None:
+    for wanted in tries:
+        solved = solve(candidate, wanted)
+        if solved is not None and solved.fits:
+            return wanted
+    return None

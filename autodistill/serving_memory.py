@@ -1,0 +1,223 @@
+"""The memory that serving a described model takes, by parts, in each runtime; no torch, nothing loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autodistill.contracts import ModelSpec
+from autodistill.errors import InputError
+from autodistill.formats import weights_bytes
+from autodistill.strategy import Deployment
+
+KV_BYTES: Mapping[str, tuple[int, int]] = {"f16": (2, 1), "q8_0": (34, 32), "q4_0": (18, 32)}
+"""Bytes of a block of keys or values, and how many of them it holds, by type."""
+
+_UBATCH = 512  # llama.cpp's n_ubatch: the most tokens that one graph of its works on
+_CACHE_CELLS = 256  # llama.cpp rounds a sequence's context up to a multiple of this
+_INPUT_BYTES = 40  # a token's id, position, cache slots and output index in llama.cpp's graph, padding included
+_VLLM_BLOCK = 16  # tokens of a page of vLLM's KV cache
+_VLLM_BATCHED_TOKENS = 2048  # vLLM's default max_num_batched_tokens: what a step's activations are made for
+_UNGATED = ("gpt_neox",)  # families whose FFN is one matrix up and one down, and whose projections are fused
+_WINDOWED_IN_LLAMA_CPP = ("gemma3_text",)  # families whose llama.cpp graph knows the sliding window
+
+LLAMA_CPP_PROCESS_BYTES = 20 * 2**20
+"""Resident code, threads and server of a llama.cpp process beyond its buffers (measured, xllamacpp on Linux x86-64)."""
+LLAMA_CPP_VOCABULARY_BYTES = 512
+"""Resident bytes of llama.cpp's tables for one entry of the vocabulary, merges included (measured, 49,152 entries)."""
+TRANSFORMERS_PROCESS_BYTES = 400 * 10**6
+"""Resident memory of a process that has imported torch and transformers (measured, CPU build of torch 2.13)."""
+VLLM_PROCESS_BYTES = 10**9
+"""CUDA context, libraries and captured graphs of vLLM: an order of magnitude, not measured here."""
+ONNX_PROCESS_BYTES = 150 * 10**6
+"""Resident memory of a process with ONNX Runtime: an order of magnitude, not measured here."""
+
+BASIS: Mapping[str, str] = {
+    "llama.cpp": "buffers as llama.cpp's own log states them on a CPU; the process's overhead measured on Linux x86-64",
+    "transformers": "weights, cache and process as measured on a CPU; activations counted from its modules",
+    "vllm": "predicted: packed weights, pages of cache and a step's activations by vLLM's defaults; not measured",
+    "onnxruntime": "predicted: packed weights, a float16 cache and the prompt's activations; not measured",
+}
+"""What the figures of a runtime rest on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Memory that inference takes, by parts, in bytes.
+
+    Attributes:
+        weights_bytes: The packed weights as the runtime holds them.
+        kv_cache_bytes: Keys and values of `batch` sequences of `context` tokens.
+        compute_bytes: Activations and logits.
+        overhead_bytes: What the process takes beyond those.
+        runtime: The engine.
+        context, batch: Tokens of each sequence, and sequences at once.
+    """
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    compute_bytes: int
+    overhead_bytes: int
+    runtime: str
+    context: int
+    batch: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum of the parts, which a memory limit is held against."""
+        return self.weights_bytes + self.kv_cache_bytes + self.compute_bytes + self.overhead_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Serving:
+    """What is served, and how."""
+
+    spec: ModelSpec
+    weights: int
+    dense: bool
+    context: int
+    batch: int
+    kv_type: str
+
+
+def memory(
+    spec: ModelSpec,
+    deployment: Deployment,
+    *,
+    context: int,
+    batch: int,
+    kv_type: str = "f16",
+    weights: int | None = None,
+    runtime: str | None = None,
+) -> MemoryEstimate:
+    """Predicts the memory that serving a model takes.
+
+    Args:
+        spec: The model's shape.
+        deployment: How it is packed, and by what it is served.
+        context, batch: Tokens of each sequence, and sequences at once.
+        kv_type: What keys and values are held in: "f16", or in llama.cpp "q8_0" or "q4_0".
+        weights: Bytes of the stored tensors where they are known, of a GGUF file say; else as `deployment` packs them.
+        runtime: Another engine than the deployment's, one of `BASIS`.
+
+    Raises:
+        InputError: A size below 1, a type of cache that the runtime has not, or a tensor that the format cannot hold.
+    """
+    runtime = runtime or deployment.runtime
+    if context < 1 or batch < 1:
+        raise InputError(f"context and batch must be at least 1, not {context} and {batch}")
+    if runtime not in BASIS:
+        raise InputError(f"there is no runtime {runtime!r}; the runtimes are {', '.join(BASIS)}")
+    if kv_type not in KV_BYTES or (kv_type != "f16" and runtime != "llama.cpp"):
+        known = ", ".join(KV_BYTES) if runtime == "llama.cpp" else "f16"
+        raise InputError(f"{runtime} holds no KV cache in {kv_type!r}; it can be {known}")
+    if weights is None:
+        weights = weights_bytes(spec.tensors, deployment)
+    # compressed-tensors weights are decompressed by transformers' first forward pass, so they count as 16 bits there.
+    dense = runtime == "transformers" and deployment.container == "compressed-tensors"
+    serving = _Serving(spec=spec, weights=weights, dense=dense, context=context, batch=batch, kv_type=kv_type)
+    parts = {"llama.cpp": _llama_cpp, "transformers": _transformers, "vllm": _vllm, "onnxruntime": _onnxruntime}
+    held, cache, compute, overhead = parts[runtime](serving)
+    return MemoryEstimate(
+        weights_bytes=held,
+        kv_cache_bytes=cache,
+        compute_bytes=compute,
+        overhead_bytes=overhead,
+        runtime=runtime,
+        context=context,
+        batch=batch,
+    )
+
+
+def tightest_budget(spec: ModelSpec, deployment: Deployment, *, context: int, batch: int) -> int:
+    """The smallest memory limit, in bytes, that this deployment still meets."""
+    return memory(spec, deployment, context=context, batch=batch).total_bytes
+
+
+def kv_bytes(spec: ModelSpec, layers: int, tokens: int, kv_type: str) -> int:
+    """Keys and values of `tokens` tokens in some of the layers."""
+    size, count = KV_BYTES[kv_type]
+    return 2 * layers * tokens * spec.kv_heads * spec.head_dim * size // count
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _active_ffn(spec: ModelSpec) -> int:
+    """Neurons that a token passes through."""
+    return spec.ffn_width * max(1, spec.active_experts)
+
+
+def _fused(spec: ModelSpec) -> tuple[int, ...]:
+    return (3 * spec.heads * spec.head_dim,) if spec.architecture in _UNGATED else ()
+
+
+def _windowed_cache(serving: _Serving, full: int, windowed: int) -> int:
+    """The cache where layers without a window hold `full` tokens in all, and those with one hold `windowed`."""
+    spec = serving.spec
+    wide = kv_bytes(spec, spec.layers - spec.windowed_layers, full, serving.kv_type)
+    return wide + kv_bytes(spec, spec.windowed_layers, min(full, windowed), serving.kv_type)
+
+
+def _llama_cpp(serving: _Serving) -> tuple[int, int, int, int]:
+    """Weights, KV, compute and overhead as llama.cpp allocates them on a CPU, flash attention on.
+
+    The graph's peak was read off llama.cpp's own "compute buffer size" lines while one size at a time was varied. In
+    float32 of n = min(n_ubatch, context) tokens it is five rows of the width, and the largest of: gate, up and product
+    of the FFN (of GPT-NeoX, which has no gate, one row, and its fused queries, keys and values); the queries twice, or
+    once with keys and values copied; the logits of one token a sequence. Beside it
+    lies the attention mask, F16 [cells, n]. It is exact for three layers and more, and an upper bound for models whose
+    FFN is narrower than twice the width. The output buffer holds one token's logits for each sequence.
+    """
+    spec, batch = serving.spec, serving.batch
+    cells = _round_up(serving.context, _CACHE_CELLS)
+    tokens = min(_UBATCH, serving.context * batch)
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    logits = 4 * batch * spec.vocabulary
+    ffn = _active_ffn(spec) * (1 if spec.architecture in _UNGATED else 3)
+    peak = max(4 * tokens * max(ffn, 2 * queries, queries + 3 * keys, *_fused(spec)), logits)
+    compute = 4 * tokens * 5 * spec.width + peak + 2 * cells * tokens + _INPUT_BYTES * tokens
+    overhead = LLAMA_CPP_PROCESS_BYTES + LLAMA_CPP_VOCABULARY_BYTES * spec.vocabulary
+    cache = kv_bytes(spec, spec.layers, cells * batch, serving.kv_type)
+    if spec.window and spec.architecture in _WINDOWED_IN_LLAMA_CPP:
+        windowed = min(cells, _round_up(spec.window + tokens, _CACHE_CELLS))
+        cache = _windowed_cache(serving, cells * batch, windowed * batch)
+        compute += 2 * windowed * tokens
+    return serving.weights, cache, compute + logits, overhead
+
+
+def _transformers(serving: _Serving) -> tuple[int, int, int, int]:
+    """As transformers holds them in bfloat16, the prompt read in one pass, logits of the last token alone.
+
+    Activations are the stream, its norm, the attention's output and one spare at the width, and three tensors at the
+    FFN's.
+    """
+    spec, batch = serving.spec, serving.batch
+    weights = 2 * spec.parameters if serving.dense else serving.weights
+    activations = 2 * batch * serving.context * (4 * spec.width + 3 * _active_ffn(spec))
+    logits = (2 + 4) * batch * spec.vocabulary
+    cache = _windowed_cache(serving, serving.context * batch, spec.window * batch)
+    return weights, cache, activations + logits, TRANSFORMERS_PROCESS_BYTES
+
+
+def _vllm(serving: _Serving) -> tuple[int, int, int, int]:
+    """As vLLM needs them at the least: packed weights, paged KV in bfloat16, and the activations of one step.
+
+    vLLM by default takes what is left of the device for more KV cache; `gpu_memory_utilization` is how it is limited.
+    """
+    spec, batch = serving.spec, serving.batch
+    paged = _round_up(serving.context, _VLLM_BLOCK) * batch
+    cache = _windowed_cache(serving, paged, (spec.window + _VLLM_BATCHED_TOKENS) * batch)
+    activations = 2 * _VLLM_BATCHED_TOKENS * (4 * spec.width + 3 * _active_ffn(spec))
+    logits = (2 + 4) * batch * spec.vocabulary
+    return serving.weights, cache, activations + logits, VLLM_PROCESS_BYTES
+
+
+def _onnxruntime(serving: _Serving) -> tuple[int, int, int, int]:
+    """As ONNX Runtime needs them: packed weights, keys and values whole in float16, the prompt read in one pass."""
+    spec, batch = serving.spec, serving.batch
+    activations = 2 * batch * serving.context * (4 * spec.width + 3 * _active_ffn(spec))
+    logits = 4 * batch * serving.context * spec.vocabulary
+    cache = kv_bytes(spec, spec.layers, serving.context * batch, "f16")
+    return serving.weights, cache, activations + logits, ONNX_PROCESS_BYTES

@@ -1,0 +1,107 @@
+"""Models described without being loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from autodistill.described import deployment_named, describe, shape, spec_of
+from autodistill.errors import InputError
+from autodistill.estimate import spec_from_config
+from autodistill.export.gguf import GgufExporter
+from autodistill.formats import FORMATS
+from autodistill.testing import save_tiny_teacher
+
+SIZES: dict[str, int | None] = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "ffn": 128, "vocab": 300}
+MIXTURES = {
+    "mixtral": {"intermediate_size": 96, "num_local_experts": 4},
+    "qwen3_moe": {"moe_intermediate_size": 96, "num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": []},
+}
+
+
+def config(name: str, **changes: Any) -> dict[str, Any]:
+    sizes = {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts_per_tok": 2,
+        "vocab_size": 300,
+        "max_position_embeddings": 512,
+    }
+    return transformers.AutoConfig.for_model(name, **(sizes | MIXTURES[name] | changes)).to_dict()
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_has_the_weights_of_transformers_model(name: str) -> None:
+    described = config(name)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described))
+    spec = spec_of(described)
+    assert spec.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (spec.experts, spec.active_experts) == (4, 2)
+
+
+def test_a_mixture_that_cannot_be_told_is_refused() -> None:
+    with pytest.raises(InputError, match="num_experts_per_tok, at most as many"):
+        spec_of(config("mixtral") | {"num_experts_per_tok": 5})
+    with pytest.raises(InputError, match="not all mixtures"):
+        spec_of(config("qwen3_moe") | {"mlp_only_layers": [0]})
+    with pytest.raises(InputError, match=r"'bloom' cannot be estimated; these can: llama.*mixtral, qwen3_moe"):
+        spec_of({"model_type": "bloom"})
+
+
+def test_a_folder_and_a_gguf_file_are_described_by_their_headers(tmp_path: Path) -> None:
+    folder = save_tiny_teacher(tmp_path / "tiny")
+    path = GgufExporter().export(folder, deployment_named("gguf-q4_0"), tmp_path / "gguf").path
+    (folder / "model.safetensors").unlink()  # no weight is needed
+    described, file = describe(str(folder)), describe(str(path))
+    assert described.spec == spec_from_config(json.loads((folder / "config.json").read_text()))
+    assert described.weights_bytes is None
+    assert file.spec.parameters == described.spec.parameters
+    # The file's own tensors, which are followed by no more than the padding of each to 32 bytes.
+    assert file.weights_bytes is not None
+    assert 0 < path.stat().st_size - file.weights_bytes < 40_000
+
+
+def test_a_shape_in_numbers_is_a_config() -> None:
+    described = shape(SIZES, tied=True)
+    assert described.spec.parameters == 300 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
+    assert shape(SIZES | {"experts": 4, "active_experts": 2}).spec.active_experts == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ffn": None, "vocab": None}, "needs --ffn, --vocab as well"),
+        ({"heads": 5}, "5 heads do not divide a width of 64"),
+        ({"kv_heads": 3}, "3 --kv-heads do not divide 4 --heads"),
+        ({"layers": 0}, "positive whole number"),
+        ({"width": -64}, "positive whole number"),
+        ({"experts": 2, "active_experts": 3}, "at most as many"),
+    ],
+)
+def test_sizes_that_make_no_model_are_refused(changes: dict[str, int | None], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        shape(SIZES | changes)
+
+
+def test_every_format_has_deployments_of_its_names() -> None:
+    for name in ("gguf-q4_0", "huggingface", "compressed-tensors-int4-g64", "compressed-tensors-int8-row-asym"):
+        assert deployment_named(name).name == name
+    assert {deployment_named(name).format for name in FORMATS if name != "compressed-tensors"} <= set(FORMATS)
+    with pytest.raises(InputError, match="there is no format 'int4'; there are gguf-f16"):
+        deployment_named("int4")
+
+
+def test_a_damaged_gguf_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "half.gguf"
+    path.write_bytes(b"GGUF\x03\x00\x00\x00\x05")
+    with pytest.raises(InputError, match="truncated or damaged"):
+        describe(str(path))

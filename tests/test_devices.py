@@ -1,0 +1,187 @@
+"""Devices: the built-in table, a person's own file, and a person's spelling."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from autodistill import devices as module
+from autodistill.devices import BUILT_IN, PRECISIONS, Device, device_classes, devices, find_device, read_devices
+from autodistill.errors import InputError
+
+TABLE = devices()
+ENTRY: dict[str, Any] = {"class": "cpu", "memory": "16GiB", "bandwidth": "40GB", "rates": {"fp32": 0.5}}
+
+
+def write(path: Path, **entries: Any) -> Path:
+    path.write_text(yaml.safe_dump({"devices": entries}), encoding="utf-8")
+    return path
+
+
+def test_the_table_covers_every_class_and_names_a_source_for_each_figure() -> None:
+    assert len(TABLE) >= 30
+    assert {device.kind.name for device in TABLE} == {"discrete-gpu", "unified", "board", "phone", "cpu"}
+    for device in TABLE:
+        assert set(device.sources) == {"memory", "usable", "bandwidth", "rates"}
+        assert all(len(text) > 10 for text in device.sources.values()), device.name
+        assert 0 < device.usable_bytes <= device.memory_bytes
+        assert set(device.rates) <= set(PRECISIONS)
+
+
+def test_every_source_that_the_table_names_is_there() -> None:
+    data = yaml.safe_load(BUILT_IN.read_text(encoding="utf-8"))
+    named = {entry["source"] for entry in data["devices"].values()}
+    named |= {text for entry in data["devices"].values() for text in entry.get("sources", {}).values()}
+    assert named == set(data["sources"])
+
+
+def test_rates_follow_from_the_units_and_clocks_that_makers_state() -> None:
+    # Float32 rate = CUDA cores x 2 x boost clock; the tensor units' with float32 accumulation is twice that on GeForce.
+    for name, cores, clock in (("4090", 16384, 2.52e9), ("3090", 10496, 1.695e9), ("5090", 21760, 2.407e9)):
+        device = find_device(name, TABLE)
+        assert device.rates["fp16"] == pytest.approx(2 * 2 * cores * clock, rel=0.01)
+    # Bus width x transfers a second / 8.
+    for name, bits, transfers in (
+        ("4090", 384, 21e9),
+        ("4060 ti 16gb", 128, 18e9),
+        ("5090", 512, 28e9),
+        ("3060", 192, 15e9),
+    ):
+        assert find_device(name, TABLE).bandwidth == pytest.approx(bits / 8 * transfers, rel=0.01)
+
+
+@pytest.mark.parametrize("device", TABLE, ids=lambda device: device.name)
+def test_a_device_is_found_by_each_of_its_names(device: Device) -> None:
+    for name in (device.name, *device.aliases):
+        for spelling in (name, name.lower(), name.upper().replace(" ", "-"), name.replace(" ", "")):
+            assert find_device(spelling, TABLE) is device
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("4090", "NVIDIA GeForce RTX 4090"),
+        ("rtx 4060 ti 16gb", "NVIDIA GeForce RTX 4060 Ti 16GB"),
+        ("RTX4060Ti16GB", "NVIDIA GeForce RTX 4060 Ti 16GB"),
+        ("4090 24 GB", "NVIDIA GeForce RTX 4090"),
+        ("A100-80GB", "NVIDIA A100-SXM4-80GB"),
+        ("h100", "NVIDIA H100 80GB HBM3"),
+        ("m2", "Apple M2 16GB"),
+        ("pi 4", "Raspberry Pi 4B 8GB"),
+        ("agx orin 30w", "Jetson AGX Orin 64GB 30W"),
+        ("8 gen 2", "Snapdragon 8 Gen 2"),
+    ],
+)
+def test_a_person_s_spelling(text: str, name: str) -> None:
+    assert find_device(text, TABLE).name == name
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("409", "there is no device '409'; near to it are NVIDIA GeForce RTX 4090"),
+        ("mi300", "near to it are AMD Instinct MI300X"),
+        ("4060 ti", "'4060 ti' can be NVIDIA GeForce RTX 4060 Ti 8GB, NVIDIA GeForce RTX 4060 Ti 16GB: name one"),
+        ("4090 48gb", "there is no device '4090 48gb'"),
+        ("", "'' names no device"),
+        ("%%%", "names no device"),
+    ],
+)
+def test_what_names_none_or_several_says_which_are_near(text: str, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        find_device(text, TABLE)
+
+
+@given(text=st.text(max_size=40))
+def test_any_text_names_a_device_or_is_refused(text: str) -> None:
+    with contextlib.suppress(InputError):
+        assert find_device(text, TABLE) in TABLE
+
+
+def test_a_person_s_own_device_is_found_beside_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "own.yaml", **{"My box": ENTRY | {"usable": "10GB", "source": "a scale"}})
+    known = devices(path)
+    assert len(known) == len(TABLE) + 1
+    box = find_device("mybox", known)
+    assert (box.usable_bytes, box.bandwidth, box.rate("bf16", "fp32")) == (10**10, 4e10, 5e11)
+    assert box.sources["bandwidth"] == "a scale"
+    monkeypatch.setattr(module, "USER_FILE", path)
+    assert find_device("mybox", devices()) == box
+
+
+def test_a_class_says_what_is_usable_where_the_device_does_not(tmp_path: Path) -> None:
+    (box,) = read_devices(write(tmp_path / "own.yaml", box=ENTRY))
+    assert box.usable_bytes == 16 * 2**30 - device_classes()["cpu"].reserve_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"usable": "17GiB"}, "give usable as a part of it"),
+        ({"memory": "1GB"}, "give usable as a part of it"),  # less than what the class reserves
+        ({"memory": "16"}, "'16' is not an amount of memory"),
+        ({"memory": 16}, "write a number and a unit"),
+        ({"bandwidth": "40kB"}, "which no memory has"),
+        ({"bandwidth": "9000TB"}, "which no memory has"),
+        ({"rates": {}}, "map some of fp32"),
+        ({"rates": {"fp64": 1}}, "map some of fp32"),
+        ({"rates": {"fp32": -1}}, "give tera operations a second"),
+        ({"rates": {"fp32": float("inf")}}, "give tera operations a second"),
+        ({"rates": {"fp32": 5e11}}, "give tera operations a second"),
+        ({"rates": {"fp32": True}}, "give tera operations a second"),
+        ({"class": "gpu"}, "the classes are discrete-gpu, unified, board, phone, cpu"),
+        ({"cores": 4}, "has no field cores"),
+        ({"aliases": "x"}, "give a list of names"),
+        ({"sources": {"cores": "x"}}, "has sources"),
+        ({"source": 3}, "has a source that is no text"),
+    ],
+)
+def test_an_impossible_device_is_named_with_what_is_wrong(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"own.yaml: the device 'box' .*{re.escape(said)}"):
+        read_devices(write(tmp_path / "own.yaml", box=ENTRY | changes))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- a", "devices: [1]", "devices: {box: 3}", "devices: {3: {}}", "sources: {a: b}"]
+)
+def test_a_file_that_describes_no_devices_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"own\.yaml"):
+        read_devices(path)
+
+
+def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is 'NVIDIA GeForce RTX 4090' already"):
+        devices(write(tmp_path / "own.yaml", **{"NVIDIA GeForce RTX-4090": ENTRY}))
+    with pytest.raises(InputError, match="to two devices"):
+        read_devices(write(tmp_path / "own.yaml", box=ENTRY, other=ENTRY | {"aliases": ["BOX"]}))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["8GB", "cpu"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*PRECISIONS, "x"]), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = st.sampled_from(["class", "memory", "usable", "bandwidth", "rates", "aliases", "source", "sources", "x"])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(name=st.text(min_size=1, max_size=10), changes=st.dictionaries(FIELDS, VALUES, max_size=3))
+def test_any_entry_is_a_possible_device_or_is_refused(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({"devices": {name: ENTRY | changes}}), encoding="utf-8")
+    try:
+        (device,) = read_devices(path)
+    except InputError:
+        return
+    assert 0 < device.usable_bytes <= device.memory_bytes
+    assert device.bandwidth > 0
+    assert min(device.rates.values()) > 0

@@ -1,0 +1,14 @@
+"""What a person reads of devices."""
+
+from __future__ import annotations
+
+from autodistill.devices import devices, find_device
+from autodistill.hardware_summary import devices_table
+
+
+def test_a_device_is_a_line_with_its_figures() -> None:
+    head, line, note = devices_table([find_device("4090", devices())]).splitlines()
+    figures = ["25.8", "GB", "25.2", "GB", "1.01", "TB/s", "-", "165", "165", "661", "330"]
+    assert line.split() == ["NVIDIA", "GeForce", "RTX", "4090", "discrete-gpu", *figures]
+    assert head.split()[:2] == ["device", "class"]
+    assert "source" in note

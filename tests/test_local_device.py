@@ -1,0 +1,55 @@
+"""This machine as a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from autodistill import local_device as module
+from autodistill.hardware import Machine
+from autodistill.local_device import choose_device, known_devices, local_device
+
+BOX = Machine(cpus=1, memory_bytes=8 * 10**9)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    local_device(folder, BOX)
+    return folder
+
+
+def test_bandwidth_and_rates_are_measured(cache: Path) -> None:
+    device = local_device(cache, BOX)
+    # Any machine that runs this reads 0.5 GB and computes a thousand million operations in a second.
+    assert 5e8 < device.bandwidth < 1e13
+    assert set(device.rates) == {"fp32", "bf16"}
+    assert min(device.rates.values()) > 1e9
+    assert device.measured
+    assert device.kind.name == "cpu"
+    assert (device.memory_bytes, device.usable_bytes) == (8 * 10**9, 6 * 10**9)
+
+
+def test_it_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = local_device(cache, BOX)
+    monkeypatch.setattr(module, "_measured", lambda *_: pytest.fail("measured again"))
+    assert local_device(cache, BOX) == first
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"bandwidth": -1, "rates": {"fp32": 1}, "load": 0}', '{"bandwidth": 1}'])
+def test_a_damaged_measurement_is_made_anew(text: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path,) = (cache / "devices").glob("*.json")
+    whole = path.read_text()
+    path.write_text(text)
+    monkeypatch.setattr(module, "_measured", lambda *_: {"bandwidth": 7e9, "rates": {"fp32": 1e9}, "load": 0.0})
+    assert local_device(cache, BOX).bandwidth == 7e9
+    path.write_text(whole)
+
+
+def test_this_machine_is_chosen_as_local(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "detect", lambda: BOX)
+    assert choose_device("Local", cache) == local_device(cache, BOX)
+    assert choose_device("t4", cache).name == "NVIDIA T4"
+    assert known_devices((), cache)[0].measured
+    assert not any(device.measured for device in known_devices())

@@ -1,0 +1,199 @@
+"""The best stored row for some hardware, against an exhaustive choice by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autodistill.contracts import ModelSpec
+from autodistill.devices import devices, find_device
+from autodistill.errors import InputError, NothingFitsError
+from autodistill.estimate import spec_from_config
+from autodistill.pick import Candidate, Wanted, pick, pick_tiers, solve, stored
+from autodistill.records.row import Row, to_parquet
+from autodistill.records.store import EventLog, write_json
+from autodistill.roofline import speed
+from autodistill.serving_memory import memory
+from autodistill.strategy import Deployment
+from autodistill.testing import save_tiny_teacher
+from autodistill.units import parse_latency
+
+Q8 = {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32, "symmetric": True, "keep": []}
+DEPLOYMENT = Deployment.from_json(Q8)
+SPEC = spec_from_config(
+    {
+        "model_type": "llama",
+        "num_hidden_layers": 12,
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 1024,
+        "vocab_size": 8000,
+        "max_position_embeddings": 8192,
+    }
+)
+
+
+def row(name: str, accuracy: float, megabytes: float, **fields: Any) -> Row:
+    least: dict[str, Any] = {
+        "row_id": name,
+        "trial": name,
+        "kind": "student",
+        "name": name,
+        "deployment": Q8,
+        "status": "completed",
+        "feasible": True,
+        "split": "validation",
+        "accuracy": accuracy,
+        "memory_bytes": int(megabytes * 1e6),
+        "memory_source": "predicted",
+        "context": 2048,
+        "batch": 1,
+        "fidelity": 1.0,
+    }
+    return Row(**least | fields)
+
+
+def candidate(found: Row, spec: ModelSpec | None = SPEC) -> Candidate:
+    return Candidate(run="run", row=found, metric="accuracy", direction="max", shape=lambda: spec)
+
+
+BOARD = [candidate(row("a", 0.5, 400)), candidate(row("b", 0.4, 200)), candidate(row("c", 0.3, 100))]
+
+
+def test_the_best_that_fits_its_runner_up_and_what_binds() -> None:
+    answer = pick(BOARD, Wanted(memory_bytes=250_000_000))
+    assert [answer[key]["row_id"] for key in ("pick", "runner_up", "better_left_out")] == ["b", "c", "a"]
+    assert answer["binds"] == "memory"
+    assert answer["pick"]["margins"]["memory"] == pytest.approx(0.2)
+    whole = pick(BOARD, Wanted(memory_bytes=10**9))
+    assert (whole["pick"]["row_id"], whole["binds"], whole["better_left_out"]) == ("a", None, None)
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.floats(0, 1), st.floats(1, 1000)), min_size=1, max_size=12),
+    limit=st.floats(1, 1000),
+    least=st.none() | st.floats(0, 1),
+)
+def test_it_is_the_choice_of_looking_at_every_row(rows: Any, limit: float, least: float | None) -> None:
+    board = [candidate(row(f"r{index}", *figures)) for index, figures in enumerate(rows)]
+    wanted = Wanted(memory_bytes=int(limit * 1e6), least=least)
+    fitting = [
+        accuracy for accuracy, size in rows if int(size * 1e6) <= wanted.memory_bytes and accuracy >= (least or 0)
+    ]
+    if not fitting:
+        with pytest.raises(NothingFitsError, match="nothing fits"):
+            pick(board, wanted)
+        return
+    answer = pick(board, wanted)["pick"]
+    assert answer["value"] == max(fitting)
+    assert answer["memory_bytes"] <= wanted.memory_bytes
+
+
+def test_another_load_is_solved_anew_from_the_shape() -> None:
+    wanted = Wanted(memory_bytes=10**9, context=4096, streams=3)
+    solved = solve(candidate(row("a", 0.5, 400)), wanted)
+    assert solved is not None
+    assert solved.needs["memory"] == memory(SPEC, DEPLOYMENT, context=4096, batch=3).total_bytes
+    assert solved.source == "predicted"
+    # What a measurement differed by stays.
+    before = memory(SPEC, DEPLOYMENT, context=2048, batch=1).total_bytes
+    measured = solve(candidate(row("a", 0.5, before / 1e6 + 5, memory_source="measured")), wanted)
+    assert measured is not None
+    assert measured.needs["memory"] - solved.needs["memory"] == pytest.approx(5e6, abs=2)
+
+
+def test_a_row_whose_shape_is_not_known_holds_at_its_own_load_alone() -> None:
+    board = [candidate(row("a", 0.5, 400), None), candidate(row("b", 0.4, 300))]
+    assert pick(board, Wanted(memory_bytes=10**9))["pick"]["row_id"] == "a"
+    answer = pick(board, Wanted(memory_bytes=10**9, context=1024))
+    assert (answer["pick"]["row_id"], answer["unknown"]) == ("b", 1)
+    with pytest.raises(NothingFitsError, match="of 1 rows none can be solved at context 1024"):
+        pick(board[:1], Wanted(memory_bytes=10**9, context=1024))
+    with pytest.raises(NothingFitsError, match="none can be solved"):
+        pick(board, Wanted(memory_bytes=10**9, context=100_000))
+
+
+def test_a_limit_of_latency_is_held_against_the_slow_end_of_the_prediction() -> None:
+    device = find_device("pi 4", devices())
+    guess = speed(SPEC, DEPLOYMENT, device, context=2048)
+    for percentile, time in ((95, guess.decode_ms_high), (50, guess.decode_ms)):
+        above, below = (parse_latency(f"tpot_p{percentile}={time * factor:.6f}ms") for factor in (1.01, 0.99))
+        wanted = Wanted(memory_bytes=10**9, device=device, latency=above)
+        assert pick(BOARD, wanted)["pick"]["row_id"] == "a"
+        with pytest.raises(NothingFitsError, match=f"times tpot_p{percentile}"):
+            pick(BOARD, replace(wanted, latency=below))
+    with pytest.raises(InputError, match="name it with --device"):
+        pick(BOARD, Wanted(memory_bytes=10**9, latency=parse_latency("1s")))
+
+
+def test_nothing_fits_names_the_nearest_and_the_change_that_would_do() -> None:
+    need = memory(SPEC, DEPLOYMENT, context=2048, batch=1).total_bytes
+    board = [candidate(row("a", 0.5, need / 1e6)), candidate(row("b", 0.9, 5 * need / 1e6), None)]
+    with pytest.raises(NothingFitsError) as failure:
+        pick(board, Wanted(memory_bytes=need - 3_000_000))
+    said = str(failure.value)
+    assert "the nearest, a of run, needs" in said
+    context = int(said.split("--context ")[1].split()[0])
+    assert memory(SPEC, DEPLOYMENT, context=context, batch=1).total_bytes <= need - 3_000_000
+    assert memory(SPEC, DEPLOYMENT, context=context + 256, batch=1).total_bytes > need - 3_000_000
+    assert "a budget of" in said
+    with pytest.raises(NothingFitsError, match=r"accuracy of 0\.5000; lower --min-accuracy 0\.6"):
+        pick(board[:1], Wanted(memory_bytes=10**9, least=0.6))
+
+
+def test_each_tier_has_its_own_row() -> None:
+    answer = pick_tiers(BOARD, Wanted(memory_bytes=1), tiers=(50_000_000, 150_000_000, 10**9))
+    picked = [one["pick"] and one["pick"]["row_id"] for one in answer["tiers"]]
+    assert picked == [None, "c", "a"]
+
+
+def run_folder(out: Path, name: str, rows: list[Row], teacher: str, metric: str = "accuracy") -> None:
+    (out / name).mkdir(parents=True)
+    asked = {"metric": metric, "direction": "max", "teacher": {"reference": teacher}}
+    write_json(out / name / "search.json", asked)
+    to_parquet(rows, out / name / "leaderboard.parquet")
+
+
+def test_rows_are_read_from_the_leaderboards_of_runs(tmp_path: Path) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    init = {"source": "teacher", "depth": 0.5}
+    whole = row("a", 0.5, 400, strategy={"init": init}, documents={"ids": ["x"], "count": [1], "sum": [1]})
+    others = [
+        row("t", 0.9, 10, kind="teacher"),
+        row("s", 0.9, 10, split="test"),
+        row("r", 0.9, 10, fidelity=0.3),
+    ]
+    run_folder(tmp_path / "runs", "one", [whole, *others], str(teacher))
+    (found,) = stored(tmp_path / "runs")
+    assert (found.run, found.row.row_id) == ("one", "a")
+    config = json.loads((teacher / "config.json").read_text())
+    assert found.shape() == spec_from_config(config | {"num_hidden_layers": 3})
+    # A run under way has its log alone; a teacher that is gone leaves the shape open.
+    run_folder(tmp_path / "runs", "two", [], str(tmp_path / "gone"))
+    (tmp_path / "runs" / "two" / "leaderboard.parquet").unlink()
+    EventLog(tmp_path / "runs" / "two" / "trials.jsonl").append({"event": "row", "row": whole.to_json()})
+    (logged,) = stored(tmp_path / "runs", ["two"])
+    assert logged.row.accuracy == 0.5
+    assert logged.shape() is None
+    run_folder(tmp_path / "runs", "three", [whole], str(teacher), metric="agreement")
+    with pytest.raises(InputError, match="three by agreement"):
+        stored(tmp_path / "runs")
+    with pytest.raises(InputError, match="no student that was trained to the end"):
+        pick([], Wanted(memory_bytes=1))
+
+
+def test_less_is_better_where_the_run_says_so() -> None:
+    board = [
+        replace(candidate(row(name, 0.1, 100, perplexity=value)), metric="perplexity", direction="min")
+        for name, value in (("a", 20.0), ("b", 15.0), ("c", math.inf))
+    ]
+    assert pick(board, Wanted(memory_bytes=10**9))["pick"]["row_id"] == "b"

@@ -1,0 +1,92 @@
+"""A roofline by hand, and that it moves the right way."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autodistill.described import deployment_named, shape
+from autodistill.devices import devices, find_device
+from autodistill.roofline import speed, work
+
+F16, Q4 = deployment_named("gguf-f16"), deployment_named("gguf-q4_0")
+SIZES = {"layers": 4, "width": 256, "heads": 8, "kv_heads": 2, "ffn": 512, "vocab": 1000}
+LINEARS = 4 * (256 * 256 * 2 + 256 * 64 * 2 + 3 * 256 * 512)
+HEAD = 1000 * 256
+KNOWN = devices()
+
+
+def test_a_step_reads_each_weight_once_and_each_key_and_value() -> None:
+    spec = shape(SIZES).spec
+    one = work(spec, F16, tokens=1, sequences=1, behind=100)
+    cache = 2 * 4 * 64 * 2 * 100
+    assert one.bytes == 2 * (LINEARS + HEAD) + cache  # the embedding table is not read, norms are left out
+    assert one.operations == 2 * (LINEARS + HEAD) + 4 * 4 * 256 * 100
+    four = work(spec, F16, tokens=4, sequences=4, behind=100)
+    assert four.bytes == one.bytes + 3 * cache
+    assert four.operations == 4 * one.operations
+    tied = work(shape(SIZES, tied=True).spec, F16, tokens=1, sequences=1, behind=100)
+    assert tied == one
+
+
+def test_a_window_and_the_type_of_the_cache_make_it_less() -> None:
+    plain, windowed = (shape(SIZES | {"window": window}, family="mistral").spec for window in (None, 40))
+    reads = [work(spec, F16, tokens=1, sequences=1, behind=100).bytes for spec in (plain, windowed)]
+    assert reads[0] - reads[1] == 2 * 4 * 64 * 2 * 60
+    eight = work(plain, F16, tokens=1, sequences=1, behind=96, kv_type="q8_0").bytes
+    sixteen = work(plain, F16, tokens=1, sequences=1, behind=96).bytes
+    assert sixteen - eight == 2 * 4 * 64 * 96 * (2 - 34 / 32)
+
+
+def test_of_a_mixture_the_active_experts_are_read_and_computed() -> None:
+    spec = shape(SIZES | {"experts": 8, "active_experts": 2}).spec
+    experts = 4 * 3 * 256 * 512
+    attention = LINEARS - experts
+    one = work(spec, F16, tokens=1, sequences=1, behind=0)
+    routers = 4 * 8 * 256
+    assert one.bytes == 2 * (attention + HEAD + 2 * experts) + 4 * routers
+    assert one.operations == 2 * (attention + HEAD + 2 * experts + routers)
+    many = work(spec, F16, tokens=1000, sequences=1, behind=0)
+    assert many.bytes == pytest.approx(2 * (attention + HEAD + 8 * experts) + 4 * routers)
+
+
+def test_seconds_are_bytes_over_the_reached_bandwidth_and_a_cost_of_each_layer() -> None:
+    spec, device = shape(SIZES).spec, find_device("4090", KNOWN)
+    found = speed(spec, F16, device, context=64)
+    reading = work(spec, F16, tokens=1, sequences=1, behind=64).bytes / (1008e9 * 0.75)
+    assert found.decode_ms == pytest.approx(1e3 * (reading + 4 * 32e-6))
+    assert found.source == "predicted"
+    assert (found.prompt, found.bound) == (64, "launches")
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "told"),
+    [
+        ("4090", "gguf-f16", 61.0),
+        ("4090", "gguf-q8_0", 98.1),
+        ("agx orin", "gguf-q4_0", 22.5),
+        ("i9-13900k", "gguf-q4_0", 18.3),
+    ],
+)
+def test_published_rates_of_7b_lie_within_the_band(name: str, form: str, told: float) -> None:
+    spec = shape({"layers": 32, "width": 4096, "heads": 32, "ffn": 11008, "vocab": 32000}).spec
+    found = speed(spec, deployment_named(form), find_device(name, KNOWN), context=128)
+    assert found.tokens_per_second_low <= told <= found.tokens_per_second_high
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    device=st.sampled_from(KNOWN),
+    context=st.integers(1, 4000),
+    more=st.integers(1, 4000),
+    batch=st.integers(1, 64),
+    experts=st.sampled_from([None, 8]),
+)
+def test_more_context_and_more_bits_are_never_faster(device, context, more, batch, experts) -> None:
+    spec = shape(SIZES | {"experts": experts}).spec
+    least = speed(spec, Q4, device, context=context, batch=batch)
+    assert least.tokens_per_second_low <= least.tokens_per_second <= least.tokens_per_second_high
+    assert speed(spec, Q4, device, context=context + more, batch=batch).decode_ms >= least.decode_ms
+    assert speed(spec, F16, device, context=context, batch=batch).decode_ms >= least.decode_ms
+    assert speed(spec, Q4, device, context=context, batch=batch + 1).decode_ms >= least.decode_ms
