@@ -9,7 +9,7 @@ from typing import Any
 
 from autodistill.contracts import Plan, Status
 from autodistill.errors import InputError
-from autodistill.records.leaderboard import rank
+from autodistill.records.leaderboard import DISTILLED, rank
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import RunFolder, read_json
 from autodistill.search.study import Observation, importance
@@ -125,9 +125,10 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
     """Which limit the best row is near to, and which better row is how far beyond it."""
     limit = asked["budget"]["memory_bytes"]
     full = [row for row in rows if row.split == "validation" and row.full and row.memory_bytes]
-    ranked = [one.row for one in rank(full, asked["metric"], asked["direction"]) if one.row.feasible]
+    students = [row for row in full if row.kind in DISTILLED]
+    ranked = [one.row for one in rank(students, asked["metric"], asked["direction"]) if one.row.feasible]
     if not ranked:
-        short = min((row.memory_bytes or 0) - limit for row in full) if full else None
+        short = min((row.memory_bytes or 0) - limit for row in students) if students else None
         if short is None:
             return "No student has been trained to the end yet.", ()
         return f"Nothing fits {format_bytes(limit)}: the nearest needs {format_bytes(short)} more.", ()

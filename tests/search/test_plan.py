@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from autodistill.estimate import spec_from_config
 from autodistill.hardware import Gpu, Machine
-from autodistill.search.plan import Demand, Speed, Workers, make_plan, rung_tokens, share_out
+from autodistill.search.plan import Demand, Speed, Workers, extend, make_plan, more_trials, rung_tokens, share_out
 from autodistill.search.prepare import _lora
 from autodistill.space import load_space, load_strategy
 from autodistill.strategy import Lora
@@ -123,3 +123,29 @@ def test_low_rank_changes_count_where_every_trial_trains_them() -> None:
         (strategies, None),
     ):
         assert _lora(replace(space, baselines=baselines), spec, spec) == expected
+
+
+def test_a_plan_is_extended_by_trials_that_can_be_compared_with_the_earlier_ones() -> None:
+    plan = make_plan(DEMAND, SPEED, WORKERS)
+    longer = extend(plan, 40)
+    assert (longer.tokens, longer.rungs, longer.eval_tokens) == (plan.tokens, plan.rungs, plan.eval_tokens)
+    assert (longer.trials, longer.keep) == (40, (20, 7))
+    assert extend(plan, plan.trials) == plan
+
+
+def test_more_time_holds_as_many_more_trials_as_their_shares_of_the_rungs_cost() -> None:
+    plan = replace(
+        make_plan(DEMAND, SPEED, WORKERS),
+        tokens=9000,
+        rungs=(1000, 3000, 9000),
+        keep=(6, 2),
+        rung_eval_tokens=1000,
+        eval_tokens=2000,
+        workers=2,
+        seconds={"export": 20.0, "test": 30.0, "workers": 10.0},
+    )
+    speed = Speed(cache=1.0, score=1.0, worker_train=100.0, worker_score=200.0)
+    # Half of the trials pass the first rung and a third of these the second; the teacher is too small to count.
+    each = (1.1 * 12 + 5) + (1.1 * 24 + 5) / 2 + (1.1 * 60 + 10) / 6
+    assert more_trials(plan, 1, speed, 1000.0) == int((0.93 * 1000 - 60) * 2 / each)
+    assert more_trials(plan, 1, speed, 30.0) == 0

@@ -1,0 +1,113 @@
+"""The time box: what it holds by arithmetic, and that it follows a machine that turns out slower than measured."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from autodistill.contracts import Plan
+from autodistill.estimate import spec_from_config
+from autodistill.search.plan import Speed
+from autodistill.search.time_box import TimeBox
+from autodistill.search.trials import Assignment, Question
+from autodistill.space import load_space
+from autodistill.strategy import Strategy
+from autodistill.trial import TrialTask
+from autodistill.units import Budget
+
+SPACE = load_space("default")
+SPEC = spec_from_config(
+    {
+        "model_type": "llama",
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "vocab_size": 100,
+        "max_position_embeddings": 512,
+    }
+)
+PLAN = Plan(
+    trials=4,
+    tokens=9000,
+    rungs=(1000, 3000, 9000),
+    keep=(2, 1),
+    sequence_length=256,
+    batch_tokens=256,
+    warmup_tokens=256,
+    decay=0.2,
+    rung_eval_tokens=500,
+    eval_tokens=1000,
+    test_tokens=1000,
+    workers=2,
+    threads=1,
+    bf16=False,
+    seed=0,
+    box_seconds=600.0,
+    seconds={"export": 20.0, "test": 10.0},
+)
+# 100 tokens a second in training and in scoring; so small a model adds less than a millisecond.
+SPEED = Speed(cache=100.0, score=100.0, worker_train=100.0, worker_score=100.0)
+QUESTION = Question(
+    space=SPACE,
+    deployments=SPACE.deployments,
+    budget=Budget(memory_bytes=10**9),
+    plan=PLAN,
+    speed=SPEED,
+    teacher_spec=SPEC,
+    teacher_accuracy=0.5,
+    metric="accuracy",
+    direction="max",
+)
+TASK = TrialTask(id="t000", strategy=Strategy(), seed=0, deployments=SPACE.deployments[:2], probe=SPACE.deployments[0])
+
+
+def box(seconds: float) -> TimeBox:
+    return TimeBox(QUESTION, time.monotonic() + seconds)
+
+
+def test_what_work_is_expected_to_take() -> None:
+    found = box(1000)
+    # A tenth more than the tokens, a fifth of them again for the decay of a rung that trains on, and the evaluation.
+    assert found.expected(Assignment(task=TASK, rung=0), -1) == pytest.approx(1.1 * 10 * 1.2 + 5, rel=1e-3)
+    assert found.expected(Assignment(task=TASK, rung=1), 0) == pytest.approx(1.1 * 20 * 1.2 + 5, rel=1e-3)
+    assert found.expected(Assignment(task=TASK, rung=2), 1) == pytest.approx(1.1 * 60 + 10, rel=1e-3)
+    assert found.expected(Assignment(task=TASK, rung=2), -1) == pytest.approx(1.1 * 90 + 10, rel=1e-3)
+    later = Assignment(task=TASK, rung=2, deployment=TASK.deployments[1])
+    assert found.expected(later, 2) == found.evaluation() == pytest.approx(10, rel=1e-3)
+    assert found.first_stretch() == found.expected(Assignment(task=TASK, rung=0), -1)
+
+
+def test_a_box_holds_what_ends_in_time_and_nothing_once_closed() -> None:
+    found = box(100)
+    assert found.holds(99)
+    assert not found.holds(101)
+    found.close()
+    assert not found.holds(1)
+    assert TimeBox(QUESTION, None).holds(1e9)
+
+
+def test_a_slower_machine_holds_less_and_what_follows_the_trials_takes_longer_too() -> None:
+    found = box(100)
+    work = Assignment(task=TASK, rung=0)
+    found.learn(work, -1, 2 * found.expected(work, -1))
+    # Twice as slow: 30 s of export and test will be 60, which leaves 70 of the 100.
+    assert found.holds(34)
+    assert not found.holds(36)
+
+
+def test_a_box_recovers_slowly() -> None:
+    found = box(100)
+    work = Assignment(task=TASK, rung=0)
+    found.learn(work, -1, 2 * found.expected(work, -1))
+    found.learn(work, -1, found.expected(work, -1))
+    # 0.8 x 2 + 0.2 x 1: 30 s become 54.
+    assert found.holds(76 / 1.8 - 1)
+    assert not found.holds(76 / 1.8 + 1)
+
+
+def test_the_best_metric_is_the_largest_or_the_smallest() -> None:
+    assert QUESTION.best([1, 2]) == 2
+    assert replace(QUESTION, direction="min").best([1, 2]) == 1
