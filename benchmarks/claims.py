@@ -11,23 +11,26 @@ of `reports/claims.jsonl`; what is there is not made again, and a time box ends 
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
+import report
 import torch
+from math_students import INIT, QUESTIONS, TOKENS, Bench, Line
+from math_teacher import DEPLOYMENT, LENGTH, MathTeacher, ask, math_teacher
+
 from autodistill.distillation.memory import keep_freed_memory
 from autodistill.distillation.teacher import load_model
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Temperature, serving
 from autodistill.units import parse_duration
-
-import report
-from math_students import INIT, QUESTIONS, TOKENS, Bench, Line
-from math_teacher import DEPLOYMENT, LENGTH, MathTeacher, ask, math_teacher
 
 SWEEP_SEED = 100
 
@@ -49,7 +52,7 @@ RECIPES = {
 CLAIMED = ("cross-entropy", "outputs", "outputs, T 5 to 1", "full recipe")
 # What is quantised, with and without quantisation-aware distillation: bits and groups, of which 0 is a whole row.
 QUANTISED = "outputs"
-GRIDS = ((8, 32), (8, 0), *((bits, group) for bits in (4, 3, 2) for group in (32, 64, 0)))
+GRIDS = tuple((bits, group) for group in (0, 32, 64) for bits in (8, 4, 3, 2))
 
 
 def sweep_cases() -> dict[str, Distillation]:
@@ -92,7 +95,7 @@ class Findings:
 
     def __init__(self, lines: list[Line], teacher_exact: float, teacher_accuracy: float) -> None:
         self.exact, self.accuracy = teacher_exact, teacher_accuracy
-        self._lines = {(one.case, one.packing, one.aware, one.seed): one for one in lines if one.tokens == TOKENS}
+        self._lines = {(one.case, one.packing, one.aware, one.seed): one for one in lines}
 
     def of(self, case: str, packing: str = DEPLOYMENT.name, aware: bool = False) -> dict[int, Line]:
         """By seed."""
@@ -163,7 +166,7 @@ class Findings:
         plain = self.of(QUANTISED)
         kept = [line.exact_match / self.exact for line in plain.values()]
         rows = [["16", "", len(kept), mean(kept), "", "", "", ""]]
-        for bits, group in GRIDS:
+        for bits, group in sorted(GRIDS, key=lambda grid: (-grid[0], grid[1] or math.inf)):
             name = quantised(bits, group).name
             without, with_it = self.retained(bits, group)
             gain = [after - before for before, after in zip(without, with_it, strict=True)]
@@ -180,8 +183,9 @@ def write_report(bench: Bench, teacher: MathTeacher) -> Path:
     model = load_model(teacher.folder, torch.float32)
     measured = ask(model, teacher.spec, teacher.test.head(QUESTIONS * LENGTH)).measurements
     exact, accuracy = measured["exact_match"], measured["accuracy"]
-    found = Findings([line for line in bench.lines if line.study == "claims"], exact.value, accuracy.value)
-    swept = [line for line in bench.lines if line.study == "sweep"]
+    lines = [line for line in bench.lines if (line.tokens, line.questions) == (TOKENS, QUESTIONS)]
+    found = Findings([line for line in lines if line.study == "claims"], exact.value, accuracy.value)
+    swept = [line for line in lines if line.study == "sweep"]
     sweep = [[line.case, f"{line.exact_match:.3f}", f"{line.accuracy:.4f}"] for line in swept]
     head = (
         f"Teacher: {teacher.spec.parameters:,} weights in {teacher.spec.layers} layers, trained by `math_teacher.py`; "
@@ -213,6 +217,16 @@ def write_report(bench: Bench, teacher: MathTeacher) -> Path:
     )
 
 
+def make(bench: Bench, seeds: Sequence[int]) -> None:
+    """Trains and judges all that is claimed, what is named in the claims first, should the time end."""
+    for seed, case in itertools.product(seeds, CLAIMED):
+        bench.judge("claims", case, RECIPES[case], seed)
+    for (bits, group), seed, aware in itertools.product(GRIDS, seeds, (False, True)):
+        bench.judge("claims", QUANTISED, RECIPES[QUANTISED], seed, quantised(bits, group), aware)
+    for seed, case in itertools.product(seeds, RECIPES):
+        bench.judge("claims", case, RECIPES[case], seed)
+
+
 def main() -> None:
     """Makes what is missing, as far as the time box goes, and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -231,17 +245,9 @@ def main() -> None:
     try:
         if arguments.sweep:
             for case, recipe in sweep_cases().items():
-                bench.recipe("sweep", case, recipe, SWEEP_SEED)
+                bench.judge("sweep", case, recipe, SWEEP_SEED)
         elif not arguments.report:
-            seeds, grids = range(arguments.seeds), [quantised(bits, group) for bits, group in GRIDS]
-            # What the claims name comes first, should the time end.
-            for seed in seeds:
-                bench.quantise("claims", QUANTISED, RECIPES[QUANTISED], seed, grids)
-                for case in CLAIMED:
-                    bench.recipe("claims", case, RECIPES[case], seed)
-            for seed in seeds:
-                for case, recipe in RECIPES.items():
-                    bench.recipe("claims", case, recipe, seed)
+            make(bench, range(arguments.seeds))
     except TimeoutError:
         sys.exit("the time is over: call again for the rest")
     if not arguments.sweep:

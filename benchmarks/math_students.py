@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
+from math_teacher import DEPLOYMENT, LENGTH, MathTeacher, ask, math_plan
+
 from autodistill.distillation.alignment import layer_map
 from autodistill.distillation.attention import TeacherBlock, teacher_layer
 from autodistill.distillation.signals import LiveTeacher
@@ -22,14 +25,11 @@ from autodistill.formats import Grid
 from autodistill.search.request import default_cache
 from autodistill.strategy import Deployment, Distillation, Init, Strategy
 
-import report
-from math_teacher import DEPLOYMENT, LENGTH, MathTeacher, ask, math_plan
-
 STORE = report.REPORTS / "claims.jsonl"
 INIT = Init(depth=0.75)
 BATCH = 32 * LENGTH
 TOKENS = 400 * BATCH
-QUESTIONS = 400
+QUESTIONS = 500
 # Questions of all seeds' students together; those of one are drawn from them.
 SEQUENCES = 40_000
 
@@ -46,7 +46,7 @@ class Line:
         aware: Whether the decay was trained on this grid.
         exact_match, accuracy: Of answers written, and of their next tokens given those before.
         tokens: Trained on.
-        seconds: That training took.
+        questions: Asked.
     """
 
     study: str
@@ -57,12 +57,12 @@ class Line:
     exact_match: float
     accuracy: float
     tokens: int
-    seconds: float
+    questions: int
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What is not made twice."""
-        return self.study, self.case, self.seed, self.packing, self.aware, self.tokens
+        return self.study, self.case, self.seed, self.packing, self.aware, self.tokens, self.questions
 
 
 class Bench:
@@ -95,23 +95,20 @@ class Bench:
             limit_bytes=4 * 10**9,
         )
 
-    def has(self, *key: Any) -> bool:
-        """Whether a figure is there, by the fields of its key but the tokens."""
-        return (*key, TOKENS) in self._done
-
-    def trainer(self, recipe: Distillation, seed: int) -> Trainer:
-        """A student before its first step."""
+    def _new(self, recipe: Distillation, seed: int, name: str) -> tuple[Trainer, Path]:
+        """A student before its first step, or as it was saved under a name, and the file of that name."""
         model, kept = build_student(self._teacher.folder, INIT)
         block = None
         if recipe.attention:
             layer = teacher_layer(recipe.attention, self._teacher.spec.layers)
             block = TeacherBlock(load_model(self._teacher.folder, torch.float32), layer)
-        return Trainer(
+        strategy = Strategy(init=INIT, distillation=recipe)
+        trainer = Trainer(
             model,
             kept=kept,
             teacher_layers=self._teacher.spec.layers,
             teacher_width=self._teacher.spec.width,
-            strategy=Strategy(init=INIT, distillation=recipe),
+            strategy=strategy,
             plan=math_plan(TOKENS, batch=BATCH, warmup=TOKENS // 20),
             data=self._data,
             cache=self._cache,
@@ -119,15 +116,61 @@ class Bench:
             seed=seed,
             teacher=LiveTeacher(self._teacher.folder),
         )
+        folder = default_cache() / "math-students" / f"{self._teacher.folder.name}-{strategy.stable_id}-{TOKENS}"
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = folder / f"{seed}-{name}.safetensors"
+        if checkpoint.exists():
+            trainer.load(checkpoint)
+        return trainer, checkpoint
+
+    def trained(self, recipe: Distillation, seed: int) -> Trainer:
+        """A student at the end of its training, which is kept on disk."""
+        trainer, checkpoint = self._new(recipe, seed, "trained")
+        if not checkpoint.exists():
+            trainer = self._stable(recipe, seed)
+            exhaust(trainer.train_decay(TOKENS))
+            trainer.save(checkpoint)
+        return trainer
+
+    def trained_on(self, recipe: Distillation, seed: int, deployment: Deployment) -> Trainer:
+        """A student of the same stable part, whose decay was trained on the grid of a deployment."""
+        trainer = self._stable(recipe, seed)
+        storages = {tensor.name: deployment.storage(tensor) for tensor in init_spec(INIT, self._teacher.spec).tensors}
+        grids = {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
+        exhaust(trainer.train_decay(TOKENS, grids.get))
+        return trainer
+
+    def _stable(self, recipe: Distillation, seed: int) -> Trainer:
+        trainer, checkpoint = self._new(recipe, seed, "stable")
+        if not checkpoint.exists():
+            exhaust(trainer.train_stable(branch_point(TOKENS, 0.2, BATCH)))
+            trainer.save(checkpoint)
+        return trainer
 
     def judge(
-        self, study: str, case: str, seed: int, trainer: Trainer, deployment: Deployment, aware: bool, seconds: float
+        self,
+        study: str,
+        case: str,
+        recipe: Distillation,
+        seed: int,
+        deployment: Deployment = DEPLOYMENT,
+        aware: bool = False,
     ) -> None:
-        """Asks a trained student and writes a line.
+        """Trains a student, asks it and writes a line, if that is not yet done.
+
+        Args:
+            study, case: Names.
+            recipe: How it is trained.
+            seed: Of its questions.
+            deployment: How it is packed.
+            aware: Whether its decay is trained on that grid.
 
         Raises:
             TimeoutError: The time box is over, after the line is written.
         """
+        if (study, case, seed, deployment.name, aware, TOKENS, QUESTIONS) in self._done:
+            return
+        trainer = self.trained_on(recipe, seed, deployment) if aware else self.trained(recipe, seed)
         data = self._teacher.validation if study == "sweep" else self._teacher.test
         spec = init_spec(INIT, self._teacher.spec)
         figures = ask(trainer.model, spec, data.head(QUESTIONS * LENGTH), deployment).measurements
@@ -140,7 +183,7 @@ class Bench:
             exact_match=figures["exact_match"].value,
             accuracy=figures["accuracy"].value,
             tokens=TOKENS,
-            seconds=round(seconds, 1),
+            questions=QUESTIONS,
         )
         with STORE.open("a") as file:
             file.write(json.dumps(asdict(line)) + "\n")
@@ -148,52 +191,13 @@ class Bench:
         self._done.add(line.key)
         how = " (trained so)" if aware else ""
         print(
-            f"{case}, seed {seed}, {line.packing}{how}: exact match {line.exact_match:.3f}, next token "
-            f"{line.accuracy:.4f}, {seconds:.0f} s",
+            f"{case}, seed {seed}, {line.packing}{how}: exact match {line.exact_match:.3f}, "
+            f"next token {line.accuracy:.4f}",
             file=sys.stderr,
             flush=True,
         )
         if time.monotonic() > self._deadline:
             raise TimeoutError
-
-    def recipe(self, study: str, case: str, recipe: Distillation, seed: int) -> None:
-        """Trains by one recipe and judges the student in 16 bits, if that is not yet done."""
-        if self.has(study, case, seed, DEPLOYMENT.name, False):
-            return
-        began = time.monotonic()
-        trainer = self.trainer(recipe, seed)
-        exhaust(trainer.train_stable(branch_point(TOKENS, 0.2, BATCH)))
-        exhaust(trainer.train_decay(TOKENS))
-        self.judge(study, case, seed, trainer, DEPLOYMENT, False, time.monotonic() - began)
-
-    def _grids(self, deployment: Deployment) -> dict[str, Grid]:
-        storages = {tensor.name: deployment.storage(tensor) for tensor in init_spec(INIT, self._teacher.spec).tensors}
-        return {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
-
-    def quantise(self, study: str, case: str, recipe: Distillation, seed: int, grids: Sequence[Deployment]) -> None:
-        """Judges one student in 16 bits and on each grid, and those of its stable part whose decay was on the grid."""
-        wanted = [(one, False) for one in (DEPLOYMENT, *grids)] + [(one, True) for one in grids]
-        missing = [one for one in wanted if not self.has(study, case, seed, one[0].name, one[1])]
-        if not missing:
-            return
-        checkpoint = default_cache() / "math-outputs" / f"stable-{seed}.safetensors"
-        began = time.monotonic()
-        stable = self.trainer(recipe, seed)
-        exhaust(stable.train_stable(branch_point(TOKENS, 0.2, BATCH)))
-        stable.save(checkpoint)
-        halfway = time.monotonic()
-        exhaust(stable.train_decay(TOKENS))
-        spent = time.monotonic() - began
-        for deployment, aware in missing:
-            if not aware:
-                self.judge(study, case, seed, stable, deployment, False, spent)
-                continue
-            branch = time.monotonic()
-            trainer = self.trainer(recipe, seed)
-            trainer.load(checkpoint)
-            exhaust(trainer.train_decay(TOKENS, self._grids(deployment).get))
-            self.judge(study, case, seed, trainer, deployment, True, halfway - began + time.monotonic() - branch)
-        checkpoint.unlink()
 
 
 def exhaust(records: Iterator[Any]) -> None:
