@@ -88,6 +88,14 @@ TimeOption = Annotated[
 ]
 ContextOption = Annotated[int, _option("--context", "Tokens of context that the memory is stated at.", "TOKENS")]
 BatchOption = Annotated[int, _option("--batch", "Sequences decoded at once.", "N")]
+ConfirmOption = Annotated[
+    int | None,
+    _option(
+        "--confirm",
+        "Further seeds for the best three and the baseline; the best mean is chosen.",
+        "N",
+    ),
+]
 SeedOption = Annotated[
     int | None, _option("--seed", "Of data order, projections and proposals; 0 by default.", "N", min=0)
 ]
@@ -134,6 +142,7 @@ def search(
     tokens: TokensOption = None,
     step_tokens: StepTokensOption = None,
     time_box: TimeOption = None,
+    confirm: ConfirmOption = None,
     context: ContextOption = 2048,
     batch: BatchOption = 1,
     seed: SeedOption = None,
@@ -412,6 +421,7 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         tokens=given["tokens"],
         step_tokens=given["step_tokens"],
         time_seconds=seconds,
+        confirm=given.get("confirm"),
         seed=given["seed"],
         name=given["name"],
         out=given["out"],

@@ -38,6 +38,7 @@ def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric
     board = leaderboard_table(ranked[:_SHOWN_ROWS], metric, width)
     sections = [
         board + (f"\n{more} more rows: autodistill leaderboard {document['name']}" if more > 0 else ""),
+        _confirmed(document),
         _test(document),
         "\n".join(f"{note[:1].upper()}{note[1:]}." for note in document["notes"]),
         _seconds(document["seconds"]),
@@ -105,6 +106,18 @@ def written_summary(counts: Mapping[str, Any]) -> str:
     if counts["top-k"]:
         lines.append(f"{counts['top-k']} answers have the teacher's log-probabilities, {counts['text']} text alone.")
     return "\n".join(lines)
+
+
+def _confirmed(document: Mapping[str, Any]) -> str:
+    """Means over seeds, the chosen strategy first."""
+    found = document["confirmation"]
+    if not found:
+        return ""
+    lines = [(f"on {len(found[0]['seeds'])} seeds", "mean", "less best")]
+    for item in found:
+        difference = _figure(item["difference"], item["difference_stderr"])
+        lines.append((f"{item['trial']} {item['name']}", _figure(item["mean"], item["stderr"]), difference))
+    return table(lines, left=1)
 
 
 def _test(document: Mapping[str, Any]) -> str:

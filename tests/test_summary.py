@@ -40,6 +40,7 @@ DOCUMENT: dict[str, Any] = {
     "best": row("t003", "student").to_json(),
     "test": [one.to_json() for one in TEST],
     "gain_on_test": (0.02, 0.0042),
+    "confirmation": [],
     "notes": ["the budget of 16.0 GB does not bind"],
     "seconds": {"load": 12.3, "cache": 20.0, "overhead": 3.25, "total": 590.0},
     "budget": {"memory_bytes": 16 * 10**9, "context": 1024, "batch": 1},
@@ -79,6 +80,7 @@ def test_a_baseline_that_won_is_the_found_student_and_has_no_gain() -> None:
         "best": row("b000", "baseline").to_json(),
         "test": [one.to_json() for one in TEST if one.kind != "student"],
         "gain_on_test": None,
+        "confirmation": [],
     }
     text = search_summary(document, RANKED, "accuracy")
     assert re.search(r"found student +gguf-q8_0 +0.4000", text)
@@ -128,3 +130,15 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
         "The box holds 9 trials; 12 are usual: give it more --time.",
     ):
         assert words in text
+
+
+def test_what_was_confirmed_is_shown_with_means_and_differences() -> None:
+    found = [
+        {"trial": "t003", "name": "80% even", "seeds": [0, 1, 2], "mean": 0.42, "stderr": 0.002},
+        {"trial": "b000", "name": "hand_designed", "seeds": [0, 1, 2], "mean": 0.4, "stderr": 0.001},
+    ]
+    gaps = [{"difference": 0.0, "difference_stderr": 0.0}, {"difference": -0.02, "difference_stderr": 0.003}]
+    document = DOCUMENT | {"confirmation": [one | gap for one, gap in zip(found, gaps, strict=True)]}
+    text = search_summary(document, RANKED, "accuracy")
+    assert re.search(r"on 3 seeds +mean +less best", text)
+    assert re.search(r"b000 hand_designed +0\.4000 ± 0\.0010 +-0\.0200 ± 0\.0030", text)

@@ -18,7 +18,7 @@ from autodistill.records.store import replacing, strict_json
 from autodistill.strategy import Deployment
 
 SCHEMA_VERSION = 1
-KINDS = ("student", "baseline", "teacher", "initial")
+KINDS = ("student", "baseline", "confirmation", "teacher", "initial")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class Row:
     Attributes:
         row_id: Unique in a run; a later row of the same id supersedes an earlier one.
         trial: Id of the trial, like "t003".
-        kind: "student" (proposed), "baseline" (hand-designed), "teacher" (unmodified), "initial" (undistilled student).
+        kind: "student" (proposed), "baseline" (hand-designed), "confirmation" (one of these on a further seed),
+            "teacher" (unmodified), "initial" (undistilled student).
         name: For people: the baseline's name, or the trial's.
         deployment: `Deployment` as plain data.
         status: A `Status`.

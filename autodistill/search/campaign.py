@@ -11,8 +11,11 @@ from typing import Any, Literal
 from autodistill.contracts import Decision, Status
 from autodistill.errors import InputError
 from autodistill.estimate import Fit, cannot_hold, fits, holdable, shortfall
+from autodistill.records.confirmation import KIND as CONFIRMATION
+from autodistill.records.confirmation import confirming
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import EventLog
+from autodistill.search.plan import CONFIRMED
 from autodistill.search.rows import make_row
 from autodistill.search.sampler import Sampler
 from autodistill.search.scheduler import SuccessiveHalving
@@ -85,7 +88,13 @@ class Campaign:
         """
         if self.stopping:
             return None
-        assignment = self._interrupted() or self._baseline() or self._promotion(extra=False) or self._proposal()
+        assignment = (
+            self._interrupted()
+            or self._baseline()
+            or self._promotion(extra=False)
+            or self._proposal()
+            or self._confirmation()
+        )
         if assignment is None and self.box.deadline is not None:
             # Time is left in the box: trials beyond the plan's number may go on.
             assignment = self._promotion(extra=True)
@@ -196,7 +205,7 @@ class Campaign:
     def standing(self) -> tuple[float | None, float | None]:
         """The metric of the best student at full fidelity so far, and of the best baseline."""
         best = self.question.best
-        values: dict[str, list[float]] = {"student": [], "baseline": []}
+        values: dict[str, list[float]] = {"student": [], "baseline": [], CONFIRMATION: []}
         for trial in self.trials.values():
             if trial.status is Status.COMPLETED and trial.value is not None:
                 values[trial.kind].append(trial.value)
@@ -221,6 +230,7 @@ class Campaign:
                     kind=event["kind"],
                     name=event["name"],
                     point=event["point"],
+                    seed=event["seed"],
                 )
             elif event["event"] == "rung":
                 trial = self.trials[event["trial"]]
@@ -271,6 +281,34 @@ class Campaign:
         if not self._affordable(trial, reserved=self._seconds_of_best() if extra else 0.0):
             return None
         return self._assign(trial)
+
+    def _confirmation(self) -> Assignment | None:
+        """The best few and the best baseline on further seeds, once the trials of the plan have ended."""
+        seeds = range(self.question.plan.seed + 1, self.question.plan.seed + 1 + self.question.confirm)
+        under_way = any(trial.running and trial.kind != CONFIRMATION for trial in self.trials.values())
+        if not seeds or under_way or not self._proposals_over():
+            return None
+        trained = self._trained()
+        students = [trial for trial in trained if trial.kind == "student"][:CONFIRMED]
+        baselines = [trial for trial in trained if trial.kind == "baseline"][:1]
+        for seed in seeds:
+            for original in (*students, *baselines):
+                trial_id = confirming(original.task.id, seed)
+                if trial_id in self.trials:
+                    continue
+                if not self.box.holds(self.box.expected(Assignment(task=original.task, rung=original.rung), -1)):
+                    return None
+                trial = self._enter(
+                    original.task.strategy,
+                    trial_id=trial_id,
+                    number=None,
+                    kind=CONFIRMATION,
+                    name=original.name,
+                    point=None,
+                    seed=seed,
+                )
+                return self._assign(trial)
+        return None
 
     def _evaluation(self) -> Assignment | None:
         """A deployment of a trained student that nobody has looked at, of the best student first."""
@@ -328,7 +366,8 @@ class Campaign:
         waiting = self._scheduler.next_to_promote(self._in_flight(), True, extra=extra)
         untouched = [t for t in self.trials.values() if t.status is None and t.rung < 0]
         affordable = [t for t in (*untouched, *([self.trials[waiting]] if waiting else [])) if self._affordable(t)]
-        return started and self._proposals_over() and not affordable and self._evaluation() is None
+        over = started and self._proposals_over() and not affordable
+        return over and self._evaluation() is None
 
     def _assign(self, trial: TrialState) -> Assignment:
         last = len(self.question.plan.rungs) - 1
@@ -360,20 +399,30 @@ class Campaign:
         return trial
 
     def _admit(
-        self, strategy: Strategy, *, trial_id: str, number: int | None, kind: str, name: str, point: Point | None
+        self,
+        strategy: Strategy,
+        *,
+        trial_id: str,
+        number: int | None,
+        kind: str,
+        name: str,
+        point: Point | None,
+        seed: int | None = None,
     ) -> TrialState:
         question = self.question
         fitting, reason = self._fits(strategy)
         allowed = tuple(fit.deployment for fit in fitting if fit.slack <= 0)
         if reason is None and not allowed:
             reason = shortfall(fitting, question.budget)
+        probe = probe_deployment(strategy, allowed or question.deployments)
         task = TrialTask(
             id=trial_id,
             strategy=strategy,
-            seed=question.plan.seed,
-            deployments=allowed,
-            probe=probe_deployment(strategy, allowed or question.deployments),
-            straight=kind == "baseline",
+            seed=question.plan.seed if seed is None else seed,
+            # On further seeds a strategy is compared under the one deployment that it was judged by.
+            deployments=(probe,) if kind == CONFIRMATION else allowed,
+            probe=probe,
+            straight=kind != "student",
         )
         trial = TrialState(task=task, number=number, kind=kind, name=name, point=point, fits=fitting, reason=reason)
         self.trials[trial_id] = trial

@@ -24,6 +24,7 @@ from autodistill.estimate import fits, holdable
 from autodistill.export.huggingface import model_card
 from autodistill.export.verify import CLEAR_SHARE, MIN_POSITIONS, RuntimeCheck, verify, verify_runtime
 from autodistill.formats import get_format
+from autodistill.records.confirmation import Confirmation, confirmations
 from autodistill.records.leaderboard import DISTILLED, limits_of, nearest, paired_bootstrap, rank
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder, record_test_opening, recorded_test_openings
@@ -54,6 +55,7 @@ class Finish:
         paths: Exported students by container.
         checks: Agreement of runtime and simulation by container.
         test: Rows on the test split.
+        confirmed: What was trained on further seeds, the chosen one first.
         gain: Best less baseline on test, paired by document, and its standard error; None where there is none.
         notes: What a reader must know, in sentences.
     """
@@ -63,6 +65,7 @@ class Finish:
     checks: Mapping[str, RuntimeCheck]
     test: tuple[Row, ...]
     gain: tuple[float, float] | None
+    confirmed: tuple[Confirmation, ...]
     notes: tuple[str, ...]
 
 
@@ -107,6 +110,12 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     torch.set_num_threads(finisher.threads)
     students = [row for row in rows if row.kind in DISTILLED and row.full and finisher.student(row).is_dir()]
     ranked = [one.row for one in rank(students, question.metric, question.direction) if one.row.feasible]
+    confirmed = confirmations(rows, question.metric, question.direction)
+    if confirmed:
+        # What is best on several seeds goes first, in the best of its deployments; then the others as they rank.
+        own = [row for row in students if row.trial == confirmed[0].trial]
+        first = [one.row for one in rank(own, question.metric, question.direction) if one.row.feasible]
+        ranked = [*first, *(row for row in ranked if row.trial != confirmed[0].trial)]
     paths: dict[str, Path] = {}
     checks: dict[str, RuntimeCheck] = {}
     rejected: list[Row] = []
@@ -142,6 +151,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         checks=checks,
         test=test,
         gain=_gain(test),
+        confirmed=tuple(confirmed),
         notes=(*_notes(best, rows, finisher), *_spent(finisher)),
     )
 

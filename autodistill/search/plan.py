@@ -23,6 +23,7 @@ _DECAY = 0.2
 _FEWEST_STEPS = 24
 _TRIALS = 12
 _FINALISTS = 2
+CONFIRMED = 3  # students that are trained on further seeds, where that is asked for
 # Share of the box that is planned; the rest absorbs a machine that slows down.
 _PLANNED_SHARE = 0.93
 
@@ -165,6 +166,7 @@ class Demand:
         seed: Of the search.
         ray: Whether workers are processes of their own.
         step_tokens: Of an optimiser step, whole sequences.
+        confirm: Further seeds that the best few and the best baseline are trained on.
     """
 
     box_seconds: float | None
@@ -181,6 +183,7 @@ class Demand:
     seed: int
     ray: bool
     step_tokens: int = SEQUENCE_LENGTH
+    confirm: int = 0
 
 
 def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
@@ -335,7 +338,9 @@ def _trial_seconds(demand: Demand, speed: Speed, workers: Workers, trials: int, 
     rungs = rung_tokens(tokens, demand.step_tokens)
     keep = _keep(trials, len(rungs))
     rung_eval, full_eval, _ = _eval_tokens(demand, speed)
-    total = demand.baselines * trial_seconds(tokens, full_eval, demand.parameters, speed, judged=False)
+    straight = trial_seconds(tokens, full_eval, demand.parameters, speed, judged=False)
+    confirmed = min(CONFIRMED, keep[-1] if keep else trials) + min(1, demand.baselines)
+    total = (demand.baselines + demand.confirm * confirmed) * straight
     for rung, reached, count in zip(rungs, (0, *rungs), (trials, *keep), strict=False):
         last = rung == tokens
         eval_tokens = full_eval if last else rung_eval

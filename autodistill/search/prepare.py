@@ -260,6 +260,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         seed=checked.seed,
         ray=request.runner == "ray",
         step_tokens=loaded.step_tokens,
+        confirm=checked.confirm,
     )
     plan = make_plan(demand, speed, loaded.workers)
     plan = replace(
@@ -369,6 +370,7 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
         teacher_accuracy=setting.teacher_accuracy,
         metric=checked.metric,
         direction=METRICS[checked.metric],
+        confirm=checked.confirm,
     )
     return Ready(question=question, setting=setting)
 
@@ -397,7 +399,7 @@ def _check_fingerprints(checked: Checked, loaded: Loaded) -> None:
 def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dict[str, Any]:
     """`search.json`: all that is needed to run the search again."""
     if checked.stored is not None:
-        return {**checked.stored, "plan": plan.to_json()}
+        return {**checked.stored, "plan": plan.to_json(), "confirm": checked.confirm}
     packages = ("autodistill-search", "torch", "transformers", "optuna", "ray", "xllamacpp", "gguf")
     return {
         "schema_version": 1,
@@ -426,6 +428,7 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "metric": checked.metric,
         "direction": METRICS[checked.metric],
         "sampler": checked.sampler,
+        "confirm": checked.confirm,
         "seed": checked.seed,
         "runner": checked.request.runner,
         "plan": plan.to_json(),

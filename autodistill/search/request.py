@@ -44,6 +44,7 @@ class SearchRequest:
             resuming, more trials than were planned extend the search.
         step_tokens: Training tokens of an optimiser step, whole sequences; one sequence by default.
         time_seconds: The time box; on resuming a finished search, of what it is extended by.
+        confirm: Further seeds on which the best few are trained before one is chosen; none by default.
         seed: Of data order, projections and proposals.
         name: Of the run; a date and time by default.
         out: Folder of the runs.
@@ -66,6 +67,7 @@ class SearchRequest:
     tokens: int | None = None
     step_tokens: int | None = None
     time_seconds: float | None = None
+    confirm: int | None = None
     seed: int | None = None
     name: str | None = None
     out: Path = Path("results/runs")
@@ -91,6 +93,7 @@ class Checked:
     space_reference: str
     metric: str
     sampler: str
+    confirm: int
     seed: int
     spec: ModelSpec | None
     stored: Mapping[str, Any] | None
@@ -103,7 +106,7 @@ def check_request(request: SearchRequest) -> Checked:
         InputError: Of each of its parts, in one line.
         NothingFitsError: Not even the student that needs least fits the budget.
     """
-    for name in ("trials", "tokens"):
+    for name in ("trials", "tokens", "confirm"):
         value = getattr(request, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, not {value}")
@@ -142,6 +145,7 @@ def check_request(request: SearchRequest) -> Checked:
         space_reference=space_reference,
         metric=metric,
         sampler=sampler,
+        confirm=request.confirm if request.confirm is not None else known.get("confirm", 0),
         seed=request.seed if request.seed is not None else known.get("seed", 0),
         spec=spec_from_config(teacher.config) if teacher.config else None,
         stored=stored,

@@ -209,6 +209,7 @@ def _result(
         ],
         "test": [row.to_json() for row in finished.test],
         "gain_on_test": finished.gain,
+        "confirmation": [item.to_json() for item in finished.confirmed],
         "runtime": {name: asdict(check) for name, check in finished.checks.items()},
         "budget": checked.request.budget.to_json(),
         "plan": plan.to_json(),

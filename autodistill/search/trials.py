@@ -17,7 +17,7 @@ from autodistill.units import Budget
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a campaign searches for; all of it fixed by `search.json`."""
+    """What a campaign searches for; all of it fixed by `search.json`. `confirm` counts further seeds for the best."""
 
     space: Space
     deployments: tuple[Deployment, ...]
@@ -28,6 +28,7 @@ class Question:
     teacher_accuracy: float
     metric: str
     direction: Direction
+    confirm: int = 0
 
     @property
     def best(self) -> Callable[..., float]:

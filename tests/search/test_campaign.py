@@ -96,7 +96,7 @@ def measured(deployment: Deployment, accuracy: float) -> Evaluation:
 
 def worker(assignment: Assignment) -> RungReport:
     """Accuracy is the trial's number in a fixed disorder; it rises with the rung."""
-    number = int(assignment.task.id[1:])
+    number = int(assignment.task.id[1:4])
     accuracy = 0.2 + (number * 7 % 9) / 100 + assignment.rung / 1000
     return RungReport(
         rung=assignment.rung,
@@ -316,3 +316,41 @@ def test_a_finishing_is_also_evaluated_on_its_own_grid(tmp_path: Path) -> None:
     rejected = next(trial for trial in running.trials.values() if trial.name == "not")
     assert rejected.status is Status.REJECTED
     assert "keep names layers.77" in str(rejected.reason)
+
+
+def test_the_best_few_and_the_baseline_are_trained_on_further_seeds_before_one_is_chosen(tmp_path: Path) -> None:
+    asked = replace(question(), plan=replace(PLAN, keep=(6, 4)), confirm=2)
+    search = campaign(tmp_path, asked)
+    done = drive(search)
+    again = [(trial, rung) for trial, rung in done if "s" in trial]
+    assert done[-len(again) :] == again  # after everything else
+    ended = {trial: state for trial, state in search.trials.items() if state.status is Status.COMPLETED}
+    students = sorted((t for t in ended if ended[t].kind == "student"), key=lambda t: -(ended[t].value or 0))
+    assert len(students) == 4
+    expected = {(f"{trial}s{seed}", 2) for trial in (*students[:3], "b000") for seed in (1, 2)}
+    assert set(again) == expected
+    assert {search.trials[trial].task.seed for trial, _ in again} == {1, 2}
+    rows = rows_of(EventLog(tmp_path / "trials.jsonl").read())
+    assert {row.kind for row in rows if "s" in row.trial} == {"confirmation"}
+    resumed = campaign(tmp_path, asked)
+    resumed.replay(EventLog(tmp_path / "trials.jsonl").read())
+    assert resumed.next() is None
+
+
+def test_confirmations_go_on_after_a_kill(tmp_path: Path) -> None:
+    asked = replace(question(), confirm=1)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    cut.mkdir()
+    drive(campaign(whole, asked))
+    events = EventLog(whole / "trials.jsonl").read()
+    begun = next(index for index, event in enumerate(events) if event["event"] == "trial" and "s" in event["trial"])
+    for event in events[: begun + 1]:
+        EventLog(cut / "trials.jsonl").append(event)
+    again = campaign(cut, asked)
+    again.replay(EventLog(cut / "trials.jsonl").read())
+    drive(again)
+    rows, expected = (
+        {row.row_id: replace(row, train_seconds=None) for row in rows_of(EventLog(path / "trials.jsonl").read())}
+        for path in (cut, whole)
+    )
+    assert rows == expected

@@ -129,7 +129,7 @@ def test_a_finished_search_is_extended_and_says_that_its_test_is_spent(
     out = tmp_path / "runs"
     shutil.copytree(outcome[1], out)
     before = {row.row_id: row for row in outcome[0].rows}
-    longer = search(request(inputs, out, resume=True, trials=5))
+    longer = search(request(inputs, out, resume=True, trials=5, confirm=1))
     proposed = {row.trial for row in longer.rows if row.kind == "student"}
     assert len(proposed) == 5  # rejected ones not counted
     assert {row.trial for row in before.values() if row.kind == "student"} < proposed
@@ -141,6 +141,16 @@ def test_a_finished_search_is_extended_and_says_that_its_test_is_spent(
     assert len(trained) == 1
     assert json.loads((out / "run" / "search.json").read_text())["plan"]["trials"] == 5
     assert any("test split was opened before (1 time)" in note for note in longer.document["notes"])
+    # The best few and the baseline were trained on another seed, and what is exported is best on both.
+    confirmed = longer.document["confirmation"]
+    assert {item["trial"] for item in confirmed} > {"b000"}
+    assert all(item["seeds"] == [0, 1] for item in confirmed)
+    assert confirmed[0]["trial"] == longer.finish.best.trial
+    by_id = {row.row_id: row for row in longer.rows}
+    for item in confirmed:
+        again = by_id[item["row_id"].replace(item["trial"], f"{item['trial']}s1")]
+        assert (again.kind, again.seed) == ("confirmation", 1)
+        assert again.perplexity != by_id[item["row_id"]].perplexity  # another order of the data
 
 
 def test_nothing_fits_is_known_before_anything_is_loaded(
