@@ -107,8 +107,10 @@ class Solved:
         found = {}
         for name, limit in self.limits.items():
             need = self.needs[name]
-            ratio = limit / max(need, 1e-12) if name == "accuracy" else need / limit
-            found[name] = math.log(max(ratio, 1e-12))
+            over, under = (limit, need) if name == "accuracy" else (need, limit)
+            # Of nothing any limit asks infinitely more; far beyond is far enough.
+            ratio = over / under if under else (math.inf if over else 1.0)
+            found[name] = math.log(min(max(ratio, 1e-12), 1e12))
         return found
 
     @property

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from autodistill.contracts import ModelSpec
@@ -78,6 +78,7 @@ def test_the_best_that_fits_its_runner_up_and_what_binds() -> None:
 
 
 @settings(deadline=None)
+@example(rows=[(0.0, 1.0)], limit=1.0, least=2.220446049250313e-16)
 @given(
     rows=st.lists(st.tuples(st.floats(0, 1), st.floats(1, 1000)), min_size=1, max_size=12),
     limit=st.floats(1, 1000),
