@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -18,6 +17,36 @@ import typer
 
 from autodistill.console import leaderboard_table, open_view, printable
 from autodistill.errors import AutoDistillError, InputError
+from autodistill.options import (
+    BUDGET_HELP,
+    AnyBudgetOption,
+    BatchOption,
+    CacheLimitOption,
+    CacheOption,
+    ConfirmOption,
+    ContextOption,
+    DataOption,
+    DevicesOption,
+    Format,
+    FormatOption,
+    MetricOption,
+    NameOption,
+    OutOption,
+    PlanOption,
+    ResumeOption,
+    RunnerOption,
+    SamplerOption,
+    SearchBudgetOption,
+    SearchDeviceOption,
+    SeedOption,
+    SpaceOption,
+    StepTokensOption,
+    TeacherOption,
+    TimeOption,
+    TokensOption,
+    TrialsOption,
+    option,
+)
 from autodistill.records.store import RunFolder, default_cache, known_runs, strict_json
 from autodistill.streams import quiet_libraries, stdout_reserved
 from autodistill.summary import leaderboard_of, plan_summary, search_summary, written_summary
@@ -36,79 +65,6 @@ _NO_LIMIT = "1000000TB"
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-class Format(StrEnum):
-    """How a result is printed."""
-
-    TABLE = "table"
-    JSON = "json"
-
-
-def _option(name: str, text: str, metavar: str | None = None, **more: Any) -> Any:
-    return typer.Option(name, help=text, metavar=metavar, **more)
-
-
-_BUDGET_HELP = "Memory that inference of the student may take, like 16GB or 900MiB"
-SearchBudgetOption = Annotated[str | None, _option("--budget", f"{_BUDGET_HELP}.", "SIZE")]
-SearchDeviceOption = Annotated[
-    str | None, _option("--device", "In the place of a budget: its usable memory, like 4090; see devices.", "NAME")
-]
-AnyBudgetOption = Annotated[str | None, _option("--budget", f"{_BUDGET_HELP}; no limit by default.", "SIZE")]
-TeacherOption = Annotated[
-    str | None,
-    _option("--teacher", "smollm2 (the default), a folder of transformers, a .gguf file, or a hub id.", "REF"),
-]
-DataOption = Annotated[
-    str | None,
-    _option(
-        "--data",
-        "pydoc (the default), a folder, a .txt, .jsonl or .parquet file, reasoning-gym:TASK, or a hub id.",
-        "REF",
-    ),
-]
-SpaceOption = Annotated[str | None, _option("--space", "What may be tried: a name, or a YAML file.", "NAME|FILE")]
-MetricOption = Annotated[
-    str | None,
-    _option("--metric", "What ranks: accuracy (the default), agreement, perplexity or exact_match.", "NAME"),
-]
-SamplerOption = Annotated[
-    str | None, _option("--sampler", "What proposes: tpe (the default), gp, nsga2 or random.", "NAME")
-]
-TrialsOption = Annotated[
-    int | None,
-    _option("--trials", "Strategies to try; planned from the time box by default. With --resume: in all.", "N"),
-]
-TokensOption = Annotated[int | None, _option("--tokens", "Training tokens of a trial; planned by default.", "T")]
-StepTokensOption = Annotated[
-    int | None, _option("--step-tokens", "Training tokens of an optimiser step; one sequence, 256, by default.", "T")
-]
-TimeOption = Annotated[
-    str | None, _option("--time", "Time box, like 10m, the default without an accelerator; 30m with one.", "TIME")
-]
-ContextOption = Annotated[int, _option("--context", "Tokens of context that the memory is stated at.", "TOKENS")]
-BatchOption = Annotated[int, _option("--batch", "Sequences decoded at once.", "N")]
-ConfirmOption = Annotated[
-    int | None,
-    _option(
-        "--confirm",
-        "Further seeds for the best three and the baseline; the best mean is chosen.",
-        "N",
-    ),
-]
-SeedOption = Annotated[
-    int | None, _option("--seed", "Of data order, projections and proposals; 0 by default.", "N", min=0)
-]
-NameOption = Annotated[str | None, _option("--name", "Of the run; date and time by default.", "RUN")]
-OutOption = Annotated[Path, _option("--out", "Folder of the runs.", "DIR")]
-ResumeOption = Annotated[bool, _option("--resume", "Go on with the run of this --name.")]
-PlanOption = Annotated[bool, _option("--plan", "Print trials, rungs, tokens, cache disk and time, and stop.")]
-RunnerOption = Annotated[str, _option("--runner", "ray: workers side by side; inline: this process alone.", "NAME")]
-CacheOption = Annotated[
-    Path | None, _option("--cache", "Folder of what later searches use again; ~/.cache/autodistill by default.", "DIR")
-]
-CacheLimitOption = Annotated[str, _option("--cache-limit", "Disk that the teacher's outputs may take.", "SIZE")]
-FormatOption = Annotated[Format, _option("--format", "How the result is printed.")]
 
 
 def _version(shown: bool) -> None:
@@ -190,21 +146,21 @@ def distill(
 def write(
     ctx: typer.Context,
     prompts: Annotated[
-        str, _option("--prompts", "A .jsonl file, a .txt file with a prompt a line, or reasoning-gym:TASK.", "REF")
+        str, option("--prompts", "A .jsonl file, a .txt file with a prompt a line, or reasoning-gym:TASK.", "REF")
     ],
-    out: Annotated[Path, _option("--out", "A .jsonl file; answers that it has already are kept.", "FILE")],
+    out: Annotated[Path, option("--out", "A .jsonl file; answers that it has already are kept.", "FILE")],
     teacher: TeacherOption = None,
     endpoint: Annotated[
-        str | None, _option("--endpoint", "Base of an OpenAI-compatible API, like http://localhost:8000/v1.", "URL")
+        str | None, option("--endpoint", "Base of an OpenAI-compatible API, like http://localhost:8000/v1.", "URL")
     ] = None,
-    model: Annotated[str | None, _option("--model", "The model's name at the endpoint.", "NAME")] = None,
-    max_tokens: Annotated[int, _option("--max-tokens", "Of an answer; one cut there is not learnt.", "N")] = 256,
-    temperature: Annotated[float, _option("--temperature", "0 takes the most likely token.", "T")] = 0.0,
-    top_p: Annotated[float, _option("--top-p", "Draw from the likeliest tokens of this probability.", "P")] = 1.0,
-    seed: Annotated[int, _option("--seed", "Of the draws.", "N", min=0)] = 0,
-    top_k: Annotated[int, _option("--top-k", "Log-probabilities to ask the endpoint for at each token.", "N")] = 0,
-    batch: Annotated[int, _option("--batch", "Answers written at once.", "N")] = 8,
-    timeout: Annotated[str, _option("--timeout", "After which a request to the endpoint is given up.", "TIME")] = "5m",
+    model: Annotated[str | None, option("--model", "The model's name at the endpoint.", "NAME")] = None,
+    max_tokens: Annotated[int, option("--max-tokens", "Of an answer; one cut there is not learnt.", "N")] = 256,
+    temperature: Annotated[float, option("--temperature", "0 takes the most likely token.", "T")] = 0.0,
+    top_p: Annotated[float, option("--top-p", "Draw from the likeliest tokens of this probability.", "P")] = 1.0,
+    seed: Annotated[int, option("--seed", "Of the draws.", "N", min=0)] = 0,
+    top_k: Annotated[int, option("--top-k", "Log-probabilities to ask the endpoint for at each token.", "N")] = 0,
+    batch: Annotated[int, option("--batch", "Answers written at once.", "N")] = 8,
+    timeout: Annotated[str, option("--timeout", "After which a request to the endpoint is given up.", "TIME")] = "5m",
     cache: CacheOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
@@ -235,12 +191,10 @@ def explain(
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(help="Name of the run.", metavar="RUN")],
-    to: Annotated[
-        str, _option("--to", "Containers, parted by commas: huggingface, gguf, compressed-tensors.", "NAMES")
-    ],
-    out: Annotated[Path, _option("--out", "Where to; a folder is made in it for each container.", "DIR")],
-    row: Annotated[str | None, _option("--row", "Of the leaderboard; the best student by default.", "ID")] = None,
-    runs: Annotated[Path, _option("--runs", "Folder of the runs.", "DIR")] = _RUNS,
+    to: Annotated[str, option("--to", "Containers, parted by commas: huggingface, gguf, compressed-tensors.", "NAMES")],
+    out: Annotated[Path, option("--out", "Where to; a folder is made in it for each container.", "DIR")],
+    row: Annotated[str | None, option("--row", "Of the leaderboard; the best student by default.", "ID")] = None,
+    runs: Annotated[Path, option("--runs", "Folder of the runs.", "DIR")] = _RUNS,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Export a student of a run to other containers, and verify it."""
@@ -261,11 +215,6 @@ def doctor(
     found = _print(output, lambda: examine(out, cache or default_cache()), to_json, describe)
     if not ready(found):
         raise typer.Exit(2)
-
-
-DevicesOption = Annotated[
-    list[Path] | None, _option("--devices", "YAML file of devices of your own; may be given again.", "FILE")
-]
 
 
 @app.command()
@@ -290,28 +239,28 @@ def estimate(
         str | None, typer.Argument(help="A folder, a .gguf file, smollm2, or a hub id.", metavar="[MODEL]")
     ] = None,
     format_name: Annotated[
-        str | None, _option("--format-name", "Like gguf-q4_0; a GGUF file's own types, else gguf-q8_0.", "NAME")
+        str | None, option("--format-name", "Like gguf-q4_0; a GGUF file's own types, else gguf-q8_0.", "NAME")
     ] = None,
     runtime: Annotated[
-        str | None, _option("--runtime", "llama.cpp, transformers, vllm or onnxruntime; the format's own.", "NAME")
+        str | None, option("--runtime", "llama.cpp, transformers, vllm or onnxruntime; the format's own.", "NAME")
     ] = None,
-    context: Annotated[int | None, _option("--context", "Of each sequence; 2048 by default.", "TOKENS")] = None,
+    context: Annotated[int | None, option("--context", "Of each sequence; 2048 by default.", "TOKENS")] = None,
     batch: BatchOption = 1,
-    kv_type: Annotated[str, _option("--kv-type", "Of the KV cache: f16, q8_0 or q4_0.", "TYPE")] = "f16",
-    prompt: Annotated[int | None, _option("--prompt", "Tokens before the first one; 512 by default.", "TOKENS")] = None,
-    device: Annotated[str | None, _option("--device", "Like 4090 or local; see devices.", "NAME")] = None,
+    kv_type: Annotated[str, option("--kv-type", "Of the KV cache: f16, q8_0 or q4_0.", "TYPE")] = "f16",
+    prompt: Annotated[int | None, option("--prompt", "Tokens before the first one; 512 by default.", "TOKENS")] = None,
+    device: Annotated[str | None, option("--device", "Like 4090 or local; see devices.", "NAME")] = None,
     all_devices: Annotated[bool, typer.Option("--all-devices", help="Every device.")] = False,
     own: DevicesOption = None,
-    layers: Annotated[int | None, _option("--layers", "Of a shape in the place of MODEL.", "N")] = None,
-    width: Annotated[int | None, _option("--width", "Of its hidden states.", "N")] = None,
-    heads: Annotated[int | None, _option("--heads", "Of its attention.", "N")] = None,
-    kv_heads: Annotated[int | None, _option("--kv-heads", "As many as heads by default.", "N")] = None,
-    head_dim: Annotated[int | None, _option("--head-dim", "The heads' share of the width by default.", "N")] = None,
-    ffn: Annotated[int | None, _option("--ffn", "Neurons of a layer, or of an expert.", "N")] = None,
-    vocab: Annotated[int | None, _option("--vocab", "Entries of the vocabulary.", "N")] = None,
-    experts: Annotated[int | None, _option("--experts", "Of a mixture.", "N")] = None,
-    active_experts: Annotated[int | None, _option("--active-experts", "That a token takes.", "N")] = None,
-    window: Annotated[int | None, _option("--window", "Of sliding attention in all layers.", "TOKENS")] = None,
+    layers: Annotated[int | None, option("--layers", "Of a shape in the place of MODEL.", "N")] = None,
+    width: Annotated[int | None, option("--width", "Of its hidden states.", "N")] = None,
+    heads: Annotated[int | None, option("--heads", "Of its attention.", "N")] = None,
+    kv_heads: Annotated[int | None, option("--kv-heads", "As many as heads by default.", "N")] = None,
+    head_dim: Annotated[int | None, option("--head-dim", "The heads' share of the width by default.", "N")] = None,
+    ffn: Annotated[int | None, option("--ffn", "Neurons of a layer, or of an expert.", "N")] = None,
+    vocab: Annotated[int | None, option("--vocab", "Entries of the vocabulary.", "N")] = None,
+    experts: Annotated[int | None, option("--experts", "Of a mixture.", "N")] = None,
+    active_experts: Annotated[int | None, option("--active-experts", "That a token takes.", "N")] = None,
+    window: Annotated[int | None, option("--window", "Of sliding attention in all layers.", "TOKENS")] = None,
     tied: Annotated[bool, typer.Option("--tied", help="The head is the embedding table.")] = False,
     cache: CacheOption = None,
     output: FormatOption = Format.TABLE,
@@ -327,14 +276,14 @@ def estimate(
 def pick(
     ctx: typer.Context,
     runs: Annotated[list[str] | None, typer.Argument(help="Names of runs; all by default.", metavar="[RUN]...")] = None,
-    budget: Annotated[str | None, _option("--budget", f"{_BUDGET_HELP}.", "SIZE")] = None,
-    device: Annotated[str | None, _option("--device", "Takes the budget from it, like 4090 or local.", "NAME")] = None,
+    budget: Annotated[str | None, option("--budget", f"{BUDGET_HELP}.", "SIZE")] = None,
+    device: Annotated[str | None, option("--device", "Takes the budget from it, like 4090 or local.", "NAME")] = None,
     context: ContextOption = 2048,
-    streams: Annotated[int, _option("--streams", "Sequences decoded at once.", "N")] = 1,
+    streams: Annotated[int, option("--streams", "Sequences decoded at once.", "N")] = 1,
     latency: Annotated[
-        str | None, _option("--latency", "Like 50ms, or ttft_p95=300ms,tpot_p99=50ms@streams=16.", "LIMITS")
+        str | None, option("--latency", "Like 50ms, or ttft_p95=300ms,tpot_p99=50ms@streams=16.", "LIMITS")
     ] = None,
-    min_accuracy: Annotated[float | None, _option("--min-accuracy", "A fraction.", "X")] = None,
+    min_accuracy: Annotated[float | None, option("--min-accuracy", "A fraction.", "X")] = None,
     tiers: Annotated[bool, typer.Option("--tiers", help="The best for each of 4 to 80 GB.")] = False,
     own: DevicesOption = None,
     out: OutOption = _RUNS,

@@ -149,6 +149,11 @@ class Range:
 
 
 def read_choices(data: Mapping[str, Any]) -> Choices:
+    """The domain of a list of values, or of names for parts of a strategy.
+
+    Raises:
+        InputError: No choices, one twice, or bounds beside them.
+    """
     choices = data["choices"]
     check(not {"low", "high", "step", "log"} & set(data), "give choices, or low and high, not both")
     check(isinstance(choices, list | Mapping), f"choices must be a list, or a mapping of names, not {choices!r}")
@@ -164,6 +169,15 @@ def read_choices(data: Mapping[str, Any]) -> Choices:
 
 
 def read_range(kind: type, data: Mapping[str, Any]) -> Range:
+    """The domain between `low` and `high`, in steps or on a logarithmic scale where that is said.
+
+    Args:
+        kind: `int` or `float`.
+        data: What a space file says.
+
+    Raises:
+        InputError: Bounds that are missing, of another type, or that hold nothing.
+    """
     check(kind in (int, float), "this is no number: give choices in place of low and high")
     check("low" in data and "high" in data, "the domain is empty: give choices, or low and high")
     for name in ("low", "high", "step"):

@@ -1,10 +1,13 @@
-"""Tiny models, tokenizers and texts for the tests of AutoDistill and of its plug-ins."""
+"""Tiny models, tokenizers, texts and plans for the tests of AutoDistill and of its plug-ins."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from autodistill.contracts import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -138,3 +141,27 @@ def save_tiny_teacher(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def small_plan(**changes: Any) -> Plan:
+    """A plan of nine trials and three rungs, with changes to any of its fields."""
+    plan = Plan(
+        trials=9,
+        tokens=9216,
+        rungs=(1024, 3072, 9216),
+        keep=(4, 2),
+        sequence_length=256,
+        batch_tokens=256,
+        warmup_tokens=512,
+        decay=0.2,
+        rung_eval_tokens=1024,
+        eval_tokens=2048,
+        test_tokens=2048,
+        workers=2,
+        threads=1,
+        bf16=False,
+        seed=0,
+        box_seconds=None,
+        seconds={"export": 1.0, "test": 1.0},
+    )
+    return replace(plan, **changes)

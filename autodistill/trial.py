@@ -21,18 +21,20 @@ from autodistill.data import TokenSet, load_split
 from autodistill.distillation.alignment import aligned_layers, check_projection, layer_map
 from autodistill.distillation.attention import TeacherBlock, check_attention, teacher_layer
 from autodistill.distillation.calibration import Calibration
+from autodistill.distillation.checkpoint import read_tokens
 from autodistill.distillation.generation import answer
 from autodistill.distillation.grid_scales import read_scales, write_scales
 from autodistill.distillation.held import held_as_deployed, is_held, load_held
 from autodistill.distillation.lora import check_lora
 from autodistill.distillation.memory import is_out_of_memory, keep_freed_memory
 from autodistill.distillation.quantization import deploy_tensor
+from autodistill.distillation.schedule import branch_point
 from autodistill.distillation.scoring import score
 from autodistill.distillation.signals import LiveTeacher
 from autodistill.distillation.student import build_student, init_spec
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
-from autodistill.distillation.trainer import StepRecord, Trainer, branch_point, read_tokens
+from autodistill.distillation.trainer import StepRecord, Trainer
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import check_holds
 from autodistill.formats import Grid, Scales

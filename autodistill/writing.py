@@ -173,6 +173,7 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
     fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=SEQUENCE_LENGTH, machine=detect())
 
     def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer]]:
+        """Answers with the places of their prompts, as they are written."""
         if not prompts:
             return
         import torch
@@ -203,6 +204,7 @@ def _from_endpoint(request: WriteRequest, endpoint: Endpoint) -> tuple[str, _Ans
     options = {name: getattr(request.sampling, name) for name in ("temperature", "top_p", "seed")}
 
     def ask(prompt: Sequence[Turn]) -> _Answer:
+        """One answer of the endpoint."""
         reply = endpoint.ask(
             [turn._asdict() for turn in prompt],
             max_tokens=request.max_tokens,
@@ -213,6 +215,7 @@ def _from_endpoint(request: WriteRequest, endpoint: Endpoint) -> tuple[str, _Ans
         return _Answer(reply.text, reply.finished, reply.prompt_tokens, reply.answer_tokens, tokens, top)
 
     def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer]]:
+        """Answers with the places of their prompts, as they are written."""
         with ThreadPoolExecutor(request.batch, thread_name_prefix="endpoint") as pool:
             places = {pool.submit(ask, prompt): place for place, prompt in enumerate(prompts)}
             left = set(places)

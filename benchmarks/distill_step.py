@@ -18,7 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ from autodistill.distillation.memory import keep_freed_memory
 from autodistill.distillation.signals import LiveTeacher
 from autodistill.distillation.student import build_student, decoder_layers
 from autodistill.distillation.target import FullTarget, TopTarget
-from autodistill.distillation.teacher import load_model, materialise, resolve_teacher, tokenizer_fingerprint
+from autodistill.distillation.teacher import Teacher, load_model, materialise, resolve_teacher, tokenizer_fingerprint
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
 from autodistill.distillation.trainer import Trainer
 from autodistill.formats import get_format
@@ -185,6 +186,102 @@ def cache_lines(cache: TeacherCache, folder: Path, length: int) -> Iterator[list
         yield [name, f"{size:.0f}", f"{rate:,.0f}", f"{rate * size / 1e6:,.0f} MB/s"]
 
 
+@dataclass(frozen=True)
+class Workshop:
+    """Teacher, student, data and cache that all arms share.
+
+    Attributes:
+        teacher: On disk.
+        layers, kept: Of the teacher, and those of them that the student has.
+        model: The student; all arms train this one.
+        data, cache, folder: Sequences, the teacher's outputs for them and where these lie.
+    """
+
+    teacher: Teacher
+    layers: int
+    kept: tuple[int, ...]
+    model: Any
+    data: TokenSet
+    cache: TeacherCache
+    folder: Path
+
+
+def workshop(reference: str, root: Path, length: int, tokens: int, folder: Path) -> Workshop:
+    """Builds the student and caches everything that any arm reads."""
+    teacher = materialise(resolve_teacher(reference), root)
+    source, fingerprint = resolve_data("pydoc"), tokenizer_fingerprint(teacher.folder)
+    prepared = prepare(source, teacher.folder, fingerprint, length, root)
+    data = load_split(prepared.folder, "train").head(2 * tokens)
+    model, kept = build_student(teacher.folder, Init(depth=0.5))
+    layers = len(decoder_layers(load_model(teacher.folder, torch.float32)))
+    cached = ensure_cache(
+        lambda: load_model(teacher.folder, torch.float32),
+        teacher_fingerprint=teacher.fingerprint,
+        data_fingerprint="distill-step",
+        data=data,
+        vocabulary=model.config.vocab_size,
+        width=model.config.hidden_size,
+        settings=CacheSettings(draws=(DRAWS,), temperatures=(1.0,), final=True, states=tuple(range(layers)), bf16=True),
+        root=folder,
+        limit_bytes=10**9,
+    )
+    return Workshop(teacher, layers, kept, model, data, TeacherCache(cached), cached)
+
+
+def arms(shop: Workshop, length: int, tokens: int, threads: int) -> dict[str, Callable[[], Taken]]:
+    """One step of each arm, the first of them being the one that others are compared with."""
+    plan = Plan(
+        trials=1, tokens=10**9, rungs=(10**9,), keep=(), sequence_length=length, batch_tokens=tokens,
+        warmup_tokens=0, decay=0.25, rung_eval_tokens=0, eval_tokens=0, test_tokens=0, workers=1,
+        threads=threads, bf16=True, seed=0, box_seconds=None, seconds={},
+    )  # fmt: skip
+    live = LiveTeacher(shop.teacher.folder, bf16=True)
+    trainers = {
+        name: Trainer(
+            shop.model, kept=shop.kept, teacher_layers=shop.layers, teacher_width=shop.model.config.hidden_size,
+            strategy=Strategy(init=Init(depth=0.5), distillation=recipe), plan=plan, data=shop.data,
+            cache=shop.cache, seed=0, teacher=live,
+        )
+        for name, recipe in ARMS.items()
+    }  # fmt: skip
+    # One state of AdamW is enough for all that train the same parameters, and keeps the memory of ten arms small.
+    optimizer = trainers[BASE]._optimizer
+    for name, trainer in trainers.items():
+        if ARMS[name].alignment is None:
+            trainer._optimizer = optimizer
+    steps = {name: trainer.train_stable(10**9) for name, trainer in trainers.items()}
+    grids = q8_0(shop.model)
+    wanted = load_model(shop.teacher.folder, torch.bfloat16)
+    ids = torch.from_numpy(np.array(shop.data.tokens[: tokens // length], dtype=np.int64))
+    runs: dict[str, Callable[[], Taken]] = {
+        name: lambda own=own: seconds(lambda: next(own)) for name, own in steps.items() if name != QAT
+    }
+    runs[QAT] = lambda: quantised_seconds(trainers[QAT], grids, tokens)
+    runs[PUBLISHED] = lambda: seconds(lambda: published_step(shop.model, wanted, optimizer, ids))
+    return runs
+
+
+def timed(runs: Mapping[str, Callable[[], Taken]], rounds: int) -> dict[str, list[Taken]]:
+    """Every arm by turns, after one round that is not counted."""
+    taken: dict[str, list[Taken]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            found = run()
+            print(f"round {turn}: {name} {found.wall:.2f} s", file=sys.stderr, flush=True)
+            if turn:
+                taken[name].append(found)
+    return taken
+
+
+def step_lines(taken: Mapping[str, list[Taken]], tokens: int) -> Iterator[list[str]]:
+    """Seconds, tokens a second and ratios of each arm."""
+    for name, times in taken.items():
+        middle = statistics.median(step.wall for step in times)
+        used = statistics.median(step.processor for step in times)
+        ratios = [f"{ratio(taken[other], times, clock):.2f}" for other in (BASE, PUBLISHED) for clock in Taken._fields]
+        yield [name, f"{middle:.2f}", f"{used:.2f}", f"{tokens / middle:.0f}", *ratios]
+
+
 def main() -> None:
     """Times the arms by turns and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -200,116 +297,33 @@ def main() -> None:
     memory = list(memory_lines(tokens - arguments.sequences))
     print(report.table(["vocabulary", "logits", "ours..."], memory), file=sys.stderr)
     keep_freed_memory()
-    teacher = materialise(resolve_teacher(arguments.teacher), arguments.cache)
-    source, fingerprint = resolve_data("pydoc"), tokenizer_fingerprint(teacher.folder)
-    data: TokenSet = load_split(
-        prepare(source, teacher.folder, fingerprint, length, arguments.cache).folder, "train"
-    ).head(2 * tokens)
     with tempfile.TemporaryDirectory() as folder:
-        model, kept = build_student(teacher.folder, Init(depth=0.5))
-        layers = len(decoder_layers(load_model(teacher.folder, torch.float32)))
-        cached = ensure_cache(
-            lambda: load_model(teacher.folder, torch.float32),
-            teacher_fingerprint=teacher.fingerprint,
-            data_fingerprint="distill-step",
-            data=data,
-            vocabulary=model.config.vocab_size,
-            width=model.config.hidden_size,
-            settings=CacheSettings(
-                draws=(DRAWS,), temperatures=(1.0,), final=True, states=tuple(range(layers)), bf16=True
-            ),
-            root=Path(folder),
-            limit_bytes=10**9,
-        )
-        cache = TeacherCache(cached)
-        reading = list(cache_lines(cache, cached, length))
-        live = LiveTeacher(teacher.folder, bf16=True)
-        plan = Plan(
-            trials=1, tokens=10**9, rungs=(10**9,), keep=(), sequence_length=length, batch_tokens=tokens,
-            warmup_tokens=0, decay=0.25, rung_eval_tokens=0, eval_tokens=0, test_tokens=0, workers=1,
-            threads=arguments.threads, bf16=True, seed=0, box_seconds=None, seconds={},
-        )  # fmt: skip
-        trainers = {
-            name: Trainer(
-                model, kept=kept, teacher_layers=layers, teacher_width=model.config.hidden_size,
-                strategy=Strategy(init=Init(depth=0.5), distillation=recipe), plan=plan, data=data, cache=cache,
-                seed=0, teacher=live,
-            )
-            for name, recipe in ARMS.items()
-        }  # fmt: skip
-        # One state of AdamW is enough for all that train the same parameters, and keeps the memory of ten arms small.
-        for name, trainer in trainers.items():
-            if ARMS[name].alignment is None:
-                trainer._optimizer = trainers[BASE]._optimizer
-        steps = {name: trainer.train_stable(10**9) for name, trainer in trainers.items()}
-        grids = q8_0(model)
-        wanted = load_model(teacher.folder, torch.bfloat16)
-        optimizer = trainers[BASE]._optimizer
-        ids = torch.from_numpy(np.array(data.tokens[: arguments.sequences], dtype=np.int64))
-        runs: dict[str, Callable[[], Taken]] = {
-            name: lambda own=own: seconds(lambda: next(own)) for name, own in steps.items() if name != QAT
-        }
-        runs[QAT] = lambda: quantised_seconds(trainers[QAT], grids, tokens)
-        runs[PUBLISHED] = lambda: seconds(lambda: published_step(model, wanted, optimizer, ids))
+        shop = workshop(arguments.teacher, arguments.cache, length, tokens, Path(folder))
+        reading = list(cache_lines(shop.cache, shop.folder, length))
+        runs = arms(shop, length, tokens, arguments.threads)
         with FlopCounterMode(display=False) as counter:
             runs[BASE]()
-        for name, run in runs.items():
-            print(f"first: {name} {run().wall:.2f} s", file=sys.stderr, flush=True)
-        taken: dict[str, list[Taken]] = {name: [] for name in runs}
-        for turn in range(arguments.rounds):
-            for name, run in runs.items():
-                taken[name].append(run())
-                print(
-                    f"round {turn + 1}: {name} {taken[name][-1].wall:.2f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    lines = []
-    for name, times in taken.items():
-        middle = statistics.median(step.wall for step in times)
-        used = statistics.median(step.processor for step in times)
-        ratios = [f"{ratio(taken[other], times, clock):.2f}" for other in (BASE, PUBLISHED) for clock in Taken._fields]
-        lines.append([name, f"{middle:.2f}", f"{used:.2f}", f"{tokens / middle:.0f}", *ratios])
+        taken = timed(runs, arguments.rounds)
     rate, flops = matrix_rate(), counter.get_total_flops()
     floor, base = flops / rate, statistics.median(step.processor for step in taken[BASE])
-    load = os.getloadavg()[1]
-    print(
-        report.write(
-            "distill-step",
-            "One step of distillation",
-            [
-                f"Teacher {teacher.name} of {layers} layers, student of {len(kept)}, embedding table frozen, bfloat16 "
-                f"autocast, batch {arguments.sequences} x {length}, {arguments.threads} thread(s), "
-                f"{arguments.rounds} rounds by turns after one that is not counted; "
-                f"load average of the last five minutes {load:.1f} on {os.cpu_count()} cores.",
-                report.table(
-                    [
-                        "step",
-                        "seconds",
-                        "processor seconds",
-                        "tokens/s",
-                        "over cross-entropy",
-                        "by processor",
-                        "over the published",
-                        "by processor",
-                    ],
-                    lines,
-                ),
-                f"Floor: {flops / 1e9:.0f} GFLOP in a cross-entropy step over {rate / 1e9:.0f} GFLOP/s in bfloat16 "
-                f"products of a layer's size is {floor:.2f} s, {floor / base:.0%} of "
-                f"the processor time measured.",
-                "## Peak memory of loss and gradient",
-                f"Beyond the student's logits, {tokens - arguments.sequences} rows in bfloat16; the published one "
-                "includes the teacher's logits, and is four times that of a quarter of the rows.",
-                report.table(
-                    ["vocabulary", "logits", "cross-entropy", "top-64", "states, JSD", "published JSD"], memory
-                ),
-                "## Cache",
-                "Bytes a token at one temperature, and tokens a second read from the page cache into tensors.",
-                report.table(["signal", "bytes/token", "tokens/s", "rate"], reading),
-            ],
-        )
-    )
+    clocks = ["over cross-entropy", "by processor", "over the published", "by processor"]
+    sections = [
+        f"Teacher {shop.teacher.name} of {shop.layers} layers, student of {len(shop.kept)}, embedding table frozen, "
+        f"bfloat16 autocast, batch {arguments.sequences} x {length}, {arguments.threads} thread(s), {arguments.rounds} "
+        "rounds by turns after one that is not counted; load average of the last five minutes "
+        f"{os.getloadavg()[1]:.1f} on {os.cpu_count()} cores.",
+        report.table(["step", "seconds", "processor seconds", "tokens/s", *clocks], list(step_lines(taken, tokens))),
+        f"Floor: {flops / 1e9:.0f} GFLOP in a cross-entropy step over {rate / 1e9:.0f} GFLOP/s in bfloat16 products of "
+        f"a layer's size is {floor:.2f} s, {floor / base:.0%} of the processor time measured.",
+        "## Peak memory of loss and gradient",
+        f"Beyond the student's logits, {tokens - arguments.sequences} rows in bfloat16; the published one includes the "
+        "teacher's logits, and is four times that of a quarter of the rows.",
+        report.table(["vocabulary", "logits", "cross-entropy", "top-64", "states, JSD", "published JSD"], memory),
+        "## Cache",
+        "Bytes a token at one temperature, and tokens a second read from the page cache into tensors.",
+        report.table(["signal", "bytes/token", "tokens/s", "rate"], reading),
+    ]
+    print(report.write("distill-step", "One step of distillation", sections))
 
 
 if __name__ == "__main__":

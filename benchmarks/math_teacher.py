@@ -22,9 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from autodistill.contracts import ModelSpec, Plan
 from autodistill.data import TokenSet, load_split, prepare, resolve_data
 from autodistill.distillation.memory import keep_freed_memory
+from autodistill.distillation.schedule import branch_point
 from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import load_model, tokenizer_fingerprint
-from autodistill.distillation.trainer import Trainer, branch_point
+from autodistill.distillation.trainer import Trainer
 from autodistill.estimate import spec_from_config
 from autodistill.search.request import default_cache
 from autodistill.strategy import Deployment, Distillation, Init, Strategy, content_hash

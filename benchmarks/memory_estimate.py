@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,87 +76,43 @@ class Case:
         return config | self.more
 
 
+SMOL = Case(family="llama", layers=30, width=576, heads=9, kv_heads=3, ffn=1536, vocabulary=49152)
+LLAMA = Case(family="llama", layers=16)
+QWEN2 = Case(family="qwen2", layers=24, width=896, heads=14, kv_heads=2, ffn=4864, vocabulary=151936)
+QWEN3 = Case(family="qwen3", layers=12, head_dim=128)
+GEMMA = Case(family="gemma3_text", layers=12, width=640, heads=4, kv_heads=1, head_dim=256, ffn=2048)
+NEOX = Case(family="gpt_neox", layers=6, kv_heads=8, ffn=2048, vocabulary=50304, tied=False)
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
+LARGER = MOE | {"num_experts": 16, "num_experts_per_tok": 4}
+
+
+def windowed(size: int) -> dict[str, Any]:
+    """Gemma 3's sliding window in five of six layers."""
+    return {"sliding_window": size, "sliding_window_pattern": 6}
+
+
 CASES = (
-    Case(family="llama", layers=30, width=576, heads=9, kv_heads=3, ffn=1536, vocabulary=49152),
-    Case(family="llama", layers=30, width=576, heads=9, kv_heads=3, ffn=1536, vocabulary=49152, form="gguf-q4_0"),
-    Case(family="llama", layers=12, width=768, heads=12, kv_heads=12, ffn=2048, tied=False, form="gguf-f16"),
-    Case(
-        family="llama",
-        layers=22,
-        width=1024,
-        heads=16,
-        kv_heads=4,
-        ffn=2816,
-        tied=False,
-        form="gguf-q4_0",
-        context=4096,
-    ),
-    Case(family="llama", layers=16, batch=4, context=1024),
-    Case(family="llama", layers=16, context=8192, kv_type="q8_0"),
-    Case(family="llama", layers=16, context=8192, kv_type="q4_0", form="gguf-q4_0"),
-    Case(family="llama", vocabulary=128256, width=1024, heads=16, ffn=4096, form="gguf-q4_0", context=512),
-    Case(family="llama", form="gguf-q5_1", context=300),
-    Case(family="qwen2", layers=24, width=896, heads=14, kv_heads=2, ffn=4864, vocabulary=151936),
-    Case(
-        family="qwen2",
-        layers=24,
-        width=896,
-        heads=14,
-        kv_heads=2,
-        ffn=4864,
-        vocabulary=151936,
-        form="gguf-q4_0",
-        context=4096,
-    ),
+    SMOL,
+    replace(SMOL, form="gguf-q4_0"),
+    replace(LLAMA, layers=12, width=768, heads=12, kv_heads=12, ffn=2048, tied=False, form="gguf-f16"),
+    replace(LLAMA, layers=22, width=1024, heads=16, ffn=2816, tied=False, form="gguf-q4_0", context=4096),
+    replace(LLAMA, batch=4, context=1024),
+    replace(LLAMA, context=8192, kv_type="q8_0"),
+    replace(LLAMA, context=8192, kv_type="q4_0", form="gguf-q4_0"),
+    replace(LLAMA, layers=8, vocabulary=128256, width=1024, heads=16, ffn=4096, form="gguf-q4_0", context=512),
+    replace(LLAMA, layers=8, form="gguf-q5_1", context=300),
+    QWEN2,
+    replace(QWEN2, form="gguf-q4_0", context=4096),
     Case(family="qwen2", layers=12, vocabulary=16384, form="gguf-q5_0", batch=8, context=512),
-    Case(family="qwen3", layers=28, width=1024, heads=16, kv_heads=8, head_dim=128, ffn=3072, vocabulary=151936),
-    Case(family="qwen3", layers=12, head_dim=128, form="gguf-q4_0", context=8192),
-    Case(family="qwen3", layers=12, head_dim=128, form="gguf-f16", context=1024, batch=2, kv_type="q8_0"),
-    Case(
-        family="gemma3_text",
-        layers=18,
-        width=640,
-        heads=4,
-        kv_heads=1,
-        head_dim=256,
-        ffn=2048,
-        vocabulary=65536,
-        context=4096,
-        more={"sliding_window": 512, "sliding_window_pattern": 6},
-    ),
-    Case(
-        family="gemma3_text",
-        layers=12,
-        width=640,
-        heads=4,
-        kv_heads=1,
-        head_dim=256,
-        ffn=2048,
-        form="gguf-q4_0",
-        context=8192,
-        more={"sliding_window": 1024, "sliding_window_pattern": 6},
-    ),
-    Case(family="gpt_neox", layers=12, width=768, heads=12, kv_heads=12, ffn=3072, vocabulary=50304, tied=False),
-    Case(
-        family="gpt_neox",
-        layers=6,
-        heads=8,
-        kv_heads=8,
-        ffn=2048,
-        vocabulary=50304,
-        tied=False,
-        form="gguf-f16",
-        context=512,
-    ),
-    Case(family="qwen3_moe", layers=8, more=MOE),
-    Case(
-        family="qwen3_moe",
-        layers=8,
-        form="gguf-q4_0",
-        context=4096,
-        more=MOE | {"num_experts": 16, "num_experts_per_tok": 4},
-    ),
+    replace(QWEN3, layers=28, width=1024, heads=16, kv_heads=8, ffn=3072, vocabulary=151936),
+    replace(QWEN3, form="gguf-q4_0", context=8192),
+    replace(QWEN3, form="gguf-f16", context=1024, batch=2, kv_type="q8_0"),
+    replace(GEMMA, layers=18, vocabulary=65536, context=4096, more=windowed(512)),
+    replace(GEMMA, form="gguf-q4_0", context=8192, more=windowed(1024)),
+    replace(NEOX, layers=12, width=768, heads=12, kv_heads=12, ffn=3072),
+    replace(NEOX, form="gguf-f16", context=512),
+    Case(family="qwen3_moe", more=MOE),
+    Case(family="qwen3_moe", form="gguf-q4_0", context=4096, more=LARGER),
 )
 
 

@@ -76,6 +76,7 @@ class Mode:
     train_embeddings: bool = False
 
     def estimate(self, spec: ModelSpec) -> TrainingEstimate:
+        """What the step is predicted to take."""
         return training_memory(
             spec,
             tokens=self.micro_batch * LENGTH,

@@ -53,6 +53,7 @@ ROOMS = (
     "evaluators",
     "search",
     "testing",
+    "options",
     "console",
     "live",
     "summary",
@@ -145,7 +146,7 @@ def test_evaluators_import_the_contracts_the_estimate_and_what_stands_above_them
 
 @pytest.mark.parametrize(
     ("package", "files"),
-    [("ray", {"search.ray_runner"}), ("optuna", {"search.study"}), ("typer", {"cli"}), ("xllamacpp", None)],
+    [("ray", {"search.ray_runner"}), ("optuna", {"search.study"}), ("typer", {"cli", "options"}), ("xllamacpp", None)],
 )
 def test_an_engine_is_imported_by_one_file(package, files):
     users = {module for module, path in SOURCES.items() if any(room(name) == package for name in imports(path))}

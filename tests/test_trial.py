@@ -22,11 +22,11 @@ from autodistill.distillation import signals
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.held import load_held
 from autodistill.distillation.quantization import fake_quantize_learned
+from autodistill.distillation.schedule import branch_point
 from autodistill.distillation.scoring import score
 from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
-from autodistill.distillation.trainer import branch_point
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import holdable, spec_from_config
 from autodistill.export.verify import verify

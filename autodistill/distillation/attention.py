@@ -145,6 +145,7 @@ def watch(model: Any, attention: Attention, layer: int = -1) -> Iterator[list[He
     heads = model.config.num_attention_heads
 
     def relate(module: nn.Module, arguments: Any, output: Tensor) -> None:
+        """Keeps the side of the relations that the module gives."""
         parts = [output]
         if projections[module] is Axis.FUSED:
             # One projection gives the query, key and value of each head side by side.
@@ -233,6 +234,7 @@ class _SoftmaxKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor, scale: float, target: Heads, visible: Tensor) -> Tensor:
+        """The loss, and both gradients at once, a few matrices at a time."""
         sequences, heads, tokens, _ = left.shape
         work = torch.promote_types(left.dtype, torch.float32)
         total = torch.zeros((), dtype=work, device=left.device)

@@ -60,6 +60,7 @@ class _Cursor:
         return self.data[self.position - length : self.position].decode("utf-8")
 
     def value(self, kind: int) -> Any:
+        """The next value of a type: a number, a text or a list."""
         if kind == _STRING:
             return self.text()
         if kind == _ARRAY:

@@ -56,6 +56,7 @@ class _LogitLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, target: Target | None, weight: float, divergence: Divergence
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, divergence and cross-entropy, and the gradient at once, rows at a time."""
         rows = logits.shape[0]
         work = torch.float64 if logits.dtype == torch.float64 else torch.float32
         gradient = torch.empty_like(logits)

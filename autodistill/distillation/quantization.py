@@ -103,6 +103,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient as it is, and 0 where a weight was clipped."""
         # Read once: under checkpointing each reading would compute the layer again.
         saved = ctx.saved_tensors
         if not saved:
@@ -129,6 +130,7 @@ class _LearnedStep(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Gradients of weights and scales, a group at a time."""
         weight, scale, offset = ctx.saved_tensors
         grid: Grid = ctx.grid
         size = grid.group(weight.shape[1])

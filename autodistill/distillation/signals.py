@@ -70,6 +70,7 @@ def target_source(
     """
 
     def target(indices: list[int], ids: Tensor, temperature: float) -> Target:
+        """What the teacher supplies for these sequences."""
         if recipe.signal == "online":
             assert teacher is not None
             states, head = teacher.final(ids), teacher.head

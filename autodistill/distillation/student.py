@@ -143,6 +143,7 @@ def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
     parameters = dict(model.named_parameters())
 
     def kept(axis: Axis, layer: int) -> Tensor | None:
+        """Indices that are kept along an axis; None for all."""
         if axis is Axis.WIDTH:
             return selection.channels
         if axis is Axis.FFN:

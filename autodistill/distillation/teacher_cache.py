@@ -338,6 +338,7 @@ def _teacher_batches(
         return hook
 
     def batch(index: int) -> pa.RecordBatch:
+        """The teacher's outputs for one sequence."""
         local.states = {}
         ids = torch.from_numpy(np.array(data.tokens[index], dtype=np.int64))[None].to(device)
         with torch.no_grad():

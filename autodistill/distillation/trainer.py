@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -15,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autodistill.contracts import OptimizerState, Plan
@@ -29,6 +26,7 @@ from autodistill.distillation.alignment import (
     projection,
 )
 from autodistill.distillation.attention import Heads, TeacherBlock, attention_loss, watch
+from autodistill.distillation.checkpoint import gathered, restore, write_checkpoint
 from autodistill.distillation.divergence import divergence_of
 from autodistill.distillation.interpolation import Interpolation
 from autodistill.distillation.logit_loss import logit_loss
@@ -36,7 +34,8 @@ from autodistill.distillation.lora import Adapters
 from autodistill.distillation.memory import is_out_of_memory
 from autodistill.distillation.positions import uncertain_rows
 from autodistill.distillation.quantization import FakeQuantized, deploy_tensor, quantized_training
-from autodistill.distillation.sharding import Sharding, check_sharded, clip_sharded, like, whole
+from autodistill.distillation.schedule import decayed, stable_rate
+from autodistill.distillation.sharding import Sharding, check_sharded, clip_sharded
 from autodistill.distillation.signals import LiveTeacher, target_source
 from autodistill.distillation.student import decoder_layers
 from autodistill.distillation.teacher_cache import TeacherCache
@@ -83,22 +82,6 @@ class StepRecord:
     gradient_norm: float
     tokens_per_second: float
     micro_batch: int
-
-
-def stable_rate(peak: float, tokens: int, warmup: int) -> float:
-    """Learning rate of the warm-up and stable part for the step that ends after `tokens`, above 0."""
-    return peak * min(1.0, tokens / max(warmup, 1))
-
-
-def decayed(tokens: int, start: int, end: int) -> float:
-    """Factor of the decay branch for the step that begins after `tokens`, falling linearly from 1 at `start` to 0."""
-    return (end - tokens) / (end - start)
-
-
-def branch_point(target: int, decay: float, batch_tokens: int) -> int:
-    """Tokens, in whole steps, at which the decay of a run to `target` tokens begins; one step at least decays."""
-    steps = target // batch_tokens
-    return (steps - max(1, round(steps * decay))) * batch_tokens
 
 
 class Trainer:
@@ -483,19 +466,10 @@ class Trainer:
         Frozen weights are not written: they are the teacher's, and the student is built from it before `load`. Of
         several processes each gives its shards and the first one writes: any number of them may go on from it.
         """
-        tensors = {f"weight.{name}": whole(p.detach()) for name, p in self._trained()}
-        for name, parameter in self._trained():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                # The 8-bit optimiser counts in int, and shares its code books, of which safetensors wants one a name.
-                shared = not isinstance(value, Tensor) or key.startswith("qmap")
-                tensors[f"{key}.{name}"] = torch.as_tensor(value).clone() if shared else whole(value)
-        temporary = path.with_name(f".{path.name}.partial")
-        metadata = {"tokens": str(self.tokens), "strategy": self._strategy.stable_id, "seed": str(self._seed)}
-        if self._interpolation is not None:
-            metadata["interpolation"] = json.dumps(asdict(self._interpolation))
+        extra = {} if self._interpolation is None else {"interpolation": json.dumps(asdict(self._interpolation))}
+        tensors = gathered(self._trained(), self._optimizer)
         if self._sharding is None or self._sharding.rank == 0:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
-            os.replace(temporary, path)
+            write_checkpoint(path, tensors, {**self._identity(), "tokens": str(self.tokens), **extra})
         if self._sharding is not None:
             self._sharding.wait()
 
@@ -505,24 +479,14 @@ class Trainer:
         Raises:
             TrialFailedError: The checkpoint is of other stages or of another seed.
         """
-        with safe_open(path, framework="pt", device=self._device) as file:
-            metadata = file.metadata()
-            if (metadata["strategy"], metadata["seed"]) != (self._strategy.stable_id, str(self._seed)):
-                raise TrialFailedError("error", f"{path.name} is a checkpoint of other stages or of another seed")
-            names = sorted(file.keys())  # in one order, since processes cut each of them up together
-            for name, parameter in self._trained():
-                with torch.no_grad():
-                    parameter.copy_(like(file.get_tensor(f"weight.{name}"), parameter))
-                keys = [key.partition(".")[0] for key in names if key.partition(".")[2] == name]
-                state: dict[str, Any] = {
-                    key: like(file.get_tensor(f"{key}.{name}"), parameter) for key in keys if key != "weight"
-                }
-                if self._plan.optimizer_state == "int8" and "step" in state:
-                    state["step"] = int(state["step"])
-                self._optimizer.state[parameter] = state
+        counts = self._plan.optimizer_state == "int8"
+        metadata = restore(path, self._trained(), self._optimizer, self._identity(), self._device, int_steps=counts)
         self.tokens = int(metadata["tokens"])
         if self._interpolation is not None:
             self._interpolation = Interpolation(**json.loads(metadata["interpolation"]))
+
+    def _identity(self) -> dict[str, str]:
+        return {"strategy": self._strategy.stable_id, "seed": str(self._seed)}
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         named = [(f"student.{name}", p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -552,10 +516,3 @@ def _capture(states: dict[int, Tensor], index: int) -> Callable[..., None]:
         states[index] = output[0] if isinstance(output, tuple) else output
 
     return hook
-
-
-def read_tokens(path: Path) -> int:
-    """Tokens trained on in a checkpoint, read from its header alone."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return int(header["__metadata__"]["tokens"])

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from autodistill.contracts import Decision, Status
-from autodistill.errors import InputError
-from autodistill.estimate import Fit, cannot_hold, fits, holdable, shortfall
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.confirmation import confirming
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import EventLog
+from autodistill.search.admission import admit, describe
 from autodistill.search.plan import CONFIRMED
 from autodistill.search.rows import make_row
 from autodistill.search.sampler import Sampler
@@ -22,17 +21,8 @@ from autodistill.search.scheduler import SuccessiveHalving
 from autodistill.search.study import Observation
 from autodistill.search.time_box import TimeBox
 from autodistill.search.trials import Assignment, Question, TrialState
-from autodistill.space import Point
 from autodistill.strategy import Strategy
-from autodistill.trial import (
-    RungReport,
-    TrialTask,
-    check_strategy,
-    probe_deployment,
-    remove_checkpoint,
-    student_spec,
-    with_own,
-)
+from autodistill.trial import RungReport, remove_checkpoint, student_spec
 
 # A space of which nearly nothing fits must not keep the sampler proposing for ever.
 _REJECTIONS_IN_A_ROW = 200
@@ -398,47 +388,10 @@ class Campaign:
             self._end(trial, Status.REJECTED, trial.reason)
         return trial
 
-    def _admit(
-        self,
-        strategy: Strategy,
-        *,
-        trial_id: str,
-        number: int | None,
-        kind: str,
-        name: str,
-        point: Point | None,
-        seed: int | None = None,
-    ) -> TrialState:
-        question = self.question
-        fitting, reason = self._fits(strategy)
-        allowed = tuple(fit.deployment for fit in fitting if fit.slack <= 0)
-        if reason is None and not allowed:
-            reason = shortfall(fitting, question.budget)
-        probe = probe_deployment(strategy, allowed or question.deployments)
-        task = TrialTask(
-            id=trial_id,
-            strategy=strategy,
-            seed=question.plan.seed if seed is None else seed,
-            # On further seeds a strategy is compared under the one deployment that it was judged by.
-            deployments=(probe,) if kind == CONFIRMATION else allowed,
-            probe=probe,
-            straight=kind != "student",
-        )
-        trial = TrialState(task=task, number=number, kind=kind, name=name, point=point, fits=fitting, reason=reason)
-        self.trials[trial_id] = trial
+    def _admit(self, strategy: Strategy, **fields: Any) -> TrialState:
+        trial = admit(self.question, strategy, **fields)
+        self.trials[trial.task.id] = trial
         return trial
-
-    def _fits(self, strategy: Strategy) -> tuple[tuple[Fit, ...], str | None]:
-        """How each deployment stands to the budget, and why this teacher cannot be distilled so if it cannot."""
-        question = self.question
-        try:
-            spec = student_spec(strategy, question.teacher_spec)
-            check_strategy(strategy, question.teacher_spec)
-            deployments = with_own(strategy, question.deployments)
-            fitting = fits(spec, holdable(spec, deployments), question.budget)
-        except InputError as error:
-            return (), str(error)
-        return fitting, None if fitting else cannot_hold(spec, question.deployments[0])
 
     def _end(self, trial: TrialState, status: Status, reason: str | None = None) -> None:
         trial.status, trial.reason = status, reason
@@ -483,20 +436,3 @@ class Campaign:
 
     def _write(self, event: Mapping[str, Any]) -> None:
         self._log.append({**event, "time": time.time()})
-
-
-def describe(strategy: Strategy) -> str:
-    """A strategy in a few words, for a table."""
-    init, recipe, finishing = strategy.init, strategy.distillation, strategy.finishing
-    temperature = recipe.temperature
-    heat = f"T{temperature.start:g}"
-    if temperature.shape != "constant":
-        heat += f">{temperature.end:g} {temperature.shape}"
-    words = [init.describe(), f"KD {recipe.divergence_weight:.2f} {heat}"]
-    if recipe.alignment:
-        words.append(f"{recipe.alignment.name} {recipe.alignment.projection}")
-    if recipe.attention:
-        words.append(f"attention {recipe.attention.kind}")
-    if finishing:
-        words.append(f"QAT {finishing.name}")
-    return ", ".join(words)

@@ -242,6 +242,7 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
     results: list[Row] = []
 
     def add(model: Any, row: Row | None, kind: str, name: str, packing: Deployment, strategy: Strategy | None) -> None:
+        """Scores one model on test and writes its row."""
         spec = student_spec(strategy, setting.teacher_spec) if strategy else setting.teacher_spec
         evaluation, _ = evaluate(
             model,

@@ -153,6 +153,7 @@ def _searcher(campaign: Campaign, workers: int) -> Any:
             self._work: dict[str, Assignment] = {}
 
         def suggest(self, trial_id: str) -> Any:
+            """Hands out the next assignment, None while there is none, or FINISHED."""
             if len(self._work) >= workers:
                 return None
             assignment = campaign.next()
@@ -168,6 +169,7 @@ def _searcher(campaign: Campaign, workers: int) -> Any:
         def on_trial_complete(
             self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
         ) -> None:
+            """Takes the report, or the failure, of an assignment back."""
             assignment = self._work.pop(trial_id)
             if error or result is None:
                 campaign.fail(assignment, "worker-died", "its worker process could not start, or ended: out of memory?")
@@ -227,6 +229,7 @@ def _stretch_class() -> Any:
             return True
 
         def step(self) -> dict[str, Any]:
+            """Does the assignment; what goes wrong in it is a result too."""
             try:
                 report = work(self._bench, self._assignment, self._guard)
             except OutOfTime:

@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 
 from autodistill.distillation import trainer as trainer_module
-from autodistill.distillation.trainer import branch_point, decayed, read_tokens, stable_rate
+from autodistill.distillation.checkpoint import read_tokens
+from autodistill.distillation.schedule import branch_point, decayed, stable_rate
 from autodistill.errors import TrialFailedError
 from autodistill.formats import Q4_0, Q8_0, deployed
 from autodistill.strategy import Alignment, Attention, Distillation, Strategy
@@ -235,7 +236,7 @@ def test_finishing_does_not_make_it_another_checkpoint(workshop, tmp_path):
 KILLED = """
 import os, sys, pathlib
 from safetensors.torch import save_file
-from autodistill.distillation import trainer
+from autodistill.distillation import checkpoint
 
 def dies(tensors, path, metadata):
     save_file(tensors, path, metadata=metadata)
@@ -243,7 +244,7 @@ def dies(tensors, path, metadata):
     pathlib.Path(path).write_bytes(data[: len(data) // 2])
     os._exit(9)
 
-trainer.save_file = dies
+checkpoint.save_file = dies
 sys.path.insert(0, {tests!r})
 from conftest import Workshop
 from autodistill.strategy import Distillation, Strategy

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from autodistill.contracts import Measurement, Plan, Status
+from autodistill.contracts import Measurement, Status
 from autodistill.estimate import fits, spec_from_config, with_layers
 from autodistill.records.row import rows_of
 from autodistill.records.store import EventLog
@@ -19,6 +19,7 @@ from autodistill.search.sampler import Sampler
 from autodistill.search.trials import Assignment, Question
 from autodistill.space import load_space
 from autodistill.strategy import Deployment, Finishing, Strategy
+from autodistill.testing import small_plan
 from autodistill.trial import Evaluation, RungReport
 from autodistill.units import Budget, format_bytes
 
@@ -33,25 +34,7 @@ CONFIG = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
-PLAN = Plan(
-    trials=9,
-    tokens=9216,
-    rungs=(1024, 3072, 9216),
-    keep=(4, 2),
-    sequence_length=256,
-    batch_tokens=256,
-    warmup_tokens=512,
-    decay=0.2,
-    rung_eval_tokens=1024,
-    eval_tokens=2048,
-    test_tokens=2048,
-    workers=2,
-    threads=1,
-    bf16=False,
-    seed=0,
-    box_seconds=None,
-    seconds={"export": 1.0, "test": 1.0},
-)
+PLAN = small_plan()
 SPEED = Speed(cache=1e6, score=1e6, worker_train=1e6, worker_score=1e6)
 Worker = Callable[[Assignment], RungReport]
 

@@ -7,32 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from autodistill.contracts import Plan
 from autodistill.errors import InputError
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder, write_json
 from autodistill.search.explain import explain
 from autodistill.space import Space
+from autodistill.testing import small_plan
 
-PLAN = Plan(
-    trials=30,
-    tokens=9000,
-    rungs=(1000, 3000, 9000),
-    keep=(10, 3),
-    sequence_length=256,
-    batch_tokens=256,
-    warmup_tokens=512,
-    decay=0.2,
-    rung_eval_tokens=1024,
-    eval_tokens=2048,
-    test_tokens=2048,
-    workers=2,
-    threads=1,
-    bf16=False,
-    seed=0,
-    box_seconds=None,
-    seconds={},
-)
+PLAN = small_plan()
 SPACE = Space.from_json(
     {
         "dimensions": {
@@ -107,10 +89,10 @@ def test_the_dimension_that_made_the_values_matters_most(run: RunFolder) -> None
 
 def test_counts_and_tokens_are_those_of_the_log(run: RunFolder) -> None:
     found = explain(run)
-    assert found.stopped == {1000: 20, 3000: 7, 9000: 3}
+    assert found.stopped == {1024: 20, 3072: 7, 9216: 3}
     assert found.rejected == {"needs 7 MB too much": 2}
-    assert (found.tokens_trained, found.tokens_full) == (20 * 1000 + 7 * 3000 + 3 * 9000, 30 * 9000)
-    assert found.tokens_rejected == 2 * 1000
+    assert (found.tokens_trained, found.tokens_full) == (20 * 1024 + 7 * 3072 + 3 * 9216, 30 * 9216)
+    assert found.tokens_rejected == 2 * 1024
 
 
 def test_what_would_fit_next_is_what_is_better_and_how_much_it_lacks(run: RunFolder) -> None:

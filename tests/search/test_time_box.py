@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from autodistill.contracts import Plan
 from autodistill.estimate import spec_from_config
 from autodistill.search.plan import Speed
 from autodistill.search.time_box import TimeBox
 from autodistill.search.trials import Assignment, Question
 from autodistill.space import load_space
 from autodistill.strategy import Strategy
+from autodistill.testing import small_plan
 from autodistill.trial import TrialTask
 from autodistill.units import Budget
 
@@ -29,23 +29,12 @@ SPEC = spec_from_config(
         "max_position_embeddings": 512,
     }
 )
-PLAN = Plan(
-    trials=4,
+PLAN = small_plan(
     tokens=9000,
     rungs=(1000, 3000, 9000),
     keep=(2, 1),
-    sequence_length=256,
-    batch_tokens=256,
-    warmup_tokens=256,
-    decay=0.2,
     rung_eval_tokens=500,
     eval_tokens=1000,
-    test_tokens=1000,
-    workers=2,
-    threads=1,
-    bf16=False,
-    seed=0,
-    box_seconds=600.0,
     seconds={"export": 20.0, "test": 10.0},
 )
 # 100 tokens a second in training and in scoring; so small a model adds less than a millisecond.

@@ -1,0 +1,82 @@
+"""The checkpoint of a training: trained weights and optimiser states in one safetensors file, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from autodistill.distillation.sharding import like, whole
+from autodistill.errors import TrialFailedError
+
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+def gathered(trained: Named, optimizer: Any) -> dict[str, Tensor]:
+    """Weights and optimiser states by name, whole: of several processes each gives its shards.
+
+    Args:
+        trained: Names and weights.
+        optimizer: AdamW over them, of torch or bitsandbytes.
+    """
+    tensors = {f"weight.{name}": whole(parameter.detach()) for name, parameter in trained}
+    for name, parameter in trained:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            # The 8-bit optimiser counts in int, and shares its code books, of which safetensors wants one a name.
+            shared = not isinstance(value, Tensor) or key.startswith("qmap")
+            tensors[f"{key}.{name}"] = torch.as_tensor(value).clone() if shared else whole(value)
+    return tensors
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes under another name and renames, so that a kill leaves the checkpoint before."""
+    temporary = path.with_name(f".{path.name}.partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+    os.replace(temporary, path)
+
+
+def restore(
+    path: Path, trained: Named, optimizer: Any, identity: Mapping[str, str], device: str, *, int_steps: bool
+) -> dict[str, str]:
+    """Puts what was written back into weights and optimiser, and gives its metadata.
+
+    Args:
+        path: The file.
+        trained, optimizer: As for `gathered`; of several processes each takes its shards.
+        identity: Metadata that the file must have.
+        device: Where the weights lie.
+        int_steps: Whether the optimiser counts its steps in int, as the 8-bit one does.
+
+    Raises:
+        TrialFailedError: The checkpoint is of another identity.
+    """
+    with safe_open(path, framework="pt", device=device) as file:
+        metadata = dict(file.metadata())
+        if {name: metadata[name] for name in identity} != dict(identity):
+            raise TrialFailedError("error", f"{path.name} is a checkpoint of other stages or of another seed")
+        names = sorted(file.keys())  # in one order, since processes cut each of them up together
+        for name, parameter in trained:
+            with torch.no_grad():
+                parameter.copy_(like(file.get_tensor(f"weight.{name}"), parameter))
+            keys = [key.partition(".")[0] for key in names if key.partition(".")[2] == name]
+            state: dict[str, Any] = {
+                key: like(file.get_tensor(f"{key}.{name}"), parameter) for key in keys if key != "weight"
+            }
+            if int_steps and "step" in state:
+                state["step"] = int(state["step"])
+            optimizer.state[parameter] = state
+    return metadata
+
+
+def read_tokens(path: Path) -> int:
+    """Tokens trained on in a checkpoint, read from its header alone."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return int(header["__metadata__"]["tokens"])

@@ -1,0 +1,86 @@
+"""The options that several verbs of the command line share, each with its help."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class Format(StrEnum):
+    """How a result is printed."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+def option(name: str, text: str, metavar: str | None = None, **more: Any) -> Any:
+    """One option: its flag, its help and what stands for its value."""
+    return typer.Option(name, help=text, metavar=metavar, **more)
+
+
+BUDGET_HELP = "Memory that inference of the student may take, like 16GB or 900MiB"
+SearchBudgetOption = Annotated[str | None, option("--budget", f"{BUDGET_HELP}.", "SIZE")]
+SearchDeviceOption = Annotated[
+    str | None, option("--device", "In the place of a budget: its usable memory, like 4090; see devices.", "NAME")
+]
+AnyBudgetOption = Annotated[str | None, option("--budget", f"{BUDGET_HELP}; no limit by default.", "SIZE")]
+TeacherOption = Annotated[
+    str | None,
+    option("--teacher", "smollm2 (the default), a folder of transformers, a .gguf file, or a hub id.", "REF"),
+]
+DataOption = Annotated[
+    str | None,
+    option(
+        "--data",
+        "pydoc (the default), a folder, a .txt, .jsonl or .parquet file, reasoning-gym:TASK, or a hub id.",
+        "REF",
+    ),
+]
+SpaceOption = Annotated[str | None, option("--space", "What may be tried: a name, or a YAML file.", "NAME|FILE")]
+MetricOption = Annotated[
+    str | None,
+    option("--metric", "What ranks: accuracy (the default), agreement, perplexity or exact_match.", "NAME"),
+]
+SamplerOption = Annotated[
+    str | None, option("--sampler", "What proposes: tpe (the default), gp, nsga2 or random.", "NAME")
+]
+TrialsOption = Annotated[
+    int | None,
+    option("--trials", "Strategies to try; planned from the time box by default. With --resume: in all.", "N"),
+]
+TokensOption = Annotated[int | None, option("--tokens", "Training tokens of a trial; planned by default.", "T")]
+StepTokensOption = Annotated[
+    int | None, option("--step-tokens", "Training tokens of an optimiser step; one sequence, 256, by default.", "T")
+]
+TimeOption = Annotated[
+    str | None, option("--time", "Time box, like 10m, the default without an accelerator; 30m with one.", "TIME")
+]
+ContextOption = Annotated[int, option("--context", "Tokens of context that the memory is stated at.", "TOKENS")]
+BatchOption = Annotated[int, option("--batch", "Sequences decoded at once.", "N")]
+ConfirmOption = Annotated[
+    int | None,
+    option(
+        "--confirm",
+        "Further seeds for the best three and the baseline; the best mean is chosen.",
+        "N",
+    ),
+]
+SeedOption = Annotated[
+    int | None, option("--seed", "Of data order, projections and proposals; 0 by default.", "N", min=0)
+]
+NameOption = Annotated[str | None, option("--name", "Of the run; date and time by default.", "RUN")]
+OutOption = Annotated[Path, option("--out", "Folder of the runs.", "DIR")]
+ResumeOption = Annotated[bool, option("--resume", "Go on with the run of this --name.")]
+PlanOption = Annotated[bool, option("--plan", "Print trials, rungs, tokens, cache disk and time, and stop.")]
+RunnerOption = Annotated[str, option("--runner", "ray: workers side by side; inline: this process alone.", "NAME")]
+CacheOption = Annotated[
+    Path | None, option("--cache", "Folder of what later searches use again; ~/.cache/autodistill by default.", "DIR")
+]
+CacheLimitOption = Annotated[str, option("--cache-limit", "Disk that the teacher's outputs may take.", "SIZE")]
+FormatOption = Annotated[Format, option("--format", "How the result is printed.")]
+DevicesOption = Annotated[
+    list[Path] | None, option("--devices", "YAML file of devices of your own; may be given again.", "FILE")
+]

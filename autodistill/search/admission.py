@@ -1,0 +1,76 @@
+"""A proposed strategy becomes a trial, or is rejected for the memory it needs or the teacher it contradicts."""
+
+from __future__ import annotations
+
+from autodistill.errors import InputError
+from autodistill.estimate import Fit, cannot_hold, fits, holdable, shortfall
+from autodistill.records.confirmation import KIND as CONFIRMATION
+from autodistill.search.trials import Question, TrialState
+from autodistill.space import Point
+from autodistill.strategy import Strategy
+from autodistill.trial import TrialTask, check_strategy, probe_deployment, student_spec, with_own
+
+
+def admit(
+    question: Question,
+    strategy: Strategy,
+    *,
+    trial_id: str,
+    number: int | None,
+    kind: str,
+    name: str,
+    point: Point | None,
+    seed: int | None = None,
+) -> TrialState:
+    """The trial of a strategy; one that is rejected has a reason.
+
+    Args:
+        question: Has budget, deployments and teacher.
+        strategy: What is to be trained.
+        trial_id, number, kind, name, point: As `TrialState` takes them.
+        seed: The plan's by default.
+    """
+    fitting, reason = _fits(question, strategy)
+    allowed = tuple(fit.deployment for fit in fitting if fit.slack <= 0)
+    if reason is None and not allowed:
+        reason = shortfall(fitting, question.budget)
+    probe = probe_deployment(strategy, allowed or question.deployments)
+    task = TrialTask(
+        id=trial_id,
+        strategy=strategy,
+        seed=question.plan.seed if seed is None else seed,
+        # On further seeds a strategy is compared under the one deployment that it was judged by.
+        deployments=(probe,) if kind == CONFIRMATION else allowed,
+        probe=probe,
+        straight=kind != "student",
+    )
+    return TrialState(task=task, number=number, kind=kind, name=name, point=point, fits=fitting, reason=reason)
+
+
+def _fits(question: Question, strategy: Strategy) -> tuple[tuple[Fit, ...], str | None]:
+    """How each deployment stands to the budget, and why this teacher cannot be distilled so if it cannot."""
+    try:
+        spec = student_spec(strategy, question.teacher_spec)
+        check_strategy(strategy, question.teacher_spec)
+        deployments = with_own(strategy, question.deployments)
+        fitting = fits(spec, holdable(spec, deployments), question.budget)
+    except InputError as error:
+        return (), str(error)
+    return fitting, None if fitting else cannot_hold(spec, question.deployments[0])
+
+
+def describe(strategy: Strategy) -> str:
+    """A strategy in a few words, for a table."""
+    init, recipe, finishing = strategy.init, strategy.distillation, strategy.finishing
+    temperature = recipe.temperature
+    heat = f"T{temperature.start:g}"
+    if temperature.shape != "constant":
+        heat += f">{temperature.end:g} {temperature.shape}"
+    words = [init.describe(), f"KD {recipe.divergence_weight:.2f} {heat}"]
+    if recipe.alignment:
+        words.append(f"{recipe.alignment.name} {recipe.alignment.projection}")
+    if recipe.attention:
+        words.append(f"attention {recipe.attention.kind}")
+    if finishing:
+        words.append(f"QAT {finishing.name}")
+    return ", ".join(words)
