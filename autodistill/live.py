@@ -9,6 +9,7 @@ from dataclasses import replace
 from autodistill.console import Progress, View
 from autodistill.contracts import Status
 from autodistill.search.campaign import Campaign
+from autodistill.search.plan import confirmed
 from autodistill.search.prepare import Observer
 from autodistill.search.trials import TrialState
 
@@ -42,12 +43,13 @@ class SearchView(Observer):
             # Trials end at the deadline; what follows is expected to take this much longer.
             after = sum(question.plan.seconds.get(phase, 0.0) for phase in ("export", "test"))
             self._end = campaign.box.deadline + after
+        plan, baselines = question.plan, len(question.space.baselines)
         trials = list(campaign.trials.values())
         count = {status: sum(trial.status is status for trial in trials) for status in Status}
         self._show(
             Progress(
                 phase="trials",
-                planned=question.plan.trials + len(question.space.baselines),
+                planned=plan.trials + baselines + question.confirm * confirmed(plan.trials, plan.keep, baselines),
                 done=count[Status.COMPLETED],
                 running=sum(trial.running for trial in trials),
                 stopped=count[Status.STOPPED] + sum(_waiting(trial) for trial in trials),

@@ -13,7 +13,7 @@ def trial(status: Status | None = None, *, running: bool = False, rung: int = -1
     return SimpleNamespace(status=status, running=running, rung=rung, train_seconds=seconds)
 
 
-def campaign(metric: str = "accuracy", deadline: float | None = 1000.0) -> Any:
+def campaign(metric: str = "accuracy", deadline: float | None = 1000.0, confirm: int = 0) -> Any:
     """Two workers; 768 tokens at the last rung, 256 at the first."""
     trials = [
         trial(Status.COMPLETED, rung=1, seconds=6.0),
@@ -23,9 +23,10 @@ def campaign(metric: str = "accuracy", deadline: float | None = 1000.0) -> Any:
         trial(Status.REJECTED),
         trial(Status.FAILED),
     ]
-    plan = SimpleNamespace(rungs=(256, 768), workers=2, trials=9, seconds={"load": 9.0, "export": 20.0, "test": 4.0})
+    seconds = {"load": 9.0, "export": 20.0, "test": 4.0}
+    plan = SimpleNamespace(rungs=(256, 768), keep=(2,), workers=2, trials=9, seconds=seconds)
     question = SimpleNamespace(
-        plan=plan, space=SimpleNamespace(baselines={"one": 1}), metric=metric, teacher_accuracy=0.5
+        plan=plan, space=SimpleNamespace(baselines={"one": 1}), metric=metric, teacher_accuracy=0.5, confirm=confirm
     )
     return SimpleNamespace(
         question=question,
@@ -57,3 +58,8 @@ def test_a_person_sees_phase_trials_quality_speed_and_time_left() -> None:
 
 def test_the_teacher_is_shown_by_the_metric_that_it_was_scored_on() -> None:
     assert "perplexity: best 12.0000; 256 tokens/s" in shown(campaign("perplexity", None), best=12.0, baseline=None)[2]
+
+
+def test_further_seeds_count_among_what_is_to_be_done() -> None:
+    """Of two finalists and a baseline, on three more seeds."""
+    assert any("of 19 done" in line for line in shown(campaign(confirm=3)))

@@ -116,12 +116,15 @@ class Campaign:
         status = Status.COMPLETED if last else Status.STOPPED
         row = self._row(trial, report, status)
         self._write({"event": "row", "row": row.to_json()})
+        value = row.figure(self.question.metric)
+        shown = "no value" if value is None else f"{self.question.metric} {value:.4f}"
         if assignment.deployment is not None:
             self._evaluating -= 1
+            self._notify(f"{trial.task.id} as {row.deployment_name}: {shown}")
             return Decision.STOP
         trial.running = False
         trial.rung = report.rung
-        trial.value = row.figure(self.question.metric) if row.feasible else None
+        trial.value = value if row.feasible else None
         trial.settled = {row.deployment_name}
         decision = self._judge(trial)
         # The row came before the rung it belongs to: killed in between, the stretch runs again and supersedes it.
@@ -137,7 +140,6 @@ class Campaign:
                 "steps": [asdict(step) for step in report.steps],
             }
         )
-        shown = "no value" if trial.value is None else f"{self.question.metric} {trial.value:.4f}"
         self._notify(f"{trial.task.id} {trial.name}: {shown} after {report.tokens:,} tokens")
         if last:
             self._end(trial, Status.COMPLETED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -223,6 +223,11 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
     return plan
 
 
+def confirmed(trials: int, keep: Sequence[int], baselines: int) -> int:
+    """How many strategies are trained on each further seed: the best few and the best baseline."""
+    return min(CONFIRMED, keep[-1] if keep else trials) + min(1, baselines)
+
+
 def extend(plan: Plan, trials: int) -> Plan:
     """The plan with another number of trials; tokens and rungs stay, so that all of its trials can be compared."""
     return replace(plan, trials=trials, keep=_keep(trials, len(plan.rungs)))
@@ -339,8 +344,8 @@ def _trial_seconds(demand: Demand, speed: Speed, workers: Workers, trials: int, 
     keep = _keep(trials, len(rungs))
     rung_eval, full_eval, _ = _eval_tokens(demand, speed)
     straight = trial_seconds(tokens, full_eval, demand.parameters, speed, judged=False)
-    confirmed = min(CONFIRMED, keep[-1] if keep else trials) + min(1, demand.baselines)
-    total = (demand.baselines + demand.confirm * confirmed) * straight
+    further = demand.confirm * confirmed(trials, keep, demand.baselines)
+    total = (demand.baselines + further) * straight
     for rung, reached, count in zip(rungs, (0, *rungs), (trials, *keep), strict=False):
         last = rung == tokens
         eval_tokens = full_eval if last else rung_eval
