@@ -1,0 +1,229 @@
+"""A search killed at 20 random moments and resumed each time ends with the rows of one left alone.
+
+    python benchmarks/kill.py [--kills 20] [--trials 8] [--time 15m] [--work DIR]
+
+A tiny random teacher, a tiny text, the inline runner, fixed trials and tokens. One process after another is killed with
+SIGKILL after a random time, wherever it then is (importing, loading, training, exporting, scoring test), and the next one
+resumes. A search that ends before all kills are spent is followed by one of the next seed. Each is then compared with a
+search of the same seed that nothing disturbed. With `--work` the folder is kept, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import report
+
+from autodistill.records.row import Row, rows_of
+from autodistill.records.store import EventLog
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.units import parse_duration
+
+TOKENS = 9216
+# Seconds after which a process is killed, at the most; at the least, it has just been started.
+LONGEST = 28.0
+# What says how long something took, and what was measured in a runtime, whose process never takes the same memory twice.
+TIMES = ("train_seconds", "latency_ms", "tokens_per_second")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """One killed process.
+
+    Attributes:
+        seed: Of its search.
+        after: Seconds it lived.
+        events: In the log when it died.
+        stage: What the last of them was.
+    """
+
+    seed: int
+    after: float
+    events: int
+    stage: str
+
+
+class Search:
+    """One search of the tiny teacher in a folder of its own, started as a person would."""
+
+    def __init__(self, inputs: Path, folder: Path, seed: int, trials: int) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run = folder / "results" / "runs" / "run"
+        options = ["--teacher", str(inputs / "teacher"), "--data", str(inputs / "text"), "--cache", str(inputs / "cache")]
+        fixed = ["--trials", str(trials), "--tokens", str(TOKENS), "--seed", str(seed), "--runner", "inline"]
+        self._words = [sys.executable, "-m", "autodistill", "search", "--budget", "16GB", "--context", "256"]
+        self._words += [*options, *fixed, "--name", "run", "--format", "json"]
+        self._finished = folder / "finished.json"
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The log so far."""
+        return EventLog(self.run / "trials.jsonl").read()
+
+    @property
+    def finished(self) -> bool:
+        """Whether a process has come to its end."""
+        return self._finished.exists()
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        """Of validation and test, by name and split."""
+        found = {f"{row.row_id} validation": row for row in rows_of(self.events)}
+        return found | {f"{row.row_id} test": row for row in rows_of(self.events, ("test",))}
+
+    def live(self, seconds: float | None) -> bool:
+        """Runs a process to its end, or for so many seconds; whether it was killed.
+
+        Raises:
+            SystemExit: It failed by itself, which no kill may lead to.
+        """
+        resume = ["--resume"] if (self.run / "search.json").exists() else []
+        # On one core, since threads that wait for a core that others use are slower than none.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen([*self._words, *resume], cwd=self._folder, env=environment, **streams)
+        try:
+            output, errors = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+            return True
+        if process.returncode:
+            sys.exit(f"a search ended with {process.returncode}: {errors}")
+        self._finished.write_text(output)
+        return False
+
+
+def stage_of(events: list[dict[str, Any]]) -> str:
+    """What a log was last told."""
+    if not events:
+        return "before the first event"
+    last = events[-1]
+    if last["event"] == "row":
+        kind = last["row"]["kind"]
+        return "the teacher's rows" if kind == "teacher" else "a row"
+    return {"session": "loading", "teacher": "the teacher's score", "test": "the test split"}.get(last["event"], last["event"])
+
+
+def differences(found: dict[str, Row], expected: dict[str, Row]) -> Iterator[str]:
+    """What two searches do not have in common, times left out."""
+    for name in sorted(found.keys() ^ expected.keys()):
+        yield f"{name} is {'too many' if name in found else 'missing'}"
+    for name in sorted(found.keys() & expected.keys()):
+        mine, theirs = comparable(found[name]), comparable(expected[name])
+        for field in mine:
+            if mine[field] != theirs[field]:
+                yield f"{name}: {field} is {mine[field]}, not {theirs[field]}"
+
+
+def comparable(row: Row) -> dict[str, Any]:
+    """All of a row but times, and but memory that was measured."""
+    data = {field: value for field, value in row.to_json().items() if field not in TIMES}
+    if row.memory_source == "measured":
+        data["memory_bytes"] = "measured"
+    data["other"] = {field: value for field, value in row.other.items() if not field.startswith(("latency", "memory", "ttft"))}
+    return data
+
+
+def twice(events: list[dict[str, Any]]) -> int:
+    """Stretches that were finished more than once."""
+    stretches = [(event["trial"], event["rung"]) for event in events if event["event"] == "rung"]
+    return len(stretches) - len(set(stretches))
+
+
+def kept_kills(path: Path) -> list[Kill]:
+    """Kills of an earlier call."""
+    return [Kill(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main() -> None:
+    """Kills, resumes, compares and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--time", type=parse_duration, default=float("inf"))
+    parser.add_argument("--work", type=Path, default=None)
+    arguments = parser.parse_args()
+    work = arguments.work or Path(tempfile.mkdtemp(prefix="kill-"))
+    inputs = work / "inputs"
+    if not (inputs / "text").exists():
+        save_tiny_teacher(inputs / "teacher", layers=5)
+        tiny_text(inputs / "text", documents=30, sentences=80)
+    log = work / "kills.jsonl"
+    kills = kept_kills(log)
+    began, deadline = time.monotonic(), time.monotonic() + arguments.time
+    dice = random.Random(len(kills))
+    lines, faults = [], []
+    seed = 0
+    while True:
+        cut = Search(inputs, work / f"cut-{seed}", seed, arguments.trials)
+        while not cut.finished:
+            if time.monotonic() > deadline:
+                sys.exit(f"the time is over after {len(kills)} kills: call again with --work {work} for the rest")
+            spent = len(kills) >= arguments.kills
+            after = None if spent else dice.uniform(0, LONGEST)
+            started = time.monotonic()
+            if cut.live(after):
+                events = cut.events
+                kill = Kill(seed=seed, after=time.monotonic() - started, events=len(events), stage=stage_of(events))
+                kills.append(kill)
+                with log.open("a") as file:
+                    file.write(json.dumps(vars(kill)) + "\n")
+                print(f"kill {len(kills)}: seed {seed}, {kill.after:.1f} s, after {kill.stage}", file=sys.stderr, flush=True)
+        whole = Search(inputs, work / f"whole-{seed}", seed, arguments.trials)
+        if not whole.finished:
+            whole.live(None)
+        differing = [*differences(cut.rows, whole.rows)]
+        faults += differing
+        again = twice(cut.events)
+        mine = sum(kill.seed == seed for kill in kills)
+        trials = sum(event["event"] == "trial" for event in whole.events)
+        lines.append([seed, mine, trials, len(whole.rows), len(differing), again])
+        print(f"seed {seed}: {mine} kills, {len(differing)} differences", file=sys.stderr, flush=True)
+        if len(kills) >= arguments.kills:
+            break
+        seed += 1
+    print(report.write("kill", "A search killed again and again", sections(lines, kills, faults, time.monotonic() - began)))
+    if faults:
+        sys.exit("\n".join(faults))
+
+
+def sections(lines: list[list[Any]], kills: list[Kill], faults: list[str], seconds: float) -> list[str]:
+    """The report's parts."""
+    verdict = "Held" if not faults and not any(line[-1] for line in lines) else "Not held"
+    stages: dict[str, int] = {}
+    for kill in kills:
+        stages[kill.stage] = stages.get(kill.stage, 0) + 1
+    head = (
+        f"**{verdict}**: {len(kills)} processes were killed with SIGKILL, each after a time drawn evenly from 0 to "
+        f"{LONGEST:.0f} s, and the next one resumed. Compared with a search of the same seed that was left alone, "
+        f"{len(faults)} fields of rows differ; compared are all fields of all rows of validation and test, but for "
+        "seconds, latency and what a runtime's process took of memory. The last call took "
+        f"{seconds:.0f} s on one core; a tiny random teacher (5 layers of 64), {TOKENS:,} tokens a trial, inline runner."
+    )
+    titles = ["seed", "kills", "trials", "rows", "fields that differ", "stretches finished twice"]
+    where = [[stage, count] for stage, count in sorted(stages.items(), key=lambda item: -item[1])]
+    parts = [head, report.table(titles, lines), "## Where they died\n\nBy the last event in the log."]
+    parts.append(report.table(["after", "kills"], where))
+    if faults:
+        parts.append("## What differed\n\n" + "\n".join(f"- {fault}" for fault in faults[:40]))
+    return parts
+
+
+if __name__ == "__main__":
+    main()
