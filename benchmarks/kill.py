@@ -64,7 +64,14 @@ class Search:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.run = folder / "results" / "runs" / "run"
-        options = ["--teacher", str(inputs / "teacher"), "--data", str(inputs / "text"), "--cache", str(inputs / "cache")]
+        options = [
+            "--teacher",
+            str(inputs / "teacher"),
+            "--data",
+            str(inputs / "text"),
+            "--cache",
+            str(inputs / "cache"),
+        ]
         fixed = ["--trials", str(trials), "--tokens", str(TOKENS), "--seed", str(seed), "--runner", "inline"]
         self._words = [sys.executable, "-m", "autodistill", "search", "--budget", "16GB", "--context", "256"]
         self._words += [*options, *fixed, "--name", "run", "--format", "json"]
@@ -117,7 +124,9 @@ def stage_of(events: list[dict[str, Any]]) -> str:
     if last["event"] == "row":
         kind = last["row"]["kind"]
         return "the teacher's rows" if kind == "teacher" else "a row"
-    return {"session": "loading", "teacher": "the teacher's score", "test": "the test split"}.get(last["event"], last["event"])
+    return {"session": "loading", "teacher": "the teacher's score", "test": "the test split"}.get(
+        last["event"], last["event"]
+    )
 
 
 def differences(found: dict[str, Row], expected: dict[str, Row]) -> Iterator[str]:
@@ -136,7 +145,9 @@ def comparable(row: Row) -> dict[str, Any]:
     data = {field: value for field, value in row.to_json().items() if field not in TIMES}
     if row.memory_source == "measured":
         data["memory_bytes"] = "measured"
-    data["other"] = {field: value for field, value in row.other.items() if not field.startswith(("latency", "memory", "ttft"))}
+    data["other"] = {
+        field: value for field, value in row.other.items() if not field.startswith(("latency", "memory", "ttft"))
+    }
     return data
 
 
@@ -184,7 +195,11 @@ def main() -> None:
                 kills.append(kill)
                 with log.open("a") as file:
                     file.write(json.dumps(vars(kill)) + "\n")
-                print(f"kill {len(kills)}: seed {seed}, {kill.after:.1f} s, after {kill.stage}", file=sys.stderr, flush=True)
+                print(
+                    f"kill {len(kills)}: seed {seed}, {kill.after:.1f} s, after {kill.stage}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         whole = Search(inputs, work / f"whole-{seed}", seed, arguments.trials)
         if not whole.finished:
             whole.live(None)
@@ -198,7 +213,11 @@ def main() -> None:
         if len(kills) >= arguments.kills:
             break
         seed += 1
-    print(report.write("kill", "A search killed again and again", sections(lines, kills, faults, time.monotonic() - began)))
+    print(
+        report.write(
+            "kill", "A search killed again and again", sections(lines, kills, faults, time.monotonic() - began)
+        )
+    )
     if faults:
         sys.exit("\n".join(faults))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ SPACE_FILE = Path(__file__).with_name("math_space.yaml")
 BUDGET = Budget(memory_bytes=1_007_250_000, context=64, batch=1)
 STEP = 16 * LENGTH
 TOKENS = 100 * STEP
-RUNG_QUESTIONS, QUESTIONS, TEST_QUESTIONS = 300, 600, 2000
+RUNG_QUESTIONS, QUESTIONS, TEST_QUESTIONS = 200, 400, 2000
 METRIC = "accuracy"
 RECIPE = "hand_designed"
 
@@ -65,12 +66,13 @@ def require_teacher() -> MathTeacher:
     return teacher
 
 
-def prepare(out: Path, name: str, *, seed: int = 0, trials: int = 1, tokens: int = TOKENS) -> Prepared:
+@contextmanager
+def prepare(out: Path, name: str, *, seed: int = 0, trials: int = 1, tokens: int = TOKENS) -> Iterator[Prepared]:
     """Loads, plans, caches and scores as a search does, on one thread; a run that is there is gone on with.
 
     Args:
         out: Folder of the runs.
-        name: Of the run; its folder stays locked until the process ends.
+        name: Of the run; its folder is locked within the block.
         seed: Of proposals, data order and projections.
         trials: Of the plan.
         tokens: Training tokens at full fidelity.
@@ -95,22 +97,20 @@ def prepare(out: Path, name: str, *, seed: int = 0, trials: int = 1, tokens: int
         cache=default_cache(),
     )
     checked = check_request(request)
-    run = RunFolder.open(out, name, lock=True) if resume else RunFolder.create(out, name)
-    clock = Clock(time.monotonic(), lambda text: None)
-    planned = plan_run(checked, run, clock, Observer())
-    # Enough questions that trials can be told apart, the same for all that is compared; one thread, whatever the machine.
-    plan = replace(
-        planned.plan,
-        threads=1,
-        workers=1,
-        rung_eval_tokens=RUNG_QUESTIONS * LENGTH,
-        eval_tokens=QUESTIONS * LENGTH,
-        test_tokens=TEST_QUESTIONS * LENGTH,
-    )
-    ready = prepare_trials(checked, replace(planned, plan=plan), run, clock)
-    return Prepared(
-        question=ready.question, setting=ready.setting, run=run, seconds=time.perf_counter() - began
-    )
+    with RunFolder.open(out, name, lock=True) if resume else RunFolder.create(out, name) as run:
+        clock = Clock(time.monotonic(), lambda text: None)
+        planned = plan_run(checked, run, clock, Observer())
+        # Enough questions that trials can be told apart, the same for all that is compared; one thread everywhere.
+        plan = replace(
+            planned.plan,
+            threads=1,
+            workers=1,
+            rung_eval_tokens=RUNG_QUESTIONS * LENGTH,
+            eval_tokens=QUESTIONS * LENGTH,
+            test_tokens=TEST_QUESTIONS * LENGTH,
+        )
+        ready = prepare_trials(checked, replace(planned, plan=plan), run, clock)
+        yield Prepared(question=ready.question, setting=ready.setting, run=run, seconds=time.perf_counter() - began)
 
 
 def space() -> Space:
@@ -136,7 +136,9 @@ class Costs:
         """Of the student, and of the projections of its states that are trained beside it."""
         spec = student_spec(strategy, self._teacher)
         alignment = strategy.distillation.alignment
-        projected = alignment.count * spec.width * self._teacher.width if alignment and alignment.projection != "none" else 0
+        projected = (
+            alignment.count * spec.width * self._teacher.width if alignment and alignment.projection != "none" else 0
+        )
         return spec.parameters + projected
 
     def branch(self, rung: int) -> int:

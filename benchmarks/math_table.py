@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import report
 import torch
 from math_search import RECIPE, STEP, TOKENS, Prepared, prepare, space
-from math_teacher import LENGTH
 from safetensors.torch import save_file
 
 from autodistill.distillation.memory import keep_freed_memory
@@ -61,7 +60,8 @@ class Line:
         decayed, plain: At each rung, under the probe: after the decay, and without it (the last has none).
         rows: At full fidelity, by deployment.
         probe: Name of the deployment that rungs are judged on.
-        train_seconds, evaluate_seconds: Of one token trained, and of one evaluation at a rung.
+        train_seconds, evaluate_seconds: Of one token trained, and of one evaluation at a rung; of the one thread's own
+            time, which a busy machine does not lengthen.
     """
 
     strategy: Mapping[str, Any]
@@ -91,8 +91,11 @@ def read(path: Path = STORE) -> list[Line]:
     if not path.exists():
         return []
     lines = [Line(**json.loads(text)) for text in path.read_text().splitlines()]
-    return [replace(line, **{name: tuple(getattr(line, name)) for name in ("tokens", "decayed", "plain")}) for line in lines
-            if tuple(line.tokens) == RUNGS]
+    return [
+        replace(line, **{name: tuple(getattr(line, name)) for name in ("tokens", "decayed", "plain")})
+        for line in lines
+        if tuple(line.tokens) == RUNGS
+    ]
 
 
 def student_file(strategy: Strategy, seed: int) -> Path:
@@ -110,24 +113,29 @@ def fitting(prepared: Prepared, strategy: Strategy) -> tuple[Deployment, ...]:
 def wanted(whole: Space, prepared: Prepared) -> Iterator[tuple[list[Strategy], int]]:
     """What is to be recorded, in its order: strategies of one stable part, and their seed."""
     points: list[Point] = list(whole.points(lambda dimension: dimension.domain.grid or ()))
-    for rate in RATES:
+
+    def at(rate: float) -> Iterator[tuple[list[Strategy], int]]:
         groups: dict[str, list[Strategy]] = {}
         for point in points:
             strategy = whole.strategy(point)
             if strategy.distillation.learning_rate == rate and fitting(prepared, strategy):
                 groups.setdefault(strategy.stable_id, []).append(strategy)
         yield from ((group, 0) for group in groups.values())
+
+    *first, last = RATES
+    for rate in first:
+        yield from at(rate)
     recipe = whole.baselines[RECIPE]
     for seed in FURTHER_SEEDS:
         for one in (recipe, without_teacher(recipe)):
-            for rate in RATES[:2]:
-                yield [replace(one, distillation=replace(one.distillation, learning_rate=rate))], seed
+            yield [replace(one, distillation=replace(one.distillation, learning_rate=RATES[0]))], seed
+    yield from at(last)
 
 
 def without_teacher(recipe: Strategy) -> Strategy:
     """Fine-tuning: the recipe's student on the true tokens alone, finished on the same grid."""
     constant = type(recipe.distillation.temperature)()
-    plain = replace(recipe.distillation, divergence_weight=0.0, temperature=constant, alignment=None)
+    plain = replace(recipe.distillation, divergence_weight=0.0, temperature=constant)
     return replace(recipe, distillation=plain)
 
 
@@ -147,7 +155,7 @@ class Recorder:
 
     def record(self, strategies: list[Strategy], seed: int) -> list[Line]:
         """Lines of strategies that share their stable part."""
-        began, first = time.perf_counter(), strategies[0]
+        began, first = time.process_time(), strategies[0]
         setting, plan = self._prepared.setting, self._plan
         model, kept = initial_student(setting, first.init, seed)
         trainer = Trainer(
@@ -172,17 +180,17 @@ class Recorder:
             stable = Path(folder) / "stable.safetensors"
             for rung in RUNGS:
                 last = rung == RUNGS[-1]
-                started = time.perf_counter()
+                started = time.process_time()
                 exhaust(trainer.train_stable(branch_point(rung, plan.decay, plan.batch_tokens)))
-                trained += time.perf_counter() - started
+                trained += time.process_time() - started
                 trainer.save(stable)
                 for strategy in strategies:
                     trainer.load(stable)
                     exhaust(decay(trainer, strategy, rung, self._prepared))
-                    started = time.perf_counter()
+                    started = time.process_time()
                     read_tokens = plan.eval_tokens if last else plan.rung_eval_tokens
                     value = self._accuracy(model, strategy, probes[strategy.id], read_tokens)
-                    evaluated, evaluations = evaluated + time.perf_counter() - started, evaluations + 1
+                    evaluated, evaluations = evaluated + time.process_time() - started, evaluations + 1
                     decayed[strategy.id].append(value)
                     if last:
                         others = fitting(self._prepared, strategy)
@@ -201,7 +209,7 @@ class Recorder:
                         probe = probes[strategy.id]
                         plain[strategy.id].append(self._accuracy(model, strategy, probe, plan.rung_eval_tokens))
         stable_tokens = branch_point(RUNGS[-1], plan.decay, plan.batch_tokens)
-        print(f"{time.perf_counter() - began:.1f} s", file=sys.stderr, end=", ")
+        print(f"{time.process_time() - began:.1f} s", file=sys.stderr, end=", ")
         return [
             Line(
                 strategy=strategy.to_json(),
@@ -251,8 +259,8 @@ def main() -> None:
     keep_freed_memory()
     deadline = time.monotonic() + arguments.time
     done = {(line.id, line.seed) for line in read()}
-    with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare(Path(folder), "table")
+    # Under one name, so that a later call goes on with what stands before the first trial.
+    with prepare(default_cache() / "benchmarks" / "runs", f"table-{TOKENS}") as prepared:
         recorder = Recorder(prepared)
         everything = list(wanted(space(), prepared))
         count = sum(len(group) for group, _ in everything)
