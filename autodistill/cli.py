@@ -23,6 +23,7 @@ from autodistill.options import (
     BatchOption,
     CacheLimitOption,
     CacheOption,
+    CheckpointLimitOption,
     ConfirmOption,
     ContextOption,
     DataOption,
@@ -109,6 +110,7 @@ def search(
     runner: RunnerOption = "ray",
     cache: CacheOption = None,
     cache_limit: CacheLimitOption = "8GB",
+    checkpoint_limit: CheckpointLimitOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Find, export and verify the best student that fits a hardware budget."""
@@ -136,6 +138,7 @@ def distill(
     runner: RunnerOption = "ray",
     cache: CacheOption = None,
     cache_limit: CacheLimitOption = "8GB",
+    checkpoint_limit: CheckpointLimitOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Train, export and verify the student of one strategy, without a search."""
@@ -355,6 +358,7 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
     budget = Budget(memory_bytes=_memory_limit(ctx), context=given["context"], batch=given["batch"])
     seconds = None if given["time_box"] is None else parse_duration(given["time_box"])
     limit = parse_bytes(given["cache_limit"])
+    kept = None if given["checkpoint_limit"] is None else parse_bytes(given["checkpoint_limit"])
     quiet_libraries(given["teacher"], given["data"])
     from autodistill.search.request import SearchRequest
 
@@ -378,6 +382,7 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         runner=given["runner"],
         cache=given["cache"] or default_cache(),
         cache_limit_bytes=limit,
+        checkpoint_limit_bytes=kept,
         command=ctx.obj or ctx.command_path,
         started=started,
     )

@@ -80,6 +80,10 @@ CacheOption = Annotated[
     Path | None, option("--cache", "Folder of what later searches use again; ~/.cache/autodistill by default.", "DIR")
 ]
 CacheLimitOption = Annotated[str, option("--cache-limit", "Disk that the teacher's outputs may take.", "SIZE")]
+CheckpointLimitOption = Annotated[
+    str | None,
+    option("--checkpoint-limit", "Disk for a run's checkpoints; a quarter of the free disk by default.", "SIZE"),
+]
 FormatOption = Annotated[Format, option("--format", "How the result is printed.")]
 DevicesOption = Annotated[
     list[Path] | None, option("--devices", "YAML file of devices of your own; may be given again.", "FILE")

@@ -8,6 +8,7 @@ from typing import Any
 from autodistill.console import leaderboard_table
 from autodistill.records.leaderboard import DISTILLED, Ranked, rank, rows_of
 from autodistill.records.row import Row
+from autodistill.records.saved import Saved
 from autodistill.records.store import RunFolder, read_json
 from autodistill.units import format_bytes, format_duration
 
@@ -41,6 +42,7 @@ def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric
         _confirmed(document),
         _test(document),
         "\n".join(f"{note[:1].upper()}{note[1:]}." for note in document["notes"]),
+        "\n".join(f"{sentence}." for sentence in Saved(**document["saved"]).describe()),
         _seconds(document["seconds"]),
         _paths(document),
     ]

@@ -48,6 +48,7 @@ ROOMS = (
     "appraisal",
     "pick",
     "writing",
+    "stages",
     "trial",
     "export",
     "evaluators",

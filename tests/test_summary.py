@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from autodistill.records.leaderboard import Row, rank
+from autodistill.records.saved import saved
 from autodistill.strategy import Strategy
 from autodistill.summary import plan_summary, search_summary
+from autodistill.testing import small_plan
 
 Q8 = {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}
 FULL = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
@@ -44,6 +46,7 @@ DOCUMENT: dict[str, Any] = {
     "notes": ["the budget of 16.0 GB does not bind"],
     "seconds": {"load": 12.3, "cache": 20.0, "overhead": 3.25, "total": 590.0},
     "budget": {"memory_bytes": 16 * 10**9, "context": 1024, "batch": 1},
+    "saved": saved([], small_plan()).to_json(),
     "paths": {"run": "runs/small", "gguf": "runs/small/student/gguf/student.gguf"},
 }
 RANKED = rank([row(f"t{index:03d}", "student", accuracy=0.4 - index / 1000) for index in range(20)])
@@ -59,6 +62,12 @@ def test_the_summary_holds_everything_in_some_forty_lines() -> None:
     assert "Gain over the baseline on the test split: +0.0200 ± 0.0042 of accuracy." in text
     assert "Seconds: load 12.3, cache 20.0, overhead 3.2; 9m 50s in all." in text
     assert text.splitlines()[-1] == "Serve it: llama-server -m runs/small/student/gguf/student.gguf -c 1024"
+
+
+def test_what_was_saved_is_said() -> None:
+    spared = DOCUMENT["saved"] | {"sharing": 3, "shared_tokens": 12288, "shared_flops": 7.5e14, "shared_seconds": 130.0}
+    text = search_summary(DOCUMENT | {"saved": spared}, RANKED, "accuracy")
+    assert "12,288 tokens (about 7.5e+14 FLOPs, 2m 10s of a worker) saved" in text
 
 
 def test_the_test_split_names_the_five_that_are_compared() -> None:

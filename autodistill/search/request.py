@@ -52,6 +52,10 @@ class SearchRequest:
         runner: "ray" or "inline".
         cache: Folder of everything that later searches may use again.
         cache_limit_bytes: Disk that cached teacher outputs may take.
+        checkpoint_limit_bytes: Disk that checkpoints of stages may take in the run's folder; by default a quarter of
+            what is free.
+        sharing, forking: Whether trials continue each other's stages, and whether every fourth proposal forks one on
+            purpose; off to measure what each is worth. On resuming as before.
         command: As typed, for the record.
         started: `time.monotonic()` at which the time box began.
     """
@@ -75,6 +79,9 @@ class SearchRequest:
     runner: str = "ray"
     cache: Path = field(default_factory=default_cache)
     cache_limit_bytes: int = 8 * 10**9
+    checkpoint_limit_bytes: int | None = None
+    sharing: bool = True
+    forking: bool = True
     command: str = "autodistill search"
     started: float = field(default_factory=time.monotonic)
 
@@ -118,6 +125,7 @@ def check_request(request: SearchRequest) -> Checked:
         raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
     stored = _stored(request)
     known = stored or {}
+    request = replace(request, **{name: known.get(name, getattr(request, name)) for name in ("sharing", "forking")})
     metric = request.metric or known.get("metric") or DEFAULT_METRIC
     if metric not in METRICS:
         raise InputError(f"{metric!r} is no metric that can rank; the metrics are {', '.join(METRICS)}")
