@@ -22,7 +22,7 @@ from autodistill.search.sampler import SAMPLERS
 from autodistill.space import Space, load_space, load_strategy
 from autodistill.strategy import Strategy
 from autodistill.trial import ASKING_DATA, check_strategy, student_spec
-from autodistill.units import Budget
+from autodistill.units import Budget, Price
 
 DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE = "smollm2", "pydoc", "default"
 DEFAULT_METRIC, DEFAULT_SAMPLER = "accuracy", "tpe"
@@ -56,6 +56,7 @@ class SearchRequest:
             what is free.
         sharing, forking: Whether trials continue each other's stages, and whether every fourth proposal forks one on
             purpose; off to measure what each is worth. On resuming as before.
+        price: Of an hour, for the cost of a plan.
         command: As typed, for the record.
         started: `time.monotonic()` at which the time box began.
     """
@@ -82,6 +83,7 @@ class SearchRequest:
     checkpoint_limit_bytes: int | None = None
     sharing: bool = True
     forking: bool = True
+    price: Price | None = None
     command: str = "autodistill search"
     started: float = field(default_factory=time.monotonic)
 

@@ -17,6 +17,7 @@ from autodistill.records.row import Row
 from autodistill.records.saved import saved
 from autodistill.records.store import RunFolder, write_json
 from autodistill.search.campaign import Campaign
+from autodistill.search.cost import cost
 from autodistill.search.finish import Finish, Finisher, finish
 from autodistill.search.inline_runner import run_inline
 from autodistill.search.prepare import (
@@ -72,6 +73,7 @@ def plan_search(request: SearchRequest, observer: Observer | None = None) -> dic
         "training_bytes": {**asdict(loaded.fit.estimate), "total_bytes": loaded.fit.estimate.total_bytes},
         "budget": request.budget.to_json(),
         "expected_seconds": sum(plan.seconds.values()),
+        **cost(plan, len(detect().gpus) if loaded.workers.device != "cpu" else 0, request.price),
     }
 
 
