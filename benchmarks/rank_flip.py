@@ -21,7 +21,7 @@ import numpy.typing as npt
 import report
 from kept import mean
 from math_search import STEP, TOKENS, Costs
-from math_table import RUNGS, Line
+from math_table import RUNGS
 from simulate import TRIALS, Table, load_table, plan
 
 from autodistill.search.plan import _keep

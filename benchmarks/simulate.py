@@ -17,6 +17,7 @@ from math_table import RUNGS, Line
 from math_teacher import LENGTH, SHAPE
 
 from autodistill.contracts import Decision, Measurement, ModelSpec, Plan
+from autodistill.domains import Value
 from autodistill.estimate import fits, spec_from_config
 from autodistill.plain_yaml import read_yaml
 from autodistill.records.store import EventLog
@@ -38,6 +39,23 @@ def teacher_spec() -> ModelSpec:
     return spec_from_config(
         {"model_type": "llama", "vocab_size": 20, "max_position_embeddings": 80, "tie_word_embeddings": True, **SHAPE}
     )
+
+
+class Remembering(Space):
+    """A space that makes the strategy of a point once, however often it is asked for."""
+
+    def strategy(self, point: Mapping[str, Value]) -> Strategy:
+        """The strategy at a point."""
+        return _strategy(self, frozenset(point.items()))
+
+    def __hash__(self) -> int:
+        """Of its content."""
+        return int(self.hash, 16)
+
+
+@cache
+def _strategy(space: Remembering, point: frozenset[tuple[str, Value]]) -> Strategy:
+    return Space.strategy(space, dict(point))
 
 
 class Table:
@@ -69,7 +87,7 @@ class Table:
         if len(kept) < 2:
             raise SystemExit("the table is too small to be replayed on: run benchmarks/math_table.py first")
         data["dimensions"]["distillation.learning_rate"] = {"choices": kept}
-        return Space.from_json(data)
+        return Remembering.from_json(data)
 
     def _fits(self, strategy: Strategy) -> bool:
         return bool(allowed(student_spec(strategy, self.teacher), self.deployments))
@@ -320,7 +338,7 @@ def simulate(
     live_teacher: bool = False,
     space: Space | None = None,
     limit: int | None = None,
-    **changes: Any,
+    **hints: Any,
 ) -> tuple[Spent, Campaign]:
     """One search to its end, in simulated time.
 
@@ -334,7 +352,7 @@ def simulate(
         live_teacher: Whether there is no cache.
         space: Other than the table's.
         limit: Operations after which it is broken off.
-        changes: Further arguments of the campaign.
+        hints: Further arguments of the sampler: what earlier searches observed.
     """
     worker = Worker(table, search_plan, live_teacher=live_teacher)
     question = Question(
@@ -349,9 +367,9 @@ def simulate(
         direction="max",
         sharing=sharing,
     )
-    proposer = Sampler(question.space, name=sampler, seed=seed, direction="max", forking=sharing)
+    proposer = Sampler(question.space, name=sampler, seed=seed, direction="max", forking=sharing, **hints)
     kind = Campaign if rejection else Unrejecting
-    campaign = kind(question, sampler=proposer, log=Memory(), checkpoints=Path("/nowhere"), **changes)
+    campaign = kind(question, sampler=proposer, log=Memory(), checkpoints=Path("/nowhere"))
     if stopping:
         campaign._scheduler = Stopping(trials=search_plan.trials, rungs=search_plan.rungs, keep=search_plan.keep)
     spent = Spent(operations=worker.start)
