@@ -1,11 +1,12 @@
 """A search killed at 20 random moments and resumed each time ends with the rows of one left alone.
 
-    python benchmarks/kill.py [--kills 20] [--trials 8] [--time 15m] [--work DIR]
+    python benchmarks/kill.py [--kills 20] [--trials 6] [--time 15m] [--work DIR]
 
 A tiny random teacher, a tiny text, the inline runner, fixed trials and tokens. One process after another is killed with
-SIGKILL after a random time, wherever it then is (importing, loading, training, exporting, scoring test), and the next one
-resumes. A search that ends before all kills are spent is followed by one of the next seed. Each is then compared with a
-search of the same seed that nothing disturbed. With `--work` the folder is kept, and the same command goes on from there.
+SIGKILL: after a random number of further events in its log and a random part of a second or two more, so that the places
+do not depend on the machine's speed; or after some seconds, while it imports and loads. The next process resumes. A search
+that ends before all kills are spent is followed by one of the next seed. Each is then compared with a search of the same
+seed that nothing disturbed. With `--work` the folder is kept, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import parse_duration
 
 TOKENS = 9216
-# Seconds after which a process is killed, at the most; at the least, it has just been started.
-LONGEST = 28.0
-# What says how long something took, and what was measured in a runtime, whose process never takes the same memory twice.
+# Further events after which a process is killed, at the most; with none, it is killed while it starts.
+EVENTS = 6
+# Seconds after that, at the most; and while it starts.
+DELAY, STARTING = 1.5, 12.0
+# What says how long something took. What a runtime's process took of memory differs from time to time as well.
 TIMES = ("train_seconds", "latency_ms", "tokens_per_second")
 
 
@@ -93,8 +96,8 @@ class Search:
         found = {f"{row.row_id} validation": row for row in rows_of(self.events)}
         return found | {f"{row.row_id} test": row for row in rows_of(self.events, ("test",))}
 
-    def live(self, seconds: float | None) -> bool:
-        """Runs a process to its end, or for so many seconds; whether it was killed.
+    def live(self, events: int | None, seconds: float = 0.0) -> bool:
+        """Runs a process to its end, or kills it so many events and seconds after its start; whether it was killed.
 
         Raises:
             SystemExit: It failed by itself, which no kill may lead to.
@@ -102,18 +105,30 @@ class Search:
         resume = ["--resume"] if (self.run / "search.json").exists() else []
         # On one core, since threads that wait for a core that others use are slower than none.
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen([*self._words, *resume], cwd=self._folder, env=environment, **streams)
-        try:
-            output, errors = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-            process.communicate()
-            return True
-        if process.returncode:
-            sys.exit(f"a search ended with {process.returncode}: {errors}")
-        self._finished.write_text(output)
+        wanted = None if events is None else self._lines() + events
+        with (self._folder / "said.txt").open("w+") as said:
+            process = subprocess.Popen(
+                [*self._words, *resume], cwd=self._folder, env=environment, stdout=said, stderr=said
+            )
+            while wanted is not None and process.poll() is None and self._lines() < wanted:
+                time.sleep(0.01)
+            ends = time.monotonic() + seconds
+            while wanted is not None and process.poll() is None and time.monotonic() < ends:
+                time.sleep(0.01)
+            if wanted is not None and process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+                return True
+            process.wait()
+            if process.returncode:
+                said.seek(0)
+                sys.exit(f"a search ended with {process.returncode}: {said.read()}")
+        self._finished.write_text("{}")
         return False
+
+    def _lines(self) -> int:
+        log = self.run / "trials.jsonl"
+        return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
 def stage_of(events: list[dict[str, Any]]) -> str:
@@ -166,7 +181,7 @@ def main() -> None:
     """Kills, resumes, compares and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--time", type=parse_duration, default=float("inf"))
     parser.add_argument("--work", type=Path, default=None)
     arguments = parser.parse_args()
@@ -187,9 +202,9 @@ def main() -> None:
             if time.monotonic() > deadline:
                 sys.exit(f"the time is over after {len(kills)} kills: call again with --work {work} for the rest")
             spent = len(kills) >= arguments.kills
-            after = None if spent else dice.uniform(0, LONGEST)
+            count = None if spent else dice.randrange(EVENTS + 1)
             started = time.monotonic()
-            if cut.live(after):
+            if cut.live(count, dice.uniform(0, DELAY if count else STARTING)):
                 events = cut.events
                 kill = Kill(seed=seed, after=time.monotonic() - started, events=len(events), stage=stage_of(events))
                 kills.append(kill)
@@ -229,11 +244,11 @@ def sections(lines: list[list[Any]], kills: list[Kill], faults: list[str], secon
     for kill in kills:
         stages[kill.stage] = stages.get(kill.stage, 0) + 1
     head = (
-        f"**{verdict}**: {len(kills)} processes were killed with SIGKILL, each after a time drawn evenly from 0 to "
-        f"{LONGEST:.0f} s, and the next one resumed. Compared with a search of the same seed that was left alone, "
-        f"{len(faults)} fields of rows differ; compared are all fields of all rows of validation and test, but for "
-        "seconds, latency and what a runtime's process took of memory. The last call took "
-        f"{seconds:.0f} s on one core; a tiny random teacher (5 layers of 64), {TOKENS:,} tokens a trial, inline runner."
+        f"**{verdict}**: {len(kills)} processes were killed with SIGKILL, each after 0 to {EVENTS} further events, evenly "
+        f"drawn, and up to {DELAY:g} s more ({STARTING:g} s from its start where there was none), and the next resumed. "
+        f"Compared with a search of the same seed that was left alone, {len(faults)} fields of rows differ; compared are "
+        "all fields of all rows of validation and test, but for seconds, latency and what a runtime's process took of "
+        f"memory. A tiny random teacher (5 layers of 64), {TOKENS:,} tokens a trial, inline runner; {seconds:.0f} s."
     )
     titles = ["seed", "kills", "trials", "rows", "fields that differ", "stretches finished twice"]
     where = [[stage, count] for stage, count in sorted(stages.items(), key=lambda item: -item[1])]
