@@ -2,15 +2,15 @@
 
     python benchmarks/ablation.py [--seeds 50] [--time 10m]
 
-The real campaign, sampler and scheduler, replayed on the table that `math_table.py` recorded, under a budget that half of
-the proposed shapes break. Each ablation runs the same plan on the same seeds as the whole search, without one part:
+The real campaign, sampler and scheduler, replayed on the table that `math_table.py` recorded, under a budget that half
+of the proposed shapes break. Each ablation runs the same plan on the same seeds as the whole search, without one part:
 
 - rejection: what no deployment can hold is trained to its first rung, and known there not to fit;
 - sharing: every trial trains all of its own, and none is forked;
 - pausing: a trial that is not among the best at a rung when it reports is stopped for good (ASHA as Ray has it);
 - warm start: where a search begins with an earlier one's observations, it is that which is left out;
-- cache: the teacher runs beside each student that learns from it. What this costs in seconds is measured, by training the
-  recipe's student for some steps with either.
+- cache: the teacher runs beside each student that learns from it. What this costs in seconds is measured, by training
+the recipe's student for some steps with either.
 """
 
 from __future__ import annotations
@@ -173,10 +173,11 @@ def sections(
     shared = [run["shared"] / (run["shared"] + run["tokens"]) for run in whole]
     rejected = [run["rejected"] for run in whole]
     head = (
-        f"{len(table.recorded)} recorded strategies, {len(whole)} seeds of the proposals, plans of {TRIALS} trials; the best "
-        f"recorded student has {100 * best:.2f}% on validation. Under this budget {mean(rejected, 1, 1)} proposals of a "
-        f"search were rejected without training, and {mean(shared, 100, 1)}% of the tokens that its trials stand on had been "
-        "trained by others. Means and standard errors over seeds, differences paired by seed. One seed of the students."
+        f"{len(table.recorded)} recorded strategies, {len(whole)} seeds of the proposals, plans of {TRIALS} trials; "
+        f"the best recorded student has {100 * best:.2f}% on validation. Under this budget {mean(rejected, 1, 1)} "
+        f"proposals of a search were rejected without training, and {mean(shared, 100, 1)}% of the tokens that its "
+        "trials stand on had been trained by others. Means and standard errors over seeds, differences paired by "
+        "seed. One seed of the students."
     )
     worker = Worker(table, plan(1, default_rungs(), (1, 1)))
     share = worker.costs.online(1) / worker.costs.train(table.space.baselines[RECIPE], 1)
@@ -195,11 +196,11 @@ def sections(
             rows,
         ),
         '"At equal compute" is what is known once the whole search of that seed has ended; below 0 is a loss.',
-        f"## The cache, in seconds\n\nA step of the recipe's student takes {1000 * seconds[0]:.0f} ms with cached outputs and "
-        f"{1000 * seconds[1]:.0f} ms with the teacher live, {seconds[1] / seconds[0] - 1:+.0%} (of one thread's own time; by "
-        f"operations {share:+.0%}).",
-        f"## The warm start\n\nPlans of {TRIALS // 2} trials, with the observations of a search of {TRIALS} trials of another "
-        "seed, or without.\n\n"
+        f"## The cache, in seconds\n\nA step of the recipe's student takes {1000 * seconds[0]:.0f} ms with cached "
+        f"outputs and {1000 * seconds[1]:.0f} ms with the teacher live, {seconds[1] / seconds[0] - 1:+.0%} (of one "
+        f"thread's own time; by operations {share:+.0%}).",
+        f"## The warm start\n\nPlans of {TRIALS // 2} trials, with the observations of a search of {TRIALS} trials "
+        "of another seed, or without.\n\n"
         + report.table(["", "10^9 operations", "behind the best, points", "gained, points"], warm_rows),
     ]
 

@@ -1,13 +1,13 @@
-"""Joint search against prune, then distil, then quantise, each tuned in turn, at the same memory limit and total tokens.
+"""Joint search against prune, distil and quantise, each tuned in turn, at the same memory limit and total tokens.
 
     python benchmarks/joint_or_sequential.py [--seeds 50] [--time 10m]
 
-All are the real campaign, sampler and scheduler on the table that `math_table.py` recorded, under the same budget. Joint is
-one search of the whole space. In turn, first the shape is chosen with the recipe's distillation, at any learning rate; then
-the distillation of that shape; both without a grid. Last it is chosen whether the distilled student finishes on the grid,
-which trains the decay alone. Two ways of taking turns are compared: trials to the end, judged in 16 bits, as is done by
-hand; and this search's pausing and promoting in each step, judged as deployed. Each has the tokens of the joint search of
-the same seed, the last trial that begins within them included.
+All are the real campaign, sampler and scheduler on the table that `math_table.py` recorded, under the same budget.
+Joint is one search of the whole space. In turn, first the shape is chosen with the recipe's distillation, at any
+learning rate; then the distillation of that shape; both without a grid. Last it is chosen whether the distilled student
+finishes on the grid, which trains the decay alone. Two ways of taking turns are compared: trials to the end, judged in
+16 bits, as is done by hand; and this search's pausing and promoting in each step, judged as deployed. Each has the
+tokens of the joint search of the same seed, the last trial that begins within them included.
 """
 
 from __future__ import annotations
@@ -229,9 +229,10 @@ def sections(table: Table, found: dict[str, list[Any]]) -> list[str]:
             clear = "a clear" if abs(gain.mean()) > 3 * error else "no clear"
             sentences.append(f"- Joint less {name}: {mean(gain, 100, 3)} points, {clear} difference.")
     head = (
-        f"{len(table.recorded)} recorded strategies that fit the budget, {len(joint_best)} seeds of the proposals and of the "
-        f"order in which hands try, one seed of the students; joint plans of {TRIALS} trials. The best recorded student that "
-        f"fits has {100 * best:.2f}% on validation. Means and standard errors over seeds, differences paired by seed."
+        f"{len(table.recorded)} recorded strategies that fit the budget, {len(joint_best)} seeds of the proposals "
+        f"and of the order in which hands try, one seed of the students; joint plans of {TRIALS} trials. The best "
+        f"recorded student that fits has {100 * best:.2f}% on validation. Means and standard errors over seeds, "
+        "differences paired by seed."
     )
     titles = ["", "1000 tokens trained", "accuracy, %", "behind the best, points", "joint less this, points"]
     return [head, "## What was found\n\n" + "\n".join(sentences), report.table(titles, rows)]

@@ -3,10 +3,11 @@
     python benchmarks/kill.py [--kills 20] [--trials 6] [--time 15m] [--work DIR]
 
 A tiny random teacher, a tiny text, the inline runner, fixed trials and tokens. One process after another is killed with
-SIGKILL: after a random number of further events in its log and a random part of a second or two more, so that the places
-do not depend on the machine's speed; or after some seconds, while it imports and loads. The next process resumes. A search
-that ends before all kills are spent is followed by one of the next seed. Each is then compared with a search of the same
-seed that nothing disturbed. With `--work` the folder is kept, and the same command goes on from there.
+SIGKILL: after a random number of further events in its log and a random part of a second or two more, so that the
+places do not depend on the machine's speed; or after some seconds, while it imports and loads. The next process
+resumes. A search that ends before all kills are spent is followed by one of the next seed. Each is then compared with a
+search of the same seed that nothing disturbed. With `--work` the folder is kept, and the same command goes on from
+there.
 """
 
 from __future__ import annotations
@@ -244,11 +245,12 @@ def sections(lines: list[list[Any]], kills: list[Kill], faults: list[str], secon
     for kill in kills:
         stages[kill.stage] = stages.get(kill.stage, 0) + 1
     head = (
-        f"**{verdict}**: {len(kills)} processes were killed with SIGKILL, each after 0 to {EVENTS} further events, evenly "
-        f"drawn, and up to {DELAY:g} s more ({STARTING:g} s from its start where there was none), and the next resumed. "
-        f"Compared with a search of the same seed that was left alone, {len(faults)} fields of rows differ; compared are "
-        "all fields of all rows of validation and test, but for seconds, latency and what a runtime's process took of "
-        f"memory. A tiny random teacher (5 layers of 64), {TOKENS:,} tokens a trial, inline runner; {seconds:.0f} s."
+        f"**{verdict}**: {len(kills)} processes were killed with SIGKILL, each after 0 to {EVENTS} further events, "
+        f"evenly drawn, and up to {DELAY:g} s more ({STARTING:g} s from its start where there was none), and the "
+        f"next resumed. Compared with a search of the same seed that was left alone, {len(faults)} fields of rows "
+        "differ; compared are all fields of all rows of validation and test, but for seconds, latency and what a "
+        f"runtime's process took of memory. A tiny random teacher (5 layers of 64), {TOKENS:,} tokens a trial, "
+        f"inline runner; {seconds:.0f} s."
     )
     titles = ["seed", "kills", "trials", "rows", "fields that differ", "stretches finished twice"]
     where = [[stage, count] for stage, count in sorted(stages.items(), key=lambda item: -item[1])]

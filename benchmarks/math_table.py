@@ -2,11 +2,12 @@
 
     python benchmarks/math_table.py [--time 20m] [--show]
 
-Each line of `reports/math-table.jsonl` is one strategy and seed: its accuracy on validation before distillation, at each
-rung after a decay branched off, at each rung without that decay, and at full fidelity under every deployment that the
-budget allows. Strategies that differ in their finishing alone share the stable part of training, as a search does. First
-comes the whole space on one seed, a learning rate at a time; then the recipe, and the same without a teacher, on further
-seeds. What is there is not made again; trained students are kept in the cache of AutoDistill, for the test split.
+Each line of `reports/math-table.jsonl` is one strategy and seed: its accuracy on validation before distillation, at
+each rung after a decay branched off, at each rung without that decay, and at full fidelity under every deployment that
+the budget allows. Strategies that differ in their finishing alone share the stable part of training, as a search does.
+First comes the whole space on one seed, a learning rate at a time; then the recipe, and the same without a teacher, on
+further seeds. What is there is not made again; trained students are kept in the cache of AutoDistill, for the test
+split.
 """
 
 from __future__ import annotations

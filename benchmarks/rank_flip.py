@@ -2,9 +2,9 @@
 
     python benchmarks/rank_flip.py [--draws 2000]
 
-Reads the table that `math_table.py` records. Kendall's tau-b between accuracies at a point of training and those at full
-fidelity, with standard errors over bootstrapped strategies; and successive halving with other rungs and shares, on many
-random draws of as many strategies as a search proposes: its cost, and how far its choice is behind the best drawn.
+Reads the table that `math_table.py` records. Kendall's tau-b between accuracies at a point of training and those at
+full fidelity, with standard errors over bootstrapped strategies; and successive halving with other rungs and shares, on
+many random draws of as many strategies as a search proposes: its cost, and how far its choice is behind the best drawn.
 """
 
 from __future__ import annotations
@@ -133,20 +133,21 @@ def main() -> None:
         )
     head = (
         f"{len(lines)} strategies of `math_space.yaml` on the math teacher, {TOKENS:,} training tokens each in "
-        f"{TOKENS // STEP} optimiser steps, one seed, recorded by `math_table.py`. Accuracy is that of an answer's next "
-        "token on validation, under the deployment that rungs are judged on. Before distillation candidates differ in how "
-        f"they are cut and packed alone: {len({round(line.initial, 9) for line in lines})} different values. Final "
-        f"accuracies lie between {100 * min(final):.2f}% and {100 * max(final):.2f}%; their standard deviation is "
-        f"{100 * np.std(final):.2f} points."
+        f"{TOKENS // STEP} optimiser steps, one seed, recorded by `math_table.py`. Accuracy is that of an answer's "
+        "next token on validation, under the deployment that rungs are judged on. Before distillation candidates "
+        f"differ in how they are cut and packed alone: {len({round(line.initial, 9) for line in lines})} different "
+        f"values. Final accuracies lie between {100 * min(final):.2f}% and {100 * max(final):.2f}%; their standard "
+        f"deviation is {100 * np.std(final):.2f} points."
     )
     parts = [
         head,
         '## Kendall\'s tau-b with the order at full fidelity\n\n"Decayed" is after the short decay branched off the '
         'stable part, after which rungs are judged; "plain" is without it, at the same tokens. Standard errors are of '
         "bootstrapped strategies.\n\n" + report.table(["judged at", "plain", "decayed"], rows),
-        f"## Rungs\n\nSuccessive halving of {TRIALS} strategies drawn at random, {arguments.draws:,} draws, all proposed "
-        "at once: operations over those of training all of them to the end, the decays that rungs cost included; how far, "
-        "in points, the chosen student is behind the best of those drawn; and how often it is that one.\n\n"
+        f"## Rungs\n\nSuccessive halving of {TRIALS} strategies drawn at random, {arguments.draws:,} draws, all "
+        "proposed at once: operations over those of training all of them to the end, the decays that rungs cost "
+        "included; how far, in points, the chosen student is behind the best of those drawn; and how often it is "
+        "that one.\n\n"
         + report.table(["rungs", "kept", "operations, %", "behind, points", "the best found, %"], schedules),
     ]
     print(report.write("rank-flip", "Do rankings flip?", parts))

@@ -2,11 +2,11 @@
 
     python benchmarks/replay.py [--seeds 50] [--time 10m]
 
-The real campaign, sampler and scheduler run on the table that `math_table.py` recorded: a proposal is looked up instead of
-trained, and costs what training it would have. Every sampler is run with each scheduler: trials to the end; stopped at
-rungs for good where they are not among the best when they report (ASHA as Ray has it); and this search's, which pauses and
-promotes. All are compared at equal operations: those that this search spends, with its default sampler, on plans of 8, 16
-and 32 trials. What was replayed is not replayed again.
+The real campaign, sampler and scheduler run on the table that `math_table.py` recorded: a proposal is looked up instead
+of trained, and costs what training it would have. Every sampler is run with each scheduler: trials to the end; stopped
+at rungs for good where they are not among the best when they report (ASHA as Ray has it); and this search's, which
+pauses and promotes. All are compared at equal operations: those that this search spends, with its default sampler, on
+plans of 8, 16 and 32 trials. What was replayed is not replayed again.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main() -> None:
                 whole = scheduler.startswith("pauses")
                 limit = None if whole else round(1.05 * boxes[size])
                 runs = [run(scheduler, sampler, seed, size, limit) for seed in seeds]
-                # A search that pauses ends where it ends: its mean total is the box, or what it needs is said beside it.
+                # A search that pauses ends where it ends; what it spent is said beside it.
                 values = [best_at(found["curve"], found["total"] if whole else boxes[size]) for found in runs]
                 cells.append(mean([best - value for value in values], 100, 3))
                 cells.append(
@@ -97,12 +97,13 @@ def main() -> None:
     for size in SIZES:
         titles += [f"behind the best, {size} trials", "operations"]
     head = (
-        f"{len(table.recorded)} recorded strategies, {arguments.seeds} seeds of the samplers, one seed of the students. "
-        "Given is how many points of validation accuracy the best student at full fidelity is behind the best of the whole "
-        f"table ({100 * best:.2f}%), mean and standard error over seeds, after the operations that this search (TPE, pausing "
-        "and promoting, nothing shared) spends on a plan of so many trials, and the operations of each over those. A search "
-        "that trains to the end, or stops, is broken off there; one that pauses ends by its own plan. The hand-designed "
-        "recipe runs first in all of them. Stages are shared in the last row of each sampler alone."
+        f"{len(table.recorded)} recorded strategies, {arguments.seeds} seeds of the samplers, one seed of the "
+        "students. Given is how many points of validation accuracy the best student at full fidelity is behind the "
+        f"best of the whole table ({100 * best:.2f}%), mean and standard error over seeds, after the operations "
+        "that this search (TPE, pausing and promoting, nothing shared) spends on a plan of so many trials, and the "
+        "operations of each over those. A search that trains to the end, or stops, is broken off there; one that "
+        "pauses ends by its own plan. The hand-designed recipe runs first in all of them. Stages are shared in the "
+        "last row of each sampler alone."
     )
     parts = [head, report.table(titles, rows), "## Paired by seed, 16 trials\n\n" + pairs(gains)]
     print(report.write("replay", "Samplers and schedulers, replayed", parts))

@@ -2,13 +2,13 @@
 
     python benchmarks/search_efficiency.py [--seeds 50] [--real 1] [--time 10m]
 
-The same space, data, teacher and tokens for (a) this search, (b) random search whose trials all go to the end, (c) what a
-good engineer writes in an afternoon: Optuna's TPE and median pruner, the teacher live in each trial, nothing shared, (d)
-the hand-designed recipe, its learning rate and then its seed chosen with as much compute as (a) spends, (e) fine-tuning
-without a teacher, chosen likewise. All of them begin with the recipe, look sizes up before they train, and train nothing
-twice. Students are those that `math_table.py` trained and recorded: a trial is looked up and costs what training it did.
-That the table is what a search would have seen is shown by `--real` searches that train, whose every value is compared.
-The chosen students are then scored on the unseen test split. What was made is not made again.
+The same space, data, teacher and tokens for (a) this search, (b) random search whose trials all go to the end, (c) what
+a good engineer writes in an afternoon: Optuna's TPE and median pruner, the teacher live in each trial, nothing shared,
+(d) the hand-designed recipe, its learning rate and then its seed chosen with as much compute as (a) spends, (e)
+fine-tuning without a teacher, chosen likewise. All of them begin with the recipe, look sizes up before they train, and
+train nothing twice. Students are those that `math_table.py` trained and recorded: a trial is looked up and costs what
+training it did. That the table is what a search would have seen is shown by `--real` searches that train, whose every
+value is compared. The chosen students are then scored on the unseen test split. What was made is not made again.
 """
 
 from __future__ import annotations
@@ -364,16 +364,17 @@ def sections(
         f"With a student trained in 40% less time than (d)'s: {times[1]}",
     ]
     head = (
-        f"The math teacher, `math_space.yaml` with {len(table.recorded)} strategies that fit the budget and as many that do "
-        f"not, {RUNGS[-1]:,} tokens a trial, plans of {TRIALS} trials; {len(arms['a'])} seeds of (a), (b) and (c), one of "
-        "the students but for (d) and (e), which choose among several. Values are accuracies of an answer's next token on "
-        f"validation. Compute is operations: 6 for each weight and token trained, 2 for each read, of teacher, cache and "
-        f"evaluations too. The box is what (a) spends on the mean, {box:.3g} operations: {box / whole:.1f} times the "
-        f"recipe's training. {checked[:1].upper() + checked[1:]}."
+        f"The math teacher, `math_space.yaml` with {len(table.recorded)} strategies that fit the budget and as many "
+        f"that do not, {RUNGS[-1]:,} tokens a trial, plans of {TRIALS} trials; {len(arms['a'])} seeds of (a), (b) "
+        "and (c), one of the students but for (d) and (e), which choose among several. Values are accuracies of an "
+        "answer's next token on validation. Compute is operations: 6 for each weight and token trained, 2 for each "
+        f"read, of teacher, cache and evaluations too. The box is what (a) spends on the mean, {box:.3g} "
+        f"operations: {box / whole:.1f} times the recipe's training. {checked[:1].upper() + checked[1:]}."
     )
     cut = (
-        "Cut to fit: students are looked up in one recorded table instead of trained for each arm and seed; the searches' "
-        "seeds so share one seed of the students, and errors are over proposals alone. Not repeated on the 135M teacher."
+        "Cut to fit: students are looked up in one recorded table instead of trained for each arm and seed; the "
+        "searches' seeds so share one seed of the students, and errors are over proposals alone. Not repeated on "
+        "the 135M teacher."
     )
     curve_titles = ["best accuracy after", *(f"{share:g} boxes" for share in SHARES)]
     pass_titles = ["", "pass the recipe", "at", "pass the tuned recipe", "at", "come near the best", "at"]
@@ -390,8 +391,9 @@ def sections(
         "## Targets\n\n" + "\n".join(f"- {line}" for line in verdicts),
         "## Best validation accuracy by compute, in percent\n\n" + report.table(curve_titles, curve_rows),
         f"## Compute to come as far\n\nThe recipe as it stands has {100 * untuned:.2f}%, tuned {100 * target:.2f}%; "
-        f"the best of the table {100 * table.best():.2f}%, and near it is {100 * NEAR:g} points less. Share of "
-        f"the seeds that ever pass it ((a) within its box, the others within {FOLLOWED}), and the median compute at which "
+        f"the best of the table {100 * table.best():.2f}%, and near it is {100 * NEAR:g} points less. Share of the "
+        f"seeds that ever pass it ((a) within its box, the others within {FOLLOWED}), and the median compute at "
+        "which "
         "they do, in trainings of the recipe.\n\n" + report.table(pass_titles, pass_rows),
         f"## Test\n\n{TEST_QUESTIONS} questions that no arm saw. Differences are paired by question.\n\n"
         + report.table(test_titles, test_rows),
@@ -442,7 +444,8 @@ def training(table: Table, chosen: dict[str, list[Known]], lines: list[Line]) ->
         rows.append([NAMES[name], f"{seconds[name]:.1f}", f"{operations[name]:.3g}"])
     less = 1 - seconds["a"] / seconds["d"]
     text = "Seconds of one thread at the rate of the stable part, the same tokens for all.\n\n"
-    verdict = f"{'held' if less >= 0.4 else 'not held'}, {less:+.0%} less time ({1 - operations['a'] / operations['d']:+.0%} less operations)."
+    saved = 1 - operations["a"] / operations["d"]
+    verdict = f"{'held' if less >= 0.4 else 'not held'}, {less:+.0%} less time ({saved:+.0%} less operations)."
     return text + report.table(["", "seconds", "operations"], rows), verdict
 
 
