@@ -31,6 +31,7 @@ from autodistill.options import (
     FormatOption,
     MetricOption,
     NameOption,
+    ObjectivesOption,
     OutOption,
     PlanOption,
     ResumeOption,
@@ -93,6 +94,7 @@ def search(
     data: DataOption = None,
     space: SpaceOption = None,
     metric: MetricOption = None,
+    objectives: ObjectivesOption = None,
     sampler: SamplerOption = None,
     trials: TrialsOption = None,
     tokens: TokensOption = None,
@@ -365,6 +367,8 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         space=given.get("space"),
         strategy=given.get("strategy"),
         metric=given["metric"],
+        objectives=given.get("objectives"),
+        device=given.get("device"),
         sampler=given.get("sampler"),
         trials=given.get("trials"),
         tokens=given["tokens"],
@@ -513,7 +517,7 @@ def _leaderboards(runs: Sequence[str] | None, out: Path) -> _Boards:
 
 def _rows(boards: _Boards) -> list[dict[str, Any]]:
     return [
-        {"run": name, "place": one.place, "tied": one.tied, **one.row.to_json()}
+        {"run": name, "place": one.place, "tied": one.tied, "front": one.front, **one.row.to_json()}
         for name, (ranked, _) in boards
         for one in ranked
     ]

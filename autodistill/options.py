@@ -44,6 +44,14 @@ MetricOption = Annotated[
     str | None,
     option("--metric", "What ranks: accuracy (the default), agreement, perplexity or exact_match.", "NAME"),
 ]
+ObjectivesOption = Annotated[
+    str | None,
+    option(
+        "--objectives",
+        "Of which to find the Pareto front, like accuracy,memory,latency; the first ranks, and is exported by.",
+        "NAMES",
+    ),
+]
 SamplerOption = Annotated[
     str | None, option("--sampler", "What proposes: tpe (the default), gp, nsga2 or random.", "NAME")
 ]

@@ -64,7 +64,11 @@ class Campaign:
         self._worker_seconds = {"train": 0.0, "evaluate": 0.0, "other": 0.0}
         plan = question.plan
         self._scheduler = SuccessiveHalving(
-            trials=plan.trials, rungs=plan.rungs, keep=plan.keep, direction=question.direction
+            trials=plan.trials,
+            rungs=plan.rungs,
+            keep=plan.keep,
+            direction=question.direction,
+            further=[objective.direction for objective in question.further],
         )
 
     # What a runner asks.
@@ -125,6 +129,7 @@ class Campaign:
         trial.running = False
         trial.rung = report.rung
         trial.value = value if row.feasible else None
+        trial.further = tuple(row.figure(objective.figure) for objective in self.question.further)
         trial.settled = {row.deployment_name}
         decision = self._judge(trial)
         # The row came before the rung it belongs to: killed in between, the stretch runs again and supersedes it.
@@ -135,6 +140,7 @@ class Campaign:
                 "rung": report.rung,
                 "tokens": report.tokens,
                 "value": trial.value,
+                "further": list(trial.further),
                 "decision": decision.value,
                 "seconds": report.seconds,
                 "steps": [asdict(step) for step in report.steps],
@@ -149,7 +155,7 @@ class Campaign:
         # A baseline runs straight to the end and takes nobody's place at a rung.
         if trial.task.straight:
             return Decision.STOP
-        return self._scheduler.report(trial.task.id, trial.rung, trial.value)
+        return self._scheduler.report(trial.task.id, trial.rung, trial.value, further=trial.further)
 
     def fail(self, assignment: Assignment, cause: str, message: str) -> None:
         """Records work that ended without a result; the search goes on."""
@@ -226,7 +232,7 @@ class Campaign:
                 )
             elif event["event"] == "rung":
                 trial = self.trials[event["trial"]]
-                trial.rung, trial.value = event["rung"], event["value"]
+                trial.rung, trial.value, trial.further = event["rung"], event["value"], tuple(event.get("further", ()))
                 trial.train_seconds += event["seconds"]["train"]
                 trial.settled = {row.deployment_name for row in rows if row.trial == event["trial"]}
                 self._judge(trial)
@@ -417,6 +423,7 @@ class Campaign:
             train_tokens=report.tokens,
             train_seconds=trial.train_seconds,
             seed=trial.task.seed,
+            device=self.question.device,
         )
 
     def _observations(self) -> list[Observation]:
@@ -432,6 +439,7 @@ class Campaign:
             point=trial.point,
             state=trial.status or waiting,
             value=trial.value,
+            further=trial.further if trial.rung >= 0 else (None,) * len(self.question.further),
             fidelity=plan.rungs[trial.rung] / plan.tokens if trial.rung >= 0 else 0.0,
             constraint=max(1e-9, slack) if trial.status is Status.REJECTED else slack,
         )

@@ -16,6 +16,7 @@ import numpy as np
 
 from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec, Plan, Status
 from autodistill.data import Prepared, load_split, prepare
+from autodistill.devices import Device
 from autodistill.distillation.alignment import layer_map
 from autodistill.distillation.attention import teacher_layer
 from autodistill.distillation.calibration import Calibration, ensure_calibration
@@ -51,7 +52,6 @@ from autodistill.search.plan import (
     supports_bf16,
 )
 from autodistill.search.request import (
-    METRICS,
     WRITTEN,
     Checked,
     by_size,
@@ -234,7 +234,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
     speed = measure_speed(
         teacher, loaded.spec, largest, loaded.workers, loaded.threads, checkpointing=loaded.fit.checkpointing
     )
-    if checked.metric in WRITTEN:
+    if any(objective.name in WRITTEN for objective in checked.objectives):
         # Answering the questions of so many tokens takes about as long again as scoring them.
         speed = replace(speed, score=speed.score / 2, worker_score=speed.worker_score / 2)
     box = request.time_seconds
@@ -369,8 +369,10 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
         teacher_spec=planned.loaded.spec,
         teacher_accuracy=setting.teacher_accuracy,
         metric=checked.metric,
-        direction=METRICS[checked.metric],
+        direction=checked.objectives[0].direction,
         confirm=checked.confirm,
+        further=checked.objectives[1:],
+        device=checked.device,
     )
     return Ready(question=question, setting=setting)
 
@@ -426,7 +428,9 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "space_hash": checked.space.hash,
         "space_definition": checked.space.to_json(),
         "metric": checked.metric,
-        "direction": METRICS[checked.metric],
+        "direction": checked.objectives[0].direction,
+        "objectives": [objective.name for objective in checked.objectives],
+        "device": checked.device and checked.device.to_json(),
         "sampler": checked.sampler,
         "confirm": checked.confirm,
         "seed": checked.seed,
@@ -496,9 +500,9 @@ def _teacher_phase(
         checkpoints=run.checkpoints,
         budget=request.budget,
         plan=plan,
-        evaluators=tuple(dict.fromkeys((*EVALUATORS, checked.metric))),
+        evaluators=tuple(dict.fromkeys((*EVALUATORS, *(one.name for one in checked.objectives if one.trained)))),
         metric=checked.metric,
-        direction=METRICS[checked.metric],
+        direction=checked.objectives[0].direction,
         device=device,
         calibration=calibration,
         pretrained=loaded.pretrained,
@@ -510,7 +514,9 @@ def _teacher_phase(
             continue
         with clock.phase("evaluate", f"teacher as {deployment.name}"):
             model = model or loaded.load_teacher(device)
-            row = teacher_row(model, deployment, setting, "validation", validation, np.load(top1_file), accuracy)
+            row = teacher_row(
+                model, deployment, setting, "validation", validation, np.load(top1_file), accuracy, checked.device
+            )
             run.events.append({"event": "row", "row": row.to_json(), "time": time.time()})
     return setting
 
@@ -523,6 +529,7 @@ def teacher_row(
     data: Any,
     top1: Any,
     accuracy: float,
+    served_on: Device | None = None,
 ) -> Row:
     """The unmodified teacher under one deployment."""
     evaluation, _ = evaluate(
@@ -550,4 +557,5 @@ def teacher_row(
         train_tokens=0,
         train_seconds=0.0,
         seed=setting.plan.seed,
+        device=served_on,
     )

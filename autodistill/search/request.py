@@ -9,7 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from autodistill.contracts import SEQUENCE_LENGTH, Direction, ModelSpec
+from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec
+from autodistill.devices import Device
 from autodistill.distillation.teacher import (
     TeacherRef,
     resolve_teacher,
@@ -17,6 +18,8 @@ from autodistill.distillation.teacher import (
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimate import cannot_hold, fits, holdable, shortfall, spec_from_config
+from autodistill.local_device import LOCAL, choose_device
+from autodistill.records.objectives import METRICS, Objective, objectives_of, parse_objectives
 from autodistill.records.store import RunFolder, default_cache, read_json
 from autodistill.search.sampler import SAMPLERS
 from autodistill.space import Space, load_space, load_strategy
@@ -27,8 +30,6 @@ from autodistill.units import Budget
 DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE = "smollm2", "pydoc", "default"
 DEFAULT_METRIC, DEFAULT_SAMPLER = "accuracy", "tpe"
 RUNNERS = ("ray", "inline")
-# What may rank is measured at every rung, so it must come from the simulated student alone.
-METRICS: Mapping[str, Direction] = {"accuracy": "max", "agreement": "max", "perplexity": "min", "exact_match": "max"}
 WRITTEN = ("exact_match",)  # those for which the student answers questions in writing
 
 
@@ -40,6 +41,8 @@ class SearchRequest:
         budget: Limits of the deployed student.
         strategy: Name or file of a strategy: it alone is trained, to the plan's tokens, and nothing is searched.
         teacher, data, space, metric, sampler: References and names.
+        objectives: Names parted by commas, where a search has more than its metric.
+        device: Name of the one that the student is for, or None for this machine; a predicted latency is there.
         trials, tokens: Fixed instead of planned; with both, there is no time box unless `time_seconds` gives one. On
             resuming, more trials than were planned extend the search.
         step_tokens: Training tokens of an optimiser step, whole sequences; one sequence by default.
@@ -62,6 +65,8 @@ class SearchRequest:
     data: str | None = None
     space: str | None = None
     metric: str | None = None
+    objectives: str | None = None
+    device: str | None = None
     sampler: str | None = None
     trials: int | None = None
     tokens: int | None = None
@@ -91,12 +96,18 @@ class Checked:
     data_reference: str
     space: Space
     space_reference: str
-    metric: str
+    objectives: tuple[Objective, ...]
+    device: Device | None
     sampler: str
     confirm: int
     seed: int
     spec: ModelSpec | None
     stored: Mapping[str, Any] | None
+
+    @property
+    def metric(self) -> str:
+        """What ranks, and chooses what is exported: the first of the objectives."""
+        return self.objectives[0].name
 
 
 def check_request(request: SearchRequest) -> Checked:
@@ -118,9 +129,7 @@ def check_request(request: SearchRequest) -> Checked:
         raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
     stored = _stored(request)
     known = stored or {}
-    metric = request.metric or known.get("metric") or DEFAULT_METRIC
-    if metric not in METRICS:
-        raise InputError(f"{metric!r} is no metric that can rank; the metrics are {', '.join(METRICS)}")
+    objectives = _objectives(request, known)
     sampler = request.sampler or known.get("sampler") or DEFAULT_SAMPLER
     if sampler not in SAMPLERS:
         raise InputError(f"there is no sampler {sampler!r}; the samplers are {', '.join(SAMPLERS)}")
@@ -129,8 +138,9 @@ def check_request(request: SearchRequest) -> Checked:
     space_reference = request.space or known.get("space") or DEFAULT_SPACE
     teacher = resolve_teacher(teacher_reference)
     source = resolve_data(data_reference)
-    if metric in WRITTEN and not source.conversations:
-        raise InputError(f"--metric {metric} needs questions with answers: {ASKING_DATA}")
+    written = [one.name for one in objectives if one.name in WRITTEN]
+    if written and not source.conversations:
+        raise InputError(f"{written[0]} needs questions with answers: {ASKING_DATA}")
     space = load_space(space_reference)
     if request.strategy is not None:
         space = single(space, request.strategy)
@@ -143,7 +153,8 @@ def check_request(request: SearchRequest) -> Checked:
         data_reference=data_reference,
         space=space,
         space_reference=space_reference,
-        metric=metric,
+        objectives=objectives,
+        device=_device(request, known, objectives),
         sampler=sampler,
         confirm=request.confirm if request.confirm is not None else known.get("confirm", 0),
         seed=request.seed if request.seed is not None else known.get("seed", 0),
@@ -158,6 +169,31 @@ def check_request(request: SearchRequest) -> Checked:
                 check_strategy(strategy, checked.spec)
         check_budget(checked, checked.spec)
     return checked
+
+
+def _objectives(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Objective, ...]:
+    """What the search is judged by: what is asked, on resuming what was asked before, or the default metric."""
+    metric = request.metric
+    if metric is not None and metric not in METRICS:
+        raise InputError(f"{metric!r} is no metric that can rank; the metrics are {', '.join(METRICS)}")
+    if request.objectives is None:
+        return parse_objectives(metric) if metric else objectives_of(known or {"metric": DEFAULT_METRIC})
+    objectives = parse_objectives(request.objectives)
+    if metric not in (None, objectives[0].name):
+        raise InputError(
+            f"--metric {metric} contradicts --objectives {request.objectives}, whose first one ranks: leave --metric "
+            "out"
+        )
+    return objectives
+
+
+def _device(request: SearchRequest, known: Mapping[str, Any], objectives: tuple[Objective, ...]) -> Device | None:
+    """Where latencies are predicted, if they are: on resuming the device as it was, with the figures it had."""
+    if all(one.name != "latency" for one in objectives):
+        return None
+    if request.device is None and known.get("device"):
+        return Device.from_json(known["device"])
+    return choose_device(request.device or LOCAL, request.cache)
 
 
 def single(space: Space, reference: str) -> Space:
@@ -183,7 +219,11 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
     differing = {
         "teacher": (checked.teacher_reference, stored["teacher"]["reference"]),
         "data": (checked.data_reference, stored["data"]["reference"]),
-        "metric": (checked.metric, stored["metric"]),
+        "objectives": (
+            ",".join(one.name for one in checked.objectives),
+            ",".join(one.name for one in objectives_of(stored)),
+        ),
+        "device": (checked.device and checked.device.name, (stored.get("device") or {}).get("name")),
         "sampler": (checked.sampler, stored["sampler"]),
         "seed": (checked.seed, stored["seed"]),
         "budget": (checked.request.budget.to_json(), stored["budget"]),

@@ -10,6 +10,8 @@ from itertools import islice
 from autodistill.contracts import Direction, Status
 from autodistill.domains import Range, Value
 from autodistill.errors import InputError
+from autodistill.records.objectives import Objective
+from autodistill.search.fronts import fronts, spread
 from autodistill.search.study import MODELS, Observation, modelled
 from autodistill.space import Dimension, Point, Space
 
@@ -29,18 +31,28 @@ class Sampler:
             process; "nsga2", a genetic algorithm; or "random".
         seed: Every proposal follows from it, the number asked for and the observations; nothing is kept between calls.
         direction: Whether more or less of the metric is better.
+        further: The objectives beside the metric.
 
     Raises:
         InputError: An unknown name.
     """
 
-    def __init__(self, space: Space, *, name: str = "tpe", seed: int = 0, direction: Direction = "max") -> None:
+    def __init__(
+        self,
+        space: Space,
+        *,
+        name: str = "tpe",
+        seed: int = 0,
+        direction: Direction = "max",
+        further: Sequence[Objective] = (),
+    ) -> None:
         if name not in SAMPLERS:
             raise InputError(f"there is no sampler {name!r}; the samplers are {', '.join(SAMPLERS)}")
         self.space = space
         self.name = name
         self.seed = seed
         self.direction = direction
+        self.further = tuple(further)
 
     def propose(self, number: int, observations: Sequence[Observation] = ()) -> Point | None:
         """The point to try as proposal `number`, counted from 0, or None where the space holds no other strategy.
@@ -68,7 +80,9 @@ class Sampler:
                 yield self._spread(number)
             else:
                 seed = source.getrandbits(32)
-                model = modelled(self.name, seed, self.space, observations, self.direction, startup=_STARTUP)
+                model = modelled(
+                    self.name, seed, self.space, observations, self.direction, self.further, startup=_STARTUP
+                )
                 yield from islice(model, _ASKS)
         for _ in range(_DRAWS):
             yield self._draw(lambda dimension: source.random())
@@ -98,7 +112,7 @@ class Sampler:
 
         A dozen trials tell a model little, and a hand-designed baseline is where they begin well.
         """
-        best = self._best(observations)
+        best = self._best(turn, observations)
         if best is None:
             return
         active = [dimension for dimension in self.space.dimensions if dimension.path in best]
@@ -119,18 +133,25 @@ class Sampler:
                     point[dimension.path] = dimension.domain.at(source.random())
             yield point
 
-    def _best(self, observations: Sequence[Observation]) -> Mapping[str, Value] | None:
+    def _best(self, turn: int, observations: Sequence[Observation]) -> Mapping[str, Value] | None:
         """The point of the best value, whatever its fidelity; the first one while none has a value.
 
         Values rise with training, so that an early one above a late one says all the more. Ranking by fidelity first
-        would keep a search beside its baseline, which alone is trained to the end at once.
+        would keep a search beside its baseline, which alone is trained to the end at once. Of several objectives the
+        points of the front are taken in turn.
         """
-        sign = 1.0 if self.direction == "max" else -1.0
+        signs = [-1.0 if way == "max" else 1.0 for way in (self.direction, *(one.direction for one in self.further))]
         usable = [item for item in observations if item.state not in (Status.REJECTED, Status.FAILED)]
-        valued = [item for item in usable if item.value is not None and math.isfinite(item.value)]
-        if valued:
-            return max(valued, key=lambda item: (sign * (item.value or 0.0), item.fidelity)).point
-        return usable[0].point if usable else None
+        valued = [item for item in sorted(usable, key=lambda item: -item.fidelity) if item.values is not None]
+        if not valued:
+            return usable[0].point if usable else None
+        costs = {
+            # Named so that of equals the first one, of the highest fidelity, goes first.
+            f"{place:06d}": tuple(sign * value for sign, value in zip(signs, item.values or (), strict=True))
+            for place, item in enumerate(valued)
+        }
+        front = spread({name: costs[name] for name in fronts(costs)[0]})
+        return valued[int(front[turn % len(front) if self.further else 0])].point
 
 
 def _step(dimension: Dimension, value: Value, source: random.Random) -> Value | None:

@@ -12,6 +12,7 @@ from autodistill.contracts import SEQUENCE_LENGTH, Plan, Status
 from autodistill.errors import InterruptedSearchError
 from autodistill.hardware import detect
 from autodistill.records.leaderboard import rank, rows_of, to_parquet
+from autodistill.records.objectives import front
 from autodistill.records.report import write_report
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder, write_json
@@ -29,7 +30,6 @@ from autodistill.search.prepare import (
     prepare_trials,
 )
 from autodistill.search.request import (
-    METRICS,
     Checked,
     SearchRequest,
     check_request,
@@ -112,7 +112,13 @@ def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
     deadline = _deadline(request, plan, earlier)
     campaign = Campaign(
         question,
-        sampler=Sampler(checked.space, name=checked.sampler, seed=checked.seed, direction=question.direction),
+        sampler=Sampler(
+            checked.space,
+            name=checked.sampler,
+            seed=checked.seed,
+            direction=question.direction,
+            further=question.further,
+        ),
         log=run.events,
         checkpoints=run.checkpoints,
         deadline=deadline,
@@ -188,13 +194,15 @@ def _result(
     run: RunFolder,
 ) -> dict[str, Any]:
     """The search's one JSON document."""
-    ranked = rank(rows, checked.metric, METRICS[checked.metric])
+    ranked = rank(rows, checked.metric, campaign.question.direction)
     trials = campaign.trials.values()
     notes = [*plan.notes, *finished.notes, *_fell_short(campaign, plan)]
     return {
         "name": run.name,
         "best": finished.best.to_json(),
         "rows": [one.row.to_json() for one in ranked],
+        "objectives": [objective.name for objective in checked.objectives],
+        "front": [row.to_json() for row in front(rows, checked.objectives)],
         "baseline": next((one.row.to_json() for one in ranked if one.row.kind == "baseline"), None),
         "teacher": [one.row.to_json() for one in ranked if one.row.kind == "teacher"],
         "rejected": [

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from autodistill.contracts import Direction, ModelSpec, Plan, Status
+from autodistill.devices import Device
 from autodistill.distillation.trainer import StepRecord
 from autodistill.estimate import Fit
+from autodistill.records.objectives import Objective
 from autodistill.search.plan import Speed
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment
@@ -17,7 +19,10 @@ from autodistill.units import Budget
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a campaign searches for; all of it fixed by `search.json`. `confirm` counts further seeds for the best."""
+    """What a campaign searches for; all of it fixed by `search.json`. `confirm` counts further seeds for the best.
+
+    `further` are objectives beside the metric; latencies are predicted on `device`, where one of them is a latency.
+    """
 
     space: Space
     deployments: tuple[Deployment, ...]
@@ -29,6 +34,8 @@ class Question:
     metric: str
     direction: Direction
     confirm: int = 0
+    further: tuple[Objective, ...] = ()
+    device: Device | None = None
 
     @property
     def best(self) -> Callable[..., float]:
@@ -74,7 +81,7 @@ class TrialState:
         point: Of the space, or None for a baseline outside of it.
         fits: Of each deployment.
         rung: Last rung reported, -1 before the first.
-        value: Of the metric there.
+        value, further: Of the metric there, and of the further objectives.
         running: Whether a worker trains it.
         status: Once it has ended.
         settled: Deployments that were evaluated at full fidelity, are being, or cannot be.
@@ -88,6 +95,7 @@ class TrialState:
     fits: tuple[Fit, ...]
     rung: int = -1
     value: float | None = None
+    further: tuple[float | None, ...] = ()
     train_seconds: float = 0.0
     running: bool = False
     status: Status | None = None
