@@ -138,7 +138,10 @@ class EventLog:
             if created:
                 _sync(self.path.parent)
         except OSError as error:
-            raise AutoDistillError(f"cannot write to {self.path}: {error.strerror}; what it held is kept") from error
+            raise AutoDistillError(
+                f"cannot write to {self.path}: {error.strerror}; what it held is kept: make room for it, and go on "
+                "with --resume"
+            ) from error
 
     def read(self) -> list[dict[str, Any]]:
         """All whole events, oldest first; none where there is no file yet.

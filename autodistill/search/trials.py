@@ -10,6 +10,8 @@ from autodistill.devices import Device
 from autodistill.distillation.trainer import StepRecord
 from autodistill.estimate import Fit
 from autodistill.records.objectives import Objective
+from autodistill.search.deadline import OutOfTime
+from autodistill.search.failures import explained
 from autodistill.search.plan import Speed
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment
@@ -62,12 +64,18 @@ def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord
     """Does what a worker was assigned.
 
     Raises:
-        TrialFailedError: An error of this trial alone.
+        TrialFailedError: Whatever went wrong in this trial.
+        OutOfTime: As `on_step` raises it.
     """
-    trial = Trial(bench, assignment.task, on_step)
-    if assignment.deployment is not None:
-        return trial.evaluate(assignment.deployment)
-    return trial.run(assignment.rung)
+    try:
+        trial = Trial(bench, assignment.task, on_step)
+        if assignment.deployment is not None:
+            return trial.evaluate(assignment.deployment)
+        return trial.run(assignment.rung)
+    except OutOfTime:
+        raise
+    except Exception as error:  # a fault of one trial never ends a search
+        raise explained(error) from error
 
 
 @dataclass
@@ -83,8 +91,9 @@ class TrialState:
         rung: Last rung reported, -1 before the first.
         value, further: Of the metric there, and of the further objectives.
         running: Whether a worker trains it.
-        status: Once it has ended.
+        status, reason, cause: Once it has ended; the cause is that of a failure.
         settled: Deployments that were evaluated at full fidelity, are being, or cannot be.
+        retried: Pieces of work that failed once: to which rung, and of an evaluation the deployment's name.
     """
 
     task: TrialTask
@@ -100,7 +109,9 @@ class TrialState:
     running: bool = False
     status: Status | None = None
     reason: str | None = None
+    cause: str | None = None
     settled: set[str] = field(default_factory=set)
+    retried: set[tuple[int, str | None]] = field(default_factory=set)
 
     @property
     def unseen(self) -> list[Deployment]:
