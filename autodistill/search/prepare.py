@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from autodistill.distillation.teacher import (
     stored_type,
     tokenizer_fingerprint,
 )
-from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
+from autodistill.distillation.teacher_cache import META, CacheSettings, ensure_cache
 from autodistill.errors import InputError
 from autodistill.estimate import adapted_tensors, cannot_hold, fits, holdable, spec_from_config
 from autodistill.hardware import Machine, detect
@@ -474,7 +475,8 @@ def _teacher_phase(
     cache = None
     if not settings.empty:
         with clock.phase("cache", "teacher cache"):
-            cache = ensure_cache(
+            make = partial(
+                ensure_cache,
                 loaded.load_teacher,
                 teacher_fingerprint=loaded.outputs_of,
                 data_fingerprint=loaded.data.fingerprint,
@@ -486,6 +488,9 @@ def _teacher_phase(
                 limit_bytes=request.cache_limit_bytes,
                 device=device,
             )
+            # Another search may make room just between the two.
+            while not run.hold((cache := make()) / META):
+                pass
     model = None
     top1_file, accuracy_key = run.path / "teacher_top1.npy", "teacher_accuracy"
     accuracy = next((event[accuracy_key] for event in earlier if event["event"] == "teacher"), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -84,18 +84,27 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
     """
     observer = observer or Observer()
     checked = check_request(request)
-    out, name = request.out, checked.name
-    run = RunFolder.open(out, name, lock=True) if request.resume else RunFolder.create(out, name)
-    with run:
+    with _folder(checked) as run:
         try:
-            return _search(checked, run, observer)
+            return _search(replace(checked, name=run.name), run, observer)
         except KeyboardInterrupt:
             if not run.search_file.exists():
                 raise InterruptedSearchError("stopped before the first trial: nothing to resume") from None
             resume = request.command if request.resume else f"{request.command} --resume"
             if request.name is None:
-                resume += f" --name {name}"
+                resume += f" --name {run.name}"
             raise InterruptedSearchError(f"stopped; every finished trial is kept. To go on: {resume}") from None
+        finally:
+            if not request.resume:
+                run.discard()
+
+
+def _folder(checked: Checked) -> RunFolder:
+    """The run's folder, locked: that which is resumed, or a new one, of another name where the default one is taken."""
+    out, name = checked.request.out, checked.name
+    if checked.request.resume:
+        return RunFolder.open(out, name, lock=True)
+    return RunFolder.create_free(out, name) if checked.request.name is None else RunFolder.create(out, name)
 
 
 def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
