@@ -47,6 +47,7 @@ from autodistill.options import (
     TimeOption,
     TokensOption,
     TrialsOption,
+    WarmStartOption,
     option,
 )
 from autodistill.records.store import RunFolder, default_cache, known_runs, strict_json
@@ -98,6 +99,7 @@ def search(
     objectives: ObjectivesOption = None,
     sampler: SamplerOption = None,
     trials: TrialsOption = None,
+    warm_start: WarmStartOption = None,
     tokens: TokensOption = None,
     sequence_length: SequenceLengthOption = None,
     step_tokens: StepTokensOption = None,
@@ -374,6 +376,7 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         device=given.get("device"),
         sampler=given.get("sampler"),
         trials=given.get("trials"),
+        warm_start=given.get("warm_start"),
         tokens=given["tokens"],
         sequence_length=given["sequence_length"],
         step_tokens=given["step_tokens"],

@@ -59,6 +59,14 @@ TrialsOption = Annotated[
     int | None,
     option("--trials", "Strategies to try; planned from the time box by default. With --resume: in all.", "N"),
 ]
+WarmStartOption = Annotated[
+    str | None,
+    option(
+        "--warm-start",
+        "Earlier runs of the same space, teacher and data to learn from; the best of each is proposed first.",
+        "RUN[,RUN]",
+    ),
+]
 TokensOption = Annotated[int | None, option("--tokens", "Training tokens of a trial; planned by default.", "T")]
 SequenceLengthOption = Annotated[
     int | None, option("--sequence-length", "Tokens of a sequence in training and evaluation; 256 by default.", "T")

@@ -130,6 +130,8 @@ def _megabytes(row: Row) -> float:
 
 def _asked(search: Mapping[str, Any]) -> str:
     facts = {name: search[name] for name in ("teacher", "data", "space") if name in search}
+    if search.get("warm_start", {}).get("runs"):
+        facts["learnt from"] = search["warm_start"]["runs"]
     if "budget" in search:
         facts["budget"] = _budget(Budget(**search["budget"]))
     plan = search.get("plan") or {}

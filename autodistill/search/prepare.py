@@ -60,6 +60,7 @@ from autodistill.search.request import (
 )
 from autodistill.search.rows import make_row
 from autodistill.search.trials import Question
+from autodistill.search.warm_start import WarmStart, check_fingerprints, warm_start
 from autodistill.space import Space
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Lora
 from autodistill.training_fit import TeacherFit, TrainingFit, fit_teacher, fit_training
@@ -328,10 +329,12 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """Everything that stands before the first trial."""
+    """Everything that stands before the first trial; `document` is the content of `search.json`."""
 
     question: Question
     setting: TrialSetting
+    warm: WarmStart
+    document: Mapping[str, Any]
 
 
 def plan_run(checked: Checked, run: RunFolder, clock: Clock, observer: Observer) -> Planned:
@@ -354,6 +357,8 @@ def plan_run(checked: Checked, run: RunFolder, clock: Clock, observer: Observer)
         plan = _extended(checked, Plan.from_json(checked.stored["plan"]), loaded.spec, speed)
         _check_fingerprints(checked, loaded)
     else:
+        fingerprints = {"teacher": loaded.teacher.fingerprint, "data": loaded.data.fingerprint}
+        check_fingerprints(checked.request.out, checked.warm_start, fingerprints)
         with clock.phase("plan", "measuring this machine"):
             plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.request.started)
     document = _describe(checked, loaded, plan, speed)
@@ -381,7 +386,13 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
         further=checked.objectives[1:],
         device=checked.device,
     )
-    return Ready(question=question, setting=setting)
+    document = dict(planned.document)
+    if "observations" not in document["warm_start"]:
+        # Written down, since the earlier runs may go on, or away, before this one is resumed.
+        document["warm_start"] = warm_start(checked.request.out, checked.warm_start, question).to_json()
+        write_json(run.search_file, document)
+    warm = WarmStart.from_json(document["warm_start"])
+    return Ready(question=question, setting=setting, warm=warm, document=document)
 
 
 def _extended(checked: Checked, plan: Plan, spec: ModelSpec, speed: Speed) -> Plan:
@@ -408,7 +419,8 @@ def _check_fingerprints(checked: Checked, loaded: Loaded) -> None:
 def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dict[str, Any]:
     """`search.json`: all that is needed to run the search again."""
     if checked.stored is not None:
-        return {**checked.stored, "plan": plan.to_json(), "confirm": checked.confirm}
+        warm = checked.stored.get("warm_start", {"runs": []})
+        return {**checked.stored, "plan": plan.to_json(), "confirm": checked.confirm, "warm_start": warm}
     packages = ("autodistill-search", "torch", "transformers", "optuna", "ray", "xllamacpp", "gguf")
     return {
         "schema_version": 1,
@@ -440,6 +452,7 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "device": checked.device and checked.device.to_json(),
         "sampler": checked.sampler,
         "confirm": checked.confirm,
+        "warm_start": {"runs": list(checked.warm_start)},
         "seed": checked.seed,
         "runner": checked.request.runner,
         "plan": plan.to_json(),

@@ -22,6 +22,7 @@ from autodistill.local_device import LOCAL, choose_device
 from autodistill.records.objectives import METRICS, Objective, objectives_of, parse_objectives
 from autodistill.records.store import RunFolder, default_cache, read_json
 from autodistill.search.sampler import SAMPLERS
+from autodistill.search.warm_start import check_space, parse_runs
 from autodistill.space import Space, load_space, load_strategy
 from autodistill.strategy import Strategy
 from autodistill.trial import ASKING_DATA, check_strategy, student_spec
@@ -47,6 +48,7 @@ class SearchRequest:
         trials, tokens: Fixed instead of planned; with both, there is no time box unless `time_seconds` gives one. On
             resuming, more trials than were planned extend the search.
         sequence_length: Tokens of a training or evaluated sequence; 256 by default.
+        warm_start: Names of earlier runs of the same space, teacher and data, parted by commas, to learn from.
         step_tokens: Training tokens of an optimiser step, whole sequences; one sequence by default.
         time_seconds: The time box; on resuming a finished search, of what it is extended by.
         confirm: Further seeds on which the best few are trained before one is chosen; none by default.
@@ -74,6 +76,7 @@ class SearchRequest:
     tokens: int | None = None
     sequence_length: int | None = None
     step_tokens: int | None = None
+    warm_start: str | None = None
     time_seconds: float | None = None
     confirm: int | None = None
     seed: int | None = None
@@ -103,6 +106,7 @@ class Checked:
     device: Device | None
     sampler: str
     sequence_length: int
+    warm_start: tuple[str, ...]
     confirm: int
     seed: int
     spec: ModelSpec | None
@@ -162,6 +166,7 @@ def check_request(request: SearchRequest) -> Checked:
         device=_device(request, known, objectives),
         sampler=sampler,
         sequence_length=length,
+        warm_start=parse_runs(request.warm_start) if request.warm_start is not None else _warmed_by(known),
         confirm=request.confirm if request.confirm is not None else known.get("confirm", 0),
         seed=request.seed if request.seed is not None else known.get("seed", 0),
         spec=spec_from_config(teacher.config) if teacher.config else None,
@@ -169,6 +174,8 @@ def check_request(request: SearchRequest) -> Checked:
     )
     if stored is not None:
         _check_same(checked, stored)
+    else:
+        check_space(request.out, checked.warm_start, space)
     if checked.spec is not None:
         if request.strategy is not None:
             for strategy in space.baselines.values():
@@ -202,6 +209,11 @@ def _device(request: SearchRequest, known: Mapping[str, Any], objectives: tuple[
     return choose_device(request.device or LOCAL, request.cache)
 
 
+def _warmed_by(stored: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the runs that a stored one was warm-started by."""
+    return tuple(stored.get("warm_start", {}).get("runs", ()))
+
+
 def single(space: Space, reference: str) -> Space:
     """The space that holds one strategy alone, under the deployments of another space."""
     strategy = load_strategy(reference)
@@ -231,6 +243,7 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
         ),
         "device": (checked.device and checked.device.name, (stored.get("device") or {}).get("name")),
         "sampler": (checked.sampler, stored["sampler"]),
+        "warm start": (", ".join(checked.warm_start), ", ".join(_warmed_by(stored))),
         "seed": (checked.seed, stored["seed"]),
         "budget": (checked.request.budget.to_json(), stored["budget"]),
         "space": (checked.space.hash, stored["space_hash"]),

@@ -32,6 +32,8 @@ class Sampler:
         seed: Every proposal follows from it, the number asked for and the observations; nothing is kept between calls.
         direction: Whether more or less of the metric is better.
         further: The objectives beside the metric.
+        earlier: What other searches observed; every proposal follows from it too.
+        first: Points that are proposed before all others, whatever is known of them.
 
     Raises:
         InputError: An unknown name.
@@ -45,6 +47,8 @@ class Sampler:
         seed: int = 0,
         direction: Direction = "max",
         further: Sequence[Objective] = (),
+        earlier: Sequence[Observation] = (),
+        first: Sequence[Point] = (),
     ) -> None:
         if name not in SAMPLERS:
             raise InputError(f"there is no sampler {name!r}; the samplers are {', '.join(SAMPLERS)}")
@@ -53,6 +57,8 @@ class Sampler:
         self.seed = seed
         self.direction = direction
         self.further = tuple(further)
+        self.earlier = tuple(earlier)
+        self.first = tuple(first)
 
     def propose(self, number: int, observations: Sequence[Observation] = ()) -> Point | None:
         """The point to try as proposal `number`, counted from 0, or None where the space holds no other strategy.
@@ -61,22 +67,26 @@ class Sampler:
             number: Of the proposal.
             observations: Of all others so far, in the order of their trials.
         """
-        seen = {self.space.strategy(observation.point).id for observation in observations}
-        for point in self._candidates(number, observations):
+        here = {self.space.strategy(observation.point).id for observation in observations}
+        seen = here | {self.space.strategy(item.point).id for item in self.earlier if not item.repeatable}
+        if number < len(self.first) and self.space.strategy(self.first[number]).id not in here:
+            return dict(self.first[number])
+        for point in self._candidates(number, [*self.earlier, *observations]):
             if self.space.strategy(point).id not in seen:
                 return point
         return None
 
     def _candidates(self, number: int, observations: Sequence[Observation]) -> Iterator[Point]:
-        if number < len(self.space.starts):
-            start = self.space.point(list(self.space.starts.values())[number])
+        place = number - len(self.first)
+        if 0 <= place < len(self.space.starts):
+            start = self.space.point(list(self.space.starts.values())[place])
             assert start is not None  # a space holds its starts
             yield start
         source = random.Random(f"{self.seed}/{number}")  # text seeds through SHA-512, alike in every process
         if self.name in MODELS:
             if self.name == "tpe" and number % 2 == 0:
                 yield from self._neighbours(number // 2, source, observations)
-            if number < _STARTUP:
+            if number < _STARTUP and sum(item.values is not None for item in self.earlier) < _STARTUP:
                 yield self._spread(number)
             else:
                 seed = source.getrandbits(32)

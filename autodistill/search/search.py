@@ -127,6 +127,8 @@ def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
             seed=checked.seed,
             direction=question.direction,
             further=question.further,
+            earlier=ready.warm.observations,
+            first=ready.warm.first,
         ),
         log=run.events,
         checkpoints=run.checkpoints,
@@ -160,7 +162,7 @@ def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
     rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
     seconds = clock.summary()
     result = _result(checked, campaign, rows, finished, plan, seconds, run)
-    write_json(run.search_file, {**planned.document, "seconds": seconds, "notes": result["notes"]})
+    write_json(run.search_file, {**ready.document, "seconds": seconds, "notes": result["notes"]})
     to_parquet(rows, run.leaderboard_file)
     write_report(run)
     return Outcome(document=result, rows=tuple(rows), finish=finished)

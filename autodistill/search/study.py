@@ -36,6 +36,7 @@ class Observation:
         fidelity: Fraction of the plan's tokens after which `value` was taken.
         constraint: Smallest log(need / limit) over the deployments, above 0 where none fits; None where it is unknown.
         further: Of each further objective, in their order, where a search has several.
+        repeatable: Whether its point may be proposed again: it was seen in an earlier run, short of full fidelity.
     """
 
     point: Mapping[str, Value]
@@ -44,6 +45,7 @@ class Observation:
     fidelity: float = 0.0
     constraint: float | None = None
     further: tuple[float | None, ...] = ()
+    repeatable: bool = False
 
     @property
     def values(self) -> tuple[float, ...] | None:
