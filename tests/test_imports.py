@@ -49,6 +49,7 @@ ROOMS = (
     "appraisal",
     "pick",
     "writing",
+    "stages",
     "trial",
     "export",
     "evaluators",

@@ -384,7 +384,9 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
         direction=checked.objectives[0].direction,
         confirm=checked.confirm,
         further=checked.objectives[1:],
-        device=checked.device,
+        served_on=checked.device,
+        device=setting.device,
+        sharing=checked.request.sharing,
     )
     document = dict(planned.document)
     if "observations" not in document["warm_start"]:
@@ -455,6 +457,8 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "warm_start": {"runs": list(checked.warm_start)},
         "seed": checked.seed,
         "runner": checked.request.runner,
+        "sharing": checked.request.sharing,
+        "forking": checked.request.forking,
         "plan": plan.to_json(),
         "speed": asdict(speed),
         "licences": _licences(loaded),

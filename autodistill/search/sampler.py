@@ -11,6 +11,7 @@ from autodistill.contracts import Direction, Status
 from autodistill.domains import Range, Value
 from autodistill.errors import InputError
 from autodistill.records.objectives import Objective
+from autodistill.search.forks import forks, is_fork
 from autodistill.search.fronts import fronts, spread
 from autodistill.search.study import MODELS, Observation, modelled
 from autodistill.space import Dimension, Point, Space
@@ -25,6 +26,9 @@ _DRAWS = 200  # random draws before a space is searched for its last unseen poin
 class Sampler:
     """Proposes points: the space's starts, a spread over the space, and then what a model of the results suggests.
 
+    Every fourth proposal forks one of the best few trials, where its stage is on disk and the space has another
+    finishing for it.
+
     Args:
         space: What may be proposed.
         name: "tpe", a tree-structured Parzen estimator by turns with neighbours of the best point; "gp", a Gaussian
@@ -34,6 +38,7 @@ class Sampler:
         further: The objectives beside the metric.
         earlier: What other searches observed; every proposal follows from it too.
         first: Points that are proposed before all others, whatever is known of them.
+        forking: Whether any proposal forks; without, what forking is worth can be measured.
 
     Raises:
         InputError: An unknown name.
@@ -49,6 +54,7 @@ class Sampler:
         further: Sequence[Objective] = (),
         earlier: Sequence[Observation] = (),
         first: Sequence[Point] = (),
+        forking: bool = True,
     ) -> None:
         if name not in SAMPLERS:
             raise InputError(f"there is no sampler {name!r}; the samplers are {', '.join(SAMPLERS)}")
@@ -59,6 +65,7 @@ class Sampler:
         self.further = tuple(further)
         self.earlier = tuple(earlier)
         self.first = tuple(first)
+        self.forking = forking
 
     def propose(self, number: int, observations: Sequence[Observation] = ()) -> Point | None:
         """The point to try as proposal `number`, counted from 0, or None where the space holds no other strategy.
@@ -83,6 +90,8 @@ class Sampler:
             assert start is not None  # a space holds its starts
             yield start
         source = random.Random(f"{self.seed}/{number}")  # text seeds through SHA-512, alike in every process
+        if self.forking and is_fork(number):
+            yield from forks(self.space, observations, self.direction, random.Random(f"{self.seed}/{number}/fork"))
         if self.name in MODELS:
             if self.name == "tpe" and number % 2 == 0:
                 yield from self._neighbours(number // 2, source, observations)

@@ -37,6 +37,7 @@ class Observation:
         constraint: Smallest log(need / limit) over the deployments, above 0 where none fits; None where it is unknown.
         further: Of each further objective, in their order, where a search has several.
         repeatable: Whether its point may be proposed again: it was seen in an earlier run, short of full fidelity.
+        forkable: Whether its stable training is on disk, so that others may go on from there.
     """
 
     point: Mapping[str, Value]
@@ -52,6 +53,8 @@ class Observation:
         """Of all objectives; None where one is missing or not finite."""
         found = tuple(value for value in (self.value, *self.further) if value is not None and math.isfinite(value))
         return found if len(found) == 1 + len(self.further) else None
+
+    forkable: bool = False
 
     def __post_init__(self) -> None:
         if self.state == Status.REJECTED and not (self.constraint or 0.0) > 0:

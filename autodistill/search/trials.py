@@ -23,7 +23,8 @@ from autodistill.units import Budget
 class Question:
     """What a campaign searches for; all of it fixed by `search.json`. `confirm` counts further seeds for the best.
 
-    `further` are objectives beside the metric; latencies are predicted on `device`, where one of them is a latency.
+    `further` are objectives beside the metric; latencies are predicted on `served_on`, where one of them is a latency.
+    `sharing` is off where it is to be measured what sharing stages is worth: every trial then trains all of its own.
     """
 
     space: Space
@@ -37,7 +38,9 @@ class Question:
     direction: Direction
     confirm: int = 0
     further: tuple[Objective, ...] = ()
-    device: Device | None = None
+    served_on: Device | None = None
+    device: str = "cpu"
+    sharing: bool = True
 
     @property
     def best(self) -> Callable[..., float]:
@@ -94,6 +97,7 @@ class TrialState:
         status, reason, cause: Once it has ended; the cause is that of a failure.
         settled: Deployments that were evaluated at full fidelity, are being, or cannot be.
         retried: Pieces of work that failed once: to which rung, and of an evaluation the deployment's name.
+        parameters: Weights of its student; None where the teacher has no such student.
     """
 
     task: TrialTask
@@ -112,6 +116,7 @@ class TrialState:
     cause: str | None = None
     settled: set[str] = field(default_factory=set)
     retried: set[tuple[int, str | None]] = field(default_factory=set)
+    parameters: int | None = None
 
     @property
     def unseen(self) -> list[Deployment]:

@@ -206,5 +206,5 @@ def _further(
         return float(memory(spec, deployment, context=budget.context, batch=budget.batch).total_bytes)
     if objective.name == "size":
         return float(weights_bytes(spec.tensors, deployment))
-    assert question.device is not None
-    return speed(spec, deployment, question.device, context=budget.context).decode_ms_high
+    assert question.served_on is not None
+    return speed(spec, deployment, question.served_on, context=budget.context).decode_ms_high

@@ -174,7 +174,7 @@ def test_further_objectives_are_worked_out_for_this_search(tmp_path: Path) -> No
     asked = replace(
         question(),
         further=(OBJECTIVES["memory"], OBJECTIVES["latency"], OBJECTIVES["size"]),
-        device=find_device("pi 5", devices()),
+        served_on=find_device("pi 5", devices()),
         budget=Budget(memory_bytes=10**9, context=4096),
     )
     items = [item for item in warm_start(tmp_path, ["run"], asked).observations if item.value is not None]
