@@ -1,4 +1,4 @@
-"""What the benchmarks of the search rest on: rank correlation, halving, replayed campaigns, and what their work costs."""
+"""What the benchmarks of the search rest on: rank correlation, halving, replayed campaigns, the cost of their work."""
 
 from __future__ import annotations
 
