@@ -136,7 +136,7 @@ class Turns:
                 }
         space = Remembering.from_json({**data, "baselines": {}})
         best: tuple[int, Strategy] | None = None
-        for trials in range(2, len(allowed) + 1):
+        for trials in range(2, len(allowed) + 1, 2):
             keep = tuple(min(trials, kept) for kept in _keep(trials, 3))
             spent, _ = simulate(self._table, plan(trials, default_rungs(), keep), seed=seed, space=space)
             if best is not None and spent.trained > tokens:

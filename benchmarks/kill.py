@@ -1,13 +1,13 @@
 """A search killed at 20 random moments and resumed each time ends with the rows of one left alone.
 
-    python benchmarks/kill.py [--kills 20] [--trials 6] [--time 15m] [--work DIR]
+    python benchmarks/kill.py [--kills 20] [--trials 4] [--time 15m] [--work DIR]
 
 A tiny random teacher, a tiny text, the inline runner, fixed trials and tokens. One process after another is killed with
 SIGKILL: after a random number of further events in its log and a random part of a second or two more, so that the
-places do not depend on the machine's speed; or after some seconds, while it imports and loads. The next process
-resumes. A search that ends before all kills are spent is followed by one of the next seed. Each is then compared with a
-search of the same seed that nothing disturbed. With `--work` the folder is kept, and the same command goes on from
-there.
+places do not depend on the machine's speed; or after some seconds, while it loads. The next process resumes. They are
+forks of this one, which has imported the libraries, so that not all of the time goes into that. A search that ends
+before all kills are spent is followed by one of the next seed. Each is then compared with a search of the same seed that
+nothing disturbed. With `--work` the folder is kept, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import report
+import torch
 
+from autodistill.cli import main as main_of_autodistill
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import EventLog
 from autodistill.testing import save_tiny_teacher, tiny_text
@@ -37,9 +39,9 @@ from autodistill.units import parse_duration
 
 TOKENS = 9216
 # Further events after which a process is killed, at the most; with none, it is killed while it starts.
-EVENTS = 6
+EVENTS = 4
 # Seconds after that, at the most; and while it starts.
-DELAY, STARTING = 1.5, 12.0
+DELAY, STARTING = 1.5, 4.0
 # What says how long something took. What a runtime's process took of memory differs from time to time as well.
 TIMES = ("train_seconds", "latency_ms", "tokens_per_second")
 
@@ -67,7 +69,7 @@ class Search:
     def __init__(self, inputs: Path, folder: Path, seed: int, trials: int) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.run = folder / "results" / "runs" / "run"
+        self.run = folder / "runs" / "run"
         options = [
             "--teacher",
             str(inputs / "teacher"),
@@ -77,9 +79,10 @@ class Search:
             str(inputs / "cache"),
         ]
         fixed = ["--trials", str(trials), "--tokens", str(TOKENS), "--seed", str(seed), "--runner", "inline"]
-        self._words = [sys.executable, "-m", "autodistill", "search", "--budget", "16GB", "--context", "256"]
-        self._words += [*options, *fixed, "--name", "run", "--format", "json"]
+        self._words = ["search", "--budget", "16GB", "--context", "256", *options, *fixed, "--name", "run"]
+        self._words += ["--out", str(folder / "runs"), "--format", "json"]
         self._finished = folder / "finished.json"
+        self._said = folder / "said.txt"
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -104,32 +107,49 @@ class Search:
             SystemExit: It failed by itself, which no kill may lead to.
         """
         resume = ["--resume"] if (self.run / "search.json").exists() else []
-        # On one core, since threads that wait for a core that others use are slower than none.
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         wanted = None if events is None else self._lines() + events
-        with (self._folder / "said.txt").open("w+") as said:
-            process = subprocess.Popen(
-                [*self._words, *resume], cwd=self._folder, env=environment, stdout=said, stderr=said
-            )
-            while wanted is not None and process.poll() is None and self._lines() < wanted:
-                time.sleep(0.01)
-            ends = time.monotonic() + seconds
-            while wanted is not None and process.poll() is None and time.monotonic() < ends:
-                time.sleep(0.01)
-            if wanted is not None and process.poll() is None:
-                os.kill(process.pid, signal.SIGKILL)
-                process.wait()
-                return True
-            process.wait()
-            if process.returncode:
-                said.seek(0)
-                sys.exit(f"a search ended with {process.returncode}: {said.read()}")
+        child = os.fork()
+        if child == 0:
+            self._become([*self._words, *resume])
+        state = None
+        while wanted is not None and (state := _ended(child)) is None and self._lines() < wanted:
+            time.sleep(0.01)
+        ends = time.monotonic() + seconds
+        while wanted is not None and state is None and time.monotonic() < ends:
+            state = _ended(child)
+            time.sleep(0.01)
+        if wanted is not None and state is None:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return True
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1] if state is None else state)
+        if code:
+            sys.exit(f"a search ended with {code}: {self._said.read_text()}")
         self._finished.write_text("{}")
         return False
+
+    def _become(self, words: list[str]) -> NoReturn:
+        """Makes this forked process the command line, its output in a file."""
+        said = os.open(self._said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        code = 1
+        try:
+            code = main_of_autodistill(words)
+        except BaseException:  # a fork must never go on as its parent
+            traceback.print_exc()
+        finally:
+            os._exit(code)
 
     def _lines(self) -> int:
         log = self.run / "trials.jsonl"
         return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def _ended(child: int) -> int | None:
+    """The state that a process ended with, or None while it runs."""
+    found, state = os.waitpid(child, os.WNOHANG)
+    return state if found else None
 
 
 def stage_of(events: list[dict[str, Any]]) -> str:
@@ -182,10 +202,12 @@ def main() -> None:
     """Kills, resumes, compares and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--trials", type=int, default=6)
+    parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--time", type=parse_duration, default=float("inf"))
     parser.add_argument("--work", type=Path, default=None)
     arguments = parser.parse_args()
+    # One thread: a fork has none of its parent's, and one that waits for a core that others use is slower than none.
+    torch.set_num_threads(1)
     work = arguments.work or Path(tempfile.mkdtemp(prefix="kill-"))
     inputs = work / "inputs"
     if not (inputs / "text").exists():
