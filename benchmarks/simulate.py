@@ -175,9 +175,16 @@ class Stopping(SuccessiveHalving):
         super().__init__(**settings)
         self._going: set[str] = set()
 
-    def report(self, trial_id: str, rung: int, value: float | None, feasible: bool = True) -> Decision:
+    def report(
+        self,
+        trial_id: str,
+        rung: int,
+        value: float | None,
+        feasible: bool = True,
+        further: Sequence[float | None] = (),
+    ) -> Decision:
         """Judges at once, against those before."""
-        decision = super().report(trial_id, rung, value, feasible)
+        decision = super().report(trial_id, rung, value, feasible, further)
         if decision is Decision.PAUSE:
             reported = len(self._reports[rung])
             share = max(1, reported * self.keep[rung] // self._arriving[rung])
