@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autodistill.errors import MissingDependencyError
+from autodistill.records.differences import differences, shown
 from autodistill.records.leaderboard import DISTILLED, Ranked, limits_of, nearest, pareto, rank, rows_of
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder, read_json, replacing
@@ -229,7 +230,14 @@ def _test(events: Iterable[Mapping[str, Any]], metric: str) -> str:
         for row in rows
     ]
     titles = ["what", "name", "deployment", metric, "retention", "perplexity"]
-    return "## Test split, opened once at the end\n\n" + _table(titles, lines) if lines else ""
+    if not lines:
+        return ""
+    compared = shown(differences(rows))
+    note = (
+        "\n\nPaired by document, each with its bootstrapped standard error; of a perplexity, that of its logarithm:\n\n"
+    )
+    more = note + _table(compared[0], compared[1:]) if compared else ""
+    return "## Test split, opened once at the end\n\n" + _table(titles, lines) + more
 
 
 def _command(search: Mapping[str, Any]) -> str:

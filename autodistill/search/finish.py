@@ -17,7 +17,7 @@ from autodistill.contracts import Artefact, Measurement, Status, Subject
 from autodistill.data import Prepared, load_split
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.held import load_held
-from autodistill.distillation.scoring import choices, score
+from autodistill.distillation.scoring import choices, refer
 from autodistill.distillation.teacher import Teacher, load_model
 from autodistill.errors import NothingFitsError
 from autodistill.estimate import fits, holdable
@@ -236,7 +236,7 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
     data = load_split(finisher.data.folder, "test").head(question.plan.test_tokens)
     deployment = Deployment.from_json(best.deployment)
     teacher = load_held(finisher.teacher.folder, setting.held, setting.device)
-    scores, top1 = score(teacher, data, device=setting.device)
+    scores, reference = refer(teacher, data, device=setting.device)
     accuracy = float(scores.correct.mean())
     full = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
     results: list[Row] = []
@@ -249,11 +249,15 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
             spec,
             packing,
             data,
-            top1,
+            reference,
             budget=question.budget,
             evaluators=setting.evaluators,
+            metric=setting.metric,
             device=setting.device,
             scales=read_scales(finisher.student(row), packing) if row else None,
+            split="test",
+            share=setting.plan.example_share,
+            tokenizer=setting.teacher,
         )
         made = make_row(
             evaluation,

@@ -9,7 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from autodistill.contracts import SEQUENCE_LENGTH, Direction, ModelSpec
+from autodistill import plugins
+from autodistill.contracts import SEQUENCE_LENGTH, Direction, Evaluator, ModelSpec
 from autodistill.distillation.teacher import (
     TeacherRef,
     resolve_teacher,
@@ -21,6 +22,7 @@ from autodistill.records.store import RunFolder, default_cache, read_json
 from autodistill.search.sampler import SAMPLERS
 from autodistill.space import Space, load_space, load_strategy
 from autodistill.strategy import Strategy
+from autodistill.task_files import read_tasks
 from autodistill.trial import ASKING_DATA, check_strategy, student_spec
 from autodistill.units import Budget
 
@@ -28,8 +30,7 @@ DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE = "smollm2", "pydoc", "default"
 DEFAULT_METRIC, DEFAULT_SAMPLER = "accuracy", "tpe"
 RUNNERS = ("ray", "inline")
 # What may rank is measured at every rung, so it must come from the simulated student alone.
-METRICS: Mapping[str, Direction] = {"accuracy": "max", "agreement": "max", "perplexity": "min", "exact_match": "max"}
-WRITTEN = ("exact_match",)  # those for which the student answers questions in writing
+_RANKING = ("scores", "answers", "student")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,10 @@ class SearchRequest:
         budget: Limits of the deployed student.
         strategy: Name or file of a strategy: it alone is trained, to the plan's tokens, and nothing is searched.
         teacher, data, space, metric, sampler: References and names.
+        tasks: Task files, whose tasks are measured beside the metric; one of them may be the metric, as "task:NAME".
+        metric_command: A command that scores the student's folder; it ranks unless `metric` says otherwise.
+        metric_direction: Whether more or less of its scores is better; more by default.
+        metric_seconds: After which it is ended; ten minutes by default.
         trials, tokens: Fixed instead of planned; with both, there is no time box unless `time_seconds` gives one. On
             resuming, more trials than were planned extend the search.
         step_tokens: Training tokens of an optimiser step, whole sequences; one sequence by default.
@@ -63,6 +68,10 @@ class SearchRequest:
     space: str | None = None
     metric: str | None = None
     sampler: str | None = None
+    tasks: tuple[Path, ...] | None = None
+    metric_command: str | None = None
+    metric_direction: Direction | None = None
+    metric_seconds: float | None = None
     trials: int | None = None
     tokens: int | None = None
     step_tokens: int | None = None
@@ -80,6 +89,24 @@ class SearchRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is measured beside the usual, because a request asks for it, and which of all figures ranks.
+
+    Attributes:
+        metric, direction: What ranks.
+        evaluators: Names and evaluators.
+        written: Whether one of them needs questions to be answered in writing.
+        record: For `search.json`: what they were made from.
+    """
+
+    metric: str
+    direction: Direction
+    evaluators: tuple[str | Evaluator, ...]
+    written: bool
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checked:
     """A request of which everything that can be checked without a model is known to be right."""
 
@@ -91,12 +118,22 @@ class Checked:
     data_reference: str
     space: Space
     space_reference: str
-    metric: str
+    asked: Asked
     sampler: str
     confirm: int
     seed: int
     spec: ModelSpec | None
     stored: Mapping[str, Any] | None
+
+    @property
+    def metric(self) -> str:
+        """What ranks."""
+        return self.asked.metric
+
+    @property
+    def direction(self) -> Direction:
+        """Whether more or less of it is better."""
+        return self.asked.direction
 
 
 def check_request(request: SearchRequest) -> Checked:
@@ -118,9 +155,7 @@ def check_request(request: SearchRequest) -> Checked:
         raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
     stored = _stored(request)
     known = stored or {}
-    metric = request.metric or known.get("metric") or DEFAULT_METRIC
-    if metric not in METRICS:
-        raise InputError(f"{metric!r} is no metric that can rank; the metrics are {', '.join(METRICS)}")
+    asked = ask(request, known)
     sampler = request.sampler or known.get("sampler") or DEFAULT_SAMPLER
     if sampler not in SAMPLERS:
         raise InputError(f"there is no sampler {sampler!r}; the samplers are {', '.join(SAMPLERS)}")
@@ -129,8 +164,8 @@ def check_request(request: SearchRequest) -> Checked:
     space_reference = request.space or known.get("space") or DEFAULT_SPACE
     teacher = resolve_teacher(teacher_reference)
     source = resolve_data(data_reference)
-    if metric in WRITTEN and not source.conversations:
-        raise InputError(f"--metric {metric} needs questions with answers: {ASKING_DATA}")
+    if asked.written and not source.conversations:
+        raise InputError(f"--metric {asked.metric} needs questions with answers: {ASKING_DATA}")
     space = load_space(space_reference)
     if request.strategy is not None:
         space = single(space, request.strategy)
@@ -143,7 +178,7 @@ def check_request(request: SearchRequest) -> Checked:
         data_reference=data_reference,
         space=space,
         space_reference=space_reference,
-        metric=metric,
+        asked=asked,
         sampler=sampler,
         confirm=request.confirm if request.confirm is not None else known.get("confirm", 0),
         seed=request.seed if request.seed is not None else known.get("seed", 0),
@@ -158,6 +193,73 @@ def check_request(request: SearchRequest) -> Checked:
                 check_strategy(strategy, checked.spec)
         check_budget(checked, checked.spec)
     return checked
+
+
+def ask(request: SearchRequest, known: Mapping[str, Any]) -> Asked:
+    """Finds what a request wants measured, and what of it ranks.
+
+    Args:
+        request: What is asked.
+        known: `search.json` of the run that is resumed; else empty.
+
+    Raises:
+        InputError: A task file, a command or a metric that cannot be used.
+    """
+    from autodistill.evaluators.command import NAME, parse_command
+    from autodistill.evaluators.harness import PREFIX, find_task
+    from autodistill.evaluators.task import evaluator_of
+
+    before = known.get("asked", {})
+    files = request.tasks if request.tasks is not None else tuple(map(Path, before.get("tasks", ())))
+    command = request.metric_command or before.get("command")
+    direction = request.metric_direction or before.get("command_direction") or "max"
+    seconds = request.metric_seconds or before.get("command_seconds") or 600.0
+    if command is None and (request.metric_direction or request.metric_seconds):
+        raise InputError("--metric-direction and --metric-timeout are those of a command: give --metric-command")
+    tasks = [task for file in files for task in read_tasks(file)]
+    doubled = next((task.name for task in tasks if sum(other.name == task.name for other in tasks) > 1), None)
+    if doubled is not None:
+        raise InputError(f"two of the task files have a task {doubled}: rename one")
+    own: list[Evaluator] = [evaluator_of(task) for task in tasks]
+    if command is not None:
+        own.append(parse_command(command, direction, seconds))
+    metric = request.metric or known.get("metric") or (NAME if command is not None else DEFAULT_METRIC)
+    if metric.startswith(PREFIX):
+        own.append(find_task(metric))
+    quantities = {name: quantity for evaluator in own for name, quantity in evaluator.measures.items()}
+    installed: tuple[str, ...] = ()
+    if metric not in quantities:
+        name, evaluator = _installed(metric, quantities)
+        installed, quantities = (name,), {**quantities, **evaluator.measures}
+    return Asked(
+        metric=metric,
+        direction=quantities[metric].direction,
+        evaluators=(*installed, *own),
+        written=any(plugins.load("evaluators", name).needs == "answers" for name in installed),
+        record={
+            "tasks": [str(file.resolve()) for file in files],
+            "fingerprints": {task.name: task.fingerprint for task in tasks},
+            "command": command,
+            "command_direction": direction,
+            "command_seconds": seconds,
+        },
+    )
+
+
+def _installed(metric: str, own: Mapping[str, Any]) -> tuple[str, Evaluator]:
+    """The installed evaluator that measures a metric; most measure one of their own name."""
+    names = plugins.names("evaluators")
+    known = list(own)
+    for name in sorted(names, key=lambda name: name != metric):
+        evaluator = plugins.load("evaluators", name)
+        if evaluator.needs in _RANKING:
+            if metric in evaluator.measures:
+                return name, evaluator
+            known += evaluator.measures
+    raise InputError(
+        f"{metric!r} is no metric that can rank; the metrics are {', '.join(sorted(known))}, task:NAME of a --task, "
+        "and lm-eval:TASK"
+    )
 
 
 def single(space: Space, reference: str) -> Space:
@@ -184,6 +286,7 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
         "teacher": (checked.teacher_reference, stored["teacher"]["reference"]),
         "data": (checked.data_reference, stored["data"]["reference"]),
         "metric": (checked.metric, stored["metric"]),
+        "task or command": (checked.asked.record, stored.get("asked", checked.asked.record)),
         "sampler": (checked.sampler, stored["sampler"]),
         "seed": (checked.seed, stored["seed"]),
         "budget": (checked.request.budget.to_json(), stored["budget"]),

@@ -11,6 +11,7 @@ from typing import Any
 from autodistill.contracts import SEQUENCE_LENGTH, Plan, Status
 from autodistill.errors import InterruptedSearchError
 from autodistill.hardware import detect
+from autodistill.records.differences import differences
 from autodistill.records.leaderboard import rank, rows_of, to_parquet
 from autodistill.records.report import write_report
 from autodistill.records.row import Row
@@ -29,7 +30,6 @@ from autodistill.search.prepare import (
     prepare_trials,
 )
 from autodistill.search.request import (
-    METRICS,
     Checked,
     SearchRequest,
     check_request,
@@ -188,7 +188,7 @@ def _result(
     run: RunFolder,
 ) -> dict[str, Any]:
     """The search's one JSON document."""
-    ranked = rank(rows, checked.metric, METRICS[checked.metric])
+    ranked = rank(rows, checked.metric, checked.direction)
     trials = campaign.trials.values()
     notes = [*plan.notes, *finished.notes, *_fell_short(campaign, plan)]
     return {
@@ -209,6 +209,7 @@ def _result(
         ],
         "test": [row.to_json() for row in finished.test],
         "gain_on_test": finished.gain,
+        "differences_on_test": [item.to_json() for item in differences(finished.test)],
         "confirmation": [item.to_json() for item in finished.confirmed],
         "runtime": {name: asdict(check) for name, check in finished.checks.items()},
         "budget": checked.request.budget.to_json(),

