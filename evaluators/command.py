@@ -58,13 +58,15 @@ class Command:
         words: Of the command.
         direction: Whether more or less is better.
         seconds: After which it, and what it started, is ended.
-        examples: Scores that it must print for the validation split, once that is known; others cannot be compared.
+        expected: Examples that it was given for the teacher and scores that it printed, once that is known: for as many
+            it must print as many again, and where it scored each example it must always do so, or trials could not be
+            compared.
     """
 
     words: tuple[str, ...]
     direction: Direction = "max"
     seconds: float = 600.0
-    examples: int | None = None
+    expected: tuple[int, int] | None = None
     name: str = NAME
     needs: Needs = "student"
     measures: Mapping[str, Quantity] = field(init=False)
@@ -87,8 +89,10 @@ class Command:
             filled = [word.replace(_STUDENT, str(folder)).replace(_DATA, str(data)) for word in self.words]
             printed = _run(filled, self.seconds)
         ids, scores = _scores(printed)
-        if self.examples is not None and student.split == "validation" and scores.size != self.examples:
-            raise TrialFailedError("command", f"it printed {scores.size} scores, and {self.examples} for the teacher")
+        given, printed_before = self.expected or (len(lines), scores.size)
+        due = printed_before if given == len(lines) else len(lines)
+        if scores.size != due and (given == len(lines) or given == printed_before):
+            raise TrialFailedError("command", f"it printed {scores.size} scores, and {due} are due as for the teacher")
         value, stderr = clustered_mean(scores, ids)
         return (
             Measurement(

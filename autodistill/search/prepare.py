@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from autodistill.contracts import SEQUENCE_LENGTH, Evaluator, ModelSpec, Plan, Status, TeacherReference
-from autodistill.data import Prepared, load_split, prepare
+from autodistill.data import Prepared, TokenSet, load_split, prepare
 from autodistill.distillation.alignment import layer_map
 from autodistill.distillation.attention import teacher_layer
 from autodistill.distillation.calibration import Calibration, ensure_calibration
@@ -563,7 +563,7 @@ def _teacher_phase(
         pretrained=loaded.pretrained,
         held=loaded.teacher_fit.held,
     )
-    setting = replace(setting, evaluators=_expecting(setting.evaluators, rows_of(earlier)))
+    setting = replace(setting, evaluators=_expecting(setting.evaluators, rows_of(earlier), validation))
     done = {row.deployment_name for row in rows_of(earlier) if row.kind == "teacher" and row.split == "validation"}
     for deployment in holdable(loaded.spec, checked.space.deployments):
         if deployment.name in done:
@@ -573,7 +573,7 @@ def _teacher_phase(
             reference = TeacherReference.load(reference_file)
             row = teacher_row(model, deployment, setting, "validation", validation, reference, accuracy)
             run.events.append({"event": "row", "row": row.to_json(), "time": time.time()})
-            setting = replace(setting, evaluators=_expecting(setting.evaluators, [row]))
+            setting = replace(setting, evaluators=_expecting(setting.evaluators, [row], validation))
     return setting
 
 
@@ -581,13 +581,18 @@ def _evaluators(asked: Asked) -> tuple[str | Evaluator, ...]:
     return (*EVALUATORS, *(item for item in asked.evaluators if item not in EVALUATORS))
 
 
-def _expecting(evaluators: tuple[str | Evaluator, ...], rows: Sequence[Row]) -> tuple[str | Evaluator, ...]:
+def _expecting(
+    evaluators: tuple[str | Evaluator, ...], rows: Sequence[Row], data: TokenSet
+) -> tuple[str | Evaluator, ...]:
     """The evaluators, of which a command is held to as many scores as it printed for the teacher."""
     found = [paired(row, COMMAND) for row in rows if row.kind == "teacher" and row.split == "validation"]
+    given = len(data.tokens) if data.questions is None else len(data.questions.entries)
     counts = [sum(documents["count"]) for documents in found if documents]
     if not counts:
         return evaluators
-    return tuple(replace(item, examples=counts[0]) if isinstance(item, Command) else item for item in evaluators)
+    return tuple(
+        replace(item, expected=(given, counts[0])) if isinstance(item, Command) else item for item in evaluators
+    )
 
 
 def teacher_row(
