@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from autodistill.contracts import SEQUENCE_LENGTH, Plan, Status
+from autodistill.contracts import Plan, Status
 from autodistill.errors import InterruptedSearchError
 from autodistill.hardware import detect
 from autodistill.records.differences import differences
@@ -61,7 +61,7 @@ def plan_search(request: SearchRequest, observer: Observer | None = None) -> dic
     (observer or Observer()).phase("measuring this machine")
     plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - request.started)
     settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration_file(checked, loaded))
-    tokens = min(plan.tokens, loaded.data.splits["train"].sequences * SEQUENCE_LENGTH)
+    tokens = min(plan.tokens, loaded.data.splits["train"].sequences * plan.sequence_length)
     per_token = settings.bytes_per_token(loaded.spec.vocabulary, loaded.spec.width)
     return {
         "plan": plan.to_json(),
