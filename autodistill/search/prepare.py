@@ -433,6 +433,8 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
         metric=checked.metric,
         direction=checked.direction,
         confirm=checked.confirm,
+        device=setting.device,
+        sharing=checked.request.sharing,
     )
     return Ready(question=question, setting=setting)
 
@@ -494,6 +496,8 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "confirm": checked.confirm,
         "seed": checked.seed,
         "runner": checked.request.runner,
+        "sharing": checked.request.sharing,
+        "forking": checked.request.forking,
         "plan": plan.to_json(),
         "speed": asdict(speed),
         "licences": _licences(loaded),

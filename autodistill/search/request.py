@@ -24,7 +24,7 @@ from autodistill.space import Space, load_space, load_strategy
 from autodistill.strategy import Strategy
 from autodistill.task_files import read_tasks
 from autodistill.trial import ASKING_DATA, check_strategy, student_spec
-from autodistill.units import Budget
+from autodistill.units import Budget, Price
 
 DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE = "smollm2", "pydoc", "default"
 DEFAULT_METRIC, DEFAULT_SAMPLER = "accuracy", "tpe"
@@ -59,6 +59,11 @@ class SearchRequest:
         runner: "ray" or "inline".
         cache: Folder of everything that later searches may use again.
         cache_limit_bytes: Disk that cached teacher outputs may take.
+        checkpoint_limit_bytes: Disk that checkpoints of stages may take in the run's folder; by default a quarter of
+            what is free.
+        sharing, forking: Whether trials continue each other's stages, and whether every fourth proposal forks one on
+            purpose; off to measure what each is worth. On resuming as before.
+        price: Of an hour, for the cost of a plan.
         command: As typed, for the record.
         started: `time.monotonic()` at which the time box began.
     """
@@ -87,6 +92,10 @@ class SearchRequest:
     runner: str = "ray"
     cache: Path = field(default_factory=default_cache)
     cache_limit_bytes: int = 8 * 10**9
+    checkpoint_limit_bytes: int | None = None
+    sharing: bool = True
+    forking: bool = True
+    price: Price | None = None
     command: str = "autodistill search"
     started: float = field(default_factory=time.monotonic)
 
@@ -157,6 +166,7 @@ def check_request(request: SearchRequest) -> Checked:
         raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
     stored = _stored(request)
     known = stored or {}
+    request = replace(request, **{name: known.get(name, getattr(request, name)) for name in ("sharing", "forking")})
     length = request.sequence_length or known.get("plan", {}).get("sequence_length") or SEQUENCE_LENGTH
     if request.step_tokens is not None and (request.step_tokens < 1 or request.step_tokens % length):
         raise InputError(f"--step-tokens must be a multiple of {length}, a sequence, not {request.step_tokens}")
