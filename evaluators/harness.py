@@ -70,7 +70,7 @@ class Harness:
     measures: Mapping[str, Quantity] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "measures", {self.name: Quantity(self.metric, self.direction)})
+        object.__setattr__(self, "measures", {self.name: Quantity("score", self.direction)})
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Runs the task's documents of the split.
@@ -108,11 +108,12 @@ class Harness:
             Measurement(
                 name=self.name,
                 value=value,
-                unit=self.metric,
+                unit="score",
                 direction=self.direction,
                 source="simulated",
                 stderr=stderr,
                 detail={
+                    "metric": self.metric,
                     "split": student.split,
                     "examples": scores.size,
                     "of": len(range(student.split == "test", count, 2)),

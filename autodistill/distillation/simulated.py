@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,9 @@ class PackedStudent:
     saver: Callable[[Path], None]
     batch_tokens: int = BATCH_TOKENS
 
-    @cached_property
+    @property
     def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.tokenizer, local_files_only=True, trust_remote_code=False)
+        return _tokenizer_of(self.tokenizer)
 
     @cached_property
     def _renderer(self) -> Renderer:
@@ -97,7 +95,7 @@ class PackedStudent:
         if room < 1:
             raise InputError(f"an answer of {max_tokens} tokens does not fit a context of {self.context}: ask for less")
         answers: dict[int, str] = {}
-        stopping = dict.fromkeys((*ends, *self._holding(stops)))
+        stopping = dict.fromkeys((*ends, *_holding(self.tokenizer, tuple(stops))))
         cut = [ids[-room:] for ids in tokens]
         for place, ids in write(self.model, cut, stops=list(stopping), max_tokens=max_tokens, device=self.device):
             text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
@@ -142,9 +140,20 @@ class PackedStudent:
         begin = self._tokenizer.bos_token_id
         return int(self._end if begin is None else begin)
 
-    def _holding(self, stops: Sequence[str]) -> list[int]:
-        """Tokens whose text has one of the stops in it."""
-        if not stops:
-            return []
-        texts = self._tokenizer.batch_decode([[token] for token in range(len(self._tokenizer))])
-        return [token for token, text in enumerate(texts) if any(stop in text for stop in stops)]
+
+# A worker asks one student after another, all with the teacher's tokenizer.
+@lru_cache(maxsize=4)
+def _tokenizer_of(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@lru_cache(maxsize=16)
+def _holding(folder: Path, stops: tuple[str, ...]) -> tuple[int, ...]:
+    """Tokens whose text has one of the stops in it."""
+    if not stops:
+        return ()
+    tokenizer = _tokenizer_of(folder)
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return tuple(token for token, text in enumerate(texts) if any(stop in text for stop in stops))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from autodistill import plugins
-from autodistill.contracts import Artefact, Measurement, Status, Subject
+from autodistill.contracts import Artefact, Direction, Measurement, Status, Subject
 from autodistill.data import Prepared, load_split
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.held import load_held
@@ -150,7 +150,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         paths=paths,
         checks=checks,
         test=test,
-        gain=_gain(test),
+        gain=_gain(test, question.direction),
         confirmed=tuple(confirmed),
         notes=(*_notes(best, rows, finisher), *_spent(finisher)),
     )
@@ -314,15 +314,16 @@ def _best_baseline(rows: Sequence[Row], finisher: Finisher) -> Row | None:
     return ranked[0].row if ranked else None
 
 
-def _gain(test: Sequence[Row]) -> tuple[float, float] | None:
-    """How much more the found student has right than the baseline, paired by document, and its standard error."""
+def _gain(test: Sequence[Row], direction: Direction) -> tuple[float, float] | None:
+    """By how much the found student is better than the baseline, paired by document, and its standard error."""
     pair = {row.kind: row for row in test if row.kind in DISTILLED}
     if len(pair) < 2:
         return None
     found, baseline = pair["student"].documents, pair["baseline"].documents
     assert found is not None
     assert baseline is not None
-    gaps = [mine - theirs for mine, theirs in zip(found["sum"], baseline["sum"], strict=True)]
+    sign = 1 if direction == "max" else -1
+    gaps = [sign * (mine - theirs) for mine, theirs in zip(found["sum"], baseline["sum"], strict=True)]
     differences, errors = paired_bootstrap(np.asarray([gaps], np.float64), np.asarray(found["count"], np.float64), 0)
     return float(differences[0]), float(errors[0])
 

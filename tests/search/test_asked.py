@@ -18,7 +18,7 @@ from autodistill.records.leaderboard import rank
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
 from autodistill.search.request import SearchRequest, check_request
-from autodistill.search.search import Outcome, search
+from autodistill.search.search import Outcome, plan_search, search
 from autodistill.summary import leaderboard_of, search_summary
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import Budget
@@ -266,3 +266,12 @@ def test_a_third_partys_evaluator_is_found_conforms_and_ranks(base: SearchReques
     outcome = search(replace(base, name="third", tasks=None, metric="surprising"))
     assert all(row.figure("surprising") is not None for row in outcome.rows)
     assert all((row.documents or {})["metric"] == "surprising" for row in outcome.rows)
+
+
+def test_a_small_box_reads_fewer_examples_and_says_so(base: SearchRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autodistill.search.prepare._ASKED_SHARE", 1e-9)
+    plan = plan_search(replace(base, name="box", trials=None, tokens=None, time_seconds=30.0))["plan"]
+    assert 0 <= plan["example_share"] < 0.01
+    assert any("of the tasks' examples" in note for note in plan["notes"])
+    whole = plan_search(replace(base, name="box", tasks=None))
+    assert (whole["plan"]["example_share"], whole["speed"]["asked"]) == (1.0, 0.0)
