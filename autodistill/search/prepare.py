@@ -581,7 +581,11 @@ def _teacher_phase(
         with clock.phase("evaluate", f"teacher as {deployment.name}"):
             model = model or loaded.load_teacher(device)
             reference = TeacherReference.load(reference_file)
-            row = teacher_row(model, deployment, setting, "validation", validation, reference, accuracy)
+            try:
+                row = teacher_row(model, deployment, setting, "validation", validation, reference, accuracy)
+            except TrialFailedError as error:
+                name = deployment.name
+                raise InputError(f"the teacher as {name} cannot be measured ({error.cause}): {error}") from error
             run.events.append({"event": "row", "row": row.to_json(), "time": time.time()})
             setting = replace(setting, evaluators=_expecting(setting.evaluators, [row], validation))
     return setting
