@@ -35,6 +35,7 @@ from autodistill.options import (
     FormatOption,
     MetricOption,
     NameOption,
+    ObjectivesOption,
     OutOption,
     PlanOption,
     PriceOption,
@@ -52,6 +53,7 @@ from autodistill.options import (
     TimeOption,
     TokensOption,
     TrialsOption,
+    WarmStartOption,
     option,
 )
 from autodistill.records.store import RunFolder, default_cache, known_runs, strict_json
@@ -100,12 +102,14 @@ def search(
     data: DataOption = None,
     space: SpaceOption = None,
     metric: MetricOption = None,
+    objectives: ObjectivesOption = None,
     task: TaskOption = None,
     metric_command: CommandOption = None,
     metric_direction: DirectionOption = None,
     metric_timeout: CommandTimeOption = None,
     sampler: SamplerOption = None,
     trials: TrialsOption = None,
+    warm_start: WarmStartOption = None,
     tokens: TokensOption = None,
     sequence_length: SequenceLengthOption = None,
     step_tokens: StepTokensOption = None,
@@ -394,8 +398,11 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         metric_command=given["metric_command"],
         metric_direction=given["metric_direction"] and given["metric_direction"].value,
         metric_seconds=parse_duration(given["metric_timeout"]) if given["metric_timeout"] else None,
+        objectives=given.get("objectives"),
+        device=given.get("device"),
         sampler=given.get("sampler"),
         trials=given.get("trials"),
+        warm_start=given.get("warm_start"),
         tokens=given["tokens"],
         sequence_length=given["sequence_length"],
         step_tokens=given["step_tokens"],
@@ -545,7 +552,7 @@ def _leaderboards(runs: Sequence[str] | None, out: Path) -> _Boards:
 
 def _rows(boards: _Boards) -> list[dict[str, Any]]:
     return [
-        {"run": name, "place": one.place, "tied": one.tied, **one.row.to_json()}
+        {"run": name, "place": one.place, "tied": one.tied, "front": one.front, **one.row.to_json()}
         for name, (ranked, _) in boards
         for one in ranked
     ]

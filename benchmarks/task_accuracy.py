@@ -137,7 +137,7 @@ def accuracies(name: str, found: dict[str, dict[str, Any]]) -> str:
             f"{mine['by_sum']:.4f}",
             f"{plain:.4f}",
         ]
-        lines.append([packed, *figures, compared, f"{mine['seconds']:.0f}", f"{seconds:.0f}"])
+        lines.append([packed, *figures, compared])
     titles = ["as", "length-normalised", "lm-eval acc_norm", "by sum", "lm-eval acc", "less teacher, paired"]
     first = next(iter(found.values()))
     head = f"## {name}\n\n{first['examples']} questions of the validation half, chance {first['chance']:.3f}."

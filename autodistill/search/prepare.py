@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from autodistill.contracts import Evaluator, ModelSpec, Plan, Status, TeacherReference
 from autodistill.data import Prepared, TokenSet, load_split, prepare
+from autodistill.devices import Device
 from autodistill.distillation.alignment import layer_map
 from autodistill.distillation.attention import teacher_layer
 from autodistill.distillation.calibration import Calibration, ensure_calibration
@@ -31,7 +33,7 @@ from autodistill.distillation.teacher import (
     stored_type,
     tokenizer_fingerprint,
 )
-from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
+from autodistill.distillation.teacher_cache import META, CacheSettings, ensure_cache
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import adapted_tensors, cannot_hold, fits, holdable, spec_from_config
 from autodistill.evaluators.command import NAME as COMMAND
@@ -61,6 +63,7 @@ from autodistill.search.request import (
 )
 from autodistill.search.rows import make_row
 from autodistill.search.trials import Question
+from autodistill.search.warm_start import WarmStart, check_fingerprints, warm_start
 from autodistill.space import Space
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Lora
 from autodistill.training_fit import TeacherFit, TrainingFit, fit_teacher, fit_training
@@ -383,10 +386,12 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """Everything that stands before the first trial."""
+    """Everything that stands before the first trial; `document` is the content of `search.json`."""
 
     question: Question
     setting: TrialSetting
+    warm: WarmStart
+    document: Mapping[str, Any]
 
 
 def plan_run(checked: Checked, run: RunFolder, clock: Clock, observer: Observer) -> Planned:
@@ -409,6 +414,8 @@ def plan_run(checked: Checked, run: RunFolder, clock: Clock, observer: Observer)
         plan = _extended(checked, Plan.from_json(checked.stored["plan"]), loaded.spec, speed)
         _check_fingerprints(checked, loaded)
     else:
+        fingerprints = {"teacher": loaded.teacher.fingerprint, "data": loaded.data.fingerprint}
+        check_fingerprints(checked.request.out, checked.warm_start, fingerprints)
         with clock.phase("plan", "measuring this machine"):
             plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.request.started)
     document = _describe(checked, loaded, plan, speed)
@@ -433,10 +440,18 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
         metric=checked.metric,
         direction=checked.direction,
         confirm=checked.confirm,
+        further=checked.objectives[1:],
+        served_on=checked.device,
         device=setting.device,
         sharing=checked.request.sharing,
     )
-    return Ready(question=question, setting=setting)
+    document = dict(planned.document)
+    if "observations" not in document["warm_start"]:
+        # Written down, since the earlier runs may go on, or away, before this one is resumed.
+        document["warm_start"] = warm_start(checked.request.out, checked.warm_start, question).to_json()
+        write_json(run.search_file, document)
+    warm = WarmStart.from_json(document["warm_start"])
+    return Ready(question=question, setting=setting, warm=warm, document=document)
 
 
 def _extended(checked: Checked, plan: Plan, spec: ModelSpec, speed: Speed) -> Plan:
@@ -463,7 +478,8 @@ def _check_fingerprints(checked: Checked, loaded: Loaded) -> None:
 def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dict[str, Any]:
     """`search.json`: all that is needed to run the search again."""
     if checked.stored is not None:
-        return {**checked.stored, "plan": plan.to_json(), "confirm": checked.confirm}
+        warm = checked.stored.get("warm_start", {"runs": []})
+        return {**checked.stored, "plan": plan.to_json(), "confirm": checked.confirm, "warm_start": warm}
     packages = ("autodistill-search", "torch", "transformers", "optuna", "ray", "xllamacpp", "gguf")
     return {
         "schema_version": 1,
@@ -491,9 +507,13 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "space_definition": checked.space.to_json(),
         "metric": checked.metric,
         "direction": checked.direction,
+        "objectives": [objective.name for objective in checked.objectives],
+        "device": checked.device and checked.device.to_json(),
+        "directions": {one.name: one.direction for one in checked.objectives if one.trained},
         "asked": dict(checked.asked.record),
         "sampler": checked.sampler,
         "confirm": checked.confirm,
+        "warm_start": {"runs": list(checked.warm_start)},
         "seed": checked.seed,
         "runner": checked.request.runner,
         "sharing": checked.request.sharing,
@@ -531,7 +551,8 @@ def _teacher_phase(
     cache = None
     if not settings.empty:
         with clock.phase("cache", "teacher cache"):
-            cache = ensure_cache(
+            make = partial(
+                ensure_cache,
                 loaded.load_teacher,
                 teacher_fingerprint=loaded.outputs_of,
                 data_fingerprint=loaded.data.fingerprint,
@@ -543,6 +564,9 @@ def _teacher_phase(
                 limit_bytes=request.cache_limit_bytes,
                 device=device,
             )
+            # Another search may make room just between the two.
+            while not run.hold((cache := make()) / META):
+                pass
     model = None
     reference_file, accuracy_key = run.path / "teacher_reference.npz", "teacher_accuracy"
     accuracy = next((event[accuracy_key] for event in earlier if event["event"] == "teacher"), None)
@@ -582,7 +606,9 @@ def _teacher_phase(
             model = model or loaded.load_teacher(device)
             reference = TeacherReference.load(reference_file)
             try:
-                row = teacher_row(model, deployment, setting, "validation", validation, reference, accuracy)
+                row = teacher_row(
+                    model, deployment, setting, "validation", validation, reference, accuracy, checked.device
+                )
             except TrialFailedError as error:
                 name = deployment.name
                 raise InputError(f"the teacher as {name} cannot be measured ({error.cause}): {error}") from error
@@ -617,6 +643,7 @@ def teacher_row(
     data: Any,
     reference: TeacherReference,
     accuracy: float,
+    served_on: Device | None = None,
 ) -> Row:
     """The unmodified teacher under one deployment."""
     evaluation, _ = evaluate(
@@ -648,4 +675,5 @@ def teacher_row(
         train_tokens=0,
         train_seconds=0.0,
         seed=setting.plan.seed,
+        device=served_on,
     )
