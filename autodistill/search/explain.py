@@ -114,7 +114,7 @@ def explain(run: RunFolder) -> Explanation:
         stopped=dict(sorted(Counter(reached.values()).items())),
         failed=_reasons(ends, Status.FAILED),
         tokens_trained=sum(reached.values()) - spared.shared_tokens,
-        tokens_full=plan.tokens * len(reached),
+        tokens_full=sum(max(plan.tokens, tokens) for tokens in reached.values()),
         tokens_rejected=spared.rejected_tokens,
         saved=spared,
         binding=binding,

@@ -83,6 +83,7 @@ class TrialState:
         running: Whether a worker trains it.
         status: Once it has ended.
         settled: Deployments that were evaluated at full fidelity, are being, or cannot be.
+        trained_tokens, train_seconds: What its own training took so far.
         parameters: Weights of its student; None where the teacher has no such student.
     """
 
@@ -95,6 +96,7 @@ class TrialState:
     rung: int = -1
     value: float | None = None
     train_seconds: float = 0.0
+    trained_tokens: int = 0
     running: bool = False
     status: Status | None = None
     reason: str | None = None
