@@ -108,7 +108,15 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     """
     question, phases = finisher.question, finisher.phases
     torch.set_num_threads(finisher.threads)
-    students = [row for row in rows if row.kind in DISTILLED and row.full and finisher.student(row).is_dir()]
+    # A row without the metric is no candidate: nothing says how well its student does.
+    students = [
+        row
+        for row in rows
+        if row.kind in DISTILLED
+        and row.full
+        and row.figure(question.metric) is not None
+        and finisher.student(row).is_dir()
+    ]
     ranked = [one.row for one in rank(students, question.metric, question.direction) if one.row.feasible]
     confirmed = confirmations(rows, question.metric, question.direction)
     if confirmed:
@@ -306,9 +314,14 @@ def _spent(finisher: Finisher) -> tuple[str, ...]:
 
 def _best_baseline(rows: Sequence[Row], finisher: Finisher, best: Row) -> Row | None:
     """The best baseline of as many tokens as the best student; of any where none was trained so far."""
-    baselines = [row for row in rows if row.kind == "baseline" and row.full and finisher.student(row).is_dir()]
+    metric = finisher.question.metric
+    baselines = [
+        row
+        for row in rows
+        if row.kind == "baseline" and row.full and row.figure(metric) is not None and finisher.student(row).is_dir()
+    ]
     baselines = [row for row in baselines if row.train_tokens == best.train_tokens] or baselines
-    ranked = rank(baselines, finisher.question.metric, finisher.question.direction)
+    ranked = rank(baselines, metric, finisher.question.direction)
     return ranked[0].row if ranked else None
 
 
