@@ -234,7 +234,7 @@ def _cells(one: Ranked, metric: str) -> list[str]:
         _estimated(row.memory_bytes, row.memory_source, format_bytes),
         _estimated(row.size_bytes, None, format_bytes),
         _estimated(*_latency(row), lambda ms: format_duration(ms / 1e3)),
-        f"{1.0 if row.full else row.figure('fidelity') or 0.0:.0%}",
+        f"{1.0 if row.fidelity is None and row.full else row.fidelity or 0.0:.0%}",
     ]
 
 
