@@ -76,6 +76,16 @@ OutOption = Annotated[Path, option("--out", "Folder of the runs.", "DIR")]
 ResumeOption = Annotated[bool, option("--resume", "Go on with the run of this --name.")]
 PlanOption = Annotated[bool, option("--plan", "Print trials, rungs, tokens, cache disk and time, and stop.")]
 RunnerOption = Annotated[str, option("--runner", "ray: workers side by side; inline: this process alone.", "NAME")]
+RayAddressOption = Annotated[
+    str | None,
+    option("--ray-address", "Join a running Ray cluster, from one of its nodes: auto, or host:port.", "ADDR"),
+]
+GpusPerTrialOption = Annotated[
+    float | None, option("--gpus-per-trial", "A fraction, like 0.25, or a whole number; 1 by default.", "X")
+]
+CpusPerTrialOption = Annotated[
+    int | None, option("--cpus-per-trial", "Cores of a trial, or of its process on each GPU; planned by default.", "N")
+]
 CacheOption = Annotated[
     Path | None, option("--cache", "Folder of what later searches use again; ~/.cache/autodistill by default.", "DIR")
 ]

@@ -30,6 +30,7 @@ from autodistill.distillation.memory import is_out_of_memory, keep_freed_memory
 from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.schedule import branch_point
 from autodistill.distillation.scoring import score
+from autodistill.distillation.sharding import Sharding, whole_model
 from autodistill.distillation.signals import LiveTeacher
 from autodistill.distillation.student import build_student, init_spec
 from autodistill.distillation.teacher import load_model
@@ -303,10 +304,12 @@ def per_document(correct: npt.NDArray[np.bool_], documents: npt.NDArray[np.int32
 @dataclass
 class Workbench:
     """What a warm worker keeps from trial to trial: data, cache and the teacher's choices, mapped into memory, and what
-    of the teacher its trials have needed: it, or layers of it.
+    of the teacher its trials have needed: it, or layers of it. `sharding` is of the processes that train one trial
+    together, each at a bench of its own.
     """
 
     setting: TrialSetting
+    sharding: Sharding | None = None
     train: TokenSet = field(init=False)
     validation: TokenSet = field(init=False)
     cache: TeacherCache | None = field(init=False)
@@ -380,8 +383,10 @@ class Trial:
         self._spec = student_spec(task.strategy, bench.setting.teacher_spec)
         self._folder = bench.setting.checkpoints / task.id
 
-    def run(self, rung: int) -> RungReport:
+    def run(self, rung: int) -> RungReport | None:
         """Trains from the last checkpoint, or from the start, to a rung, and evaluates there.
+
+        Of several processes the first one alone evaluates and reports.
 
         Raises:
             TrialFailedError: NaN, out of memory, or another error of this trial alone.
@@ -394,7 +399,7 @@ class Trial:
             said = str(error).splitlines()
             raise TrialFailedError("out-of-memory", said[0] if said else "the machine's memory is full") from error
 
-    def _run(self, rung: int) -> RungReport:
+    def _run(self, rung: int) -> RungReport | None:
         plan = self._bench.setting.plan
         began = time.perf_counter()
         trainer = self._trainer()
@@ -413,12 +418,17 @@ class Trial:
             steps.append(record)
             self._on_step(record)
         trained = time.perf_counter()
+        model, sharding = trainer.model, self._bench.sharding
+        if sharding is not None:
+            model = whole_model(sharding, model, self._bench.setting.device)
+        if model is None:
+            return None
         if last:
-            self._save_student(trainer)
+            self._save_student(model, trainer.scales)
         kept = time.perf_counter()
         probe, finishing = self._task.probe, self._task.strategy.finishing
         evaluation = self._evaluate(
-            trainer.model,
+            model,
             probe,
             plan.eval_tokens if last else plan.rung_eval_tokens,
             trainer.scales if finishing and probe.packing == finishing.packing else None,
@@ -491,6 +501,7 @@ class Trial:
             seed=task.seed,
             device=setting.device,
             teacher=self._bench.teacher,
+            sharding=self._bench.sharding,
         )
         checkpoint = self._folder / _STABLE
         if checkpoint.exists():
@@ -508,16 +519,16 @@ class Trial:
             target, grids.get, on_grid_after=finishing.start, learned=finishing.scales == "learned"
         )
 
-    def _save_student(self, trainer: Trainer) -> None:
+    def _save_student(self, model: Any, scales: Mapping[str, Scales]) -> None:
         """Writes the trained master weights as a folder that transformers loads, whole or not at all.
 
         What scales were learned lie beside them: rounded weights would not give these scales back.
         """
         temporary, folder = self._folder / ".student.partial", student_folder(self._folder)
         shutil.rmtree(temporary, ignore_errors=True)
-        save_student(trainer.model, self._bench.setting.teacher, temporary)
+        save_student(model, self._bench.setting.teacher, temporary)
         if self._task.strategy.finishing is not None:
-            write_scales(temporary, self._task.strategy.finishing, trainer.scales)
+            write_scales(temporary, self._task.strategy.finishing, scales)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
 

@@ -88,6 +88,25 @@ class Sharding:
         self._accelerator.wait_for_everyone()
 
 
+def whole_model(sharding: Sharding, model: Any, device: str) -> Any | None:
+    """A plain model with the whole weights, in the first process; None in the others, which give their shards."""
+    from transformers import AutoModelForCausalLM
+
+    weights = {}
+    for name, parameter in model.named_parameters():
+        gathered = whole(parameter.detach())
+        if sharding.rank == 0:
+            weights[name] = gathered.cpu()
+    if sharding.rank > 0:
+        return None
+    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    # Ties and buffers follow from the config.
+    _, unknown = plain.load_state_dict(weights, strict=False)
+    assert not unknown
+    plain.generation_config = model.generation_config
+    return plain.to(device)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, of which every process has a shard; one that is not sharded as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -105,6 +105,15 @@ class Campaign:
         busy = self._evaluating or any(trial.running for trial in self.trials.values())
         return not busy and (self.stopping or self._idle())
 
+    def take(self, assignment: Assignment, outcome: Mapping[str, Any]) -> None:
+        """Takes what became of an assignment back, as `attempt` gives it."""
+        if "failure" in outcome:
+            self.fail(assignment, *outcome["failure"])
+        elif "report" in outcome:
+            self.report(assignment, outcome["report"])
+        else:
+            self.abandon(assignment)
+
     def report(self, assignment: Assignment, report: RungReport) -> Decision:
         """Records what a worker found and says what becomes of the trial."""
         trial, plan = self.trials[assignment.task.id], self.question.plan

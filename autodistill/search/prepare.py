@@ -34,7 +34,7 @@ from autodistill.distillation.teacher import (
 from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
 from autodistill.errors import InputError
 from autodistill.estimate import adapted_tensors, cannot_hold, fits, holdable, spec_from_config
-from autodistill.hardware import Machine, detect
+from autodistill.hardware import Machine
 from autodistill.records.leaderboard import rows_of
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder, read_json, write_json
@@ -42,13 +42,10 @@ from autodistill.search.campaign import Campaign
 from autodistill.search.plan import (
     Demand,
     Speed,
-    Workers,
     extend,
     make_plan,
     measure_speed,
     more_trials,
-    share_out,
-    supports_bf16,
 )
 from autodistill.search.request import (
     METRICS,
@@ -58,6 +55,7 @@ from autodistill.search.request import (
     check_budget,
 )
 from autodistill.search.rows import make_row
+from autodistill.search.share import Share, Workers, share_out, supports_bf16
 from autodistill.search.trials import Question
 from autodistill.space import Space
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Lora
@@ -113,12 +111,16 @@ class Observer:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """Teacher, data and the pretrained models that students may start from, on this machine's disk."""
+    """Teacher, data and the pretrained models that students may start from, on this machine's disk.
+
+    `device` is where this process runs models, which of a cluster may be another than its trials' one.
+    """
 
     teacher: Teacher
     data: Prepared
     spec: ModelSpec
     workers: Workers
+    device: str
     threads: int
     step_tokens: int
     fit: TrainingFit
@@ -135,8 +137,23 @@ class Loaded:
         return load_held(self.teacher.folder, self.teacher_fit.held, device)
 
 
-def load(checked: Checked) -> Loaded:
-    """Teacher and data on this machine's disk, and how it is shared out.
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a search runs.
+
+    Attributes:
+        here: This machine.
+        machines: Those that trials run on: this one, or the nodes of a cluster.
+        share: What of them each trial is given.
+    """
+
+    here: Machine
+    machines: tuple[Machine, ...]
+    share: Share
+
+
+def load(checked: Checked, place: Place) -> Loaded:
+    """Teacher and data on this machine's disk, and how the machines are shared out.
 
     Raises:
         InputError: Data too short, a pretrained model of other tokens, or training that cannot be made to fit.
@@ -157,14 +174,21 @@ def load(checked: Checked) -> Loaded:
     pretrained = {model: materialise(resolve_teacher(model), request.cache).folder for model in models}
     for folder in pretrained.values():
         token_rows(folder, teacher.folder)
-    machine = detect()
     teacher_fit = fit_teacher(
-        spec, stored=stored_type(teacher.folder), sequence_length=SEQUENCE_LENGTH, machine=machine
+        spec, stored=stored_type(teacher.folder), sequence_length=SEQUENCE_LENGTH, machine=place.here
     )
     _, largest = by_size(checked.space, spec)[-1]
-    step_tokens = checked.stored["plan"]["batch_tokens"] if checked.stored else request.step_tokens or SEQUENCE_LENGTH
+    processes = place.share.processes
+    step_tokens = request.step_tokens or processes * SEQUENCE_LENGTH
+    if checked.stored:
+        step_tokens = checked.stored["plan"]["batch_tokens"]
+    if step_tokens % (processes * SEQUENCE_LENGTH):
+        raise InputError(
+            f"a step of {step_tokens} tokens does not divide over the {processes} processes of a trial: give "
+            f"--step-tokens a multiple of {processes * SEQUENCE_LENGTH}"
+        )
     online = any(recipe.weighs_teacher and recipe.signal == "online" for recipe in checked.space.signal_cases())
-    memory = machine.gpus[0].memory_bytes if machine.gpus else machine.memory_bytes
+    memory = _trial_memory(place)
     fit = fit_training(
         largest,
         teacher=spec,
@@ -174,19 +198,29 @@ def load(checked: Checked) -> Loaded:
         sequence_length=SEQUENCE_LENGTH,
         sequences=step_tokens // SEQUENCE_LENGTH,
         # Run in the trial, the teacher lies beside the student.
-        limit_bytes=memory - (_online_bytes(spec, machine, teacher_fit) if online else 0),
+        limit_bytes=memory - (_online_bytes(spec, place.machines[0], teacher_fit) if online else 0),
+        processes=processes,
     )
     return Loaded(
         teacher=teacher,
         data=data,
         spec=spec,
-        workers=share_out(machine, fit.estimate.total_bytes, request.runner),
-        threads=machine.cpus,
+        workers=share_out(place.machines, fit.estimate.total_bytes, request.runner, place.share),
+        device="cuda" if place.here.gpus else "cpu",
+        threads=place.here.cpus,
         step_tokens=step_tokens,
         fit=fit,
         teacher_fit=teacher_fit,
         pretrained=pretrained,
     )
+
+
+def _trial_memory(place: Place) -> int:
+    """Bytes that a process of a trial may take: of a machine, or its share of a GPU."""
+    gpus = [gpu.memory_bytes for machine in place.machines for gpu in machine.gpus]
+    if not gpus:
+        return min(machine.memory_bytes for machine in place.machines)
+    return int(min(gpus) * min(1.0, place.share.gpus))
 
 
 def _online_bytes(spec: ModelSpec, machine: Machine, fit: TeacherFit) -> int:
@@ -232,7 +266,13 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         return cut_student(model, replace(init, layers="even"), None)[0]
 
     speed = measure_speed(
-        teacher, loaded.spec, largest, loaded.workers, loaded.threads, checkpointing=loaded.fit.checkpointing
+        teacher,
+        loaded.spec,
+        largest,
+        loaded.workers,
+        loaded.threads,
+        device=loaded.device,
+        checkpointing=loaded.fit.checkpointing,
     )
     if checked.metric in WRITTEN:
         # Answering the questions of so many tokens takes about as long again as scoring them.
@@ -289,7 +329,7 @@ def calibration_file(checked: Checked, loaded: Loaded) -> Path | None:
         data_fingerprint=loaded.data.fingerprint,
         data=load_split(loaded.data.folder, "train"),
         root=checked.request.cache / "calibrations",
-        device=loaded.workers.device,
+        device=loaded.device,
     )
 
 
@@ -327,12 +367,13 @@ class Ready:
     setting: TrialSetting
 
 
-def plan_run(checked: Checked, run: RunFolder, clock: Clock, observer: Observer) -> Planned:
+def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, observer: Observer) -> Planned:
     """Loads teacher and data, plans, and writes `search.json`; what a resumed run has planned, it keeps,
     but for more trials.
 
     Args:
         checked: What is asked.
+        place: Where it runs.
         run: Its folder, locked.
         clock: Times the phases.
         observer: Is told of them.
@@ -341,10 +382,11 @@ def plan_run(checked: Checked, run: RunFolder, clock: Clock, observer: Observer)
         InputError: Bad input that only the loaded teacher or data could show.
     """
     with clock.phase("load", "loading teacher and data"):
-        loaded = load(checked)
+        loaded = load(checked, place)
     if checked.stored is not None:
         speed = Speed(**checked.stored["speed"])
         plan = _extended(checked, Plan.from_json(checked.stored["plan"]), loaded.spec, speed)
+        plan = _here(plan, loaded)
         _check_fingerprints(checked, loaded)
     else:
         with clock.phase("plan", "measuring this machine"):
@@ -383,6 +425,21 @@ def _extended(checked: Checked, plan: Plan, spec: ModelSpec, speed: Speed) -> Pl
     if request.trials is None and request.time_seconds is not None and "seconds" in checked.stored:
         trials += more_trials(plan, spec.parameters, speed, request.time_seconds)
     return extend(plan, trials)
+
+
+def _here(plan: Plan, loaded: Loaded) -> Plan:
+    """The plan on the machines that a resumed run has now, which may be others; what its figures mean stays.
+
+    Raises:
+        InputError: Trials were to be trained by more processes, or fewer, whose figures would differ.
+    """
+    workers = loaded.workers
+    if plan.processes != workers.processes:
+        raise InputError(
+            f"the run's trials are trained by {plan.processes} processes each, not {workers.processes}: resume it with "
+            "the same --gpus-per-trial, or --cpus-per-trial"
+        )
+    return replace(plan, workers=workers.count, gpus=workers.gpus, threads=min(plan.threads, workers.threads))
 
 
 def _check_fingerprints(checked: Checked, loaded: Loaded) -> None:
@@ -455,7 +512,7 @@ def _teacher_phase(
     earlier: list[dict[str, Any]],
 ) -> TrialSetting:
     """Caches the teacher's outputs, scores it, and writes its rows under each deployment."""
-    request, device = checked.request, loaded.workers.device
+    request, device = checked.request, loaded.device
     train = load_split(loaded.data.folder, "train").head(plan.tokens)
     validation = load_split(loaded.data.folder, "validation").head(plan.eval_tokens)
     with clock.phase("cache", "calibration"):

@@ -1,4 +1,4 @@
-"""Runs a campaign's trials in warm Ray Tune workers: the only file that knows Ray.
+"""Runs a campaign's trials in warm Ray Tune workers.
 
 To Tune, a trial is one stretch of ours: from a checkpoint, or the start, to the next rung. Pausing is then the end of a
 stretch and promoting the start of another, so that Tune needs no state that our own event log does not hold.
@@ -12,101 +12,40 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
-from autodistill.errors import AutoDistillError, TrialFailedError
-from autodistill.hardware import Machine
 from autodistill.search.campaign import Campaign
-from autodistill.search.deadline import OutOfTime, step_guard
-from autodistill.search.trials import Assignment, work
+from autodistill.search.cluster import Cluster
+from autodistill.search.deadline import step_guard
+from autodistill.search.group import Group
+from autodistill.search.trials import Assignment, attempt, work
 from autodistill.trial import TrialSetting, Workbench
 
-# Read by Ray when it is imported or started; a person's own settings go before.
-_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    # Paths of a request may be relative to where it was typed.
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "100000",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
 
-
-class RayRunner:
-    """A local Ray, started in the background as soon as this is made.
+def run_ray(cluster: Cluster, campaign: Campaign, setting: TrialSetting, deadline: float | None) -> None:
+    """Drives the campaign until it is finished, and leaves the cluster.
 
     Args:
-        machine: Its cores and GPUs are what Ray may use.
+        cluster: Where the workers run.
+        campaign: Decides what runs.
+        setting: What all trials have in common.
+        deadline: `time.time()` at which a running trial is given back, or None.
+
+    Raises:
+        AutoDistillError: Ray could not be started.
     """
-
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-        self._error: BaseException | None = None
-        self._ready = threading.Event()
-        self._over = threading.Event()
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        self._starting = threading.Thread(target=self._start, name="ray-start", daemon=True)
-        self._starting.start()
-
-    def _start(self) -> None:
-        try:
-            import ray
-
-            job = ray.job_config.JobConfig()
-            # Ray would put the folder where the command was typed in front of its workers' import path, where any
-            # folder or file named like a library stands in for it: in a checkout, this package without its evaluators.
-            job._runtime_env_has_working_dir = lambda: True  # type: ignore[method-assign, unused-ignore]
-            ray.init(
-                job_config=job,
-                num_cpus=self._machine.cpus,
-                num_gpus=len(self._machine.gpus),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                ignore_reinit_error=True,
-            )
-        except BaseException as error:
-            # Raised where somebody waits for Ray, in the thread that can answer it.
-            self._error = error
-        self._ready.set()
-        # Ray's processes end with the thread that started them, so this one stays until they are not needed.
-        self._over.wait()
-
-    def run(self, campaign: Campaign, setting: TrialSetting, deadline: float | None) -> None:
-        """Drives the campaign until it is finished.
-
-        Args:
-            campaign: Decides what runs.
-            setting: What all trials have in common.
-            deadline: `time.time()` at which a running trial is given back, or None.
-
-        Raises:
-            AutoDistillError: Ray could not be started.
-        """
-        self._ready.wait()
-        if self._error is not None:
-            raise AutoDistillError(
-                f"Ray could not be started ({self._error}): try --runner inline, which needs no Ray"
-            ) from self._error
-        import ray
-
-        storage = tempfile.mkdtemp(prefix="autodistill-tune-")
-        try:
-            _fit(campaign, setting, deadline, storage)
-        finally:
-            # On Ctrl-C the workers end here; what they trained since their last checkpoint is trained again.
-            ray.shutdown()
-            self._over.set()
-            shutil.rmtree(storage, ignore_errors=True)
+    cluster.wait()
+    storage = tempfile.mkdtemp(prefix="autodistill-tune-")
+    try:
+        _fit(campaign, setting, deadline, storage)
+    finally:
+        # On Ctrl-C the workers end here; what they trained since their last checkpoint is trained again.
+        cluster.leave()
+        shutil.rmtree(storage, ignore_errors=True)
 
 
 def _fit(campaign: Campaign, setting: TrialSetting, deadline: float | None, storage: str) -> None:
@@ -116,7 +55,10 @@ def _fit(campaign: Campaign, setting: TrialSetting, deadline: float | None, stor
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(plan.workers)
     # Tune prints the traceback of every failed trial; the campaign has recorded its cause.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    resources = {"cpu": float(plan.threads), "gpu": 1.0 if setting.device == "cuda" else 0.0}
+    process = {"CPU": float(plan.threads)} | ({"GPU": plan.gpus} if setting.device == "cuda" else {})
+    # Several processes have a bundle each, near each other; the worker that holds them together needs none.
+    bundles = [process] if plan.processes == 1 else [{}, *([process] * plan.processes)]
+    resources = tune.PlacementGroupFactory(bundles, strategy="PACK")
     trainable = tune.with_resources(
         tune.with_parameters(_stretch_class(), setting=setting, deadline=deadline), resources
     )
@@ -170,15 +112,8 @@ def _searcher(campaign: Campaign, workers: int) -> Any:
             self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
         ) -> None:
             """Takes the report, or the failure, of an assignment back."""
-            assignment = self._work.pop(trial_id)
-            if error or result is None:
-                campaign.fail(assignment, "worker-died", "its worker process could not start, or ended: out of memory?")
-            elif "failure" in result:
-                campaign.fail(assignment, *result["failure"])
-            elif "report" in result:
-                campaign.report(assignment, result["report"])
-            else:
-                campaign.abandon(assignment)
+            died = ("worker-died", "its worker process could not start, or ended: out of memory, or its node was lost?")
+            campaign.take(self._work.pop(trial_id), {"failure": died} if error or result is None else result)
 
         def __reduce__(self) -> tuple[type[object], tuple[()]]:
             # Tune keeps a pickle of its searcher to restore from. Ours holds a live view, and is restored from the log.
@@ -217,9 +152,12 @@ def _stretch_class() -> Any:
         def setup(  # type: ignore[override]
             self, config: dict[str, Any], setting: TrialSetting, deadline: float | None
         ) -> None:
-            self._bench = Workbench(setting)
-            self._guard = step_guard(deadline)
             self._assignment: Assignment = config["assignment"].assignment
+            if setting.plan.processes > 1:
+                self._work = Group(setting, deadline).work
+                return
+            bench, guard = Workbench(setting), step_guard(deadline)
+            self._work = lambda assignment: attempt(partial(work, bench, assignment, guard))
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self._assignment = new_config["assignment"].assignment
@@ -230,14 +168,6 @@ def _stretch_class() -> Any:
 
         def step(self) -> dict[str, Any]:
             """Does the assignment; what goes wrong in it is a result too."""
-            try:
-                report = work(self._bench, self._assignment, self._guard)
-            except OutOfTime:
-                return {"done": True}
-            except TrialFailedError as error:
-                return {"done": True, "failure": (error.cause, str(error))}
-            except Exception as error:  # a fault of one trial never ends a search
-                return {"done": True, "failure": ("error", f"{type(error).__name__}: {error}")}
-            return {"done": True, "report": report}
+            return {"done": True, **self._work(self._assignment)}
 
     return Stretch

@@ -50,6 +50,9 @@ class SearchRequest:
         out: Folder of the runs.
         resume: Go on with the run `name`.
         runner: "ray" or "inline".
+        ray_address: Of a running cluster to join, "auto" or host:port; by default a Ray is started here.
+        gpus_per_trial: A fraction, so that several trials share a GPU, or a whole number; one by default.
+        cpus_per_trial: Cores of a trial, where there are GPUs of each of its processes; planned by default.
         cache: Folder of everything that later searches may use again.
         cache_limit_bytes: Disk that cached teacher outputs may take.
         command: As typed, for the record.
@@ -73,6 +76,9 @@ class SearchRequest:
     out: Path = Path("results/runs")
     resume: bool = False
     runner: str = "ray"
+    ray_address: str | None = None
+    gpus_per_trial: float | None = None
+    cpus_per_trial: int | None = None
     cache: Path = field(default_factory=default_cache)
     cache_limit_bytes: int = 8 * 10**9
     command: str = "autodistill search"
@@ -116,6 +122,8 @@ def check_request(request: SearchRequest) -> Checked:
         )
     if request.runner not in RUNNERS:
         raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
+    if request.ray_address is not None and request.runner == "inline":
+        raise InputError("--ray-address names a Ray cluster, which --runner inline does not use: leave one of them out")
     stored = _stored(request)
     known = stored or {}
     metric = request.metric or known.get("metric") or DEFAULT_METRIC

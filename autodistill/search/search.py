@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autodistill.contracts import SEQUENCE_LENGTH, Plan, Status
 from autodistill.errors import InterruptedSearchError
@@ -21,6 +23,7 @@ from autodistill.search.inline_runner import run_inline
 from autodistill.search.prepare import (
     Clock,
     Observer,
+    Place,
     cache_settings,
     calibration_file,
     load,
@@ -35,7 +38,11 @@ from autodistill.search.request import (
     check_request,
 )
 from autodistill.search.sampler import Sampler
+from autodistill.search.share import check_share
 from autodistill.trial import TrialSetting
+
+if TYPE_CHECKING:
+    from autodistill.search.cluster import Cluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +63,15 @@ class Outcome:
 def plan_search(request: SearchRequest, observer: Observer | None = None) -> dict[str, Any]:
     """What a search would do, as plain data; nothing but the shared cache of teacher and data is written."""
     checked = check_request(request)
-    (observer or Observer()).phase("loading teacher and data")
-    loaded = load(checked)
-    (observer or Observer()).phase("measuring this machine")
+    with _workplace(checked) as (place, _):
+        return _plan(checked, place, observer or Observer())
+
+
+def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
+    request = checked.request
+    observer.phase("loading teacher and data")
+    loaded = load(checked, place)
+    observer.phase("measuring this machine")
     plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - request.started)
     settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration_file(checked, loaded))
     tokens = min(plan.tokens, loaded.data.splits["train"].sequences * SEQUENCE_LENGTH)
@@ -85,10 +98,12 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
     observer = observer or Observer()
     checked = check_request(request)
     out, name = request.out, checked.name
-    run = RunFolder.open(out, name, lock=True) if request.resume else RunFolder.create(out, name)
-    with run:
+    with (
+        _workplace(checked) as (place, joined),
+        RunFolder.open(out, name, lock=True) if request.resume else RunFolder.create(out, name) as run,
+    ):
         try:
-            return _search(checked, run, observer)
+            return _search(checked, place, joined, run, observer)
         except KeyboardInterrupt:
             if not run.search_file.exists():
                 raise InterruptedSearchError("stopped before the first trial: nothing to resume") from None
@@ -98,14 +113,32 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
             raise InterruptedSearchError(f"stopped; every finished trial is kept. To go on: {resume}") from None
 
 
-def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
+@contextmanager
+def _workplace(checked: Checked) -> Iterator[tuple[Place, Cluster | None]]:
+    """Where the search runs, and the cluster that it joined for it; what a trial is to be given is there."""
+    request, joined = checked.request, None
+    if request.ray_address is not None:
+        from autodistill.search.cluster import join
+
+        joined = join(request.ray_address, [request.out, request.cache])
+    try:
+        here = detect()
+        machines = joined.machines if joined else (here,)
+        share = check_share(machines, request.gpus_per_trial, request.cpus_per_trial, request.runner)
+        yield Place(here=here, machines=machines, share=share), joined
+    finally:
+        if joined is not None:
+            joined.leave()
+
+
+def _search(checked: Checked, place: Place, joined: Cluster | None, run: RunFolder, observer: Observer) -> Outcome:
     request = checked.request
     clock = Clock(request.started, observer.phase)
     clock.add("load", time.monotonic() - request.started)
     earlier = run.events.read()
-    planned = plan_run(checked, run, clock, observer)
+    planned = plan_run(checked, place, run, clock, observer)
     # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
-    runner = _start_runner(request)
+    runner = _start_runner(request, place, joined)
     run.events.append({"event": "session", "time": time.time()})
     ready = prepare_trials(checked, planned, run, clock)
     loaded, plan, question, setting = planned.loaded, planned.plan, ready.question, ready.setting
@@ -124,7 +157,7 @@ def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
     observer.phase("trials")
     before = campaign.worker_seconds()
     until = None if deadline is None else time.time() + deadline - time.monotonic() + 15
-    runner(campaign, setting, until)
+    runner(campaign, replace(setting, device=loaded.workers.device), until)
     spent = time.monotonic() - began
     after = campaign.worker_seconds()
     for phase, name in (("train", "train"), ("evaluate", "evaluate"), ("load", "other")):
@@ -151,13 +184,16 @@ def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
     return Outcome(document=result, rows=tuple(rows), finish=finished)
 
 
-def _start_runner(request: SearchRequest) -> Callable[[Campaign, TrialSetting, float | None], None]:
+def _start_runner(
+    request: SearchRequest, place: Place, joined: Cluster | None
+) -> Callable[[Campaign, TrialSetting, float | None], None]:
     """The function that drives a campaign; Ray starts in the background while teacher and data are loaded."""
     if request.runner == "inline":
         return run_inline
-    from autodistill.search.ray_runner import RayRunner
+    from autodistill.search.cluster import LocalRay
+    from autodistill.search.ray_runner import run_ray
 
-    return RayRunner(detect()).run
+    return partial(run_ray, joined or LocalRay(place.here))
 
 
 def _deadline(request: SearchRequest, plan: Plan, earlier: list[dict[str, Any]]) -> float | None:

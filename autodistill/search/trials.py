@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from autodistill.contracts import Direction, ModelSpec, Plan, Status
 from autodistill.distillation.trainer import StepRecord
+from autodistill.errors import TrialFailedError
 from autodistill.estimate import Fit
+from autodistill.search.deadline import OutOfTime
 from autodistill.search.plan import Speed
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment
@@ -51,16 +54,33 @@ class Assignment:
     deployment: Deployment | None = None
 
 
-def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord], None]) -> RungReport:
-    """Does what a worker was assigned.
+def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord], None]) -> RungReport | None:
+    """Does what a worker was assigned; of several processes the first one has the report.
 
     Raises:
         TrialFailedError: An error of this trial alone.
     """
     trial = Trial(bench, assignment.task, on_step)
+    if bench.sharding is not None and bench.sharding.rank > 0:
+        return trial.run(assignment.rung) if assignment.deployment is None else None
     if assignment.deployment is not None:
         return trial.evaluate(assignment.deployment)
     return trial.run(assignment.rung)
+
+
+def attempt(work: Callable[[], RungReport | None]) -> dict[str, Any]:
+    """The outcome of some work as plain data: "report", or "failure" with its cause and what it said.
+
+    Work that ran out of time has neither.
+    """
+    try:
+        return {"report": work()}
+    except OutOfTime:
+        return {}
+    except TrialFailedError as error:
+        return {"failure": (error.cause, str(error))}
+    except Exception as error:  # a fault of one trial never ends a search
+        return {"failure": ("error", f"{type(error).__name__}: {error}")}
 
 
 @dataclass
