@@ -86,9 +86,10 @@ class Group:
                     return said
                 if rank == 0:
                     result = said
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayError as error:
             self._end()
-            reason = str(error).strip().splitlines()[0]
+            died = isinstance(error, ray.exceptions.RayActorError)
+            reason = str(error).strip().splitlines()[0 if died else -1]
             return {"failure": ("worker-died", f"one of its {self._setting.plan.processes} processes ended: {reason}")}
         return result
 
@@ -103,8 +104,8 @@ class Group:
             actor.options(
                 num_cpus=plan.threads,
                 num_gpus=plan.gpus if self._setting.device == "cuda" else 0,
-                # The first bundle is that of the actor which makes the group.
-                scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=rank + 1),
+                # The actor which makes the group has an empty bundle, which is not counted.
+                scheduling_strategy=PlacementGroupSchedulingStrategy(bundles, placement_group_bundle_index=rank),
             ).remote(self._setting, self._deadline, rank)
             for rank in range(plan.processes)
         ]
