@@ -52,8 +52,11 @@ TrialsOption = Annotated[
     option("--trials", "Strategies to try; planned from the time box by default. With --resume: in all.", "N"),
 ]
 TokensOption = Annotated[int | None, option("--tokens", "Training tokens of a trial; planned by default.", "T")]
+SequenceLengthOption = Annotated[
+    int | None, option("--sequence-length", "Tokens of a sequence in training and evaluation; 256 by default.", "T")
+]
 StepTokensOption = Annotated[
-    int | None, option("--step-tokens", "Training tokens of an optimiser step; one sequence, 256, by default.", "T")
+    int | None, option("--step-tokens", "Training tokens of an optimiser step; one sequence by default.", "T")
 ]
 TimeOption = Annotated[
     str | None, option("--time", "Time box, like 10m, the default without an accelerator; 30m with one.", "TIME")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill import plugins
 from autodistill import trial as trial_module
+from autodistill.codes import deployed
 from autodistill.contracts import Answers
 from autodistill.data import Prepared, load_split, prepare, resolve_data
 from autodistill.distillation import signals
@@ -30,7 +31,7 @@ from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import holdable, spec_from_config
 from autodistill.export.verify import verify
-from autodistill.formats import Grid, deployed, get_format
+from autodistill.formats import Grid, get_format
 from autodistill.plugins import load
 from autodistill.space import load_strategy
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Init, Strategy

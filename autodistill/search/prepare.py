@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec, Plan, Status
+from autodistill.contracts import ModelSpec, Plan, Status
 from autodistill.data import Prepared, load_split, prepare
 from autodistill.distillation.alignment import layer_map
 from autodistill.distillation.attention import teacher_layer
@@ -52,7 +52,7 @@ from autodistill.search.request import (
     WRITTEN,
     Checked,
     by_size,
-    check_budget,
+    check_teacher,
 )
 from autodistill.search.rows import make_row
 from autodistill.search.share import Share, Workers, share_out, supports_bf16
@@ -161,31 +161,30 @@ def load(checked: Checked, place: Place) -> Loaded:
     request = checked.request
     teacher = materialise(checked.teacher, request.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
+    length = checked.sequence_length
     if checked.spec is None:
-        check_budget(checked, spec)
+        check_teacher(checked, spec)
     data = prepare(
         checked.source,
         teacher.folder,
         tokenizer_fingerprint(teacher.folder),
-        SEQUENCE_LENGTH,
+        length,
         request.cache,
     )
     models = dict.fromkeys(strategy.init.model for strategy in checked.space.extremes() if strategy.init.model)
     pretrained = {model: materialise(resolve_teacher(model), request.cache).folder for model in models}
     for folder in pretrained.values():
         token_rows(folder, teacher.folder)
-    teacher_fit = fit_teacher(
-        spec, stored=stored_type(teacher.folder), sequence_length=SEQUENCE_LENGTH, machine=place.here
-    )
+    teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=place.here)
     _, largest = by_size(checked.space, spec)[-1]
     processes = place.share.processes
-    step_tokens = request.step_tokens or processes * SEQUENCE_LENGTH
+    step_tokens = request.step_tokens or processes * length
     if checked.stored:
         step_tokens = checked.stored["plan"]["batch_tokens"]
-    if step_tokens % (processes * SEQUENCE_LENGTH):
+    if step_tokens % (processes * length):
         raise InputError(
             f"a step of {step_tokens} tokens does not divide over the {processes} processes of a trial: give "
-            f"--step-tokens a multiple of {processes * SEQUENCE_LENGTH}"
+            f"--step-tokens a multiple of {processes * length}"
         )
     online = any(recipe.weighs_teacher and recipe.signal == "online" for recipe in checked.space.signal_cases())
     memory = _trial_memory(place)
@@ -195,8 +194,8 @@ def load(checked: Checked, place: Place) -> Loaded:
         alignments=_alignments(checked.space, spec),
         lora=_lora(checked.space, spec, largest),
         train_embeddings=any(recipe.train_embeddings for recipe in _recipes(checked.space, spec, "train_embeddings")),
-        sequence_length=SEQUENCE_LENGTH,
-        sequences=step_tokens // SEQUENCE_LENGTH,
+        sequence_length=length,
+        sequences=step_tokens // length,
         # Run in the trial, the teacher lies beside the student.
         limit_bytes=memory - (_online_bytes(spec, place.machines[0], teacher_fit) if online else 0),
         processes=processes,
@@ -272,6 +271,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         loaded.workers,
         loaded.threads,
         device=loaded.device,
+        sequence_length=checked.sequence_length,
         checkpointing=loaded.fit.checkpointing,
     )
     if checked.metric in WRITTEN:
@@ -293,12 +293,13 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
             sum(fit.slack <= 0 for fit in fits(student, holdable(student, checked.space.deployments), request.budget))
             for _, student in students
         ),
-        train_tokens=splits["train"].sequences * SEQUENCE_LENGTH,
-        validation_tokens=splits["validation"].sequences * SEQUENCE_LENGTH,
-        test_tokens=splits["test"].sequences * SEQUENCE_LENGTH,
+        train_tokens=splits["train"].sequences * checked.sequence_length,
+        validation_tokens=splits["validation"].sequences * checked.sequence_length,
+        test_tokens=splits["test"].sequences * checked.sequence_length,
         parameters=loaded.spec.parameters,
         seed=checked.seed,
         ray=request.runner == "ray",
+        sequence_length=checked.sequence_length,
         step_tokens=loaded.step_tokens,
         confirm=checked.confirm,
     )

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from autodistill.contracts import SEQUENCE_LENGTH, Plan, Status
+from autodistill.contracts import Plan, Status
 from autodistill.errors import InterruptedSearchError
 from autodistill.hardware import detect
 from autodistill.records.leaderboard import rank, rows_of, to_parquet
@@ -74,7 +74,7 @@ def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
     observer.phase("measuring this machine")
     plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - request.started)
     settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration_file(checked, loaded))
-    tokens = min(plan.tokens, loaded.data.splits["train"].sequences * SEQUENCE_LENGTH)
+    tokens = min(plan.tokens, loaded.data.splits["train"].sequences * plan.sequence_length)
     per_token = settings.bytes_per_token(loaded.spec.vocabulary, loaded.spec.width)
     return {
         "plan": plan.to_json(),

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from autodistill.codes import deployed
 from autodistill.distillation import trainer as trainer_module
 from autodistill.distillation.checkpoint import read_tokens
 from autodistill.distillation.schedule import branch_point, decayed, stable_rate
 from autodistill.errors import TrialFailedError
-from autodistill.formats import Q4_0, Q8_0, deployed
+from autodistill.formats import Q4_0, Q8_0
 from autodistill.strategy import Alignment, Attention, Distillation, Strategy
 
 PLAIN = Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3))

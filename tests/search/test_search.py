@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,27 @@ def test_a_search_may_rank_by_answers_in_writing(inputs: tuple[Path, Path, Path]
     assert "exact_match" in search_summary(document, *leaderboard_of(RunFolder.open(tmp_path, "run")), 120)
     report = (tmp_path / "run" / "report.md").read_text()
     assert "exact_match" in report
+
+
+def test_sequences_have_the_length_that_was_asked_for(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    short = request(
+        inputs, tmp_path, strategy="logit_kd", trials=None, sequence_length=64, step_tokens=128, tokens=1152
+    )
+    outcome = search(short)
+    plan = outcome.document["plan"]
+    assert (plan["sequence_length"], plan["batch_tokens"], plan["tokens"]) == (64, 128, 1152)
+    # Of each sequence all tokens but the first are predicted.
+    scored = next(row.documents for row in outcome.rows if row.kind == "baseline")
+    assert scored is not None
+    assert sum(scored["count"]) == plan["eval_tokens"] // 64 * 63
+    with pytest.raises(InputError, match="planned with 64 sequence-length, not 128"):
+        check_request(replace(short, resume=True, sequence_length=128))
+
+
+def test_sequences_that_cannot_be_are_refused(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--sequence-length must be at least 8 tokens, not 1"):
+        check_request(request(inputs, tmp_path, sequence_length=1))
+    with pytest.raises(InputError, match=r"reads at most \d+ tokens at once, and sequences have 999999"):
+        check_request(request(inputs, tmp_path, sequence_length=999999))
+    with pytest.raises(InputError, match="--step-tokens must be a multiple of 64, a sequence, not 250"):
+        check_request(request(inputs, tmp_path, sequence_length=64, step_tokens=250))
