@@ -89,6 +89,10 @@ GpusPerTrialOption = Annotated[
 CpusPerTrialOption = Annotated[
     int | None, option("--cpus-per-trial", "Cores of a trial, or of its process on each GPU; planned by default.", "N")
 ]
+StorageOption = Annotated[
+    str | None,
+    option("--storage", "Keep events, checkpoints and students there too: s3://, gs:// or file:// .", "URI"),
+]
 CacheOption = Annotated[
     Path | None, option("--cache", "Folder of what later searches use again; ~/.cache/autodistill by default.", "DIR")
 ]

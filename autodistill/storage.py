@@ -73,8 +73,8 @@ class Storage:
             self.remove(key)
         except (OSError, NotImplementedError) as error:
             raise InputError(
-                f"cannot write into the storage {self.uri}: {_brief(error)}; check its address and your credentials, or "
-                "choose another --storage"
+                f"cannot write into the storage {self.uri}: {_brief(error)}; check its address and your "
+                "credentials, or choose another --storage"
             ) from error
 
     def write(self, key: str, data: bytes) -> None:
@@ -126,7 +126,7 @@ class Storage:
     def list(self, below: str = "") -> dict[str, int]:
         """Bytes of each object below a key, by key."""
         selector = fs.FileSelector(self._path(below), allow_not_found=True, recursive=True)
-        start = len(self._root) + 1
+        start = len(self._root) + 1  # object stores list what they were asked for without a first slash
         return {
             info.path[start:]: info.size
             for info in self._system.get_file_info(selector)
@@ -145,14 +145,18 @@ class Storage:
             return
 
     def send_folder(self, folder: Path, key: str) -> None:
-        """Sends the files of a folder whose content never changes, unless they were sent before."""
-        mark = f"{key}/{_WHOLE}"
-        if self.has(mark):
+        """Sends the files of a folder, or one file, whose content never changes, unless they were sent before."""
+        if self.has_folder(key):
             return
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        root = folder if folder.is_dir() else folder.parent
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else [folder]
         with ThreadPoolExecutor(_READERS) as pool:
-            list(pool.map(lambda path: self.put(path, f"{key}/{path.relative_to(folder).as_posix()}"), files))
-        self.write(mark, b"")
+            list(pool.map(lambda path: self.put(path, f"{key}/{path.relative_to(root).as_posix()}"), files))
+        self.write(f"{key}/{_WHOLE}", b"")
+
+    def has_folder(self, key: str) -> bool:
+        """Whether a folder was sent whole."""
+        return self.has(f"{key}/{_WHOLE}")
 
     def fetch_folder(self, key: str, folder: Path) -> Path:
         """A local copy of a folder that was sent whole, fetched once however many processes ask for it.
@@ -164,7 +168,7 @@ class Storage:
         with _locked(folder.with_name(f".{folder.name}.lock")):
             if folder.exists():
                 return folder
-            if not self.has(f"{key}/{_WHOLE}"):
+            if not self.has_folder(key):
                 raise FileNotFoundError(f"{self.uri} has no {key}")
             with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as temporary:
                 partial = Path(temporary) / folder.name
@@ -208,7 +212,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 class StoredFiles:
-    """Files by key on a storage, with a copy of those that were used on this machine.
+    """Files by key, which have one content for ever, on a storage, with a copy of those used on this machine.
 
     Args:
         storage: What holds them.
@@ -255,7 +259,7 @@ class StoredFiles:
 def node_copy(storage: Storage, key: str) -> Path:
     """Where a machine keeps its copy of what a storage has under a key, for all searches on it."""
     name = hashlib.sha256(f"{storage.uri}/{key}".encode()).hexdigest()[:16]
-    return Path(os.environ.get("AUTODISTILL_SCRATCH", Path.home() / ".cache" / "autodistill" / "from-storage")) / name
+    return Path.home() / ".cache" / "autodistill" / "from-storage" / name
 
 
 def _open(uri: str) -> tuple[Any, str]:

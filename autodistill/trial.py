@@ -40,6 +40,7 @@ from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import check_holds
 from autodistill.formats import Grid, Scales
 from autodistill.plugins import load
+from autodistill.storage import Storage
 from autodistill.strategy import Deployment, Init, Strategy, serving
 from autodistill.units import Budget
 
@@ -68,6 +69,7 @@ class TrialSetting:
         calibration: File of the teacher's calibration, where a strategy chooses by it.
         pretrained: Folders of the models that strategies start from, by their references.
         held: What the teacher's matrices are held in.
+        storage: The run's, where trials keep what another node may go on from; None for `checkpoints` alone.
     """
 
     teacher: Path
@@ -86,6 +88,7 @@ class TrialSetting:
     calibration: Path | None = None
     pretrained: Mapping[str, Path] = field(default_factory=dict)
     held: HeldType = "float32"
+    storage: Storage | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,6 +404,7 @@ class Trial:
 
     def _run(self, rung: int) -> RungReport | None:
         plan = self._bench.setting.plan
+        sharding, storage = self._bench.sharding, self._bench.setting.storage
         began = time.perf_counter()
         trainer = self._trainer()
         ready = time.perf_counter()
@@ -413,12 +417,14 @@ class Trial:
         stable = time.perf_counter()
         if not last:
             trainer.save(self._folder / _STABLE)
+            if storage is not None and (sharding is None or sharding.rank == 0):
+                storage.put(self._folder / _STABLE, self._checkpoint_key)
         saved = time.perf_counter()
         for record in self._decay(trainer, target):
             steps.append(record)
             self._on_step(record)
         trained = time.perf_counter()
-        model, sharding = trainer.model, self._bench.sharding
+        model = trainer.model
         if sharding is not None:
             model = whole_model(sharding, model, self._bench.setting.device)
         if model is None:
@@ -452,7 +458,7 @@ class Trial:
         """Evaluates the trained student, as it was kept at the last rung, under one more deployment."""
         setting, plan = self._bench.setting, self._bench.setting.plan
         began = time.perf_counter()
-        folder = student_folder(self._folder)
+        folder = trained_student(self._folder, setting.storage)
         model = load_model(folder, torch.float32, setting.device)
         ready = time.perf_counter()
         evaluation = self._evaluate(model, deployment, plan.eval_tokens, read_scales(folder, deployment))
@@ -482,6 +488,10 @@ class Trial:
             scales=scales,
         )[0]
 
+    @property
+    def _checkpoint_key(self) -> str:
+        return f"checkpoints/{self._task.id}/{_STABLE}"
+
     def _trainer(self) -> Trainer:
         setting, task = self._bench.setting, self._task
         model, kept = initial_student(setting, task.strategy.init, task.seed)
@@ -503,7 +513,9 @@ class Trial:
             teacher=self._bench.teacher,
             sharding=self._bench.sharding,
         )
-        checkpoint = self._folder / _STABLE
+        checkpoint, storage = self._folder / _STABLE, setting.storage
+        if storage is not None and storage.has(self._checkpoint_key):
+            storage.get(self._checkpoint_key, checkpoint)
         if checkpoint.exists():
             trainer.load(checkpoint)
         return trainer
@@ -531,11 +543,30 @@ class Trial:
             write_scales(temporary, self._task.strategy.finishing, scales)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
+        if (storage := self._bench.setting.storage) is not None:
+            storage.send_folder(folder, _student_key(self._folder))
 
 
 def student_folder(trial: Path) -> Path:
     """Where a trial at full fidelity keeps its float32 student."""
     return trial / "student"
+
+
+def _student_key(trial: Path) -> str:
+    return f"students/{trial.name}"
+
+
+def trained_student(trial: Path, storage: Storage | None) -> Path:
+    """The folder of a student at full fidelity, fetched where another node trained it; it may not be there."""
+    folder = student_folder(trial)
+    if storage is not None and not folder.is_dir() and has_student(trial, storage):
+        storage.fetch_folder(_student_key(trial), folder)
+    return folder
+
+
+def has_student(trial: Path, storage: Storage | None) -> bool:
+    """Whether a trial's student was kept, here or on the storage."""
+    return student_folder(trial).is_dir() or (storage is not None and storage.has_folder(_student_key(trial)))
 
 
 def save_student(model: Any, teacher: Path, folder: Path) -> None:

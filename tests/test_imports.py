@@ -31,6 +31,7 @@ ROOMS = (
     "space",
     "contracts",
     "plugins",
+    "storage",
     "serving_memory",
     "roofline",
     "estimate",

@@ -213,6 +213,7 @@ class RunFolder:
         self.name = name
         self.path = out / name
         self._lock: int | None = None
+        self._log = EventLog(self.path / "trials.jsonl")
 
     @classmethod
     def create(cls, out: Path, name: str) -> RunFolder:
@@ -261,7 +262,11 @@ class RunFolder:
     @property
     def events(self) -> EventLog:
         """The log of the trials."""
-        return EventLog(self.path / "trials.jsonl")
+        return self._log
+
+    def use(self, log: EventLog) -> None:
+        """Appends to another log, which keeps this one."""
+        self._log = log
 
     @property
     def leaderboard_file(self) -> Path:

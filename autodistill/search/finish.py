@@ -31,7 +31,15 @@ from autodistill.records.store import RunFolder, record_test_opening, recorded_t
 from autodistill.search.rows import make_row
 from autodistill.search.trials import Question
 from autodistill.strategy import Deployment, Strategy
-from autodistill.trial import TrialSetting, deployed_weights, evaluate, initial_student, student_folder, student_spec
+from autodistill.trial import (
+    TrialSetting,
+    deployed_weights,
+    evaluate,
+    has_student,
+    initial_student,
+    student_spec,
+    trained_student,
+)
 from autodistill.units import format_bytes
 
 # Measured in the runtime, a student may turn out above the budget; this many are tried before giving up.
@@ -84,7 +92,11 @@ class Finisher:
 
     def student(self, row: Row) -> Path:
         """Folder of the float32 student of a row."""
-        return student_folder(self.run.checkpoints / row.trial)
+        return trained_student(self.run.checkpoints / row.trial, self.setting.storage)
+
+    def has(self, row: Row) -> bool:
+        """Whether its student was kept."""
+        return has_student(self.run.checkpoints / row.trial, self.setting.storage)
 
     def load(self, row: Row) -> Any:
         """The float32 student of a row."""
@@ -108,7 +120,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     """
     question, phases = finisher.question, finisher.phases
     torch.set_num_threads(finisher.threads)
-    students = [row for row in rows if row.kind in DISTILLED and row.full and finisher.student(row).is_dir()]
+    students = [row for row in rows if row.kind in DISTILLED and row.full and finisher.has(row)]
     ranked = [one.row for one in rank(students, question.metric, question.direction) if one.row.feasible]
     confirmed = confirmations(rows, question.metric, question.direction)
     if confirmed:
@@ -305,7 +317,7 @@ def _spent(finisher: Finisher) -> tuple[str, ...]:
 
 
 def _best_baseline(rows: Sequence[Row], finisher: Finisher) -> Row | None:
-    baselines = [row for row in rows if row.kind == "baseline" and row.full and finisher.student(row).is_dir()]
+    baselines = [row for row in rows if row.kind == "baseline" and row.full and finisher.has(row)]
     ranked = rank(baselines, finisher.question.metric, finisher.question.direction)
     return ranked[0].row if ranked else None
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from autodistill.distillation.sharding import Sharding
 from autodistill.search.deadline import step_guard
+from autodistill.search.supplies import fetch
 from autodistill.search.trials import Assignment, attempt, work
 from autodistill.trial import TrialSetting, Workbench
 
@@ -45,7 +46,7 @@ class Member:
             MASTER_PORT=str(address[1]),
         )
         sharding = Sharding(self._setting.device)
-        self._bench = Workbench(self._setting, sharding)
+        self._bench = Workbench(fetch(self._setting), sharding)
         self._guard = step_guard(self._deadline, sharding)
 
     def work(self, assignment: Assignment) -> dict[str, Any]:

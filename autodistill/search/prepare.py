@@ -22,6 +22,7 @@ from autodistill.distillation.calibration import Calibration, ensure_calibration
 from autodistill.distillation.held import load_held
 from autodistill.distillation.pretrained import token_rows
 from autodistill.distillation.scoring import score
+from autodistill.distillation.sharding import check_sharded
 from autodistill.distillation.student import cut_student, kept_layers
 from autodistill.distillation.teacher import (
     Teacher,
@@ -38,6 +39,7 @@ from autodistill.hardware import Machine
 from autodistill.records.leaderboard import rows_of
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder, read_json, write_json
+from autodistill.records.stored_run import keep
 from autodistill.search.campaign import Campaign
 from autodistill.search.plan import (
     Demand,
@@ -159,6 +161,9 @@ def load(checked: Checked, place: Place) -> Loaded:
         InputError: Data too short, a pretrained model of other tokens, or training that cannot be made to fit.
     """
     request = checked.request
+    if place.share.processes > 1 and request.strategy is not None:
+        for strategy in checked.space.baselines.values():
+            check_sharded(strategy, "float32")
     teacher = materialise(checked.teacher, request.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     length = checked.sequence_length
@@ -394,6 +399,8 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
             plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.request.started)
     document = _describe(checked, loaded, plan, speed)
     write_json(run.search_file, document)
+    if checked.storage is not None:
+        keep(run.search_file, checked.storage.at(run.name))
     left_out = (cannot_hold(loaded.spec, deployment) for deployment in checked.space.deployments)
     for note in (*loaded.data.notes, *plan.notes, *dict.fromkeys(filter(None, left_out))):
         observer.line(note)
@@ -489,6 +496,7 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "confirm": checked.confirm,
         "seed": checked.seed,
         "runner": checked.request.runner,
+        "storage": checked.storage.uri if checked.storage else None,
         "plan": plan.to_json(),
         "speed": asdict(speed),
         "licences": _licences(loaded),

@@ -22,6 +22,7 @@ from autodistill.search.campaign import Campaign
 from autodistill.search.cluster import Cluster
 from autodistill.search.deadline import step_guard
 from autodistill.search.group import Group
+from autodistill.search.supplies import absolute, fetch
 from autodistill.search.trials import Assignment, attempt, work
 from autodistill.trial import TrialSetting, Workbench
 
@@ -60,7 +61,7 @@ def _fit(campaign: Campaign, setting: TrialSetting, deadline: float | None, stor
     bundles = [process] if plan.processes == 1 else [{}, *([process] * plan.processes)]
     resources = tune.PlacementGroupFactory(bundles, strategy="PACK")
     trainable = tune.with_resources(
-        tune.with_parameters(_stretch_class(), setting=setting, deadline=deadline), resources
+        tune.with_parameters(_stretch_class(), setting=absolute(setting), deadline=deadline), resources
     )
     tuner = tune.Tuner(
         trainable,
@@ -156,7 +157,7 @@ def _stretch_class() -> Any:
             if setting.plan.processes > 1:
                 self._work = Group(setting, deadline).work
                 return
-            bench, guard = Workbench(setting), step_guard(deadline)
+            bench, guard = Workbench(fetch(setting)), step_guard(deadline)
             self._work = lambda assignment: attempt(partial(work, bench, assignment, guard))
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:

@@ -18,8 +18,10 @@ from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimate import cannot_hold, fits, holdable, shortfall, spec_from_config
 from autodistill.records.store import RunFolder, default_cache, read_json
+from autodistill.records.stored_run import check_free, pull
 from autodistill.search.sampler import SAMPLERS
 from autodistill.space import Space, load_space, load_strategy
+from autodistill.storage import Storage
 from autodistill.strategy import Strategy
 from autodistill.trial import ASKING_DATA, check_strategy, student_spec
 from autodistill.units import Budget
@@ -55,6 +57,8 @@ class SearchRequest:
         ray_address: Of a running cluster to join, "auto" or host:port; by default a Ray is started here.
         gpus_per_trial: A fraction, so that several trials share a GPU, or a whole number; one by default.
         cpus_per_trial: Cores of a trial, where there are GPUs of each of its processes; planned by default.
+        storage: URI below which events, checkpoints, students and what trials read are kept, so that the search, and
+            each of its trials, can go on from any node that reaches it; by default they lie in `out` and `cache` alone.
         cache: Folder of everything that later searches may use again.
         cache_limit_bytes: Disk that cached teacher outputs may take.
         command: As typed, for the record.
@@ -82,6 +86,7 @@ class SearchRequest:
     ray_address: str | None = None
     gpus_per_trial: float | None = None
     cpus_per_trial: int | None = None
+    storage: str | None = None
     cache: Path = field(default_factory=default_cache)
     cache_limit_bytes: int = 8 * 10**9
     command: str = "autodistill search"
@@ -107,6 +112,7 @@ class Checked:
     seed: int
     spec: ModelSpec | None
     stored: Mapping[str, Any] | None
+    storage: Storage | None
 
 
 def check_request(request: SearchRequest) -> Checked:
@@ -126,7 +132,10 @@ def check_request(request: SearchRequest) -> Checked:
         raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
     if request.ray_address is not None and request.runner == "inline":
         raise InputError("--ray-address names a Ray cluster, which --runner inline does not use: leave one of them out")
-    stored = _stored(request)
+    storage = Storage(request.storage) if request.storage else None
+    if storage is not None:
+        storage.check()
+    stored = _stored(request, storage)
     known = stored or {}
     length = request.sequence_length or known.get("plan", {}).get("sequence_length") or SEQUENCE_LENGTH
     if request.step_tokens is not None and (request.step_tokens < 1 or request.step_tokens % length):
@@ -163,6 +172,7 @@ def check_request(request: SearchRequest) -> Checked:
         seed=request.seed if request.seed is not None else known.get("seed", 0),
         spec=spec_from_config(teacher.config) if teacher.config else None,
         stored=stored,
+        storage=_of_run(request, storage, known),
     )
     if stored is not None:
         _check_same(checked, stored)
@@ -182,14 +192,32 @@ def single(space: Space, reference: str) -> Space:
     )
 
 
-def _stored(request: SearchRequest) -> Mapping[str, Any] | None:
+def _of_run(request: SearchRequest, storage: Storage | None, known: Mapping[str, Any]) -> Storage | None:
+    """Where the run is kept; a resumed one where it was before."""
+    before = known.get("storage")
+    if request.resume and request.storage not in (None, before):
+        raise InputError(
+            f"the run {request.name!r} is kept on {before or 'this machine alone'}, not on {request.storage}: resume "
+            "it with the same --storage, or start a new run under another --name"
+        )
+    if before is not None and storage is None:
+        storage = Storage(before)
+        storage.check()
+    return storage
+
+
+def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any] | None:
     if not request.resume:
         if request.name is not None:
             # Refused here as well as on creation: no work may be spent before.
             RunFolder(request.out, request.name).check_free()
+            if storage is not None:
+                check_free(storage.at(request.name))
         return None
     if request.name is None:
         raise InputError("--resume goes on with a run: name it with --name")
+    if storage is not None:
+        pull(request.out / request.name, storage.at(request.name))
     return read_json(RunFolder.open(request.out, request.name).search_file)
 
 

@@ -17,6 +17,7 @@ from autodistill.records.leaderboard import rank, rows_of, to_parquet
 from autodistill.records.report import write_report
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder, write_json
+from autodistill.records.stored_run import StoredLog, keep
 from autodistill.search.campaign import Campaign
 from autodistill.search.finish import Finish, Finisher, finish
 from autodistill.search.inline_runner import run_inline
@@ -39,6 +40,7 @@ from autodistill.search.request import (
 )
 from autodistill.search.sampler import Sampler
 from autodistill.search.share import check_share
+from autodistill.search.supplies import send
 from autodistill.trial import TrialSetting
 
 if TYPE_CHECKING:
@@ -120,7 +122,8 @@ def _workplace(checked: Checked) -> Iterator[tuple[Place, Cluster | None]]:
     if request.ray_address is not None:
         from autodistill.search.cluster import join
 
-        joined = join(request.ray_address, [request.out, request.cache])
+        # What is kept on a storage is fetched to each node.
+        joined = join(request.ray_address, [] if checked.storage else [request.out, request.cache])
     try:
         here = detect()
         machines = joined.machines if joined else (here,)
@@ -135,6 +138,11 @@ def _search(checked: Checked, place: Place, joined: Cluster | None, run: RunFold
     request = checked.request
     clock = Clock(request.started, observer.phase)
     clock.add("load", time.monotonic() - request.started)
+    storage = checked.storage.at(run.name) if checked.storage else None
+    if storage is not None:
+        log = StoredLog(run.events.path, storage)
+        log.sync()
+        run.use(log)
     earlier = run.events.read()
     planned = plan_run(checked, place, run, clock, observer)
     # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
@@ -142,6 +150,9 @@ def _search(checked: Checked, place: Place, joined: Cluster | None, run: RunFold
     run.events.append({"event": "session", "time": time.time()})
     ready = prepare_trials(checked, planned, run, clock)
     loaded, plan, question, setting = planned.loaded, planned.plan, ready.question, ready.setting
+    if storage is not None:
+        with clock.phase("load", "sending what trials read"):
+            setting = send(setting, storage)
     deadline = _deadline(request, plan, earlier)
     campaign = Campaign(
         question,
@@ -179,6 +190,8 @@ def _search(checked: Checked, place: Place, joined: Cluster | None, run: RunFold
     seconds = clock.summary()
     result = _result(checked, campaign, rows, finished, plan, seconds, run)
     write_json(run.search_file, {**planned.document, "seconds": seconds, "notes": result["notes"]})
+    if storage is not None:
+        keep(run.search_file, storage)
     to_parquet(rows, run.leaderboard_file)
     write_report(run)
     return Outcome(document=result, rows=tuple(rows), finish=finished)

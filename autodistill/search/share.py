@@ -108,12 +108,12 @@ def _share_of_cores(machines: Sequence[Machine], asked: int | None, runner: str)
         raise InputError(f"--cpus-per-trial {asked}: there are {total} cores; ask for no more")
     _check_runner(asked, runner, "--cpus-per-trial")
     # The fewest processes of one size that machines of this size hold.
-    for processes in range(2, asked + 1):
+    for processes in range(2, asked):
         threads = asked // processes
         held = sum(machine.cpus // threads for machine in machines)
         if asked % processes == 0 and threads <= smallest and held >= processes:
             return Share(processes=processes, threads=threads)
-    raise InputError(f"--cpus-per-trial {asked}: no equal parts of it fit the machines; choose another number")
+    return Share(processes=asked, threads=1)
 
 
 def _check_runner(asked: float, runner: str, option: str) -> None:

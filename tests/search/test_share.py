@@ -58,6 +58,7 @@ def test_the_nodes_of_a_cluster_add_up() -> None:
         # Three cores are left over, since each of these has one of two.
         (cores(3, 3), None, 2, Share(threads=2), 2, 2),
         (cores(1, 1), None, 2, Share(processes=2, threads=1), 1, 1),
+        (cores(2, 2), None, 3, Share(processes=3, threads=1), 1, 1),
         (cores(2, 2, 2), None, 4, Share(processes=2, threads=2), 1, 2),
     ],
 )
@@ -85,7 +86,6 @@ def test_a_trial_is_given_what_was_asked_for(
         (cards(2), None, 17, "ray", "no machine has more than 16 cores"),
         (cores(2), 1, None, "ray", "there is no GPU here"),
         (cores(2, 2), None, 5, "ray", "there are 4 cores"),
-        (cores(2, 2), None, 3, "ray", "no equal parts"),
         (cores(2, 2), None, 0, "ray", "at least 1"),
         (cores(2, 2), None, 4, "inline", "use --runner ray"),
     ],

@@ -1,4 +1,4 @@
-"""The event log of a run whose events lie on a storage, an object each, beside the local log that all else reads."""
+"""A run that is kept on a storage: an object for each event, beside the local log that everything else reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autodistill.errors import AutoDistillError, InputError
 from autodistill.records.store import EventLog, strict_json
 from autodistill.storage import Storage
 
-_FOLDER = "events"
+_FOLDER, _SEARCH = "events", "search.json"
 
 
 class StoredLog(EventLog):
@@ -65,3 +65,45 @@ class StoredLog(EventLog):
         log = EventLog(self.path)
         for event in events:
             log.append(event)
+
+
+def check_free(storage: Storage) -> None:
+    """Refuses the name of a run that the storage has already.
+
+    Raises:
+        InputError: It has.
+    """
+    if storage.has(_SEARCH):
+        raise InputError(
+            f"there is a run on {storage.uri}: go on with it by --resume, or choose another name with --name"
+        )
+
+
+def keep(search_file: Path, storage: Storage) -> None:
+    """Keeps the run's `search.json` on its storage too.
+
+    Raises:
+        AutoDistillError: It cannot be written.
+    """
+    try:
+        storage.put(search_file, _SEARCH)
+    except OSError as error:
+        raise AutoDistillError(f"cannot write to {storage.uri}: {error}") from error
+
+
+def pull(folder: Path, storage: Storage) -> None:
+    """Fetches the run's `search.json`, where this machine has none.
+
+    Args:
+        folder: Of the run.
+        storage: The run's.
+
+    Raises:
+        InputError: The folder cannot be written, or the storage not read.
+    """
+    file = folder / _SEARCH
+    try:
+        if not file.exists() and storage.has(_SEARCH):
+            storage.get(_SEARCH, file)
+    except OSError as error:
+        raise InputError(f"cannot fetch the run from {storage.uri} into {folder}: {error}") from error
