@@ -269,6 +269,8 @@ def _open(uri: str) -> tuple[Any, str]:
         system, root = fs.FileSystem.from_uri(uri)
     except (OSError, ValueError) as error:
         raise InputError(f"--storage {uri}: {_brief(error)}; give a URI like s3://bucket/prefix") from error
+    if not root.strip("/"):
+        raise InputError(f"--storage {uri} names no bucket or folder: give a URI like s3://bucket/prefix")
     return system, root.rstrip("/")
 
 

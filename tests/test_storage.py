@@ -131,7 +131,12 @@ def test_a_checkpoint_written_on_one_node_is_read_on_another(storage: Storage, t
 
 @pytest.mark.parametrize(
     ("uri", "said"),
-    [("here/there", "takes a URI"), ("nonsense://x", "Unrecognized filesystem"), ("s3://", "give a URI like")],
+    [
+        ("here/there", "takes a URI"),
+        ("nonsense://x", "Unrecognized filesystem"),
+        ("file:///", "names no bucket"),
+        ("s3://", "names no bucket"),
+    ],
 )
 def test_what_is_no_storage_is_refused(uri: str, said: str) -> None:
     with pytest.raises(InputError, match=said):

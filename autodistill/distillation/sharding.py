@@ -137,10 +137,7 @@ def check_sharded(strategy: Strategy, optimizer_state: str) -> None:
     """
     recipe = strategy.distillation
     reasons = {
-        "a finishing grid": strategy.finishing is not None,
         "low-rank changes": recipe.lora is not None,
-        "attention alignment": recipe.attention is not None,
-        "uncertain positions": recipe.positions == "uncertain",
         "8-bit optimiser states": optimizer_state == "int8",
     }
     found = [name for name, there in reasons.items() if there]

@@ -12,9 +12,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -25,6 +25,20 @@ from autodistill.search.group import Group
 from autodistill.search.supplies import absolute, fetch
 from autodistill.search.trials import Assignment, attempt, work
 from autodistill.trial import TrialSetting, Workbench
+
+Work: TypeAlias = Callable[[Assignment], dict[str, Any]]
+
+
+class Source(Protocol):
+    """Where assignments come from, and what became of them goes to: a campaign."""
+
+    def next(self) -> Assignment | None:
+        """The next piece of work, or None while there is none."""
+        ...
+
+    def take(self, assignment: Assignment, outcome: Mapping[str, Any]) -> None:
+        """Takes what became of an assignment."""
+        ...
 
 
 def run_ray(cluster: Cluster, campaign: Campaign, setting: TrialSetting, deadline: float | None) -> None:
@@ -39,34 +53,48 @@ def run_ray(cluster: Cluster, campaign: Campaign, setting: TrialSetting, deadlin
     Raises:
         AutoDistillError: Ray could not be started.
     """
-    cluster.wait()
-    storage = tempfile.mkdtemp(prefix="autodistill-tune-")
-    try:
-        _fit(campaign, setting, deadline, storage)
-    finally:
-        # On Ctrl-C the workers end here; what they trained since their last checkpoint is trained again.
-        cluster.leave()
-        shutil.rmtree(storage, ignore_errors=True)
-
-
-def _fit(campaign: Campaign, setting: TrialSetting, deadline: float | None, storage: str) -> None:
-    from ray import tune
-
     plan = setting.plan
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(plan.workers)
-    # Tune prints the traceback of every failed trial; the campaign has recorded its cause.
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     process = {"CPU": float(plan.threads)} | ({"GPU": plan.gpus} if setting.device == "cuda" else {})
     # Several processes have a bundle each, near each other; the worker that holds them together needs none.
     bundles = [process] if plan.processes == 1 else [{}, *([process] * plan.processes)]
-    resources = tune.PlacementGroupFactory(bundles, strategy="PACK")
+    try:
+        cluster.wait()
+        drive(campaign, plan.workers, bundles, partial(_worker, absolute(setting), deadline))
+    finally:
+        # On Ctrl-C the workers end here; what they trained since their last checkpoint is trained again.
+        cluster.leave()
+
+
+def _worker(setting: TrialSetting, deadline: float | None) -> Work:
+    """What a worker process does its assignments by; made once in each."""
+    if setting.plan.processes > 1:
+        return Group(setting, deadline).work
+    bench, guard = Workbench(fetch(setting)), step_guard(deadline)
+    return lambda assignment: attempt(partial(work, bench, assignment, guard))
+
+
+def drive(source: Source, workers: int, bundles: list[dict[str, float]], make: Callable[[], Work]) -> None:
+    """Has warm workers do all the work that a source gives out, by Ray Tune.
+
+    Args:
+        source: Gives out assignments.
+        workers: Processes at once.
+        bundles: Resources of each of them, as a placement group has them.
+        make: Called in each process once; gives what does an assignment there.
+    """
+    from ray import tune
+
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(workers)
+    # Tune prints the traceback of every failed trial; the campaign has recorded its cause.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     trainable = tune.with_resources(
-        tune.with_parameters(_stretch_class(), setting=absolute(setting), deadline=deadline), resources
+        tune.with_parameters(_stretch_class(), make=make), tune.PlacementGroupFactory(bundles, strategy="PACK")
     )
+    storage = tempfile.mkdtemp(prefix="autodistill-tune-")
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_searcher(campaign, plan.workers), num_samples=-1, reuse_actors=True, trial_name_creator=_name
+            search_alg=_searcher(source, workers), num_samples=-1, reuse_actors=True, trial_name_creator=_name
         ),
         run_config=tune.RunConfig(
             name="trials",
@@ -77,17 +105,20 @@ def _fit(campaign: Campaign, setting: TrialSetting, deadline: float | None, stor
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
         ),
     )
-    # For the same reason its table of failed trials goes nowhere.
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        tuner.fit()
+    try:
+        # For the same reason its table of failed trials goes nowhere.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            tuner.fit()
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
 
 
 def _name(trial: Any) -> str:
     return f"stretch_{trial.trial_id}"
 
 
-def _searcher(campaign: Campaign, workers: int) -> Any:
-    """Tune's searcher: hands out the campaign's assignments and brings back its reports."""
+def _searcher(source: Source, workers: int) -> Any:
+    """Tune's searcher: hands out the source's assignments and brings back what became of them."""
     from ray.tune.search import Searcher
 
     class CampaignSearcher(Searcher):  # type: ignore[misc, unused-ignore]
@@ -99,7 +130,7 @@ def _searcher(campaign: Campaign, workers: int) -> Any:
             """Hands out the next assignment, None while there is none, or FINISHED."""
             if len(self._work) >= workers:
                 return None
-            assignment = campaign.next()
+            assignment = source.next()
             if assignment is None:
                 # With nothing running there is nothing that could still make work.
                 return None if self._work else Searcher.FINISHED
@@ -114,7 +145,7 @@ def _searcher(campaign: Campaign, workers: int) -> Any:
         ) -> None:
             """Takes the report, or the failure, of an assignment back."""
             died = ("worker-died", "its worker process could not start, or ended: out of memory, or its node was lost?")
-            campaign.take(self._work.pop(trial_id), {"failure": died} if error or result is None else result)
+            source.take(self._work.pop(trial_id), {"failure": died} if error or result is None else result)
 
         def __reduce__(self) -> tuple[type[object], tuple[()]]:
             # Tune keeps a pickle of its searcher to restore from. Ours holds a live view, and is restored from the log.
@@ -142,7 +173,7 @@ class _Opaque:
         return self
 
     def __repr__(self) -> str:
-        return self.assignment.task.id
+        return "assignment"
 
 
 def _stretch_class() -> Any:
@@ -150,15 +181,9 @@ def _stretch_class() -> Any:
     from ray import tune
 
     class Stretch(tune.Trainable):  # type: ignore[misc, unused-ignore]
-        def setup(  # type: ignore[override]
-            self, config: dict[str, Any], setting: TrialSetting, deadline: float | None
-        ) -> None:
+        def setup(self, config: dict[str, Any], make: Callable[[], Work]) -> None:  # type: ignore[override]
             self._assignment: Assignment = config["assignment"].assignment
-            if setting.plan.processes > 1:
-                self._work = Group(setting, deadline).work
-                return
-            bench, guard = Workbench(fetch(setting)), step_guard(deadline)
-            self._work = lambda assignment: attempt(partial(work, bench, assignment, guard))
+            self._work = make()
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self._assignment = new_config["assignment"].assignment
