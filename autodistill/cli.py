@@ -221,13 +221,15 @@ def export(
 def doctor(
     out: OutOption = _RUNS,
     cache: CacheOption = None,
+    storage: StorageOption = None,
+    ray_address: RayAddressOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Say what is installed, found and missing; exits with 2 where the default search cannot run."""
     quiet_libraries()
     from autodistill.doctor import describe, examine, ready, to_json
 
-    found = _print(output, lambda: examine(out, cache or default_cache()), to_json, describe)
+    found = _print(output, lambda: examine(out, cache or default_cache(), storage, ray_address), to_json, describe)
     if not ready(found):
         raise typer.Exit(2)
 
