@@ -23,6 +23,7 @@ from autodistill.options import (
     BatchOption,
     CacheLimitOption,
     CacheOption,
+    CheckpointLimitOption,
     ConfirmOption,
     ContextOption,
     CpusPerTrialOption,
@@ -35,6 +36,7 @@ from autodistill.options import (
     NameOption,
     OutOption,
     PlanOption,
+    PriceOption,
     RayAddressOption,
     ResumeOption,
     RunnerOption,
@@ -55,7 +57,7 @@ from autodistill.options import (
 from autodistill.records.store import RunFolder, default_cache, known_runs, strict_json
 from autodistill.streams import quiet_libraries, stdout_reserved
 from autodistill.summary import leaderboard_of, plan_summary, search_summary, written_summary
-from autodistill.units import Budget, parse_bytes, parse_duration
+from autodistill.units import Budget, parse_bytes, parse_duration, parse_price
 
 if TYPE_CHECKING:
     from autodistill.search.request import SearchRequest
@@ -112,6 +114,7 @@ def search(
     out: OutOption = _RUNS,
     resume: ResumeOption = False,
     plan: PlanOption = False,
+    price: PriceOption = None,
     runner: RunnerOption = "ray",
     ray_address: RayAddressOption = None,
     gpus_per_trial: GpusPerTrialOption = None,
@@ -119,6 +122,7 @@ def search(
     storage: StorageOption = None,
     cache: CacheOption = None,
     cache_limit: CacheLimitOption = "8GB",
+    checkpoint_limit: CheckpointLimitOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Find, export and verify the best student that fits a hardware budget."""
@@ -144,6 +148,7 @@ def distill(
     out: OutOption = _RUNS,
     resume: ResumeOption = False,
     plan: PlanOption = False,
+    price: PriceOption = None,
     runner: RunnerOption = "ray",
     ray_address: RayAddressOption = None,
     gpus_per_trial: GpusPerTrialOption = None,
@@ -151,6 +156,7 @@ def distill(
     storage: StorageOption = None,
     cache: CacheOption = None,
     cache_limit: CacheLimitOption = "8GB",
+    checkpoint_limit: CheckpointLimitOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Train, export and verify the student of one strategy, without a search."""
@@ -372,6 +378,10 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
     budget = Budget(memory_bytes=_memory_limit(ctx), context=given["context"], batch=given["batch"])
     seconds = None if given["time_box"] is None else parse_duration(given["time_box"])
     limit = parse_bytes(given["cache_limit"])
+    kept = None if given["checkpoint_limit"] is None else parse_bytes(given["checkpoint_limit"])
+    price = None if given["price"] is None else parse_price(given["price"])
+    if price is not None and not given["plan"]:
+        raise InputError("--price is for what a plan would cost: give it with --plan")
     quiet_libraries(given["teacher"], given["data"])
     from autodistill.search.request import SearchRequest
 
@@ -400,6 +410,8 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         storage=given["storage"],
         cache=given["cache"] or default_cache(),
         cache_limit_bytes=limit,
+        checkpoint_limit_bytes=kept,
+        price=price,
         command=ctx.obj or ctx.command_path,
         started=started,
     )

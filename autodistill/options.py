@@ -77,7 +77,11 @@ SeedOption = Annotated[
 NameOption = Annotated[str | None, option("--name", "Of the run; date and time by default.", "RUN")]
 OutOption = Annotated[Path, option("--out", "Folder of the runs.", "DIR")]
 ResumeOption = Annotated[bool, option("--resume", "Go on with the run of this --name.")]
-PlanOption = Annotated[bool, option("--plan", "Print trials, rungs, tokens, cache disk and time, and stop.")]
+PlanOption = Annotated[bool, option("--plan", "Print trials, rungs, tokens, disk, time and hours, and stop.")]
+PriceOption = Annotated[
+    str | None,
+    option("--price", "With --plan: what an hour of a GPU costs, or of a machine without one, like 2.5/h.", "PRICE"),
+]
 RunnerOption = Annotated[str, option("--runner", "ray: workers side by side; inline: this process alone.", "NAME")]
 RayAddressOption = Annotated[
     str | None,
@@ -97,6 +101,10 @@ CacheOption = Annotated[
     Path | None, option("--cache", "Folder of what later searches use again; ~/.cache/autodistill by default.", "DIR")
 ]
 CacheLimitOption = Annotated[str, option("--cache-limit", "Disk that the teacher's outputs may take.", "SIZE")]
+CheckpointLimitOption = Annotated[
+    str | None,
+    option("--checkpoint-limit", "Disk for a run's checkpoints; a quarter of the free disk by default.", "SIZE"),
+]
 FormatOption = Annotated[Format, option("--format", "How the result is printed.")]
 DevicesOption = Annotated[
     list[Path] | None, option("--devices", "YAML file of devices of your own; may be given again.", "FILE")

@@ -50,6 +50,7 @@ ROOMS = (
     "appraisal",
     "pick",
     "writing",
+    "stages",
     "trial",
     "export",
     "evaluators",

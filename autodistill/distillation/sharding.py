@@ -70,6 +70,10 @@ class Sharding:
         dist.all_reduce(total)
         return dict(zip(values, total.tolist(), strict=True))
 
+    def first(self, value: float) -> float:
+        """The first process's value, in each."""
+        return self.sum({"value": float(value) if self.rank == 0 else 0.0})["value"]
+
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
         """Gradients of what is not sharded, as FSDP does with those that are: their mean over all processes."""
         for parameter in parameters:

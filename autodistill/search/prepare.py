@@ -421,6 +421,8 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
         metric=checked.metric,
         direction=METRICS[checked.metric],
         confirm=checked.confirm,
+        device=setting.device,
+        sharing=checked.request.sharing,
     )
     return Ready(question=question, setting=setting)
 
@@ -497,6 +499,8 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "seed": checked.seed,
         "runner": checked.request.runner,
         "storage": checked.storage.uri if checked.storage else None,
+        "sharing": checked.request.sharing,
+        "forking": checked.request.forking,
         "plan": plan.to_json(),
         "speed": asdict(speed),
         "licences": _licences(loaded),

@@ -24,7 +24,7 @@ from autodistill.space import Space, load_space, load_strategy
 from autodistill.storage import Storage
 from autodistill.strategy import Strategy
 from autodistill.trial import ASKING_DATA, check_strategy, student_spec
-from autodistill.units import Budget
+from autodistill.units import Budget, Price
 
 DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE = "smollm2", "pydoc", "default"
 DEFAULT_METRIC, DEFAULT_SAMPLER = "accuracy", "tpe"
@@ -61,6 +61,11 @@ class SearchRequest:
             each of its trials, can go on from any node that reaches it; by default they lie in `out` and `cache` alone.
         cache: Folder of everything that later searches may use again.
         cache_limit_bytes: Disk that cached teacher outputs may take.
+        checkpoint_limit_bytes: Disk that checkpoints of stages may take in the run's folder; by default a quarter of
+            what is free.
+        sharing, forking: Whether trials continue each other's stages, and whether every fourth proposal forks one on
+            purpose; off to measure what each is worth. On resuming as before.
+        price: Of an hour, for the cost of a plan.
         command: As typed, for the record.
         started: `time.monotonic()` at which the time box began.
     """
@@ -89,6 +94,10 @@ class SearchRequest:
     storage: str | None = None
     cache: Path = field(default_factory=default_cache)
     cache_limit_bytes: int = 8 * 10**9
+    checkpoint_limit_bytes: int | None = None
+    sharing: bool = True
+    forking: bool = True
+    price: Price | None = None
     command: str = "autodistill search"
     started: float = field(default_factory=time.monotonic)
 
@@ -137,6 +146,7 @@ def check_request(request: SearchRequest) -> Checked:
         storage.check()
     stored = _stored(request, storage)
     known = stored or {}
+    request = replace(request, **{name: known.get(name, getattr(request, name)) for name in ("sharing", "forking")})
     length = request.sequence_length or known.get("plan", {}).get("sequence_length") or SEQUENCE_LENGTH
     if request.step_tokens is not None and (request.step_tokens < 1 or request.step_tokens % length):
         raise InputError(f"--step-tokens must be a multiple of {length}, a sequence, not {request.step_tokens}")

@@ -16,9 +16,11 @@ from autodistill.hardware import detect
 from autodistill.records.leaderboard import rank, rows_of, to_parquet
 from autodistill.records.report import write_report
 from autodistill.records.row import Row
+from autodistill.records.saved import saved
 from autodistill.records.store import RunFolder, write_json
 from autodistill.records.stored_run import StoredLog, keep
 from autodistill.search.campaign import Campaign
+from autodistill.search.cost import cost
 from autodistill.search.finish import Finish, Finisher, finish
 from autodistill.search.inline_runner import run_inline
 from autodistill.search.prepare import (
@@ -41,6 +43,7 @@ from autodistill.search.request import (
 from autodistill.search.sampler import Sampler
 from autodistill.search.share import check_share
 from autodistill.search.supplies import send
+from autodistill.stages import default_limit
 from autodistill.trial import TrialSetting
 
 if TYPE_CHECKING:
@@ -85,6 +88,7 @@ def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
         "training_bytes": {**asdict(loaded.fit.estimate), "total_bytes": loaded.fit.estimate.total_bytes},
         "budget": request.budget.to_json(),
         "expected_seconds": sum(plan.seconds.values()),
+        **cost(plan, sum(len(machine.gpus) for machine in place.machines), request.price),
     }
 
 
@@ -156,9 +160,17 @@ def _search(checked: Checked, place: Place, joined: Cluster | None, run: RunFold
     deadline = _deadline(request, plan, earlier)
     campaign = Campaign(
         question,
-        sampler=Sampler(checked.space, name=checked.sampler, seed=checked.seed, direction=question.direction),
+        sampler=Sampler(
+            checked.space,
+            name=checked.sampler,
+            seed=checked.seed,
+            direction=question.direction,
+            forking=checked.request.forking,
+        ),
         log=run.events,
         checkpoints=run.checkpoints,
+        storage=storage,
+        checkpoint_limit=checked.request.checkpoint_limit_bytes or default_limit(run.checkpoints),
         deadline=deadline,
         notify=observer.line,
     )
@@ -189,7 +201,8 @@ def _search(checked: Checked, place: Place, joined: Cluster | None, run: RunFold
     rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
     seconds = clock.summary()
     result = _result(checked, campaign, rows, finished, plan, seconds, run)
-    write_json(run.search_file, {**planned.document, "seconds": seconds, "notes": result["notes"]})
+    kept = {name: result[name] for name in ("notes", "saved")}
+    write_json(run.search_file, {**planned.document, "seconds": seconds, **kept})
     if storage is not None:
         keep(run.search_file, storage)
     to_parquet(rows, run.leaderboard_file)
@@ -263,6 +276,7 @@ def _result(
         "budget": checked.request.budget.to_json(),
         "plan": plan.to_json(),
         "seconds": dict(seconds),
+        "saved": saved(run.events.read(), plan).to_json(),
         "notes": notes,
         "paths": {"run": str(run.path), **{name: str(path) for name, path in finished.paths.items()}},
     }
