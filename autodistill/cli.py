@@ -34,6 +34,7 @@ from autodistill.options import (
     GpusPerTrialOption,
     MetricOption,
     NameOption,
+    ObjectivesOption,
     OutOption,
     PlanOption,
     PriceOption,
@@ -52,6 +53,7 @@ from autodistill.options import (
     TimeOption,
     TokensOption,
     TrialsOption,
+    WarmStartOption,
     option,
 )
 from autodistill.records.store import RunFolder, default_cache, known_runs, strict_json
@@ -100,8 +102,10 @@ def search(
     data: DataOption = None,
     space: SpaceOption = None,
     metric: MetricOption = None,
+    objectives: ObjectivesOption = None,
     sampler: SamplerOption = None,
     trials: TrialsOption = None,
+    warm_start: WarmStartOption = None,
     tokens: TokensOption = None,
     sequence_length: SequenceLengthOption = None,
     step_tokens: StepTokensOption = None,
@@ -392,8 +396,11 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         space=given.get("space"),
         strategy=given.get("strategy"),
         metric=given["metric"],
+        objectives=given.get("objectives"),
+        device=given.get("device"),
         sampler=given.get("sampler"),
         trials=given.get("trials"),
+        warm_start=given.get("warm_start"),
         tokens=given["tokens"],
         sequence_length=given["sequence_length"],
         step_tokens=given["step_tokens"],
@@ -547,7 +554,7 @@ def _leaderboards(runs: Sequence[str] | None, out: Path) -> _Boards:
 
 def _rows(boards: _Boards) -> list[dict[str, Any]]:
     return [
-        {"run": name, "place": one.place, "tied": one.tied, **one.row.to_json()}
+        {"run": name, "place": one.place, "tied": one.tied, "front": one.front, **one.row.to_json()}
         for name, (ranked, _) in boards
         for one in ranked
     ]

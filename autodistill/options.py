@@ -44,12 +44,28 @@ MetricOption = Annotated[
     str | None,
     option("--metric", "What ranks: accuracy (the default), agreement, perplexity or exact_match.", "NAME"),
 ]
+ObjectivesOption = Annotated[
+    str | None,
+    option(
+        "--objectives",
+        "Of which to find the Pareto front, like accuracy,memory,latency; the first ranks, and is exported by.",
+        "NAMES",
+    ),
+]
 SamplerOption = Annotated[
     str | None, option("--sampler", "What proposes: tpe (the default), gp, nsga2 or random.", "NAME")
 ]
 TrialsOption = Annotated[
     int | None,
     option("--trials", "Strategies to try; planned from the time box by default. With --resume: in all.", "N"),
+]
+WarmStartOption = Annotated[
+    str | None,
+    option(
+        "--warm-start",
+        "Earlier runs of the same space, teacher and data to learn from; the best of each is proposed first.",
+        "RUN[,RUN]",
+    ),
 ]
 TokensOption = Annotated[int | None, option("--tokens", "Training tokens of a trial; planned by default.", "T")]
 SequenceLengthOption = Annotated[

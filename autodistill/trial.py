@@ -618,11 +618,14 @@ class Trial:
         """
         temporary, folder = self._folder / ".student.partial", student_folder(self._folder)
         shutil.rmtree(temporary, ignore_errors=True)
-        save_student(model, self._bench.setting.teacher, temporary)
-        if self._task.strategy.finishing is not None:
-            write_scales(temporary, self._task.strategy.finishing, scales)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        try:
+            save_student(model, self._bench.setting.teacher, temporary)
+            if self._task.strategy.finishing is not None:
+                write_scales(temporary, self._task.strategy.finishing, scales)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         if (storage := self._bench.setting.storage) is not None:
             storage.send_folder(folder, _student_key(self._folder))
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from autodistill.errors import MissingDependencyError
 from autodistill.records.leaderboard import DISTILLED, Ranked, limits_of, nearest, pareto, rank, rows_of
+from autodistill.records.objectives import Objective, front, objectives_of
 from autodistill.records.row import Row
 from autodistill.records.saved import Saved
 from autodistill.records.store import RunFolder, read_json, replacing
@@ -45,6 +46,7 @@ def report_markdown(
         _answer(search, ranked, metric),
         "## Leaderboard\n\n" + _leaderboard(ranked, metric),
         f"![{metric} against memory]({picture})" if picture else f"For a plot of this table: `{INSTALL_PLOTS}`",
+        _front(search, ranked),
         _lost(events),
         _spared(search),
         _test(events, metric),
@@ -107,14 +109,14 @@ def figure(ranked: Sequence[Ranked], metric: str = "accuracy", direction: str = 
                 color=colour,
                 label=label,
             )
-    front = pareto(
+    best = pareto(
         [row for row in rows if row.feasible],
         {"memory_bytes": "min", metric: "min" if direction == "min" else "max"},
     )
-    if front:
-        points = [_megabytes(row) for row in front], [row.figure(metric) or 0.0 for row in front]
+    if best:
+        points = [_megabytes(row) for row in best], [row.figure(metric) or 0.0 for row in best]
         axes.step(*points, where="post", color="tab:red", label="Pareto front")
-    for row in front:
+    for row in best:
         point = (_megabytes(row), row.figure(metric) or 0.0)
         axes.annotate(f"{row.name} {row.deployment_name}", point, textcoords="offset points", xytext=(4, 4), fontsize=7)
     axes.set_xlabel("memory [MB]")
@@ -130,6 +132,8 @@ def _megabytes(row: Row) -> float:
 
 def _asked(search: Mapping[str, Any]) -> str:
     facts = {name: search[name] for name in ("teacher", "data", "space") if name in search}
+    if search.get("warm_start", {}).get("runs"):
+        facts["learnt from"] = search["warm_start"]["runs"]
     if "budget" in search:
         facts["budget"] = _budget(Budget(**search["budget"]))
     plan = search.get("plan") or {}
@@ -205,6 +209,28 @@ def _leaderboard(ranked: Sequence[Ranked], metric: str) -> str:
     ]
     note = "`=`: tied with the best by the metric, within one standard error of the difference paired by document."
     return _table([*titles, "fidelity", "limits"], lines) + "\n\n" + note
+
+
+def _front(search: Mapping[str, Any], ranked: Sequence[Ranked]) -> str:
+    """The rows among which a person chooses, where there are several objectives."""
+    objectives = objectives_of(search)
+    if len(objectives) < 2:
+        return ""
+    lines = [
+        [row.name, row.deployment_name, *(_objective(row, objective) for objective in objectives)]
+        for row in front([one.row for one in ranked], objectives)
+    ]
+    titles = [f"{one.name} ({'more' if one.direction == 'max' else 'less'} is better)" for one in objectives]
+    device = f" Latencies are predicted for {_text(search['device']['name'])}." if search.get("device") else ""
+    note = "No other row beats one of these in one objective without losing in another." + device
+    return "## Pareto front\n\n" + _table(["name", "deployment", *titles], lines) + "\n\n" + note
+
+
+def _objective(row: Row, objective: Objective) -> str:
+    value = row.figure(objective.figure) or 0.0
+    if objective.trained:
+        return _figure(row, objective.figure)
+    return format_bytes(value) if objective.figure.endswith("_bytes") else format_duration(value / 1e3)
 
 
 def _lost(events: Iterable[Mapping[str, Any]]) -> str:

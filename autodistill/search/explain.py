@@ -33,6 +33,7 @@ class Explanation:
         rejected: How many proposals were rejected, by reason.
         stopped: How many trials ended at each rung, by its tokens; the last are those at full fidelity.
         failed: How many trials failed, by cause.
+        retried: How many pieces of work failed once and were given out again, by cause.
         tokens_trained: Training tokens of all trials up to where each ended, those of shared stages counted once.
         tokens_full: What the same trials would have taken to the end, each of them.
         tokens_rejected: What the rejected ones would have taken to the first rung.
@@ -47,6 +48,7 @@ class Explanation:
     rejected: Mapping[str, int]
     stopped: Mapping[int, int]
     failed: Mapping[str, int]
+    retried: Mapping[str, int]
     tokens_trained: int
     tokens_full: int
     tokens_rejected: int
@@ -70,6 +72,7 @@ class Explanation:
         lines += [f"  {count:4d}  ended at {tokens:,} tokens" for tokens, count in self.stopped.items()]
         lines += [f"  {count:4d}  rejected without training: {reason}" for reason, count in self.rejected.items()]
         lines += [f"  {count:4d}  failed: {cause}" for cause, count in self.failed.items()]
+        lines += [f"  {count:4d}  failed once and tried again: {cause}" for cause, count in self.retried.items()]
         if self.tokens_full:
             less = 1 - (self.tokens_trained + self.saved.shared_tokens) / self.tokens_full
             lines.append(
@@ -113,6 +116,7 @@ def explain(run: RunFolder) -> Explanation:
         rejected=rejected,
         stopped=dict(sorted(Counter(reached.values()).items())),
         failed=_reasons(ends, Status.FAILED),
+        retried=dict(Counter(event["cause"] for event in events if event["event"] == "retry").most_common()),
         tokens_trained=sum(reached.values()) - spared.shared_tokens,
         tokens_full=plan.tokens * len(reached),
         tokens_rejected=spared.rejected_tokens,

@@ -120,7 +120,12 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     """
     question, phases = finisher.question, finisher.phases
     torch.set_num_threads(finisher.threads)
-    students = [row for row in rows if row.kind in DISTILLED and row.full and finisher.has(row)]
+    # A row without the metric is no candidate: nothing says how well its student does.
+    students = [
+        row
+        for row in rows
+        if row.kind in DISTILLED and row.full and row.figure(question.metric) is not None and finisher.has(row)
+    ]
     ranked = [one.row for one in rank(students, question.metric, question.direction) if one.row.feasible]
     confirmed = confirmations(rows, question.metric, question.direction)
     if confirmed:
@@ -317,8 +322,13 @@ def _spent(finisher: Finisher) -> tuple[str, ...]:
 
 
 def _best_baseline(rows: Sequence[Row], finisher: Finisher) -> Row | None:
-    baselines = [row for row in rows if row.kind == "baseline" and row.full and finisher.has(row)]
-    ranked = rank(baselines, finisher.question.metric, finisher.question.direction)
+    metric = finisher.question.metric
+    baselines = [
+        row
+        for row in rows
+        if row.kind == "baseline" and row.full and row.figure(metric) is not None and finisher.has(row)
+    ]
+    ranked = rank(baselines, metric, finisher.question.direction)
     return ranked[0].row if ranked else None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from autodistill.contracts import ModelSpec, Plan, Status
 from autodistill.data import Prepared, load_split, prepare
+from autodistill.devices import Device
 from autodistill.distillation.alignment import layer_map
 from autodistill.distillation.attention import teacher_layer
 from autodistill.distillation.calibration import Calibration, ensure_calibration
@@ -32,14 +34,13 @@ from autodistill.distillation.teacher import (
     stored_type,
     tokenizer_fingerprint,
 )
-from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
+from autodistill.distillation.teacher_cache import META, CacheSettings, ensure_cache
 from autodistill.errors import InputError
 from autodistill.estimate import adapted_tensors, cannot_hold, fits, holdable, spec_from_config
 from autodistill.hardware import Machine
 from autodistill.records.leaderboard import rows_of
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder, read_json, write_json
-from autodistill.records.stored_run import keep
 from autodistill.search.campaign import Campaign
 from autodistill.search.plan import (
     Demand,
@@ -50,7 +51,6 @@ from autodistill.search.plan import (
     more_trials,
 )
 from autodistill.search.request import (
-    METRICS,
     WRITTEN,
     Checked,
     by_size,
@@ -59,6 +59,7 @@ from autodistill.search.request import (
 from autodistill.search.rows import make_row
 from autodistill.search.share import Share, Workers, share_out, supports_bf16
 from autodistill.search.trials import Question
+from autodistill.search.warm_start import WarmStart, check_fingerprints, warm_start
 from autodistill.space import Space
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Lora
 from autodistill.training_fit import TeacherFit, TrainingFit, fit_teacher, fit_training
@@ -279,7 +280,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         sequence_length=checked.sequence_length,
         checkpointing=loaded.fit.checkpointing,
     )
-    if checked.metric in WRITTEN:
+    if any(objective.name in WRITTEN for objective in checked.objectives):
         # Answering the questions of so many tokens takes about as long again as scoring them.
         speed = replace(speed, score=speed.score / 2, worker_score=speed.worker_score / 2)
     box = request.time_seconds
@@ -367,10 +368,12 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """Everything that stands before the first trial."""
+    """Everything that stands before the first trial; `document` is the content of `search.json`."""
 
     question: Question
     setting: TrialSetting
+    warm: WarmStart
+    document: Mapping[str, Any]
 
 
 def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, observer: Observer) -> Planned:
@@ -395,12 +398,12 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
         plan = _here(plan, loaded)
         _check_fingerprints(checked, loaded)
     else:
+        fingerprints = {"teacher": loaded.teacher.fingerprint, "data": loaded.data.fingerprint}
+        check_fingerprints(checked.request.out, checked.warm_start, fingerprints)
         with clock.phase("plan", "measuring this machine"):
             plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.request.started)
     document = _describe(checked, loaded, plan, speed)
     write_json(run.search_file, document)
-    if checked.storage is not None:
-        keep(run.search_file, checked.storage.at(run.name))
     left_out = (cannot_hold(loaded.spec, deployment) for deployment in checked.space.deployments)
     for note in (*loaded.data.notes, *plan.notes, *dict.fromkeys(filter(None, left_out))):
         observer.line(note)
@@ -419,12 +422,20 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
         teacher_spec=planned.loaded.spec,
         teacher_accuracy=setting.teacher_accuracy,
         metric=checked.metric,
-        direction=METRICS[checked.metric],
+        direction=checked.objectives[0].direction,
         confirm=checked.confirm,
+        further=checked.objectives[1:],
+        served_on=checked.device,
         device=setting.device,
         sharing=checked.request.sharing,
     )
-    return Ready(question=question, setting=setting)
+    document = dict(planned.document)
+    if "observations" not in document["warm_start"]:
+        # Written down, since the earlier runs may go on, or away, before this one is resumed.
+        document["warm_start"] = warm_start(checked.request.out, checked.warm_start, question).to_json()
+        write_json(run.search_file, document)
+    warm = WarmStart.from_json(document["warm_start"])
+    return Ready(question=question, setting=setting, warm=warm, document=document)
 
 
 def _extended(checked: Checked, plan: Plan, spec: ModelSpec, speed: Speed) -> Plan:
@@ -466,7 +477,8 @@ def _check_fingerprints(checked: Checked, loaded: Loaded) -> None:
 def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dict[str, Any]:
     """`search.json`: all that is needed to run the search again."""
     if checked.stored is not None:
-        return {**checked.stored, "plan": plan.to_json(), "confirm": checked.confirm}
+        warm = checked.stored.get("warm_start", {"runs": []})
+        return {**checked.stored, "plan": plan.to_json(), "confirm": checked.confirm, "warm_start": warm}
     packages = ("autodistill-search", "torch", "transformers", "optuna", "ray", "xllamacpp", "gguf")
     return {
         "schema_version": 1,
@@ -493,9 +505,12 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "space_hash": checked.space.hash,
         "space_definition": checked.space.to_json(),
         "metric": checked.metric,
-        "direction": METRICS[checked.metric],
+        "direction": checked.objectives[0].direction,
+        "objectives": [objective.name for objective in checked.objectives],
+        "device": checked.device and checked.device.to_json(),
         "sampler": checked.sampler,
         "confirm": checked.confirm,
+        "warm_start": {"runs": list(checked.warm_start)},
         "seed": checked.seed,
         "runner": checked.request.runner,
         "storage": checked.storage.uri if checked.storage else None,
@@ -534,7 +549,8 @@ def _teacher_phase(
     cache = None
     if not settings.empty:
         with clock.phase("cache", "teacher cache"):
-            cache = ensure_cache(
+            make = partial(
+                ensure_cache,
                 loaded.load_teacher,
                 teacher_fingerprint=loaded.outputs_of,
                 data_fingerprint=loaded.data.fingerprint,
@@ -546,6 +562,9 @@ def _teacher_phase(
                 limit_bytes=request.cache_limit_bytes,
                 device=device,
             )
+            # Another search may make room just between the two.
+            while not run.hold((cache := make()) / META):
+                pass
     model = None
     top1_file, accuracy_key = run.path / "teacher_top1.npy", "teacher_accuracy"
     accuracy = next((event[accuracy_key] for event in earlier if event["event"] == "teacher"), None)
@@ -566,9 +585,9 @@ def _teacher_phase(
         checkpoints=run.checkpoints,
         budget=request.budget,
         plan=plan,
-        evaluators=tuple(dict.fromkeys((*EVALUATORS, checked.metric))),
+        evaluators=tuple(dict.fromkeys((*EVALUATORS, *(one.name for one in checked.objectives if one.trained)))),
         metric=checked.metric,
-        direction=METRICS[checked.metric],
+        direction=checked.objectives[0].direction,
         device=device,
         calibration=calibration,
         pretrained=loaded.pretrained,
@@ -580,7 +599,9 @@ def _teacher_phase(
             continue
         with clock.phase("evaluate", f"teacher as {deployment.name}"):
             model = model or loaded.load_teacher(device)
-            row = teacher_row(model, deployment, setting, "validation", validation, np.load(top1_file), accuracy)
+            row = teacher_row(
+                model, deployment, setting, "validation", validation, np.load(top1_file), accuracy, checked.device
+            )
             run.events.append({"event": "row", "row": row.to_json(), "time": time.time()})
     return setting
 
@@ -593,6 +614,7 @@ def teacher_row(
     data: Any,
     top1: Any,
     accuracy: float,
+    served_on: Device | None = None,
 ) -> Row:
     """The unmodified teacher under one deployment."""
     evaluation, _ = evaluate(
@@ -620,4 +642,5 @@ def teacher_row(
         train_tokens=0,
         train_seconds=0.0,
         seed=setting.plan.seed,
+        device=served_on,
     )

@@ -21,6 +21,7 @@ import torch
 from autodistill.search.campaign import Campaign
 from autodistill.search.cluster import Cluster
 from autodistill.search.deadline import step_guard
+from autodistill.search.failures import RETRIED
 from autodistill.search.group import Group
 from autodistill.search.supplies import absolute, fetch
 from autodistill.search.trials import Assignment, attempt, work
@@ -60,6 +61,9 @@ def run_ray(cluster: Cluster, campaign: Campaign, setting: TrialSetting, deadlin
     try:
         cluster.wait()
         drive(campaign, plan.workers, bundles, partial(_worker, absolute(setting), deadline))
+    except Exception as error:
+        # Tune wraps what its searcher raises: that nothing can be written down any more.
+        raise campaign.broken or error from None
     finally:
         # On Ctrl-C the workers end here; what they trained since their last checkpoint is trained again.
         cluster.leave()
@@ -125,6 +129,7 @@ def _searcher(source: Source, workers: int) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self._work: dict[str, Assignment] = {}
+            self._failures: dict[str, tuple[str, str]] = {}
 
         def suggest(self, trial_id: str) -> Any:
             """Hands out the next assignment, None while there is none, or FINISHED."""
@@ -138,14 +143,17 @@ def _searcher(source: Source, workers: int) -> Any:
             return {"assignment": _Opaque(assignment)}
 
         def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-            """A stretch reports once, at its end."""
+            """A stretch reports at its end; if it is not done then, its worker ends, which says nothing of why."""
+            if "failure" in result:
+                self._failures[trial_id] = result["failure"]
 
         def on_trial_complete(
             self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
         ) -> None:
             """Takes the report, or the failure, of an assignment back."""
             died = ("worker-died", "its worker process could not start, or ended: out of memory, or its node was lost?")
-            source.take(self._work.pop(trial_id), {"failure": died} if error or result is None else result)
+            outcome = {"failure": self._failures.pop(trial_id, died)} if error or result is None else result
+            source.take(self._work.pop(trial_id), outcome)
 
         def __reduce__(self) -> tuple[type[object], tuple[()]]:
             # Tune keeps a pickle of its searcher to restore from. Ours holds a live view, and is restored from the log.
@@ -184,6 +192,7 @@ def _stretch_class() -> Any:
         def setup(self, config: dict[str, Any], make: Callable[[], Work]) -> None:  # type: ignore[override]
             self._assignment: Assignment = config["assignment"].assignment
             self._work = make()
+            self._suspect = False
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self._assignment = new_config["assignment"].assignment
@@ -194,6 +203,11 @@ def _stretch_class() -> Any:
 
         def step(self) -> dict[str, Any]:
             """Does the assignment; what goes wrong in it is a result too."""
-            return {"done": True, **self._work(self._assignment)}
+            if self._suspect:
+                raise RuntimeError("this process is not used again")
+            outcome = self._work(self._assignment)
+            # What another process might do better is not given to this one again: Tune drops a worker that raises.
+            self._suspect = "failure" in outcome and outcome["failure"][0] in RETRIED
+            return {"done": not self._suspect, **outcome}
 
     return Stretch

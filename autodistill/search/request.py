@@ -9,7 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from autodistill.contracts import SEQUENCE_LENGTH, Direction, ModelSpec
+from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec
+from autodistill.devices import Device
 from autodistill.distillation.teacher import (
     TeacherRef,
     resolve_teacher,
@@ -17,9 +18,12 @@ from autodistill.distillation.teacher import (
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimate import cannot_hold, fits, holdable, shortfall, spec_from_config
+from autodistill.local_device import LOCAL, choose_device
+from autodistill.records.objectives import METRICS, Objective, objectives_of, parse_objectives
 from autodistill.records.store import RunFolder, default_cache, read_json
 from autodistill.records.stored_run import check_free, pull
 from autodistill.search.sampler import SAMPLERS
+from autodistill.search.warm_start import check_space, parse_runs
 from autodistill.space import Space, load_space, load_strategy
 from autodistill.storage import Storage
 from autodistill.strategy import Strategy
@@ -30,8 +34,6 @@ DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE = "smollm2", "pydoc", "default"
 DEFAULT_METRIC, DEFAULT_SAMPLER = "accuracy", "tpe"
 RUNNERS = ("ray", "inline")
 _SHORTEST = 8  # tokens of a sequence: fewer give a model nothing to predict from
-# What may rank is measured at every rung, so it must come from the simulated student alone.
-METRICS: Mapping[str, Direction] = {"accuracy": "max", "agreement": "max", "perplexity": "min", "exact_match": "max"}
 WRITTEN = ("exact_match",)  # those for which the student answers questions in writing
 
 
@@ -43,9 +45,12 @@ class SearchRequest:
         budget: Limits of the deployed student.
         strategy: Name or file of a strategy: it alone is trained, to the plan's tokens, and nothing is searched.
         teacher, data, space, metric, sampler: References and names.
+        objectives: Names parted by commas, where a search has more than its metric.
+        device: Name of the one that the student is for, or None for this machine; a predicted latency is there.
         trials, tokens: Fixed instead of planned; with both, there is no time box unless `time_seconds` gives one. On
             resuming, more trials than were planned extend the search.
         sequence_length: Tokens of a training or evaluated sequence; 256 by default.
+        warm_start: Names of earlier runs of the same space, teacher and data, parted by commas, to learn from.
         step_tokens: Training tokens of an optimiser step, whole sequences; one sequence by default.
         time_seconds: The time box; on resuming a finished search, of what it is extended by.
         confirm: Further seeds on which the best few are trained before one is chosen; none by default.
@@ -76,11 +81,14 @@ class SearchRequest:
     data: str | None = None
     space: str | None = None
     metric: str | None = None
+    objectives: str | None = None
+    device: str | None = None
     sampler: str | None = None
     trials: int | None = None
     tokens: int | None = None
     sequence_length: int | None = None
     step_tokens: int | None = None
+    warm_start: str | None = None
     time_seconds: float | None = None
     confirm: int | None = None
     seed: int | None = None
@@ -114,14 +122,21 @@ class Checked:
     data_reference: str
     space: Space
     space_reference: str
-    metric: str
+    objectives: tuple[Objective, ...]
+    device: Device | None
     sampler: str
     sequence_length: int
+    warm_start: tuple[str, ...]
     confirm: int
     seed: int
     spec: ModelSpec | None
     stored: Mapping[str, Any] | None
     storage: Storage | None
+
+    @property
+    def metric(self) -> str:
+        """What ranks, and chooses what is exported: the first of the objectives."""
+        return self.objectives[0].name
 
 
 def check_request(request: SearchRequest) -> Checked:
@@ -150,9 +165,7 @@ def check_request(request: SearchRequest) -> Checked:
     length = request.sequence_length or known.get("plan", {}).get("sequence_length") or SEQUENCE_LENGTH
     if request.step_tokens is not None and (request.step_tokens < 1 or request.step_tokens % length):
         raise InputError(f"--step-tokens must be a multiple of {length}, a sequence, not {request.step_tokens}")
-    metric = request.metric or known.get("metric") or DEFAULT_METRIC
-    if metric not in METRICS:
-        raise InputError(f"{metric!r} is no metric that can rank; the metrics are {', '.join(METRICS)}")
+    objectives = _objectives(request, known)
     sampler = request.sampler or known.get("sampler") or DEFAULT_SAMPLER
     if sampler not in SAMPLERS:
         raise InputError(f"there is no sampler {sampler!r}; the samplers are {', '.join(SAMPLERS)}")
@@ -161,8 +174,9 @@ def check_request(request: SearchRequest) -> Checked:
     space_reference = request.space or known.get("space") or DEFAULT_SPACE
     teacher = resolve_teacher(teacher_reference)
     source = resolve_data(data_reference)
-    if metric in WRITTEN and not source.conversations:
-        raise InputError(f"--metric {metric} needs questions with answers: {ASKING_DATA}")
+    written = [one.name for one in objectives if one.name in WRITTEN]
+    if written and not source.conversations:
+        raise InputError(f"{written[0]} needs questions with answers: {ASKING_DATA}")
     space = load_space(space_reference)
     if request.strategy is not None:
         space = single(space, request.strategy)
@@ -175,9 +189,11 @@ def check_request(request: SearchRequest) -> Checked:
         data_reference=data_reference,
         space=space,
         space_reference=space_reference,
-        metric=metric,
+        objectives=objectives,
+        device=_device(request, known, objectives),
         sampler=sampler,
         sequence_length=length,
+        warm_start=parse_runs(request.warm_start) if request.warm_start is not None else _warmed_by(known),
         confirm=request.confirm if request.confirm is not None else known.get("confirm", 0),
         seed=request.seed if request.seed is not None else known.get("seed", 0),
         spec=spec_from_config(teacher.config) if teacher.config else None,
@@ -186,12 +202,44 @@ def check_request(request: SearchRequest) -> Checked:
     )
     if stored is not None:
         _check_same(checked, stored)
+    else:
+        check_space(request.out, checked.warm_start, space)
     if checked.spec is not None:
         if request.strategy is not None:
             for strategy in space.baselines.values():
                 check_strategy(strategy, checked.spec)
         check_teacher(checked, checked.spec)
     return checked
+
+
+def _objectives(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Objective, ...]:
+    """What the search is judged by: what is asked, on resuming what was asked before, or the default metric."""
+    metric = request.metric
+    if metric is not None and metric not in METRICS:
+        raise InputError(f"{metric!r} is no metric that can rank; the metrics are {', '.join(METRICS)}")
+    if request.objectives is None:
+        return parse_objectives(metric) if metric else objectives_of(known or {"metric": DEFAULT_METRIC})
+    objectives = parse_objectives(request.objectives)
+    if metric not in (None, objectives[0].name):
+        raise InputError(
+            f"--metric {metric} contradicts --objectives {request.objectives}, whose first one ranks: leave --metric "
+            "out"
+        )
+    return objectives
+
+
+def _device(request: SearchRequest, known: Mapping[str, Any], objectives: tuple[Objective, ...]) -> Device | None:
+    """Where latencies are predicted, if they are: on resuming the device as it was, with the figures it had."""
+    if all(one.name != "latency" for one in objectives):
+        return None
+    if request.device is None and known.get("device"):
+        return Device.from_json(known["device"])
+    return choose_device(request.device or LOCAL, request.cache)
+
+
+def _warmed_by(stored: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the runs that a stored one was warm-started by."""
+    return tuple(stored.get("warm_start", {}).get("runs", ()))
 
 
 def single(space: Space, reference: str) -> Space:
@@ -235,8 +283,13 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
     differing = {
         "teacher": (checked.teacher_reference, stored["teacher"]["reference"]),
         "data": (checked.data_reference, stored["data"]["reference"]),
-        "metric": (checked.metric, stored["metric"]),
+        "objectives": (
+            ",".join(one.name for one in checked.objectives),
+            ",".join(one.name for one in objectives_of(stored)),
+        ),
+        "device": (checked.device and checked.device.name, (stored.get("device") or {}).get("name")),
         "sampler": (checked.sampler, stored["sampler"]),
+        "warm start": (", ".join(checked.warm_start), ", ".join(_warmed_by(stored))),
         "seed": (checked.seed, stored["seed"]),
         "budget": (checked.request.budget.to_json(), stored["budget"]),
         "space": (checked.space.hash, stored["space_hash"]),

@@ -14,11 +14,12 @@ from autodistill.contracts import Plan, Status
 from autodistill.errors import InterruptedSearchError
 from autodistill.hardware import detect
 from autodistill.records.leaderboard import rank, rows_of, to_parquet
+from autodistill.records.objectives import front
 from autodistill.records.report import write_report
 from autodistill.records.row import Row
 from autodistill.records.saved import saved
 from autodistill.records.store import RunFolder, write_json
-from autodistill.records.stored_run import StoredLog, keep
+from autodistill.records.stored_run import StoredLog, check_free, keep
 from autodistill.search.campaign import Campaign
 from autodistill.search.cost import cost
 from autodistill.search.finish import Finish, Finisher, finish
@@ -35,7 +36,6 @@ from autodistill.search.prepare import (
     prepare_trials,
 )
 from autodistill.search.request import (
-    METRICS,
     Checked,
     SearchRequest,
     check_request,
@@ -103,20 +103,27 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
     """
     observer = observer or Observer()
     checked = check_request(request)
-    out, name = request.out, checked.name
-    with (
-        _workplace(checked) as (place, joined),
-        RunFolder.open(out, name, lock=True) if request.resume else RunFolder.create(out, name) as run,
-    ):
+    with _workplace(checked) as (place, joined), _folder(checked) as run:
         try:
-            return _search(checked, place, joined, run, observer)
+            return _search(replace(checked, name=run.name), place, joined, run, observer)
         except KeyboardInterrupt:
             if not run.search_file.exists():
                 raise InterruptedSearchError("stopped before the first trial: nothing to resume") from None
             resume = request.command if request.resume else f"{request.command} --resume"
             if request.name is None:
-                resume += f" --name {name}"
+                resume += f" --name {run.name}"
             raise InterruptedSearchError(f"stopped; every finished trial is kept. To go on: {resume}") from None
+        finally:
+            if not request.resume:
+                run.discard()
+
+
+def _folder(checked: Checked) -> RunFolder:
+    """The run's folder, locked: that which is resumed, or a new one, of another name where the default one is taken."""
+    out, name = checked.request.out, checked.name
+    if checked.request.resume:
+        return RunFolder.open(out, name, lock=True)
+    return RunFolder.create_free(out, name) if checked.request.name is None else RunFolder.create(out, name)
 
 
 @contextmanager
@@ -144,6 +151,8 @@ def _search(checked: Checked, place: Place, joined: Cluster | None, run: RunFold
     clock.add("load", time.monotonic() - request.started)
     storage = checked.storage.at(run.name) if checked.storage else None
     if storage is not None:
+        if not request.resume:
+            check_free(storage)
         log = StoredLog(run.events.path, storage)
         log.sync()
         run.use(log)
@@ -151,11 +160,14 @@ def _search(checked: Checked, place: Place, joined: Cluster | None, run: RunFold
     planned = plan_run(checked, place, run, clock, observer)
     # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
     runner = _start_runner(request, place, joined)
+    if storage is not None:
+        keep(run.search_file, storage)
     run.events.append({"event": "session", "time": time.time()})
     ready = prepare_trials(checked, planned, run, clock)
     loaded, plan, question, setting = planned.loaded, planned.plan, ready.question, ready.setting
     if storage is not None:
         with clock.phase("load", "sending what trials read"):
+            keep(run.search_file, storage)
             setting = send(setting, storage)
     deadline = _deadline(request, plan, earlier)
     campaign = Campaign(
@@ -165,6 +177,9 @@ def _search(checked: Checked, place: Place, joined: Cluster | None, run: RunFold
             name=checked.sampler,
             seed=checked.seed,
             direction=question.direction,
+            further=question.further,
+            earlier=ready.warm.observations,
+            first=ready.warm.first,
             forking=checked.request.forking,
         ),
         log=run.events,
@@ -202,7 +217,7 @@ def _search(checked: Checked, place: Place, joined: Cluster | None, run: RunFold
     seconds = clock.summary()
     result = _result(checked, campaign, rows, finished, plan, seconds, run)
     kept = {name: result[name] for name in ("notes", "saved")}
-    write_json(run.search_file, {**planned.document, "seconds": seconds, **kept})
+    write_json(run.search_file, {**ready.document, "seconds": seconds, **kept})
     if storage is not None:
         keep(run.search_file, storage)
     to_parquet(rows, run.leaderboard_file)
@@ -250,13 +265,15 @@ def _result(
     run: RunFolder,
 ) -> dict[str, Any]:
     """The search's one JSON document."""
-    ranked = rank(rows, checked.metric, METRICS[checked.metric])
+    ranked = rank(rows, checked.metric, campaign.question.direction)
     trials = campaign.trials.values()
     notes = [*plan.notes, *finished.notes, *_fell_short(campaign, plan)]
     return {
         "name": run.name,
         "best": finished.best.to_json(),
         "rows": [one.row.to_json() for one in ranked],
+        "objectives": [objective.name for objective in checked.objectives],
+        "front": [row.to_json() for row in front(rows, checked.objectives)],
         "baseline": next((one.row.to_json() for one in ranked if one.row.kind == "baseline"), None),
         "teacher": [one.row.to_json() for one in ranked if one.row.kind == "teacher"],
         "rejected": [
