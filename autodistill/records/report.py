@@ -10,7 +10,7 @@ from autodistill.records.leaderboard import DISTILLED, Ranked, limits_of, neares
 from autodistill.records.objectives import Objective, front, objectives_of
 from autodistill.records.row import Row
 from autodistill.records.saved import Saved
-from autodistill.records.store import RunFolder, read_json, replacing
+from autodistill.records.store import RunFolder, opened, openings_of, read_json, replacing
 from autodistill.units import Budget, format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def report_markdown(
     events: Iterable[Mapping[str, Any]],
     *,
     picture: str | None = None,
+    openings: Mapping[str, int] | None = None,
 ) -> str:
     """The page as Markdown; what was not recorded is left out.
 
@@ -37,6 +38,7 @@ def report_markdown(
         ranked: The leaderboard.
         events: The log. Of it are read "status" events (`trial`, `status`, `reason`), and the rows of the test split.
         picture: Path of the plot beside the page, or None where it could not be drawn.
+        openings: How often each run beside this one opened the test split of the same data; none by default.
     """
     events = list(events)
     metric = str(search.get("metric", "accuracy"))
@@ -49,7 +51,7 @@ def report_markdown(
         _front(search, ranked),
         _lost(events),
         _spared(search),
-        _test(events, metric),
+        _test(events, metric, openings or {}),
         _pairs("Seconds by phase", {k: f"{v:.1f}" for k, v in search.get("seconds", {}).items()}),
         _command(search),
         _pairs("Versions", search.get("versions", {})),
@@ -79,7 +81,8 @@ def write_report(run: RunFolder) -> tuple[str, ...]:
         with replacing(run.path / _PICTURE) as temporary:
             drawing.savefig(temporary, format="png", dpi=150)
         written = ("report.md", _PICTURE)
-    text = report_markdown(search, ranked, events, picture=_PICTURE if _PICTURE in written else None)
+    openings = openings_of(run.path.parent, search)
+    text = report_markdown(search, ranked, events, picture=_PICTURE if _PICTURE in written else None, openings=openings)
     with replacing(run.path / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     return written
@@ -248,7 +251,7 @@ def _spared(search: Mapping[str, Any]) -> str:
     return "## Compute saved\n\n" + "\n".join(f"- {sentence}." for sentence in said) if said else ""
 
 
-def _test(events: Iterable[Mapping[str, Any]], metric: str) -> str:
+def _test(events: Iterable[Mapping[str, Any]], metric: str, openings: Mapping[str, int]) -> str:
     rows = [row for row in rows_of(events, ("row", "test")) if row.split == "test"]
     lines = [
         [
@@ -262,7 +265,10 @@ def _test(events: Iterable[Mapping[str, Any]], metric: str) -> str:
         for row in rows
     ]
     titles = ["what", "name", "deployment", metric, "retention", "perplexity"]
-    return "## Test split, opened once at the end\n\n" + _table(titles, lines) if lines else ""
+    if not lines:
+        return ""
+    ledger = f"\n\n{_text(opened(openings))}" if openings else ""
+    return "## Test split, opened once at the end\n\n" + _table(titles, lines) + ledger
 
 
 def _command(search: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import socket
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -457,6 +458,23 @@ def recorded_test_openings(out: Path, *, data: str | None = None) -> list[dict[s
     """Every recorded opening of a test split (run, data, time), or those of the data with one fingerprint."""
     openings = EventLog(out / _OPENINGS).read()
     return [opening for opening in openings if data is None or opening["data"] == data]
+
+
+def openings_of(out: Path, search: Mapping[str, Any]) -> dict[str, int]:
+    """How often each run in a folder opened the test split of the data that a search is on, from its `search.json`."""
+    data = search.get("data")
+    fingerprint = data.get("fingerprint") if isinstance(data, Mapping) else None
+    found = recorded_test_openings(out, data=fingerprint) if fingerprint else []
+    return dict(Counter(opening["run"] for opening in found).most_common())
+
+
+def opened(openings: Mapping[str, int]) -> str:
+    """The openings of one test split in a sentence."""
+    times = sum(openings.values())
+    if not times:
+        return "The test split of this data has not been opened here."
+    runs = ", ".join(f"{run} {count}" for run, count in openings.items())
+    return f"The test split of this data has been opened {times} time{'s' if times > 1 else ''} here, by {runs}."
 
 
 def _check_name(name: str) -> None:

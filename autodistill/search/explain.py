@@ -12,7 +12,7 @@ from autodistill.errors import InputError
 from autodistill.records.leaderboard import DISTILLED, rank
 from autodistill.records.row import Row, rows_of
 from autodistill.records.saved import Saved, saved
-from autodistill.records.store import RunFolder, read_json
+from autodistill.records.store import RunFolder, opened, openings_of, read_json
 from autodistill.search.study import Observation, importance
 from autodistill.space import Space
 from autodistill.units import format_bytes
@@ -38,6 +38,7 @@ class Explanation:
         tokens_full: What the same trials would have taken to the end, each of them.
         tokens_rejected: What the rejected ones would have taken to the first rung.
         saved: What sharing stages and rejecting saved, and what all training took.
+        openings: How often each run here opened the test split of this data.
         binding: The limit and how near the best row is to it, in a sentence.
         next: What would fit next, in sentences.
     """
@@ -53,6 +54,7 @@ class Explanation:
     tokens_full: int
     tokens_rejected: int
     saved: Saved
+    openings: Mapping[str, int]
     binding: str
     next: tuple[str, ...]
 
@@ -80,7 +82,7 @@ class Explanation:
                 f"{self.tokens_full:,} ({less:.0%} saved by stopping)."
             )
         lines += [f"{sentence}." for sentence in self.saved.describe()]
-        return "\n".join([*lines, self.binding, *self.next])
+        return "\n".join([*lines, opened(self.openings), self.binding, *self.next])
 
 
 def explain(run: RunFolder) -> Explanation:
@@ -121,6 +123,7 @@ def explain(run: RunFolder) -> Explanation:
         tokens_full=plan.tokens * len(reached),
         tokens_rejected=spared.rejected_tokens,
         saved=spared,
+        openings=openings_of(run.path.parent, asked),
         binding=binding,
         next=following,
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ from autodistill.units import Budget, Price
 DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE = "smollm2", "pydoc", "default"
 DEFAULT_METRIC, DEFAULT_SAMPLER = "accuracy", "tpe"
 RUNNERS = ("ray", "inline")
+_SEEDS = 2**32
+_MANY = 10_000
 _SHORTEST = 8  # tokens of a sequence: fewer give a model nothing to predict from
 WRITTEN = ("exact_match",)  # those for which the student answers questions in writing
 
@@ -180,6 +184,8 @@ def check_request(request: SearchRequest) -> Checked:
     space = load_space(space_reference)
     if request.strategy is not None:
         space = single(space, request.strategy)
+    _check_possible(space, request)
+    _check_cache(request.cache)
     checked = Checked(
         request=request,
         name=request.name or datetime.now().strftime("search-%Y%m%d-%H%M%S"),
@@ -210,6 +216,35 @@ def check_request(request: SearchRequest) -> Checked:
                 check_strategy(strategy, checked.spec)
         check_teacher(checked, checked.spec)
     return checked
+
+
+def _check_possible(space: Space, request: SearchRequest) -> None:
+    """Refuses more trials than a finite space holds strategies, and seeds that no generator takes."""
+    last = (request.seed or 0) + (request.confirm or 0)
+    if not 0 <= (request.seed or 0) <= last < _SEEDS:
+        raise InputError(f"seeds lie between 0 and {_SEEDS - 1}, and --seed with those of --confirm reaches {last}")
+    grids = {dimension.path: dimension.domain.grid for dimension in space.dimensions}
+    if request.trials is None or not grids or None in grids.values():
+        return
+    # Of a space of more points than anybody would try, it is enough to know that.
+    wanted = min(request.trials, _MANY)
+    points = sum(1 for _ in islice(space.points(lambda dimension: grids[dimension.path] or ()), wanted))
+    if points < wanted:
+        raise InputError(
+            f"--trials {request.trials} are more than the space {space.name} holds, which is {points} strategies: ask "
+            "for that many, or give another --space"
+        )
+
+
+def _check_cache(cache: Path) -> None:
+    """Refuses a cache that cannot be written; it is made here, since nothing else would tell."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        writable = os.access(cache, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise InputError(f"cannot write into {cache}: {error.strerror}; choose another folder with --cache") from error
+    if not writable:
+        raise InputError(f"cannot write into {cache}: it is not yours to write; choose another folder with --cache")
 
 
 def _objectives(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Objective, ...]:

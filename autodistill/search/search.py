@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from autodistill.contracts import Plan, Status
 from autodistill.errors import InterruptedSearchError
 from autodistill.hardware import detect
+from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.leaderboard import rank, rows_of, to_parquet
 from autodistill.records.objectives import front
 from autodistill.records.report import write_report
@@ -24,6 +25,7 @@ from autodistill.search.campaign import Campaign
 from autodistill.search.cost import cost
 from autodistill.search.finish import Finish, Finisher, finish
 from autodistill.search.inline_runner import run_inline
+from autodistill.search.plan import confirmed
 from autodistill.search.prepare import (
     Clock,
     Observer,
@@ -309,4 +311,8 @@ def _fell_short(campaign: Campaign, plan: Plan) -> list[str]:
         notes.append(f"the box held {proposed} of the {plan.trials} planned trials: give it more --time")
     if whole < min(planned, plan.trials):
         notes.append(f"the box took {whole} of {planned} trials to full fidelity: give it more --time")
+    again = sum(trial.kind == CONFIRMATION and trial.status is not None for trial in campaign.trials.values())
+    wanted = campaign.question.confirm * confirmed(plan.trials, plan.keep, len(campaign.question.space.baselines))
+    if again < wanted and whole:
+        notes.append(f"the box held {again} of the {wanted} trainings on further seeds: give it more --time")
     return notes

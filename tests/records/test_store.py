@@ -222,6 +222,17 @@ def test_every_opening_of_a_test_split_is_on_record(tmp_path: Path) -> None:
     assert all(o["time"].endswith("+00:00") for o in store.recorded_test_openings(tmp_path))
 
 
+def test_openings_are_counted_by_run(tmp_path):
+    search = {"data": {"fingerprint": "f1"}}
+    assert store.opened(store.openings_of(tmp_path, search)) == "The test split of this data has not been opened here."
+    for run, data in (("a", "f1"), ("b", "f2"), ("c", "f1"), ("a", "f1")):
+        store.record_test_opening(tmp_path, run=run, data=data)
+    assert store.openings_of(tmp_path, search) == {"a": 2, "c": 1}
+    said = store.opened(store.openings_of(tmp_path, search))
+    assert said == "The test split of this data has been opened 3 times here, by a 2, c 1."
+    assert store.openings_of(tmp_path, {}) == {}
+
+
 def test_a_holder_on_another_host_is_named_with_it(tmp_path):
     """Over a shared disk a run may be held from elsewhere; its lock says from where."""
     with RunFolder.create(tmp_path, "run") as holder:

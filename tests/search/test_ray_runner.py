@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from autodistill.contracts import Status
+from autodistill.errors import AutoDistillError
 from autodistill.records.row import rows_of
 from autodistill.records.store import EventLog
 from autodistill.search.prepare import Observer
@@ -93,3 +95,54 @@ def test_a_search_through_ray_survives_the_death_of_workers(
     assert outcome.finish.best.feasible
     assert Path("runs/run/student/gguf/student.gguf").is_file()
     assert {row.trial for row in rows_of(events) if row.full and row.kind == "student"}
+
+
+class DiskFiller(Observer):
+    """Once a rung is in the log, nothing more can be written to it; `/dev/full` answers as a full disk does."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self.filled = False
+        self._watch = threading.Thread(target=self._run, daemon=True)
+
+    def phase(self, name: str) -> None:
+        """Starts to watch when trials begin."""
+        if name == "trials":
+            self._watch.start()
+
+    def _run(self) -> None:
+        while not any(event["event"] == "rung" for event in EventLog(self._log).read()):
+            time.sleep(0.05)
+        (self._log.parent / "full").symlink_to("/dev/full")
+        self._log.rename(self._log.parent / "kept")
+        (self._log.parent / "full").rename(self._log)
+        self.filled = True
+
+
+@pytest.mark.slow
+def test_a_log_that_cannot_be_written_ends_a_search_through_ray_with_what_to_do(tmp_path: Path) -> None:
+    save_tiny_teacher(tmp_path / "teacher", layers=5)
+    tiny_text(tmp_path / "text", documents=30, sentences=80)
+    asked = SearchRequest(
+        budget=Budget(memory_bytes=16 * 10**9, context=256),
+        teacher=str(tmp_path / "teacher"),
+        data=str(tmp_path / "text"),
+        trials=3,
+        tokens=2304,
+        out=tmp_path / "runs",
+        name="run",
+        cache=tmp_path / "cache",
+    )
+    log = tmp_path / "runs" / "run" / "trials.jsonl"
+    filler = DiskFiller(log)
+    with pytest.raises(AutoDistillError, match=r"No space left on device; what it held is kept: make room.*--resume"):
+        search(asked, filler)
+    assert filler.filled
+    log.unlink()
+    (log.parent / "kept").rename(log)
+    before = log.read_bytes()
+    outcome = search(replace(asked, resume=True, runner="inline"))
+    assert log.read_bytes().startswith(before)
+    rungs = [(event["trial"], event["rung"]) for event in EventLog(log).read() if event["event"] == "rung"]
+    assert len(set(rungs)) == len(rungs)
+    assert outcome.finish.best.feasible

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.devices import devices, find_device
-from autodistill.errors import InputError, NothingFitsError
+from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
 from autodistill.estimate import spec_from_config
 from autodistill.records.row import Row, read_parquet
 from autodistill.records.store import RunFolder, recorded_test_openings
@@ -335,3 +336,35 @@ def test_sequences_that_cannot_be_are_refused(inputs: tuple[Path, Path, Path], t
         check_request(request(inputs, tmp_path, sequence_length=999999))
     with pytest.raises(InputError, match="--step-tokens must be a multiple of 64, a sequence, not 250"):
         check_request(request(inputs, tmp_path, sequence_length=64, step_tokens=250))
+
+
+def test_ctrl_c_before_anything_is_planned_leaves_nothing(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(checked: object) -> None:
+        assert (tmp_path / "run").is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autodistill.search.prepare.load", interrupt)
+    with pytest.raises(InterruptedSearchError, match="nothing to resume"):
+        search(request(inputs, tmp_path))
+    assert not (tmp_path / "run").exists()
+
+    def refuse(checked: object) -> None:
+        raise InputError("bad data")
+
+    monkeypatch.setattr("autodistill.search.prepare.load", refuse)
+    with pytest.raises(InputError, match="bad data"):
+        search(request(inputs, tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_held_is_not_gone_on_with(
+    inputs: tuple[Path, Path, Path], outcome: tuple[Outcome, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autodistill.search.prepare.load", lambda checked: pytest.fail("a model was loaded"))
+    with (
+        RunFolder.open(outcome[1], "run", lock=True),
+        pytest.raises(InputError, match=rf"held by the running process {os.getpid()}: wait for it, or stop it"),
+    ):
+        search(request(inputs, outcome[1], resume=True))
