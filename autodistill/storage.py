@@ -265,6 +265,9 @@ def node_copy(storage: Storage, key: str) -> Path:
 def _open(uri: str) -> tuple[Any, str]:
     if "://" not in uri:
         raise InputError(f"--storage takes a URI, like s3://bucket/prefix or file:///shared/folder, not {uri!r}")
+    if "@" in uri.partition("://")[2].partition("/")[0]:
+        # It is written into the run's own files, and handed to every node.
+        raise InputError("--storage holds a key or a password: give credentials by the environment, not in the URI")
     try:
         system, root = fs.FileSystem.from_uri(uri)
     except (OSError, ValueError) as error:

@@ -6,23 +6,27 @@ Trials do nothing, or sleep for a fixed time, so that what is left is orchestrat
 assignments on their way, and workers that wait for them. Ours are driven by the search's own runner with a source of
 assignments in the place of its campaign; the plain loop is a function trainable as the documentation of Ray Tune shows
 it, which imports torch and transformers as any that distils must. Both run on the same Ray and report, of each trial,
-when its work began and ended, and in which process.
+when its work began and ended, and in which process. Processor time, of this process and all of Ray's, is that of a run
+whatever else the machine does at the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import psutil
 import report
 
 from autodistill.hardware import detect
@@ -101,6 +105,45 @@ def plain(count: int, seconds: float, workers: int) -> list[Spell]:
     return [Spell(**{name: result.metrics[name] for name in names}) for result in results if result.metrics]
 
 
+class Processors:
+    """Seconds of processor time that this process and all below it take within the context.
+
+    A process that ends is counted as it was last seen, a tenth of a second or less before.
+    """
+
+    def __init__(self) -> None:
+        self._over = threading.Event()
+        self._first: dict[tuple[int, float], float] = {}
+        self._last: dict[tuple[int, float], float] = {}
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Processors:
+        self._first = dict(self._look())
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._last.update(self._look())
+
+    @property
+    def seconds(self) -> float:
+        """Once the context is left."""
+        return sum(spent - self._first.get(process, 0.0) for process, spent in self._last.items())
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.1):
+            self._last.update(self._look())
+
+    def _look(self) -> Iterator[tuple[tuple[int, float], float]]:
+        own = psutil.Process()
+        for process in (own, *own.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                yield (process.pid, process.create_time()), times.user + times.system
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """What a run spent beside the work of its trials.
@@ -111,6 +154,7 @@ class Cost:
         share: Of all worker-seconds.
         first: Seconds until a worker's first trial began, their mean.
         gaps: Seconds between two trials in the same worker process.
+        processors: Seconds of processor time of the whole run.
     """
 
     trials: int
@@ -120,12 +164,14 @@ class Cost:
     share: float
     first: float
     gaps: tuple[float, ...]
+    processors: float
 
 
 def measure(run: Callable[[int, float, int], list[Spell]], count: int, seconds: float, workers: int) -> Cost:
     """Runs so many trials of so many seconds."""
     start = time.time()
-    spells = run(count, seconds, workers)
+    with Processors() as processors:
+        spells = run(count, seconds, workers)
     wall = time.time() - start
     assert len(spells) == count
     by_process: dict[int, list[Spell]] = {}
@@ -142,6 +188,7 @@ def measure(run: Callable[[int, float, int], list[Spell]], count: int, seconds: 
         share=spent / (workers * wall),
         first=statistics.mean(firsts),
         gaps=tuple(gaps),
+        processors=processors.seconds,
     )
 
 
@@ -160,6 +207,7 @@ def line(name: str, seconds: float, cost: Cost) -> Sequence[Any]:
         f"{beyond:.2f}",
         f"{cost.spent / cost.trials:.2f}",
         f"{cost.share:.1%}",
+        f"{cost.processors / cost.trials:.2f}",
     )
 
 
@@ -174,6 +222,7 @@ TITLES = (
     "a trial beyond the first of each worker, s",
     "a trial, s",
     "of all worker-seconds",
+    "processor time a trial, s",
 )
 
 

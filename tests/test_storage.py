@@ -134,6 +134,7 @@ def test_a_checkpoint_written_on_one_node_is_read_on_another(storage: Storage, t
     [
         ("here/there", "takes a URI"),
         ("nonsense://x", "Unrecognized filesystem"),
+        ("s3://key:secret@bucket/prefix", "give credentials by the environment"),
         ("file:///", "names no bucket"),
         ("s3://", "names no bucket"),
     ],
