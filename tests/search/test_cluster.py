@@ -131,6 +131,12 @@ def test_a_search_outlives_a_node(cluster: Any, tmp_path: Path, monkeypatch: pyt
     states = {event["trial"]: event["status"] for event in events if event["event"] == "status"}
     assert sum(status != Status.REJECTED for status in states.values()) == 5
     assert Status.FAILED not in states.values(), "the lost trial was not tried again"
+    rungs = {(event["trial"], event["rung"]): event for event in events if event["event"] == "rung"}
+    for event in events:
+        # What was lost went on from the checkpoint of its last rung, and did not begin again.
+        if event["event"] == "retry" and event["rung"] > 0 and event["deployment"] is None:
+            again = rungs[event["trial"], event["rung"]]
+            assert again["trained"] < again["tokens"]
     assert {row.trial for row in rows_of(events) if row.full and row.kind == "student"}
     assert outcome.finish.best.feasible
 
