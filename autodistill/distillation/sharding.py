@@ -92,8 +92,8 @@ class Sharding:
         self._accelerator.wait_for_everyone()
 
 
-def whole_model(sharding: Sharding, model: Any, device: str) -> Any | None:
-    """A plain model with the whole weights, in the first process; None in the others, which give their shards."""
+def whole_model(sharding: Sharding, model: Any) -> Any | None:
+    """A plain model with the whole weights on the CPU, in the first process; None in the others, which give shards."""
     from transformers import AutoModelForCausalLM
 
     weights = {}
@@ -108,7 +108,7 @@ def whole_model(sharding: Sharding, model: Any, device: str) -> Any | None:
     _, unknown = plain.load_state_dict(weights, strict=False)
     assert not unknown
     plain.generation_config = model.generation_config
-    return plain.to(device)
+    return plain
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autodistill.errors import MissingDependencyError
+from autodistill.records.differences import differences, shown
 from autodistill.records.leaderboard import DISTILLED, Ranked, limits_of, nearest, pareto, rank, rows_of
 from autodistill.records.objectives import Objective, front, objectives_of
 from autodistill.records.row import Row
@@ -267,8 +268,14 @@ def _test(events: Iterable[Mapping[str, Any]], metric: str, openings: Mapping[st
     titles = ["what", "name", "deployment", metric, "retention", "perplexity"]
     if not lines:
         return ""
+    compared = shown(differences(rows))
+    note = (
+        "\n\nPaired by document, each with its bootstrapped standard error; of a perplexity, that of its logarithm:\n\n"
+    )
+    more = note + _table(compared[0], compared[1:]) if compared else ""
+
     ledger = f"\n\n{_text(opened(openings))}" if openings else ""
-    return "## Test split, opened once at the end\n\n" + _table(titles, lines) + ledger
+    return "## Test split, opened once at the end\n\n" + _table(titles, lines) + more + ledger
 
 
 def _command(search: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from autodistill.contracts import Plan, Status
 from autodistill.errors import InterruptedSearchError
 from autodistill.hardware import detect
 from autodistill.records.confirmation import KIND as CONFIRMATION
+from autodistill.records.differences import differences
 from autodistill.records.leaderboard import rank, rows_of, to_parquet
 from autodistill.records.objectives import front
 from autodistill.records.report import write_report
@@ -267,7 +268,7 @@ def _result(
     run: RunFolder,
 ) -> dict[str, Any]:
     """The search's one JSON document."""
-    ranked = rank(rows, checked.metric, campaign.question.direction)
+    ranked = rank(rows, checked.metric, checked.direction)
     trials = campaign.trials.values()
     notes = [*plan.notes, *finished.notes, *_fell_short(campaign, plan)]
     return {
@@ -290,6 +291,7 @@ def _result(
         ],
         "test": [row.to_json() for row in finished.test],
         "gain_on_test": finished.gain,
+        "differences_on_test": [item.to_json() for item in differences(finished.test)],
         "confirmation": [item.to_json() for item in finished.confirmed],
         "runtime": {name: asdict(check) for name, check in finished.checks.items()},
         "budget": checked.request.budget.to_json(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from autodistill.strategy import content_hash
 from autodistill.trial import TrialSetting
 
 _MANIFEST = "supplies.json"
-_FIELDS = ("teacher", "data", "cache", "teacher_top1", "calibration")
 
 
 def send(setting: TrialSetting, storage: Storage) -> TrialSetting:
@@ -59,18 +58,18 @@ def fetch(setting: TrialSetting) -> TrialSetting:
 
 
 def _paths(setting: TrialSetting) -> Iterator[tuple[str, Path]]:
-    for name in _FIELDS:
-        path = getattr(setting, name)
-        if path is not None:
-            yield name, path
+    for item in fields(setting):
+        path = getattr(setting, item.name)
+        if isinstance(path, Path) and item.name != "checkpoints":  # which trials write
+            yield item.name, path
     for model, path in setting.pretrained.items():
         yield f"pretrained/{model}", path
 
 
 def _with(setting: TrialSetting, paths: dict[str, Path], checkpoints: Path) -> TrialSetting:
     models = {name.partition("/")[2]: path for name, path in paths.items() if name.startswith("pretrained/")}
-    fields: dict[str, Any] = {name: paths[name] for name in _FIELDS if name in paths}
-    return replace(setting, pretrained=models, checkpoints=checkpoints, **fields)
+    own: dict[str, Any] = {name: path for name, path in paths.items() if "/" not in name}
+    return replace(setting, pretrained=models, checkpoints=checkpoints, **own)
 
 
 def _content(path: Path) -> str:

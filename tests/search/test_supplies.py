@@ -20,7 +20,7 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrialSetting:
     for name in ("teacher", "data", "cache", "small"):
         (tmp_path / name / "below").mkdir(parents=True)
         (tmp_path / name / "below" / "file").write_text(name)
-    (tmp_path / "top1.npy").write_bytes(b"top1")
+    (tmp_path / "reference.npz").write_bytes(b"kept")
     others: dict[str, Any] = dict.fromkeys(
         ("teacher_spec", "teacher_accuracy", "budget", "plan", "metric", "direction")
     )
@@ -28,7 +28,7 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrialSetting:
         teacher=Path("teacher"),
         data=Path("data"),
         cache=Path("cache"),
-        teacher_top1=Path("top1.npy"),
+        teacher_reference=Path("reference.npz"),
         checkpoints=Path("checkpoints"),
         pretrained={"some/model": Path("small")},
         evaluators=(),
@@ -56,7 +56,7 @@ def test_another_machine_reads_copies(setting: TrialSetting, tmp_path: Path, mon
         assert path is not None
         assert path.is_relative_to(tmp_path / "home")
         assert (path / "below" / "file").read_text() == name
-    assert found.teacher_top1.read_bytes() == b"top1"
+    assert found.teacher_reference.read_bytes() == b"kept"
     assert found.calibration is None
     assert found.checkpoints.is_relative_to(tmp_path / "home")
 
