@@ -355,7 +355,9 @@ class Plan:
         decay: Share of a rung's tokens that the final decay takes; finishing happens in it.
         rung_eval_tokens, eval_tokens, test_tokens: Tokens an evaluation reads: at a rung, at full fidelity, on test.
         workers: Trials that train at once.
-        threads: CPU threads of each worker.
+        threads: CPU threads of each process of a worker.
+        processes: That train one trial together.
+        gpus: Of each process: a fraction where several share one.
         bf16: Whether training computes in bfloat16 where that is safe.
         seed: Of data order, projections and proposals.
         box_seconds: The time box, or None.
@@ -386,6 +388,8 @@ class Plan:
     micro_batch: int = 1
     checkpointing: bool = False
     optimizer_state: OptimizerState = "float32"
+    processes: int = 1
+    gpus: float = 1.0
     example_share: float = 1.0
     lengths: tuple[float, ...] = (1.0,)
 

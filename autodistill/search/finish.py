@@ -31,7 +31,15 @@ from autodistill.records.store import RunFolder, record_test_opening, recorded_t
 from autodistill.search.rows import make_row
 from autodistill.search.trials import Question
 from autodistill.strategy import Deployment, Strategy
-from autodistill.trial import TrialSetting, deployed_weights, evaluate, initial_student, student_folder, student_spec
+from autodistill.trial import (
+    TrialSetting,
+    deployed_weights,
+    evaluate,
+    has_student,
+    initial_student,
+    student_spec,
+    trained_student,
+)
 from autodistill.units import format_bytes
 
 # Measured in the runtime, a student may turn out above the budget; this many are tried before giving up.
@@ -84,7 +92,11 @@ class Finisher:
 
     def student(self, row: Row) -> Path:
         """Folder of the float32 student of a row."""
-        return student_folder(self.run.checkpoints / row.trial)
+        return trained_student(self.run.checkpoints / row.trial, self.setting.storage)
+
+    def has(self, row: Row) -> bool:
+        """Whether its student was kept."""
+        return has_student(self.run.checkpoints / row.trial, self.setting.storage)
 
     def load(self, row: Row) -> Any:
         """The float32 student of a row."""
@@ -108,7 +120,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     """
     question, phases = finisher.question, finisher.phases
     torch.set_num_threads(finisher.threads)
-    students = trained_rows(rows, question.metric, finisher.student)
+    students = trained_rows(rows, question.metric, finisher.has)
     confirmed = confirmations(rows, question.metric, question.direction)
     ranked = exportable(students, confirmed, question)
     paths: dict[str, Path] = {}
@@ -151,16 +163,16 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     )
 
 
-def trained_rows(rows: Sequence[Row], metric: str, student: Callable[[Row], Path]) -> list[Row]:
-    """The rows of students at full fidelity that are on disk; one without the metric says nothing of its student.
+def trained_rows(rows: Sequence[Row], metric: str, kept: Callable[[Row], bool]) -> list[Row]:
+    """The rows of students at full fidelity that were kept; one without the metric says nothing of its student.
 
     Args:
         rows: Of one split.
         metric: What ranks.
-        student: Gives the folder of a row's student.
+        kept: Whether a row's student was.
     """
     full = (row for row in rows if row.kind in DISTILLED and row.full and row.figure(metric) is not None)
-    return [row for row in full if student(row).is_dir()]
+    return [row for row in full if kept(row)]
 
 
 def exportable(students: Sequence[Row], confirmed: Sequence[Confirmation], question: Question) -> list[Row]:
@@ -331,7 +343,7 @@ def _spent(finisher: Finisher) -> tuple[str, ...]:
 def _best_baseline(rows: Sequence[Row], finisher: Finisher, best: Row) -> Row | None:
     """The best baseline of as many tokens as the best student; of any where none was trained so far."""
     metric = finisher.question.metric
-    baselines = [row for row in trained_rows(rows, metric, finisher.student) if row.kind == "baseline"]
+    baselines = [row for row in trained_rows(rows, metric, finisher.has) if row.kind == "baseline"]
     baselines = [row for row in baselines if row.train_tokens == best.train_tokens] or baselines
     ranked = rank(baselines, metric, finisher.question.direction)
     return ranked[0].row if ranked else None
