@@ -29,6 +29,7 @@ from autodistill.options import (
     DevicesOption,
     Format,
     FormatOption,
+    LatencyOption,
     MetricOption,
     NameOption,
     OutOption,
@@ -50,7 +51,7 @@ from autodistill.options import (
 from autodistill.records.store import RunFolder, default_cache, known_runs, strict_json
 from autodistill.streams import quiet_libraries, stdout_reserved
 from autodistill.summary import leaderboard_of, plan_summary, search_summary, written_summary
-from autodistill.units import Budget, parse_bytes, parse_duration
+from autodistill.units import Budget, parse_bytes, parse_duration, parse_latency
 
 if TYPE_CHECKING:
     from autodistill.search.request import SearchRequest
@@ -89,6 +90,8 @@ def search(
     ctx: typer.Context,
     budget: SearchBudgetOption = None,
     device: SearchDeviceOption = None,
+    latency: LatencyOption = None,
+    own: DevicesOption = None,
     teacher: TeacherOption = None,
     data: DataOption = None,
     space: SpaceOption = None,
@@ -120,6 +123,9 @@ def distill(
     ctx: typer.Context,
     strategy: Annotated[str, typer.Argument(help="A strategy as a YAML file, or a name.", metavar="STRATEGY.yaml")],
     budget: AnyBudgetOption = None,
+    device: SearchDeviceOption = None,
+    latency: LatencyOption = None,
+    own: DevicesOption = None,
     teacher: TeacherOption = None,
     data: DataOption = None,
     metric: MetricOption = None,
@@ -280,9 +286,7 @@ def pick(
     device: Annotated[str | None, option("--device", "Takes the budget from it, like 4090 or local.", "NAME")] = None,
     context: ContextOption = 2048,
     streams: Annotated[int, option("--streams", "Sequences decoded at once.", "N")] = 1,
-    latency: Annotated[
-        str | None, option("--latency", "Like 50ms, or ttft_p95=300ms,tpot_p99=50ms@streams=16.", "LIMITS")
-    ] = None,
+    latency: LatencyOption = None,
     min_accuracy: Annotated[float | None, option("--min-accuracy", "A fraction.", "X")] = None,
     tiers: Annotated[bool, typer.Option("--tiers", help="The best for each of 4 to 80 GB.")] = False,
     own: DevicesOption = None,
@@ -352,7 +356,7 @@ def _search(ctx: typer.Context) -> None:
 def _request(ctx: typer.Context, started: float) -> SearchRequest:
     """The request of a command line; no model library is imported before its numbers are known to be right."""
     given: dict[str, Any] = ctx.params
-    budget = Budget(memory_bytes=_memory_limit(ctx), context=given["context"], batch=given["batch"])
+    budget = _budget(ctx)
     seconds = None if given["time_box"] is None else parse_duration(given["time_box"])
     limit = parse_bytes(given["cache_limit"])
     quiet_libraries(given["teacher"], given["data"])
@@ -383,18 +387,25 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
     )
 
 
-def _memory_limit(ctx: typer.Context) -> int:
-    """The memory that `--budget` gives, or the device; `distill` alone may have no limit."""
+def _budget(ctx: typer.Context) -> Budget:
+    """The limits that are typed; a device gives the memory where it is not, and is this machine where one is needed."""
     given = ctx.params
-    if given["budget"] is not None and given.get("device") is not None:
-        raise InputError("--budget gives the memory, and so does --device: give one of the two")
-    if given.get("device") is not None:
-        from autodistill.local_device import choose_device
-
-        return choose_device(given["device"], given["cache"] or default_cache()).usable_bytes
-    if given["budget"] is None and "device" in given:
+    context, batch = given["context"], given["batch"]
+    if ctx.command.name == "search" and given["budget"] is None and given["device"] is None:
         raise InputError("search needs the memory that the student may take: --budget like 16GB, or --device like 4090")
-    return parse_bytes(_NO_LIMIT if given["budget"] is None else given["budget"])
+    # Numbers are read before a device is looked for, since that may measure this machine.
+    memory = None if given["budget"] is None else parse_bytes(given["budget"])
+    limits = () if given["latency"] is None else parse_latency(given["latency"])
+    Budget(memory_bytes=1, context=context, batch=batch)
+    if given["device"] is None and not limits:
+        return Budget(memory_bytes=memory or parse_bytes(_NO_LIMIT), context=context, batch=batch)
+    from autodistill.budget import DeviceBudget
+    from autodistill.local_device import LOCAL, choose_device
+
+    device = choose_device(given["device"] or LOCAL, given["cache"] or default_cache(), given["own"] or ())
+    return DeviceBudget(
+        memory_bytes=memory or device.usable_bytes, context=context, batch=batch, device=device, latency=limits
+    )
 
 
 def _searched(request: SearchRequest) -> Outcome:
@@ -457,17 +468,15 @@ def _appraised(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pick(given: Mapping[str, Any]) -> dict[str, Any]:
-    from autodistill.local_device import choose_device
+    from autodistill.local_device import LOCAL, choose_device
     from autodistill.pick import Wanted, pick, pick_tiers, stored
-    from autodistill.units import parse_latency
 
     if given["tiers"] == bool(given["budget"] or given["device"]):
         raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
     limits = parse_latency(given["latency"], given["streams"]) if given["latency"] else ()
     cache = given["cache"] or default_cache()
-    found = choose_device(given["device"], cache, given["own"] or ()) if given["device"] else None
-    if limits and found is None:
-        raise InputError("a limit of latency holds on a device: name it with --device")
+    named = given["device"] or (LOCAL if limits else None)
+    found = choose_device(named, cache, given["own"] or ()) if named else None
     wanted = Wanted(
         memory_bytes=parse_bytes(given["budget"]) if given["budget"] else found.usable_bytes if found else 1,
         context=given["context"],

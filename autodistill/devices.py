@@ -113,6 +113,25 @@ class Device:
         }
 
 
+def device_of(data: Mapping[str, Any]) -> Device:
+    """Reads what `Device.to_json` wrote.
+
+    Raises:
+        KeyError: A figure is missing, or there is no such class any more.
+    """
+    return Device(
+        name=data["name"],
+        aliases=tuple(data["aliases"]),
+        kind=device_classes()[data["class"]],
+        memory_bytes=data["memory_bytes"],
+        usable_bytes=data["usable_bytes"],
+        bandwidth=data["bandwidth_bytes_per_second"],
+        rates=dict(data["operations_per_second"]),
+        sources=dict(data["sources"]),
+        measured=data["measured"],
+    )
+
+
 def devices(*files: Path) -> tuple[Device, ...]:
     """The built-in devices, then those of a person's own files.
 

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from autodistill.budget import DeviceBudget
 from autodistill.contracts import ModelSpec, OptimizerState
 from autodistill.errors import InputError
 from autodistill.families import FAMILIES, Axis, get_family
 from autodistill.formats import Packing, Role, TensorSpec
+from autodistill.roofline import limit_seconds
 from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES, MemoryEstimate, memory
 from autodistill.strategy import Alignment, Attention, Deployment, Lora
-from autodistill.units import Budget, format_bytes
+from autodistill.units import Budget, LatencyLimit, format_bytes, format_duration
 
 ARCHITECTURES = tuple(FAMILIES)
 """transformers' `model_type`s that can be described."""
@@ -127,13 +129,14 @@ def with_layers(spec: ModelSpec, layers: int) -> ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """How one deployment stands to a memory limit.
+    """How one deployment stands to a budget.
 
     Attributes:
         deployment: Which one.
         estimate: Its memory by parts.
         need, limit: Bytes.
-        slack: log(need / limit): it fits at 0 and below.
+        slack: The largest log(need / limit) of memory and latencies: it fits at 0 and below.
+        late: Of each limit of latency that is broken, what it is predicted to take and the limit, in words.
     """
 
     deployment: Deployment
@@ -141,29 +144,58 @@ class Fit:
     need: int
     limit: int
     slack: float
+    late: tuple[str, ...] = ()
+
+
+def latencies(spec: ModelSpec, deployment: Deployment, budget: Budget) -> dict[LatencyLimit, float]:
+    """Seconds that are predicted for each limit of latency that a budget has."""
+    if not isinstance(budget, DeviceBudget):
+        return {}
+    return {
+        limit: limit_seconds(spec, deployment, budget.device, limit, context=budget.context) for limit in budget.latency
+    }
+
+
+def too_late(seconds: Mapping[LatencyLimit, float], source: str) -> tuple[str, ...]:
+    """In words, each limit of latency that is broken.
+
+    Args:
+        seconds: What each takes.
+        source: How that is known: "predicted" or "measured".
+    """
+    return tuple(
+        f"latency: {limit.name} is {source} {format_duration(found)}, over {format_duration(limit.seconds)}"
+        for limit, found in seconds.items()
+        if found > limit.seconds
+    )
 
 
 def fits(spec: ModelSpec, deployments: Sequence[Deployment], budget: Budget) -> tuple[Fit, ...]:
-    """Holds each deployment against the budget's memory.
+    """Holds each deployment against the budget's memory, and against its latencies where it has a device.
 
     Raises:
         InputError: As `memory`.
     """
-    estimates = [memory(spec, item, context=budget.context, batch=budget.batch) for item in deployments]
-    return tuple(
-        Fit(
-            deployment=deployment,
-            estimate=estimate,
-            need=estimate.total_bytes,
-            limit=budget.memory_bytes,
-            slack=math.log(estimate.total_bytes / budget.memory_bytes),
+    found = []
+    for deployment in deployments:
+        estimate = memory(spec, deployment, context=budget.context, batch=budget.batch)
+        times = latencies(spec, deployment, budget)
+        ratios = [estimate.total_bytes / budget.memory_bytes, *(taken / one.seconds for one, taken in times.items())]
+        found.append(
+            Fit(
+                deployment=deployment,
+                estimate=estimate,
+                need=estimate.total_bytes,
+                limit=budget.memory_bytes,
+                slack=math.log(max(ratios)),
+                late=too_late(times, "predicted"),
+            )
         )
-        for deployment, estimate in zip(deployments, estimates, strict=True)
-    )
+    return tuple(found)
 
 
 def smallest(fitting: Sequence[Fit]) -> Fit:
-    """The one that needs the least memory, the first of equals."""
+    """The one that is nearest to the budget, or furthest within it, the first of equals."""
     return min(fitting, key=lambda fit: fit.slack)
 
 
@@ -173,6 +205,8 @@ def shortfall(fitting: Sequence[Fit], budget: Budget) -> str | None:
     if fit.slack <= 0:
         return None
     at = f"context {budget.context}" + (f" and batch {budget.batch}" if budget.batch > 1 else "")
+    if fit.late and isinstance(budget, DeviceBudget):
+        return f"the nearest, {fit.deployment.name}, is too slow for {budget.device.name}: {'; '.join(fit.late)}"
     return (
         f"the smallest, {fit.deployment.name}, needs {format_bytes(fit.need)} at {at}, "
         f"{format_bytes(fit.need - fit.limit)} over the {format_bytes(fit.limit)} budget"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 
 from autodistill.devices import Device, device_classes, devices, find_device
 from autodistill.errors import InputError
-from autodistill.hardware import Machine, detect
+from autodistill.hardware import Machine, detect, machine_name
 from autodistill.records.store import read_json, write_json
 from autodistill.strategy import content_hash
 
@@ -77,17 +76,11 @@ def choose_device(text: str, cache: Path, files: Sequence[Path] = ()) -> Device:
 
 def _identity(machine: Machine) -> tuple[str, str, int]:
     if not machine.gpus:
-        return "cpu", f"{_cpu_name()}, {machine.cpus} cores", machine.memory_bytes
+        return "cpu", machine_name(machine), machine.memory_bytes
     import torch
 
     kind = "cuda" if torch.cuda.is_available() else "mps"
-    return kind, machine.gpus[0].name, machine.gpus[0].memory_bytes
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
-    return names[0] if names else platform.processor() or platform.machine()
+    return kind, machine_name(machine), machine.gpus[0].memory_bytes
 
 
 def _kept(path: Path) -> dict[str, Any] | None:

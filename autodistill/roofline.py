@@ -10,6 +10,7 @@ from autodistill.devices import Device
 from autodistill.formats import Role, TensorSpec, tensor_bytes, weights_bytes
 from autodistill.serving_memory import kv_bytes
 from autodistill.strategy import Deployment
+from autodistill.units import LatencyLimit
 
 PROMPT_TOKENS = 512
 """Of the prompt whose time to the first token is predicted, where none is given."""
@@ -116,6 +117,26 @@ def speed(
         prompt=prompt,
         bound=max(waits, key=lambda name: waits[name]),
     )
+
+
+def limit_seconds(
+    spec: ModelSpec, deployment: Deployment, device: Device, limit: LatencyLimit, *, context: int
+) -> float:
+    """Seconds that are held against a limit of latency.
+
+    No percentile can be predicted: one above the median is the slow end of the band. The first token is that of the
+    last of so many prompts that arrive at once.
+
+    Args:
+        spec, deployment, device: As `speed` takes them.
+        limit: Quantity, percentile and streams.
+        context: Tokens that each stream has behind it.
+    """
+    found = speed(spec, deployment, device, context=context, batch=limit.streams)
+    if limit.quantity == "tpot":
+        return (found.decode_ms_high if limit.percentile > 50 else found.decode_ms) / 1e3
+    first = found.time_to_first_token_ms_high if limit.percentile > 50 else found.time_to_first_token_ms
+    return limit.streams * first / 1e3
 
 
 def work(

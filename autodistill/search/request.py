@@ -16,7 +16,7 @@ from autodistill.distillation.teacher import (
 )
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError, NothingFitsError
-from autodistill.estimate import cannot_hold, fits, holdable, shortfall, spec_from_config
+from autodistill.estimate import cannot_hold, fits, holdable, shortfall, smallest, spec_from_config
 from autodistill.records.store import RunFolder, default_cache, read_json
 from autodistill.search.sampler import SAMPLERS
 from autodistill.space import Space, load_space, load_strategy
@@ -225,9 +225,11 @@ def check_budget(checked: Checked, spec: ModelSpec) -> None:
     least = min(held, key=lambda strategy: min(fit.slack for fit in held[strategy]))
     reason = shortfall(held[least], checked.request.budget)
     if reason is not None:
+        remedy = (
+            "--latency, or name a faster --device" if smallest(held[least]).late else "--budget, or lower --context"
+        )
         raise NothingFitsError(
-            f"nothing fits: of the student that needs least ({least.init.describe()}), {reason}; raise --budget, or "
-            "lower --context"
+            f"nothing fits: of the student that needs least ({least.init.describe()}), {reason}; raise {remedy}"
         )
 
 

@@ -19,6 +19,7 @@ PACKED = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_s
 UNITS = {
     "accuracy": ("fraction", "max"),
     "agreement": ("fraction", "max"),
+    "answer_ms": ("ms", "min"),
     "exact_match": ("fraction", "max"),
     "latency_ms": ("ms", "min"),
     "memory_bytes": ("bytes", "min"),

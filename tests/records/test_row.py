@@ -39,6 +39,7 @@ FULL: dict[str, Any] = LEAST | {
     "latency_ms": 1.5,
     "tokens_per_second": 640.0,
     "latency_source": "measured",
+    "machine": "Raspberry Pi 5 8GB",
     "size_bytes": 98_000_000,
     "params": 134_515_008,
     "context": 2048,
