@@ -18,6 +18,7 @@ from autodistill.units import LatencyLimit
 
 # By how much the medians of rounds may differ, relative to their median, before their figures are doubted.
 _SPREAD = 0.15
+_WARM_STEPS = 4
 
 
 class Server(Protocol):
@@ -70,12 +71,12 @@ class Load:
         prompt: Of answers.
         decoded: Tokens of an answer, the first included.
         streams: Numbers of sequences at once, the first being 1.
-        rounds: Each is one warm answer, after one that warms up and is left out.
+        rounds: Answers that count, after a short one that warms up.
     """
 
     prompts: tuple[int, ...] = (16, 64, 256)
     prompt: int = 64
-    decoded: int = 64
+    decoded: int = 48
     streams: tuple[int, ...] = (1,)
     rounds: int = 3
 
@@ -236,15 +237,15 @@ def time_serving(path: Path, runtime: str, load: Load, *, vocabulary: int, conte
 
 
 def _rounds(server: Server, load: Load, streams: int, vocabulary: int) -> Streams:
-    """One round that warms up, and those that count."""
+    """A few tokens that warm up, and the rounds that count."""
     prompts = [_prompt(load.prompt, vocabulary, stream) for stream in range(streams)]
     first, steps = [], []
-    for index in range(load.rounds + 1):
-        taken = server.begin(prompts)
-        times = [1e3 * server.step() for _ in range(load.decoded - 1)]
-        if index:
-            first.append(1e3 * taken)
-            steps.append(times)
+    server.begin(prompts)
+    for _ in range(_WARM_STEPS):
+        server.step()
+    for _ in range(load.rounds):
+        first.append(1e3 * server.begin(prompts))
+        steps.append([1e3 * server.step() for _ in range(load.decoded - 1)])
     medians = [float(np.median(times)) for times in steps]
     return Streams(
         streams=streams,

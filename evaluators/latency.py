@@ -18,7 +18,7 @@ class Latency:
     """Measures "latency_ms" (95th percentile of decode time per token), "ttft_ms" (median), "answer_ms" (median) and
     "tokens_per_second" at one stream, and what the budget limits at its streams.
 
-    Greedy, three rounds of a prompt of 64 tokens and 64 decoded ones, after one that warms up; a budget that limits the
+    Greedy, three answers of 48 tokens to a prompt of 64, after a short one that warms up; a budget that limits the
     first token has prompts of 512. The detail of each has all that was timed: first tokens by length of prompt,
     percentiles and rates by number of streams, threads, context, machine and runtime, and why the figures are doubtful
     where other work ran meanwhile or rounds differ. Nothing of this project runs beside it: a search measures once its

@@ -76,7 +76,7 @@ def test_rounds_that_differ_are_a_doubt(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_load_is_shortened_to_what_a_context_holds() -> None:
     short = Load().within(100)
-    assert (short.prompts, short.prompt, short.decoded) == ((16, 50), 50, 50)
+    assert (short.prompts, short.prompt, short.decoded) == ((16, 52), 52, 48)
     assert Load().within(2).prompts == (1,)
 
 
