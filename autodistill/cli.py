@@ -300,6 +300,35 @@ def pick(
     _print(output, lambda: _pick(ctx.params), dict, pick_text)
 
 
+@app.command()
+def measure(
+    ctx: typer.Context,
+    student: Annotated[Path, typer.Argument(help="A .gguf file, or a folder of transformers.", metavar="STUDENT")],
+    on: Annotated[str | None, option("--on", "A board, like ssh://pi@raspberrypi.local.", "ssh://HOST")] = None,
+    script: Annotated[Path | None, option("--script", "Write a script for a board without ssh.", "FILE")] = None,
+    result: Annotated[Path | None, option("--result", "Read what that script printed.", "FILE")] = None,
+    bench: Annotated[str | None, option("--bench", "Path of llama-bench on the board.", "PATH")] = None,
+    device: Annotated[str | None, option("--device", "What the board is; by its own name by default.", "NAME")] = None,
+    ssh_config: Annotated[Path | None, option("--ssh-config", "In the place of your own.", "FILE")] = None,
+    context: Annotated[int | None, option("--context", "Here: of each stream; 2048 by default.", "TOKENS")] = None,
+    streams: Annotated[str, option("--streams", "Here: numbers of sequences at once, like 1,4,16.", "N,...")] = "1",
+    prompt: Annotated[int, option("--prompt", "Tokens before the first one.", "TOKENS")] = 512,
+    decoded: Annotated[int, option("--decoded", "Tokens of an answer.", "TOKENS")] = 64,
+    rounds: Annotated[int, option("--rounds", "How many times.", "N")] = 3,
+    threads: Annotated[int, option("--threads", "CPU threads; 0 is every core.", "N", min=0)] = 0,
+    timeout: Annotated[str, option("--timeout", "That a board may take.", "TIME")] = "30m",
+    busy: Annotated[bool, typer.Option("--busy", help="Measure a busy machine all the same, and mark it.")] = False,
+    own: DevicesOption = None,
+    out: OutOption = _RUNS,
+    cache: CacheOption = None,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """Measure a student's speed and memory here, or on a board with llama.cpp's own bench; pick uses what was found."""
+    from autodistill.hardware_summary import measured_text
+
+    _print(output, lambda: _measured(ctx.params), dict, measured_text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line, by default this process's own, and gives its exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
@@ -462,7 +491,7 @@ def _appraised(given: Mapping[str, Any]) -> dict[str, Any]:
     described = shape(sizes, tied=given["tied"]) if given["model"] is None else describe(given["model"])
     if given["format_name"]:
         described = replace(described, weights_bytes=None)
-    deployment = deployment_named(given["format_name"] or "gguf-q8_0")
+    deployment = deployment_named(given["format_name"] or described.format_name or "gguf-q8_0")
     options = {name: given[name] for name in ("context", "batch", "kv_type", "runtime", "prompt")}
     return appraise(described, deployment, devices=found, **options)
 
@@ -487,6 +516,25 @@ def _pick(given: Mapping[str, Any]) -> dict[str, Any]:
     )
     rows = stored(given["out"], given["runs"] or ())
     return pick_tiers(rows, wanted) if given["tiers"] else pick(rows, wanted)
+
+
+def _measured(given: Mapping[str, Any]) -> dict[str, Any]:
+    words = [word.strip() for word in given["streams"].split(",")]
+    if not all(word.isascii() and word.isdigit() and len(word) < 6 for word in words):
+        raise InputError(f"--streams {given['streams']!r} must be numbers parted by commas, like 1,4,16")
+    timeout = parse_duration(given["timeout"])
+    quiet_libraries(str(given["student"]))
+    from autodistill.measure import MeasureRequest, measure
+
+    names = ("student", "out", "on", "script", "result", "bench", "device", "ssh_config", "context", "prompt")
+    request = MeasureRequest(
+        **{name: given[name] for name in (*names, "decoded", "rounds", "threads", "busy")},
+        own=given["own"] or (),
+        streams=tuple(map(int, words)),
+        cache=given["cache"] or default_cache(),
+        timeout=timeout,
+    )
+    return measure(request)
 
 
 def _planned(request: SearchRequest) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gguf import GGMLQuantizationType
+
 from autodistill.contracts import ModelSpec
-from autodistill.distillation.gguf_file import read_gguf
+from autodistill.distillation.gguf_file import GgufFile, read_gguf
 from autodistill.distillation.teacher import read_config, resolve_teacher
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
@@ -34,11 +37,13 @@ class Described:
         name: For a person.
         spec: Its shape.
         weights_bytes: Of a GGUF file's own tensors; None where a format decides.
+        format_name: The format that most of these bytes are in, where it is one of `FORMATS`.
     """
 
     name: str
     spec: ModelSpec
     weights_bytes: int | None = None
+    format_name: str | None = None
 
 
 def describe(reference: str) -> Described:
@@ -57,8 +62,18 @@ def describe(reference: str) -> Described:
     if found.kind == "gguf" and found.path is not None:
         file = read_gguf(found.path)
         stored = sum(tensor.size for tensor in file.tensors)
-        return Described(name=found.name, spec=spec_of(found.config), weights_bytes=stored)
+        return Described(
+            name=found.name, spec=spec_of(found.config), weights_bytes=stored, format_name=_main_format(file)
+        )
     return Described(name=found.name, spec=spec_of(found.config))
+
+
+def _main_format(file: GgufFile) -> str | None:
+    sizes: Counter[int] = Counter()
+    for tensor in file.tensors:
+        sizes[tensor.type] += tensor.size
+    name = f"gguf-{GGMLQuantizationType(sizes.most_common(1)[0][0]).name.lower()}"
+    return name if name in FORMATS else None
 
 
 def spec_of(config: Mapping[str, Any]) -> ModelSpec:

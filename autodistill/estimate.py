@@ -63,6 +63,35 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     return replace(spec, tensors=tuple(tensors))
 
 
+def config_of(spec: ModelSpec) -> dict[str, Any]:
+    """The least config that `spec_from_config` describes a model of a family by: what a row keeps of its student.
+
+    Raises:
+        InputError: A mixture of experts, which no family describes.
+    """
+    get_family(spec.architecture)
+    if spec.experts:
+        raise InputError("the shape of a mixture of experts is not kept")
+    names = {name.rpartition(".layers.0.")[2] for tensor in spec.tensors if (name := tensor.name).endswith(".bias")}
+    return {
+        "model_type": spec.architecture,
+        "num_hidden_layers": spec.layers,
+        "hidden_size": spec.width,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "intermediate_size": spec.ffn_width,
+        "vocab_size": spec.vocabulary,
+        "max_position_embeddings": spec.max_context,
+        "tie_word_embeddings": spec.tied,
+        "attention_bias": bool(names & {"self_attn.q_proj.bias", "attention.dense.bias"}),
+        "mlp_bias": "mlp.up_proj.bias" in names,
+        "sliding_window": spec.window or None,
+        "layer_types": ["sliding_attention"] * spec.windowed_layers
+        + ["full_attention"] * (spec.layers - spec.windowed_layers),
+    }
+
+
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, int]:
     """The sliding window of a config, and how many layers have one; Qwen's counts where `use_sliding_window` says."""
     window = config.get("sliding_window")

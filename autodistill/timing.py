@@ -150,6 +150,7 @@ class Timed:
         first_ms: Time to the first token of each round, by tokens of the prompt, at one stream.
         loads: Times by number of streams, the first of one stream.
         noise: What disturbed it.
+        peak_bytes: The most memory that the runtime had at a time.
     """
 
     runtime: str
@@ -159,6 +160,7 @@ class Timed:
     first_ms: Mapping[int, tuple[float, ...]]
     loads: tuple[Streams, ...]
     noise: Noise
+    peak_bytes: int
 
     @property
     def alone(self) -> Streams:
@@ -224,7 +226,7 @@ def time_serving(path: Path, runtime: str, load: Load, *, vocabulary: int, conte
                 for length in load.prompts
             }
             loads = tuple(_rounds(server, load, streams, vocabulary) for streams in load.streams)
-        accelerated = server.accelerated
+        accelerated, peak = server.accelerated, server.peak_bytes()
     return Timed(
         runtime=runtime,
         machine=machine_name(detect(), accelerated=accelerated),
@@ -233,6 +235,7 @@ def time_serving(path: Path, runtime: str, load: Load, *, vocabulary: int, conte
         first_ms=first,
         loads=loads,
         noise=watch.noise,
+        peak_bytes=peak,
     )
 
 

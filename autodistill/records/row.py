@@ -46,6 +46,7 @@ class Row:
         machine: What those were measured on, or predicted for. With the deployment's runtime it says which rows'
             latencies may be compared.
         size_bytes: Packed weights on disk.
+        shape: A config that describes the student, as `estimate.config_of` gives it.
         params: Weights, a tied embedding counted once.
         train_tokens, train_seconds, fidelity: What training took; `fidelity` is the fraction of the plan's tokens.
         documents: Paired data for ties: `ids`, `count` (tokens) and `sum` (of the metric) of each document, and
@@ -77,6 +78,7 @@ class Row:
     latency_source: str | None = None
     machine: str | None = None
     size_bytes: int | None = None
+    shape: Mapping[str, Any] | None = None
     params: int | None = None
     context: int | None = None
     batch: int | None = None

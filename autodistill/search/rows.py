@@ -6,7 +6,7 @@ from typing import Any
 
 from autodistill.budget import DeviceBudget
 from autodistill.contracts import ModelSpec, Plan, Status
-from autodistill.estimate import latencies, too_late
+from autodistill.estimate import config_of, latencies, too_late
 from autodistill.records.row import Row
 from autodistill.roofline import limit_seconds
 from autodistill.strategy import Strategy
@@ -93,6 +93,7 @@ def make_row(
         memory_source=memory.source if memory else None,
         latency_source="predicted" if "latency_ms" in fields else None,
         machine=budget.device.name if isinstance(budget, DeviceBudget) else None,
+        shape=config_of(spec),
         params=spec.parameters,
         context=budget.context,
         batch=budget.batch,

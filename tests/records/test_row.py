@@ -41,6 +41,7 @@ FULL: dict[str, Any] = LEAST | {
     "latency_source": "measured",
     "machine": "Raspberry Pi 5 8GB",
     "size_bytes": 98_000_000,
+    "shape": {"model_type": "llama", "num_hidden_layers": 30},
     "params": 134_515_008,
     "context": 2048,
     "batch": 1,
