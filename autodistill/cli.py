@@ -499,6 +499,8 @@ def _appraised(given: Mapping[str, Any]) -> dict[str, Any]:
 def _pick(given: Mapping[str, Any]) -> dict[str, Any]:
     from autodistill.local_device import LOCAL, choose_device
     from autodistill.pick import Wanted, pick, pick_tiers, stored
+    from autodistill.records.measurements import read_measured
+    from autodistill.records.recalibration import overheads
 
     if given["tiers"] == bool(given["budget"] or given["device"]):
         raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
@@ -506,7 +508,7 @@ def _pick(given: Mapping[str, Any]) -> dict[str, Any]:
     cache = given["cache"] or default_cache()
     named = given["device"] or (LOCAL if limits else None)
     found = choose_device(named, cache, given["own"] or ()) if named else None
-    wanted = Wanted(
+    asked = Wanted(
         memory_bytes=parse_bytes(given["budget"]) if given["budget"] else found.usable_bytes if found else 1,
         context=given["context"],
         streams=given["streams"],
@@ -515,6 +517,8 @@ def _pick(given: Mapping[str, Any]) -> dict[str, Any]:
         least=given["min_accuracy"],
     )
     rows = stored(given["out"], given["runs"] or ())
+    pairs = overheads(one.row for one in rows)
+    wanted = replace(asked, overheads=pairs, measured=tuple(read_measured(given["out"])) if found else ())
     return pick_tiers(rows, wanted) if given["tiers"] else pick(rows, wanted)
 
 

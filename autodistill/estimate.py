@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from autodistill.budget import DeviceBudget
@@ -128,7 +129,13 @@ def _shape(spec: ModelSpec, name: str) -> tuple[int, ...]:
         Axis.FUSED: 3 * spec.heads * spec.head_dim,
         Axis.HEAD: spec.head_dim,
     }
-    return tuple(sizes[axis] for axis in get_family(spec.architecture).axes(name))
+    return tuple(sizes[axis] for axis in _axes(spec.architecture, name))
+
+
+@lru_cache(65536)
+def _axes(architecture: str, name: str) -> tuple[Axis, ...]:
+    """Of a tensor; the same names come in every size of a family."""
+    return get_family(architecture).axes(name)
 
 
 def resized(spec: ModelSpec, **sizes: int) -> ModelSpec:

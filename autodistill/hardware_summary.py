@@ -75,7 +75,17 @@ def pick_text(document: Mapping[str, Any]) -> str:
     margins = document["pick"]["margins"]
     told = ", ".join(f"{name} {margin:.0%} below the limit" for name, margin in margins.items() if name != "accuracy")
     binds = f"What binds is {document['binds']}." if document["binds"] else "Nothing binds: no better row is left out."
-    return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}"
+    overhead = document["memory_overhead"]
+    kept = (
+        f"\nPredicted memory has {format_bytes(overhead['correction_bytes'])} more overhead than estimated, and a "
+        f"margin of {format_bytes(overhead['margin_bytes'])}, by {overhead['pairs']} measured students."
+        if overhead["pairs"]
+        else ""
+    )
+    sources = document["pick"]["sources"]
+    times = [name for name in sources if name not in ("memory", "accuracy")]
+    source = "".join(f"\n{name} is {sources[name]}." for name in times)
+    return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}{source}{kept}"
 
 
 def measured_text(document: Mapping[str, Any]) -> str:

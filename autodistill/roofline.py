@@ -158,20 +158,22 @@ def work(
     chosen = spec.active_experts / spec.experts if spec.experts else 1.0
     met = 1 - (1 - chosen) ** tokens if chosen < 1 else 1.0
     read = multiplied = head = 0.0
-    stored = weights_bytes(spec.tensors, deployment)
-    for tensor in spec.tensors:
+    # Which tensors are kept off the grid goes by their names; else those of a kind are stored alike.
+    tensors = [(tensor, 1) for tensor in spec.tensors] if deployment.keep else spec.kinds
+    for tensor, times in tensors:
         table = tensor.role is Role.EMBEDDING
         if len(tensor.shape) < 2 or (table and not spec.tied):
             continue
         expert = _EXPERTS in tensor.name
-        size = 2 * _count(tensor) if dense else tensor_bytes(tensor, deployment.storage(tensor))
+        count = times * _count(tensor)
+        size = 2 * count if dense else times * tensor_bytes(tensor, deployment.storage(tensor))
         read += size * (met if expert else 1)
         if table or tensor.role is Role.HEAD:
-            head += _count(tensor)
+            head += count
         else:
-            multiplied += _count(tensor) * (chosen if expert else 1)
+            multiplied += count * (chosen if expert else 1)
     if weights is not None:
-        read *= weights / stored
+        read *= weights / weights_bytes(spec.tensors, deployment)
     seen = min(behind, spec.window) if spec.window else behind
     wide, narrow = spec.layers - spec.windowed_layers, spec.windowed_layers
     cache = sequences * (kv_bytes(spec, wide, int(behind), kv_type) + kv_bytes(spec, narrow, int(seen), kv_type))

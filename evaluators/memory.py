@@ -41,7 +41,7 @@ class Memory:
         if runtime == "llama.cpp":
             with LlamaServer(subject.artefact, context, subject.threads, batch) as server:
                 server.begin([_prompt(subject, min(_PROMPT, context - 1))])
-                buffers, peak = server.buffers(), server.peak_bytes()
+                buffers, peak, accelerated = server.buffers(), server.peak_bytes(), server.accelerated
             compute = buffers.compute_bytes + buffers.output_bytes
             measured = replace(
                 estimate,
@@ -50,13 +50,13 @@ class Memory:
                 compute_bytes=compute,
                 overhead_bytes=max(0, peak - buffers.total_bytes),
             )
-            return (_measurement(measured, "measured"),)
+            return (_measurement(measured, "measured", accelerated),)
         with PythonServer(subject.artefact, runtime, context, subject.threads, batch) as folder:
             folder.begin([_prompt(subject, context - 1)] * batch)
             folder.step()
-            peak = folder.peak_bytes()
+            peak, accelerated = folder.peak_bytes(), folder.accelerated
         rest = peak - estimate.total_bytes + estimate.compute_bytes
-        return (_measurement(replace(estimate, compute_bytes=rest), "measured"),)
+        return (_measurement(replace(estimate, compute_bytes=rest), "measured", accelerated),)
 
     def supports(self, deployment: Deployment) -> bool:
         """Every deployment's memory can at least be predicted."""
@@ -67,12 +67,13 @@ def _prompt(subject: Subject, length: int) -> list[int]:
     return [index % subject.spec.vocabulary for index in range(max(1, length))]
 
 
-def _measurement(parts: MemoryEstimate, source: Source) -> Measurement:
+def _measurement(parts: MemoryEstimate, source: Source, accelerated: bool = False) -> Measurement:
+    where = {"device_class": "discrete-gpu" if accelerated else "cpu"} if source == "measured" else {}
     return Measurement(
         name="memory_bytes",
         value=float(parts.total_bytes),
         unit="bytes",
         direction="min",
         source=source,
-        detail=asdict(parts),
+        detail=asdict(parts) | where,
     )

@@ -104,7 +104,7 @@ def test_another_load_is_solved_anew_from_the_shape() -> None:
     solved = solve(candidate(row("a", 0.5, 400)), wanted)
     assert solved is not None
     assert solved.needs["memory"] == memory(SPEC, DEPLOYMENT, context=4096, batch=3).total_bytes
-    assert solved.source == "predicted"
+    assert solved.sources["memory"] == "predicted"
     # What a measurement differed by stays.
     before = memory(SPEC, DEPLOYMENT, context=2048, batch=1).total_bytes
     measured = solve(candidate(row("a", 0.5, before / 1e6 + 5, memory_source="measured")), wanted)
