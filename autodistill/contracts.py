@@ -87,6 +87,7 @@ class ModelSpec:
         window, windowed_layers: Tokens that a sliding window sees, and how many of the layers have one; 0 where none.
         experts, active_experts: Of a mixture of experts, each of `ffn_width`, and those that a token takes; 0 where
             there is one FFN.
+        latent: Values of a token and layer that latent attention caches for all heads; 0 where keys and values are.
     """
 
     architecture: str
@@ -104,6 +105,7 @@ class ModelSpec:
     windowed_layers: int = 0
     experts: int = 0
     active_experts: int = 0
+    latent: int = 0
 
     @cached_property
     def parameters(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from gguf import GGMLQuantizationType
 
+from autodistill import latent
 from autodistill.contracts import ModelSpec
 from autodistill.distillation.gguf_file import GgufFile, read_gguf
 from autodistill.distillation.teacher import read_config, resolve_teacher
@@ -77,15 +78,17 @@ def _main_format(file: GgufFile) -> str | None:
 
 
 def spec_of(config: Mapping[str, Any]) -> ModelSpec:
-    """As `spec_from_config`, and for mixtures of experts, which can be estimated though not distilled.
+    """As `spec_from_config`, and for mixtures of experts and latent attention: estimated, though not distilled.
 
     Raises:
         InputError: As `spec_from_config`.
     """
     name = str(config.get("model_type"))
+    if name in latent.ARCHITECTURES:
+        return latent.describe_latent(config)
     if name not in _MIXTURES:
         if name not in FAMILIES:
-            known = ", ".join([*FAMILIES, *_MIXTURES])
+            known = ", ".join([*FAMILIES, *_MIXTURES, *latent.ARCHITECTURES])
             raise InputError(f"the architecture {name!r} cannot be estimated; these can: {known}")
         return spec_from_config(config)
     like, width, count = _MIXTURES[name]

@@ -135,8 +135,10 @@ def tightest_budget(spec: ModelSpec, deployment: Deployment, *, context: int, ba
 
 
 def kv_bytes(spec: ModelSpec, layers: int, tokens: int, kv_type: str) -> int:
-    """Keys and values of `tokens` tokens in some of the layers."""
+    """Keys and values of `tokens` tokens in some of the layers, or the latents that both are made of."""
     size, count = KV_BYTES[kv_type]
+    if spec.latent:
+        return layers * tokens * spec.latent * size // count
     return 2 * layers * tokens * spec.kv_heads * spec.head_dim * size // count
 
 

@@ -38,6 +38,7 @@ ROOMS = (
     "space",
     "contracts",
     "plugins",
+    "latent",
     "serving_memory",
     "roofline",
     "estimate",
