@@ -76,20 +76,21 @@ class Wanted:
 
     def correction(self, runtime: str) -> Correction:
         """What predicted times on the device are scaled by."""
-        key = ("correction", runtime)
+        key = (id(self.measured), id(self.device), runtime)
         if key not in self._known:
             assert self.device is not None
-            self._known[key] = correction(self.measured, self.device, runtime)
-        found: Correction = self._known[key]
+            # What the ids are of is kept too, here and below, so that they stay theirs.
+            self._known[key] = (correction(self.measured, self.device, runtime), self.measured, self.device)
+        found: Correction = self._known[key][0]
         return found
 
     def seconds(self, spec: ModelSpec, deployment: Deployment, limit: LatencyLimit) -> float:
         """What is predicted for a limit; once for each shape, of which many rows may have the same."""
-        key = (id(spec), deployment, limit, self.context)
+        key = (id(spec), id(self.device), deployment, limit, self.context)
         if key not in self._known:
             assert self.device is not None
-            # The shape is kept too, so that its id stays its own.
-            self._known[key] = (limit_seconds(spec, deployment, self.device, limit, context=self.context), spec)
+            found = limit_seconds(spec, deployment, self.device, limit, context=self.context)
+            self._known[key] = (found, spec, self.device)
         return float(self._known[key][0])
 
 

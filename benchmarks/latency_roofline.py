@@ -171,7 +171,7 @@ def local() -> str:
     titles = ["model", "format", "prompt", "use", "a token, ms", "error", "in band", "first token, ms", "error"]
     bandwidths, rates = [point.bandwidth for point in found], [point.rate for point in found]
     told = (
-        f"One thread of llama.cpp, predicted / measured in milliseconds of CPU time, since other work shared the machine "
+        "One thread of llama.cpp, predicted / measured in milliseconds of CPU time, as other work shared the machine "
         f"(load average {psutil.getloadavg()[0]:.1f}); the cost of a request, that of a model of nearly nothing, is "
         f"taken off. Beside each model this core was measured the same way: {format_bytes(min(bandwidths))} to "
         f"{format_bytes(max(bandwidths))}/s, {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} GFLOP/s in float32. The "
