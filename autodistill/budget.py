@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from autodistill.devices import Device, device_of
+from autodistill.devices import Device
 from autodistill.errors import InputError
 from autodistill.units import Budget, LatencyLimit
 
@@ -40,6 +40,6 @@ def read_budget(data: Mapping[str, Any]) -> Budget:
         if data.get("device") is None:
             return Budget(**plain)
         limits = tuple(LatencyLimit(**limit) for limit in data["latency"])
-        return DeviceBudget(**plain, device=device_of(data["device"]), latency=limits)
+        return DeviceBudget(**plain, device=Device.from_json(data["device"]), latency=limits)
     except (KeyError, TypeError) as error:
         raise InputError(f"this is no budget as a run stores it ({error}): {dict(data)}") from None

@@ -23,35 +23,44 @@ from autodistill.options import (
     BatchOption,
     CacheLimitOption,
     CacheOption,
+    CheckpointLimitOption,
+    CommandOption,
+    CommandTimeOption,
     ConfirmOption,
     ContextOption,
     DataOption,
     DevicesOption,
+    DirectionOption,
     Format,
     FormatOption,
     LatencyOption,
     MetricOption,
     NameOption,
+    ObjectivesOption,
     OutOption,
     PlanOption,
+    PriceOption,
     ResumeOption,
     RunnerOption,
     SamplerOption,
     SearchBudgetOption,
     SearchDeviceOption,
     SeedOption,
+    SequenceLengthOption,
     SpaceOption,
     StepTokensOption,
+    TaskOption,
     TeacherOption,
     TimeOption,
     TokensOption,
     TrialsOption,
+    WarmStartOption,
     option,
 )
 from autodistill.records.store import RunFolder, default_cache, known_runs, strict_json
 from autodistill.streams import quiet_libraries, stdout_reserved
 from autodistill.summary import leaderboard_of, plan_summary, search_summary, written_summary
-from autodistill.units import Budget, parse_bytes, parse_duration, parse_latency
+from autodistill.units import Budget, parse_bytes, parse_duration, parse_latency, parse_price
 
 if TYPE_CHECKING:
     from autodistill.search.request import SearchRequest
@@ -96,9 +105,16 @@ def search(
     data: DataOption = None,
     space: SpaceOption = None,
     metric: MetricOption = None,
+    objectives: ObjectivesOption = None,
+    task: TaskOption = None,
+    metric_command: CommandOption = None,
+    metric_direction: DirectionOption = None,
+    metric_timeout: CommandTimeOption = None,
     sampler: SamplerOption = None,
     trials: TrialsOption = None,
+    warm_start: WarmStartOption = None,
     tokens: TokensOption = None,
+    sequence_length: SequenceLengthOption = None,
     step_tokens: StepTokensOption = None,
     time_box: TimeOption = None,
     confirm: ConfirmOption = None,
@@ -109,9 +125,11 @@ def search(
     out: OutOption = _RUNS,
     resume: ResumeOption = False,
     plan: PlanOption = False,
+    price: PriceOption = None,
     runner: RunnerOption = "ray",
     cache: CacheOption = None,
     cache_limit: CacheLimitOption = "8GB",
+    checkpoint_limit: CheckpointLimitOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Find, export and verify the best student that fits a hardware budget."""
@@ -129,7 +147,12 @@ def distill(
     teacher: TeacherOption = None,
     data: DataOption = None,
     metric: MetricOption = None,
+    task: TaskOption = None,
+    metric_command: CommandOption = None,
+    metric_direction: DirectionOption = None,
+    metric_timeout: CommandTimeOption = None,
     tokens: TokensOption = None,
+    sequence_length: SequenceLengthOption = None,
     step_tokens: StepTokensOption = None,
     time_box: TimeOption = None,
     context: ContextOption = 2048,
@@ -139,9 +162,11 @@ def distill(
     out: OutOption = _RUNS,
     resume: ResumeOption = False,
     plan: PlanOption = False,
+    price: PriceOption = None,
     runner: RunnerOption = "ray",
     cache: CacheOption = None,
     cache_limit: CacheLimitOption = "8GB",
+    checkpoint_limit: CheckpointLimitOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Train, export and verify the student of one strategy, without a search."""
@@ -388,6 +413,10 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
     budget = _budget(ctx)
     seconds = None if given["time_box"] is None else parse_duration(given["time_box"])
     limit = parse_bytes(given["cache_limit"])
+    kept = None if given["checkpoint_limit"] is None else parse_bytes(given["checkpoint_limit"])
+    price = None if given["price"] is None else parse_price(given["price"])
+    if price is not None and not given["plan"]:
+        raise InputError("--price is for what a plan would cost: give it with --plan")
     quiet_libraries(given["teacher"], given["data"])
     from autodistill.search.request import SearchRequest
 
@@ -398,9 +427,17 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         space=given.get("space"),
         strategy=given.get("strategy"),
         metric=given["metric"],
+        tasks=tuple(given["task"]) if given["task"] else None,
+        metric_command=given["metric_command"],
+        metric_direction=given["metric_direction"] and given["metric_direction"].value,
+        metric_seconds=parse_duration(given["metric_timeout"]) if given["metric_timeout"] else None,
+        objectives=given.get("objectives"),
+        device=given.get("device"),
         sampler=given.get("sampler"),
         trials=given.get("trials"),
+        warm_start=given.get("warm_start"),
         tokens=given["tokens"],
+        sequence_length=given["sequence_length"],
         step_tokens=given["step_tokens"],
         time_seconds=seconds,
         confirm=given.get("confirm"),
@@ -411,6 +448,8 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         runner=given["runner"],
         cache=given["cache"] or default_cache(),
         cache_limit_bytes=limit,
+        checkpoint_limit_bytes=kept,
+        price=price,
         command=ctx.obj or ctx.command_path,
         started=started,
     )
@@ -574,7 +613,7 @@ def _leaderboards(runs: Sequence[str] | None, out: Path) -> _Boards:
 
 def _rows(boards: _Boards) -> list[dict[str, Any]]:
     return [
-        {"run": name, "place": one.place, "tied": one.tied, **one.row.to_json()}
+        {"run": name, "place": one.place, "tied": one.tied, "front": one.front, **one.row.to_json()}
         for name, (ranked, _) in boards
         for one in ranked
     ]

@@ -119,24 +119,17 @@ class Device:
             "measured": self.measured,
         }
 
-
-def device_of(data: Mapping[str, Any]) -> Device:
-    """Reads what `Device.to_json` wrote.
-
-    Raises:
-        KeyError: A figure is missing, or there is no such class any more.
-    """
-    return Device(
-        name=data["name"],
-        aliases=tuple(data["aliases"]),
-        kind=device_classes()[data["class"]],
-        memory_bytes=data["memory_bytes"],
-        usable_bytes=data["usable_bytes"],
-        bandwidth=data["bandwidth_bytes_per_second"],
-        rates=dict(data["operations_per_second"]),
-        sources=dict(data["sources"]),
-        measured=data["measured"],
-    )
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Device:
+        """Reads what `to_json` wrote."""
+        same = ("name", "memory_bytes", "usable_bytes", "sources", "measured")
+        return cls(
+            aliases=tuple(data["aliases"]),
+            kind=device_classes()[data["class"]],
+            bandwidth=data["bandwidth_bytes_per_second"],
+            rates=data["operations_per_second"],
+            **{name: data[name] for name in same},
+        )
 
 
 def devices(*files: Path) -> tuple[Device, ...]:

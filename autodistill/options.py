@@ -16,6 +16,13 @@ class Format(StrEnum):
     JSON = "json"
 
 
+class BetterIs(StrEnum):
+    """Whether more or less of a score is better."""
+
+    MAX = "max"
+    MIN = "min"
+
+
 def option(name: str, text: str, metavar: str | None = None, **more: Any) -> Any:
     """One option: its flag, its help and what stands for its value."""
     return typer.Option(name, help=text, metavar=metavar, **more)
@@ -47,7 +54,38 @@ DataOption = Annotated[
 SpaceOption = Annotated[str | None, option("--space", "What may be tried: a name, or a YAML file.", "NAME|FILE")]
 MetricOption = Annotated[
     str | None,
-    option("--metric", "What ranks: accuracy (the default), agreement, perplexity or exact_match.", "NAME"),
+    option(
+        "--metric",
+        "What ranks: accuracy (the default), agreement, kl, ece, perplexity, exact_match, task:NAME, lm-eval:TASK, or "
+        "what another installed evaluator measures.",
+        "NAME",
+    ),
+]
+TaskOption = Annotated[
+    list[Path] | None,
+    option("--task", "A YAML file of tasks to measure; --metric task:NAME ranks by one. May be given again.", "FILE"),
+]
+CommandOption = Annotated[
+    str | None,
+    option(
+        "--metric-command",
+        "Your own metric: run with {student}, a folder, and {data}, a JSONL file; prints scores as JSON.",
+        "CMD",
+    ),
+]
+DirectionOption = Annotated[
+    BetterIs | None, option("--metric-direction", "What is better of the command's scores; max by default.")
+]
+CommandTimeOption = Annotated[
+    str | None, option("--metric-timeout", "After which the command is ended; 10m by default.", "TIME")
+]
+ObjectivesOption = Annotated[
+    str | None,
+    option(
+        "--objectives",
+        "Of which to find the Pareto front, like accuracy,memory,latency; the first ranks, and is exported by.",
+        "NAMES",
+    ),
 ]
 SamplerOption = Annotated[
     str | None, option("--sampler", "What proposes: tpe (the default), gp, nsga2 or random.", "NAME")
@@ -56,9 +94,20 @@ TrialsOption = Annotated[
     int | None,
     option("--trials", "Strategies to try; planned from the time box by default. With --resume: in all.", "N"),
 ]
+WarmStartOption = Annotated[
+    str | None,
+    option(
+        "--warm-start",
+        "Earlier runs of the same space, teacher and data to learn from; the best of each is proposed first.",
+        "RUN[,RUN]",
+    ),
+]
 TokensOption = Annotated[int | None, option("--tokens", "Training tokens of a trial; planned by default.", "T")]
+SequenceLengthOption = Annotated[
+    int | None, option("--sequence-length", "Tokens of a sequence in training and evaluation; 256 by default.", "T")
+]
 StepTokensOption = Annotated[
-    int | None, option("--step-tokens", "Training tokens of an optimiser step; one sequence, 256, by default.", "T")
+    int | None, option("--step-tokens", "Training tokens of an optimiser step; one sequence by default.", "T")
 ]
 TimeOption = Annotated[
     str | None, option("--time", "Time box, like 10m, the default without an accelerator; 30m with one.", "TIME")
@@ -79,12 +128,20 @@ SeedOption = Annotated[
 NameOption = Annotated[str | None, option("--name", "Of the run; date and time by default.", "RUN")]
 OutOption = Annotated[Path, option("--out", "Folder of the runs.", "DIR")]
 ResumeOption = Annotated[bool, option("--resume", "Go on with the run of this --name.")]
-PlanOption = Annotated[bool, option("--plan", "Print trials, rungs, tokens, cache disk and time, and stop.")]
+PlanOption = Annotated[bool, option("--plan", "Print trials, rungs, tokens, disk, time and hours, and stop.")]
+PriceOption = Annotated[
+    str | None,
+    option("--price", "With --plan: what an hour of a GPU costs, or of a machine without one, like 2.5/h.", "PRICE"),
+]
 RunnerOption = Annotated[str, option("--runner", "ray: workers side by side; inline: this process alone.", "NAME")]
 CacheOption = Annotated[
     Path | None, option("--cache", "Folder of what later searches use again; ~/.cache/autodistill by default.", "DIR")
 ]
 CacheLimitOption = Annotated[str, option("--cache-limit", "Disk that the teacher's outputs may take.", "SIZE")]
+CheckpointLimitOption = Annotated[
+    str | None,
+    option("--checkpoint-limit", "Disk for a run's checkpoints; a quarter of the free disk by default.", "SIZE"),
+]
 FormatOption = Annotated[Format, option("--format", "How the result is printed.")]
 DevicesOption = Annotated[
     list[Path] | None, option("--devices", "YAML file of devices of your own; may be given again.", "FILE")

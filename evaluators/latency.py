@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import replace
 
 from autodistill.budget import DeviceBudget
-from autodistill.contracts import Direction, Measurement, Needs, Subject
+from autodistill.contracts import Direction, Measurement, Needs, Quantity, Subject
 from autodistill.hardware import detect
 from autodistill.strategy import Deployment
 from autodistill.timing import Load, time_serving
@@ -27,6 +28,12 @@ class Latency:
 
     name = "latency"
     needs: Needs = "artefact"
+    measures: Mapping[str, Quantity] = {
+        "latency_ms": Quantity("ms", "min"),
+        "ttft_ms": Quantity("ms", "min"),
+        "answer_ms": Quantity("ms", "min"),
+        "tokens_per_second": Quantity("tokens/s", "max"),
+    }
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Times the artefact.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from autodistill.codes import BF16_EPSILON
 from autodistill.errors import InputError
-from autodistill.formats import BF16_EPSILON, Grid, Role, Scales, Storage, TensorSpec, check_tensor
+from autodistill.formats import Grid, Role, Scales, Storage, TensorSpec, check_tensor
 
 # Weights handled at once on a CPU: a chunk and its buffers stay in cache, so that each of the ten or so passes costs a
 # tenth of a nanosecond a weight, and memory is read and written once; of powers of two around it this was the fastest.
@@ -33,7 +34,7 @@ def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
         grid: The grid.
 
     Returns:
-        float32 [out, in], on a CPU bit for bit `formats.deployed`.
+        float32 [out, in], on a CPU bit for bit `codes.deployed`.
     """
     if torch.is_grad_enabled() and weight.requires_grad:
         return _StraightThrough.apply(weight.float(), grid)
@@ -56,7 +57,7 @@ def fake_quantize_learned(weight: Tensor, scale: Tensor, offset: Tensor | None, 
         grid: The grid.
 
     Returns:
-        float32 [out, in], on a CPU bit for bit `formats.deployed` with these scales, rounded, and offsets.
+        float32 [out, in], on a CPU bit for bit `codes.deployed` with these scales, rounded, and offsets.
     """
     return _LearnedStep.apply(weight, scale, offset, grid)
 
@@ -221,7 +222,7 @@ def _on_grid(weight: Tensor, grid: Grid, inside: Tensor | None, given: _Given | 
 
 
 def _fitted_steps(groups: Tensor, grid: Grid, out: Tensor) -> _Given:
-    """Writes the groups in steps of their scales into `out`, and gives what is stored; as `formats.quantize`."""
+    """Writes the groups in steps of their scales into `out`, and gives what is stored; as `codes.quantize`."""
     low: Tensor | None = None
     if grid.scale_rule == "range":
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
@@ -278,7 +279,7 @@ def _signed_absmax(groups: Tensor) -> Tensor:
 
 
 def _round(steps: Tensor, grid: Grid) -> None:
-    """Rounds in place to codes, as `formats.quantize` does; a code of 0 is never -0."""
+    """Rounds in place to codes, as `codes.quantize` does; a code of 0 is never -0."""
     if grid.rounding == "half_up":
         steps.add_(0.5 - grid.qmin).floor_().clamp_(0, grid.qmax - grid.qmin).add_(grid.qmin)
     elif grid.rounding == "half_even":

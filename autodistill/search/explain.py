@@ -11,7 +11,8 @@ from autodistill.contracts import Plan, Status
 from autodistill.errors import InputError
 from autodistill.records.leaderboard import DISTILLED, rank
 from autodistill.records.row import Row, rows_of
-from autodistill.records.store import RunFolder, read_json
+from autodistill.records.saved import Saved, saved
+from autodistill.records.store import RunFolder, opened, openings_of, read_json
 from autodistill.search.study import Observation, importance
 from autodistill.space import Space
 from autodistill.units import format_bytes
@@ -32,9 +33,12 @@ class Explanation:
         rejected: How many proposals were rejected, by reason.
         stopped: How many trials ended at each rung, by its tokens; the last are those at full fidelity.
         failed: How many trials failed, by cause.
-        tokens_trained: Training tokens of all trials.
+        retried: How many pieces of work failed once and were given out again, by cause.
+        tokens_trained: Training tokens of all trials up to where each ended, those of shared stages counted once.
         tokens_full: What the same trials would have taken to the end, each of them.
         tokens_rejected: What the rejected ones would have taken to the first rung.
+        saved: What sharing stages and rejecting saved, and what all training took.
+        openings: How often each run here opened the test split of this data.
         binding: The limit and how near the best row is to it, in a sentence.
         next: What would fit next, in sentences.
     """
@@ -45,9 +49,12 @@ class Explanation:
     rejected: Mapping[str, int]
     stopped: Mapping[int, int]
     failed: Mapping[str, int]
+    retried: Mapping[str, int]
     tokens_trained: int
     tokens_full: int
     tokens_rejected: int
+    saved: Saved
+    openings: Mapping[str, int]
     binding: str
     next: tuple[str, ...]
 
@@ -67,13 +74,15 @@ class Explanation:
         lines += [f"  {count:4d}  ended at {tokens:,} tokens" for tokens, count in self.stopped.items()]
         lines += [f"  {count:4d}  rejected without training: {reason}" for reason, count in self.rejected.items()]
         lines += [f"  {count:4d}  failed: {cause}" for cause, count in self.failed.items()]
+        lines += [f"  {count:4d}  failed once and tried again: {cause}" for cause, count in self.retried.items()]
         if self.tokens_full:
-            saved = 1 - self.tokens_trained / self.tokens_full
+            less = 1 - (self.tokens_trained + self.saved.shared_tokens) / self.tokens_full
             lines.append(
                 f"{self.tokens_trained:,} tokens were trained; all of these trials to the end would have been "
-                f"{self.tokens_full:,} ({saved:.0%} saved by stopping), rejection saved {self.tokens_rejected:,} more."
+                f"{self.tokens_full:,} ({less:.0%} saved by stopping)."
             )
-        return "\n".join([*lines, self.binding, *self.next])
+        lines += [f"{sentence}." for sentence in self.saved.describe()]
+        return "\n".join([*lines, opened(self.openings), self.binding, *self.next])
 
 
 def explain(run: RunFolder) -> Explanation:
@@ -100,6 +109,7 @@ def explain(run: RunFolder) -> Explanation:
         for trial, value in first.items()
         if trial in points
     ]
+    spared = saved(events, plan)
     binding, following = _limits(asked, rows_of(events))
     return Explanation(
         metric=asked["metric"],
@@ -108,9 +118,12 @@ def explain(run: RunFolder) -> Explanation:
         rejected=rejected,
         stopped=dict(sorted(Counter(reached.values()).items())),
         failed=_reasons(ends, Status.FAILED),
-        tokens_trained=sum(reached.values()),
+        retried=dict(Counter(event["cause"] for event in events if event["event"] == "retry").most_common()),
+        tokens_trained=sum(reached.values()) - spared.shared_tokens,
         tokens_full=plan.tokens * len(reached),
-        tokens_rejected=plan.rungs[0] * sum(rejected.values()),
+        tokens_rejected=spared.rejected_tokens,
+        saved=spared,
+        openings=openings_of(run.path.parent, asked),
         binding=binding,
         next=following,
     )

@@ -21,6 +21,7 @@ _REDUCTION = 3
 _DECAY = 0.2
 # With fewer optimiser steps than this at full fidelity, strategies cannot be told apart.
 _FEWEST_STEPS = 24
+_LEAST_EVALUATED = 1024  # tokens: the standard error of an accuracy of one half is then about 0.016
 _TRIALS = 12
 _FINALISTS = 2
 CONFIRMED = 3  # students that are trained on further seeds, where that is asked for
@@ -37,12 +38,14 @@ class Speed:
         score: Teacher forward in float32, on all threads.
         worker_train: A training step of the largest student, on one of all busy workers.
         worker_score: Its forward in float32, likewise.
+        asked: Seconds, not a rate: what is measured beside the scores takes so long for each evaluation, on a worker.
     """
 
     cache: float
     score: float
     worker_train: float
     worker_score: float
+    asked: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,7 @@ def measure_speed(
     workers: Workers,
     threads: int,
     *,
+    sequence_length: int = SEQUENCE_LENGTH,
     checkpointing: bool = False,
 ) -> Speed:
     """Times the teacher's forward and one training step of the largest student, on random tokens.
@@ -95,10 +99,11 @@ def measure_speed(
         largest: Makes the largest student in the space of the teacher.
         workers: Threads and precision of a worker.
         threads: All of the machine's threads.
+        sequence_length: Tokens of a sequence.
         checkpointing: Whether a step computes activations twice.
     """
     device = workers.device
-    ids = torch.from_numpy(np.random.default_rng(0).integers(0, spec.vocabulary, (1, SEQUENCE_LENGTH))).to(device)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, spec.vocabulary, (1, sequence_length))).to(device)
     model = teacher.to(device)
 
     def forward(bf16: bool) -> Any:
@@ -115,7 +120,7 @@ def measure_speed(
         began = time.perf_counter()
         list(map_sequences(work, sequences, device))
         _wait(device)
-        return sequences * SEQUENCE_LENGTH / (time.perf_counter() - began)
+        return sequences * sequence_length / (time.perf_counter() - began)
 
     torch.set_num_threads(threads)
     cache = rate(partial(forward_alone, bf16=workers.bf16), threads)
@@ -140,7 +145,7 @@ def measure_speed(
         began = time.perf_counter()
         list(pool.map(train_step, range(workers.count)))
         _wait(device)
-        worker_train = SEQUENCE_LENGTH / (time.perf_counter() - began)
+        worker_train = sequence_length / (time.perf_counter() - began)
     torch.set_num_threads(threads)
     return Speed(cache=cache, score=full, worker_train=worker_train, worker_score=worker_score)
 
@@ -165,6 +170,7 @@ class Demand:
         parameters: Of the teacher.
         seed: Of the search.
         ray: Whether workers are processes of their own.
+        sequence_length: Tokens of a sequence.
         step_tokens: Of an optimiser step, whole sequences.
         confirm: Further seeds that the best few and the best baseline are trained on.
     """
@@ -182,6 +188,7 @@ class Demand:
     parameters: int
     seed: int
     ray: bool
+    sequence_length: int = SEQUENCE_LENGTH
     step_tokens: int = SEQUENCE_LENGTH
     confirm: int = 0
 
@@ -263,13 +270,15 @@ def _keep(trials: int, rungs: int) -> tuple[int, ...]:
 
 
 def _eval_tokens(demand: Demand, speed: Speed) -> tuple[int, int, int]:
-    """Tokens read at a rung, at full fidelity and on test: what the box can pay, at least 4 sequences."""
+    """Tokens read at a rung, at full fidelity and on test: what the box can pay, at least 4 sequences and 1,024."""
     if demand.box_seconds is None:
         return min(demand.validation_tokens, 2048), min(demand.validation_tokens, 4096), min(demand.test_tokens, 8192)
     # One forward over the validation tokens by the teacher takes this share of the box, whole sequences of it.
-    affordable = int(0.007 * demand.box_seconds * speed.score) // SEQUENCE_LENGTH * SEQUENCE_LENGTH
-    full = max(4 * SEQUENCE_LENGTH, affordable)
-    rung = max(4 * SEQUENCE_LENGTH, affordable // 2 // SEQUENCE_LENGTH * SEQUENCE_LENGTH)
+    length = demand.sequence_length
+    affordable = int(0.007 * demand.box_seconds * speed.score) // length * length
+    least = max(4 * length, -(-_LEAST_EVALUATED // length) * length)
+    full = max(least, affordable)
+    rung = max(least, affordable // 2 // length * length)
     return (
         min(demand.validation_tokens, rung),
         min(demand.validation_tokens, full),
@@ -286,7 +295,7 @@ def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: 
         tokens=tokens,
         rungs=rungs,
         keep=_keep(trials, len(rungs)),
-        sequence_length=SEQUENCE_LENGTH,
+        sequence_length=demand.sequence_length,
         batch_tokens=demand.step_tokens,
         warmup_tokens=min(8 * demand.step_tokens, tokens // 8),
         decay=_DECAY,
@@ -311,11 +320,11 @@ def _fixed_seconds(demand: Demand, speed: Speed, tokens: int) -> Mapping[str, fl
     return {
         "load": demand.spent_seconds,
         "cache": min(tokens, demand.train_tokens) / speed.cache * 1.4 + full_eval / speed.score,
-        "teacher": demand.teacher_deployments * (full_eval / speed.score + 8e-9 * demand.parameters),
+        "teacher": demand.teacher_deployments * (full_eval / speed.score + 8e-9 * demand.parameters + speed.asked),
         "workers": 15.0 if demand.ray else 0.0,
         "export": 12.0 + per_weight * demand.parameters,
         # The teacher up to three times, the undistilled student, the found one and the baseline.
-        "test": 6 * (test / speed.score + 1e-8 * demand.parameters),
+        "test": 6 * (test / speed.score + 1e-8 * demand.parameters + speed.asked),
     }
 
 
@@ -335,7 +344,7 @@ def trial_seconds(tokens: int, eval_tokens: int, parameters: int, speed: Speed, 
 
 def evaluation_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float:
     """Expected seconds on one worker of one deployment: the student is loaded, packed and scored."""
-    return eval_tokens / speed.worker_score + 4e-8 * parameters
+    return eval_tokens / speed.worker_score + 4e-8 * parameters + speed.asked
 
 
 def _trial_seconds(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from autodistill.budget import DeviceBudget
 from autodistill.contracts import ModelSpec, Plan, Status
+from autodistill.devices import Device
 from autodistill.estimate import config_of, latencies, too_late
+from autodistill.records.objectives import PREDICTED_LATENCY
 from autodistill.records.row import Row
 from autodistill.roofline import limit_seconds
 from autodistill.strategy import Strategy
@@ -33,6 +36,7 @@ def make_row(
     train_tokens: int,
     train_seconds: float,
     seed: int,
+    device: Device | None = None,
 ) -> Row:
     """The row of one deployment of one trial.
 
@@ -48,6 +52,8 @@ def make_row(
         plan: Gives the fidelity.
         train_tokens, train_seconds: What training took so far.
         seed: Of the trial.
+        device: Where a latency is predicted, if it is to be: as every 95th percentile, at the slow end of the band. A
+            budget's own goes before it.
     """
     figures = {name: measurement.value for name, measurement in evaluation.measurements.items()}
     errors = {
@@ -56,7 +62,8 @@ def make_row(
         if measurement.stderr is not None
     }
     memory = evaluation.measurements.get("memory_bytes")
-    reason = None
+    # What a student needs must be known before it can be said to fit.
+    reason = "memory: it was not measured" if memory is None or not math.isfinite(memory.value) else None
     if memory is not None and memory.value > budget.memory_bytes:
         over = int(memory.value) - budget.memory_bytes
         reason = f"memory: {int(memory.value)} bytes, {over} over the budget of {budget.memory_bytes}"
@@ -64,14 +71,17 @@ def make_row(
     reason = reason or "; ".join(too_late(times, "predicted")) or None
     figures |= {limit.name: 1e3 * seconds for limit, seconds in times.items()}
     if isinstance(budget, DeviceBudget):
-        figures["latency_ms"] = 1e3 * limit_seconds(
-            spec, evaluation.deployment, budget.device, LATENCY, context=budget.context
-        )
+        device = budget.device
+    if device is not None:
+        seconds = limit_seconds(spec, evaluation.deployment, device, LATENCY, context=budget.context)
+        figures[PREDICTED_LATENCY] = 1e3 * seconds
+    if isinstance(budget, DeviceBudget):
+        figures["latency_ms"] = figures[PREDICTED_LATENCY]
     accuracy_stderr = errors.pop("accuracy_stderr", None)
     fields: dict[str, Any] = {
         field: int(figures.pop(field)) if field in _COUNTS else figures.pop(field)
         for field in _FIELDS
-        if field in figures
+        if field in figures and (field not in _COUNTS or math.isfinite(figures[field]))
     }
     approximation = strategy.distillation.approximation if strategy else None
     remarks = {"approximate": approximation} if approximation else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.budget import DeviceBudget
 from autodistill.devices import devices, find_device
-from autodistill.errors import InputError, NothingFitsError
+from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
+from autodistill.estimate import spec_from_config
 from autodistill.hardware import detect, machine_name
-from autodistill.records.row import read_parquet
+from autodistill.records.row import Row, read_parquet
 from autodistill.records.store import RunFolder, recorded_test_openings
+from autodistill.roofline import speed
+from autodistill.search.explain import explain
 from autodistill.search.request import SearchRequest, check_request
 from autodistill.search.search import Outcome, plan_search, search
+from autodistill.strategy import Deployment
 from autodistill.summary import leaderboard_of, search_summary
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import Budget, parse_latency
@@ -166,6 +171,43 @@ def test_nothing_fits_is_known_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_search_that_shares_stages_finds_the_rows_of_one_that_trains_everything_itself(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same strategies, forks among them: one search goes on from checkpoints, the other finds none."""
+    asked = {"trials": 4, "checkpoint_limit_bytes": 10**9}
+    shared = search(request(inputs, tmp_path / "shared", **asked))
+    monkeypatch.setattr("autodistill.stages.StageStore.find", lambda *arguments: None)
+    alone = search(request(inputs, tmp_path / "alone", **asked))
+    rows = [{row.row_id: without_times(row.to_json()) for row in outcome.rows} for outcome in (shared, alone)]
+    assert rows[0] == rows[1]
+    tests = [[without_times(row.to_json()) for row in outcome.finish.test] for outcome in (shared, alone)]
+    assert tests[0] == tests[1]
+    log = [json.loads(line) for line in (tmp_path / "shared" / "run" / "trials.jsonl").read_text().splitlines()]
+    reused = {event["trial"]: event for event in log if event["event"] == "rung" and event["shared"]}
+    assert reused["t003"]["trained"] + reused["t003"]["shared"] == reused["t003"]["tokens"]
+    saved = shared.document["saved"]
+    assert saved["shared_tokens"] == sum(event["shared"] for event in log if event["event"] == "rung") > 0
+    assert alone.document["saved"]["shared_tokens"] == 0
+    assert alone.document["saved"]["trained_tokens"] > saved["trained_tokens"] + saved["shared_tokens"]
+    sentence = "went on from stages that others had trained"
+    run = RunFolder.open(tmp_path / "shared", "run")
+    assert sentence in search_summary(shared.document, *leaderboard_of(run), 120)
+    assert sentence in (run.path / "report.md").read_text()
+    assert sentence in explain(run).describe()
+
+
+def test_a_tiny_limit_changes_nothing_but_what_is_kept(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    limited, free = (
+        search(request(inputs, tmp_path / name, trials=4, checkpoint_limit_bytes=limit))
+        for name, limit in (("limited", 1), ("free", 10**9))
+    )
+    rows = [{row.row_id: without_times(row.to_json()) for row in outcome.rows} for outcome in (limited, free)]
+    assert rows[0] == rows[1]
+    log = (tmp_path / "limited" / "run" / "trials.jsonl").read_text()
+    assert '"collected"' in log
+
+
 def test_one_strategy_alone_is_distilled(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     result = search(request(inputs, tmp_path, strategy="logit_kd", trials=None))
     assert {row.kind for row in result.rows} == {"teacher", "baseline"}
@@ -251,3 +293,103 @@ def test_limits_of_latency_are_held_to_the_device(inputs: tuple[Path, Path, Path
     tight = replace(budget, latency=parse_latency("1us"))
     with pytest.raises(NothingFitsError, match="is too slow for"):
         search(request(inputs, tmp_path, budget=tight, strategy="logit_kd", trials=None, name="tight"))
+
+
+def test_a_search_of_several_objectives_ends_in_a_front(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    asked = request(inputs, tmp_path, objectives="accuracy,memory,latency", device="pi 5", trials=4)
+    document = search(asked).document
+    rows = [Row.from_json(row) for row in document["rows"]]
+    names = {row["row_id"] for row in document["front"]}
+    figures = {
+        row.row_id: (-(row.accuracy or 0), row.memory_bytes or 0, row.figure("latency_ms_predicted") or 0)
+        for row in rows
+        if row.full and row.feasible and row.kind != "confirmation"
+    }
+    beaten = {
+        one
+        for one, mine in figures.items()
+        for other in figures.values()
+        if other != mine and all(a <= b for a, b in zip(other, mine, strict=True))
+    }
+    assert names == set(figures) - beaten
+    assert min(figures.values())[0] == min(figures[name][0] for name in names)
+    stored = json.loads((tmp_path / "run" / "search.json").read_text())
+    assert stored["objectives"] == ["accuracy", "memory", "latency"]
+    assert stored["device"]["name"] == "Raspberry Pi 5 8GB"
+    # Of the roofline, on the device that was named, whatever this machine is.
+    best = Row.from_json(document["best"])
+    spec = spec_from_config(json.loads((tmp_path / "run" / "student" / "huggingface" / "config.json").read_text()))
+    guess = speed(spec, Deployment.from_json(best.deployment), find_device("pi 5", devices()), context=256)
+    assert best.figure("latency_ms_predicted") == pytest.approx(guess.decode_ms_high)
+    rungs = [event for event in events(tmp_path) if event["event"] == "rung"]
+    assert rungs
+    assert all(len(event["further"]) == 2 for event in rungs)
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "## Pareto front" in text
+    assert "Latencies are predicted for Raspberry Pi 5 8GB" in text
+    board, metric = leaderboard_of(RunFolder.open(tmp_path, "run"))
+    assert {one.row.row_id for one in board if one.front} == names
+    assert "* on the front" in search_summary(document, board, metric, 120)
+    with pytest.raises(InputError, match="another objectives"):
+        check_request(replace(asked, resume=True, objectives="accuracy"))
+    with pytest.raises(InputError, match="another device"):
+        check_request(replace(asked, resume=True, device="4090"))
+    assert check_request(replace(asked, resume=True, objectives=None, device=None)).device == find_device(
+        "pi 5", devices()
+    )
+
+
+def test_sequences_have_the_length_that_was_asked_for(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    short = request(
+        inputs, tmp_path, strategy="logit_kd", trials=None, sequence_length=64, step_tokens=128, tokens=1152
+    )
+    outcome = search(short)
+    plan = outcome.document["plan"]
+    assert (plan["sequence_length"], plan["batch_tokens"], plan["tokens"]) == (64, 128, 1152)
+    # Of each sequence all tokens but the first are predicted.
+    scored = next(row.documents for row in outcome.rows if row.kind == "baseline")
+    assert scored is not None
+    assert sum(scored["count"]) == plan["eval_tokens"] // 64 * 63
+    with pytest.raises(InputError, match="planned with 64 sequence-length, not 128"):
+        check_request(replace(short, resume=True, sequence_length=128))
+
+
+def test_sequences_that_cannot_be_are_refused(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--sequence-length must be at least 8 tokens, not 1"):
+        check_request(request(inputs, tmp_path, sequence_length=1))
+    with pytest.raises(InputError, match=r"reads at most \d+ tokens at once, and sequences have 999999"):
+        check_request(request(inputs, tmp_path, sequence_length=999999))
+    with pytest.raises(InputError, match="--step-tokens must be a multiple of 64, a sequence, not 250"):
+        check_request(request(inputs, tmp_path, sequence_length=64, step_tokens=250))
+
+
+def test_ctrl_c_before_anything_is_planned_leaves_nothing(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(checked: object) -> None:
+        assert (tmp_path / "run").is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autodistill.search.prepare.load", interrupt)
+    with pytest.raises(InterruptedSearchError, match="nothing to resume"):
+        search(request(inputs, tmp_path))
+    assert not (tmp_path / "run").exists()
+
+    def refuse(checked: object) -> None:
+        raise InputError("bad data")
+
+    monkeypatch.setattr("autodistill.search.prepare.load", refuse)
+    with pytest.raises(InputError, match="bad data"):
+        search(request(inputs, tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_held_is_not_gone_on_with(
+    inputs: tuple[Path, Path, Path], outcome: tuple[Outcome, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autodistill.search.prepare.load", lambda checked: pytest.fail("a model was loaded"))
+    with (
+        RunFolder.open(outcome[1], "run", lock=True),
+        pytest.raises(InputError, match=rf"held by the running process {os.getpid()}: wait for it, or stop it"),
+    ):
+        search(request(inputs, outcome[1], resume=True))
