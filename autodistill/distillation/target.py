@@ -16,10 +16,18 @@ _HEAD_ROWS = 128
 
 
 class Outputs(Protocol):
-    """The teacher's outputs for a few rows."""
+    """The teacher's outputs for a few rows.
+
+    Attributes:
+        heard: bool [rows], those that there are outputs for; None for all of them. The others learn from their true
+            tokens alone.
+    """
+
+    @property
+    def heard(self) -> Tensor | None: ...
 
     def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
-        """The divergence summed over the rows, and its gradient by `scaled`, [rows, vocab].
+        """The divergence summed over the rows heard, and its gradient by `scaled`, [rows, vocab], 0 for the others.
 
         Args:
             scaled: [rows, vocab], the student's logits over the temperature, 0 at the most; they may be overwritten.
@@ -73,6 +81,7 @@ class TopTarget:
     log_p: Tensor
     temperature: float
     standardised: bool = field(default=False, init=False)
+    heard: None = field(default=None, init=False)
 
     def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
         """See `Outputs`.
@@ -135,6 +144,7 @@ class SampledTarget:
     weights: Tensor
     temperature: float
     standardised: bool = field(default=False, init=False)
+    heard: None = field(default=None, init=False)
 
     def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
         """See `Outputs`."""
@@ -161,6 +171,55 @@ class SampledTarget:
         """See `Target`."""
         moved = {name: getattr(self, name).to(device) for name in ("ids", "log_p", "weights")}
         return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenTarget:
+    """What the writer of the text told of its likeliest tokens: in each place as many as it did, in some places none.
+
+    A row with m tokens is compared as `TopTarget` compares it, as m + 1 outcomes.
+
+    Attributes:
+        ids: int64 [n, k], distinct in a row, those told first; -1 where fewer were told.
+        log_p: float [n, k], their log-probabilities at temperature 1.
+    """
+
+    ids: Tensor
+    log_p: Tensor
+    temperature: float = field(default=1.0, init=False)
+    standardised: bool = field(default=False, init=False)
+
+    @property
+    def heard(self) -> Tensor:
+        """See `Outputs`."""
+        return self.ids[:, 0] >= 0
+
+    def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+        """See `Outputs` and `TopTarget.compare`; rows with equally many tokens are compared together."""
+        gradient = torch.zeros_like(scaled)
+        counts = (self.ids >= 0).sum(dim=1)
+        value = scaled.new_zeros(())
+        for count in counts.unique().tolist():
+            if count == 0:
+                continue
+            rows = (counts == count).nonzero()[:, 0]
+            told = TopTarget(ids=self.ids[rows, :count], log_p=self.log_p[rows, :count], temperature=1.0)
+            part, gradient[rows] = told.compare(scaled[rows], divergence)
+            value += part
+        return value, gradient
+
+    def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
+        """See `Target`."""
+        for part in parts_of(len(self.ids), step):
+            yield part, self.take(part)
+
+    def take(self, rows: Tensor | slice) -> WrittenTarget:
+        """See `Target`."""
+        return replace(self, ids=self.ids[rows], log_p=self.log_p[rows])
+
+    def to(self, device: str) -> WrittenTarget:
+        """See `Target`."""
+        return replace(self, ids=self.ids.to(device), log_p=self.log_p.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +264,11 @@ class FullOutputs(NamedTuple):
     logits: Tensor
     temperature: float
     standardised: bool
+
+    @property
+    def heard(self) -> None:
+        """See `Outputs`."""
+        return None
 
     def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
         """See `Outputs`. With g the slopes and G their sum, the derivative by logit j is g_j - q_j G."""

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from autodistill.distillation import logit_loss as module
 from autodistill.distillation.divergence import divergence_of, forward_kl
 from autodistill.distillation.logit_loss import logit_loss
-from autodistill.distillation.target import FullTarget, SampledTarget, TopTarget
+from autodistill.distillation.target import FullTarget, SampledTarget, TopTarget, WrittenTarget
 from autodistill.distillation.temperature import GRID
 
 ROWS, VOCABULARY = 37, 101
@@ -225,6 +225,42 @@ DEFINITIONS = {
         for t in (0.4, 0.99)
     },
 }
+
+
+@pytest.mark.parametrize(("name", "mixture"), DEFINITIONS)
+@pytest.mark.parametrize("weight", [0.4, 1.0])
+@pytest.mark.parametrize("chunk", [5, 10**6])
+def test_what_was_told_of_some_places_and_text_alone_in_others(monkeypatch, name, mixture, weight, chunk):
+    """Of the tokens told and the rest as one outcome, each row by the paper's definition; elsewhere cross-entropy."""
+    monkeypatch.setattr(module, "_CPU_CHUNK", chunk * VOCABULARY)
+    student, teacher, labels, top = _case(k=6)
+    counts = np.random.default_rng(5).integers(0, 7, ROWS)
+    counts[:7] = range(7)
+    ids, log_p = top.ids.clone(), top.log_p.clone()
+    for row, count in enumerate(counts):
+        ids[row, count:], log_p[row, count:] = -1, 0.0
+    target = WrittenTarget(ids=ids, log_p=log_p)
+    logits, reference = (student.clone().requires_grad_() for _ in range(2))
+    loss = logit_loss(logits, labels, target, weight, divergence_of(name, mixture))
+    loss.total.backward()
+    terms, distances = [], []
+    for row, count in enumerate(counts):
+        cross_entropy = functional.cross_entropy(reference[row], labels[row])
+        if count == 0:
+            terms.append(cross_entropy)
+            continue
+        p, q = (functional.softmax(rows[row], dim=0) for rows in (teacher, reference))
+        told = torch.zeros(VOCABULARY, dtype=torch.bool)
+        told[top.ids[row, :count]] = True
+        p, q = (torch.cat([one[told], one[~told].sum()[None]])[None] for one in (p, q))
+        distance = DEFINITIONS[name, mixture](p, q)[0]
+        distances.append(float(distance.detach()))
+        terms.append(weight * distance + (1 - weight) * cross_entropy)
+    expected = torch.stack(terms).mean()
+    expected.backward()
+    assert float(loss.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-11)
+    assert float(loss.divergence) == pytest.approx(sum(distances) / ROWS, rel=1e-10)
+    torch.testing.assert_close(logits.grad, reference.grad, rtol=1e-9, atol=1e-12)
 
 
 def _full(temperature, standardised=False, dtype=torch.float64, width=12):
