@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autodistill.distillation.divergence import Divergence, forward_kl
-from autodistill.distillation.target import Outputs, Target, parts_of
+from autodistill.distillation.target import Outputs, SampledTarget, Target, TopTarget, parts_of
 
 # Logits worked on at once: on a CPU 6 MB of float32, which stays in a core's share of the cache; elsewhere 128 MB, as
 # there it is the number of steps that costs.
@@ -78,6 +78,13 @@ class _LogitLoss(torch.autograd.Function):
             chunk_gradient: Tensor | None = None
             # The share of cross-entropy: a number, or where some rows are not heard, [rows, 1].
             share: float | Tensor = 1 - weight
+            if used and isinstance(outputs, TopTarget | SampledTarget) and used.temperature == 1:
+                terms = _at_one(shifted, label, label_logit, outputs, divergence, weight, rows)
+                value, gradient[part], surprise = terms
+                distance += value
+                cross_entropy += surprise
+                learnt += (1 - weight) * surprise
+                continue
             if used and outputs:
                 value, chunk_gradient = _distance(shifted, used, outputs, divergence, weight / rows)
                 distance += value
@@ -106,6 +113,30 @@ class _LogitLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(upstream[0].to(gradient.dtype)), None, None, None, None
+
+
+def _at_one(
+    shifted: Tensor,
+    label: Tensor,
+    label_logit: Tensor,
+    outputs: TopTarget | SampledTarget,
+    divergence: Divergence,
+    weight: float,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergence and gradient of both terms, and cross-entropy, summed over some rows, at temperature 1.
+
+    There the two share their exponentials and sums, so that no pass over the vocabulary is made for the divergence.
+    """
+    found = outputs.spread(shifted, divergence)
+    share = (1 - weight) / rows
+    gradient = shifted.mul_(found.factor * (weight / rows) + share / found.total)
+    added = found.added * (weight / rows)
+    if found.left_out is not None:
+        added.add_(found.left_out, alpha=share)
+    gradient.scatter_add_(1, found.ids, added)
+    gradient.scatter_add_(1, label, torch.full_like(label_logit, -share))
+    return found.value, gradient, (found.total.log() - label_logit).sum()
 
 
 def _distance(

@@ -58,10 +58,38 @@ class Target(Protocol):
         """The target on a device."""
 
 
+class Spread(NamedTuple):
+    """A divergence from a few of a row's tokens, whose gradient elsewhere follows the student's own distribution.
+
+    The student's exponentials e stand in the place of its logits, 0 at tokens of which `left_out` has the
+    probabilities. The derivative by logit j is factor * e_j, plus what is `added` at `ids`.
+
+    Attributes:
+        value: Summed over the rows.
+        total: [rows, 1], the sum of the exponentials, those left out included.
+        factor: [rows, 1].
+        ids: int64 [rows, k].
+        added: [rows, k].
+        left_out: [rows, k], of the student at `ids`; None where no exponential is 0 for it.
+    """
+
+    value: Tensor
+    total: Tensor
+    factor: Tensor
+    ids: Tensor
+    added: Tensor
+    left_out: Tensor | None
+
+
 def parts_of(rows: int, step: int) -> Iterator[slice]:
     """Slices of `step` rows, in order, that cover `rows` of them."""
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def _gathered(exponential: Tensor, found: Spread) -> tuple[Tensor, Tensor]:
+    """Value and whole gradient, in the place of the exponentials."""
+    return found.value, exponential.mul_(found.factor).scatter_add_(1, found.ids, found.added)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +112,11 @@ class TopTarget:
     heard: None = field(default=None, init=False)
 
     def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
-        """See `Outputs`.
+        """See `Outputs`."""
+        return _gathered(scaled, self.spread(scaled, divergence))
+
+    def spread(self, scaled: Tensor, divergence: Divergence) -> Spread:
+        """The divergence of the k + 1 outcomes; `scaled`, as for `compare`, is overwritten by its exponentials.
 
         With g the slopes by the outcomes' log-probabilities, G their sum and q_t the student's mass outside of the k
         tokens S, the derivative by logit j is g_j - q_j G inside S and q_j (g_t / q_t - G) outside.
@@ -106,9 +138,8 @@ class TopTarget:
             log_p, log_q = torch.cat([log_p, p_rest.log_()], dim=1), torch.cat([log_q, q_rest.log()], dim=1)
         value, slope = divergence(log_p, log_q)
         total_slope = slope.sum(dim=1, keepdim=True)
-        gradient = exponential.mul_((slope[:, k:].sum(dim=1, keepdim=True) / q_rest - total_slope) / total)
-        gradient.scatter_(1, ids, slope[:, :k] - q * total_slope)
-        return value.sum(), gradient
+        factor = (slope[:, k:].sum(dim=1, keepdim=True) / q_rest - total_slope) / total
+        return Spread(value.sum(), total, factor, ids, slope[:, :k] - q * total_slope, q)
 
     def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
         """See `Target`."""
@@ -148,15 +179,18 @@ class SampledTarget:
 
     def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
         """See `Outputs`."""
+        return _gathered(scaled, self.spread(scaled, divergence))
+
+    def spread(self, scaled: Tensor, divergence: Divergence) -> Spread:
+        """The estimate; `scaled`, as for `compare`, is overwritten by its exponentials."""
         ids, log_p, weights = self.ids, self.log_p.to(scaled.dtype), self.weights.to(scaled.dtype)
         log_inside = scaled.gather(1, ids)
         exponential = scaled.exp_()
         total = exponential.sum(dim=1, keepdim=True)
         value, slope = divergence(log_p, log_inside - total.log())
         slope *= weights
-        gradient = exponential.mul_(-slope.sum(dim=1, keepdim=True) / total)
-        gradient.scatter_add_(1, ids, slope)
-        return value.mul_(weights).sum(), gradient
+        factor = -slope.sum(dim=1, keepdim=True) / total
+        return Spread(value.mul_(weights).sum(), total, factor, ids, slope, None)
 
     def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
         """See `Target`."""

@@ -411,3 +411,23 @@ def test_all_tokens_take_no_more_memory_than_some_rows(monkeypatch):
     one, row = rows * vocabulary * 4, vocabulary * 4
     # Beside the gradient, 128 rows of the teacher's logits and nine tensors of a few rows.
     assert one <= memory.peak <= one + 128 * row + 9 * step * row
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_trls_generalised_jsd(beta, temperature):
+    """TRL's own function, which leaves out the factor T^2; its end at 0 is forward KL."""
+    from trl.experimental.gkd import GKDTrainer
+
+    student, teacher, labels, target = _full(temperature)
+    logits, reference = (student.clone().requires_grad_() for _ in range(2))
+    divergence = divergence_of("jsd", beta) if beta else forward_kl
+    loss = logit_loss(logits, labels, target, 1.0, divergence)
+    loss.total.backward()
+    theirs = GKDTrainer.generalized_jsd_loss(
+        reference, teacher, beta=beta, temperature=temperature, num_items_in_batch=ROWS
+    )
+    expected = temperature**2 * theirs
+    expected.backward()
+    assert float(loss.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    torch.testing.assert_close(logits.grad, reference.grad, rtol=1e-6, atol=1e-9)
