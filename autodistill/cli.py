@@ -23,6 +23,7 @@ from autodistill.options import (
     BatchOption,
     CacheLimitOption,
     CacheOption,
+    CheckpointLimitOption,
     ConfirmOption,
     ContextOption,
     DataOption,
@@ -33,12 +34,14 @@ from autodistill.options import (
     NameOption,
     OutOption,
     PlanOption,
+    PriceOption,
     ResumeOption,
     RunnerOption,
     SamplerOption,
     SearchBudgetOption,
     SearchDeviceOption,
     SeedOption,
+    SequenceLengthOption,
     SpaceOption,
     StepTokensOption,
     TeacherOption,
@@ -50,7 +53,7 @@ from autodistill.options import (
 from autodistill.records.store import RunFolder, default_cache, known_runs, strict_json
 from autodistill.streams import quiet_libraries, stdout_reserved
 from autodistill.summary import leaderboard_of, plan_summary, search_summary, written_summary
-from autodistill.units import Budget, parse_bytes, parse_duration
+from autodistill.units import Budget, parse_bytes, parse_duration, parse_price
 
 if TYPE_CHECKING:
     from autodistill.search.request import SearchRequest
@@ -96,6 +99,7 @@ def search(
     sampler: SamplerOption = None,
     trials: TrialsOption = None,
     tokens: TokensOption = None,
+    sequence_length: SequenceLengthOption = None,
     step_tokens: StepTokensOption = None,
     time_box: TimeOption = None,
     confirm: ConfirmOption = None,
@@ -106,9 +110,11 @@ def search(
     out: OutOption = _RUNS,
     resume: ResumeOption = False,
     plan: PlanOption = False,
+    price: PriceOption = None,
     runner: RunnerOption = "ray",
     cache: CacheOption = None,
     cache_limit: CacheLimitOption = "8GB",
+    checkpoint_limit: CheckpointLimitOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Find, export and verify the best student that fits a hardware budget."""
@@ -124,6 +130,7 @@ def distill(
     data: DataOption = None,
     metric: MetricOption = None,
     tokens: TokensOption = None,
+    sequence_length: SequenceLengthOption = None,
     step_tokens: StepTokensOption = None,
     time_box: TimeOption = None,
     context: ContextOption = 2048,
@@ -133,9 +140,11 @@ def distill(
     out: OutOption = _RUNS,
     resume: ResumeOption = False,
     plan: PlanOption = False,
+    price: PriceOption = None,
     runner: RunnerOption = "ray",
     cache: CacheOption = None,
     cache_limit: CacheLimitOption = "8GB",
+    checkpoint_limit: CheckpointLimitOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Train, export and verify the student of one strategy, without a search."""
@@ -355,6 +364,10 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
     budget = Budget(memory_bytes=_memory_limit(ctx), context=given["context"], batch=given["batch"])
     seconds = None if given["time_box"] is None else parse_duration(given["time_box"])
     limit = parse_bytes(given["cache_limit"])
+    kept = None if given["checkpoint_limit"] is None else parse_bytes(given["checkpoint_limit"])
+    price = None if given["price"] is None else parse_price(given["price"])
+    if price is not None and not given["plan"]:
+        raise InputError("--price is for what a plan would cost: give it with --plan")
     quiet_libraries(given["teacher"], given["data"])
     from autodistill.search.request import SearchRequest
 
@@ -368,6 +381,7 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         sampler=given.get("sampler"),
         trials=given.get("trials"),
         tokens=given["tokens"],
+        sequence_length=given["sequence_length"],
         step_tokens=given["step_tokens"],
         time_seconds=seconds,
         confirm=given.get("confirm"),
@@ -378,6 +392,8 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         runner=given["runner"],
         cache=given["cache"] or default_cache(),
         cache_limit_bytes=limit,
+        checkpoint_limit_bytes=kept,
+        price=price,
         command=ctx.obj or ctx.command_path,
         started=started,
     )

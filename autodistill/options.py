@@ -52,8 +52,11 @@ TrialsOption = Annotated[
     option("--trials", "Strategies to try; planned from the time box by default. With --resume: in all.", "N"),
 ]
 TokensOption = Annotated[int | None, option("--tokens", "Training tokens of a trial; planned by default.", "T")]
+SequenceLengthOption = Annotated[
+    int | None, option("--sequence-length", "Tokens of a sequence in training and evaluation; 256 by default.", "T")
+]
 StepTokensOption = Annotated[
-    int | None, option("--step-tokens", "Training tokens of an optimiser step; one sequence, 256, by default.", "T")
+    int | None, option("--step-tokens", "Training tokens of an optimiser step; one sequence by default.", "T")
 ]
 TimeOption = Annotated[
     str | None, option("--time", "Time box, like 10m, the default without an accelerator; 30m with one.", "TIME")
@@ -74,12 +77,20 @@ SeedOption = Annotated[
 NameOption = Annotated[str | None, option("--name", "Of the run; date and time by default.", "RUN")]
 OutOption = Annotated[Path, option("--out", "Folder of the runs.", "DIR")]
 ResumeOption = Annotated[bool, option("--resume", "Go on with the run of this --name.")]
-PlanOption = Annotated[bool, option("--plan", "Print trials, rungs, tokens, cache disk and time, and stop.")]
+PlanOption = Annotated[bool, option("--plan", "Print trials, rungs, tokens, disk, time and hours, and stop.")]
+PriceOption = Annotated[
+    str | None,
+    option("--price", "With --plan: what an hour of a GPU costs, or of a machine without one, like 2.5/h.", "PRICE"),
+]
 RunnerOption = Annotated[str, option("--runner", "ray: workers side by side; inline: this process alone.", "NAME")]
 CacheOption = Annotated[
     Path | None, option("--cache", "Folder of what later searches use again; ~/.cache/autodistill by default.", "DIR")
 ]
 CacheLimitOption = Annotated[str, option("--cache-limit", "Disk that the teacher's outputs may take.", "SIZE")]
+CheckpointLimitOption = Annotated[
+    str | None,
+    option("--checkpoint-limit", "Disk for a run's checkpoints; a quarter of the free disk by default.", "SIZE"),
+]
 FormatOption = Annotated[Format, option("--format", "How the result is printed.")]
 DevicesOption = Annotated[
     list[Path] | None, option("--devices", "YAML file of devices of your own; may be given again.", "FILE")

@@ -8,8 +8,9 @@ from typing import Any
 from autodistill.console import leaderboard_table
 from autodistill.records.leaderboard import DISTILLED, Ranked, rank, rows_of
 from autodistill.records.row import Row
+from autodistill.records.saved import Saved
 from autodistill.records.store import RunFolder, read_json
-from autodistill.units import format_bytes, format_duration
+from autodistill.units import Price, format_bytes, format_duration
 
 _SHOWN_ROWS = 15
 
@@ -41,6 +42,7 @@ def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric
         _confirmed(document),
         _test(document),
         "\n".join(f"{note[:1].upper()}{note[1:]}." for note in document["notes"]),
+        "\n".join(f"{sentence}." for sentence in Saved(**document["saved"]).describe()),
         _seconds(document["seconds"]),
         _paths(document),
     ]
@@ -75,10 +77,22 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         "cache": f"{format_bytes(document['cache_bytes'])} of disk for the teacher's outputs",
         "time": f"{format_duration(document['expected_seconds'])} expected, time box {box}",
         "phases": phases,
+        "hours": _hours(document),
     }
     width = max(map(len, lines))
     notes = [f"{note[:1].upper()}{note[1:]}." for note in plan["notes"]]
     return "\n".join([*(f"{name.ljust(width)}  {words}" for name, words in lines.items()), *notes])
+
+
+def _hours(document: Mapping[str, Any]) -> str:
+    """Hours of GPUs or of the machine, of its workers, and what they cost."""
+    gpus, machine = document["gpu_hours"], document["machine_hours"]
+    held = f"{gpus:.2f} GPU-hours" if gpus else f"{machine:.2f} machine-hours"
+    words = f"{held}, {document['worker_hours']:.2f} worker-hours of trials"
+    if "cost" not in document:
+        return words
+    rate = Price(amount=document["price_per_hour"], currency=document["currency"]).of(1)
+    return f"{words}; {document['cost_shown']} at {rate} an hour of a {document['price_of']}"
 
 
 def table(rows: Sequence[Sequence[str]], left: int) -> str:

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 
 from autodistill.contracts import Direction, HeldType, Measurement, ModelSpec, Plan, Subject, TokenScores
 from autodistill.data import TokenSet, load_split
 from autodistill.distillation.alignment import aligned_layers, check_projection, layer_map
 from autodistill.distillation.attention import TeacherBlock, check_attention, teacher_layer
 from autodistill.distillation.calibration import Calibration
-from autodistill.distillation.checkpoint import read_tokens
+from autodistill.distillation.checkpoint import read_metadata
 from autodistill.distillation.generation import answer
 from autodistill.distillation.grid_scales import read_scales, write_scales
 from autodistill.distillation.held import held_as_deployed, is_held, load_held
@@ -39,11 +40,11 @@ from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import check_holds
 from autodistill.formats import Grid, Scales
 from autodistill.plugins import load
+from autodistill.stages import open_stages
 from autodistill.strategy import Deployment, Init, Strategy, serving
 from autodistill.units import Budget
 
 ASKING_DATA = "give --data with a prompt and an answer in each record, or reasoning-gym:TASK"
-_STABLE = "stable.safetensors"
 # What a student takes from its teacher's folder: by suffix, but for the files that describe the teacher's own weights.
 _TEXT_FILES = (".json", ".jinja", ".model", ".txt")
 _OWN_FILES = ("config.json", "model.safetensors.index.json", "teacher.json")
@@ -98,6 +99,7 @@ class TrialTask:
         deployments: Those that the budget allows, under which the trained student may be evaluated.
         probe: The one of them that rungs are judged on.
         straight: Whether the trial runs to the plan's tokens without stopping at rungs.
+        stage: Address of its stable part, whose checkpoints trials share; empty where its checkpoints are its own.
     """
 
     id: str
@@ -106,6 +108,7 @@ class TrialTask:
     deployments: tuple[Deployment, ...]
     probe: Deployment
     straight: bool = False
+    stage: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +138,9 @@ class RungReport:
         params: Weights of the student.
         seconds: "train", "evaluate" and "other".
         steps: Step records of this stretch, thinned to at most 20.
+        trained: Tokens that this stretch trained on, its decay included.
+        shared: Tokens of this stretch that were not trained on, since another trial had trained the stage so far.
+        unsaved: Why a checkpoint could not be written; None where all were.
     """
 
     rung: int
@@ -143,6 +149,9 @@ class RungReport:
     params: int
     seconds: dict[str, float]
     steps: tuple[StepRecord, ...]
+    trained: int = 0
+    shared: int = 0
+    unsaved: str | None = None
 
 
 def probe_deployment(strategy: Strategy, deployments: tuple[Deployment, ...]) -> Deployment:
@@ -380,9 +389,11 @@ class Trial:
         self._on_step = on_step
         self._spec = student_spec(task.strategy, bench.setting.teacher_spec)
         self._folder = bench.setting.checkpoints / task.id
+        self._stages = open_stages(bench.setting.checkpoints)
+        self._stage = task.stage or task.id
 
     def run(self, rung: int) -> RungReport:
-        """Trains from the last checkpoint, or from the start, to a rung, and evaluates there.
+        """Trains to a rung and evaluates there, from the furthest checkpoint of its stage, whoever trained it.
 
         Raises:
             TrialFailedError: NaN, out of memory, or another error of this trial alone.
@@ -399,17 +410,22 @@ class Trial:
         plan = self._bench.setting.plan
         began = time.perf_counter()
         trainer = self._trainer()
+        target, last = plan.rungs[rung], rung == len(plan.rungs) - 1
+        shared = self._restore(trainer, rung)
+        start = trainer.tokens
         ready = time.perf_counter()
         steps: list[StepRecord] = []
-        target, last = plan.rungs[rung], rung == len(plan.rungs) - 1
+        saving, unsaved = 0.0, None
         self._folder.mkdir(parents=True, exist_ok=True)
-        for record in trainer.train_stable(branch_point(target, plan.decay, plan.batch_tokens)):
-            steps.append(record)
-            self._on_step(record)
-        stable = time.perf_counter()
-        if not last:
-            trainer.save(self._folder / _STABLE)
-        saved = time.perf_counter()
+        for point in self._points(rung, start):
+            for record in trainer.train_stable(point):
+                steps.append(record)
+                self._on_step(record)
+            # Nobody but this trial continues a stage of its own, and after the last rung it does not go on.
+            if self._task.stage or not last:
+                stable = time.perf_counter()
+                unsaved = self._save(trainer, shared) or unsaved
+                saving += time.perf_counter() - stable
         for record in self._decay(trainer, target):
             steps.append(record)
             self._on_step(record)
@@ -432,12 +448,63 @@ class Trial:
             evaluation=evaluation,
             params=self._spec.parameters,
             seconds={
-                "train": (stable - ready) + (trained - saved),
+                "train": trained - ready - saving,
                 "evaluate": ended - kept,
-                "other": (ready - began) + (saved - stable) + (kept - trained),
+                "other": (ready - began) + saving + (kept - trained),
             },
             steps=tuple(steps[::-1][::stride][::-1]),
+            trained=target - start,
+            shared=shared,
+            unsaved=unsaved,
         )
+
+    def _points(self, rung: int, start: int) -> list[int]:
+        """Tokens beyond `start` at which decays branch off, up to that of a rung.
+
+        A trial that passes rungs without stopping leaves a checkpoint at each, from which others are judged there.
+        """
+        plan = self._bench.setting.plan
+        rungs = plan.rungs[: rung + 1] if self._task.stage else plan.rungs[rung : rung + 1]
+        points = (branch_point(tokens, plan.decay, plan.batch_tokens) for tokens in rungs)
+        return [point for point in points if point > start]
+
+    def _restore(self, trainer: Trainer, rung: int) -> int:
+        """Continues from the furthest checkpoint up to a rung's branch; gives the tokens that others had trained of it.
+
+        A checkpoint that cannot be read, as after a power failure, is removed, and the one before it is taken.
+        """
+        plan = self._bench.setting.plan
+        tokens = [branch_point(target, plan.decay, plan.batch_tokens) for target in plan.rungs[: rung + 1]]
+        while (found := self._stages.find(self._stage, tokens[-1])) is not None:
+            path, checkpoint = found
+            try:
+                trainer.load(path)
+            except FileNotFoundError:
+                continue  # collected meanwhile
+            except (SafetensorError, OSError):
+                self._stages.remove(checkpoint)
+                continue
+            before = tokens[-2] if rung > 0 and not self._task.straight else 0
+            if checkpoint.tokens <= before:
+                return 0
+            notes = read_metadata(path)
+            # Its own, of this very stretch: the worker was killed between the checkpoint and the report.
+            return int(notes["shared"]) if notes["trial"] == self._task.id else checkpoint.tokens - before
+        return 0
+
+    def _save(self, trainer: Trainer, shared: int) -> str | None:
+        """Keeps the stable part for whoever goes on from it; gives the reason where that is impossible.
+
+        Without it the trial goes on all the same, and a later stretch trains again what was lost.
+        """
+        if self._stages.holds(self._stage, trainer.tokens):
+            return None
+        notes = {"trial": self._task.id, "shared": str(shared)}
+        try:
+            self._stages.save(self._stage, trainer.tokens, lambda path: trainer.save(path, notes))
+        except (OSError, SafetensorError) as error:
+            return f"the checkpoint at {trainer.tokens:,} tokens could not be written: {error}"
+        return None
 
     def evaluate(self, deployment: Deployment) -> RungReport:
         """Evaluates the trained student, as it was kept at the last rung, under one more deployment."""
@@ -479,7 +546,7 @@ class Trial:
         self._bench.check(task.strategy, kept)
         attention = task.strategy.distillation.attention
         layers = setting.teacher_spec.layers
-        trainer = Trainer(
+        return Trainer(
             model.to(setting.device),
             kept=kept,
             teacher_layers=layers,
@@ -493,10 +560,6 @@ class Trial:
             device=setting.device,
             teacher=self._bench.teacher,
         )
-        checkpoint = self._folder / _STABLE
-        if checkpoint.exists():
-            trainer.load(checkpoint)
-        return trainer
 
     def _decay(self, trainer: Trainer, target: int) -> Iterator[StepRecord]:
         """The decay, on the finishing stage's grid where there is one."""
@@ -534,14 +597,3 @@ def save_student(model: Any, teacher: Path, folder: Path) -> None:
     for path in teacher.iterdir():
         if path.is_file() and path.suffix in _TEXT_FILES and path.name not in _OWN_FILES:
             shutil.copyfile(path, folder / path.name)
-
-
-def checkpoint_tokens(trial: Path) -> int:
-    """Tokens of a trial's stable checkpoint, 0 where there is none."""
-    path = trial / _STABLE
-    return read_tokens(path) if path.exists() else 0
-
-
-def remove_checkpoint(trial: Path) -> None:
-    """Removes what only continued training would need."""
-    (trial / _STABLE).unlink(missing_ok=True)

@@ -126,6 +126,44 @@ def parse_latency(text: str, streams: int = 1) -> tuple[LatencyLimit, ...]:
     return tuple(parsed)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """What an hour costs: of a GPU where a search uses any, else of the machine.
+
+    Attributes:
+        amount: Of money.
+        currency: As it was typed, like "EUR" or "$"; empty where nothing was said.
+    """
+
+    amount: float
+    currency: str = ""
+
+    def of(self, hours: float) -> str:
+        """The cost of so many hours, like "1.25 EUR" or "$1.25"."""
+        cost = f"{self.amount * hours:,.2f}"
+        if not self.currency:
+            return cost
+        return f"{cost} {self.currency}" if self.currency.isalpha() else f"{self.currency}{cost}"
+
+
+_PRICE = re.compile(r"\s*([$€£¥]?)\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]{3})?\s*/\s*h\s*\Z")
+
+
+def parse_price(text: str) -> Price:
+    """Reads a price an hour, like "2.5/h", "$2.5/h" or "2.5 EUR/h".
+
+    Raises:
+        InputError: Another form, two currencies, or an amount that is not above zero.
+    """
+    match = _PRICE.match(text)
+    if match is None or (match[1] and match[3]):
+        raise InputError(f"{text!r} is no price: write an amount an hour, like 2.5/h, $2.5/h or 2.5 EUR/h")
+    amount = float(match[2])
+    if not 0 < amount < 10**9:
+        raise InputError(f"{text!r} is no price: the amount must be above zero, like 2.5/h")
+    return Price(amount=amount, currency=match[1] or (match[3] or "").upper())
+
+
 def format_bytes(count: float) -> str:
     """Writes bytes with three significant digits in decimal units, like "98.3 MB"."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -22,6 +22,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from autodistill import formats
+from autodistill.codes import pack
 from autodistill.distillation.student import same_depth
 from autodistill.distillation.trainer import Trainer
 from autodistill.estimate import spec_from_config, with_layers
@@ -474,7 +475,7 @@ def test_init(workshop, truth, tmp_path, depth, layers, kept):
     for position, layer in enumerate(kept[depth]):
         weight = trainer.model.model.layers[position].mlp.up_proj.weight.detach().numpy()
         original = source[f"model.layers.{layer}.mlp.up_proj.weight"].numpy()
-        packed = formats.pack(weight, linears)["data"]
+        packed = pack(weight, linears)["data"]
         np.testing.assert_array_equal(packed, quants.quantize(original, GGMLQuantizationType.Q8_0))
 
 
@@ -564,7 +565,7 @@ def test_finishing(workshop, truth, tmp_path, finishing, quantise):
         if name.endswith("proj.weight"):
             weight = parameter.detach().numpy()
             codes, scales, steps, _ = quantise(weight)
-            packed = formats.pack(weight, grid)
+            packed = pack(weight, grid)
             # float32 may put a step that is this close to half-way on the other side.
             clear = (np.abs(steps - np.floor(steps) - 0.5) > 1e-5).reshape(weight.shape)
             assert clear.mean() > 0.999

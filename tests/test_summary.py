@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from autodistill.records.leaderboard import Row, rank
+from autodistill.records.saved import saved
 from autodistill.strategy import Strategy
 from autodistill.summary import plan_summary, search_summary
+from autodistill.testing import small_plan
 
 Q8 = {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}
 FULL = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
@@ -44,6 +46,7 @@ DOCUMENT: dict[str, Any] = {
     "notes": ["the budget of 16.0 GB does not bind"],
     "seconds": {"load": 12.3, "cache": 20.0, "overhead": 3.25, "total": 590.0},
     "budget": {"memory_bytes": 16 * 10**9, "context": 1024, "batch": 1},
+    "saved": saved([], small_plan()).to_json(),
     "paths": {"run": "runs/small", "gguf": "runs/small/student/gguf/student.gguf"},
 }
 RANKED = rank([row(f"t{index:03d}", "student", accuracy=0.4 - index / 1000) for index in range(20)])
@@ -59,6 +62,12 @@ def test_the_summary_holds_everything_in_some_forty_lines() -> None:
     assert "Gain over the baseline on the test split: +0.0200 ± 0.0042 of accuracy." in text
     assert "Seconds: load 12.3, cache 20.0, overhead 3.2; 9m 50s in all." in text
     assert text.splitlines()[-1] == "Serve it: llama-server -m runs/small/student/gguf/student.gguf -c 1024"
+
+
+def test_what_was_saved_is_said() -> None:
+    spared = DOCUMENT["saved"] | {"sharing": 3, "shared_tokens": 12288, "shared_flops": 7.5e14, "shared_seconds": 130.0}
+    text = search_summary(DOCUMENT | {"saved": spared}, RANKED, "accuracy")
+    assert "12,288 tokens (about 7.5e+14 FLOPs, 2m 10s of a worker) saved" in text
 
 
 def test_the_test_split_names_the_five_that_are_compared() -> None:
@@ -116,7 +125,13 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
         "notes": ["the box holds 9 trials; 12 are usual: give it more --time"],
     }
     memory = {"weights_bytes": 2e9, "gradients_bytes": 1e9, "total_bytes": 3e9}
-    text = plan_summary({"plan": plan, "cache_bytes": 3.5e6, "expected_seconds": 420.0, "training_bytes": memory})
+    document = {"plan": plan, "cache_bytes": 3.5e6, "expected_seconds": 420.0, "training_bytes": memory}
+    hours = {"machine_hours": 0.1167, "worker_hours": 0.2222, "gpu_hours": 0.0}
+    text = plan_summary(document | hours)
+    assert "0.12 machine-hours, 0.22 worker-hours of trials\n" in text
+    paid = {"price_per_hour": 2.5, "price_of": "GPU", "cost": 5.0, "currency": "EUR", "cost_shown": "5.00 EUR"}
+    dear = plan_summary(document | hours | {"gpu_hours": 2.0} | paid)
+    assert "2.00 GPU-hours, 0.22 worker-hours of trials; 5.00 EUR at 2.50 EUR an hour of a GPU" in dear
     for words in (
         "9 proposed",
         "1,024, 3,072, 9,216 tokens, reached by 9, 5, 2 of them",

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill import plugins
 from autodistill import trial as trial_module
+from autodistill.codes import deployed
 from autodistill.contracts import Answers
 from autodistill.data import Prepared, load_split, prepare, resolve_data
 from autodistill.distillation import signals
@@ -30,10 +32,11 @@ from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import holdable, spec_from_config
 from autodistill.export.verify import verify
-from autodistill.formats import Grid, deployed, get_format
+from autodistill.formats import Grid, get_format
 from autodistill.plugins import load
 from autodistill.space import load_strategy
-from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Init, Strategy
+from autodistill.stages import open_stages
+from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Init, Lora, Strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.trial import (
     Trial,
@@ -41,12 +44,10 @@ from autodistill.trial import (
     TrialTask,
     Workbench,
     check_strategy,
-    checkpoint_tokens,
     deployed_weights,
     evaluate,
     per_document,
     probe_deployment,
-    remove_checkpoint,
     save_student,
     student_folder,
     student_spec,
@@ -133,6 +134,11 @@ def _facts(report):
     """All that a report says but for times."""
     steps = [replace(step, tokens_per_second=0.0) for step in report.steps]
     return report.rung, report.tokens, report.params, report.evaluation, steps
+
+
+def _kept(folder, stage):
+    """Tokens of the checkpoints of a stage."""
+    return [checkpoint.tokens for checkpoint in open_stages(folder).checkpoints(stage)]
 
 
 def test_probe_is_the_finishing_grid_or_the_widest():
@@ -266,8 +272,9 @@ def test_from_rung_to_rung(lab, tmp_path):
     for rung, tokens in enumerate((256, 512, 768)):
         reports.append(trial.run(rung))
         assert (reports[-1].rung, reports[-1].tokens) == (rung, tokens)
-        # The checkpoint is that of the stable part; the last rung, after which nothing follows, leaves the one before.
-        assert checkpoint_tokens(tmp_path / "t000") == branch_point(min(tokens, 512), 0.25, 64)
+        # Checkpoints are of the stable part; the last rung, after which nothing follows, leaves those before.
+        branches = [branch_point(target, 0.25, 64) for target in (256, 512) if target <= tokens]
+        assert _kept(tmp_path, "t000") == branches
         assert student_folder(tmp_path / "t000").exists() == (rung == 2)
     assert [report.evaluation.deployment for report in reports] == [Q4] * 3
     assert reports[0].evaluation.measurements["accuracy"].detail["tokens"] == 256 // LENGTH * (LENGTH - 1)
@@ -278,10 +285,7 @@ def test_from_rung_to_rung(lab, tmp_path):
         assert set(report.seconds) == {"train", "evaluate", "other"}
         assert min(report.seconds.values()) > 0
         assert report.params == student_spec(STRATEGY, lab.setting(Path()).teacher_spec).parameters
-    remove_checkpoint(tmp_path / "t000")
-    assert checkpoint_tokens(tmp_path / "t000") == 0
     assert [path.name for path in (tmp_path / "t000").iterdir()] == ["student"]
-    remove_checkpoint(tmp_path / "t000")
 
 
 OTHER_PROCESS = """
@@ -324,7 +328,7 @@ def test_straight_to_the_last_rung_is_the_same_student(lab, tmp_path):
     assert stepwise.run(2).evaluation == straight.evaluation
     students = [load_file(student_folder(tmp_path / name) / "model.safetensors") for name in ("straight", "stepwise")]
     assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
-    assert checkpoint_tokens(tmp_path / "straight") == 0
+    assert _kept(tmp_path, "straight") == []
 
 
 def test_the_saved_student_is_what_was_evaluated(lab, tmp_path):
@@ -589,10 +593,106 @@ def test_stopped_in_a_step_it_goes_on_from_the_last_rung(lab, tmp_path):
     Trial(bench, _task()).run(0)
     with pytest.raises(Stop):
         Trial(bench, _task(), stops).run(1)
-    assert checkpoint_tokens(tmp_path / "t000") == 192
+    assert _kept(tmp_path, "t000") == [192]
     expected = Trial(bench, _task(id="other"))
     expected.run(0)
     assert _facts(Trial(bench, _task()).run(1)) == _facts(expected.run(1))
+
+
+FINISHINGS = (
+    None,
+    Finishing(format="gguf-q8_0", bits=8, group_size=32),
+    Finishing(format="compressed-tensors", bits=4, group_size=32, scales="learned", start=0.5),
+)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RECIPE,
+        replace(RECIPE, divergence="taid", mixture=0.3, train_embeddings=True, signal="states", signal_tokens=0),
+        replace(RECIPE, lora=Lora(rank=4)),
+    ],
+    ids=["alignment", "taid", "lora"],
+)
+@pytest.mark.parametrize("finishing", FINISHINGS, ids=["plain", "q8", "learned"])
+def test_a_trial_that_shares_a_stage_is_the_trial_that_trained_all_of_it(lab, tmp_path, recipe, finishing):
+    """Two trials differ in their finishing; the second goes on from the first one's checkpoints at every rung."""
+    first = replace(STRATEGY, distillation=recipe)
+    second = replace(first, finishing=finishing)
+    assert first.id != second.id
+    results = {}
+    for folder, stage in (("apart", ""), ("shared", "stage")):
+        bench = Workbench(lab.setting(tmp_path / folder))
+        for strategy, name in ((first, "t000"), (second, "t001")):
+            trial = Trial(bench, _task(strategy, id=name, stage=stage))
+            results[folder, name] = [trial.run(rung) for rung in range(3)]
+    for name in ("t000", "t001"):
+        apart, shared = results["apart", name], results["shared", name]
+        assert [(one.evaluation, one.params) for one in shared] == [(one.evaluation, one.params) for one in apart]
+        students = [
+            load_file(student_folder(tmp_path / folder / name) / "model.safetensors") for folder in ("apart", "shared")
+        ]
+        assert all(torch.equal(students[0][key], students[1][key]) for key in students[0])
+    decays = [tokens - branch_point(tokens, 0.25, 64) for tokens in (256, 512, 768)]
+    assert [one.trained for one in results["shared", "t001"]] == decays
+    assert [one.shared for one in results["shared", "t001"]] == [192, 192, 192]
+    for other in (("apart", "t000"), ("apart", "t001"), ("shared", "t000")):
+        assert [one.shared for one in results[other]] == [0, 0, 0]
+        assert [one.trained for one in results[other]] == [256, 512 - 192, 768 - 384]
+    assert _kept(tmp_path / "shared", "stage") == [192, 384, 576]
+
+
+def test_a_trial_that_passes_rungs_leaves_a_checkpoint_at_each_for_others(lab, tmp_path):
+    bench = Workbench(lab.setting(tmp_path))
+    Trial(bench, _task(id="b000", straight=True, stage="stage")).run(2)
+    assert _kept(tmp_path, "stage") == [192, 384, 576]
+    report = Trial(bench, _task(replace(STRATEGY, finishing=None), stage="stage")).run(0)
+    assert (report.shared, report.trained) == (192, 64)
+
+
+def test_what_a_killed_stretch_had_reused_is_known_when_it_is_run_again(lab, tmp_path):
+    """Between its checkpoint and its report: the tokens are those of others, as before, and not its own."""
+    bench = Workbench(lab.setting(tmp_path))
+    Trial(bench, _task(id="t000", stage="stage")).run(0)
+    other = Trial(bench, _task(replace(STRATEGY, finishing=None), id="b001", straight=True, stage="stage"))
+    once, again = other.run(2), other.run(2)
+    assert (once.shared, once.trained) == (192, 768 - 192)
+    assert (again.shared, again.trained) == (192, 768 - 576)
+    assert again.evaluation == once.evaluation
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_training_and_nothing_else(lab, tmp_path):
+    """The file system refuses files of that size, as a full disk would."""
+    expected = [Trial(Workbench(lab.setting(tmp_path / "whole")), _task()).run(rung) for rung in (0, 1)]
+    bench = Workbench(lab.setting(tmp_path / "full"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    reports = []
+    for rung in (0, 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            reports.append(Trial(bench, _task()).run(rung))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [one.evaluation for one in reports] == [one.evaluation for one in expected]
+    assert _kept(tmp_path / "full", "t000") == []
+    assert [one.trained for one in reports] == [256, 512]
+    assert "checkpoint at 192 tokens could not be written: " in str(reports[0].unsaved)
+    assert expected[0].unsaved is None
+
+
+def test_a_damaged_checkpoint_is_trained_again(lab, tmp_path):
+    bench = Workbench(lab.setting(tmp_path))
+    trial = Trial(bench, _task())
+    trial.run(0)
+    expected = trial.run(1)
+    for tokens in (192, 384):
+        path, _ = open_stages(tmp_path).find("t000", tokens)
+        path.write_bytes(path.read_bytes()[:5000])
+    again = trial.run(1)
+    assert again.evaluation == expected.evaluation
+    assert again.trained == 512
+    assert _kept(tmp_path, "t000") == [384]
 
 
 @pytest.fixture(scope="module")

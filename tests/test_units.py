@@ -20,6 +20,7 @@ from autodistill.units import (
     parse_bytes,
     parse_duration,
     parse_latency,
+    parse_price,
 )
 
 BYTES = {
@@ -231,3 +232,26 @@ def test_any_text_is_limits_of_latency_or_is_refused(text: str) -> None:
 def test_a_limit_of_latency_reads_what_it_writes(quantity: str, percentile: int, tenths: int, streams: int) -> None:
     limit = LatencyLimit(quantity=quantity, percentile=percentile, seconds=tenths / 1e4, streams=streams)
     assert parse_latency(limit.describe()) == (limit,)
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "currency", "cost"),
+    [
+        ("2.5/h", 2.5, "", "5.00"),
+        ("$2.5/h", 2.5, "$", "$5.00"),
+        (" .75 eur / h ", 0.75, "EUR", "1.50 EUR"),
+        ("€1200/h", 1200.0, "€", "€2,400.00"),
+    ],
+)
+def test_a_price_is_an_amount_an_hour(text, amount, currency, cost):
+    price = parse_price(text)
+    assert (price.amount, price.currency) == (amount, currency)
+    assert price.of(2) == cost
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2.5", "2.5/d", "/h", "-1/h", "0/h", "nan/h", "1e3/h", "$2 EUR/h", "2.5 euros/h", "2,5/h"]
+)
+def test_no_price(text):
+    with pytest.raises(InputError, match=r"is no price.*2\.5/h"):
+        parse_price(text)

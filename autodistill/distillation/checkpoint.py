@@ -75,8 +75,8 @@ def restore(
     return metadata
 
 
-def read_tokens(path: Path) -> int:
-    """Tokens trained on in a checkpoint, read from its header alone."""
+def read_metadata(path: Path) -> dict[str, str]:
+    """What was written of a checkpoint beside its tensors, read from its header alone."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return int(header["__metadata__"]["tokens"])
+    return dict(header["__metadata__"])

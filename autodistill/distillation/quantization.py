@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from autodistill.codes import BF16_EPSILON
 from autodistill.errors import InputError
-from autodistill.formats import BF16_EPSILON, Grid, Role, Scales, Storage, TensorSpec, check_tensor
+from autodistill.formats import Grid, Role, Scales, Storage, TensorSpec, check_tensor
 
 # Weights handled at once on a CPU: a chunk and its buffers stay in cache, so that each of the six or so passes costs a
 # tenth of a nanosecond a weight, and memory is read and written once; of powers of two around it this was the fastest.
@@ -35,7 +36,7 @@ def fake_quantize(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32
         dtype: What the values are given in.
 
     Returns:
-        [out, in], in float32 on a CPU bit for bit `formats.deployed`.
+        [out, in], in float32 on a CPU bit for bit `codes.deployed`.
     """
     if torch.is_grad_enabled() and weight.requires_grad:
         return _StraightThrough.apply(weight.float(), grid, dtype)
@@ -61,7 +62,7 @@ def fake_quantize_learned(
         dtype: What the values are given in.
 
     Returns:
-        [out, in], in float32 on a CPU bit for bit `formats.deployed` with these scales, rounded, and offsets.
+        [out, in], in float32 on a CPU bit for bit `codes.deployed` with these scales, rounded, and offsets.
     """
     return _LearnedStep.apply(weight, scale, offset, grid, dtype)
 
@@ -246,7 +247,7 @@ def _on_grid(
 
 
 def _fitted_steps(groups: Tensor, grid: Grid, out: Tensor) -> _Given:
-    """Writes the groups in steps of their scales into `out`, and gives what is stored; as `formats.quantize`."""
+    """Writes the groups in steps of their scales into `out`, and gives what is stored; as `codes.quantize`."""
     low: Tensor | None = None
     if grid.scale_rule == "range":
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
@@ -303,7 +304,7 @@ def _signed_absmax(groups: Tensor) -> Tensor:
 
 
 def _round(steps: Tensor, grid: Grid, out: Tensor) -> None:
-    """Rounds to codes, as `formats.quantize` does, but that a code of 0 may be -0."""
+    """Rounds to codes, as `codes.quantize` does, but that a code of 0 may be -0."""
     if grid.rounding == "half_up":
         torch.add(steps, 0.5 - grid.qmin, out=out).floor_().clamp_(0, grid.qmax - grid.qmin).add_(grid.qmin)
     elif grid.rounding == "half_even":

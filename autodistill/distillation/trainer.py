@@ -460,8 +460,10 @@ class Trainer:
         counted = self._counted(indices)
         return len(indices) * (self._plan.sequence_length - 1) if isinstance(counted, slice) else len(counted)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
         """Writes the trained weights, the optimiser and the place in the schedule, whole or not at all.
+
+        `notes` are written beside them, and read by nothing here.
 
         Frozen weights are not written: they are the teacher's, and the student is built from it before `load`. Of
         several processes each gives its shards and the first one writes: any number of them may go on from it.
@@ -469,7 +471,8 @@ class Trainer:
         extra = {} if self._interpolation is None else {"interpolation": json.dumps(asdict(self._interpolation))}
         tensors = gathered(self._trained(), self._optimizer)
         if self._sharding is None or self._sharding.rank == 0:
-            write_checkpoint(path, tensors, {**self._identity(), "tokens": str(self.tokens), **extra})
+            metadata = {**(notes or {}), **self._identity(), "tokens": str(self.tokens), **extra}
+            write_checkpoint(path, tensors, metadata)
         if self._sharding is not None:
             self._sharding.wait()
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
+from autodistill.codes import Arrays, unpack
 from autodistill.contracts import Artefact
 from autodistill.errors import VerificationError
 from autodistill.export.huggingface import as_bf16
@@ -21,7 +22,7 @@ from autodistill.export.student_files import (
     read_json,
     write_folder,
 )
-from autodistill.formats import Arrays, Floats, Grid, Role, get_format, unpack
+from autodistill.formats import Floats, Grid, Role, get_format
 from autodistill.strategy import Deployment
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")

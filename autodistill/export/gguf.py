@@ -11,13 +11,14 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
 
+from autodistill.codes import unpack
 from autodistill.contracts import Artefact, ModelSpec
 from autodistill.distillation.gguf_file import transformers_name
 from autodistill.errors import InputError, VerificationError
 from autodistill.export.gguf_tokenizer import add_tokenizer
 from autodistill.export.student_files import StudentFiles, replacing
 from autodistill.families import FAMILIES, get_family
-from autodistill.formats import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Floats, Grid, Storage, tensor_bytes, unpack
+from autodistill.formats import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Floats, Grid, Storage, tensor_bytes
 from autodistill.strategy import Deployment
 
 FILE = "student.gguf"

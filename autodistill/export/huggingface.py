@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from autodistill.codes import unpack
 from autodistill.contracts import Artefact
 from autodistill.export.student_files import WEIGHTS, StudentFiles, bf16_config, read_arrays, write_folder
-from autodistill.formats import Floats, unpack
+from autodistill.formats import Floats
 from autodistill.strategy import Deployment, content_hash
 from autodistill.units import format_bytes
 
@@ -39,7 +40,7 @@ class HuggingFaceExporter:
 
 
 def as_bf16(arrays: Mapping[str, Any]) -> torch.Tensor:
-    """The torch tensor of bfloat16 bits that `formats.pack` gave."""
+    """The torch tensor of bfloat16 bits that `codes.pack` gave."""
     return torch.from_numpy(arrays["data"]).view(torch.bfloat16)
 
 

@@ -15,12 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from autodistill.codes import Arrays, deployed, pack
 from autodistill.contracts import Artefact
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES, get_family
-from autodistill.formats import Arrays, Floats, Packing, Scales, deployed, pack
+from autodistill.formats import Floats, Packing, Scales
 
 WEIGHTS = "model.safetensors"
 _HEAD = "lm_head.weight"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from autodistill.errors import MissingDependencyError
 from autodistill.records.leaderboard import DISTILLED, Ranked, limits_of, nearest, pareto, rank, rows_of
 from autodistill.records.row import Row
+from autodistill.records.saved import Saved
 from autodistill.records.store import RunFolder, read_json, replacing
 from autodistill.units import Budget, format_bytes, format_duration
 
@@ -30,8 +31,8 @@ def report_markdown(
 
     Args:
         search: `search.json`: `name`, `command`, `budget` (as `Budget.to_json`), `metric`, `direction`, and where
-            known `teacher`, `data`, `space`, `plan`, `seconds` (by phase), `licences` (name to licence), `versions`,
-            `notes`. A mapping under `teacher` or `data` is written as its fields.
+            known `teacher`, `data`, `space`, `plan`, `seconds` (by phase), `saved`, `licences` (name to licence),
+            `versions`, `notes`. A mapping under `teacher` or `data` is written as its fields.
         ranked: The leaderboard.
         events: The log. Of it are read "status" events (`trial`, `status`, `reason`), and the rows of the test split.
         picture: Path of the plot beside the page, or None where it could not be drawn.
@@ -45,6 +46,7 @@ def report_markdown(
         "## Leaderboard\n\n" + _leaderboard(ranked, metric),
         f"![{metric} against memory]({picture})" if picture else f"For a plot of this table: `{INSTALL_PLOTS}`",
         _lost(events),
+        _spared(search),
         _test(events, metric),
         _pairs("Seconds by phase", {k: f"{v:.1f}" for k, v in search.get("seconds", {}).items()}),
         _command(search),
@@ -213,6 +215,11 @@ def _lost(events: Iterable[Mapping[str, Any]]) -> str:
         if event.get("status") in ("rejected", "failed")
     ]
     return "## Rejected and failed trials\n\n" + _table(["trial", "status", "reason"], lines) if lines else ""
+
+
+def _spared(search: Mapping[str, Any]) -> str:
+    said = Saved(**search["saved"]).describe() if "saved" in search else ()
+    return "## Compute saved\n\n" + "\n".join(f"- {sentence}." for sentence in said) if said else ""
 
 
 def _test(events: Iterable[Mapping[str, Any]], metric: str) -> str:

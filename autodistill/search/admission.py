@@ -7,6 +7,7 @@ from autodistill.estimate import Fit, cannot_hold, fits, holdable, shortfall
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.search.trials import Question, TrialState
 from autodistill.space import Point
+from autodistill.stages import stage_key
 from autodistill.strategy import Strategy
 from autodistill.trial import TrialTask, check_strategy, probe_deployment, student_spec, with_own
 
@@ -30,33 +31,48 @@ def admit(
         trial_id, number, kind, name, point: As `TrialState` takes them.
         seed: The plan's by default.
     """
-    fitting, reason = _fits(question, strategy)
+    fitting, parameters, reason = _fits(question, strategy)
     allowed = tuple(fit.deployment for fit in fitting if fit.slack <= 0)
     if reason is None and not allowed:
         reason = shortfall(fitting, question.budget)
     probe = probe_deployment(strategy, allowed or question.deployments)
+    seed = question.plan.seed if seed is None else seed
+    # Nobody goes on from a further seed, nor from anything where nothing is proposed.
+    shares = question.sharing and kind != CONFIRMATION and bool(question.space.dimensions)
     task = TrialTask(
         id=trial_id,
         strategy=strategy,
-        seed=question.plan.seed if seed is None else seed,
+        seed=seed,
         # On further seeds a strategy is compared under the one deployment that it was judged by.
         deployments=(probe,) if kind == CONFIRMATION else allowed,
         probe=probe,
         straight=kind != "student",
+        stage=stage_key(strategy, seed, question.plan, question.device) if shares else "",
     )
-    return TrialState(task=task, number=number, kind=kind, name=name, point=point, fits=fitting, reason=reason)
+    return TrialState(
+        task=task,
+        number=number,
+        kind=kind,
+        name=name,
+        point=point,
+        fits=fitting,
+        reason=reason,
+        parameters=parameters,
+    )
 
 
-def _fits(question: Question, strategy: Strategy) -> tuple[tuple[Fit, ...], str | None]:
-    """How each deployment stands to the budget, and why this teacher cannot be distilled so if it cannot."""
+def _fits(question: Question, strategy: Strategy) -> tuple[tuple[Fit, ...], int | None, str | None]:
+    """How each deployment stands to the budget, the student's weights, and why this teacher has no such student."""
+    parameters = None
     try:
         spec = student_spec(strategy, question.teacher_spec)
+        parameters = spec.parameters
         check_strategy(strategy, question.teacher_spec)
         deployments = with_own(strategy, question.deployments)
         fitting = fits(spec, holdable(spec, deployments), question.budget)
     except InputError as error:
-        return (), str(error)
-    return fitting, None if fitting else cannot_hold(spec, question.deployments[0])
+        return (), parameters, str(error)
+    return fitting, parameters, None if fitting else cannot_hold(spec, question.deployments[0])
 
 
 def describe(strategy: Strategy) -> str:

@@ -18,11 +18,13 @@ from autodistill.search.plan import CONFIRMED
 from autodistill.search.rows import make_row
 from autodistill.search.sampler import Sampler
 from autodistill.search.scheduler import SuccessiveHalving
+from autodistill.search.stage_keeper import StageKeeper, stage_facts
 from autodistill.search.study import Observation
 from autodistill.search.time_box import TimeBox
 from autodistill.search.trials import Assignment, Question, TrialState
+from autodistill.stages import Checkpoint, open_stages
 from autodistill.strategy import Strategy
-from autodistill.trial import RungReport, remove_checkpoint, student_spec
+from autodistill.trial import RungReport, student_spec
 
 # A space of which nearly nothing fits must not keep the sampler proposing for ever.
 _REJECTIONS_IN_A_ROW = 200
@@ -35,7 +37,8 @@ class Campaign:
         question: What is searched for.
         sampler: Proposes points.
         log: Where every event goes before it takes effect.
-        checkpoints: Folder that holds a folder for each trial.
+        checkpoints: Folder that holds a folder for each trial, and the store of their stages.
+        checkpoint_limit: Bytes that the store may take, what is in use and of the best aside; None for no limit.
         deadline: `time.monotonic()` after which no trial may run, or None.
         notify: Called after each event with a line for a person.
     """
@@ -47,6 +50,7 @@ class Campaign:
         sampler: Sampler,
         log: EventLog,
         checkpoints: Path,
+        checkpoint_limit: int | None = None,
         deadline: float | None = None,
         notify: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -57,12 +61,12 @@ class Campaign:
         self.box = TimeBox(question, deadline)
         self._sampler = sampler
         self._log = log
-        self._checkpoints = checkpoints
         self._notify = notify
         self.watch: Callable[[], None] = lambda: None
         self._evaluating = 0
         self._worker_seconds = {"train": 0.0, "evaluate": 0.0, "other": 0.0}
         plan = question.plan
+        self._stages = StageKeeper(open_stages(checkpoints), checkpoint_limit, plan, question.direction)
         self._scheduler = SuccessiveHalving(
             trials=plan.trials, rungs=plan.rungs, keep=plan.keep, direction=question.direction
         )
@@ -108,7 +112,7 @@ class Campaign:
     def report(self, assignment: Assignment, report: RungReport) -> Decision:
         """Records what a worker found and says what becomes of the trial."""
         trial, plan = self.trials[assignment.task.id], self.question.plan
-        self.box.learn(assignment, trial.rung, sum(report.seconds.values()))
+        self.box.learn(assignment, trial.rung, sum(report.seconds.values()), report.trained)
         for phase in self._worker_seconds:
             self._worker_seconds[phase] += report.seconds[phase]
         trial.train_seconds += report.seconds["train"]
@@ -138,11 +142,16 @@ class Campaign:
                 "decision": decision.value,
                 "seconds": report.seconds,
                 "steps": [asdict(step) for step in report.steps],
+                **stage_facts(report),
             }
         )
+        self._stages.learn(trial, report.unsaved)
         self._notify(f"{trial.task.id} {trial.name}: {shown} after {report.tokens:,} tokens")
+        if report.unsaved is not None:
+            self._notify(f"{trial.task.id}: {report.unsaved}")
         if last:
             self._end(trial, Status.COMPLETED)
+        self._collect(self._stages.surplus(self.trials.values(), self._scheduler.promotable(self._in_flight())))
         return decision
 
     def _judge(self, trial: TrialState) -> Decision:
@@ -191,6 +200,7 @@ class Campaign:
                 self._end(
                     trial, Status.STOPPED, reason if trial.rung >= 0 else "the time box ended before its first rung"
                 )
+        self._collect(self._stages.spare(self.trials.values()))
 
     # What a person is shown.
 
@@ -229,6 +239,7 @@ class Campaign:
                 trial.rung, trial.value = event["rung"], event["value"]
                 trial.train_seconds += event["seconds"]["train"]
                 trial.settled = {row.deployment_name for row in rows if row.trial == event["trial"]}
+                self._stages.learn(trial, event.get("unsaved"))
                 self._judge(trial)
             elif event["event"] == "status":
                 trial = self.trials[event["trial"]]
@@ -237,6 +248,8 @@ class Campaign:
                     self._scheduler.discard(event["trial"])
             elif event["event"] == "unevaluated":
                 self.trials[event["trial"]].settled.add(event["deployment"])
+            elif event["event"] == "collected":
+                self._stages.forget(event["gone"])
         for trial in self.trials.values():
             # A kill between the last rung and its status leaves the trial whole but unended.
             if trial.status is None and trial.rung == len(self.question.plan.rungs) - 1:
@@ -269,6 +282,8 @@ class Campaign:
         if trial_id is None:
             return None
         trial = self.trials[trial_id]
+        if self._stages.busy(trial, self.trials.values()):
+            return None
         # What is trained beyond the plan must leave time for what the best student's rows are read for.
         if not self._affordable(trial, reserved=self._seconds_of_best() if extra else 0.0):
             return None
@@ -382,6 +397,7 @@ class Campaign:
                 "name": trial.name,
                 "point": trial.point,
                 "strategy_id": strategy.id,
+                "parameters": trial.parameters,
                 "strategy": strategy.to_json(),
                 "seed": trial.task.seed,
             }
@@ -398,8 +414,15 @@ class Campaign:
     def _end(self, trial: TrialState, status: Status, reason: str | None = None) -> None:
         trial.status, trial.reason = status, reason
         self._write({"event": "status", "trial": trial.task.id, "status": status.value, "reason": reason})
-        if status is not Status.REJECTED:
-            remove_checkpoint(self._checkpoints / trial.task.id)
+
+    def _collect(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Removes checkpoints of stages, which the log says before."""
+        if checkpoints:
+            gone = self._stages.left_without(checkpoints)
+            keys = [checkpoint.key for checkpoint in checkpoints]
+            size = sum(checkpoint.bytes for checkpoint in checkpoints)
+            self._write({"event": "collected", "checkpoints": keys, "bytes": size, "gone": gone})
+            self._stages.remove(checkpoints)
 
     def _row(self, trial: TrialState, report: RungReport, status: Status) -> Row:
         return make_row(
@@ -434,6 +457,7 @@ class Campaign:
             value=trial.value,
             fidelity=plan.rungs[trial.rung] / plan.tokens if trial.rung >= 0 else 0.0,
             constraint=max(1e-9, slack) if trial.status is Status.REJECTED else slack,
+            forkable=self._stages.forkable(trial),
         )
 
     def _write(self, event: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from autodistill.contracts import Plan, Status
 from autodistill.errors import InputError
 from autodistill.records.leaderboard import DISTILLED, rank
 from autodistill.records.row import Row, rows_of
+from autodistill.records.saved import Saved, saved
 from autodistill.records.store import RunFolder, read_json
 from autodistill.search.study import Observation, importance
 from autodistill.space import Space
@@ -32,9 +33,10 @@ class Explanation:
         rejected: How many proposals were rejected, by reason.
         stopped: How many trials ended at each rung, by its tokens; the last are those at full fidelity.
         failed: How many trials failed, by cause.
-        tokens_trained: Training tokens of all trials.
+        tokens_trained: Training tokens of all trials up to where each ended, those of shared stages counted once.
         tokens_full: What the same trials would have taken to the end, each of them.
         tokens_rejected: What the rejected ones would have taken to the first rung.
+        saved: What sharing stages and rejecting saved, and what all training took.
         binding: The limit and how near the best row is to it, in a sentence.
         next: What would fit next, in sentences.
     """
@@ -48,6 +50,7 @@ class Explanation:
     tokens_trained: int
     tokens_full: int
     tokens_rejected: int
+    saved: Saved
     binding: str
     next: tuple[str, ...]
 
@@ -68,11 +71,12 @@ class Explanation:
         lines += [f"  {count:4d}  rejected without training: {reason}" for reason, count in self.rejected.items()]
         lines += [f"  {count:4d}  failed: {cause}" for cause, count in self.failed.items()]
         if self.tokens_full:
-            saved = 1 - self.tokens_trained / self.tokens_full
+            less = 1 - (self.tokens_trained + self.saved.shared_tokens) / self.tokens_full
             lines.append(
                 f"{self.tokens_trained:,} tokens were trained; all of these trials to the end would have been "
-                f"{self.tokens_full:,} ({saved:.0%} saved by stopping), rejection saved {self.tokens_rejected:,} more."
+                f"{self.tokens_full:,} ({less:.0%} saved by stopping)."
             )
+        lines += [f"{sentence}." for sentence in self.saved.describe()]
         return "\n".join([*lines, self.binding, *self.next])
 
 
@@ -100,6 +104,7 @@ def explain(run: RunFolder) -> Explanation:
         for trial, value in first.items()
         if trial in points
     ]
+    spared = saved(events, plan)
     binding, following = _limits(asked, rows_of(events))
     return Explanation(
         metric=asked["metric"],
@@ -108,9 +113,10 @@ def explain(run: RunFolder) -> Explanation:
         rejected=rejected,
         stopped=dict(sorted(Counter(reached.values()).items())),
         failed=_reasons(ends, Status.FAILED),
-        tokens_trained=sum(reached.values()),
+        tokens_trained=sum(reached.values()) - spared.shared_tokens,
         tokens_full=plan.tokens * len(reached),
-        tokens_rejected=plan.rungs[0] * sum(rejected.values()),
+        tokens_rejected=spared.rejected_tokens,
+        saved=spared,
         binding=binding,
         next=following,
     )

@@ -21,6 +21,7 @@ _REDUCTION = 3
 _DECAY = 0.2
 # With fewer optimiser steps than this at full fidelity, strategies cannot be told apart.
 _FEWEST_STEPS = 24
+_LEAST_EVALUATED = 1024  # tokens: the standard error of an accuracy of one half is then about 0.016
 _TRIALS = 12
 _FINALISTS = 2
 CONFIRMED = 3  # students that are trained on further seeds, where that is asked for
@@ -85,6 +86,7 @@ def measure_speed(
     workers: Workers,
     threads: int,
     *,
+    sequence_length: int = SEQUENCE_LENGTH,
     checkpointing: bool = False,
 ) -> Speed:
     """Times the teacher's forward and one training step of the largest student, on random tokens.
@@ -95,10 +97,11 @@ def measure_speed(
         largest: Makes the largest student in the space of the teacher.
         workers: Threads and precision of a worker.
         threads: All of the machine's threads.
+        sequence_length: Tokens of a sequence.
         checkpointing: Whether a step computes activations twice.
     """
     device = workers.device
-    ids = torch.from_numpy(np.random.default_rng(0).integers(0, spec.vocabulary, (1, SEQUENCE_LENGTH))).to(device)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, spec.vocabulary, (1, sequence_length))).to(device)
     model = teacher.to(device)
 
     def forward(bf16: bool) -> Any:
@@ -115,7 +118,7 @@ def measure_speed(
         began = time.perf_counter()
         list(map_sequences(work, sequences, device))
         _wait(device)
-        return sequences * SEQUENCE_LENGTH / (time.perf_counter() - began)
+        return sequences * sequence_length / (time.perf_counter() - began)
 
     torch.set_num_threads(threads)
     cache = rate(partial(forward_alone, bf16=workers.bf16), threads)
@@ -140,7 +143,7 @@ def measure_speed(
         began = time.perf_counter()
         list(pool.map(train_step, range(workers.count)))
         _wait(device)
-        worker_train = SEQUENCE_LENGTH / (time.perf_counter() - began)
+        worker_train = sequence_length / (time.perf_counter() - began)
     torch.set_num_threads(threads)
     return Speed(cache=cache, score=full, worker_train=worker_train, worker_score=worker_score)
 
@@ -165,6 +168,7 @@ class Demand:
         parameters: Of the teacher.
         seed: Of the search.
         ray: Whether workers are processes of their own.
+        sequence_length: Tokens of a sequence.
         step_tokens: Of an optimiser step, whole sequences.
         confirm: Further seeds that the best few and the best baseline are trained on.
     """
@@ -182,6 +186,7 @@ class Demand:
     parameters: int
     seed: int
     ray: bool
+    sequence_length: int = SEQUENCE_LENGTH
     step_tokens: int = SEQUENCE_LENGTH
     confirm: int = 0
 
@@ -263,13 +268,15 @@ def _keep(trials: int, rungs: int) -> tuple[int, ...]:
 
 
 def _eval_tokens(demand: Demand, speed: Speed) -> tuple[int, int, int]:
-    """Tokens read at a rung, at full fidelity and on test: what the box can pay, at least 4 sequences."""
+    """Tokens read at a rung, at full fidelity and on test: what the box can pay, at least 4 sequences and 1,024."""
     if demand.box_seconds is None:
         return min(demand.validation_tokens, 2048), min(demand.validation_tokens, 4096), min(demand.test_tokens, 8192)
     # One forward over the validation tokens by the teacher takes this share of the box, whole sequences of it.
-    affordable = int(0.007 * demand.box_seconds * speed.score) // SEQUENCE_LENGTH * SEQUENCE_LENGTH
-    full = max(4 * SEQUENCE_LENGTH, affordable)
-    rung = max(4 * SEQUENCE_LENGTH, affordable // 2 // SEQUENCE_LENGTH * SEQUENCE_LENGTH)
+    length = demand.sequence_length
+    affordable = int(0.007 * demand.box_seconds * speed.score) // length * length
+    least = max(4 * length, -(-_LEAST_EVALUATED // length) * length)
+    full = max(least, affordable)
+    rung = max(least, affordable // 2 // length * length)
     return (
         min(demand.validation_tokens, rung),
         min(demand.validation_tokens, full),
@@ -286,7 +293,7 @@ def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: 
         tokens=tokens,
         rungs=rungs,
         keep=_keep(trials, len(rungs)),
-        sequence_length=SEQUENCE_LENGTH,
+        sequence_length=demand.sequence_length,
         batch_tokens=demand.step_tokens,
         warmup_tokens=min(8 * demand.step_tokens, tokens // 8),
         decay=_DECAY,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec, Plan, Status
+from autodistill.contracts import ModelSpec, Plan, Status
 from autodistill.data import Prepared, load_split, prepare
 from autodistill.distillation.alignment import layer_map
 from autodistill.distillation.attention import teacher_layer
@@ -56,7 +56,7 @@ from autodistill.search.request import (
     WRITTEN,
     Checked,
     by_size,
-    check_budget,
+    check_teacher,
 )
 from autodistill.search.rows import make_row
 from autodistill.search.trials import Question
@@ -145,13 +145,14 @@ def load(checked: Checked) -> Loaded:
     request = checked.request
     teacher = materialise(checked.teacher, request.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
+    length = checked.sequence_length
     if checked.spec is None:
-        check_budget(checked, spec)
+        check_teacher(checked, spec)
     data = prepare(
         checked.source,
         teacher.folder,
         tokenizer_fingerprint(teacher.folder),
-        SEQUENCE_LENGTH,
+        length,
         request.cache,
     )
     check_told(checked.space.signal_cases(), data.splits["train"].told > 0)
@@ -160,11 +161,9 @@ def load(checked: Checked) -> Loaded:
     for folder in pretrained.values():
         token_rows(folder, teacher.folder)
     machine = detect()
-    teacher_fit = fit_teacher(
-        spec, stored=stored_type(teacher.folder), sequence_length=SEQUENCE_LENGTH, machine=machine
-    )
+    teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=machine)
     _, largest = by_size(checked.space, spec)[-1]
-    step_tokens = checked.stored["plan"]["batch_tokens"] if checked.stored else request.step_tokens or SEQUENCE_LENGTH
+    step_tokens = checked.stored["plan"]["batch_tokens"] if checked.stored else request.step_tokens or length
     online = any(recipe.weighs_teacher and recipe.signal == "online" for recipe in checked.space.signal_cases())
     memory = machine.gpus[0].memory_bytes if machine.gpus else machine.memory_bytes
     fit = fit_training(
@@ -173,8 +172,8 @@ def load(checked: Checked) -> Loaded:
         alignments=_alignments(checked.space, spec),
         lora=_lora(checked.space, spec, largest),
         train_embeddings=any(recipe.train_embeddings for recipe in _recipes(checked.space, spec, "train_embeddings")),
-        sequence_length=SEQUENCE_LENGTH,
-        sequences=step_tokens // SEQUENCE_LENGTH,
+        sequence_length=length,
+        sequences=step_tokens // length,
         # Run in the trial, the teacher lies beside the student.
         limit_bytes=memory - (_online_bytes(spec, machine, teacher_fit) if online else 0),
     )
@@ -234,7 +233,13 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         return cut_student(model, replace(init, layers="even"), None)[0]
 
     speed = measure_speed(
-        teacher, loaded.spec, largest, loaded.workers, loaded.threads, checkpointing=loaded.fit.checkpointing
+        teacher,
+        loaded.spec,
+        largest,
+        loaded.workers,
+        loaded.threads,
+        sequence_length=checked.sequence_length,
+        checkpointing=loaded.fit.checkpointing,
     )
     if checked.metric in WRITTEN:
         # Answering the questions of so many tokens takes about as long again as scoring them.
@@ -255,12 +260,13 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
             sum(fit.slack <= 0 for fit in fits(student, holdable(student, checked.space.deployments), request.budget))
             for _, student in students
         ),
-        train_tokens=splits["train"].sequences * SEQUENCE_LENGTH,
-        validation_tokens=splits["validation"].sequences * SEQUENCE_LENGTH,
-        test_tokens=splits["test"].sequences * SEQUENCE_LENGTH,
+        train_tokens=splits["train"].sequences * checked.sequence_length,
+        validation_tokens=splits["validation"].sequences * checked.sequence_length,
+        test_tokens=splits["test"].sequences * checked.sequence_length,
         parameters=loaded.spec.parameters,
         seed=checked.seed,
         ray=request.runner == "ray",
+        sequence_length=checked.sequence_length,
         step_tokens=loaded.step_tokens,
         confirm=checked.confirm,
     )
@@ -373,6 +379,8 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
         metric=checked.metric,
         direction=METRICS[checked.metric],
         confirm=checked.confirm,
+        device=setting.device,
+        sharing=checked.request.sharing,
     )
     return Ready(question=question, setting=setting)
 
@@ -437,6 +445,8 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "confirm": checked.confirm,
         "seed": checked.seed,
         "runner": checked.request.runner,
+        "sharing": checked.request.sharing,
+        "forking": checked.request.forking,
         "plan": plan.to_json(),
         "speed": asdict(speed),
         "licences": _licences(loaded),

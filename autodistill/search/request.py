@@ -22,11 +22,12 @@ from autodistill.search.sampler import SAMPLERS
 from autodistill.space import Space, load_space, load_strategy
 from autodistill.strategy import Strategy
 from autodistill.trial import ASKING_DATA, check_strategy, student_spec
-from autodistill.units import Budget
+from autodistill.units import Budget, Price
 
 DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE = "smollm2", "pydoc", "default"
 DEFAULT_METRIC, DEFAULT_SAMPLER = "accuracy", "tpe"
 RUNNERS = ("ray", "inline")
+_SHORTEST = 8  # tokens of a sequence: fewer give a model nothing to predict from
 # What may rank is measured at every rung, so it must come from the simulated student alone.
 METRICS: Mapping[str, Direction] = {"accuracy": "max", "agreement": "max", "perplexity": "min", "exact_match": "max"}
 WRITTEN = ("exact_match",)  # those for which the student answers questions in writing
@@ -42,6 +43,7 @@ class SearchRequest:
         teacher, data, space, metric, sampler: References and names.
         trials, tokens: Fixed instead of planned; with both, there is no time box unless `time_seconds` gives one. On
             resuming, more trials than were planned extend the search.
+        sequence_length: Tokens of a training or evaluated sequence; 256 by default.
         step_tokens: Training tokens of an optimiser step, whole sequences; one sequence by default.
         time_seconds: The time box; on resuming a finished search, of what it is extended by.
         confirm: Further seeds on which the best few are trained before one is chosen; none by default.
@@ -52,6 +54,11 @@ class SearchRequest:
         runner: "ray" or "inline".
         cache: Folder of everything that later searches may use again.
         cache_limit_bytes: Disk that cached teacher outputs may take.
+        checkpoint_limit_bytes: Disk that checkpoints of stages may take in the run's folder; by default a quarter of
+            what is free.
+        sharing, forking: Whether trials continue each other's stages, and whether every fourth proposal forks one on
+            purpose; off to measure what each is worth. On resuming as before.
+        price: Of an hour, for the cost of a plan.
         command: As typed, for the record.
         started: `time.monotonic()` at which the time box began.
     """
@@ -65,6 +72,7 @@ class SearchRequest:
     sampler: str | None = None
     trials: int | None = None
     tokens: int | None = None
+    sequence_length: int | None = None
     step_tokens: int | None = None
     time_seconds: float | None = None
     confirm: int | None = None
@@ -75,6 +83,10 @@ class SearchRequest:
     runner: str = "ray"
     cache: Path = field(default_factory=default_cache)
     cache_limit_bytes: int = 8 * 10**9
+    checkpoint_limit_bytes: int | None = None
+    sharing: bool = True
+    forking: bool = True
+    price: Price | None = None
     command: str = "autodistill search"
     started: float = field(default_factory=time.monotonic)
 
@@ -93,6 +105,7 @@ class Checked:
     space_reference: str
     metric: str
     sampler: str
+    sequence_length: int
     confirm: int
     seed: int
     spec: ModelSpec | None
@@ -110,14 +123,16 @@ def check_request(request: SearchRequest) -> Checked:
         value = getattr(request, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} must be at least 1, not {value}")
-    if request.step_tokens is not None and (request.step_tokens < 1 or request.step_tokens % SEQUENCE_LENGTH):
-        raise InputError(
-            f"--step-tokens must be a multiple of {SEQUENCE_LENGTH}, a sequence, not {request.step_tokens}"
-        )
+    if request.sequence_length is not None and request.sequence_length < _SHORTEST:
+        raise InputError(f"--sequence-length must be at least {_SHORTEST} tokens, not {request.sequence_length}")
     if request.runner not in RUNNERS:
         raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
     stored = _stored(request)
     known = stored or {}
+    request = replace(request, **{name: known.get(name, getattr(request, name)) for name in ("sharing", "forking")})
+    length = request.sequence_length or known.get("plan", {}).get("sequence_length") or SEQUENCE_LENGTH
+    if request.step_tokens is not None and (request.step_tokens < 1 or request.step_tokens % length):
+        raise InputError(f"--step-tokens must be a multiple of {length}, a sequence, not {request.step_tokens}")
     metric = request.metric or known.get("metric") or DEFAULT_METRIC
     if metric not in METRICS:
         raise InputError(f"{metric!r} is no metric that can rank; the metrics are {', '.join(METRICS)}")
@@ -145,6 +160,7 @@ def check_request(request: SearchRequest) -> Checked:
         space_reference=space_reference,
         metric=metric,
         sampler=sampler,
+        sequence_length=length,
         confirm=request.confirm if request.confirm is not None else known.get("confirm", 0),
         seed=request.seed if request.seed is not None else known.get("seed", 0),
         spec=spec_from_config(teacher.config) if teacher.config else None,
@@ -156,7 +172,7 @@ def check_request(request: SearchRequest) -> Checked:
         if request.strategy is not None:
             for strategy in space.baselines.values():
                 check_strategy(strategy, checked.spec)
-        check_budget(checked, checked.spec)
+        check_teacher(checked, checked.spec)
     return checked
 
 
@@ -201,13 +217,24 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
             f"the run {checked.name!r} was planned with {stored['plan']['trials']} trials, not {trials}: resume it "
             "with as many or more, or start a new run under another --name"
         )
-    for name, planned in (("tokens", "tokens"), ("step_tokens", "batch_tokens")):
+    planned_as = {"tokens": "tokens", "step_tokens": "batch_tokens", "sequence_length": "sequence_length"}
+    for name, planned in planned_as.items():
         asked, option = getattr(checked.request, name), name.replace("_", "-")
         if asked is not None and asked != stored["plan"][planned]:
             raise InputError(
                 f"the run {checked.name!r} was planned with {stored['plan'][planned]} {option}, not {asked}: resume it "
                 f"without --{option}, or start a new run under another --name"
             )
+
+
+def check_teacher(checked: Checked, spec: ModelSpec) -> None:
+    """Refuses sequences that the teacher cannot read, and a budget that no student of it meets."""
+    if checked.sequence_length > spec.max_context:
+        raise InputError(
+            f"the teacher reads at most {spec.max_context} tokens at once, and sequences have "
+            f"{checked.sequence_length}: give --sequence-length {spec.max_context} or less"
+        )
+    check_budget(checked, spec)
 
 
 def check_budget(checked: Checked, spec: ModelSpec) -> None:

@@ -10,6 +10,7 @@ from itertools import islice
 from autodistill.contracts import Direction, Status
 from autodistill.domains import Range, Value
 from autodistill.errors import InputError
+from autodistill.search.forks import forks, is_fork
 from autodistill.search.study import MODELS, Observation, modelled
 from autodistill.space import Dimension, Point, Space
 
@@ -23,24 +24,37 @@ _DRAWS = 200  # random draws before a space is searched for its last unseen poin
 class Sampler:
     """Proposes points: the space's starts, a spread over the space, and then what a model of the results suggests.
 
+    Every fourth proposal forks one of the best few trials, where its stage is on disk and the space has another
+    finishing for it.
+
     Args:
         space: What may be proposed.
         name: "tpe", a tree-structured Parzen estimator by turns with neighbours of the best point; "gp", a Gaussian
             process; "nsga2", a genetic algorithm; or "random".
         seed: Every proposal follows from it, the number asked for and the observations; nothing is kept between calls.
         direction: Whether more or less of the metric is better.
+        forking: Whether any proposal forks; without, what forking is worth can be measured.
 
     Raises:
         InputError: An unknown name.
     """
 
-    def __init__(self, space: Space, *, name: str = "tpe", seed: int = 0, direction: Direction = "max") -> None:
+    def __init__(
+        self,
+        space: Space,
+        *,
+        name: str = "tpe",
+        seed: int = 0,
+        direction: Direction = "max",
+        forking: bool = True,
+    ) -> None:
         if name not in SAMPLERS:
             raise InputError(f"there is no sampler {name!r}; the samplers are {', '.join(SAMPLERS)}")
         self.space = space
         self.name = name
         self.seed = seed
         self.direction = direction
+        self.forking = forking
 
     def propose(self, number: int, observations: Sequence[Observation] = ()) -> Point | None:
         """The point to try as proposal `number`, counted from 0, or None where the space holds no other strategy.
@@ -61,6 +75,8 @@ class Sampler:
             assert start is not None  # a space holds its starts
             yield start
         source = random.Random(f"{self.seed}/{number}")  # text seeds through SHA-512, alike in every process
+        if self.forking and is_fork(number):
+            yield from forks(self.space, observations, self.direction, random.Random(f"{self.seed}/{number}/fork"))
         if self.name in MODELS:
             if self.name == "tpe" and number % 2 == 0:
                 yield from self._neighbours(number // 2, source, observations)

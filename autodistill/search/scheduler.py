@@ -107,6 +107,14 @@ class SuccessiveHalving:
         ended = self._discarded | self.exempt | set(self._reports[self.last])
         return tuple(sorted(set(self._reports[0]) - ended - set(in_flight)))
 
+    def promotable(self, in_flight: Collection[str]) -> set[str]:
+        """Trials that wait at a rung with a place left above it for them, as the reports stand."""
+        found: set[str] = set()
+        for rung in range(self.last):
+            places = self.keep[rung] - len(self._moved_on(rung, in_flight))
+            found.update(self._waiting(rung, in_flight)[: max(0, places)])
+        return found
+
     def _ranked(self, rung: int) -> list[str]:
         """Usable trials at a rung, the best first, ties by name."""
         sign = -1.0 if self.direction == "max" else 1.0

@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from autodistill.contracts import SEQUENCE_LENGTH, Plan, Status
+from autodistill.contracts import Plan, Status
 from autodistill.errors import InterruptedSearchError
 from autodistill.hardware import detect
 from autodistill.records.leaderboard import rank, rows_of, to_parquet
 from autodistill.records.report import write_report
 from autodistill.records.row import Row
+from autodistill.records.saved import saved
 from autodistill.records.store import RunFolder, write_json
 from autodistill.search.campaign import Campaign
+from autodistill.search.cost import cost
 from autodistill.search.finish import Finish, Finisher, finish
 from autodistill.search.inline_runner import run_inline
 from autodistill.search.prepare import (
@@ -35,6 +37,7 @@ from autodistill.search.request import (
     check_request,
 )
 from autodistill.search.sampler import Sampler
+from autodistill.stages import default_limit
 from autodistill.trial import TrialSetting
 
 
@@ -61,7 +64,7 @@ def plan_search(request: SearchRequest, observer: Observer | None = None) -> dic
     (observer or Observer()).phase("measuring this machine")
     plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - request.started)
     settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration_file(checked, loaded))
-    tokens = min(plan.tokens, loaded.data.splits["train"].sequences * SEQUENCE_LENGTH)
+    tokens = min(plan.tokens, loaded.data.splits["train"].sequences * plan.sequence_length)
     per_token = settings.bytes_per_token(loaded.spec.vocabulary, loaded.spec.width)
     return {
         "plan": plan.to_json(),
@@ -70,6 +73,7 @@ def plan_search(request: SearchRequest, observer: Observer | None = None) -> dic
         "training_bytes": {**asdict(loaded.fit.estimate), "total_bytes": loaded.fit.estimate.total_bytes},
         "budget": request.budget.to_json(),
         "expected_seconds": sum(plan.seconds.values()),
+        **cost(plan, len(detect().gpus) if loaded.workers.device != "cpu" else 0, request.price),
     }
 
 
@@ -112,9 +116,16 @@ def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
     deadline = _deadline(request, plan, earlier)
     campaign = Campaign(
         question,
-        sampler=Sampler(checked.space, name=checked.sampler, seed=checked.seed, direction=question.direction),
+        sampler=Sampler(
+            checked.space,
+            name=checked.sampler,
+            seed=checked.seed,
+            direction=question.direction,
+            forking=checked.request.forking,
+        ),
         log=run.events,
         checkpoints=run.checkpoints,
+        checkpoint_limit=checked.request.checkpoint_limit_bytes or default_limit(run.checkpoints),
         deadline=deadline,
         notify=observer.line,
     )
@@ -145,7 +156,8 @@ def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
     rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
     seconds = clock.summary()
     result = _result(checked, campaign, rows, finished, plan, seconds, run)
-    write_json(run.search_file, {**planned.document, "seconds": seconds, "notes": result["notes"]})
+    kept = {name: result[name] for name in ("notes", "saved")}
+    write_json(run.search_file, {**planned.document, "seconds": seconds, **kept})
     to_parquet(rows, run.leaderboard_file)
     write_report(run)
     return Outcome(document=result, rows=tuple(rows), finish=finished)
@@ -214,6 +226,7 @@ def _result(
         "budget": checked.request.budget.to_json(),
         "plan": plan.to_json(),
         "seconds": dict(seconds),
+        "saved": saved(run.events.read(), plan).to_json(),
         "notes": notes,
         "paths": {"run": str(run.path), **{name: str(path) for name, path in finished.paths.items()}},
     }

@@ -34,6 +34,7 @@ class Observation:
         value: Of the metric, at the highest fidelity seen; None where there is none.
         fidelity: Fraction of the plan's tokens after which `value` was taken.
         constraint: Smallest log(need / limit) over the deployments, above 0 where none fits; None where it is unknown.
+        forkable: Whether its stable training is on disk, so that others may go on from there.
     """
 
     point: Mapping[str, Value]
@@ -41,6 +42,7 @@ class Observation:
     value: float | None = None
     fidelity: float = 0.0
     constraint: float | None = None
+    forkable: bool = False
 
     def __post_init__(self) -> None:
         if self.state == Status.REJECTED and not (self.constraint or 0.0) > 0:

@@ -49,6 +49,13 @@ class TimeBox:
             judged=not last,
         )
 
+    def _expected_of(self, work: Assignment, reached: int, trained: int) -> float:
+        if not trained or work.deployment is not None:
+            return self.expected(work, reached)
+        plan = self._question.plan
+        last = work.rung == len(plan.rungs) - 1
+        return self._stretch(trained, plan.eval_tokens if last else plan.rung_eval_tokens, judged=False)
+
     def first_stretch(self) -> float:
         """Expected seconds of a new trial up to its first rung."""
         plan = self._question.plan
@@ -59,9 +66,16 @@ class TimeBox:
         question = self._question
         return evaluation_seconds(question.plan.eval_tokens, question.teacher_spec.parameters, question.speed)
 
-    def learn(self, work: Assignment, reached: int, seconds: float) -> None:
-        """Follows how much longer than measured at first work takes: upwards at once, downwards slowly."""
-        ratio = seconds / self.expected(work, reached)
+    def learn(self, work: Assignment, reached: int, seconds: float, trained: int = 0) -> None:
+        """Follows how much longer than measured at first work takes: upwards at once, downwards slowly.
+
+        Args:
+            work: What was done.
+            reached: Rung at which its trial stood before.
+            seconds: What it took.
+            trained: Tokens that it trained on, fewer than expected where a stage was shared; 0 where that is unknown.
+        """
+        ratio = seconds / self._expected_of(work, reached, trained)
         self._slowness = max(ratio, 0.8 * self._slowness + 0.2 * ratio)
 
     def _stretch(self, tokens: int, eval_tokens: int, *, judged: bool) -> float:

@@ -17,7 +17,10 @@ from autodistill.units import Budget
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What a campaign searches for; all of it fixed by `search.json`. `confirm` counts further seeds for the best."""
+    """What a campaign searches for; all of it fixed by `search.json`. `confirm` counts further seeds for the best.
+
+    `sharing` is off where it is to be measured what sharing stages is worth: every trial then trains all of its own.
+    """
 
     space: Space
     deployments: tuple[Deployment, ...]
@@ -29,6 +32,8 @@ class Question:
     metric: str
     direction: Direction
     confirm: int = 0
+    device: str = "cpu"
+    sharing: bool = True
 
     @property
     def best(self) -> Callable[..., float]:
@@ -78,6 +83,7 @@ class TrialState:
         running: Whether a worker trains it.
         status: Once it has ended.
         settled: Deployments that were evaluated at full fidelity, are being, or cannot be.
+        parameters: Weights of its student; None where the teacher has no such student.
     """
 
     task: TrialTask
@@ -93,6 +99,7 @@ class TrialState:
     status: Status | None = None
     reason: str | None = None
     settled: set[str] = field(default_factory=set)
+    parameters: int | None = None
 
     @property
     def unseen(self) -> list[Deployment]:

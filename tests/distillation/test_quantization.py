@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from autodistill.codes import deployed, quantize
 from autodistill.distillation import quantization
 from autodistill.distillation.quantization import (
     FakeQuantized,
@@ -19,7 +20,7 @@ from autodistill.distillation.quantization import (
     quantized_training,
 )
 from autodistill.errors import InputError
-from autodistill.formats import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Grid, Scales, deployed, get_format, quantize
+from autodistill.formats import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Grid, Scales, get_format
 
 GRIDS = [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, *get_format("compressed-tensors").linears]
 by_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)

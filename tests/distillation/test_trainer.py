@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from autodistill.codes import deployed
 from autodistill.distillation import trainer as trainer_module
-from autodistill.distillation.checkpoint import read_tokens
+from autodistill.distillation.checkpoint import read_metadata
 from autodistill.distillation.schedule import branch_point, decayed, stable_rate
 from autodistill.errors import TrialFailedError
-from autodistill.formats import Q4_0, Q8_0, deployed
+from autodistill.formats import Q4_0, Q8_0
 from autodistill.strategy import Alignment, Attention, Distillation, Strategy
 
 PLAIN = Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3))
@@ -103,7 +104,7 @@ def test_continues_to_the_last_bit(workshop, tmp_path, strategy, plan):
     first.save(tmp_path / "checkpoint")
     second = workshop.trainer(strategy, **plan)
     second.load(tmp_path / "checkpoint")
-    assert second.tokens == read_tokens(tmp_path / "checkpoint") == 192
+    assert second.tokens == int(read_metadata(tmp_path / "checkpoint")["tokens"]) == 192
     _same(_weights(second), _weights(first))
     rest = list(second.train_stable(384))
     assert [(r.tokens, r.loss, r.gradient_norm) for r in rest] == [

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from autodistill.codes import deployed
 from autodistill.errors import InputError
 from autodistill.export.student_files import StudentFiles, replacing
-from autodistill.formats import Packing, deployed
+from autodistill.formats import Packing
 from autodistill.testing import save_tiny_teacher
 
 F16 = Packing(format="gguf-f16", bits=16, group_size=0)

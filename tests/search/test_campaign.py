@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from autodistill.contracts import Measurement, Status
+from autodistill.distillation.schedule import branch_point
 from autodistill.estimate import fits, spec_from_config, with_layers
 from autodistill.records.row import rows_of
+from autodistill.records.saved import saved
 from autodistill.records.store import EventLog
 from autodistill.search.campaign import Campaign
 from autodistill.search.plan import Speed
 from autodistill.search.sampler import Sampler
 from autodistill.search.trials import Assignment, Question
 from autodistill.space import load_space
+from autodistill.stages import open_stages
 from autodistill.strategy import Deployment, Finishing, Strategy
 from autodistill.testing import small_plan
 from autodistill.trial import Evaluation, RungReport
@@ -54,13 +59,14 @@ def question(memory: int = 10**9) -> Question:
     )
 
 
-def campaign(folder: Path, asked: Question, deadline: float | None = None) -> Campaign:
+def campaign(folder: Path, asked: Question, deadline: float | None = None, limit: int | None = None) -> Campaign:
     folder.mkdir(exist_ok=True)
     return Campaign(
         asked,
         sampler=Sampler(asked.space, seed=0),
         log=EventLog(folder / "trials.jsonl"),
         checkpoints=folder / "checkpoints",
+        checkpoint_limit=limit,
         deadline=deadline,
     )
 
@@ -101,6 +107,26 @@ def drive(search: Campaign, answer: Worker = worker) -> list[tuple[str, int]]:
     assert search.finished
     search.close()
     return done
+
+
+def keeping(folder: Path) -> Worker:
+    """A worker that leaves checkpoints of 100 bytes, as a trial would, and goes on from what it finds."""
+
+    def answer(assignment: Assignment) -> RungReport:
+        report = worker(assignment)
+        if assignment.deployment is not None:
+            return report
+        store, task = open_stages(folder / "checkpoints"), assignment.task
+        points = [branch_point(tokens, PLAN.decay, PLAN.batch_tokens) for tokens in PLAN.rungs[: assignment.rung + 1]]
+        found = store.find(task.stage, points[-1])
+        start = found[1].tokens if found else 0
+        for point in points:
+            if point > start:
+                store.save(task.stage, point, lambda path: path.write_bytes(b"x" * 100) and None)
+        before = points[-2] if assignment.rung > 0 and not task.straight else 0
+        return replace(report, trained=report.tokens - start, shared=max(0, start - before))
+
+    return answer
 
 
 def test_the_baseline_runs_first_and_straight_to_the_end(tmp_path: Path) -> None:
@@ -337,3 +363,111 @@ def test_confirmations_go_on_after_a_kill(tmp_path: Path) -> None:
         for path in (cut, whole)
     )
     assert rows == expected
+
+
+def events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
+    return [event for event in EventLog(folder / "trials.jsonl").read() if event["event"] in kinds]
+
+
+def test_every_fourth_proposal_forks_a_trial_and_trains_its_decays_alone(tmp_path: Path) -> None:
+    search = campaign(tmp_path, question())
+    drive(search, keeping(tmp_path))
+    stages = {trial: state.task.stage for trial, state in search.trials.items()}
+    for fork in ("t003", "t007"):
+        assert stages[fork] in {stage for trial, stage in stages.items() if trial < fork}
+        first = next(event for event in events(tmp_path, "rung") if event["trial"] == fork)
+        assert (first["shared"], first["trained"]) == (768, 1024 - 768)
+    assert len({state.task.strategy.id for state in search.trials.values()}) == len(search.trials)
+    total = saved(events(tmp_path, "trial", "rung", "status"), PLAN)
+    assert total.shared_tokens == sum(event["shared"] for event in events(tmp_path, "rung"))
+    assert total.sharing >= 2
+
+
+def test_without_sharing_every_stage_is_a_trials_own_and_nothing_is_forked(tmp_path: Path) -> None:
+    search = campaign(tmp_path, replace(question(), sharing=False))
+    drive(search)
+    assert {state.task.stage for state in search.trials.values()} == {""}
+    stable = [state.task.strategy.stable_id for state in search.trials.values()]
+    assert len(set(stable)) == len(stable)
+
+
+def test_a_limit_is_held_and_the_end_keeps_the_best_few(tmp_path: Path) -> None:
+    search = campaign(tmp_path, question(), limit=600)
+    most = 0
+
+    def answer(assignment: Assignment) -> RungReport:
+        nonlocal most
+        most = max(most, len(open_stages(tmp_path / "checkpoints").checkpoints()))
+        return keeping(tmp_path)(assignment)
+
+    drive(search, answer)
+    # The best few have up to three checkpoints each, and of those that may be promoted each has one.
+    assert most <= 3 * 3 + 4 + 1
+    held = open_stages(tmp_path / "checkpoints").checkpoints()
+    valued = [state for state in search.trials.values() if state.value is not None]
+    best = sorted(valued, key=lambda state: (-(state.value or 0.0), state.task.id))[:3]
+    assert {checkpoint.stage for checkpoint in held} == {state.task.stage for state in best}
+    collected = events(tmp_path, "collected")
+    assert sum(event["bytes"] for event in collected) == 100 * sum(len(event["checkpoints"]) for event in collected)
+
+
+@pytest.mark.parametrize("kept", range(3, 60, 4))
+def test_forks_and_collections_are_the_same_after_a_kill(tmp_path: Path, kept: int) -> None:
+    """Cut off after any event, with the disk as it was then."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    cut.mkdir()
+    search = campaign(whole, question(), limit=500)
+    log = EventLog(whole / "trials.jsonl")
+    answer = keeping(whole)
+    while (assignment := search.next()) is not None:
+        search.report(assignment, answer(assignment))
+        if not (cut / "checkpoints").exists() and len(log.read()) >= kept:
+            (cut / "trials.jsonl").write_bytes(log.path.read_bytes())
+            shutil.copytree(whole / "checkpoints", cut / "checkpoints")
+    search.close()
+    again = campaign(cut, question(), limit=500)
+    again.replay(EventLog(cut / "trials.jsonl").read())
+    drive(again, keeping(cut))
+    kinds = ("trial", "rung", "collected", "status", "row")
+    assert [without_times(event) for event in events(cut, *kinds)] == [
+        without_times(event) for event in events(whole, *kinds)
+    ]
+    held, expected = (open_stages(path / "checkpoints").checkpoints() for path in (cut, whole))
+    assert held == expected
+
+
+def without_times(event: dict[str, Any]) -> dict[str, Any]:
+    row = event.get("row")
+    return {**event, "time": None, "row": row and {**row, "train_seconds": None}}
+
+
+def test_a_checkpoint_that_could_not_be_written_is_recorded_and_not_forked(tmp_path: Path) -> None:
+    def full(assignment: Assignment) -> RungReport:
+        return replace(worker(assignment), unsaved="the disk is full")
+
+    search = campaign(tmp_path, question())
+    said: list[str] = []
+    search._notify = said.append
+    drive(search, full)
+    assert {event["unsaved"] for event in events(tmp_path, "rung")} == {"the disk is full"}
+    assert "b000: the disk is full" in said
+    stable = [state.task.strategy.stable_id for state in search.trials.values()]
+    assert len(set(stable)) == len(stable)
+
+
+def test_two_workers_do_not_train_one_stage_at_once(tmp_path: Path) -> None:
+    """While one takes a stage to a rung, nobody else is given the same stretch."""
+    search = campaign(tmp_path, question())
+    answer = keeping(tmp_path)
+    under_way: list[Assignment] = []
+    while True:
+        while len(under_way) < 3 and (assignment := search.next()) is not None:
+            same = [other for other in under_way if other.task.stage == assignment.task.stage]
+            if assignment.deployment is None:
+                assert not [one for one in same if one.deployment is None and one.rung >= assignment.rung > 0]
+            under_way.append(assignment)
+        if not under_way:
+            break
+        done = under_way.pop(0)
+        search.report(done, answer(done))
+    assert search.finished

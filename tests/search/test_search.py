@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.records.row import read_parquet
 from autodistill.records.store import RunFolder, recorded_test_openings
+from autodistill.search.explain import explain
 from autodistill.search.request import SearchRequest, check_request
 from autodistill.search.search import Outcome, plan_search, search
 from autodistill.summary import leaderboard_of, search_summary
@@ -162,6 +164,43 @@ def test_nothing_fits_is_known_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_search_that_shares_stages_finds_the_rows_of_one_that_trains_everything_itself(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same strategies, forks among them: one search goes on from checkpoints, the other finds none."""
+    asked = {"trials": 4, "checkpoint_limit_bytes": 10**9}
+    shared = search(request(inputs, tmp_path / "shared", **asked))
+    monkeypatch.setattr("autodistill.stages.StageStore.find", lambda *arguments: None)
+    alone = search(request(inputs, tmp_path / "alone", **asked))
+    rows = [{row.row_id: without_times(row.to_json()) for row in outcome.rows} for outcome in (shared, alone)]
+    assert rows[0] == rows[1]
+    tests = [[without_times(row.to_json()) for row in outcome.finish.test] for outcome in (shared, alone)]
+    assert tests[0] == tests[1]
+    log = [json.loads(line) for line in (tmp_path / "shared" / "run" / "trials.jsonl").read_text().splitlines()]
+    reused = {event["trial"]: event for event in log if event["event"] == "rung" and event["shared"]}
+    assert reused["t003"]["trained"] + reused["t003"]["shared"] == reused["t003"]["tokens"]
+    saved = shared.document["saved"]
+    assert saved["shared_tokens"] == sum(event["shared"] for event in log if event["event"] == "rung") > 0
+    assert alone.document["saved"]["shared_tokens"] == 0
+    assert alone.document["saved"]["trained_tokens"] > saved["trained_tokens"] + saved["shared_tokens"]
+    sentence = "went on from stages that others had trained"
+    run = RunFolder.open(tmp_path / "shared", "run")
+    assert sentence in search_summary(shared.document, *leaderboard_of(run), 120)
+    assert sentence in (run.path / "report.md").read_text()
+    assert sentence in explain(run).describe()
+
+
+def test_a_tiny_limit_changes_nothing_but_what_is_kept(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    limited, free = (
+        search(request(inputs, tmp_path / name, trials=4, checkpoint_limit_bytes=limit))
+        for name, limit in (("limited", 1), ("free", 10**9))
+    )
+    rows = [{row.row_id: without_times(row.to_json()) for row in outcome.rows} for outcome in (limited, free)]
+    assert rows[0] == rows[1]
+    log = (tmp_path / "limited" / "run" / "trials.jsonl").read_text()
+    assert '"collected"' in log
+
+
 def test_one_strategy_alone_is_distilled(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     result = search(request(inputs, tmp_path, strategy="logit_kd", trials=None))
     assert {row.kind for row in result.rows} == {"teacher", "baseline"}
@@ -224,3 +263,27 @@ def test_a_search_may_rank_by_answers_in_writing(inputs: tuple[Path, Path, Path]
     assert "exact_match" in search_summary(document, *leaderboard_of(RunFolder.open(tmp_path, "run")), 120)
     report = (tmp_path / "run" / "report.md").read_text()
     assert "exact_match" in report
+
+
+def test_sequences_have_the_length_that_was_asked_for(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    short = request(
+        inputs, tmp_path, strategy="logit_kd", trials=None, sequence_length=64, step_tokens=128, tokens=1152
+    )
+    outcome = search(short)
+    plan = outcome.document["plan"]
+    assert (plan["sequence_length"], plan["batch_tokens"], plan["tokens"]) == (64, 128, 1152)
+    # Of each sequence all tokens but the first are predicted.
+    scored = next(row.documents for row in outcome.rows if row.kind == "baseline")
+    assert scored is not None
+    assert sum(scored["count"]) == plan["eval_tokens"] // 64 * 63
+    with pytest.raises(InputError, match="planned with 64 sequence-length, not 128"):
+        check_request(replace(short, resume=True, sequence_length=128))
+
+
+def test_sequences_that_cannot_be_are_refused(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--sequence-length must be at least 8 tokens, not 1"):
+        check_request(request(inputs, tmp_path, sequence_length=1))
+    with pytest.raises(InputError, match=r"reads at most \d+ tokens at once, and sequences have 999999"):
+        check_request(request(inputs, tmp_path, sequence_length=999999))
+    with pytest.raises(InputError, match="--step-tokens must be a multiple of 64, a sequence, not 250"):
+        check_request(request(inputs, tmp_path, sequence_length=64, step_tokens=250))

@@ -1,0 +1,100 @@
+"""Compute that a search did not spend: tokens of stages that another trial had trained, and what was rejected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from autodistill.contracts import Plan, Status
+from autodistill.units import format_duration
+
+# Operations of training a weight on a token: two forward, four backward (Kaplan et al., 2020, arXiv:2001.08361).
+_FLOPS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What was trained, and what was not.
+
+    Operations are estimated as six a weight and token; seconds of one worker, at the rate of what the run trained.
+
+    Attributes:
+        trained_tokens, trained_flops, trained_seconds: Of all trials, decays included.
+        sharing: Trials that went on from what another one had trained.
+        shared_tokens, shared_flops, shared_seconds: Of training that was not done for that reason.
+        rejected: Proposals of which no deployment fits, or that contradict the teacher.
+        rejected_tokens, rejected_flops, rejected_seconds: Of training them to the first rung.
+    """
+
+    trained_tokens: int
+    trained_flops: float
+    trained_seconds: float
+    sharing: int
+    shared_tokens: int
+    shared_flops: float
+    shared_seconds: float
+    rejected: int
+    rejected_tokens: int
+    rejected_flops: float
+    rejected_seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    def describe(self) -> tuple[str, ...]:
+        """A sentence for each thing that saved anything."""
+        said = []
+        if self.shared_tokens:
+            said.append(
+                f"{self.sharing} trial{'s' if self.sharing > 1 else ''} went on from stages that others had trained: "
+                f"{_amount(self.shared_tokens, self.shared_flops, self.shared_seconds)} saved, "
+                f"{self.trained_tokens:,} tokens trained"
+            )
+        if self.rejected:
+            what = "proposals were" if self.rejected > 1 else "proposal was"
+            said.append(
+                f"{self.rejected} {what} rejected without training: up to the first rung "
+                f"{_amount(self.rejected_tokens, self.rejected_flops, self.rejected_seconds)} saved"
+            )
+        return tuple(said)
+
+
+def _amount(tokens: int, flops: float, seconds: float) -> str:
+    return f"{tokens:,} tokens (about {flops:.2g} FLOPs, {format_duration(seconds)} of a worker)"
+
+
+def saved(events: Sequence[Mapping[str, Any]], plan: Plan) -> Saved:
+    """Adds up what the log of a run says.
+
+    Args:
+        events: The log.
+        plan: Has the first rung.
+    """
+    weights = {event["trial"]: event.get("parameters") or 0 for event in events if event["event"] == "trial"}
+    rungs = [event for event in events if event["event"] == "rung"]
+    ends = {event["trial"]: event["status"] for event in events if event["event"] == "status"}
+    rejected = [trial for trial, status in ends.items() if status == Status.REJECTED]
+
+    def flops(key: str) -> float:
+        return _FLOPS * float(sum(event.get(key, 0) * weights.get(event["trial"], 0) for event in rungs))
+
+    trained = flops("trained")
+    seconds = sum(event.get("seconds", {}).get("train", 0.0) for event in rungs)
+    rate = seconds / trained if trained else 0.0
+    shared = flops("shared")
+    avoided = _FLOPS * float(plan.rungs[0]) * sum(weights.get(trial, 0) for trial in rejected)
+    return Saved(
+        trained_tokens=sum(event.get("trained", 0) for event in rungs),
+        trained_flops=trained,
+        trained_seconds=seconds,
+        sharing=len({event["trial"] for event in rungs if event.get("shared", 0)}),
+        shared_tokens=sum(event.get("shared", 0) for event in rungs),
+        shared_flops=shared,
+        shared_seconds=shared * rate,
+        rejected=len(rejected),
+        rejected_tokens=plan.rungs[0] * len(rejected),
+        rejected_flops=avoided,
+        rejected_seconds=avoided * rate,
+    )

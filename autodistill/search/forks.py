@@ -1,0 +1,63 @@
+"""Proposals that fork: a good trial's stable training, continued from its checkpoint, with another finishing."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+
+from autodistill.contracts import Direction, Status
+from autodistill.search.study import Observation
+from autodistill.space import Dimension, Point, Space
+
+EVERY = 4  # proposals of which one is a fork
+FEW = 3  # best trials that are forked, and whose checkpoints are always kept
+_DRAWS = 32  # of a finishing, before another trial is taken
+
+
+def is_fork(number: int) -> bool:
+    """Whether proposal `number`, counted from 0, is to be a fork where there is anything to be forked."""
+    return number % EVERY == EVERY - 1
+
+
+def forks(
+    space: Space, observations: Sequence[Observation], direction: Direction, source: random.Random
+) -> Iterator[Point]:
+    """Points that differ in their finishing alone from one of the best few trials whose stage is on disk.
+
+    Values are compared whatever their fidelity, as a neighbour's are: they rise with training.
+
+    Args:
+        space: Its finishing dimensions are drawn anew, with those that count under them.
+        observations: Of all trials so far.
+        direction: Whether more or less of the metric is better.
+        source: Of the draws; which of the few comes first is drawn too.
+    """
+    sign = 1.0 if direction == "max" else -1.0
+    usable = [item for item in observations if item.forkable and item.state not in (Status.REJECTED, Status.FAILED)]
+    valued = [(item.value, item) for item in usable if item.value is not None and math.isfinite(item.value)]
+    best = sorted(valued, key=lambda pair: (-sign * pair[0], -pair[1].fidelity))
+    few = [item for _, item in best[:FEW]]
+    for parent in source.sample(few, len(few)):
+        stage = space.strategy(parent.point).stable_id
+        for _ in range(_DRAWS):
+            point = _finished_anew(space, parent, source)
+            if point != dict(parent.point) and space.strategy(point).stable_id == stage:
+                yield point
+
+
+def finishing(dimension: Dimension) -> bool:
+    """Whether a dimension is of the finishing."""
+    return dimension.path.split(".")[0] == "finishing"
+
+
+def _finished_anew(space: Space, parent: Observation, source: random.Random) -> Point:
+    point: Point = {}
+    for dimension in space.dimensions:
+        if not dimension.active(point):
+            continue
+        if finishing(dimension) or dimension.path not in parent.point:
+            point[dimension.path] = dimension.domain.at(source.random())
+        else:
+            point[dimension.path] = parent.point[dimension.path]
+    return point

@@ -1,0 +1,52 @@
+"""Compute that was saved, counted by hand from a log."""
+
+from __future__ import annotations
+
+import pytest
+
+from autodistill.records.saved import saved
+from autodistill.testing import small_plan
+
+PLAN = small_plan()  # first rung at 1,024 tokens
+
+
+def rung(trial: str, trained: int, shared: int, seconds: float) -> dict[str, object]:
+    return {"event": "rung", "trial": trial, "trained": trained, "shared": shared, "seconds": {"train": seconds}}
+
+
+EVENTS = [
+    {"event": "session"},
+    {"event": "trial", "trial": "t000", "parameters": 1000},
+    {"event": "trial", "trial": "t001", "parameters": 1000},
+    {"event": "trial", "trial": "t002", "parameters": 4000},
+    {"event": "trial", "trial": "t003", "parameters": None},  # contradicts the teacher
+    rung("t000", 1024, 0, 10.0),
+    rung("t001", 256, 768, 3.0),
+    rung("t001", 512, 1792, 7.0),
+    {"event": "status", "trial": "t002", "status": "rejected", "reason": "too large"},
+    {"event": "status", "trial": "t003", "status": "rejected", "reason": "no such student"},
+    {"event": "status", "trial": "t000", "status": "stopped", "reason": None},
+]
+
+
+def test_what_was_saved_is_what_the_log_says() -> None:
+    found = saved(EVENTS, PLAN)
+    assert (found.trained_tokens, found.shared_tokens, found.sharing) == (1792, 2560, 1)
+    assert found.trained_flops == 6 * 1000 * 1792
+    assert found.shared_flops == 6 * 1000 * 2560
+    assert found.shared_seconds == pytest.approx(20.0 * 2560 / 1792)
+    assert (found.rejected, found.rejected_tokens) == (2, 2048)
+    assert found.rejected_flops == 6 * 4000 * 1024
+    assert found.rejected_seconds == pytest.approx(20.0 * 4 * 1024 / 1792)
+    shared, rejected = found.describe()
+    assert shared == (
+        "1 trial went on from stages that others had trained: 2,560 tokens (about 1.5e+07 FLOPs, 28.6s of a worker) "
+        "saved, 1,792 tokens trained"
+    )
+    assert rejected.startswith("2 proposals were rejected without training: up to the first rung 2,048 tokens (about")
+
+
+def test_nothing_saved_says_nothing() -> None:
+    assert saved(EVENTS[:2], PLAN).describe() == ()
+    old = {"event": "rung", "trial": "t000", "tokens": 1024, "seconds": {"train": 5.0}}  # before stages were shared
+    assert saved([*EVENTS[:2], old], PLAN).shared_seconds == 0.0
