@@ -1,6 +1,6 @@
 """One step of distillation: tokens a second by what the teacher supplies, its floor, and the memory of the loss.
 
-    python benchmarks/distill_step.py [--teacher smollm2] [--rounds 3] [--sequences 4] [--length 256]
+    python benchmarks/distill_step.py [--teacher smollm2] [--rounds 3] [--sequences 4] [--length 256] [--arms top-64 ...]
 
 Every arm trains the same 15-layer student by turns, so that what else the machine does falls on all of them alike; a
 figure is the median of the arm's steps, and its ratio is taken within the round. Ratios of processor time stand beside
@@ -289,6 +289,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="beside the two compared with")
     parser.add_argument("--cache", type=Path, default=default_cache())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -300,6 +301,7 @@ def main() -> None:
         shop = workshop(arguments.teacher, arguments.cache, length, tokens, Path(folder))
         reading = list(cache_lines(shop.cache, shop.folder, length))
         runs = arms(shop, length, tokens, arguments.threads)
+        runs = {name: run for name, run in runs.items() if name in (BASE, PUBLISHED, *arguments.arms)}
         with FlopCounterMode(display=False) as counter:
             runs[BASE]()
         taken = timed(runs, arguments.rounds)
