@@ -1,6 +1,6 @@
 """One step of distillation: tokens a second by what the teacher supplies, its floor, and the memory of the loss.
 
-    python benchmarks/distill_step.py [--teacher smollm2] [--rounds 3] [--sequences 4] [--length 256] [--arms top-64 ...]
+    python benchmarks/distill_step.py [--teacher smollm2] [--rounds 3] [--sequences 4] [--length 256] [--arms top-64]
 
 Every arm trains the same 15-layer student by turns, so that what else the machine does falls on all of them alike; a
 figure is the median of the arm's steps, and its ratio is taken within the round. Ratios of processor time stand beside
