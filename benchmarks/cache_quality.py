@@ -30,6 +30,7 @@ SIGNALS = {
     BASE: {"signal": "states", "signal_tokens": 0},
     "50 draws": {"signal": "sampled", "signal_tokens": 50},
     "top-64": {"signal": "top-k", "signal_tokens": 64},
+    "12 draws": {"signal": "sampled", "signal_tokens": 12},
 }
 # The target: so many bytes a token at most, for a quality within this share of that with all logits.
 BYTES, SHARE = 100, 0.005
