@@ -24,14 +24,18 @@ from autodistill.options import (
     CacheLimitOption,
     CacheOption,
     CheckpointLimitOption,
+    CommandOption,
+    CommandTimeOption,
     ConfirmOption,
     ContextOption,
     DataOption,
     DevicesOption,
+    DirectionOption,
     Format,
     FormatOption,
     MetricOption,
     NameOption,
+    ObjectivesOption,
     OutOption,
     PlanOption,
     PriceOption,
@@ -44,10 +48,12 @@ from autodistill.options import (
     SequenceLengthOption,
     SpaceOption,
     StepTokensOption,
+    TaskOption,
     TeacherOption,
     TimeOption,
     TokensOption,
     TrialsOption,
+    WarmStartOption,
     option,
 )
 from autodistill.records.store import RunFolder, default_cache, known_runs, strict_json
@@ -96,8 +102,14 @@ def search(
     data: DataOption = None,
     space: SpaceOption = None,
     metric: MetricOption = None,
+    objectives: ObjectivesOption = None,
+    task: TaskOption = None,
+    metric_command: CommandOption = None,
+    metric_direction: DirectionOption = None,
+    metric_timeout: CommandTimeOption = None,
     sampler: SamplerOption = None,
     trials: TrialsOption = None,
+    warm_start: WarmStartOption = None,
     tokens: TokensOption = None,
     sequence_length: SequenceLengthOption = None,
     step_tokens: StepTokensOption = None,
@@ -129,6 +141,10 @@ def distill(
     teacher: TeacherOption = None,
     data: DataOption = None,
     metric: MetricOption = None,
+    task: TaskOption = None,
+    metric_command: CommandOption = None,
+    metric_direction: DirectionOption = None,
+    metric_timeout: CommandTimeOption = None,
     tokens: TokensOption = None,
     sequence_length: SequenceLengthOption = None,
     step_tokens: StepTokensOption = None,
@@ -378,8 +394,15 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         space=given.get("space"),
         strategy=given.get("strategy"),
         metric=given["metric"],
+        tasks=tuple(given["task"]) if given["task"] else None,
+        metric_command=given["metric_command"],
+        metric_direction=given["metric_direction"] and given["metric_direction"].value,
+        metric_seconds=parse_duration(given["metric_timeout"]) if given["metric_timeout"] else None,
+        objectives=given.get("objectives"),
+        device=given.get("device"),
         sampler=given.get("sampler"),
         trials=given.get("trials"),
+        warm_start=given.get("warm_start"),
         tokens=given["tokens"],
         sequence_length=given["sequence_length"],
         step_tokens=given["step_tokens"],
@@ -529,7 +552,7 @@ def _leaderboards(runs: Sequence[str] | None, out: Path) -> _Boards:
 
 def _rows(boards: _Boards) -> list[dict[str, Any]]:
     return [
-        {"run": name, "place": one.place, "tied": one.tied, **one.row.to_json()}
+        {"run": name, "place": one.place, "tied": one.tied, "front": one.front, **one.row.to_json()}
         for name, (ranked, _) in boards
         for one in ranked
     ]

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autodistill.records.leaderboard import Ranked
+from autodistill.records.objectives import PREDICTED_LATENCY
 from autodistill.records.row import Row
 from autodistill.strategy import Init
 from autodistill.units import format_bytes, format_duration
@@ -208,6 +209,7 @@ def leaderboard_table(ranked: Sequence[Ranked], metric: str = "accuracy", width:
     ]
     notes = {
         "= tied with the best: within one standard error": any(one.tied for one in ranked),
+        "* on the front: no row beats it in one objective without losing in another": any(one.front for one in ranked),
         "~ predicted": any(cell.startswith("~") for line in lines for cell in line),
         "! over the budget": any(not one.row.feasible for one in ranked),
     }
@@ -224,15 +226,22 @@ def _cells(one: Ranked, metric: str) -> list[str]:
     value, error = row.figure(metric), row.figure(f"{metric}_stderr")
     spread = "" if error is None else f" ± {error:.4f}"
     return [
-        f"{one.place}{'=' if one.tied else ''}{'' if row.feasible else '!'}",
+        f"{one.place}{'=' if one.tied else ''}{'*' if one.front else ''}{'' if row.feasible else '!'}",
         row.deployment_name.replace("compressed-tensors", "ct"),
         "-" if value is None else f"{value:.4f}{spread}",
         "-" if row.retention is None else f"{row.retention:.1%}",
         _estimated(row.memory_bytes, row.memory_source, format_bytes),
         _estimated(row.size_bytes, None, format_bytes),
-        _estimated(row.latency_ms, row.latency_source, lambda ms: format_duration(ms / 1e3)),
+        _estimated(*_latency(row), lambda ms: format_duration(ms / 1e3)),
         f"{1.0 if row.full else row.figure('fidelity') or 0.0:.0%}",
     ]
+
+
+def _latency(row: Row) -> tuple[float | None, str | None]:
+    """Measured in the runtime, or else predicted where that was asked for, and which of the two."""
+    if row.latency_ms is not None:
+        return row.latency_ms, row.latency_source
+    return row.figure(PREDICTED_LATENCY), "predicted"
 
 
 def _estimated(value: float | None, source: str | None, write: Callable[[float], str]) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,8 @@ Direction = Literal["max", "min"]
 OptimizerState = Literal["float32", "int8"]
 # What a teacher's matrices are held in; it computes in float32 whatever that is.
 HeldType = Literal["float32", "bfloat16", "float16"]
-# What an evaluator reads of a subject, beside its shape, deployment and budget.
-Needs = Literal["spec", "scores", "answers", "artefact"]
+# What an evaluator reads of a subject, beside its shape, deployment and budget: a field of it, but for "spec".
+Needs = Literal["spec", "scores", "answers", "student", "artefact"]
 
 # Tokens of a training or evaluation sequence.
 SEQUENCE_LENGTH = 256
@@ -45,6 +45,13 @@ class Decision(StrEnum):
     STOP = "stop"
 
 
+class Quantity(NamedTuple):
+    """What a measurement's value is in, and whether more ("max") or less ("min") of it is better."""
+
+    unit: str
+    direction: Direction
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """One measured quantity.
@@ -57,6 +64,8 @@ class Measurement:
         source: `measured` in the serving runtime, `simulated` in torch on the packed weights, or `predicted`.
         stderr: Standard error in `unit`, or None where there is none.
         detail: Plain data on how it was obtained: threads, context, parts of a sum.
+        documents: What the value is the mean of, by document, for paired comparisons: as `statistics.per_document`
+            gives it. Empty where it is no mean.
     """
 
     name: str
@@ -66,6 +75,7 @@ class Measurement:
     source: Source
     stderr: float | None = None
     detail: Mapping[str, Any] = field(default_factory=dict)
+    documents: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The measurement as plain data."""
@@ -118,12 +128,49 @@ class TokenScores:
         correct: bool [n], whether the most likely token is the true one.
         agrees: bool [n], whether it is the teacher's most likely one.
         documents: int32 [n], the document each predicted token belongs to.
+        confidence: float64 [n], probability of the most likely token; None where nobody kept it.
+        divergence: float64 [n], KL(teacher || student) in nats over the outcomes of the reference; None without one.
+        window: Tokens of the sequences that were read, each on its own: context and stride of a window are its length.
+        outcomes: Over how many outcomes the divergence goes: the teacher's likeliest tokens, and the rest as one.
     """
 
     nll: npt.NDArray[np.float64]
     correct: npt.NDArray[np.bool_]
     agrees: npt.NDArray[np.bool_]
     documents: npt.NDArray[np.int32]
+    confidence: npt.NDArray[np.float64] | None = None
+    divergence: npt.NDArray[np.float64] | None = None
+    window: int | None = None
+    outcomes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TeacherReference:
+    """What a validation pass keeps of the teacher, for each predicted token.
+
+    Attributes:
+        top1: int32 [n], its most likely token.
+        tokens: int32 [n, k], its k most likely ones, in any order.
+        log_probs: float32 [n, k], their log-probabilities over the whole vocabulary, in nats.
+    """
+
+    top1: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.int32]
+    log_probs: npt.NDArray[np.float32]
+
+    def head(self, count: int) -> TeacherReference:
+        """That of the first `count` predicted tokens."""
+        return TeacherReference(top1=self.top1[:count], tokens=self.tokens[:count], log_probs=self.log_probs[:count])
+
+    def save(self, path: Path) -> None:
+        """Writes plain arrays."""
+        np.savez(path, top1=self.top1, tokens=self.tokens, log_probs=self.log_probs)
+
+    @classmethod
+    def load(cls, path: Path) -> TeacherReference:
+        """Reads what `save` wrote; no pickle."""
+        with np.load(path, allow_pickle=False) as found:
+            return cls(top1=found["top1"], tokens=found["tokens"], log_probs=found["log_probs"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +188,72 @@ class Answers:
     documents: npt.NDArray[np.int32]
 
 
+class Likelihood(NamedTuple):
+    """How likely a continuation is: its log-likelihood in nats, its tokens, and whether greedy decoding writes it."""
+
+    log_likelihood: float
+    tokens: int
+    greedy: bool
+
+
+class SimulatedStudent(Protocol):
+    """A student whose packed weights lie in torch, and what an evaluator may ask of it, in text."""
+
+    @property
+    def model(self) -> Any:
+        """A causal language model of transformers, in float32, whose weights are the packed ones for the time being."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where the model lies."""
+        ...
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of its tokenizer."""
+        ...
+
+    @property
+    def split(self) -> str:
+        """The split that is read: "validation" or "test"."""
+        ...
+
+    @property
+    def share(self) -> float:
+        """Of an evaluator's own examples, how much is to be read: 1 is all of them; less at a rung."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and what follows it may have in all."""
+        ...
+
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+        """Of each (prompt, continuation); pairs with the same prompt share its pass through the model."""
+        ...
+
+    def rolling(self, texts: Sequence[str], window: int, stride: int) -> list[npt.NDArray[np.float64]]:
+        """Negative log-likelihood in nats of every token of each text but its first, in strided windows."""
+        ...
+
+    def chats(self, prompts: Sequence[str]) -> list[str]:
+        """Each prompt as a user's turn in the tokenizer's chat template, up to where the answer begins."""
+        ...
+
+    def write(self, prompts: Sequence[str], *, max_tokens: int, stops: Sequence[str] = ()) -> list[str]:
+        """What it writes, greedily, after each prompt, up to the first of the texts in `stops`."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the packed weights, dequantised, as a folder that transformers loads."""
+        ...
+
+    def examples(self) -> list[dict[str, Any]]:
+        """The split that is read, as plain records: `id`, and `prompt` and `answer`, or `text` and `tokens`."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """What an evaluator is given; it reads what it needs and no more.
@@ -151,7 +264,9 @@ class Subject:
         budget: Gives context and batch.
         scores: Of the packed weights simulated in torch, or None where only the artefact is measured.
         answers: Written by the packed weights simulated in torch; None where no evaluator asks for them.
+        student: The packed weights simulated in torch, to be asked; None after export.
         artefact: The exported file or folder, or None before export.
+        split: That scores and answers are of.
         threads: CPU threads a runtime may use.
     """
 
@@ -160,15 +275,29 @@ class Subject:
     budget: Budget
     scores: TokenScores | None = None
     answers: Answers | None = None
+    student: SimulatedStudent | None = None
     artefact: Path | None = None
+    split: str = "validation"
     threads: int = 1
 
 
 class Evaluator(Protocol):
     """One measurement, or several that fall out of the same work. A plug-in: constructed without arguments."""
 
-    name: str
-    needs: Needs
+    @property
+    def name(self) -> str:
+        """As it is declared."""
+        ...
+
+    @property
+    def needs(self) -> Needs:
+        """What it reads of a subject."""
+        ...
+
+    @property
+    def measures(self) -> Mapping[str, Quantity]:
+        """The measurements it gives, by name; of what needs scores, answers or the student, each may rank a search."""
+        ...
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Measures; called only where what `needs` names is there and `supports` holds."""
@@ -231,6 +360,8 @@ class Plan:
         box_seconds: The time box, or None.
         seconds: Expected seconds by phase.
         notes: What the box could not hold, in sentences.
+        example_share: Of the examples of tasks, how much an evaluation reads at full fidelity; less at a rung, as of
+            the tokens.
     """
 
     trials: int
@@ -254,6 +385,7 @@ class Plan:
     micro_batch: int = 1
     checkpointing: bool = False
     optimizer_state: OptimizerState = "float32"
+    example_share: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""

@@ -24,6 +24,7 @@ from autodistill.conversations import Conversation, Likeliest
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError
 from autodistill.packing import cut, pack
+from autodistill.records.store import alone
 from autodistill.rendering import Rendered, Renderer
 from autodistill.strategy import content_hash
 
@@ -198,11 +199,16 @@ def prepare(
     parts = [source.fingerprint, tokenizer_fingerprint, sequence_length, seed, _RULE]
     fingerprint = content_hash([*parts, renderer.rule, source.task] if renderer else parts, digits=16)
     folder = cache / "data" / fingerprint
-    with contextlib.suppress(InputError):  # missing, torn or altered: made below
-        return open_prepared(folder)
-    if renderer is not None:
-        return _prepare_conversations(folder, source, conversations, renderer, sequence_length, seed)
+    with alone(folder):
+        with contextlib.suppress(InputError):  # missing, torn or altered: made below
+            return open_prepared(folder)
+        if renderer is not None:
+            return _prepare_conversations(folder, source, conversations, renderer, sequence_length, seed)
+        return _prepare_texts(folder, source, tokenizer_folder, sequence_length, seed)
 
+
+def _prepare_texts(folder: Path, source: Source, tokenizer_folder: Path, sequence_length: int, seed: int) -> Prepared:
+    """Splits documents of plain text, or one long text into blocks where there are too few."""
     texts = tuple(text for text in source.documents if isinstance(text, str))
     documents = _tokenise(texts, tokenizer_folder)
     places = _places(texts)

@@ -112,6 +112,18 @@ class Device:
             "measured": self.measured,
         }
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Device:
+        """Reads what `to_json` wrote."""
+        same = ("name", "memory_bytes", "usable_bytes", "sources", "measured")
+        return cls(
+            aliases=tuple(data["aliases"]),
+            kind=device_classes()[data["class"]],
+            bandwidth=data["bandwidth_bytes_per_second"],
+            rates=data["operations_per_second"],
+            **{name: data[name] for name in same},
+        )
+
 
 def devices(*files: Path) -> tuple[Device, ...]:
     """The built-in devices, then those of a person's own files.

@@ -99,7 +99,7 @@ def resolve_data(ref: str, field: str | None = None) -> Source:
         raise InputError(f"{ref} is a file of an unsupported kind: give {_KINDS}")
     if suffix == ".txt":
         return _source(path.stem, "txt", [_read_text(path)], ref)
-    records = _read_jsonl(path) if suffix == ".jsonl" else _read_parquet(path)
+    records = read_records(path)
     return _source(path.stem, suffix[1:], _record_documents(records, field, ref), ref)
 
 
@@ -127,6 +127,21 @@ def resolve_prompts(ref: str) -> tuple[tuple[Turn, ...], ...]:
     if not prompts:
         raise InputError(f"{ref} holds no prompt: give one at least")
     return tuple(dict.fromkeys(prompts))
+
+
+def read_records(path: Path) -> list[tuple[str, Record]]:
+    """The records of a .jsonl or .parquet file, each with the place it was found at, like "line 3".
+
+    Raises:
+        InputError: Missing, of another kind, or malformed.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"there is no file {path}: give a .jsonl or .parquet file")
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet(path)
+    if path.suffix.lower() == ".jsonl":
+        return _read_jsonl(path)
+    raise InputError(f"{path} is a file of an unsupported kind: give a .jsonl or .parquet file")
 
 
 def _source(name: str, kind: str, found: Iterable[Document], ref: str, licence: str | None = None) -> Source:

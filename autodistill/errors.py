@@ -39,7 +39,8 @@ class TrialFailedError(AutoDistillError):
     """A trial ended without a result; the search records `cause` and goes on.
 
     Args:
-        cause: One of "nan", "out-of-memory", "worker-died", "error".
+        cause: One of "nan", "out-of-memory", "disk-full", "worker-died", "refused" (by a check), "command" (a person's
+            own metric), "error".
         message: What happened.
     """
 

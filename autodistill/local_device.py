@@ -13,7 +13,7 @@ from typing import Any
 from autodistill.devices import Device, device_classes, devices, find_device
 from autodistill.errors import InputError
 from autodistill.hardware import Machine, detect
-from autodistill.records.store import read_json, write_json
+from autodistill.records.store import alone, read_json, write_json
 from autodistill.strategy import content_hash
 
 LOCAL = "local"
@@ -39,7 +39,9 @@ def local_device(cache: Path, machine: Machine | None = None) -> Device:
     kind, name, memory = _identity(machine)
     key = {"method": _METHOD, "name": name, "cpus": machine.cpus, "kind": kind}
     path = cache / "devices" / f"{content_hash(key)}.json"
-    figures = _kept(path) or _measured(kind, machine.cpus, path)
+    # Measured by one search at a time: side by side both would come out low.
+    with alone(path):
+        figures = _kept(path) or _measured(kind, machine.cpus, path)
     found = device_classes()[{"cpu": "cpu", "cuda": "discrete-gpu", "mps": "unified"}[kind]]
     text = f"measured on this machine with {machine.cpus} cores, load average {figures['load']:.1f}"
     return Device(

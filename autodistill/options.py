@@ -16,6 +16,13 @@ class Format(StrEnum):
     JSON = "json"
 
 
+class BetterIs(StrEnum):
+    """Whether more or less of a score is better."""
+
+    MAX = "max"
+    MIN = "min"
+
+
 def option(name: str, text: str, metavar: str | None = None, **more: Any) -> Any:
     """One option: its flag, its help and what stands for its value."""
     return typer.Option(name, help=text, metavar=metavar, **more)
@@ -42,7 +49,38 @@ DataOption = Annotated[
 SpaceOption = Annotated[str | None, option("--space", "What may be tried: a name, or a YAML file.", "NAME|FILE")]
 MetricOption = Annotated[
     str | None,
-    option("--metric", "What ranks: accuracy (the default), agreement, perplexity or exact_match.", "NAME"),
+    option(
+        "--metric",
+        "What ranks: accuracy (the default), agreement, kl, ece, perplexity, exact_match, task:NAME, lm-eval:TASK, or "
+        "what another installed evaluator measures.",
+        "NAME",
+    ),
+]
+TaskOption = Annotated[
+    list[Path] | None,
+    option("--task", "A YAML file of tasks to measure; --metric task:NAME ranks by one. May be given again.", "FILE"),
+]
+CommandOption = Annotated[
+    str | None,
+    option(
+        "--metric-command",
+        "Your own metric: run with {student}, a folder, and {data}, a JSONL file; prints scores as JSON.",
+        "CMD",
+    ),
+]
+DirectionOption = Annotated[
+    BetterIs | None, option("--metric-direction", "What is better of the command's scores; max by default.")
+]
+CommandTimeOption = Annotated[
+    str | None, option("--metric-timeout", "After which the command is ended; 10m by default.", "TIME")
+]
+ObjectivesOption = Annotated[
+    str | None,
+    option(
+        "--objectives",
+        "Of which to find the Pareto front, like accuracy,memory,latency; the first ranks, and is exported by.",
+        "NAMES",
+    ),
 ]
 SamplerOption = Annotated[
     str | None, option("--sampler", "What proposes: tpe (the default), gp, nsga2 or random.", "NAME")
@@ -50,6 +88,14 @@ SamplerOption = Annotated[
 TrialsOption = Annotated[
     int | None,
     option("--trials", "Strategies to try; planned from the time box by default. With --resume: in all.", "N"),
+]
+WarmStartOption = Annotated[
+    str | None,
+    option(
+        "--warm-start",
+        "Earlier runs of the same space, teacher and data to learn from; the best of each is proposed first.",
+        "RUN[,RUN]",
+    ),
 ]
 TokensOption = Annotated[int | None, option("--tokens", "Training tokens of a trial; planned by default.", "T")]
 SequenceLengthOption = Annotated[

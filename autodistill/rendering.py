@@ -128,10 +128,13 @@ class Renderer:
             raise InputError(f"the data have log-probabilities of tokens beyond the tokenizer's {count}: write anew")
         return [record.with_told(one) if one else record for record, one in zip(rendered, told, strict=True)]
 
+    def asking(self, turns: Sequence[Turn]) -> str:
+        """The text after which a model is to write its answer."""
+        return self._lines(turns)[0] if self._template is None else self._apply(turns, asking=True)
+
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """The tokens after which a model is to write its answer."""
-        text = self._lines(turns)[0] if self._template is None else self._apply(turns, asking=True)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = self.tokenizer(self.asking(turns), add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def _masked(self, ids: list[int], offsets: npt.NDArray[np.int64], spans: list[tuple[int, int]]) -> Rendered:

@@ -7,6 +7,7 @@ from typing import Any
 
 from autodistill.console import leaderboard_table
 from autodistill.records.leaderboard import DISTILLED, Ranked, rank, rows_of
+from autodistill.records.objectives import objectives_of, with_front
 from autodistill.records.row import Row
 from autodistill.records.saved import Saved
 from autodistill.records.store import RunFolder, read_json
@@ -23,7 +24,7 @@ def leaderboard_of(run: RunFolder) -> tuple[list[Ranked], str]:
     """
     asked = read_json(run.search_file)
     rows = [row for row in rows_of(run.events.read()) if row.split != "test"]
-    return rank(rows, asked["metric"], asked["direction"]), asked["metric"]
+    return with_front(rank(rows, asked["metric"], asked["direction"]), objectives_of(asked)), asked["metric"]
 
 
 def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric: str, width: int = 120) -> str:
@@ -149,7 +150,9 @@ def _test(document: Mapping[str, Any]) -> str:
     lines = [table(cells, left=3)]
     gain = document["gain_on_test"]
     if gain is not None:
-        lines.append(f"Gain over the baseline on the test split: {gain[0]:+.4f} ± {gain[1]:.4f} of {metric}.")
+        unit = (rows[0].documents or {}).get("unit")
+        what = f"{metric}, in {unit}" if unit else metric
+        lines.append(f"Gain over the baseline on the test split: {gain[0]:+.4f} ± {gain[1]:.4f} of {what}.")
     return "\n".join(lines)
 
 

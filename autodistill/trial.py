@@ -6,18 +6,30 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 
-from autodistill.contracts import Direction, HeldType, Measurement, ModelSpec, Plan, Subject, TokenScores
+from autodistill.contracts import (
+    Answers,
+    Direction,
+    Evaluator,
+    HeldType,
+    Measurement,
+    ModelSpec,
+    Needs,
+    Plan,
+    Subject,
+    TeacherReference,
+    TokenScores,
+)
 from autodistill.data import TokenSet, load_split
 from autodistill.distillation.alignment import aligned_layers, check_projection, layer_map
 from autodistill.distillation.attention import TeacherBlock, check_attention, teacher_layer
@@ -32,6 +44,7 @@ from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.schedule import branch_point
 from autodistill.distillation.scoring import score
 from autodistill.distillation.signals import LiveTeacher, check_told
+from autodistill.distillation.simulated import PackedStudent
 from autodistill.distillation.student import build_student, init_spec
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
@@ -41,10 +54,13 @@ from autodistill.estimate import check_holds
 from autodistill.formats import Grid, Scales
 from autodistill.plugins import load
 from autodistill.stages import open_stages
+from autodistill.statistics import per_document
 from autodistill.strategy import Deployment, Init, Strategy, serving
 from autodistill.units import Budget
 
 ASKING_DATA = "give --data with a prompt and an answer in each record, or reasoning-gym:TASK"
+# Tokens that an evaluator's own prompts may have; a model of a long context would otherwise set no limit.
+_MOST_CONTEXT = 4096
 # What a student takes from its teacher's folder: by suffix, but for the files that describe the teacher's own weights.
 _TEXT_FILES = (".json", ".jinja", ".model", ".txt")
 _OWN_FILES = ("config.json", "model.safetensors.index.json", "teacher.json")
@@ -58,11 +74,11 @@ class TrialSetting:
         teacher, data: Folders of the teacher and of the prepared data.
         cache: Folder of the teacher's cached outputs; None where no strategy of the search reads any.
         teacher_spec: The teacher's shape.
-        teacher_top1: File of the teacher's most likely tokens on the validation sequences, int32.
+        teacher_reference: File of what is kept of the teacher on the validation sequences.
         teacher_accuracy: The teacher's accuracy on validation, for the retention.
         checkpoints: Folder that holds a folder for each trial.
         budget, plan: Of the search.
-        evaluators: Names of those that run on simulated students.
+        evaluators: Those that run on simulated students: names of installed ones, and what a request made.
         metric, direction: What a rung is judged by.
         device: Where trials train.
         calibration: File of the teacher's calibration, where a strategy chooses by it.
@@ -72,14 +88,14 @@ class TrialSetting:
 
     teacher: Path
     teacher_spec: ModelSpec
-    teacher_top1: Path
+    teacher_reference: Path
     teacher_accuracy: float
     data: Path
     cache: Path | None
     checkpoints: Path
     budget: Budget
     plan: Plan
-    evaluators: tuple[str, ...]
+    evaluators: tuple[str | Evaluator, ...]
     metric: str
     direction: Direction
     device: str
@@ -118,8 +134,8 @@ class Evaluation:
     Attributes:
         deployment: How it is packed.
         measurements: By name.
-        documents: Ids, counts and correct ones of each document, for paired comparisons: of tokens, or where the
-            student answered in writing of answers, and then under "metric" the name of their figure.
+        documents: Ids, counts and sums of each document, for paired comparisons: of the metric that ranks, whose name
+            is under "metric", and under "others" those of the other measurements that are means, by name.
     """
 
     deployment: Deployment
@@ -247,72 +263,113 @@ def deployed_weights(
             parameters[name].data = master
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Simulation:
+    """A packed model and what it is read on: all that a part of a subject is made from."""
+
+    model: Any
+    data: TokenSet
+    reference: TeacherReference | None
+    device: str
+    student: PackedStudent | None
+
+    def scores(self, asking: str) -> TokenScores:
+        return score(self.model, self.data, self.reference, device=self.device)[0]
+
+    def answers(self, asking: str) -> Answers:
+        if self.data.questions is None:
+            raise InputError(f"{asking} needs questions with answers: {ASKING_DATA}")
+        return answer(self.model, self.data.questions, device=self.device)
+
+    def asked(self, asking: str) -> PackedStudent:
+        if self.student is None:
+            raise ValueError(f"{asking} asks the student in text, and no tokenizer was given")
+        return self.student
+
+
+# What makes the part of a subject that an evaluator needs, given the name of the evaluator for error messages.
+_PROVIDERS: Mapping[Needs, Callable[[_Simulation, str], Any]] = {
+    "scores": _Simulation.scores,
+    "answers": _Simulation.answers,
+    "student": _Simulation.asked,
+}
+
+
 def evaluate(
     model: Any,
     spec: ModelSpec,
     deployment: Deployment,
     data: TokenSet,
-    teacher_top1: np.ndarray[Any, Any] | None,
+    reference: TeacherReference | None,
     *,
     budget: Budget,
-    evaluators: tuple[str, ...],
+    evaluators: Sequence[str | Evaluator],
+    metric: str = "accuracy",
     device: str = "cpu",
     scales: Mapping[str, Scales] | None = None,
+    split: str = "validation",
+    share: float = 1.0,
+    tokenizer: Path | None = None,
 ) -> tuple[Evaluation, TokenScores]:
-    """Scores the packed model once, lets it answer once where that is asked for, and lets every evaluator read both.
+    """Makes once what the evaluators need of the packed model, and lets every one of them read it.
 
     Args:
         model: In float32 on `device`; unchanged afterwards.
         spec: Its shape.
         deployment: How it is packed.
         data: Held-out sequences.
-        teacher_top1: int32, the teacher's most likely tokens for them, or None for the teacher itself.
+        reference: The teacher's for them, or None for the teacher itself.
         budget: Context and batch for the memory estimate.
-        evaluators: Names.
+        evaluators: Names, or evaluators themselves.
+        metric: That ranks, whose documents are compared.
         device: Where the model lies.
         scales: As for `deployed_weights`.
+        split: That the data are of.
+        share: Of the evaluators' own examples, how much is read.
+        tokenizer: Folder of the teacher, whose files describe its text; None where no evaluator asks in text.
 
     Raises:
         InputError: An evaluator needs answers, and the data have no questions.
     """
-    chosen = [
-        evaluator
-        for evaluator in (load("evaluators", name) for name in evaluators)
-        if evaluator.needs != "artefact" and evaluator.supports(deployment)
-    ]
-    asking = next((evaluator.name for evaluator in chosen if evaluator.needs == "answers"), None)
-    answers = None
+    found = (load("evaluators", item) if isinstance(item, str) else item for item in evaluators)
+    chosen = [item for item in found if item.needs != "artefact" and item.supports(deployment)]
     with deployed_weights(model, spec, deployment, scales):
-        scores, _ = score(model, data, teacher_top1, device=device)
-        if asking is not None:
-            if data.questions is None:
-                raise InputError(f"{asking} needs questions with answers: {ASKING_DATA}")
-            answers = answer(model, data.questions, device=device)
-    subject = Subject(spec=spec, deployment=deployment, budget=budget, scores=scores, answers=answers)
-    measurements = {
-        measurement.name: measurement for evaluator in chosen for measurement in evaluator.evaluate(subject)
-    }
-    documents: dict[str, Any] = per_document(scores.correct, scores.documents)
-    if answers is not None:
-        # What is answered in writing is what a search ranks by, so its ties are of these.
-        documents = per_document(answers.marks >= 1, answers.documents) | {"metric": "exact_match"}
+        student = tokenizer and PackedStudent(
+            model=model,
+            device=device,
+            tokenizer=tokenizer,
+            split=split,
+            share=share,
+            context=min(spec.max_context, _MOST_CONTEXT),
+            data=data,
+            saver=partial(_save_packed, model, tokenizer),
+        )
+        simulation = _Simulation(model=model, data=data, reference=reference, device=device, student=student or None)
+        asking = {item.needs: item.name for item in reversed(chosen) if item.needs in _PROVIDERS}
+        parts = {need: _PROVIDERS[need](simulation, name) for need, name in asking.items()}
+        scores = parts.get("scores") or simulation.scores("accuracy")
+        if not np.isfinite(scores.nll).all():
+            raise TrialFailedError("nan", "the student's likelihoods are not finite")
+        subject = Subject(spec=spec, deployment=deployment, budget=budget, split=split, **{**parts, "scores": scores})
+        measurements = {item.name: item for evaluator in chosen for item in evaluator.evaluate(subject)}
+    paired = {name: dict(item.documents) for name, item in measurements.items() if item.documents}
+    own = paired.pop(metric, None) or per_document(scores.correct, scores.documents)
+    documents = {**own, "metric": metric if metric in measurements else "accuracy", "others": paired}
     return Evaluation(deployment=deployment, measurements=measurements, documents=documents), scores
 
 
-def per_document(correct: npt.NDArray[np.bool_], documents: npt.NDArray[np.int32]) -> dict[str, list[int]]:
-    """Counts, and how many of them are correct, of each document, from arrays [n]."""
-    ids, inverse = np.unique(documents, return_inverse=True)
-    return {
-        "ids": ids.tolist(),
-        "count": np.bincount(inverse).tolist(),
-        "sum": np.bincount(inverse, weights=correct).astype(int).tolist(),
-    }
+def _save_packed(model: Any, teacher: Path, folder: Path) -> None:
+    if is_held(model):
+        raise InputError(
+            "a teacher that memory does not hold in float32 cannot be written out for a command: use a smaller one"
+        )
+    save_student(model, teacher, folder)
 
 
 @dataclass
 class Workbench:
-    """What a warm worker keeps from trial to trial: data, cache and the teacher's choices, mapped into memory, and what
-    of the teacher its trials have needed: it, or layers of it.
+    """What a warm worker keeps from trial to trial: data and cache, mapped into memory, what validation is held to, and
+    what of the teacher its trials have needed: it, or layers of it.
     """
 
     setting: TrialSetting
@@ -320,7 +377,7 @@ class Workbench:
     validation: TokenSet = field(init=False)
     cache: TeacherCache | None = field(init=False)
     teacher: LiveTeacher = field(init=False)
-    teacher_top1: np.ndarray[Any, Any] = field(init=False)
+    reference: TeacherReference = field(init=False)
     _blocks: dict[int, TeacherBlock] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -332,7 +389,7 @@ class Workbench:
         # A cache over more sequences may be shared; this search trains on its own plan's tokens.
         self.train = load_split(self.setting.data, "train").head(self.setting.plan.tokens)
         self.validation = load_split(self.setting.data, "validation")
-        self.teacher_top1 = np.load(self.setting.teacher_top1)
+        self.reference = TeacherReference.load(self.setting.teacher_reference)
 
     def teacher_block(self, layer: int) -> TeacherBlock:
         """One layer of the teacher, in float32 on the trials' device."""
@@ -366,10 +423,10 @@ class Workbench:
                 "that holds this strategy"
             )
 
-    def held_out(self, tokens: int) -> tuple[TokenSet, np.ndarray[Any, Any]]:
-        """The first validation sequences that hold `tokens` tokens, and the teacher's choices for them."""
+    def held_out(self, tokens: int) -> tuple[TokenSet, TeacherReference]:
+        """The first validation sequences that hold `tokens` tokens, and what is kept of the teacher for them."""
         data = self.validation.head(tokens)
-        return data, self.teacher_top1[: data.predicted]
+        return data, self.reference.head(data.predicted)
 
 
 class Trial:
@@ -527,17 +584,20 @@ class Trial:
         self, model: Any, deployment: Deployment, tokens: int, scales: Mapping[str, Scales] | None
     ) -> Evaluation:
         setting = self._bench.setting
-        data, top1 = self._bench.held_out(tokens)
+        data, reference = self._bench.held_out(tokens)
         return evaluate(
             model,
             self._spec,
             deployment,
             data,
-            top1,
+            reference,
             budget=setting.budget,
             evaluators=setting.evaluators,
+            metric=setting.metric,
             device=setting.device,
             scales=scales,
+            share=setting.plan.example_share * tokens / setting.plan.eval_tokens,
+            tokenizer=setting.teacher,
         )[0]
 
     def _trainer(self) -> Trainer:
@@ -579,11 +639,14 @@ class Trial:
         """
         temporary, folder = self._folder / ".student.partial", student_folder(self._folder)
         shutil.rmtree(temporary, ignore_errors=True)
-        save_student(trainer.model, self._bench.setting.teacher, temporary)
-        if self._task.strategy.finishing is not None:
-            write_scales(temporary, self._task.strategy.finishing, trainer.scales)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        try:
+            save_student(trainer.model, self._bench.setting.teacher, temporary)
+            if self._task.strategy.finishing is not None:
+                write_scales(temporary, self._task.strategy.finishing, trainer.scales)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def student_folder(trial: Path) -> Path:

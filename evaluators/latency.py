@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import psutil
 
-from autodistill.contracts import Measurement, Needs, Subject
+from autodistill.contracts import Measurement, Needs, Quantity, Subject
 from autodistill.llama_cpp import LlamaServer
 from autodistill.strategy import Deployment
 
@@ -24,6 +26,11 @@ class Latency:
 
     name = "latency"
     needs: Needs = "artefact"
+    measures: Mapping[str, Quantity] = {
+        "latency_ms": Quantity("ms", "min"),
+        "ttft_ms": Quantity("ms", "min"),
+        "tokens_per_second": Quantity("tokens/s", "max"),
+    }
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Times the artefact.

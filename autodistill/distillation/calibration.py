@@ -19,6 +19,7 @@ from torch import Tensor
 from autodistill.data import TokenSet
 from autodistill.estimate import spec_from_config
 from autodistill.families import Axis, get_family
+from autodistill.records.store import alone
 from autodistill.strategy import content_hash
 
 SEQUENCES = 16
@@ -142,9 +143,9 @@ def ensure_calibration(
     """
     key = content_hash([_VERSION, SEQUENCES, teacher_fingerprint, data_fingerprint], 16)
     path = root / f"{key}.safetensors"
-    try:
-        Calibration.load(path)
-    except (OSError, SafetensorError, TypeError):  # missing or damaged
-        root.mkdir(parents=True, exist_ok=True)
-        calibrate(load_teacher(), data, device).save(path)
+    with alone(path):
+        try:
+            Calibration.load(path)
+        except (OSError, SafetensorError, TypeError):  # missing or damaged
+            calibrate(load_teacher(), data, device).save(path)
     return path

@@ -36,10 +36,14 @@ def gathered(trained: Named, optimizer: Any) -> dict[str, Tensor]:
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes under another name and renames, so that a kill leaves the checkpoint before."""
+    """Writes under another name and renames, so that a kill or a full disk leaves the checkpoint before."""
     temporary = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        # Of a full disk a half-written file would only take what is left.
+        temporary.unlink(missing_ok=True)
 
 
 def restore(

@@ -18,6 +18,7 @@ from autodistill.distillation.gguf_conversion import convert, is_whole, sha256
 from autodistill.distillation.gguf_file import read_gguf, transformers_name
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.families import FAMILIES
+from autodistill.records.store import alone
 from autodistill.strategy import content_hash
 
 if TYPE_CHECKING:
@@ -253,8 +254,9 @@ def materialise(ref: TeacherRef, cache: Path) -> Teacher:
         return Teacher(folder=ref.path, fingerprint=_fingerprint(ref.path), name=ref.name, licence=ref.licence)
     fingerprint = content_hash(["gguf", _CONVERSION, sha256(ref.path)], digits=16)
     folder = (cache / "teachers" / fingerprint).resolve()
-    if not is_whole(folder):
-        convert(read_gguf(ref.path), folder)
+    with alone(folder):
+        if not is_whole(folder):
+            convert(read_gguf(ref.path), folder)
     return Teacher(folder=folder, fingerprint=fingerprint, name=ref.name, licence=ref.licence)
 
 

@@ -27,12 +27,14 @@ from autodistill.distillation.student import decoder_layers
 from autodistill.distillation.target import SampledTarget, TopTarget
 from autodistill.distillation.temperature import GRID, snap
 from autodistill.errors import InputError
+from autodistill.records.store import alone, claimed
 from autodistill.strategy import Distillation, content_hash
 from autodistill.units import format_bytes
 
 _VERSION = 2
 _FILE = "outputs.arrow"
-_META = "meta.json"
+META = "meta.json"
+"""File of a cache that a search holds while its workers may open the cache."""
 _PARTIAL = ".partial-"
 # A writer that has written nothing for this long was killed.
 _ABANDONED_SECONDS = 3600
@@ -121,7 +123,7 @@ class TeacherCache:
     """
 
     def __init__(self, folder: Path) -> None:
-        meta = json.loads((folder / _META).read_text())
+        meta = json.loads((folder / META).read_text())
         self.sequences: int = meta["sequences"]
         lists = {name: tuple(value) for name, value in meta["settings"].items() if isinstance(value, list)}
         self.settings = CacheSettings(**(meta["settings"] | lists))
@@ -254,23 +256,23 @@ def ensure_cache(
         },
         16,
     )
-    root.mkdir(parents=True, exist_ok=True)
-    for folder in sorted(root.glob(f"{key}-*")):
-        if int(folder.name.rpartition("-")[2]) < sequences:
-            continue
-        if _is_whole(folder):
-            os.utime(folder)
-            return folder
-        shutil.rmtree(folder, ignore_errors=True)
-    _make_room(root, limit_bytes - need)
-    batches = _teacher_batches(load_teacher(), data, settings, device, progress)
-    return _write(root, f"{key}-{sequences}", sequences, settings, batches)
+    with alone(root / key):
+        for folder in sorted(root.glob(f"{key}-*")):
+            if int(folder.name.rpartition("-")[2]) < sequences:
+                continue
+            if _is_whole(folder):
+                os.utime(folder)
+                return folder
+            shutil.rmtree(folder, ignore_errors=True)
+        _make_room(root, limit_bytes - need)
+        batches = _teacher_batches(load_teacher(), data, settings, device, progress)
+        return _write(root, f"{key}-{sequences}", sequences, settings, batches)
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether both files are, byte for byte, what was once written."""
     try:
-        meta = json.loads((folder / _META).read_text())
+        meta = json.loads((folder / META).read_text())
         checksum = meta.pop("checksum")
         return bool(checksum == content_hash(meta) and meta["sha256"] == _sha256(folder / _FILE))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -285,7 +287,7 @@ def _sha256(path: Path) -> str:
 def _make_room(root: Path, allowed: int) -> None:
     """Removes what killed writers left, then the caches longest unused, until the others take `allowed` bytes at most.
 
-    A file that another search has mapped outlives its name.
+    One that another search holds stays, whatever the limit: its workers have yet to map it.
     """
     used = {path: path.stat().st_mtime for path in root.iterdir() if path.is_dir()}
     sizes = {path: sum(file.stat().st_size for file in path.glob("*")) for path in used}
@@ -296,9 +298,10 @@ def _make_room(root: Path, allowed: int) -> None:
             removable = time.time() - written > _ABANDONED_SECONDS
         else:
             removable = total > allowed
-        if removable:
-            shutil.rmtree(path, ignore_errors=True)
-            total -= sizes[path]
+        with claimed(path / META) as free:
+            if removable and free:
+                shutil.rmtree(path, ignore_errors=True)
+                total -= sizes[path]
 
 
 def _write(root: Path, name: str, sequences: int, settings: CacheSettings, batches: Iterator[pa.RecordBatch]) -> Path:
@@ -310,7 +313,7 @@ def _write(root: Path, name: str, sequences: int, settings: CacheSettings, batch
             for batch in batches:
                 writer.write_batch(batch)
         meta = {"sequences": sequences, "settings": asdict(settings), "sha256": _sha256(temporary / _FILE)}
-        (temporary / _META).write_text(json.dumps(meta | {"checksum": content_hash(meta)}, indent=2))
+        (temporary / META).write_text(json.dumps(meta | {"checksum": content_hash(meta)}, indent=2))
         try:
             temporary.rename(root / name)
         except OSError:

@@ -59,7 +59,8 @@ def confirmations(rows: Sequence[Row], metric: str, direction: Direction) -> lis
     """Every strategy that was trained on further seeds, the chosen one first, then by mean.
 
     Chosen is the best mean, or of those whose difference to it, paired by seed, is within one standard error the one
-    that needs least memory. A seed that gave no value counts in none of them.
+    that needs least memory. A seed that gave no value for one of them counts in none of them, so that all means are of
+    the same seeds.
 
     Args:
         rows: Of the validation split.
@@ -73,14 +74,19 @@ def confirmations(rows: Sequence[Row], metric: str, direction: Direction) -> lis
         value, key = row.figure(metric), (confirmed_trial(row), row.deployment_name)
         if row.kind == KIND and row.full and value is not None and row.seed is not None and key in originals:
             values.setdefault(key, {})[row.seed] = value
-    found = []
+    candidates = []
     for key, further in values.items():
         original = originals[key]
         value = original.figure(metric)
         if value is not None and original.seed is not None and original.feasible:
-            found.append(_confirmation(original, {original.seed: value} | further))
-    if not found:
+            candidates.append((original, {original.seed: value} | further))
+    if not candidates:
         return []
+    common = set.intersection(*(set(by_seed) for _, by_seed in candidates))
+    found = [
+        _confirmation(original, {seed: value for seed, value in by_seed.items() if seed in common})
+        for original, by_seed in candidates
+    ]
     best = max(found, key=lambda item: (sign * item.mean, item.trial))
     compared = [_against(item, best) for item in found]
     tied = [item for item in compared if _tied(item, best, sign)]

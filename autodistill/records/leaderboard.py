@@ -47,6 +47,7 @@ class Ranked:
         difference: How much worse than the best by the metric, paired by document (mean over tokens); None where it
             is not comparable.
         difference_stderr: Its bootstrapped standard error.
+        front: Whether no other row beats it in one objective without losing in another, where there are several.
     """
 
     place: int
@@ -54,6 +55,7 @@ class Ranked:
     tied: bool = False
     difference: float | None = None
     difference_stderr: float | None = None
+    front: bool = False
 
 
 def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max", seed: int = 0) -> list[Ranked]:

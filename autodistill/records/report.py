@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autodistill.errors import MissingDependencyError
+from autodistill.records.differences import differences, shown
 from autodistill.records.leaderboard import DISTILLED, Ranked, limits_of, nearest, pareto, rank, rows_of
+from autodistill.records.objectives import Objective, front, objectives_of
 from autodistill.records.row import Row
 from autodistill.records.saved import Saved
-from autodistill.records.store import RunFolder, read_json, replacing
+from autodistill.records.store import RunFolder, opened, openings_of, read_json, replacing
 from autodistill.units import Budget, format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ def report_markdown(
     events: Iterable[Mapping[str, Any]],
     *,
     picture: str | None = None,
+    openings: Mapping[str, int] | None = None,
 ) -> str:
     """The page as Markdown; what was not recorded is left out.
 
@@ -36,6 +39,7 @@ def report_markdown(
         ranked: The leaderboard.
         events: The log. Of it are read "status" events (`trial`, `status`, `reason`), and the rows of the test split.
         picture: Path of the plot beside the page, or None where it could not be drawn.
+        openings: How often each run beside this one opened the test split of the same data; none by default.
     """
     events = list(events)
     metric = str(search.get("metric", "accuracy"))
@@ -45,9 +49,10 @@ def report_markdown(
         _answer(search, ranked, metric),
         "## Leaderboard\n\n" + _leaderboard(ranked, metric),
         f"![{metric} against memory]({picture})" if picture else f"For a plot of this table: `{INSTALL_PLOTS}`",
+        _front(search, ranked),
         _lost(events),
         _spared(search),
-        _test(events, metric),
+        _test(events, metric, openings or {}),
         _pairs("Seconds by phase", {k: f"{v:.1f}" for k, v in search.get("seconds", {}).items()}),
         _command(search),
         _pairs("Versions", search.get("versions", {})),
@@ -77,7 +82,8 @@ def write_report(run: RunFolder) -> tuple[str, ...]:
         with replacing(run.path / _PICTURE) as temporary:
             drawing.savefig(temporary, format="png", dpi=150)
         written = ("report.md", _PICTURE)
-    text = report_markdown(search, ranked, events, picture=_PICTURE if _PICTURE in written else None)
+    openings = openings_of(run.path.parent, search)
+    text = report_markdown(search, ranked, events, picture=_PICTURE if _PICTURE in written else None, openings=openings)
     with replacing(run.path / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     return written
@@ -107,14 +113,14 @@ def figure(ranked: Sequence[Ranked], metric: str = "accuracy", direction: str = 
                 color=colour,
                 label=label,
             )
-    front = pareto(
+    best = pareto(
         [row for row in rows if row.feasible],
         {"memory_bytes": "min", metric: "min" if direction == "min" else "max"},
     )
-    if front:
-        points = [_megabytes(row) for row in front], [row.figure(metric) or 0.0 for row in front]
+    if best:
+        points = [_megabytes(row) for row in best], [row.figure(metric) or 0.0 for row in best]
         axes.step(*points, where="post", color="tab:red", label="Pareto front")
-    for row in front:
+    for row in best:
         point = (_megabytes(row), row.figure(metric) or 0.0)
         axes.annotate(f"{row.name} {row.deployment_name}", point, textcoords="offset points", xytext=(4, 4), fontsize=7)
     axes.set_xlabel("memory [MB]")
@@ -130,6 +136,8 @@ def _megabytes(row: Row) -> float:
 
 def _asked(search: Mapping[str, Any]) -> str:
     facts = {name: search[name] for name in ("teacher", "data", "space") if name in search}
+    if search.get("warm_start", {}).get("runs"):
+        facts["learnt from"] = search["warm_start"]["runs"]
     if "budget" in search:
         facts["budget"] = _budget(Budget(**search["budget"]))
     plan = search.get("plan") or {}
@@ -207,6 +215,28 @@ def _leaderboard(ranked: Sequence[Ranked], metric: str) -> str:
     return _table([*titles, "fidelity", "limits"], lines) + "\n\n" + note
 
 
+def _front(search: Mapping[str, Any], ranked: Sequence[Ranked]) -> str:
+    """The rows among which a person chooses, where there are several objectives."""
+    objectives = objectives_of(search)
+    if len(objectives) < 2:
+        return ""
+    lines = [
+        [row.name, row.deployment_name, *(_objective(row, objective) for objective in objectives)]
+        for row in front([one.row for one in ranked], objectives)
+    ]
+    titles = [f"{one.name} ({'more' if one.direction == 'max' else 'less'} is better)" for one in objectives]
+    device = f" Latencies are predicted for {_text(search['device']['name'])}." if search.get("device") else ""
+    note = "No other row beats one of these in one objective without losing in another." + device
+    return "## Pareto front\n\n" + _table(["name", "deployment", *titles], lines) + "\n\n" + note
+
+
+def _objective(row: Row, objective: Objective) -> str:
+    value = row.figure(objective.figure) or 0.0
+    if objective.trained:
+        return _figure(row, objective.figure)
+    return format_bytes(value) if objective.figure.endswith("_bytes") else format_duration(value / 1e3)
+
+
 def _lost(events: Iterable[Mapping[str, Any]]) -> str:
     last = {event["trial"]: event for event in events if event.get("event") == "status" and "trial" in event}
     lines = [
@@ -222,7 +252,7 @@ def _spared(search: Mapping[str, Any]) -> str:
     return "## Compute saved\n\n" + "\n".join(f"- {sentence}." for sentence in said) if said else ""
 
 
-def _test(events: Iterable[Mapping[str, Any]], metric: str) -> str:
+def _test(events: Iterable[Mapping[str, Any]], metric: str, openings: Mapping[str, int]) -> str:
     rows = [row for row in rows_of(events, ("row", "test")) if row.split == "test"]
     lines = [
         [
@@ -236,7 +266,16 @@ def _test(events: Iterable[Mapping[str, Any]], metric: str) -> str:
         for row in rows
     ]
     titles = ["what", "name", "deployment", metric, "retention", "perplexity"]
-    return "## Test split, opened once at the end\n\n" + _table(titles, lines) if lines else ""
+    if not lines:
+        return ""
+    compared = shown(differences(rows))
+    note = (
+        "\n\nPaired by document, each with its bootstrapped standard error; of a perplexity, that of its logarithm:\n\n"
+    )
+    more = note + _table(compared[0], compared[1:]) if compared else ""
+
+    ledger = f"\n\n{_text(opened(openings))}" if openings else ""
+    return "## Test split, opened once at the end\n\n" + _table(titles, lines) + more + ledger
 
 
 def _command(search: Mapping[str, Any]) -> str:

@@ -8,9 +8,12 @@ import json
 import math
 import os
 import re
+import socket
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -79,6 +82,50 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Lets one process, and one thread, at a time make what is to lie at `path`; others wait, and find it made.
+
+    The lock ends with its holder, however that ends. Where a file system has no locks nobody waits: what is made twice
+    is renamed into place whole by each.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # The holder before removed the file that was waited for; another one may have made the next by now.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Gives whether no run holds a file (see `RunFolder.hold`); none can take hold of it within the block."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield True
+        return
+    try:
+        free = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            free = error.errno not in (errno.EAGAIN, errno.EACCES)  # else a file system without locks
+        yield free
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Writes data as strict JSON, atomically; see `strict_json` on values that are not finite."""
     text = json.dumps(strict_json(data), indent=2, allow_nan=False) + "\n"
@@ -138,7 +185,10 @@ class EventLog:
             if created:
                 _sync(self.path.parent)
         except OSError as error:
-            raise AutoDistillError(f"cannot write to {self.path}: {error.strerror}; what it held is kept") from error
+            raise AutoDistillError(
+                f"cannot write to {self.path}: {error.strerror}; what it held is kept: make room for it, and go on "
+                "with --resume"
+            ) from error
 
     def read(self) -> list[dict[str, Any]]:
         """All whole events, oldest first; none where there is no file yet.
@@ -198,6 +248,10 @@ def _write_whole(descriptor: int, line: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+class _TakenError(InputError):
+    """A run of this name is there, or another process holds it."""
+
+
 class RunFolder:
     """The folder of one run: `search.json`, `trials.jsonl`, `leaderboard.parquet`, `checkpoints/`, `student/`.
 
@@ -213,6 +267,7 @@ class RunFolder:
         self.name = name
         self.path = out / name
         self._lock: int | None = None
+        self._held: list[int] = []
 
     @classmethod
     def create(cls, out: Path, name: str) -> RunFolder:
@@ -236,6 +291,20 @@ class RunFolder:
             run.close()
             raise
         return run
+
+    @classmethod
+    def create_free(cls, out: Path, stem: str) -> RunFolder:
+        """As `create`, under the first of the names `stem`, `stem-2`, `stem-3`, ... that is free.
+
+        Raises:
+            InputError: The folder cannot be written.
+        """
+        for number in count(1):
+            try:
+                return cls.create(out, stem if number == 1 else f"{stem}-{number}")
+            except _TakenError:
+                continue
+        raise AssertionError("numbers do not end")
 
     @classmethod
     def open(cls, out: Path, name: str, *, lock: bool = False) -> RunFolder:
@@ -278,7 +347,9 @@ class RunFolder:
         return self.path / "student" / container
 
     def close(self) -> None:
-        """Gives up the lock, if it is held."""
+        """Gives up the lock, if it is held, and what is held with it."""
+        while self._held:
+            os.close(self._held.pop())
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -291,15 +362,46 @@ class RunFolder:
     ) -> None:
         self.close()
 
+    def hold(self, path: Path) -> bool:
+        """Keeps other runs from removing a shared file (see `claimed`) until this one is closed; False if it is gone.
+
+        Args:
+            path: The file.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        self._held.append(descriptor)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        # Another run may have been removing it just before.
+        return path.exists()
+
+    def discard(self) -> None:
+        """Removes the folder of a run that was made and ended before anything was planned, so that nothing is left."""
+        if self.search_file.exists():
+            return
+        for path in self.path.iterdir():
+            if self._left_over(path):
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # something else is in it
+            self.path.rmdir()
+
+    @staticmethod
+    def _left_over(path: Path) -> bool:
+        """Whether a file is what a run leaves that was killed before anything was planned."""
+        return path.name == _LOCK or (path.name.startswith(".search.") and path.suffix == ".json")
+
     def check_free(self) -> None:
         """Refuses a name that a run, or anything else, has already."""
         if self.search_file.exists():
-            raise InputError(
+            raise _TakenError(
                 f"the run {self.name!r} exists in {self.path.parent}: go on with it by --resume, or choose another "
                 "name with --name"
             )
-        if self.path.exists() and (not self.path.is_dir() or any(p.name != _LOCK for p in self.path.iterdir())):
-            raise InputError(f"{self.path} exists and is not a run: choose another name with --name")
+        if self.path.exists() and (not self.path.is_dir() or not all(map(self._left_over, self.path.iterdir()))):
+            raise _TakenError(f"{self.path} exists and is not a run: choose another name with --name")
 
     def _acquire(self) -> None:
         """Locks the run for this process; the kernel frees the lock however the process ends."""
@@ -310,17 +412,18 @@ class RunFolder:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "another one"
+            process, _, host = os.pread(descriptor, 300, 0).decode(errors="replace").strip().partition(" ")
             os.close(descriptor)
-            raise InputError(
-                f"the run {self.name!r} is held by the running process {holder}: wait for it or stop it, or choose "
-                "another name with --name"
+            where = f" on {host}" if host not in ("", socket.gethostname()) else ""
+            raise _TakenError(
+                f"the run {self.name!r} is held by the running process {process or '(unknown)'}{where}: wait for it, "
+                f"or stop it{where} (kill {process or 'PID'}) and go on with --resume; a new run takes another --name"
             ) from error
         except OSError as error:
             os.close(descriptor)
             raise InputError(f"{self.path} cannot be locked ({error.strerror}): put --out on a local disk") from error
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
         self._lock = descriptor
 
 
@@ -350,6 +453,23 @@ def recorded_test_openings(out: Path, *, data: str | None = None) -> list[dict[s
     """Every recorded opening of a test split (run, data, time), or those of the data with one fingerprint."""
     openings = EventLog(out / _OPENINGS).read()
     return [opening for opening in openings if data is None or opening["data"] == data]
+
+
+def openings_of(out: Path, search: Mapping[str, Any]) -> dict[str, int]:
+    """How often each run in a folder opened the test split of the data that a search is on, from its `search.json`."""
+    data = search.get("data")
+    fingerprint = data.get("fingerprint") if isinstance(data, Mapping) else None
+    found = recorded_test_openings(out, data=fingerprint) if fingerprint else []
+    return dict(Counter(opening["run"] for opening in found).most_common())
+
+
+def opened(openings: Mapping[str, int]) -> str:
+    """The openings of one test split in a sentence."""
+    times = sum(openings.values())
+    if not times:
+        return "The test split of this data has not been opened here."
+    runs = ", ".join(f"{run} {count}" for run, count in openings.items())
+    return f"The test split of this data has been opened {times} time{'s' if times > 1 else ''} here, by {runs}."
 
 
 def _check_name(name: str) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from autodistill.contracts import Decision, Status
+from autodistill.errors import AutoDistillError
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.confirmation import confirming
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import EventLog
 from autodistill.search.admission import admit, describe
+from autodistill.search.failures import RETRIED
 from autodistill.search.plan import CONFIRMED
 from autodistill.search.rows import make_row
 from autodistill.search.sampler import Sampler
@@ -28,6 +30,8 @@ from autodistill.trial import RungReport, student_spec
 
 # A space of which nearly nothing fits must not keep the sampler proposing for ever.
 _REJECTIONS_IN_A_ROW = 200
+# log(need / memory) of a training that ran out of memory, as the sampler is told it: nobody knows by how much.
+_TOO_MUCH = 0.1
 
 
 class Campaign:
@@ -58,6 +62,7 @@ class Campaign:
         self.trials: dict[str, TrialState] = {}
         self.stopping = False
         self.exhausted = False
+        self.broken: AutoDistillError | None = None
         self.box = TimeBox(question, deadline)
         self._sampler = sampler
         self._log = log
@@ -68,7 +73,11 @@ class Campaign:
         plan = question.plan
         self._stages = StageKeeper(open_stages(checkpoints), checkpoint_limit, plan, question.direction)
         self._scheduler = SuccessiveHalving(
-            trials=plan.trials, rungs=plan.rungs, keep=plan.keep, direction=question.direction
+            trials=plan.trials,
+            rungs=plan.rungs,
+            keep=plan.keep,
+            direction=question.direction,
+            further=[objective.direction for objective in question.further],
         )
 
     # What a runner asks.
@@ -129,6 +138,7 @@ class Campaign:
         trial.running = False
         trial.rung = report.rung
         trial.value = value if row.feasible else None
+        trial.further = tuple(row.figure(objective.figure) for objective in self.question.further)
         trial.settled = {row.deployment_name}
         decision = self._judge(trial)
         # The row came before the rung it belongs to: killed in between, the stretch runs again and supersedes it.
@@ -139,6 +149,7 @@ class Campaign:
                 "rung": report.rung,
                 "tokens": report.tokens,
                 "value": trial.value,
+                "further": list(trial.further),
                 "decision": decision.value,
                 "seconds": report.seconds,
                 "steps": [asdict(step) for step in report.steps],
@@ -158,15 +169,24 @@ class Campaign:
         # A baseline runs straight to the end and takes nobody's place at a rung.
         if trial.task.straight:
             return Decision.STOP
-        return self._scheduler.report(trial.task.id, trial.rung, trial.value)
+        return self._scheduler.report(trial.task.id, trial.rung, trial.value, further=trial.further)
 
     def fail(self, assignment: Assignment, cause: str, message: str) -> None:
-        """Records work that ended without a result; the search goes on."""
+        """Records work that ended without a result, or gives it out once more; the search goes on."""
         trial = self.trials[assignment.task.id]
-        if assignment.deployment is not None:
-            # The student is trained, and stands with the deployments it was evaluated under.
+        name = assignment.deployment.name if assignment.deployment is not None else None
+        if name is None:
+            trial.running = False
+        else:
             self._evaluating -= 1
-            name = assignment.deployment.name
+        if cause in RETRIED and (assignment.rung, name) not in trial.retried:
+            event = {"event": "retry", "trial": trial.task.id, "rung": assignment.rung, "deployment": name}
+            self._write({**event, "cause": cause, "reason": message})
+            self._retry(trial, assignment.rung, name)
+            self._notify(f"{trial.task.id} is tried once more ({cause}): {message}")
+            return
+        if name is not None:
+            # The student is trained, and stands with the deployments it was evaluated under.
             self._write(
                 {
                     "event": "unevaluated",
@@ -177,10 +197,15 @@ class Campaign:
             )
             self._notify(f"{trial.task.id} could not be evaluated as {name} ({cause}): {message}")
             return
-        trial.running = False
         self._scheduler.discard(trial.task.id)
-        self._end(trial, Status.FAILED, f"{cause}: {message}")
+        self._end(trial, Status.FAILED, f"{cause}: {message}", cause)
         self._notify(f"{trial.task.id} failed ({cause}): {message}")
+
+    def _retry(self, trial: TrialState, rung: int, deployment: str | None) -> None:
+        """Takes note of a first failure; the work is then as undone as it was."""
+        trial.retried.add((rung, deployment))
+        if deployment is not None:
+            trial.settled.discard(deployment)
 
     def abandon(self, assignment: Assignment) -> None:
         """A worker gave work back undone, because the search is stopping or out of time."""
@@ -236,7 +261,7 @@ class Campaign:
                 )
             elif event["event"] == "rung":
                 trial = self.trials[event["trial"]]
-                trial.rung, trial.value = event["rung"], event["value"]
+                trial.rung, trial.value, trial.further = event["rung"], event["value"], tuple(event.get("further", ()))
                 trial.train_seconds += event["seconds"]["train"]
                 trial.settled = {row.deployment_name for row in rows if row.trial == event["trial"]}
                 self._stages.learn(trial, event.get("unsaved"))
@@ -244,10 +269,13 @@ class Campaign:
             elif event["event"] == "status":
                 trial = self.trials[event["trial"]]
                 trial.status, trial.reason = Status(event["status"]), event["reason"]
+                trial.cause = event.get("cause")
                 if trial.status is Status.FAILED:
                     self._scheduler.discard(event["trial"])
             elif event["event"] == "unevaluated":
                 self.trials[event["trial"]].settled.add(event["deployment"])
+            elif event["event"] == "retry":
+                self._retry(self.trials[event["trial"]], event["rung"], event["deployment"])
             elif event["event"] == "collected":
                 self._stages.forget(event["gone"])
         for trial in self.trials.values():
@@ -411,9 +439,10 @@ class Campaign:
         self.trials[trial.task.id] = trial
         return trial
 
-    def _end(self, trial: TrialState, status: Status, reason: str | None = None) -> None:
-        trial.status, trial.reason = status, reason
-        self._write({"event": "status", "trial": trial.task.id, "status": status.value, "reason": reason})
+    def _end(self, trial: TrialState, status: Status, reason: str | None = None, cause: str | None = None) -> None:
+        trial.status, trial.reason, trial.cause = status, reason, cause
+        event = {"event": "status", "trial": trial.task.id, "status": status.value, "reason": reason}
+        self._write(event | ({"cause": cause} if cause else {}))
 
     def _collect(self, checkpoints: Sequence[Checkpoint]) -> None:
         """Removes checkpoints of stages, which the log says before."""
@@ -440,6 +469,7 @@ class Campaign:
             train_tokens=report.tokens,
             train_seconds=trial.train_seconds,
             seed=trial.task.seed,
+            device=self.question.served_on,
         )
 
     def _observations(self) -> list[Observation]:
@@ -450,15 +480,24 @@ class Campaign:
         plan = self.question.plan
         # A strategy that contradicts this teacher is out of bounds, whatever memory it would need.
         slack = min((fit.slack for fit in trial.fits), default=0.0)
+        if trial.status is Status.REJECTED:
+            slack = max(1e-9, slack)
+        elif trial.cause == "out-of-memory":
+            slack = max(_TOO_MUCH, slack)
         waiting: Literal["paused", "running"] = "paused" if trial.rung >= 0 and not trial.running else "running"
         return Observation(
             point=trial.point,
             state=trial.status or waiting,
             value=trial.value,
+            further=trial.further if trial.rung >= 0 else (None,) * len(self.question.further),
             fidelity=plan.rungs[trial.rung] / plan.tokens if trial.rung >= 0 else 0.0,
-            constraint=max(1e-9, slack) if trial.status is Status.REJECTED else slack,
+            constraint=slack,
             forkable=self._stages.forkable(trial),
         )
 
     def _write(self, event: Mapping[str, Any]) -> None:
-        self._log.append({**event, "time": time.time()})
+        try:
+            self._log.append({**event, "time": time.time()})
+        except AutoDistillError as error:
+            self.broken, self.stopping = error, True
+            raise

@@ -12,7 +12,7 @@ from autodistill.errors import InputError
 from autodistill.records.leaderboard import DISTILLED, rank
 from autodistill.records.row import Row, rows_of
 from autodistill.records.saved import Saved, saved
-from autodistill.records.store import RunFolder, read_json
+from autodistill.records.store import RunFolder, opened, openings_of, read_json
 from autodistill.search.study import Observation, importance
 from autodistill.space import Space
 from autodistill.units import format_bytes
@@ -33,10 +33,12 @@ class Explanation:
         rejected: How many proposals were rejected, by reason.
         stopped: How many trials ended at each rung, by its tokens; the last are those at full fidelity.
         failed: How many trials failed, by cause.
+        retried: How many pieces of work failed once and were given out again, by cause.
         tokens_trained: Training tokens of all trials up to where each ended, those of shared stages counted once.
         tokens_full: What the same trials would have taken to the end, each of them.
         tokens_rejected: What the rejected ones would have taken to the first rung.
         saved: What sharing stages and rejecting saved, and what all training took.
+        openings: How often each run here opened the test split of this data.
         binding: The limit and how near the best row is to it, in a sentence.
         next: What would fit next, in sentences.
     """
@@ -47,10 +49,12 @@ class Explanation:
     rejected: Mapping[str, int]
     stopped: Mapping[int, int]
     failed: Mapping[str, int]
+    retried: Mapping[str, int]
     tokens_trained: int
     tokens_full: int
     tokens_rejected: int
     saved: Saved
+    openings: Mapping[str, int]
     binding: str
     next: tuple[str, ...]
 
@@ -70,6 +74,7 @@ class Explanation:
         lines += [f"  {count:4d}  ended at {tokens:,} tokens" for tokens, count in self.stopped.items()]
         lines += [f"  {count:4d}  rejected without training: {reason}" for reason, count in self.rejected.items()]
         lines += [f"  {count:4d}  failed: {cause}" for cause, count in self.failed.items()]
+        lines += [f"  {count:4d}  failed once and tried again: {cause}" for cause, count in self.retried.items()]
         if self.tokens_full:
             less = 1 - (self.tokens_trained + self.saved.shared_tokens) / self.tokens_full
             lines.append(
@@ -77,7 +82,7 @@ class Explanation:
                 f"{self.tokens_full:,} ({less:.0%} saved by stopping)."
             )
         lines += [f"{sentence}." for sentence in self.saved.describe()]
-        return "\n".join([*lines, self.binding, *self.next])
+        return "\n".join([*lines, opened(self.openings), self.binding, *self.next])
 
 
 def explain(run: RunFolder) -> Explanation:
@@ -113,10 +118,12 @@ def explain(run: RunFolder) -> Explanation:
         rejected=rejected,
         stopped=dict(sorted(Counter(reached.values()).items())),
         failed=_reasons(ends, Status.FAILED),
+        retried=dict(Counter(event["cause"] for event in events if event["event"] == "retry").most_common()),
         tokens_trained=sum(reached.values()) - spared.shared_tokens,
         tokens_full=plan.tokens * len(reached),
         tokens_rejected=spared.rejected_tokens,
         saved=spared,
+        openings=openings_of(run.path.parent, asked),
         binding=binding,
         next=following,
     )

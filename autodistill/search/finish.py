@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from autodistill import plugins
-from autodistill.contracts import Artefact, Measurement, Status, Subject
+from autodistill.contracts import Artefact, Direction, Measurement, Status, Subject
 from autodistill.data import Prepared, load_split
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.held import load_held
-from autodistill.distillation.scoring import choices, score
+from autodistill.distillation.scoring import choices, refer
 from autodistill.distillation.teacher import Teacher, load_model
 from autodistill.errors import NothingFitsError
 from autodistill.estimate import fits, holdable
@@ -108,7 +108,15 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     """
     question, phases = finisher.question, finisher.phases
     torch.set_num_threads(finisher.threads)
-    students = [row for row in rows if row.kind in DISTILLED and row.full and finisher.student(row).is_dir()]
+    # A row without the metric is no candidate: nothing says how well its student does.
+    students = [
+        row
+        for row in rows
+        if row.kind in DISTILLED
+        and row.full
+        and row.figure(question.metric) is not None
+        and finisher.student(row).is_dir()
+    ]
     ranked = [one.row for one in rank(students, question.metric, question.direction) if one.row.feasible]
     confirmed = confirmations(rows, question.metric, question.direction)
     if confirmed:
@@ -150,7 +158,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         paths=paths,
         checks=checks,
         test=test,
-        gain=_gain(test),
+        gain=_gain(test, question.direction),
         confirmed=tuple(confirmed),
         notes=(*_notes(best, rows, finisher), *_spent(finisher)),
     )
@@ -236,7 +244,7 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
     data = load_split(finisher.data.folder, "test").head(question.plan.test_tokens)
     deployment = Deployment.from_json(best.deployment)
     teacher = load_held(finisher.teacher.folder, setting.held, setting.device)
-    scores, top1 = score(teacher, data, device=setting.device)
+    scores, reference = refer(teacher, data, device=setting.device)
     accuracy = float(scores.correct.mean())
     full = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
     results: list[Row] = []
@@ -249,11 +257,15 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
             spec,
             packing,
             data,
-            top1,
+            reference,
             budget=question.budget,
             evaluators=setting.evaluators,
+            metric=setting.metric,
             device=setting.device,
             scales=read_scales(finisher.student(row), packing) if row else None,
+            split="test",
+            share=setting.plan.example_share,
+            tokenizer=setting.teacher,
         )
         made = make_row(
             evaluation,
@@ -305,20 +317,26 @@ def _spent(finisher: Finisher) -> tuple[str, ...]:
 
 
 def _best_baseline(rows: Sequence[Row], finisher: Finisher) -> Row | None:
-    baselines = [row for row in rows if row.kind == "baseline" and row.full and finisher.student(row).is_dir()]
-    ranked = rank(baselines, finisher.question.metric, finisher.question.direction)
+    metric = finisher.question.metric
+    baselines = [
+        row
+        for row in rows
+        if row.kind == "baseline" and row.full and row.figure(metric) is not None and finisher.student(row).is_dir()
+    ]
+    ranked = rank(baselines, metric, finisher.question.direction)
     return ranked[0].row if ranked else None
 
 
-def _gain(test: Sequence[Row]) -> tuple[float, float] | None:
-    """How much more the found student has right than the baseline, paired by document, and its standard error."""
+def _gain(test: Sequence[Row], direction: Direction) -> tuple[float, float] | None:
+    """By how much the found student is better than the baseline, paired by document, and its standard error."""
     pair = {row.kind: row for row in test if row.kind in DISTILLED}
     if len(pair) < 2:
         return None
     found, baseline = pair["student"].documents, pair["baseline"].documents
     assert found is not None
     assert baseline is not None
-    gaps = [mine - theirs for mine, theirs in zip(found["sum"], baseline["sum"], strict=True)]
+    sign = 1 if direction == "max" else -1
+    gaps = [sign * (mine - theirs) for mine, theirs in zip(found["sum"], baseline["sum"], strict=True)]
     differences, errors = paired_bootstrap(np.asarray([gaps], np.float64), np.asarray(found["count"], np.float64), 0)
     return float(differences[0]), float(errors[0])
 

@@ -25,7 +25,5 @@ def run_inline(campaign: Campaign, setting: TrialSetting, deadline: float | None
             campaign.abandon(assignment)
         except TrialFailedError as error:
             campaign.fail(assignment, error.cause, str(error))
-        except Exception as error:  # a fault of one trial never ends a search
-            campaign.fail(assignment, "error", f"{type(error).__name__}: {error}")
         else:
             campaign.report(assignment, report)

@@ -38,12 +38,14 @@ class Speed:
         score: Teacher forward in float32, on all threads.
         worker_train: A training step of the largest student, on one of all busy workers.
         worker_score: Its forward in float32, likewise.
+        asked: Seconds, not a rate: what is measured beside the scores takes so long for each evaluation, on a worker.
     """
 
     cache: float
     score: float
     worker_train: float
     worker_score: float
+    asked: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,11 +320,11 @@ def _fixed_seconds(demand: Demand, speed: Speed, tokens: int) -> Mapping[str, fl
     return {
         "load": demand.spent_seconds,
         "cache": min(tokens, demand.train_tokens) / speed.cache * 1.4 + full_eval / speed.score,
-        "teacher": demand.teacher_deployments * (full_eval / speed.score + 8e-9 * demand.parameters),
+        "teacher": demand.teacher_deployments * (full_eval / speed.score + 8e-9 * demand.parameters + speed.asked),
         "workers": 15.0 if demand.ray else 0.0,
         "export": 12.0 + per_weight * demand.parameters,
         # The teacher up to three times, the undistilled student, the found one and the baseline.
-        "test": 6 * (test / speed.score + 1e-8 * demand.parameters),
+        "test": 6 * (test / speed.score + 1e-8 * demand.parameters + speed.asked),
     }
 
 
@@ -342,7 +344,7 @@ def trial_seconds(tokens: int, eval_tokens: int, parameters: int, speed: Speed, 
 
 def evaluation_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float:
     """Expected seconds on one worker of one deployment: the student is loaded, packed and scored."""
-    return eval_tokens / speed.worker_score + 4e-8 * parameters
+    return eval_tokens / speed.worker_score + 4e-8 * parameters + speed.asked
 
 
 def _trial_seconds(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:

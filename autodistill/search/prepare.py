@@ -5,23 +5,25 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
-from autodistill.contracts import ModelSpec, Plan, Status
-from autodistill.data import Prepared, load_split, prepare
+from autodistill.contracts import Evaluator, ModelSpec, Plan, Status, TeacherReference
+from autodistill.data import Prepared, TokenSet, load_split, prepare
+from autodistill.devices import Device
 from autodistill.distillation.alignment import layer_map
 from autodistill.distillation.attention import teacher_layer
 from autodistill.distillation.calibration import Calibration, ensure_calibration
 from autodistill.distillation.held import load_held
 from autodistill.distillation.pretrained import token_rows
-from autodistill.distillation.scoring import score
+from autodistill.distillation.scoring import refer
 from autodistill.distillation.signals import check_told
 from autodistill.distillation.student import cut_student, kept_layers
 from autodistill.distillation.teacher import (
@@ -32,10 +34,13 @@ from autodistill.distillation.teacher import (
     stored_type,
     tokenizer_fingerprint,
 )
-from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
-from autodistill.errors import InputError
+from autodistill.distillation.teacher_cache import META, CacheSettings, ensure_cache
+from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import adapted_tensors, cannot_hold, fits, holdable, spec_from_config
+from autodistill.evaluators.command import NAME as COMMAND
+from autodistill.evaluators.command import Command
 from autodistill.hardware import Machine, detect
+from autodistill.records.differences import paired
 from autodistill.records.leaderboard import rows_of
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder, read_json, write_json
@@ -52,20 +57,22 @@ from autodistill.search.plan import (
     supports_bf16,
 )
 from autodistill.search.request import (
-    METRICS,
-    WRITTEN,
+    Asked,
     Checked,
     by_size,
     check_teacher,
 )
 from autodistill.search.rows import make_row
 from autodistill.search.trials import Question
+from autodistill.search.warm_start import WarmStart, check_fingerprints, warm_start
 from autodistill.space import Space
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Lora
 from autodistill.training_fit import TeacherFit, TrainingFit, fit_teacher, fit_training
 from autodistill.trial import TrialSetting, evaluate
 
-EVALUATORS = ("accuracy", "perplexity", "agreement", "memory", "size")
+# Share of the time box that one evaluation's tasks may take on a worker, beside the scores of its tokens.
+_ASKED_SHARE = 0.02
+EVALUATORS = ("accuracy", "perplexity", "agreement", "kl", "calibration", "memory", "size")
 # Seconds of the time box where none is given.
 BOX_CPU, BOX_GPU = 600.0, 1800.0
 
@@ -228,7 +235,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
 
     def largest(model: Any) -> Any:
         if init.model:
-            return load_model(loaded.pretrained[init.model], _float32())
+            return load_model(loaded.pretrained[init.model], torch.float32)
         # Which layers and neurons are kept does not bear on speed.
         return cut_student(model, replace(init, layers="even"), None)[0]
 
@@ -241,12 +248,13 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         sequence_length=checked.sequence_length,
         checkpointing=loaded.fit.checkpointing,
     )
-    if checked.metric in WRITTEN:
+    if checked.asked.written:
         # Answering the questions of so many tokens takes about as long again as scoring them.
         speed = replace(speed, score=speed.score / 2, worker_score=speed.worker_score / 2)
     box = request.time_seconds
     if box is None and not ((request.trials or request.strategy) and request.tokens):
         box = BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
+    speed, share, notes = _time_asked(checked, loaded, speed, box)
     splits = loaded.data.splits
     deployments = holdable(loaded.spec, checked.space.deployments)
     demand = Demand(
@@ -273,7 +281,8 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
     plan = make_plan(demand, speed, loaded.workers)
     plan = replace(
         plan,
-        notes=(*plan.notes, *filter(None, [loaded.teacher_fit.note])),
+        notes=(*plan.notes, *notes, *filter(None, [loaded.teacher_fit.note])),
+        example_share=share,
         micro_batch=loaded.fit.micro_batch,
         checkpointing=loaded.fit.checkpointing,
         optimizer_state=loaded.fit.optimizer_state,
@@ -281,10 +290,60 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
     return plan, speed
 
 
-def _float32() -> Any:
-    import torch
+def _time_asked(
+    checked: Checked, loaded: Loaded, speed: Speed, box: float | None
+) -> tuple[Speed, float, tuple[str, ...]]:
+    """Asks the teacher a few examples of each task, and says how many of them the box pays for at an evaluation.
 
-    return torch.float32
+    Returns:
+        The speed with the seconds of an evaluation; the share of the examples that is read; notes.
+
+    Raises:
+        InputError: A task, or a command, that cannot be used even on the teacher.
+    """
+    asking = [item for item in checked.asked.evaluators if not isinstance(item, str)]
+    if not asking:
+        return speed, 1.0, ()
+    model = loaded.load_teacher(loaded.workers.device)
+    data = load_split(loaded.data.folder, "validation").head(checked.sequence_length)
+    full = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(loaded.workers.threads)
+    fixed = scaled = 0.0
+    notes = []
+    try:
+        for item in asking:
+            began = time.perf_counter()
+            evaluation, _ = evaluate(
+                model,
+                loaded.spec,
+                full,
+                data,
+                None,
+                budget=checked.request.budget,
+                evaluators=(item,),
+                device=loaded.workers.device,
+                share=0.0,
+                tokenizer=loaded.teacher.folder,
+            )
+            seconds = time.perf_counter() - began
+            for measurement in evaluation.measurements.values():
+                read, all_of = measurement.detail.get("examples"), measurement.detail.get("of")
+                if all_of is None:
+                    fixed += seconds
+                else:
+                    scaled += seconds * all_of / read
+    except TrialFailedError as error:
+        raise InputError(f"the metric command does not work on the teacher: {error}") from error
+    finally:
+        torch.set_num_threads(threads)
+    share = 1.0 if box is None or not scaled else min(1.0, max(0.0, _ASKED_SHARE * box - fixed) / scaled)
+    if share < 1:
+        notes.append(
+            f"an evaluation reads {share:.0%} of the tasks' examples, 8 at least of each: the box pays for no more; "
+            "give it more --time"
+        )
+    return replace(speed, asked=fixed + scaled * share), share, tuple(notes)
 
 
 def calibration_file(checked: Checked, loaded: Loaded) -> Path | None:
@@ -329,10 +388,12 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """Everything that stands before the first trial."""
+    """Everything that stands before the first trial; `document` is the content of `search.json`."""
 
     question: Question
     setting: TrialSetting
+    warm: WarmStart
+    document: Mapping[str, Any]
 
 
 def plan_run(checked: Checked, run: RunFolder, clock: Clock, observer: Observer) -> Planned:
@@ -355,6 +416,8 @@ def plan_run(checked: Checked, run: RunFolder, clock: Clock, observer: Observer)
         plan = _extended(checked, Plan.from_json(checked.stored["plan"]), loaded.spec, speed)
         _check_fingerprints(checked, loaded)
     else:
+        fingerprints = {"teacher": loaded.teacher.fingerprint, "data": loaded.data.fingerprint}
+        check_fingerprints(checked.request.out, checked.warm_start, fingerprints)
         with clock.phase("plan", "measuring this machine"):
             plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.request.started)
     document = _describe(checked, loaded, plan, speed)
@@ -377,12 +440,20 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
         teacher_spec=planned.loaded.spec,
         teacher_accuracy=setting.teacher_accuracy,
         metric=checked.metric,
-        direction=METRICS[checked.metric],
+        direction=checked.direction,
         confirm=checked.confirm,
+        further=checked.objectives[1:],
+        served_on=checked.device,
         device=setting.device,
         sharing=checked.request.sharing,
     )
-    return Ready(question=question, setting=setting)
+    document = dict(planned.document)
+    if "observations" not in document["warm_start"]:
+        # Written down, since the earlier runs may go on, or away, before this one is resumed.
+        document["warm_start"] = warm_start(checked.request.out, checked.warm_start, question).to_json()
+        write_json(run.search_file, document)
+    warm = WarmStart.from_json(document["warm_start"])
+    return Ready(question=question, setting=setting, warm=warm, document=document)
 
 
 def _extended(checked: Checked, plan: Plan, spec: ModelSpec, speed: Speed) -> Plan:
@@ -409,7 +480,8 @@ def _check_fingerprints(checked: Checked, loaded: Loaded) -> None:
 def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dict[str, Any]:
     """`search.json`: all that is needed to run the search again."""
     if checked.stored is not None:
-        return {**checked.stored, "plan": plan.to_json(), "confirm": checked.confirm}
+        warm = checked.stored.get("warm_start", {"runs": []})
+        return {**checked.stored, "plan": plan.to_json(), "confirm": checked.confirm, "warm_start": warm}
     packages = ("autodistill-search", "torch", "transformers", "optuna", "ray", "xllamacpp", "gguf")
     return {
         "schema_version": 1,
@@ -440,9 +512,14 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "space_hash": checked.space.hash,
         "space_definition": checked.space.to_json(),
         "metric": checked.metric,
-        "direction": METRICS[checked.metric],
+        "direction": checked.direction,
+        "objectives": [objective.name for objective in checked.objectives],
+        "device": checked.device and checked.device.to_json(),
+        "directions": {one.name: one.direction for one in checked.objectives if one.trained},
+        "asked": dict(checked.asked.record),
         "sampler": checked.sampler,
         "confirm": checked.confirm,
+        "warm_start": {"runs": list(checked.warm_start)},
         "seed": checked.seed,
         "runner": checked.request.runner,
         "sharing": checked.request.sharing,
@@ -480,7 +557,8 @@ def _teacher_phase(
     cache = None
     if not settings.empty:
         with clock.phase("cache", "teacher cache"):
-            cache = ensure_cache(
+            make = partial(
+                ensure_cache,
                 loaded.load_teacher,
                 teacher_fingerprint=loaded.outputs_of,
                 data_fingerprint=loaded.data.fingerprint,
@@ -492,43 +570,75 @@ def _teacher_phase(
                 limit_bytes=request.cache_limit_bytes,
                 device=device,
             )
+            # Another search may make room just between the two.
+            while not run.hold((cache := make()) / META):
+                pass
     model = None
-    top1_file, accuracy_key = run.path / "teacher_top1.npy", "teacher_accuracy"
+    reference_file, accuracy_key = run.path / "teacher_reference.npz", "teacher_accuracy"
     accuracy = next((event[accuracy_key] for event in earlier if event["event"] == "teacher"), None)
-    if accuracy is None or not top1_file.exists():
+    if accuracy is None or not reference_file.exists():
         with clock.phase("evaluate", "scoring the teacher"):
             model = loaded.load_teacher(device)
-            scores, top1 = score(model, validation, device=device)
-            np.save(top1_file, top1)
+            scores, reference = refer(model, validation, device=device)
+            reference.save(reference_file)
             accuracy = float(scores.correct.mean())
-            run.events.append({"event": "teacher", accuracy_key: accuracy, "tokens": len(top1), "time": time.time()})
+            run.events.append(
+                {"event": "teacher", accuracy_key: accuracy, "tokens": len(reference.top1), "time": time.time()}
+            )
     setting = TrialSetting(
         teacher=loaded.teacher.folder,
         teacher_spec=loaded.spec,
-        teacher_top1=top1_file,
+        teacher_reference=reference_file,
         teacher_accuracy=accuracy,
         data=loaded.data.folder,
         cache=cache,
         checkpoints=run.checkpoints,
         budget=request.budget,
         plan=plan,
-        evaluators=tuple(dict.fromkeys((*EVALUATORS, checked.metric))),
+        evaluators=_evaluators(checked.asked),
         metric=checked.metric,
-        direction=METRICS[checked.metric],
+        direction=checked.direction,
         device=device,
         calibration=calibration,
         pretrained=loaded.pretrained,
         held=loaded.teacher_fit.held,
     )
+    setting = replace(setting, evaluators=_expecting(setting.evaluators, rows_of(earlier), validation))
     done = {row.deployment_name for row in rows_of(earlier) if row.kind == "teacher" and row.split == "validation"}
     for deployment in holdable(loaded.spec, checked.space.deployments):
         if deployment.name in done:
             continue
         with clock.phase("evaluate", f"teacher as {deployment.name}"):
             model = model or loaded.load_teacher(device)
-            row = teacher_row(model, deployment, setting, "validation", validation, np.load(top1_file), accuracy)
+            reference = TeacherReference.load(reference_file)
+            try:
+                row = teacher_row(
+                    model, deployment, setting, "validation", validation, reference, accuracy, checked.device
+                )
+            except TrialFailedError as error:
+                name = deployment.name
+                raise InputError(f"the teacher as {name} cannot be measured ({error.cause}): {error}") from error
             run.events.append({"event": "row", "row": row.to_json(), "time": time.time()})
+            setting = replace(setting, evaluators=_expecting(setting.evaluators, [row], validation))
     return setting
+
+
+def _evaluators(asked: Asked) -> tuple[str | Evaluator, ...]:
+    return (*EVALUATORS, *(item for item in asked.evaluators if item not in EVALUATORS))
+
+
+def _expecting(
+    evaluators: tuple[str | Evaluator, ...], rows: Sequence[Row], data: TokenSet
+) -> tuple[str | Evaluator, ...]:
+    """The evaluators, of which a command is held to as many scores as it printed for the teacher."""
+    found = [paired(row, COMMAND) for row in rows if row.kind == "teacher" and row.split == "validation"]
+    given = len(data.tokens) if data.questions is None else len(data.questions.entries)
+    counts = [sum(documents["count"]) for documents in found if documents]
+    if not counts:
+        return evaluators
+    return tuple(
+        replace(item, expected=(given, counts[0])) if isinstance(item, Command) else item for item in evaluators
+    )
 
 
 def teacher_row(
@@ -537,8 +647,9 @@ def teacher_row(
     setting: TrialSetting,
     split: str,
     data: Any,
-    top1: Any,
+    reference: TeacherReference,
     accuracy: float,
+    served_on: Device | None = None,
 ) -> Row:
     """The unmodified teacher under one deployment."""
     evaluation, _ = evaluate(
@@ -546,10 +657,14 @@ def teacher_row(
         setting.teacher_spec,
         deployment,
         data,
-        top1,
+        reference,
         budget=setting.budget,
         evaluators=setting.evaluators,
+        metric=setting.metric,
         device=setting.device,
+        split=split,
+        share=setting.plan.example_share,
+        tokenizer=setting.teacher,
     )
     return make_row(
         evaluation,
@@ -566,4 +681,5 @@ def teacher_row(
         train_tokens=0,
         train_seconds=0.0,
         seed=setting.plan.seed,
+        device=served_on,
     )

@@ -22,6 +22,7 @@ from autodistill.errors import AutoDistillError, TrialFailedError
 from autodistill.hardware import Machine
 from autodistill.search.campaign import Campaign
 from autodistill.search.deadline import OutOfTime, step_guard
+from autodistill.search.failures import RETRIED
 from autodistill.search.trials import Assignment, work
 from autodistill.trial import TrialSetting, Workbench
 
@@ -90,7 +91,7 @@ class RayRunner:
             deadline: `time.time()` at which a running trial is given back, or None.
 
         Raises:
-            AutoDistillError: Ray could not be started.
+            AutoDistillError: Ray could not be started, or the log not be written.
         """
         self._ready.wait()
         if self._error is not None:
@@ -102,6 +103,9 @@ class RayRunner:
         storage = tempfile.mkdtemp(prefix="autodistill-tune-")
         try:
             _fit(campaign, setting, deadline, storage)
+        except Exception as error:
+            # Tune wraps what its searcher raises: that nothing can be written down any more.
+            raise campaign.broken or error from None
         finally:
             # On Ctrl-C the workers end here; what they trained since their last checkpoint is trained again.
             ray.shutdown()
@@ -151,6 +155,7 @@ def _searcher(campaign: Campaign, workers: int) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self._work: dict[str, Assignment] = {}
+            self._failures: dict[str, tuple[str, str]] = {}
 
         def suggest(self, trial_id: str) -> Any:
             """Hands out the next assignment, None while there is none, or FINISHED."""
@@ -164,7 +169,9 @@ def _searcher(campaign: Campaign, workers: int) -> Any:
             return {"assignment": _Opaque(assignment)}
 
         def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-            """A stretch reports once, at its end."""
+            """A stretch reports at its end; if it is not done then, its worker ends, which says nothing of why."""
+            if "failure" in result:
+                self._failures[trial_id] = result["failure"]
 
         def on_trial_complete(
             self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
@@ -172,7 +179,8 @@ def _searcher(campaign: Campaign, workers: int) -> Any:
             """Takes the report, or the failure, of an assignment back."""
             assignment = self._work.pop(trial_id)
             if error or result is None:
-                campaign.fail(assignment, "worker-died", "its worker process could not start, or ended: out of memory?")
+                died = ("worker-died", "its worker process could not start, or ended: out of memory?")
+                campaign.fail(assignment, *self._failures.pop(trial_id, died))
             elif "failure" in result:
                 campaign.fail(assignment, *result["failure"])
             elif "report" in result:
@@ -220,6 +228,7 @@ def _stretch_class() -> Any:
             self._bench = Workbench(setting)
             self._guard = step_guard(deadline)
             self._assignment: Assignment = config["assignment"].assignment
+            self._suspect = False
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self._assignment = new_config["assignment"].assignment
@@ -230,14 +239,16 @@ def _stretch_class() -> Any:
 
         def step(self) -> dict[str, Any]:
             """Does the assignment; what goes wrong in it is a result too."""
+            if self._suspect:
+                raise RuntimeError("this process is not used again")
             try:
                 report = work(self._bench, self._assignment, self._guard)
             except OutOfTime:
                 return {"done": True}
             except TrialFailedError as error:
-                return {"done": True, "failure": (error.cause, str(error))}
-            except Exception as error:  # a fault of one trial never ends a search
-                return {"done": True, "failure": ("error", f"{type(error).__name__}: {error}")}
+                # What another process might do better is not given to this one again: Tune drops a worker that raises.
+                self._suspect = error.cause in RETRIED
+                return {"done": not self._suspect, "failure": (error.cause, str(error))}
             return {"done": True, "report": report}
 
     return Stretch

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from autodistill.contracts import SEQUENCE_LENGTH, Direction, ModelSpec
+from autodistill import plugins
+from autodistill.contracts import SEQUENCE_LENGTH, Direction, Evaluator, ModelSpec
+from autodistill.devices import Device
 from autodistill.distillation.teacher import (
     TeacherRef,
     resolve_teacher,
@@ -17,20 +21,29 @@ from autodistill.distillation.teacher import (
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimate import cannot_hold, fits, holdable, shortfall, spec_from_config
+from autodistill.evaluators.command import NAME as COMMAND
+from autodistill.evaluators.command import parse_command
+from autodistill.evaluators.harness import PREFIX, find_task
+from autodistill.evaluators.task import evaluator_of
+from autodistill.local_device import LOCAL, choose_device
+from autodistill.records.objectives import OBJECTIVES, Objective, objectives_of, parse_objectives
 from autodistill.records.store import RunFolder, default_cache, read_json
 from autodistill.search.sampler import SAMPLERS
+from autodistill.search.warm_start import check_space, parse_runs
 from autodistill.space import Space, load_space, load_strategy
 from autodistill.strategy import Strategy
+from autodistill.task_files import read_tasks
 from autodistill.trial import ASKING_DATA, check_strategy, student_spec
 from autodistill.units import Budget, Price
 
 DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE = "smollm2", "pydoc", "default"
 DEFAULT_METRIC, DEFAULT_SAMPLER = "accuracy", "tpe"
 RUNNERS = ("ray", "inline")
+_SEEDS = 2**32
+_MANY = 10_000
 _SHORTEST = 8  # tokens of a sequence: fewer give a model nothing to predict from
 # What may rank is measured at every rung, so it must come from the simulated student alone.
-METRICS: Mapping[str, Direction] = {"accuracy": "max", "agreement": "max", "perplexity": "min", "exact_match": "max"}
-WRITTEN = ("exact_match",)  # those for which the student answers questions in writing
+_RANKING = ("scores", "answers", "student")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +54,16 @@ class SearchRequest:
         budget: Limits of the deployed student.
         strategy: Name or file of a strategy: it alone is trained, to the plan's tokens, and nothing is searched.
         teacher, data, space, metric, sampler: References and names.
+        tasks: Task files, whose tasks are measured beside the metric; one of them may be the metric, as "task:NAME".
+        metric_command: A command that scores the student's folder; it ranks unless `metric` says otherwise.
+        metric_direction: Whether more or less of its scores is better; more by default.
+        metric_seconds: After which it is ended; ten minutes by default.
+        objectives: Names parted by commas, where a search has more than its metric.
+        device: Name of the one that the student is for, or None for this machine; a predicted latency is there.
         trials, tokens: Fixed instead of planned; with both, there is no time box unless `time_seconds` gives one. On
             resuming, more trials than were planned extend the search.
         sequence_length: Tokens of a training or evaluated sequence; 256 by default.
+        warm_start: Names of earlier runs of the same space, teacher and data, parted by commas, to learn from.
         step_tokens: Training tokens of an optimiser step, whole sequences; one sequence by default.
         time_seconds: The time box; on resuming a finished search, of what it is extended by.
         confirm: Further seeds on which the best few are trained before one is chosen; none by default.
@@ -69,11 +89,18 @@ class SearchRequest:
     data: str | None = None
     space: str | None = None
     metric: str | None = None
+    objectives: str | None = None
+    device: str | None = None
     sampler: str | None = None
+    tasks: tuple[Path, ...] | None = None
+    metric_command: str | None = None
+    metric_direction: Direction | None = None
+    metric_seconds: float | None = None
     trials: int | None = None
     tokens: int | None = None
     sequence_length: int | None = None
     step_tokens: int | None = None
+    warm_start: str | None = None
     time_seconds: float | None = None
     confirm: int | None = None
     seed: int | None = None
@@ -92,6 +119,21 @@ class SearchRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is measured beside the usual, because a request asks for it.
+
+    Attributes:
+        evaluators: Names of installed ones, and evaluators that a request made.
+        written: The objective for which questions are answered in writing, or "".
+        record: For `search.json`: what they were made from.
+    """
+
+    evaluators: tuple[str | Evaluator, ...]
+    written: str
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checked:
     """A request of which everything that can be checked without a model is known to be right."""
 
@@ -103,13 +145,26 @@ class Checked:
     data_reference: str
     space: Space
     space_reference: str
-    metric: str
+    asked: Asked
+    objectives: tuple[Objective, ...]
+    device: Device | None
     sampler: str
     sequence_length: int
+    warm_start: tuple[str, ...]
     confirm: int
     seed: int
     spec: ModelSpec | None
     stored: Mapping[str, Any] | None
+
+    @property
+    def metric(self) -> str:
+        """What ranks, and chooses what is exported: the first of the objectives."""
+        return self.objectives[0].name
+
+    @property
+    def direction(self) -> Direction:
+        """Whether more or less of it is better."""
+        return self.objectives[0].direction
 
 
 def check_request(request: SearchRequest) -> Checked:
@@ -133,9 +188,7 @@ def check_request(request: SearchRequest) -> Checked:
     length = request.sequence_length or known.get("plan", {}).get("sequence_length") or SEQUENCE_LENGTH
     if request.step_tokens is not None and (request.step_tokens < 1 or request.step_tokens % length):
         raise InputError(f"--step-tokens must be a multiple of {length}, a sequence, not {request.step_tokens}")
-    metric = request.metric or known.get("metric") or DEFAULT_METRIC
-    if metric not in METRICS:
-        raise InputError(f"{metric!r} is no metric that can rank; the metrics are {', '.join(METRICS)}")
+    asked, objectives = ask(request, known)
     sampler = request.sampler or known.get("sampler") or DEFAULT_SAMPLER
     if sampler not in SAMPLERS:
         raise InputError(f"there is no sampler {sampler!r}; the samplers are {', '.join(SAMPLERS)}")
@@ -144,11 +197,13 @@ def check_request(request: SearchRequest) -> Checked:
     space_reference = request.space or known.get("space") or DEFAULT_SPACE
     teacher = resolve_teacher(teacher_reference)
     source = resolve_data(data_reference)
-    if metric in WRITTEN and not source.conversations:
-        raise InputError(f"--metric {metric} needs questions with answers: {ASKING_DATA}")
+    if asked.written and not source.conversations:
+        raise InputError(f"{asked.written} needs questions with answers: {ASKING_DATA}")
     space = load_space(space_reference)
     if request.strategy is not None:
         space = single(space, request.strategy)
+    _check_possible(space, request)
+    _check_cache(request.cache)
     checked = Checked(
         request=request,
         name=request.name or datetime.now().strftime("search-%Y%m%d-%H%M%S"),
@@ -158,9 +213,12 @@ def check_request(request: SearchRequest) -> Checked:
         data_reference=data_reference,
         space=space,
         space_reference=space_reference,
-        metric=metric,
+        asked=asked,
+        objectives=objectives,
+        device=_device(request, known, objectives),
         sampler=sampler,
         sequence_length=length,
+        warm_start=parse_runs(request.warm_start) if request.warm_start is not None else _warmed_by(known),
         confirm=request.confirm if request.confirm is not None else known.get("confirm", 0),
         seed=request.seed if request.seed is not None else known.get("seed", 0),
         spec=spec_from_config(teacher.config) if teacher.config else None,
@@ -168,12 +226,143 @@ def check_request(request: SearchRequest) -> Checked:
     )
     if stored is not None:
         _check_same(checked, stored)
+    else:
+        check_space(request.out, checked.warm_start, space)
     if checked.spec is not None:
         if request.strategy is not None:
             for strategy in space.baselines.values():
                 check_strategy(strategy, checked.spec)
         check_teacher(checked, checked.spec)
     return checked
+
+
+def _check_possible(space: Space, request: SearchRequest) -> None:
+    """Refuses more trials than a finite space holds strategies, and seeds that no generator takes."""
+    last = (request.seed or 0) + (request.confirm or 0)
+    if not 0 <= (request.seed or 0) <= last < _SEEDS:
+        raise InputError(f"seeds lie between 0 and {_SEEDS - 1}, and --seed with those of --confirm reaches {last}")
+    grids = {dimension.path: dimension.domain.grid for dimension in space.dimensions}
+    if request.trials is None or not grids or None in grids.values():
+        return
+    # Of a space of more points than anybody would try, it is enough to know that.
+    wanted = min(request.trials, _MANY)
+    points = sum(1 for _ in islice(space.points(lambda dimension: grids[dimension.path] or ()), wanted))
+    if points < wanted:
+        raise InputError(
+            f"--trials {request.trials} are more than the space {space.name} holds, which is {points} strategies: ask "
+            "for that many, or give another --space"
+        )
+
+
+def _check_cache(cache: Path) -> None:
+    """Refuses a cache that cannot be written; it is made here, since nothing else would tell."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        writable = os.access(cache, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise InputError(f"cannot write into {cache}: {error.strerror}; choose another folder with --cache") from error
+    if not writable:
+        raise InputError(f"cannot write into {cache}: it is not yours to write; choose another folder with --cache")
+
+
+def _device(request: SearchRequest, known: Mapping[str, Any], objectives: tuple[Objective, ...]) -> Device | None:
+    """Where latencies are predicted, if they are: on resuming the device as it was, with the figures it had."""
+    if all(one.name != "latency" for one in objectives):
+        return None
+    if request.device is None and known.get("device"):
+        return Device.from_json(known["device"])
+    return choose_device(request.device or LOCAL, request.cache)
+
+
+def _warmed_by(stored: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the runs that a stored one was warm-started by."""
+    return tuple(stored.get("warm_start", {}).get("runs", ()))
+
+
+def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[Objective, ...]]:
+    """Finds what a request wants measured, and what a search is judged by: what is asked, on resuming what was asked
+    before, or the default metric.
+
+    Args:
+        request: What is asked.
+        known: `search.json` of the run that is resumed; else empty.
+
+    Raises:
+        InputError: A task file, a command, a metric or an objective that cannot be used.
+    """
+    own, record = _own(request, known.get("asked", {}))
+    metric = request.metric
+    if request.objectives is None:
+        before = [one.name for one in objectives_of(known)] if known else []
+        text = metric or ",".join(before) or (COMMAND if record["command"] is not None else DEFAULT_METRIC)
+    else:
+        text = request.objectives
+    names = [name.strip() for name in text.split(",")]
+    if request.objectives is not None and metric not in (None, names[0]):
+        raise InputError(
+            f"--metric {metric} contradicts --objectives {request.objectives}, whose first one ranks: leave --metric "
+            "out"
+        )
+    own += [find_task(name) for name in names if name.startswith(PREFIX)]
+    made = {name: quantity.direction for item in own for name, quantity in item.measures.items()}
+    installed = _installed([name for name in names if name not in made and not _follows(name)])
+    ways = made | {name: quantity.direction for item in installed for name, quantity in item.measures.items()}
+    if metric is not None and metric not in ways:
+        known_ones = ", ".join(sorted({*made, *(name for item in _ranking() for name in item.measures)}))
+        raise InputError(
+            f"{metric!r} is no metric that can rank; the metrics are {known_ones}, task:NAME of a --task, and "
+            "lm-eval:TASK"
+        )
+    asked = Asked(
+        evaluators=(*(item.name for item in installed), *own),
+        written=next((item.name for item in installed if item.needs == "answers"), ""),
+        record=record,
+    )
+    return asked, parse_objectives(text, ways)
+
+
+def _own(request: SearchRequest, before: Mapping[str, Any]) -> tuple[list[Evaluator], dict[str, Any]]:
+    """The evaluators of task files and of a command, and what they were made from, as `search.json` has it."""
+    files = request.tasks if request.tasks is not None else tuple(map(Path, before.get("tasks", ())))
+    command = request.metric_command or before.get("command")
+    direction = request.metric_direction or before.get("command_direction") or "max"
+    seconds = request.metric_seconds or before.get("command_seconds") or 600.0
+    if command is None and (request.metric_direction or request.metric_seconds):
+        raise InputError("--metric-direction and --metric-timeout are those of a command: give --metric-command")
+    tasks = [task for file in files for task in read_tasks(file)]
+    doubled = next((task.name for task in tasks if sum(other.name == task.name for other in tasks) > 1), None)
+    if doubled is not None:
+        raise InputError(f"two of the task files have a task {doubled}: rename one")
+    own: list[Evaluator] = [evaluator_of(task) for task in tasks]
+    if command is not None:
+        own.append(parse_command(command, direction, seconds))
+    return own, {
+        "tasks": [str(file.resolve()) for file in files],
+        "fingerprints": {task.name: task.fingerprint for task in tasks},
+        "command": command,
+        "command_direction": direction,
+        "command_seconds": seconds,
+    }
+
+
+def _follows(name: str) -> bool:
+    """Whether an objective follows from shape and packing, so that no evaluator of students measures it."""
+    return name in OBJECTIVES and not OBJECTIVES[name].trained
+
+
+def _ranking() -> Iterator[Evaluator]:
+    """Every installed evaluator that may rank."""
+    found = (plugins.load("evaluators", name) for name in plugins.names("evaluators"))
+    return (item for item in found if item.needs in _RANKING)
+
+
+def _installed(metrics: Sequence[str]) -> list[Evaluator]:
+    """The installed evaluators that measure these; most measure one of their own name. Unknown ones are left out."""
+    names = plugins.names("evaluators")
+    found = [plugins.load("evaluators", name) for name in metrics if name in names]
+    found = [item for item in found if item.needs in _RANKING and item.name in item.measures]
+    left = set(metrics) - {name for item in found for name in item.measures}
+    return [*found, *(item for item in (_ranking() if left else ()) if left & set(item.measures))]
 
 
 def single(space: Space, reference: str) -> Space:
@@ -199,8 +388,14 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
     differing = {
         "teacher": (checked.teacher_reference, stored["teacher"]["reference"]),
         "data": (checked.data_reference, stored["data"]["reference"]),
-        "metric": (checked.metric, stored["metric"]),
+        "objectives": (
+            ",".join(one.name for one in checked.objectives),
+            ",".join(one.name for one in objectives_of(stored)),
+        ),
+        "device": (checked.device and checked.device.name, (stored.get("device") or {}).get("name")),
+        "task or command": (checked.asked.record, stored.get("asked", checked.asked.record)),
         "sampler": (checked.sampler, stored["sampler"]),
+        "warm start": (", ".join(checked.warm_start), ", ".join(_warmed_by(stored))),
         "seed": (checked.seed, stored["seed"]),
         "budget": (checked.request.budget.to_json(), stored["budget"]),
         "space": (checked.space.hash, stored["space_hash"]),

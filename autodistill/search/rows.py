@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from autodistill.contracts import ModelSpec, Plan, Status
+from autodistill.devices import Device
+from autodistill.records.objectives import PREDICTED_LATENCY
 from autodistill.records.row import Row
+from autodistill.roofline import speed
 from autodistill.strategy import Strategy
 from autodistill.trial import Evaluation
 from autodistill.units import Budget
@@ -30,6 +34,7 @@ def make_row(
     train_tokens: int,
     train_seconds: float,
     seed: int,
+    device: Device | None = None,
 ) -> Row:
     """The row of one deployment of one trial.
 
@@ -45,6 +50,7 @@ def make_row(
         plan: Gives the fidelity.
         train_tokens, train_seconds: What training took so far.
         seed: Of the trial.
+        device: Where a latency is predicted, if it is to be: as every 95th percentile, at the slow end of the band.
     """
     figures = {name: measurement.value for name, measurement in evaluation.measurements.items()}
     errors = {
@@ -53,7 +59,8 @@ def make_row(
         if measurement.stderr is not None
     }
     memory = evaluation.measurements.get("memory_bytes")
-    reason = None
+    # What a student needs must be known before it can be said to fit.
+    reason = "memory: it was not measured" if memory is None or not math.isfinite(memory.value) else None
     if memory is not None and memory.value > budget.memory_bytes:
         over = int(memory.value) - budget.memory_bytes
         reason = f"memory: {int(memory.value)} bytes, {over} over the budget of {budget.memory_bytes}"
@@ -61,10 +68,13 @@ def make_row(
     fields: dict[str, Any] = {
         field: int(figures.pop(field)) if field in _COUNTS else figures.pop(field)
         for field in _FIELDS
-        if field in figures
+        if field in figures and (field not in _COUNTS or math.isfinite(figures[field]))
     }
     approximation = strategy.distillation.approximation if strategy else None
     remarks = {"approximate": approximation} if approximation else {}
+    if device is not None:
+        guess = speed(spec, evaluation.deployment, device, context=budget.context)
+        figures[PREDICTED_LATENCY] = guess.decode_ms_high
     accuracy = fields.get("accuracy")
     latency = evaluation.measurements.get("latency_ms")
     return Row(

@@ -10,7 +10,9 @@ from itertools import islice
 from autodistill.contracts import Direction, Status
 from autodistill.domains import Range, Value
 from autodistill.errors import InputError
+from autodistill.records.objectives import Objective
 from autodistill.search.forks import forks, is_fork
+from autodistill.search.fronts import fronts, spread
 from autodistill.search.study import MODELS, Observation, modelled
 from autodistill.space import Dimension, Point, Space
 
@@ -33,6 +35,9 @@ class Sampler:
             process; "nsga2", a genetic algorithm; or "random".
         seed: Every proposal follows from it, the number asked for and the observations; nothing is kept between calls.
         direction: Whether more or less of the metric is better.
+        further: The objectives beside the metric.
+        earlier: What other searches observed; every proposal follows from it too.
+        first: Points that are proposed before all others, whatever is known of them.
         forking: Whether any proposal forks; without, what forking is worth can be measured.
 
     Raises:
@@ -46,6 +51,9 @@ class Sampler:
         name: str = "tpe",
         seed: int = 0,
         direction: Direction = "max",
+        further: Sequence[Objective] = (),
+        earlier: Sequence[Observation] = (),
+        first: Sequence[Point] = (),
         forking: bool = True,
     ) -> None:
         if name not in SAMPLERS:
@@ -54,6 +62,9 @@ class Sampler:
         self.name = name
         self.seed = seed
         self.direction = direction
+        self.further = tuple(further)
+        self.earlier = tuple(earlier)
+        self.first = tuple(first)
         self.forking = forking
 
     def propose(self, number: int, observations: Sequence[Observation] = ()) -> Point | None:
@@ -63,15 +74,19 @@ class Sampler:
             number: Of the proposal.
             observations: Of all others so far, in the order of their trials.
         """
-        seen = {self.space.strategy(observation.point).id for observation in observations}
-        for point in self._candidates(number, observations):
+        here = {self.space.strategy(observation.point).id for observation in observations}
+        seen = here | {self.space.strategy(item.point).id for item in self.earlier if not item.repeatable}
+        if number < len(self.first) and self.space.strategy(self.first[number]).id not in here:
+            return dict(self.first[number])
+        for point in self._candidates(number, [*self.earlier, *observations]):
             if self.space.strategy(point).id not in seen:
                 return point
         return None
 
     def _candidates(self, number: int, observations: Sequence[Observation]) -> Iterator[Point]:
-        if number < len(self.space.starts):
-            start = self.space.point(list(self.space.starts.values())[number])
+        place = number - len(self.first)
+        if 0 <= place < len(self.space.starts):
+            start = self.space.point(list(self.space.starts.values())[place])
             assert start is not None  # a space holds its starts
             yield start
         source = random.Random(f"{self.seed}/{number}")  # text seeds through SHA-512, alike in every process
@@ -80,11 +95,13 @@ class Sampler:
         if self.name in MODELS:
             if self.name == "tpe" and number % 2 == 0:
                 yield from self._neighbours(number // 2, source, observations)
-            if number < _STARTUP:
+            if number < _STARTUP and sum(item.values is not None for item in self.earlier) < _STARTUP:
                 yield self._spread(number)
             else:
                 seed = source.getrandbits(32)
-                model = modelled(self.name, seed, self.space, observations, self.direction, startup=_STARTUP)
+                model = modelled(
+                    self.name, seed, self.space, observations, self.direction, self.further, startup=_STARTUP
+                )
                 yield from islice(model, _ASKS)
         for _ in range(_DRAWS):
             yield self._draw(lambda dimension: source.random())
@@ -114,7 +131,7 @@ class Sampler:
 
         A dozen trials tell a model little, and a hand-designed baseline is where they begin well.
         """
-        best = self._best(observations)
+        best = self._best(turn, observations)
         if best is None:
             return
         active = [dimension for dimension in self.space.dimensions if dimension.path in best]
@@ -135,18 +152,25 @@ class Sampler:
                     point[dimension.path] = dimension.domain.at(source.random())
             yield point
 
-    def _best(self, observations: Sequence[Observation]) -> Mapping[str, Value] | None:
+    def _best(self, turn: int, observations: Sequence[Observation]) -> Mapping[str, Value] | None:
         """The point of the best value, whatever its fidelity; the first one while none has a value.
 
         Values rise with training, so that an early one above a late one says all the more. Ranking by fidelity first
-        would keep a search beside its baseline, which alone is trained to the end at once.
+        would keep a search beside its baseline, which alone is trained to the end at once. Of several objectives the
+        points of the front are taken in turn.
         """
-        sign = 1.0 if self.direction == "max" else -1.0
+        signs = [-1.0 if way == "max" else 1.0 for way in (self.direction, *(one.direction for one in self.further))]
         usable = [item for item in observations if item.state not in (Status.REJECTED, Status.FAILED)]
-        valued = [item for item in usable if item.value is not None and math.isfinite(item.value)]
-        if valued:
-            return max(valued, key=lambda item: (sign * (item.value or 0.0), item.fidelity)).point
-        return usable[0].point if usable else None
+        valued = [item for item in sorted(usable, key=lambda item: -item.fidelity) if item.values is not None]
+        if not valued:
+            return usable[0].point if usable else None
+        costs = {
+            # Named so that of equals the first one, of the highest fidelity, goes first.
+            f"{place:06d}": tuple(sign * value for sign, value in zip(signs, item.values or (), strict=True))
+            for place, item in enumerate(valued)
+        }
+        front = spread({name: costs[name] for name in fronts(costs)[0]})
+        return valued[int(front[turn % len(front) if self.further else 0])].point
 
 
 def _step(dimension: Dimension, value: Value, source: random.Random) -> Value | None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 
 from autodistill.contracts import Decision, Direction
+from autodistill.search.fronts import best_first
 
 
 class SuccessiveHalving:
@@ -13,7 +14,8 @@ class SuccessiveHalving:
 
     Nothing is kept but what was told, so that the same reports and discards rebuild the same scheduler. A trial counts
     as promoted from a rung once it is in flight again or has reported further up. Promotion before all reports are in
-    follows ASHA (Li et al., 2020, arXiv:1810.05934): the best share of those that reported so far.
+    follows ASHA (Li et al., 2020, arXiv:1810.05934): the best share of those that reported so far. Of several values
+    the best are those of the first fronts, as `best_first` orders them.
 
     Args:
         trials: Number that will be proposed, exempt ones not counted.
@@ -21,6 +23,7 @@ class SuccessiveHalving:
         keep: How many trials may go past each rung but the last.
         direction: Whether more or less of the reported value is better.
         exempt: Trials that are never paused and take nobody's place: baselines.
+        further: The same of each further value that is reported, where several count.
 
     Raises:
         ValueError: Rungs, `keep` and `trials` do not match.
@@ -34,6 +37,7 @@ class SuccessiveHalving:
         keep: Sequence[int],
         direction: Direction = "max",
         exempt: Collection[str] = (),
+        further: Sequence[Direction] = (),
     ) -> None:
         if not rungs or list(rungs) != sorted(set(rungs)):
             raise ValueError(f"rungs must ascend, not {list(rungs)}")
@@ -47,7 +51,9 @@ class SuccessiveHalving:
         self.direction = direction
         self.exempt = frozenset(exempt)
         self._arriving = arriving
-        self._reports: list[dict[str, float | None]] = [{} for _ in rungs]
+        self._signs = [-1.0 if way == "max" else 1.0 for way in (direction, *further)]
+        # At each rung what every trial costs, or None where a value is missing.
+        self._reports: list[dict[str, tuple[float, ...] | None]] = [{} for _ in rungs]
         self._discarded: set[str] = set()
 
     @property
@@ -55,7 +61,14 @@ class SuccessiveHalving:
         """Index of the last rung."""
         return len(self.rungs) - 1
 
-    def report(self, trial_id: str, rung: int, value: float | None, feasible: bool = True) -> Decision:
+    def report(
+        self,
+        trial_id: str,
+        rung: int,
+        value: float | None,
+        feasible: bool = True,
+        further: Sequence[float | None] = (),
+    ) -> Decision:
         """Takes the value of a trial at a rung: STOP when it is complete, else PAUSE, or CONTINUE where it is exempt.
 
         Args:
@@ -63,16 +76,21 @@ class SuccessiveHalving:
             rung: Index of the rung.
             value: Of the metric; a missing or non-finite one is never promoted.
             feasible: Whether some deployment of the trial keeps to the budget; one without is never promoted.
+            further: The further values, where several count; a missing one counts as a missing `value`.
 
         Raises:
-            ValueError: No such rung, or the trial skipped one.
+            ValueError: No such rung, the trial skipped one, or more or fewer values than directions.
         """
         if not 0 <= rung <= self.last:
             raise ValueError(f"there is no rung {rung}: there are {len(self.rungs)}")
         if rung > 0 and trial_id not in self._reports[rung - 1]:
             raise ValueError(f"trial {trial_id} reports at rung {rung} but never did at rung {rung - 1}")
-        usable = feasible and value is not None and math.isfinite(value)
-        self._reports[rung][trial_id] = value if usable else None
+        known = [item for item in (value, *further) if item is not None and math.isfinite(item)]
+        if 1 + len(further) != len(self._signs):
+            raise ValueError(f"{len(self._signs)} directions need as many values, not {1 + len(further)}")
+        usable = feasible and len(known) == len(self._signs)
+        costs = tuple(sign * item for sign, item in zip(self._signs, known, strict=False))
+        self._reports[rung][trial_id] = costs if usable else None
         if rung == self.last:
             return Decision.STOP
         return Decision.CONTINUE if trial_id in self.exempt else Decision.PAUSE
@@ -117,12 +135,10 @@ class SuccessiveHalving:
 
     def _ranked(self, rung: int) -> list[str]:
         """Usable trials at a rung, the best first, ties by name."""
-        sign = -1.0 if self.direction == "max" else 1.0
         out = self._discarded | self.exempt
-        values = {
-            trial: value for trial, value in self._reports[rung].items() if value is not None and trial not in out
-        }
-        return sorted(values, key=lambda trial: (sign * values[trial], trial))
+        return best_first(
+            {trial: costs for trial, costs in self._reports[rung].items() if costs is not None and trial not in out}
+        )
 
     def _moved_on(self, rung: int, in_flight: Collection[str]) -> set[str]:
         """Trials that left a rung upwards, discarded ones not counted."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from autodistill.contracts import Plan, Status
 from autodistill.errors import InterruptedSearchError
 from autodistill.hardware import detect
+from autodistill.records.confirmation import KIND as CONFIRMATION
+from autodistill.records.differences import differences
 from autodistill.records.leaderboard import rank, rows_of, to_parquet
+from autodistill.records.objectives import front
 from autodistill.records.report import write_report
 from autodistill.records.row import Row
 from autodistill.records.saved import saved
@@ -20,6 +23,7 @@ from autodistill.search.campaign import Campaign
 from autodistill.search.cost import cost
 from autodistill.search.finish import Finish, Finisher, finish
 from autodistill.search.inline_runner import run_inline
+from autodistill.search.plan import confirmed
 from autodistill.search.prepare import (
     Clock,
     Observer,
@@ -31,7 +35,6 @@ from autodistill.search.prepare import (
     prepare_trials,
 )
 from autodistill.search.request import (
-    METRICS,
     Checked,
     SearchRequest,
     check_request,
@@ -88,18 +91,27 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
     """
     observer = observer or Observer()
     checked = check_request(request)
-    out, name = request.out, checked.name
-    run = RunFolder.open(out, name, lock=True) if request.resume else RunFolder.create(out, name)
-    with run:
+    with _folder(checked) as run:
         try:
-            return _search(checked, run, observer)
+            return _search(replace(checked, name=run.name), run, observer)
         except KeyboardInterrupt:
             if not run.search_file.exists():
                 raise InterruptedSearchError("stopped before the first trial: nothing to resume") from None
             resume = request.command if request.resume else f"{request.command} --resume"
             if request.name is None:
-                resume += f" --name {name}"
+                resume += f" --name {run.name}"
             raise InterruptedSearchError(f"stopped; every finished trial is kept. To go on: {resume}") from None
+        finally:
+            if not request.resume:
+                run.discard()
+
+
+def _folder(checked: Checked) -> RunFolder:
+    """The run's folder, locked: that which is resumed, or a new one, of another name where the default one is taken."""
+    out, name = checked.request.out, checked.name
+    if checked.request.resume:
+        return RunFolder.open(out, name, lock=True)
+    return RunFolder.create_free(out, name) if checked.request.name is None else RunFolder.create(out, name)
 
 
 def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
@@ -121,6 +133,9 @@ def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
             name=checked.sampler,
             seed=checked.seed,
             direction=question.direction,
+            further=question.further,
+            earlier=ready.warm.observations,
+            first=ready.warm.first,
             forking=checked.request.forking,
         ),
         log=run.events,
@@ -157,7 +172,7 @@ def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
     seconds = clock.summary()
     result = _result(checked, campaign, rows, finished, plan, seconds, run)
     kept = {name: result[name] for name in ("notes", "saved")}
-    write_json(run.search_file, {**planned.document, "seconds": seconds, **kept})
+    write_json(run.search_file, {**ready.document, "seconds": seconds, **kept})
     to_parquet(rows, run.leaderboard_file)
     write_report(run)
     return Outcome(document=result, rows=tuple(rows), finish=finished)
@@ -200,13 +215,15 @@ def _result(
     run: RunFolder,
 ) -> dict[str, Any]:
     """The search's one JSON document."""
-    ranked = rank(rows, checked.metric, METRICS[checked.metric])
+    ranked = rank(rows, checked.metric, checked.direction)
     trials = campaign.trials.values()
     notes = [*plan.notes, *finished.notes, *_fell_short(campaign, plan)]
     return {
         "name": run.name,
         "best": finished.best.to_json(),
         "rows": [one.row.to_json() for one in ranked],
+        "objectives": [objective.name for objective in checked.objectives],
+        "front": [row.to_json() for row in front(rows, checked.objectives)],
         "baseline": next((one.row.to_json() for one in ranked if one.row.kind == "baseline"), None),
         "teacher": [one.row.to_json() for one in ranked if one.row.kind == "teacher"],
         "rejected": [
@@ -221,6 +238,7 @@ def _result(
         ],
         "test": [row.to_json() for row in finished.test],
         "gain_on_test": finished.gain,
+        "differences_on_test": [item.to_json() for item in differences(finished.test)],
         "confirmation": [item.to_json() for item in finished.confirmed],
         "runtime": {name: asdict(check) for name, check in finished.checks.items()},
         "budget": checked.request.budget.to_json(),
@@ -242,4 +260,8 @@ def _fell_short(campaign: Campaign, plan: Plan) -> list[str]:
         notes.append(f"the box held {proposed} of the {plan.trials} planned trials: give it more --time")
     if whole < min(planned, plan.trials):
         notes.append(f"the box took {whole} of {planned} trials to full fidelity: give it more --time")
+    again = sum(trial.kind == CONFIRMATION and trial.status is not None for trial in campaign.trials.values())
+    wanted = campaign.question.confirm * confirmed(plan.trials, plan.keep, len(campaign.question.space.baselines))
+    if again < wanted and whole:
+        notes.append(f"the box held {again} of the {wanted} trainings on further seeds: give it more --time")
     return notes

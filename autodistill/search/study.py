@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import optuna
@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autodistill.contracts import Direction, Status
 from autodistill.domains import Choices, Value
+from autodistill.records.objectives import Objective
 from autodistill.space import Dimension, Point, Space
 
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
@@ -34,6 +35,8 @@ class Observation:
         value: Of the metric, at the highest fidelity seen; None where there is none.
         fidelity: Fraction of the plan's tokens after which `value` was taken.
         constraint: Smallest log(need / limit) over the deployments, above 0 where none fits; None where it is unknown.
+        further: Of each further objective, in their order, where a search has several.
+        repeatable: Whether its point may be proposed again: it was seen in an earlier run, short of full fidelity.
         forkable: Whether its stable training is on disk, so that others may go on from there.
     """
 
@@ -42,6 +45,15 @@ class Observation:
     value: float | None = None
     fidelity: float = 0.0
     constraint: float | None = None
+    further: tuple[float | None, ...] = ()
+    repeatable: bool = False
+
+    @property
+    def values(self) -> tuple[float, ...] | None:
+        """Of all objectives; None where one is missing or not finite."""
+        found = tuple(value for value in (self.value, *self.further) if value is not None and math.isfinite(value))
+        return found if len(found) == 1 + len(self.further) else None
+
     forkable: bool = False
 
     def __post_init__(self) -> None:
@@ -66,7 +78,14 @@ MODELS: Mapping[str, Callable[[int, int], BaseSampler]] = {"tpe": _tpe, "gp": _g
 
 
 def modelled(
-    name: str, seed: int, space: Space, observations: Sequence[Observation], direction: Direction, *, startup: int
+    name: str,
+    seed: int,
+    space: Space,
+    observations: Sequence[Observation],
+    direction: Direction,
+    further: Sequence[Objective] = (),
+    *,
+    startup: int,
 ) -> Iterator[Point]:
     """Draws of one of Optuna's samplers. Each stays in the study as running, so that the next one lies elsewhere.
 
@@ -76,13 +95,16 @@ def modelled(
         space: What may be drawn.
         observations: Of all trials so far, in their order.
         direction: Whether more or less of the metric is better.
+        further: The objectives beside the metric.
         startup: Results before which a model is not fitted.
     """
+    ways = (direction, *(objective.direction for objective in further))
     with _quiet():
         study = optuna.create_study(
-            sampler=MODELS[name](seed, startup), direction="maximize" if direction == "max" else "minimize"
+            sampler=MODELS[name](seed, startup),
+            directions=["maximize" if way == "max" else "minimize" for way in ways],
         )
-        study.add_trials(_told(name, space, observations, direction))
+        study.add_trials(_told(name, space, observations, direction, further))
     while True:
         with _quiet():
             point = _ask(study.ask(), space)
@@ -112,33 +134,41 @@ def importance(space: Space, results: Sequence[Observation], direction: Directio
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
 
-def _told(name: str, space: Space, observations: Sequence[Observation], direction: Direction) -> Iterator[FrozenTrial]:
+def _told(
+    name: str,
+    space: Space,
+    observations: Sequence[Observation],
+    direction: Direction,
+    further: Sequence[Objective],
+) -> Iterator[FrozenTrial]:
     """The observations as suits a sampler.
 
-    TPE ranks pruned trials by fidelity first, so that an early value is never compared with a late one. The others
-    know finished trials only: there a trial that was stopped counts as finished, no better than the worst that was
-    trained to the end, since that is what it lost against.
+    TPE ranks pruned trials by fidelity first, so that an early value is never compared with a late one; with several
+    objectives it knows no early values, since Optuna has intermediate ones of a single objective alone. There, and in
+    the other samplers, which know finished trials only, a trial that was stopped counts as finished, in what training
+    decides no better than the worst that was trained to the end, since that is what it lost against.
     """
-    if name == "tpe":
+    if name == "tpe" and not further:
         yield from (_as_trial(space, observation) for observation in observations)
         return
-    completed = (item.value for item in observations if item.state == Status.COMPLETED)
-    ends = [value for value in completed if value is not None and math.isfinite(value)]
-    worst = (min if direction == "max" else max)(ends) if ends else None
+    ends = [item.values for item in observations if item.state == Status.COMPLETED and item.values is not None]
+    # What follows from shape and packing is as true of a stopped trial as of any.
+    limits = [
+        (direction, [end[0] for end in ends]),
+        *((one.direction, [end[place] for end in ends if one.trained]) for place, one in enumerate(further, start=1)),
+    ]
     finished = 0
     for observation in observations:
         told = observation
-        if observation.state in (Status.STOPPED, "paused") and _finite(observation.value):
-            assert observation.value is not None
-            limit = observation.value if worst is None else worst
-            value = (min if direction == "max" else max)(observation.value, limit)
-            told = Observation(
-                point=observation.point,
-                state=Status.COMPLETED,
-                value=value,
-                fidelity=1.0,
-                constraint=observation.constraint,
+        values = observation.values
+        if observation.state in (Status.STOPPED, "paused") and values is not None:
+            value, *others = (
+                (min if way == "max" else max)([value, *worst])
+                for value, (way, worst) in zip(values, limits, strict=True)
             )
+            told = replace(observation, state=Status.COMPLETED, value=value, further=tuple(others), fidelity=1.0)
+        elif observation.state == "running" and further:
+            told = replace(observation, value=None)
         trial = _as_trial(space, told)
         if name == "nsga2" and trial.state == TrialState.COMPLETE:
             # It breeds from whole generations, which it would have numbered itself.
@@ -158,39 +188,36 @@ def _ask(trial: optuna.Trial, space: Space) -> Point:
 
 def _as_trial(space: Space, observation: Observation) -> FrozenTrial:
     """An earlier proposal as Optuna is to see it; one that was not taken to the end is pruned, at its fidelity."""
-    value = observation.value if _finite(observation.value) else None
-    state = _state(observation, value)
+    values = observation.values
+    state = _state(observation, values)
     step = round(observation.fidelity * _FIDELITY_STEPS)
     distributions: dict[str, BaseDistribution] = {
         dimension.path: _distribution(dimension)
         for dimension in space.dimensions
         if dimension.path in observation.point
     }
-    constraint = observation.constraint
     return optuna.trial.create_trial(
         state=state,
         params=dict(observation.point),
         distributions=distributions,
-        value=value if state == TrialState.COMPLETE else None,
-        intermediate_values={step: value} if state == TrialState.PRUNED and value is not None else {},
-        constraints=None if constraint is None else {"budget": constraint},
+        values=values if state == TrialState.COMPLETE else None,
+        # Optuna has none where a study has several objectives.
+        intermediate_values={step: values[0]} if state == TrialState.PRUNED and values and len(values) == 1 else {},
+        # The Gaussian process wants one of every trial; an unknown one warns of nothing.
+        constraints={"budget": observation.constraint or 0.0},
     )
 
 
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _state(observation: Observation, value: float | None) -> TrialState:
-    if observation.state == Status.FAILED:
-        return TrialState.FAIL
-    if observation.state == "running" and value is None:
+def _state(observation: Observation, values: tuple[float, ...] | None) -> TrialState:
+    if observation.state == "running" and values is None:
         return TrialState.RUNNING
     if observation.state == Status.COMPLETED:
-        return TrialState.FAIL if value is None else TrialState.COMPLETE
-    # Running past a rung, paused, stopped or rejected: of use through its value so far, or as a warning of the budget.
+        return TrialState.FAIL if values is None else TrialState.COMPLETE
+    # Running past a rung, paused or stopped: of use through its values so far. Rejected, or failed by what it asked of
+    # the machine: as a warning of a limit.
     infeasible = (observation.constraint or 0.0) > 0
-    return TrialState.FAIL if value is None and not infeasible else TrialState.PRUNED
+    useless = values is None or observation.state == Status.FAILED
+    return TrialState.FAIL if useless and not infeasible else TrialState.PRUNED
 
 
 def _distribution(dimension: Dimension) -> Distribution:

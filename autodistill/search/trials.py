@@ -6,8 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from autodistill.contracts import Direction, ModelSpec, Plan, Status
+from autodistill.devices import Device
 from autodistill.distillation.trainer import StepRecord
 from autodistill.estimate import Fit
+from autodistill.records.objectives import Objective
+from autodistill.search.deadline import OutOfTime
+from autodistill.search.failures import explained
 from autodistill.search.plan import Speed
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment
@@ -19,6 +23,7 @@ from autodistill.units import Budget
 class Question:
     """What a campaign searches for; all of it fixed by `search.json`. `confirm` counts further seeds for the best.
 
+    `further` are objectives beside the metric; latencies are predicted on `served_on`, where one of them is a latency.
     `sharing` is off where it is to be measured what sharing stages is worth: every trial then trains all of its own.
     """
 
@@ -32,6 +37,8 @@ class Question:
     metric: str
     direction: Direction
     confirm: int = 0
+    further: tuple[Objective, ...] = ()
+    served_on: Device | None = None
     device: str = "cpu"
     sharing: bool = True
 
@@ -60,12 +67,18 @@ def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord
     """Does what a worker was assigned.
 
     Raises:
-        TrialFailedError: An error of this trial alone.
+        TrialFailedError: Whatever went wrong in this trial.
+        OutOfTime: As `on_step` raises it.
     """
-    trial = Trial(bench, assignment.task, on_step)
-    if assignment.deployment is not None:
-        return trial.evaluate(assignment.deployment)
-    return trial.run(assignment.rung)
+    try:
+        trial = Trial(bench, assignment.task, on_step)
+        if assignment.deployment is not None:
+            return trial.evaluate(assignment.deployment)
+        return trial.run(assignment.rung)
+    except OutOfTime:
+        raise
+    except Exception as error:  # a fault of one trial never ends a search
+        raise explained(error) from error
 
 
 @dataclass
@@ -79,10 +92,11 @@ class TrialState:
         point: Of the space, or None for a baseline outside of it.
         fits: Of each deployment.
         rung: Last rung reported, -1 before the first.
-        value: Of the metric there.
+        value, further: Of the metric there, and of the further objectives.
         running: Whether a worker trains it.
-        status: Once it has ended.
+        status, reason, cause: Once it has ended; the cause is that of a failure.
         settled: Deployments that were evaluated at full fidelity, are being, or cannot be.
+        retried: Pieces of work that failed once: to which rung, and of an evaluation the deployment's name.
         parameters: Weights of its student; None where the teacher has no such student.
     """
 
@@ -94,11 +108,14 @@ class TrialState:
     fits: tuple[Fit, ...]
     rung: int = -1
     value: float | None = None
+    further: tuple[float | None, ...] = ()
     train_seconds: float = 0.0
     running: bool = False
     status: Status | None = None
     reason: str | None = None
+    cause: str | None = None
     settled: set[str] = field(default_factory=set)
+    retried: set[tuple[int, str | None]] = field(default_factory=set)
     parameters: int | None = None
 
     @property

@@ -1,5 +1,6 @@
 """What the cache holds against the teacher's dense outputs, and that damage, limits and other writers end well."""
 
+import errno
 import json
 import os
 import shutil
@@ -16,9 +17,10 @@ from transformers import AutoModelForCausalLM
 from autodistill.data import TokenSet
 from autodistill.distillation import teacher_cache
 from autodistill.distillation.teacher import load_model
-from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
+from autodistill.distillation.teacher_cache import META, CacheSettings, TeacherCache, ensure_cache
 from autodistill.distillation.temperature import GRID
 from autodistill.errors import InputError
+from autodistill.records.store import RunFolder
 from autodistill.strategy import Distillation, Temperature
 
 K, STATES = 16, (0, 3, 5)
@@ -320,7 +322,7 @@ def test_a_removed_cache_is_still_read_by_those_who_opened_it(ensure):
 
 def test_a_writer_that_fails_leaves_nothing(ensure, tmp_path, teacher):
     def progress(done, total):
-        assert [path.name.startswith(".partial-") for path in tmp_path.iterdir()] == [True]
+        assert [path.name.startswith(".partial-") for path in tmp_path.iterdir() if path.is_dir()] == [True]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -341,7 +343,29 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_no
     assert sorted(path.name for path in tmp_path.glob(".partial-*")) == [".partial-alive", ".partial-new"]
 
 
-def test_two_writers_at_once(ensure, teacher, tmp_path):
+def test_of_many_at_once_one_runs_the_teacher_and_the_others_wait_for_it(ensure, teacher, tmp_path):
+    model, loads, folders = teacher(), [], []
+
+    def load():
+        loads.append(threading.current_thread().name)
+        return model
+
+    threads = [threading.Thread(target=lambda: folders.append(ensure(load_teacher=load))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loads) == 1
+    assert len(folders) == 8
+    assert len(set(folders)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [folders[0].name]
+
+
+def test_where_files_cannot_be_locked_two_writers_end_with_one_cache(ensure, teacher, tmp_path, monkeypatch):
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("autodistill.records.store.fcntl.flock", refuse)
     barrier = threading.Barrier(2)
     folders = []
 
@@ -363,6 +387,20 @@ def test_two_writers_at_once(ensure, teacher, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [folders[0].name]
     ensure()
     assert teacher.loads == 2
+
+
+def test_what_another_search_holds_is_not_removed_to_make_room(ensure, tmp_path, tmp_path_factory, teacher):
+    first = ensure(teacher_fingerprint="another")
+    room = int(1.6 * sum(file.stat().st_size for file in first.iterdir()))  # for one of them
+    with RunFolder.create(tmp_path_factory.mktemp("runs"), "holding") as run:
+        assert run.hold(first / META)
+        ensure(limit_bytes=room)
+        assert TeacherCache(first).sequences > 0
+        assert len(list(tmp_path.iterdir())) == 2
+    ensure(limit_bytes=room, teacher_fingerprint="third")
+    assert not first.exists()
+    with RunFolder.create(tmp_path_factory.mktemp("runs"), "late") as run:
+        assert not run.hold(first / META)
 
 
 def test_a_writer_that_comes_second_to_a_damaged_cache_says_so(ensure, tmp_path, teacher):

@@ -77,3 +77,11 @@ def test_a_seed_without_a_value_counts_nowhere_and_an_infeasible_row_is_not_chos
     )
     assert [(item.trial, item.seeds, item.values) for item in found] == [("t000", (0, 2), (0.5, 0.7))]
     assert confirmations([], "accuracy", "max") == []
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), float("inf")])
+def test_means_are_of_the_same_seeds(missing: float | None) -> None:
+    """Seed 1 was hard for both; that one of them failed on it must not make it the better one."""
+    found = confirmations([*rows("t000", [0.5, 0.1, 0.6]), *rows("t001", [0.4, missing, 0.5])], "accuracy", "max")
+    assert [(item.trial, item.seeds) for item in found] == [("t000", (0, 2)), ("t001", (0, 2))]
+    assert found[0].mean == pytest.approx(0.55)

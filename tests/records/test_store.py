@@ -5,9 +5,11 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -218,3 +220,93 @@ def test_every_opening_of_a_test_split_is_on_record(tmp_path: Path) -> None:
     assert [o["run"] for o in store.recorded_test_openings(tmp_path)] == ["a", "b", "c"]
     assert [o["run"] for o in store.recorded_test_openings(tmp_path, data="f1")] == ["a", "c"]
     assert all(o["time"].endswith("+00:00") for o in store.recorded_test_openings(tmp_path))
+
+
+def test_openings_are_counted_by_run(tmp_path):
+    search = {"data": {"fingerprint": "f1"}}
+    assert store.opened(store.openings_of(tmp_path, search)) == "The test split of this data has not been opened here."
+    for run, data in (("a", "f1"), ("b", "f2"), ("c", "f1"), ("a", "f1")):
+        store.record_test_opening(tmp_path, run=run, data=data)
+    assert store.openings_of(tmp_path, search) == {"a": 2, "c": 1}
+    said = store.opened(store.openings_of(tmp_path, search))
+    assert said == "The test split of this data has been opened 3 times here, by a 2, c 1."
+    assert store.openings_of(tmp_path, {}) == {}
+
+
+def test_a_holder_on_another_host_is_named_with_it(tmp_path):
+    """Over a shared disk a run may be held from elsewhere; its lock says from where."""
+    with RunFolder.create(tmp_path, "run") as holder:
+        write_json(holder.search_file, {})
+        (tmp_path / "run" / "lock").write_text("4321 node-7\n")
+        with pytest.raises(
+            InputError, match=r"process 4321 on node-7: wait for it, or stop it on node-7 \(kill 4321\)"
+        ):
+            RunFolder.open(tmp_path, "run", lock=True)
+        (tmp_path / "run" / "lock").write_text(f"{os.getpid()} {socket.gethostname()}\n")
+        with pytest.raises(InputError) as caught:
+            RunFolder.open(tmp_path, "run", lock=True)
+    assert f"process {os.getpid()}: wait" in str(caught.value)
+    assert "--resume" in str(caught.value)
+
+
+def test_default_names_that_collide_differ(tmp_path):
+    runs: list[RunFolder] = []
+    with contextlib.ExitStack() as stack:
+        threads = [
+            threading.Thread(target=lambda: runs.append(stack.enter_context(RunFolder.create_free(tmp_path, "s"))))
+            for _ in range(10)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {run.name for run in runs} == {"s", *(f"s-{number}" for number in range(2, 11))}
+        write_json(runs[0].search_file, {})
+    with RunFolder.create_free(tmp_path, runs[0].name) as other:  # also beside one that has ended
+        assert other.name not in (runs[0].name, "")
+
+
+def test_a_run_that_ended_before_anything_was_planned_leaves_nothing(tmp_path):
+    with RunFolder.create(tmp_path, "early") as run:
+        (run.path / ".search.77.json").write_text("{")  # of a kill while it was written
+        run.discard()
+    assert not run.path.exists()
+    with RunFolder.create(tmp_path, "planned") as run:
+        write_json(run.search_file, {})
+        run.discard()
+    assert run.search_file.exists()
+    with RunFolder.create(tmp_path, "mine") as run:
+        (run.path / "notes.txt").write_text("mine")
+        run.discard()
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+
+def test_a_name_whose_run_was_killed_before_anything_was_planned_is_free(tmp_path):
+    RunFolder.create(tmp_path, "run").close()
+    (tmp_path / "run" / ".search.4711.json").write_text("{")
+    RunFolder.create(tmp_path, "run").close()
+
+
+def test_one_at_a_time_makes_what_others_find(tmp_path):
+    made, inside = [], []
+
+    def make():
+        with store.alone(tmp_path / "folder" / "thing"):
+            inside.append(1)
+            assert len(inside) == 1
+            if not (tmp_path / "folder" / "thing").exists():
+                made.append(1)
+                (tmp_path / "folder" / "thing").write_text("whole")
+            inside.pop()
+
+    threads = [threading.Thread(target=make) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [1]
+    assert inside == []
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["thing"]
+    with pytest.raises(KeyError), store.alone(tmp_path / "folder" / "thing"):
+        raise KeyError
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["thing"]

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from autodistill.contracts import Measurement, Status
+from autodistill.contracts import Direction, Measurement, Status
+from autodistill.devices import devices, find_device
 from autodistill.distillation.schedule import branch_point
+from autodistill.errors import AutoDistillError
 from autodistill.estimate import fits, spec_from_config, with_layers
+from autodistill.records.leaderboard import rank
+from autodistill.records.objectives import OBJECTIVES
 from autodistill.records.row import rows_of
 from autodistill.records.saved import saved
 from autodistill.records.store import EventLog
 from autodistill.search.campaign import Campaign
 from autodistill.search.plan import Speed
 from autodistill.search.sampler import Sampler
+from autodistill.search.study import Observation
 from autodistill.search.trials import Assignment, Question
-from autodistill.space import load_space
+from autodistill.space import Point, load_space
 from autodistill.stages import open_stages
 from autodistill.strategy import Deployment, Finishing, Strategy
 from autodistill.testing import small_plan
@@ -263,7 +270,7 @@ def test_an_evaluation_that_fails_leaves_the_trained_student_standing(tmp_path: 
     search = campaign(tmp_path, question())
     failed = None
     while (assignment := search.next()) is not None:
-        if assignment.deployment is not None and failed is None:
+        if assignment.deployment is not None and failed in (None, assignment):
             failed = assignment
             search.fail(assignment, "worker-died", "gone")
         else:
@@ -363,6 +370,210 @@ def test_confirmations_go_on_after_a_kill(tmp_path: Path) -> None:
         for path in (cut, whole)
     )
     assert rows == expected
+
+
+@pytest.mark.parametrize("cause", ["worker-died", "disk-full", "error"])
+@pytest.mark.parametrize("rung", [0, 1, 2])
+def test_what_another_worker_may_do_better_is_tried_once_more(tmp_path: Path, cause: str, rung: int) -> None:
+    search = campaign(tmp_path, question())
+    failures = 0
+    done = []
+    while (assignment := search.next()) is not None:
+        if assignment.deployment is None and assignment.rung == rung and assignment.task.id != "b000" and not failures:
+            failures, failed = 1, assignment
+            search.fail(assignment, cause, "gone")
+        else:
+            done.append(assignment)
+            search.report(assignment, worker(assignment))
+    search.close()
+    assert failed in done
+    assert search.trials[failed.task.id].status is not Status.FAILED
+    (event,) = (event for event in EventLog(tmp_path / "trials.jsonl").read() if event["event"] == "retry")
+    assert (event["trial"], event["rung"], event["cause"], event["reason"]) == (failed.task.id, rung, cause, "gone")
+
+
+def test_a_second_failure_is_recorded_however_often_the_search_was_resumed(tmp_path: Path) -> None:
+    """Each failure is met by another driver, which knows of the first one from the log alone."""
+    causes = []
+    for _ in range(60):
+        search = campaign(tmp_path, question())
+        search.replay(EventLog(tmp_path / "trials.jsonl").read())
+        assignment = search.next()
+        if assignment is None:
+            break
+        if assignment.task.id == "t002":
+            causes.append("worker-died")
+            search.fail(assignment, "worker-died", "gone")
+        else:
+            search.report(assignment, worker(assignment))
+    assert causes == ["worker-died"] * 2
+    assert search.trials["t002"].status is Status.FAILED
+    assert (search.trials["t002"].reason, search.trials["t002"].cause) == ("worker-died: gone", "worker-died")
+    assert sum(trial.status is Status.COMPLETED for trial in search.trials.values()) == 3
+
+
+@pytest.mark.parametrize("cause", ["nan", "out-of-memory", "refused"])
+def test_what_would_come_again_is_not_tried_again(tmp_path: Path, cause: str) -> None:
+    search = campaign(tmp_path, question())
+    seen = []
+    while (assignment := search.next()) is not None:
+        if assignment.task.id == "t001":
+            seen.append(assignment.rung)
+            search.fail(assignment, cause, "so")
+        else:
+            search.report(assignment, worker(assignment))
+    assert seen == [0]
+    assert search.trials["t001"].status is Status.FAILED
+
+
+def test_out_of_memory_is_told_to_the_sampler_as_a_limit_that_was_broken(tmp_path: Path) -> None:
+    class Listening(Sampler):
+        """Keeps what it was told last."""
+
+        told: Sequence[Observation] = ()
+
+        def propose(self, number: int, observations: Sequence[Observation] = ()) -> Point | None:
+            """As any sampler."""
+            self.told = observations
+            return super().propose(number, observations)
+
+    asked = question()
+    sampler = Listening(asked.space)
+    folder = tmp_path
+    search = Campaign(asked, sampler=sampler, log=EventLog(folder / "trials.jsonl"), checkpoints=folder)
+    causes = {"t001": "out-of-memory", "t002": "nan"}
+    while (assignment := search.next()) is not None:
+        if assignment.task.id in causes:
+            search.fail(assignment, causes[assignment.task.id], "so")
+        else:
+            search.report(assignment, worker(assignment))
+    points = {trial: dict(search.trials[trial].point or {}) for trial in causes}
+    by_point = {json.dumps(dict(item.point)): item for item in sampler.told}
+    exceeding, broken = (by_point[json.dumps(points[trial])] for trial in causes)
+    assert exceeding.state == broken.state == Status.FAILED
+    assert (exceeding.constraint or 0) > 0
+    assert (broken.constraint or 0) <= 0
+    again = campaign(folder, asked)
+    again.replay(EventLog(folder / "trials.jsonl").read())
+    assert again.trials["t001"].cause == "out-of-memory"
+
+
+@pytest.mark.parametrize("direction", ["max", "min"])
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf, -math.inf])
+def test_a_missing_or_endless_value_is_never_promoted_nor_the_best(
+    tmp_path: Path, direction: Direction, missing: float | None
+) -> None:
+    """Whichever way is better: t004 has no value, at any rung."""
+    metric = {"max": "accuracy", "min": "perplexity"}[direction]
+
+    def half_blind(assignment: Assignment) -> RungReport:
+        report = worker(assignment)
+        found = dict(report.evaluation.measurements)
+        value = found["accuracy"].value if direction == "max" else 10 - found["accuracy"].value
+        found[metric] = Measurement(name=metric, value=value, unit="", direction=direction, source="simulated")
+        if assignment.task.id == "t004" and missing is None:
+            del found[metric]
+        elif assignment.task.id == "t004":
+            found[metric] = replace(found[metric], value=float(missing or 0.0))
+        return replace(report, evaluation=replace(report.evaluation, measurements=found))
+
+    search = campaign(tmp_path, replace(question(), metric=metric, direction=direction))
+    done = drive(search, half_blind)
+    assert [rung for trial, rung in done if trial == "t004"] == [0]
+    assert len({trial for trial, rung in done if rung == 2}) == 3
+    rows = rows_of(EventLog(tmp_path / "trials.jsonl").read())
+    assert rank(rows, metric, direction)[0].row.trial != "t004"
+    again = campaign(tmp_path, replace(question(), metric=metric, direction=direction))
+    again.replay(EventLog(tmp_path / "trials.jsonl").read())
+    assert again.next() is None
+
+
+def test_a_row_of_unknown_memory_does_not_fit(tmp_path: Path) -> None:
+    def weightless(assignment: Assignment) -> RungReport:
+        report = worker(assignment)
+        found = dict(report.evaluation.measurements)
+        if assignment.task.id == "t003":
+            del found["memory_bytes"]
+        elif assignment.task.id == "t004":
+            found["memory_bytes"] = replace(found["memory_bytes"], value=math.nan)
+        return replace(report, evaluation=replace(report.evaluation, measurements=found))
+
+    search = campaign(tmp_path, question())
+    done = drive(search, weightless)
+    assert {trial for trial, rung in done if rung > 0} & {"t003", "t004"} == set()
+    rows = {row.trial: row for row in rows_of(EventLog(tmp_path / "trials.jsonl").read())}
+    for trial in ("t003", "t004"):
+        assert not rows[trial].feasible
+        assert rows[trial].reason == "memory: it was not measured"
+
+
+@pytest.mark.parametrize("further", [("memory",), ("memory", "latency"), ("perplexity", "size")])
+def test_several_objectives_survive_a_kill_after_any_event(tmp_path: Path, further: tuple[str, ...]) -> None:
+    asked = replace(
+        question(),
+        further=tuple(OBJECTIVES[name] for name in further),
+        served_on=find_device("pi 5", devices()) if "latency" in further else None,
+    )
+
+    def rich(assignment: Assignment) -> RungReport:
+        """Memory, perplexity and size go their own ways."""
+        report, number = worker(assignment), int(assignment.task.id[1:4])
+        more = {
+            "memory_bytes": 1e6 * (1 + number % 4),
+            "perplexity": 10.0 + number % 3,
+            "size_bytes": 1e5 * (9 - number),
+        }
+        found = report.evaluation.measurements | {
+            name: Measurement(name=name, value=value, unit="", direction="min", source="simulated")
+            for name, value in more.items()
+        }
+        return replace(report, evaluation=replace(report.evaluation, measurements=found))
+
+    def made(folder: Path) -> Campaign:
+        folder.mkdir(exist_ok=True)
+        sampler = Sampler(asked.space, further=asked.further)
+        return Campaign(asked, sampler=sampler, log=EventLog(folder / "trials.jsonl"), checkpoints=folder)
+
+    whole = tmp_path / "whole"
+    done = drive(made(whole), rich)
+    assert len({trial for trial, rung in done if rung == 1}) == 4
+    events = EventLog(whole / "trials.jsonl").read()
+    expected = {row.row_id: replace(row, train_seconds=None) for row in rows_of(events)}
+    for kept in range(3, len(events), 17):
+        cut = tmp_path / f"cut{kept}"
+        cut.mkdir()
+        for event in events[:kept]:
+            EventLog(cut / "trials.jsonl").append(event)
+        again = made(cut)
+        again.replay(EventLog(cut / "trials.jsonl").read())
+        drive(again, rich)
+        rows = rows_of(EventLog(cut / "trials.jsonl").read())
+        assert {row.row_id: replace(row, train_seconds=None) for row in rows} == expected
+
+
+def test_a_log_that_cannot_be_written_ends_the_search_and_what_it_held_is_kept(tmp_path: Path) -> None:
+    """`/dev/full` answers a write as a full disk does."""
+    log = tmp_path / "trials.jsonl"
+    search = campaign(tmp_path, question())
+    for _ in range(4):
+        assignment = search.next()
+        assert assignment is not None
+        search.report(assignment, worker(assignment))
+    before = log.read_bytes()
+    assignment = search.next()
+    assert assignment is not None
+    kept = log.rename(tmp_path / "kept")
+    log.symlink_to("/dev/full")
+    with pytest.raises(AutoDistillError, match=r"No space left on device; what it held is kept.*--resume"):
+        search.report(assignment, worker(assignment))
+    assert search.next() is None
+    assert search.broken is not None
+    log.unlink()
+    kept.rename(log)
+    assert log.read_bytes() == before
+    again = campaign(tmp_path, question())
+    again.replay(EventLog(log).read())
+    assert again.next() == assignment
 
 
 def events(folder: Path, *kinds: str) -> list[dict[str, Any]]:

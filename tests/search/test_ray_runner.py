@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from autodistill.contracts import Status
+from autodistill.errors import AutoDistillError
 from autodistill.records.row import rows_of
 from autodistill.records.store import EventLog
 from autodistill.search.prepare import Observer
@@ -23,10 +25,11 @@ from autodistill.units import Budget
 
 
 class Killer(Observer):
-    """Kills the first worker that is seen training, once."""
+    """Kills all workers that are seen training, some times over."""
 
-    def __init__(self) -> None:
+    def __init__(self, times: int) -> None:
         self.killed: list[int] = []
+        self._times = times
         self._watch = threading.Thread(target=self._run, daemon=True)
 
     def phase(self, name: str) -> None:
@@ -35,19 +38,25 @@ class Killer(Observer):
             self._watch.start()
 
     def _run(self) -> None:
-        ends = time.monotonic() + 120
-        while not self.killed and time.monotonic() < ends:
+        ends = time.monotonic() + 240
+        while self._times and time.monotonic() < ends:
+            found = False
             for child in psutil.Process().children(recursive=True):
                 # A worker's title is the method that it runs; one may end while it is looked at.
                 with contextlib.suppress(psutil.Error):
-                    if any("Trainable" in word for word in child.cmdline()):
+                    if child.pid not in self.killed and any("Trainable" in word for word in child.cmdline()):
                         os.kill(child.pid, signal.SIGKILL)
                         self.killed.append(child.pid)
-                        return
+                        found = True
+            self._times -= found
             time.sleep(0.01)
 
 
-def test_a_search_through_ray_survives_the_death_of_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_search_through_ray_survives_the_death_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """Work whose worker died is done by another one, and recorded as failed if that one dies too."""
     monkeypatch.chdir(tmp_path)
     # As in a checkout of a package that is installed elsewhere.
     (tmp_path / "autodistill").mkdir()
@@ -56,7 +65,7 @@ def test_a_search_through_ray_survives_the_death_of_a_worker(tmp_path: Path, mon
     )
     save_tiny_teacher(tmp_path / "teacher", layers=5)
     tiny_text(tmp_path / "text", documents=30, sentences=80)
-    killer = Killer()
+    killer = Killer(times)
     outcome = search(
         SearchRequest(
             budget=Budget(memory_bytes=16 * 10**9, context=256),
@@ -74,8 +83,66 @@ def test_a_search_through_ray_survives_the_death_of_a_worker(tmp_path: Path, mon
     states = {event["trial"]: event for event in events if event["event"] == "status"}
     assert killer.killed, "no worker was seen"
     failed = [event for event in states.values() if event["status"] == Status.FAILED]
-    assert [event["reason"].split(":")[0] for event in failed] == ["worker-died"]
+    retried = [event for event in events if event["event"] == "retry"]
+    assert {event["cause"] for event in retried} == {"worker-died"}
+    assert {event["cause"] for event in failed} <= {"worker-died"}
+    # Each death is in the log, once as a first failure or once as the end of a trial.
+    assert len(retried) + len(failed) == len(killer.killed)
+    assert {event["trial"] for event in failed} <= {event["trial"] for event in retried}
+    if times == 1:
+        assert not failed
     assert sum(event["status"] != Status.REJECTED for event in states.values()) == 5
     assert outcome.finish.best.feasible
     assert Path("runs/run/student/gguf/student.gguf").is_file()
     assert {row.trial for row in rows_of(events) if row.full and row.kind == "student"}
+
+
+class DiskFiller(Observer):
+    """Once a rung is in the log, nothing more can be written to it; `/dev/full` answers as a full disk does."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self.filled = False
+        self._watch = threading.Thread(target=self._run, daemon=True)
+
+    def phase(self, name: str) -> None:
+        """Starts to watch when trials begin."""
+        if name == "trials":
+            self._watch.start()
+
+    def _run(self) -> None:
+        while not any(event["event"] == "rung" for event in EventLog(self._log).read()):
+            time.sleep(0.05)
+        (self._log.parent / "full").symlink_to("/dev/full")
+        self._log.rename(self._log.parent / "kept")
+        (self._log.parent / "full").rename(self._log)
+        self.filled = True
+
+
+@pytest.mark.slow
+def test_a_log_that_cannot_be_written_ends_a_search_through_ray_with_what_to_do(tmp_path: Path) -> None:
+    save_tiny_teacher(tmp_path / "teacher", layers=5)
+    tiny_text(tmp_path / "text", documents=30, sentences=80)
+    asked = SearchRequest(
+        budget=Budget(memory_bytes=16 * 10**9, context=256),
+        teacher=str(tmp_path / "teacher"),
+        data=str(tmp_path / "text"),
+        trials=3,
+        tokens=2304,
+        out=tmp_path / "runs",
+        name="run",
+        cache=tmp_path / "cache",
+    )
+    log = tmp_path / "runs" / "run" / "trials.jsonl"
+    filler = DiskFiller(log)
+    with pytest.raises(AutoDistillError, match=r"No space left on device; what it held is kept: make room.*--resume"):
+        search(asked, filler)
+    assert filler.filled
+    log.unlink()
+    (log.parent / "kept").rename(log)
+    before = log.read_bytes()
+    outcome = search(replace(asked, resume=True, runner="inline"))
+    assert log.read_bytes().startswith(before)
+    rungs = [(event["trial"], event["rung"]) for event in EventLog(log).read() if event["event"] == "rung"]
+    assert len(set(rungs)) == len(rungs)
+    assert outcome.finish.best.feasible

@@ -8,11 +8,14 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
+import optuna
 import pytest
 
 from autodistill.contracts import Status
 from autodistill.errors import InputError
+from autodistill.records.objectives import OBJECTIVES
 from autodistill.search.sampler import Sampler
 from autodistill.search.study import Observation
 from autodistill.space import Space, load_space
@@ -258,3 +261,72 @@ def test_the_genetic_sampler_breeds_from_what_it_was_told(monkeypatch):
     ]
     depths = [Sampler(space, name="nsga2", seed=seed).propose(16, observations)["init.depth"] for seed in range(12)]
     assert depths.count(0.5) > len(depths) / 4
+
+
+MEMORY = OBJECTIVES["memory"]
+PERPLEXITY = OBJECTIVES["perplexity"]
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "nsga2", "random"])
+def test_several_objectives_suit_every_sampler(name):
+    """Of trials in every state, some without a value; the proposal is the same when it is asked for again."""
+    space = load_space("default")
+    observations = [
+        replace(item, further=(None if item.value is None else 1e6 * (7 - place % 5), 10.0))
+        for place, item in enumerate(history(space, 24))
+    ]
+    observations[0] = replace(observations[0], further=(float("nan"), 10.0))
+    sampler = Sampler(space, name=name, seed=3, further=(MEMORY, PERPLEXITY))
+    point = sampler.propose(25, observations)
+    assert sampler.propose(25, observations) == point
+    space.strategy(point)  # raises outside of the space
+    assert sampler.propose(24, observations) is not None  # a neighbour of the front, with TPE
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "nsga2"])
+def test_each_model_is_told_the_values_of_all_objectives(name, monkeypatch):
+    told = []
+    real = optuna.study.Study.add_trials
+    monkeypatch.setattr(
+        optuna.study.Study, "add_trials", lambda self, trials: told.extend(trials := list(trials)) or real(self, trials)
+    )
+    known = {"state": Status.COMPLETED, "fidelity": 1.0}
+    observations = [
+        observed(0.1, value=0.5, further=(100.0, 9.0), **known),
+        observed(0.2, value=0.4, further=(50.0, 12.0), **known),
+        observed(0.3, value=0.9, further=(10.0, 5.0), state="paused", fidelity=0.1),
+        observed(0.4, value=0.9, further=(None, 5.0), **known),
+        observed(0.5, value=0.9, further=(10.0, 5.0), state="running", fidelity=0.1),
+        observed(0.6, value=None, further=(None, None), state=Status.REJECTED, fidelity=0.0, constraint=0.2),
+    ]
+    Sampler(space_of(**RATE), name=name, further=(MEMORY, PERPLEXITY)).propose(9, observations)
+    assert [trial.state.name for trial in told] == ["COMPLETE"] * 3 + ["FAIL", "RUNNING", "PRUNED"]
+    # A stopped trial lost to those at the end in what training decides; its memory is what it is.
+    assert told[2].values == [0.4, 10.0, 12.0]
+    assert told[0].values == [0.5, 100.0, 9.0]
+
+
+def test_proposals_of_several_objectives_lie_on_both_ends_of_the_front():
+    """Accuracy is best at one end of the range, memory at the other; between them is what neither wants."""
+    space = space_of(**RATE)
+    path = "distillation.divergence_weight"
+    observations = [
+        observed(weight, value=abs(weight - 0.5) if weight > 0.5 else 0.0, further=(weight if weight < 0.5 else 1.0,))
+        for weight in (index / 24 for index in range(24))
+    ]
+    proposed = [Sampler(space, seed=seed, further=(MEMORY,)).propose(25, observations)[path] for seed in range(24)]
+    assert sum(weight < 0.3 or weight > 0.7 for weight in proposed) > 0.7 * len(proposed)
+
+
+def test_neighbours_of_several_objectives_take_the_front_in_turn():
+    space = space_of(**{"init.depth": {"low": 0.1, "high": 0.9}})
+    known = {"state": Status.COMPLETED, "fidelity": 1.0}
+    observations = [
+        Observation(point={"init.depth": 0.2}, value=0.4, further=(10.0,), **known),
+        Observation(point={"init.depth": 0.5}, value=0.3, further=(90.0,), **known),  # beaten by both
+        Observation(point={"init.depth": 0.8}, value=0.5, further=(80.0,), **known),
+    ]
+    for turn, low in ((4, False), (5, True)):
+        samplers = [Sampler(space, seed=seed, further=(MEMORY,)) for seed in range(12)]
+        depths = [sampler.propose(2 * turn, observations)["init.depth"] for sampler in samplers]
+        assert sum((depth < 0.5) == low for depth in depths) >= 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -191,6 +192,44 @@ def test_replaying_reports_rebuilds_it(seed):
             copy.report(name, rung, value)
         assert copy.next_to_promote(flying, all_proposed) == original.next_to_promote(flying, all_proposed)
         assert copy.paused(flying) == original.paused(flying)
+
+
+@given(data=st.data(), trials=st.integers(1, 10))
+@settings(max_examples=60, deadline=None)
+def test_of_several_values_the_places_go_to_the_first_fronts(data, trials):
+    value = st.sampled_from([0.1, 0.2, 0.3])
+    table = {f"t{n}": (data.draw(value), data.draw(value), data.draw(value)) for n in range(trials)}
+    places = data.draw(st.integers(1, trials))
+    scheduler = SuccessiveHalving(trials=trials, rungs=(1, 2), keep=(places,), direction="max", further=("min", "min"))
+    for name, (value, *further) in table.items():
+        scheduler.report(name, 0, value, further=further)
+    promoted = []
+    while (name := scheduler.next_to_promote(promoted, all_proposed=True)) is not None:
+        promoted.append(name)
+    assert len(promoted) == places
+    costs = {name: (-a, b, c) for name, (a, b, c) in table.items()}
+    for left, gone in itertools.product(set(table) - set(promoted), promoted):
+        beaten = all(x <= y for x, y in zip(costs[left], costs[gone], strict=True))
+        assert not beaten or costs[left] == costs[gone]
+    # What would be exported goes on first: no trial has more of the first value.
+    assert table[promoted[0]][0] == max(row[0] for row in table.values())
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 1])
+def test_without_one_of_its_values_a_trial_does_not_go_on(missing, place):
+    scheduler = make(further=("min",))
+    values = [0.9, 0.0]
+    values[place] = missing
+    scheduler.report("a", 0, values[0], further=values[1:])
+    scheduler.report("b", 0, 0.1, further=[5.0])
+    assert scheduler.next_to_promote([], all_proposed=True) == "b"
+    assert scheduler.next_to_promote(["b"], all_proposed=True, extra=True) is None
+
+
+def test_as_many_values_as_directions():
+    with pytest.raises(ValueError, match="2 directions need as many values, not 1"):
+        make(further=("min",)).report("a", 0, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from autodistill.errors import InputError, NothingFitsError
-from autodistill.records.row import read_parquet
+from autodistill.devices import devices, find_device
+from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
+from autodistill.estimate import spec_from_config
+from autodistill.records.row import Row, read_parquet
 from autodistill.records.store import RunFolder, recorded_test_openings
+from autodistill.roofline import speed
 from autodistill.search.explain import explain
 from autodistill.search.request import SearchRequest, check_request
 from autodistill.search.search import Outcome, plan_search, search
+from autodistill.strategy import Deployment
 from autodistill.summary import leaderboard_of, search_summary
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import Budget
@@ -265,6 +270,50 @@ def test_a_search_may_rank_by_answers_in_writing(inputs: tuple[Path, Path, Path]
     assert "exact_match" in report
 
 
+def test_a_search_of_several_objectives_ends_in_a_front(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    asked = request(inputs, tmp_path, objectives="accuracy,memory,latency", device="pi 5", trials=4)
+    document = search(asked).document
+    rows = [Row.from_json(row) for row in document["rows"]]
+    names = {row["row_id"] for row in document["front"]}
+    figures = {
+        row.row_id: (-(row.accuracy or 0), row.memory_bytes or 0, row.figure("latency_ms_predicted") or 0)
+        for row in rows
+        if row.full and row.feasible and row.kind != "confirmation"
+    }
+    beaten = {
+        one
+        for one, mine in figures.items()
+        for other in figures.values()
+        if other != mine and all(a <= b for a, b in zip(other, mine, strict=True))
+    }
+    assert names == set(figures) - beaten
+    assert min(figures.values())[0] == min(figures[name][0] for name in names)
+    stored = json.loads((tmp_path / "run" / "search.json").read_text())
+    assert stored["objectives"] == ["accuracy", "memory", "latency"]
+    assert stored["device"]["name"] == "Raspberry Pi 5 8GB"
+    # Of the roofline, on the device that was named, whatever this machine is.
+    best = Row.from_json(document["best"])
+    spec = spec_from_config(json.loads((tmp_path / "run" / "student" / "huggingface" / "config.json").read_text()))
+    guess = speed(spec, Deployment.from_json(best.deployment), find_device("pi 5", devices()), context=256)
+    assert best.figure("latency_ms_predicted") == pytest.approx(guess.decode_ms_high)
+    rungs = [event for event in events(tmp_path) if event["event"] == "rung"]
+    assert rungs
+    assert all(len(event["further"]) == 2 for event in rungs)
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "## Pareto front" in text
+    assert "Latencies are predicted for Raspberry Pi 5 8GB" in text
+    board, metric = leaderboard_of(RunFolder.open(tmp_path, "run"))
+    assert {one.row.row_id for one in board if one.front} == names
+    assert "* on the front" in search_summary(document, board, metric, 120)
+    with pytest.raises(InputError, match="another objectives"):
+        check_request(replace(asked, resume=True, objectives="accuracy"))
+    with pytest.raises(InputError, match="another device"):
+        check_request(replace(asked, resume=True, device="4090"))
+    assert check_request(replace(asked, resume=True, objectives=None, device=None)).device == find_device(
+        "pi 5", devices()
+    )
+
+
 def test_sequences_have_the_length_that_was_asked_for(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     short = request(
         inputs, tmp_path, strategy="logit_kd", trials=None, sequence_length=64, step_tokens=128, tokens=1152
@@ -287,3 +336,35 @@ def test_sequences_that_cannot_be_are_refused(inputs: tuple[Path, Path, Path], t
         check_request(request(inputs, tmp_path, sequence_length=999999))
     with pytest.raises(InputError, match="--step-tokens must be a multiple of 64, a sequence, not 250"):
         check_request(request(inputs, tmp_path, sequence_length=64, step_tokens=250))
+
+
+def test_ctrl_c_before_anything_is_planned_leaves_nothing(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(checked: object) -> None:
+        assert (tmp_path / "run").is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autodistill.search.prepare.load", interrupt)
+    with pytest.raises(InterruptedSearchError, match="nothing to resume"):
+        search(request(inputs, tmp_path))
+    assert not (tmp_path / "run").exists()
+
+    def refuse(checked: object) -> None:
+        raise InputError("bad data")
+
+    monkeypatch.setattr("autodistill.search.prepare.load", refuse)
+    with pytest.raises(InputError, match="bad data"):
+        search(request(inputs, tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_held_is_not_gone_on_with(
+    inputs: tuple[Path, Path, Path], outcome: tuple[Outcome, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autodistill.search.prepare.load", lambda checked: pytest.fail("a model was loaded"))
+    with (
+        RunFolder.open(outcome[1], "run", lock=True),
+        pytest.raises(InputError, match=rf"held by the running process {os.getpid()}: wait for it, or stop it"),
+    ):
+        search(request(inputs, outcome[1], resume=True))

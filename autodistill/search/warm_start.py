@@ -1,0 +1,210 @@
+"""What earlier runs of the same space found: observations for the sampler of a new one, and what it proposes first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from autodistill.contracts import Status
+from autodistill.errors import InputError
+from autodistill.formats import weights_bytes
+from autodistill.records.confirmation import KIND as CONFIRMATION
+from autodistill.records.objectives import Objective
+from autodistill.records.row import Row
+from autodistill.records.store import RunFolder, read_json
+from autodistill.roofline import speed
+from autodistill.search.admission import admit
+from autodistill.search.study import Observation
+from autodistill.search.trials import Question, TrialState
+from autodistill.serving_memory import memory
+from autodistill.space import Point, Space
+from autodistill.strategy import Deployment, Strategy
+from autodistill.trial import probe_deployment, student_spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStart:
+    """What a search begins with.
+
+    Attributes:
+        runs: Names of the earlier runs.
+        observations: Of their strategies, under this search's budget and plan. Those at full fidelity are not proposed
+            again; the others may be.
+        first: Points that are proposed first: the best of each run, whose weights this one does not have.
+    """
+
+    runs: tuple[str, ...] = ()
+    observations: tuple[Observation, ...] = ()
+    first: tuple[Point, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The warm start as plain data."""
+        return {
+            "runs": list(self.runs),
+            "observations": [asdict(item) | {"further": list(item.further)} for item in self.observations],
+            "first": [dict(point) for point in self.first],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> WarmStart:
+        """Reads what `to_json` wrote."""
+        return cls(
+            runs=tuple(data["runs"]),
+            observations=tuple(
+                Observation(**item | {"state": Status(item["state"]), "further": tuple(item["further"])})
+                for item in data["observations"]
+            ),
+            first=tuple(data["first"]),
+        )
+
+
+def parse_runs(text: str) -> tuple[str, ...]:
+    """Names of runs, parted by commas.
+
+    Raises:
+        InputError: None, or one twice.
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise InputError(f"--warm-start takes names of runs parted by commas, each once, not {text!r}")
+    return names
+
+
+def check_space(out: Path, runs: Sequence[str], space: Space) -> None:
+    """Refuses runs that are not there, or whose space is another, so that their points mean other strategies.
+
+    Raises:
+        InputError: Names the run, and what of its space differs.
+    """
+    mine = space.to_json()
+    for name in runs:
+        stored = read_json(RunFolder.open(out, name).search_file)
+        if stored["space_hash"] == space.hash:
+            continue
+        theirs = stored["space_definition"]
+        parts = [part for part in ("deployments", "baselines", "starts") if mine[part] != theirs.get(part)]
+        here, there = mine["dimensions"], theirs["dimensions"]
+        parts += [path for path in {**here, **there} if here.get(path) != there.get(path)]
+        raise InputError(
+            f"the run {name!r} cannot warm-start this search: its space is another one, in "
+            f"{', '.join(parts) or 'the order of its dimensions'}; search the same --space, or leave it out"
+        )
+
+
+def check_fingerprints(out: Path, runs: Sequence[str], fingerprints: Mapping[str, str]) -> None:
+    """Refuses runs of another teacher or other data, whose values say nothing here.
+
+    Args:
+        out, runs: The folder of the runs, and names.
+        fingerprints: Of "teacher" and "data".
+
+    Raises:
+        InputError: Names the run, and which of the two differs.
+    """
+    for name in runs:
+        stored = read_json(RunFolder.open(out, name).search_file)
+        for part, now in fingerprints.items():
+            if stored[part]["fingerprint"] != now:
+                raise InputError(
+                    f"the run {name!r} cannot warm-start this search: its {part} is another one "
+                    f"({stored[part]['reference']}, {stored[part]['fingerprint']}, here {now}); leave it out"
+                )
+
+
+def warm_start(out: Path, runs: Sequence[str], question: Question) -> WarmStart:
+    """Reads the logs of earlier runs, finished or not, as this search would have seen their trials.
+
+    A trial's value is that of the last rung within this plan's tokens, under a deployment that this budget allows,
+    with the fraction of this plan's tokens as its fidelity; memory, size and latency are worked out anew. A trial that
+    went beyond this plan without a rung within it counts as finished. A strategy that cannot fit is told as rejected.
+
+    Args:
+        out, runs: As checked by `check_space` and `check_fingerprints`.
+        question: Of this search.
+    """
+    sign = 1.0 if question.direction == "max" else -1.0
+    found: dict[str, Observation] = {}
+    first: list[Point] = []
+    for name in runs:
+        mine = dict(_observations(RunFolder.open(out, name).events.read(), question))
+        for strategy_id, item in mine.items():
+            if strategy_id not in found or found[strategy_id].fidelity <= item.fidelity:
+                found[strategy_id] = item
+        valued = [(item.fidelity, sign * item.values[0], item.point) for item in mine.values() if item.values]
+        if valued:
+            point = dict(max(valued, key=lambda one: one[:2])[2])
+            first += [point] if point not in first else []
+    return WarmStart(runs=tuple(runs), observations=tuple(found.values()), first=tuple(first))
+
+
+def _observations(events: Sequence[Mapping[str, Any]], question: Question) -> Iterable[tuple[str, Observation]]:
+    """Each strategy of a run that lies in the space, by its id; baselines run here as well and are left out."""
+    rows: dict[str, list[Row]] = {}
+    for event in events:
+        if event["event"] == "row" and event["row"]["split"] == "validation":
+            rows.setdefault(event["row"]["trial"], []).append(Row.from_json(event["row"]))
+    causes = {event["trial"]: event.get("cause") for event in events if event["event"] == "status"}
+    baselines = {strategy.id for strategy in question.space.baselines.values()}
+    for event in events:
+        if event["event"] != "trial" or event["kind"] == CONFIRMATION:
+            continue
+        strategy = Strategy.from_json(event["strategy"])
+        point = question.space.point(strategy)
+        if point is None or strategy.id in baselines:
+            continue
+        trial = admit(
+            question, strategy, trial_id=event["trial"], number=None, kind="student", name=event["name"], point=point
+        )
+        item = _observation(question, trial, rows.get(event["trial"], ()), causes.get(event["trial"]))
+        if item is not None:
+            yield strategy.id, item
+
+
+def _observation(question: Question, trial: TrialState, rows: Sequence[Row], cause: str | None) -> Observation | None:
+    assert trial.point is not None
+    slack = min((fit.slack for fit in trial.fits), default=0.0)
+    missing = (None,) * len(question.further)
+    if trial.reason is not None:
+        return Observation(point=trial.point, state=Status.REJECTED, constraint=max(1e-9, slack), further=missing)
+    if cause in ("nan", "out-of-memory"):
+        # What came of the strategy would come of it again; a worker's death would not.
+        return Observation(point=trial.point, state=Status.FAILED, constraint=slack, further=missing)
+    usable = [
+        (row.train_tokens, Deployment.from_json(row.deployment), row)
+        for row in rows
+        if row.train_tokens and row.figure(question.metric) is not None
+    ]
+    usable = [item for item in usable if item[1] in trial.task.deployments]
+    if not usable:
+        return None
+    tokens = question.plan.tokens
+    level = max((item[0] for item in usable if item[0] <= tokens), default=min(item[0] for item in usable))
+    seen = {deployment: row for reached, deployment, row in usable if reached == level}
+    strategy = trial.task.strategy
+    deployment = trial.task.probe if trial.task.probe in seen else probe_deployment(strategy, tuple(seen))
+    return Observation(
+        point=trial.point,
+        state=Status.COMPLETED if level >= tokens else Status.STOPPED,
+        value=seen[deployment].figure(question.metric),
+        fidelity=min(1.0, level / tokens),
+        constraint=slack,
+        further=tuple(_further(item, strategy, deployment, seen[deployment], question) for item in question.further),
+        repeatable=level < tokens,
+    )
+
+
+def _further(
+    objective: Objective, strategy: Strategy, deployment: Deployment, row: Row, question: Question
+) -> float | None:
+    """What is known of a trained student alone is the row's; the rest is worked out for this search's budget."""
+    if objective.trained:
+        return row.figure(objective.figure)
+    spec, budget = student_spec(strategy, question.teacher_spec), question.budget
+    if objective.name == "memory":
+        return float(memory(spec, deployment, context=budget.context, batch=budget.batch).total_bytes)
+    if objective.name == "size":
+        return float(weights_bytes(spec.tensors, deployment))
+    assert question.served_on is not None
+    return speed(spec, deployment, question.served_on, context=budget.context).decode_ms_high

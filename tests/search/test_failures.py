@@ -1,0 +1,131 @@
+"""Causes of failures, told apart by the errors that libraries raise; and a search whose disk is full for a while."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from autodistill.contracts import Status
+from autodistill.distillation import checkpoint
+from autodistill.errors import InputError, TrialFailedError
+from autodistill.search.failures import RETRIED, explained
+from autodistill.search.request import SearchRequest
+from autodistill.search.search import search
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.trial import Trial
+from autodistill.units import Budget
+
+
+@contextmanager
+def files_of(most: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes, as on a disk or under a quota that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def raised(work: Any) -> TrialFailedError:
+    try:
+        work()
+    except Exception as error:
+        return explained(error)
+    pytest.fail("nothing was raised")
+
+
+def test_a_full_disk_is_known_whoever_writes(tmp_path: Path) -> None:
+    with files_of(1000):
+        by_safetensors = raised(lambda: save_file({"a": torch.zeros(10**4)}, tmp_path / "a"))
+        by_python = raised(lambda: (tmp_path / "b").write_bytes(bytes(10**4)))
+    assert by_safetensors.cause == by_python.cause == "disk-full"
+    assert raised(lambda: Path("/dev/full").write_bytes(b"text")).cause == "disk-full"
+    assert raised(lambda: Path("/nowhere/at/all").read_text()).cause == "error"
+
+
+def test_out_of_memory_is_known() -> None:
+    assert raised(lambda: torch.empty(2**60)).cause == "out-of-memory"
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (TrialFailedError("nan", "loss was not finite"), "nan"),
+        (InputError("the cache lacks temperature 3"), "refused"),
+        (ValueError("so"), "error"),
+        (OSError(errno.EIO, "disk broken"), "error"),
+        (MemoryError(), "out-of-memory"),
+    ],
+)
+def test_each_error_has_a_cause(error: Exception, cause: str) -> None:
+    found = explained(error)
+    assert found.cause == cause
+    assert str(found)
+    assert (cause in RETRIED) == (cause == "error")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    teacher = save_tiny_teacher(folder / "teacher", layers=5)
+    return teacher, tiny_text(folder / "text", documents=30, sentences=80), folder / "cache"
+
+
+def test_a_disk_that_is_full_while_students_are_saved_costs_one_trial_at_most(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first student cannot be written at first, the second not at all."""
+    torch.set_num_threads(1)
+    teacher, text, cache = inputs
+    asked = SearchRequest(
+        budget=Budget(memory_bytes=16 * 10**9, context=256),
+        teacher=str(teacher),
+        data=str(text),
+        trials=2,
+        tokens=1024,
+        runner="inline",
+        out=tmp_path,
+        name="run",
+        cache=cache,
+    )
+    tried: list[str] = []
+    real = Trial._save_student
+
+    def saving(self: Any, trainer: Any) -> None:
+        tried.append(self._task.id)
+        found = list(dict.fromkeys(tried))
+        room = {0: len(tried) > 1, 1: False}.get(found.index(self._task.id), True)
+        with files_of(10**9 if room else 10**4):
+            real(self, trainer)
+
+    monkeypatch.setattr(Trial, "_save_student", saving)
+    outcome = search(asked)
+    events = [json.loads(line) for line in (tmp_path / "run" / "trials.jsonl").read_text().splitlines()]
+    first, second = list(dict.fromkeys(tried))[:2]
+    retried = [(event["trial"], event["cause"]) for event in events if event["event"] == "retry"]
+    assert retried == [(first, "disk-full"), (second, "disk-full")]
+    ends = {event["trial"]: event["status"] for event in events if event["event"] == "status"}
+    assert (ends[first], ends[second]) == (Status.COMPLETED, Status.FAILED)
+    assert [failure["trial"] for failure in outcome.document["failed"]] == [second]
+    assert outcome.finish.best.trial != second
+    assert not list((tmp_path / "run").rglob("*partial*"))
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "stable.safetensors"
+    checkpoint.write_checkpoint(path, {"a": torch.ones(10)}, {"tokens": "1"})
+    before = path.read_bytes()
+    with files_of(1000), pytest.raises(Exception, match="os error"):
+        checkpoint.write_checkpoint(path, {"a": torch.ones(10**4)}, {"tokens": "2"})
+    assert path.read_bytes() == before
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]

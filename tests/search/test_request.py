@@ -1,0 +1,107 @@
+"""What a search refuses before any work: each in one line that says what is wrong and what to do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autodistill.errors import AutoDistillError, InputError
+from autodistill.records.store import RunFolder, write_json
+from autodistill.search.request import SearchRequest, check_request
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.units import Budget
+
+SPACE = """
+dimensions:
+  init.layers: {choices: [even, contiguous]}
+deployments: [{runtime: transformers, format: huggingface, bits: 16, group_size: 0}]
+"""
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "two.yaml").write_text(SPACE)
+    (folder / "file").write_text("no folder")
+    return SearchRequest(
+        budget=Budget(memory_bytes=16 * 10**9, context=256),
+        teacher=str(save_tiny_teacher(folder / "teacher", layers=5)),
+        data=str(tiny_text(folder / "text")),
+        out=folder / "runs",
+        cache=folder / "cache",
+        runner="inline",
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"objectives": "accuracy,speed"}, ["'speed'", "no direction is known", "latency"]),
+        ({"objectives": "latency,accuracy"}, ["'latency'", "put one of accuracy"]),
+        ({"objectives": "perplexity,memory", "metric": "accuracy"}, ["contradicts", "leave --metric out"]),
+        ({"objectives": "accuracy,exact_match"}, ["exact_match needs questions", "--data"]),
+        ({"objectives": "accuracy,latency", "device": "no such thing"}, ["no such thing"]),
+        ({"trials": 3, "space": "two.yaml"}, ["--trials 3", "2 strategies", "another --space"]),
+        ({"trials": 0}, ["--trials must be at least 1"]),
+        ({"seed": 2**32 - 2, "confirm": 2}, ["seeds lie between 0 and 4294967295", "--confirm"]),
+        ({"warm_start": "nobody"}, ["no run 'nobody'"]),
+        ({"warm_start": "a,a"}, ["each once"]),
+        ({"resume": True}, ["--resume", "--name"]),
+        ({"resume": True, "name": "nobody"}, ["no run 'nobody'"]),
+        ({"cache": "file"}, ["cannot write into", "--cache"]),
+        ({"sampler": "annealing"}, ["the samplers are"]),
+        ({"budget": Budget(memory_bytes=10**6, context=256)}, ["nothing fits", "raise --budget"]),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(asked: SearchRequest, changes: dict[str, Any], words: list[str]) -> None:
+    folder = asked.out.parent
+    if "space" in changes:
+        changes = changes | {"space": str(folder / changes["space"])}
+    if "cache" in changes:
+        changes = changes | {"cache": folder / changes["cache"]}
+    with pytest.raises(AutoDistillError) as caught:
+        check_request(replace(asked, **changes))
+    for word in words:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not asked.out.exists()
+
+
+def test_as_many_trials_as_a_space_holds_may_be_asked_for(asked: SearchRequest) -> None:
+    space = str(asked.out.parent / "two.yaml")
+    assert check_request(replace(asked, space=space, trials=2)).space.dimensions
+    assert check_request(replace(asked, trials=10**6)).metric == "accuracy"
+
+
+def test_one_objective_is_what_the_metric_is(asked: SearchRequest) -> None:
+    one, other = (
+        check_request(replace(asked, **how)) for how in ({"objectives": "perplexity"}, {"metric": "perplexity"})
+    )
+    assert one.objectives == other.objectives
+    assert (one.metric, one.device) == ("perplexity", None)
+
+
+def test_a_warm_start_is_as_before_when_a_run_goes_on(asked: SearchRequest, tmp_path: Path) -> None:
+    """Also where the earlier run is gone by then."""
+    with RunFolder.create(tmp_path, "run") as run:
+        fresh = check_request(asked)
+        stored = {
+            "teacher": {"reference": asked.teacher},
+            "data": {"reference": asked.data},
+            "space": "default",
+            "space_hash": fresh.space.hash,
+            "metric": "accuracy",
+            "sampler": "tpe",
+            "seed": 0,
+            "budget": asked.budget.to_json(),
+            "plan": {"trials": 3},
+            "warm_start": {"runs": ["gone"], "observations": [], "first": []},
+        }
+        write_json(run.search_file, stored)
+    again = replace(asked, out=tmp_path, name="run", resume=True)
+    assert check_request(again).warm_start == ("gone",)
+    with pytest.raises(InputError, match="another warm start"):
+        check_request(replace(again, warm_start="other"))
