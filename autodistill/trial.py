@@ -44,7 +44,7 @@ from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.schedule import branch_point
 from autodistill.distillation.scoring import score
 from autodistill.distillation.sharding import Sharding, whole_model
-from autodistill.distillation.signals import LiveTeacher
+from autodistill.distillation.signals import LiveTeacher, check_told
 from autodistill.distillation.simulated import PackedStudent
 from autodistill.distillation.student import build_student, init_spec
 from autodistill.distillation.teacher import load_model
@@ -410,7 +410,7 @@ class Workbench:
         return self._blocks[layer]
 
     def check(self, strategy: Strategy, kept: tuple[int, ...]) -> None:
-        """Refuses a strategy that needs what the cache lacks.
+        """Refuses a strategy that needs what the cache, or the data, lack.
 
         Args:
             strategy: What is to be trained.
@@ -420,6 +420,7 @@ class Workbench:
             InputError: Says what is lacking.
         """
         recipe, layers = strategy.distillation, self.setting.teacher_spec.layers
+        check_told([recipe], self.train.told is not None)
         pairs = layer_map(recipe.alignment, kept, layers) if recipe.alignment else ()
         states = {pair.teacher_state for pair in pairs}
         if recipe.attention:

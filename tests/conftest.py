@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from autodistill.contracts import Plan
+from autodistill.conversations import Likeliest
 from autodistill.data import TokenSet
 from autodistill.distillation.attention import TeacherBlock, teacher_layer
 from autodistill.distillation.calibration import Calibration
@@ -41,6 +42,14 @@ class Workshop:
     data: TokenSet
     cache: TeacherCache
     folder: Path = Path()  # of the cache
+
+    def told(self, cache: TeacherCache, count: int = 8) -> Workshop:
+        """With data that tell so many of the teacher's likeliest tokens in every place but the first."""
+        top = cache.top(range(SEQUENCES), 1.0, count)
+        ids, log_p = (part.numpy().reshape(SEQUENCES, LENGTH - 1, count) for part in (top.ids, top.log_p))
+        room = ((0, 0), (1, 0), (0, 0))
+        told = Likeliest(np.pad(ids.astype(np.int32), room, constant_values=-1), np.pad(log_p, room))
+        return replace(self, data=replace(self.data, told=told))
 
     def plan(self, **changes: Any) -> Plan:
         """Eight steps of two sequences, in float32."""

@@ -25,6 +25,7 @@ from autodistill.distillation.held import load_held
 from autodistill.distillation.pretrained import token_rows
 from autodistill.distillation.scoring import refer
 from autodistill.distillation.sharding import check_sharded
+from autodistill.distillation.signals import check_told
 from autodistill.distillation.student import cut_student, kept_layers
 from autodistill.distillation.teacher import (
     Teacher,
@@ -182,6 +183,7 @@ def load(checked: Checked, place: Place) -> Loaded:
         length,
         request.cache,
     )
+    check_told(checked.space.signal_cases(), data.splits["train"].told > 0)
     models = dict.fromkeys(strategy.init.model for strategy in checked.space.extremes() if strategy.init.model)
     pretrained = {model: materialise(resolve_teacher(model), request.cache).folder for model in models}
     for folder in pretrained.values():
@@ -559,6 +561,10 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
             "name": loaded.data.name,
             "fingerprint": loaded.data.fingerprint,
             "tokens": {name: split.tokens for name, split in loaded.data.splits.items()},
+            "answers": {
+                name: {"tokens": split.answers, "with_log_probabilities": split.told}
+                for name, split in loaded.data.splits.items()
+            },
         },
         "space": checked.space_reference,
         "space_hash": checked.space.hash,
