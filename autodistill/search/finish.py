@@ -108,22 +108,9 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     """
     question, phases = finisher.question, finisher.phases
     torch.set_num_threads(finisher.threads)
-    # A row without the metric is no candidate: nothing says how well its student does.
-    students = [
-        row
-        for row in rows
-        if row.kind in DISTILLED
-        and row.full
-        and row.figure(question.metric) is not None
-        and finisher.student(row).is_dir()
-    ]
-    ranked = [one.row for one in rank(students, question.metric, question.direction) if one.row.feasible]
+    students = trained_rows(rows, question.metric, finisher.student)
     confirmed = confirmations(rows, question.metric, question.direction)
-    if confirmed:
-        # What is best on several seeds goes first, in the best of its deployments; then the others as they rank.
-        own = [row for row in students if row.trial == confirmed[0].trial]
-        first = [one.row for one in rank(own, question.metric, question.direction) if one.row.feasible]
-        ranked = [*first, *(row for row in ranked if row.trial != confirmed[0].trial)]
+    ranked = exportable(students, confirmed, question)
     paths: dict[str, Path] = {}
     checks: dict[str, RuntimeCheck] = {}
     rejected: list[Row] = []
@@ -162,6 +149,31 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         confirmed=tuple(confirmed),
         notes=(*_notes(best, rows, finisher), *_spent(finisher)),
     )
+
+
+def trained_rows(rows: Sequence[Row], metric: str, student: Callable[[Row], Path]) -> list[Row]:
+    """The rows of students at full fidelity that are on disk; one without the metric says nothing of its student.
+
+    Args:
+        rows: Of one split.
+        metric: What ranks.
+        student: Gives the folder of a row's student.
+    """
+    full = (row for row in rows if row.kind in DISTILLED and row.full and row.figure(metric) is not None)
+    return [row for row in full if student(row).is_dir()]
+
+
+def exportable(students: Sequence[Row], confirmed: Sequence[Confirmation], question: Question) -> list[Row]:
+    """What may be exported, the best first: those that keep to the budget, as they rank.
+
+    What is best on several seeds goes first, in the best of its deployments.
+    """
+    ranked = [one.row for one in rank(students, question.metric, question.direction) if one.row.feasible]
+    if not confirmed:
+        return ranked
+    own = [row for row in students if row.trial == confirmed[0].trial]
+    first = [one.row for one in rank(own, question.metric, question.direction) if one.row.feasible]
+    return [*first, *(row for row in ranked if row.trial != confirmed[0].trial)]
 
 
 def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artefact, str]:
@@ -319,11 +331,7 @@ def _spent(finisher: Finisher) -> tuple[str, ...]:
 def _best_baseline(rows: Sequence[Row], finisher: Finisher, best: Row) -> Row | None:
     """The best baseline of as many tokens as the best student; of any where none was trained so far."""
     metric = finisher.question.metric
-    baselines = [
-        row
-        for row in rows
-        if row.kind == "baseline" and row.full and row.figure(metric) is not None and finisher.student(row).is_dir()
-    ]
+    baselines = [row for row in trained_rows(rows, metric, finisher.student) if row.kind == "baseline"]
     baselines = [row for row in baselines if row.train_tokens == best.train_tokens] or baselines
     ranked = rank(baselines, metric, finisher.question.direction)
     return ranked[0].row if ranked else None
