@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from autodistill.errors import InputError
 from autodistill.records.leaderboard import rank
-from autodistill.records.objectives import OBJECTIVES, front, objectives_of, parse_objectives, with_front
+from autodistill.records.objectives import METRICS, OBJECTIVES, front, objectives_of, parse_objectives, with_front
 from autodistill.records.row import Row
 
 DEPLOYMENT = {"runtime": "llama.cpp", "format": "gguf-f16", "bits": 16, "group_size": 0}
@@ -53,7 +53,7 @@ def test_names_are_read_in_their_order() -> None:
         ("accuracy,speed", ["'speed'", "no direction", *OBJECTIVES]),
         ("accuracy,", ["''", "no direction"]),
         ("accuracy,memory,accuracy", ["twice"]),
-        ("memory,accuracy", ["'memory'", "put one of accuracy, agreement, perplexity, exact_match first"]),
+        ("memory,accuracy", ["'memory'", f"put one of {', '.join(METRICS)} first"]),
     ],
 )
 def test_what_cannot_be_an_objective_is_refused_in_one_line(text: str, words: list[str]) -> None:
