@@ -306,7 +306,7 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
     add(initial.to(setting.device), None, "initial", "undistilled student", deployment, strategy)
     del initial
     add(finisher.load(best), best, best.kind, best.name, deployment, strategy)
-    baseline = _best_baseline(rows, finisher)
+    baseline = _best_baseline(rows, finisher, best)
     if baseline is not None and baseline.trial != best.trial:
         packing = Deployment.from_json(baseline.deployment)
         add(
@@ -328,9 +328,11 @@ def _spent(finisher: Finisher) -> tuple[str, ...]:
     )
 
 
-def _best_baseline(rows: Sequence[Row], finisher: Finisher) -> Row | None:
+def _best_baseline(rows: Sequence[Row], finisher: Finisher, best: Row) -> Row | None:
+    """The best baseline of as many tokens as the best student; of any where none was trained so far."""
     metric = finisher.question.metric
     baselines = [row for row in trained_rows(rows, metric, finisher.student) if row.kind == "baseline"]
+    baselines = [row for row in baselines if row.train_tokens == best.train_tokens] or baselines
     ranked = rank(baselines, metric, finisher.question.direction)
     return ranked[0].row if ranked else None
 
@@ -379,6 +381,11 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
             f"{first.figure(metric):.4f} in {format_bytes(first.memory_bytes or 0)}, the best student "
             f"{best.figure(metric):.4f} in {format_bytes(memory)}; of what is equal within one standard error, the "
             "smaller is better"
+        )
+    if best.fidelity is not None and best.fidelity > 1 + 1e-9:
+        notes.append(
+            f"the best student was trained for {best.fidelity:.0%} of the plan's tokens ({best.train_tokens:,}); those "
+            "at 100% are compared with each other, and its baseline is the one of as many tokens where there is one"
         )
     if best.kind == "baseline" and question.space.dimensions:
         notes.append("no searched strategy beat the hand-designed baseline")

@@ -275,6 +275,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         sequence_length=checked.sequence_length,
         step_tokens=loaded.step_tokens,
         confirm=checked.confirm,
+        longest=max(checked.space.lengths),
     )
     plan = make_plan(demand, speed, loaded.workers)
     plan = replace(
@@ -284,6 +285,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         micro_batch=loaded.fit.micro_batch,
         checkpointing=loaded.fit.checkpointing,
         optimizer_state=loaded.fit.optimizer_state,
+        lengths=checked.space.lengths,
     )
     return plan, speed
 
@@ -543,7 +545,7 @@ def _teacher_phase(
 ) -> TrialSetting:
     """Caches the teacher's outputs, scores it, and writes its rows under each deployment."""
     request, device = checked.request, loaded.workers.device
-    train = load_split(loaded.data.folder, "train").head(plan.tokens)
+    train = load_split(loaded.data.folder, "train").head(plan.most_tokens)
     validation = load_split(loaded.data.folder, "validation").head(plan.eval_tokens)
     with clock.phase("cache", "calibration"):
         calibration = calibration_file(checked, loaded)
