@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from autodistill.distillation.sharding import check_sharded
 from autodistill.errors import InputError
 from autodistill.estimate import Fit, cannot_hold, fits, holdable, shortfall
 from autodistill.records.confirmation import KIND as CONFIRMATION
@@ -71,6 +72,8 @@ def _fits(question: Question, strategy: Strategy) -> tuple[tuple[Fit, ...], int 
         spec = student_spec(strategy, question.teacher_spec)
         parameters = spec.parameters
         check_strategy(strategy, question.teacher_spec)
+        if question.plan.processes > 1:
+            check_sharded(strategy, question.plan.optimizer_state)
         deployments = with_own(strategy, question.deployments)
         fitting = fits(spec, holdable(spec, deployments), question.budget)
     except InputError as error:

@@ -26,6 +26,7 @@ from autodistill.search.study import Observation
 from autodistill.search.time_box import TimeBox
 from autodistill.search.trials import Assignment, Question, TrialState
 from autodistill.stages import Checkpoint, open_stages
+from autodistill.storage import Storage
 from autodistill.strategy import Strategy
 from autodistill.trial import RungReport, student_spec
 
@@ -43,6 +44,7 @@ class Campaign:
         sampler: Proposes points.
         log: Where every event goes before it takes effect.
         checkpoints: Folder that holds a folder for each trial, and the store of their stages.
+        storage: The run's, where it has one, which holds the stages then.
         checkpoint_limit: Bytes that the store may take, what is in use and of the best aside; None for no limit.
         deadline: `time.monotonic()` after which no trial may run, or None.
         notify: Called after each event with a line for a person.
@@ -55,6 +57,7 @@ class Campaign:
         sampler: Sampler,
         log: EventLog,
         checkpoints: Path,
+        storage: Storage | None = None,
         checkpoint_limit: int | None = None,
         deadline: float | None = None,
         notify: Callable[[str], None] = lambda line: None,
@@ -72,7 +75,7 @@ class Campaign:
         self._evaluating = 0
         self._worker_seconds = {"train": 0.0, "evaluate": 0.0, "other": 0.0}
         plan = question.plan
-        self._stages = StageKeeper(open_stages(checkpoints), checkpoint_limit, plan, question.direction)
+        self._stages = StageKeeper(open_stages(checkpoints, storage), checkpoint_limit, plan, question.direction)
         self._scheduler = SuccessiveHalving(
             trials=plan.trials,
             rungs=plan.rungs,
@@ -119,6 +122,15 @@ class Campaign:
         """Whether nothing runs and nothing will."""
         busy = self._evaluating or any(trial.running for trial in self.trials.values())
         return not busy and (self.stopping or self._idle())
+
+    def take(self, assignment: Assignment, outcome: Mapping[str, Any]) -> None:
+        """Takes what became of an assignment back, as `attempt` gives it."""
+        if "failure" in outcome:
+            self.fail(assignment, *outcome["failure"])
+        elif "report" in outcome:
+            self.report(assignment, outcome["report"])
+        else:
+            self.abandon(assignment)
 
     def report(self, assignment: Assignment, report: RungReport) -> Decision:
         """Records what a worker found and says what becomes of the trial."""

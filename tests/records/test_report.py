@@ -7,20 +7,23 @@ from typing import Any
 
 import pytest
 
+from autodistill.budget import DeviceBudget
+from autodistill.devices import devices, find_device
 from autodistill.records import report
 from autodistill.records.leaderboard import Row, rank
 from autodistill.records.saved import saved
 from autodistill.records.store import RunFolder, write_json
 from autodistill.testing import small_plan
-from autodistill.units import Budget
+from autodistill.units import parse_latency
 
+BUDGET = DeviceBudget(memory_bytes=80_000_000, device=find_device("pi 5", devices()), latency=parse_latency("50ms"))
 Q4 = {"runtime": "llama.cpp", "format": "gguf-q4_0", "bits": 4, "group_size": 32}
 SEARCH: dict[str, Any] = {
     "name": "small",
     "command": "autodistill search --budget 80MB --seed 3",
     "teacher": {"reference": "smollm2", "parameters": 134515008},
     "data": "pydoc",
-    "budget": Budget(memory_bytes=80_000_000, latency_seconds=0.05).to_json(),
+    "budget": BUDGET.to_json(),
     "plan": {"trials": 12, "tokens": 8192, "rungs": [2048, 8192], "notes": ["The box held 12 trials of 20."]},
     "metric": "accuracy",
     "seconds": {"load": 17.25, "total": 590.0},
@@ -83,7 +86,7 @@ def test_the_page_says_what_was_asked_found_and_lost() -> None:
     page = report.report_markdown(SEARCH, rank(ROWS), EVENTS)
     assert page.startswith("# small\n")
     for text in (
-        "80.0 MB at context 2048, batch 1, 50.0ms a token",
+        "80.0 MB at context 2048, batch 1, on Raspberry Pi 5 8GB, tpot_p95=50.0ms@streams=1",
         "reference smollm2, parameters 134515008",
         "The box held 12 trials of 20.",
         "**t001** (student) as gguf-q4_0: accuracy 0.4100 ± 0.0100, 90.0% of the teacher's, 70.0 MB of memory (",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,17 +68,15 @@ def row(trial: str, metric: str, value: float | None, packing: str = "f16", **fi
 
 @pytest.mark.parametrize(("metric", "direction"), [("accuracy", "max"), ("perplexity", "min")])
 @pytest.mark.parametrize("missing", [None, math.nan, math.inf, -math.inf])
-def test_what_was_not_measured_is_never_exported(
-    tmp_path: Path, metric: str, direction: Direction, missing: float | None
-) -> None:
+def test_what_was_not_measured_is_never_exported(metric: str, direction: Direction, missing: float | None) -> None:
     rows = [row("t000", metric, 0.5), row("t001", metric, missing), row("t002", metric, 0.4)]
-    found = exportable(trained_rows(rows, metric, lambda _: tmp_path), [], question(metric, direction))
+    found = exportable(trained_rows(rows, metric, lambda _: True), [], question(metric, direction))
     assert [one.trial for one in found] == (["t000", "t002"] if direction == "max" else ["t002", "t000"])
-    alone = trained_rows(rows[1:2], metric, lambda _: tmp_path)
+    alone = trained_rows(rows[1:2], metric, lambda _: True)
     assert exportable(alone, [], question(metric, direction)) == []
 
 
-def test_only_students_at_full_fidelity_that_are_on_disk_and_fit(tmp_path: Path) -> None:
+def test_only_students_at_full_fidelity_that_are_on_disk_and_fit() -> None:
     rows = [
         row("gone", "accuracy", 0.9),
         row("early", "accuracy", 0.9, fidelity=0.5),
@@ -87,12 +84,12 @@ def test_only_students_at_full_fidelity_that_are_on_disk_and_fit(tmp_path: Path)
         row("over", "accuracy", 0.9, feasible=False),
         row("b000", "accuracy", 0.3, kind="baseline"),
     ]
-    students = trained_rows(rows, "accuracy", lambda one: tmp_path / ("" if one.trial != "gone" else "nowhere"))
+    students = trained_rows(rows, "accuracy", lambda one: one.trial != "gone")
     assert [one.trial for one in students] == ["over", "b000"]
     assert [one.trial for one in exportable(students, [], question("accuracy", "max"))] == ["b000"]
 
 
-def test_what_is_best_on_several_seeds_goes_first_in_its_best_deployment(tmp_path: Path) -> None:
+def test_what_is_best_on_several_seeds_goes_first_in_its_best_deployment() -> None:
     rows = [
         row("t000", "accuracy", 0.60),
         row("t001", "accuracy", 0.55),
@@ -102,5 +99,5 @@ def test_what_is_best_on_several_seeds_goes_first_in_its_best_deployment(tmp_pat
     ]
     asked = question("accuracy", "max")
     confirmed = confirmations(rows, "accuracy", "max")
-    found = exportable(trained_rows(rows, "accuracy", lambda _: tmp_path), confirmed, asked)
+    found = exportable(trained_rows(rows, "accuracy", lambda _: True), confirmed, asked)
     assert [one.row_id for one in found] == ["t001-q8_0", "t001-f16", "t000-f16"]

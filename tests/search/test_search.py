@@ -12,9 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from autodistill.budget import DeviceBudget
 from autodistill.devices import devices, find_device
 from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
 from autodistill.estimate import spec_from_config
+from autodistill.hardware import detect, machine_name
 from autodistill.records.row import Row, read_parquet
 from autodistill.records.store import RunFolder, recorded_test_openings
 from autodistill.roofline import speed
@@ -23,7 +25,7 @@ from autodistill.search.search import Outcome, plan_search, search
 from autodistill.strategy import Deployment
 from autodistill.summary import leaderboard_of, search_summary
 from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.units import Budget
+from autodistill.units import Budget, parse_latency
 
 TIMES = ("time", "seconds", "train_seconds", "steps", "latency_ms", "tokens_per_second")
 
@@ -230,6 +232,29 @@ def test_a_search_may_rank_by_answers_in_writing(inputs: tuple[Path, Path, Path]
     assert "exact_match" in search_summary(document, *leaderboard_of(RunFolder.open(tmp_path, "run")), 120)
     report = (tmp_path / "run" / "report.md").read_text()
     assert "exact_match" in report
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_limits_of_latency_are_held_to_the_device(inputs: tuple[Path, Path, Path], tmp_path: Path, here: bool) -> None:
+    pi = find_device("pi 5", devices())
+    device = replace(pi, name=machine_name(detect(), accelerated=False)) if here else pi
+    limits = parse_latency("ttft_p50=9s,tpot_p99=9s@streams=2")
+    budget = DeviceBudget(memory_bytes=10**9, context=256, device=device, latency=limits)
+    found = search(request(inputs, tmp_path, budget=budget, strategy="logit_kd", trials=None))
+    (before,) = [row for row in found.rows if row.trial == "b000" and row.row_id != found.finish.best.row_id][:1]
+    assert (before.latency_source, before.machine) == ("predicted", device.name)
+    best = found.finish.best
+    assert best.latency_source == "measured"
+    assert best.machine == machine_name(detect(), accelerated=False)
+    assert best.other["latency_detail"]["loads"][0]["streams"] == 1
+    assert best.other["latency_ms_predicted"] > 0
+    # Here the limits are met by measurement, elsewhere by prediction, and the notes say so.
+    measured = [load for load in best.other["latency_detail"]["loads"] if load["streams"] == 2]
+    assert (best.other["tpot_p99@streams=2"] == measured[0]["tpot_p99_ms"]) == here
+    assert any("met by prediction only" in note for note in found.finish.notes) != here
+    tight = replace(budget, latency=parse_latency("1us"))
+    with pytest.raises(NothingFitsError, match="is too slow for"):
+        search(request(inputs, tmp_path, budget=tight, strategy="logit_kd", trials=None, name="tight"))
 
 
 def test_a_search_of_several_objectives_ends_in_a_front(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
