@@ -151,8 +151,11 @@ def _source(name: str, kind: str, found: Iterable[Document], ref: str, licence: 
     digest = hashlib.sha256()
     for document in documents:
         text = document if isinstance(document, str) else json.dumps(document.turns)
-        # The length keeps two documents apart from one that joins them.
         encoded = text.encode("utf-8", "surrogatepass")
+        if isinstance(document, Conversation) and document.told is not None:
+            told = document.told
+            encoded += told.vocabulary.encode() + b"".join(part.tobytes() for part in (told.tokens, *told.likeliest))
+        # The length keeps two documents apart from one that joins them.
         digest.update(f"{len(encoded)}:".encode())
         digest.update(encoded)
     fingerprint = digest.hexdigest()[:16]

@@ -31,7 +31,12 @@ def option(name: str, text: str, metavar: str | None = None, **more: Any) -> Any
 BUDGET_HELP = "Memory that inference of the student may take, like 16GB or 900MiB"
 SearchBudgetOption = Annotated[str | None, option("--budget", f"{BUDGET_HELP}.", "SIZE")]
 SearchDeviceOption = Annotated[
-    str | None, option("--device", "In the place of a budget: its usable memory, like 4090; see devices.", "NAME")
+    str | None,
+    option("--device", "What serves the student, like 4090 or local: its usable memory is the budget.", "NAME"),
+]
+LatencyOption = Annotated[
+    str | None,
+    option("--latency", "Limits, like 50ms or ttft_p95=300ms,tpot_p99=50ms@streams=16, on --device or here.", "LIMITS"),
 ]
 AnyBudgetOption = Annotated[str | None, option("--budget", f"{BUDGET_HELP}; no limit by default.", "SIZE")]
 TeacherOption = Annotated[

@@ -15,7 +15,7 @@ from autodistill.contracts import Plan
 from autodistill.storage import Storage, StoredFiles
 from autodistill.strategy import Strategy, content_hash
 
-_KEY = re.compile(r"([A-Za-z0-9_]+)\.(\d{12})\.safetensors\Z", re.ASCII)
+_KEY = re.compile(r"([A-Za-z0-9_.]+)\.(\d{12})\.safetensors\Z", re.ASCII)
 # Of the free disk; the rest is left to the students, the caches and whoever else writes there.
 _DEFAULT_SHARE = 4
 
@@ -32,7 +32,7 @@ def stage_key(strategy: Strategy, seed: int, plan: Plan, device: str) -> str:
         plan: Steps, schedule, precision and the order of sums.
         device: Where it is trained.
     """
-    names = ("tokens", "sequence_length", "batch_tokens", "warmup_tokens", "bf16", "threads")
+    names = ("tokens", "most_tokens", "sequence_length", "batch_tokens", "warmup_tokens", "bf16", "threads")
     means = ("micro_batch", "checkpointing", "optimizer_state", "processes")
     settings = {name: getattr(plan, name) for name in (*names, *means)}
     return content_hash({"stage": strategy.stable_id, "seed": seed, "device": device, "settings": settings}, 16)

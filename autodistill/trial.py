@@ -44,7 +44,7 @@ from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.schedule import branch_point
 from autodistill.distillation.scoring import score
 from autodistill.distillation.sharding import Sharding, whole_model
-from autodistill.distillation.signals import LiveTeacher
+from autodistill.distillation.signals import LiveTeacher, check_told
 from autodistill.distillation.simulated import PackedStudent
 from autodistill.distillation.student import build_student, init_spec
 from autodistill.distillation.teacher import load_model
@@ -119,6 +119,7 @@ class TrialTask:
         deployments: Those that the budget allows, under which the trained student may be evaluated.
         probe: The one of them that rungs are judged on.
         straight: Whether the trial runs to the plan's tokens without stopping at rungs.
+        length: How many times the plan's tokens it is trained for; above 1 the trial is straight.
         stage: Address of its stable part, whose checkpoints trials share; empty where its checkpoints are its own.
     """
 
@@ -128,6 +129,7 @@ class TrialTask:
     deployments: tuple[Deployment, ...]
     probe: Deployment
     straight: bool = False
+    length: float = 1.0
     stage: str = ""
 
 
@@ -395,8 +397,8 @@ class Workbench:
         self.cache = TeacherCache(self.setting.cache) if self.setting.cache else None
         setting = self.setting
         self.teacher = LiveTeacher(setting.teacher, setting.device, setting.plan.bf16, setting.held)
-        # A cache over more sequences may be shared; this search trains on its own plan's tokens.
-        self.train = load_split(self.setting.data, "train").head(self.setting.plan.tokens)
+        # A cache over more sequences may be shared; this search trains on what its own plan needs.
+        self.train = load_split(self.setting.data, "train").head(self.setting.plan.most_tokens)
         self.validation = load_split(self.setting.data, "validation")
         self.reference = TeacherReference.load(self.setting.teacher_reference)
 
@@ -408,7 +410,7 @@ class Workbench:
         return self._blocks[layer]
 
     def check(self, strategy: Strategy, kept: tuple[int, ...]) -> None:
-        """Refuses a strategy that needs what the cache lacks.
+        """Refuses a strategy that needs what the cache, or the data, lack.
 
         Args:
             strategy: What is to be trained.
@@ -418,6 +420,7 @@ class Workbench:
             InputError: Says what is lacking.
         """
         recipe, layers = strategy.distillation, self.setting.teacher_spec.layers
+        check_told([recipe], self.train.told is not None)
         pairs = layer_map(recipe.alignment, kept, layers) if recipe.alignment else ()
         states = {pair.teacher_state for pair in pairs}
         if recipe.attention:
@@ -478,7 +481,7 @@ class Trial:
         sharding = self._bench.sharding
         began = time.perf_counter()
         trainer = self._trainer()
-        target, last = plan.rungs[rung], rung == len(plan.rungs) - 1
+        target, last = self._targets(rung)[-1], rung == len(plan.rungs) - 1
         shared = self._restore(trainer, rung)
         start = trainer.tokens
         ready = time.perf_counter()
@@ -539,18 +542,25 @@ class Trial:
 
         A trial that passes rungs without stopping leaves a checkpoint at each, from which others are judged there.
         """
+        branches = self._branches(rung)
+        return [point for point in (branches if self._task.stage else branches[-1:]) if point > start]
+
+    def _targets(self, rung: int) -> tuple[int, ...]:
+        """Tokens of the rungs up to one; a longer trial ends beyond the last."""
+        plan, length = self._bench.setting.plan, self._task.length
+        return (*plan.rungs[: rung + 1], *((plan.tokens_of(length),) if length > 1 else ()))
+
+    def _branches(self, rung: int) -> list[int]:
+        """Tokens at which the decays of these branch off."""
         plan = self._bench.setting.plan
-        rungs = plan.rungs[: rung + 1] if self._task.stage else plan.rungs[rung : rung + 1]
-        points = (branch_point(tokens, plan.decay, plan.batch_tokens) for tokens in rungs)
-        return [point for point in points if point > start]
+        return [branch_point(tokens, plan.decay, plan.batch_tokens) for tokens in self._targets(rung)]
 
     def _restore(self, trainer: Trainer, rung: int) -> int:
         """Continues from the furthest checkpoint up to a rung's branch; gives the tokens that others had trained of it.
 
         A checkpoint that cannot be read, as after a power failure, is removed, and the one before it is taken.
         """
-        plan = self._bench.setting.plan
-        tokens = [branch_point(target, plan.decay, plan.batch_tokens) for target in plan.rungs[: rung + 1]]
+        tokens = self._branches(rung)
         while (found := self._furthest(tokens[-1])) is not None:
             path, checkpoint = found
             try:
@@ -614,7 +624,7 @@ class Trial:
         evaluation = self._evaluate(model, deployment, plan.eval_tokens, read_scales(folder, deployment))
         return RungReport(
             rung=len(plan.rungs) - 1,
-            tokens=plan.tokens,
+            tokens=plan.tokens_of(self._task.length),
             evaluation=evaluation,
             params=self._spec.parameters,
             seconds={"train": 0.0, "evaluate": time.perf_counter() - ready, "other": ready - began},

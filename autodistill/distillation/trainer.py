@@ -138,7 +138,7 @@ class Trainer:
         self._data = data
         self._cache = cache
         self._teacher_block = teacher_block
-        self._target = target_source(self._recipe, cache, teacher)
+        self._target = target_source(self._recipe, cache, teacher, data.told)
         taid = self._recipe.divergence == "taid"
         self._interpolation = Interpolation(share=self._recipe.mixture) if taid else None
         self._seed = seed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from autodistill.records.row import Row, rows_of
 from autodistill.records.store import EventLog
 from autodistill.search.admission import admit, describe
 from autodistill.search.failures import RETRIED
+from autodistill.search.longer import lengthened, next_longer
 from autodistill.search.plan import CONFIRMED
 from autodistill.search.rows import make_row
 from autodistill.search.sampler import Sampler
@@ -99,6 +100,7 @@ class Campaign:
             or self._baseline()
             or self._promotion(extra=False)
             or self._proposal()
+            or self._longer()
             or self._confirmation()
         )
         if assignment is None and self.box.deadline is not None:
@@ -137,6 +139,7 @@ class Campaign:
         for phase in self._worker_seconds:
             self._worker_seconds[phase] += report.seconds[phase]
         trial.train_seconds += report.seconds["train"]
+        trial.trained_tokens += report.trained
         last = report.rung == len(plan.rungs) - 1
         status = Status.COMPLETED if last else Status.STOPPED
         row = self._row(trial, report, status)
@@ -169,7 +172,8 @@ class Campaign:
             }
         )
         self._stages.learn(trial, report.unsaved)
-        self._notify(f"{trial.task.id} {trial.name}: {shown} after {report.tokens:,} tokens")
+        reused = f", {report.shared:,} of them from a shared stage" if report.shared else ""
+        self._notify(f"{trial.task.id} {trial.name}: {shown} after {report.tokens:,} tokens{reused}")
         if report.unsaved is not None:
             self._notify(f"{trial.task.id}: {report.unsaved}")
         if last:
@@ -270,11 +274,13 @@ class Campaign:
                     name=event["name"],
                     point=event["point"],
                     seed=event["seed"],
+                    length=event.get("length", 1.0),
                 )
             elif event["event"] == "rung":
                 trial = self.trials[event["trial"]]
                 trial.rung, trial.value, trial.further = event["rung"], event["value"], tuple(event.get("further", ()))
                 trial.train_seconds += event["seconds"]["train"]
+                trial.trained_tokens += event.get("trained", 0)
                 trial.settled = {row.deployment_name for row in rows if row.trial == event["trial"]}
                 self._stages.learn(trial, event.get("unsaved"))
                 self._judge(trial)
@@ -329,6 +335,29 @@ class Campaign:
             return None
         return self._assign(trial)
 
+    def _longer(self) -> Assignment | None:
+        """The best few and the best baseline trained on, where the space asks for that, once all others have ended."""
+        under_way = any(trial.running and trial.task.length == 1 for trial in self.trials.values())
+        if under_way or not self._proposals_over():
+            return None
+        found = next_longer(self._trained(), self.question.plan.lengths, self.trials)
+        if found is None or any(t.running and t.task.stage == found[0].task.stage != "" for t in self.trials.values()):
+            return None
+        original, length = found
+        task = replace(original.task, length=length)
+        if not self.box.holds(self.box.expected(Assignment(task=task, rung=original.rung), -1)):
+            return None
+        trial = self._enter(
+            task.strategy,
+            trial_id=lengthened(task.id, length),
+            number=None,
+            kind=original.kind,
+            name=original.name,
+            point=None,
+            length=length,
+        )
+        return self._assign(trial)
+
     def _confirmation(self) -> Assignment | None:
         """The best few and the best baseline on further seeds, once the trials of the plan have ended."""
         seeds = range(self.question.plan.seed + 1, self.question.plan.seed + 1 + self.question.confirm)
@@ -343,7 +372,8 @@ class Campaign:
                 trial_id = confirming(original.task.id, seed)
                 if trial_id in self.trials:
                     continue
-                if not self.box.holds(self.box.expected(Assignment(task=original.task, rung=original.rung), -1)):
+                task = replace(original.task, stage="")
+                if not self.box.holds(self.box.expected(Assignment(task=task, rung=original.rung), -1)):
                     return None
                 trial = self._enter(
                     original.task.strategy,
@@ -353,6 +383,7 @@ class Campaign:
                     name=original.name,
                     point=None,
                     seed=seed,
+                    length=task.length,
                 )
                 return self._assign(trial)
         return None
@@ -440,6 +471,7 @@ class Campaign:
                 "parameters": trial.parameters,
                 "strategy": strategy.to_json(),
                 "seed": trial.task.seed,
+                "length": trial.task.length,
             }
         )
         if trial.reason is not None:

@@ -143,6 +143,7 @@ class Demand:
         sequence_length: Tokens of a sequence.
         step_tokens: Of an optimiser step, whole sequences.
         confirm: Further seeds that the best few and the best baseline are trained on.
+        longest: How many times a trial's tokens the best are trained on to; their time is what the box has left.
     """
 
     box_seconds: float | None
@@ -161,6 +162,7 @@ class Demand:
     sequence_length: int = SEQUENCE_LENGTH
     step_tokens: int = SEQUENCE_LENGTH
     confirm: int = 0
+    longest: float = 1.0
 
 
 def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
@@ -291,7 +293,7 @@ def _fixed_seconds(demand: Demand, speed: Speed, tokens: int) -> Mapping[str, fl
     per_weight = 1.6e-7
     return {
         "load": demand.spent_seconds,
-        "cache": min(tokens, demand.train_tokens) / speed.cache * 1.4 + full_eval / speed.score,
+        "cache": min(demand.longest * tokens, demand.train_tokens) / speed.cache * 1.4 + full_eval / speed.score,
         "teacher": demand.teacher_deployments * (full_eval / speed.score + 8e-9 * demand.parameters + speed.asked),
         "workers": 15.0 if demand.ray else 0.0,
         "export": 12.0 + per_weight * demand.parameters,

@@ -25,6 +25,7 @@ from autodistill.distillation.held import load_held
 from autodistill.distillation.pretrained import token_rows
 from autodistill.distillation.scoring import refer
 from autodistill.distillation.sharding import check_sharded
+from autodistill.distillation.signals import check_told
 from autodistill.distillation.student import cut_student, kept_layers
 from autodistill.distillation.teacher import (
     Teacher,
@@ -182,6 +183,7 @@ def load(checked: Checked, place: Place) -> Loaded:
         length,
         request.cache,
     )
+    check_told(checked.space.signal_cases(), data.splits["train"].told > 0)
     models = dict.fromkeys(strategy.init.model for strategy in checked.space.extremes() if strategy.init.model)
     pretrained = {model: materialise(resolve_teacher(model), request.cache).folder for model in models}
     for folder in pretrained.values():
@@ -314,6 +316,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         sequence_length=checked.sequence_length,
         step_tokens=loaded.step_tokens,
         confirm=checked.confirm,
+        longest=max(checked.space.lengths),
     )
     plan = make_plan(demand, speed, loaded.workers)
     plan = replace(
@@ -323,6 +326,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         micro_batch=loaded.fit.micro_batch,
         checkpointing=loaded.fit.checkpointing,
         optimizer_state=loaded.fit.optimizer_state,
+        lengths=checked.space.lengths,
     )
     return plan, speed
 
@@ -557,6 +561,10 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
             "name": loaded.data.name,
             "fingerprint": loaded.data.fingerprint,
             "tokens": {name: split.tokens for name, split in loaded.data.splits.items()},
+            "answers": {
+                name: {"tokens": split.answers, "with_log_probabilities": split.told}
+                for name, split in loaded.data.splits.items()
+            },
         },
         "space": checked.space_reference,
         "space_hash": checked.space.hash,
@@ -600,7 +608,7 @@ def _teacher_phase(
 ) -> TrialSetting:
     """Caches the teacher's outputs, scores it, and writes its rows under each deployment."""
     request, device = checked.request, loaded.device
-    train = load_split(loaded.data.folder, "train").head(plan.tokens)
+    train = load_split(loaded.data.folder, "train").head(plan.most_tokens)
     validation = load_split(loaded.data.folder, "validation").head(plan.eval_tokens)
     with clock.phase("cache", "calibration"):
         calibration = calibration_file(checked, loaded)

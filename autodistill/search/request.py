@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill import plugins
+from autodistill.budget import DeviceBudget
 from autodistill.contracts import SEQUENCE_LENGTH, Direction, Evaluator, ModelSpec
 from autodistill.devices import Device
 from autodistill.distillation.teacher import (
@@ -20,7 +21,7 @@ from autodistill.distillation.teacher import (
 )
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError, NothingFitsError
-from autodistill.estimate import cannot_hold, fits, holdable, shortfall, spec_from_config
+from autodistill.estimate import cannot_hold, fits, holdable, shortfall, smallest, spec_from_config
 from autodistill.evaluators.command import NAME as COMMAND
 from autodistill.evaluators.command import parse_command
 from autodistill.evaluators.harness import PREFIX, find_task
@@ -287,6 +288,8 @@ def _device(request: SearchRequest, known: Mapping[str, Any], objectives: tuple[
     """Where latencies are predicted, if they are: on resuming the device as it was, with the figures it had."""
     if all(one.name != "latency" for one in objectives):
         return None
+    if isinstance(request.budget, DeviceBudget):
+        return request.budget.device
     if request.device is None and known.get("device"):
         return Device.from_json(known["device"])
     return choose_device(request.device or LOCAL, request.cache)
@@ -483,9 +486,11 @@ def check_budget(checked: Checked, spec: ModelSpec) -> None:
     least = min(held, key=lambda strategy: min(fit.slack for fit in held[strategy]))
     reason = shortfall(held[least], checked.request.budget)
     if reason is not None:
+        remedy = (
+            "--latency, or name a faster --device" if smallest(held[least]).late else "--budget, or lower --context"
+        )
         raise NothingFitsError(
-            f"nothing fits: of the student that needs least ({least.init.describe()}), {reason}; raise --budget, or "
-            "lower --context"
+            f"nothing fits: of the student that needs least ({least.init.describe()}), {reason}; raise {remedy}"
         )
 
 

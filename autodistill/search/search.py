@@ -82,7 +82,7 @@ def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
     observer.phase("measuring this machine")
     plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - request.started)
     settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration_file(checked, loaded))
-    tokens = min(plan.tokens, loaded.data.splits["train"].sequences * plan.sequence_length)
+    tokens = min(plan.most_tokens, loaded.data.splits["train"].sequences * plan.sequence_length)
     per_token = settings.bytes_per_token(loaded.spec.vocabulary, loaded.spec.width)
     return {
         "plan": plan.to_json(),
@@ -306,7 +306,8 @@ def _result(
 def _fell_short(campaign: Campaign, plan: Plan) -> list[str]:
     """What the plan held and the box did not, in sentences."""
     proposed = sum(trial.number is not None and trial.rung >= 0 for trial in campaign.trials.values())
-    whole = sum(trial.kind == "student" and trial.status is Status.COMPLETED for trial in campaign.trials.values())
+    students = [trial for trial in campaign.trials.values() if trial.kind == "student" and trial.task.length == 1]
+    whole = sum(trial.status is Status.COMPLETED for trial in students)
     planned = plan.keep[-1] if plan.keep else plan.trials
     notes = []
     if proposed < plan.trials and not campaign.exhausted:

@@ -114,6 +114,7 @@ class TrialState:
         status, reason, cause: Once it has ended; the cause is that of a failure.
         settled: Deployments that were evaluated at full fidelity, are being, or cannot be.
         retried: Pieces of work that failed once: to which rung, and of an evaluation the deployment's name.
+        trained_tokens, train_seconds: What its own training took so far.
         parameters: Weights of its student; None where the teacher has no such student.
     """
 
@@ -127,6 +128,7 @@ class TrialState:
     value: float | None = None
     further: tuple[float | None, ...] = ()
     train_seconds: float = 0.0
+    trained_tokens: int = 0
     running: bool = False
     status: Status | None = None
     reason: str | None = None
