@@ -28,11 +28,13 @@ from autodistill.options import (
     CommandTimeOption,
     ConfirmOption,
     ContextOption,
+    CpusPerTrialOption,
     DataOption,
     DevicesOption,
     DirectionOption,
     Format,
     FormatOption,
+    GpusPerTrialOption,
     LatencyOption,
     MetricOption,
     NameOption,
@@ -40,6 +42,7 @@ from autodistill.options import (
     OutOption,
     PlanOption,
     PriceOption,
+    RayAddressOption,
     ResumeOption,
     RunnerOption,
     SamplerOption,
@@ -49,6 +52,7 @@ from autodistill.options import (
     SequenceLengthOption,
     SpaceOption,
     StepTokensOption,
+    StorageOption,
     TaskOption,
     TeacherOption,
     TimeOption,
@@ -127,6 +131,10 @@ def search(
     plan: PlanOption = False,
     price: PriceOption = None,
     runner: RunnerOption = "ray",
+    ray_address: RayAddressOption = None,
+    gpus_per_trial: GpusPerTrialOption = None,
+    cpus_per_trial: CpusPerTrialOption = None,
+    storage: StorageOption = None,
     cache: CacheOption = None,
     cache_limit: CacheLimitOption = "8GB",
     checkpoint_limit: CheckpointLimitOption = None,
@@ -164,6 +172,10 @@ def distill(
     plan: PlanOption = False,
     price: PriceOption = None,
     runner: RunnerOption = "ray",
+    ray_address: RayAddressOption = None,
+    gpus_per_trial: GpusPerTrialOption = None,
+    cpus_per_trial: CpusPerTrialOption = None,
+    storage: StorageOption = None,
     cache: CacheOption = None,
     cache_limit: CacheLimitOption = "8GB",
     checkpoint_limit: CheckpointLimitOption = None,
@@ -237,13 +249,15 @@ def export(
 def doctor(
     out: OutOption = _RUNS,
     cache: CacheOption = None,
+    storage: StorageOption = None,
+    ray_address: RayAddressOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Say what is installed, found and missing; exits with 2 where the default search cannot run."""
     quiet_libraries()
     from autodistill.doctor import describe, examine, ready, to_json
 
-    found = _print(output, lambda: examine(out, cache or default_cache()), to_json, describe)
+    found = _print(output, lambda: examine(out, cache or default_cache(), storage, ray_address), to_json, describe)
     if not ready(found):
         raise typer.Exit(2)
 
@@ -446,6 +460,10 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         out=given["out"],
         resume=given["resume"],
         runner=given["runner"],
+        ray_address=given["ray_address"],
+        gpus_per_trial=given["gpus_per_trial"],
+        cpus_per_trial=given["cpus_per_trial"],
+        storage=given["storage"],
         cache=given["cache"] or default_cache(),
         cache_limit_bytes=limit,
         checkpoint_limit_bytes=kept,

@@ -366,10 +366,13 @@ class Plan:
         micro_batch: Sequences of one forward and backward pass; their gradients add up to the step's.
         checkpointing: Whether the backward pass computes each layer's activations again instead of keeping them.
         optimizer_state: What AdamW's two moments are held in.
+        lengths: Multiples of `tokens` that trials may be trained on to, 1 first; their data are shared by all trials.
         decay: Share of a rung's tokens that the final decay takes; finishing happens in it.
         rung_eval_tokens, eval_tokens, test_tokens: Tokens an evaluation reads: at a rung, at full fidelity, on test.
         workers: Trials that train at once.
-        threads: CPU threads of each worker.
+        threads: CPU threads of each process of a worker.
+        processes: That train one trial together.
+        gpus: Of each process: a fraction where several share one.
         bf16: Whether training computes in bfloat16 where that is safe.
         seed: Of data order, projections and proposals.
         box_seconds: The time box, or None.
@@ -400,13 +403,26 @@ class Plan:
     micro_batch: int = 1
     checkpointing: bool = False
     optimizer_state: OptimizerState = "float32"
+    processes: int = 1
+    gpus: float = 1.0
     example_share: float = 1.0
+    lengths: tuple[float, ...] = (1.0,)
+
+    def tokens_of(self, length: float) -> int:
+        """Training tokens of a trial of so many times the plan's, in whole steps."""
+        return round(self.tokens * length / self.batch_tokens) * self.batch_tokens if length > 1 else self.tokens
+
+    @property
+    def most_tokens(self) -> int:
+        """Training tokens of the longest trials, whose data are those that every trial draws from."""
+        return self.tokens_of(max(self.lengths))
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
-        return asdict(self) | {"rungs": list(self.rungs), "keep": list(self.keep), "notes": list(self.notes)}
+        return asdict(self) | {name: list(getattr(self, name)) for name in ("rungs", "keep", "notes", "lengths")}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Reads what `to_json` wrote."""
-        return cls(**(dict(data) | {name: tuple(data[name]) for name in ("rungs", "keep", "notes")}))
+        lists = ("rungs", "keep", "notes", *(("lengths",) if "lengths" in data else ()))
+        return cls(**(dict(data) | {name: tuple(data[name]) for name in lists}))

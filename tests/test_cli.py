@@ -31,7 +31,7 @@ baselines: [logit_kd]
 VERBS = {
     "search": "--budget --device --latency --devices "
     "--teacher --data --space --metric --trials --tokens --time --context --batch --seed "
-    "--name --out --resume --plan --runner --format --cache --cache-limit",
+    "--name --out --resume --plan --price --runner --format --cache --cache-limit --checkpoint-limit",
     "distill": "--budget --device --latency --devices "
     "--teacher --data --metric --tokens --time --context --batch --seed --name --out --runner "
     "--format --cache --cache-limit",
@@ -138,6 +138,9 @@ BAD = [
     (f"{GOOD} --time -5m", ["-5m", "10m"]),
     (f"{GOOD} --time 0", ["'0'", "10m"]),
     (f"{GOOD} --cache-limit lots", ["lots", "16GB"]),
+    (f"{GOOD} --checkpoint-limit lots", ["lots", "16GB"]),
+    (f"{GOOD} --plan --price 2.5", ["'2.5' is no price", "2.5/h"]),
+    (f"{GOOD} --price 2.5/h", ["give it with --plan"]),
     (f"{GOOD} --metric exact_match", ["exact_match needs questions with answers", "reasoning-gym:TASK"]),
     (f"{GOOD} --data reasoning-gym:chain_som", ["no task 'chain_som'", "chain_sum"]),
     (f"{GOOD} --trials 0", ["--trials", "at least 1"]),

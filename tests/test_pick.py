@@ -202,6 +202,25 @@ def test_less_is_better_where_the_run_says_so() -> None:
     assert pick(board, Wanted(memory_bytes=10**9))["pick"]["row_id"] == "b"
 
 
+@pytest.mark.parametrize(("metric", "direction"), [("accuracy", "max"), ("perplexity", "min")])
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf, -math.inf])
+def test_what_was_not_measured_is_never_picked(
+    tmp_path: Path, metric: str, direction: str, missing: float | None
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    teacher = {"reference": "/nowhere", "fingerprint": "t"}
+    write_json(folder / "search.json", {"metric": metric, "direction": direction, "teacher": teacher})
+    whole = [row("a", 0.5, 400), row("b", 0.4, 300)]
+    broken = [row("broken", 0.0, 1), row("weightless", 0.5, 1, memory_bytes=None)]
+    rows = [replace(one, **{"accuracy": None, metric: one.accuracy}) for one in (*whole, broken[1])]
+    rows.append(replace(broken[0], **{"accuracy": None, metric: missing}))
+    to_parquet(rows, folder / "leaderboard.parquet")
+    answer = pick(stored(tmp_path), Wanted(memory_bytes=10**9))
+    assert answer["pick"]["row_id"] == {"max": "a", "min": "b"}[direction]
+    assert answer["unknown"] == (1 if direction == "max" else 0)
+
+
 def test_a_row_measured_on_the_device_is_held_to_that_and_one_of_another_is_not() -> None:
     device = find_device("pi 4", devices())
     loads = [{"streams": 1, "tpot_p95_ms": 7.0, "ttft_p95_ms": 90.0}]

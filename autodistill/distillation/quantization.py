@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from autodistill.codes import BF16_EPSILON
+from autodistill.distillation.sharding import whole
 from autodistill.errors import InputError
 from autodistill.formats import Grid, Role, Scales, Storage, TensorSpec, check_tensor
 
@@ -316,17 +317,24 @@ class FakeQuantized:
         self.scale: nn.Parameter | None = None
         self._offset: Tensor | None = None
         self._kept: tuple[tuple[int, int], Tensor] | None = None
-        if learned and self._values().requires_grad:
-            scales, self._offset = fitted_scales(self._values().detach(), grid)
+        if learned and self._values(master).requires_grad:
+            scales, self._offset = fitted_scales(whole(self._values(master).detach()), grid)
             self.scale = nn.Parameter(scales)
 
-    def __call__(self) -> Tensor:
-        """The quantised weight; that of a frozen master is computed once, until the master's values change."""
+    def __call__(self, held: Tensor | None = None) -> Tensor:
+        """The quantised weight; that of a frozen master is computed once, until the master's values change.
+
+        Args:
+            held: Of a master that is sharded over processes the whole weight, as its module holds it now.
+        """
+        held = self.master if held is None else held
         if self.scale is not None:
-            return fake_quantize_learned(self._values(), self.scale, self._offset, self.grid)
+            return fake_quantize_learned(self._values(held), self.scale, self._offset, self.grid)
         if self.master.requires_grad or self._change is not None:
             self._kept = None
-            return fake_quantize(self._values(), self.grid)
+            return fake_quantize(self._values(held), self.grid)
+        if held is not self.master:
+            return deploy_tensor(held, self.grid)
         state = (self.master._version, self.master.data_ptr())
         if self._kept is None or self._kept[0] != state:
             # What inference mode makes, autograd cannot use later.
@@ -334,8 +342,8 @@ class FakeQuantized:
                 self._kept = (state, deploy_tensor(self.master, self.grid))
         return self._kept[1]
 
-    def _values(self) -> Tensor:
-        return self.master if self._change is None else self._change(self.master)
+    def _values(self, held: Tensor) -> Tensor:
+        return held if self._change is None else self._change(held)
 
     def stored(self) -> Scales | None:
         """The learned scales and their offsets as a file holds them, or None where none are learned."""
@@ -408,12 +416,16 @@ def quantized_training(
 
 def _attach(module: nn.Module, weight: FakeQuantized, hooks: ExitStack) -> None:
     parameters: dict[str, Any] = module._parameters
+    held: list[Any] = []
 
     def show(module: nn.Module, inputs: Any) -> None:
-        parameters["weight"] = weight()
+        held.append(parameters["weight"])
+        parameters["weight"] = weight(held[-1])
 
     def hide(module: nn.Module, inputs: Any, output: Any) -> None:
-        parameters["weight"] = weight.master
+        # A pass that fails before `show` has nothing to put back.
+        if held:
+            parameters["weight"] = held.pop()
 
     hooks.callback(module.register_forward_pre_hook(show).remove)
     hooks.callback(module.register_forward_hook(hide, always_call=True).remove)

@@ -208,7 +208,7 @@ def _leaderboard(ranked: Sequence[Ranked], metric: str) -> str:
             _sourced(one.row.memory_bytes, one.row.memory_source, format_bytes),
             _sourced(one.row.size_bytes, None, format_bytes),
             _sourced(one.row.latency_ms, one.row.latency_source, lambda ms: format_duration(ms / 1e3)),
-            _shown(1.0 if one.row.full else one.row.fidelity, "{:.0%}"),
+            _shown(1.0 if one.row.fidelity is None and one.row.full else one.row.fidelity, "{:.0%}"),
             "" if one.row.feasible else one.row.reason or "over the budget",
         ]
         for one in ranked

@@ -120,7 +120,7 @@ def explain(run: RunFolder) -> Explanation:
         failed=_reasons(ends, Status.FAILED),
         retried=dict(Counter(event["cause"] for event in events if event["event"] == "retry").most_common()),
         tokens_trained=sum(reached.values()) - spared.shared_tokens,
-        tokens_full=plan.tokens * len(reached),
+        tokens_full=sum(max(plan.tokens, tokens) for tokens in reached.values()),
         tokens_rejected=spared.rejected_tokens,
         saved=spared,
         openings=openings_of(run.path.parent, asked),

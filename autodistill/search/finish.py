@@ -32,7 +32,15 @@ from autodistill.records.store import RunFolder, record_test_opening, recorded_t
 from autodistill.search.rows import make_row
 from autodistill.search.trials import Question
 from autodistill.strategy import Deployment, Strategy
-from autodistill.trial import TrialSetting, deployed_weights, evaluate, initial_student, student_folder, student_spec
+from autodistill.trial import (
+    TrialSetting,
+    deployed_weights,
+    evaluate,
+    has_student,
+    initial_student,
+    student_spec,
+    trained_student,
+)
 from autodistill.units import Budget, format_bytes, format_duration
 
 # Measured in the runtime, a student may turn out above the budget; this many are tried before giving up.
@@ -85,7 +93,11 @@ class Finisher:
 
     def student(self, row: Row) -> Path:
         """Folder of the float32 student of a row."""
-        return student_folder(self.run.checkpoints / row.trial)
+        return trained_student(self.run.checkpoints / row.trial, self.setting.storage)
+
+    def has(self, row: Row) -> bool:
+        """Whether its student was kept."""
+        return has_student(self.run.checkpoints / row.trial, self.setting.storage)
 
     def load(self, row: Row) -> Any:
         """The float32 student of a row."""
@@ -109,22 +121,9 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     """
     question, phases = finisher.question, finisher.phases
     torch.set_num_threads(finisher.threads)
-    # A row without the metric is no candidate: nothing says how well its student does.
-    students = [
-        row
-        for row in rows
-        if row.kind in DISTILLED
-        and row.full
-        and row.figure(question.metric) is not None
-        and finisher.student(row).is_dir()
-    ]
-    ranked = [one.row for one in rank(students, question.metric, question.direction) if one.row.feasible]
+    students = trained_rows(rows, question.metric, finisher.has)
     confirmed = confirmations(rows, question.metric, question.direction)
-    if confirmed:
-        # What is best on several seeds goes first, in the best of its deployments; then the others as they rank.
-        own = [row for row in students if row.trial == confirmed[0].trial]
-        first = [one.row for one in rank(own, question.metric, question.direction) if one.row.feasible]
-        ranked = [*first, *(row for row in ranked if row.trial != confirmed[0].trial)]
+    ranked = exportable(students, confirmed, question)
     paths: dict[str, Path] = {}
     checks: dict[str, RuntimeCheck] = {}
     rejected: list[Row] = []
@@ -163,6 +162,31 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         confirmed=tuple(confirmed),
         notes=(*_notes(best, rows, finisher), *_spent(finisher)),
     )
+
+
+def trained_rows(rows: Sequence[Row], metric: str, kept: Callable[[Row], bool]) -> list[Row]:
+    """The rows of students at full fidelity that were kept; one without the metric says nothing of its student.
+
+    Args:
+        rows: Of one split.
+        metric: What ranks.
+        kept: Whether a row's student was.
+    """
+    full = (row for row in rows if row.kind in DISTILLED and row.full and row.figure(metric) is not None)
+    return [row for row in full if kept(row)]
+
+
+def exportable(students: Sequence[Row], confirmed: Sequence[Confirmation], question: Question) -> list[Row]:
+    """What may be exported, the best first: those that keep to the budget, as they rank.
+
+    What is best on several seeds goes first, in the best of its deployments.
+    """
+    ranked = [one.row for one in rank(students, question.metric, question.direction) if one.row.feasible]
+    if not confirmed:
+        return ranked
+    own = [row for row in students if row.trial == confirmed[0].trial]
+    first = [one.row for one in rank(own, question.metric, question.direction) if one.row.feasible]
+    return [*first, *(row for row in ranked if row.trial != confirmed[0].trial)]
 
 
 def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artefact, str]:
@@ -312,7 +336,7 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
     add(initial.to(setting.device), None, "initial", "undistilled student", deployment, strategy)
     del initial
     add(finisher.load(best), best, best.kind, best.name, deployment, strategy)
-    baseline = _best_baseline(rows, finisher)
+    baseline = _best_baseline(rows, finisher, best)
     if baseline is not None and baseline.trial != best.trial:
         packing = Deployment.from_json(baseline.deployment)
         add(
@@ -334,13 +358,11 @@ def _spent(finisher: Finisher) -> tuple[str, ...]:
     )
 
 
-def _best_baseline(rows: Sequence[Row], finisher: Finisher) -> Row | None:
+def _best_baseline(rows: Sequence[Row], finisher: Finisher, best: Row) -> Row | None:
+    """The best baseline of as many tokens as the best student; of any where none was trained so far."""
     metric = finisher.question.metric
-    baselines = [
-        row
-        for row in rows
-        if row.kind == "baseline" and row.full and row.figure(metric) is not None and finisher.student(row).is_dir()
-    ]
+    baselines = [row for row in trained_rows(rows, metric, finisher.has) if row.kind == "baseline"]
+    baselines = [row for row in baselines if row.train_tokens == best.train_tokens] or baselines
     ranked = rank(baselines, metric, finisher.question.direction)
     return ranked[0].row if ranked else None
 
@@ -408,6 +430,11 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
             f"{first.figure(metric):.4f} in {format_bytes(first.memory_bytes or 0)}, the best student "
             f"{best.figure(metric):.4f} in {format_bytes(memory)}; of what is equal within one standard error, the "
             "smaller is better"
+        )
+    if best.fidelity is not None and best.fidelity > 1 + 1e-9:
+        notes.append(
+            f"the best student was trained for {best.fidelity:.0%} of the plan's tokens ({best.train_tokens:,}); those "
+            "at 100% are compared with each other, and its baseline is the one of as many tokens where there is one"
         )
     if best.kind == "baseline" and question.space.dimensions:
         notes.append("no searched strategy beat the hand-designed baseline")

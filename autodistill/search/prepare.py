@@ -24,6 +24,7 @@ from autodistill.distillation.calibration import Calibration, ensure_calibration
 from autodistill.distillation.held import load_held
 from autodistill.distillation.pretrained import token_rows
 from autodistill.distillation.scoring import refer
+from autodistill.distillation.sharding import check_sharded
 from autodistill.distillation.student import cut_student, kept_layers
 from autodistill.distillation.teacher import (
     Teacher,
@@ -38,7 +39,7 @@ from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import adapted_tensors, cannot_hold, fits, holdable, spec_from_config
 from autodistill.evaluators.command import NAME as COMMAND
 from autodistill.evaluators.command import Command
-from autodistill.hardware import Machine, detect
+from autodistill.hardware import Machine
 from autodistill.records.differences import paired
 from autodistill.records.leaderboard import rows_of
 from autodistill.records.row import Row
@@ -47,13 +48,10 @@ from autodistill.search.campaign import Campaign
 from autodistill.search.plan import (
     Demand,
     Speed,
-    Workers,
     extend,
     make_plan,
     measure_speed,
     more_trials,
-    share_out,
-    supports_bf16,
 )
 from autodistill.search.request import (
     Asked,
@@ -62,6 +60,7 @@ from autodistill.search.request import (
     check_teacher,
 )
 from autodistill.search.rows import make_row
+from autodistill.search.share import Share, Workers, share_out, supports_bf16
 from autodistill.search.trials import Question
 from autodistill.search.warm_start import WarmStart, check_fingerprints, warm_start
 from autodistill.space import Space
@@ -120,12 +119,16 @@ class Observer:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """Teacher, data and the pretrained models that students may start from, on this machine's disk."""
+    """Teacher, data and the pretrained models that students may start from, on this machine's disk.
+
+    `device` is where this process runs models, which of a cluster may be another than its trials' one.
+    """
 
     teacher: Teacher
     data: Prepared
     spec: ModelSpec
     workers: Workers
+    device: str
     threads: int
     step_tokens: int
     fit: TrainingFit
@@ -142,13 +145,31 @@ class Loaded:
         return load_held(self.teacher.folder, self.teacher_fit.held, device)
 
 
-def load(checked: Checked) -> Loaded:
-    """Teacher and data on this machine's disk, and how it is shared out.
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a search runs.
+
+    Attributes:
+        here: This machine.
+        machines: Those that trials run on: this one, or the nodes of a cluster.
+        share: What of them each trial is given.
+    """
+
+    here: Machine
+    machines: tuple[Machine, ...]
+    share: Share
+
+
+def load(checked: Checked, place: Place) -> Loaded:
+    """Teacher and data on this machine's disk, and how the machines are shared out.
 
     Raises:
         InputError: Data too short, a pretrained model of other tokens, or training that cannot be made to fit.
     """
     request = checked.request
+    if place.share.processes > 1 and request.strategy is not None:
+        for strategy in checked.space.baselines.values():
+            check_sharded(strategy, "float32")
     teacher = materialise(checked.teacher, request.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     length = checked.sequence_length
@@ -165,12 +186,19 @@ def load(checked: Checked) -> Loaded:
     pretrained = {model: materialise(resolve_teacher(model), request.cache).folder for model in models}
     for folder in pretrained.values():
         token_rows(folder, teacher.folder)
-    machine = detect()
-    teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=machine)
+    teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=place.here)
     _, largest = by_size(checked.space, spec)[-1]
-    step_tokens = checked.stored["plan"]["batch_tokens"] if checked.stored else request.step_tokens or length
+    processes = place.share.processes
+    step_tokens = request.step_tokens or processes * length
+    if checked.stored:
+        step_tokens = checked.stored["plan"]["batch_tokens"]
+    if step_tokens % (processes * length):
+        raise InputError(
+            f"a step of {step_tokens} tokens does not divide over the {processes} processes of a trial: give "
+            f"--step-tokens a multiple of {processes * length}"
+        )
     online = any(recipe.weighs_teacher and recipe.signal == "online" for recipe in checked.space.signal_cases())
-    memory = machine.gpus[0].memory_bytes if machine.gpus else machine.memory_bytes
+    memory = _trial_memory(place)
     fit = fit_training(
         largest,
         teacher=spec,
@@ -180,19 +208,29 @@ def load(checked: Checked) -> Loaded:
         sequence_length=length,
         sequences=step_tokens // length,
         # Run in the trial, the teacher lies beside the student.
-        limit_bytes=memory - (_online_bytes(spec, machine, teacher_fit) if online else 0),
+        limit_bytes=memory - (_online_bytes(spec, place.machines[0], teacher_fit) if online else 0),
+        processes=processes,
     )
     return Loaded(
         teacher=teacher,
         data=data,
         spec=spec,
-        workers=share_out(machine, fit.estimate.total_bytes, request.runner),
-        threads=machine.cpus,
+        workers=share_out(place.machines, fit.estimate.total_bytes, request.runner, place.share),
+        device="cuda" if place.here.gpus else "cpu",
+        threads=place.here.cpus,
         step_tokens=step_tokens,
         fit=fit,
         teacher_fit=teacher_fit,
         pretrained=pretrained,
     )
+
+
+def _trial_memory(place: Place) -> int:
+    """Bytes that a process of a trial may take: of a machine, or its share of a GPU."""
+    gpus = [gpu.memory_bytes for machine in place.machines for gpu in machine.gpus]
+    if not gpus:
+        return min(machine.memory_bytes for machine in place.machines)
+    return int(min(gpus) * min(1.0, place.share.gpus))
 
 
 def _online_bytes(spec: ModelSpec, machine: Machine, fit: TeacherFit) -> int:
@@ -243,6 +281,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         largest,
         loaded.workers,
         loaded.threads,
+        device=loaded.device,
         sequence_length=checked.sequence_length,
         checkpointing=loaded.fit.checkpointing,
     )
@@ -275,6 +314,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         sequence_length=checked.sequence_length,
         step_tokens=loaded.step_tokens,
         confirm=checked.confirm,
+        longest=max(checked.space.lengths),
     )
     plan = make_plan(demand, speed, loaded.workers)
     plan = replace(
@@ -284,6 +324,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         micro_batch=loaded.fit.micro_batch,
         checkpointing=loaded.fit.checkpointing,
         optimizer_state=loaded.fit.optimizer_state,
+        lengths=checked.space.lengths,
     )
     return plan, speed
 
@@ -354,7 +395,7 @@ def calibration_file(checked: Checked, loaded: Loaded) -> Path | None:
         data_fingerprint=loaded.data.fingerprint,
         data=load_split(loaded.data.folder, "train"),
         root=checked.request.cache / "calibrations",
-        device=loaded.workers.device,
+        device=loaded.device,
     )
 
 
@@ -394,12 +435,13 @@ class Ready:
     document: Mapping[str, Any]
 
 
-def plan_run(checked: Checked, run: RunFolder, clock: Clock, observer: Observer) -> Planned:
+def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, observer: Observer) -> Planned:
     """Loads teacher and data, plans, and writes `search.json`; what a resumed run has planned, it keeps,
     but for more trials.
 
     Args:
         checked: What is asked.
+        place: Where it runs.
         run: Its folder, locked.
         clock: Times the phases.
         observer: Is told of them.
@@ -408,10 +450,11 @@ def plan_run(checked: Checked, run: RunFolder, clock: Clock, observer: Observer)
         InputError: Bad input that only the loaded teacher or data could show.
     """
     with clock.phase("load", "loading teacher and data"):
-        loaded = load(checked)
+        loaded = load(checked, place)
     if checked.stored is not None:
         speed = Speed(**checked.stored["speed"])
         plan = _extended(checked, Plan.from_json(checked.stored["plan"]), loaded.spec, speed)
+        plan = _here(plan, loaded)
         _check_fingerprints(checked, loaded)
     else:
         fingerprints = {"teacher": loaded.teacher.fingerprint, "data": loaded.data.fingerprint}
@@ -462,6 +505,21 @@ def _extended(checked: Checked, plan: Plan, spec: ModelSpec, speed: Speed) -> Pl
     if request.trials is None and request.time_seconds is not None and "seconds" in checked.stored:
         trials += more_trials(plan, spec.parameters, speed, request.time_seconds)
     return extend(plan, trials)
+
+
+def _here(plan: Plan, loaded: Loaded) -> Plan:
+    """The plan on the machines that a resumed run has now, which may be others; what its figures mean stays.
+
+    Raises:
+        InputError: Trials were to be trained by more processes, or fewer, whose figures would differ.
+    """
+    workers = loaded.workers
+    if plan.processes != workers.processes:
+        raise InputError(
+            f"the run's trials are trained by {plan.processes} processes each, not {workers.processes}: resume it with "
+            "the same --gpus-per-trial, or --cpus-per-trial"
+        )
+    return replace(plan, workers=workers.count, gpus=workers.gpus, threads=min(plan.threads, workers.threads))
 
 
 def _check_fingerprints(checked: Checked, loaded: Loaded) -> None:
@@ -516,6 +574,7 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "warm_start": {"runs": list(checked.warm_start)},
         "seed": checked.seed,
         "runner": checked.request.runner,
+        "storage": checked.storage.uri if checked.storage else None,
         "sharing": checked.request.sharing,
         "forking": checked.request.forking,
         "plan": plan.to_json(),
@@ -542,8 +601,8 @@ def _teacher_phase(
     earlier: list[dict[str, Any]],
 ) -> TrialSetting:
     """Caches the teacher's outputs, scores it, and writes its rows under each deployment."""
-    request, device = checked.request, loaded.workers.device
-    train = load_split(loaded.data.folder, "train").head(plan.tokens)
+    request, device = checked.request, loaded.device
+    train = load_split(loaded.data.folder, "train").head(plan.most_tokens)
     validation = load_split(loaded.data.folder, "validation").head(plan.eval_tokens)
     with clock.phase("cache", "calibration"):
         calibration = calibration_file(checked, loaded)

@@ -109,7 +109,7 @@ def make_row(
         batch=budget.batch,
         train_tokens=train_tokens,
         train_seconds=train_seconds,
-        fidelity=min(1.0, train_tokens / plan.tokens) if kind not in ("teacher", "initial") else None,
+        fidelity=train_tokens / plan.tokens if kind not in ("teacher", "initial") else None,
         seed=seed,
         documents=evaluation.documents,
         other=figures | errors | remarks,

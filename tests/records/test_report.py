@@ -11,7 +11,9 @@ from autodistill.budget import DeviceBudget
 from autodistill.devices import devices, find_device
 from autodistill.records import report
 from autodistill.records.leaderboard import Row, rank
+from autodistill.records.saved import saved
 from autodistill.records.store import RunFolder, write_json
+from autodistill.testing import small_plan
 from autodistill.units import parse_latency
 
 BUDGET = DeviceBudget(memory_bytes=80_000_000, device=find_device("pi 5", devices()), latency=parse_latency("50ms"))
@@ -58,6 +60,14 @@ EVENTS: list[dict[str, Any]] = [
     {"event": "test", "row": row("t001", accuracy=0.40, split="test", retention=0.88).to_json()},
     {"event": "test", "row": row("teacher", kind="teacher", accuracy=0.455, split="test").to_json()},
 ]
+
+
+def test_the_page_says_what_sharing_stages_and_rejecting_saved() -> None:
+    spared = saved([], small_plan()).to_json() | {"sharing": 2, "shared_tokens": 5120, "rejected": 1}
+    page = report.report_markdown(SEARCH | {"saved": spared}, rank(ROWS), EVENTS)
+    assert "## Compute saved\n\n- 2 trials went on from stages that others had trained: 5,120 tokens (about" in page
+    assert "- 1 proposal was rejected without training" in page
+    assert "Compute saved" not in report.report_markdown(SEARCH, rank(ROWS), EVENTS)
 
 
 def tables(page: str) -> list[list[list[str]]]:

@@ -20,7 +20,6 @@ from autodistill.hardware import detect, machine_name
 from autodistill.records.row import Row, read_parquet
 from autodistill.records.store import RunFolder, recorded_test_openings
 from autodistill.roofline import speed
-from autodistill.search.explain import explain
 from autodistill.search.request import SearchRequest, check_request
 from autodistill.search.search import Outcome, plan_search, search
 from autodistill.strategy import Deployment
@@ -169,43 +168,6 @@ def test_nothing_fits_is_known_before_anything_is_loaded(
     with pytest.raises(NothingFitsError, match=r"nothing fits: of the student that needs least \(.*\).*over the"):
         search(request(inputs, tmp_path, budget=Budget(memory_bytes=10**6, context=256)))
     assert not (tmp_path / "run").exists()
-
-
-def test_a_search_that_shares_stages_finds_the_rows_of_one_that_trains_everything_itself(
-    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same strategies, forks among them: one search goes on from checkpoints, the other finds none."""
-    asked = {"trials": 4, "checkpoint_limit_bytes": 10**9}
-    shared = search(request(inputs, tmp_path / "shared", **asked))
-    monkeypatch.setattr("autodistill.stages.StageStore.find", lambda *arguments: None)
-    alone = search(request(inputs, tmp_path / "alone", **asked))
-    rows = [{row.row_id: without_times(row.to_json()) for row in outcome.rows} for outcome in (shared, alone)]
-    assert rows[0] == rows[1]
-    tests = [[without_times(row.to_json()) for row in outcome.finish.test] for outcome in (shared, alone)]
-    assert tests[0] == tests[1]
-    log = [json.loads(line) for line in (tmp_path / "shared" / "run" / "trials.jsonl").read_text().splitlines()]
-    reused = {event["trial"]: event for event in log if event["event"] == "rung" and event["shared"]}
-    assert reused["t003"]["trained"] + reused["t003"]["shared"] == reused["t003"]["tokens"]
-    saved = shared.document["saved"]
-    assert saved["shared_tokens"] == sum(event["shared"] for event in log if event["event"] == "rung") > 0
-    assert alone.document["saved"]["shared_tokens"] == 0
-    assert alone.document["saved"]["trained_tokens"] > saved["trained_tokens"] + saved["shared_tokens"]
-    sentence = "went on from stages that others had trained"
-    run = RunFolder.open(tmp_path / "shared", "run")
-    assert sentence in search_summary(shared.document, *leaderboard_of(run), 120)
-    assert sentence in (run.path / "report.md").read_text()
-    assert sentence in explain(run).describe()
-
-
-def test_a_tiny_limit_changes_nothing_but_what_is_kept(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    limited, free = (
-        search(request(inputs, tmp_path / name, trials=4, checkpoint_limit_bytes=limit))
-        for name, limit in (("limited", 1), ("free", 10**9))
-    )
-    rows = [{row.row_id: without_times(row.to_json()) for row in outcome.rows} for outcome in (limited, free)]
-    assert rows[0] == rows[1]
-    log = (tmp_path / "limited" / "run" / "trials.jsonl").read_text()
-    assert '"collected"' in log
 
 
 def test_one_strategy_alone_is_distilled(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
