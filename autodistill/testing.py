@@ -231,7 +231,7 @@ def tiny_subject(folder: Path, *, artefact: bool = False) -> Subject:
 
 
 def _saved(model: Any, teacher: Path, folder: Path) -> None:
-    from autodistill.trial import save_student
+    from autodistill.students import save_student
 
     save_student(model, teacher, folder)
 

@@ -2,374 +2,39 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from autodistill.contracts import (
-    Answers,
-    Direction,
-    Evaluator,
-    HeldType,
-    Measurement,
-    ModelSpec,
-    Needs,
-    Plan,
-    Subject,
-    TeacherReference,
-    TokenScores,
-)
+from autodistill.applied import initial_student, student_spec
+from autodistill.contracts import TeacherReference
 from autodistill.data import TokenSet, load_split
-from autodistill.distillation.alignment import aligned_layers, check_projection, layer_map
-from autodistill.distillation.attention import TeacherBlock, check_attention, teacher_layer
-from autodistill.distillation.calibration import Calibration
+from autodistill.distillation.alignment import layer_map
+from autodistill.distillation.attention import TeacherBlock, teacher_layer
 from autodistill.distillation.checkpoint import read_metadata
-from autodistill.distillation.generation import answer
 from autodistill.distillation.grid_scales import read_scales, write_scales
-from autodistill.distillation.held import held_as_deployed, is_held, load_held
-from autodistill.distillation.lora import check_lora
+from autodistill.distillation.held import load_held
 from autodistill.distillation.memory import is_out_of_memory, keep_freed_memory
-from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.schedule import branch_point
-from autodistill.distillation.scoring import score
 from autodistill.distillation.sharding import Sharding, whole_model
 from autodistill.distillation.signals import LiveTeacher, check_told
-from autodistill.distillation.simulated import PackedStudent
-from autodistill.distillation.student import build_student, init_spec
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
 from autodistill.distillation.trainer import StepRecord, Trainer
 from autodistill.errors import InputError, TrialFailedError
-from autodistill.estimate import check_holds
+from autodistill.evaluation import Evaluation, evaluate
 from autodistill.formats import Grid, Scales
-from autodistill.plugins import load
 from autodistill.stages import Checkpoint, open_stages
-from autodistill.statistics import per_document
-from autodistill.storage import Storage
-from autodistill.strategy import Deployment, Init, Strategy, serving
-from autodistill.units import Budget
-
-ASKING_DATA = "give --data with a prompt and an answer in each record, or reasoning-gym:TASK"
-# Tokens that an evaluator's own prompts may have; a model of a long context would otherwise set no limit.
-_MOST_CONTEXT = 4096
-# What a student takes from its teacher's folder: by suffix, but for the files that describe the teacher's own weights.
-_TEXT_FILES = (".json", ".jinja", ".model", ".txt")
-_OWN_FILES = ("config.json", "model.safetensors.index.json", "teacher.json")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialSetting:
-    """All that the trials of a search have in common; plain data, sent to every worker once.
-
-    Attributes:
-        teacher, data: Folders of the teacher and of the prepared data.
-        cache: Folder of the teacher's cached outputs; None where no strategy of the search reads any.
-        teacher_spec: The teacher's shape.
-        teacher_reference: File of what is kept of the teacher on the validation sequences.
-        teacher_accuracy: The teacher's accuracy on validation, for the retention.
-        checkpoints: Folder that holds a folder for each trial.
-        budget, plan: Of the search.
-        evaluators: Those that run on simulated students: names of installed ones, and what a request made.
-        metric, direction: What a rung is judged by.
-        device: Where trials train.
-        calibration: File of the teacher's calibration, where a strategy chooses by it.
-        pretrained: Folders of the models that strategies start from, by their references.
-        held: What the teacher's matrices are held in.
-        storage: The run's, where trials keep what another node may go on from; None for `checkpoints` alone.
-    """
-
-    teacher: Path
-    teacher_spec: ModelSpec
-    teacher_reference: Path
-    teacher_accuracy: float
-    data: Path
-    cache: Path | None
-    checkpoints: Path
-    budget: Budget
-    plan: Plan
-    evaluators: tuple[str | Evaluator, ...]
-    metric: str
-    direction: Direction
-    device: str
-    calibration: Path | None = None
-    pretrained: Mapping[str, Path] = field(default_factory=dict)
-    held: HeldType = "float32"
-    storage: Storage | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialTask:
-    """One trial, as sent to a worker.
-
-    Attributes:
-        id: Name of the trial in its run, like "t004".
-        strategy: What to train.
-        seed: Of data order and projections.
-        deployments: Those that the budget allows, under which the trained student may be evaluated.
-        probe: The one of them that rungs are judged on.
-        straight: Whether the trial runs to the plan's tokens without stopping at rungs.
-        length: How many times the plan's tokens it is trained for; above 1 the trial is straight.
-        stage: Address of its stable part, whose checkpoints trials share; empty where its checkpoints are its own.
-    """
-
-    id: str
-    strategy: Strategy
-    seed: int
-    deployments: tuple[Deployment, ...]
-    probe: Deployment
-    straight: bool = False
-    length: float = 1.0
-    stage: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """One deployment of a student, evaluated.
-
-    Attributes:
-        deployment: How it is packed.
-        measurements: By name.
-        documents: Ids, counts and sums of each document, for paired comparisons: of the metric that ranks, whose name
-            is under "metric", and under "others" those of the other measurements that are means, by name.
-    """
-
-    deployment: Deployment
-    measurements: dict[str, Measurement]
-    documents: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RungReport:
-    """What a trial tells after a rung.
-
-    Attributes:
-        rung: Index of the rung.
-        tokens: Trained on at the rung.
-        evaluation: Of the probe, or of the deployment asked for.
-        params: Weights of the student.
-        seconds: "train", "evaluate" and "other".
-        steps: Step records of this stretch, thinned to at most 20.
-        trained: Tokens that this stretch trained on, its decay included.
-        shared: Tokens of this stretch that were not trained on, since another trial had trained the stage so far.
-        unsaved: Why a checkpoint could not be written; None where all were.
-    """
-
-    rung: int
-    tokens: int
-    evaluation: Evaluation
-    params: int
-    seconds: dict[str, float]
-    steps: tuple[StepRecord, ...]
-    trained: int = 0
-    shared: int = 0
-    unsaved: str | None = None
-
-
-def probe_deployment(strategy: Strategy, deployments: tuple[Deployment, ...]) -> Deployment:
-    """The deployment a rung is judged on: the finishing stage's own grid where it is allowed, else the widest one."""
-    finishing = strategy.finishing
-    for deployment in deployments:
-        if finishing and deployment.packing == finishing.packing:
-            return deployment
-    return max(deployments, key=_width)
-
-
-def _width(deployment: Deployment) -> tuple[int, bool, float, str]:
-    return deployment.bits, bool(deployment.keep), -(deployment.group_size or math.inf), deployment.name
-
-
-def with_own(strategy: Strategy, deployments: tuple[Deployment, ...]) -> tuple[Deployment, ...]:
-    """The deployments, and that of the strategy's finishing grid where it is none of them."""
-    finishing = strategy.finishing
-    if finishing is None or any(deployment.packing == finishing.packing for deployment in deployments):
-        return deployments
-    packing = finishing.packing
-    return (*deployments, Deployment(runtime=serving(packing)[0], **asdict(packing)))
-
-
-def student_spec(strategy: Strategy, teacher: ModelSpec) -> ModelSpec:
-    """Shape of the student that a strategy makes of a teacher.
-
-    Raises:
-        InputError: The teacher has no student of these proportions.
-    """
-    return init_spec(strategy.init, teacher)
-
-
-def initial_student(setting: TrialSetting, init: Init, seed: int) -> tuple[Any, tuple[int, ...]]:
-    """The student before training, in float32 on the CPU, and the teacher layer that each of its layers stands for."""
-    return build_student(
-        setting.teacher,
-        init,
-        seed=seed,
-        calibration=Calibration.load(setting.calibration) if setting.calibration and init.selective else None,
-        pretrained=setting.pretrained.get(init.model),
-    )
-
-
-def check_strategy(strategy: Strategy, teacher: ModelSpec) -> None:
-    """Refuses a strategy that this teacher cannot be distilled by, before anything is loaded.
-
-    Raises:
-        InputError: A shape that this teacher cannot be cut to, more aligned layers than the student has, widths that
-            the projection does not allow, attention that cannot be compared, or a finishing grid that cannot hold the
-            student.
-    """
-    spec = student_spec(strategy, teacher)
-    alignment = strategy.distillation.alignment
-    if alignment is not None:
-        aligned_layers(alignment, spec.layers)
-        check_projection(alignment, spec.width, teacher.width)
-    if strategy.distillation.attention is not None:
-        check_attention(strategy.distillation.attention, spec, teacher)
-    if strategy.distillation.lora is not None:
-        check_lora(strategy.distillation.lora, spec)
-    if strategy.finishing is not None:
-        check_holds(spec, strategy.finishing)
-
-
-@contextmanager
-def deployed_weights(
-    model: Any, spec: ModelSpec, deployment: Deployment, scales: Mapping[str, Scales] | None = None
-) -> Iterator[None]:
-    """Puts the values that the runtime will see into the model, and the master weights back at the end.
-
-    Args:
-        model: In float32, or held in 16 bits, where scales are not for it.
-        spec: Its shape.
-        deployment: How it is packed.
-        scales: Those that were learned for this packing, by name of the weight.
-    """
-    if is_held(model):
-        with held_as_deployed(model, {tensor.name: deployment.storage(tensor) for tensor in spec.tensors}):
-            yield
-        return
-    parameters = dict(model.named_parameters())
-    masters = {}
-    try:
-        for tensor in spec.tensors:
-            parameter = parameters[tensor.name]
-            masters[tensor.name] = parameter.data
-            learned = (scales or {}).get(tensor.name)
-            parameter.data = deploy_tensor(parameter.data, deployment.storage(tensor), learned)
-        yield
-    finally:
-        for name, master in masters.items():
-            parameters[name].data = master
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Simulation:
-    """A packed model and what it is read on: all that a part of a subject is made from."""
-
-    model: Any
-    data: TokenSet
-    reference: TeacherReference | None
-    device: str
-    student: PackedStudent | None
-
-    def scores(self, asking: str) -> TokenScores:
-        return score(self.model, self.data, self.reference, device=self.device)[0]
-
-    def answers(self, asking: str) -> Answers:
-        if self.data.questions is None:
-            raise InputError(f"{asking} needs questions with answers: {ASKING_DATA}")
-        return answer(self.model, self.data.questions, device=self.device)
-
-    def asked(self, asking: str) -> PackedStudent:
-        if self.student is None:
-            raise ValueError(f"{asking} asks the student in text, and no tokenizer was given")
-        return self.student
-
-
-# What makes the part of a subject that an evaluator needs, given the name of the evaluator for error messages.
-_PROVIDERS: Mapping[Needs, Callable[[_Simulation, str], Any]] = {
-    "scores": _Simulation.scores,
-    "answers": _Simulation.answers,
-    "student": _Simulation.asked,
-}
-
-
-def evaluate(
-    model: Any,
-    spec: ModelSpec,
-    deployment: Deployment,
-    data: TokenSet,
-    reference: TeacherReference | None,
-    *,
-    budget: Budget,
-    evaluators: Sequence[str | Evaluator],
-    metric: str = "accuracy",
-    device: str = "cpu",
-    scales: Mapping[str, Scales] | None = None,
-    split: str = "validation",
-    share: float = 1.0,
-    tokenizer: Path | None = None,
-) -> tuple[Evaluation, TokenScores]:
-    """Makes once what the evaluators need of the packed model, and lets every one of them read it.
-
-    Args:
-        model: In float32 on `device`; unchanged afterwards.
-        spec: Its shape.
-        deployment: How it is packed.
-        data: Held-out sequences.
-        reference: The teacher's for them, or None for the teacher itself.
-        budget: Context and batch for the memory estimate.
-        evaluators: Names, or evaluators themselves.
-        metric: That ranks, whose documents are compared.
-        device: Where the model lies.
-        scales: As for `deployed_weights`.
-        split: That the data are of.
-        share: Of the evaluators' own examples, how much is read.
-        tokenizer: Folder of the teacher, whose files describe its text; None where no evaluator asks in text.
-
-    Raises:
-        InputError: An evaluator needs answers, and the data have no questions.
-    """
-    found = (load("evaluators", item) if isinstance(item, str) else item for item in evaluators)
-    chosen = [item for item in found if item.needs != "artefact" and item.supports(deployment)]
-    with deployed_weights(model, spec, deployment, scales):
-        student = tokenizer and PackedStudent(
-            model=model,
-            device=device,
-            tokenizer=tokenizer,
-            split=split,
-            share=share,
-            context=min(spec.max_context, _MOST_CONTEXT),
-            data=data,
-            saver=partial(_save_packed, model, tokenizer),
-        )
-        simulation = _Simulation(model=model, data=data, reference=reference, device=device, student=student or None)
-        asking = {item.needs: item.name for item in reversed(chosen) if item.needs in _PROVIDERS}
-        parts = {need: _PROVIDERS[need](simulation, name) for need, name in asking.items()}
-        scores = parts.get("scores") or simulation.scores("accuracy")
-        if not np.isfinite(scores.nll).all():
-            raise TrialFailedError("nan", "the student's likelihoods are not finite")
-        subject = Subject(spec=spec, deployment=deployment, budget=budget, split=split, **{**parts, "scores": scores})
-        measurements = {item.name: item for evaluator in chosen for item in evaluator.evaluate(subject)}
-    paired = {name: dict(item.documents) for name, item in measurements.items() if item.documents}
-    own = paired.pop(metric, None) or per_document(scores.correct, scores.documents)
-    documents = {**own, "metric": metric if metric in measurements else "accuracy", "others": paired}
-    return Evaluation(deployment=deployment, measurements=measurements, documents=documents), scores
-
-
-def _save_packed(model: Any, teacher: Path, folder: Path) -> None:
-    if is_held(model):
-        raise InputError(
-            "a teacher that memory does not hold in float32 cannot be written out for a command: use a smaller one"
-        )
-    save_student(model, teacher, folder)
+from autodistill.strategy import Deployment, Strategy
+from autodistill.students import save_student, student_folder, student_key, trained_student
+from autodistill.trial_data import RungReport, TrialSetting, TrialTask
 
 
 @dataclass
@@ -700,34 +365,4 @@ class Trial:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         if (storage := self._bench.setting.storage) is not None:
-            storage.send_folder(folder, _student_key(self._folder))
-
-
-def student_folder(trial: Path) -> Path:
-    """Where a trial at full fidelity keeps its float32 student."""
-    return trial / "student"
-
-
-def _student_key(trial: Path) -> str:
-    return f"students/{trial.name}"
-
-
-def trained_student(trial: Path, storage: Storage | None) -> Path:
-    """The folder of a student at full fidelity, fetched where another node trained it; it may not be there."""
-    folder = student_folder(trial)
-    if storage is not None and not folder.is_dir() and has_student(trial, storage):
-        storage.fetch_folder(_student_key(trial), folder)
-    return folder
-
-
-def has_student(trial: Path, storage: Storage | None) -> bool:
-    """Whether a trial's student was kept, here or on the storage."""
-    return student_folder(trial).is_dir() or (storage is not None and storage.has_folder(_student_key(trial)))
-
-
-def save_student(model: Any, teacher: Path, folder: Path) -> None:
-    """Writes a model as a transformers folder, with the tokenizer and all else that describes the teacher's text."""
-    model.save_pretrained(folder)
-    for path in teacher.iterdir():
-        if path.is_file() and path.suffix in _TEXT_FILES and path.name not in _OWN_FILES:
-            shutil.copyfile(path, folder / path.name)
+            storage.send_folder(folder, student_key(self._folder))

@@ -20,6 +20,7 @@ import over_seeds
 import pyarrow as pa
 import report
 
+from autodistill.applied import probe_deployment
 from autodistill.contracts import SEQUENCE_LENGTH
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.records.store import RunFolder
@@ -27,7 +28,8 @@ from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest, check_request
 from autodistill.strategy import Distillation, Strategy
-from autodistill.trial import Trial, TrialSetting, TrialTask, Workbench, probe_deployment
+from autodistill.trial import Trial, Workbench
+from autodistill.trial_data import TrialSetting, TrialTask
 from autodistill.units import Budget
 
 # What constructions and alignments are compared under: the losses of the default space's start without its alignment.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from autodistill.applied import check_strategy, student_spec
 from autodistill.distillation.calibration import calibrate
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import TeacherCache, ensure_cache
@@ -15,7 +16,6 @@ from autodistill.estimate import spec_from_config
 from autodistill.formats import Grid
 from autodistill.search.teacher_outputs import cache_settings
 from autodistill.space import load_space, load_strategy
-from autodistill.trial import check_strategy, student_spec
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "search_spaces" / "strategies").glob("*.yaml"))
 STEP = 64

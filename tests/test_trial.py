@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill import plugins
 from autodistill import trial as trial_module
+from autodistill.applied import check_strategy, probe_deployment, student_spec, with_own
 from autodistill.codes import deployed
 from autodistill.contracts import Answers, TeacherReference
 from autodistill.data import Prepared, load_split, prepare, resolve_data
@@ -31,6 +32,7 @@ from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import holdable, spec_from_config
+from autodistill.evaluation import deployed_weights, evaluate
 from autodistill.export.verify import verify
 from autodistill.formats import Grid, get_format
 from autodistill.plugins import load
@@ -38,21 +40,10 @@ from autodistill.space import load_strategy
 from autodistill.stages import open_stages
 from autodistill.statistics import per_document
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Init, Lora, Strategy
+from autodistill.students import save_student, student_folder
 from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.trial import (
-    Trial,
-    TrialSetting,
-    TrialTask,
-    Workbench,
-    check_strategy,
-    deployed_weights,
-    evaluate,
-    probe_deployment,
-    save_student,
-    student_folder,
-    student_spec,
-    with_own,
-)
+from autodistill.trial import Trial, Workbench
+from autodistill.trial_data import TrialSetting, TrialTask
 from autodistill.units import Budget
 
 LENGTH = 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from autodistill.applied import check_strategy, probe_deployment, student_spec, with_own
 from autodistill.distillation.sharding import check_sharded
 from autodistill.errors import InputError
 from autodistill.estimate import Fit, cannot_hold, fits, holdable, shortfall
@@ -10,7 +11,7 @@ from autodistill.search.trials import Question, TrialState
 from autodistill.space import Point
 from autodistill.stages import stage_key
 from autodistill.strategy import Strategy
-from autodistill.trial import TrialTask, check_strategy, probe_deployment, student_spec, with_own
+from autodistill.trial_data import TrialTask
 
 
 def admit(

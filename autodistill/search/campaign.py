@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from autodistill.applied import student_spec
 from autodistill.contracts import Decision, Status
 from autodistill.errors import AutoDistillError
 from autodistill.records.confirmation import KIND as CONFIRMATION
@@ -28,7 +29,7 @@ from autodistill.search.trials import Assignment, Question, TrialState
 from autodistill.stages import Checkpoint, open_stages
 from autodistill.storage import Storage
 from autodistill.strategy import Strategy
-from autodistill.trial import RungReport, student_spec
+from autodistill.trial_data import RungReport
 
 # A space of which nearly nothing fits must not keep the sampler proposing for ever.
 _REJECTIONS_IN_A_ROW = 200

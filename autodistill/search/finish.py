@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from autodistill import plugins
+from autodistill.applied import initial_student, student_spec
 from autodistill.budget import DeviceBudget
 from autodistill.contracts import Artefact, Direction, Measurement, Status, Subject
 from autodistill.data import Prepared, load_split
@@ -22,6 +23,7 @@ from autodistill.distillation.scoring import choices, refer
 from autodistill.distillation.teacher import Teacher, load_model
 from autodistill.errors import NothingFitsError
 from autodistill.estimate import fits, holdable, too_late
+from autodistill.evaluation import deployed_weights, evaluate
 from autodistill.export.huggingface import model_card
 from autodistill.export.verify import CLEAR_SHARE, MIN_POSITIONS, RuntimeCheck, verify, verify_runtime
 from autodistill.formats import get_format
@@ -32,15 +34,8 @@ from autodistill.records.store import RunFolder, record_test_opening, recorded_t
 from autodistill.search.rows import make_row
 from autodistill.search.trials import Question
 from autodistill.strategy import Deployment, Strategy
-from autodistill.trial import (
-    TrialSetting,
-    deployed_weights,
-    evaluate,
-    has_student,
-    initial_student,
-    student_spec,
-    trained_student,
-)
+from autodistill.students import has_student, trained_student
+from autodistill.trial_data import TrialSetting
 from autodistill.units import Budget, format_bytes, format_duration
 
 # Measured in the runtime, a student may turn out above the budget; this many are tried before giving up.

@@ -10,7 +10,8 @@ from autodistill.distillation.sharding import Sharding
 from autodistill.search.deadline import step_guard
 from autodistill.search.supplies import fetch
 from autodistill.search.trials import Assignment, attempt, work
-from autodistill.trial import TrialSetting, Workbench
+from autodistill.trial import Workbench
+from autodistill.trial_data import TrialSetting
 
 
 class Member:

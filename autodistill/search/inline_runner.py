@@ -7,7 +7,8 @@ from functools import partial
 from autodistill.search.campaign import Campaign
 from autodistill.search.deadline import step_guard
 from autodistill.search.trials import attempt, work
-from autodistill.trial import TrialSetting, Workbench
+from autodistill.trial import Workbench
+from autodistill.trial_data import TrialSetting
 
 
 def run_inline(campaign: Campaign, setting: TrialSetting, deadline: float | None) -> None:

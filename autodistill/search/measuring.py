@@ -14,11 +14,11 @@ from autodistill.distillation.student import cut_student
 from autodistill.distillation.teacher import load_model
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import fits, holdable
+from autodistill.evaluation import evaluate
 from autodistill.search.loading import Loaded
 from autodistill.search.plan import Demand, Speed, make_plan, measure_speed
 from autodistill.search.request import Checked, by_size
 from autodistill.strategy import Deployment
-from autodistill.trial import evaluate
 
 # Share of the time box that one evaluation's tasks may take on a worker, beside the scores of its tokens.
 _ASKED_SHARE = 0.02

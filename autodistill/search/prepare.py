@@ -22,7 +22,7 @@ from autodistill.search.request import Checked
 from autodistill.search.teacher_outputs import teacher_phase
 from autodistill.search.trials import Question
 from autodistill.search.warm_start import WarmStart, check_fingerprints, warm_start
-from autodistill.trial import TrialSetting
+from autodistill.trial_data import TrialSetting
 
 
 @dataclass(frozen=True, kw_only=True)

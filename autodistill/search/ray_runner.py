@@ -25,7 +25,8 @@ from autodistill.search.failures import RETRIED
 from autodistill.search.group import Group
 from autodistill.search.supplies import absolute, fetch
 from autodistill.search.trials import Assignment, attempt, work
-from autodistill.trial import TrialSetting, Workbench
+from autodistill.trial import Workbench
+from autodistill.trial_data import TrialSetting
 
 Work: TypeAlias = Callable[[Assignment], dict[str, Any]]
 

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from autodistill import plugins
+from autodistill.applied import check_strategy, student_spec
 from autodistill.budget import DeviceBudget
 from autodistill.contracts import SEQUENCE_LENGTH, Direction, Evaluator, ModelSpec
 from autodistill.devices import Device
-from autodistill.distillation.teacher import (
-    TeacherRef,
-    resolve_teacher,
-)
+from autodistill.distillation.teacher import TeacherRef, resolve_teacher
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimate import cannot_hold, fits, holdable, shortfall, smallest, spec_from_config
+from autodistill.evaluation import ASKING_DATA
 from autodistill.evaluators.command import NAME as COMMAND
 from autodistill.evaluators.command import parse_command
 from autodistill.evaluators.harness import PREFIX, find_task
@@ -36,7 +35,6 @@ from autodistill.space import Space, load_space, load_strategy
 from autodistill.storage import Storage
 from autodistill.strategy import Strategy
 from autodistill.task_files import read_tasks
-from autodistill.trial import ASKING_DATA, check_strategy, student_spec
 from autodistill.units import Budget, Price
 
 DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE = "smollm2", "pydoc", "default"

@@ -9,11 +9,11 @@ from autodistill.budget import DeviceBudget
 from autodistill.contracts import ModelSpec, Plan, Status
 from autodistill.devices import Device
 from autodistill.estimate import config_of, latencies, too_late
+from autodistill.evaluation import Evaluation
 from autodistill.records.objectives import PREDICTED_LATENCY
 from autodistill.records.row import Row
 from autodistill.roofline import limit_seconds
 from autodistill.strategy import Strategy
-from autodistill.trial import Evaluation
 from autodistill.units import LATENCY, Budget
 
 _FIELDS = ("accuracy", "perplexity", "agreement", "memory_bytes", "latency_ms", "tokens_per_second", "size_bytes")

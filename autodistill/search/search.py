@@ -31,17 +31,13 @@ from autodistill.search.measuring import plan_from_measurement
 from autodistill.search.plan import confirmed
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
-from autodistill.search.request import (
-    Checked,
-    SearchRequest,
-    check_request,
-)
+from autodistill.search.request import Checked, SearchRequest, check_request
 from autodistill.search.sampler import Sampler
 from autodistill.search.share import check_share
 from autodistill.search.supplies import send
 from autodistill.search.teacher_outputs import cache_settings, calibration_file
 from autodistill.stages import default_limit
-from autodistill.trial import TrialSetting
+from autodistill.trial_data import TrialSetting
 
 if TYPE_CHECKING:
     from autodistill.search.cluster import Cluster

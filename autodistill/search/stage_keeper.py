@@ -12,7 +12,7 @@ from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.search.forks import FEW
 from autodistill.search.trials import TrialState
 from autodistill.stages import Checkpoint, StageStore
-from autodistill.trial import RungReport
+from autodistill.trial_data import RungReport
 
 
 class StageKeeper:

@@ -10,7 +10,7 @@ from typing import Any
 
 from autodistill.storage import Storage, node_copy
 from autodistill.strategy import content_hash
-from autodistill.trial import TrialSetting
+from autodistill.trial_data import TrialSetting
 
 _MANIFEST = "supplies.json"
 

@@ -20,6 +20,7 @@ from autodistill.distillation.student import kept_layers
 from autodistill.distillation.teacher_cache import META, CacheSettings, ensure_cache
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import holdable
+from autodistill.evaluation import evaluate
 from autodistill.evaluators.command import NAME as COMMAND
 from autodistill.evaluators.command import Command
 from autodistill.records.differences import paired
@@ -32,7 +33,7 @@ from autodistill.search.request import Asked, Checked
 from autodistill.search.rows import make_row
 from autodistill.space import Space
 from autodistill.strategy import Deployment
-from autodistill.trial import TrialSetting, evaluate
+from autodistill.trial_data import TrialSetting
 
 EVALUATORS = ("accuracy", "perplexity", "agreement", "kl", "calibration", "memory", "size")
 

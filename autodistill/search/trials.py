@@ -17,7 +17,8 @@ from autodistill.search.failures import explained
 from autodistill.search.plan import Speed
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment
-from autodistill.trial import RungReport, Trial, TrialTask, Workbench
+from autodistill.trial import Trial, Workbench
+from autodistill.trial_data import RungReport, TrialTask
 from autodistill.units import Budget
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from autodistill.applied import probe_deployment, student_spec
 from autodistill.contracts import Status
 from autodistill.errors import InputError
 from autodistill.formats import weights_bytes
@@ -21,7 +22,6 @@ from autodistill.search.trials import Question, TrialState
 from autodistill.serving_memory import memory
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment, Strategy
-from autodistill.trial import probe_deployment, student_spec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from autodistill.devices import devices, find_device
 from autodistill.distillation.schedule import branch_point
 from autodistill.errors import AutoDistillError
 from autodistill.estimate import fits, spec_from_config, with_layers
+from autodistill.evaluation import Evaluation
 from autodistill.records.leaderboard import rank
 from autodistill.records.objectives import OBJECTIVES
 from autodistill.records.row import rows_of
@@ -32,7 +33,7 @@ from autodistill.space import Point, load_space
 from autodistill.stages import open_stages
 from autodistill.strategy import Deployment, Finishing, Strategy
 from autodistill.testing import small_plan
-from autodistill.trial import Evaluation, RungReport
+from autodistill.trial_data import RungReport
 from autodistill.units import Budget, format_bytes
 
 CONFIG = {

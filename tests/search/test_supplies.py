@@ -10,7 +10,8 @@ import pytest
 
 from autodistill.search.supplies import absolute, fetch, send
 from autodistill.storage import Storage
-from autodistill.trial import TrialSetting, has_student, trained_student
+from autodistill.students import has_student, trained_student
+from autodistill.trial_data import TrialSetting
 
 
 @pytest.fixture

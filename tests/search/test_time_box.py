@@ -14,7 +14,7 @@ from autodistill.search.trials import Assignment, Question
 from autodistill.space import load_space
 from autodistill.strategy import Strategy
 from autodistill.testing import small_plan
-from autodistill.trial import TrialTask
+from autodistill.trial_data import TrialTask
 from autodistill.units import Budget
 
 SPACE = load_space("default")
