@@ -48,7 +48,7 @@ class Part:
         where = where or cls.__name__.lower()
         _check(isinstance(data, Mapping), f"{where} must be a mapping of fields to values, not {data!r}")
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        hints = _hints(cls)
+        hints = _hints(cls)  # type: ignore[arg-type]
         unknown = sorted(str(key) for key in data if key not in fields)
         _check(not unknown, f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
         values = {}
