@@ -10,7 +10,7 @@ from autodistill.console import Progress, View
 from autodistill.contracts import Status
 from autodistill.search.campaign import Campaign
 from autodistill.search.plan import confirmed
-from autodistill.search.prepare import Observer
+from autodistill.search.progress import Observer
 from autodistill.search.trials import TrialState
 
 

@@ -6,8 +6,8 @@ A tiny random teacher, a tiny text, the inline runner, fixed trials and tokens. 
 SIGKILL: after a random number of further events in its log and a random part of a second or two more, so that the
 places do not depend on the machine's speed; or after some seconds, while it loads. The next process resumes. They are
 forks of this one, which has imported the libraries, so that not all of the time goes into that. A search that ends
-before all kills are spent is followed by one of the next seed. Each is then compared with a search of the same seed that
-nothing disturbed. With `--work` the folder is kept, and the same command goes on from there.
+before all kills are spent is followed by one of the next seed. Each is then compared with a search of the same seed
+that nothing disturbed. With `--work` the folder is kept, and the same command goes on from there.
 """
 
 from __future__ import annotations

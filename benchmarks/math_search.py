@@ -16,7 +16,8 @@ from autodistill.contracts import ModelSpec, Plan
 from autodistill.distillation.schedule import branch_point
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import RunFolder, default_cache
-from autodistill.search.prepare import Clock, Observer, plan_run, prepare_trials
+from autodistill.search.prepare import plan_run, prepare_trials
+from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest, check_request
 from autodistill.search.trials import Question
 from autodistill.space import Space, load_space

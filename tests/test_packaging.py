@@ -46,9 +46,12 @@ def providers(package: str) -> set[str]:
 def test_every_package_that_the_code_imports_is_declared() -> None:
     for package, where in imported("autodistill", "evaluators").items():
         own = {("report.py",): "plots", ("tasks.py",): "tasks", ("trainer.py",): "8bit", ("harness.py",): "lm-eval"}
+        own[("python_server_child.py",)] = "vllm"
         extra = own.get(tuple(where))
         declared = REQUIRED | EXTRAS[extra] if extra else REQUIRED
-        assert providers(package) & declared, f"{package}, imported by {sorted(where)}, is not declared"
+        # What is not installed here, vLLM say, is provided by a distribution of its own name.
+        provided = providers(package) or {package}
+        assert provided & declared, f"{package}, imported by {sorted(where)}, is not declared"
 
 
 def test_every_package_that_the_tests_import_is_declared() -> None:

@@ -26,18 +26,11 @@ from autodistill.search.campaign import Campaign
 from autodistill.search.cost import cost
 from autodistill.search.finish import Finish, Finisher, finish
 from autodistill.search.inline_runner import run_inline
+from autodistill.search.loading import Place, load
+from autodistill.search.measuring import plan_from_measurement
 from autodistill.search.plan import confirmed
-from autodistill.search.prepare import (
-    Clock,
-    Observer,
-    Place,
-    cache_settings,
-    calibration_file,
-    load,
-    plan_from_measurement,
-    plan_run,
-    prepare_trials,
-)
+from autodistill.search.prepare import plan_run, prepare_trials
+from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import (
     Checked,
     SearchRequest,
@@ -46,6 +39,7 @@ from autodistill.search.request import (
 from autodistill.search.sampler import Sampler
 from autodistill.search.share import check_share
 from autodistill.search.supplies import send
+from autodistill.search.teacher_outputs import cache_settings, calibration_file
 from autodistill.stages import default_limit
 from autodistill.trial import TrialSetting
 

@@ -18,7 +18,7 @@ from autodistill.errors import InputError
 from autodistill.records.row import rows_of
 from autodistill.records.store import EventLog
 from autodistill.search.cluster import check_address, join
-from autodistill.search.prepare import Observer
+from autodistill.search.progress import Observer
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.testing import save_tiny_teacher, tiny_text

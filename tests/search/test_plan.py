@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autodistill.estimate import spec_from_config
+from autodistill.search.loading import _lora
 from autodistill.search.plan import Demand, Speed, extend, make_plan, more_trials, rung_tokens
-from autodistill.search.prepare import _lora
 from autodistill.search.share import Workers
 from autodistill.space import load_space, load_strategy
 from autodistill.strategy import Lora

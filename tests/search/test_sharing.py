@@ -19,7 +19,8 @@ from autodistill.records.store import RunFolder
 from autodistill.search.campaign import Campaign
 from autodistill.search.explain import explain
 from autodistill.search.inline_runner import run_inline
-from autodistill.search.prepare import Clock, Observer, plan_run, prepare_trials
+from autodistill.search.prepare import plan_run, prepare_trials
+from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest, check_request
 from autodistill.search.sampler import Sampler
 from autodistill.stages import open_stages
