@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -12,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.formats import TensorSpec
+from autodistill.formats import Role, TensorSpec
 from autodistill.strategy import Deployment
 from autodistill.units import Budget
 
@@ -95,6 +97,7 @@ class ModelSpec:
         window, windowed_layers: Tokens that a sliding window sees, and how many of the layers have one; 0 where none.
         experts, active_experts: Of a mixture of experts, each of `ffn_width`, and those that a token takes; 0 where
             there is one FFN.
+        latent: Values of a token and layer that latent attention caches for all heads; 0 where keys and values are.
     """
 
     architecture: str
@@ -112,11 +115,23 @@ class ModelSpec:
     windowed_layers: int = 0
     experts: int = 0
     active_experts: int = 0
+    latent: int = 0
 
     @cached_property
     def parameters(self) -> int:
         """Number of weights, a tied embedding counted once."""
-        return sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in self.tensors)
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[TensorSpec, int], ...]:
+        """One tensor of each role and shape, and how many there are: what packings see that keep no parts."""
+        counts: Counter[tuple[Role, tuple[int, ...], bool]] = Counter()
+        first: dict[tuple[Role, tuple[int, ...], bool], TensorSpec] = {}
+        for tensor in self.tensors:
+            key = (tensor.role, tensor.shape, ".experts." in tensor.name)
+            counts[key] += 1
+            first.setdefault(key, tensor)
+        return tuple((first[key], count) for key, count in counts.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,10 +366,13 @@ class Plan:
         micro_batch: Sequences of one forward and backward pass; their gradients add up to the step's.
         checkpointing: Whether the backward pass computes each layer's activations again instead of keeping them.
         optimizer_state: What AdamW's two moments are held in.
+        lengths: Multiples of `tokens` that trials may be trained on to, 1 first; their data are shared by all trials.
         decay: Share of a rung's tokens that the final decay takes; finishing happens in it.
         rung_eval_tokens, eval_tokens, test_tokens: Tokens an evaluation reads: at a rung, at full fidelity, on test.
         workers: Trials that train at once.
-        threads: CPU threads of each worker.
+        threads: CPU threads of each process of a worker.
+        processes: That train one trial together.
+        gpus: Of each process: a fraction where several share one.
         bf16: Whether training computes in bfloat16 where that is safe.
         seed: Of data order, projections and proposals.
         box_seconds: The time box, or None.
@@ -385,13 +403,26 @@ class Plan:
     micro_batch: int = 1
     checkpointing: bool = False
     optimizer_state: OptimizerState = "float32"
+    processes: int = 1
+    gpus: float = 1.0
     example_share: float = 1.0
+    lengths: tuple[float, ...] = (1.0,)
+
+    def tokens_of(self, length: float) -> int:
+        """Training tokens of a trial of so many times the plan's, in whole steps."""
+        return round(self.tokens * length / self.batch_tokens) * self.batch_tokens if length > 1 else self.tokens
+
+    @property
+    def most_tokens(self) -> int:
+        """Training tokens of the longest trials, whose data are those that every trial draws from."""
+        return self.tokens_of(max(self.lengths))
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
-        return asdict(self) | {"rungs": list(self.rungs), "keep": list(self.keep), "notes": list(self.notes)}
+        return asdict(self) | {name: list(getattr(self, name)) for name in ("rungs", "keep", "notes", "lengths")}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Reads what `to_json` wrote."""
-        return cls(**(dict(data) | {name: tuple(data[name]) for name in ("rungs", "keep", "notes")}))
+        lists = ("rungs", "keep", "notes", *(("lengths",) if "lengths" in data else ()))
+        return cls(**(dict(data) | {name: tuple(data[name]) for name in lists}))

@@ -57,5 +57,9 @@ class EndpointError(AutoDistillError):
     """An endpoint was not reached, refused, or answered nonsense; answers that it gave before are kept."""
 
 
+class RemoteError(AutoDistillError):
+    """A board was not reached, refused, or took too long; nothing is left behind on it where it still answers."""
+
+
 class VerificationError(AutoDistillError):
     """An exported artefact, loaded again, is not what was evaluated."""

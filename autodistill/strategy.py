@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, Self
 
 from autodistill.errors import InputError
@@ -47,7 +48,7 @@ class Part:
         where = where or cls.__name__.lower()
         _check(isinstance(data, Mapping), f"{where} must be a mapping of fields to values, not {data!r}")
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)  # type: ignore[arg-type]
         unknown = sorted(str(key) for key in data if key not in fields)
         _check(not unknown, f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
         values = {}
@@ -61,6 +62,12 @@ class Part:
     def to_json(self) -> dict[str, Any]:
         """The part as plain data, every field written out."""
         return typing.cast(dict[str, Any], _plain(self))
+
+
+@cache
+def _hints(part: type[Part]) -> dict[str, Any]:
+    """Types of a part's fields: Python evaluates the annotations anew for each look, and a search reads thousands."""
+    return typing.get_type_hints(part)
 
 
 def _plain(value: Any) -> Any:
@@ -437,12 +444,12 @@ class Strategy(Part):
             "a student from scratch has weights that mean nothing yet, and lora changes weights a little: leave it out",
         )
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Content hash, the same wherever the same strategy is written."""
         return content_hash(self.to_json())
 
-    @property
+    @cached_property
     def stable_id(self) -> str:
         """Content hash of the stages before finishing, whose checkpoint strategies may share."""
         return content_hash({"init": self.init.to_json(), "distillation": self.distillation.to_json()})

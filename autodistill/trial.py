@@ -43,6 +43,7 @@ from autodistill.distillation.memory import is_out_of_memory, keep_freed_memory
 from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.schedule import branch_point
 from autodistill.distillation.scoring import score
+from autodistill.distillation.sharding import Sharding, whole_model
 from autodistill.distillation.signals import LiveTeacher, check_told
 from autodistill.distillation.simulated import PackedStudent
 from autodistill.distillation.student import build_student, init_spec
@@ -53,8 +54,9 @@ from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import check_holds
 from autodistill.formats import Grid, Scales
 from autodistill.plugins import load
-from autodistill.stages import open_stages
+from autodistill.stages import Checkpoint, open_stages
 from autodistill.statistics import per_document
+from autodistill.storage import Storage
 from autodistill.strategy import Deployment, Init, Strategy, serving
 from autodistill.units import Budget
 
@@ -84,6 +86,7 @@ class TrialSetting:
         calibration: File of the teacher's calibration, where a strategy chooses by it.
         pretrained: Folders of the models that strategies start from, by their references.
         held: What the teacher's matrices are held in.
+        storage: The run's, where trials keep what another node may go on from; None for `checkpoints` alone.
     """
 
     teacher: Path
@@ -102,6 +105,7 @@ class TrialSetting:
     calibration: Path | None = None
     pretrained: Mapping[str, Path] = field(default_factory=dict)
     held: HeldType = "float32"
+    storage: Storage | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +119,7 @@ class TrialTask:
         deployments: Those that the budget allows, under which the trained student may be evaluated.
         probe: The one of them that rungs are judged on.
         straight: Whether the trial runs to the plan's tokens without stopping at rungs.
+        length: How many times the plan's tokens it is trained for; above 1 the trial is straight.
         stage: Address of its stable part, whose checkpoints trials share; empty where its checkpoints are its own.
     """
 
@@ -124,6 +129,7 @@ class TrialTask:
     deployments: tuple[Deployment, ...]
     probe: Deployment
     straight: bool = False
+    length: float = 1.0
     stage: str = ""
 
 
@@ -369,10 +375,12 @@ def _save_packed(model: Any, teacher: Path, folder: Path) -> None:
 @dataclass
 class Workbench:
     """What a warm worker keeps from trial to trial: data and cache, mapped into memory, what validation is held to, and
-    what of the teacher its trials have needed: it, or layers of it.
+    what of the teacher its trials have needed: it, or layers of it. `sharding` is of the processes
+    that train one trial together, each at a bench of its own.
     """
 
     setting: TrialSetting
+    sharding: Sharding | None = None
     train: TokenSet = field(init=False)
     validation: TokenSet = field(init=False)
     cache: TeacherCache | None = field(init=False)
@@ -382,12 +390,15 @@ class Workbench:
 
     def __post_init__(self) -> None:
         torch.set_num_threads(self.setting.plan.threads)
+        if self.setting.device == "cuda" and self.setting.plan.gpus < 1:
+            # Of workers that share a GPU each keeps to its share.
+            torch.cuda.set_per_process_memory_fraction(self.setting.plan.gpus)
         keep_freed_memory()
         self.cache = TeacherCache(self.setting.cache) if self.setting.cache else None
         setting = self.setting
         self.teacher = LiveTeacher(setting.teacher, setting.device, setting.plan.bf16, setting.held)
-        # A cache over more sequences may be shared; this search trains on its own plan's tokens.
-        self.train = load_split(self.setting.data, "train").head(self.setting.plan.tokens)
+        # A cache over more sequences may be shared; this search trains on what its own plan needs.
+        self.train = load_split(self.setting.data, "train").head(self.setting.plan.most_tokens)
         self.validation = load_split(self.setting.data, "validation")
         self.reference = TeacherReference.load(self.setting.teacher_reference)
 
@@ -446,11 +457,13 @@ class Trial:
         self._on_step = on_step
         self._spec = student_spec(task.strategy, bench.setting.teacher_spec)
         self._folder = bench.setting.checkpoints / task.id
-        self._stages = open_stages(bench.setting.checkpoints)
+        self._stages = open_stages(bench.setting.checkpoints, bench.setting.storage)
         self._stage = task.stage or task.id
 
-    def run(self, rung: int) -> RungReport:
+    def run(self, rung: int) -> RungReport | None:
         """Trains to a rung and evaluates there, from the furthest checkpoint of its stage, whoever trained it.
+
+        Of several processes the first one alone evaluates and reports.
 
         Raises:
             TrialFailedError: NaN, out of memory, or another error of this trial alone.
@@ -463,11 +476,12 @@ class Trial:
             said = str(error).splitlines()
             raise TrialFailedError("out-of-memory", said[0] if said else "the machine's memory is full") from error
 
-    def _run(self, rung: int) -> RungReport:
+    def _run(self, rung: int) -> RungReport | None:
         plan = self._bench.setting.plan
+        sharding = self._bench.sharding
         began = time.perf_counter()
         trainer = self._trainer()
-        target, last = plan.rungs[rung], rung == len(plan.rungs) - 1
+        target, last = self._targets(rung)[-1], rung == len(plan.rungs) - 1
         shared = self._restore(trainer, rung)
         start = trainer.tokens
         ready = time.perf_counter()
@@ -487,15 +501,23 @@ class Trial:
             steps.append(record)
             self._on_step(record)
         trained = time.perf_counter()
+        model, scales = trainer.model, trainer.scales
+        if sharding is not None:
+            model = whole_model(sharding, model)
+            # Shards and optimiser make room for the whole model.
+            del trainer
+        if model is None:
+            return None
+        model.to(self._bench.setting.device)
         if last:
-            self._save_student(trainer)
+            self._save_student(model, scales)
         kept = time.perf_counter()
         probe, finishing = self._task.probe, self._task.strategy.finishing
         evaluation = self._evaluate(
-            trainer.model,
+            model,
             probe,
             plan.eval_tokens if last else plan.rung_eval_tokens,
-            trainer.scales if finishing and probe.packing == finishing.packing else None,
+            scales if finishing and probe.packing == finishing.packing else None,
         )
         ended = time.perf_counter()
         stride = -(-len(steps) // 20)
@@ -520,26 +542,37 @@ class Trial:
 
         A trial that passes rungs without stopping leaves a checkpoint at each, from which others are judged there.
         """
+        branches = self._branches(rung)
+        return [point for point in (branches if self._task.stage else branches[-1:]) if point > start]
+
+    def _targets(self, rung: int) -> tuple[int, ...]:
+        """Tokens of the rungs up to one; a longer trial ends beyond the last."""
+        plan, length = self._bench.setting.plan, self._task.length
+        return (*plan.rungs[: rung + 1], *((plan.tokens_of(length),) if length > 1 else ()))
+
+    def _branches(self, rung: int) -> list[int]:
+        """Tokens at which the decays of these branch off."""
         plan = self._bench.setting.plan
-        rungs = plan.rungs[: rung + 1] if self._task.stage else plan.rungs[rung : rung + 1]
-        points = (branch_point(tokens, plan.decay, plan.batch_tokens) for tokens in rungs)
-        return [point for point in points if point > start]
+        return [branch_point(tokens, plan.decay, plan.batch_tokens) for tokens in self._targets(rung)]
 
     def _restore(self, trainer: Trainer, rung: int) -> int:
         """Continues from the furthest checkpoint up to a rung's branch; gives the tokens that others had trained of it.
 
         A checkpoint that cannot be read, as after a power failure, is removed, and the one before it is taken.
         """
-        plan = self._bench.setting.plan
-        tokens = [branch_point(target, plan.decay, plan.batch_tokens) for target in plan.rungs[: rung + 1]]
-        while (found := self._stages.find(self._stage, tokens[-1])) is not None:
+        tokens = self._branches(rung)
+        while (found := self._furthest(tokens[-1])) is not None:
             path, checkpoint = found
             try:
                 trainer.load(path)
             except FileNotFoundError:
+                if self._bench.sharding is not None:
+                    raise  # the other processes wait in theirs: all end, and are tried again
                 continue  # collected meanwhile
             except (SafetensorError, OSError):
                 self._stages.remove(checkpoint)
+                if self._bench.sharding is not None:
+                    raise
                 continue
             before = tokens[-2] if rung > 0 and not self._task.straight else 0
             if checkpoint.tokens <= before:
@@ -549,14 +582,32 @@ class Trial:
             return int(notes["shared"]) if notes["trial"] == self._task.id else checkpoint.tokens - before
         return 0
 
+    def _furthest(self, tokens: int) -> tuple[Path, Checkpoint] | None:
+        """The furthest checkpoint of the stage up to so many tokens; of several processes the first one's choice."""
+        found, sharding = self._stages.find(self._stage, tokens), self._bench.sharding
+        if sharding is None:
+            return found
+        chosen = int(sharding.first(found[1].tokens if found else -1))
+        if chosen < 0 or (found is not None and found[1].tokens == chosen):
+            return found if chosen >= 0 else None
+        found = self._stages.find(self._stage, chosen)
+        if found is None or found[1].tokens != chosen:
+            raise FileNotFoundError(f"this node has no checkpoint of {self._stage} at {chosen} tokens")
+        return found
+
     def _save(self, trainer: Trainer, shared: int) -> str | None:
         """Keeps the stable part for whoever goes on from it; gives the reason where that is impossible.
 
         Without it the trial goes on all the same, and a later stretch trains again what was lost.
         """
-        if self._stages.holds(self._stage, trainer.tokens):
+        sharding = self._bench.sharding
+        held = self._stages.holds(self._stage, trainer.tokens)
+        if sharding.first(held) if sharding else held:
             return None
         notes = {"trial": self._task.id, "shared": str(shared)}
+        if sharding is not None and sharding.rank > 0:
+            trainer.save(self._folder / "unwritten", notes)  # gives its shards
+            return None
         try:
             self._stages.save(self._stage, trainer.tokens, lambda path: trainer.save(path, notes))
         except (OSError, SafetensorError) as error:
@@ -567,13 +618,13 @@ class Trial:
         """Evaluates the trained student, as it was kept at the last rung, under one more deployment."""
         setting, plan = self._bench.setting, self._bench.setting.plan
         began = time.perf_counter()
-        folder = student_folder(self._folder)
+        folder = trained_student(self._folder, setting.storage)
         model = load_model(folder, torch.float32, setting.device)
         ready = time.perf_counter()
         evaluation = self._evaluate(model, deployment, plan.eval_tokens, read_scales(folder, deployment))
         return RungReport(
             rung=len(plan.rungs) - 1,
-            tokens=plan.tokens,
+            tokens=plan.tokens_of(self._task.length),
             evaluation=evaluation,
             params=self._spec.parameters,
             seconds={"train": 0.0, "evaluate": time.perf_counter() - ready, "other": ready - began},
@@ -619,6 +670,7 @@ class Trial:
             seed=task.seed,
             device=setting.device,
             teacher=self._bench.teacher,
+            sharding=self._bench.sharding,
         )
 
     def _decay(self, trainer: Trainer, target: int) -> Iterator[StepRecord]:
@@ -632,7 +684,7 @@ class Trial:
             target, grids.get, on_grid_after=finishing.start, learned=finishing.scales == "learned"
         )
 
-    def _save_student(self, trainer: Trainer) -> None:
+    def _save_student(self, model: Any, scales: Mapping[str, Scales]) -> None:
         """Writes the trained master weights as a folder that transformers loads, whole or not at all.
 
         What scales were learned lie beside them: rounded weights would not give these scales back.
@@ -640,18 +692,37 @@ class Trial:
         temporary, folder = self._folder / ".student.partial", student_folder(self._folder)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            save_student(trainer.model, self._bench.setting.teacher, temporary)
+            save_student(model, self._bench.setting.teacher, temporary)
             if self._task.strategy.finishing is not None:
-                write_scales(temporary, self._task.strategy.finishing, trainer.scales)
+                write_scales(temporary, self._task.strategy.finishing, scales)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+        if (storage := self._bench.setting.storage) is not None:
+            storage.send_folder(folder, _student_key(self._folder))
 
 
 def student_folder(trial: Path) -> Path:
     """Where a trial at full fidelity keeps its float32 student."""
     return trial / "student"
+
+
+def _student_key(trial: Path) -> str:
+    return f"students/{trial.name}"
+
+
+def trained_student(trial: Path, storage: Storage | None) -> Path:
+    """The folder of a student at full fidelity, fetched where another node trained it; it may not be there."""
+    folder = student_folder(trial)
+    if storage is not None and not folder.is_dir() and has_student(trial, storage):
+        storage.fetch_folder(_student_key(trial), folder)
+    return folder
+
+
+def has_student(trial: Path, storage: Storage | None) -> bool:
+    """Whether a trial's student was kept, here or on the storage."""
+    return student_folder(trial).is_dir() or (storage is not None and storage.has_folder(_student_key(trial)))
 
 
 def save_student(model: Any, teacher: Path, folder: Path) -> None:

@@ -23,7 +23,8 @@ import report
 from autodistill.contracts import SEQUENCE_LENGTH
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.records.store import RunFolder
-from autodistill.search.prepare import Clock, Observer, plan_run, prepare_trials
+from autodistill.search.prepare import plan_run, prepare_trials
+from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest, check_request
 from autodistill.strategy import Distillation, Strategy
 from autodistill.trial import Trial, TrialSetting, TrialTask, Workbench, probe_deployment

@@ -13,7 +13,7 @@ from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import TeacherCache, ensure_cache
 from autodistill.estimate import spec_from_config
 from autodistill.formats import Grid
-from autodistill.search.prepare import cache_settings
+from autodistill.search.teacher_outputs import cache_settings
 from autodistill.space import load_space, load_strategy
 from autodistill.trial import check_strategy, student_spec
 

@@ -645,6 +645,29 @@ def test_a_trial_that_shares_a_stage_is_the_trial_that_trained_all_of_it(lab, tm
     assert _kept(tmp_path / "shared", "stage") == [192, 384, 576]
 
 
+def test_a_longer_trial_goes_on_past_the_plan_and_is_that_which_trained_all_of_it(lab, tmp_path):
+    plan = replace(lab.plan, lengths=(1.0, 1.25))
+    results = []
+    for folder, stage in (("shared", "stage"), ("apart", "")):
+        bench = Workbench(lab.setting(tmp_path / folder, plan=plan))
+        parent = Trial(bench, _task(straight=True, stage=stage)).run(2)
+        longer = Trial(bench, _task(id="t000x1.25", straight=True, length=1.25, stage=stage))
+        report = longer.run(2)
+        assert longer.evaluate(F16).tokens == 960
+        results.append((parent, report))
+    (parent, shared), (_, apart) = results
+    assert (shared.tokens, shared.evaluation) == (apart.tokens, apart.evaluation)
+    assert shared.tokens == 960
+    assert (shared.shared, shared.trained) == (576, 960 - 576)
+    assert apart.trained == 960
+    assert shared.evaluation != parent.evaluation
+    # Its decay branches off a quarter before its own end, and its schedules keep the values of the plan's.
+    assert _kept(tmp_path / "shared", "stage") == [192, 384, 576, 704]
+    ends = {step.tokens: step for step in shared.steps}
+    assert ends[704].learning_rate == RECIPE.learning_rate
+    assert ends[960].learning_rate < RECIPE.learning_rate / 2
+
+
 def test_a_trial_that_passes_rungs_leaves_a_checkpoint_at_each_for_others(lab, tmp_path):
     bench = Workbench(lab.setting(tmp_path))
     Trial(bench, _task(id="b000", straight=True, stage="stage")).run(2)

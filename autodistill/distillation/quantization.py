@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from autodistill.codes import BF16_EPSILON
+from autodistill.distillation.sharding import whole
 from autodistill.errors import InputError
 from autodistill.formats import Grid, Role, Scales, Storage, TensorSpec, check_tensor
 
@@ -349,21 +350,25 @@ class FakeQuantized:
         self.scale: nn.Parameter | None = None
         self._offset: Tensor | None = None
         self._kept: tuple[tuple[int, int], Tensor] | None = None
-        if learned and self._values().requires_grad:
-            scales, self._offset = fitted_scales(self._values().detach(), grid)
+        if learned and self._values(master).requires_grad:
+            scales, self._offset = fitted_scales(whole(self._values(master).detach()), grid)
             self.scale = nn.Parameter(scales)
 
-    def __call__(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def __call__(self, held: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """The quantised weight; that of a frozen master is computed once, until the master's values change.
 
         Args:
+            held: Of a master that is sharded over processes the whole weight, as its module holds it now.
             dtype: What it is computed with, and so given in.
         """
+        held = self.master if held is None else held
         if self.scale is not None:
-            return fake_quantize_learned(self._values(), self.scale, self._offset, self.grid, dtype)
+            return fake_quantize_learned(self._values(held), self.scale, self._offset, self.grid, dtype)
         if self.master.requires_grad or self._change is not None:
             self._kept = None
-            return fake_quantize(self._values(), self.grid, dtype)
+            return fake_quantize(self._values(held), self.grid, dtype)
+        if held is not self.master:
+            return deploy_tensor(held, self.grid)
         state = (self.master._version, self.master.data_ptr())
         if self._kept is None or self._kept[0] != state:
             # What inference mode makes, autograd cannot use later.
@@ -371,8 +376,8 @@ class FakeQuantized:
                 self._kept = (state, deploy_tensor(self.master, self.grid))
         return self._kept[1]
 
-    def _values(self) -> Tensor:
-        return self.master if self._change is None else self._change(self.master)
+    def _values(self, held: Tensor) -> Tensor:
+        return held if self._change is None else self._change(held)
 
     def stored(self) -> Scales | None:
         """The learned scales and their offsets as a file holds them, or None where none are learned."""
@@ -445,15 +450,19 @@ def quantized_training(
 
 def _attach(module: nn.Module, weight: FakeQuantized, hooks: ExitStack) -> None:
     parameters: dict[str, Any] = module._parameters
+    held: list[Any] = []
 
     def show(module: nn.Module, inputs: Any) -> None:
-        kind = weight.master.device.type
+        held.append(parameters["weight"])
+        kind = held[-1].device.type
         # A product computes in autocast's type, and would round the weight to it in a pass of its own.
         cast = isinstance(module, nn.Linear) and torch.is_autocast_enabled(kind)
-        parameters["weight"] = weight(torch.get_autocast_dtype(kind) if cast else torch.float32)
+        parameters["weight"] = weight(held[-1], torch.get_autocast_dtype(kind) if cast else torch.float32)
 
     def hide(module: nn.Module, inputs: Any, output: Any) -> None:
-        parameters["weight"] = weight.master
+        # A pass that fails before `show` has nothing to put back.
+        if held:
+            parameters["weight"] = held.pop()
 
     hooks.callback(module.register_forward_pre_hook(show).remove)
     hooks.callback(module.register_forward_hook(hide, always_call=True).remove)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill import plugins
+from autodistill.budget import DeviceBudget
 from autodistill.contracts import SEQUENCE_LENGTH, Direction, Evaluator, ModelSpec
 from autodistill.devices import Device
 from autodistill.distillation.teacher import (
@@ -20,7 +21,7 @@ from autodistill.distillation.teacher import (
 )
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError, NothingFitsError
-from autodistill.estimate import cannot_hold, fits, holdable, shortfall, spec_from_config
+from autodistill.estimate import cannot_hold, fits, holdable, shortfall, smallest, spec_from_config
 from autodistill.evaluators.command import NAME as COMMAND
 from autodistill.evaluators.command import parse_command
 from autodistill.evaluators.harness import PREFIX, find_task
@@ -28,9 +29,11 @@ from autodistill.evaluators.task import evaluator_of
 from autodistill.local_device import LOCAL, choose_device
 from autodistill.records.objectives import OBJECTIVES, Objective, objectives_of, parse_objectives
 from autodistill.records.store import RunFolder, default_cache, read_json
+from autodistill.records.stored_run import check_free, pull
 from autodistill.search.sampler import SAMPLERS
 from autodistill.search.warm_start import check_space, parse_runs
 from autodistill.space import Space, load_space, load_strategy
+from autodistill.storage import Storage
 from autodistill.strategy import Strategy
 from autodistill.task_files import read_tasks
 from autodistill.trial import ASKING_DATA, check_strategy, student_spec
@@ -72,6 +75,11 @@ class SearchRequest:
         out: Folder of the runs.
         resume: Go on with the run `name`.
         runner: "ray" or "inline".
+        ray_address: Of a running cluster to join, "auto" or host:port; by default a Ray is started here.
+        gpus_per_trial: A fraction, so that several trials share a GPU, or a whole number; one by default.
+        cpus_per_trial: Cores of a trial, where there are GPUs of each of its processes; planned by default.
+        storage: URI below which events, checkpoints, students and what trials read are kept, so that the search, and
+            each of its trials, can go on from any node that reaches it; by default they lie in `out` and `cache` alone.
         cache: Folder of everything that later searches may use again.
         cache_limit_bytes: Disk that cached teacher outputs may take.
         checkpoint_limit_bytes: Disk that checkpoints of stages may take in the run's folder; by default a quarter of
@@ -108,6 +116,10 @@ class SearchRequest:
     out: Path = Path("results/runs")
     resume: bool = False
     runner: str = "ray"
+    ray_address: str | None = None
+    gpus_per_trial: float | None = None
+    cpus_per_trial: int | None = None
+    storage: str | None = None
     cache: Path = field(default_factory=default_cache)
     cache_limit_bytes: int = 8 * 10**9
     checkpoint_limit_bytes: int | None = None
@@ -155,6 +167,7 @@ class Checked:
     seed: int
     spec: ModelSpec | None
     stored: Mapping[str, Any] | None
+    storage: Storage | None
 
     @property
     def metric(self) -> str:
@@ -182,7 +195,12 @@ def check_request(request: SearchRequest) -> Checked:
         raise InputError(f"--sequence-length must be at least {_SHORTEST} tokens, not {request.sequence_length}")
     if request.runner not in RUNNERS:
         raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
-    stored = _stored(request)
+    if request.ray_address is not None and request.runner == "inline":
+        raise InputError("--ray-address names a Ray cluster, which --runner inline does not use: leave one of them out")
+    storage = Storage(request.storage) if request.storage else None
+    if storage is not None:
+        storage.check()
+    stored = _stored(request, storage)
     known = stored or {}
     request = replace(request, **{name: known.get(name, getattr(request, name)) for name in ("sharing", "forking")})
     length = request.sequence_length or known.get("plan", {}).get("sequence_length") or SEQUENCE_LENGTH
@@ -223,6 +241,7 @@ def check_request(request: SearchRequest) -> Checked:
         seed=request.seed if request.seed is not None else known.get("seed", 0),
         spec=spec_from_config(teacher.config) if teacher.config else None,
         stored=stored,
+        storage=_of_run(request, storage, known),
     )
     if stored is not None:
         _check_same(checked, stored)
@@ -269,6 +288,8 @@ def _device(request: SearchRequest, known: Mapping[str, Any], objectives: tuple[
     """Where latencies are predicted, if they are: on resuming the device as it was, with the figures it had."""
     if all(one.name != "latency" for one in objectives):
         return None
+    if isinstance(request.budget, DeviceBudget):
+        return request.budget.device
     if request.device is None and known.get("device"):
         return Device.from_json(known["device"])
     return choose_device(request.device or LOCAL, request.cache)
@@ -373,14 +394,32 @@ def single(space: Space, reference: str) -> Space:
     )
 
 
-def _stored(request: SearchRequest) -> Mapping[str, Any] | None:
+def _of_run(request: SearchRequest, storage: Storage | None, known: Mapping[str, Any]) -> Storage | None:
+    """Where the run is kept; a resumed one where it was before."""
+    before = known.get("storage")
+    if request.resume and request.storage not in (None, before):
+        raise InputError(
+            f"the run {request.name!r} is kept on {before or 'this machine alone'}, not on {request.storage}: resume "
+            "it with the same --storage, or start a new run under another --name"
+        )
+    if before is not None and storage is None:
+        storage = Storage(before)
+        storage.check()
+    return storage
+
+
+def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any] | None:
     if not request.resume:
         if request.name is not None:
             # Refused here as well as on creation: no work may be spent before.
             RunFolder(request.out, request.name).check_free()
+            if storage is not None:
+                check_free(storage.at(request.name))
         return None
     if request.name is None:
         raise InputError("--resume goes on with a run: name it with --name")
+    if storage is not None:
+        pull(request.out / request.name, storage.at(request.name))
     return read_json(RunFolder.open(request.out, request.name).search_file)
 
 
@@ -447,9 +486,11 @@ def check_budget(checked: Checked, spec: ModelSpec) -> None:
     least = min(held, key=lambda strategy: min(fit.slack for fit in held[strategy]))
     reason = shortfall(held[least], checked.request.budget)
     if reason is not None:
+        remedy = (
+            "--latency, or name a faster --device" if smallest(held[least]).late else "--budget, or lower --context"
+        )
         raise NothingFitsError(
-            f"nothing fits: of the student that needs least ({least.init.describe()}), {reason}; raise --budget, or "
-            "lower --context"
+            f"nothing fits: of the student that needs least ({least.init.describe()}), {reason}; raise {remedy}"
         )
 
 

@@ -148,7 +148,8 @@ def _observations(events: Sequence[Mapping[str, Any]], question: Question) -> It
     causes = {event["trial"]: event.get("cause") for event in events if event["event"] == "status"}
     baselines = {strategy.id for strategy in question.space.baselines.values()}
     for event in events:
-        if event["event"] != "trial" or event["kind"] == CONFIRMATION:
+        # What was trained on beyond its plan is known at the plan's tokens already.
+        if event["event"] != "trial" or event["kind"] == CONFIRMATION or event.get("length", 1.0) > 1:
             continue
         strategy = Strategy.from_json(event["strategy"])
         point = question.space.point(strategy)

@@ -7,6 +7,7 @@ import math
 import socket
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,11 +20,13 @@ from autodistill.plugins import load, names
 from autodistill.strategy import Deployment
 from autodistill.task_files import read_tasks
 from autodistill.testing import EvaluatorConformance
+from autodistill.timing import Load
 
 PACKED = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=64)
 UNITS = {
     "accuracy": ("fraction", "max"),
     "agreement": ("fraction", "max"),
+    "answer_ms": ("ms", "min"),
     "ece": ("fraction", "min"),
     "exact_match": ("fraction", "max"),
     "kl": ("nats", "min"),
@@ -47,9 +50,8 @@ tasks:
 
 @pytest.fixture(autouse=True)
 def once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """llama.cpp's rounds are many, and one shows as much here."""
-    monkeypatch.setattr("autodistill.evaluators.latency._ROUNDS", 1)
-    monkeypatch.setattr("autodistill.evaluators.latency._DECODED_TOKENS", 8)
+    """Timed answers are many and long, and one short one shows as much here."""
+    monkeypatch.setattr("autodistill.evaluators.latency.Load", partial(Load, rounds=1, decoded=8))
 
 
 @pytest.fixture(scope="module")

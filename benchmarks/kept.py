@@ -1,0 +1,58 @@
+"""Results of a benchmark by key, a line of JSON each in the cache of AutoDistill: what is there is not made again."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autodistill.records.store import default_cache
+
+
+class Kept:
+    """Plain results, made once.
+
+    Args:
+        name: Of the benchmark.
+        source: File that the results follow from; with another content none of them is known.
+        seconds: Time box; it ends after the result at hand.
+    """
+
+    def __init__(self, name: str, source: Path, seconds: float = float("inf")) -> None:
+        digest = sha256(source.read_bytes()).hexdigest()[:12] if source.exists() else "none"
+        self._path = default_cache() / "benchmarks" / f"{name}-{digest}.jsonl"
+        self._deadline = time.monotonic() + seconds
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        self._known = {entry["key"]: entry["value"] for entry in map(json.loads, lines)}
+
+    def get(self, key: str, make: Callable[[], Any]) -> Any:
+        """The result of a key, made and written down where it is not known.
+
+        Raises:
+            SystemExit: The time is over.
+        """
+        if key not in self._known:
+            if time.monotonic() > self._deadline:
+                sys.exit(f"the time is over with {len(self._known)} results: call again for the rest")
+            value = make()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps({"key": key, "value": value}) + "\n")
+            self._known[key] = json.loads(json.dumps(value))
+            if len(self._known) % 50 == 0:
+                print(f"{len(self._known)} results, {key}", file=sys.stderr, flush=True)
+        return self._known[key]
+
+
+def mean(values: Any, scale: float = 100.0, digits: int = 2) -> str:
+    """Mean and standard error, times `scale`."""
+    numbers = np.asarray(values, float) * scale
+    if len(numbers) < 2:
+        return f"{numbers.mean():.{digits}f}"
+    return f"{numbers.mean():.{digits}f} ± {numbers.std(ddof=1) / np.sqrt(len(numbers)):.{digits}f}"

@@ -1,0 +1,287 @@
+"""A search killed at 20 random moments and resumed each time ends with the rows of one left alone.
+
+    python benchmarks/kill.py [--kills 20] [--trials 4] [--time 15m] [--work DIR]
+
+A tiny random teacher, a tiny text, the inline runner, fixed trials and tokens. One process after another is killed with
+SIGKILL: after a random number of further events in its log and a random part of a second or two more, so that the
+places do not depend on the machine's speed; or after some seconds, while it loads. The next process resumes. They are
+forks of this one, which has imported the libraries, so that not all of the time goes into that. A search that ends
+before all kills are spent is followed by one of the next seed. Each is then compared with a search of the same seed
+that nothing disturbed. With `--work` the folder is kept, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import report
+import torch
+
+from autodistill.cli import main as main_of_autodistill
+from autodistill.records.row import Row, rows_of
+from autodistill.records.store import EventLog
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.units import parse_duration
+
+TOKENS = 9216
+# Further events after which a process is killed, at the most; with none, it is killed while it starts.
+EVENTS = 4
+# Seconds after that, at the most; and while it starts.
+DELAY, STARTING = 1.5, 4.0
+# What says how long something took. What a runtime's process took of memory differs from time to time as well.
+TIMES = ("train_seconds", "latency_ms", "tokens_per_second")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """One killed process.
+
+    Attributes:
+        seed: Of its search.
+        after: Seconds it lived.
+        events: In the log when it died.
+        stage: What the last of them was.
+    """
+
+    seed: int
+    after: float
+    events: int
+    stage: str
+
+
+class Search:
+    """One search of the tiny teacher in a folder of its own, started as a person would."""
+
+    def __init__(self, inputs: Path, folder: Path, seed: int, trials: int) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run = folder / "runs" / "run"
+        options = [
+            "--teacher",
+            str(inputs / "teacher"),
+            "--data",
+            str(inputs / "text"),
+            "--cache",
+            str(inputs / "cache"),
+        ]
+        fixed = ["--trials", str(trials), "--tokens", str(TOKENS), "--seed", str(seed), "--runner", "inline"]
+        self._words = ["search", "--budget", "16GB", "--context", "256", *options, *fixed, "--name", "run"]
+        self._words += ["--out", str(folder / "runs"), "--format", "json"]
+        self._finished = folder / "finished.json"
+        self._said = folder / "said.txt"
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The log so far."""
+        return EventLog(self.run / "trials.jsonl").read()
+
+    @property
+    def finished(self) -> bool:
+        """Whether a process has come to its end."""
+        return self._finished.exists()
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        """Of validation and test, by name and split."""
+        found = {f"{row.row_id} validation": row for row in rows_of(self.events)}
+        return found | {f"{row.row_id} test": row for row in rows_of(self.events, ("test",))}
+
+    def live(self, events: int | None, seconds: float = 0.0) -> bool:
+        """Runs a process to its end, or kills it so many events and seconds after its start; whether it was killed.
+
+        Raises:
+            SystemExit: It failed by itself, which no kill may lead to.
+        """
+        resume = ["--resume"] if (self.run / "search.json").exists() else []
+        wanted = None if events is None else self._lines() + events
+        child = os.fork()
+        if child == 0:
+            self._become([*self._words, *resume])
+        state = None
+        while wanted is not None and (state := _ended(child)) is None and self._lines() < wanted:
+            time.sleep(0.01)
+        ends = time.monotonic() + seconds
+        while wanted is not None and state is None and time.monotonic() < ends:
+            state = _ended(child)
+            time.sleep(0.01)
+        if wanted is not None and state is None:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return True
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1] if state is None else state)
+        if code:
+            sys.exit(f"a search ended with {code}: {self._said.read_text()}")
+        self._finished.write_text("{}")
+        return False
+
+    def _become(self, words: list[str]) -> NoReturn:
+        """Makes this forked process the command line, its output in a file."""
+        said = os.open(self._said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        code = 1
+        try:
+            code = main_of_autodistill(words)
+        except BaseException:  # a fork must never go on as its parent
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def _lines(self) -> int:
+        log = self.run / "trials.jsonl"
+        return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def _ended(child: int) -> int | None:
+    """The state that a process ended with, or None while it runs."""
+    found, state = os.waitpid(child, os.WNOHANG)
+    return state if found else None
+
+
+def stage_of(events: list[dict[str, Any]]) -> str:
+    """What a log was last told."""
+    if not events:
+        return "before the first event"
+    last = events[-1]
+    if last["event"] == "row":
+        kind = last["row"]["kind"]
+        return "the teacher's rows" if kind == "teacher" else "a row"
+    return {"session": "loading", "teacher": "the teacher's score", "test": "the test split"}.get(
+        last["event"], last["event"]
+    )
+
+
+def differences(found: dict[str, Row], expected: dict[str, Row]) -> Iterator[str]:
+    """What two searches do not have in common, times left out."""
+    for name in sorted(found.keys() ^ expected.keys()):
+        yield f"{name} is {'too many' if name in found else 'missing'}"
+    for name in sorted(found.keys() & expected.keys()):
+        mine, theirs = comparable(found[name]), comparable(expected[name])
+        for field in mine:
+            if mine[field] != theirs[field]:
+                yield f"{name}: {field} is {mine[field]}, not {theirs[field]}"
+
+
+def comparable(row: Row) -> dict[str, Any]:
+    """All of a row but times, and but memory that was measured."""
+    data = {field: value for field, value in row.to_json().items() if field not in TIMES}
+    if row.memory_source == "measured":
+        data["memory_bytes"] = "measured"
+    data["other"] = {
+        field: value for field, value in row.other.items() if not field.startswith(("latency", "memory", "ttft"))
+    }
+    return data
+
+
+def twice(events: list[dict[str, Any]]) -> int:
+    """Stretches that were finished more than once."""
+    stretches = [(event["trial"], event["rung"]) for event in events if event["event"] == "rung"]
+    return len(stretches) - len(set(stretches))
+
+
+def kept_kills(path: Path) -> list[Kill]:
+    """Kills of an earlier call."""
+    return [Kill(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main() -> None:
+    """Kills, resumes, compares and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--trials", type=int, default=4)
+    parser.add_argument("--time", type=parse_duration, default=float("inf"))
+    parser.add_argument("--work", type=Path, default=None)
+    arguments = parser.parse_args()
+    # One thread: a fork has none of its parent's, and one that waits for a core that others use is slower than none.
+    torch.set_num_threads(1)
+    work = arguments.work or Path(tempfile.mkdtemp(prefix="kill-"))
+    inputs = work / "inputs"
+    if not (inputs / "text").exists():
+        save_tiny_teacher(inputs / "teacher", layers=5)
+        tiny_text(inputs / "text", documents=30, sentences=80)
+    log = work / "kills.jsonl"
+    kills = kept_kills(log)
+    began, deadline = time.monotonic(), time.monotonic() + arguments.time
+    dice = random.Random(len(kills))
+    lines, faults = [], []
+    seed = 0
+    while True:
+        cut = Search(inputs, work / f"cut-{seed}", seed, arguments.trials)
+        while not cut.finished:
+            if time.monotonic() > deadline:
+                sys.exit(f"the time is over after {len(kills)} kills: call again with --work {work} for the rest")
+            spent = len(kills) >= arguments.kills
+            count = None if spent else dice.randrange(EVENTS + 1)
+            started = time.monotonic()
+            if cut.live(count, dice.uniform(0, DELAY if count else STARTING)):
+                events = cut.events
+                kill = Kill(seed=seed, after=time.monotonic() - started, events=len(events), stage=stage_of(events))
+                kills.append(kill)
+                with log.open("a") as file:
+                    file.write(json.dumps(vars(kill)) + "\n")
+                print(
+                    f"kill {len(kills)}: seed {seed}, {kill.after:.1f} s, after {kill.stage}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        whole = Search(inputs, work / f"whole-{seed}", seed, arguments.trials)
+        if not whole.finished:
+            whole.live(None)
+        differing = [*differences(cut.rows, whole.rows)]
+        faults += differing
+        again = twice(cut.events)
+        mine = sum(kill.seed == seed for kill in kills)
+        trials = sum(event["event"] == "trial" for event in whole.events)
+        lines.append([seed, mine, trials, len(whole.rows), len(differing), again])
+        print(f"seed {seed}: {mine} kills, {len(differing)} differences", file=sys.stderr, flush=True)
+        if len(kills) >= arguments.kills:
+            break
+        seed += 1
+    print(
+        report.write(
+            "kill", "A search killed again and again", sections(lines, kills, faults, time.monotonic() - began)
+        )
+    )
+    if faults:
+        sys.exit("\n".join(faults))
+
+
+def sections(lines: list[list[Any]], kills: list[Kill], faults: list[str], seconds: float) -> list[str]:
+    """The report's parts."""
+    verdict = "Held" if not faults and not any(line[-1] for line in lines) else "Not held"
+    stages: dict[str, int] = {}
+    for kill in kills:
+        stages[kill.stage] = stages.get(kill.stage, 0) + 1
+    head = (
+        f"**{verdict}**: {len(kills)} processes were killed with SIGKILL, each after 0 to {EVENTS} further events, "
+        f"evenly drawn, and up to {DELAY:g} s more ({STARTING:g} s from its start where there was none), and the "
+        f"next resumed. Compared with a search of the same seed that was left alone, {len(faults)} fields of rows "
+        "differ; compared are all fields of all rows of validation and test, but for seconds, latency and what a "
+        f"runtime's process took of memory. A tiny random teacher (5 layers of 64), {TOKENS:,} tokens a trial, "
+        f"inline runner; {seconds:.0f} s."
+    )
+    titles = ["seed", "kills", "trials", "rows", "fields that differ", "stretches finished twice"]
+    where = [[stage, count] for stage, count in sorted(stages.items(), key=lambda item: -item[1])]
+    parts = [head, report.table(titles, lines), "## Where they died\n\nBy the last event in the log."]
+    parts.append(report.table(["after", "kills"], where))
+    if faults:
+        parts.append("## What differed\n\n" + "\n".join(f"- {fault}" for fault in faults[:40]))
+    return parts
+
+
+if __name__ == "__main__":
+    main()

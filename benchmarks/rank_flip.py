@@ -1,0 +1,157 @@
+"""Whether candidates keep their order: before distillation, at each rung, after all of it; and which rungs follow.
+
+    python benchmarks/rank_flip.py [--draws 2000]
+
+Reads the table that `math_table.py` records. Kendall's tau-b between accuracies at a point of training and those at
+full fidelity, with standard errors over bootstrapped strategies; and successive halving with other rungs and shares, on
+many random draws of as many strategies as a search proposes: its cost, and how far its choice is behind the best drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+import numpy.typing as npt
+import report
+from kept import mean
+from math_search import STEP, TOKENS, Costs
+from math_table import RUNGS
+from simulate import TRIALS, Table, load_table, plan
+
+from autodistill.search.plan import _keep
+from autodistill.strategy import Strategy
+
+SHARES = {rung: f"1/{round(TOKENS / rung)}" if rung < TOKENS else "1" for rung in RUNGS}
+OWN = ((1, 2), _keep(TRIALS, 3))
+# Rungs below the last, by their place among the recorded ones, and how many of 12 go past each.
+SCHEDULES = (
+    OWN,
+    ((1, 2), (8, 3)),
+    ((1, 2), (6, 3)),
+    ((1, 2), (4, 2)),
+    ((1, 2), (3, 1)),
+    ((0, 1, 2), (6, 3, 2)),
+    ((0, 2), (6, 2)),
+    ((0,), (3,)),
+    ((1,), (6,)),
+    ((1,), (4,)),
+    ((1,), (2,)),
+    ((2,), (6,)),
+    ((2,), (4,)),
+    ((2,), (2,)),
+)
+
+
+def tau(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> float:
+    """Kendall's tau-b: concordant less discordant pairs, over the root of the pairs that are not tied in each."""
+    a, b = (np.sign(np.subtract.outer(values, values)) for values in (first, second))
+    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+
+
+def with_error(first: Sequence[float], second: Sequence[float], draws: int = 500) -> str:
+    """Tau-b and its bootstrapped standard error."""
+    a, b, dice = np.asarray(first), np.asarray(second), np.random.default_rng(0)
+    if len(set(first)) < 2:
+        return "all the same"
+    found = [tau(a[chosen], b[chosen]) for chosen in dice.integers(0, len(a), (draws, len(a)))]
+    return f"{tau(a, b):.3f} ± {np.nanstd(found, ddof=1):.3f}"
+
+
+class Halving:
+    """Successive halving over recorded strategies, as arrays.
+
+    Args:
+        table: Recorded students.
+        places: Of the rungs below the last, among the recorded ones.
+        keep: How many go past each.
+        decayed: Whether rungs are judged after a decay branched off, which is extra training.
+    """
+
+    def __init__(self, table: Table, places: Sequence[int], keep: Sequence[int], *, decayed: bool = True) -> None:
+        lines = table.recorded
+        self._keep = keep
+        self._final = np.array([line.final for line in lines])
+        source = [line.decayed if decayed else line.plain for line in lines]
+        self._values = np.array([[values[place] for place in places] for values in source]).reshape(len(lines), -1)
+        rungs = (*(RUNGS[place] for place in places), TOKENS)
+        costs = Costs(table.teacher, plan(len(lines), rungs, ()))
+        strategies = [Strategy.from_json(line.strategy) for line in lines]
+
+        def stretch(strategy: Strategy, index: int) -> int:
+            if decayed:
+                return costs.stretch(strategy, index, index - 1)
+            before = rungs[index - 1] if index else 0
+            read = costs.evaluation(strategy, costs.read_at(index))
+            return costs.train(strategy, rungs[index] - before) + read
+
+        self._costs = np.array([[stretch(one, index) for index in range(len(rungs))] for one in strategies], float)
+        whole = Costs(table.teacher, plan(len(lines), (TOKENS,), ()))
+        self._whole = np.array([whole.stretch(one, 0, -1) for one in strategies], float)
+
+    def run(self, drawn: npt.NDArray[np.int64]) -> tuple[float, float]:
+        """How far the choice is behind the best drawn, and the operations over those of training all to the end."""
+        left, spent = drawn, 0.0
+        for index, kept in enumerate(self._keep):
+            spent += self._costs[left, index].sum()
+            left = left[np.argsort(-self._values[left, index], kind="stable")[:kept]]
+        spent += self._costs[left, len(self._keep)].sum()
+        return self._final[drawn].max() - self._final[left].max(), spent / self._whole[drawn].sum()
+
+
+def main() -> None:
+    """Reads the table and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--draws", type=int, default=2000)
+    arguments = parser.parse_args()
+    table = load_table()
+    lines = table.recorded
+    final = [line.final for line in lines]
+    rows = [["before distillation", "", with_error([line.initial for line in lines], final)]]
+    for place, rung in enumerate(RUNGS[:-1]):
+        plain, decayed = ([getattr(line, name)[place] for line in lines] for name in ("plain", "decayed"))
+        rows.append([f"{SHARES[rung]} of the tokens", with_error(plain, final), with_error(decayed, final)])
+    dice = np.random.default_rng(0)
+    draws = [dice.choice(len(lines), TRIALS, replace=False) for _ in range(arguments.draws)]
+    schedules = []
+    for schedule, decayed in ((OWN, False), *((one, True) for one in dict.fromkeys(SCHEDULES))):
+        places, keep = schedule
+        halving = Halving(table, places, keep, decayed=decayed)
+        found = [halving.run(drawn) for drawn in draws]
+        name = ", ".join(SHARES[RUNGS[place]] for place in places)
+        name += " (the search's)" if schedule == OWN and decayed else "" if decayed else " (no decay before it)"
+        behind = [one[0] for one in found]
+        best = [one <= 0 for one in behind]
+        cost = [one[1] for one in found]
+        schedules.append(
+            [name, ", ".join(map(str, keep)), mean(cost, 100, 1), mean(behind, 100, 3), mean(best, 100, 0)]
+        )
+    head = (
+        f"{len(lines)} strategies of `math_space.yaml` on the math teacher, {TOKENS:,} training tokens each in "
+        f"{TOKENS // STEP} optimiser steps, one seed, recorded by `math_table.py`. Accuracy is that of an answer's "
+        "next token on validation, under the deployment that rungs are judged on. Before distillation candidates "
+        f"differ in how they are cut and packed alone: {len({round(line.initial, 9) for line in lines})} different "
+        f"values. Final accuracies lie between {100 * min(final):.2f}% and {100 * max(final):.2f}%; their standard "
+        f"deviation is {100 * np.std(final):.2f} points."
+    )
+    parts = [
+        head,
+        '## Kendall\'s tau-b with the order at full fidelity\n\n"Decayed" is after the short decay branched off the '
+        'stable part, after which rungs are judged; "plain" is without it, at the same tokens. Standard errors are of '
+        "bootstrapped strategies.\n\n" + report.table(["judged at", "plain", "decayed"], rows),
+        f"## Rungs\n\nSuccessive halving of {TRIALS} strategies drawn at random, {arguments.draws:,} draws, all "
+        "proposed at once: operations over those of training all of them to the end, the decays that rungs cost "
+        "included; how far, in points, the chosen student is behind the best of those drawn; and how often it is "
+        "that one.\n\n"
+        + report.table(["rungs", "kept", "operations, %", "behind, points", "the best found, %"], schedules),
+    ]
+    print(report.write("rank-flip", "Do rankings flip?", parts))
+
+
+if __name__ == "__main__":
+    main()

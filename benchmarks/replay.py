@@ -1,0 +1,129 @@
+"""Samplers and schedulers compared on recorded students, in simulated time, over many seeds.
+
+    python benchmarks/replay.py [--seeds 50] [--samplers tpe gp nsga2 random] [--time 10m]
+
+The real campaign, sampler and scheduler run on the table that `math_table.py` recorded: a proposal is looked up instead
+of trained, and costs what training it would have. Every sampler is run with each scheduler: trials to the end; stopped
+at rungs for good where they are not among the best when they report (ASHA as Ray has it); and this search's, which
+pauses and promotes. All are compared at equal operations: those that this search spends, with its default sampler, on
+a plan of 12 trials, or of half as many. What was replayed is not replayed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+import report
+from kept import Kept, mean
+from math_search import TOKENS
+from math_table import STORE
+from simulate import Table, default_rungs, load_table, plan, simulate
+
+from autodistill.search.plan import _keep
+from autodistill.search.sampler import SAMPLERS
+from autodistill.units import parse_duration
+
+SIZES = (6, 12)
+SCHEDULERS = {
+    "to the end": {"sharing": False},
+    "stops (ASHA)": {"sharing": False, "stopping": True},
+    "pauses and promotes": {"sharing": False},
+    "pauses, promotes and shares": {},
+}
+# A fit for every proposal: it is replayed on the larger plan alone.
+SLOW = {"gp": (12,)}
+
+
+def one(table: Table, scheduler: str, sampler: str, seed: int, trials: int, limit: int | None) -> Any:
+    """The curve of a search as plain data: operations and accuracy, its total, and its seconds."""
+    if scheduler == "to the end":
+        made = plan(len(table.recorded) if limit else trials, (TOKENS,), ())
+    else:
+        count = len(table.recorded) if scheduler.startswith("stops") and limit else trials
+        made = plan(count, default_rungs(), _keep(count, 3))
+    spent, _ = simulate(table, made, sampler=sampler, seed=seed, limit=limit, **SCHEDULERS[scheduler])
+    return {"curve": [[step[0], step[2]] for step in spent.curve], "total": spent.operations}
+
+
+def best_at(curve: list[list[float]], operations: float) -> float:
+    """The best accuracy known after so many operations, 0 while there is none."""
+    return max((value for spent, value in curve if spent <= operations), default=0.0)
+
+
+def main() -> None:
+    """Replays what is missing, and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--samplers", nargs="+", default=SAMPLERS, choices=SAMPLERS)
+    parser.add_argument("--time", type=parse_duration, default=float("inf"))
+    arguments = parser.parse_args()
+    table = load_table()
+    kept = Kept("replay", STORE, arguments.time)
+    seeds = range(arguments.seeds)
+
+    def run(scheduler: str, sampler: str, seed: int, trials: int, limit: int | None = None) -> Any:
+        key = f"{scheduler}, {sampler}, {seed}, {trials}, {limit}"
+        return kept.get(key, lambda: one(table, scheduler, sampler, seed, trials, limit))
+
+    own = {size: [run("pauses and promotes", "tpe", seed, size) for seed in seeds] for size in SIZES}
+    boxes = {size: float(np.mean([found["total"] for found in own[size]])) for size in SIZES}
+    best = table.best()
+    rows, gains = [], []
+    for sampler in arguments.samplers:
+        for scheduler in SCHEDULERS:
+            cells: list[Any] = [sampler, scheduler]
+            for size in SIZES:
+                if size not in SLOW.get(sampler, SIZES):
+                    cells += ["", ""]
+                    continue
+                whole = scheduler.startswith("pauses")
+                limit = None if whole else round(1.05 * boxes[size])
+                runs = [run(scheduler, sampler, seed, size, limit) for seed in seeds]
+                # A search that pauses ends where it ends; what it spent is said beside it.
+                values = [best_at(found["curve"], found["total"] if whole else boxes[size]) for found in runs]
+                cells.append(mean([best - value for value in values], 100, 3))
+                cells.append(
+                    f"{np.mean([found['total'] if whole else boxes[size] for found in runs]) / boxes[size]:.2f}"
+                )
+                if size == SIZES[-1]:
+                    gains.append((sampler, scheduler, values))
+            rows.append(cells)
+    titles = ["sampler", "trials"]
+    for size in SIZES:
+        titles += [f"behind the best, {size} trials", "operations"]
+    head = (
+        f"{len(table.recorded)} recorded strategies, {arguments.seeds} seeds of the samplers, one seed of the "
+        "students. Given is how many points of validation accuracy the best student at full fidelity is behind the "
+        f"best of the whole table ({100 * best:.2f}%), mean and standard error over seeds, after the operations "
+        "that this search (TPE, pausing and promoting, nothing shared) spends on a plan of so many trials, and the "
+        "operations of each over those. A search that trains to the end, or stops, is broken off there; one that "
+        "pauses ends by its own plan. The hand-designed recipe runs first in all of them. Stages are shared in the "
+        "last row of each sampler alone."
+    )
+    parts = [head, report.table(titles, rows), "## Paired by seed, 12 trials\n\n" + pairs(gains)]
+    print(report.write("replay", "Samplers and schedulers, replayed", parts))
+
+
+def pairs(gains: list[tuple[str, str, list[float]]]) -> str:
+    """What differs clearly, in sentences."""
+    by = {(sampler, scheduler): np.asarray(values) for sampler, scheduler, values in gains}
+    compared = [(("tpe", "pauses and promotes"), other) for other in by if other != ("tpe", "pauses and promotes")]
+    lines = []
+    for first, other in compared:
+        gap = 100 * (by[first] - by[other])
+        error = gap.std(ddof=1) / np.sqrt(len(gap))
+        clear = "clear" if abs(gap.mean()) > 2 * error else "not clear"
+        lines.append(
+            f"- {first[0]}, {first[1]}, less {other[0]}, {other[1]}: {gap.mean():+.3f} ± {error:.3f} points, {clear}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

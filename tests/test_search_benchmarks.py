@@ -1,0 +1,194 @@
+"""What the benchmarks of the search rest on: rank correlation, halving, replayed campaigns, the cost of their work."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import kendalltau
+
+from autodistill.contracts import Decision
+from autodistill.strategy import Strategy
+from autodistill.trial import probe_deployment, student_spec
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+Load = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+@dataclass
+class Made:
+    """A table made up: the later a rung, the nearer its accuracy to the last."""
+
+    simulate: ModuleType
+    table: Any
+
+
+@pytest.fixture
+def made(load: Load) -> Made:
+    simulate, table = load("simulate"), load("math_table")
+    space = load("math_search").space()
+    dice = np.random.default_rng(0)
+    lines = []
+    for point in space.points(lambda dimension: dimension.domain.grid or ()):
+        strategy = space.strategy(point)
+        allowed = simulate.allowed(student_spec(strategy, simulate.teacher_spec()), space.deployments)
+        if not allowed:
+            continue
+        probe, final = probe_deployment(strategy, allowed).name, float(dice.uniform(0.9, 1.0))
+        lines.append(
+            table.Line(
+                strategy=strategy.to_json(),
+                seed=0,
+                tokens=table.RUNGS,
+                initial=0.5,
+                decayed=(final - 0.3, final - 0.2, final - 0.1, final),
+                plain=(final - 0.35, final - 0.25, final - 0.15),
+                rows={one.name: final - 0.01 * (one.name != probe) for one in allowed},
+                probe=probe,
+                train_seconds=1e-4,
+                evaluate_seconds=0.5,
+            )
+        )
+    return Made(simulate, simulate.Table(lines))
+
+
+def test_tau_is_scipys(load: Load) -> None:
+    dice = np.random.default_rng(1)
+    for _ in range(20):
+        a, b = dice.integers(0, 6, (2, 30)).astype(float)  # with ties
+        assert load("rank_flip").tau(a, b) == pytest.approx(kendalltau(a, b).statistic, abs=1e-12)
+
+
+def test_half_of_the_shapes_do_not_fit_and_the_recipe_lies_in_the_space(made: Made) -> None:
+    points = made.simulate.points(made.table.space)
+    assert len(made.table.recorded) == len(points) // 2
+    (recipe,) = made.table.space.baselines.values()
+    assert made.table.space.point(recipe) is not None
+    assert recipe.id in made.table.lines
+
+
+def test_a_replayed_search_finds_what_was_recorded_at_the_cost_of_its_training(made: Made) -> None:
+    simulate, table = made.simulate, made.table
+    plan = simulate.plan(12, simulate.default_rungs(), (6, 2))
+    spent, campaign = simulate.simulate(table, plan, seed=3, sharing=False)
+    again, _ = simulate.simulate(table, plan, seed=3, sharing=False)
+    assert spent == again
+    events = campaign._log.read()
+    tokens, costs = 0, simulate.Worker(table, plan).costs
+    for event in events:
+        if event["event"] == "rung":
+            trial = campaign.trials[event["trial"]]
+            line = table.line(trial.task.strategy)
+            place = table.lines and line.tokens.index(event["tokens"])
+            assert event["value"] == line.decayed[place]
+            # A baseline goes straight to the end; others begin where the decay to the rung before left.
+            before = -1 if trial.task.straight else event["rung"] - 1
+            tokens += costs.stretch_tokens(event["rung"], before)
+    assert spent.trained == tokens
+    assert spent.shared == 0
+    ended = {trial.task.id for trial in campaign.trials.values() if trial.status == "completed"}
+    assert len(ended) == 3  # two of the plan and the recipe
+    best = max(max(table.line(campaign.trials[trial].task.strategy).rows.values()) for trial in ended)
+    assert spent.best[2] == best
+
+
+def test_sharing_trains_fewer_tokens_for_the_same_values(made: Made) -> None:
+    simulate, table = made.simulate, made.table
+    plan = simulate.plan(12, simulate.default_rungs(), (6, 2))
+    shared = [simulate.simulate(table, plan, seed=seed)[0] for seed in range(6)]
+    assert sum(one.shared for one in shared) > 0
+    own = [simulate.simulate(table, plan, seed=seed, sharing=False)[0] for seed in range(6)]
+    assert sum(one.trained for one in shared) < sum(one.trained for one in own)
+
+
+def test_without_rejection_what_cannot_fit_is_trained_to_its_first_rung(made: Made) -> None:
+    simulate, table = made.simulate, made.table
+    plan = simulate.plan(12, simulate.default_rungs(), (6, 2))
+    _, campaign = simulate.simulate(table, plan, seed=0, rejection=False)
+    unfit = [trial for trial in campaign.trials.values() if not trial.task.deployments]
+    assert unfit
+    assert {trial.rung for trial in unfit} == {0}
+    assert all(trial.value is None for trial in unfit)
+
+
+def test_a_search_without_a_cache_pays_for_the_teacher(made: Made) -> None:
+    simulate, table = made.simulate, made.table
+    plan = simulate.plan(4, (simulate.TOKENS,), ())
+    cached, campaign = simulate.simulate(table, plan, seed=0, sharing=False)
+    live, _ = simulate.simulate(table, plan, seed=0, sharing=False, live_teacher=True)
+    costs = simulate.Worker(table, plan).costs
+    trained = [trial.task.strategy for trial in campaign.trials.values() if trial.rung == 0]
+    taught = sum(simulate.learns_from_teacher(strategy) for strategy in trained)
+    assert live.operations - cached.operations == taught * costs.online(simulate.TOKENS) - costs.cache
+    assert [one[2] for one in live.curve] == [one[2] for one in cached.curve]
+
+
+def test_who_is_not_among_the_best_on_reporting_is_stopped_for_good(made: Made) -> None:
+    scheduler = made.simulate.Stopping(trials=9, rungs=(1, 3, 9), keep=(3, 1))
+    assert scheduler.report("a", 0, 0.5) is Decision.PAUSE
+    assert scheduler.next_to_promote((), all_proposed=False) == "a"  # the first is the best of those before it
+    scheduler.report("b", 0, 0.4)
+    scheduler.report("c", 0, 0.6)
+    assert scheduler.next_to_promote(("a",), all_proposed=False) == "c"
+    assert scheduler.next_to_promote(("a", "c"), all_proposed=True) is None  # b was stopped, and is not taken up again
+
+
+def test_halving_keeps_the_best_at_each_rung(load: Load, made: Made) -> None:
+    lines = made.table.recorded
+    halving = load("rank_flip").Halving(made.table, (1, 2), (6, 2))
+    behind, cost = halving.run(np.arange(12))
+    assert behind == pytest.approx(0)  # in the made-up table nobody changes places
+    costs = load("math_search").Costs(made.table.teacher, made.simulate.plan(12, made.simulate.default_rungs(), ()))
+    drawn = sorted(lines[:12], key=lambda line: -line.final)
+    by_hand = 0
+    for rung, kept in enumerate((12, 6, 2)):
+        by_hand += sum(costs.stretch(Strategy.from_json(line.strategy), rung, rung - 1) for line in drawn[:kept])
+    whole = load("math_search").Costs(made.table.teacher, made.simulate.plan(12, (made.simulate.TOKENS,), ()))
+    assert cost == pytest.approx(
+        by_hand / sum(whole.stretch(Strategy.from_json(line.strategy), 0, -1) for line in drawn)
+    )
+
+
+def test_results_are_made_once_for_the_same_source(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = load("kept")
+    monkeypatch.setattr(kept, "default_cache", lambda: tmp_path / "cache")
+    source = tmp_path / "table.jsonl"
+    source.write_text("1")
+    asked: list[int] = []
+
+    def make() -> int:
+        asked.append(1)
+        return len(asked)
+
+    assert kept.Kept("x", source).get("a", make) == 1
+    assert kept.Kept("x", source).get("a", make) == 1
+    source.write_text("2")
+    assert kept.Kept("x", source).get("a", make) == 2
+
+
+def test_differences_of_killed_searches_leave_times_out(load: Load) -> None:
+    from dataclasses import replace
+
+    from autodistill.records.row import Row
+
+    row = Row(
+        row_id="t000-a", trial="t000", kind="student", name="x", deployment={}, status="completed", feasible=True,
+        accuracy=0.5, train_seconds=3.0, memory_bytes=10, memory_source="measured",
+    )  # fmt: skip
+    kill = load("kill")
+    same = replace(row, train_seconds=4.0, memory_bytes=11)
+    assert list(kill.differences({"a": same}, {"a": row})) == []
+    assert list(kill.differences({"a": replace(row, accuracy=0.6)}, {"a": row})) == ["a: accuracy is 0.6, not 0.5"]
+    assert list(kill.differences({}, {"a": row})) == ["a is missing"]
