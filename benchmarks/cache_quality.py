@@ -66,9 +66,10 @@ def findings(found: list[trials.Result]) -> Iterator[str]:
         said = []
         for figure, figures in measures.items():
             off = shares(figures, name)
-            within = abs(float(np.mean(off))) <= SHARE
-            said.append(f"{figure} {over_seeds.mean(off, 2, factor=100, sign=True)}%, {'' if within else 'not '}within")
-        yield f"- {name}, {size:.0f} bytes a token: {'; '.join(said)} {SHARE:.1%} of that with all logits."
+            lost = float(np.mean(off)) * (1 if figure == "perplexity" else -1)
+            verdict = "kept" if lost <= SHARE else "lost"
+            said.append(f"{figure} {over_seeds.mean(off, 2, factor=100, sign=True)}% ({verdict})")
+        yield f"- {name}, {size:.0f} bytes a token: {'; '.join(said)}. Kept: no worse than by {SHARE:.1%}."
 
 
 def main() -> None:
