@@ -29,7 +29,6 @@ import report
 import torch
 from kept import Kept, mean
 from math_search import RECIPE, STEP, TOKENS, Prepared, prepare
-from math_table import STORE
 from simulate import TRIALS, Table, Worker, default_rungs, load_table, plan, simulate
 
 from autodistill.applied import initial_student
@@ -113,7 +112,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     table = load_table()
-    kept = Kept("ablation", STORE, arguments.time)
+    kept = Kept("ablation", table.digest, arguments.time)
     seeds = range(arguments.seeds)
     found = {
         case: [kept.get(f"{case} {seed}", lambda case=case, seed=seed: one(table, case, seed)) for seed in seeds]

@@ -25,7 +25,7 @@ import report
 import torch
 from kept import Kept, mean
 from math_search import METRIC, RECIPE, TOKENS, Prepared, prepare
-from math_table import RUNGS, STORE, Line, student_file
+from math_table import RUNGS, Line, student_file
 from safetensors.torch import load_file
 from simulate import SEED, TRIALS, Remembering, Table, Worker, default_rungs, load_table, plan, points, simulate
 
@@ -187,7 +187,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     table = load_table()
-    kept = Kept("joint-or-sequential", STORE, arguments.time)
+    kept = Kept("joint-or-sequential", table.digest, arguments.time)
     seeds = range(arguments.seeds)
     with prepare(default_cache() / "benchmarks" / "runs", f"table-{RUNGS[-1]}") as prepared:
         turns = Turns(table, unquantised(table, prepared, kept))

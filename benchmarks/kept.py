@@ -6,8 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +18,12 @@ class Kept:
 
     Args:
         name: Of the benchmark.
-        source: File that the results follow from; with another content none of them is known.
+        source: What the results follow from, as a hash; none made from another is known.
         seconds: Time box; it ends after the result at hand.
     """
 
-    def __init__(self, name: str, source: Path, seconds: float = float("inf")) -> None:
-        digest = sha256(source.read_bytes()).hexdigest()[:12] if source.exists() else "none"
-        self._path = default_cache() / "benchmarks" / f"{name}-{digest}.jsonl"
+    def __init__(self, name: str, source: str, seconds: float = float("inf")) -> None:
+        self._path = default_cache() / "benchmarks" / f"{name}-{source}.jsonl"
         self._deadline = time.monotonic() + seconds
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         self._known = {entry["key"]: entry["value"] for entry in map(json.loads, lines)}

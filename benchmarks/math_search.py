@@ -31,7 +31,7 @@ SPACE_FILE = Path(__file__).with_name("math_space.yaml")
 BUDGET = Budget(memory_bytes=1_007_250_000, context=64, batch=1)
 STEP = 16 * LENGTH
 TOKENS = 100 * STEP
-RUNG_QUESTIONS, QUESTIONS, TEST_QUESTIONS = 200, 400, 800
+RUNG_QUESTIONS, QUESTIONS, TEST_QUESTIONS = 200, 400, 500
 METRIC = "accuracy"
 RECIPE = "hand_designed"
 

@@ -48,19 +48,35 @@ SCHEDULES = (
 )
 
 
-def tau(first: npt.NDArray[np.float64], second: npt.NDArray[np.float64]) -> float:
-    """Kendall's tau-b: concordant less discordant pairs, over the root of the pairs that are not tied in each."""
+def tau(
+    first: npt.NDArray[np.float64], second: npt.NDArray[np.float64], counted: npt.NDArray[np.bool_] | None = None
+) -> float:
+    """Kendall's tau-b: concordant less discordant pairs, over the root of the pairs that are not tied in each.
+
+    Args:
+        first, second: [n], two orders.
+        counted: [n, n], pairs that count; all by default.
+    """
     a, b = (np.sign(np.subtract.outer(values, values)) for values in (first, second))
+    if counted is not None:
+        a, b = a * counted, b * counted
     return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
 
 
-def with_error(first: Sequence[float], second: Sequence[float], draws: int = 500) -> str:
-    """Tau-b and its bootstrapped standard error."""
+def with_error(
+    first: Sequence[float], second: Sequence[float], groups: Sequence[str] | None = None, draws: int = 500
+) -> str:
+    """Tau-b, of pairs within a group where there are groups, and its bootstrapped standard error."""
     a, b, dice = np.asarray(first), np.asarray(second), np.random.default_rng(0)
-    if len(set(first)) < 2:
-        return "all the same"
-    found = [tau(a[chosen], b[chosen]) for chosen in dice.integers(0, len(a), (draws, len(a)))]
-    return f"{tau(a, b):.3f} ± {np.nanstd(found, ddof=1):.3f}"
+    same = None if groups is None else np.equal.outer(np.asarray(groups), np.asarray(groups))
+
+    def of(chosen: npt.NDArray[np.int64]) -> float:
+        return tau(a[chosen], b[chosen], None if same is None else same[np.ix_(chosen, chosen)])
+
+    with np.errstate(invalid="ignore"):
+        value = of(np.arange(len(a)))
+        found = [of(chosen) for chosen in dice.integers(0, len(a), (draws, len(a)))]
+    return "" if np.isnan(value) else f"{value:.3f} ± {np.nanstd(found, ddof=1):.3f}"
 
 
 class Halving:
@@ -112,10 +128,13 @@ def main() -> None:
     table = load_table()
     lines = table.recorded
     final = [line.final for line in lines]
-    rows = [["before distillation", "", with_error([line.initial for line in lines], final)]]
+    shapes = [str(line.strategy["init"]) for line in lines]
+    initial = [line.initial for line in lines]
+    rows = [["before distillation", "", with_error(initial, final), with_error(initial, final, shapes)]]
     for place, rung in enumerate(RUNGS[:-1]):
         plain, decayed = ([getattr(line, name)[place] for line in lines] for name in ("plain", "decayed"))
-        rows.append([f"{SHARES[rung]} of the tokens", with_error(plain, final), with_error(decayed, final)])
+        found = [with_error(plain, final), with_error(decayed, final), with_error(decayed, final, shapes)]
+        rows.append([f"{SHARES[rung]} of the tokens", *found])
     dice = np.random.default_rng(0)
     draws = [dice.choice(len(lines), TRIALS, replace=False) for _ in range(arguments.draws)]
     schedules = []
@@ -143,7 +162,8 @@ def main() -> None:
         head,
         '## Kendall\'s tau-b with the order at full fidelity\n\n"Decayed" is after the short decay branched off the '
         'stable part, after which rungs are judged; "plain" is without it, at the same tokens. Standard errors are of '
-        "bootstrapped strategies.\n\n" + report.table(["judged at", "plain", "decayed"], rows),
+        "bootstrapped strategies.\n\n"
+        + report.table(["judged at", "plain", "decayed", "decayed, within a shape"], rows),
         f"## Rungs\n\nSuccessive halving of {TRIALS} strategies drawn at random, {arguments.draws:,} draws, all "
         "proposed at once: operations over those of training all of them to the end, the decays that rungs cost "
         "included; how far, in points, the chosen student is behind the best of those drawn; and how often it is "

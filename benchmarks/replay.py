@@ -6,7 +6,7 @@ The real campaign, sampler and scheduler run on the table that `math_table.py` r
 of trained, and costs what training it would have. Every sampler is run with each scheduler: trials to the end; stopped
 at rungs for good where they are not among the best when they report (ASHA as Ray has it); and this search's, which
 pauses and promotes. All are compared at equal operations: those that this search spends, with its default sampler, on
-a plan of 12 trials, or of half as many. What was replayed is not replayed again.
+a plan of 12 trials. What was replayed is not replayed again.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ import numpy as np
 import report
 from kept import Kept, mean
 from math_search import TOKENS
-from math_table import STORE
 from simulate import Table, default_rungs, load_table, plan, simulate
 
 from autodistill.search.plan import _keep
 from autodistill.search.sampler import SAMPLERS
 from autodistill.units import parse_duration
 
-SIZES = (6, 12)
+SIZES = (12,)
 SCHEDULERS = {
     "to the end": {"sharing": False},
     "stops (ASHA)": {"sharing": False, "stopping": True},
@@ -64,7 +63,7 @@ def main() -> None:
     parser.add_argument("--time", type=parse_duration, default=float("inf"))
     arguments = parser.parse_args()
     table = load_table()
-    kept = Kept("replay", STORE, arguments.time)
+    kept = Kept("replay", table.digest, arguments.time)
     seeds = range(arguments.seeds)
 
     def run(scheduler: str, sampler: str, seed: int, trials: int, limit: int | None = None) -> Any:

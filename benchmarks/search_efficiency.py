@@ -28,7 +28,7 @@ import report
 import torch
 from kept import Kept, mean
 from math_search import METRIC, RECIPE, TEST_QUESTIONS, Prepared, prepare
-from math_table import FURTHER_SEEDS, RUNGS, STORE, Line, read, student_file, without_teacher
+from math_table import FURTHER_SEEDS, RUNGS, Line, read, student_file, without_teacher
 from math_teacher import LENGTH
 from safetensors.torch import load_file
 from simulate import SEED, TRIALS, Table, Worker, default_rungs, learns_from_teacher, load_table, plan, simulate
@@ -44,8 +44,8 @@ from autodistill.search.inline_runner import run_inline
 from autodistill.search.plan import _keep
 from autodistill.search.sampler import Sampler
 from autodistill.space import Point, Space
-from autodistill.strategy import Strategy
-from autodistill.trial import per_document
+from autodistill.statistics import per_document
+from autodistill.strategy import Strategy, content_hash
 from autodistill.units import parse_duration
 
 # How many times what (a) spends the others are followed, to see when they come as far.
@@ -242,7 +242,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     table, lines = load_table(), read()
-    kept = Kept("search-efficiency", STORE, arguments.time)
+    kept = Kept(
+        "search-efficiency",
+        content_hash([table.digest, *sorted([one.id, one.seed, *one.decayed] for one in lines)]),
+        arguments.time,
+    )
     seeds = range(arguments.seeds)
 
     def curves(name: str, make: Any) -> list[list[Known]]:
@@ -260,7 +264,7 @@ def main() -> None:
     runs = default_cache() / "benchmarks" / "runs"
     checks = []
     for seed in range(arguments.real):
-        with prepare(runs, f"efficiency-{STORE.stat().st_size}-{seed}", trials=TRIALS) as prepared:
+        with prepare(runs, f"efficiency-{table.digest}-{seed}", trials=TRIALS) as prepared:
             checks.append(kept.get(f"real {seed}", lambda seed=seed, one=prepared: real(table, one, seed)))
     with prepare(runs, f"table-{RUNGS[-1]}") as prepared:
         judge = Judge(prepared)

@@ -29,7 +29,7 @@ from autodistill.search.sampler import Sampler
 from autodistill.search.scheduler import SuccessiveHalving
 from autodistill.search.trials import Assignment, Question, TrialState
 from autodistill.space import Point, Space
-from autodistill.strategy import Deployment, Strategy
+from autodistill.strategy import Deployment, Strategy, content_hash
 from autodistill.trial_data import RungReport
 
 TRIALS = 12
@@ -75,6 +75,13 @@ class Table:
         self.deployments = Space.from_json(read_yaml(SPACE_FILE)).deployments
         self.lines = {line.id: line for line in lines if line.seed == SEED}
         self.space = self._recorded()
+
+    @property
+    def digest(self) -> str:
+        """Of all that a replay depends on: what was recorded, and what of it is the space."""
+        return content_hash(
+            [self.space.hash, TRIALS, sorted([one.id, *one.decayed, *one.plain] for one in self.recorded)]
+        )
 
     def _recorded(self) -> Space:
         data = read_yaml(SPACE_FILE)

@@ -164,18 +164,15 @@ def test_halving_keeps_the_best_at_each_rung(load: Load, made: Made) -> None:
 def test_results_are_made_once_for_the_same_source(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = load("kept")
     monkeypatch.setattr(kept, "default_cache", lambda: tmp_path / "cache")
-    source = tmp_path / "table.jsonl"
-    source.write_text("1")
     asked: list[int] = []
 
     def make() -> int:
         asked.append(1)
         return len(asked)
 
-    assert kept.Kept("x", source).get("a", make) == 1
-    assert kept.Kept("x", source).get("a", make) == 1
-    source.write_text("2")
-    assert kept.Kept("x", source).get("a", make) == 2
+    assert kept.Kept("x", "1").get("a", make) == 1
+    assert kept.Kept("x", "1").get("a", make) == 1
+    assert kept.Kept("x", "2").get("a", make) == 2
 
 
 def test_differences_of_killed_searches_leave_times_out(load: Load) -> None:
