@@ -24,18 +24,25 @@ from autodistill.options import (
     CacheLimitOption,
     CacheOption,
     CheckpointLimitOption,
+    CommandOption,
+    CommandTimeOption,
     ConfirmOption,
     ContextOption,
+    CpusPerTrialOption,
     DataOption,
     DevicesOption,
+    DirectionOption,
     Format,
     FormatOption,
+    GpusPerTrialOption,
+    LatencyOption,
     MetricOption,
     NameOption,
     ObjectivesOption,
     OutOption,
     PlanOption,
     PriceOption,
+    RayAddressOption,
     ResumeOption,
     RunnerOption,
     SamplerOption,
@@ -45,6 +52,8 @@ from autodistill.options import (
     SequenceLengthOption,
     SpaceOption,
     StepTokensOption,
+    StorageOption,
+    TaskOption,
     TeacherOption,
     TimeOption,
     TokensOption,
@@ -55,7 +64,7 @@ from autodistill.options import (
 from autodistill.records.store import RunFolder, default_cache, known_runs, strict_json
 from autodistill.streams import quiet_libraries, stdout_reserved
 from autodistill.summary import leaderboard_of, plan_summary, search_summary, written_summary
-from autodistill.units import Budget, parse_bytes, parse_duration, parse_price
+from autodistill.units import Budget, parse_bytes, parse_duration, parse_latency, parse_price
 
 if TYPE_CHECKING:
     from autodistill.search.request import SearchRequest
@@ -94,11 +103,17 @@ def search(
     ctx: typer.Context,
     budget: SearchBudgetOption = None,
     device: SearchDeviceOption = None,
+    latency: LatencyOption = None,
+    own: DevicesOption = None,
     teacher: TeacherOption = None,
     data: DataOption = None,
     space: SpaceOption = None,
     metric: MetricOption = None,
     objectives: ObjectivesOption = None,
+    task: TaskOption = None,
+    metric_command: CommandOption = None,
+    metric_direction: DirectionOption = None,
+    metric_timeout: CommandTimeOption = None,
     sampler: SamplerOption = None,
     trials: TrialsOption = None,
     warm_start: WarmStartOption = None,
@@ -116,6 +131,10 @@ def search(
     plan: PlanOption = False,
     price: PriceOption = None,
     runner: RunnerOption = "ray",
+    ray_address: RayAddressOption = None,
+    gpus_per_trial: GpusPerTrialOption = None,
+    cpus_per_trial: CpusPerTrialOption = None,
+    storage: StorageOption = None,
     cache: CacheOption = None,
     cache_limit: CacheLimitOption = "8GB",
     checkpoint_limit: CheckpointLimitOption = None,
@@ -130,9 +149,16 @@ def distill(
     ctx: typer.Context,
     strategy: Annotated[str, typer.Argument(help="A strategy as a YAML file, or a name.", metavar="STRATEGY.yaml")],
     budget: AnyBudgetOption = None,
+    device: SearchDeviceOption = None,
+    latency: LatencyOption = None,
+    own: DevicesOption = None,
     teacher: TeacherOption = None,
     data: DataOption = None,
     metric: MetricOption = None,
+    task: TaskOption = None,
+    metric_command: CommandOption = None,
+    metric_direction: DirectionOption = None,
+    metric_timeout: CommandTimeOption = None,
     tokens: TokensOption = None,
     sequence_length: SequenceLengthOption = None,
     step_tokens: StepTokensOption = None,
@@ -146,6 +172,10 @@ def distill(
     plan: PlanOption = False,
     price: PriceOption = None,
     runner: RunnerOption = "ray",
+    ray_address: RayAddressOption = None,
+    gpus_per_trial: GpusPerTrialOption = None,
+    cpus_per_trial: CpusPerTrialOption = None,
+    storage: StorageOption = None,
     cache: CacheOption = None,
     cache_limit: CacheLimitOption = "8GB",
     checkpoint_limit: CheckpointLimitOption = None,
@@ -219,13 +249,15 @@ def export(
 def doctor(
     out: OutOption = _RUNS,
     cache: CacheOption = None,
+    storage: StorageOption = None,
+    ray_address: RayAddressOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Say what is installed, found and missing; exits with 2 where the default search cannot run."""
     quiet_libraries()
     from autodistill.doctor import describe, examine, ready, to_json
 
-    found = _print(output, lambda: examine(out, cache or default_cache()), to_json, describe)
+    found = _print(output, lambda: examine(out, cache or default_cache(), storage, ray_address), to_json, describe)
     if not ready(found):
         raise typer.Exit(2)
 
@@ -293,9 +325,7 @@ def pick(
     device: Annotated[str | None, option("--device", "Takes the budget from it, like 4090 or local.", "NAME")] = None,
     context: ContextOption = 2048,
     streams: Annotated[int, option("--streams", "Sequences decoded at once.", "N")] = 1,
-    latency: Annotated[
-        str | None, option("--latency", "Like 50ms, or ttft_p95=300ms,tpot_p99=50ms@streams=16.", "LIMITS")
-    ] = None,
+    latency: LatencyOption = None,
     min_accuracy: Annotated[float | None, option("--min-accuracy", "A fraction.", "X")] = None,
     tiers: Annotated[bool, typer.Option("--tiers", help="The best for each of 4 to 80 GB.")] = False,
     own: DevicesOption = None,
@@ -307,6 +337,35 @@ def pick(
     from autodistill.hardware_summary import pick_text
 
     _print(output, lambda: _pick(ctx.params), dict, pick_text)
+
+
+@app.command()
+def measure(
+    ctx: typer.Context,
+    student: Annotated[Path, typer.Argument(help="A .gguf file, or a folder of transformers.", metavar="STUDENT")],
+    on: Annotated[str | None, option("--on", "A board, like ssh://pi@raspberrypi.local.", "ssh://HOST")] = None,
+    script: Annotated[Path | None, option("--script", "Write a script for a board without ssh.", "FILE")] = None,
+    result: Annotated[Path | None, option("--result", "Read what that script printed.", "FILE")] = None,
+    bench: Annotated[str | None, option("--bench", "Path of llama-bench on the board.", "PATH")] = None,
+    device: Annotated[str | None, option("--device", "What the board is; by its own name by default.", "NAME")] = None,
+    ssh_config: Annotated[Path | None, option("--ssh-config", "In the place of your own.", "FILE")] = None,
+    context: Annotated[int | None, option("--context", "Here: of each stream; 2048 by default.", "TOKENS")] = None,
+    streams: Annotated[str, option("--streams", "Here: numbers of sequences at once, like 1,4,16.", "N,...")] = "1",
+    prompt: Annotated[int, option("--prompt", "Tokens before the first one.", "TOKENS")] = 512,
+    decoded: Annotated[int, option("--decoded", "Tokens of an answer.", "TOKENS")] = 64,
+    rounds: Annotated[int, option("--rounds", "How many times.", "N")] = 3,
+    threads: Annotated[int, option("--threads", "CPU threads; 0 is every core.", "N", min=0)] = 0,
+    timeout: Annotated[str, option("--timeout", "That a board may take.", "TIME")] = "30m",
+    busy: Annotated[bool, typer.Option("--busy", help="Measure a busy machine all the same, and mark it.")] = False,
+    own: DevicesOption = None,
+    out: OutOption = _RUNS,
+    cache: CacheOption = None,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """Measure a student's speed and memory here, or on a board with llama.cpp's own bench; pick uses what was found."""
+    from autodistill.hardware_summary import measured_text
+
+    _print(output, lambda: _measured(ctx.params), dict, measured_text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -365,7 +424,7 @@ def _search(ctx: typer.Context) -> None:
 def _request(ctx: typer.Context, started: float) -> SearchRequest:
     """The request of a command line; no model library is imported before its numbers are known to be right."""
     given: dict[str, Any] = ctx.params
-    budget = Budget(memory_bytes=_memory_limit(ctx), context=given["context"], batch=given["batch"])
+    budget = _budget(ctx)
     seconds = None if given["time_box"] is None else parse_duration(given["time_box"])
     limit = parse_bytes(given["cache_limit"])
     kept = None if given["checkpoint_limit"] is None else parse_bytes(given["checkpoint_limit"])
@@ -382,6 +441,10 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         space=given.get("space"),
         strategy=given.get("strategy"),
         metric=given["metric"],
+        tasks=tuple(given["task"]) if given["task"] else None,
+        metric_command=given["metric_command"],
+        metric_direction=given["metric_direction"] and given["metric_direction"].value,
+        metric_seconds=parse_duration(given["metric_timeout"]) if given["metric_timeout"] else None,
         objectives=given.get("objectives"),
         device=given.get("device"),
         sampler=given.get("sampler"),
@@ -397,6 +460,10 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
         out=given["out"],
         resume=given["resume"],
         runner=given["runner"],
+        ray_address=given["ray_address"],
+        gpus_per_trial=given["gpus_per_trial"],
+        cpus_per_trial=given["cpus_per_trial"],
+        storage=given["storage"],
         cache=given["cache"] or default_cache(),
         cache_limit_bytes=limit,
         checkpoint_limit_bytes=kept,
@@ -406,18 +473,25 @@ def _request(ctx: typer.Context, started: float) -> SearchRequest:
     )
 
 
-def _memory_limit(ctx: typer.Context) -> int:
-    """The memory that `--budget` gives, or the device; `distill` alone may have no limit."""
+def _budget(ctx: typer.Context) -> Budget:
+    """The limits that are typed; a device gives the memory where it is not, and is this machine where one is needed."""
     given = ctx.params
-    if given["budget"] is not None and given.get("device") is not None:
-        raise InputError("--budget gives the memory, and so does --device: give one of the two")
-    if given.get("device") is not None:
-        from autodistill.local_device import choose_device
-
-        return choose_device(given["device"], given["cache"] or default_cache()).usable_bytes
-    if given["budget"] is None and "device" in given:
+    context, batch = given["context"], given["batch"]
+    if ctx.command.name == "search" and given["budget"] is None and given["device"] is None:
         raise InputError("search needs the memory that the student may take: --budget like 16GB, or --device like 4090")
-    return parse_bytes(_NO_LIMIT if given["budget"] is None else given["budget"])
+    # Numbers are read before a device is looked for, since that may measure this machine.
+    memory = None if given["budget"] is None else parse_bytes(given["budget"])
+    limits = () if given["latency"] is None else parse_latency(given["latency"])
+    Budget(memory_bytes=1, context=context, batch=batch)
+    if given["device"] is None and not limits:
+        return Budget(memory_bytes=memory or parse_bytes(_NO_LIMIT), context=context, batch=batch)
+    from autodistill.budget import DeviceBudget
+    from autodistill.local_device import LOCAL, choose_device
+
+    device = choose_device(given["device"] or LOCAL, given["cache"] or default_cache(), given["own"] or ())
+    return DeviceBudget(
+        memory_bytes=memory or device.usable_bytes, context=context, batch=batch, device=device, latency=limits
+    )
 
 
 def _searched(request: SearchRequest) -> Outcome:
@@ -474,24 +548,24 @@ def _appraised(given: Mapping[str, Any]) -> dict[str, Any]:
     described = shape(sizes, tied=given["tied"]) if given["model"] is None else describe(given["model"])
     if given["format_name"]:
         described = replace(described, weights_bytes=None)
-    deployment = deployment_named(given["format_name"] or "gguf-q8_0")
+    deployment = deployment_named(given["format_name"] or described.format_name or "gguf-q8_0")
     options = {name: given[name] for name in ("context", "batch", "kv_type", "runtime", "prompt")}
     return appraise(described, deployment, devices=found, **options)
 
 
 def _pick(given: Mapping[str, Any]) -> dict[str, Any]:
-    from autodistill.local_device import choose_device
+    from autodistill.local_device import LOCAL, choose_device
     from autodistill.pick import Wanted, pick, pick_tiers, stored
-    from autodistill.units import parse_latency
+    from autodistill.records.measurements import read_measured
+    from autodistill.records.recalibration import overheads
 
     if given["tiers"] == bool(given["budget"] or given["device"]):
         raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
     limits = parse_latency(given["latency"], given["streams"]) if given["latency"] else ()
     cache = given["cache"] or default_cache()
-    found = choose_device(given["device"], cache, given["own"] or ()) if given["device"] else None
-    if limits and found is None:
-        raise InputError("a limit of latency holds on a device: name it with --device")
-    wanted = Wanted(
+    named = given["device"] or (LOCAL if limits else None)
+    found = choose_device(named, cache, given["own"] or ()) if named else None
+    asked = Wanted(
         memory_bytes=parse_bytes(given["budget"]) if given["budget"] else found.usable_bytes if found else 1,
         context=given["context"],
         streams=given["streams"],
@@ -500,7 +574,28 @@ def _pick(given: Mapping[str, Any]) -> dict[str, Any]:
         least=given["min_accuracy"],
     )
     rows = stored(given["out"], given["runs"] or ())
+    pairs = overheads(one.row for one in rows)
+    wanted = replace(asked, overheads=pairs, measured=tuple(read_measured(given["out"])) if found else ())
     return pick_tiers(rows, wanted) if given["tiers"] else pick(rows, wanted)
+
+
+def _measured(given: Mapping[str, Any]) -> dict[str, Any]:
+    words = [word.strip() for word in given["streams"].split(",")]
+    if not all(word.isascii() and word.isdigit() and len(word) < 6 for word in words):
+        raise InputError(f"--streams {given['streams']!r} must be numbers parted by commas, like 1,4,16")
+    timeout = parse_duration(given["timeout"])
+    quiet_libraries(str(given["student"]))
+    from autodistill.measure import MeasureRequest, measure
+
+    names = ("student", "out", "on", "script", "result", "bench", "device", "ssh_config", "context", "prompt")
+    request = MeasureRequest(
+        **{name: given[name] for name in (*names, "decoded", "rounds", "threads", "busy")},
+        own=given["own"] or (),
+        streams=tuple(map(int, words)),
+        cache=given["cache"] or default_cache(),
+        timeout=timeout,
+    )
+    return measure(request)
 
 
 def _planned(request: SearchRequest) -> dict[str, Any]:

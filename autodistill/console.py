@@ -198,7 +198,8 @@ def leaderboard_table(ranked: Sequence[Ranked], metric: str = "accuracy", width:
         metric: The figure that ranks.
         width: Characters of a line; what is left of it goes to the summary of the strategy.
     """
-    titles = ["#", "deployment", metric, "kept", "memory", "size", "latency", "plan"]
+    kept = "kept" if metric == "accuracy" else "accuracy kept"
+    titles = ["#", "deployment", metric, kept, "memory", "size", "latency", "plan"]
     lines = [[printable(cell) for cell in _cells(one, metric)] for one in ranked]
     widths = [max(map(len, column)) for column in zip(titles, *lines, strict=True)]
     room = max(width - sum(widths) - 2 * len(widths), 8)
@@ -233,7 +234,7 @@ def _cells(one: Ranked, metric: str) -> list[str]:
         _estimated(row.memory_bytes, row.memory_source, format_bytes),
         _estimated(row.size_bytes, None, format_bytes),
         _estimated(*_latency(row), lambda ms: format_duration(ms / 1e3)),
-        f"{1.0 if row.full else row.figure('fidelity') or 0.0:.0%}",
+        f"{1.0 if row.fidelity is None and row.full else row.fidelity or 0.0:.0%}",
     ]
 
 

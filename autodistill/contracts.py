@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.formats import TensorSpec
+from autodistill.formats import Role, TensorSpec
 from autodistill.strategy import Deployment
 from autodistill.units import Budget
 
@@ -21,8 +23,8 @@ Direction = Literal["max", "min"]
 OptimizerState = Literal["float32", "int8"]
 # What a teacher's matrices are held in; it computes in float32 whatever that is.
 HeldType = Literal["float32", "bfloat16", "float16"]
-# What an evaluator reads of a subject, beside its shape, deployment and budget.
-Needs = Literal["spec", "scores", "answers", "artefact"]
+# What an evaluator reads of a subject, beside its shape, deployment and budget: a field of it, but for "spec".
+Needs = Literal["spec", "scores", "answers", "student", "artefact"]
 
 # Tokens of a training or evaluation sequence.
 SEQUENCE_LENGTH = 256
@@ -45,6 +47,13 @@ class Decision(StrEnum):
     STOP = "stop"
 
 
+class Quantity(NamedTuple):
+    """What a measurement's value is in, and whether more ("max") or less ("min") of it is better."""
+
+    unit: str
+    direction: Direction
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
     """One measured quantity.
@@ -57,6 +66,8 @@ class Measurement:
         source: `measured` in the serving runtime, `simulated` in torch on the packed weights, or `predicted`.
         stderr: Standard error in `unit`, or None where there is none.
         detail: Plain data on how it was obtained: threads, context, parts of a sum.
+        documents: What the value is the mean of, by document, for paired comparisons: as `statistics.per_document`
+            gives it. Empty where it is no mean.
     """
 
     name: str
@@ -66,6 +77,7 @@ class Measurement:
     source: Source
     stderr: float | None = None
     detail: Mapping[str, Any] = field(default_factory=dict)
+    documents: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The measurement as plain data."""
@@ -85,6 +97,7 @@ class ModelSpec:
         window, windowed_layers: Tokens that a sliding window sees, and how many of the layers have one; 0 where none.
         experts, active_experts: Of a mixture of experts, each of `ffn_width`, and those that a token takes; 0 where
             there is one FFN.
+        latent: Values of a token and layer that latent attention caches for all heads; 0 where keys and values are.
     """
 
     architecture: str
@@ -102,11 +115,23 @@ class ModelSpec:
     windowed_layers: int = 0
     experts: int = 0
     active_experts: int = 0
+    latent: int = 0
 
     @cached_property
     def parameters(self) -> int:
         """Number of weights, a tied embedding counted once."""
-        return sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in self.tensors)
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[TensorSpec, int], ...]:
+        """One tensor of each role and shape, and how many there are: what packings see that keep no parts."""
+        counts: Counter[tuple[Role, tuple[int, ...], bool]] = Counter()
+        first: dict[tuple[Role, tuple[int, ...], bool], TensorSpec] = {}
+        for tensor in self.tensors:
+            key = (tensor.role, tensor.shape, ".experts." in tensor.name)
+            counts[key] += 1
+            first.setdefault(key, tensor)
+        return tuple((first[key], count) for key, count in counts.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +143,49 @@ class TokenScores:
         correct: bool [n], whether the most likely token is the true one.
         agrees: bool [n], whether it is the teacher's most likely one.
         documents: int32 [n], the document each predicted token belongs to.
+        confidence: float64 [n], probability of the most likely token; None where nobody kept it.
+        divergence: float64 [n], KL(teacher || student) in nats over the outcomes of the reference; None without one.
+        window: Tokens of the sequences that were read, each on its own: context and stride of a window are its length.
+        outcomes: Over how many outcomes the divergence goes: the teacher's likeliest tokens, and the rest as one.
     """
 
     nll: npt.NDArray[np.float64]
     correct: npt.NDArray[np.bool_]
     agrees: npt.NDArray[np.bool_]
     documents: npt.NDArray[np.int32]
+    confidence: npt.NDArray[np.float64] | None = None
+    divergence: npt.NDArray[np.float64] | None = None
+    window: int | None = None
+    outcomes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TeacherReference:
+    """What a validation pass keeps of the teacher, for each predicted token.
+
+    Attributes:
+        top1: int32 [n], its most likely token.
+        tokens: int32 [n, k], its k most likely ones, in any order.
+        log_probs: float32 [n, k], their log-probabilities over the whole vocabulary, in nats.
+    """
+
+    top1: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.int32]
+    log_probs: npt.NDArray[np.float32]
+
+    def head(self, count: int) -> TeacherReference:
+        """That of the first `count` predicted tokens."""
+        return TeacherReference(top1=self.top1[:count], tokens=self.tokens[:count], log_probs=self.log_probs[:count])
+
+    def save(self, path: Path) -> None:
+        """Writes plain arrays."""
+        np.savez(path, top1=self.top1, tokens=self.tokens, log_probs=self.log_probs)
+
+    @classmethod
+    def load(cls, path: Path) -> TeacherReference:
+        """Reads what `save` wrote; no pickle."""
+        with np.load(path, allow_pickle=False) as found:
+            return cls(top1=found["top1"], tokens=found["tokens"], log_probs=found["log_probs"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +203,72 @@ class Answers:
     documents: npt.NDArray[np.int32]
 
 
+class Likelihood(NamedTuple):
+    """How likely a continuation is: its log-likelihood in nats, its tokens, and whether greedy decoding writes it."""
+
+    log_likelihood: float
+    tokens: int
+    greedy: bool
+
+
+class SimulatedStudent(Protocol):
+    """A student whose packed weights lie in torch, and what an evaluator may ask of it, in text."""
+
+    @property
+    def model(self) -> Any:
+        """A causal language model of transformers, in float32, whose weights are the packed ones for the time being."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where the model lies."""
+        ...
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of its tokenizer."""
+        ...
+
+    @property
+    def split(self) -> str:
+        """The split that is read: "validation" or "test"."""
+        ...
+
+    @property
+    def share(self) -> float:
+        """Of an evaluator's own examples, how much is to be read: 1 is all of them; less at a rung."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and what follows it may have in all."""
+        ...
+
+    def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+        """Of each (prompt, continuation); pairs with the same prompt share its pass through the model."""
+        ...
+
+    def rolling(self, texts: Sequence[str], window: int, stride: int) -> list[npt.NDArray[np.float64]]:
+        """Negative log-likelihood in nats of every token of each text but its first, in strided windows."""
+        ...
+
+    def chats(self, prompts: Sequence[str]) -> list[str]:
+        """Each prompt as a user's turn in the tokenizer's chat template, up to where the answer begins."""
+        ...
+
+    def write(self, prompts: Sequence[str], *, max_tokens: int, stops: Sequence[str] = ()) -> list[str]:
+        """What it writes, greedily, after each prompt, up to the first of the texts in `stops`."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the packed weights, dequantised, as a folder that transformers loads."""
+        ...
+
+    def examples(self) -> list[dict[str, Any]]:
+        """The split that is read, as plain records: `id`, and `prompt` and `answer`, or `text` and `tokens`."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """What an evaluator is given; it reads what it needs and no more.
@@ -151,7 +279,9 @@ class Subject:
         budget: Gives context and batch.
         scores: Of the packed weights simulated in torch, or None where only the artefact is measured.
         answers: Written by the packed weights simulated in torch; None where no evaluator asks for them.
+        student: The packed weights simulated in torch, to be asked; None after export.
         artefact: The exported file or folder, or None before export.
+        split: That scores and answers are of.
         threads: CPU threads a runtime may use.
     """
 
@@ -160,15 +290,29 @@ class Subject:
     budget: Budget
     scores: TokenScores | None = None
     answers: Answers | None = None
+    student: SimulatedStudent | None = None
     artefact: Path | None = None
+    split: str = "validation"
     threads: int = 1
 
 
 class Evaluator(Protocol):
     """One measurement, or several that fall out of the same work. A plug-in: constructed without arguments."""
 
-    name: str
-    needs: Needs
+    @property
+    def name(self) -> str:
+        """As it is declared."""
+        ...
+
+    @property
+    def needs(self) -> Needs:
+        """What it reads of a subject."""
+        ...
+
+    @property
+    def measures(self) -> Mapping[str, Quantity]:
+        """The measurements it gives, by name; of what needs scores, answers or the student, each may rank a search."""
+        ...
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Measures; called only where what `needs` names is there and `supports` holds."""
@@ -222,15 +366,20 @@ class Plan:
         micro_batch: Sequences of one forward and backward pass; their gradients add up to the step's.
         checkpointing: Whether the backward pass computes each layer's activations again instead of keeping them.
         optimizer_state: What AdamW's two moments are held in.
+        lengths: Multiples of `tokens` that trials may be trained on to, 1 first; their data are shared by all trials.
         decay: Share of a rung's tokens that the final decay takes; finishing happens in it.
         rung_eval_tokens, eval_tokens, test_tokens: Tokens an evaluation reads: at a rung, at full fidelity, on test.
         workers: Trials that train at once.
-        threads: CPU threads of each worker.
+        threads: CPU threads of each process of a worker.
+        processes: That train one trial together.
+        gpus: Of each process: a fraction where several share one.
         bf16: Whether training computes in bfloat16 where that is safe.
         seed: Of data order, projections and proposals.
         box_seconds: The time box, or None.
         seconds: Expected seconds by phase.
         notes: What the box could not hold, in sentences.
+        example_share: Of the examples of tasks, how much an evaluation reads at full fidelity; less at a rung, as of
+            the tokens.
     """
 
     trials: int
@@ -254,12 +403,26 @@ class Plan:
     micro_batch: int = 1
     checkpointing: bool = False
     optimizer_state: OptimizerState = "float32"
+    processes: int = 1
+    gpus: float = 1.0
+    example_share: float = 1.0
+    lengths: tuple[float, ...] = (1.0,)
+
+    def tokens_of(self, length: float) -> int:
+        """Training tokens of a trial of so many times the plan's, in whole steps."""
+        return round(self.tokens * length / self.batch_tokens) * self.batch_tokens if length > 1 else self.tokens
+
+    @property
+    def most_tokens(self) -> int:
+        """Training tokens of the longest trials, whose data are those that every trial draws from."""
+        return self.tokens_of(max(self.lengths))
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
-        return asdict(self) | {"rungs": list(self.rungs), "keep": list(self.keep), "notes": list(self.notes)}
+        return asdict(self) | {name: list(getattr(self, name)) for name in ("rungs", "keep", "notes", "lengths")}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
         """Reads what `to_json` wrote."""
-        return cls(**(dict(data) | {name: tuple(data[name]) for name in ("rungs", "keep", "notes")}))
+        lists = ("rungs", "keep", "notes", *(("lengths",) if "lengths" in data else ()))
+        return cls(**(dict(data) | {name: tuple(data[name]) for name in lists}))

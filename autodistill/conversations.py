@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from autodistill.errors import InputError
 
 ANSWERING = "assistant"
 MESSAGES = "messages"
+TOLD = "signal"  # the field that says whether log-probabilities stand beside the text
 PROMPTS = ("prompt", "question", "instruction")
 ANSWERS = ("answer", "response", "completion", "output")
 # What some records put beside an instruction: the text it is about.
 _CONTEXTS = ("context", "input")
+
+# Log-probabilities below which a token counts as one of the rest; servers write -9999 for one that was ruled out.
+_LEAST = -80.0
 
 Record = Mapping[str, Any]
 
@@ -25,6 +32,37 @@ class Turn(NamedTuple):
     content: str
 
 
+class Likeliest(NamedTuple):
+    """The likeliest tokens in each of n places, as whoever wrote the text told them.
+
+    Attributes:
+        ids: int32 [..., n, k], distinct in a place, those told first; -1 where fewer were told.
+        log_p: float32 [..., n, k], their log-probabilities at temperature 1; 0 where fewer were told.
+    """
+
+    ids: npt.NDArray[np.int32]
+    log_p: npt.NDArray[np.float32]
+
+    def first(self, count: int) -> Likeliest:
+        """Those of the first places, along the first dimension."""
+        return Likeliest(self.ids[:count], self.log_p[:count])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Told:
+    """What a writer told of the tokens of an answer, beside its text.
+
+    Attributes:
+        vocabulary: What the tokens' numbering is known by; see `rendering.Renderer.vocabulary`.
+        tokens: int32 [n], the answer's, without the one that ends it.
+        likeliest: In the place of each.
+    """
+
+    vocabulary: str
+    tokens: npt.NDArray[np.int32]
+    likeliest: Likeliest
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Turns, of which the assistant's are the answers to be learnt; the last turn is one of them.
@@ -32,10 +70,12 @@ class Conversation:
     Attributes:
         turns: In their order.
         item: Number of the item in the task that it was made by; None elsewhere.
+        told: What its writer told of the last answer's tokens, where it did.
     """
 
     turns: tuple[Turn, ...]
     item: int | None = None
+    told: Told | None = field(default=None, compare=False)
 
     @property
     def prompt(self) -> tuple[Turn, ...]:
@@ -131,7 +171,56 @@ def _answered(record: Record, where: str) -> Conversation | None:
     if last == 0:
         raise InputError(f"{where} has no message of the {ANSWERING} after another: its words are what is learnt")
     answered = turns[: last + 1]
-    return Conversation(answered) if answered[-1].content.strip() else None
+    if not answered[-1].content.strip():
+        return None
+    # What follows the last answer would be what the log-probabilities are of.
+    return Conversation(answered, told=_told(record, where) if last == len(turns) - 1 else None)
+
+
+def told_record(told: Told) -> dict[str, Any]:
+    """The fields of a record that `readers` read it from again."""
+    top = [
+        [(int(token), float(log_p)) for token, log_p in zip(*place, strict=True) if token >= 0]
+        for place in zip(*told.likeliest, strict=True)
+    ]
+    return {TOLD: "top-k", "vocabulary": told.vocabulary, "tokens": told.tokens.tolist(), "top": top}
+
+
+def told_of(vocabulary: str, tokens: Sequence[int], top: Sequence[Sequence[tuple[int, float]]]) -> Told:
+    """What was told of the tokens of an answer.
+
+    A token of probability 0, or as good as 0, is one of the rest: what servers write there is no measure of it.
+
+    Args:
+        vocabulary: See `Told`.
+        tokens: The answer's, n of them.
+        top: Of each of the n places, ids and log-probabilities.
+
+    Raises:
+        TypeError, ValueError: What is given has another shape, or is no number.
+    """
+    places = [
+        {int(token): min(float(log_p), 0.0) for token, log_p in place if float(log_p) > _LEAST and int(token) >= 0}
+        for place in top
+    ]
+    if len(places) != len(tokens):
+        raise ValueError(f"{len(tokens)} tokens and {len(places)} places")
+    shape = (len(tokens), max(map(len, places), default=0))
+    ids, log_p = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
+    for row, place in enumerate(places):
+        ids[row, : len(place)], log_p[row, : len(place)] = list(place), list(place.values())
+    return Told(vocabulary=vocabulary, tokens=np.array(tokens, np.int32), likeliest=Likeliest(ids, log_p))
+
+
+def _told(record: Record, where: str) -> Told | None:
+    if record.get(TOLD) != "top-k" or not isinstance(record.get("vocabulary"), str):
+        return None
+    try:
+        return told_of(record["vocabulary"], record["tokens"], record["top"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"{where} has log-probabilities that cannot be read ({error}): write it again, or take out its {TOLD}"
+        ) from None
 
 
 def _turns(record: Record, where: str) -> tuple[Turn, ...]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.conversations import Conversation
+from autodistill.conversations import Conversation, Likeliest
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError
 from autodistill.packing import cut, pack
@@ -49,17 +49,28 @@ _HELD_OUT = 0.1  # share of the tokens that validation gets, and test
 _RULE = 1  # part of the fingerprint: to be raised with any change of how data are split, tokenised or packed
 _INDEX = "prepared.json"
 _QUESTIONS, _TOKENIZER = "questions.json", "tokenizer"
+_TOLD = ("told_ids", "told_log_p")
 
 Tokens = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitInfo:
-    """What a split holds: whole sequences, their tokens, and the distinct documents these come from."""
+    """What a split holds.
+
+    Attributes:
+        sequences: Whole ones.
+        tokens: In them.
+        documents: Distinct ones that they come from.
+        answers: Tokens that are part of answers; 0 for plain text, of which all count.
+        told: Those of them whose likeliest tokens their writer told.
+    """
 
     sequences: int
     tokens: int
     documents: int
+    answers: int = 0
+    told: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,12 +143,15 @@ class TokenSet:
             long text, each sequence counts as a document.
         answers: bool [sequences, sequence_length], whether a token is part of an answer and so counts as a label, in
             losses and in scores; None where all tokens count.
+        told: [sequences, sequence_length, k], the likeliest tokens in each place, as the answers' writer told them;
+            None where nothing was told of any.
         questions: Those of the documents, in a held-out split of conversations; else None.
     """
 
     tokens: Tokens
     documents: Tokens
     answers: npt.NDArray[np.bool_] | None = None
+    told: Likeliest | None = None
     questions: Questions | None = None
 
     @property
@@ -157,6 +171,7 @@ class TokenSet:
             tokens=self.tokens[:count],
             documents=documents,
             answers=None if self.answers is None else self.answers[:count],
+            told=None if self.told is None else self.told.first(count),
             questions=questions,
         )
 
@@ -225,14 +240,21 @@ def _prepare_conversations(
     tokens = [record.tokens for record in records.values()]
     texts = {place: conversations[place].opening for place in owners.values()}
     chosen = _assign(texts, tokens, list(owners.values()), length, seed)
-    tables, questions = {}, {}
+    tables, questions, counts = {}, {}, {}
     for split, firsts in chosen.items():
         inside = set(firsts)
         members = [place for place, owner in owners.items() if owner in inside]
         packed = pack([records[place] for place in members], [owners[place] for place in members], length)
         # Arrow keeps a bool in a bit, which cannot be mapped.
         counted = packed.answers.view(np.uint8)
-        tables[split] = _table({"tokens": packed.tokens, "documents": packed.documents, "answers": counted}, seed)
+        columns: dict[str, npt.NDArray[Any]] = {"tokens": packed.tokens, "documents": packed.documents}
+        columns["answers"] = counted
+        told = 0
+        if packed.told is not None:
+            columns |= {name: part.reshape(len(part), -1) for name, part in zip(_TOLD, packed.told, strict=True)}
+            told = int((packed.told.ids[:, 1:, 0] >= 0).sum())
+        counts[split] = {"answers": int(packed.answers[:, 1:].sum()), "told": told}
+        tables[split] = _table(columns, seed)
         if split != "train":
             entries = [_question(place, conversations[place], whole[place], renderer) for place in sorted(inside)]
             asking = {"task": source.task, "stops": renderer.stops, "entries": [asdict(entry) for entry in entries]}
@@ -243,7 +265,13 @@ def _prepare_conversations(
         for split, text in questions.items():
             (temporary / split / _QUESTIONS).write_text(text, encoding="utf-8")
 
-    return _write(folder, source, length, tables, add, notes)
+    if any(one.told for one in conversations):
+        learnt, told = counts["train"]["answers"], counts["train"]["told"]
+        notes += (
+            f"of {learnt:,} answer tokens to learn from, {told:,} have their writer's log-probabilities, and "
+            f"{learnt - told:,} their text alone",
+        )
+    return _write(folder, source, length, tables, add, notes, counts)
 
 
 def _notes(sizes: list[int], kept: set[int], length: int) -> tuple[str, ...]:
@@ -398,11 +426,14 @@ def _write(
     tables: dict[str, pyarrow.Table],
     add: Callable[[Path], None] = lambda temporary: None,
     notes: tuple[str, ...] = (),
+    counts: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Prepared:
     """Writes all splits under a temporary name, then renames: a folder of the final name is whole or was damaged.
 
     Args:
         add: Writes what else belongs there, given the folder.
+        notes: Of `Prepared`.
+        counts: "answers" and "told" of each split of conversations.
     """
     import datasets
 
@@ -415,7 +446,12 @@ def _write(
             with _quiet():
                 datasets.Dataset(table).save_to_disk(temporary / split)
             distinct = len(np.unique(_column(table, "documents")))
-            splits[split] = SplitInfo(sequences=len(table), tokens=len(table) * length, documents=distinct)
+            splits[split] = SplitInfo(
+                sequences=len(table),
+                tokens=len(table) * length,
+                documents=distinct,
+                **(counts[split] if counts else {}),
+            )
         add(temporary)
         head = {
             "fingerprint": fingerprint,
@@ -504,10 +540,14 @@ def load_split(folder: Path, split: str) -> TokenSet:
 
     table = datasets.load_from_disk(str(folder / split)).data.table
     answers = _column(table, "answers").view(np.bool_) if "answers" in table.column_names else None
+    tokens, told = _column(table, "tokens"), None
+    if set(_TOLD) <= set(table.column_names):
+        told = Likeliest(*(_column(table, name).reshape(*tokens.shape, -1) for name in _TOLD))
     return TokenSet(
-        tokens=_column(table, "tokens"),
+        tokens=tokens,
         documents=_column(table, "documents"),
         answers=answers,
+        told=told,
         questions=_read_questions(folder, split),
     )
 

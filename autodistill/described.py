@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gguf import GGMLQuantizationType
+
+from autodistill import latent
 from autodistill.contracts import ModelSpec
-from autodistill.distillation.gguf_file import read_gguf
+from autodistill.distillation.gguf_file import GgufFile, read_gguf
 from autodistill.distillation.teacher import read_config, resolve_teacher
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
@@ -34,11 +38,13 @@ class Described:
         name: For a person.
         spec: Its shape.
         weights_bytes: Of a GGUF file's own tensors; None where a format decides.
+        format_name: The format that most of these bytes are in, where it is one of `FORMATS`.
     """
 
     name: str
     spec: ModelSpec
     weights_bytes: int | None = None
+    format_name: str | None = None
 
 
 def describe(reference: str) -> Described:
@@ -57,20 +63,32 @@ def describe(reference: str) -> Described:
     if found.kind == "gguf" and found.path is not None:
         file = read_gguf(found.path)
         stored = sum(tensor.size for tensor in file.tensors)
-        return Described(name=found.name, spec=spec_of(found.config), weights_bytes=stored)
+        return Described(
+            name=found.name, spec=spec_of(found.config), weights_bytes=stored, format_name=_main_format(file)
+        )
     return Described(name=found.name, spec=spec_of(found.config))
 
 
+def _main_format(file: GgufFile) -> str | None:
+    sizes: Counter[int] = Counter()
+    for tensor in file.tensors:
+        sizes[tensor.type] += tensor.size
+    name = f"gguf-{GGMLQuantizationType(sizes.most_common(1)[0][0]).name.lower()}"
+    return name if name in FORMATS else None
+
+
 def spec_of(config: Mapping[str, Any]) -> ModelSpec:
-    """As `spec_from_config`, and for mixtures of experts, which can be estimated though not distilled.
+    """As `spec_from_config`, and for mixtures of experts and latent attention: estimated, though not distilled.
 
     Raises:
         InputError: As `spec_from_config`.
     """
     name = str(config.get("model_type"))
+    if name in latent.ARCHITECTURES:
+        return latent.describe_latent(config)
     if name not in _MIXTURES:
         if name not in FAMILIES:
-            known = ", ".join([*FAMILIES, *_MIXTURES])
+            known = ", ".join([*FAMILIES, *_MIXTURES, *latent.ARCHITECTURES])
             raise InputError(f"the architecture {name!r} cannot be estimated; these can: {known}")
         return spec_from_config(config)
     like, width, count = _MIXTURES[name]

@@ -48,9 +48,13 @@ class DeviceClass:
     Attributes:
         name: "discrete-gpu", "unified", "board", "phone" or "cpu".
         share, reserve_bytes: What is usable of the memory: the share of it, less the reserve.
-        decode: Share of the bandwidth that decoding reaches.
+        decode: Share of the stated bandwidth that decoding reaches.
+        decode_measured: The same of a bandwidth that was measured on the device itself.
         prefill: Share of the matrix rate that reading a prompt reaches.
-        prefill_quantized: The same in llama.cpp with weights on a grid, whose products are of integers on a CPU.
+        prefill_quantized: The same in llama.cpp with weights whose rows it interleaves for products of integers.
+        dequantize: Share of the matrix rate at which a decoding step multiplies by weights on a grid, which comes on
+            top of reading them; None where it is hidden behind that.
+        attention: Share of the matrix rate at which a decoding step attends; None where that is hidden too.
         layer_seconds: What a layer of a decoding step costs beside reading its bytes.
         reference: Where these come from.
     """
@@ -59,8 +63,11 @@ class DeviceClass:
     share: float
     reserve_bytes: int
     decode: Range
+    decode_measured: Range
     prefill: Range
     prefill_quantized: Range
+    dequantize: Range | None
+    attention: Range | None
     layer_seconds: float
     reference: str
 
@@ -193,8 +200,11 @@ def _classes(data: Mapping[str, Mapping[str, Any]]) -> Mapping[str, DeviceClass]
             share=entry["share"],
             reserve_bytes=0 if entry["reserve"] == "0B" else parse_bytes(entry["reserve"]),
             decode=ranged(entry["decode"]),
+            decode_measured=ranged(entry.get("decode_measured", entry["decode"])),
             prefill=ranged(entry["prefill"]),
             prefill_quantized=ranged(entry.get("prefill_quantized", entry["prefill"])),
+            dequantize=ranged(entry["dequantize"]) if "dequantize" in entry else None,
+            attention=ranged(entry["attention"]) if "attention" in entry else None,
             layer_seconds=entry["layer_us"] / 1e6,
             reference=entry["reference"],
         )

@@ -17,6 +17,7 @@ from autodistill import plugins
 from autodistill.distillation.teacher import resolve_teacher
 from autodistill.errors import InputError
 from autodistill.hardware import Machine, detect
+from autodistill.storage import Storage
 from autodistill.units import format_bytes
 
 _DISTRIBUTION = "autodistill-search"
@@ -50,8 +51,14 @@ class Finding:
         return "ok" if self.ok else "missing" if self.needed else "optional"
 
 
-def examine(out: Path, cache: Path) -> tuple[Finding, ...]:
-    """Looks at packages, plug-ins, the default teacher, the hardware, and the folders of runs and cache."""
+def examine(out: Path, cache: Path, storage: str | None = None, ray_address: str | None = None) -> tuple[Finding, ...]:
+    """Looks at packages, plug-ins, the default teacher, the hardware, and the folders of runs and cache.
+
+    Args:
+        out, cache: The folders.
+        storage: A URI to write to, read from and remove from.
+        ray_address: Of a running cluster whose nodes are asked whether they could serve a search.
+    """
     return (
         Finding(name="python", ok=True, detail=platform.python_version()),
         *_packages(),
@@ -60,6 +67,8 @@ def examine(out: Path, cache: Path) -> tuple[Finding, ...]:
         *_hardware(detect()),
         _disk("runs", out, "--out"),
         _disk("cache", cache, "--cache"),
+        *([_storage(storage)] if storage else []),
+        *([_cluster(ray_address, [] if storage else [out, cache])] if ray_address else []),
     )
 
 
@@ -164,6 +173,28 @@ def _bf16(machine: Machine) -> bool:
     if machine.gpus and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _storage(uri: str) -> Finding:
+    try:
+        Storage(uri).check()
+    except InputError as error:
+        return Finding(name="storage", ok=False, detail=str(error))
+    return Finding(name="storage", ok=True, detail=f"{uri} can be written and read")
+
+
+def _cluster(address: str, folders: Sequence[Path]) -> Finding:
+    """Whether each node of a running Ray cluster could serve a search."""
+    from autodistill.search.cluster import join
+
+    try:
+        joined = join(address, folders)
+    except InputError as error:
+        return Finding(name="cluster", ok=False, detail=str(error))
+    joined.leave()
+    cores, gpus = (sum(counts) for counts in zip(*((m.cpus, len(m.gpus)) for m in joined.machines), strict=True))
+    detail = f"{address}: {len(joined.machines)} nodes with {cores} cores and {gpus} GPUs, all of the same versions"
+    return Finding(name="cluster", ok=True, detail=detail)
 
 
 def _disk(name: str, folder: Path, option: str) -> Finding:

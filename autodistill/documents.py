@@ -99,7 +99,7 @@ def resolve_data(ref: str, field: str | None = None) -> Source:
         raise InputError(f"{ref} is a file of an unsupported kind: give {_KINDS}")
     if suffix == ".txt":
         return _source(path.stem, "txt", [_read_text(path)], ref)
-    records = _read_jsonl(path) if suffix == ".jsonl" else _read_parquet(path)
+    records = read_records(path)
     return _source(path.stem, suffix[1:], _record_documents(records, field, ref), ref)
 
 
@@ -129,6 +129,21 @@ def resolve_prompts(ref: str) -> tuple[tuple[Turn, ...], ...]:
     return tuple(dict.fromkeys(prompts))
 
 
+def read_records(path: Path) -> list[tuple[str, Record]]:
+    """The records of a .jsonl or .parquet file, each with the place it was found at, like "line 3".
+
+    Raises:
+        InputError: Missing, of another kind, or malformed.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"there is no file {path}: give a .jsonl or .parquet file")
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet(path)
+    if path.suffix.lower() == ".jsonl":
+        return _read_jsonl(path)
+    raise InputError(f"{path} is a file of an unsupported kind: give a .jsonl or .parquet file")
+
+
 def _source(name: str, kind: str, found: Iterable[Document], ref: str, licence: str | None = None) -> Source:
     documents = tuple(one for one in found if isinstance(one, Conversation) or one.strip())
     if not documents:
@@ -136,8 +151,11 @@ def _source(name: str, kind: str, found: Iterable[Document], ref: str, licence: 
     digest = hashlib.sha256()
     for document in documents:
         text = document if isinstance(document, str) else json.dumps(document.turns)
-        # The length keeps two documents apart from one that joins them.
         encoded = text.encode("utf-8", "surrogatepass")
+        if isinstance(document, Conversation) and document.told is not None:
+            told = document.told
+            encoded += told.vocabulary.encode() + b"".join(part.tobytes() for part in (told.tokens, *told.likeliest))
+        # The length keeps two documents apart from one that joins them.
         digest.update(f"{len(encoded)}:".encode())
         digest.update(encoded)
     fingerprint = digest.hexdigest()[:16]

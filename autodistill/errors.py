@@ -39,7 +39,8 @@ class TrialFailedError(AutoDistillError):
     """A trial ended without a result; the search records `cause` and goes on.
 
     Args:
-        cause: One of "nan", "out-of-memory", "disk-full", "worker-died", "refused" (by a check), "error".
+        cause: One of "nan", "out-of-memory", "disk-full", "worker-died", "refused" (by a check), "command" (a person's
+            own metric), "error".
         message: What happened.
     """
 
@@ -54,6 +55,10 @@ class TrialFailedError(AutoDistillError):
 
 class EndpointError(AutoDistillError):
     """An endpoint was not reached, refused, or answered nonsense; answers that it gave before are kept."""
+
+
+class RemoteError(AutoDistillError):
+    """A board was not reached, refused, or took too long; nothing is left behind on it where it still answers."""
 
 
 class VerificationError(AutoDistillError):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
+from autodistill.budget import DeviceBudget
 from autodistill.contracts import ModelSpec, OptimizerState
 from autodistill.errors import InputError
 from autodistill.families import FAMILIES, Axis, get_family
 from autodistill.formats import Packing, Role, TensorSpec
+from autodistill.roofline import limit_seconds
 from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES, MemoryEstimate, memory
 from autodistill.strategy import Alignment, Attention, Deployment, Lora
-from autodistill.units import Budget, format_bytes
+from autodistill.units import Budget, LatencyLimit, format_bytes, format_duration
 
 ARCHITECTURES = tuple(FAMILIES)
 """transformers' `model_type`s that can be described."""
@@ -61,6 +64,35 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     return replace(spec, tensors=tuple(tensors))
 
 
+def config_of(spec: ModelSpec) -> dict[str, Any]:
+    """The least config that `spec_from_config` describes a model of a family by: what a row keeps of its student.
+
+    Raises:
+        InputError: A mixture of experts, which no family describes.
+    """
+    get_family(spec.architecture)
+    if spec.experts:
+        raise InputError("the shape of a mixture of experts is not kept")
+    names = {name.rpartition(".layers.0.")[2] for tensor in spec.tensors if (name := tensor.name).endswith(".bias")}
+    return {
+        "model_type": spec.architecture,
+        "num_hidden_layers": spec.layers,
+        "hidden_size": spec.width,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "intermediate_size": spec.ffn_width,
+        "vocab_size": spec.vocabulary,
+        "max_position_embeddings": spec.max_context,
+        "tie_word_embeddings": spec.tied,
+        "attention_bias": bool(names & {"self_attn.q_proj.bias", "attention.dense.bias"}),
+        "mlp_bias": "mlp.up_proj.bias" in names,
+        "sliding_window": spec.window or None,
+        "layer_types": ["sliding_attention"] * spec.windowed_layers
+        + ["full_attention"] * (spec.layers - spec.windowed_layers),
+    }
+
+
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, int]:
     """The sliding window of a config, and how many layers have one; Qwen's counts where `use_sliding_window` says."""
     window = config.get("sliding_window")
@@ -97,7 +129,13 @@ def _shape(spec: ModelSpec, name: str) -> tuple[int, ...]:
         Axis.FUSED: 3 * spec.heads * spec.head_dim,
         Axis.HEAD: spec.head_dim,
     }
-    return tuple(sizes[axis] for axis in get_family(spec.architecture).axes(name))
+    return tuple(sizes[axis] for axis in _axes(spec.architecture, name))
+
+
+@lru_cache(65536)
+def _axes(architecture: str, name: str) -> tuple[Axis, ...]:
+    """Of a tensor; the same names come in every size of a family."""
+    return get_family(architecture).axes(name)
 
 
 def resized(spec: ModelSpec, **sizes: int) -> ModelSpec:
@@ -127,13 +165,14 @@ def with_layers(spec: ModelSpec, layers: int) -> ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """How one deployment stands to a memory limit.
+    """How one deployment stands to a budget.
 
     Attributes:
         deployment: Which one.
         estimate: Its memory by parts.
         need, limit: Bytes.
-        slack: log(need / limit): it fits at 0 and below.
+        slack: The largest log(need / limit) of memory and latencies: it fits at 0 and below.
+        late: Of each limit of latency that is broken, what it is predicted to take and the limit, in words.
     """
 
     deployment: Deployment
@@ -141,29 +180,58 @@ class Fit:
     need: int
     limit: int
     slack: float
+    late: tuple[str, ...] = ()
+
+
+def latencies(spec: ModelSpec, deployment: Deployment, budget: Budget) -> dict[LatencyLimit, float]:
+    """Seconds that are predicted for each limit of latency that a budget has."""
+    if not isinstance(budget, DeviceBudget):
+        return {}
+    return {
+        limit: limit_seconds(spec, deployment, budget.device, limit, context=budget.context) for limit in budget.latency
+    }
+
+
+def too_late(seconds: Mapping[LatencyLimit, float], source: str) -> tuple[str, ...]:
+    """In words, each limit of latency that is broken.
+
+    Args:
+        seconds: What each takes.
+        source: How that is known: "predicted" or "measured".
+    """
+    return tuple(
+        f"latency: {limit.name} is {source} {format_duration(found)}, over {format_duration(limit.seconds)}"
+        for limit, found in seconds.items()
+        if found > limit.seconds
+    )
 
 
 def fits(spec: ModelSpec, deployments: Sequence[Deployment], budget: Budget) -> tuple[Fit, ...]:
-    """Holds each deployment against the budget's memory.
+    """Holds each deployment against the budget's memory, and against its latencies where it has a device.
 
     Raises:
         InputError: As `memory`.
     """
-    estimates = [memory(spec, item, context=budget.context, batch=budget.batch) for item in deployments]
-    return tuple(
-        Fit(
-            deployment=deployment,
-            estimate=estimate,
-            need=estimate.total_bytes,
-            limit=budget.memory_bytes,
-            slack=math.log(estimate.total_bytes / budget.memory_bytes),
+    found = []
+    for deployment in deployments:
+        estimate = memory(spec, deployment, context=budget.context, batch=budget.batch)
+        times = latencies(spec, deployment, budget)
+        ratios = [estimate.total_bytes / budget.memory_bytes, *(taken / one.seconds for one, taken in times.items())]
+        found.append(
+            Fit(
+                deployment=deployment,
+                estimate=estimate,
+                need=estimate.total_bytes,
+                limit=budget.memory_bytes,
+                slack=math.log(max(ratios)),
+                late=too_late(times, "predicted"),
+            )
         )
-        for deployment, estimate in zip(deployments, estimates, strict=True)
-    )
+    return tuple(found)
 
 
 def smallest(fitting: Sequence[Fit]) -> Fit:
-    """The one that needs the least memory, the first of equals."""
+    """The one that is nearest to the budget, or furthest within it, the first of equals."""
     return min(fitting, key=lambda fit: fit.slack)
 
 
@@ -173,6 +241,8 @@ def shortfall(fitting: Sequence[Fit], budget: Budget) -> str | None:
     if fit.slack <= 0:
         return None
     at = f"context {budget.context}" + (f" and batch {budget.batch}" if budget.batch > 1 else "")
+    if fit.late and isinstance(budget, DeviceBudget):
+        return f"the nearest, {fit.deployment.name}, is too slow for {budget.device.name}: {'; '.join(fit.late)}"
     return (
         f"the smallest, {fit.deployment.name}, needs {format_bytes(fit.need)} at {at}, "
         f"{format_bytes(fit.need - fit.limit)} over the {format_bytes(fit.limit)} budget"

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -208,11 +209,14 @@ class Format:
         Raises:
             InputError: It cannot hold that; the message lists what it can.
         """
-        held = {_key(storage): storage for storage in self.linears}
         asked = (bits, group_size, symmetric)
-        if asked not in held:
-            raise InputError(f"{self.name} cannot hold {_describe([asked])}; it holds {_describe(held)}")
-        return held[asked]
+        if asked not in self._held:
+            raise InputError(f"{self.name} cannot hold {_describe([asked])}; it holds {_describe(self._held)}")
+        return self._held[asked]
+
+    @cached_property
+    def _held(self) -> Mapping[_Key, Storage]:
+        return {_key(storage): storage for storage in self.linears}
 
 
 _KEEP = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")

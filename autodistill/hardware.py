@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,24 @@ def _memory(cgroup: Path) -> int:
 
 def _read(path: Path) -> str:
     return path.read_text().strip() if path.is_file() else ""
+
+
+def cpu_name() -> str:
+    """The processor as its system names it."""
+    lines = _read(Path("/proc/cpuinfo")).splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine_name(machine: Machine, *, accelerated: bool | None = None) -> str:
+    """What figures measured here are said to be of: the first GPU, or the processor and its cores.
+
+    Args:
+        machine: As `detect` finds it.
+        accelerated: Whether the GPU did the work; where there is one it did, by default.
+    """
+    gpu = machine.accelerator if accelerated is None else accelerated
+    return machine.gpus[0].name if gpu and machine.gpus else f"{cpu_name()}, {machine.cpus} cores"
 
 
 def _gpus() -> tuple[Gpu, ...]:

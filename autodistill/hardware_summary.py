@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from autodistill.devices import PRECISIONS, Device
@@ -74,7 +75,59 @@ def pick_text(document: Mapping[str, Any]) -> str:
     margins = document["pick"]["margins"]
     told = ", ".join(f"{name} {margin:.0%} below the limit" for name, margin in margins.items() if name != "accuracy")
     binds = f"What binds is {document['binds']}." if document["binds"] else "Nothing binds: no better row is left out."
-    return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}"
+    overhead = document["memory_overhead"]
+    kept = (
+        f"\nPredicted memory has {format_bytes(overhead['correction_bytes'])} more overhead than estimated, and a "
+        f"margin of {format_bytes(overhead['margin_bytes'])}, by {overhead['pairs']} measured students."
+        if overhead["pairs"]
+        else ""
+    )
+    sources = document["pick"]["sources"]
+    times = [name for name in sources if name not in ("memory", "accuracy")]
+    source = "".join(f"\n{name} is {sources[name]}." for name in times)
+    return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}{source}{kept}"
+
+
+def measured_text(document: Mapping[str, Any]) -> str:
+    """What was measured beside what was predicted, or how the script that was written is used.
+
+    Args:
+        document: As `measure` gives it.
+    """
+    if "script" in document:
+        return (
+            f"{document['script']}: copy it and the student to the board, run there\n"
+            f"  sh {PurePath(document['script']).name} student.gguf [llama-bench] > result.txt\n"
+            "and read what it printed with autodistill measure STUDENT --result result.txt"
+        )
+    found, predicted = document["measured"], document["predicted"]
+    board = found["board"]
+
+    def beside(name: str, shown: Callable[[float], str]) -> str:
+        return f"predicted {shown(predicted[name])}" if name in predicted else ""
+
+    def milliseconds(value: float) -> str:
+        return format_duration(value / 1e3)
+
+    lines = [
+        ("tokens/s", f"{found['tokens_per_second']:.4g}", ""),
+        ("a token, median", milliseconds(found["tpot_ms"]), beside("tpot_ms", milliseconds)),
+        ("a token, 95th percentile", milliseconds(found["tpot_p95_ms"]), ""),
+        ("prompt, tokens/s", f"{found['prompt_tokens_per_second']:.4g}", ""),
+        (f"first token, of {found['prompt']}", milliseconds(found["ttft_ms"]), beside("ttft_ms", milliseconds)),
+    ]
+    if found["peak_bytes"]:
+        lines.append(("peak memory", format_bytes(found["peak_bytes"]), beside("memory_bytes", format_bytes)))
+    lines += [
+        (f"{load['streams']} streams, tokens/s", f"{load['tokens_per_second']:.4g}", f"p99 {load['tpot_p99_ms']:.1f}ms")
+        for load in found["loads"][1:]
+    ]
+    told = (("temperature", "{:.0f} C"), ("watts", "{:.1f} W"), ("joules_per_token", "{:.3g} J"), ("power_mode", "{}"))
+    lines += [(name.replace("_", " "), text.format(board[name]), "") for name, text in told if board.get(name)]
+    lines += [("throttled", "yes" if board["throttled"] else "no", "")] if board.get("throttled") is not None else []
+    title = f"{found['name']} on {found['machine']}, {found['threads']} threads, by {found['how']}"
+    doubts = "".join(f"\nDoubtful: {doubt}." for doubt in found["doubts"])
+    return f"{title}\n{table(lines, left=1)}\nKept in {document['kept_in']}.{doubts}"
 
 
 def _picked(one: Mapping[str, Any] | None) -> tuple[str, ...]:

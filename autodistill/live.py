@@ -10,7 +10,7 @@ from autodistill.console import Progress, View
 from autodistill.contracts import Status
 from autodistill.search.campaign import Campaign
 from autodistill.search.plan import confirmed
-from autodistill.search.prepare import Observer
+from autodistill.search.progress import Observer
 from autodistill.search.trials import TrialState
 
 
@@ -45,11 +45,15 @@ class SearchView(Observer):
             self._end = campaign.box.deadline + after
         plan, baselines = question.plan, len(question.space.baselines)
         trials = list(campaign.trials.values())
+        longer = sum(trial.task.length > 1 for trial in trials)
         count = {status: sum(trial.status is status for trial in trials) for status in Status}
         self._show(
             Progress(
                 phase="trials",
-                planned=plan.trials + baselines + question.confirm * confirmed(plan.trials, plan.keep, baselines),
+                planned=plan.trials
+                + baselines
+                + longer
+                + question.confirm * confirmed(plan.trials, plan.keep, baselines),
                 done=count[Status.COMPLETED],
                 running=sum(trial.running for trial in trials),
                 stopped=count[Status.STOPPED] + sum(_waiting(trial) for trial in trials),
@@ -76,7 +80,7 @@ def _waiting(trial: TrialState) -> bool:
 
 def _speed(campaign: Campaign) -> float | None:
     """Training tokens a second of all workers together, over the stretches that are done."""
-    plan = campaign.question.plan
-    trained = [trial for trial in campaign.trials.values() if trial.rung >= 0]
-    seconds = sum(trial.train_seconds for trial in trained)
-    return sum(plan.rungs[trial.rung] for trial in trained) / seconds * plan.workers if seconds > 0 else None
+    trials = campaign.trials.values()
+    seconds = sum(trial.train_seconds for trial in trials)
+    tokens = sum(trial.trained_tokens for trial in trials)
+    return tokens / seconds * campaign.question.plan.workers if seconds > 0 else None

@@ -18,7 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
+
 from autodistill.errors import InputError, MissingDependencyError, VerificationError
+from autodistill.process_memory import peak_memory
 
 _CHILD = Path(__file__).with_name("llama_cpp_child.py")
 _BUFFER = re.compile(r": +(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
@@ -187,6 +190,54 @@ class LlamaServer:
             steps.append(step.prompt_ms)
         return Timing(prompt_ms=first.prompt_ms, prompt_tokens=first.prompt_tokens, step_ms=tuple(steps))
 
+    def begin(self, prompts: Sequence[Sequence[int]]) -> float:
+        """Reads prompts that arrive at once, with nothing of them in the context before.
+
+        Args:
+            prompts: As many as are served in parallel, at most.
+
+        Returns:
+            Seconds until the last of them has its first token.
+        """
+        self._streams = [[int(token) for token in prompt] for prompt in prompts]
+        began = time.perf_counter()
+        self._post(max_tokens=1, cache_prompt=False)
+        return time.perf_counter() - began
+
+    def step(self) -> float:
+        """Adds a token to each of the streams that were begun; which one does not matter to the time.
+
+        Returns:
+            Seconds that the step took, by llama.cpp's own clock.
+        """
+        for stream in self._streams:
+            stream.append(stream[-1])
+        return float(self._post(max_tokens=1, cache_prompt=True)["timings"]["prompt_ms"]) / 1e3
+
+    def _post(self, **options: Any) -> dict[str, Any]:
+        """All streams in one request, each in a slot of its own."""
+        prompts = self._streams if len(self._streams) > 1 else self._streams[0]
+        (result,) = self._exchange({"prompt": prompts, "temperature": 0, "ignore_eos": True, **options})
+        return result
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether a GPU holds weights."""
+        devices = {device for device, kind, _ in _BUFFER.findall(self._read_log()) if kind == "model"}
+        return any(not device.startswith("CPU") for device in devices)
+
+    def used_seconds(self) -> float:
+        """CPU seconds that llama.cpp and this process have used."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return times.user + times.system + time.process_time()
+
+    def peak_bytes(self) -> int:
+        """The most memory that llama.cpp's process had at a time."""
+        return peak_memory(self._process.pid)
+
+    def _read_log(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
     def buffers(self) -> Buffers:
         """The memory that the log states.
 
@@ -196,7 +247,7 @@ class LlamaServer:
         # llama.cpp writes its log in a thread of its own, which may lag behind the model.
         ends, before = time.monotonic() + _LOG_SECONDS, None
         while time.monotonic() < ends:
-            found = parse_buffers(self._log.read_text(encoding="utf-8", errors="replace"))
+            found = parse_buffers(self._read_log())
             if found.compute_bytes > 0 and found == before:
                 return found
             before = found
@@ -204,7 +255,10 @@ class LlamaServer:
         raise VerificationError(f"llama.cpp's log names no compute buffer for {self._path.name}")
 
     def _ask(self, tokens: Sequence[int], max_tokens: int, **options: Any) -> list[dict[str, Any]]:
-        request = {"prompt": [int(token) for token in tokens], "max_tokens": max_tokens, "temperature": 0, **options}
+        prompt = [int(token) for token in tokens]
+        return self._exchange({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **options})
+
+    def _exchange(self, request: dict[str, Any]) -> list[dict[str, Any]]:
         assert self._process.stdin is not None
         # Where the child has died, the missing answer says so, with its last words.
         with contextlib.suppress(BrokenPipeError):
@@ -213,7 +267,8 @@ class LlamaServer:
         chunks = self._answer(f"llama.cpp died while it ran {self._path.name}")
         for chunk in chunks:
             if "error" in chunk:
-                raise VerificationError(f"llama.cpp refused {len(tokens)} tokens: {chunk['error']['message']}")
+                count = len(request["prompt"])
+                raise VerificationError(f"llama.cpp refused a prompt of {count}: {chunk['error']['message']}")
         return chunks
 
     def _answer(self, failure: str) -> list[dict[str, Any]]:

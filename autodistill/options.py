@@ -16,6 +16,13 @@ class Format(StrEnum):
     JSON = "json"
 
 
+class BetterIs(StrEnum):
+    """Whether more or less of a score is better."""
+
+    MAX = "max"
+    MIN = "min"
+
+
 def option(name: str, text: str, metavar: str | None = None, **more: Any) -> Any:
     """One option: its flag, its help and what stands for its value."""
     return typer.Option(name, help=text, metavar=metavar, **more)
@@ -24,7 +31,12 @@ def option(name: str, text: str, metavar: str | None = None, **more: Any) -> Any
 BUDGET_HELP = "Memory that inference of the student may take, like 16GB or 900MiB"
 SearchBudgetOption = Annotated[str | None, option("--budget", f"{BUDGET_HELP}.", "SIZE")]
 SearchDeviceOption = Annotated[
-    str | None, option("--device", "In the place of a budget: its usable memory, like 4090; see devices.", "NAME")
+    str | None,
+    option("--device", "What serves the student, like 4090 or local: its usable memory is the budget.", "NAME"),
+]
+LatencyOption = Annotated[
+    str | None,
+    option("--latency", "Limits, like 50ms or ttft_p95=300ms,tpot_p99=50ms@streams=16, on --device or here.", "LIMITS"),
 ]
 AnyBudgetOption = Annotated[str | None, option("--budget", f"{BUDGET_HELP}; no limit by default.", "SIZE")]
 TeacherOption = Annotated[
@@ -42,7 +54,30 @@ DataOption = Annotated[
 SpaceOption = Annotated[str | None, option("--space", "What may be tried: a name, or a YAML file.", "NAME|FILE")]
 MetricOption = Annotated[
     str | None,
-    option("--metric", "What ranks: accuracy (the default), agreement, perplexity or exact_match.", "NAME"),
+    option(
+        "--metric",
+        "What ranks: accuracy (the default), agreement, kl, ece, perplexity, exact_match, task:NAME, lm-eval:TASK, or "
+        "what another installed evaluator measures.",
+        "NAME",
+    ),
+]
+TaskOption = Annotated[
+    list[Path] | None,
+    option("--task", "A YAML file of tasks to measure; --metric task:NAME ranks by one. May be given again.", "FILE"),
+]
+CommandOption = Annotated[
+    str | None,
+    option(
+        "--metric-command",
+        "Your own metric: run with {student}, a folder, and {data}, a JSONL file; prints scores as JSON.",
+        "CMD",
+    ),
+]
+DirectionOption = Annotated[
+    BetterIs | None, option("--metric-direction", "What is better of the command's scores; max by default.")
+]
+CommandTimeOption = Annotated[
+    str | None, option("--metric-timeout", "After which the command is ended; 10m by default.", "TIME")
 ]
 ObjectivesOption = Annotated[
     str | None,
@@ -99,6 +134,20 @@ PriceOption = Annotated[
     option("--price", "With --plan: what an hour of a GPU costs, or of a machine without one, like 2.5/h.", "PRICE"),
 ]
 RunnerOption = Annotated[str, option("--runner", "ray: workers side by side; inline: this process alone.", "NAME")]
+RayAddressOption = Annotated[
+    str | None,
+    option("--ray-address", "Join a running Ray cluster, from one of its nodes: auto, or host:port.", "ADDR"),
+]
+GpusPerTrialOption = Annotated[
+    float | None, option("--gpus-per-trial", "A fraction, like 0.25, or a whole number; 1 by default.", "X")
+]
+CpusPerTrialOption = Annotated[
+    int | None, option("--cpus-per-trial", "Cores of a trial, or of its process on each GPU; planned by default.", "N")
+]
+StorageOption = Annotated[
+    str | None,
+    option("--storage", "Keep events, checkpoints and students there too: s3://, gs:// or file:// .", "URI"),
+]
 CacheOption = Annotated[
     Path | None, option("--cache", "Folder of what later searches use again; ~/.cache/autodistill by default.", "DIR")
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from autodistill.conversations import Likeliest
 from autodistill.rendering import Rendered
 
 
@@ -19,17 +20,22 @@ class Packed:
         tokens: int32 [sequences, length]; padding repeats the last token.
         documents: int32 [sequences, length], the owner of the record each token belongs to; -1 for padding.
         answers: bool [sequences, length], whether the token is part of an answer; False for padding.
+        told: [sequences, length, k], the likeliest tokens in each place, as far as any were told; None where none were.
     """
 
     tokens: npt.NDArray[np.int32]
     documents: npt.NDArray[np.int32]
     answers: npt.NDArray[np.bool_]
+    told: Likeliest | None = None
 
 
 def cut(record: Rendered, length: int) -> Rendered | None:
     """The record, shortened at its end to one sequence; None where no token of an answer would be left."""
     answers = record.answers[:length]
-    return Rendered(record.tokens[:length], answers) if answers[1:].any() else None
+    if not answers[1:].any():
+        return None
+    told = None if record.told is None else record.told.first(length)
+    return replace(record, tokens=record.tokens[:length], answers=answers, told=told)
 
 
 def pack(records: Sequence[Rendered], owners: Sequence[int], length: int) -> Packed:
@@ -55,6 +61,8 @@ def pack(records: Sequence[Rendered], owners: Sequence[int], length: int) -> Pac
     shape = (len(rows), length)
     tokens, documents = np.empty(shape, np.int32), np.full(shape, -1, np.int32)
     answers = np.zeros(shape, dtype=bool)
+    widest = max((record.told.ids.shape[1] for record in records if record.told is not None), default=0)
+    told = Likeliest(np.full((*shape, widest), -1, np.int32), np.zeros((*shape, widest), np.float32))
     for row, members in enumerate(rows):
         start = 0
         for index in members:
@@ -64,5 +72,8 @@ def pack(records: Sequence[Rendered], owners: Sequence[int], length: int) -> Pac
             documents[row, start:end] = owners[index]
             tokens[row, start:end] = records[index].tokens
             answers[row, start:end] = records[index].answers
+            own = records[index].told
+            for values, whole in zip(own or (), told, strict=False):
+                whole[row, start:end, : values.shape[1]] = values
             start = end
-    return Packed(tokens=tokens, documents=documents, answers=answers)
+    return Packed(tokens=tokens, documents=documents, answers=answers, told=told if widest else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from autodistill.contracts import ModelSpec
 from autodistill.described import describe
 from autodistill.devices import Device
 from autodistill.errors import InputError, NothingFitsError
+from autodistill.estimate import spec_from_config
 from autodistill.records.leaderboard import DISTILLED
+from autodistill.records.measurements import Correction, Measured, correction
+from autodistill.records.recalibration import Overhead, Place
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import RunFolder, known_runs, read_json
-from autodistill.roofline import speed
+from autodistill.roofline import limit_seconds
 from autodistill.serving_memory import memory
 from autodistill.shapes import cut_spec
 from autodistill.strategy import Deployment, Init
@@ -29,9 +32,9 @@ TIERS = tuple(size * 10**9 for size in (4, 8, 12, 16, 24, 48, 80))
 _COLUMNS = (
     *("row_id", "trial", "kind", "name", "deployment", "status", "feasible", "strategy", "split", "params"),
     *("accuracy", "accuracy_stderr", "perplexity", "agreement", "memory_bytes", "memory_source", "size_bytes"),
-    *("latency_ms", "latency_source", "context", "batch", "fidelity", "other"),
+    *("latency_ms", "latency_source", "machine", "shape", "context", "batch", "fidelity", "other"),
 )
-_CELLS = 256  # contexts that are tried where a shorter one would do are multiples of this
+_CELLS = 256  # contexts that are named where a shorter one would do are multiples of this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,8 @@ class Wanted:
         context, streams: Tokens of each stream, and streams at once.
         device: For limits of latency; None where memory alone is limited.
         latency: The limits.
+        measured: What was measured of students anywhere; on the device it corrects what is predicted there.
+        overheads: By what predicted memory is changed, by class of devices and runtime.
         least: The least of the metric, as `min_accuracy`; None for none.
     """
 
@@ -51,7 +56,10 @@ class Wanted:
     streams: int = 1
     device: Device | None = None
     latency: tuple[LatencyLimit, ...] = ()
+    measured: tuple[Measured, ...] = ()
+    overheads: Mapping[Place, Overhead] = field(default_factory=dict)
     least: float | None = None
+    _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("context", "streams"):
@@ -59,6 +67,31 @@ class Wanted:
                 raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}")
         if self.least is not None and not 0 <= self.least <= 1:
             raise InputError(f"--min-accuracy must be between 0 and 1, not {self.least}")
+
+    def overhead(self, runtime: str) -> Overhead:
+        """What predicted memory is raised by; without a device, where one class alone was measured, that one's."""
+        kinds = {kind for kind, _ in self.overheads}
+        kind = self.device.kind.name if self.device else next(iter(kinds)) if len(kinds) == 1 else ""
+        return self.overheads.get((kind, runtime), Overhead())
+
+    def correction(self, runtime: str) -> Correction:
+        """What predicted times on the device are scaled by."""
+        key = (id(self.measured), id(self.device), runtime)
+        if key not in self._known:
+            assert self.device is not None
+            # What the ids are of is kept too, here and below, so that they stay theirs.
+            self._known[key] = (correction(self.measured, self.device, runtime), self.measured, self.device)
+        found: Correction = self._known[key][0]
+        return found
+
+    def seconds(self, spec: ModelSpec, deployment: Deployment, limit: LatencyLimit) -> float:
+        """What is predicted for a limit; once for each shape, of which many rows may have the same."""
+        key = (id(spec), id(self.device), deployment, limit, self.context)
+        if key not in self._known:
+            assert self.device is not None
+            found = limit_seconds(spec, deployment, self.device, limit, context=self.context)
+            self._known[key] = (found, spec, self.device)
+        return float(self._known[key][0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +126,13 @@ class Solved:
         candidate: The row.
         needs: For each limit what it needs, in bytes or seconds; for "accuracy" what it has.
         limits: The limits under the same names.
-        source: Of the memory: "measured" or "predicted".
+        sources: Of each of these: "measured", "predicted", or "corrected": predicted, and scaled by measurements there.
     """
 
     candidate: Candidate
     needs: Mapping[str, float]
     limits: Mapping[str, float]
-    source: str
+    sources: Mapping[str, str]
 
     @property
     def excess(self) -> dict[str, float]:
@@ -132,7 +165,8 @@ class Solved:
             "stderr": row.figure(f"{self.candidate.metric}_stderr"),
             "size_bytes": row.size_bytes,
             "memory_bytes": int(self.needs["memory"]),
-            "memory_source": self.source,
+            "memory_source": self.sources["memory"],
+            "sources": dict(self.sources),
             "needs": dict(self.needs),
             "limits": dict(self.limits),
             "margins": {name: 1 - math.exp(excess) for name, excess in self.excess.items()},
@@ -164,9 +198,9 @@ def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
                 row=row,
                 metric=asked["metric"],
                 direction=asked["direction"],
-                shape=partial(shapes.of, strategy),
+                shape=partial(shapes.of, strategy, shape),
             )
-            for row, strategy in _rows(run)
+            for row, strategy, shape in _rows(run)
             if row.kind in DISTILLED and row.split != "test" and row.full and row.figure(asked["metric"]) is not None
         ]
     if len(set(metrics.values())) > 1:
@@ -175,28 +209,33 @@ def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
     return found
 
 
-def _rows(run: RunFolder) -> Iterator[tuple[Row, Callable[[], Mapping[str, Any] | None]]]:
-    """The rows without documents and strategies, which make up most of the file, and what gives a row's strategy."""
+_Lazy = Callable[[], Mapping[str, Any] | None]
+
+
+def _rows(run: RunFolder) -> Iterator[tuple[Row, _Lazy, str | None]]:
+    """The rows without documents and strategies, which make up most of the file; what gives a row's strategy; and the
+    text of its shape.
+    """
     if not run.leaderboard_file.is_file():
         for row in rows_of(run.events.read()):
-            yield row, partial(_same, row.strategy)
+            shape = None if row.shape is None else json.dumps(row.shape)
+            yield row, partial(_parsed, json.dumps(row.strategy)), shape
         return
     import pyarrow.parquet as pq
 
     # Not `read_table`, which imports pandas where that is installed, and takes longer than all else here.
     with pq.ParquetFile(run.leaderboard_file) as file:
-        table = file.read(columns=list(_COLUMNS), use_threads=False)
-    columns = {name: table.column(name).to_pylist() for name in _COLUMNS}
+        # Runs of earlier versions lack some.
+        names = [name for name in _COLUMNS if name in file.schema_arrow.names]
+        table = file.read(columns=names, use_threads=False)
+    columns = {name: table.column(name).to_pylist() for name in names}
     strategies = columns.pop("strategy")
+    shapes = columns.pop("shape", [None] * len(strategies))
     for name in ("deployment", "other"):
         columns[name] = [None if text is None else _parsed(text) for text in columns[name]]
-    for strategy, *cells in zip(strategies, *columns.values(), strict=True):
+    for strategy, shape, *cells in zip(strategies, shapes, *columns.values(), strict=True):
         fields = {key: value for key, value in zip(columns, cells, strict=True) if value is not None}
-        yield Row(**({"other": {}} | fields)), partial(_parsed, strategy or "null")
-
-
-def _same(value: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    return value
+        yield Row(**({"other": {}} | fields)), partial(_parsed, strategy or "null"), shape
 
 
 @lru_cache(65536)
@@ -210,7 +249,11 @@ def _deployment(text: str) -> Deployment:
 
 
 class _Shapes:
-    """Shapes of students of one teacher, each worked out once and only where it is asked for."""
+    """Shapes of students of one teacher, each worked out once and only where it is asked for.
+
+    A row has its own; of rows that were stored without one it follows from the strategy and the teacher, as long as
+    that is there.
+    """
 
     def __init__(self, teacher: str) -> None:
         self._reference = teacher
@@ -219,8 +262,12 @@ class _Shapes:
         self._sizes: dict[str, ModelSpec] = {}
         self._tried = False
 
-    def of(self, strategy: Callable[[], Mapping[str, Any] | None]) -> ModelSpec | None:
-        """The shape of a strategy's student, where it can be told."""
+    def of(self, strategy: _Lazy, stored: str | None) -> ModelSpec | None:
+        """The shape of a row's student, where it can be told."""
+        if stored is not None:
+            if stored not in self._sizes:
+                self._sizes[stored] = spec_from_config(json.loads(stored))
+            return self._sizes[stored]
         init = (strategy() or {}).get("init")
         key = json.dumps(init, sort_keys=True)
         if key not in self._known:
@@ -254,20 +301,23 @@ def solve(candidate: Candidate, wanted: Wanted) -> Solved | None:
     if found is None:
         return None
     needs, limits = {"memory": float(found[0])}, {"memory": float(wanted.memory_bytes)}
+    sources = {"memory": found[1]}
     for limit in wanted.latency:
-        seconds = _latency(row, deployment, spec, wanted, limit)
-        if seconds is None:
+        time = _latency(row, deployment, spec, wanted, limit)
+        if time is None:
             return None
-        needs[limit.describe()], limits[limit.describe()] = seconds, limit.seconds
+        name = limit.describe()
+        (needs[name], sources[name]), limits[name] = time, limit.seconds
     if wanted.least is not None and row.accuracy is not None:
-        needs["accuracy"], limits["accuracy"] = row.accuracy, wanted.least
-    return Solved(candidate=candidate, needs=needs, limits=limits, source=found[1])
+        needs["accuracy"], limits["accuracy"], sources["accuracy"] = row.accuracy, wanted.least, "simulated"
+    return Solved(candidate=candidate, needs=needs, limits=limits, sources=sources)
 
 
 def _memory(row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted) -> tuple[int, str] | None:
     """Bytes, and whether they were measured; what a measurement differed from the estimate by is kept."""
     if (row.context, row.batch) == (wanted.context, wanted.streams) and row.memory_bytes is not None:
-        return row.memory_bytes, row.memory_source or "predicted"
+        raised = 0 if row.memory_source == "measured" else wanted.overhead(deployment.runtime).total_bytes
+        return row.memory_bytes + raised, row.memory_source or "predicted"
     if spec is None or wanted.context > spec.max_context:
         return None
     weights = row.size_bytes
@@ -275,23 +325,37 @@ def _memory(row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wa
     if row.memory_source == "measured" and row.memory_bytes is not None and row.context and row.batch:
         before = memory(spec, deployment, context=row.context, batch=row.batch, weights=weights).total_bytes
         need += row.memory_bytes - before
-    return need, "predicted"
+        return need, "predicted"
+    return need + wanted.overhead(deployment.runtime).total_bytes, "predicted"
 
 
 def _latency(
     row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted, limit: LatencyLimit
-) -> float | None:
-    if wanted.device is None:
+) -> tuple[float, str] | None:
+    """Seconds, and how they are known.
+
+    A measurement of the row in its runtime on the device itself goes before any prediction; one of another machine or
+    runtime is never used.
+    """
+    device = wanted.device
+    if device is None:
         raise InputError("a limit of latency holds on a device: name it with --device")
+    if row.latency_source == "measured" and row.machine == device.name and row.context == wanted.context:
+        milliseconds = _timed(row, limit)
+        if milliseconds is not None:
+            return milliseconds / 1e3, "measured"
     if spec is None:
         return None
-    guess = speed(spec, deployment, wanted.device, context=wanted.context, batch=limit.streams)
-    # A percentile above the middle is held to the slow end of the band.
-    times = {
-        "tpot": (guess.decode_ms, guess.decode_ms_high),
-        "ttft": (guess.time_to_first_token_ms, guess.time_to_first_token_ms_high),
-    }[limit.quantity]
-    return times[limit.percentile > 50] / 1e3
+    known = wanted.correction(deployment.runtime)
+    scale = known.decode if limit.quantity == "tpot" else known.prefill
+    return wanted.seconds(spec, deployment, limit) * scale, "corrected" if known.count else "predicted"
+
+
+def _timed(row: Row, limit: LatencyLimit) -> float | None:
+    """The percentile that the row's own timing has, at the limit's streams."""
+    loads = (row.other.get("latency_detail") or {}).get("loads", ())
+    name = f"{limit.quantity}_p{limit.percentile}_ms"
+    return next((load[name] for load in loads if load["streams"] == limit.streams and name in load), None)
 
 
 def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
@@ -330,6 +394,7 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
         "context": wanted.context,
         "streams": wanted.streams,
         "device": wanted.device.name if wanted.device else None,
+        "memory_overhead": asdict(wanted.overhead(chosen[0].candidate.row.deployment["runtime"])),
     }
 
 
@@ -366,21 +431,23 @@ def _nothing(left_out: Sequence[Solved], unknown: int, wanted: Wanted) -> str:
 
 def _changes(candidate: Candidate, need: float, wanted: Wanted) -> Iterator[str]:
     """What would make it fit, by how little it changes: fewer streams, a shorter context, more memory."""
-    if wanted.streams > 1:
-        fewer = (count for count in range(wanted.streams - 1, 0, -1))
-        found = _first(candidate, (replace(wanted, streams=count) for count in fewer))
-        if found is not None:
-            yield f"--streams {found.streams} would do"
-    cells = range(_CELLS * ((wanted.context - 1) // _CELLS), 0, -_CELLS)
-    found = _first(candidate, (replace(wanted, context=count) for count in cells))
-    if found is not None:
-        yield f"--context {found.context} would do"
+    fewer = _most(candidate, lambda count: replace(wanted, streams=count), wanted.streams - 1)
+    if fewer:
+        yield f"--streams {fewer} would do"
+    cells = _most(candidate, lambda count: replace(wanted, context=_CELLS * count), (wanted.context - 1) // _CELLS)
+    if cells:
+        yield f"--context {_CELLS * cells} would do"
     yield f"a budget of {format_bytes(need)} would do"
 
 
-def _first(candidate: Candidate, tries: Iterable[Wanted]) -> Wanted | None:
-    for wanted in tries:
-        solved = solve(candidate, wanted)
+def _most(candidate: Candidate, asked: Callable[[int], Wanted], limit: int) -> int:
+    """The largest count up to a limit with which it fits, 0 where none does; its needs only grow with the count."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        solved = solve(candidate, asked(middle))
         if solved is not None and solved.fits:
-            return wanted
-    return None
+            low = middle
+        else:
+            high = middle - 1
+    return low

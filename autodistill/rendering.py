@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.conversations import ANSWERING, Conversation, Turn, asked
+from autodistill.conversations import ANSWERING, Conversation, Likeliest, Told, Turn, asked
 from autodistill.errors import InputError
 
 # Where the chat template alone decides it, an answer ends where that of any conversation does.
@@ -25,16 +26,38 @@ class Rendered:
     Attributes:
         tokens: int32 [n].
         answers: bool [n], True for the tokens of answers and for the one that ends each of them.
+        told: The likeliest tokens in each place, [n, k], as the answer's writer told them; None where nothing was told
+            of any of them.
     """
 
     tokens: npt.NDArray[np.int32]
     answers: npt.NDArray[np.bool_]
+    told: Likeliest | None = None
 
     @property
     def last_answer(self) -> int:
         """Number of tokens of the last answer."""
-        begins = np.flatnonzero(np.diff(self.answers, prepend=False) & self.answers)
-        return int(self.answers[begins[-1] :].sum())
+        return int(self.answers[self.last_start :].sum())
+
+    @property
+    def last_start(self) -> int:
+        """Where the last answer begins."""
+        return int(np.flatnonzero(np.diff(self.answers, prepend=False) & self.answers)[-1])
+
+    def with_told(self, told: Told) -> Rendered:
+        """With what was told of the last answer's tokens, as far as they are, from its first one on, the same tokens.
+
+        A place after the first other token would tell of what follows another text.
+        """
+        start = self.last_start
+        count = min(len(told.tokens), len(self.tokens) - start)
+        differing = np.flatnonzero(self.tokens[start : start + count] != told.tokens[:count])
+        count = int(differing[0]) if len(differing) else count
+        ids, log_p = (part[:count] for part in told.likeliest)
+        if not (ids >= 0).any():
+            return self
+        room = ((start, len(self.tokens) - start - count), (0, 0))
+        return replace(self, told=Likeliest(np.pad(ids, room, constant_values=-1), np.pad(log_p, room)))
 
 
 class Renderer:
@@ -70,6 +93,12 @@ class Renderer:
         return f"chat template {hashlib.sha256(self._template.encode()).hexdigest()[:16]}"
 
     @property
+    def vocabulary(self) -> str:
+        """Identifies which token has which number: equal for tokenizers that differ in nothing but their template."""
+        tokens = sorted(self.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
+
+    @property
     def stops(self) -> tuple[int, ...]:
         """Ids of the tokens that end an answer."""
         (probe,) = self.render([_PROBE])
@@ -90,12 +119,22 @@ class Renderer:
             verbose=False,
         )
         rows = zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
-        return [self._masked(ids, np.array(offsets).reshape(-1, 2), found) for ids, offsets, found in rows]
+        rendered = [self._masked(ids, np.array(offsets).reshape(-1, 2), found) for ids, offsets, found in rows]
+        if all(one.told is None for one in conversations):
+            return rendered
+        own, count = self.vocabulary, len(self.tokenizer)
+        told = [one.told if one.told and one.told.vocabulary == own else None for one in conversations]
+        if any((one.likeliest.ids >= count).any() for one in told if one):
+            raise InputError(f"the data have log-probabilities of tokens beyond the tokenizer's {count}: write anew")
+        return [record.with_told(one) if one else record for record, one in zip(rendered, told, strict=True)]
+
+    def asking(self, turns: Sequence[Turn]) -> str:
+        """The text after which a model is to write its answer."""
+        return self._lines(turns)[0] if self._template is None else self._apply(turns, asking=True)
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """The tokens after which a model is to write its answer."""
-        text = self._lines(turns)[0] if self._template is None else self._apply(turns, asking=True)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = self.tokenizer(self.asking(turns), add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def _masked(self, ids: list[int], offsets: npt.NDArray[np.int64], spans: list[tuple[int, int]]) -> Rendered:

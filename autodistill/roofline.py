@@ -6,15 +6,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from autodistill.contracts import ModelSpec
-from autodistill.devices import Device
+from autodistill.devices import Device, Range
 from autodistill.formats import Role, TensorSpec, tensor_bytes, weights_bytes
 from autodistill.serving_memory import kv_bytes
 from autodistill.strategy import Deployment
+from autodistill.units import LatencyLimit
 
 PROMPT_TOKENS = 512
 """Of the prompt whose time to the first token is predicted, where none is given."""
 
 _EXPERTS = ".experts."
+_INTERLEAVED = ("gguf-q4_0", "gguf-q8_0")  # llama.cpp lays their rows out anew for its CPU kernels
+_PLAIN_KERNEL = 0.6  # of the rate of those, where it does not: Q5_0, as measured where the shares were
 _PLAIN = ("cpu", "board", "phone")  # classes whose runtimes compute in float32 where no faster 16 bits are stated
 
 
@@ -54,11 +57,13 @@ class Work:
 
     Attributes:
         bytes: Of weights and of keys and values.
-        operations: A multiply-add is two.
+        operations: All of them; a multiply-add is two.
+        attended: Those of the attention alone.
     """
 
     bytes: float
     operations: float
+    attended: float
 
 
 def speed(
@@ -75,7 +80,8 @@ def speed(
     """Predicts decoding at a full context, and the time to the first token of a prompt.
 
     A decoding step takes the longer of reading its bytes and computing, plus a cost for each layer; a prompt likewise
-    (Williams et al. 2009, Roofline). The shares of bandwidth and rate that are reached are those of the device's class.
+    (Williams et al. 2009, Roofline); on a CPU unpacking and attention come on top. The shares of bandwidth and rate
+    that are reached are those of the device's class.
 
     Args:
         spec, deployment: The model and its packing.
@@ -88,23 +94,9 @@ def speed(
     prompt = min(prompt or PROMPT_TOKENS, context)
     step = work(spec, deployment, tokens=batch, sequences=batch, behind=context, kv_type=kv_type, weights=weights)
     read = work(spec, deployment, tokens=prompt, sequences=1, behind=prompt / 2, kv_type=kv_type, weights=weights)
-    kind = device.kind
-    preferred = ("fp32", "fp16") if kind.name in _PLAIN else ("bf16", "fp16")
-    rate = device.rate(*preferred)
-    launches = spec.layers * kind.layer_seconds
-    integers = deployment.runtime == "llama.cpp" and deployment.bits < 16
-    shares = kind.prefill_quantized if integers else kind.prefill
-
-    def seconds(done: Work, decode: float, prefill: float) -> float:
-        return max(done.bytes / (device.bandwidth * decode), done.operations / (rate * prefill)) + launches
-
-    slow, typical, fast = (
-        seconds(step, getattr(kind.decode, end), getattr(shares, end)) for end in ("low", "typical", "high")
-    )
-    first, first_slow = (seconds(read, getattr(kind.decode, end), getattr(shares, end)) for end in ("typical", "low"))
-    reading = step.bytes / (device.bandwidth * kind.decode.typical)
-    computing = step.operations / (rate * shares.typical)
-    waits = {"bandwidth": reading, "compute": computing, "launches": launches}
+    costs = {end: _step_costs(spec, deployment, device, end, step) for end in ("low", "typical", "high")}
+    slow, typical, fast = (sum(costs[end].values()) for end in ("low", "typical", "high"))
+    first, first_slow = (_prompt_seconds(spec, deployment, device, end, read) for end in ("typical", "low"))
     return Speed(
         tokens_per_second=batch / typical,
         tokens_per_second_low=batch / slow,
@@ -114,8 +106,71 @@ def speed(
         time_to_first_token_ms=1e3 * first,
         time_to_first_token_ms_high=1e3 * first_slow,
         prompt=prompt,
-        bound=max(waits, key=lambda name: waits[name]),
+        bound=max(costs["typical"], key=lambda name: costs["typical"][name]),
     )
+
+
+def _step_costs(spec: ModelSpec, deployment: Deployment, device: Device, end: str, step: Work) -> dict[str, float]:
+    """Seconds of a decoding step by what it waits for, at one end of the class's shares.
+
+    A GPU computes while it reads, so that the longer of the two counts. A core that multiplies by weights on a grid
+    unpacks them between its loads: products are added to reading, at the rate of the integer units. So is attention, of
+    one query at a time, which leaves most of a core idle.
+    """
+    kind, rate = device.kind, _rate(device)
+    reading = step.bytes / _bandwidth(device, end)
+    products = step.operations if kind.attention is None else step.operations - step.attended
+    plain = products / (rate * getattr(_prefill(deployment, device), end))
+    if kind.dequantize is not None and deployment.runtime == "llama.cpp" and deployment.bits < 16:
+        share = 1.0 if deployment.format in _INTERLEAVED else _PLAIN_KERNEL
+        # Of many streams the products are a prompt's, which no longer wait for loads.
+        unpacking = products / (rate * share * getattr(kind.dequantize, end))
+        computing = max(unpacking, plain - reading)
+    else:
+        computing = max(0.0, plain - reading)
+    if kind.attention is not None:
+        computing += step.attended / (rate * getattr(kind.attention, end))
+    return {"bandwidth": reading, "compute": computing, "launches": spec.layers * kind.layer_seconds}
+
+
+def _prompt_seconds(spec: ModelSpec, deployment: Deployment, device: Device, end: str, read: Work) -> float:
+    computing = read.operations / (_rate(device) * getattr(_prefill(deployment, device), end))
+    return float(max(read.bytes / _bandwidth(device, end), computing) + spec.layers * device.kind.layer_seconds)
+
+
+def _bandwidth(device: Device, end: str) -> float:
+    """Bytes a second that are reached: a measured bandwidth is one that was."""
+    shares = device.kind.decode_measured if device.measured else device.kind.decode
+    return float(device.bandwidth * getattr(shares, end))
+
+
+def _rate(device: Device) -> float:
+    return device.rate(*(("fp32", "fp16") if device.kind.name in _PLAIN else ("bf16", "fp16")))
+
+
+def _prefill(deployment: Deployment, device: Device) -> Range:
+    interleaved = deployment.runtime == "llama.cpp" and deployment.format in _INTERLEAVED
+    return device.kind.prefill_quantized if interleaved else device.kind.prefill
+
+
+def limit_seconds(
+    spec: ModelSpec, deployment: Deployment, device: Device, limit: LatencyLimit, *, context: int
+) -> float:
+    """Seconds that are held against a limit of latency.
+
+    No percentile can be predicted: one above the median is the slow end of the band. The first token is that of the
+    last of so many prompts that arrive at once.
+
+    Args:
+        spec, deployment, device: As `speed` takes them.
+        limit: Quantity, percentile and streams.
+        context: Tokens that each stream has behind it.
+    """
+    found = speed(spec, deployment, device, context=context, batch=limit.streams)
+    if limit.quantity == "tpot":
+        return (found.decode_ms_high if limit.percentile > 50 else found.decode_ms) / 1e3
+    first = found.time_to_first_token_ms_high if limit.percentile > 50 else found.time_to_first_token_ms
+    return limit.streams * first / 1e3
 
 
 def work(
@@ -137,25 +192,28 @@ def work(
     chosen = spec.active_experts / spec.experts if spec.experts else 1.0
     met = 1 - (1 - chosen) ** tokens if chosen < 1 else 1.0
     read = multiplied = head = 0.0
-    stored = weights_bytes(spec.tensors, deployment)
-    for tensor in spec.tensors:
+    # Which tensors are kept off the grid goes by their names; else those of a kind are stored alike.
+    tensors = [(tensor, 1) for tensor in spec.tensors] if deployment.keep else spec.kinds
+    for tensor, times in tensors:
         table = tensor.role is Role.EMBEDDING
         if len(tensor.shape) < 2 or (table and not spec.tied):
             continue
         expert = _EXPERTS in tensor.name
-        size = 2 * _count(tensor) if dense else tensor_bytes(tensor, deployment.storage(tensor))
+        count = times * _count(tensor)
+        size = 2 * count if dense else times * tensor_bytes(tensor, deployment.storage(tensor))
         read += size * (met if expert else 1)
         if table or tensor.role is Role.HEAD:
-            head += _count(tensor)
+            head += count
         else:
-            multiplied += _count(tensor) * (chosen if expert else 1)
+            multiplied += count * (chosen if expert else 1)
     if weights is not None:
-        read *= weights / stored
+        read *= weights / weights_bytes(spec.tensors, deployment)
     seen = min(behind, spec.window) if spec.window else behind
     wide, narrow = spec.layers - spec.windowed_layers, spec.windowed_layers
     cache = sequences * (kv_bytes(spec, wide, int(behind), kv_type) + kv_bytes(spec, narrow, int(seen), kv_type))
     attended = 4 * tokens * spec.heads * spec.head_dim * (wide * behind + narrow * seen)
-    return Work(bytes=read + cache, operations=2 * (tokens * multiplied + sequences * head) + attended)
+    products = 2 * (tokens * multiplied + sequences * head)
+    return Work(bytes=read + cache, operations=products + attended, attended=attended)
 
 
 def _count(tensor: TensorSpec) -> int:

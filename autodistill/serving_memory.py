@@ -27,6 +27,8 @@ LLAMA_CPP_VOCABULARY_BYTES = 512
 """Resident bytes of llama.cpp's tables for one entry of the vocabulary, merges included (measured, 49,152 entries)."""
 TRANSFORMERS_PROCESS_BYTES = 400 * 10**6
 """Resident memory of a process that has imported torch and transformers (measured, CPU build of torch 2.13)."""
+TRANSFORMERS_SERVING_BYTES = 446 * 10**6
+"""The same once it has loaded and run a model of nearly nothing (measured likewise)."""
 VLLM_PROCESS_BYTES = 10**9
 """CUDA context, libraries and captured graphs of vLLM: an order of magnitude, not measured here."""
 ONNX_PROCESS_BYTES = 150 * 10**6
@@ -34,7 +36,7 @@ ONNX_PROCESS_BYTES = 150 * 10**6
 
 BASIS: Mapping[str, str] = {
     "llama.cpp": "buffers as llama.cpp's own log states them on a CPU; the process's overhead measured on Linux x86-64",
-    "transformers": "weights, cache and process as measured on a CPU; activations counted from its modules",
+    "transformers": "the peak of a process on a CPU (benchmarks/memory_estimate.py); activations counted by module",
     "vllm": "predicted: packed weights, pages of cache and a step's activations by vLLM's defaults; not measured",
     "onnxruntime": "predicted: packed weights, a float16 cache and the prompt's activations; not measured",
 }
@@ -135,8 +137,10 @@ def tightest_budget(spec: ModelSpec, deployment: Deployment, *, context: int, ba
 
 
 def kv_bytes(spec: ModelSpec, layers: int, tokens: int, kv_type: str) -> int:
-    """Keys and values of `tokens` tokens in some of the layers."""
+    """Keys and values of `tokens` tokens in some of the layers, or the latents that both are made of."""
     size, count = KV_BYTES[kv_type]
+    if spec.latent:
+        return layers * tokens * spec.latent * size // count
     return 2 * layers * tokens * spec.kv_heads * spec.head_dim * size // count
 
 
@@ -188,17 +192,19 @@ def _llama_cpp(serving: _Serving) -> tuple[int, int, int, int]:
 
 
 def _transformers(serving: _Serving) -> tuple[int, int, int, int]:
-    """As transformers holds them in bfloat16, the prompt read in one pass, logits of the last token alone.
+    """As transformers holds them in bfloat16 on a CPU, the prompt read in one pass, logits of the last token alone.
 
-    Activations are the stream, its norm, the attention's output and one spare at the width, and three tensors at the
-    FFN's.
+    Activations are the stream, its norm, the attention's output and one spare at the width, three tensors at the FFN's,
+    and a norm's input and value in float32. oneDNN lays the matrix of a product out anew, of which the largest, the
+    head's or an FFN's, is the most at a time.
     """
     spec, batch = serving.spec, serving.batch
     weights = 2 * spec.parameters if serving.dense else serving.weights
-    activations = 2 * batch * serving.context * (4 * spec.width + 3 * _active_ffn(spec))
+    activations = 2 * batch * serving.context * (8 * spec.width + 3 * _active_ffn(spec))
     logits = (2 + 4) * batch * spec.vocabulary
+    laid_out = 2 * spec.width * max(spec.vocabulary, spec.ffn_width)
     cache = _windowed_cache(serving, serving.context * batch, spec.window * batch)
-    return weights, cache, activations + logits, TRANSFORMERS_PROCESS_BYTES
+    return weights, cache, activations + logits + laid_out, TRANSFORMERS_SERVING_BYTES
 
 
 def _vllm(serving: _Serving) -> tuple[int, int, int, int]:

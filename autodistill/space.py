@@ -34,7 +34,7 @@ _SIGNAL = (
     "distillation.temperature.start",
     "distillation.temperature.end",
 )
-_SPACE_FIELDS = ("name", "description", "dimensions", "deployments", "baselines", "starts")
+_SPACE_FIELDS = ("name", "description", "dimensions", "deployments", "baselines", "starts", "lengths")
 
 
 def _strategy_paths(part: type[Part] = Strategy, prefix: str = "") -> dict[str, type]:
@@ -107,6 +107,7 @@ class Space:
         deployments: How trained students are packed.
         baselines: Named strategies that run first, to the full plan.
         starts: Named strategies of the space that are proposed first, and have to pass every rung.
+        lengths: Multiples of the plan's tokens, 1 and above, that the best trials are trained on to.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Space:
     deployments: tuple[Deployment, ...]
     baselines: Mapping[str, Strategy]
     starts: Mapping[str, Strategy] = field(default_factory=dict)
+    lengths: tuple[float, ...] = (1.0,)
 
     def strategy(self, point: Mapping[str, Value]) -> Strategy:
         """The strategy at `point`; what no dimension sets has the strategy's default.
@@ -218,9 +220,8 @@ class Space:
     def hash(self) -> str:
         """Content hash of all that a search depends on, which is all but the wording."""
         data = self.to_json()
-        return content_hash(
-            [list(data["dimensions"].items()), data["deployments"], data["baselines"], list(data["starts"].items())]
-        )
+        parts = [list(data["dimensions"].items()), data["deployments"], data["baselines"], list(data["starts"].items())]
+        return content_hash(parts + ([data["lengths"]] if len(self.lengths) > 1 else []))
 
     def to_json(self) -> dict[str, Any]:
         """The space as plain data, which `from_json` reads; baselines and starts are written out."""
@@ -231,6 +232,7 @@ class Space:
             "deployments": [deployment.to_json() for deployment in self.deployments],
             "baselines": {name: strategy.to_json() for name, strategy in self.baselines.items()},
             "starts": {name: strategy.to_json() for name, strategy in self.starts.items()},
+            "lengths": list(self.lengths),
         }
 
     @classmethod
@@ -253,6 +255,7 @@ class Space:
             deployments=_deployments(data.get("deployments")),
             baselines=_named("baselines", data.get("baselines", [])),
             starts=_named("starts", data.get("starts", [])),
+            lengths=_lengths(data.get("lengths", [1])),
         )
         _check_corners(space)
         for name, strategy in space.starts.items():
@@ -373,6 +376,14 @@ def _deployments(data: Any) -> tuple[Deployment, ...]:
     deployments = tuple(Deployment.from_json(item, f"deployments[{index}]") for index, item in enumerate(data))
     check(len(set(deployments)) == len(deployments), "a deployment is listed twice")
     return deployments
+
+
+def _lengths(data: Any) -> tuple[float, ...]:
+    check(isinstance(data, list), f"lengths must list multiples of the plan's tokens, like [1, 2], not {data!r}")
+    for value in data:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        check(number and 1 <= value <= 100, f"lengths are multiples of the plan's tokens from 1 to 100, not {value!r}")
+    return tuple(sorted({1.0, *map(float, data)}))
 
 
 def _named(field_name: str, data: Any) -> dict[str, Strategy]:

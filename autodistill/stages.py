@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Protocol
 
 from autodistill.contracts import Plan
+from autodistill.storage import Storage, StoredFiles
 from autodistill.strategy import Strategy, content_hash
 
-_KEY = re.compile(r"([A-Za-z0-9_]+)\.(\d{12})\.safetensors\Z", re.ASCII)
+_KEY = re.compile(r"([A-Za-z0-9_.]+)\.(\d{12})\.safetensors\Z", re.ASCII)
 # Of the free disk; the rest is left to the students, the caches and whoever else writes there.
 _DEFAULT_SHARE = 4
 
@@ -31,8 +32,8 @@ def stage_key(strategy: Strategy, seed: int, plan: Plan, device: str) -> str:
         plan: Steps, schedule, precision and the order of sums.
         device: Where it is trained.
     """
-    names = ("tokens", "sequence_length", "batch_tokens", "warmup_tokens", "bf16", "threads")
-    means = ("micro_batch", "checkpointing", "optimizer_state")
+    names = ("tokens", "most_tokens", "sequence_length", "batch_tokens", "warmup_tokens", "bf16", "threads")
+    means = ("micro_batch", "checkpointing", "optimizer_state", "processes")
     settings = {name: getattr(plan, name) for name in (*names, *means)}
     return content_hash({"stage": strategy.stable_id, "seed": seed, "device": device, "settings": settings}, 16)
 
@@ -186,14 +187,16 @@ class StageStore:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
 
-def open_stages(checkpoints: Path) -> StageStore:
+def open_stages(checkpoints: Path, storage: Storage | None = None) -> StageStore:
     """The store of a run.
 
     Args:
-        checkpoints: The run's folder of trained weights.
+        checkpoints: The run's folder of trained weights, on this machine.
+        storage: The run's, which holds its stages then; the folder has copies.
     """
     root = checkpoints / "stages"
-    return StageStore(LocalFiles(root), scratch=root / ".partial")
+    files: Files = LocalFiles(root) if storage is None else StoredFiles(storage.at("stages"), root)
+    return StageStore(files, scratch=root / ".partial")
 
 
 def default_limit(folder: Path) -> int:

@@ -1,6 +1,9 @@
-"""Standard errors of means over tokens that depend on each other within a document."""
+"""Standard errors of figures over tokens that depend on each other within a document, and sums by document."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,3 +35,44 @@ def clustered_mean(
     if count < 2:
         return mean, None
     return mean, float(np.sqrt(count / (count - 1) * np.sum(sums**2)) / values.size)
+
+
+RESAMPLES = 1000
+
+
+def clustered_bootstrap(
+    statistic: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]],
+    parts: npt.NDArray[np.float64],
+    seed: int = 0,
+) -> float | None:
+    """Standard error of a figure that is a function of sums over clusters, by drawing clusters with replacement.
+
+    The bootstrap of Efron and Tibshirani (1993), chapter 6, with the cluster as the unit that is drawn.
+
+    Args:
+        statistic: Of sums [draws, parts] the figure of each draw [draws].
+        parts: [clusters, parts], what each cluster adds to the sums.
+        seed: Of the draws.
+
+    Returns:
+        The standard error; None where there is but one cluster.
+    """
+    clusters = len(parts)
+    if clusters < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    weights = generator.multinomial(clusters, np.full(clusters, 1 / clusters), size=RESAMPLES).astype(float)
+    return float(statistic(weights @ parts).std(ddof=1))
+
+
+def per_document(
+    values: npt.NDArray[np.float64] | npt.NDArray[np.bool_], documents: npt.NDArray[np.int32]
+) -> dict[str, list[Any]]:
+    """Ids, counts and sums of the values of each document, from arrays [n]; other sums than of bools are rounded."""
+    ids, inverse = np.unique(documents, return_inverse=True)
+    sums = np.bincount(inverse, weights=values)
+    return {
+        "ids": ids.tolist(),
+        "count": np.bincount(inverse).tolist(),
+        "sum": (sums.astype(int) if values.dtype == np.bool_ else sums.round(6)).tolist(),
+    }

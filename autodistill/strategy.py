@@ -48,7 +48,7 @@ class Part:
         where = where or cls.__name__.lower()
         _check(isinstance(data, Mapping), f"{where} must be a mapping of fields to values, not {data!r}")
         fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        hints = _hints(cls)
+        hints = _hints(cls)  # type: ignore[arg-type]
         unknown = sorted(str(key) for key in data if key not in fields)
         _check(not unknown, f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
         values = {}
@@ -285,6 +285,7 @@ _PLAIN_DIVERGENCES = ("forward_kl", "reverse_kl")
 _MIXED_DIVERGENCES = ("jsd", "skew_forward_kl", "skew_reverse_kl", "taid")
 _SPARSE_SIGNALS = ("top-k", "sampled")
 _FULL_SIGNALS = ("states", "online")
+_WRITTEN = "written"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +305,8 @@ class Distillation(Part):
         signal: Where the teacher's outputs come from: "top-k", its `signal_tokens` likeliest tokens from the cache;
             "sampled", tokens from the cache found by `signal_tokens` draws, up to temperature 1; "states", all tokens,
             from the cached last hidden states and the teacher's head; "online", all tokens, from the teacher run
-            beside the student.
+            beside the student; "written", the likeliest tokens that whoever wrote the answers told with them
+            (`autodistill write --top-k`), at temperature 1 alone, and cross-entropy where nothing was told.
         signal_tokens: Above 0 for "top-k" and "sampled", 0 for the others.
         positions: Predicted tokens that are learnt: "answers", those that the data mark as such, or all where they mark
             none; "all"; or "uncertain", the share of the first whose predictions by the student have the most entropy
@@ -356,26 +358,33 @@ class Distillation(Part):
         )
 
     def _check_signal(self) -> None:
-        _choice("distillation.signal", self.signal, _SPARSE_SIGNALS + _FULL_SIGNALS)
+        _choice("distillation.signal", self.signal, (*_SPARSE_SIGNALS, *_FULL_SIGNALS, _WRITTEN))
         sparse, tokens = self.signal in _SPARSE_SIGNALS, self.signal_tokens
         _check(
             tokens > 0 if sparse else tokens == 0,
             f"distillation.signal_tokens must be above 0 for {' and '.join(_SPARSE_SIGNALS)} and 0 for "
-            f"{' and '.join(_FULL_SIGNALS)}, which have all tokens, not {tokens} for {self.signal}",
+            f"{' and '.join(_FULL_SIGNALS)}, which have all tokens, and {_WRITTEN}, which has those that were told, "
+            f"not {tokens} for {self.signal}",
         )
         full = f"use the signal {' or '.join(_FULL_SIGNALS)}"
         _check(
             self.signal != "sampled" or self.divergence == "forward_kl",
             f"distillation.divergence is {self.divergence}, of which sampled tokens give no unbiased estimate: {full}",
         )
-        hottest = max(self.temperature.start, self.temperature.end)
+        coldest, hottest = sorted((self.temperature.start, self.temperature.end))
+        _check(
+            self.signal != _WRITTEN or coldest == hottest == 1,
+            f"distillation.temperature goes from {self.temperature.start:g} to {self.temperature.end:g}, but writers "
+            f"tell their log-probabilities at 1, and the share of the tokens left out at no other: leave it at 1, or "
+            f"{full}",
+        )
         _check(
             self.signal != "sampled" or hottest <= 1,
             f"distillation.temperature goes up to {hottest:g}, but tokens are drawn at 1, and above it their weights "
             f"have no bound: {full}, or a temperature of at most 1",
         )
         _check(
-            not (self.standardise and sparse),
+            not self.standardise or self.signal in _FULL_SIGNALS,
             f"distillation.standardise needs the deviation of all logits, which {self.signal} lacks: {full}",
         )
 
@@ -387,11 +396,12 @@ class Distillation(Part):
     @property
     def approximation(self) -> str | None:
         """What the logit loss is in place of the divergence that is named, or None where it is that divergence."""
-        if not self.weighs_teacher or self.signal != "top-k":
+        if not self.weighs_teacher or self.signal not in ("top-k", _WRITTEN):
             return None
         if self.divergence == "forward_kl" and max(self.temperature.start, self.temperature.end) <= 1:
             return None  # there the likeliest tokens have nearly all of the mass that counts
-        return f"{self.divergence} of {self.signal_tokens} tokens and the rest as one outcome: a lower bound"
+        tokens = "the tokens told" if self.signal == _WRITTEN else f"{self.signal_tokens} tokens"
+        return f"{self.divergence} of {tokens} and the rest as one outcome: a lower bound"
 
 
 @dataclass(frozen=True, kw_only=True)

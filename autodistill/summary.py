@@ -150,7 +150,9 @@ def _test(document: Mapping[str, Any]) -> str:
     lines = [table(cells, left=3)]
     gain = document["gain_on_test"]
     if gain is not None:
-        lines.append(f"Gain over the baseline on the test split: {gain[0]:+.4f} ± {gain[1]:.4f} of {metric}.")
+        unit = (rows[0].documents or {}).get("unit")
+        what = f"{metric}, in {unit}" if unit else metric
+        lines.append(f"Gain over the baseline on the test split: {gain[0]:+.4f} ± {gain[1]:.4f} of {what}.")
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from autodistill.contracts import HeldType, ModelSpec, OptimizerState
 from autodistill.errors import InputError, MissingDependencyError
@@ -45,6 +45,7 @@ def training_fits(
     alignments: Collection[Aligned] = (),
     lora: Lora | None = None,
     train_embeddings: bool = True,
+    processes: int = 1,
 ) -> Iterator[TrainingFit]:
     """Ways to compute a step of so many sequences, from the fastest to the smallest.
 
@@ -59,13 +60,16 @@ def training_fits(
         alignments: What trials may align to it; the one that takes most counts.
         lora: Where every trial trains low-rank changes, the largest of them.
         train_embeddings: Whether a trial may train the embedding table.
+        processes: That train it together, each with its share of the sequences and of the weights.
     """
     ways: list[tuple[int, bool, OptimizerState]] = []
-    micro_batch = sequences
+    micro_batch = max(1, sequences // processes)
     while micro_batch > 1:
         ways.append((micro_batch, False, "float32"))
         micro_batch = -(-micro_batch // 2)
-    ways += [(1, False, "float32"), (1, True, "float32"), (1, True, "int8")]
+    ways += [(1, False, "float32"), (1, True, "float32")]
+    if processes == 1:
+        ways.append((1, True, "int8"))
     for micro_batch, checkpointing, state in ways:
         estimates = (
             training_memory(
@@ -85,8 +89,24 @@ def training_fits(
             micro_batch=micro_batch,
             checkpointing=checkpointing,
             optimizer_state=state,
-            estimate=max(estimates, key=lambda estimate: estimate.total_bytes),
+            estimate=_sharded(max(estimates, key=lambda estimate: estimate.total_bytes), spec, processes),
         )
+
+
+def _sharded(estimate: TrainingEstimate, spec: ModelSpec, processes: int) -> TrainingEstimate:
+    """What one of several processes takes: its shards, and the weights and gradients that are whole for a moment.
+
+    Whole are the tables, and of the layers the one at work and the one fetched ahead (FSDP2).
+    """
+    if processes == 1:
+        return estimate
+    tables = sum(math.prod(tensor.shape) for tensor in spec.tensors if spec.vocabulary in tensor.shape)
+    layer = (spec.parameters - tables) // spec.layers
+    shards = {
+        name: getattr(estimate, name) // processes for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+    }
+    shards["weights_bytes"] += 4 * (2 * tables + 3 * layer)
+    return replace(estimate, **shards)
 
 
 def fit_training(
@@ -99,6 +119,7 @@ def fit_training(
     alignments: Collection[Aligned] = (),
     lora: Lora | None = None,
     train_embeddings: bool = True,
+    processes: int = 1,
 ) -> TrainingFit:
     """The fastest way to train a student that a memory holds.
 
@@ -111,6 +132,7 @@ def fit_training(
         alignments: What trials may align to it; the one that takes most counts.
         lora: Where every trial trains low-rank changes, the largest of them.
         train_embeddings: Whether a trial may train the embedding table.
+        processes: That train it together, each on a device of so much memory.
 
     Raises:
         InputError: None does; says what the smallest takes.
@@ -125,6 +147,7 @@ def fit_training(
         alignments=alignments,
         lora=lora,
         train_embeddings=train_embeddings,
+        processes=processes,
     ):
         smallest = way
         if way.estimate.total_bytes > limit_bytes:
@@ -136,10 +159,11 @@ def fit_training(
             )
         return way
     assert smallest is not None
+    means = "with checkpointing and 8-bit optimiser states" if processes == 1 else f"over {processes} processes"
     raise InputError(
         f"training a student of {spec.layers} layers takes {format_bytes(smallest.estimate.total_bytes)} even one "
-        f"sequence at a time, with checkpointing and 8-bit optimiser states, and this machine has "
-        f"{format_bytes(limit_bytes)}: choose a smaller teacher, or a space with smaller students"
+        f"sequence at a time, {means}, and this machine has {format_bytes(limit_bytes)}: choose a smaller teacher, "
+        "or a space with smaller students"
     )
 
 

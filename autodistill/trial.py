@@ -2,337 +2,70 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 
-from autodistill.contracts import Direction, HeldType, Measurement, ModelSpec, Plan, Subject, TokenScores
+from autodistill.applied import initial_student, student_spec
+from autodistill.contracts import TeacherReference
 from autodistill.data import TokenSet, load_split
-from autodistill.distillation.alignment import aligned_layers, check_projection, layer_map
-from autodistill.distillation.attention import TeacherBlock, check_attention, teacher_layer
-from autodistill.distillation.calibration import Calibration
+from autodistill.distillation.alignment import layer_map
+from autodistill.distillation.attention import TeacherBlock, teacher_layer
 from autodistill.distillation.checkpoint import read_metadata
-from autodistill.distillation.generation import answer
 from autodistill.distillation.grid_scales import read_scales, write_scales
-from autodistill.distillation.held import held_as_deployed, is_held, load_held
-from autodistill.distillation.lora import check_lora
+from autodistill.distillation.held import load_held
 from autodistill.distillation.memory import is_out_of_memory, keep_freed_memory
-from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.schedule import branch_point
-from autodistill.distillation.scoring import score
-from autodistill.distillation.signals import LiveTeacher
-from autodistill.distillation.student import build_student, init_spec
+from autodistill.distillation.sharding import Sharding, whole_model
+from autodistill.distillation.signals import LiveTeacher, check_told
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
 from autodistill.distillation.trainer import StepRecord, Trainer
 from autodistill.errors import InputError, TrialFailedError
-from autodistill.estimate import check_holds
+from autodistill.evaluation import Evaluation, evaluate
 from autodistill.formats import Grid, Scales
-from autodistill.plugins import load
-from autodistill.stages import open_stages
-from autodistill.strategy import Deployment, Init, Strategy, serving
-from autodistill.units import Budget
-
-ASKING_DATA = "give --data with a prompt and an answer in each record, or reasoning-gym:TASK"
-# What a student takes from its teacher's folder: by suffix, but for the files that describe the teacher's own weights.
-_TEXT_FILES = (".json", ".jinja", ".model", ".txt")
-_OWN_FILES = ("config.json", "model.safetensors.index.json", "teacher.json")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialSetting:
-    """All that the trials of a search have in common; plain data, sent to every worker once.
-
-    Attributes:
-        teacher, data: Folders of the teacher and of the prepared data.
-        cache: Folder of the teacher's cached outputs; None where no strategy of the search reads any.
-        teacher_spec: The teacher's shape.
-        teacher_top1: File of the teacher's most likely tokens on the validation sequences, int32.
-        teacher_accuracy: The teacher's accuracy on validation, for the retention.
-        checkpoints: Folder that holds a folder for each trial.
-        budget, plan: Of the search.
-        evaluators: Names of those that run on simulated students.
-        metric, direction: What a rung is judged by.
-        device: Where trials train.
-        calibration: File of the teacher's calibration, where a strategy chooses by it.
-        pretrained: Folders of the models that strategies start from, by their references.
-        held: What the teacher's matrices are held in.
-    """
-
-    teacher: Path
-    teacher_spec: ModelSpec
-    teacher_top1: Path
-    teacher_accuracy: float
-    data: Path
-    cache: Path | None
-    checkpoints: Path
-    budget: Budget
-    plan: Plan
-    evaluators: tuple[str, ...]
-    metric: str
-    direction: Direction
-    device: str
-    calibration: Path | None = None
-    pretrained: Mapping[str, Path] = field(default_factory=dict)
-    held: HeldType = "float32"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialTask:
-    """One trial, as sent to a worker.
-
-    Attributes:
-        id: Name of the trial in its run, like "t004".
-        strategy: What to train.
-        seed: Of data order and projections.
-        deployments: Those that the budget allows, under which the trained student may be evaluated.
-        probe: The one of them that rungs are judged on.
-        straight: Whether the trial runs to the plan's tokens without stopping at rungs.
-        stage: Address of its stable part, whose checkpoints trials share; empty where its checkpoints are its own.
-    """
-
-    id: str
-    strategy: Strategy
-    seed: int
-    deployments: tuple[Deployment, ...]
-    probe: Deployment
-    straight: bool = False
-    stage: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """One deployment of a student, evaluated.
-
-    Attributes:
-        deployment: How it is packed.
-        measurements: By name.
-        documents: Ids, counts and correct ones of each document, for paired comparisons: of tokens, or where the
-            student answered in writing of answers, and then under "metric" the name of their figure.
-    """
-
-    deployment: Deployment
-    measurements: dict[str, Measurement]
-    documents: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RungReport:
-    """What a trial tells after a rung.
-
-    Attributes:
-        rung: Index of the rung.
-        tokens: Trained on at the rung.
-        evaluation: Of the probe, or of the deployment asked for.
-        params: Weights of the student.
-        seconds: "train", "evaluate" and "other".
-        steps: Step records of this stretch, thinned to at most 20.
-        trained: Tokens that this stretch trained on, its decay included.
-        shared: Tokens of this stretch that were not trained on, since another trial had trained the stage so far.
-        unsaved: Why a checkpoint could not be written; None where all were.
-    """
-
-    rung: int
-    tokens: int
-    evaluation: Evaluation
-    params: int
-    seconds: dict[str, float]
-    steps: tuple[StepRecord, ...]
-    trained: int = 0
-    shared: int = 0
-    unsaved: str | None = None
-
-
-def probe_deployment(strategy: Strategy, deployments: tuple[Deployment, ...]) -> Deployment:
-    """The deployment a rung is judged on: the finishing stage's own grid where it is allowed, else the widest one."""
-    finishing = strategy.finishing
-    for deployment in deployments:
-        if finishing and deployment.packing == finishing.packing:
-            return deployment
-    return max(deployments, key=_width)
-
-
-def _width(deployment: Deployment) -> tuple[int, bool, float, str]:
-    return deployment.bits, bool(deployment.keep), -(deployment.group_size or math.inf), deployment.name
-
-
-def with_own(strategy: Strategy, deployments: tuple[Deployment, ...]) -> tuple[Deployment, ...]:
-    """The deployments, and that of the strategy's finishing grid where it is none of them."""
-    finishing = strategy.finishing
-    if finishing is None or any(deployment.packing == finishing.packing for deployment in deployments):
-        return deployments
-    packing = finishing.packing
-    return (*deployments, Deployment(runtime=serving(packing)[0], **asdict(packing)))
-
-
-def student_spec(strategy: Strategy, teacher: ModelSpec) -> ModelSpec:
-    """Shape of the student that a strategy makes of a teacher.
-
-    Raises:
-        InputError: The teacher has no student of these proportions.
-    """
-    return init_spec(strategy.init, teacher)
-
-
-def initial_student(setting: TrialSetting, init: Init, seed: int) -> tuple[Any, tuple[int, ...]]:
-    """The student before training, in float32 on the CPU, and the teacher layer that each of its layers stands for."""
-    return build_student(
-        setting.teacher,
-        init,
-        seed=seed,
-        calibration=Calibration.load(setting.calibration) if setting.calibration and init.selective else None,
-        pretrained=setting.pretrained.get(init.model),
-    )
-
-
-def check_strategy(strategy: Strategy, teacher: ModelSpec) -> None:
-    """Refuses a strategy that this teacher cannot be distilled by, before anything is loaded.
-
-    Raises:
-        InputError: A shape that this teacher cannot be cut to, more aligned layers than the student has, widths that
-            the projection does not allow, attention that cannot be compared, or a finishing grid that cannot hold the
-            student.
-    """
-    spec = student_spec(strategy, teacher)
-    alignment = strategy.distillation.alignment
-    if alignment is not None:
-        aligned_layers(alignment, spec.layers)
-        check_projection(alignment, spec.width, teacher.width)
-    if strategy.distillation.attention is not None:
-        check_attention(strategy.distillation.attention, spec, teacher)
-    if strategy.distillation.lora is not None:
-        check_lora(strategy.distillation.lora, spec)
-    if strategy.finishing is not None:
-        check_holds(spec, strategy.finishing)
-
-
-@contextmanager
-def deployed_weights(
-    model: Any, spec: ModelSpec, deployment: Deployment, scales: Mapping[str, Scales] | None = None
-) -> Iterator[None]:
-    """Puts the values that the runtime will see into the model, and the master weights back at the end.
-
-    Args:
-        model: In float32, or held in 16 bits, where scales are not for it.
-        spec: Its shape.
-        deployment: How it is packed.
-        scales: Those that were learned for this packing, by name of the weight.
-    """
-    if is_held(model):
-        with held_as_deployed(model, {tensor.name: deployment.storage(tensor) for tensor in spec.tensors}):
-            yield
-        return
-    parameters = dict(model.named_parameters())
-    masters = {}
-    try:
-        for tensor in spec.tensors:
-            parameter = parameters[tensor.name]
-            masters[tensor.name] = parameter.data
-            learned = (scales or {}).get(tensor.name)
-            parameter.data = deploy_tensor(parameter.data, deployment.storage(tensor), learned)
-        yield
-    finally:
-        for name, master in masters.items():
-            parameters[name].data = master
-
-
-def evaluate(
-    model: Any,
-    spec: ModelSpec,
-    deployment: Deployment,
-    data: TokenSet,
-    teacher_top1: np.ndarray[Any, Any] | None,
-    *,
-    budget: Budget,
-    evaluators: tuple[str, ...],
-    device: str = "cpu",
-    scales: Mapping[str, Scales] | None = None,
-) -> tuple[Evaluation, TokenScores]:
-    """Scores the packed model once, lets it answer once where that is asked for, and lets every evaluator read both.
-
-    Args:
-        model: In float32 on `device`; unchanged afterwards.
-        spec: Its shape.
-        deployment: How it is packed.
-        data: Held-out sequences.
-        teacher_top1: int32, the teacher's most likely tokens for them, or None for the teacher itself.
-        budget: Context and batch for the memory estimate.
-        evaluators: Names.
-        device: Where the model lies.
-        scales: As for `deployed_weights`.
-
-    Raises:
-        InputError: An evaluator needs answers, and the data have no questions.
-    """
-    chosen = [
-        evaluator
-        for evaluator in (load("evaluators", name) for name in evaluators)
-        if evaluator.needs != "artefact" and evaluator.supports(deployment)
-    ]
-    asking = next((evaluator.name for evaluator in chosen if evaluator.needs == "answers"), None)
-    answers = None
-    with deployed_weights(model, spec, deployment, scales):
-        scores, _ = score(model, data, teacher_top1, device=device)
-        if asking is not None:
-            if data.questions is None:
-                raise InputError(f"{asking} needs questions with answers: {ASKING_DATA}")
-            answers = answer(model, data.questions, device=device)
-    subject = Subject(spec=spec, deployment=deployment, budget=budget, scores=scores, answers=answers)
-    measurements = {
-        measurement.name: measurement for evaluator in chosen for measurement in evaluator.evaluate(subject)
-    }
-    documents: dict[str, Any] = per_document(scores.correct, scores.documents)
-    if answers is not None:
-        # What is answered in writing is what a search ranks by, so its ties are of these.
-        documents = per_document(answers.marks >= 1, answers.documents) | {"metric": "exact_match"}
-    return Evaluation(deployment=deployment, measurements=measurements, documents=documents), scores
-
-
-def per_document(correct: npt.NDArray[np.bool_], documents: npt.NDArray[np.int32]) -> dict[str, list[int]]:
-    """Counts, and how many of them are correct, of each document, from arrays [n]."""
-    ids, inverse = np.unique(documents, return_inverse=True)
-    return {
-        "ids": ids.tolist(),
-        "count": np.bincount(inverse).tolist(),
-        "sum": np.bincount(inverse, weights=correct).astype(int).tolist(),
-    }
+from autodistill.stages import Checkpoint, open_stages
+from autodistill.strategy import Deployment, Strategy
+from autodistill.students import save_student, student_folder, student_key, trained_student
+from autodistill.trial_data import RungReport, TrialSetting, TrialTask
 
 
 @dataclass
 class Workbench:
-    """What a warm worker keeps from trial to trial: data, cache and the teacher's choices, mapped into memory, and what
-    of the teacher its trials have needed: it, or layers of it.
+    """What a warm worker keeps from trial to trial: data and cache, mapped into memory, what validation is held to, and
+    what of the teacher its trials have needed: it, or layers of it. `sharding` is of the processes
+    that train one trial together, each at a bench of its own.
     """
 
     setting: TrialSetting
+    sharding: Sharding | None = None
     train: TokenSet = field(init=False)
     validation: TokenSet = field(init=False)
     cache: TeacherCache | None = field(init=False)
     teacher: LiveTeacher = field(init=False)
-    teacher_top1: np.ndarray[Any, Any] = field(init=False)
+    reference: TeacherReference = field(init=False)
     _blocks: dict[int, TeacherBlock] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         torch.set_num_threads(self.setting.plan.threads)
+        if self.setting.device == "cuda" and self.setting.plan.gpus < 1:
+            # Of workers that share a GPU each keeps to its share.
+            torch.cuda.set_per_process_memory_fraction(self.setting.plan.gpus)
         keep_freed_memory()
         self.cache = TeacherCache(self.setting.cache) if self.setting.cache else None
         setting = self.setting
         self.teacher = LiveTeacher(setting.teacher, setting.device, setting.plan.bf16, setting.held)
-        # A cache over more sequences may be shared; this search trains on its own plan's tokens.
-        self.train = load_split(self.setting.data, "train").head(self.setting.plan.tokens)
+        # A cache over more sequences may be shared; this search trains on what its own plan needs.
+        self.train = load_split(self.setting.data, "train").head(self.setting.plan.most_tokens)
         self.validation = load_split(self.setting.data, "validation")
-        self.teacher_top1 = np.load(self.setting.teacher_top1)
+        self.reference = TeacherReference.load(self.setting.teacher_reference)
 
     def teacher_block(self, layer: int) -> TeacherBlock:
         """One layer of the teacher, in float32 on the trials' device."""
@@ -342,7 +75,7 @@ class Workbench:
         return self._blocks[layer]
 
     def check(self, strategy: Strategy, kept: tuple[int, ...]) -> None:
-        """Refuses a strategy that needs what the cache lacks.
+        """Refuses a strategy that needs what the cache, or the data, lack.
 
         Args:
             strategy: What is to be trained.
@@ -352,6 +85,7 @@ class Workbench:
             InputError: Says what is lacking.
         """
         recipe, layers = strategy.distillation, self.setting.teacher_spec.layers
+        check_told([recipe], self.train.told is not None)
         pairs = layer_map(recipe.alignment, kept, layers) if recipe.alignment else ()
         states = {pair.teacher_state for pair in pairs}
         if recipe.attention:
@@ -365,10 +99,10 @@ class Workbench:
                 "that holds this strategy"
             )
 
-    def held_out(self, tokens: int) -> tuple[TokenSet, np.ndarray[Any, Any]]:
-        """The first validation sequences that hold `tokens` tokens, and the teacher's choices for them."""
+    def held_out(self, tokens: int) -> tuple[TokenSet, TeacherReference]:
+        """The first validation sequences that hold `tokens` tokens, and what is kept of the teacher for them."""
         data = self.validation.head(tokens)
-        return data, self.teacher_top1[: data.predicted]
+        return data, self.reference.head(data.predicted)
 
 
 class Trial:
@@ -388,11 +122,13 @@ class Trial:
         self._on_step = on_step
         self._spec = student_spec(task.strategy, bench.setting.teacher_spec)
         self._folder = bench.setting.checkpoints / task.id
-        self._stages = open_stages(bench.setting.checkpoints)
+        self._stages = open_stages(bench.setting.checkpoints, bench.setting.storage)
         self._stage = task.stage or task.id
 
-    def run(self, rung: int) -> RungReport:
+    def run(self, rung: int) -> RungReport | None:
         """Trains to a rung and evaluates there, from the furthest checkpoint of its stage, whoever trained it.
+
+        Of several processes the first one alone evaluates and reports.
 
         Raises:
             TrialFailedError: NaN, out of memory, or another error of this trial alone.
@@ -405,11 +141,12 @@ class Trial:
             said = str(error).splitlines()
             raise TrialFailedError("out-of-memory", said[0] if said else "the machine's memory is full") from error
 
-    def _run(self, rung: int) -> RungReport:
+    def _run(self, rung: int) -> RungReport | None:
         plan = self._bench.setting.plan
+        sharding = self._bench.sharding
         began = time.perf_counter()
         trainer = self._trainer()
-        target, last = plan.rungs[rung], rung == len(plan.rungs) - 1
+        target, last = self._targets(rung)[-1], rung == len(plan.rungs) - 1
         shared = self._restore(trainer, rung)
         start = trainer.tokens
         ready = time.perf_counter()
@@ -429,15 +166,23 @@ class Trial:
             steps.append(record)
             self._on_step(record)
         trained = time.perf_counter()
+        model, scales = trainer.model, trainer.scales
+        if sharding is not None:
+            model = whole_model(sharding, model)
+            # Shards and optimiser make room for the whole model.
+            del trainer
+        if model is None:
+            return None
+        model.to(self._bench.setting.device)
         if last:
-            self._save_student(trainer)
+            self._save_student(model, scales)
         kept = time.perf_counter()
         probe, finishing = self._task.probe, self._task.strategy.finishing
         evaluation = self._evaluate(
-            trainer.model,
+            model,
             probe,
             plan.eval_tokens if last else plan.rung_eval_tokens,
-            trainer.scales if finishing and probe.packing == finishing.packing else None,
+            scales if finishing and probe.packing == finishing.packing else None,
         )
         ended = time.perf_counter()
         stride = -(-len(steps) // 20)
@@ -462,26 +207,37 @@ class Trial:
 
         A trial that passes rungs without stopping leaves a checkpoint at each, from which others are judged there.
         """
+        branches = self._branches(rung)
+        return [point for point in (branches if self._task.stage else branches[-1:]) if point > start]
+
+    def _targets(self, rung: int) -> tuple[int, ...]:
+        """Tokens of the rungs up to one; a longer trial ends beyond the last."""
+        plan, length = self._bench.setting.plan, self._task.length
+        return (*plan.rungs[: rung + 1], *((plan.tokens_of(length),) if length > 1 else ()))
+
+    def _branches(self, rung: int) -> list[int]:
+        """Tokens at which the decays of these branch off."""
         plan = self._bench.setting.plan
-        rungs = plan.rungs[: rung + 1] if self._task.stage else plan.rungs[rung : rung + 1]
-        points = (branch_point(tokens, plan.decay, plan.batch_tokens) for tokens in rungs)
-        return [point for point in points if point > start]
+        return [branch_point(tokens, plan.decay, plan.batch_tokens) for tokens in self._targets(rung)]
 
     def _restore(self, trainer: Trainer, rung: int) -> int:
         """Continues from the furthest checkpoint up to a rung's branch; gives the tokens that others had trained of it.
 
         A checkpoint that cannot be read, as after a power failure, is removed, and the one before it is taken.
         """
-        plan = self._bench.setting.plan
-        tokens = [branch_point(target, plan.decay, plan.batch_tokens) for target in plan.rungs[: rung + 1]]
-        while (found := self._stages.find(self._stage, tokens[-1])) is not None:
+        tokens = self._branches(rung)
+        while (found := self._furthest(tokens[-1])) is not None:
             path, checkpoint = found
             try:
                 trainer.load(path)
             except FileNotFoundError:
+                if self._bench.sharding is not None:
+                    raise  # the other processes wait in theirs: all end, and are tried again
                 continue  # collected meanwhile
             except (SafetensorError, OSError):
                 self._stages.remove(checkpoint)
+                if self._bench.sharding is not None:
+                    raise
                 continue
             before = tokens[-2] if rung > 0 and not self._task.straight else 0
             if checkpoint.tokens <= before:
@@ -491,14 +247,32 @@ class Trial:
             return int(notes["shared"]) if notes["trial"] == self._task.id else checkpoint.tokens - before
         return 0
 
+    def _furthest(self, tokens: int) -> tuple[Path, Checkpoint] | None:
+        """The furthest checkpoint of the stage up to so many tokens; of several processes the first one's choice."""
+        found, sharding = self._stages.find(self._stage, tokens), self._bench.sharding
+        if sharding is None:
+            return found
+        chosen = int(sharding.first(found[1].tokens if found else -1))
+        if chosen < 0 or (found is not None and found[1].tokens == chosen):
+            return found if chosen >= 0 else None
+        found = self._stages.find(self._stage, chosen)
+        if found is None or found[1].tokens != chosen:
+            raise FileNotFoundError(f"this node has no checkpoint of {self._stage} at {chosen} tokens")
+        return found
+
     def _save(self, trainer: Trainer, shared: int) -> str | None:
         """Keeps the stable part for whoever goes on from it; gives the reason where that is impossible.
 
         Without it the trial goes on all the same, and a later stretch trains again what was lost.
         """
-        if self._stages.holds(self._stage, trainer.tokens):
+        sharding = self._bench.sharding
+        held = self._stages.holds(self._stage, trainer.tokens)
+        if sharding.first(held) if sharding else held:
             return None
         notes = {"trial": self._task.id, "shared": str(shared)}
+        if sharding is not None and sharding.rank > 0:
+            trainer.save(self._folder / "unwritten", notes)  # gives its shards
+            return None
         try:
             self._stages.save(self._stage, trainer.tokens, lambda path: trainer.save(path, notes))
         except (OSError, SafetensorError) as error:
@@ -509,13 +283,13 @@ class Trial:
         """Evaluates the trained student, as it was kept at the last rung, under one more deployment."""
         setting, plan = self._bench.setting, self._bench.setting.plan
         began = time.perf_counter()
-        folder = student_folder(self._folder)
+        folder = trained_student(self._folder, setting.storage)
         model = load_model(folder, torch.float32, setting.device)
         ready = time.perf_counter()
         evaluation = self._evaluate(model, deployment, plan.eval_tokens, read_scales(folder, deployment))
         return RungReport(
             rung=len(plan.rungs) - 1,
-            tokens=plan.tokens,
+            tokens=plan.tokens_of(self._task.length),
             evaluation=evaluation,
             params=self._spec.parameters,
             seconds={"train": 0.0, "evaluate": time.perf_counter() - ready, "other": ready - began},
@@ -526,17 +300,20 @@ class Trial:
         self, model: Any, deployment: Deployment, tokens: int, scales: Mapping[str, Scales] | None
     ) -> Evaluation:
         setting = self._bench.setting
-        data, top1 = self._bench.held_out(tokens)
+        data, reference = self._bench.held_out(tokens)
         return evaluate(
             model,
             self._spec,
             deployment,
             data,
-            top1,
+            reference,
             budget=setting.budget,
             evaluators=setting.evaluators,
+            metric=setting.metric,
             device=setting.device,
             scales=scales,
+            share=setting.plan.example_share * tokens / setting.plan.eval_tokens,
+            tokenizer=setting.teacher,
         )[0]
 
     def _trainer(self) -> Trainer:
@@ -558,6 +335,7 @@ class Trial:
             seed=task.seed,
             device=setting.device,
             teacher=self._bench.teacher,
+            sharding=self._bench.sharding,
         )
 
     def _decay(self, trainer: Trainer, target: int) -> Iterator[StepRecord]:
@@ -571,7 +349,7 @@ class Trial:
             target, grids.get, on_grid_after=finishing.start, learned=finishing.scales == "learned"
         )
 
-    def _save_student(self, trainer: Trainer) -> None:
+    def _save_student(self, model: Any, scales: Mapping[str, Scales]) -> None:
         """Writes the trained master weights as a folder that transformers loads, whole or not at all.
 
         What scales were learned lie beside them: rounded weights would not give these scales back.
@@ -579,23 +357,12 @@ class Trial:
         temporary, folder = self._folder / ".student.partial", student_folder(self._folder)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            save_student(trainer.model, self._bench.setting.teacher, temporary)
+            save_student(model, self._bench.setting.teacher, temporary)
             if self._task.strategy.finishing is not None:
-                write_scales(temporary, self._task.strategy.finishing, trainer.scales)
+                write_scales(temporary, self._task.strategy.finishing, scales)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def student_folder(trial: Path) -> Path:
-    """Where a trial at full fidelity keeps its float32 student."""
-    return trial / "student"
-
-
-def save_student(model: Any, teacher: Path, folder: Path) -> None:
-    """Writes a model as a transformers folder, with the tokenizer and all else that describes the teacher's text."""
-    model.save_pretrained(folder)
-    for path in teacher.iterdir():
-        if path.is_file() and path.suffix in _TEXT_FILES and path.name not in _OWN_FILES:
-            shutil.copyfile(path, folder / path.name)
+        if (storage := self._bench.setting.storage) is not None:
+            storage.send_folder(folder, student_key(self._folder))

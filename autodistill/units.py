@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -83,10 +84,18 @@ class LatencyLimit:
     seconds: float
     streams: int
 
+    @property
+    def name(self) -> str:
+        """What is limited, like "tpot_p95@streams=1"."""
+        return f"{self.quantity}_p{self.percentile}@streams={self.streams}"
+
     def describe(self) -> str:
         """As it would be typed, like "tpot_p95=50.0ms@streams=1"."""
         return f"{self.quantity}_p{self.percentile}={format_duration(self.seconds)}@streams={self.streams}"
 
+
+LATENCY = LatencyLimit(quantity="tpot", percentile=95, seconds=math.inf, streams=1)
+"""What "latency" means where nothing more is said, without a limit."""
 
 _LATENCY = "50ms, or ttft_p95=300ms,tpot_p99=50ms@streams=16"
 _LIMIT = re.compile(r"\s*(ttft|tpot)(?:_p([1-9]\d?))?\s*=(.*)", re.ASCII)
@@ -198,13 +207,11 @@ class Budget:
         memory_bytes: Limit of the memory that inference takes: weights, KV cache, compute buffers and overhead.
         context: Tokens of context the memory is stated at.
         batch: Sequences decoded at once, each with its own `context`.
-        latency_seconds: Limit of the 95th percentile of decode time per token at one stream, or None.
     """
 
     memory_bytes: int
     context: int = 2048
     batch: int = 1
-    latency_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if self.memory_bytes < 1:
@@ -212,9 +219,7 @@ class Budget:
         for name in ("context", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.latency_seconds is not None and self.latency_seconds <= 0:
-            raise InputError("a latency limit must be above zero, like 50ms")
 
     def to_json(self) -> dict[str, Any]:
         """The budget as plain data."""
-        return asdict(self)
+        return {"memory_bytes": self.memory_bytes, "context": self.context, "batch": self.batch}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.contracts import SEQUENCE_LENGTH
-from autodistill.conversations import ANSWERING, Turn
+from autodistill.conversations import ANSWERING, TOLD, Told, Turn, told_of, told_record
 from autodistill.distillation.generation import Sampling, write
 from autodistill.distillation.held import load_held
 from autodistill.distillation.teacher import materialise, read_config, resolve_teacher, stored_type
@@ -64,14 +64,13 @@ class WriteRequest:
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer as it is kept; `top` has (id, log-probability) pairs for each of `tokens`, where the ids match."""
+    """An answer as it is kept, with what was told of its tokens where they match."""
 
     text: str
     finished: bool
     prompt_tokens: int
     answer_tokens: int
-    tokens: list[int] | None = None
-    top: list[list[tuple[int, float]]] | None = None
+    told: Told | None = None
 
 
 def check(request: WriteRequest) -> None:
@@ -136,7 +135,7 @@ def write_data(request: WriteRequest, progress: Progress = lambda done, total: N
     try:
         for place, answer in answers([prompts[place] for place in missing]):
             log.append(_record(keys[missing[place]], settings, prompts[missing[place]], answer))
-            signal = "text" if answer.top is None else "top-k"
+            signal = "text" if answer.told is None else "top-k"
             counts["written"] += 1
             counts["unfinished"] += not answer.finished
             counts["prompt_tokens"] += answer.prompt_tokens
@@ -156,9 +155,7 @@ def _record(key: str, settings: Mapping[str, Any], prompt: Sequence[Turn], answe
     asked = [turn._asdict() for turn in prompt]
     messages = [*asked, {"role": ANSWERING, "content": answer.text}]
     learnt = {"messages": messages} if answer.finished else {"messages": None, "asked": asked, "cut": answer.text}
-    signal: dict[str, Any] = {"signal": "text"}
-    if answer.top is not None:
-        signal = {"signal": "top-k", "tokens": answer.tokens, "top": answer.top}
+    signal = {TOLD: "text"} if answer.told is None else told_record(answer.told)
     used = {"prompt_tokens": answer.prompt_tokens, "answer_tokens": answer.answer_tokens}
     return {**learnt, **signal, **used, "key": key, "settings": dict(settings)}
 
@@ -211,8 +208,8 @@ def _from_endpoint(request: WriteRequest, endpoint: Endpoint) -> tuple[str, _Ans
             top_logprobs=request.top_k,
             **options,
         )
-        tokens, top = matcher.match(reply) if matcher else (None, None)
-        return _Answer(reply.text, reply.finished, reply.prompt_tokens, reply.answer_tokens, tokens, top)
+        told = matcher.match(reply) if matcher else None
+        return _Answer(reply.text, reply.finished, reply.prompt_tokens, reply.answer_tokens, told)
 
     def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer]]:
         """Answers with the places of their prompts, as they are written."""
@@ -246,7 +243,8 @@ class _Matcher:
     """
 
     def __init__(self, folder: Path) -> None:
-        tokenizer = Renderer(folder).tokenizer
+        renderer = Renderer(folder)
+        self._vocabulary, tokenizer = renderer.vocabulary, renderer.tokenizer
         self._encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         names: dict[str, list[int]] = {}
         self._names = [str(tokenizer.decode([token])) for token in range(len(tokenizer))]
@@ -255,19 +253,19 @@ class _Matcher:
         # A name that several tokens share, such as that of a torn character, says nothing.
         self._ids = {name: tokens[0] for name, tokens in names.items() if len(tokens) == 1}
 
-    def match(self, reply: Reply) -> tuple[list[int], list[list[tuple[int, float]]]] | tuple[None, None]:
+    def match(self, reply: Reply) -> Told | None:
         """The answer's tokens and the likeliest ones in each place, or nothing where they do not match."""
         ids = self._encode(reply.text)
         # The token that ends the answer may be told as well; it has no text.
         told = reply.tokens[: len(ids)]
         if not ids or len(told) < len(ids):
-            return None, None
+            return None
         for token, (choice, _) in zip(ids, told, strict=True):
             if choice.id not in (None, token) or choice.text != self._names[token]:
-                return None, None
+                return None
         by_id = all(choice.id is not None for choice, _ in told)
         top = []
         for _, likeliest in told:
             found = [(one.id if by_id else self._ids.get(one.text), one.logprob) for one in likeliest]
-            top.append([(token, logprob) for token, logprob in found if token is not None])
-        return ids, top
+            top.append([(token, logprob) for token, logprob in found if token is not None and token < len(self._names)])
+        return told_of(self._vocabulary, ids, top)

@@ -31,11 +31,12 @@ from kept import Kept, mean
 from math_search import RECIPE, STEP, TOKENS, Prepared, prepare
 from simulate import TRIALS, Table, Worker, default_rungs, load_table, plan, simulate
 
+from autodistill.applied import initial_student
 from autodistill.distillation.trainer import Trainer
 from autodistill.records.store import default_cache
 from autodistill.search.plan import _keep
 from autodistill.strategy import Strategy
-from autodistill.trial import Workbench, initial_student
+from autodistill.trial import Workbench
 from autodistill.units import parse_duration
 
 CASES: dict[str, dict[str, Any]] = {

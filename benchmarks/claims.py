@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import numpy as np
+import over_seeds
 import report
 import torch
 from math_students import INIT, QUESTIONS, TOKENS, Bench, Line
@@ -80,15 +80,12 @@ def quantised(bits: int, group: int) -> Deployment:
 
 def mean(values: list[float]) -> str:
     """Mean and standard error, in percent; of one value no error is known."""
-    if len(values) == 1:
-        return f"{100 * values[0]:.2f}"
-    return f"{100 * np.mean(values):.2f} ± {100 * np.std(values, ddof=1) / np.sqrt(len(values)):.2f}"
+    return over_seeds.mean(values, 2, factor=100)
 
 
 def verdict(values: list[float]) -> str:
-    """The mean of paired differences, clear where it is beyond three standard errors (of five seeds: p < 0.04)."""
-    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("inf")
-    return f"{mean(values)} points, {'a clear' if abs(np.mean(values)) > 3 * error else 'no clear'} difference"
+    """The mean of paired differences, clear where chance would bring it about less than once in twenty."""
+    return f"{mean(values)} points, {'a clear' if over_seeds.is_clear(values) else 'no clear'} difference"
 
 
 class Findings:

@@ -29,11 +29,13 @@ from math_table import RUNGS, Line, student_file
 from safetensors.torch import load_file
 from simulate import SEED, TRIALS, Remembering, Table, Worker, default_rungs, load_table, plan, points, simulate
 
+from autodistill.applied import initial_student, student_spec
+from autodistill.evaluation import evaluate
 from autodistill.records.store import default_cache
 from autodistill.search.plan import _keep
 from autodistill.space import Point
 from autodistill.strategy import Strategy
-from autodistill.trial import Workbench, evaluate, initial_student, student_spec
+from autodistill.trial import Workbench
 from autodistill.units import parse_duration
 
 # Shares of the tokens that choosing the shape takes; the distillation has the rest.

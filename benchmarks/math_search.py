@@ -12,16 +12,18 @@ from typing import Any
 
 from math_teacher import LENGTH, TASK, MathTeacher, math_teacher
 
+from autodistill.applied import student_spec
 from autodistill.contracts import ModelSpec, Plan
 from autodistill.distillation.schedule import branch_point
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import RunFolder, default_cache
-from autodistill.search.prepare import Clock, Observer, plan_run, prepare_trials
+from autodistill.search.prepare import plan_run, prepare_trials
+from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest, check_request
 from autodistill.search.trials import Question
 from autodistill.space import Space, load_space
 from autodistill.strategy import Strategy
-from autodistill.trial import TrialSetting, student_spec
+from autodistill.trial_data import TrialSetting
 from autodistill.units import Budget
 
 SPACE_FILE = Path(__file__).with_name("math_space.yaml")

@@ -30,15 +30,17 @@ import torch
 from math_search import RECIPE, STEP, TOKENS, Prepared, prepare, space
 from safetensors.torch import save_file
 
+from autodistill.applied import initial_student, probe_deployment, student_spec
 from autodistill.distillation.memory import keep_freed_memory
 from autodistill.distillation.schedule import branch_point
 from autodistill.distillation.trainer import Trainer
 from autodistill.estimate import fits, holdable
+from autodistill.evaluation import evaluate
 from autodistill.formats import Grid
 from autodistill.records.store import default_cache
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment, Finishing, Strategy
-from autodistill.trial import Workbench, evaluate, initial_student, probe_deployment, student_spec
+from autodistill.trial import Workbench
 from autodistill.units import parse_duration
 
 STORE = report.REPORTS / "math-table.jsonl"

@@ -27,9 +27,10 @@ from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import load_model, tokenizer_fingerprint
 from autodistill.distillation.trainer import Trainer
 from autodistill.estimate import spec_from_config
+from autodistill.evaluation import Evaluation, evaluate
 from autodistill.search.request import default_cache
 from autodistill.strategy import Deployment, Distillation, Init, Strategy, content_hash
-from autodistill.trial import Evaluation, evaluate, save_student
+from autodistill.students import save_student
 from autodistill.units import Budget, parse_duration
 
 TASK = "reasoning-gym:chain_sum?size=150000&seed=11&min_terms=3&max_terms=3&min_digits=2&max_digits=2"

@@ -1,19 +1,23 @@
 """What quantisation-aware training adds to a step: ratios within alternating rounds, on a student of a teacher.
 
     python benchmarks/qat_step.py [--teacher smollm2] [--threads 1] [--rounds 5] [--batch 256 1024] [--bf16]
+        [--before quantization.py]
 
 The plain step is a cross-entropy step with the embedding frozen, the cheapest there is: no share is larger than here.
-CPU time is what is compared, so that other work on the machine counts little.
+CPU time is what is compared, so that other work on the machine counts little. `--before` names the module as it was
+(`git show REVISION:autodistill/distillation/quantization.py`), whose steps are taken by turns with those of today's.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -24,6 +28,8 @@ import torch
 
 from autodistill.contracts import Plan
 from autodistill.data import TokenSet
+from autodistill.distillation import quantization
+from autodistill.distillation import trainer as training
 from autodistill.distillation.memory import keep_freed_memory
 from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import materialise, resolve_teacher
@@ -34,6 +40,7 @@ from autodistill.records.store import default_cache
 from autodistill.strategy import Distillation, Finishing, Init, Strategy
 
 LENGTH = 256
+BEFORE = ", before"
 INIT = Init(depth=0.8)
 INTEGERS = {"format": "compressed-tensors"}
 FINISHINGS: dict[str, dict[str, Any]] = {
@@ -68,7 +75,19 @@ def _plan(batch: int, threads: int, bf16: bool) -> Plan:
     )
 
 
-def measure(folder: Path, batch: int, rounds: int, threads: int, bf16: bool) -> dict[str, list[float]]:
+def load_module(path: Path) -> ModuleType:
+    """The module of quantisation in another file."""
+    spec = importlib.util.spec_from_file_location("quantization_before", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def measure(
+    folder: Path, batch: int, rounds: int, threads: int, bf16: bool, modules: dict[str, ModuleType]
+) -> dict[str, list[float]]:
     """CPU seconds of a step by variant, one figure a round; "plain" is without a grid.
 
     Args:
@@ -77,6 +96,7 @@ def measure(folder: Path, batch: int, rounds: int, threads: int, bf16: bool) -> 
         rounds: In each, every variant takes two steps, of which the second counts.
         threads: Of torch.
         bf16: Whether the forward and backward pass compute in bfloat16.
+        modules: What quantises, by what is added to a variant's name.
     """
     model, kept = build_student(folder, INIT)
     spec = spec_from_config(model.config.to_dict())
@@ -92,17 +112,21 @@ def measure(folder: Path, batch: int, rounds: int, threads: int, bf16: bool) -> 
         cache=None,  # type: ignore[arg-type]  # cross-entropy asks a teacher for nothing
         seed=0,
     )
-    variants: dict[str, tuple[Callable[[str], Grid | None] | None, bool]] = {"plain": (None, False)}
+    variants: dict[str, tuple[Callable[[str], Grid | None] | None, bool, ModuleType]] = {
+        "plain": (None, False, quantization)
+    }
     for name, fields in FINISHINGS.items():
         finishing = Finishing(**fields)
         storages = {tensor.name: finishing.storage(tensor) for tensor in spec.tensors}
         grids = {key: storage for key, storage in storages.items() if isinstance(storage, Grid)}
-        variants |= {f"{name}, {kind}": (grids.get, kind == "learned") for kind in ("absmax", "learned")}
+        for kind in ("absmax", "learned"):
+            variants |= {f"{name}, {kind}{said}": (grids.get, kind == "learned", it) for said, it in modules.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     list(trainer.train_stable(batch))
     for number in range(rounds):
         for name in sorted(variants, reverse=number % 2 == 1):
-            storage_of, learned = variants[name]
+            storage_of, learned, module = variants[name]
+            training.quantized_training = module.quantized_training
             records = trainer.train_decay(trainer.tokens + 2 * batch, storage_of, learned=learned)
             next(records)
             began = time.process_time()
@@ -119,22 +143,32 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--before", type=Path, help="the module as it was, to be compared with")
     parser.add_argument("--batch", type=int, nargs="+", default=[LENGTH, 4 * LENGTH], help="tokens of a step")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     teacher = materialise(resolve_teacher(arguments.teacher), default_cache())
+    modules = {"": quantization} | ({BEFORE: load_module(arguments.before)} if arguments.before else {})
     sections = []
     for batch in arguments.batch:
-        seconds = measure(teacher.folder, batch, arguments.rounds, arguments.threads, arguments.bf16)
+        seconds = measure(teacher.folder, batch, arguments.rounds, arguments.threads, arguments.bf16, modules)
         plain = seconds.pop("plain")
         lines = []
         for name, values in seconds.items():
-            shares = [one / other - 1 for one, other in zip(values, plain, strict=True)]
-            lines.append([name, f"{statistics.median(shares):+.1%}", f"{min(shares):+.1%}", f"{max(shares):+.1%}"])
+            if name.endswith(BEFORE):
+                continue
+            row = [name]
+            for taken in (values, seconds.get(name + BEFORE)):
+                shares = [one / other - 1 for one, other in zip(taken or [], plain, strict=bool(taken))]
+                if shares:
+                    row += [f"{statistics.median(shares):+.1%}", f"{min(shares):+.1%} to {max(shares):+.1%}"]
+            lines.append(row)
         sections += [
             f"## {batch} tokens a step\n\nThe plain step takes {statistics.median(plain):.3f} CPU seconds (median).",
-            report.table(["grid", "added, median", "least", "most"], lines),
+            report.table(
+                ["grid", "added, median", "range", *(["before, median", "range"] if arguments.before else [])], lines
+            ),
         ]
     precision = "bfloat16" if arguments.bf16 else "float32"
     head = (

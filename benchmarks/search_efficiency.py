@@ -33,8 +33,10 @@ from math_teacher import LENGTH
 from safetensors.torch import load_file
 from simulate import SEED, TRIALS, Table, Worker, default_rungs, learns_from_teacher, load_table, plan, simulate
 
+from autodistill.applied import initial_student, student_spec
 from autodistill.data import load_split
 from autodistill.domains import Choices
+from autodistill.evaluation import evaluate
 from autodistill.records.leaderboard import paired_bootstrap
 from autodistill.records.store import default_cache
 from autodistill.search.campaign import Campaign
@@ -42,8 +44,8 @@ from autodistill.search.inline_runner import run_inline
 from autodistill.search.plan import _keep
 from autodistill.search.sampler import Sampler
 from autodistill.space import Point, Space
+from autodistill.statistics import per_document
 from autodistill.strategy import Strategy, content_hash
-from autodistill.trial import evaluate, initial_student, per_document, student_spec
 from autodistill.units import parse_duration
 
 # How many times what (a) spends the others are followed, to see when they come as far.

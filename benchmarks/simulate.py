@@ -16,9 +16,11 @@ from math_search import BUDGET, METRIC, QUESTIONS, RUNG_QUESTIONS, SPACE_FILE, S
 from math_table import RUNGS, Line
 from math_teacher import LENGTH, SHAPE
 
+from autodistill.applied import student_spec
 from autodistill.contracts import Decision, Measurement, ModelSpec, Plan
 from autodistill.domains import Value
 from autodistill.estimate import fits, spec_from_config
+from autodistill.evaluation import Evaluation
 from autodistill.plain_yaml import read_yaml
 from autodistill.records.store import EventLog
 from autodistill.search.campaign import Campaign
@@ -28,7 +30,7 @@ from autodistill.search.scheduler import SuccessiveHalving
 from autodistill.search.trials import Assignment, Question, TrialState
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment, Strategy, content_hash
-from autodistill.trial import Evaluation, RungReport, student_spec
+from autodistill.trial_data import RungReport
 
 TRIALS = 12
 SEED = 0  # of the recorded students

@@ -1,12 +1,11 @@
-"""How a smaller student of the 135M teacher begins, at 24,576 tokens on documents that it never saw.
+"""How a smaller student of the 135M teacher begins: constructions of about the same number of weights, at equal tokens.
 
-    python benchmarks/student_init.py [--tokens 24576] [--recipes known ours hand_designed]
+    python benchmarks/student_init.py [--tokens 6144] [--seeds 3] [--recipe logits] [--workers 2] [--report]
 
-Depth 30 -> 22 by each choice of layers, and every layer with 70% of its FFN neurons (about the same number of weights).
-The known recipe is forward KL at T = 1 from a cached top-64, AdamW at 3e-4, batches of 4 x 256 tokens, every weight
-trained. Ours spends the same tokens in batches of one sequence, with the embedding table frozen, most of the logit loss
-on the true tokens, and eight layers aligned to the teacher's states. The hand-designed recipe is the baseline of every
-search.
+Depth 30 -> 22 by each choice of layers; every layer with 70% of its FFN neurons, with 6 of 9 heads and 85% of the
+neurons, or with 80% of the channels; and 22 layers from scratch. The recipe "logits" is `trials.LOGITS`, "narrow" that
+of the named strategy, which aligns eight layers to the teacher's states too. Each finished trial is a line of
+`reports/student-init.jsonl`; what is there is not trained again.
 """
 
 from __future__ import annotations
@@ -22,45 +21,49 @@ import report
 import trials
 
 from autodistill.space import load_strategy
-from autodistill.strategy import Alignment, Distillation, Init, Strategy
+from autodistill.strategy import Init, Strategy
 
-OURS = Distillation(
-    divergence_weight=0.25, learning_rate=2e-4, alignment=Alignment(layers="even", count=8, weight=10.0)
-)
-RECIPES = {
-    "known": (Strategy(distillation=Distillation(divergence_weight=1.0, train_embeddings=True)), 1024),
-    "ours": (Strategy(distillation=OURS), 256),
-    "hand_designed": (load_strategy("hand_designed"), 256),
+STORE = report.REPORTS / "student-init.jsonl"
+RECIPES = {"logits": trials.LOGITS, "narrow": load_strategy("narrow").distillation}
+DEPTH = 22 / 30
+BASE = "22 layers, even"
+INITS = {f"22 layers, {layers}": Init(depth=DEPTH, layers=layers) for layers in ("even", "contiguous", "influence")}
+INITS |= {
+    "30 layers, FFN 70%": Init(depth=1.0, ffn=0.7),
+    "30 layers, 6 of 9 heads, FFN 85%": Init(depth=1.0, heads=2 / 3, ffn=0.85),
+    "30 layers, 80% of the width": Init(depth=1.0, width=0.8),
+    "22 layers, from scratch": Init(source="scratch", depth=DEPTH),
 }
-# 22 of 30 layers, or 1088 of 1536 neurons.
-INITS = {f"22 layers, {layers}": Init(depth=22 / 30, layers=layers) for layers in ("even", "contiguous", "influence")}
-INITS["30 layers, FFN 70%"] = Init(depth=1.0, ffn=0.7)
 
 
 def main() -> None:
-    """Trains every student with every recipe and writes the report."""
+    """Trains what is missing and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=24576)
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--tokens", type=int, default=6144)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--recipe", choices=RECIPES, default="logits")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--report", action="store_true", help="only the report of what is there")
     arguments = parser.parse_args()
-    lines = []
-    for title in arguments.recipes:
-        recipe, batch = RECIPES[title]
-        strategies = {f"{title}: {name}": replace(recipe, init=init) for name, init in INITS.items()}
-        for one in trials.run(strategies, tokens=arguments.tokens, batch_tokens=batch, workers=arguments.workers):
-            lines.append(
-                [one.name, f"{one.perplexity:.2f}", f"{one.accuracy:.4f} ± {one.stderr:.4f}", f"{one.agreement:.3f}"]
-            )
-    titles = ["recipe and student", "perplexity", "accuracy", "agreement with the teacher"]
+    recipe = RECIPES[arguments.recipe]
+    strategies = {}
+    for name, init in INITS.items():
+        if init.width < 1 and recipe.alignment:
+            continue  # states of another width would need projections, which the recipe has not
+        scratch = init.source == "scratch"
+        strategies[name] = Strategy(init=init, distillation=replace(recipe, train_embeddings=scratch))
+    seeds = range(0 if arguments.report else arguments.seeds)
+    trials.run(strategies, tokens=arguments.tokens, seeds=seeds, workers=arguments.workers, store=STORE)
+    found = trials.named(STORE, strategies, tokens=arguments.tokens)
+    said = trials.LOGITS_SAID if arguments.recipe == "logits" else 'the recipe of the named strategy "narrow"'
     print(
         report.write(
             "student-init",
             "How a smaller student begins, at equal tokens",
             [
-                f"SmolLM2-135M, {arguments.tokens:,} training tokens each, one seed, validation documents that no "
-                "training sequence shares; packed as the recipe finishes, or as 16-bit GGUF.",
-                report.table(titles, sorted(lines)),
+                f"SmolLM2-135M, {arguments.tokens:,} training tokens each: {said}. {trials.judged(found)}",
+                trials.table(found, BASE),
+                trials.verdicts(found, BASE),
             ],
         )
     )

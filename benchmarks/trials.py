@@ -2,35 +2,74 @@
 
 from __future__ import annotations
 
+import json
+import math
 import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import over_seeds
+import pyarrow as pa
+import report
+
+from autodistill.applied import probe_deployment
+from autodistill.contracts import SEQUENCE_LENGTH
+from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.records.store import RunFolder
-from autodistill.search.prepare import Clock, Observer, plan_run, prepare_trials
+from autodistill.search.prepare import plan_run, prepare_trials
+from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest, check_request
-from autodistill.strategy import Strategy
-from autodistill.trial import Trial, TrialSetting, TrialTask, Workbench, probe_deployment
+from autodistill.strategy import Distillation, Strategy
+from autodistill.trial import Trial, Workbench
+from autodistill.trial_data import TrialSetting, TrialTask
 from autodistill.units import Budget
+
+# What constructions and alignments are compared under: the losses of the default space's start without its alignment.
+LOGITS = Distillation(divergence_weight=0.25, learning_rate=2e-4)
+LOGITS_SAID = "forward KL from a cached top-64 (0.25, T 1) with cross-entropy, rate 2e-4, steps of one sequence"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One trained strategy on validation, under the deployment it finishes on (or the widest)."""
+    """One trained strategy on validation, under the deployment it finishes on (or the widest).
+
+    Attributes:
+        name: What the program calls it.
+        strategy: Its id.
+        seed: Of data order and projections.
+        tokens, batch_tokens, eval_tokens: Trained on, of a step, and read of validation.
+        deployment: How it was packed.
+        accuracy, stderr, perplexity, agreement: Of its next tokens.
+        train_seconds: Of training alone.
+        signal_bytes: Of the teacher's logits on disk for each predicted token, at one temperature.
+    """
 
     name: str
+    strategy: str
     seed: int
+    tokens: int
+    batch_tokens: int
+    eval_tokens: int
     deployment: str
     accuracy: float
     stderr: float
     perplexity: float
     agreement: float
     train_seconds: float
+    signal_bytes: float
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What is not trained twice."""
+        return self.strategy, self.seed, self.tokens, self.batch_tokens, self.eval_tokens
 
 
 _bench: Workbench | None = None
@@ -43,43 +82,147 @@ def _open(setting: TrialSetting) -> None:
 
 def _train(name: str, task: TrialTask) -> Result:
     assert _bench is not None
-    report = Trial(_bench, task).run(len(_bench.setting.plan.rungs) - 1)
-    evaluation = report.evaluation
+    plan = _bench.setting.plan
+    told = Trial(_bench, task).run(len(plan.rungs) - 1)
+    evaluation = told.evaluation
     figures = evaluation.measurements
     return Result(
         name=name,
+        strategy=task.strategy.id,
         seed=task.seed,
+        tokens=plan.tokens,
+        batch_tokens=plan.batch_tokens,
+        eval_tokens=plan.eval_tokens,
         deployment=evaluation.deployment.name,
         accuracy=figures["accuracy"].value,
         stderr=figures["accuracy"].stderr or float("nan"),
         perplexity=figures["perplexity"].value,
         agreement=figures["agreement"].value,
-        train_seconds=report.seconds["train"],
+        train_seconds=told.seconds["train"],
+        signal_bytes=signal_bytes(_bench.setting.cache, task.strategy.distillation),
     )
+
+
+def signal_bytes(cache: Path | None, recipe: Distillation) -> float:
+    """Bytes a predicted token of what a recipe reads of the teacher's logits, as they lie in a cache."""
+    if cache is None or not recipe.weighs_teacher or recipe.signal == "online":
+        return 0.0
+    settings = TeacherCache(cache).settings
+    batch = pa.ipc.open_file(pa.memory_map(str(cache / "outputs.arrow"))).get_batch(0)
+    held = {name: batch.column(name).nbytes / len(batch) for name in batch.schema.names}
+    if recipe.signal == "states":
+        return held["final"]
+    one = held["log_sum"] / len(settings.temperatures)
+    if recipe.signal == "sampled":
+        return held[f"drawn_{recipe.signal_tokens}"] + one
+    return (held["ids"] + held["below_maximum"]) * recipe.signal_tokens / settings.top_k + one
+
+
+def kept(store: Path) -> list[Result]:
+    """What earlier calls have written."""
+    return [Result(**json.loads(line)) for line in store.read_text().splitlines()] if store.exists() else []
+
+
+def by_seed(results: Iterable[Result], figure: str) -> dict[str, dict[int, float]]:
+    """One figure of each strategy by its name, and by seed."""
+    found: dict[str, dict[int, float]] = {}
+    for one in sorted(results, key=lambda one: one.seed):
+        found.setdefault(one.name, {})[one.seed] = getattr(one, figure)
+    return found
+
+
+def named(store: Path, strategies: Mapping[str, Strategy], *, tokens: int) -> list[Result]:
+    """The results of these strategies at so many tokens, under their names and in their order."""
+    names = {strategy.id: name for name, strategy in strategies.items()}
+    found = [one for one in kept(store) if one.strategy in names and one.tokens == tokens]
+    order = list(strategies)
+    return sorted((replace(one, name=names[one.strategy]) for one in found), key=lambda one: order.index(one.name))
+
+
+def judged(results: Sequence[Result]) -> str:
+    """On what results were judged, in sentences."""
+    evaluated = ", ".join(f"{tokens:,}" for tokens in sorted({one.eval_tokens for one in results}))
+    packed = ", ".join(sorted({one.deployment for one in results}))
+    return (
+        f"Judged on {evaluated} tokens of validation documents that no training sequence shares, packed as {packed}. "
+        "Figures are means over seeds (of data order, projections and random weights) and their standard errors; "
+        "differences are paired by seed, and clear where chance would bring them about less than once in twenty "
+        "(Student's t)."
+    )
+
+
+def table(results: Sequence[Result], base: str) -> str:
+    """Accuracy, perplexity and agreement of each case, and how far the first two are from those of the base."""
+    accuracy, perplexity, agreement = (by_seed(results, name) for name in ("accuracy", "perplexity", "agreement"))
+    rows = []
+    for name in dict.fromkeys(one.name for one in results):
+        row = [name, len(accuracy[name])]
+        for figures, digits in ((accuracy, 4), (perplexity, 2)):
+            row.append(over_seeds.mean(list(figures[name].values()), digits))
+            off = over_seeds.paired(figures[name], figures[base])
+            row.append("" if name == base else over_seeds.mean(off, digits, sign=True))
+        rows.append([*row, over_seeds.mean(list(agreement[name].values()), 3)])
+    titles = ["case", "seeds", "accuracy", f"less {base}", "perplexity", f"less {base}", "agreement with the teacher"]
+    return report.table(titles, rows)
+
+
+def verdicts(results: Sequence[Result], base: str) -> str:
+    """Which differences in accuracy, and in the logarithm of perplexity, are clear: a sentence for each case."""
+    accuracy, perplexity = by_seed(results, "accuracy"), by_seed(results, "perplexity")
+    sentences = []
+    for name in dict.fromkeys(one.name for one in results):
+        if name == base:
+            continue
+        points = over_seeds.paired(accuracy[name], accuracy[base])
+        losses = [
+            math.log(perplexity[name][seed] / perplexity[base][seed])
+            for seed in sorted(perplexity[name].keys() & perplexity[base].keys())
+        ]
+        said = [
+            f"{over_seeds.mean(values, digits, factor=factor, sign=True)} {unit} "
+            f"({'clear' if over_seeds.is_clear(values) else 'not clear'})"
+            for values, digits, factor, unit in ((points, 2, 100, "points of accuracy"), (losses, 4, 1, "nats a token"))
+        ]
+        sentences.append(f"- {name}, less {base}: {', '.join(said)}.")
+    return "\n".join(sentences)
 
 
 def run(
     strategies: Mapping[str, Strategy],
     *,
     tokens: int,
-    seeds: tuple[int, ...] = (0,),
+    seeds: Iterable[int] = (0,),
     workers: int = 2,
-    batch_tokens: int | None = None,
-    eval_tokens: int = 8192,
+    batch_tokens: int = SEQUENCE_LENGTH,
+    eval_tokens: int = 4096,
     teacher: str = "smollm2",
     data: str = "pydoc",
+    store: Path | None = None,
 ) -> list[Result]:
-    """Trains every strategy with every seed; prints a line for each that ends.
+    """Trains every strategy with every seed, a seed of all of them after the other; prints a line for each that ends.
 
     Args:
         strategies: By name.
         tokens: Training tokens of each.
         seeds: Of data order and projections.
         workers: Processes, each with an even share of the cores.
-        batch_tokens: Tokens of an optimiser step; the search's own by default.
+        batch_tokens: Tokens of an optimiser step.
         eval_tokens: Validation tokens read.
         teacher, data: References.
+        store: JSONL file that each result is appended to; what it has is not trained again.
     """
+    tokens = tokens // batch_tokens * batch_tokens
+    wanted = {
+        (strategy.id, seed, tokens, batch_tokens, eval_tokens): (name, strategy)
+        for seed in seeds
+        for name, strategy in strategies.items()
+    }
+    earlier = [] if store is None else kept(store)
+    # A strategy may have got another name since.
+    done = [replace(one, name=wanted[one.key][0]) for one in earlier if one.key in wanted]
+    missing = {key: wanted[key] for key in wanted.keys() - {one.key for one in done}}
+    if not missing:
+        return done
     with tempfile.TemporaryDirectory() as folder:
         request = SearchRequest(
             budget=Budget(memory_bytes=16 * 10**9),
@@ -87,45 +230,54 @@ def run(
             data=data,
             trials=1,
             tokens=tokens,
+            step_tokens=batch_tokens,
             runner="inline",
             out=Path(folder),
             name="trials",
         )
         checked = check_request(request)
         # No teacher rows are wanted, and every state that one of the strategies aligns to.
-        space = replace(checked.space, deployments=checked.space.deployments[:1], baselines=dict(strategies))
+        space = replace(
+            checked.space,
+            deployments=checked.space.deployments[:1],
+            dimensions=(),
+            starts={},
+            baselines={name: strategies[name] for name, _ in missing.values()},
+        )
         deployments = checked.space.deployments
         checked = replace(checked, space=space)
         with RunFolder.create(request.out, checked.name) as run_folder:
             clock = Clock(time.monotonic(), lambda text: None)
-            ready = prepare_trials(checked, plan_run(checked, run_folder, clock, Observer()), run_folder, clock)
-            plan = ready.setting.plan
-            plan = replace(plan, threads=max(1, plan.threads // workers))
-            if batch_tokens:
-                plan = replace(plan, batch_tokens=batch_tokens)
-            setting = replace(ready.setting, plan=plan)
-            results = []
+            planned = plan_run(checked, run_folder, clock, Observer())
+            plan = replace(
+                planned.plan, threads=max(1, planned.plan.threads // workers), eval_tokens=eval_tokens, tokens=tokens
+            )
+            setting = prepare_trials(checked, replace(planned, plan=plan), run_folder, clock).setting
+            results = list(done)
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(workers, context, initializer=_open, initargs=(setting,)) as pool:
                 futures = []
-                for index, (name, strategy) in enumerate(strategies.items()):
+                for index, key in enumerate(key for key in wanted if key in missing):
+                    name, strategy = missing[key]
                     probe = probe_deployment(strategy, deployments)
-                    for seed in seeds:
-                        task = TrialTask(
-                            id=f"x{index:03d}-{seed}",
-                            strategy=strategy,
-                            seed=seed,
-                            deployments=(probe,),
-                            probe=probe,
-                            straight=True,
-                        )
-                        futures.append(pool.submit(_train, name, task))
+                    task = TrialTask(
+                        id=f"x{index:03d}",
+                        strategy=strategy,
+                        seed=key[1],
+                        deployments=(probe,),
+                        probe=probe,
+                        straight=True,
+                    )
+                    futures.append(pool.submit(_train, name, task))
                 for future in as_completed(futures):
                     result = future.result()
                     results.append(result)
+                    if store is not None:
+                        with store.open("a") as file:
+                            file.write(json.dumps(asdict(result)) + "\n")
                     print(
-                        f"[{len(results)}/{len(futures)}] {result.name}: accuracy {result.accuracy:.4f}, "
-                        f"perplexity {result.perplexity:.2f}, {result.train_seconds:.0f} s",
+                        f"[{len(results)}/{len(wanted)}] {result.name}, seed {result.seed}: accuracy "
+                        f"{result.accuracy:.4f}, perplexity {result.perplexity:.2f}, {result.train_seconds:.0f} s",
                         file=sys.stderr,
                         flush=True,
                     )

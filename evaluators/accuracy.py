@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -10,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from autodistill.evaluators.offline import compute
 
-from autodistill.contracts import Measurement, Needs, Subject
-from autodistill.statistics import clustered_mean
+from autodistill.contracts import Measurement, Needs, Quantity, Subject
+from autodistill.statistics import clustered_mean, per_document
 from autodistill.strategy import Deployment
 
 
@@ -36,6 +37,7 @@ class Accuracy:
 
     name = "accuracy"
     needs: Needs = "scores"
+    measures: Mapping[str, Quantity] = {"accuracy": Quantity("fraction", "max")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Reads the scores' correct tokens."""
@@ -51,7 +53,12 @@ class Accuracy:
                 direction="max",
                 source="simulated",
                 stderr=result["stderr"],
-                detail={"tokens": scores.correct.size, "documents": np.unique(scores.documents).size},
+                detail={
+                    "split": subject.split,
+                    "tokens": scores.correct.size,
+                    "documents": np.unique(scores.documents).size,
+                },
+                documents=per_document(scores.correct, scores.documents),
             ),
         )
 

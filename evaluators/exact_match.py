@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -10,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from autodistill.evaluators.offline import compute
 
-from autodistill.contracts import Measurement, Needs, Subject
-from autodistill.statistics import clustered_mean
+from autodistill.contracts import Measurement, Needs, Quantity, Subject
+from autodistill.statistics import clustered_mean, per_document
 from autodistill.strategy import Deployment
 
 
@@ -36,6 +37,7 @@ class ExactMatch:
 
     name = "exact_match"
     needs: Needs = "answers"
+    measures: Mapping[str, Quantity] = {"exact_match": Quantity("fraction", "max")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Reads the marks of the answers."""
@@ -51,7 +53,8 @@ class ExactMatch:
                 direction="max",
                 source="simulated",
                 stderr=result["stderr"],
-                detail={"questions": answers.marks.size, "mean_mark": result["mean_mark"]},
+                detail={"split": subject.split, "questions": answers.marks.size, "mean_mark": result["mean_mark"]},
+                documents=per_document(answers.marks >= 1, answers.documents),
             ),
         )
 

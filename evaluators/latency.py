@@ -1,70 +1,77 @@
-"""Latency of the exported student in llama.cpp: time to first token, and decode time of each token after it."""
+"""Latency of the exported student in the runtime that serves it: first tokens, tokens after them, whole answers."""
 
 from __future__ import annotations
 
-import numpy as np
-import psutil
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import replace
 
-from autodistill.contracts import Measurement, Needs, Subject
-from autodistill.llama_cpp import LlamaServer
+from autodistill.budget import DeviceBudget
+from autodistill.contracts import Direction, Measurement, Needs, Quantity, Subject
+from autodistill.hardware import detect
 from autodistill.strategy import Deployment
+from autodistill.timing import Load, time_serving
 
-_PROMPT_TOKENS = 128
-_DECODED_TOKENS = 64
-_ROUNDS = 3
+_LIMITED_PROMPT = 512  # of prompts whose first token is limited, as is predicted of them
 
 
 class Latency:
-    """Measures "latency_ms" (95th percentile of decode time per token), "ttft_ms" (median) and "tokens_per_second".
+    """Measures "latency_ms" (95th percentile of decode time per token), "ttft_ms" (median), "answer_ms" (median) and
+    "tokens_per_second" at one stream, and what the budget limits at its streams.
 
-    One stream, greedy, three rounds of a prompt of 128 tokens and 64 decoded ones, after one that warms up. llama.cpp's
-    threads wait for each other, so the figures hold only where nothing else runs on their cores: the detail states the
-    load average from before the measurement, beside threads and context.
+    Greedy, three answers of 48 tokens to a prompt of 64, after a short one that warms up; a budget that limits the
+    first token has prompts of 512. The detail of each has all that was timed: first tokens by length of prompt,
+    percentiles and rates by number of streams, threads, context, machine and runtime, and why the figures are doubtful
+    where other work ran meanwhile or rounds differ. Nothing of this project runs beside it: a search measures once its
+    trials have ended and their workers are gone.
     """
 
     name = "latency"
     needs: Needs = "artefact"
+    measures: Mapping[str, Quantity] = {
+        "latency_ms": Quantity("ms", "min"),
+        "ttft_ms": Quantity("ms", "min"),
+        "answer_ms": Quantity("ms", "min"),
+        "tokens_per_second": Quantity("tokens/s", "max"),
+    }
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Times the artefact.
 
         Raises:
-            VerificationError: llama.cpp cannot load the artefact.
+            VerificationError: The runtime cannot load the artefact.
         """
         if subject.artefact is None:
             raise ValueError("latency is measured on an artefact, and the subject has none")
-        load = psutil.getloadavg()[0]
-        prompt = [index % subject.spec.vocabulary for index in range(_PROMPT_TOKENS)]
-        with LlamaServer(subject.artefact, subject.budget.context, subject.threads) as server:
-            _, *rounds = [server.time_tokens(prompt, _DECODED_TOKENS) for _ in range(_ROUNDS + 1)]
-        steps = np.array([step for timing in rounds for step in timing.step_ms])
-        p50, p95 = (float(value) for value in np.percentile(steps, (50, 95)))
-        detail = {
-            "runtime": "llama.cpp",
-            "threads": subject.threads,
-            "context": subject.budget.context,
-            "streams": 1,
-            "prompt_tokens": _PROMPT_TOKENS,
-            "decoded_tokens": steps.size,
-            "p50_ms": p50,
-            "p95_ms": p95,
-            "load_average": load,
-        }
-        first = float(np.median([timing.prompt_ms for timing in rounds]))
-        rate = 1000 / float(np.mean(steps))
-        return (
-            Measurement(name="latency_ms", value=p95, unit="ms", direction="min", source="measured", detail=detail),
-            Measurement(name="ttft_ms", value=first, unit="ms", direction="min", source="measured", detail=detail),
-            Measurement(
-                name="tokens_per_second",
-                value=rate,
-                unit="tokens/s",
-                direction="max",
-                source="measured",
-                detail=detail,
-            ),
+        limits = subject.budget.latency if isinstance(subject.budget, DeviceBudget) else ()
+        load = Load(streams=tuple(sorted({1, *(limit.streams for limit in limits)})))
+        if any(limit.quantity == "ttft" for limit in limits):
+            load = replace(load, prompt=_LIMITED_PROMPT)
+        timed = time_serving(
+            subject.artefact,
+            subject.deployment.runtime,
+            load,
+            vocabulary=subject.spec.vocabulary,
+            context=min(subject.budget.context, subject.spec.max_context),
+            threads=subject.threads,
+        )
+        detail = timed.to_json()
+        alone = timed.alone
+        figures: tuple[tuple[str, float, str, Direction], ...] = (
+            ("latency_ms", alone.tpot_ms(95), "ms", "min"),
+            ("ttft_ms", alone.ttft_ms(50), "ms", "min"),
+            ("answer_ms", alone.answer_ms, "ms", "min"),
+            ("tokens_per_second", alone.tokens_per_second, "tokens/s", "max"),
+            *((limit.name, 1e3 * timed.seconds(limit), "ms", "min") for limit in limits),
+        )
+        return tuple(
+            Measurement(name=name, value=value, unit=unit, direction=direction, source="measured", detail=detail)
+            for name, value, unit, direction in figures
         )
 
     def supports(self, deployment: Deployment) -> bool:
-        """Whether llama.cpp serves the deployment."""
-        return deployment.runtime == "llama.cpp"
+        """Whether the runtime that serves the deployment is here."""
+        if deployment.runtime == "vllm" and not detect().accelerator:
+            return False
+        module = {"llama.cpp": "xllamacpp", "transformers": "transformers", "vllm": "vllm"}.get(deployment.runtime)
+        return module is not None and importlib.util.find_spec(module) is not None

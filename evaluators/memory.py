@@ -1,60 +1,81 @@
-"""Memory of the deployed student: predicted, or added up from what llama.cpp says it allocated."""
+"""Memory of the deployed student: predicted, or measured in the runtime that serves it."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 
-from autodistill.contracts import Measurement, Needs, Source, Subject
+from autodistill.contracts import Measurement, Needs, Quantity, Source, Subject
 from autodistill.llama_cpp import LlamaServer
+from autodistill.python_server import PythonServer
 from autodistill.serving_memory import MemoryEstimate, memory
 from autodistill.strategy import Deployment
+
+_PROMPT = 512  # tokens that llama.cpp reads at once, which fill its compute buffer
 
 
 class Memory:
     """Measures "memory_bytes" at the budget's context and batch, with its parts as detail.
 
-    It is predicted, unless the artefact is a GGUF file: then llama.cpp loads it, and weights, KV cache and compute
-    buffers are those of its log. What its process takes beyond them is the estimate's in both cases.
+    It is predicted, unless there is an artefact whose runtime states it. llama.cpp loads a GGUF file and reads a
+    prompt: weights, KV cache and compute buffers are those of its log, and the overhead is what its process had at its
+    peak beyond them. transformers loads a folder and reads prompts that fill the context: the peak of its process since
+    it was loaded (or of the GPU's memory) is the sum, its parts but the compute buffers are the estimate's. What vLLM
+    takes is what it is given, so that there the figure stays predicted.
     """
 
     name = "memory"
     needs: Needs = "spec"
+    measures: Mapping[str, Quantity] = {"memory_bytes": Quantity("bytes", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Predicts, or loads the artefact.
 
         Raises:
             InputError: The format cannot hold one of the tensors.
-            VerificationError: llama.cpp cannot load the artefact.
+            VerificationError: The runtime cannot load the artefact.
         """
         context, batch = subject.budget.context, subject.budget.batch
         estimate = memory(subject.spec, subject.deployment, context=context, batch=batch)
-        if subject.artefact is None or subject.artefact.suffix != ".gguf":
+        runtime = subject.deployment.runtime
+        if subject.artefact is None or runtime not in ("llama.cpp", "transformers"):
             return (_measurement(estimate, "predicted"),)
-        with LlamaServer(subject.artefact, context, subject.threads, batch) as server:
-            buffers = server.buffers()
-        measured = MemoryEstimate(
-            weights_bytes=buffers.model_bytes,
-            kv_cache_bytes=buffers.kv_bytes,
-            compute_bytes=buffers.compute_bytes + buffers.output_bytes,
-            overhead_bytes=estimate.overhead_bytes,
-            runtime=estimate.runtime,
-            context=context,
-            batch=batch,
-        )
-        return (_measurement(measured, "measured"),)
+        if runtime == "llama.cpp":
+            with LlamaServer(subject.artefact, context, subject.threads, batch) as server:
+                server.begin([_prompt(subject, min(_PROMPT, context - 1))])
+                buffers, peak, accelerated = server.buffers(), server.peak_bytes(), server.accelerated
+            compute = buffers.compute_bytes + buffers.output_bytes
+            measured = replace(
+                estimate,
+                weights_bytes=buffers.model_bytes,
+                kv_cache_bytes=buffers.kv_bytes,
+                compute_bytes=compute,
+                overhead_bytes=max(0, peak - buffers.total_bytes),
+            )
+            return (_measurement(measured, "measured", accelerated),)
+        with PythonServer(subject.artefact, runtime, context, subject.threads, batch) as folder:
+            folder.begin([_prompt(subject, context - 1)] * batch)
+            folder.step()
+            peak, accelerated = folder.peak_bytes(), folder.accelerated
+        rest = peak - estimate.total_bytes + estimate.compute_bytes
+        return (_measurement(replace(estimate, compute_bytes=rest), "measured", accelerated),)
 
     def supports(self, deployment: Deployment) -> bool:
-        """Every deployment's memory can be predicted."""
+        """Every deployment's memory can at least be predicted."""
         return True
 
 
-def _measurement(parts: MemoryEstimate, source: Source) -> Measurement:
+def _prompt(subject: Subject, length: int) -> list[int]:
+    return [index % subject.spec.vocabulary for index in range(max(1, length))]
+
+
+def _measurement(parts: MemoryEstimate, source: Source, accelerated: bool = False) -> Measurement:
+    where = {"device_class": "discrete-gpu" if accelerated else "cpu"} if source == "measured" else {}
     return Measurement(
         name="memory_bytes",
         value=float(parts.total_bytes),
         unit="bytes",
         direction="min",
         source=source,
-        detail=asdict(parts),
+        detail=asdict(parts) | where,
     )

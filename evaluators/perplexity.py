@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -11,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from autodistill.evaluators.offline import compute
 
-from autodistill.contracts import Measurement, Needs, Subject
-from autodistill.statistics import clustered_mean
+from autodistill.contracts import Measurement, Needs, Quantity, Subject
+from autodistill.statistics import clustered_mean, per_document
 from autodistill.strategy import Deployment
 
 
@@ -34,10 +35,16 @@ class TokenPerplexity(evaluate.Metric):
 
 
 class Perplexity:
-    """Measures "perplexity" over all predicted tokens of the split, each in the context of its own sequence alone."""
+    """Measures "perplexity" over all predicted tokens of the split, each in the context of its own sequence alone.
+
+    In the words of strided windows, the stride is the window, a sequence: its first tokens have little context, so that
+    this is higher than a perplexity with a smaller stride, which a task file asks for. Paired differences are those of
+    its logarithm, the mean negative log-likelihood in nats.
+    """
 
     name = "perplexity"
     needs: Needs = "scores"
+    measures: Mapping[str, Quantity] = {"perplexity": Quantity("perplexity", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Reads the scores' log-likelihoods."""
@@ -53,7 +60,15 @@ class Perplexity:
                 direction="min",
                 source="simulated",
                 stderr=result["stderr"],
-                detail={"tokens": scores.nll.size, "documents": np.unique(scores.documents).size},
+                detail={
+                    "split": subject.split,
+                    "tokens": scores.nll.size,
+                    "documents": np.unique(scores.documents).size,
+                    # Each sequence is read once and on its own.
+                    "window": scores.window,
+                    "stride": scores.window,
+                },
+                documents={**per_document(scores.nll, scores.documents), "unit": "nats"},
             ),
         )
 

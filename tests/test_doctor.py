@@ -103,3 +103,14 @@ def test_the_json_says_the_same(tmp_path: Path) -> None:
 def test_the_machine_is_the_one_that_runs_this(tmp_path: Path) -> None:
     found = by_name(tmp_path, tmp_path)
     assert 1 <= int(found["cores"].detail) <= psutil.cpu_count()
+
+
+def test_storage_and_cluster_are_looked_at_where_they_are_named(tmp_path: Path) -> None:
+    found = {item.name: item for item in examine(tmp_path, tmp_path, f"file://{tmp_path}/shared", "127.0.0.1:1")}
+    assert found["storage"].ok
+    assert not found["cluster"].ok
+    assert "no Ray cluster answers at 127.0.0.1:1" in found["cluster"].detail
+    (tmp_path / "file").touch()
+    wrong = {item.name: item for item in examine(tmp_path, tmp_path, f"file://{tmp_path}/file/below")}["storage"]
+    assert not wrong.ok
+    assert "cannot write into the storage" in wrong.detail

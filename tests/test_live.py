@@ -9,16 +9,21 @@ from autodistill.contracts import Status
 from autodistill.live import SearchView
 
 
-def trial(status: Status | None = None, *, running: bool = False, rung: int = -1, seconds: float = 0.0) -> Any:
-    return SimpleNamespace(status=status, running=running, rung=rung, train_seconds=seconds)
+def trial(
+    status: Status | None = None, *, running: bool = False, rung: int = -1, seconds: float = 0.0, tokens: int = 0
+) -> Any:
+    task = SimpleNamespace(length=1.0)
+    return SimpleNamespace(
+        status=status, running=running, rung=rung, train_seconds=seconds, trained_tokens=tokens, task=task
+    )
 
 
 def campaign(metric: str = "accuracy", deadline: float | None = 1000.0, confirm: int = 0) -> Any:
-    """Two workers; 768 tokens at the last rung, 256 at the first."""
+    """Two workers; 768 tokens at the last rung, 256 at the first, of which a fork trained its decay alone."""
     trials = [
-        trial(Status.COMPLETED, rung=1, seconds=6.0),
-        trial(Status.STOPPED, rung=0, seconds=2.0),
-        trial(rung=0, seconds=2.0),
+        trial(Status.COMPLETED, rung=1, seconds=6.0, tokens=900),
+        trial(Status.STOPPED, rung=0, seconds=3.0, tokens=256),
+        trial(rung=0, seconds=1.0, tokens=64),
         trial(running=True),
         trial(Status.REJECTED),
         trial(Status.FAILED),
@@ -46,18 +51,18 @@ def shown(given: Any, *, best: float | None = 0.4, baseline: float | None = 0.37
 
 
 def test_a_person_sees_phase_trials_quality_speed_and_time_left() -> None:
-    # (768 + 256 + 256) tokens in 10 seconds of each of two workers; the deadline, then export and test.
+    # (900 + 256 + 64) tokens in 10 seconds of each of two workers; the deadline, then export and test.
     assert shown(campaign()) == [
         "teacher cache",
         "worth a line",
         "trials: 1 of 10 done, 1 running, 2 stopped, 1 rejected, 1 failed; "
-        "accuracy: best 0.4000, baseline 0.3750, teacher 0.5000; 256 tokens/s, 1m 24s left",
+        "accuracy: best 0.4000, baseline 0.3750, teacher 0.5000; 244 tokens/s, 1m 24s left",
         "test split: 1m 24s left",
     ]
 
 
 def test_the_teacher_is_shown_by_the_metric_that_it_was_scored_on() -> None:
-    assert "perplexity: best 12.0000; 256 tokens/s" in shown(campaign("perplexity", None), best=12.0, baseline=None)[2]
+    assert "perplexity: best 12.0000; 244 tokens/s" in shown(campaign("perplexity", None), best=12.0, baseline=None)[2]
 
 
 def test_further_seeds_count_among_what_is_to_be_done() -> None:

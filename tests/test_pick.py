@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from autodistill.contracts import ModelSpec
 from autodistill.devices import devices, find_device
 from autodistill.errors import InputError, NothingFitsError
-from autodistill.estimate import spec_from_config
+from autodistill.estimate import config_of, spec_from_config
 from autodistill.pick import Candidate, Wanted, pick, pick_tiers, solve, stored
+from autodistill.records.measurements import Measured
+from autodistill.records.recalibration import Overhead
 from autodistill.records.row import Row, to_parquet
 from autodistill.records.store import EventLog, write_json
 from autodistill.roofline import speed
@@ -104,7 +106,7 @@ def test_another_load_is_solved_anew_from_the_shape() -> None:
     solved = solve(candidate(row("a", 0.5, 400)), wanted)
     assert solved is not None
     assert solved.needs["memory"] == memory(SPEC, DEPLOYMENT, context=4096, batch=3).total_bytes
-    assert solved.source == "predicted"
+    assert solved.sources["memory"] == "predicted"
     # What a measurement differed by stays.
     before = memory(SPEC, DEPLOYMENT, context=2048, batch=1).total_bytes
     measured = solve(candidate(row("a", 0.5, before / 1e6 + 5, memory_source="measured")), wanted)
@@ -198,3 +200,124 @@ def test_less_is_better_where_the_run_says_so() -> None:
         for name, value in (("a", 20.0), ("b", 15.0), ("c", math.inf))
     ]
     assert pick(board, Wanted(memory_bytes=10**9))["pick"]["row_id"] == "b"
+
+
+@pytest.mark.parametrize(("metric", "direction"), [("accuracy", "max"), ("perplexity", "min")])
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf, -math.inf])
+def test_what_was_not_measured_is_never_picked(
+    tmp_path: Path, metric: str, direction: str, missing: float | None
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    teacher = {"reference": "/nowhere", "fingerprint": "t"}
+    write_json(folder / "search.json", {"metric": metric, "direction": direction, "teacher": teacher})
+    whole = [row("a", 0.5, 400), row("b", 0.4, 300)]
+    broken = [row("broken", 0.0, 1), row("weightless", 0.5, 1, memory_bytes=None)]
+    rows = [replace(one, **{"accuracy": None, metric: one.accuracy}) for one in (*whole, broken[1])]
+    rows.append(replace(broken[0], **{"accuracy": None, metric: missing}))
+    to_parquet(rows, folder / "leaderboard.parquet")
+    answer = pick(stored(tmp_path), Wanted(memory_bytes=10**9))
+    assert answer["pick"]["row_id"] == {"max": "a", "min": "b"}[direction]
+    assert answer["unknown"] == (1 if direction == "max" else 0)
+
+
+def test_a_row_measured_on_the_device_is_held_to_that_and_one_of_another_is_not() -> None:
+    device = find_device("pi 4", devices())
+    loads = [{"streams": 1, "tpot_p95_ms": 7.0, "ttft_p95_ms": 90.0}]
+    timed = {"latency_source": "measured", "other": {"latency_detail": {"loads": loads}}}
+    here = candidate(row("a", 0.5, 400, machine=device.name, **timed))
+    wanted = Wanted(memory_bytes=10**9, device=device, latency=parse_latency("tpot_p95=1s"))
+    found = solve(here, wanted)
+    assert found is not None
+    assert (found.needs["tpot_p95=1.0s@streams=1"], found.sources["tpot_p95=1.0s@streams=1"]) == (0.007, "measured")
+    elsewhere = solve(candidate(row("a", 0.5, 400, machine="another", **timed)), wanted)
+    assert elsewhere is not None
+    assert (
+        elsewhere.needs["tpot_p95=1.0s@streams=1"] == speed(SPEC, DEPLOYMENT, device, context=2048).decode_ms_high / 1e3
+    )
+    # Of several streams it was not timed, so that is predicted even here.
+    several = solve(here, replace(wanted, latency=parse_latency("tpot_p95=1s@streams=4")))
+    assert several is not None
+    assert several.sources["tpot_p95=1.0s@streams=4"] == "predicted"
+
+
+def test_predictions_are_corrected_by_what_was_measured_on_the_device() -> None:
+    device = find_device("pi 4", devices())
+    step = speed(SPEC, DEPLOYMENT, device, context=100)
+    read = speed(SPEC, DEPLOYMENT, device, context=64, prompt=64)
+    measured = Measured(
+        student="x",
+        name="x",
+        shape=config_of(SPEC),
+        deployment=DEPLOYMENT.to_json(),
+        size_bytes=memory(SPEC, DEPLOYMENT, context=1, batch=1).weights_bytes,
+        machine=device.name,
+        how="llama-bench",
+        threads=4,
+        prompt=64,
+        context=100,
+        ttft_ms=3 * read.time_to_first_token_ms,
+        tpot_ms=2 * step.decode_ms,
+        tpot_p95_ms=2 * step.decode_ms,
+        tokens_per_second=1.0,
+        prompt_tokens_per_second=1.0,
+    )
+    plain = Wanted(memory_bytes=10**9, device=device, latency=parse_latency("ttft_p50=9s,tpot_p50=9s"))
+    before, after = (solve(BOARD[0], wanted) for wanted in (plain, replace(plain, measured=(measured,))))
+    assert before is not None
+    assert after is not None
+    ratios = [after.needs[name] / before.needs[name] for name in before.needs if name != "memory"]
+    assert ratios == pytest.approx([3, 2], rel=0.02)
+    assert set(after.sources.values()) == {"predicted", "corrected"}
+
+
+def test_predicted_memory_has_the_overhead_that_pairs_speak_for() -> None:
+    pairs = {("cpu", "llama.cpp"): Overhead(correction_bytes=10_000_000, margin_bytes=2_000_000, pairs=4)}
+    wanted = Wanted(memory_bytes=410_000_000, overheads=pairs)
+    answer = pick(BOARD, wanted)
+    assert answer["pick"]["row_id"] == "b"  # a's 400 MB would need 412
+    assert answer["memory_overhead"] == {"correction_bytes": 10_000_000, "margin_bytes": 2_000_000, "pairs": 4}
+    measured = [candidate(row("m", 0.9, 405, memory_source="measured")), *BOARD]
+    assert pick(measured, wanted)["pick"]["row_id"] == "m"
+    # Of a device of another class they say nothing.
+    other = replace(wanted, device=find_device("4090", devices()))
+    assert pick(BOARD, other)["pick"]["row_id"] == "a"
+
+
+def test_a_row_s_own_shape_goes_before_its_teacher(tmp_path: Path) -> None:
+    run_folder(tmp_path / "runs", "one", [row("a", 0.5, 400, shape=config_of(SPEC))], str(tmp_path / "gone"))
+    (found,) = stored(tmp_path / "runs")
+    assert found.shape() == SPEC
+    answer = pick([found], Wanted(memory_bytes=10**9, context=4096))
+    assert answer["pick"]["memory_bytes"] == memory(SPEC, DEPLOYMENT, context=4096, batch=1).total_bytes
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.lists(st.tuples(st.floats(0, 1), st.floats(1, 1000), st.booleans()), min_size=1, max_size=8),
+    limit=st.floats(20, 1000),
+    context=st.sampled_from([512, 2048, 4096]),
+    streams=st.integers(1, 4),
+    milliseconds=st.integers(1, 200),
+    correction=st.integers(-(10**7), 10**7),
+)
+def test_what_is_picked_exceeds_no_limit(rows, limit, context, streams, milliseconds, correction) -> None:
+    board = [
+        candidate(row(f"r{index}", accuracy, size, memory_source="measured" if known else "predicted"))
+        for index, (accuracy, size, known) in enumerate(rows)
+    ]
+    wanted = Wanted(
+        memory_bytes=int(limit * 1e6),
+        context=context,
+        streams=streams,
+        device=find_device("i9-13900k", devices()),
+        latency=parse_latency(f"{milliseconds}ms", streams),
+        overheads={("cpu", "llama.cpp"): Overhead(correction_bytes=correction, margin_bytes=10**6, pairs=3)},
+    )
+    try:
+        answer = pick(board, wanted)
+    except NothingFitsError:
+        return
+    for one in filter(None, (answer["pick"], answer["runner_up"])):
+        assert all(one["needs"][name] <= allowed for name, allowed in one["limits"].items())
+        assert min(one["margins"].values()) >= -1e-12

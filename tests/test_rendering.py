@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from autodistill.conversations import Conversation, Turn, asked
+from autodistill.conversations import Conversation, Told, Turn, asked, told_of
 from autodistill.errors import InputError
-from autodistill.rendering import Renderer
+from autodistill.rendering import Rendered, Renderer
 from autodistill.testing import tiny_tokenizer
 
 HEAD = "{% for message in messages %}<s>{{ message.role }}\n"
@@ -129,3 +130,58 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id is None
     with pytest.raises(InputError, match="no EOS token to end an answer with"):
         Renderer(tmp_path)
+
+
+def _told(renderer: Renderer, tokens: list[int], vocabulary: str | None = None) -> Told:
+    """Of each token itself, and of the one after it in the vocabulary."""
+    top = [[(token, -0.5), (token + 1, -1.5)] for token in tokens]
+    return told_of(vocabulary or renderer.vocabulary, tokens, top)
+
+
+def _answer_ids(rendered: Rendered) -> list[int]:
+    return rendered.tokens[rendered.last_start :][: rendered.last_answer].tolist()
+
+
+def test_what_was_told_stands_at_the_last_answers_tokens(tmp_path: Path) -> None:
+    renderer = _renderer(tmp_path, TEMPLATE)
+    (plain,) = renderer.render([LONG])
+    ids = _answer_ids(plain)[:-1]  # nothing is told of the token that ends it
+    (rendered,) = renderer.render([replace(LONG, told=_told(renderer, ids))])
+    assert np.array_equal(rendered.tokens, plain.tokens)
+    assert rendered.told is not None
+    places = range(plain.last_start, plain.last_start + len(ids))
+    assert np.flatnonzero(rendered.told.ids[:, 0] >= 0).tolist() == list(places)
+    assert rendered.told.ids[places].tolist() == [[token, token + 1] for token in ids]
+    assert rendered.told.log_p[places].tolist() == [[-0.5, -1.5]] * len(ids)
+
+
+def test_what_was_told_counts_up_to_the_first_other_token(tmp_path: Path) -> None:
+    renderer = _renderer(tmp_path, TEMPLATE)
+    (plain,) = renderer.render([LONG])
+    ids = _answer_ids(plain)[:-1]
+    other = [*ids[:3], ids[3] + 1, *ids[4:]]
+    heard = []
+    for tokens in (other, [ids[0] + 1, *ids[1:]], ids + ids):
+        (rendered,) = renderer.render([replace(LONG, told=_told(renderer, tokens))])
+        heard.append(0 if rendered.told is None else int((rendered.told.ids[:, 0] >= 0).sum()))
+    # Of the last, told for longer than the answer, the token that ends it differs.
+    assert heard == [3, 0, len(ids)]
+
+
+def test_tokens_told_under_another_numbering_say_nothing(tmp_path: Path) -> None:
+    renderer = _renderer(tmp_path / "one", TEMPLATE)
+    ids = _answer_ids(renderer.render([LONG])[0])
+    (rendered,) = renderer.render([replace(LONG, told=_told(renderer, ids, "another"))])
+    assert rendered.told is None
+    # The template has no part in the numbering, and a further token has.
+    assert _renderer(tmp_path / "two", None).vocabulary == renderer.vocabulary
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["more"])
+    tokenizer.save_pretrained(tmp_path / "three")
+    assert Renderer(tmp_path / "three").vocabulary != renderer.vocabulary
+
+
+def test_tokens_told_beyond_the_tokenizer_are_refused(tmp_path: Path) -> None:
+    renderer = _renderer(tmp_path, TEMPLATE)
+    with pytest.raises(InputError, match="tokens beyond the tokenizer's 300"):
+        renderer.render([replace(LONG, told=_told(renderer, [299]))])

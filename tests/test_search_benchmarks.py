@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau
 
+from autodistill.applied import probe_deployment, student_spec
 from autodistill.contracts import Decision
 from autodistill.strategy import Strategy
-from autodistill.trial import probe_deployment, student_spec
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 Load = Callable[[str], ModuleType]

@@ -128,3 +128,15 @@ def test_memory_grows_with_context_and_streams(
 
     assert total(context, batch) <= total(context + more, batch)
     assert total(context, batch) < total(context, batch + more)
+
+
+@settings(deadline=None, max_examples=40)
+@given(context=st.integers(1, 4000), batch=st.integers(1, 8), tied=st.booleans())
+def test_memory_grows_with_the_bits_of_weights_and_cache(context: int, batch: int, tied: bool) -> None:
+    spec = shape(SIZES, tied=tied).spec
+    forms = ("gguf-q4_0", "gguf-q4_1", "gguf-q5_1", "gguf-q8_0", "gguf-f16")
+    by_weights = [memory(spec, deployment_named(form), context=context, batch=batch).total_bytes for form in forms]
+    assert by_weights == sorted(set(by_weights))
+    kinds = ("q4_0", "q8_0", "f16")
+    by_cache = [memory(spec, Q8, context=context, batch=batch, kv_type=kind).total_bytes for kind in kinds]
+    assert by_cache == sorted(set(by_cache))

@@ -480,3 +480,15 @@ def test_starts_lie_in_the_space_and_count_in_its_hash(tmp_path):
     data = space.to_json() | {"starts": ["from_scratch"]}
     with pytest.raises(InputError, match="from_scratch lies outside of the space"):
         Space.from_json(data)
+
+
+def test_lengths_are_multiples_of_the_plans_tokens_the_plans_own_always_among_them():
+    dimensions = {"init.depth": {"low": 0.5, "high": 0.8}}
+    plain, longer = space_of(dimensions), space_of(dimensions, lengths=[2, 1.5])
+    assert plain.lengths == (1.0,)
+    assert longer.lengths == (1.0, 1.5, 2.0)
+    assert longer.hash != plain.hash
+    assert Space.from_json(longer.to_json()) == longer
+    for wrong in ([0.5], ["2"], [True], [101], 2):
+        with pytest.raises(InputError, match="multiples of the plan's tokens"):
+            space_of(dimensions, lengths=wrong)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from autodistill.statistics import clustered_mean
+from autodistill.statistics import clustered_bootstrap, clustered_mean, per_document
 
 
 def test_independent_values_have_the_ordinary_standard_error() -> None:
@@ -39,3 +39,19 @@ def test_one_document_has_no_standard_error() -> None:
 def test_no_values_have_no_mean() -> None:
     with pytest.raises(ValueError, match="no values"):
         clustered_mean(np.zeros(0), np.zeros(0, dtype=np.int32))
+
+
+def test_the_bootstrap_of_a_mean_is_the_closed_form() -> None:
+    dice = np.random.default_rng(4)
+    documents = np.repeat(np.arange(60, dtype=np.int32), dice.integers(5, 40, size=60))
+    values = dice.normal(size=documents.size) + np.repeat(dice.normal(size=60), np.bincount(documents))
+    parts = np.column_stack([np.bincount(documents, weights=values), np.bincount(documents)])
+    stderr = clustered_bootstrap(lambda sums: sums[:, 0] / sums[:, 1], parts)
+    assert stderr == pytest.approx(clustered_mean(values, documents)[1], rel=0.1)
+    assert clustered_bootstrap(lambda sums: sums[:, 0], parts[:1]) is None
+
+
+def test_sums_by_document() -> None:
+    documents = np.array([3, 3, 7], dtype=np.int32)
+    assert per_document(np.array([True, True, False]), documents) == {"ids": [3, 7], "count": [2, 1], "sum": [2, 0]}
+    assert per_document(np.array([0.1, 0.2, 1e-9]), documents)["sum"] == [0.3, 0.0]

@@ -239,7 +239,18 @@ RULES = [
     ("distillation.divergence", "jsd", "mixture must lie between 0 and 1 for jsd"),
     ("distillation", {"divergence": "taid", "mixture": 1.0}, "mixture must lie between 0 and 1"),
     ("distillation", {"mixture": 0.5}, "be 0 for forward_kl and reverse_kl, not 0.5 for forward_kl"),
-    ("distillation.signal", "cloud", "top-k, sampled, states, online"),
+    ("distillation.signal", "cloud", "top-k, sampled, states, online, written"),
+    ("distillation", {"signal": "written"}, "and written, which has those that were told, not 64 for written"),
+    (
+        "distillation",
+        {"signal": "written", "signal_tokens": 0, "temperature": {"start": 2.0, "end": 2.0}},
+        "goes from 2 to 2, but writers tell their log-probabilities at 1",
+    ),
+    (
+        "distillation",
+        {"signal": "written", "signal_tokens": 0, "standardise": True},
+        "which written lacks: use the signal states or online",
+    ),
     ("distillation.signal", "online", "signal_tokens must be above 0 for top-k and sampled and 0 for states"),
     ("distillation.signal_tokens", 0, "signal_tokens must be above 0"),
     ("distillation", {"signal": "sampled", "divergence": "reverse_kl"}, "no unbiased estimate: use the signal states"),
@@ -375,11 +386,14 @@ def test_the_likeliest_tokens_are_approximate_but_for_forward_kl_up_to_temperatu
     assert Distillation(divergence="reverse_kl").approximation.startswith("reverse_kl of 64 tokens and the rest")
     warm = Distillation(temperature=Temperature(shape="linear", start=5.0, end=1.0))
     assert warm.approximation.startswith("forward_kl of 64 tokens and the rest")
+    told = Distillation(signal="written", signal_tokens=0, divergence="jsd", mixture=0.5)
+    assert told.approximation == "jsd of the tokens told and the rest as one outcome: a lower bound"
     for exact in (
         Distillation(),
         Distillation(temperature=Temperature(start=0.7, end=0.7)),
         Distillation(signal="sampled"),
         Distillation(divergence="reverse_kl", **full),
         Distillation(divergence="reverse_kl", divergence_weight=0.0),
+        Distillation(signal="written", signal_tokens=0),
     ):
         assert exact.approximation is None

@@ -118,3 +118,23 @@ def test_a_7_6b_teachers_bytes_by_hand() -> None:
     assert fit.weights_bytes == fit.held_bytes == 2 * matrices + 4 * vectors
     with pytest.raises(InputError, match="even in 16 bits"):
         fit_teacher(spec, stored="bfloat16", sequence_length=256, machine=_machine(16e9))
+
+
+def test_several_processes_share_weights_and_sequences_but_not_what_is_whole_for_a_moment() -> None:
+    alone = list(training_fits(spec(), sequence_length=256, sequences=8))
+    together = list(training_fits(spec(), sequence_length=256, sequences=8, processes=4))
+    assert [(way.micro_batch, way.optimizer_state) for way in together] == [
+        (2, "float32"),
+        (1, "float32"),
+        (1, "float32"),
+    ]
+    weights, table = 1_543_714_304, 233_373_696
+    layer = (weights - table) // 28
+    least = together[-1].estimate
+    assert least.weights_bytes == weights + 4 * (2 * table + 3 * layer)
+    assert (least.gradients_bytes, least.optimizer_bytes) == (weights, 2 * weights)
+    assert least.activations_bytes == alone[-1].estimate.activations_bytes
+    # A student that one GPU of 24 GB cannot train in float32 states is trained by four.
+    assert fit_training(spec(), sequence_length=256, sequences=8, limit_bytes=24 * 10**9, processes=4).micro_batch == 2
+    with pytest.raises(InputError, match="over 4 processes"):
+        fit_training(spec(), sequence_length=256, sequences=8, limit_bytes=8 * 10**9, processes=4)

@@ -17,42 +17,33 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill import plugins
 from autodistill import trial as trial_module
+from autodistill.applied import check_strategy, probe_deployment, student_spec, with_own
 from autodistill.codes import deployed
-from autodistill.contracts import Answers
+from autodistill.contracts import Answers, TeacherReference
 from autodistill.data import Prepared, load_split, prepare, resolve_data
 from autodistill.distillation import signals
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.held import load_held
 from autodistill.distillation.quantization import fake_quantize_learned
 from autodistill.distillation.schedule import branch_point
-from autodistill.distillation.scoring import score
+from autodistill.distillation.scoring import refer, score
 from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import holdable, spec_from_config
+from autodistill.evaluation import deployed_weights, evaluate
 from autodistill.export.verify import verify
 from autodistill.formats import Grid, get_format
 from autodistill.plugins import load
 from autodistill.space import load_strategy
 from autodistill.stages import open_stages
+from autodistill.statistics import per_document
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Init, Lora, Strategy
+from autodistill.students import save_student, student_folder
 from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.trial import (
-    Trial,
-    TrialSetting,
-    TrialTask,
-    Workbench,
-    check_strategy,
-    deployed_weights,
-    evaluate,
-    per_document,
-    probe_deployment,
-    save_student,
-    student_folder,
-    student_spec,
-    with_own,
-)
+from autodistill.trial import Trial, Workbench
+from autodistill.trial_data import TrialSetting, TrialTask
 from autodistill.units import Budget
 
 LENGTH = 32
@@ -78,14 +69,14 @@ class Lab:
     teacher: Path
     data: Prepared
     cache: Path
-    top1: Path
+    reference: Path
     plan: object
 
     def setting(self, folder: Path, **changes) -> TrialSetting:
         setting = TrialSetting(
             teacher=self.teacher,
             teacher_spec=spec_from_config(json.loads((self.teacher / "config.json").read_text())),
-            teacher_top1=self.top1,
+            teacher_reference=self.reference,
             teacher_accuracy=0.5,
             data=self.data.folder,
             cache=self.cache,
@@ -118,9 +109,9 @@ def lab(tmp_path_factory, workshop):
         root=folder / "cache",
         limit_bytes=10**8,
     )
-    _, top1 = score(load_model(teacher, torch.float32), load_split(data.folder, "validation"))
-    np.save(folder / "top1.npy", top1)
-    return Lab(teacher, data, cache, folder / "top1.npy", plan)
+    _, reference = refer(load_model(teacher, torch.float32), load_split(data.folder, "validation"))
+    reference.save(folder / "reference.npz")
+    return Lab(teacher, data, cache, folder / "reference.npz", plan)
 
 
 def _task(strategy=STRATEGY, **changes):
@@ -189,9 +180,9 @@ def test_an_evaluation_is_that_of_the_unpacked_weights(lab, deployment):
     model, _ = build_student(lab.teacher, STRATEGY.init)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     data = load_split(lab.data.folder, "validation")
-    top1 = np.load(lab.top1)
+    reference = TeacherReference.load(lab.reference)
     evaluation, scores = evaluate(
-        model, spec, deployment, data, top1, budget=setting.budget, evaluators=setting.evaluators
+        model, spec, deployment, data, reference, budget=setting.budget, evaluators=setting.evaluators
     )
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -207,7 +198,7 @@ def test_an_evaluation_is_that_of_the_unpacked_weights(lab, deployment):
     found = {name: measurement.value for name, measurement in evaluation.measurements.items()}
     chosen = logits.argmax(-1)
     assert found["accuracy"] == pytest.approx(float((chosen == labels).double().mean()), abs=2e-3)
-    assert found["agreement"] == pytest.approx((chosen.numpy() == top1).mean(), abs=2e-3)
+    assert found["agreement"] == pytest.approx((chosen.numpy() == reference.top1).mean(), abs=2e-3)
     assert found["perplexity"] == pytest.approx(np.exp(nll.mean()), rel=1e-4)
     assert evaluation.deployment == deployment
     assert sum(evaluation.documents["count"]) == len(nll)
@@ -338,10 +329,12 @@ def test_the_saved_student_is_what_was_evaluated(lab, tmp_path):
     folder = student_folder(tmp_path / "t000")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     data = load_split(lab.data.folder, "validation").head(512)
-    top1 = np.load(lab.top1)[: data.tokens[:, 1:].size]
+    reference = TeacherReference.load(lab.reference).head(data.tokens[:, 1:].size)
     spec = student_spec(STRATEGY, setting.teacher_spec)
     for deployment in ALL:
-        again, _ = evaluate(model, spec, deployment, data, top1, budget=setting.budget, evaluators=setting.evaluators)
+        again, _ = evaluate(
+            model, spec, deployment, data, reference, budget=setting.budget, evaluators=setting.evaluators
+        )
         later = trial.evaluate(deployment)
         assert again == later.evaluation
         assert (later.rung, later.tokens, later.steps) == (2, report.tokens, ())
@@ -432,20 +425,20 @@ def test_the_export_holds_the_weights_that_a_learned_grid_was_trained_on(lab, tm
     # The student is evaluated with them under its own grid, as the saved folder is, and without them under others.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     data = load_split(lab.data.folder, "validation").head(512)
-    top1 = np.load(lab.top1)[: data.tokens[:, 1:].size]
+    reference = TeacherReference.load(lab.reference).head(data.tokens[:, 1:].size)
     for deployment in (own, F16):
         again, _ = evaluate(
             model,
             spec,
             deployment,
             data,
-            top1,
+            reference,
             budget=setting.budget,
             evaluators=setting.evaluators,
             scales=read_scales(folder, deployment),
         )
         assert again == trial.evaluate(deployment).evaluation
-    plain, _ = evaluate(model, spec, own, data, top1, budget=setting.budget, evaluators=setting.evaluators)
+    plain, _ = evaluate(model, spec, own, data, reference, budget=setting.budget, evaluators=setting.evaluators)
     assert report.evaluation == trial.evaluate(own).evaluation != plain
 
 
@@ -643,6 +636,29 @@ def test_a_trial_that_shares_a_stage_is_the_trial_that_trained_all_of_it(lab, tm
     assert _kept(tmp_path / "shared", "stage") == [192, 384, 576]
 
 
+def test_a_longer_trial_goes_on_past_the_plan_and_is_that_which_trained_all_of_it(lab, tmp_path):
+    plan = replace(lab.plan, lengths=(1.0, 1.25))
+    results = []
+    for folder, stage in (("shared", "stage"), ("apart", "")):
+        bench = Workbench(lab.setting(tmp_path / folder, plan=plan))
+        parent = Trial(bench, _task(straight=True, stage=stage)).run(2)
+        longer = Trial(bench, _task(id="t000x1.25", straight=True, length=1.25, stage=stage))
+        report = longer.run(2)
+        assert longer.evaluate(F16).tokens == 960
+        results.append((parent, report))
+    (parent, shared), (_, apart) = results
+    assert (shared.tokens, shared.evaluation) == (apart.tokens, apart.evaluation)
+    assert shared.tokens == 960
+    assert (shared.shared, shared.trained) == (576, 960 - 576)
+    assert apart.trained == 960
+    assert shared.evaluation != parent.evaluation
+    # Its decay branches off a quarter before its own end, and its schedules keep the values of the plan's.
+    assert _kept(tmp_path / "shared", "stage") == [192, 384, 576, 704]
+    ends = {step.tokens: step for step in shared.steps}
+    assert ends[704].learning_rate == RECIPE.learning_rate
+    assert ends[960].learning_rate < RECIPE.learning_rate / 2
+
+
 def test_a_trial_that_passes_rungs_leaves_a_checkpoint_at_each_for_others(lab, tmp_path):
     bench = Workbench(lab.setting(tmp_path))
     Trial(bench, _task(id="b000", straight=True, stage="stage")).run(2)
@@ -713,10 +729,10 @@ def quiz(lab, tmp_path_factory):
         root=folder / "cache",
         limit_bytes=10**8,
     )
-    _, top1 = score(teacher, load_split(data.folder, "validation"))
-    np.save(folder / "top1.npy", top1)
+    _, reference = refer(teacher, load_split(data.folder, "validation"))
+    reference.save(folder / "reference.npz")
     plan = replace(lab.plan, sequence_length=128, batch_tokens=256, tokens=768, rungs=(256, 768), keep=(1,))
-    return Lab(lab.teacher, data, cache, folder / "top1.npy", plan)
+    return Lab(lab.teacher, data, cache, folder / "reference.npz", plan)
 
 
 def test_a_trial_answers_questions_in_writing_where_that_is_asked_for(quiz, tmp_path):
@@ -724,8 +740,8 @@ def test_a_trial_answers_questions_in_writing_where_that_is_asked_for(quiz, tmp_
     bench = Workbench(setting)
     report = Trial(bench, _task()).run(0)
     evaluation = report.evaluation
-    data, top1 = bench.held_out(quiz.plan.rung_eval_tokens)
-    assert len(top1) == data.predicted < data.tokens[:, 1:].size
+    data, reference = bench.held_out(quiz.plan.rung_eval_tokens)
+    assert len(reference.top1) == data.predicted < data.tokens[:, 1:].size
     measured = evaluation.measurements["exact_match"]
     assert measured.detail["questions"] == len(data.questions.entries) == len(evaluation.documents["ids"])
     assert evaluation.documents["metric"] == "exact_match"

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,14 +24,22 @@ from transformers import AutoModelForCausalLM
 
 from autodistill import writing
 from autodistill.cli import main
-from autodistill.conversations import asked
+from autodistill.conversations import asked, told_of
+from autodistill.data import load_split, prepare
 from autodistill.distillation.generation import Sampling
+from autodistill.distillation.student import build_student
+from autodistill.distillation.trainer import Trainer
 from autodistill.documents import resolve_data
 from autodistill.endpoint import Choice, Reply
 from autodistill.errors import EndpointError, InputError
 from autodistill.export.gguf import GgufExporter
-from autodistill.strategy import Deployment
-from autodistill.testing import save_tiny_teacher, tiny_tokenizer
+from autodistill.rendering import Renderer
+from autodistill.search.request import SearchRequest
+from autodistill.search.search import search
+from autodistill.space import load_strategy
+from autodistill.strategy import Deployment, Init, Strategy
+from autodistill.testing import save_tiny_teacher, small_plan, tiny_tokenizer
+from autodistill.units import Budget
 from autodistill.writing import WriteRequest, write_data
 
 CHATML = (
@@ -217,8 +226,54 @@ def test_log_probabilities_are_kept_where_the_tokens_match_and_text_alone_otherw
     assert first["tokens"] == tiny_tokenizer()("paints")["input_ids"]
     (e,) = tiny_tokenizer()("e")["input_ids"]
     assert first["top"] == [[[token, -0.5], [e, -2.0]] for token in first["tokens"]]
+    assert first["vocabulary"] == Renderer(Path(request_.teacher)).vocabulary
     assert records[PROMPTS[1]]["signal"] == "text"
     assert "top" not in records[PROMPTS[1]]
+
+
+def test_log_probabilities_come_through_to_the_token_sets(
+    request_: WriteRequest, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many written answers every other one with log-probabilities, each of which is found at its token again."""
+    prompts = [f"{prompt} {number}" for number in range(40) for prompt in PROMPTS[:2]]
+    Path(request_.prompts).write_text("\n".join(prompts))
+    _canned(monkeypatch, {p: _told(f"paints {i}") if i % 2 else f"repairs {i}" for i, p in enumerate(prompts)})
+    write_data(replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", top_k=2))
+    answers = [record["messages"][-1]["content"] for record in _records(request_.out)]
+    source = resolve_data(str(request_.out))
+    prepared = prepare(source, teacher, "t", 64, tmp_path / "cache")
+    tokenizer, (e,) = tiny_tokenizer(), tiny_tokenizer()("e")["input_ids"]
+    for split, info in prepared.splits.items():
+        data = load_split(prepared.folder, split)
+        assert data.told is not None
+        heard = data.told.ids[:, :, 0] >= 0
+        assert info.answers == int(data.answers[:, 1:].sum())
+        assert info.told == heard.sum() > 0
+        assert {answers[owner][:6] for owner in np.unique(data.documents[heard])} == {"paints"}
+        assert np.array_equal(data.told.ids[heard][:, 0], data.tokens[heard])
+        assert (data.told.ids[heard][:, 1] == e).sum() == (data.tokens[heard] != e).sum()
+        assert (data.told.log_p[heard][:, 0] == -0.5).all()
+        owners = np.unique(data.documents[heard])
+        expected = [len(tokenizer(answers[owner])["input_ids"]) for owner in owners]
+        assert info.told == sum(expected)
+    train = prepared.splits["train"]
+    assert prepared.notes[-1] == (
+        f"of {train.answers} answer tokens to learn from, {train.told} have their writer's log-probabilities, and "
+        f"{train.answers - train.told} their text alone"
+    )
+    # Other log-probabilities of the same text are other data.
+    lines = request_.out.read_text()
+    request_.out.write_text(lines.replace("-0.5]", "-0.25]"))
+    assert resolve_data(str(request_.out)).fingerprint != source.fingerprint
+    request_.out.write_text(lines.replace("[[", "[").replace("]]", "]"))
+    with pytest.raises(InputError, match=r"line \d+ of .* has log-probabilities that cannot be read"):
+        resolve_data(str(request_.out))
+
+
+def test_what_is_as_good_as_impossible_is_one_of_the_rest() -> None:
+    told = told_of("v", [7, 8, 9], [[(7, -0.1), (3, -9999.0)], [(8, math.nan)], [(9, 1e-9), (4, -math.inf)]])
+    assert told.likeliest.ids.tolist() == [[7], [-1], [9]]
+    assert told.likeliest.log_p.tolist() == [[pytest.approx(-0.1)], [0.0], [0.0]]
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -329,6 +384,77 @@ def test_llama_cpps_own_server_writes_with_log_probabilities(
                 assert said == pytest.approx(float(row[other]), abs=0.05)
     assert main(line.split()) == 0
     assert json.loads(capfd.readouterr().out)["kept"] == 3
+
+
+def test_a_student_learns_from_what_llama_cpps_own_server_told(
+    request_: WriteRequest,
+    teacher: Path,
+    llama_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    Path(request_.prompts).write_text("\n".join(f"{prompt} {number}" for number in range(45) for prompt in PROMPTS))
+    sampling = Sampling(temperature=0.7, top_p=1.0, seed=1)
+    remote = replace(request_, endpoint=llama_url, model="tiny", max_tokens=40, top_k=20, sampling=sampling)
+    assert write_data(remote)["top-k"] > 10
+    # A random model hardly ends by itself: what it has said is taken for whole answers.
+    records = [record for record in _records(remote.out) if record["signal"] == "top-k"]
+    for record in records:
+        answer = {"role": "assistant", "content": record.pop("cut", None) or record["messages"][-1]["content"]}
+        record["messages"] = [*(record.pop("asked", None) or record["messages"][:-1]), answer]
+    said = [{key: value for key, value in record.items() if key != "signal"} for record in records[::5]]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in [*records, *said]))
+
+    # A student that is the teacher itself is at the least of the divergence, where float16 leaves little. A sequence
+    # has no room for a second record, of which the server knew nothing.
+    prepared = prepare(resolve_data(str(data)), teacher, "t", 64, tmp_path / "cache")
+    train = load_split(prepared.folder, "train")
+    trained = {}
+    for depth in (1.0, 2 / 3):
+        strategy = Strategy(
+            init=Init(depth=depth), distillation=replace(load_strategy("written").distillation, divergence_weight=1.0)
+        )
+        model, kept = build_student(teacher, strategy.init)
+        trainer = Trainer(
+            model,
+            kept=kept,
+            teacher_layers=3,
+            teacher_width=64,
+            strategy=strategy,
+            plan=small_plan(sequence_length=64, tokens=train.tokens.size, batch_tokens=train.tokens.size),
+            data=train,
+            cache=None,
+            seed=0,
+        )
+        (record,) = trainer.train_stable(train.tokens.size)
+        trained[depth] = record.divergence * train.predicted / prepared.splits["train"].told
+    assert trained[1.0] < 0.002
+    assert trained[2 / 3] > 20 * trained[1.0]
+
+    plain = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
+    space = {"name": "one", "dimensions": {"init.depth": {"choices": [0.8]}}, "deployments": [plain]}
+    (tmp_path / "one.yaml").write_text(json.dumps(space))
+    asked_for = SearchRequest(
+        budget=Budget(memory_bytes=10**9, context=256),
+        strategy="written",
+        space=str(tmp_path / "one.yaml"),
+        teacher=str(teacher),
+        data=str(data),
+        tokens=1024,
+        runner="inline",
+        out=tmp_path / "runs",
+        name="run",
+        cache=tmp_path / "cache",
+    )
+    assert search(asked_for).finish.best.name == "written"
+    counted = json.loads((tmp_path / "runs" / "run" / "search.json").read_text())["data"]["answers"]["train"]
+    assert 0 < counted["with_log_probabilities"] < counted["tokens"]
+
+    data.write_text("".join(json.dumps(record) + "\n" for record in said * 9))
+    with pytest.raises(InputError, match='the signal "written" needs answers with their writer\'s log-probabilities'):
+        search(replace(asked_for, name="other"))
 
 
 def test_the_command_line_says_what_was_done(

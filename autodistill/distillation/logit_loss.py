@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from autodistill.distillation.divergence import Divergence, forward_kl
-from autodistill.distillation.target import Outputs, Target, parts_of
+from autodistill.distillation.target import Outputs, SampledTarget, Target, TopTarget, parts_of
 
 # Logits worked on at once: on a CPU 6 MB of float32, which stays in a core's share of the cache; elsewhere 128 MB, as
 # there it is the number of steps that costs.
@@ -16,7 +16,10 @@ _CPU_CHUNK, _CHUNK = 3 * 2**19, 2**25
 
 
 class LogitLoss(NamedTuple):
-    """Means over the predicted tokens; only `total` carries a gradient."""
+    """Means over the predicted tokens; only `total` carries a gradient.
+
+    A token that nothing of the teacher is heard of has no divergence: it counts as 0.
+    """
 
     total: Tensor
     divergence: Tensor
@@ -31,6 +34,8 @@ def logit_loss(
     divergence: Divergence = forward_kl,
 ) -> LogitLoss:
     """weight * T^2 * divergence + (1 - weight) * cross-entropy, averaged over rows; 0 where there are none.
+
+    Of rows that the target has no outputs for, it is cross-entropy alone.
 
     T^2 keeps the gradient's size independent of T (Hinton et al., arXiv 1503.02531). With standardised logits
     (arXiv 2403.01427) a row's temperature is T times the standard deviation of its logits, which is differentiated
@@ -62,6 +67,7 @@ class _LogitLoss(torch.autograd.Function):
         gradient = torch.empty_like(logits)
         distance = torch.zeros((), dtype=work, device=logits.device)
         cross_entropy = torch.zeros((), dtype=work, device=logits.device)
+        learnt = torch.zeros((), dtype=work, device=logits.device)
         step = max(1, (_CPU_CHUNK if logits.device.type == "cpu" else _CHUNK) // logits.shape[1])
         used = target if weight > 0 else None
         for part, outputs in used.parts(step) if used else ((part, None) for part in parts_of(rows, step)):
@@ -70,23 +76,36 @@ class _LogitLoss(torch.autograd.Function):
             label = labels[part, None]
             label_logit = shifted.gather(1, label)
             chunk_gradient: Tensor | None = None
+            # The share of cross-entropy: a number, or where some rows are not heard, [rows, 1].
+            share: float | Tensor = 1 - weight
+            if used and isinstance(outputs, TopTarget | SampledTarget) and used.temperature == 1:
+                terms = _at_one(shifted, label, label_logit, outputs, divergence, weight, rows)
+                value, gradient[part], surprise = terms
+                distance += value
+                cross_entropy += surprise
+                learnt += (1 - weight) * surprise
+                continue
             if used and outputs:
                 value, chunk_gradient = _distance(shifted, used, outputs, divergence, weight / rows)
                 distance += value
+                if outputs.heard is not None:
+                    share = 1 - weight * outputs.heard[:, None].to(work)
             # At its last use the copy is overwritten by its own exponential.
             exponential = shifted.exp_()
             total = exponential.sum(dim=1, keepdim=True)
-            cross_entropy += (total.log() - label_logit).sum()
-            if weight < 1:
-                exponential *= (1 - weight) / rows / total
-                exponential.scatter_add_(1, label, torch.full_like(label_logit, (weight - 1) / rows))
+            surprise = total.log() - label_logit
+            cross_entropy += surprise.sum()
+            learnt += (share * surprise).sum()
+            if isinstance(share, Tensor) or share > 0:
+                exponential *= share / rows / total
+                exponential.scatter_add_(1, label, torch.zeros_like(label_logit).sub_(share / rows))
                 chunk_gradient = exponential if chunk_gradient is None else chunk_gradient.add_(exponential)
             assert chunk_gradient is not None
             gradient[part] = chunk_gradient
         ctx.save_for_backward(gradient)
         distance /= max(rows, 1)
         cross_entropy /= max(rows, 1)
-        loss = weight * distance + (1 - weight) * cross_entropy
+        loss = weight * distance + learnt / max(rows, 1)
         ctx.mark_non_differentiable(distance, cross_entropy)
         return loss, distance, cross_entropy
 
@@ -94,6 +113,30 @@ class _LogitLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(upstream[0].to(gradient.dtype)), None, None, None, None
+
+
+def _at_one(
+    shifted: Tensor,
+    label: Tensor,
+    label_logit: Tensor,
+    outputs: TopTarget | SampledTarget,
+    divergence: Divergence,
+    weight: float,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergence and gradient of both terms, and cross-entropy, summed over some rows, at temperature 1.
+
+    There the two share their exponentials and sums, so that no pass over the vocabulary is made for the divergence.
+    """
+    found = outputs.spread(shifted, divergence)
+    share = (1 - weight) / rows
+    gradient = shifted.mul_(found.factor * (weight / rows) + share / found.total)
+    added = found.added * (weight / rows)
+    if found.left_out is not None:
+        added.add_(found.left_out, alpha=share)
+    gradient.scatter_add_(1, found.ids, added)
+    gradient.scatter_add_(1, label, torch.full_like(label_logit, -share))
+    return found.value, gradient, (found.total.log() - label_logit).sum()
 
 
 def _distance(

@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from autodistill.codes import BF16_EPSILON
+from autodistill.distillation.sharding import whole
 from autodistill.errors import InputError
 from autodistill.formats import Grid, Role, Scales, Storage, TensorSpec, check_tensor
 
-# Weights handled at once on a CPU: a chunk and its buffers stay in cache, so that each of the ten or so passes costs a
+# Weights handled at once on a CPU: a chunk and its buffers stay in cache, so that each of the six or so passes costs a
 # tenth of a nanosecond a weight, and memory is read and written once; of powers of two around it this was the fastest.
 _CHUNK = 2**18
-# The largest float32 below a half. Of x >= 0, floor(x + this) rounds halves up; with 0.5 the sum itself could do so.
+# The largest float32 below a half: x + this, with the sign of x, cut to an integer rounds halves away from 0. With 0.5
+# the sum itself could be rounded up.
 _BELOW_HALF = 0.5 - 2.0**-25
 
 
-def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
+def fake_quantize(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values that the runtime will see of `weight`, with a straight-through gradient.
 
     The gradient passes unchanged where a weight was rounded and is zero where it was clipped: where weight / scale (+
@@ -32,16 +34,19 @@ def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
     Args:
         weight: [out, in], `in` a multiple of the group size.
         grid: The grid.
+        dtype: What the values are given in.
 
     Returns:
-        float32 [out, in], on a CPU bit for bit `codes.deployed`.
+        [out, in], in float32 on a CPU bit for bit `codes.deployed`.
     """
     if torch.is_grad_enabled() and weight.requires_grad:
-        return _StraightThrough.apply(weight.float(), grid)
-    return _on_grid(weight.float(), grid, None)
+        return _StraightThrough.apply(weight.float(), grid, dtype)
+    return _on_grid(weight.float(), grid, None, dtype=dtype)
 
 
-def fake_quantize_learned(weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
+def fake_quantize_learned(
+    weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The values that the runtime will see of `weight` under a scale that is learned with it.
 
     Let v be weight / scale (+ zero point). Where v lies within qmin to qmax, the gradient of the weight is the incoming
@@ -55,11 +60,12 @@ def fake_quantize_learned(weight: Tensor, scale: Tensor, offset: Tensor | None, 
         scale: float32 [out, groups].
         offset: float32 [out, groups], as stored, on an asymmetric grid; it stays as it is.
         grid: The grid.
+        dtype: What the values are given in.
 
     Returns:
-        float32 [out, in], on a CPU bit for bit `codes.deployed` with these scales, rounded, and offsets.
+        [out, in], in float32 on a CPU bit for bit `codes.deployed` with these scales, rounded, and offsets.
     """
-    return _LearnedStep.apply(weight, scale, offset, grid)
+    return _LearnedStep.apply(weight, scale, offset, grid, dtype)
 
 
 def deploy_tensor(weight: Tensor, storage: Storage, scales: Scales | None = None) -> Tensor:
@@ -95,68 +101,77 @@ def _part(given: _Given, part: slice) -> _Given:
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, grid: Grid) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
         inside = torch.empty(weight.shape, dtype=torch.bool, device=weight.device) if _clips(grid) else None
-        values = _on_grid(weight, grid, inside)
+        values = _on_grid(weight, grid, inside, dtype=dtype)
         ctx.save_for_backward(*(() if inside is None else (inside,)))
         return values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """The gradient as it is, and 0 where a weight was clipped."""
         # Read once: under checkpointing each reading would compute the layer again.
         saved = ctx.saved_tensors
         if not saved:
-            return gradient, None
-        out = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+            return gradient.float(), None, None
+        out = torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
         # As bytes the mask converts to float several times faster than as booleans.
         mask = saved[0].view(torch.int8).view(-1)
         size = _chunk_size(gradient)
         for source, kept, target in zip(
             gradient.reshape(-1).split(size), mask.split(size), out.view(-1).split(size), strict=True
         ):
-            torch.mul(source, kept.float(), out=target)
-        return out, None
+            torch.mul(source.float(), kept.float(), out=target)
+        return out, None, None
 
 
 class _LearnedStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, dtype: torch.dtype
+    ) -> Tensor:
         ctx.grid = grid
         # Codes are computed again in the backward pass: to keep them would take more memory than the weights.
         ctx.save_for_backward(weight, scale, offset)
-        return _on_grid(weight, grid, None, _stored(scale, offset, grid))
+        return _on_grid(weight, grid, None, _stored(scale, offset, grid), dtype=dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Gradients of weights and scales, a group at a time."""
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """Gradients of weights and scales, some groups at a time.
+
+        With z the zero point, q the code less z, x the weight in steps, so that v = x + z, g the incoming gradient and
+        h that of the weight (g where v lies within the codes, else 0), a group's scale gets the sum of g q - h x: where
+        h is g that is round(v) - v times g, elsewhere q times g.
+        """
         weight, scale, offset = ctx.saved_tensors
         grid: Grid = ctx.grid
         size = grid.group(weight.shape[1])
-        given = _stored(scale, offset, grid)
+        stored, offsets = _stored(scale, offset, grid)
+        zero_points = offsets if grid.offset == "zero_point" else None
+        minima = offsets if grid.offset == "minimum" else None
         weight_gradient, scale_gradient = torch.empty_like(weight), torch.empty_like(scale)
         groups, incoming, out = (tensor.reshape(-1, size) for tensor in (weight, gradient, weight_gradient))
         sums = scale_gradient.view(-1)
         rows = max(1, _chunk_size(weight) // size)
-        steps, scratch = torch.empty_like(groups[:rows]), torch.empty_like(groups[:rows])
+        steps, codes = torch.empty_like(groups[:rows]), torch.empty_like(groups[:rows])
+        placed = torch.empty_like(steps) if zero_points is not None else steps
+        ones, (low, high) = torch.ones(size, device=weight.device), _beyond(grid)
         for start in range(0, len(groups), rows):
             part = slice(start, start + rows)
-            target, inside = out[part], scratch[: len(out[part])]
-            step = steps[: len(target)]
-            _, zero_points = _given_steps(groups[part], _part(given, part), grid, step)
-            torch.clamp(step, grid.qmin, grid.qmax, out=target)
-            torch.eq(target, step, out=inside)
-            _round(target, grid)
-            # Of a rounded weight its distance to the code, of a clipped one the code itself.
-            target.addcmul_(step, inside, value=-1)
-            if zero_points is not None and grid.offset == "zero_point":
-                target.sub_(zero_points).addcmul_(inside, zero_points)
-            torch.mul(target, incoming[part], out=step)
-            torch.sum(step, -1, out=sums[part])
-            torch.mul(incoming[part], inside, out=target)
-        return weight_gradient, scale_gradient.mul_(1 / math.sqrt(size * grid.levels)), None, None
+            target, arriving = out[part], incoming[part].float()
+            step, code, place = (buffer[: len(target)] for buffer in (steps, codes, placed))
+            _given_steps(groups[part], (stored[part], None if minima is None else minima[part]), grid, step)
+            if zero_points is not None:
+                torch.add(step, zero_points[part], out=place)
+            torch.ops.aten.hardtanh_backward.grad_input(arriving, place, low, high, grad_input=target)
+            _round(place, grid, code)
+            if zero_points is not None:
+                code.sub_(zero_points[part])
+            code.mul_(arriving).addcmul_(target, step, value=-1)
+            torch.mv(code, ones, out=sums[part])
+        return weight_gradient, scale_gradient.mul_(1 / math.sqrt(size * grid.levels)), None, None, None
 
 
 def _stored(scale: Tensor, offset: Tensor | None, grid: Grid) -> _Given:
@@ -178,7 +193,9 @@ def _chunk_size(tensor: Tensor) -> int:
 
 
 @torch.no_grad()
-def _on_grid(weight: Tensor, grid: Grid, inside: Tensor | None, given: _Given | None = None) -> Tensor:
+def _on_grid(
+    weight: Tensor, grid: Grid, inside: Tensor | None, given: _Given | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Values on the grid; fills the mask `inside` (bool [out, in]) with whether each weight was not clipped.
 
     Args:
@@ -186,38 +203,47 @@ def _on_grid(weight: Tensor, grid: Grid, inside: Tensor | None, given: _Given | 
         grid: The grid.
         inside: bool [out, in], or None.
         given: Stored scales and offsets, or None where they follow from the weights.
+        dtype: What the values are rounded to at last, as autocast would round them: one pass over them instead of two.
     """
-    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     size = grid.group(weight.shape[-1])
     groups, values = weight.reshape(-1, size), out.view(-1, size)
     rows = max(1, _chunk_size(weight) // size)
     mask = None if inside is None else inside.view(torch.int8).view(-1, size)
-    scratch = torch.empty_like(values[:rows])
+    exact = dtype == torch.float32
+    steps = torch.empty_like(groups[:rows])
+    codes = None if exact else torch.empty_like(steps)
+    # What compressed-tensors holds is bfloat16, in float32 as well.
+    brief = torch.empty_like(steps, dtype=torch.bfloat16) if exact and grid.container == "compressed-tensors" else None
     for start in range(0, len(groups), rows):
         part = slice(start, start + rows)
-        target = values[part]
+        step = steps[: len(values[part])]
+        target = values[part] if codes is None else codes[: len(step)]
         if given is None:
-            stored, offsets = _fitted_steps(groups[part], grid, target)
+            stored, offsets = _fitted_steps(groups[part], grid, step)
         else:
-            stored, offsets = _given_steps(groups[part], _part(given, part), grid, target)
+            stored, offsets = _given_steps(groups[part], _part(given, part), grid, step)
         if mask is not None:
             # A comparison written as floats is vectorised, one written as booleans is not.
-            within = scratch[: len(target)]
             if grid.scale_rule == "range":
-                torch.sub(target, (grid.qmin + grid.qmax) / 2, out=within).abs_()
-                torch.le(within, (grid.qmax - grid.qmin + 1) / 2, out=within)
+                torch.clamp(step, grid.qmin - 0.5, grid.qmax + 0.5, out=target)
+                torch.eq(target, step, out=target)
             else:
                 # No weight lies below the codes: the scale is chosen from the largest magnitude.
-                torch.le(target, grid.qmax + 0.5, out=within)
-            mask[part].copy_(within)
-        _round(target, grid)
+                torch.le(step, grid.qmax + 0.5, out=target)
+            mask[part].copy_(target)
+        _round(step, grid, target)
+        if exact:
+            target.add_(0.0)  # a code of 0 is never -0
         if offsets is not None and grid.offset == "zero_point":
             target.sub_(offsets)
         target.mul_(stored)
         if offsets is not None and grid.offset == "minimum":
             target.add_(offsets)
-        if grid.container == "compressed-tensors":
-            target.copy_(target.bfloat16())
+        if brief is not None:
+            target.copy_(brief[: len(step)].copy_(target))
+        elif codes is not None:
+            values[part].copy_(target)
     return out
 
 
@@ -278,15 +304,23 @@ def _signed_absmax(groups: Tensor) -> Tensor:
     return largest
 
 
-def _round(steps: Tensor, grid: Grid) -> None:
-    """Rounds in place to codes, as `codes.quantize` does; a code of 0 is never -0."""
+def _round(steps: Tensor, grid: Grid, out: Tensor) -> None:
+    """Rounds to codes, as `codes.quantize` does, but that a code of 0 may be -0."""
     if grid.rounding == "half_up":
-        steps.add_(0.5 - grid.qmin).floor_().clamp_(0, grid.qmax - grid.qmin).add_(grid.qmin)
+        torch.add(steps, 0.5 - grid.qmin, out=out).floor_().clamp_(0, grid.qmax - grid.qmin).add_(grid.qmin)
     elif grid.rounding == "half_even":
-        steps.clamp_(grid.qmin, grid.qmax).round_().add_(0.0)
+        torch.clamp(steps, grid.qmin, grid.qmax, out=out).round_()
     else:
-        sign = steps.sign()
-        steps.abs_().add_(_BELOW_HALF).floor_().clamp_(max=grid.qmax).mul_(sign).add_(0.0)
+        torch.add(steps, torch.sign(steps, out=out), alpha=_BELOW_HALF, out=out).clamp_(-grid.qmax, grid.qmax)
+        # What is left of a number as an integer: by far faster than trunc.
+        out.copy_(out.to(torch.int8))
+
+
+def _beyond(grid: Grid) -> tuple[float, float]:
+    """The float32 numbers next to the codes' bounds, outside of them."""
+    bounds, sides = torch.tensor([grid.qmin, grid.qmax]).float(), torch.tensor([-math.inf, math.inf])
+    low, high = torch.nextafter(bounds, sides).tolist()
+    return low, high
 
 
 class FakeQuantized:
@@ -316,17 +350,25 @@ class FakeQuantized:
         self.scale: nn.Parameter | None = None
         self._offset: Tensor | None = None
         self._kept: tuple[tuple[int, int], Tensor] | None = None
-        if learned and self._values().requires_grad:
-            scales, self._offset = fitted_scales(self._values().detach(), grid)
+        if learned and self._values(master).requires_grad:
+            scales, self._offset = fitted_scales(whole(self._values(master).detach()), grid)
             self.scale = nn.Parameter(scales)
 
-    def __call__(self) -> Tensor:
-        """The quantised weight; that of a frozen master is computed once, until the master's values change."""
+    def __call__(self, held: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The quantised weight; that of a frozen master is computed once, until the master's values change.
+
+        Args:
+            held: Of a master that is sharded over processes the whole weight, as its module holds it now.
+            dtype: What it is computed with, and so given in.
+        """
+        held = self.master if held is None else held
         if self.scale is not None:
-            return fake_quantize_learned(self._values(), self.scale, self._offset, self.grid)
+            return fake_quantize_learned(self._values(held), self.scale, self._offset, self.grid, dtype)
         if self.master.requires_grad or self._change is not None:
             self._kept = None
-            return fake_quantize(self._values(), self.grid)
+            return fake_quantize(self._values(held), self.grid, dtype)
+        if held is not self.master:
+            return deploy_tensor(held, self.grid)
         state = (self.master._version, self.master.data_ptr())
         if self._kept is None or self._kept[0] != state:
             # What inference mode makes, autograd cannot use later.
@@ -334,8 +376,8 @@ class FakeQuantized:
                 self._kept = (state, deploy_tensor(self.master, self.grid))
         return self._kept[1]
 
-    def _values(self) -> Tensor:
-        return self.master if self._change is None else self._change(self.master)
+    def _values(self, held: Tensor) -> Tensor:
+        return held if self._change is None else self._change(held)
 
     def stored(self) -> Scales | None:
         """The learned scales and their offsets as a file holds them, or None where none are learned."""
@@ -408,12 +450,19 @@ def quantized_training(
 
 def _attach(module: nn.Module, weight: FakeQuantized, hooks: ExitStack) -> None:
     parameters: dict[str, Any] = module._parameters
+    held: list[Any] = []
 
     def show(module: nn.Module, inputs: Any) -> None:
-        parameters["weight"] = weight()
+        held.append(parameters["weight"])
+        kind = held[-1].device.type
+        # A product computes in autocast's type, and would round the weight to it in a pass of its own.
+        cast = isinstance(module, nn.Linear) and torch.is_autocast_enabled(kind)
+        parameters["weight"] = weight(held[-1], torch.get_autocast_dtype(kind) if cast else torch.float32)
 
     def hide(module: nn.Module, inputs: Any, output: Any) -> None:
-        parameters["weight"] = weight.master
+        # A pass that fails before `show` has nothing to put back.
+        if held:
+            parameters["weight"] = held.pop()
 
     hooks.callback(module.register_forward_pre_hook(show).remove)
     hooks.callback(module.register_forward_hook(hide, always_call=True).remove)

@@ -10,16 +10,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from autodistill.contracts import TokenScores
+from autodistill.contracts import TeacherReference, TokenScores
 from autodistill.data import TokenSet
 from autodistill.distillation.parallel import map_sequences
 
+# Tokens that are kept of a teacher for each that it predicts: 2 KB, from which a divergence follows in the same pass.
+REFERENCE_TOKENS = 256
+_LEAST_REST = 1e-7
 # Rows of logits held at once, so that a vocabulary of 150,000 costs 75 MB and not a multiple of the batch.
 _CHUNK_ROWS = 128
 
 
 def score(
-    model: Any, data: TokenSet, teacher_top1: npt.NDArray[np.int32] | None = None, *, device: str = "cpu"
+    model: Any, data: TokenSet, reference: TeacherReference | None = None, *, device: str = "cpu"
 ) -> tuple[TokenScores, npt.NDArray[np.int32]]:
     """Scores a model in float32, sequence by sequence.
 
@@ -27,28 +30,85 @@ def score(
         model: Causal language model in float32 on `device`.
         data: Sequences [sequences, length]; position i predicts token i + 1. Where they say which tokens are answers,
             only those count.
-        teacher_top1: int32 [data.predicted], the teacher's most likely tokens; None scores the teacher itself, which
-            agrees with itself everywhere.
+        reference: The teacher's, for each of `data.predicted` tokens; None scores the teacher itself, which agrees with
+            itself everywhere and diverges nowhere.
         device: Where the model lies.
 
     Returns:
         The scores, and the model's own most likely tokens, int32 [data.predicted].
     """
+    scores, columns = _score(model, data, reference, device, lambda logits, total, rows: [])
+    return scores, columns[0]
 
-    def work(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+
+def refer(model: Any, data: TokenSet, *, device: str = "cpu") -> tuple[TokenScores, TeacherReference]:
+    """Scores a teacher, and keeps of it what students are held to.
+
+    Args:
+        model, data, device: As for `score`.
+    """
+
+    def likeliest(logits: Tensor, total: Tensor, rows: slice) -> list[Tensor]:
+        values, tokens = logits.topk(min(REFERENCE_TOKENS, logits.shape[1]), dim=1, sorted=False)
+        return [tokens.int(), values - total[:, None]]
+
+    scores, (top1, tokens, log_probs) = _score(model, data, None, device, likeliest)
+    return scores, TeacherReference(top1=top1, tokens=tokens, log_probs=log_probs)
+
+
+def _score(
+    model: Any,
+    data: TokenSet,
+    reference: TeacherReference | None,
+    device: str,
+    keep: Callable[[Tensor, Tensor, slice], list[Tensor]],
+) -> tuple[TokenScores, list[npt.NDArray[Any]]]:
+    """The scores, the most likely tokens, and what `keep` takes of logits [rows, vocab] and their logsumexp [rows]."""
+
+    def work(logits: Tensor, labels: Tensor, rows: slice) -> list[Tensor]:
+        total = torch.logsumexp(logits, dim=1)
         chosen = logits.gather(1, labels[:, None])[:, 0]
-        return (torch.logsumexp(logits, dim=1) - chosen).double(), logits.argmax(dim=1).int()
+        largest, token = logits.max(dim=1)
+        found = [(total - chosen).double(), token.int(), (largest - total).double().exp()]
+        found.append(
+            torch.zeros(len(labels), dtype=torch.float64)
+            if reference is None
+            else _divergence(reference, rows, logits, total)
+        )
+        return [*found, *keep(logits, total, rows)]
 
     counted = np.ones(data.tokens.shape, dtype=bool) if data.answers is None else data.answers
-    nll, predicted = _over_rows(model, data, counted, device, work)
+    nll, predicted, confidence, divergence, *kept = _over_rows(model, data, counted, device, work)
     labels_all = data.tokens[:, 1:][counted[:, 1:]]
     scores = TokenScores(
         nll=nll,
         correct=predicted == labels_all,
-        agrees=np.ones(len(predicted), dtype=bool) if teacher_top1 is None else predicted == teacher_top1,
+        agrees=np.ones(len(predicted), dtype=bool) if reference is None else predicted == reference.top1,
         documents=np.ascontiguousarray(data.documents[:, 1:][counted[:, 1:]], dtype=np.int32),
+        confidence=confidence,
+        divergence=divergence,
+        window=data.tokens.shape[1],
+        outcomes=None if reference is None else _outcomes(reference, model),
     )
-    return scores, predicted
+    return scores, [predicted, *kept]
+
+
+def _outcomes(reference: TeacherReference, model: Any) -> int:
+    tokens = reference.tokens.shape[1]
+    return tokens + (tokens < model.get_output_embeddings().weight.shape[0])
+
+
+def _divergence(reference: TeacherReference, rows: slice, logits: Tensor, total: Tensor) -> Tensor:
+    """KL(teacher || student) in nats, float64 [rows], over the teacher's kept tokens and all others as one outcome."""
+    tokens = torch.from_numpy(reference.tokens[rows].astype(np.int64)).to(logits.device)
+    teacher = torch.from_numpy(reference.log_probs[rows]).to(logits.device).double()
+    student = (logits.gather(1, tokens) - total[:, None]).double()
+    found = (teacher.exp() * (teacher - student)).sum(dim=1)
+    if tokens.shape[1] == logits.shape[1]:
+        return found
+    # Rounded sums of float32 may reach 1: no more is left of either than float32 can tell.
+    rest, others = ((1 - part.exp().sum(dim=1)).clamp_min(_LEAST_REST) for part in (teacher, student))
+    return found + rest * (rest.log() - others.log())
 
 
 def choices(
@@ -66,9 +126,9 @@ def choices(
     """
     shape = (len(data.tokens), -1)
 
-    def work(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def work(logits: Tensor, labels: Tensor, rows: slice) -> list[Tensor]:
         (first, second), tokens = logits.topk(2, dim=1).values.unbind(1), logits.argmax(dim=1)
-        return tokens.int(), first - second
+        return [tokens.int(), first - second]
 
     tokens, leads = _over_rows(model, data, np.ones(data.tokens.shape, dtype=bool), device, work)
     return tokens.reshape(shape), leads.reshape(shape)
@@ -79,24 +139,31 @@ def _over_rows(
     data: TokenSet,
     counted: npt.NDArray[np.bool_],
     device: str,
-    work: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    work: Callable[[Tensor, Tensor, slice], list[Tensor]],
+) -> list[npt.NDArray[Any]]:
     """Applies `work` to logits, float32 [rows, vocab], and true tokens, int64 [rows]; joins what it gives, in order.
+
+    `work` is also told which of all counted tokens its rows are.
 
     Args:
         counted: [sequences, length], the tokens that are predicted; no logits are computed for others.
     """
     model.eval()
     head = model.get_output_embeddings()
+    starts = np.cumsum([0, *counted[:, 1:].sum(axis=1)])
 
-    def sequence(index: int) -> list[tuple[Tensor, ...]]:
+    def sequence(index: int) -> list[list[Tensor]]:
         ids = torch.from_numpy(np.array(data.tokens[index], dtype=np.int64)).to(device)
         chosen = torch.from_numpy(np.flatnonzero(counted[index, 1:])).to(device)
         with torch.no_grad():
             hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, chosen]
             parts = zip(hidden.split(_CHUNK_ROWS), ids[chosen + 1].split(_CHUNK_ROWS), strict=True)
-            return [tuple(part.cpu() for part in work(head(rows), labels)) for rows, labels in parts]
+            found, start = [], int(starts[index])
+            for rows, labels in parts:
+                places = slice(start, start + len(labels))
+                found.append([part.cpu() for part in work(head(rows), labels, places)])
+                start = places.stop
+            return found
 
     results = [part for parts in map_sequences(sequence, len(data.tokens), device) for part in parts]
-    first, second = (torch.cat(columns).numpy() for columns in zip(*results, strict=True))
-    return first, second
+    return [torch.cat(columns).numpy() for columns in zip(*results, strict=True)]

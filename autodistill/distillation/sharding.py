@@ -70,6 +70,10 @@ class Sharding:
         dist.all_reduce(total)
         return dict(zip(values, total.tolist(), strict=True))
 
+    def first(self, value: float) -> float:
+        """The first process's value, in each."""
+        return self.sum({"value": float(value) if self.rank == 0 else 0.0})["value"]
+
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
         """Gradients of what is not sharded, as FSDP does with those that are: their mean over all processes."""
         for parameter in parameters:
@@ -86,6 +90,25 @@ class Sharding:
     def wait(self) -> None:
         """Until every process is here."""
         self._accelerator.wait_for_everyone()
+
+
+def whole_model(sharding: Sharding, model: Any) -> Any | None:
+    """A plain model with the whole weights on the CPU, in the first process; None in the others, which give shards."""
+    from transformers import AutoModelForCausalLM
+
+    weights = {}
+    for name, parameter in model.named_parameters():
+        gathered = whole(parameter.detach())
+        if sharding.rank == 0:
+            weights[name] = gathered.cpu()
+    if sharding.rank > 0:
+        return None
+    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    # Ties and buffers follow from the config.
+    _, unknown = plain.load_state_dict(weights, strict=False)
+    assert not unknown
+    plain.generation_config = model.generation_config
+    return plain
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -118,10 +141,7 @@ def check_sharded(strategy: Strategy, optimizer_state: str) -> None:
     """
     recipe = strategy.distillation
     reasons = {
-        "a finishing grid": strategy.finishing is not None,
         "low-rank changes": recipe.lora is not None,
-        "attention alignment": recipe.attention is not None,
-        "uncertain positions": recipe.positions == "uncertain",
         "8-bit optimiser states": optimizer_state == "int8",
     }
     found = [name for name, there in reasons.items() if there]

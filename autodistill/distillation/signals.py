@@ -1,8 +1,8 @@
-"""Where a step's target comes from: the cache, the cache and the teacher's head, or the teacher in the trial."""
+"""Where a step's target comes from: the cache, it and the teacher's head, the teacher in the trial, or the data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from autodistill.contracts import HeldType
+from autodistill.conversations import Likeliest
 from autodistill.distillation.held import load_held
-from autodistill.distillation.target import FullTarget, Target
+from autodistill.distillation.target import FullTarget, Target, WrittenTarget
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import TeacherCache
+from autodistill.errors import InputError
 from autodistill.strategy import Distillation
 
 
@@ -58,8 +60,28 @@ class LiveTeacher:
         return hidden[:, :-1].flatten(0, 1)
 
 
+def check_told(recipes: Iterable[Distillation], told: bool) -> None:
+    """Refuses recipes that learn from what was told with the text where nothing was.
+
+    Args:
+        recipes: Of a strategy or a space.
+        told: Whether any answer to learn from has its writer's log-probabilities.
+
+    Raises:
+        InputError: Says how to get them.
+    """
+    if not told and any(recipe.weighs_teacher and recipe.signal == "written" for recipe in recipes):
+        raise InputError(
+            'the signal "written" needs answers with their writer\'s log-probabilities, and these data have none of '
+            "this teacher's tokens: give what `autodistill write --endpoint ... --top-k ...` wrote with this --teacher"
+        )
+
+
 def target_source(
-    recipe: Distillation, cache: TeacherCache | None, teacher: LiveTeacher | None
+    recipe: Distillation,
+    cache: TeacherCache | None,
+    teacher: LiveTeacher | None,
+    told: Likeliest | None = None,
 ) -> Callable[[list[int], Tensor, float], Target]:
     """A function from sequences' indices, their ids int64 [sequences, length] and a temperature to their target.
 
@@ -67,6 +89,7 @@ def target_source(
         recipe: Says which signal is read.
         cache: Holds what the signal needs; None where it needs nothing.
         teacher: For signals of all tokens.
+        told: Of the data, for the signal "written".
     """
 
     def target(indices: list[int], ids: Tensor, temperature: float) -> Target:
@@ -75,6 +98,11 @@ def target_source(
             assert teacher is not None
             states, head = teacher.final(ids), teacher.head
             return FullTarget(states=states, head=head, temperature=temperature, standardised=recipe.standardise)
+        if recipe.signal == "written":
+            assert told is not None
+            # A place's tokens are what may stand there: those of the next one are predicted here.
+            found, log_p = (torch.from_numpy(part[indices, 1:].reshape(-1, part.shape[-1])) for part in told)
+            return WrittenTarget(ids=found.long(), log_p=log_p).to(str(ids.device))
         assert cache is not None
         if recipe.signal == "states":
             assert teacher is not None

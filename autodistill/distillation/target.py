@@ -16,10 +16,18 @@ _HEAD_ROWS = 128
 
 
 class Outputs(Protocol):
-    """The teacher's outputs for a few rows."""
+    """The teacher's outputs for a few rows.
+
+    Attributes:
+        heard: bool [rows], those that there are outputs for; None for all of them. The others learn from their true
+            tokens alone.
+    """
+
+    @property
+    def heard(self) -> Tensor | None: ...
 
     def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
-        """The divergence summed over the rows, and its gradient by `scaled`, [rows, vocab].
+        """The divergence summed over the rows heard, and its gradient by `scaled`, [rows, vocab], 0 for the others.
 
         Args:
             scaled: [rows, vocab], the student's logits over the temperature, 0 at the most; they may be overwritten.
@@ -50,10 +58,38 @@ class Target(Protocol):
         """The target on a device."""
 
 
+class Spread(NamedTuple):
+    """A divergence from a few of a row's tokens, whose gradient elsewhere follows the student's own distribution.
+
+    The student's exponentials e stand in the place of its logits, 0 at tokens of which `left_out` has the
+    probabilities. The derivative by logit j is factor * e_j, plus what is `added` at `ids`.
+
+    Attributes:
+        value: Summed over the rows.
+        total: [rows, 1], the sum of the exponentials, those left out included.
+        factor: [rows, 1].
+        ids: int64 [rows, k].
+        added: [rows, k].
+        left_out: [rows, k], of the student at `ids`; None where no exponential is 0 for it.
+    """
+
+    value: Tensor
+    total: Tensor
+    factor: Tensor
+    ids: Tensor
+    added: Tensor
+    left_out: Tensor | None
+
+
 def parts_of(rows: int, step: int) -> Iterator[slice]:
     """Slices of `step` rows, in order, that cover `rows` of them."""
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
+
+
+def _gathered(exponential: Tensor, found: Spread) -> tuple[Tensor, Tensor]:
+    """Value and whole gradient, in the place of the exponentials."""
+    return found.value, exponential.mul_(found.factor).scatter_add_(1, found.ids, found.added)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +109,14 @@ class TopTarget:
     log_p: Tensor
     temperature: float
     standardised: bool = field(default=False, init=False)
+    heard: None = field(default=None, init=False)
 
     def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
-        """See `Outputs`.
+        """See `Outputs`."""
+        return _gathered(scaled, self.spread(scaled, divergence))
+
+    def spread(self, scaled: Tensor, divergence: Divergence) -> Spread:
+        """The divergence of the k + 1 outcomes; `scaled`, as for `compare`, is overwritten by its exponentials.
 
         With g the slopes by the outcomes' log-probabilities, G their sum and q_t the student's mass outside of the k
         tokens S, the derivative by logit j is g_j - q_j G inside S and q_j (g_t / q_t - G) outside.
@@ -97,9 +138,8 @@ class TopTarget:
             log_p, log_q = torch.cat([log_p, p_rest.log_()], dim=1), torch.cat([log_q, q_rest.log()], dim=1)
         value, slope = divergence(log_p, log_q)
         total_slope = slope.sum(dim=1, keepdim=True)
-        gradient = exponential.mul_((slope[:, k:].sum(dim=1, keepdim=True) / q_rest - total_slope) / total)
-        gradient.scatter_(1, ids, slope[:, :k] - q * total_slope)
-        return value.sum(), gradient
+        factor = (slope[:, k:].sum(dim=1, keepdim=True) / q_rest - total_slope) / total
+        return Spread(value.sum(), total, factor, ids, slope[:, :k] - q * total_slope, q)
 
     def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
         """See `Target`."""
@@ -135,18 +175,22 @@ class SampledTarget:
     weights: Tensor
     temperature: float
     standardised: bool = field(default=False, init=False)
+    heard: None = field(default=None, init=False)
 
     def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
         """See `Outputs`."""
+        return _gathered(scaled, self.spread(scaled, divergence))
+
+    def spread(self, scaled: Tensor, divergence: Divergence) -> Spread:
+        """The estimate; `scaled`, as for `compare`, is overwritten by its exponentials."""
         ids, log_p, weights = self.ids, self.log_p.to(scaled.dtype), self.weights.to(scaled.dtype)
         log_inside = scaled.gather(1, ids)
         exponential = scaled.exp_()
         total = exponential.sum(dim=1, keepdim=True)
         value, slope = divergence(log_p, log_inside - total.log())
         slope *= weights
-        gradient = exponential.mul_(-slope.sum(dim=1, keepdim=True) / total)
-        gradient.scatter_add_(1, ids, slope)
-        return value.mul_(weights).sum(), gradient
+        factor = -slope.sum(dim=1, keepdim=True) / total
+        return Spread(value.mul_(weights).sum(), total, factor, ids, slope, None)
 
     def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
         """See `Target`."""
@@ -161,6 +205,55 @@ class SampledTarget:
         """See `Target`."""
         moved = {name: getattr(self, name).to(device) for name in ("ids", "log_p", "weights")}
         return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenTarget:
+    """What the writer of the text told of its likeliest tokens: in each place as many as it did, in some places none.
+
+    A row with m tokens is compared as `TopTarget` compares it, as m + 1 outcomes.
+
+    Attributes:
+        ids: int64 [n, k], distinct in a row, those told first; -1 where fewer were told.
+        log_p: float [n, k], their log-probabilities at temperature 1.
+    """
+
+    ids: Tensor
+    log_p: Tensor
+    temperature: float = field(default=1.0, init=False)
+    standardised: bool = field(default=False, init=False)
+
+    @property
+    def heard(self) -> Tensor:
+        """See `Outputs`."""
+        return self.ids[:, 0] >= 0
+
+    def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+        """See `Outputs` and `TopTarget.compare`; rows with equally many tokens are compared together."""
+        gradient = torch.zeros_like(scaled)
+        counts = (self.ids >= 0).sum(dim=1)
+        value = scaled.new_zeros(())
+        for count in counts.unique().tolist():
+            if count == 0:
+                continue
+            rows = (counts == count).nonzero()[:, 0]
+            told = TopTarget(ids=self.ids[rows, :count], log_p=self.log_p[rows, :count], temperature=1.0)
+            part, gradient[rows] = told.compare(scaled[rows], divergence)
+            value += part
+        return value, gradient
+
+    def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
+        """See `Target`."""
+        for part in parts_of(len(self.ids), step):
+            yield part, self.take(part)
+
+    def take(self, rows: Tensor | slice) -> WrittenTarget:
+        """See `Target`."""
+        return replace(self, ids=self.ids[rows], log_p=self.log_p[rows])
+
+    def to(self, device: str) -> WrittenTarget:
+        """See `Target`."""
+        return replace(self, ids=self.ids.to(device), log_p=self.log_p.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +298,11 @@ class FullOutputs(NamedTuple):
     logits: Tensor
     temperature: float
     standardised: bool
+
+    @property
+    def heard(self) -> None:
+        """See `Outputs`."""
+        return None
 
     def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
         """See `Outputs`. With g the slopes and G their sum, the derivative by logit j is g_j - q_j G."""

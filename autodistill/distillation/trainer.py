@@ -138,7 +138,7 @@ class Trainer:
         self._data = data
         self._cache = cache
         self._teacher_block = teacher_block
-        self._target = target_source(self._recipe, cache, teacher)
+        self._target = target_source(self._recipe, cache, teacher, data.told)
         taid = self._recipe.divergence == "taid"
         self._interpolation = Interpolation(share=self._recipe.mixture) if taid else None
         self._seed = seed
@@ -146,6 +146,7 @@ class Trainer:
         self._failures = 0
         self._frozen_head: Tensor | None = None
         self.scales: dict[str, Scales] = {}
+        self._learned: list[nn.Parameter] = []
         lora = self._recipe.lora
         spec = spec_from_config(model.config.to_dict())
         self._adapters = Adapters(model, spec, lora, seed) if lora else None
@@ -232,9 +233,11 @@ class Trainer:
         count = len(groups)
         for levels, scales in by_levels.items():
             self._optimizer.add_param_group({"params": scales, "factor": 1 / levels})
+        self._learned = [scale for scales in by_levels.values() for scale in scales]
         try:
             yield
         finally:
+            self._learned = []
             for group in groups[count:]:
                 for scale in group["params"]:
                     self._optimizer.state.pop(scale, None)
@@ -361,7 +364,7 @@ class Trainer:
                 means[name] += share * value
         if sharding is None or total == 0:
             return means
-        sharding.average(self._projections.parameters())
+        sharding.average([*self._projections.parameters(), *self._learned])
         return sharding.sum(means)
 
     def _accompany(self, indices: list[int]) -> None:
@@ -470,11 +473,13 @@ class Trainer:
         """
         extra = {} if self._interpolation is None else {"interpolation": json.dumps(asdict(self._interpolation))}
         tensors = gathered(self._trained(), self._optimizer)
-        if self._sharding is None or self._sharding.rank == 0:
-            metadata = {**(notes or {}), **self._identity(), "tokens": str(self.tokens), **extra}
-            write_checkpoint(path, tensors, metadata)
-        if self._sharding is not None:
-            self._sharding.wait()
+        try:
+            if self._sharding is None or self._sharding.rank == 0:
+                metadata = {**(notes or {}), **self._identity(), "tokens": str(self.tokens), **extra}
+                write_checkpoint(path, tensors, metadata)
+        finally:
+            if self._sharding is not None:
+                self._sharding.wait()
 
     def load(self, path: Path) -> None:
         """Continues from what `save` wrote, to the last bit on the CPU.

@@ -10,17 +10,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from autodistill.budget import DeviceBudget
 from autodistill.contracts import Direction
+from autodistill.errors import InputError
 from autodistill.records.row import Row, read_parquet, rows_of, to_parquet
 from autodistill.units import Budget, format_bytes, format_duration
 
 __all__ = [
     "DISTILLED",
+    "SPEEDS",
     "Nearest",
     "Ranked",
     "Row",
     "best",
     "best_student",
+    "check_comparable",
     "limits_of",
     "nearest",
     "paired_bootstrap",
@@ -32,6 +36,9 @@ __all__ = [
 ]
 
 DISTILLED = ("student", "baseline")
+SPEEDS = ("latency_ms", "ttft_ms", "tokens_per_second", "answer_ms")
+"""Figures that hold on one machine, in one runtime."""
+
 _RESAMPLES = 1000
 _CHUNK = 256
 
@@ -75,7 +82,9 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
 
     Raises:
         ValueError: The rows are of several splits, whose figures cannot be compared.
+        InputError: A latency is to rank rows of several machines or runtimes.
     """
+    check_comparable(rows, metric)
     splits = {row.split for row in rows if row.split is not None and row.figure(metric) is not None}
     if len(splits) > 1:
         raise ValueError(f"rows of the splits {', '.join(sorted(splits))} cannot be ranked together")
@@ -103,6 +112,20 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
         )
         for place, index in enumerate(places, start=1)
     ]
+
+
+def check_comparable(rows: Sequence[Row], metric: str) -> None:
+    """Refuses to compare latencies of several machines or runtimes.
+
+    Raises:
+        InputError: The message names them.
+    """
+    if metric not in SPEEDS:
+        return
+    served = {(row.machine or "an unknown machine", row.deployment["runtime"]) for row in rows if row.figure(metric)}
+    if len(served) > 1:
+        told = ", ".join(f"{runtime} on {machine}" for machine, runtime in sorted(served))
+        raise InputError(f"{metric} cannot rank rows of several machines or runtimes ({told}): rank those of one")
 
 
 def _finite(value: float) -> float | None:
@@ -226,7 +249,7 @@ class Nearest:
 
     Attributes:
         candidate: Its name.
-        limit: "memory_bytes" or "latency_ms".
+        limit: "memory_bytes", or a latency like "tpot_p95@streams=1".
         need, allowed: In the limit's unit.
     """
 
@@ -244,14 +267,15 @@ class Nearest:
         """In words, like "needs 98.3 MB of memory, 1.23 times the limit of 80.0 MB"."""
         memory = self.limit == "memory_bytes"
         need, allowed = (format_bytes(v) if memory else format_duration(v / 1e3) for v in (self.need, self.allowed))
-        what = "of memory" if memory else "a token"
+        what = "of memory" if memory else f"of {self.limit}"
         return f"needs {need} {what}, {self.need / self.allowed:.3g} times the limit of {allowed}"
 
 
 def limits_of(budget: Budget) -> dict[str, float]:
     """The budget's limits under the names of the rows' figures."""
     limits: dict[str, float] = {"memory_bytes": budget.memory_bytes}
-    return limits if budget.latency_seconds is None else limits | {"latency_ms": budget.latency_seconds * 1e3}
+    latency = budget.latency if isinstance(budget, DeviceBudget) else ()
+    return limits | {limit.name: 1e3 * limit.seconds for limit in latency}
 
 
 def nearest(candidates: Mapping[str, Mapping[str, float | None]], limits: Mapping[str, float]) -> Nearest | None:

@@ -12,7 +12,14 @@ from autodistill.records.leaderboard import DISTILLED, Ranked, pareto
 from autodistill.records.row import Row
 
 # What may rank is measured at every rung, so it must come from the simulated student alone.
-METRICS: Mapping[str, Direction] = {"accuracy": "max", "agreement": "max", "perplexity": "min", "exact_match": "max"}
+METRICS: Mapping[str, Direction] = {
+    "accuracy": "max",
+    "agreement": "max",
+    "kl": "min",
+    "ece": "min",
+    "perplexity": "min",
+    "exact_match": "max",
+}
 PREDICTED_LATENCY = "latency_ms_predicted"
 """Under this name a row has the 95th percentile of decode time per token that a roofline predicts, in milliseconds."""
 
@@ -34,7 +41,7 @@ class Objective:
     trained: bool = False
 
 
-OBJECTIVES: Mapping[str, Objective] = {
+OBJECTIVES: dict[str, Objective] = {
     objective.name: objective
     for objective in (
         *(Objective(name=name, figure=name, direction=way, trained=True) for name, way in METRICS.items()),
@@ -45,31 +52,42 @@ OBJECTIVES: Mapping[str, Objective] = {
 }
 
 
-def parse_objectives(text: str) -> tuple[Objective, ...]:
+def _metrics(directions: Mapping[str, Direction]) -> dict[str, Objective]:
+    """Objectives that are metrics."""
+    return {name: Objective(name=name, figure=name, direction=way, trained=True) for name, way in directions.items()}
+
+
+def parse_objectives(text: str, own: Mapping[str, Direction] | None = None) -> tuple[Objective, ...]:
     """Reads names parted by commas; the first is the metric that ranks, and chooses what is exported.
+
+    Args:
+        text: The names.
+        own: Further metrics, of a search's tasks and command or of installed evaluators, and their directions.
 
     Raises:
         InputError: A name without a known direction or given twice, or a first one that no student could be chosen by.
     """
     names = [name.strip() for name in text.split(",")]
+    known = OBJECTIVES | _metrics(own or {})
     for name in names:
-        if name not in OBJECTIVES:
+        if name not in known:
             raise InputError(
-                f"--objectives names {name!r}, of which no direction is known; known are " + ", ".join(OBJECTIVES)
+                f"--objectives names {name!r}, of which no direction is known; known are " + ", ".join(known)
             )
     if len(set(names)) < len(names):
         raise InputError(f"--objectives names one twice: {text}")
-    if names[0] not in METRICS:
+    if not known[names[0]].trained:
         raise InputError(
             f"the first of --objectives chooses what is exported, and {names[0]!r} says nothing of how well a student "
-            f"does: put one of {', '.join(METRICS)} first"
+            f"does: put one of {', '.join(name for name, one in known.items() if one.trained)} first"
         )
-    return tuple(OBJECTIVES[name] for name in names)
+    return tuple(known[name] for name in names)
 
 
 def objectives_of(search: Mapping[str, Any]) -> tuple[Objective, ...]:
     """The objectives of a run, from its `search.json`; one that names none has its metric alone."""
-    return tuple(OBJECTIVES[name] for name in search.get("objectives", [search.get("metric", "accuracy")]))
+    known = OBJECTIVES | _metrics(search.get("directions", {}))
+    return tuple(known[name] for name in search.get("objectives", [search.get("metric", "accuracy")]))
 
 
 def front(rows: Sequence[Row], objectives: Sequence[Objective]) -> list[Row]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from autodistill.budget import DeviceBudget, read_budget
 from autodistill.errors import MissingDependencyError
+from autodistill.records.differences import differences, shown
 from autodistill.records.leaderboard import DISTILLED, Ranked, limits_of, nearest, pareto, rank, rows_of
 from autodistill.records.objectives import Objective, front, objectives_of
 from autodistill.records.row import Row
@@ -138,7 +140,7 @@ def _asked(search: Mapping[str, Any]) -> str:
     if search.get("warm_start", {}).get("runs"):
         facts["learnt from"] = search["warm_start"]["runs"]
     if "budget" in search:
-        facts["budget"] = _budget(Budget(**search["budget"]))
+        facts["budget"] = _budget(read_budget(search["budget"]))
     plan = search.get("plan") or {}
     facts |= {name: plan[name] for name in ("trials", "tokens", "rungs", "workers", "threads", "seed") if name in plan}
     if plan.get("box_seconds"):
@@ -148,9 +150,10 @@ def _asked(search: Mapping[str, Any]) -> str:
 
 
 def _budget(budget: Budget) -> str:
-    latency = budget.latency_seconds
-    limit = "" if latency is None else f", {format_duration(latency)} a token (95th percentile)"
-    return f"{format_bytes(budget.memory_bytes)} at context {budget.context}, batch {budget.batch}{limit}"
+    asked = f"{format_bytes(budget.memory_bytes)} at context {budget.context}, batch {budget.batch}"
+    if not isinstance(budget, DeviceBudget):
+        return asked
+    return ", ".join([f"{asked}, on {budget.device.name}", *(limit.describe() for limit in budget.latency)])
 
 
 def _answer(search: Mapping[str, Any], ranked: Sequence[Ranked], metric: str) -> str:
@@ -171,7 +174,7 @@ def _answer(search: Mapping[str, Any], ranked: Sequence[Ranked], metric: str) ->
         tied = sum(one.tied for one in ranked)
         tie = f" It is the smallest of {tied} rows that {metric} cannot tell apart." if tied else ""
         return "## Answer\n\n" + ", ".join(parts) + "." + tie + _undistilled(first, rows, metric)
-    limits = limits_of(Budget(**search["budget"])) if "budget" in search else {}
+    limits = limits_of(read_budget(search["budget"])) if "budget" in search else {}
     needs = {f"{row.name} as {row.deployment_name}": {n: row.figure(n) for n in limits} for row in rows}
     closest = nearest(needs, limits)
     reason = f" The nearest, {_text(closest.candidate)}, {closest.describe()}." if closest else ""
@@ -205,7 +208,7 @@ def _leaderboard(ranked: Sequence[Ranked], metric: str) -> str:
             _sourced(one.row.memory_bytes, one.row.memory_source, format_bytes),
             _sourced(one.row.size_bytes, None, format_bytes),
             _sourced(one.row.latency_ms, one.row.latency_source, lambda ms: format_duration(ms / 1e3)),
-            _shown(1.0 if one.row.full else one.row.fidelity, "{:.0%}"),
+            _shown(1.0 if one.row.fidelity is None and one.row.full else one.row.fidelity, "{:.0%}"),
             "" if one.row.feasible else one.row.reason or "over the budget",
         ]
         for one in ranked
@@ -267,8 +270,14 @@ def _test(events: Iterable[Mapping[str, Any]], metric: str, openings: Mapping[st
     titles = ["what", "name", "deployment", metric, "retention", "perplexity"]
     if not lines:
         return ""
+    compared = shown(differences(rows))
+    note = (
+        "\n\nPaired by document, each with its bootstrapped standard error; of a perplexity, that of its logarithm:\n\n"
+    )
+    more = note + _table(compared[0], compared[1:]) if compared else ""
+
     ledger = f"\n\n{_text(opened(openings))}" if openings else ""
-    return "## Test split, opened once at the end\n\n" + _table(titles, lines) + ledger
+    return "## Test split, opened once at the end\n\n" + _table(titles, lines) + more + ledger
 
 
 def _command(search: Mapping[str, Any]) -> str:

@@ -43,7 +43,10 @@ class Row:
         retention: Accuracy over the teacher's on the same examples.
         memory_bytes, memory_source: Inference memory at `context` and `batch`; measured or predicted.
         latency_ms, tokens_per_second, latency_source: Decode time per token (95th percentile) and rate at one stream.
+        machine: What those were measured on, or predicted for. With the deployment's runtime it says which rows'
+            latencies may be compared.
         size_bytes: Packed weights on disk.
+        shape: A config that describes the student, as `estimate.config_of` gives it.
         params: Weights, a tied embedding counted once.
         train_tokens, train_seconds, fidelity: What training took; `fidelity` is the fraction of the plan's tokens.
         documents: Paired data for ties: `ids`, `count` (tokens) and `sum` (of the metric) of each document, and
@@ -73,7 +76,9 @@ class Row:
     latency_ms: float | None = None
     tokens_per_second: float | None = None
     latency_source: str | None = None
+    machine: str | None = None
     size_bytes: int | None = None
+    shape: Mapping[str, Any] | None = None
     params: int | None = None
     context: int | None = None
     batch: int | None = None

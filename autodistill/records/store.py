@@ -267,6 +267,7 @@ class RunFolder:
         self.name = name
         self.path = out / name
         self._lock: int | None = None
+        self._log = EventLog(self.path / "trials.jsonl")
         self._held: list[int] = []
 
     @classmethod
@@ -330,7 +331,11 @@ class RunFolder:
     @property
     def events(self) -> EventLog:
         """The log of the trials."""
-        return EventLog(self.path / "trials.jsonl")
+        return self._log
+
+    def use(self, log: EventLog) -> None:
+        """Appends to another log, which keeps this one."""
+        self._log = log
 
     @property
     def leaderboard_file(self) -> Path:

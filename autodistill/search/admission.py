@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from autodistill.applied import check_strategy, probe_deployment, student_spec, with_own
+from autodistill.distillation.sharding import check_sharded
 from autodistill.errors import InputError
 from autodistill.estimate import Fit, cannot_hold, fits, holdable, shortfall
 from autodistill.records.confirmation import KIND as CONFIRMATION
@@ -9,7 +11,7 @@ from autodistill.search.trials import Question, TrialState
 from autodistill.space import Point
 from autodistill.stages import stage_key
 from autodistill.strategy import Strategy
-from autodistill.trial import TrialTask, check_strategy, probe_deployment, student_spec, with_own
+from autodistill.trial_data import TrialTask
 
 
 def admit(
@@ -22,6 +24,7 @@ def admit(
     name: str,
     point: Point | None,
     seed: int | None = None,
+    length: float = 1.0,
 ) -> TrialState:
     """The trial of a strategy; one that is rejected has a reason.
 
@@ -30,6 +33,7 @@ def admit(
         strategy: What is to be trained.
         trial_id, number, kind, name, point: As `TrialState` takes them.
         seed: The plan's by default.
+        length: How many times the plan's tokens.
     """
     fitting, parameters, reason = _fits(question, strategy)
     allowed = tuple(fit.deployment for fit in fitting if fit.slack <= 0)
@@ -46,7 +50,8 @@ def admit(
         # On further seeds a strategy is compared under the one deployment that it was judged by.
         deployments=(probe,) if kind == CONFIRMATION else allowed,
         probe=probe,
-        straight=kind != "student",
+        straight=kind != "student" or length > 1,
+        length=length,
         stage=stage_key(strategy, seed, question.plan, question.device) if shares else "",
     )
     return TrialState(
@@ -68,6 +73,8 @@ def _fits(question: Question, strategy: Strategy) -> tuple[tuple[Fit, ...], int 
         spec = student_spec(strategy, question.teacher_spec)
         parameters = spec.parameters
         check_strategy(strategy, question.teacher_spec)
+        if question.plan.processes > 1:
+            check_sharded(strategy, question.plan.optimizer_state)
         deployments = with_own(strategy, question.deployments)
         fitting = fits(spec, holdable(spec, deployments), question.budget)
     except InputError as error:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from autodistill.applied import student_spec
 from autodistill.contracts import Decision, Status
 from autodistill.errors import AutoDistillError
 from autodistill.records.confirmation import KIND as CONFIRMATION
@@ -16,6 +17,7 @@ from autodistill.records.row import Row, rows_of
 from autodistill.records.store import EventLog
 from autodistill.search.admission import admit, describe
 from autodistill.search.failures import RETRIED
+from autodistill.search.longer import lengthened, next_longer
 from autodistill.search.plan import CONFIRMED
 from autodistill.search.rows import make_row
 from autodistill.search.sampler import Sampler
@@ -25,8 +27,9 @@ from autodistill.search.study import Observation
 from autodistill.search.time_box import TimeBox
 from autodistill.search.trials import Assignment, Question, TrialState
 from autodistill.stages import Checkpoint, open_stages
+from autodistill.storage import Storage
 from autodistill.strategy import Strategy
-from autodistill.trial import RungReport, student_spec
+from autodistill.trial_data import RungReport
 
 # A space of which nearly nothing fits must not keep the sampler proposing for ever.
 _REJECTIONS_IN_A_ROW = 200
@@ -42,6 +45,7 @@ class Campaign:
         sampler: Proposes points.
         log: Where every event goes before it takes effect.
         checkpoints: Folder that holds a folder for each trial, and the store of their stages.
+        storage: The run's, where it has one, which holds the stages then.
         checkpoint_limit: Bytes that the store may take, what is in use and of the best aside; None for no limit.
         deadline: `time.monotonic()` after which no trial may run, or None.
         notify: Called after each event with a line for a person.
@@ -54,6 +58,7 @@ class Campaign:
         sampler: Sampler,
         log: EventLog,
         checkpoints: Path,
+        storage: Storage | None = None,
         checkpoint_limit: int | None = None,
         deadline: float | None = None,
         notify: Callable[[str], None] = lambda line: None,
@@ -71,7 +76,7 @@ class Campaign:
         self._evaluating = 0
         self._worker_seconds = {"train": 0.0, "evaluate": 0.0, "other": 0.0}
         plan = question.plan
-        self._stages = StageKeeper(open_stages(checkpoints), checkpoint_limit, plan, question.direction)
+        self._stages = StageKeeper(open_stages(checkpoints, storage), checkpoint_limit, plan, question.direction)
         self._scheduler = SuccessiveHalving(
             trials=plan.trials,
             rungs=plan.rungs,
@@ -96,6 +101,7 @@ class Campaign:
             or self._baseline()
             or self._promotion(extra=False)
             or self._proposal()
+            or self._longer()
             or self._confirmation()
         )
         if assignment is None and self.box.deadline is not None:
@@ -118,6 +124,15 @@ class Campaign:
         busy = self._evaluating or any(trial.running for trial in self.trials.values())
         return not busy and (self.stopping or self._idle())
 
+    def take(self, assignment: Assignment, outcome: Mapping[str, Any]) -> None:
+        """Takes what became of an assignment back, as `attempt` gives it."""
+        if "failure" in outcome:
+            self.fail(assignment, *outcome["failure"])
+        elif "report" in outcome:
+            self.report(assignment, outcome["report"])
+        else:
+            self.abandon(assignment)
+
     def report(self, assignment: Assignment, report: RungReport) -> Decision:
         """Records what a worker found and says what becomes of the trial."""
         trial, plan = self.trials[assignment.task.id], self.question.plan
@@ -125,6 +140,7 @@ class Campaign:
         for phase in self._worker_seconds:
             self._worker_seconds[phase] += report.seconds[phase]
         trial.train_seconds += report.seconds["train"]
+        trial.trained_tokens += report.trained
         last = report.rung == len(plan.rungs) - 1
         status = Status.COMPLETED if last else Status.STOPPED
         row = self._row(trial, report, status)
@@ -157,7 +173,8 @@ class Campaign:
             }
         )
         self._stages.learn(trial, report.unsaved)
-        self._notify(f"{trial.task.id} {trial.name}: {shown} after {report.tokens:,} tokens")
+        reused = f", {report.shared:,} of them from a shared stage" if report.shared else ""
+        self._notify(f"{trial.task.id} {trial.name}: {shown} after {report.tokens:,} tokens{reused}")
         if report.unsaved is not None:
             self._notify(f"{trial.task.id}: {report.unsaved}")
         if last:
@@ -258,11 +275,13 @@ class Campaign:
                     name=event["name"],
                     point=event["point"],
                     seed=event["seed"],
+                    length=event.get("length", 1.0),
                 )
             elif event["event"] == "rung":
                 trial = self.trials[event["trial"]]
                 trial.rung, trial.value, trial.further = event["rung"], event["value"], tuple(event.get("further", ()))
                 trial.train_seconds += event["seconds"]["train"]
+                trial.trained_tokens += event.get("trained", 0)
                 trial.settled = {row.deployment_name for row in rows if row.trial == event["trial"]}
                 self._stages.learn(trial, event.get("unsaved"))
                 self._judge(trial)
@@ -317,6 +336,29 @@ class Campaign:
             return None
         return self._assign(trial)
 
+    def _longer(self) -> Assignment | None:
+        """The best few and the best baseline trained on, where the space asks for that, once all others have ended."""
+        under_way = any(trial.running and trial.task.length == 1 for trial in self.trials.values())
+        if under_way or not self._proposals_over():
+            return None
+        found = next_longer(self._trained(), self.question.plan.lengths, self.trials)
+        if found is None or any(t.running and t.task.stage == found[0].task.stage != "" for t in self.trials.values()):
+            return None
+        original, length = found
+        task = replace(original.task, length=length)
+        if not self.box.holds(self.box.expected(Assignment(task=task, rung=original.rung), -1)):
+            return None
+        trial = self._enter(
+            task.strategy,
+            trial_id=lengthened(task.id, length),
+            number=None,
+            kind=original.kind,
+            name=original.name,
+            point=None,
+            length=length,
+        )
+        return self._assign(trial)
+
     def _confirmation(self) -> Assignment | None:
         """The best few and the best baseline on further seeds, once the trials of the plan have ended."""
         seeds = range(self.question.plan.seed + 1, self.question.plan.seed + 1 + self.question.confirm)
@@ -331,7 +373,8 @@ class Campaign:
                 trial_id = confirming(original.task.id, seed)
                 if trial_id in self.trials:
                     continue
-                if not self.box.holds(self.box.expected(Assignment(task=original.task, rung=original.rung), -1)):
+                task = replace(original.task, stage="")
+                if not self.box.holds(self.box.expected(Assignment(task=task, rung=original.rung), -1)):
                     return None
                 trial = self._enter(
                     original.task.strategy,
@@ -341,6 +384,7 @@ class Campaign:
                     name=original.name,
                     point=None,
                     seed=seed,
+                    length=task.length,
                 )
                 return self._assign(trial)
         return None
@@ -428,6 +472,7 @@ class Campaign:
                 "parameters": trial.parameters,
                 "strategy": strategy.to_json(),
                 "seed": trial.task.seed,
+                "length": trial.task.length,
             }
         )
         if trial.reason is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from autodistill.distillation.sharding import Sharding
 from autodistill.distillation.trainer import StepRecord
 
 
@@ -12,11 +13,19 @@ class OutOfTime(Exception):
     """The time box ended while a trial trained; the trial is given back, not failed."""
 
 
-def step_guard(deadline: float | None) -> Callable[[StepRecord], None]:
-    """A callback for `Trial` that raises `OutOfTime` after the first step past `deadline`, a `time.time()` or None."""
+def step_guard(deadline: float | None, sharding: Sharding | None = None) -> Callable[[StepRecord], None]:
+    """A callback for `Trial` that raises `OutOfTime` after the first step past `deadline`, a `time.time()` or None.
+
+    Of several processes all raise after the same step, whatever their clocks say.
+    """
 
     def guard(record: StepRecord) -> None:
-        if deadline is not None and time.time() > deadline:
+        if deadline is None:
+            return
+        late = time.time() > deadline
+        if sharding is not None:
+            late = sharding.sum({"late": float(late)})["late"] > 0
+        if late:
             raise OutOfTime
 
     return guard

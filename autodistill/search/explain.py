@@ -120,7 +120,7 @@ def explain(run: RunFolder) -> Explanation:
         failed=_reasons(ends, Status.FAILED),
         retried=dict(Counter(event["cause"] for event in events if event["event"] == "retry").most_common()),
         tokens_trained=sum(reached.values()) - spared.shared_tokens,
-        tokens_full=plan.tokens * len(reached),
+        tokens_full=sum(max(plan.tokens, tokens) for tokens in reached.values()),
         tokens_rejected=spared.rejected_tokens,
         saved=spared,
         openings=openings_of(run.path.parent, asked),
@@ -144,6 +144,9 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
         short = min((row.memory_bytes or 0) - limit for row in students) if students else None
         if short is None:
             return "No student has been trained to the end yet.", ()
+        if short <= 0:
+            slow = min(students, key=lambda row: row.memory_bytes or 0)
+            return f"Nothing fits: {slow.name} as {slow.deployment_name} is kept out ({slow.reason}).", ()
         return f"Nothing fits {format_bytes(limit)}: the nearest needs {format_bytes(short)} more.", ()
     best = ranked[0]
     used = (best.memory_bytes or 0) / limit
@@ -162,8 +165,16 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
         and sign * value > sign * best_value
     ]
     nearest = sorted(beyond, key=lambda row: row.memory_bytes or 0)[:3]
+    if any((row.memory_bytes or 0) <= limit for row in beyond):
+        binding += " A limit of latency binds."
     return binding, tuple(
-        f"{format_bytes((row.memory_bytes or 0) - limit)} more would hold {row.name} as {row.deployment_name}: "
+        f"{_wanting(row, limit)} {row.name} as {row.deployment_name}: "
         f"{asked['metric']} {row.figure(asked['metric']):.4f} instead of {best_value:.4f}."
         for row in nearest
     )
+
+
+def _wanting(row: Row, limit: int) -> str:
+    """What keeps a row out: memory, or the limit that its reason names."""
+    over = (row.memory_bytes or 0) - limit
+    return f"{format_bytes(over)} more would hold" if over > 0 else f"({row.reason}) keeps out"

@@ -13,7 +13,7 @@ from autodistill.records.leaderboard import DISTILLED, best_student, rank, rows_
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder, read_json
 from autodistill.strategy import Deployment
-from autodistill.trial import student_folder
+from autodistill.students import student_folder
 
 
 def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], out: Path) -> dict[str, Path]:

@@ -13,14 +13,17 @@ import numpy as np
 import torch
 
 from autodistill import plugins
-from autodistill.contracts import Artefact, Measurement, Status, Subject
+from autodistill.applied import initial_student, student_spec
+from autodistill.budget import DeviceBudget
+from autodistill.contracts import Artefact, Direction, Measurement, Status, Subject
 from autodistill.data import Prepared, load_split
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.held import load_held
-from autodistill.distillation.scoring import choices, score
+from autodistill.distillation.scoring import choices, refer
 from autodistill.distillation.teacher import Teacher, load_model
 from autodistill.errors import NothingFitsError
-from autodistill.estimate import fits, holdable
+from autodistill.estimate import fits, holdable, too_late
+from autodistill.evaluation import deployed_weights, evaluate
 from autodistill.export.huggingface import model_card
 from autodistill.export.verify import CLEAR_SHARE, MIN_POSITIONS, RuntimeCheck, verify, verify_runtime
 from autodistill.formats import get_format
@@ -31,8 +34,9 @@ from autodistill.records.store import RunFolder, record_test_opening, recorded_t
 from autodistill.search.rows import make_row
 from autodistill.search.trials import Question
 from autodistill.strategy import Deployment, Strategy
-from autodistill.trial import TrialSetting, deployed_weights, evaluate, initial_student, student_folder, student_spec
-from autodistill.units import format_bytes
+from autodistill.students import has_student, trained_student
+from autodistill.trial_data import TrialSetting
+from autodistill.units import Budget, format_bytes, format_duration
 
 # Measured in the runtime, a student may turn out above the budget; this many are tried before giving up.
 _CANDIDATES = 3
@@ -84,7 +88,11 @@ class Finisher:
 
     def student(self, row: Row) -> Path:
         """Folder of the float32 student of a row."""
-        return student_folder(self.run.checkpoints / row.trial)
+        return trained_student(self.run.checkpoints / row.trial, self.setting.storage)
+
+    def has(self, row: Row) -> bool:
+        """Whether its student was kept."""
+        return has_student(self.run.checkpoints / row.trial, self.setting.storage)
 
     def load(self, row: Row) -> Any:
         """The float32 student of a row."""
@@ -108,22 +116,9 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     """
     question, phases = finisher.question, finisher.phases
     torch.set_num_threads(finisher.threads)
-    # A row without the metric is no candidate: nothing says how well its student does.
-    students = [
-        row
-        for row in rows
-        if row.kind in DISTILLED
-        and row.full
-        and row.figure(question.metric) is not None
-        and finisher.student(row).is_dir()
-    ]
-    ranked = [one.row for one in rank(students, question.metric, question.direction) if one.row.feasible]
+    students = trained_rows(rows, question.metric, finisher.has)
     confirmed = confirmations(rows, question.metric, question.direction)
-    if confirmed:
-        # What is best on several seeds goes first, in the best of its deployments; then the others as they rank.
-        own = [row for row in students if row.trial == confirmed[0].trial]
-        first = [one.row for one in rank(own, question.metric, question.direction) if one.row.feasible]
-        ranked = [*first, *(row for row in ranked if row.trial != confirmed[0].trial)]
+    ranked = exportable(students, confirmed, question)
     paths: dict[str, Path] = {}
     checks: dict[str, RuntimeCheck] = {}
     rejected: list[Row] = []
@@ -158,10 +153,35 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         paths=paths,
         checks=checks,
         test=test,
-        gain=_gain(test),
+        gain=_gain(test, question.direction),
         confirmed=tuple(confirmed),
         notes=(*_notes(best, rows, finisher), *_spent(finisher)),
     )
+
+
+def trained_rows(rows: Sequence[Row], metric: str, kept: Callable[[Row], bool]) -> list[Row]:
+    """The rows of students at full fidelity that were kept; one without the metric says nothing of its student.
+
+    Args:
+        rows: Of one split.
+        metric: What ranks.
+        kept: Whether a row's student was.
+    """
+    full = (row for row in rows if row.kind in DISTILLED and row.full and row.figure(metric) is not None)
+    return [row for row in full if kept(row)]
+
+
+def exportable(students: Sequence[Row], confirmed: Sequence[Confirmation], question: Question) -> list[Row]:
+    """What may be exported, the best first: those that keep to the budget, as they rank.
+
+    What is best on several seeds goes first, in the best of its deployments.
+    """
+    ranked = [one.row for one in rank(students, question.metric, question.direction) if one.row.feasible]
+    if not confirmed:
+        return ranked
+    own = [row for row in students if row.trial == confirmed[0].trial]
+    first = [one.row for one in rank(own, question.metric, question.direction) if one.row.feasible]
+    return [*first, *(row for row in ranked if row.trial != confirmed[0].trial)]
 
 
 def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artefact, str]:
@@ -213,19 +233,36 @@ def _with_measured(row: Row, measured: Mapping[str, Measurement], finisher: Fini
             fields[name] = int(item.value)
         elif name in ("latency_ms", "tokens_per_second"):
             fields[name] = item.value
-        else:
+        elif "@" not in name:
             fields["other"][name] = item.value
     if "memory_bytes" in measured:
         fields["memory_source"] = measured["memory_bytes"].source
         fields["other"]["memory_bytes_predicted"] = row.memory_bytes
+        fields["other"]["memory_parts"] = dict(measured["memory_bytes"].detail)
+    late: tuple[str, ...] = ()
     if "latency_ms" in measured:
-        fields["latency_source"] = measured["latency_ms"].source
+        detail = measured["latency_ms"].detail
+        fields |= {"latency_source": "measured", "machine": detail["machine"]}
+        fields["other"] |= {"latency_detail": dict(detail), "latency_doubts": "; ".join(detail["doubts"]) or None}
+        late = _too_late(measured, fields, finisher)
     updated = replace(row, **fields)
-    over = (updated.memory_bytes or 0) - finisher.question.budget.memory_bytes
-    if over > 0:
-        limit = finisher.question.budget.memory_bytes
-        updated = replace(updated, feasible=False, reason=f"memory: {updated.memory_bytes} bytes, {over} over {limit}")
-    return updated
+    limit = finisher.question.budget.memory_bytes
+    over = (updated.memory_bytes or 0) - limit
+    broken = [f"memory: {updated.memory_bytes} bytes, {over} over {limit}"] if over > 0 else [*late]
+    return replace(updated, feasible=False, reason="; ".join(broken)) if broken else updated
+
+
+def _too_late(measured: Mapping[str, Measurement], fields: Mapping[str, Any], finisher: Finisher) -> tuple[str, ...]:
+    """The limits of latency that are broken, where it was measured on what they hold on.
+
+    Elsewhere they stay predicted: what another machine does says nothing of them.
+    """
+    budget = finisher.question.budget
+    if not isinstance(budget, DeviceBudget) or budget.device.name != fields["machine"]:
+        return ()
+    times = {limit: measured[limit.name].value / 1e3 for limit in budget.latency}
+    fields["other"].update({limit.name: 1e3 * seconds for limit, seconds in times.items()})
+    return too_late(times, "measured")
 
 
 def _nothing(rows: Sequence[Row], finisher: Finisher) -> str:
@@ -244,7 +281,7 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
     data = load_split(finisher.data.folder, "test").head(question.plan.test_tokens)
     deployment = Deployment.from_json(best.deployment)
     teacher = load_held(finisher.teacher.folder, setting.held, setting.device)
-    scores, top1 = score(teacher, data, device=setting.device)
+    scores, reference = refer(teacher, data, device=setting.device)
     accuracy = float(scores.correct.mean())
     full = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
     results: list[Row] = []
@@ -257,11 +294,15 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
             spec,
             packing,
             data,
-            top1,
+            reference,
             budget=question.budget,
             evaluators=setting.evaluators,
+            metric=setting.metric,
             device=setting.device,
             scales=read_scales(finisher.student(row), packing) if row else None,
+            split="test",
+            share=setting.plan.example_share,
+            tokenizer=setting.teacher,
         )
         made = make_row(
             evaluation,
@@ -290,7 +331,7 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
     add(initial.to(setting.device), None, "initial", "undistilled student", deployment, strategy)
     del initial
     add(finisher.load(best), best, best.kind, best.name, deployment, strategy)
-    baseline = _best_baseline(rows, finisher)
+    baseline = _best_baseline(rows, finisher, best)
     if baseline is not None and baseline.trial != best.trial:
         packing = Deployment.from_json(baseline.deployment)
         add(
@@ -312,28 +353,45 @@ def _spent(finisher: Finisher) -> tuple[str, ...]:
     )
 
 
-def _best_baseline(rows: Sequence[Row], finisher: Finisher) -> Row | None:
+def _best_baseline(rows: Sequence[Row], finisher: Finisher, best: Row) -> Row | None:
+    """The best baseline of as many tokens as the best student; of any where none was trained so far."""
     metric = finisher.question.metric
-    baselines = [
-        row
-        for row in rows
-        if row.kind == "baseline" and row.full and row.figure(metric) is not None and finisher.student(row).is_dir()
-    ]
+    baselines = [row for row in trained_rows(rows, metric, finisher.has) if row.kind == "baseline"]
+    baselines = [row for row in baselines if row.train_tokens == best.train_tokens] or baselines
     ranked = rank(baselines, metric, finisher.question.direction)
     return ranked[0].row if ranked else None
 
 
-def _gain(test: Sequence[Row]) -> tuple[float, float] | None:
-    """How much more the found student has right than the baseline, paired by document, and its standard error."""
+def _gain(test: Sequence[Row], direction: Direction) -> tuple[float, float] | None:
+    """By how much the found student is better than the baseline, paired by document, and its standard error."""
     pair = {row.kind: row for row in test if row.kind in DISTILLED}
     if len(pair) < 2:
         return None
     found, baseline = pair["student"].documents, pair["baseline"].documents
     assert found is not None
     assert baseline is not None
-    gaps = [mine - theirs for mine, theirs in zip(found["sum"], baseline["sum"], strict=True)]
+    sign = 1 if direction == "max" else -1
+    gaps = [sign * (mine - theirs) for mine, theirs in zip(found["sum"], baseline["sum"], strict=True)]
     differences, errors = paired_bootstrap(np.asarray([gaps], np.float64), np.asarray(found["count"], np.float64), 0)
     return float(differences[0]), float(errors[0])
+
+
+def _on_device(best: Row, budget: Budget) -> list[str]:
+    """How the best stands to limits of latency, by what they are known, and why its latency is doubtful if it is."""
+    notes = []
+    if isinstance(budget, DeviceBudget) and budget.latency:
+        here = best.machine == budget.device.name and best.latency_source == "measured"
+        source = "measured" if here else "predicted"
+        told = ", ".join(
+            f"{limit.name} {format_duration((best.figure(limit.name) or 0) / 1e3)} of {format_duration(limit.seconds)}"
+            for limit in budget.latency
+        )
+        notes.append(f"on {budget.device.name} the best student has, {source}: {told}")
+        if not here:
+            notes.append("its limits of latency are met by prediction only: measure it on the device itself")
+    if best.figure("latency_ms") is not None and best.other.get("latency_doubts"):
+        notes.append(f"the measured latency is doubtful: {best.other['latency_doubts']}")
+    return notes
 
 
 def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...]:
@@ -345,7 +403,7 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
     spec = finisher.setting.teacher_spec
     fitting = fits(spec, holdable(spec, question.deployments), question.budget)
     needs = [fit.need for fit in fitting]
-    if needs and max(needs) <= limit:
+    if needs and max(fit.slack for fit in fitting) <= 0:
         notes.append(
             f"the budget of {format_bytes(limit)} does not bind: even the unquantised teacher needs only "
             f"{format_bytes(max(needs))}"
@@ -358,6 +416,7 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
         f"the tightest budget that the best student still meets is {format_bytes(memory)} ({memory} bytes, "
         f"{best.memory_source}), at context {question.budget.context} and batch {question.budget.batch}"
     )
+    notes += _on_device(best, question.budget)
     teachers = [row for row in rows if row.kind == "teacher" and row.feasible]
     first = rank([best, *teachers], metric, question.direction)[0].row
     if first.kind == "teacher":
@@ -366,6 +425,11 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
             f"{first.figure(metric):.4f} in {format_bytes(first.memory_bytes or 0)}, the best student "
             f"{best.figure(metric):.4f} in {format_bytes(memory)}; of what is equal within one standard error, the "
             "smaller is better"
+        )
+    if best.fidelity is not None and best.fidelity > 1 + 1e-9:
+        notes.append(
+            f"the best student was trained for {best.fidelity:.0%} of the plan's tokens ({best.train_tokens:,}); those "
+            "at 100% are compared with each other, and its baseline is the one of as many tokens where there is one"
         )
     if best.kind == "baseline" and question.space.dimensions:
         notes.append("no searched strategy beat the hand-designed baseline")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from autodistill.errors import TrialFailedError
+from functools import partial
+
 from autodistill.search.campaign import Campaign
-from autodistill.search.deadline import OutOfTime, step_guard
-from autodistill.search.trials import work
-from autodistill.trial import TrialSetting, Workbench
+from autodistill.search.deadline import step_guard
+from autodistill.search.trials import attempt, work
+from autodistill.trial import Workbench
+from autodistill.trial_data import TrialSetting
 
 
 def run_inline(campaign: Campaign, setting: TrialSetting, deadline: float | None) -> None:
@@ -19,11 +21,4 @@ def run_inline(campaign: Campaign, setting: TrialSetting, deadline: float | None
     """
     bench = Workbench(setting)
     while (assignment := campaign.next()) is not None:
-        try:
-            report = work(bench, assignment, step_guard(deadline))
-        except OutOfTime:
-            campaign.abandon(assignment)
-        except TrialFailedError as error:
-            campaign.fail(assignment, error.cause, str(error))
-        else:
-            campaign.report(assignment, report)
+        campaign.take(assignment, attempt(partial(work, bench, assignment, step_guard(deadline))))

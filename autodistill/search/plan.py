@@ -14,7 +14,7 @@ import torch
 
 from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec, Plan
 from autodistill.distillation.parallel import map_sequences
-from autodistill.hardware import Machine
+from autodistill.search.share import Workers
 from autodistill.units import format_duration
 
 _REDUCTION = 3
@@ -38,45 +38,14 @@ class Speed:
         score: Teacher forward in float32, on all threads.
         worker_train: A training step of the largest student, on one of all busy workers.
         worker_score: Its forward in float32, likewise.
+        asked: Seconds, not a rate: what is measured beside the scores takes so long for each evaluation, on a worker.
     """
 
     cache: float
     score: float
     worker_train: float
     worker_score: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workers:
-    """How a machine is shared out among trials."""
-
-    count: int
-    threads: int
-    bf16: bool
-    device: str
-
-
-def supports_bf16(machine: Machine) -> bool:
-    """Whether training computes in bfloat16 on the machine's GPU, or on its CPU where there is none."""
-    return bool(torch.cuda.is_bf16_supported() if machine.gpus else torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def share_out(machine: Machine, training_bytes: int, runner: str) -> Workers:
-    """Workers for a machine: one a GPU, or one a core where the memory holds that many trials.
-
-    On CPUs, single-threaded workers side by side train more tokens in all than one trial over all cores.
-
-    Args:
-        machine: Cores, memory and GPUs.
-        training_bytes: Memory that the training of one trial takes.
-        runner: "inline" has one worker.
-    """
-    if machine.gpus:
-        count = 1 if runner == "inline" else len(machine.gpus)
-        return Workers(count=count, threads=max(1, machine.cpus // count), bf16=supports_bf16(machine), device="cuda")
-    held = max(1, int(0.8 * machine.memory_bytes // training_bytes))
-    count = 1 if runner == "inline" else min(machine.cpus, held, 8)
-    return Workers(count=count, threads=max(1, machine.cpus // count), bf16=supports_bf16(machine), device="cpu")
+    asked: float = 0.0
 
 
 def measure_speed(
@@ -86,6 +55,7 @@ def measure_speed(
     workers: Workers,
     threads: int,
     *,
+    device: str,
     sequence_length: int = SEQUENCE_LENGTH,
     checkpointing: bool = False,
 ) -> Speed:
@@ -97,10 +67,10 @@ def measure_speed(
         largest: Makes the largest student in the space of the teacher.
         workers: Threads and precision of a worker.
         threads: All of the machine's threads.
+        device: Where to measure: on this machine.
         sequence_length: Tokens of a sequence.
         checkpointing: Whether a step computes activations twice.
     """
-    device = workers.device
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, spec.vocabulary, (1, sequence_length))).to(device)
     model = teacher.to(device)
 
@@ -125,9 +95,10 @@ def measure_speed(
     full = rate(partial(forward_alone, bf16=False), threads)
     model = largest(teacher).to(device)
     model.get_input_embeddings().weight.requires_grad_(False)
-    # All workers at once, as they will be: they share the memory's bandwidth.
-    torch.set_num_threads(workers.count * workers.threads)
-    worker_score = rate(partial(forward_alone, bf16=False), workers.count * workers.threads) / workers.count
+    # All workers that share its memory's bandwidth at once, as they will be.
+    beside = workers.beside
+    torch.set_num_threads(beside * workers.threads)
+    worker_score = rate(partial(forward_alone, bf16=False), beside * workers.threads) / beside
 
     if checkpointing:
         model.train()
@@ -137,13 +108,14 @@ def measure_speed(
         forward(workers.bf16).float().square().mean().backward()
 
     torch.set_num_threads(workers.threads)
-    with ThreadPoolExecutor(workers.count) as pool:
-        list(pool.map(train_step, range(workers.count)))
+    with ThreadPoolExecutor(beside) as pool:
+        list(pool.map(train_step, range(beside)))
         _wait(device)
         began = time.perf_counter()
-        list(pool.map(train_step, range(workers.count)))
+        list(pool.map(train_step, range(beside)))
         _wait(device)
-        worker_train = sequence_length / (time.perf_counter() - began)
+        # Each process of a trial trains on sequences of its own.
+        worker_train = workers.processes * sequence_length / (time.perf_counter() - began)
     torch.set_num_threads(threads)
     return Speed(cache=cache, score=full, worker_train=worker_train, worker_score=worker_score)
 
@@ -171,6 +143,7 @@ class Demand:
         sequence_length: Tokens of a sequence.
         step_tokens: Of an optimiser step, whole sequences.
         confirm: Further seeds that the best few and the best baseline are trained on.
+        longest: How many times a trial's tokens the best are trained on to; their time is what the box has left.
     """
 
     box_seconds: float | None
@@ -189,6 +162,7 @@ class Demand:
     sequence_length: int = SEQUENCE_LENGTH
     step_tokens: int = SEQUENCE_LENGTH
     confirm: int = 0
+    longest: float = 1.0
 
 
 def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
@@ -302,6 +276,8 @@ def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: 
         test_tokens=test,
         workers=workers.count,
         threads=workers.threads,
+        processes=workers.processes,
+        gpus=workers.gpus,
         bf16=workers.bf16,
         seed=demand.seed,
         box_seconds=demand.box_seconds,
@@ -317,12 +293,12 @@ def _fixed_seconds(demand: Demand, speed: Speed, tokens: int) -> Mapping[str, fl
     per_weight = 1.6e-7
     return {
         "load": demand.spent_seconds,
-        "cache": min(tokens, demand.train_tokens) / speed.cache * 1.4 + full_eval / speed.score,
-        "teacher": demand.teacher_deployments * (full_eval / speed.score + 8e-9 * demand.parameters),
+        "cache": min(demand.longest * tokens, demand.train_tokens) / speed.cache * 1.4 + full_eval / speed.score,
+        "teacher": demand.teacher_deployments * (full_eval / speed.score + 8e-9 * demand.parameters + speed.asked),
         "workers": 15.0 if demand.ray else 0.0,
         "export": 12.0 + per_weight * demand.parameters,
         # The teacher up to three times, the undistilled student, the found one and the baseline.
-        "test": 6 * (test / speed.score + 1e-8 * demand.parameters),
+        "test": 6 * (test / speed.score + 1e-8 * demand.parameters + speed.asked),
     }
 
 
@@ -342,7 +318,7 @@ def trial_seconds(tokens: int, eval_tokens: int, parameters: int, speed: Speed, 
 
 def evaluation_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float:
     """Expected seconds on one worker of one deployment: the student is loaded, packed and scored."""
-    return eval_tokens / speed.worker_score + 4e-8 * parameters
+    return eval_tokens / speed.worker_score + 4e-8 * parameters + speed.asked
 
 
 def _trial_seconds(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:

@@ -1,4 +1,4 @@
-"""Runs a campaign's trials in warm Ray Tune workers: the only file that knows Ray.
+"""Runs a campaign's trials in warm Ray Tune workers.
 
 To Tune, a trial is one stretch of ours: from a checkpoint, or the start, to the next rung. Pausing is then the end of a
 stretch and promoting the start of another, so that Tune needs no state that our own event log does not hold.
@@ -12,122 +12,94 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from autodistill.errors import AutoDistillError, TrialFailedError
-from autodistill.hardware import Machine
 from autodistill.search.campaign import Campaign
-from autodistill.search.deadline import OutOfTime, step_guard
+from autodistill.search.cluster import Cluster
+from autodistill.search.deadline import step_guard
 from autodistill.search.failures import RETRIED
-from autodistill.search.trials import Assignment, work
-from autodistill.trial import TrialSetting, Workbench
+from autodistill.search.group import Group
+from autodistill.search.supplies import absolute, fetch
+from autodistill.search.trials import Assignment, attempt, work
+from autodistill.trial import Workbench
+from autodistill.trial_data import TrialSetting
 
-# Read by Ray when it is imported or started; a person's own settings go before.
-_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    # Paths of a request may be relative to where it was typed.
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "100000",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
+Work: TypeAlias = Callable[[Assignment], dict[str, Any]]
 
 
-class RayRunner:
-    """A local Ray, started in the background as soon as this is made.
+class Source(Protocol):
+    """Where assignments come from, and what became of them goes to: a campaign."""
+
+    def next(self) -> Assignment | None:
+        """The next piece of work, or None while there is none."""
+        ...
+
+    def take(self, assignment: Assignment, outcome: Mapping[str, Any]) -> None:
+        """Takes what became of an assignment."""
+        ...
+
+
+def run_ray(cluster: Cluster, campaign: Campaign, setting: TrialSetting, deadline: float | None) -> None:
+    """Drives the campaign until it is finished, and leaves the cluster.
 
     Args:
-        machine: Its cores and GPUs are what Ray may use.
+        cluster: Where the workers run.
+        campaign: Decides what runs.
+        setting: What all trials have in common.
+        deadline: `time.time()` at which a running trial is given back, or None.
+
+    Raises:
+        AutoDistillError: Ray could not be started.
     """
-
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-        self._error: BaseException | None = None
-        self._ready = threading.Event()
-        self._over = threading.Event()
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        self._starting = threading.Thread(target=self._start, name="ray-start", daemon=True)
-        self._starting.start()
-
-    def _start(self) -> None:
-        try:
-            import ray
-
-            job = ray.job_config.JobConfig()
-            # Ray would put the folder where the command was typed in front of its workers' import path, where any
-            # folder or file named like a library stands in for it: in a checkout, this package without its evaluators.
-            job._runtime_env_has_working_dir = lambda: True  # type: ignore[method-assign, unused-ignore]
-            ray.init(
-                job_config=job,
-                num_cpus=self._machine.cpus,
-                num_gpus=len(self._machine.gpus),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                ignore_reinit_error=True,
-            )
-        except BaseException as error:
-            # Raised where somebody waits for Ray, in the thread that can answer it.
-            self._error = error
-        self._ready.set()
-        # Ray's processes end with the thread that started them, so this one stays until they are not needed.
-        self._over.wait()
-
-    def run(self, campaign: Campaign, setting: TrialSetting, deadline: float | None) -> None:
-        """Drives the campaign until it is finished.
-
-        Args:
-            campaign: Decides what runs.
-            setting: What all trials have in common.
-            deadline: `time.time()` at which a running trial is given back, or None.
-
-        Raises:
-            AutoDistillError: Ray could not be started, or the log not be written.
-        """
-        self._ready.wait()
-        if self._error is not None:
-            raise AutoDistillError(
-                f"Ray could not be started ({self._error}): try --runner inline, which needs no Ray"
-            ) from self._error
-        import ray
-
-        storage = tempfile.mkdtemp(prefix="autodistill-tune-")
-        try:
-            _fit(campaign, setting, deadline, storage)
-        except Exception as error:
-            # Tune wraps what its searcher raises: that nothing can be written down any more.
-            raise campaign.broken or error from None
-        finally:
-            # On Ctrl-C the workers end here; what they trained since their last checkpoint is trained again.
-            ray.shutdown()
-            self._over.set()
-            shutil.rmtree(storage, ignore_errors=True)
+    plan = setting.plan
+    process = {"CPU": float(plan.threads)} | ({"GPU": plan.gpus} if setting.device == "cuda" else {})
+    # Several processes have a bundle each, near each other; the worker that holds them together needs none.
+    bundles = [process] if plan.processes == 1 else [{}, *([process] * plan.processes)]
+    try:
+        cluster.wait()
+        drive(campaign, plan.workers, bundles, partial(_worker, absolute(setting), deadline))
+    except Exception as error:
+        # Tune wraps what its searcher raises: that nothing can be written down any more.
+        raise campaign.broken or error from None
+    finally:
+        # On Ctrl-C the workers end here; what they trained since their last checkpoint is trained again.
+        cluster.leave()
 
 
-def _fit(campaign: Campaign, setting: TrialSetting, deadline: float | None, storage: str) -> None:
+def _worker(setting: TrialSetting, deadline: float | None) -> Work:
+    """What a worker process does its assignments by; made once in each."""
+    if setting.plan.processes > 1:
+        return Group(setting, deadline).work
+    bench, guard = Workbench(fetch(setting)), step_guard(deadline)
+    return lambda assignment: attempt(partial(work, bench, assignment, guard))
+
+
+def drive(source: Source, workers: int, bundles: list[dict[str, float]], make: Callable[[], Work]) -> None:
+    """Has warm workers do all the work that a source gives out, by Ray Tune.
+
+    Args:
+        source: Gives out assignments.
+        workers: Processes at once.
+        bundles: Resources of each of them, as a placement group has them.
+        make: Called in each process once; gives what does an assignment there.
+    """
     from ray import tune
 
-    plan = setting.plan
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(plan.workers)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(workers)
     # Tune prints the traceback of every failed trial; the campaign has recorded its cause.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    resources = {"cpu": float(plan.threads), "gpu": 1.0 if setting.device == "cuda" else 0.0}
     trainable = tune.with_resources(
-        tune.with_parameters(_stretch_class(), setting=setting, deadline=deadline), resources
+        tune.with_parameters(_stretch_class(), make=make), tune.PlacementGroupFactory(bundles, strategy="PACK")
     )
+    storage = tempfile.mkdtemp(prefix="autodistill-tune-")
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_searcher(campaign, plan.workers), num_samples=-1, reuse_actors=True, trial_name_creator=_name
+            search_alg=_searcher(source, workers), num_samples=-1, reuse_actors=True, trial_name_creator=_name
         ),
         run_config=tune.RunConfig(
             name="trials",
@@ -138,17 +110,20 @@ def _fit(campaign: Campaign, setting: TrialSetting, deadline: float | None, stor
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
         ),
     )
-    # For the same reason its table of failed trials goes nowhere.
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        tuner.fit()
+    try:
+        # For the same reason its table of failed trials goes nowhere.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            tuner.fit()
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
 
 
 def _name(trial: Any) -> str:
     return f"stretch_{trial.trial_id}"
 
 
-def _searcher(campaign: Campaign, workers: int) -> Any:
-    """Tune's searcher: hands out the campaign's assignments and brings back its reports."""
+def _searcher(source: Source, workers: int) -> Any:
+    """Tune's searcher: hands out the source's assignments and brings back what became of them."""
     from ray.tune.search import Searcher
 
     class CampaignSearcher(Searcher):  # type: ignore[misc, unused-ignore]
@@ -161,7 +136,7 @@ def _searcher(campaign: Campaign, workers: int) -> Any:
             """Hands out the next assignment, None while there is none, or FINISHED."""
             if len(self._work) >= workers:
                 return None
-            assignment = campaign.next()
+            assignment = source.next()
             if assignment is None:
                 # With nothing running there is nothing that could still make work.
                 return None if self._work else Searcher.FINISHED
@@ -177,16 +152,9 @@ def _searcher(campaign: Campaign, workers: int) -> Any:
             self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
         ) -> None:
             """Takes the report, or the failure, of an assignment back."""
-            assignment = self._work.pop(trial_id)
-            if error or result is None:
-                died = ("worker-died", "its worker process could not start, or ended: out of memory?")
-                campaign.fail(assignment, *self._failures.pop(trial_id, died))
-            elif "failure" in result:
-                campaign.fail(assignment, *result["failure"])
-            elif "report" in result:
-                campaign.report(assignment, result["report"])
-            else:
-                campaign.abandon(assignment)
+            died = ("worker-died", "its worker process could not start, or ended: out of memory, or its node was lost?")
+            outcome = {"failure": self._failures.pop(trial_id, died)} if error or result is None else result
+            source.take(self._work.pop(trial_id), outcome)
 
         def __reduce__(self) -> tuple[type[object], tuple[()]]:
             # Tune keeps a pickle of its searcher to restore from. Ours holds a live view, and is restored from the log.
@@ -214,7 +182,7 @@ class _Opaque:
         return self
 
     def __repr__(self) -> str:
-        return self.assignment.task.id
+        return "assignment"
 
 
 def _stretch_class() -> Any:
@@ -222,12 +190,9 @@ def _stretch_class() -> Any:
     from ray import tune
 
     class Stretch(tune.Trainable):  # type: ignore[misc, unused-ignore]
-        def setup(  # type: ignore[override]
-            self, config: dict[str, Any], setting: TrialSetting, deadline: float | None
-        ) -> None:
-            self._bench = Workbench(setting)
-            self._guard = step_guard(deadline)
+        def setup(self, config: dict[str, Any], make: Callable[[], Work]) -> None:  # type: ignore[override]
             self._assignment: Assignment = config["assignment"].assignment
+            self._work = make()
             self._suspect = False
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -241,14 +206,9 @@ def _stretch_class() -> Any:
             """Does the assignment; what goes wrong in it is a result too."""
             if self._suspect:
                 raise RuntimeError("this process is not used again")
-            try:
-                report = work(self._bench, self._assignment, self._guard)
-            except OutOfTime:
-                return {"done": True}
-            except TrialFailedError as error:
-                # What another process might do better is not given to this one again: Tune drops a worker that raises.
-                self._suspect = error.cause in RETRIED
-                return {"done": not self._suspect, "failure": (error.cause, str(error))}
-            return {"done": True, "report": report}
+            outcome = self._work(self._assignment)
+            # What another process might do better is not given to this one again: Tune drops a worker that raises.
+            self._suspect = "failure" in outcome and outcome["failure"][0] in RETRIED
+            return {"done": not self._suspect, **outcome}
 
     return Stretch

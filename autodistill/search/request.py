@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec
+from autodistill import plugins
+from autodistill.applied import check_strategy, student_spec
+from autodistill.budget import DeviceBudget
+from autodistill.contracts import SEQUENCE_LENGTH, Direction, Evaluator, ModelSpec
 from autodistill.devices import Device
-from autodistill.distillation.teacher import (
-    TeacherRef,
-    resolve_teacher,
-)
+from autodistill.distillation.teacher import TeacherRef, resolve_teacher
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError, NothingFitsError
-from autodistill.estimate import cannot_hold, fits, holdable, shortfall, spec_from_config
+from autodistill.estimate import cannot_hold, fits, holdable, shortfall, smallest, spec_from_config
+from autodistill.evaluation import ASKING_DATA
+from autodistill.evaluators.command import NAME as COMMAND
+from autodistill.evaluators.command import parse_command
+from autodistill.evaluators.harness import PREFIX, find_task
+from autodistill.evaluators.task import evaluator_of
 from autodistill.local_device import LOCAL, choose_device
-from autodistill.records.objectives import METRICS, Objective, objectives_of, parse_objectives
+from autodistill.records.objectives import OBJECTIVES, Objective, objectives_of, parse_objectives
 from autodistill.records.store import RunFolder, default_cache, read_json
+from autodistill.records.stored_run import check_free, pull
 from autodistill.search.sampler import SAMPLERS
 from autodistill.search.warm_start import check_space, parse_runs
 from autodistill.space import Space, load_space, load_strategy
+from autodistill.storage import Storage
 from autodistill.strategy import Strategy
-from autodistill.trial import ASKING_DATA, check_strategy, student_spec
+from autodistill.task_files import read_tasks
 from autodistill.units import Budget, Price
 
 DEFAULT_TEACHER, DEFAULT_DATA, DEFAULT_SPACE = "smollm2", "pydoc", "default"
@@ -36,7 +43,8 @@ RUNNERS = ("ray", "inline")
 _SEEDS = 2**32
 _MANY = 10_000
 _SHORTEST = 8  # tokens of a sequence: fewer give a model nothing to predict from
-WRITTEN = ("exact_match",)  # those for which the student answers questions in writing
+# What may rank is measured at every rung, so it must come from the simulated student alone.
+_RANKING = ("scores", "answers", "student")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +55,10 @@ class SearchRequest:
         budget: Limits of the deployed student.
         strategy: Name or file of a strategy: it alone is trained, to the plan's tokens, and nothing is searched.
         teacher, data, space, metric, sampler: References and names.
+        tasks: Task files, whose tasks are measured beside the metric; one of them may be the metric, as "task:NAME".
+        metric_command: A command that scores the student's folder; it ranks unless `metric` says otherwise.
+        metric_direction: Whether more or less of its scores is better; more by default.
+        metric_seconds: After which it is ended; ten minutes by default.
         objectives: Names parted by commas, where a search has more than its metric.
         device: Name of the one that the student is for, or None for this machine; a predicted latency is there.
         trials, tokens: Fixed instead of planned; with both, there is no time box unless `time_seconds` gives one. On
@@ -61,6 +73,11 @@ class SearchRequest:
         out: Folder of the runs.
         resume: Go on with the run `name`.
         runner: "ray" or "inline".
+        ray_address: Of a running cluster to join, "auto" or host:port; by default a Ray is started here.
+        gpus_per_trial: A fraction, so that several trials share a GPU, or a whole number; one by default.
+        cpus_per_trial: Cores of a trial, where there are GPUs of each of its processes; planned by default.
+        storage: URI below which events, checkpoints, students and what trials read are kept, so that the search, and
+            each of its trials, can go on from any node that reaches it; by default they lie in `out` and `cache` alone.
         cache: Folder of everything that later searches may use again.
         cache_limit_bytes: Disk that cached teacher outputs may take.
         checkpoint_limit_bytes: Disk that checkpoints of stages may take in the run's folder; by default a quarter of
@@ -81,6 +98,10 @@ class SearchRequest:
     objectives: str | None = None
     device: str | None = None
     sampler: str | None = None
+    tasks: tuple[Path, ...] | None = None
+    metric_command: str | None = None
+    metric_direction: Direction | None = None
+    metric_seconds: float | None = None
     trials: int | None = None
     tokens: int | None = None
     sequence_length: int | None = None
@@ -93,6 +114,10 @@ class SearchRequest:
     out: Path = Path("results/runs")
     resume: bool = False
     runner: str = "ray"
+    ray_address: str | None = None
+    gpus_per_trial: float | None = None
+    cpus_per_trial: int | None = None
+    storage: str | None = None
     cache: Path = field(default_factory=default_cache)
     cache_limit_bytes: int = 8 * 10**9
     checkpoint_limit_bytes: int | None = None
@@ -101,6 +126,21 @@ class SearchRequest:
     price: Price | None = None
     command: str = "autodistill search"
     started: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is measured beside the usual, because a request asks for it.
+
+    Attributes:
+        evaluators: Names of installed ones, and evaluators that a request made.
+        written: The objective for which questions are answered in writing, or "".
+        record: For `search.json`: what they were made from.
+    """
+
+    evaluators: tuple[str | Evaluator, ...]
+    written: str
+    record: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +155,7 @@ class Checked:
     data_reference: str
     space: Space
     space_reference: str
+    asked: Asked
     objectives: tuple[Objective, ...]
     device: Device | None
     sampler: str
@@ -124,11 +165,17 @@ class Checked:
     seed: int
     spec: ModelSpec | None
     stored: Mapping[str, Any] | None
+    storage: Storage | None
 
     @property
     def metric(self) -> str:
         """What ranks, and chooses what is exported: the first of the objectives."""
         return self.objectives[0].name
+
+    @property
+    def direction(self) -> Direction:
+        """Whether more or less of it is better."""
+        return self.objectives[0].direction
 
 
 def check_request(request: SearchRequest) -> Checked:
@@ -146,13 +193,18 @@ def check_request(request: SearchRequest) -> Checked:
         raise InputError(f"--sequence-length must be at least {_SHORTEST} tokens, not {request.sequence_length}")
     if request.runner not in RUNNERS:
         raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
-    stored = _stored(request)
+    if request.ray_address is not None and request.runner == "inline":
+        raise InputError("--ray-address names a Ray cluster, which --runner inline does not use: leave one of them out")
+    storage = Storage(request.storage) if request.storage else None
+    if storage is not None:
+        storage.check()
+    stored = _stored(request, storage)
     known = stored or {}
     request = replace(request, **{name: known.get(name, getattr(request, name)) for name in ("sharing", "forking")})
     length = request.sequence_length or known.get("plan", {}).get("sequence_length") or SEQUENCE_LENGTH
     if request.step_tokens is not None and (request.step_tokens < 1 or request.step_tokens % length):
         raise InputError(f"--step-tokens must be a multiple of {length}, a sequence, not {request.step_tokens}")
-    objectives = _objectives(request, known)
+    asked, objectives = ask(request, known)
     sampler = request.sampler or known.get("sampler") or DEFAULT_SAMPLER
     if sampler not in SAMPLERS:
         raise InputError(f"there is no sampler {sampler!r}; the samplers are {', '.join(SAMPLERS)}")
@@ -161,9 +213,8 @@ def check_request(request: SearchRequest) -> Checked:
     space_reference = request.space or known.get("space") or DEFAULT_SPACE
     teacher = resolve_teacher(teacher_reference)
     source = resolve_data(data_reference)
-    written = [one.name for one in objectives if one.name in WRITTEN]
-    if written and not source.conversations:
-        raise InputError(f"{written[0]} needs questions with answers: {ASKING_DATA}")
+    if asked.written and not source.conversations:
+        raise InputError(f"{asked.written} needs questions with answers: {ASKING_DATA}")
     space = load_space(space_reference)
     if request.strategy is not None:
         space = single(space, request.strategy)
@@ -178,6 +229,7 @@ def check_request(request: SearchRequest) -> Checked:
         data_reference=data_reference,
         space=space,
         space_reference=space_reference,
+        asked=asked,
         objectives=objectives,
         device=_device(request, known, objectives),
         sampler=sampler,
@@ -187,6 +239,7 @@ def check_request(request: SearchRequest) -> Checked:
         seed=request.seed if request.seed is not None else known.get("seed", 0),
         spec=spec_from_config(teacher.config) if teacher.config else None,
         stored=stored,
+        storage=_of_run(request, storage, known),
     )
     if stored is not None:
         _check_same(checked, stored)
@@ -229,26 +282,12 @@ def _check_cache(cache: Path) -> None:
         raise InputError(f"cannot write into {cache}: it is not yours to write; choose another folder with --cache")
 
 
-def _objectives(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Objective, ...]:
-    """What the search is judged by: what is asked, on resuming what was asked before, or the default metric."""
-    metric = request.metric
-    if metric is not None and metric not in METRICS:
-        raise InputError(f"{metric!r} is no metric that can rank; the metrics are {', '.join(METRICS)}")
-    if request.objectives is None:
-        return parse_objectives(metric) if metric else objectives_of(known or {"metric": DEFAULT_METRIC})
-    objectives = parse_objectives(request.objectives)
-    if metric not in (None, objectives[0].name):
-        raise InputError(
-            f"--metric {metric} contradicts --objectives {request.objectives}, whose first one ranks: leave --metric "
-            "out"
-        )
-    return objectives
-
-
 def _device(request: SearchRequest, known: Mapping[str, Any], objectives: tuple[Objective, ...]) -> Device | None:
     """Where latencies are predicted, if they are: on resuming the device as it was, with the figures it had."""
     if all(one.name != "latency" for one in objectives):
         return None
+    if isinstance(request.budget, DeviceBudget):
+        return request.budget.device
     if request.device is None and known.get("device"):
         return Device.from_json(known["device"])
     return choose_device(request.device or LOCAL, request.cache)
@@ -259,6 +298,92 @@ def _warmed_by(stored: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(stored.get("warm_start", {}).get("runs", ()))
 
 
+def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[Objective, ...]]:
+    """Finds what a request wants measured, and what a search is judged by: what is asked, on resuming what was asked
+    before, or the default metric.
+
+    Args:
+        request: What is asked.
+        known: `search.json` of the run that is resumed; else empty.
+
+    Raises:
+        InputError: A task file, a command, a metric or an objective that cannot be used.
+    """
+    own, record = _own(request, known.get("asked", {}))
+    metric = request.metric
+    if request.objectives is None:
+        before = [one.name for one in objectives_of(known)] if known else []
+        text = metric or ",".join(before) or (COMMAND if record["command"] is not None else DEFAULT_METRIC)
+    else:
+        text = request.objectives
+    names = [name.strip() for name in text.split(",")]
+    if request.objectives is not None and metric not in (None, names[0]):
+        raise InputError(
+            f"--metric {metric} contradicts --objectives {request.objectives}, whose first one ranks: leave --metric "
+            "out"
+        )
+    own += [find_task(name) for name in names if name.startswith(PREFIX)]
+    made = {name: quantity.direction for item in own for name, quantity in item.measures.items()}
+    installed = _installed([name for name in names if name not in made and not _follows(name)])
+    ways = made | {name: quantity.direction for item in installed for name, quantity in item.measures.items()}
+    if metric is not None and metric not in ways:
+        known_ones = ", ".join(sorted({*made, *(name for item in _ranking() for name in item.measures)}))
+        raise InputError(
+            f"{metric!r} is no metric that can rank; the metrics are {known_ones}, task:NAME of a --task, and "
+            "lm-eval:TASK"
+        )
+    asked = Asked(
+        evaluators=(*(item.name for item in installed), *own),
+        written=next((item.name for item in installed if item.needs == "answers"), ""),
+        record=record,
+    )
+    return asked, parse_objectives(text, ways)
+
+
+def _own(request: SearchRequest, before: Mapping[str, Any]) -> tuple[list[Evaluator], dict[str, Any]]:
+    """The evaluators of task files and of a command, and what they were made from, as `search.json` has it."""
+    files = request.tasks if request.tasks is not None else tuple(map(Path, before.get("tasks", ())))
+    command = request.metric_command or before.get("command")
+    direction = request.metric_direction or before.get("command_direction") or "max"
+    seconds = request.metric_seconds or before.get("command_seconds") or 600.0
+    if command is None and (request.metric_direction or request.metric_seconds):
+        raise InputError("--metric-direction and --metric-timeout are those of a command: give --metric-command")
+    tasks = [task for file in files for task in read_tasks(file)]
+    doubled = next((task.name for task in tasks if sum(other.name == task.name for other in tasks) > 1), None)
+    if doubled is not None:
+        raise InputError(f"two of the task files have a task {doubled}: rename one")
+    own: list[Evaluator] = [evaluator_of(task) for task in tasks]
+    if command is not None:
+        own.append(parse_command(command, direction, seconds))
+    return own, {
+        "tasks": [str(file.resolve()) for file in files],
+        "fingerprints": {task.name: task.fingerprint for task in tasks},
+        "command": command,
+        "command_direction": direction,
+        "command_seconds": seconds,
+    }
+
+
+def _follows(name: str) -> bool:
+    """Whether an objective follows from shape and packing, so that no evaluator of students measures it."""
+    return name in OBJECTIVES and not OBJECTIVES[name].trained
+
+
+def _ranking() -> Iterator[Evaluator]:
+    """Every installed evaluator that may rank."""
+    found = (plugins.load("evaluators", name) for name in plugins.names("evaluators"))
+    return (item for item in found if item.needs in _RANKING)
+
+
+def _installed(metrics: Sequence[str]) -> list[Evaluator]:
+    """The installed evaluators that measure these; most measure one of their own name. Unknown ones are left out."""
+    names = plugins.names("evaluators")
+    found = [plugins.load("evaluators", name) for name in metrics if name in names]
+    found = [item for item in found if item.needs in _RANKING and item.name in item.measures]
+    left = set(metrics) - {name for item in found for name in item.measures}
+    return [*found, *(item for item in (_ranking() if left else ()) if left & set(item.measures))]
+
+
 def single(space: Space, reference: str) -> Space:
     """The space that holds one strategy alone, under the deployments of another space."""
     strategy = load_strategy(reference)
@@ -267,14 +392,32 @@ def single(space: Space, reference: str) -> Space:
     )
 
 
-def _stored(request: SearchRequest) -> Mapping[str, Any] | None:
+def _of_run(request: SearchRequest, storage: Storage | None, known: Mapping[str, Any]) -> Storage | None:
+    """Where the run is kept; a resumed one where it was before."""
+    before = known.get("storage")
+    if request.resume and request.storage not in (None, before):
+        raise InputError(
+            f"the run {request.name!r} is kept on {before or 'this machine alone'}, not on {request.storage}: resume "
+            "it with the same --storage, or start a new run under another --name"
+        )
+    if before is not None and storage is None:
+        storage = Storage(before)
+        storage.check()
+    return storage
+
+
+def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any] | None:
     if not request.resume:
         if request.name is not None:
             # Refused here as well as on creation: no work may be spent before.
             RunFolder(request.out, request.name).check_free()
+            if storage is not None:
+                check_free(storage.at(request.name))
         return None
     if request.name is None:
         raise InputError("--resume goes on with a run: name it with --name")
+    if storage is not None:
+        pull(request.out / request.name, storage.at(request.name))
     return read_json(RunFolder.open(request.out, request.name).search_file)
 
 
@@ -287,6 +430,7 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
             ",".join(one.name for one in objectives_of(stored)),
         ),
         "device": (checked.device and checked.device.name, (stored.get("device") or {}).get("name")),
+        "task or command": (checked.asked.record, stored.get("asked", checked.asked.record)),
         "sampler": (checked.sampler, stored["sampler"]),
         "warm start": (", ".join(checked.warm_start), ", ".join(_warmed_by(stored))),
         "seed": (checked.seed, stored["seed"]),
@@ -340,9 +484,11 @@ def check_budget(checked: Checked, spec: ModelSpec) -> None:
     least = min(held, key=lambda strategy: min(fit.slack for fit in held[strategy]))
     reason = shortfall(held[least], checked.request.budget)
     if reason is not None:
+        remedy = (
+            "--latency, or name a faster --device" if smallest(held[least]).late else "--budget, or lower --context"
+        )
         raise NothingFitsError(
-            f"nothing fits: of the student that needs least ({least.init.describe()}), {reason}; raise --budget, or "
-            "lower --context"
+            f"nothing fits: of the student that needs least ({least.init.describe()}), {reason}; raise {remedy}"
         )
 
 

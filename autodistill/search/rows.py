@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from autodistill.budget import DeviceBudget
 from autodistill.contracts import ModelSpec, Plan, Status
 from autodistill.devices import Device
+from autodistill.estimate import config_of, latencies, too_late
+from autodistill.evaluation import Evaluation
 from autodistill.records.objectives import PREDICTED_LATENCY
 from autodistill.records.row import Row
-from autodistill.roofline import speed
+from autodistill.roofline import limit_seconds
 from autodistill.strategy import Strategy
-from autodistill.trial import Evaluation
-from autodistill.units import Budget
+from autodistill.units import LATENCY, Budget
 
 _FIELDS = ("accuracy", "perplexity", "agreement", "memory_bytes", "latency_ms", "tokens_per_second", "size_bytes")
 _COUNTS = ("memory_bytes", "size_bytes")
@@ -46,11 +48,12 @@ def make_row(
         status: Of the trial at this moment.
         split: What was read.
         teacher_accuracy: Of the teacher on the same examples, at full precision.
-        budget: Limits it is held to.
+        budget: Limits it is held to; on a device its latency is predicted.
         plan: Gives the fidelity.
         train_tokens, train_seconds: What training took so far.
         seed: Of the trial.
-        device: Where a latency is predicted, if it is to be: as every 95th percentile, at the slow end of the band.
+        device: Where a latency is predicted, if it is to be: as every 95th percentile, at the slow end of the band. A
+            budget's own goes before it.
     """
     figures = {name: measurement.value for name, measurement in evaluation.measurements.items()}
     errors = {
@@ -64,6 +67,16 @@ def make_row(
     if memory is not None and memory.value > budget.memory_bytes:
         over = int(memory.value) - budget.memory_bytes
         reason = f"memory: {int(memory.value)} bytes, {over} over the budget of {budget.memory_bytes}"
+    times = latencies(spec, evaluation.deployment, budget)
+    reason = reason or "; ".join(too_late(times, "predicted")) or None
+    figures |= {limit.name: 1e3 * seconds for limit, seconds in times.items()}
+    if isinstance(budget, DeviceBudget):
+        device = budget.device
+    if device is not None:
+        seconds = limit_seconds(spec, evaluation.deployment, device, LATENCY, context=budget.context)
+        figures[PREDICTED_LATENCY] = 1e3 * seconds
+    if isinstance(budget, DeviceBudget):
+        figures["latency_ms"] = figures[PREDICTED_LATENCY]
     accuracy_stderr = errors.pop("accuracy_stderr", None)
     fields: dict[str, Any] = {
         field: int(figures.pop(field)) if field in _COUNTS else figures.pop(field)
@@ -72,11 +85,7 @@ def make_row(
     }
     approximation = strategy.distillation.approximation if strategy else None
     remarks = {"approximate": approximation} if approximation else {}
-    if device is not None:
-        guess = speed(spec, evaluation.deployment, device, context=budget.context)
-        figures[PREDICTED_LATENCY] = guess.decode_ms_high
     accuracy = fields.get("accuracy")
-    latency = evaluation.measurements.get("latency_ms")
     return Row(
         row_id=f"{trial}-{evaluation.deployment.name}" + ("" if split == "validation" else f"-{split}"),
         trial=trial,
@@ -92,13 +101,15 @@ def make_row(
         accuracy_stderr=accuracy_stderr,
         retention=accuracy / teacher_accuracy if accuracy is not None and teacher_accuracy > 0 else None,
         memory_source=memory.source if memory else None,
-        latency_source=latency.source if latency else None,
+        latency_source="predicted" if "latency_ms" in fields else None,
+        machine=budget.device.name if isinstance(budget, DeviceBudget) else None,
+        shape=config_of(spec),
         params=spec.parameters,
         context=budget.context,
         batch=budget.batch,
         train_tokens=train_tokens,
         train_seconds=train_seconds,
-        fidelity=min(1.0, train_tokens / plan.tokens) if kind not in ("teacher", "initial") else None,
+        fidelity=train_tokens / plan.tokens if kind not in ("teacher", "initial") else None,
         seed=seed,
         documents=evaluation.documents,
         other=figures | errors | remarks,

@@ -4,43 +4,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autodistill.contracts import Plan, Status
 from autodistill.errors import InterruptedSearchError
 from autodistill.hardware import detect
 from autodistill.records.confirmation import KIND as CONFIRMATION
+from autodistill.records.differences import differences
 from autodistill.records.leaderboard import rank, rows_of, to_parquet
 from autodistill.records.objectives import front
 from autodistill.records.report import write_report
 from autodistill.records.row import Row
 from autodistill.records.saved import saved
 from autodistill.records.store import RunFolder, write_json
+from autodistill.records.stored_run import StoredLog, check_free, keep
 from autodistill.search.campaign import Campaign
 from autodistill.search.cost import cost
 from autodistill.search.finish import Finish, Finisher, finish
 from autodistill.search.inline_runner import run_inline
+from autodistill.search.loading import Place, load
+from autodistill.search.measuring import plan_from_measurement
 from autodistill.search.plan import confirmed
-from autodistill.search.prepare import (
-    Clock,
-    Observer,
-    cache_settings,
-    calibration_file,
-    load,
-    plan_from_measurement,
-    plan_run,
-    prepare_trials,
-)
-from autodistill.search.request import (
-    Checked,
-    SearchRequest,
-    check_request,
-)
+from autodistill.search.prepare import plan_run, prepare_trials
+from autodistill.search.progress import Clock, Observer
+from autodistill.search.request import Checked, SearchRequest, check_request
 from autodistill.search.sampler import Sampler
+from autodistill.search.share import check_share
+from autodistill.search.supplies import send
+from autodistill.search.teacher_outputs import cache_settings, calibration_file
 from autodistill.stages import default_limit
-from autodistill.trial import TrialSetting
+from autodistill.trial_data import TrialSetting
+
+if TYPE_CHECKING:
+    from autodistill.search.cluster import Cluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +61,18 @@ class Outcome:
 def plan_search(request: SearchRequest, observer: Observer | None = None) -> dict[str, Any]:
     """What a search would do, as plain data; nothing but the shared cache of teacher and data is written."""
     checked = check_request(request)
-    (observer or Observer()).phase("loading teacher and data")
-    loaded = load(checked)
-    (observer or Observer()).phase("measuring this machine")
+    with _workplace(checked) as (place, _):
+        return _plan(checked, place, observer or Observer())
+
+
+def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
+    request = checked.request
+    observer.phase("loading teacher and data")
+    loaded = load(checked, place)
+    observer.phase("measuring this machine")
     plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - request.started)
     settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration_file(checked, loaded))
-    tokens = min(plan.tokens, loaded.data.splits["train"].sequences * plan.sequence_length)
+    tokens = min(plan.most_tokens, loaded.data.splits["train"].sequences * plan.sequence_length)
     per_token = settings.bytes_per_token(loaded.spec.vocabulary, loaded.spec.width)
     return {
         "plan": plan.to_json(),
@@ -75,7 +81,7 @@ def plan_search(request: SearchRequest, observer: Observer | None = None) -> dic
         "training_bytes": {**asdict(loaded.fit.estimate), "total_bytes": loaded.fit.estimate.total_bytes},
         "budget": request.budget.to_json(),
         "expected_seconds": sum(plan.seconds.values()),
-        **cost(plan, len(detect().gpus) if loaded.workers.device != "cpu" else 0, request.price),
+        **cost(plan, sum(len(machine.gpus) for machine in place.machines), request.price),
     }
 
 
@@ -90,9 +96,9 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
     """
     observer = observer or Observer()
     checked = check_request(request)
-    with _folder(checked) as run:
+    with _workplace(checked) as (place, joined), _folder(checked) as run:
         try:
-            return _search(replace(checked, name=run.name), run, observer)
+            return _search(replace(checked, name=run.name), place, joined, run, observer)
         except KeyboardInterrupt:
             if not run.search_file.exists():
                 raise InterruptedSearchError("stopped before the first trial: nothing to resume") from None
@@ -113,17 +119,49 @@ def _folder(checked: Checked) -> RunFolder:
     return RunFolder.create_free(out, name) if checked.request.name is None else RunFolder.create(out, name)
 
 
-def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
+@contextmanager
+def _workplace(checked: Checked) -> Iterator[tuple[Place, Cluster | None]]:
+    """Where the search runs, and the cluster that it joined for it; what a trial is to be given is there."""
+    request, joined = checked.request, None
+    if request.ray_address is not None:
+        from autodistill.search.cluster import join
+
+        # What is kept on a storage is fetched to each node.
+        joined = join(request.ray_address, [] if checked.storage else [request.out, request.cache])
+    try:
+        here = detect()
+        machines = joined.machines if joined else (here,)
+        share = check_share(machines, request.gpus_per_trial, request.cpus_per_trial, request.runner)
+        yield Place(here=here, machines=machines, share=share), joined
+    finally:
+        if joined is not None:
+            joined.leave()
+
+
+def _search(checked: Checked, place: Place, joined: Cluster | None, run: RunFolder, observer: Observer) -> Outcome:
     request = checked.request
     clock = Clock(request.started, observer.phase)
     clock.add("load", time.monotonic() - request.started)
+    storage = checked.storage.at(run.name) if checked.storage else None
+    if storage is not None:
+        if not request.resume:
+            check_free(storage)
+        log = StoredLog(run.events.path, storage)
+        log.sync()
+        run.use(log)
     earlier = run.events.read()
-    planned = plan_run(checked, run, clock, observer)
+    planned = plan_run(checked, place, run, clock, observer)
     # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
-    runner = _start_runner(request)
+    runner = _start_runner(request, place, joined)
+    if storage is not None:
+        keep(run.search_file, storage)
     run.events.append({"event": "session", "time": time.time()})
     ready = prepare_trials(checked, planned, run, clock)
     loaded, plan, question, setting = planned.loaded, planned.plan, ready.question, ready.setting
+    if storage is not None:
+        with clock.phase("load", "sending what trials read"):
+            keep(run.search_file, storage)
+            setting = send(setting, storage)
     deadline = _deadline(request, plan, earlier)
     campaign = Campaign(
         question,
@@ -139,6 +177,7 @@ def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
         ),
         log=run.events,
         checkpoints=run.checkpoints,
+        storage=storage,
         checkpoint_limit=checked.request.checkpoint_limit_bytes or default_limit(run.checkpoints),
         deadline=deadline,
         notify=observer.line,
@@ -149,7 +188,7 @@ def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
     observer.phase("trials")
     before = campaign.worker_seconds()
     until = None if deadline is None else time.time() + deadline - time.monotonic() + 15
-    runner(campaign, setting, until)
+    runner(campaign, replace(setting, device=loaded.workers.device), until)
     spent = time.monotonic() - began
     after = campaign.worker_seconds()
     for phase, name in (("train", "train"), ("evaluate", "evaluate"), ("load", "other")):
@@ -172,18 +211,23 @@ def _search(checked: Checked, run: RunFolder, observer: Observer) -> Outcome:
     result = _result(checked, campaign, rows, finished, plan, seconds, run)
     kept = {name: result[name] for name in ("notes", "saved")}
     write_json(run.search_file, {**ready.document, "seconds": seconds, **kept})
+    if storage is not None:
+        keep(run.search_file, storage)
     to_parquet(rows, run.leaderboard_file)
     write_report(run)
     return Outcome(document=result, rows=tuple(rows), finish=finished)
 
 
-def _start_runner(request: SearchRequest) -> Callable[[Campaign, TrialSetting, float | None], None]:
+def _start_runner(
+    request: SearchRequest, place: Place, joined: Cluster | None
+) -> Callable[[Campaign, TrialSetting, float | None], None]:
     """The function that drives a campaign; Ray starts in the background while teacher and data are loaded."""
     if request.runner == "inline":
         return run_inline
-    from autodistill.search.ray_runner import RayRunner
+    from autodistill.search.cluster import LocalRay
+    from autodistill.search.ray_runner import run_ray
 
-    return RayRunner(detect()).run
+    return partial(run_ray, joined or LocalRay(place.here))
 
 
 def _deadline(request: SearchRequest, plan: Plan, earlier: list[dict[str, Any]]) -> float | None:
@@ -214,7 +258,7 @@ def _result(
     run: RunFolder,
 ) -> dict[str, Any]:
     """The search's one JSON document."""
-    ranked = rank(rows, checked.metric, campaign.question.direction)
+    ranked = rank(rows, checked.metric, checked.direction)
     trials = campaign.trials.values()
     notes = [*plan.notes, *finished.notes, *_fell_short(campaign, plan)]
     return {
@@ -237,6 +281,7 @@ def _result(
         ],
         "test": [row.to_json() for row in finished.test],
         "gain_on_test": finished.gain,
+        "differences_on_test": [item.to_json() for item in differences(finished.test)],
         "confirmation": [item.to_json() for item in finished.confirmed],
         "runtime": {name: asdict(check) for name, check in finished.checks.items()},
         "budget": checked.request.budget.to_json(),
@@ -251,7 +296,8 @@ def _result(
 def _fell_short(campaign: Campaign, plan: Plan) -> list[str]:
     """What the plan held and the box did not, in sentences."""
     proposed = sum(trial.number is not None and trial.rung >= 0 for trial in campaign.trials.values())
-    whole = sum(trial.kind == "student" and trial.status is Status.COMPLETED for trial in campaign.trials.values())
+    students = [trial for trial in campaign.trials.values() if trial.kind == "student" and trial.task.length == 1]
+    whole = sum(trial.status is Status.COMPLETED for trial in students)
     planned = plan.keep[-1] if plan.keep else plan.trials
     notes = []
     if proposed < plan.trials and not campaign.exhausted:

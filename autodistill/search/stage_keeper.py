@@ -12,7 +12,7 @@ from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.search.forks import FEW
 from autodistill.search.trials import TrialState
 from autodistill.stages import Checkpoint, StageStore
-from autodistill.trial import RungReport
+from autodistill.trial_data import RungReport
 
 
 class StageKeeper:
@@ -111,8 +111,9 @@ class StageKeeper:
             if not (trial.running or trial.task.id in promotable):
                 continue
             plan, stage = self._plan, trial.task.stage or trial.task.id
-            rung = min(self._next(trial), len(plan.rungs) - 1)
-            branch = branch_point(plan.rungs[rung], plan.decay, plan.batch_tokens)
+            rung, length = min(self._next(trial), len(plan.rungs) - 1), trial.task.length
+            target = plan.tokens_of(length) if length > 1 else plan.rungs[rung]
+            branch = branch_point(target, plan.decay, plan.batch_tokens)
             own = [checkpoint for checkpoint in held if checkpoint.stage == stage and checkpoint.tokens <= branch]
             safe.update(own[-1:])
         return safe

@@ -47,14 +47,13 @@ class Observation:
     constraint: float | None = None
     further: tuple[float | None, ...] = ()
     repeatable: bool = False
+    forkable: bool = False
 
     @property
     def values(self) -> tuple[float, ...] | None:
         """Of all objectives; None where one is missing or not finite."""
         found = tuple(value for value in (self.value, *self.further) if value is not None and math.isfinite(value))
         return found if len(found) == 1 + len(self.further) else None
-
-    forkable: bool = False
 
     def __post_init__(self) -> None:
         if self.state == Status.REJECTED and not (self.constraint or 0.0) > 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from autodistill.distillation.schedule import branch_point
 from autodistill.search.plan import evaluation_seconds, trial_seconds
 from autodistill.search.trials import Assignment, Question
 
@@ -43,8 +44,14 @@ class TimeBox:
         if work.deployment is not None:
             return self.evaluation()
         last = work.rung == len(plan.rungs) - 1
+        target, length = plan.rungs[work.rung], work.task.length
+        start = plan.rungs[reached] if reached >= 0 else 0
+        if length > 1:
+            # It goes on from where the decay to the plan's tokens branched off, if it shares that stage.
+            start = branch_point(target, plan.decay, plan.batch_tokens) if work.task.stage else 0
+            target = plan.tokens_of(length)
         return self._stretch(
-            plan.rungs[work.rung] - (plan.rungs[reached] if reached >= 0 else 0),
+            target - start,
             plan.eval_tokens if last else plan.rung_eval_tokens,
             judged=not last,
         )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from autodistill.contracts import Direction, ModelSpec, Plan, Status
 from autodistill.devices import Device
 from autodistill.distillation.trainer import StepRecord
+from autodistill.errors import TrialFailedError
 from autodistill.estimate import Fit
 from autodistill.records.objectives import Objective
 from autodistill.search.deadline import OutOfTime
@@ -15,7 +17,8 @@ from autodistill.search.failures import explained
 from autodistill.search.plan import Speed
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment
-from autodistill.trial import RungReport, Trial, TrialTask, Workbench
+from autodistill.trial import Trial, Workbench
+from autodistill.trial_data import RungReport, TrialTask
 from autodistill.units import Budget
 
 
@@ -63,8 +66,8 @@ class Assignment:
     deployment: Deployment | None = None
 
 
-def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord], None]) -> RungReport:
-    """Does what a worker was assigned.
+def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord], None]) -> RungReport | None:
+    """Does what a worker was assigned; of several processes the first one has the report.
 
     Raises:
         TrialFailedError: Whatever went wrong in this trial.
@@ -72,6 +75,8 @@ def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord
     """
     try:
         trial = Trial(bench, assignment.task, on_step)
+        if bench.sharding is not None and bench.sharding.rank > 0:
+            return trial.run(assignment.rung) if assignment.deployment is None else None
         if assignment.deployment is not None:
             return trial.evaluate(assignment.deployment)
         return trial.run(assignment.rung)
@@ -79,6 +84,19 @@ def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord
         raise
     except Exception as error:  # a fault of one trial never ends a search
         raise explained(error) from error
+
+
+def attempt(work: Callable[[], RungReport | None]) -> dict[str, Any]:
+    """The outcome of some work as plain data: "report", or "failure" with its cause and what it said.
+
+    Work that ran out of time has neither.
+    """
+    try:
+        return {"report": work()}
+    except OutOfTime:
+        return {}
+    except TrialFailedError as error:
+        return {"failure": (error.cause, str(error))}
 
 
 @dataclass
@@ -97,6 +115,7 @@ class TrialState:
         status, reason, cause: Once it has ended; the cause is that of a failure.
         settled: Deployments that were evaluated at full fidelity, are being, or cannot be.
         retried: Pieces of work that failed once: to which rung, and of an evaluation the deployment's name.
+        trained_tokens, train_seconds: What its own training took so far.
         parameters: Weights of its student; None where the teacher has no such student.
     """
 
@@ -110,6 +129,7 @@ class TrialState:
     value: float | None = None
     further: tuple[float | None, ...] = ()
     train_seconds: float = 0.0
+    trained_tokens: int = 0
     running: bool = False
     status: Status | None = None
     reason: str | None = None

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from autodistill.applied import probe_deployment, student_spec
 from autodistill.contracts import Status
 from autodistill.errors import InputError
 from autodistill.formats import weights_bytes
@@ -21,7 +22,6 @@ from autodistill.search.trials import Question, TrialState
 from autodistill.serving_memory import memory
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment, Strategy
-from autodistill.trial import probe_deployment, student_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,8 @@ def _observations(events: Sequence[Mapping[str, Any]], question: Question) -> It
     causes = {event["trial"]: event.get("cause") for event in events if event["event"] == "status"}
     baselines = {strategy.id for strategy in question.space.baselines.values()}
     for event in events:
-        if event["event"] != "trial" or event["kind"] == CONFIRMATION:
+        # What was trained on beyond its plan is known at the plan's tokens already.
+        if event["event"] != "trial" or event["kind"] == CONFIRMATION or event.get("length", 1.0) > 1:
             continue
         strategy = Strategy.from_json(event["strategy"])
         point = question.space.point(strategy)

@@ -15,10 +15,10 @@ from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import load_model, stored_type
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
 from autodistill.estimate import spec_from_config
+from autodistill.evaluation import deployed_weights
 from autodistill.families import FAMILIES
 from autodistill.strategy import Deployment, Init
 from autodistill.testing import save_tiny_teacher
-from autodistill.trial import deployed_weights
 
 GRIDS = [
     Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=32),

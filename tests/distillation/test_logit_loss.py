@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from autodistill.distillation import logit_loss as module
 from autodistill.distillation.divergence import divergence_of, forward_kl
 from autodistill.distillation.logit_loss import logit_loss
-from autodistill.distillation.target import FullTarget, SampledTarget, TopTarget
+from autodistill.distillation.target import FullTarget, SampledTarget, TopTarget, WrittenTarget
 from autodistill.distillation.temperature import GRID
 
 ROWS, VOCABULARY = 37, 101
@@ -227,6 +227,42 @@ DEFINITIONS = {
 }
 
 
+@pytest.mark.parametrize(("name", "mixture"), DEFINITIONS)
+@pytest.mark.parametrize("weight", [0.4, 1.0])
+@pytest.mark.parametrize("chunk", [5, 10**6])
+def test_what_was_told_of_some_places_and_text_alone_in_others(monkeypatch, name, mixture, weight, chunk):
+    """Of the tokens told and the rest as one outcome, each row by the paper's definition; elsewhere cross-entropy."""
+    monkeypatch.setattr(module, "_CPU_CHUNK", chunk * VOCABULARY)
+    student, teacher, labels, top = _case(k=6)
+    counts = np.random.default_rng(5).integers(0, 7, ROWS)
+    counts[:7] = range(7)
+    ids, log_p = top.ids.clone(), top.log_p.clone()
+    for row, count in enumerate(counts):
+        ids[row, count:], log_p[row, count:] = -1, 0.0
+    target = WrittenTarget(ids=ids, log_p=log_p)
+    logits, reference = (student.clone().requires_grad_() for _ in range(2))
+    loss = logit_loss(logits, labels, target, weight, divergence_of(name, mixture))
+    loss.total.backward()
+    terms, distances = [], []
+    for row, count in enumerate(counts):
+        cross_entropy = functional.cross_entropy(reference[row], labels[row])
+        if count == 0:
+            terms.append(cross_entropy)
+            continue
+        p, q = (functional.softmax(rows[row], dim=0) for rows in (teacher, reference))
+        told = torch.zeros(VOCABULARY, dtype=torch.bool)
+        told[top.ids[row, :count]] = True
+        p, q = (torch.cat([one[told], one[~told].sum()[None]])[None] for one in (p, q))
+        distance = DEFINITIONS[name, mixture](p, q)[0]
+        distances.append(float(distance.detach()))
+        terms.append(weight * distance + (1 - weight) * cross_entropy)
+    expected = torch.stack(terms).mean()
+    expected.backward()
+    assert float(loss.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-11)
+    assert float(loss.divergence) == pytest.approx(sum(distances) / ROWS, rel=1e-10)
+    torch.testing.assert_close(logits.grad, reference.grad, rtol=1e-9, atol=1e-12)
+
+
 def _full(temperature, standardised=False, dtype=torch.float64, width=12):
     """A teacher given by states and a head, and a student that is near to it."""
     generator = torch.Generator().manual_seed(1)
@@ -375,3 +411,23 @@ def test_all_tokens_take_no_more_memory_than_some_rows(monkeypatch):
     one, row = rows * vocabulary * 4, vocabulary * 4
     # Beside the gradient, 128 rows of the teacher's logits and nine tensors of a few rows.
     assert one <= memory.peak <= one + 128 * row + 9 * step * row
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_trls_generalised_jsd(beta, temperature):
+    """TRL's own function, which leaves out the factor T^2; its end at 0 is forward KL."""
+    from trl.experimental.gkd import GKDTrainer
+
+    student, teacher, labels, target = _full(temperature)
+    logits, reference = (student.clone().requires_grad_() for _ in range(2))
+    divergence = divergence_of("jsd", beta) if beta else forward_kl
+    loss = logit_loss(logits, labels, target, 1.0, divergence)
+    loss.total.backward()
+    theirs = GKDTrainer.generalized_jsd_loss(
+        reference, teacher, beta=beta, temperature=temperature, num_items_in_batch=ROWS
+    )
+    expected = temperature**2 * theirs
+    expected.backward()
+    assert float(loss.total.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    torch.testing.assert_close(logits.grad, reference.grad, rtol=1e-6, atol=1e-9)

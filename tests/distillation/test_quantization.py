@@ -1,10 +1,12 @@
 """Fake quantisation against the packed bytes' values and a float64 closed form, and training under it."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -220,6 +222,27 @@ def test_learned_scales_show_what_is_deployed(grid):
     expected = _bits(deployed(WEIGHTS["normal"], grid, learned))
     np.testing.assert_array_equal(_bits(shown().detach().numpy()), expected)
     np.testing.assert_array_equal(_bits(deploy_tensor(master, grid, learned).numpy()), expected)
+
+
+INTEGERS = [grid for grid in get_format("compressed-tensors").linears if grid.bits in (4, 8) and grid.group_size]
+
+
+@pytest.mark.parametrize("grid", INTEGERS, ids=lambda grid: grid.name)
+def test_integer_grids_are_those_of_torchao(grid):
+    """What torchao 0.18 made of the same weights, by `benchmarks/torchao_reference.py`."""
+    theirs = load_file(Path(__file__).with_name("torchao.safetensors"))
+    scales, zero_points, codes = (theirs[f"{grid.name}.{part}"] for part in ("scales", "zero_points", "codes"))
+    weight = torch.from_numpy(np.random.default_rng(0).standard_normal((16, 256)).astype(np.float32))
+    own_scales, own_offset = fitted_scales(weight, grid)
+    assert torch.equal(own_scales, scales)
+    assert torch.equal(torch.zeros_like(scales) if own_offset is None else own_offset, zero_points.float())
+    groups = (codes.view(*scales.shape, -1) - zero_points[..., None]) * scales[..., None]
+    expected, found = groups.view_as(weight).bfloat16().float(), fake_quantize(weight, grid)
+    # torchao multiplies by the reciprocal of a scale, so that a weight between two codes may fall to the other side.
+    same = found == expected
+    assert same.double().mean() > 0.999
+    step = scales.repeat_interleave(weight.shape[1] // scales.shape[1], dim=1)
+    assert ((found - expected).abs() <= 1.01 * step)[~same].all()
 
 
 def test_only_trained_weights_learn_scales(model):

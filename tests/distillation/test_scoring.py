@@ -1,5 +1,6 @@
 """Scores against transformers' own loss and logits."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from autodistill.contracts import TeacherReference
 from autodistill.distillation import scoring
-from autodistill.distillation.scoring import choices, score
+from autodistill.distillation.scoring import choices, refer, score
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +65,13 @@ def test_documents_are_those_of_the_predicted_tokens(workshop, model):
 
 
 def test_agreement(workshop, model):
-    itself, top1 = score(model, workshop.data)
+    itself, reference = refer(model, workshop.data)
     assert itself.agrees.all()
-    again, _ = score(model, workshop.data, top1)
+    again, _ = score(model, workshop.data, reference)
     assert again.agrees.all()
-    other = top1.copy()
+    other = reference.top1.copy()
     other[[3, 100]] += 1
-    differing, _ = score(model, workshop.data, other)
+    differing, _ = score(model, workshop.data, replace(reference, top1=other))
     np.testing.assert_array_equal(np.flatnonzero(~differing.agrees), [3, 100])
     np.testing.assert_array_equal(differing.correct, itself.correct)
 
@@ -96,3 +98,48 @@ def test_choices_and_their_leads(workshop, model):
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
     np.testing.assert_allclose(leads, ordered[..., -1] - ordered[..., -2], atol=1e-5)
     assert (tokens.dtype, leads.dtype) == (np.int32, np.float32)
+
+
+def noisy(model, scale):
+    other = copy.deepcopy(model)
+    dice = torch.Generator().manual_seed(1)
+    for parameter in other.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=dice), alpha=scale)
+    return other
+
+
+@pytest.mark.parametrize("kept", [16, 300])
+def test_divergence_is_torchs_over_the_same_outcomes(workshop, model, monkeypatch, kept):
+    monkeypatch.setattr(scoring, "REFERENCE_TOKENS", kept)
+    monkeypatch.setattr(scoring, "_CHUNK_ROWS", 7)
+    student = noisy(model, 0.02)
+    _, reference = refer(model, workshop.data)
+    scores, _ = score(student, workshop.data, reference)
+    ids = torch.from_numpy(workshop.data.tokens.astype(np.int64))
+    with torch.no_grad():
+        rows = [one(ids).logits[:, :-1].double().flatten(0, 1).softmax(-1) for one in (model, student)]
+    likeliest = rows[0].topk(kept).indices
+    merged = []
+    for row in rows:
+        seen = row.gather(1, likeliest)
+        merged.append(seen if kept == 300 else torch.cat([seen, 1 - seen.sum(1, keepdim=True)], dim=1))
+    divergence = torch.nn.functional.kl_div(merged[1].log(), merged[0], reduction="none").sum(1).numpy()
+    np.testing.assert_allclose(scores.divergence, divergence, rtol=1e-3, atol=1e-6)
+    whole = torch.nn.functional.kl_div(rows[1].log(), rows[0], reduction="none").sum(1).numpy()
+    assert (scores.divergence <= whole + 1e-6).all()  # merged outcomes never diverge more
+    assert scores.outcomes == (300 if kept == 300 else 17)
+    np.testing.assert_allclose(scores.confidence, rows[1].max(1).values.numpy(), rtol=1e-5)
+
+
+def test_a_teacher_does_not_diverge_from_itself(workshop, model):
+    itself, reference = refer(model, workshop.data)
+    assert not itself.divergence.any()
+    np.testing.assert_allclose(score(model, workshop.data, reference)[0].divergence, 0, atol=1e-6)
+
+
+def test_what_is_kept_of_a_teacher_is_read_back(workshop, model, tmp_path):
+    _, reference = refer(model, workshop.data)
+    reference.save(tmp_path / "reference.npz")
+    again = TeacherReference.load(tmp_path / "reference.npz").head(40)
+    for name in ("top1", "tokens", "log_probs"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(reference, name)[:40])

@@ -13,6 +13,7 @@ from torch import multiprocessing
 from autodistill.distillation.sharding import Sharding, check_sharded
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.errors import InputError
+from autodistill.formats import Role, TensorSpec
 from autodistill.strategy import Alignment, Attention, Distillation, Finishing, Init, Lora, Strategy
 
 ALIGNED = Strategy(
@@ -22,6 +23,14 @@ ALIGNED = Strategy(
     )
 )
 PLAIN = Strategy(distillation=Distillation(learning_rate=1e-2, train_embeddings=True))
+ATTENDED, RELATED = (
+    replace(PLAIN, distillation=replace(PLAIN.distillation, attention=attention))
+    for attention in (Attention(kind="maps"), Attention(kind="relations", relation_heads=4))
+)
+UNCERTAIN = replace(PLAIN, distillation=replace(PLAIN.distillation, positions="uncertain", uncertain_share=0.5))
+GRID = Finishing(format="gguf-q4_0", bits=4, group_size=32).storage(
+    TensorSpec(name="weight", role=Role.LINEAR, shape=(64, 64))
+)
 STEP = 128  # four sequences
 
 
@@ -36,6 +45,7 @@ class Task:
     out: Path
     begin: Path | None = None
     plan: tuple[tuple[str, object], ...] = ()
+    learned: bool | None = None  # whether scales are, where there is a grid
 
 
 def run(task, sharding=None):
@@ -43,8 +53,16 @@ def run(task, sharding=None):
     trainer = workshop.trainer(task.strategy, batch_tokens=STEP, sharding=sharding, **dict(task.plan))
     if task.begin:
         trainer.load(task.begin)
-    records = list(trainer.train_stable(task.until))
+    if task.learned is None:
+        records = list(trainer.train_stable(task.until))
+    else:
+        grids = {name: GRID for name, tensor in trainer.model.named_parameters() if tensor.ndim == 2}
+        records = list(trainer.train_decay(task.until, grids.get, learned=task.learned))
     trainer.save(task.out)
+    if task.learned and (sharding is None or sharding.rank == 0):
+        np.savez(
+            task.out.with_name(task.out.name + ".npz"), **{name: item.scales for name, item in trainer.scales.items()}
+        )
     return [(record.loss, record.divergence, record.gradient_norm) for record in records]
 
 
@@ -87,6 +105,12 @@ def test_two_processes_train_as_one_and_each_goes_on_from_the_others_checkpoint(
         "aligned": {"strategy": ALIGNED},
         "parts": {"strategy": ALIGNED, "plan": (("micro_batch", 1), ("checkpointing", True))},
         "answers": {"strategy": ALIGNED, "bench": marked, "plan": (("micro_batch", 1),)},
+        "attended": {"strategy": ATTENDED, "plan": (("micro_batch", 1),)},
+        "related": {"strategy": RELATED, "plan": (("micro_batch", 1),)},
+        "uncertain": {"strategy": UNCERTAIN, "plan": (("micro_batch", 1),)},
+        "grid": {"strategy": PLAIN, "learned": False},
+        "frozen grid": {"strategy": ALIGNED, "learned": False, "plan": (("checkpointing", True),)},
+        "learned": {"strategy": PLAIN, "learned": True},
         "longer": {"strategy": ALIGNED, "until": 2 * STEP},
     }
     alone = {name: run(task(f"{name}.1", **case)) for name, case in cases.items()}
@@ -97,6 +121,10 @@ def test_two_processes_train_as_one_and_each_goes_on_from_the_others_checkpoint(
     for name in cases:
         np.testing.assert_allclose(records[name], alone[name], rtol=1e-5)
         same(tmp_path / f"{name}.1", tmp_path / f"{name}.2")
+    one, other = (np.load(tmp_path / f"learned.{processes}.npz") for processes in (1, 2))
+    assert one.files == other.files != []
+    for name in one.files:
+        np.testing.assert_allclose(other[name], one[name], rtol=1e-3)
     # Begun by one process and continued by two, and the other way round.
     same(tmp_path / "longer.1", tmp_path / "continued.2")
     run(task("back.1", ALIGNED, until=2 * STEP, begin=tmp_path / "aligned.2"))
@@ -120,20 +148,9 @@ def same(one, other):
             torch.testing.assert_close(second[name], expected, rtol=1e-3, atol={"exp_avg": 1e-7}.get(kind, 1e-10))
 
 
-@pytest.mark.parametrize(
-    ("part", "said"),
-    [
-        ({"lora": Lora(rank=4)}, "low-rank changes"),
-        ({"attention": Attention()}, "attention alignment"),
-        ({"positions": "uncertain", "uncertain_share": 0.5}, "uncertain positions"),
-    ],
-)
-def test_what_needs_whole_weights_is_refused(part, said):
-    with pytest.raises(InputError, match=said):
-        check_sharded(Strategy(init=Init(), distillation=Distillation(**part)), "float32")
-    grid = Finishing(format="gguf-q8_0", bits=8, group_size=32)
-    with pytest.raises(InputError, match="a finishing grid, 8-bit optimiser states"):
-        check_sharded(Strategy(finishing=grid), "int8")
+def test_what_needs_whole_weights_is_refused():
+    with pytest.raises(InputError, match="low-rank changes, 8-bit optimiser states"):
+        check_sharded(Strategy(init=Init(), distillation=Distillation(lora=Lora(rank=4))), "int8")
 
 
 def test_sequences_that_do_not_divide_are_refused():

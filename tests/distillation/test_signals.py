@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,6 +83,27 @@ def test_sampled_tokens(workshop, logits):
     assert record.divergence == pytest.approx(float(full.mean()), rel=0.2)
 
 
+def test_what_was_told_with_the_text(workshop, logits):
+    """KL of the tokens told and the rest where there are some, in float64, and cross-entropy elsewhere."""
+    bench = workshop.told(workshop.cache, 5)
+    spared = np.random.default_rng(2).random(bench.data.tokens.shape) < 0.3
+    bench.data.told.ids[spared] = -1
+    _, record = _first_step(bench, _strategy(signal="written", signal_tokens=0, divergence_weight=0.7))
+    teacher, student, labels = logits
+    log_p, log_q = (functional.log_softmax(rows, dim=1) for rows in (teacher, student))
+    top = torch.zeros(log_p.shape, dtype=torch.bool).scatter_(1, teacher.topk(5, dim=1).indices, True)
+    rest = [log.masked_fill(top, -torch.inf).logsumexp(dim=1) for log in (log_p, log_q)]
+    inside = (log_p.exp() * (log_p - log_q)).masked_fill(~top, 0.0).sum(dim=1)
+    distance = inside + rest[0].exp() * (rest[0] - rest[1])
+    # Position i predicts token i + 1, which is what was told of.
+    heard = torch.from_numpy(~spared[:, 1:].reshape(-1))
+    surprise = functional.cross_entropy(student, labels, reduction="none")
+    expected = torch.where(heard, 0.7 * distance + 0.3 * surprise, surprise)
+    # The cache's log-probabilities have 11 bits.
+    assert record.loss == pytest.approx(float(expected.mean()), rel=1e-3)
+    assert record.divergence == pytest.approx(float(distance[heard].sum() / len(heard)), rel=1e-3)
+
+
 def test_the_weight_follows_its_line(workshop):
     strategy = _strategy(divergence_weight=0.0, final_divergence_weight=0.8, learning_rate=1e-12)
     trainer = workshop.trainer(strategy, batch_tokens=ALL, tokens=4 * ALL)
@@ -143,7 +163,7 @@ def test_the_most_uncertain_positions(workshop, logits, share):
 def test_answers(workshop, logits):
     """Where the data mark answers the loss is theirs; where they mark none, every token counts."""
     answers = np.random.default_rng(3).random(workshop.data.tokens.shape) < 0.3
-    marked = SimpleNamespace(tokens=workshop.data.tokens, documents=workshop.data.documents, answers=answers)
+    marked = replace(workshop.data, answers=answers)
     strategy = _strategy(divergence_weight=0.5, positions="answers")
     _, record = _first_step(replace(workshop, data=marked), strategy)
     _, student, labels = logits
@@ -157,7 +177,7 @@ def test_answers(workshop, logits):
 
 def test_a_step_without_answers_moves_nothing(workshop):
     nothing = np.zeros(workshop.data.tokens.shape, dtype=bool)
-    marked = SimpleNamespace(tokens=workshop.data.tokens, documents=workshop.data.documents, answers=nothing)
+    marked = replace(workshop.data, answers=nothing)
     trainer, record = _first_step(replace(workshop, data=marked), _strategy(positions="answers"))
     assert (record.loss, record.gradient_norm) == (0.0, 0.0)
     fresh, _ = build_student(workshop.teacher, INIT)

@@ -19,7 +19,7 @@ def test_is_the_share_of_correct_tokens_with_an_error_by_document(subject: Subje
     draws = dice.integers(0, 40, size=(4000, 40))
     bootstrapped = np.std(sums[draws].sum(axis=1) / counts[draws].sum(axis=1))
     assert measurement.stderr == pytest.approx(bootstrapped, rel=0.1)
-    assert measurement.detail == {"tokens": correct.size, "documents": 40}
+    assert measurement.detail == {"split": "validation", "tokens": correct.size, "documents": 40}
 
 
 def test_one_document_has_no_error(subject: Subject) -> None:

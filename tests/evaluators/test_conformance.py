@@ -1,25 +1,35 @@
-"""What holds for every evaluator that is installed."""
+"""Our own evaluators pass the suite that a plug-in's author subclasses, and nothing else does."""
 
 from __future__ import annotations
 
 import json
 import math
 import socket
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from autodistill.evaluators.command import parse_command
+from autodistill.evaluators.task import evaluator_of
 
-from autodistill.contracts import Subject
+from autodistill.contracts import Evaluator, Measurement, Quantity, Subject
 from autodistill.plugins import load, names
 from autodistill.strategy import Deployment
+from autodistill.task_files import read_tasks
+from autodistill.testing import EvaluatorConformance
+from autodistill.timing import Load
 
 PACKED = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=64)
 UNITS = {
     "accuracy": ("fraction", "max"),
     "agreement": ("fraction", "max"),
+    "answer_ms": ("ms", "min"),
+    "ece": ("fraction", "min"),
     "exact_match": ("fraction", "max"),
+    "kl": ("nats", "min"),
     "latency_ms": ("ms", "min"),
     "memory_bytes": ("bytes", "min"),
     "perplexity": ("perplexity", "min"),
@@ -27,51 +37,158 @@ UNITS = {
     "tokens_per_second": ("tokens/s", "max"),
     "ttft_ms": ("ms", "min"),
 }
+TASKS = """
+tasks:
+  - {name: choices, files: q.jsonl, metric: multiple_choice,
+     template: {prompt: "{question}", choices: "{choices}", answer: "{gold}"}}
+  - {name: written, files: q.jsonl, metric: exact_match, max_tokens: 4,
+     template: {prompt: "{question}", answer: "{gold}"}}
+  - {name: texts, files: q.jsonl, metric: perplexity, window: 16, stride: 8,
+     template: {text: "{question} {question} {question}"}}
+"""
 
 
-@pytest.fixture(params=names("evaluators"))
-def evaluator(request: pytest.FixtureRequest) -> Any:
-    return load("evaluators", request.param)
+@pytest.fixture(autouse=True)
+def once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timed answers are many and long, and one short one shows as much here."""
+    monkeypatch.setattr("autodistill.evaluators.latency.Load", partial(Load, rounds=1, decoded=8))
 
 
-@pytest.fixture
-def prepared(evaluator: Any, subject: Subject, request: pytest.FixtureRequest) -> Subject:
-    if evaluator.needs != "artefact":
-        return subject
-    return replace(subject, artefact=request.getfixturevalue("artefact"))
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("tasks")
+    questions = [
+        {"question": f"The miller carries {number} boats and the fox", "choices": ["two apples", "a lamp"], "gold": 0}
+        for number in range(24)
+    ]
+    (folder / "q.jsonl").write_text("\n".join(json.dumps(one) for one in questions))
+    (folder / "tasks.yaml").write_text(TASKS)
+    return {task.name: task for task in read_tasks(folder / "tasks.yaml")}
 
 
-def test_measurements_are_finite_and_plain_with_unit_direction_and_source(evaluator: Any, prepared: Subject) -> None:
-    sources = {"spec": "predicted", "scores": "simulated", "answers": "simulated", "artefact": "measured"}
-    measurements = evaluator.evaluate(prepared)
-    assert measurements
-    for measurement in measurements:
-        assert (measurement.unit, measurement.direction) == UNITS[measurement.name]
-        assert measurement.source == sources[evaluator.needs]
-        assert math.isfinite(measurement.value)
-        assert measurement.value > 0
-        assert json.loads(json.dumps(measurement.to_json(), allow_nan=False)) == measurement.to_json()
+class Installed(EvaluatorConformance):
+    """One of the installed evaluators, by the name of its test class."""
+
+    def evaluator(self) -> Evaluator:
+        return load("evaluators", type(self).__name__.removeprefix("Test").lower())
 
 
-def test_what_is_not_timed_is_the_same_each_time(evaluator: Any, prepared: Subject) -> None:
-    if evaluator.name == "latency":
-        pytest.skip("times differ from run to run")
-    assert evaluator.evaluate(prepared) == evaluator.evaluate(prepared)
+def suite(name: str, **attributes: Any) -> type:
+    return type(f"Test{name.capitalize()}", (Installed,), {"__module__": __name__, **attributes})
 
 
-def test_names_are_unique_to_one_evaluator(subject: Subject, artefact: Path) -> None:
-    ready = replace(subject, artefact=artefact)
-    found = [item.name for name in names("evaluators") for item in load("evaluators", name).evaluate(ready)]
-    assert sorted(found) == sorted(UNITS)
+for _name in names("evaluators"):
+    _class = suite(_name, timed=_name == "latency")
+    globals()[_class.__name__] = _class
 
 
-def test_only_latency_is_tied_to_one_runtime(evaluator: Any, subject: Subject) -> None:
-    assert evaluator.supports(subject.deployment)
-    assert evaluator.supports(PACKED) == (evaluator.name != "latency")
+class OfTask(EvaluatorConformance):
+    @pytest.fixture(autouse=True)
+    def given(self, tasks: dict[str, Any]) -> None:
+        self.task = tasks[type(self).__name__.removeprefix("Test").lower()]
+
+    def evaluator(self) -> Evaluator:
+        return evaluator_of(self.task)
 
 
+class TestChoices(OfTask):
+    pass
+
+
+class TestTexts(OfTask):
+    pass
+
+
+class TestWritten(OfTask):
+    # A student whose weights are not numbers writes something, which is marked as wrong: there is nothing to refuse.
+    def test_a_bad_model_is_an_error(self, tmp_path: Path) -> None:
+        pass
+
+
+class TestCommand(EvaluatorConformance):
+    program = "import sys; print([float(len(line)) for line in open(sys.argv[2])])"
+
+    def evaluator(self) -> Evaluator:
+        return parse_command(f"{sys.executable} -c '{self.program}' {{student}} {{data}}")
+
+    # What its program makes of a student is its own affair.
+    def test_a_bad_model_is_an_error(self, tmp_path: Path) -> None:
+        pass
+
+
+class Fault:
+    """An evaluator that does one thing wrong."""
+
+    name = "fault"
+    needs = "scores"
+    measures: ClassVar = {"fault": Quantity("fraction", "max")}
+
+    def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
+        if subject.scores is None or not subject.scores.nll.size:
+            raise ValueError("no scores")
+        one = Measurement(name="fault", value=0.5, unit="fraction", direction="max", source="simulated")
+        return (replace(one, **getattr(self, "changes", {})),)
+
+    def supports(self, deployment: Deployment) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("test", "changes"),
+    [
+        ("test_measurements_are_what_was_declared", {"unit": "percent"}),
+        ("test_measurements_are_what_was_declared", {"direction": "min"}),
+        ("test_measurements_are_what_was_declared", {"name": "other"}),
+        ("test_measurements_are_what_was_declared", {"value": math.nan}),
+        ("test_measurements_are_what_was_declared", {"source": "measured"}),
+        ("test_measurements_are_what_was_declared", {"stderr": -1.0}),
+        ("test_a_mean_is_that_of_its_documents", {"documents": {"ids": [1, 2], "count": [2, 2], "sum": [1, 2]}}),
+        ("test_one_document_has_no_standard_error", {"stderr": 0.1}),
+    ],
+)
+def test_the_suite_finds_a_fault(test: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    class Suite(EvaluatorConformance):
+        def evaluator(self) -> Any:
+            fault = Fault()
+            fault.changes = changes  # type: ignore[attr-defined]
+            return fault
+
+    with pytest.raises(AssertionError):
+        getattr(Suite(), test)(tmp_path)
+
+
+def test_the_suite_finds_what_is_made_up_or_changes(tmp_path: Path) -> None:
+    class Careless(Fault):
+        calls = 0
+
+        def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
+            type(self).calls += 1
+            value = 1 / self.calls
+            return (Measurement(name="fault", value=value, unit="fraction", direction="max", source="simulated"),)
+
+    class Suite(EvaluatorConformance):
+        def evaluator(self) -> Any:
+            return Careless()
+
+    for name in ("it_gives_the_same_each_time", "what_is_missing_is_an_error", "a_bad_model_is_an_error"):
+        with pytest.raises(AssertionError):
+            getattr(Suite(), f"test_{name}")(tmp_path / name)
+
+
+def test_names_are_unique_to_one_evaluator() -> None:
+    found = [item for name in names("evaluators") for item in load("evaluators", name).measures.items()]
+    assert sorted(found) == sorted(UNITS.items())
+
+
+@pytest.mark.parametrize("name", names("evaluators"))
+def test_only_latency_is_tied_to_one_runtime(name: str, subject: Subject) -> None:
+    assert load("evaluators", name).supports(subject.deployment)
+    assert load("evaluators", name).supports(PACKED) == (name != "latency")
+
+
+@pytest.mark.parametrize("name", names("evaluators"))
 def test_nothing_is_fetched_or_left_behind(
-    evaluator: Any, subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("an evaluator reached for the network")
@@ -79,12 +196,6 @@ def test_nothing_is_fetched_or_left_behind(
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(tmp_path / "cache"))
-    if evaluator.needs != "artefact":
-        evaluator.evaluate(subject)
+    if load("evaluators", name).needs != "artefact":
+        load("evaluators", name).evaluate(subject)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_missing_scores_or_artefact_are_an_error(evaluator: Any, subject: Subject) -> None:
-    if evaluator.needs != "spec":
-        with pytest.raises(ValueError, match=f"{evaluator.name} is .* and the subject has none"):
-            evaluator.evaluate(replace(subject, scores=None, answers=None, artefact=None))

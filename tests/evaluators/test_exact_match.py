@@ -16,4 +16,4 @@ def test_only_full_marks_count_and_the_error_is_that_of_a_share(subject: Subject
     assert measurement.value == 12 / 20
     # With one answer a document, the error is the textbook's for a share, with n - 1.
     assert measurement.stderr == pytest.approx((0.6 * 0.4 / 19) ** 0.5)
-    assert measurement.detail == {"questions": 20, "mean_mark": pytest.approx(13.5 / 20)}
+    assert measurement.detail == {"split": "validation", "questions": 20, "mean_mark": pytest.approx(13.5 / 20)}

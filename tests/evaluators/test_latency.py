@@ -2,43 +2,54 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 from autodistill.evaluators.latency import Latency
 
+from autodistill.budget import DeviceBudget
 from autodistill.contracts import Subject
-from autodistill.llama_cpp import LlamaServer, Timing
+from autodistill.devices import devices, find_device
+from autodistill.strategy import Deployment
+from autodistill.units import parse_latency
+
+PLAIN = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
 
 
-def test_states_what_it_measured_and_how(subject: Subject, artefact: Path) -> None:
-    measurements = {item.name: item for item in Latency().evaluate(replace(subject, artefact=artefact, threads=1))}
-    assert set(measurements) == {"latency_ms", "ttft_ms", "tokens_per_second"}
+@pytest.mark.parametrize("runtime", ["llama.cpp", "transformers"])
+def test_states_what_it_measured_and_how(subject: Subject, student: Path, artefact: Path, runtime: str) -> None:
+    given: dict[str, Any] = {"artefact": artefact} if runtime == "llama.cpp" else {"artefact": student}
+    if runtime == "transformers":
+        given["deployment"] = PLAIN
+    measurements = {item.name: item for item in Latency().evaluate(replace(subject, threads=1, **given))}
+    assert set(measurements) == {"latency_ms", "ttft_ms", "answer_ms", "tokens_per_second"}
     detail = measurements["latency_ms"].detail
-    assert (detail["threads"], detail["context"], detail["streams"], detail["prompt_tokens"]) == (1, 512, 1, 128)
-    assert 0 < detail["p50_ms"] <= detail["p95_ms"] == measurements["latency_ms"].value
+    assert (detail["runtime"], detail["threads"], detail["context"]) == (runtime, 1, 512)
+    assert set(detail["ttft_ms"]) == {"16", "64", "256"}
+    (alone,) = detail["loads"]
+    assert (alone["streams"], alone["prompt_tokens"], alone["decoded_tokens"]) == (1, 64, 3 * 47)
+    assert 0 < alone["tpot_p50_ms"] <= alone["tpot_p95_ms"] <= alone["tpot_p99_ms"]
+    assert measurements["latency_ms"].value == alone["tpot_p95_ms"]
+    assert measurements["answer_ms"].value > measurements["ttft_ms"].value
 
 
-def test_the_warm_up_is_left_out_and_tokens_are_pooled(
-    subject: Subject, artefact: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dice = np.random.default_rng(0)
-    rounds = [Timing(prompt_ms=900.0, prompt_tokens=128, step_ms=(1000.0,) * 63)]
-    rounds += [
-        Timing(prompt_ms=first, prompt_tokens=128, step_ms=tuple(dice.uniform(1, 9, size=63)))
-        for first in (30.0, 70.0, 40.0)
-    ]
-    steps = sorted(step for timing in rounds[1:] for step in timing.step_ms)
-    pending = iter(rounds)
-    monkeypatch.setattr(LlamaServer, "time_tokens", lambda *_: next(pending))
-    p95, first, rate = Latency().evaluate(replace(subject, artefact=artefact))
-    assert next(pending, None) is None
-    assert first.value == 40.0
-    assert rate.value == pytest.approx(189 / (sum(steps) / 1000))
-    assert p95.detail["p50_ms"] == pytest.approx(steps[94])
-    assert steps[178] <= p95.value <= steps[179]
+def test_what_a_budget_limits_is_timed_at_its_streams(subject: Subject, artefact: Path) -> None:
+    limits = parse_latency("ttft_p95=9s,tpot_p99=9s@streams=3")
+    budget = DeviceBudget(memory_bytes=10**9, context=600, device=find_device("pi 4", devices()), latency=limits)
+    found = {item.name: item for item in Latency().evaluate(replace(subject, artefact=artefact, budget=budget))}
+    assert {limit.name for limit in limits} <= set(found)
+    loads = found["latency_ms"].detail["loads"]
+    # Of 512 tokens those that the model's context holds beside the answer.
+    assert [(load["streams"], load["prompt_tokens"]) for load in loads] == [(1, 464), (3, 464)]
+    assert found["ttft_p95@streams=3"].value == loads[1]["ttft_p95_ms"] > loads[1]["ttft_p50_ms"] * 0.5
+    assert found["tpot_p99@streams=3"].value == loads[1]["tpot_p99_ms"]
 
 
-def test_a_longer_context_than_the_prompt_is_not_needed(subject: Subject, artefact: Path) -> None:
+def test_a_shorter_context_than_the_prompts_has_shorter_ones(subject: Subject, artefact: Path) -> None:
     short = replace(subject, artefact=artefact, budget=replace(subject.budget, context=16))
     assert all(measurement.value > 0 for measurement in Latency().evaluate(short))
+
+
+def test_what_cannot_serve_here_is_not_measured() -> None:
+    assert Latency().supports(PLAIN)
+    assert not Latency().supports(Deployment(runtime="vllm", format="huggingface", bits=16, group_size=0))

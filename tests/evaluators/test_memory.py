@@ -3,17 +3,20 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from autodistill.evaluators.memory import Memory
 
 from autodistill.contracts import Subject
 from autodistill.errors import VerificationError
 from autodistill.llama_cpp import LlamaServer
+from autodistill.strategy import Deployment
 
 
-def test_predicts_before_the_export(subject: Subject, student: Path) -> None:
-    for artefact in (None, student):
-        (measurement,) = Memory().evaluate(replace(subject, artefact=artefact))
+def test_predicts_before_the_export_and_where_the_runtime_states_nothing(subject: Subject, student: Path) -> None:
+    vllm = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=64)
+    for changes in ({}, {"artefact": student, "deployment": vllm}):
+        (measurement,) = Memory().evaluate(replace(subject, **changes))
         assert measurement.source == "predicted"
         assert measurement.detail["context"] == 512
         assert measurement.detail["batch"] == 2
@@ -27,9 +30,20 @@ def test_measures_the_file_in_llama_cpp(subject: Subject, artefact: Path) -> Non
     assert measured.source == "measured"
     with LlamaServer(artefact, 512, 1, 2) as server:
         buffers = server.buffers()
-    overhead = predicted.detail["overhead_bytes"]
-    assert measured.value == buffers.total_bytes + overhead
-    assert predicted.value - overhead == pytest.approx(buffers.total_bytes, rel=0.05)
+        resident = psutil.Process(server._process.pid).memory_info().rss
+    assert measured.value - measured.detail["overhead_bytes"] == buffers.total_bytes
+    # What a process of its own has resident, give or take what the prompt touched.
+    assert measured.value == pytest.approx(resident, rel=0.1)
+    assert predicted.value - predicted.detail["overhead_bytes"] == pytest.approx(buffers.total_bytes, rel=0.05)
+
+
+def test_measures_a_folder_as_the_peak_of_its_process(subject: Subject, student: Path) -> None:
+    plain = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
+    loaded = replace(subject, deployment=plain, artefact=student)
+    (measured,) = Memory().evaluate(loaded)
+    assert measured.source == "measured"
+    parts = [measured.detail[f"{part}_bytes"] for part in ("weights", "kv_cache", "compute", "overhead")]
+    assert measured.value == sum(parts) > 10**8  # torch and transformers alone take more
 
 
 def test_a_file_that_llama_cpp_cannot_load_is_an_error(subject: Subject, tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autodistill.budget import DeviceBudget
+from autodistill.devices import devices, find_device
+from autodistill.errors import InputError
 from autodistill.records.leaderboard import (
     Row,
     best,
@@ -20,7 +23,7 @@ from autodistill.records.leaderboard import (
     pareto,
     rank,
 )
-from autodistill.units import Budget
+from autodistill.units import parse_latency
 
 
 def row(name: str, **fields: Any) -> Row:
@@ -228,13 +231,15 @@ def test_rows_without_an_objective_are_not_on_the_front() -> None:
 
 
 def test_the_nearest_has_the_smallest_worst_ratio() -> None:
-    limits = limits_of(Budget(memory_bytes=1000, latency_seconds=0.01))
-    assert limits == {"memory_bytes": 1000, "latency_ms": 10.0}
+    limits = limits_of(
+        DeviceBudget(memory_bytes=1000, device=find_device("pi 5", devices()), latency=parse_latency("10ms"))
+    )
+    assert limits == {"memory_bytes": 1000, "tpot_p95@streams=1": 10.0}
     found = nearest(
         {
-            "slow": {"memory_bytes": 500, "latency_ms": 40.0},
-            "near": {"memory_bytes": 1500, "latency_ms": 12.0},
-            "large": {"memory_bytes": 3000, "latency_ms": None},
+            "slow": {"memory_bytes": 500, "tpot_p95@streams=1": 40.0},
+            "near": {"memory_bytes": 1500, "tpot_p95@streams=1": 12.0},
+            "large": {"memory_bytes": 3000, "tpot_p95@streams=1": None},
             "unknown": {"memory_bytes": None},
         },
         limits,
@@ -243,6 +248,16 @@ def test_the_nearest_has_the_smallest_worst_ratio() -> None:
     assert (found.candidate, found.limit, found.excess) == ("near", "memory_bytes", pytest.approx(math.log(1.5)))
     assert found.describe() == "needs 1.50 kB of memory, 1.5 times the limit of 1.00 kB"
     assert nearest({"unknown": {}}, limits) is None
+
+
+def test_latencies_of_several_machines_or_runtimes_are_not_ranked() -> None:
+    here = [row("a", latency_ms=9.0, machine="pi"), row("b", latency_ms=8.0, machine="pi")]
+    assert names(here, "latency_ms", "min") == ["b", "a"]
+    vllm = {"runtime": "vllm", "format": "huggingface", "bits": 16, "group_size": 0}
+    for other in (row("c", latency_ms=1.0, machine="t4"), row("c", latency_ms=1.0, machine="pi", deployment=vllm)):
+        with pytest.raises(InputError, match="latency_ms cannot rank rows of several machines or runtimes"):
+            rank([*here, other], "latency_ms", "min")
+    assert names([*here, row("c", machine="t4")], "latency_ms", "min")[:2] == ["b", "a"]
 
 
 def test_ten_thousand_rows_are_ranked_in_the_order_of_plain_sorting() -> None:

@@ -53,7 +53,7 @@ def test_names_are_read_in_their_order() -> None:
         ("accuracy,speed", ["'speed'", "no direction", *OBJECTIVES]),
         ("accuracy,", ["''", "no direction"]),
         ("accuracy,memory,accuracy", ["twice"]),
-        ("memory,accuracy", ["'memory'", "put one of accuracy, agreement, perplexity, exact_match first"]),
+        ("memory,accuracy", ["'memory'", "put one of accuracy, agreement, kl, ece, perplexity, exact_match first"]),
     ],
 )
 def test_what_cannot_be_an_objective_is_refused_in_one_line(text: str, words: list[str]) -> None:
@@ -103,3 +103,13 @@ def test_the_front_is_of_what_could_be_deployed() -> None:
     marked = {one.row.row_id: one.front for one in with_front(rank(rows), THREE)}
     assert marked == {name: name in ("t000", "teacher") for name in marked}
     assert not any(one.front for one in with_front(rank(rows), THREE[:1]))
+
+
+def test_a_searchs_own_metrics_are_objectives_with_their_own_directions():
+    first, second = parse_objectives("task:quiz,memory", {"task:quiz": "min"})
+    assert (first.name, first.figure, first.direction, first.trained) == ("task:quiz", "task:quiz", "min", True)
+    assert second == OBJECTIVES["memory"]
+    stored = {"objectives": ["task:quiz", "memory"], "directions": {"task:quiz": "min"}}
+    assert objectives_of(stored) == (first, second)
+    with pytest.raises(InputError, match="task:other"):
+        parse_objectives("task:other", {"task:quiz": "min"})

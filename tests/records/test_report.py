@@ -7,18 +7,23 @@ from typing import Any
 
 import pytest
 
+from autodistill.budget import DeviceBudget
+from autodistill.devices import devices, find_device
 from autodistill.records import report
 from autodistill.records.leaderboard import Row, rank
+from autodistill.records.saved import saved
 from autodistill.records.store import RunFolder, write_json
-from autodistill.units import Budget
+from autodistill.testing import small_plan
+from autodistill.units import parse_latency
 
+BUDGET = DeviceBudget(memory_bytes=80_000_000, device=find_device("pi 5", devices()), latency=parse_latency("50ms"))
 Q4 = {"runtime": "llama.cpp", "format": "gguf-q4_0", "bits": 4, "group_size": 32}
 SEARCH: dict[str, Any] = {
     "name": "small",
     "command": "autodistill search --budget 80MB --seed 3",
     "teacher": {"reference": "smollm2", "parameters": 134515008},
     "data": "pydoc",
-    "budget": Budget(memory_bytes=80_000_000, latency_seconds=0.05).to_json(),
+    "budget": BUDGET.to_json(),
     "plan": {"trials": 12, "tokens": 8192, "rungs": [2048, 8192], "notes": ["The box held 12 trials of 20."]},
     "metric": "accuracy",
     "seconds": {"load": 17.25, "total": 590.0},
@@ -57,6 +62,14 @@ EVENTS: list[dict[str, Any]] = [
 ]
 
 
+def test_the_page_says_what_sharing_stages_and_rejecting_saved() -> None:
+    spared = saved([], small_plan()).to_json() | {"sharing": 2, "shared_tokens": 5120, "rejected": 1}
+    page = report.report_markdown(SEARCH | {"saved": spared}, rank(ROWS), EVENTS)
+    assert "## Compute saved\n\n- 2 trials went on from stages that others had trained: 5,120 tokens (about" in page
+    assert "- 1 proposal was rejected without training" in page
+    assert "Compute saved" not in report.report_markdown(SEARCH, rank(ROWS), EVENTS)
+
+
 def tables(page: str) -> list[list[list[str]]]:
     """The page's tables as cells, read as Markdown reads them: an escaped bar is no border."""
     found: list[list[list[str]]] = [[]]
@@ -73,7 +86,7 @@ def test_the_page_says_what_was_asked_found_and_lost() -> None:
     page = report.report_markdown(SEARCH, rank(ROWS), EVENTS)
     assert page.startswith("# small\n")
     for text in (
-        "80.0 MB at context 2048, batch 1, 50.0ms a token",
+        "80.0 MB at context 2048, batch 1, on Raspberry Pi 5 8GB, tpot_p95=50.0ms@streams=1",
         "reference smollm2, parameters 134515008",
         "The box held 12 trials of 20.",
         "**t001** (student) as gguf-q4_0: accuracy 0.4100 ± 0.0100, 90.0% of the teacher's, 70.0 MB of memory (",

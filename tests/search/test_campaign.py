@@ -18,6 +18,7 @@ from autodistill.devices import devices, find_device
 from autodistill.distillation.schedule import branch_point
 from autodistill.errors import AutoDistillError
 from autodistill.estimate import fits, spec_from_config, with_layers
+from autodistill.evaluation import Evaluation
 from autodistill.records.leaderboard import rank
 from autodistill.records.objectives import OBJECTIVES
 from autodistill.records.row import rows_of
@@ -32,7 +33,7 @@ from autodistill.space import Point, load_space
 from autodistill.stages import open_stages
 from autodistill.strategy import Deployment, Finishing, Strategy
 from autodistill.testing import small_plan
-from autodistill.trial import Evaluation, RungReport
+from autodistill.trial_data import RungReport
 from autodistill.units import Budget, format_bytes
 
 CONFIG = {
@@ -96,7 +97,7 @@ def worker(assignment: Assignment) -> RungReport:
     accuracy = 0.2 + (number * 7 % 9) / 100 + assignment.rung / 1000
     return RungReport(
         rung=assignment.rung,
-        tokens=PLAN.rungs[assignment.rung],
+        tokens=PLAN.tokens_of(assignment.task.length) if assignment.rung == 2 else PLAN.rungs[assignment.rung],
         evaluation=measured(assignment.deployment or assignment.task.probe, accuracy),
         params=1000,
         seconds={"train": 1.0, "evaluate": 0.5, "other": 0.1},
@@ -682,3 +683,43 @@ def test_two_workers_do_not_train_one_stage_at_once(tmp_path: Path) -> None:
         done = under_way.pop(0)
         search.report(done, answer(done))
     assert search.finished
+
+
+def test_the_best_few_and_the_baseline_are_trained_on_where_the_space_asks_for_it(tmp_path: Path) -> None:
+    asked = replace(question(), plan=replace(PLAN, keep=(6, 4), lengths=(1.0, 1.5, 2.0)), confirm=1)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    search = campaign(whole, asked)
+    drive(search)
+    longer = {trial: state for trial, state in search.trials.items() if state.task.length > 1}
+    plain = [state for state in search.trials.values() if state.status is Status.COMPLETED and state.task.length == 1]
+    own = [state for state in plain if state.kind == "student"]
+    best = sorted(own, key=lambda state: (-(state.value or 0.0), state.task.id))[:3]
+    names = [state.task.id for state in best] + ["b000"]
+    assert [trial for trial in longer if "s" not in trial] == [f"{name}x{x}" for x in ("1.5", "2") for name in names]
+    for trial, state in longer.items():
+        parent = search.trials[trial.partition("x")[0]]
+        assert state.task.strategy == parent.task.strategy
+        assert state.task.straight
+        assert state.task.stage == ("" if "s" in trial else parent.task.stage)
+        assert state.point is None  # what more tokens gave is no result of the point at the plan's
+    rows = {row.trial: row for row in rows_of(events(whole, "row"))}
+    assert (rows["b000x2"].train_tokens, rows["b000x2"].fidelity, rows["b000x2"].kind) == (18432, 2.0, "baseline")
+    assert (rows["b000"].train_tokens, rows["b000"].fidelity) == (9216, 1.0)
+    # Cut off after the first of them began, the search goes on to the same trials.
+    cut.mkdir()
+    log = EventLog(whole / "trials.jsonl").read()
+    begun = next(index for index, event in enumerate(log) if event["event"] == "trial" and event["length"] > 1)
+    for event in log[: begun + 1]:
+        EventLog(cut / "trials.jsonl").append(event)
+    again = campaign(cut, asked)
+    again.replay(EventLog(cut / "trials.jsonl").read())
+    drive(again)
+    assert list(again.trials) == list(search.trials)
+    assert {row.row_id for row in rows_of(events(cut, "row"))} == {row.row_id for row in rows_of(events(whole, "row"))}
+
+
+def test_without_lengths_nothing_is_trained_beyond_the_plan(tmp_path: Path) -> None:
+    search = campaign(tmp_path, question())
+    drive(search)
+    assert {state.task.length for state in search.trials.values()} == {1.0}
+    assert max(row.fidelity or 0.0 for row in rows_of(events(tmp_path, "row"))) == 1.0

@@ -101,12 +101,12 @@ def test_a_disk_that_is_full_while_students_are_saved_costs_one_trial_at_most(
     tried: list[str] = []
     real = Trial._save_student
 
-    def saving(self: Any, trainer: Any) -> None:
+    def saving(self: Any, *given: Any) -> None:
         tried.append(self._task.id)
         found = list(dict.fromkeys(tried))
         room = {0: len(tried) > 1, 1: False}.get(found.index(self._task.id), True)
         with files_of(10**9 if room else 10**4):
-            real(self, trainer)
+            real(self, *given)
 
     monkeypatch.setattr(Trial, "_save_student", saving)
     outcome = search(asked)

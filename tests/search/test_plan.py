@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autodistill.estimate import spec_from_config
-from autodistill.hardware import Gpu, Machine
-from autodistill.search.plan import Demand, Speed, Workers, extend, make_plan, more_trials, rung_tokens, share_out
-from autodistill.search.prepare import _lora
+from autodistill.search.loading import _lora
+from autodistill.search.plan import Demand, Speed, extend, make_plan, more_trials, rung_tokens
+from autodistill.search.share import Workers
 from autodistill.space import load_space, load_strategy
 from autodistill.strategy import Lora
 
@@ -94,21 +93,6 @@ def test_what_a_short_box_cannot_hold_is_said() -> None:
 def test_rungs_are_a_ninth_a_third_and_all() -> None:
     assert rung_tokens(9 * 2560, 256) == (2560, 7680, 23040)
     assert rung_tokens(768, 256) == (512, 768)
-
-
-def test_a_machine_is_shared_out_by_cores_memory_or_gpus() -> None:
-    machine = Machine(cpus=4, memory_bytes=10 * 10**9, gpus=())
-    assert share_out(machine, 10**9, "ray").count == 4
-    assert share_out(machine, 3 * 10**9, "ray").count == 2
-    inline = share_out(machine, 10**9, "inline")
-    assert (inline.count, inline.threads) == (1, 4)
-
-
-def test_gpus_have_a_worker_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
-    gpus = (Gpu(name="a", memory_bytes=10**10), Gpu(name="b", memory_bytes=10**10))
-    workers = share_out(Machine(cpus=16, memory_bytes=10**11, gpus=gpus), 10**9, "ray")
-    assert (workers.count, workers.threads, workers.device) == (2, 8, "cuda")
 
 
 def test_low_rank_changes_count_where_every_trial_trains_them() -> None:

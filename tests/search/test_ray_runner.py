@@ -17,7 +17,7 @@ from autodistill.contracts import Status
 from autodistill.errors import AutoDistillError
 from autodistill.records.row import rows_of
 from autodistill.records.store import EventLog
-from autodistill.search.prepare import Observer
+from autodistill.search.progress import Observer
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.testing import save_tiny_teacher, tiny_text

@@ -12,21 +12,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from autodistill.budget import DeviceBudget
 from autodistill.devices import devices, find_device
 from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
 from autodistill.estimate import spec_from_config
+from autodistill.hardware import detect, machine_name
 from autodistill.records.row import Row, read_parquet
 from autodistill.records.store import RunFolder, recorded_test_openings
 from autodistill.roofline import speed
-from autodistill.search.explain import explain
 from autodistill.search.request import SearchRequest, check_request
 from autodistill.search.search import Outcome, plan_search, search
 from autodistill.strategy import Deployment
 from autodistill.summary import leaderboard_of, search_summary
 from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.units import Budget
+from autodistill.units import Budget, parse_latency
 
-TIMES = ("time", "seconds", "train_seconds", "steps", "latency_ms", "tokens_per_second")
+TIMES = ("time", "seconds", "train_seconds", "steps", "latency_ms", "tokens_per_second", "answer_ms")
+TOLD = ("latency_detail", "latency_doubts", "memory_parts")  # of the same measurements
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +67,11 @@ def outcome(inputs: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFa
 
 
 def without_times(value: object) -> object:
+    """Less what is timed, and the resident memory of a runtime's process, which differs by some pages."""
     if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if key not in TIMES and "ttft" not in key}
+        resident = ("memory_bytes",) if value.get("memory_source") == "measured" else ()
+        left_out = (*TIMES, *TOLD, *resident)
+        return {key: without_times(item) for key, item in value.items() if key not in left_out and "ttft" not in key}
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
@@ -169,43 +174,6 @@ def test_nothing_fits_is_known_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_search_that_shares_stages_finds_the_rows_of_one_that_trains_everything_itself(
-    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same strategies, forks among them: one search goes on from checkpoints, the other finds none."""
-    asked = {"trials": 4, "checkpoint_limit_bytes": 10**9}
-    shared = search(request(inputs, tmp_path / "shared", **asked))
-    monkeypatch.setattr("autodistill.stages.StageStore.find", lambda *arguments: None)
-    alone = search(request(inputs, tmp_path / "alone", **asked))
-    rows = [{row.row_id: without_times(row.to_json()) for row in outcome.rows} for outcome in (shared, alone)]
-    assert rows[0] == rows[1]
-    tests = [[without_times(row.to_json()) for row in outcome.finish.test] for outcome in (shared, alone)]
-    assert tests[0] == tests[1]
-    log = [json.loads(line) for line in (tmp_path / "shared" / "run" / "trials.jsonl").read_text().splitlines()]
-    reused = {event["trial"]: event for event in log if event["event"] == "rung" and event["shared"]}
-    assert reused["t003"]["trained"] + reused["t003"]["shared"] == reused["t003"]["tokens"]
-    saved = shared.document["saved"]
-    assert saved["shared_tokens"] == sum(event["shared"] for event in log if event["event"] == "rung") > 0
-    assert alone.document["saved"]["shared_tokens"] == 0
-    assert alone.document["saved"]["trained_tokens"] > saved["trained_tokens"] + saved["shared_tokens"]
-    sentence = "went on from stages that others had trained"
-    run = RunFolder.open(tmp_path / "shared", "run")
-    assert sentence in search_summary(shared.document, *leaderboard_of(run), 120)
-    assert sentence in (run.path / "report.md").read_text()
-    assert sentence in explain(run).describe()
-
-
-def test_a_tiny_limit_changes_nothing_but_what_is_kept(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    limited, free = (
-        search(request(inputs, tmp_path / name, trials=4, checkpoint_limit_bytes=limit))
-        for name, limit in (("limited", 1), ("free", 10**9))
-    )
-    rows = [{row.row_id: without_times(row.to_json()) for row in outcome.rows} for outcome in (limited, free)]
-    assert rows[0] == rows[1]
-    log = (tmp_path / "limited" / "run" / "trials.jsonl").read_text()
-    assert '"collected"' in log
-
-
 def test_one_strategy_alone_is_distilled(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     result = search(request(inputs, tmp_path, strategy="logit_kd", trials=None))
     assert {row.kind for row in result.rows} == {"teacher", "baseline"}
@@ -268,6 +236,29 @@ def test_a_search_may_rank_by_answers_in_writing(inputs: tuple[Path, Path, Path]
     assert "exact_match" in search_summary(document, *leaderboard_of(RunFolder.open(tmp_path, "run")), 120)
     report = (tmp_path / "run" / "report.md").read_text()
     assert "exact_match" in report
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_limits_of_latency_are_held_to_the_device(inputs: tuple[Path, Path, Path], tmp_path: Path, here: bool) -> None:
+    pi = find_device("pi 5", devices())
+    device = replace(pi, name=machine_name(detect(), accelerated=False)) if here else pi
+    limits = parse_latency("ttft_p50=9s,tpot_p99=9s@streams=2")
+    budget = DeviceBudget(memory_bytes=10**9, context=256, device=device, latency=limits)
+    found = search(request(inputs, tmp_path, budget=budget, strategy="logit_kd", trials=None))
+    (before,) = [row for row in found.rows if row.trial == "b000" and row.row_id != found.finish.best.row_id][:1]
+    assert (before.latency_source, before.machine) == ("predicted", device.name)
+    best = found.finish.best
+    assert best.latency_source == "measured"
+    assert best.machine == machine_name(detect(), accelerated=False)
+    assert best.other["latency_detail"]["loads"][0]["streams"] == 1
+    assert best.other["latency_ms_predicted"] > 0
+    # Here the limits are met by measurement, elsewhere by prediction, and the notes say so.
+    measured = [load for load in best.other["latency_detail"]["loads"] if load["streams"] == 2]
+    assert (best.other["tpot_p99@streams=2"] == measured[0]["tpot_p99_ms"]) == here
+    assert any("met by prediction only" in note for note in found.finish.notes) != here
+    tight = replace(budget, latency=parse_latency("1us"))
+    with pytest.raises(NothingFitsError, match="is too slow for"):
+        search(request(inputs, tmp_path, budget=tight, strategy="logit_kd", trials=None, name="tight"))
 
 
 def test_a_search_of_several_objectives_ends_in_a_front(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:

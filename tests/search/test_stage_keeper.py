@@ -13,7 +13,7 @@ from autodistill.space import load_space
 from autodistill.stages import open_stages
 from autodistill.strategy import Strategy
 from autodistill.testing import small_plan
-from autodistill.trial import TrialTask
+from autodistill.trial_data import TrialTask
 
 PLAN = small_plan()  # rungs 1024, 3072, 9216: decays branch off at 768, 2560 and 7424
 POINTS = (768, 2560, 7424)

@@ -14,7 +14,7 @@ from autodistill.search.trials import Assignment, Question
 from autodistill.space import load_space
 from autodistill.strategy import Strategy
 from autodistill.testing import small_plan
-from autodistill.trial import TrialTask
+from autodistill.trial_data import TrialTask
 from autodistill.units import Budget
 
 SPACE = load_space("default")
@@ -67,6 +67,23 @@ def test_what_work_is_expected_to_take() -> None:
     later = Assignment(task=TASK, rung=2, deployment=TASK.deployments[1])
     assert found.expected(later, 2) == found.evaluation() == pytest.approx(10, rel=1e-3)
     assert found.first_stretch() == found.expected(Assignment(task=TASK, rung=0), -1)
+
+
+def test_a_longer_trial_is_expected_to_go_on_from_its_stage() -> None:
+    found = box(1000)
+    own = replace(TASK, straight=True, length=2.0)
+    shared = replace(own, stage="stage")
+    # To 18,000 tokens, in steps of 256: 17,920; the decay to 9,000 branches off at 28 of its 35 steps.
+    assert found.expected(Assignment(task=own, rung=2), -1) == pytest.approx(1.1 * 179.2 + 10, rel=1e-3)
+    assert found.expected(Assignment(task=shared, rung=2), -1) == pytest.approx(1.1 * (179.2 - 71.68) + 10, rel=1e-3)
+
+
+def test_work_is_compared_with_what_was_expected_of_the_tokens_it_trained_on() -> None:
+    found = box(100)
+    # A fork took 3 s for 200 tokens and 500 to be read, where 7.2 s were expected: it says nothing of a fast machine.
+    found.learn(Assignment(task=TASK, rung=0), -1, 1.1 * 2 + 5, trained=200)
+    assert found.holds(99)
+    assert not found.holds(101)
 
 
 def test_a_box_holds_what_ends_in_time_and_nothing_once_closed() -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from autodistill.applied import student_spec
 from autodistill.contracts import Measurement, Status
 from autodistill.devices import devices, find_device
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config, with_layers
+from autodistill.evaluation import Evaluation
 from autodistill.records.objectives import OBJECTIVES
 from autodistill.records.store import RunFolder, write_json
 from autodistill.search.campaign import Campaign
@@ -24,7 +26,7 @@ from autodistill.search.warm_start import WarmStart, check_fingerprints, check_s
 from autodistill.serving_memory import memory
 from autodistill.space import load_space
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
-from autodistill.trial import Evaluation, RungReport, student_spec
+from autodistill.trial_data import RungReport
 from autodistill.units import Budget
 
 PLAN = small_plan()

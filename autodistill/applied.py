@@ -1,0 +1,80 @@
+"""A strategy applied to a teacher: the student it makes, the rules it must keep, and how it is judged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from autodistill.contracts import ModelSpec
+from autodistill.distillation.alignment import aligned_layers, check_projection
+from autodistill.distillation.attention import check_attention
+from autodistill.distillation.calibration import Calibration
+from autodistill.distillation.lora import check_lora
+from autodistill.distillation.student import build_student, init_spec
+from autodistill.estimate import check_holds
+from autodistill.strategy import Deployment, Init, Strategy, serving
+from autodistill.trial_data import TrialSetting
+
+
+def probe_deployment(strategy: Strategy, deployments: tuple[Deployment, ...]) -> Deployment:
+    """The deployment a rung is judged on: the finishing stage's own grid where it is allowed, else the widest one."""
+    finishing = strategy.finishing
+    for deployment in deployments:
+        if finishing and deployment.packing == finishing.packing:
+            return deployment
+    return max(deployments, key=_width)
+
+
+def _width(deployment: Deployment) -> tuple[int, bool, float, str]:
+    return deployment.bits, bool(deployment.keep), -(deployment.group_size or math.inf), deployment.name
+
+
+def with_own(strategy: Strategy, deployments: tuple[Deployment, ...]) -> tuple[Deployment, ...]:
+    """The deployments, and that of the strategy's finishing grid where it is none of them."""
+    finishing = strategy.finishing
+    if finishing is None or any(deployment.packing == finishing.packing for deployment in deployments):
+        return deployments
+    packing = finishing.packing
+    return (*deployments, Deployment(runtime=serving(packing)[0], **asdict(packing)))
+
+
+def student_spec(strategy: Strategy, teacher: ModelSpec) -> ModelSpec:
+    """Shape of the student that a strategy makes of a teacher.
+
+    Raises:
+        InputError: The teacher has no student of these proportions.
+    """
+    return init_spec(strategy.init, teacher)
+
+
+def initial_student(setting: TrialSetting, init: Init, seed: int) -> tuple[Any, tuple[int, ...]]:
+    """The student before training, in float32 on the CPU, and the teacher layer that each of its layers stands for."""
+    return build_student(
+        setting.teacher,
+        init,
+        seed=seed,
+        calibration=Calibration.load(setting.calibration) if setting.calibration and init.selective else None,
+        pretrained=setting.pretrained.get(init.model),
+    )
+
+
+def check_strategy(strategy: Strategy, teacher: ModelSpec) -> None:
+    """Refuses a strategy that this teacher cannot be distilled by, before anything is loaded.
+
+    Raises:
+        InputError: A shape that this teacher cannot be cut to, more aligned layers than the student has, widths that
+            the projection does not allow, attention that cannot be compared, or a finishing grid that cannot hold the
+            student.
+    """
+    spec = student_spec(strategy, teacher)
+    alignment = strategy.distillation.alignment
+    if alignment is not None:
+        aligned_layers(alignment, spec.layers)
+        check_projection(alignment, spec.width, teacher.width)
+    if strategy.distillation.attention is not None:
+        check_attention(strategy.distillation.attention, spec, teacher)
+    if strategy.distillation.lora is not None:
+        check_lora(strategy.distillation.lora, spec)
+    if strategy.finishing is not None:
+        check_holds(spec, strategy.finishing)

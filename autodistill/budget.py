@@ -1,0 +1,45 @@
+"""The limits of a student on a device: memory, and latency where it is limited."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from autodistill.devices import Device
+from autodistill.errors import InputError
+from autodistill.units import Budget, LatencyLimit
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceBudget(Budget):
+    """A budget on a device, whose limits of latency are held to it.
+
+    Attributes:
+        device: What serves the student.
+        latency: Hard limits beside that of memory; none where the tuple is empty.
+    """
+
+    device: Device
+    latency: tuple[LatencyLimit, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The budget as plain data."""
+        limits = [asdict(limit) for limit in self.latency]
+        return super().to_json() | {"device": self.device.to_json(), "latency": limits}
+
+
+def read_budget(data: Mapping[str, Any]) -> Budget:
+    """Reads what `to_json` of either budget wrote.
+
+    Raises:
+        InputError: Not that.
+    """
+    try:
+        plain = {name: data[name] for name in ("memory_bytes", "context", "batch") if name in data}
+        if data.get("device") is None:
+            return Budget(**plain)
+        limits = tuple(LatencyLimit(**limit) for limit in data["latency"])
+        return DeviceBudget(**plain, device=Device.from_json(data["device"]), latency=limits)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"this is no budget as a run stores it ({error}): {dict(data)}") from None

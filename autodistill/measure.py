@@ -1,0 +1,279 @@
+"""A student is measured where it will be served: here, on a board over ssh, or by a script that a person carries."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from autodistill.bench_output import Bench, BoardResult, parse_result
+from autodistill.described import Described, deployment_named, describe
+from autodistill.devices import Device, devices, find_device
+from autodistill.errors import InputError
+from autodistill.estimate import config_of
+from autodistill.hardware import detect
+from autodistill.local_device import local_device
+from autodistill.quiet import look
+from autodistill.records.measurements import Measured, store_measured
+from autodistill.remote import parse_board, run_on
+from autodistill.roofline import speed
+from autodistill.serving_memory import memory
+from autodistill.strategy import Deployment
+from autodistill.timing import Load, Timed, time_serving
+
+_CONTEXT = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureRequest:
+    """What is measured, where and how.
+
+    Attributes:
+        student: A GGUF file, or a folder of transformers, which is measured here alone.
+        out: Folder of the runs, beside which the measurement is kept.
+        on: A board like "ssh://pi@raspberrypi.local"; None is this machine.
+        script: Where a script for a board without ssh is written; nothing is measured then.
+        result: What that script printed.
+        bench: Path of llama-bench on the board.
+        device: What the board is among the known devices; None where its own name says so.
+        own: Files of devices of a person's own.
+        ssh_config: As `remote.Board` takes it.
+        context, streams: Of a measurement here: tokens of each stream, and numbers of streams.
+        prompt, decoded, rounds: Tokens, and how many times.
+        threads: CPU threads; 0 is as many as there are cores.
+        cache: Folder where this machine's own bandwidth is kept.
+        timeout: Seconds that a board may take.
+        busy: Whether a busy machine is measured all the same, and the figures marked.
+    """
+
+    student: Path
+    out: Path
+    on: str | None = None
+    script: Path | None = None
+    result: Path | None = None
+    bench: str | None = None
+    device: str | None = None
+    own: Sequence[Path] = ()
+    ssh_config: Path | None = None
+    context: int | None = None
+    streams: tuple[int, ...] = (1,)
+    prompt: int = 512
+    decoded: int = 64
+    rounds: int = 3
+    threads: int = 0
+    cache: Path | None = None
+    timeout: float = 1800.0
+    busy: bool = False
+
+    def __post_init__(self) -> None:
+        places = {"--on": self.on, "--script": self.script, "--result": self.result}
+        given = [name for name, place in places.items() if place is not None]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} each say where it is measured: give one of them")
+        if min(self.streams, default=0) < 1:
+            raise InputError("--streams must be numbers of at least 1, parted by commas")
+        if self.context is not None and self.context < 2:
+            raise InputError(f"--context must be at least 2, not {self.context}")
+
+
+def measure(request: MeasureRequest) -> dict[str, Any]:
+    """Measures a student, keeps what was found, and gives it with what was predicted.
+
+    Returns:
+        Plain data: the measurement under "measured", the predictions for a known device under "predicted", and where
+        it was kept; or, for a script, where that was written.
+
+    Raises:
+        InputError: A student that is damaged or of no known architecture, a result of another student, or a machine
+            that is busy.
+        RemoteError: A board that is not reached, or fails.
+    """
+    model, deployment = _described(request.student)
+    if request.student.is_dir():
+        if request.on or request.script or request.result:
+            raise InputError(f"a board runs a GGUF file, and {request.student} is a folder: export it with --to gguf")
+        return _kept(request, _here(request, model, deployment), model, deployment)
+    if not (request.on or request.script or request.result):
+        return _kept(request, _here(request, model, deployment), model, deployment)
+    board = parse_board(request.on, request.ssh_config) if request.on else None
+    bench = Bench(
+        student=fingerprint(request.student),
+        student_bytes=request.student.stat().st_size,
+        prompt=request.prompt,
+        decoded=request.decoded,
+        repetitions=request.rounds,
+        threads=request.threads,
+    )
+    if request.script is not None:
+        try:
+            request.script.write_text(bench.script(), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write {request.script}: {error.strerror}") from None
+        return {"script": str(request.script), "student": bench.student}
+    if board is not None:
+        said, where = run_on(board, bench.script(), request.student, request.bench, request.timeout), board.name
+    else:
+        assert request.result is not None
+        where = str(request.result)
+        try:
+            said = request.result.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise InputError(f"cannot read {where}: {error.strerror}") from None
+    found = parse_result(said, where)
+    if found.student != bench.student:
+        raise InputError(f"{where} is of another student than {request.student}: give the file that was measured")
+    return _kept(request, _of_board(request, found, model, deployment), model, deployment)
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's safetensors in their order."""
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _described(path: Path) -> tuple[Described, Deployment]:
+    """The student's shape, and the deployment that most of its weights are packed in."""
+    if not path.exists():
+        raise InputError(f"there is no student {path}: give a .gguf file, or a folder of transformers")
+    model = describe(str(path))
+    if path.is_dir():
+        if not list(path.glob("*.safetensors")):
+            raise InputError(f"{path} has no safetensors: give an exported student, or a .gguf file")
+        return model, Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
+    return model, deployment_named(model.format_name or "gguf-q8_0")
+
+
+def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> Measured:
+    threads = request.threads or detect().cpus
+    seen = look(threads)
+    if seen.doubts and not request.busy:
+        raise InputError(f"this machine is busy ({seen.doubts[0]}): stop other work, or accept it with --busy")
+    context = min(request.context or _CONTEXT, model.spec.max_context)
+    load = Load(
+        prompts=tuple(sorted({min(one, request.prompt) for one in (16, 64, 256, request.prompt)})),
+        prompt=request.prompt,
+        decoded=max(2, request.decoded),
+        streams=tuple(sorted({1, *request.streams})),
+        rounds=request.rounds,
+    )
+    timed = time_serving(
+        request.student,
+        deployment.runtime,
+        load,
+        vocabulary=model.spec.vocabulary,
+        context=context,
+        threads=threads,
+    )
+    alone = timed.alone
+    first = alone.ttft_ms(50)
+    return Measured(
+        **_common(request, model, deployment),
+        machine=timed.machine,
+        how="autodistill",
+        threads=threads,
+        prompt=alone.prompt,
+        context=alone.prompt + len(alone.step_ms) // len(alone.first_ms) // 2,
+        ttft_ms=first,
+        tpot_ms=alone.tpot_ms(50),
+        tpot_p95_ms=alone.tpot_ms(95),
+        tokens_per_second=alone.tokens_per_second,
+        prompt_tokens_per_second=1e3 * alone.prompt / first,
+        peak_bytes=timed.peak_bytes,
+        board=_own_facts(timed),
+        loads=tuple(one.to_json() for one in timed.loads),
+        doubts=timed.doubts,
+    )
+
+
+def _own_facts(timed: Timed) -> dict[str, Any]:
+    first = {str(prompt): float(np.median(times)) for prompt, times in timed.first_ms.items()}
+    return {"ttft_ms_by_prompt": first, "context": timed.context, **asdict(timed.noise)}
+
+
+def _of_board(request: MeasureRequest, found: BoardResult, model: Described, deployment: Deployment) -> Measured:
+    steps = np.array(found.step_ms)
+    doubts = []
+    if found.throttled:
+        doubts.append("the board slowed itself down meanwhile: cool it, or power it better")
+    if found.load_average is not None and found.load_average + found.threads > found.cores + 0.5:
+        doubts.append(f"the board was busy: a load of {found.load_average:.1f} on {found.cores} cores")
+    facts = {
+        name: getattr(found, name)
+        for name in ("system", "cores", "temperature", "throttled", "power_mode", "watts", "joules_per_token")
+    }
+    return Measured(
+        **_common(request, model, deployment),
+        machine=_device_name(request, found.machine),
+        how=f"llama-bench {found.build}",
+        threads=found.threads,
+        prompt=found.prompt,
+        # llama-bench decodes into an empty context.
+        context=max(1, found.decoded // 2),
+        ttft_ms=float(np.median(found.prompt_ms)),
+        tpot_ms=float(np.median(steps)),
+        tpot_p95_ms=float(np.percentile(steps, 95)),
+        tokens_per_second=1e3 / float(np.mean(steps)),
+        prompt_tokens_per_second=1e3 * found.prompt / float(np.mean(found.prompt_ms)),
+        peak_bytes=found.peak_bytes,
+        board=facts | {"machine": found.machine, "load_average": found.load_average},
+        doubts=tuple(doubts),
+    )
+
+
+def _common(request: MeasureRequest, model: Described, deployment: Deployment) -> dict[str, Any]:
+    files = request.student.glob("*.safetensors") if request.student.is_dir() else [request.student]
+    return {
+        "student": fingerprint(request.student),
+        "name": str(request.student),
+        "shape": config_of(model.spec),
+        "deployment": deployment.to_json(),
+        "size_bytes": sum(file.stat().st_size for file in files),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _device_name(request: MeasureRequest, machine: str) -> str:
+    """The known device that a board is, by what a person says or by its own name; else its own name."""
+    known = devices(*request.own)
+    if request.device is not None:
+        return find_device(request.device, known).name
+    try:
+        return find_device(machine, known).name
+    except InputError:
+        return machine
+
+
+def _kept(request: MeasureRequest, measured: Measured, model: Described, deployment: Deployment) -> dict[str, Any]:
+    path = store_measured(request.out, measured)
+    known: dict[str, Device] = {device.name: device for device in devices(*request.own)}
+    device = known.get(measured.machine)
+    if device is None and measured.how == "autodistill" and request.cache is not None:
+        here = local_device(request.cache)
+        device = here if here.name == measured.machine else None
+    predicted: dict[str, Any] = {}
+    context = min(request.context or _CONTEXT, model.spec.max_context)
+    if measured.how == "autodistill":
+        batch = max(1, *request.streams)
+        need = memory(model.spec, deployment, context=context, batch=batch, weights=model.weights_bytes)
+        predicted["memory_bytes"] = need.total_bytes
+    if device is not None:
+        step = speed(model.spec, deployment, device, context=measured.context, weights=model.weights_bytes)
+        read = speed(
+            model.spec,
+            deployment,
+            device,
+            context=measured.prompt,
+            prompt=measured.prompt,
+            weights=model.weights_bytes,
+        )
+        predicted |= {"tpot_ms": step.decode_ms, "ttft_ms": read.time_to_first_token_ms}
+    return {"measured": measured.to_json(), "predicted": predicted, "kept_in": str(path)}

@@ -1,0 +1,110 @@
+"""The process in which transformers or vLLM serves a folder: loads it, then times requests from stdin on stdout.
+
+Run by path and not as a module, so that this package is not imported: its memory is the runtime's alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+
+class Transformers:
+    """A model run by transformers: on the GPU where there is one, else on the CPU."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self._torch = torch
+        torch.set_num_threads(settings["threads"])
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.set_grad_enabled(False)
+        model: Any = AutoModelForCausalLM.from_pretrained(settings["path"], dtype="auto", local_files_only=True)
+        self._model = model.to(self.device).eval()
+
+    def begin(self, prompts: list[list[int]]) -> None:
+        """Reads prompts of one length, up to the first token of each."""
+        self._cache = None
+        self._run(self._torch.tensor(prompts, device=self.device))
+
+    def step(self) -> None:
+        """One more token of each stream."""
+        self._run(self._next)
+
+    def _run(self, tokens: Any) -> None:
+        found = self._model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache = found.past_key_values
+        self._next = found.logits[:, -1:].argmax(-1)
+        if self.device != "cpu":
+            self._torch.cuda.synchronize()
+
+    def peak_bytes(self) -> int | None:
+        """Of the GPU's memory; None on a CPU, where the process's own counts."""
+        return self._torch.cuda.max_memory_reserved() if self.device != "cpu" else None
+
+
+class Vllm:
+    """A model run by vLLM's engine, a step at a time."""
+
+    device = "cuda"
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from vllm import EngineArgs, LLMEngine, SamplingParams
+
+        arguments = EngineArgs(
+            model=settings["path"],
+            max_model_len=settings["context"],
+            max_num_seqs=settings["parallel"],
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+        )
+        self._engine = LLMEngine.from_engine_args(arguments)
+        self._sampling = SamplingParams(temperature=0, ignore_eos=True, max_tokens=settings["context"], min_tokens=1)
+        self._names: list[str] = []
+        self._begun = 0
+
+    def begin(self, prompts: list[list[int]]) -> None:
+        """Ends what ran, and takes prompts up to the first token of each."""
+        if self._names:
+            self._engine.abort_request(self._names)
+        self._begun += 1
+        self._names = [f"{self._begun}-{index}" for index in range(len(prompts))]
+        for name, prompt in zip(self._names, prompts, strict=True):
+            self._engine.add_request(name, {"prompt_token_ids": prompt}, self._sampling)
+        waiting = set(self._names)
+        while waiting:
+            waiting -= {output.request_id for output in self._engine.step() if output.outputs[0].token_ids}
+
+    def step(self) -> None:
+        """One more token of each stream."""
+        self._engine.step()
+
+    def peak_bytes(self) -> int | None:
+        """Of the GPU: vLLM takes what it is given, so that this is no need."""
+        return None
+
+
+def main() -> None:
+    """Loads, says so with a line, and answers until stdin ends: each request and each answer is a JSON object."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever the runtime prints belongs to the log
+    settings = json.loads(sys.argv[1])
+    server: Any = {"transformers": Transformers, "vllm": Vllm}[settings["runtime"]](settings)
+    print(json.dumps({"device": server.device}), file=answers, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        began = time.perf_counter()
+        if request["do"] == "begin":
+            server.begin(request["prompts"])
+        elif request["do"] == "step":
+            server.step()
+        taken = time.perf_counter() - began
+        print(json.dumps({"seconds": taken, "peak_bytes": server.peak_bytes()}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Whether a machine was quiet while something was timed on it: what other work took, and what its host held back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+# Cores that others may take beyond those that are free: what an idle system does.
+_IDLE_CORES = 0.25
+_STEAL = 0.05
+_LOOK_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """What disturbed a measurement.
+
+    Attributes:
+        load_average: Of the last minute before it.
+        others: Cores that other processes took.
+        steal: Share of the cores' time that the machine's host gave to others.
+        doubts: Why figures taken meanwhile are doubtful, in words; none where the machine was quiet.
+    """
+
+    load_average: float
+    others: float
+    steal: float
+    doubts: tuple[str, ...]
+
+
+class Watch:
+    """Watches the machine's cores over a `with` block.
+
+    Args:
+        threads: Cores that what is timed needs.
+        own: Gives the CPU seconds that it has used so far, whatever its processes.
+    """
+
+    def __init__(self, threads: int, own: Callable[[], float] = time.process_time) -> None:
+        self._threads = threads
+        self._own = own
+
+    def __enter__(self) -> Self:
+        self._load = psutil.getloadavg()[0]
+        self._times, self._used, self._began = psutil.cpu_times(), self._own(), time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            return
+        wall = max(1e-3, time.monotonic() - self._began)
+        before, after = _busy(self._times), _busy(psutil.cpu_times())
+        cores = psutil.cpu_count() or 1
+        others = max(0.0, after[0] - before[0] - (self._own() - self._used)) / wall
+        steal = max(0.0, after[1] - before[1]) / wall / cores
+        self.noise = noise(load_average=self._load, others=others, steal=steal, threads=self._threads, cores=cores)
+
+
+def noise(*, load_average: float, others: float, steal: float, threads: int, cores: int) -> Noise:
+    """What was seen, and the doubts that follow: cores that were not free, or time that the host held back."""
+    doubts = []
+    if others + threads > cores + _IDLE_CORES:
+        doubts.append(f"other work took {others:.1f} of {cores} cores, and {threads} were needed")
+    if steal > _STEAL:
+        doubts.append(f"the machine's host held back {steal:.0%} of its time")
+    return Noise(load_average=load_average, others=others, steal=steal, doubts=tuple(doubts))
+
+
+def look(threads: int) -> Noise:
+    """What the machine is busy with at this moment, before anything is timed."""
+    with Watch(threads) as watch:
+        time.sleep(_LOOK_SECONDS)
+    return watch.noise
+
+
+def _busy(times: Any) -> tuple[float, float]:
+    """Seconds of all cores that were used, and that were stolen."""
+    used = sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq"))
+    return used, float(getattr(times, "steal", 0.0))

@@ -1,0 +1,96 @@
+"""Differences of the found student to teacher and baseline in every figure, paired by document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from autodistill.records.leaderboard import DISTILLED, paired_bootstrap
+from autodistill.records.row import Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How much more of a figure the found student has than another row on the same examples.
+
+    Attributes:
+        metric: The figure.
+        to: What the other row is: "teacher", "quantised teacher", "baseline" or "undistilled student".
+        difference, stderr: In `unit`; the error is bootstrapped by document, and None for a single document.
+        unit: "" is the figure's own; of a perplexity it is that of its logarithm, nats.
+        documents: Number of them.
+    """
+
+    metric: str
+    to: str
+    difference: float
+    stderr: float | None
+    unit: str
+    documents: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The difference as plain data."""
+        return asdict(self)
+
+
+def paired(row: Row, metric: str) -> Mapping[str, Any] | None:
+    """Ids, counts and sums by document of any of a row's figures that are means; None where the row has none."""
+    data = row.documents
+    if data is None:
+        return None
+    found: Mapping[str, Any] | None = data if data.get("metric", "accuracy") == metric else None
+    return found or data.get("others", {}).get(metric)
+
+
+def differences(rows: Sequence[Row]) -> list[Difference]:
+    """Of the found student to every other row, in every figure that both have by document.
+
+    Args:
+        rows: Of one split, the found student among them: the first "student", or else the first "baseline".
+    """
+    found = next((row for kind in DISTILLED for row in rows if row.kind == kind), None)
+    if found is None or found.documents is None:
+        return []
+    metrics = [found.documents.get("metric", "accuracy"), *found.documents.get("others", {})]
+    others = [(_title(row), row) for row in rows if row is not found]
+    made = (_difference(metric, title, found, row) for metric in metrics for title, row in others)
+    return [item for item in made if item is not None]
+
+
+def _difference(metric: str, title: str, found: Row, other: Row) -> Difference | None:
+    mine, theirs = paired(found, metric), paired(other, metric)
+    if not mine or not theirs or mine["ids"] != theirs["ids"] or mine["count"] != theirs["count"]:
+        return None
+    counts = np.asarray(mine["count"], np.float64)
+    gaps = np.asarray(mine["sum"], np.float64) - np.asarray(theirs["sum"], np.float64)
+    values, errors = paired_bootstrap(gaps[None], counts)
+    return Difference(
+        metric=metric,
+        to=title,
+        difference=float(values[0]),
+        stderr=float(errors[0]) if len(counts) > 1 else None,
+        unit=str(mine.get("unit", "")),
+        documents=len(counts),
+    )
+
+
+def _title(row: Row) -> str:
+    if row.kind == "teacher":
+        return "teacher" if row.deployment["bits"] == 16 else "quantised teacher"
+    return "undistilled student" if row.kind == "initial" else row.kind
+
+
+def shown(items: Iterable[Difference]) -> list[list[str]]:
+    """Rows of a table: figure, and for each row compared to, the difference with its error."""
+    table: dict[str, dict[str, str]] = {}
+    titles: dict[str, None] = {}
+    for item in items:
+        error = "" if item.stderr is None else f" ± {item.stderr:.4f}"
+        titles[item.to] = None
+        name = f"{item.metric} [{item.unit}]" if item.unit else item.metric
+        table.setdefault(name, {})[item.to] = f"{item.difference:+.4f}{error}"
+    lines = [[name, *(cells.get(title, "-") for title in titles)] for name, cells in table.items()]
+    return [["found student less", *titles], *lines] if lines else []

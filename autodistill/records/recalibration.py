@@ -1,0 +1,65 @@
+"""What a runtime takes beyond the estimate, learnt from the pairs of predicted and measured memory on file."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from autodistill.records.row import Row
+
+FEWEST = 3
+"""Pairs below which a prediction is not lowered."""
+
+Place = tuple[str, str]
+"""A class of devices, and a runtime."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overhead:
+    """How predicted memory is changed for a class of devices and a runtime.
+
+    Attributes:
+        correction_bytes: Added to the overhead that is predicted.
+        margin_bytes: Kept beyond it for safety: what the pairs scatter above their median.
+        pairs: How many these rest on.
+    """
+
+    correction_bytes: int = 0
+    margin_bytes: int = 0
+    pairs: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """What a predicted sum is raised by."""
+        return self.correction_bytes + self.margin_bytes
+
+
+def recalibrate(pairs: Sequence[tuple[float, float]]) -> Overhead:
+    """The correction that pairs of predicted and measured sums, in bytes, speak for.
+
+    It is the median of the differences, which one odd pair does not move, and the margin is the distance from there to
+    the largest one. Of fewer than three pairs only what lies above the prediction counts, since a chance hit below it
+    must not make students fit that do not.
+    """
+    if not pairs:
+        return Overhead()
+    gaps = [measured - predicted for predicted, measured in pairs]
+    middle = statistics.median(gaps)
+    if len(gaps) < FEWEST:
+        middle = max(0.0, middle)
+    return Overhead(correction_bytes=round(middle), margin_bytes=max(0, round(max(gaps) - middle)), pairs=len(gaps))
+
+
+def overheads(rows: Iterable[Row]) -> dict[Place, Overhead]:
+    """The corrections that the measured rows of a results folder speak for, by class of devices and runtime."""
+    pairs: dict[Place, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        parts = row.other.get("memory_parts")
+        predicted = row.figure("memory_bytes_predicted")
+        if row.memory_source != "measured" or row.memory_bytes is None or predicted is None:
+            continue
+        if isinstance(parts, Mapping) and isinstance(parts.get("device_class"), str):
+            pairs[parts["device_class"], str(row.deployment["runtime"])].append((predicted, row.memory_bytes))
+    return {place: recalibrate(found) for place, found in pairs.items()}

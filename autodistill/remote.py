@@ -1,0 +1,149 @@
+"""A board that is reached over ssh: a file is copied to it, a script is run there, and nothing is left behind."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from autodistill.errors import InputError, MissingDependencyError, RemoteError
+
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,252}|[0-9a-fA-F:]+(?:%[\w.]+)?", re.ASCII)
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", re.ASCII)
+_CONNECT_SECONDS = 15
+_SSH_FAILED = 255  # ssh's own exit code; any other is the remote command's
+_ADVICE = (
+    ("Permission denied", "give the board your key (ssh-copy-id), or name it in an --ssh-config"),
+    ("Host key verification failed", "connect to it once by hand, or check that it is the board you mean"),
+    ("REMOTE HOST IDENTIFICATION HAS CHANGED", "check that it is the board you mean"),
+    ("Could not resolve", "check the name"),
+    ("Connection refused", "start its ssh server, or check the port"),
+    ("timed out", "check that it is on and can be reached"),
+    ("No route", "check that it is on and can be reached"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board:
+    """Where a board is.
+
+    Attributes:
+        host: Name or address.
+        user: None is ssh's own choice.
+        port: None is ssh's own choice.
+        config: A file of ssh's settings in the place of the person's own; None for that.
+    """
+
+    host: str
+    user: str | None = None
+    port: int | None = None
+    config: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """As it would be typed."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        user = f"{self.user}@" if self.user else ""
+        return f"ssh://{user}{host}" + (f":{self.port}" if self.port else "")
+
+    def command(self, remote: str) -> list[str]:
+        """ssh's command line that runs `remote` there, and asks a person nothing."""
+        options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}", "-T"]
+        if self.config is not None:
+            options += ["-F", str(self.config)]
+        if self.port is not None:
+            options += ["-p", str(self.port)]
+        target = f"{self.user}@{self.host}" if self.user else self.host
+        return ["ssh", *options, "--", target, remote]
+
+
+def parse_board(text: str, config: Path | None = None) -> Board:
+    """Reads "ssh://[user@]HOST[:port]".
+
+    Raises:
+        InputError: Another form.
+    """
+    example = "write it like ssh://pi@raspberrypi.local or ssh://10.0.0.7:2222"
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise InputError(f"{text!r} is no board: {example}") from None
+    # `hostname` is in lower case, which names are anyway; a password would show in a list of processes.
+    plain = parts.scheme == "ssh" and parts.path in ("", "/") and not parts.query and not parts.fragment
+    if not plain or parts.password is not None or not _HOST.fullmatch(host) or port == 0:
+        raise InputError(f"{text!r} is no board: {example}")
+    if parts.username is not None and not _USER.fullmatch(parts.username):
+        raise InputError(f"{text!r} has no user's name before the @: {example}")
+    if config is not None and not config.is_file():
+        raise InputError(f"there is no file {config} of ssh's settings: give one, or leave --ssh-config out")
+    return Board(host=host, user=parts.username, port=port, config=config)
+
+
+def run_on(board: Board, script: str, student: Path, bench: str | None, timeout: float) -> str:
+    """Runs a script on a board with the student's file as its argument, and gives what it printed.
+
+    Args:
+        board: Where.
+        script: Of a POSIX shell; its arguments are the student's file and, where it is given, `bench`.
+        student: Copied into a folder of its own on the board, which is removed afterwards.
+        bench: Path of a program on the board.
+        timeout: Seconds that copying and running may each take.
+
+    Raises:
+        MissingDependencyError: There is no ssh.
+        RemoteError: The board cannot be reached, refuses, has no room, or takes too long.
+    """
+    if shutil.which("ssh") is None:
+        raise MissingDependencyError("reaching a board needs ssh: install OpenSSH's client, or use --script")
+    folder = _ask(board, 'd=$(mktemp -d "${TMPDIR:-/tmp}/autodistill.XXXXXX") && echo "$d"', "", timeout).strip()
+    if not folder.startswith("/") or "\n" in folder:
+        raise RemoteError(f"{board.name} made no folder for the student but said {folder[:80]!r}: look at its shell")
+    quoted = shlex.quote(folder)
+    try:
+        with student.open("rb") as file:
+            _finished(board, f"cat > {quoted}/student.gguf", file, timeout)
+        arguments = f" {shlex.quote(bench)}" if bench else ""
+        # What the script says of a failure is in what it prints.
+        return _ask(board, f"sh -s {quoted}/student.gguf{arguments}", script, timeout, failing=True)
+    finally:
+        _ask(board, f"rm -rf {quoted}", "", timeout, failing=True)
+
+
+def _ask(board: Board, remote: str, given: str, timeout: float, *, failing: bool = False) -> str:
+    """What a remote command printed; where it may fail, also of one that did."""
+    try:
+        done = subprocess.run(board.command(remote), input=given.encode(), capture_output=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise RemoteError(_slow(board, timeout)) from None
+    return _checked(board, done, failing=failing)
+
+
+def _finished(board: Board, remote: str, file: object, timeout: float) -> None:
+    try:
+        done = subprocess.run(board.command(remote), stdin=file, capture_output=True, timeout=timeout)  # type: ignore[call-overload]
+    except subprocess.TimeoutExpired:
+        raise RemoteError(_slow(board, timeout)) from None
+    _checked(board, done, failing=False)
+
+
+def _checked(board: Board, done: subprocess.CompletedProcess[bytes], *, failing: bool) -> str:
+    said = done.stderr.decode("utf-8", "replace").strip()
+    if done.returncode == _SSH_FAILED:
+        advice = next((what for words, what in _ADVICE if words in said), "try it with ssh by hand")
+        raise RemoteError(f"{board.name} cannot be reached ({_last(said)}): {advice}")
+    if done.returncode and not failing:
+        raise RemoteError(f"{board.name} refused ({_last(said) or f'exit status {done.returncode}'})")
+    return done.stdout.decode("utf-8", "replace")
+
+
+def _last(said: str) -> str:
+    return said.splitlines()[-1].strip() if said else ""
+
+
+def _slow(board: Board, timeout: float) -> str:
+    return f"{board.name} took longer than {timeout:.0f} s: raise --timeout, or ask for fewer tokens"

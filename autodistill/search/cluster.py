@@ -1,0 +1,321 @@
+"""The Ray that trials run on: one started here, or a running cluster that is joined once its nodes can serve."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import re
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from autodistill.errors import AutoDistillError, InputError
+from autodistill.hardware import Gpu, Machine
+
+_DISTRIBUTION = "autodistill-search"
+# Read by Ray when it is imported or started; a person's own settings go before.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Paths of a request may be relative to where it was typed.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "100000",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+# Ray itself would wait for minutes.
+_CONNECT_SECONDS = 3.0
+_JOIN_SECONDS = 15.0
+# A node's first worker process imports torch to see the GPUs.
+_PROBE_SECONDS = 90.0
+_TOKEN = "it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints there"
+
+
+class Cluster(Protocol):
+    """Where Ray's workers run.
+
+    Attributes:
+        machines: Of its nodes.
+    """
+
+    machines: tuple[Machine, ...]
+
+    def wait(self) -> None:
+        """Until Ray is up."""
+        ...
+
+    def leave(self) -> None:
+        """Gives Ray up; what was joined runs on."""
+        ...
+
+
+class LocalRay:
+    """A Ray of this machine's own, started in the background as soon as this is made.
+
+    Args:
+        machine: Its cores and GPUs are what Ray may use.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.machines: tuple[Machine, ...] = (machine,)
+        self._error: BaseException | None = None
+        self._ready = threading.Event()
+        self._over = threading.Event()
+        _set_environment()
+        threading.Thread(target=self._start, name="ray-start", daemon=True).start()
+
+    def _start(self) -> None:
+        machine = self.machines[0]
+        try:
+            # Without an address Ray would join whatever cluster it finds.
+            _init(address="local", num_cpus=machine.cpus, num_gpus=len(machine.gpus), include_dashboard=False)
+        except BaseException as error:
+            # Raised where somebody waits for Ray, in the thread that can answer it.
+            self._error = error
+        self._ready.set()
+        # Ray's processes end with the thread that started them, so this one stays until they are not needed.
+        self._over.wait()
+
+    def wait(self) -> None:
+        """Until Ray is up.
+
+        Raises:
+            AutoDistillError: It could not be started.
+        """
+        self._ready.wait()
+        if self._error is not None:
+            raise AutoDistillError(
+                f"Ray could not be started ({self._error}): try --runner inline, which needs no Ray"
+            ) from self._error
+
+    def leave(self) -> None:
+        """Ends Ray and its workers."""
+        import ray
+
+        ray.shutdown()
+        self._over.set()
+
+
+class JoinedRay:
+    """A running cluster, each node of which has answered that it runs the same versions and sees the same folders.
+
+    Args:
+        machines: Of its nodes.
+    """
+
+    def __init__(self, machines: tuple[Machine, ...]) -> None:
+        self.machines = machines
+
+    def wait(self) -> None:
+        """Nothing is left to wait for."""
+
+    def leave(self) -> None:
+        """Disconnects; the cluster is somebody else's."""
+        import ray
+
+        ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Refuses an address that no search can join, or that nobody listens at.
+
+    Raises:
+        InputError: Says why.
+    """
+    if address == "auto":
+        return
+    if "://" in address:
+        raise InputError(
+            f"--ray-address {address}: a client session would drive the trials far from this run's log; run the search "
+            "on a node of the cluster, with --ray-address auto or host:port"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"--ray-address takes auto or host:port, like 10.0.0.1:6379, not {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"no Ray cluster answers at {address} ({error}): check --ray-address, and that Ray's head runs there"
+        ) from error
+
+
+def join(address: str, folders: Sequence[Path]) -> JoinedRay:
+    """Joins a running cluster, from one of its nodes.
+
+    Args:
+        address: "auto", or host:port of its head.
+        folders: Those that every node must see, as this one does.
+
+    Raises:
+        InputError: Nobody answers, another Ray, Python or AutoDistill runs there, or a node lacks a folder; before any
+            work is spent.
+    """
+    check_address(address)
+    _set_environment()
+    # Workers are to find GPUs as they are, also where a task asked for none.
+    name = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
+    _in_time(lambda: _init(address=address, runtime_env={"env_vars": {name: os.environ[name]}}), address)
+    import ray
+
+    try:
+        with _markers(folders) as markers:
+            return JoinedRay(_probe(markers))
+    except BaseException:
+        ray.shutdown()
+        raise
+
+
+def _set_environment() -> None:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def _init(**options: Any) -> None:
+    import ray
+
+    job = ray.job_config.JobConfig()
+    # Ray would put the folder where the command was typed in front of its workers' import path, where any folder or
+    # file named like a library stands in for it: in a checkout, this package without its evaluators.
+    job._runtime_env_has_working_dir = lambda: True  # type: ignore[method-assign, unused-ignore]
+    ray.init(job_config=job, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True, **options)
+
+
+def _in_time(connect: Callable[[], None], address: str) -> None:
+    """Connects in a thread, which is left alone where it does not come to an end."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            connect()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="ray-join", daemon=True)
+    thread.start()
+    thread.join(_JOIN_SECONDS)
+    if thread.is_alive():
+        raise InputError(
+            f"what listens at {address} did not answer as a Ray cluster does within {_JOIN_SECONDS:.0f} s: check "
+            f"--ray-address; or {_TOKEN}"
+        )
+    if errors:
+        raise InputError(f"cannot join the Ray cluster at {address}: {_why(errors[0])}") from errors[0]
+
+
+def _why(error: BaseException) -> str:
+    said = str(error)
+    versions = re.findall(r"Ray: (\S+)\s+Python: (\S+)", said)
+    if len(versions) == 2:
+        theirs, ours = (f"Ray {ray} and Python {python}" for ray, python in versions)
+        return f"it runs {theirs}, this process {ours}; the two must be the same"
+    if "uthenticat" in said or "UNAUTHENTICATED" in said:
+        return _TOKEN
+    return f"{said.splitlines()[0] if said else type(error).__name__}; run the search on a node of the cluster"
+
+
+@contextmanager
+def _markers(folders: Sequence[Path]) -> Iterator[list[str]]:
+    """A file in each folder, that a node which shares the folder must see."""
+    files: list[Path] = []
+    try:
+        for folder in folders:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = folder.absolute() / f".probe-{uuid.uuid4().hex}"
+                file.touch()
+            except OSError as error:
+                raise InputError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
+            files.append(file)
+        yield [str(file) for file in files]
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def _probe(markers: list[str]) -> tuple[Machine, ...]:
+    """One tiny task on each node: its versions, the folders it sees, and what it has.
+
+    Raises:
+        InputError: A node that cannot serve; the message names it.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # Nested, so that it travels by value: a node may have no AutoDistill to import it from.
+    def look(files: list[str]) -> dict[str, Any]:
+        import importlib.metadata
+        import os
+        import platform
+
+        try:
+            package = importlib.metadata.version("autodistill-search")
+        except importlib.metadata.PackageNotFoundError:
+            return {"package": "", "python": platform.python_version()}
+        from autodistill.hardware import detect
+
+        machine = detect()
+        return {
+            "python": platform.python_version(),
+            "package": package,
+            "unseen": [file for file in files if not os.path.exists(file)],
+            "memory_bytes": machine.memory_bytes,
+            "gpus": [(gpu.name, gpu.memory_bytes) for gpu in machine.gpus],
+        }
+
+    task = ray.remote(num_cpus=0, max_retries=0)(look)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    asked = {
+        node["NodeManagerAddress"] + f" ({node['NodeID'][:6]})": (
+            node,
+            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+                markers
+            ),
+        )
+        for node in nodes
+    }
+    machines = []
+    for name, (node, answer) in asked.items():
+        try:
+            said = ray.get(answer, timeout=_PROBE_SECONDS)
+        except ray.exceptions.GetTimeoutError as error:
+            raise InputError(
+                f"node {name} of the Ray cluster ran no task within {_PROBE_SECONDS:.0f} s: check it"
+            ) from error
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise InputError(f"node {name} of the Ray cluster cannot run AutoDistill ({reason}): repair it") from error
+        machines.append(_machine(name, node["Resources"], said))
+    return tuple(machine for machine in machines if machine.cpus or machine.gpus)
+
+
+def _machine(name: str, resources: dict[str, float], said: dict[str, Any]) -> Machine:
+    """What a node offers, of which Ray knows how much it may give away."""
+    ours = (platform.python_version(), importlib.metadata.version(_DISTRIBUTION))
+    if not said["package"]:
+        raise InputError(
+            f"node {name} of the Ray cluster has no {_DISTRIBUTION} in its Python {said['python']}: install {ours[1]} "
+            "there, as here"
+        )
+    if (said["python"], said["package"]) != ours:
+        raise InputError(
+            f"node {name} of the Ray cluster runs {_DISTRIBUTION} {said['package']} on Python {said['python']}, this "
+            f"process {ours[1]} on Python {ours[0]}: the two must be the same"
+        )
+    if said["unseen"]:
+        raise InputError(
+            f"node {name} of the Ray cluster does not see the folder {Path(said['unseen'][0]).parent}: put --out and "
+            "--cache on a disk that all nodes share, or give --storage"
+        )
+    gpus = tuple(Gpu(name=kind, memory_bytes=size) for kind, size in said["gpus"])
+    memory = min(said["memory_bytes"], int(resources.get("memory", said["memory_bytes"])))
+    return Machine(cpus=int(resources.get("CPU", 0)), memory_bytes=memory, gpus=gpus[: int(resources.get("GPU", 0))])

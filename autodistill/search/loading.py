@@ -1,0 +1,171 @@
+"""Teacher and data on this machine's disk, and how training is made to fit the machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autodistill.contracts import ModelSpec
+from autodistill.data import Prepared, prepare
+from autodistill.distillation.held import load_held
+from autodistill.distillation.pretrained import token_rows
+from autodistill.distillation.sharding import check_sharded
+from autodistill.distillation.signals import check_told
+from autodistill.distillation.teacher import Teacher, materialise, resolve_teacher, stored_type, tokenizer_fingerprint
+from autodistill.errors import InputError
+from autodistill.estimate import adapted_tensors, spec_from_config
+from autodistill.hardware import Machine
+from autodistill.records.store import read_json
+from autodistill.search.request import Checked, by_size, check_teacher
+from autodistill.search.share import Share, Workers, share_out, supports_bf16
+from autodistill.space import Space
+from autodistill.strategy import Alignment, Attention, Distillation, Lora
+from autodistill.training_fit import TeacherFit, TrainingFit, fit_teacher, fit_training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Teacher, data and the pretrained models that students may start from, on this machine's disk.
+
+    `device` is where this process runs models, which of a cluster may be another than its trials' one.
+    """
+
+    teacher: Teacher
+    data: Prepared
+    spec: ModelSpec
+    workers: Workers
+    device: str
+    threads: int
+    step_tokens: int
+    fit: TrainingFit
+    teacher_fit: TeacherFit
+    pretrained: Mapping[str, Path]
+
+    @property
+    def outputs_of(self) -> str:
+        """What the teacher's outputs are known by."""
+        return self.teacher_fit.of(self.teacher.fingerprint)
+
+    def load_teacher(self, device: str = "cpu") -> Any:
+        """The teacher, held as it fits and computing in float32."""
+        return load_held(self.teacher.folder, self.teacher_fit.held, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a search runs.
+
+    Attributes:
+        here: This machine.
+        machines: Those that trials run on: this one, or the nodes of a cluster.
+        share: What of them each trial is given.
+    """
+
+    here: Machine
+    machines: tuple[Machine, ...]
+    share: Share
+
+
+def load(checked: Checked, place: Place) -> Loaded:
+    """Teacher and data on this machine's disk, and how the machines are shared out.
+
+    Raises:
+        InputError: Data too short, a pretrained model of other tokens, or training that cannot be made to fit.
+    """
+    request = checked.request
+    if place.share.processes > 1 and request.strategy is not None:
+        for strategy in checked.space.baselines.values():
+            check_sharded(strategy, "float32")
+    teacher = materialise(checked.teacher, request.cache)
+    spec = spec_from_config(read_json(teacher.folder / "config.json"))
+    length = checked.sequence_length
+    if checked.spec is None:
+        check_teacher(checked, spec)
+    data = prepare(
+        checked.source,
+        teacher.folder,
+        tokenizer_fingerprint(teacher.folder),
+        length,
+        request.cache,
+    )
+    check_told(checked.space.signal_cases(), data.splits["train"].told > 0)
+    models = dict.fromkeys(strategy.init.model for strategy in checked.space.extremes() if strategy.init.model)
+    pretrained = {model: materialise(resolve_teacher(model), request.cache).folder for model in models}
+    for folder in pretrained.values():
+        token_rows(folder, teacher.folder)
+    teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=place.here)
+    _, largest = by_size(checked.space, spec)[-1]
+    processes = place.share.processes
+    step_tokens = request.step_tokens or processes * length
+    if checked.stored:
+        step_tokens = checked.stored["plan"]["batch_tokens"]
+    if step_tokens % (processes * length):
+        raise InputError(
+            f"a step of {step_tokens} tokens does not divide over the {processes} processes of a trial: give "
+            f"--step-tokens a multiple of {processes * length}"
+        )
+    online = any(recipe.weighs_teacher and recipe.signal == "online" for recipe in checked.space.signal_cases())
+    memory = _trial_memory(place)
+    fit = fit_training(
+        largest,
+        teacher=spec,
+        alignments=_alignments(checked.space, spec),
+        lora=_lora(checked.space, spec, largest),
+        train_embeddings=any(recipe.train_embeddings for recipe in _recipes(checked.space, spec, "train_embeddings")),
+        sequence_length=length,
+        sequences=step_tokens // length,
+        # Run in the trial, the teacher lies beside the student.
+        limit_bytes=memory - (_online_bytes(spec, place.machines[0], teacher_fit) if online else 0),
+        processes=processes,
+    )
+    return Loaded(
+        teacher=teacher,
+        data=data,
+        spec=spec,
+        workers=share_out(place.machines, fit.estimate.total_bytes, request.runner, place.share),
+        device="cuda" if place.here.gpus else "cpu",
+        threads=place.here.cpus,
+        step_tokens=step_tokens,
+        fit=fit,
+        teacher_fit=teacher_fit,
+        pretrained=pretrained,
+    )
+
+
+def _trial_memory(place: Place) -> int:
+    """Bytes that a process of a trial may take: of a machine, or its share of a GPU."""
+    gpus = [gpu.memory_bytes for machine in place.machines for gpu in machine.gpus]
+    if not gpus:
+        return min(machine.memory_bytes for machine in place.machines)
+    return int(min(gpus) * min(1.0, place.share.gpus))
+
+
+def _online_bytes(spec: ModelSpec, machine: Machine, fit: TeacherFit) -> int:
+    """Of the teacher's weights in a trial, which computes in bfloat16 where the machine does."""
+    return 2 * spec.parameters if supports_bf16(machine) else fit.held_bytes
+
+
+def _recipes(space: Space, spec: ModelSpec, *fields: str) -> Iterator[Distillation]:
+    """Of the space, with all that these fields may be."""
+    paths = {"distillation", *(f"distillation.{name}" for name in fields)}
+    # Without dimensions nothing is proposed, and the baselines are all there is.
+    strategies = space.cases(paths, spec.layers) if space.dimensions else iter(space.baselines.values())
+    return (strategy.distillation for strategy in strategies)
+
+
+def _lora(space: Space, spec: ModelSpec, student: ModelSpec) -> Lora | None:
+    """The low-rank changes of a trial that take most memory; None where a trial trains the weights themselves."""
+    found = {recipe.lora for recipe in _recipes(space, spec, "lora", "lora.rank", "lora.layers")}
+    changes = [lora for lora in found if lora is not None]
+    if len(changes) < len(found):
+        return None
+    return max(changes, key=lambda lora: lora.rank * sum(sum(item.shape) for item in adapted_tensors(student, lora)))
+
+
+def _alignments(space: Space, spec: ModelSpec) -> set[tuple[Alignment | None, Attention | None]]:
+    """All that a trial of the space may align, as far as its memory depends on it."""
+    fields = ("", ".layers", ".count", ".projection", ".rank", ".kind")
+    recipes = _recipes(space, spec, *(f"{part}{name}" for part in ("alignment", "attention") for name in fields))
+    return {(recipe.alignment, recipe.attention) for recipe in recipes}

@@ -1,0 +1,149 @@
+"""The plan of a search from a short measurement of this machine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from autodistill.contracts import Plan
+from autodistill.data import load_split
+from autodistill.distillation.student import cut_student
+from autodistill.distillation.teacher import load_model
+from autodistill.errors import InputError, TrialFailedError
+from autodistill.estimate import fits, holdable
+from autodistill.evaluation import evaluate
+from autodistill.search.loading import Loaded
+from autodistill.search.plan import Demand, Speed, make_plan, measure_speed
+from autodistill.search.request import Checked, by_size
+from autodistill.strategy import Deployment
+
+# Share of the time box that one evaluation's tasks may take on a worker, beside the scores of its tokens.
+_ASKED_SHARE = 0.02
+# Seconds of the time box where none is given.
+BOX_CPU, BOX_GPU = 600.0, 1800.0
+
+
+def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tuple[Plan, Speed]:
+    """Measures this machine for a few seconds and plans for it; `spent` seconds of the box are gone."""
+    request = checked.request
+    teacher = loaded.load_teacher()
+    students = by_size(checked.space, loaded.spec)
+    init = students[-1][0].init
+
+    def largest(model: Any) -> Any:
+        if init.model:
+            return load_model(loaded.pretrained[init.model], torch.float32)
+        # Which layers and neurons are kept does not bear on speed.
+        return cut_student(model, replace(init, layers="even"), None)[0]
+
+    speed = measure_speed(
+        teacher,
+        loaded.spec,
+        largest,
+        loaded.workers,
+        loaded.threads,
+        device=loaded.device,
+        sequence_length=checked.sequence_length,
+        checkpointing=loaded.fit.checkpointing,
+    )
+    if checked.asked.written:
+        # Answering the questions of so many tokens takes about as long again as scoring them.
+        speed = replace(speed, score=speed.score / 2, worker_score=speed.worker_score / 2)
+    box = request.time_seconds
+    if box is None and not ((request.trials or request.strategy) and request.tokens):
+        box = BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
+    speed, share, notes = _time_asked(checked, loaded, speed, box)
+    splits = loaded.data.splits
+    deployments = holdable(loaded.spec, checked.space.deployments)
+    demand = Demand(
+        box_seconds=box,
+        spent_seconds=spent,
+        trials=0 if request.strategy else request.trials,
+        tokens=request.tokens,
+        baselines=len(checked.space.baselines),
+        teacher_deployments=len(deployments),
+        deployments=max(
+            sum(fit.slack <= 0 for fit in fits(student, holdable(student, checked.space.deployments), request.budget))
+            for _, student in students
+        ),
+        train_tokens=splits["train"].sequences * checked.sequence_length,
+        validation_tokens=splits["validation"].sequences * checked.sequence_length,
+        test_tokens=splits["test"].sequences * checked.sequence_length,
+        parameters=loaded.spec.parameters,
+        seed=checked.seed,
+        ray=request.runner == "ray",
+        sequence_length=checked.sequence_length,
+        step_tokens=loaded.step_tokens,
+        confirm=checked.confirm,
+        longest=max(checked.space.lengths),
+    )
+    plan = make_plan(demand, speed, loaded.workers)
+    plan = replace(
+        plan,
+        notes=(*plan.notes, *notes, *filter(None, [loaded.teacher_fit.note])),
+        example_share=share,
+        micro_batch=loaded.fit.micro_batch,
+        checkpointing=loaded.fit.checkpointing,
+        optimizer_state=loaded.fit.optimizer_state,
+        lengths=checked.space.lengths,
+    )
+    return plan, speed
+
+
+def _time_asked(
+    checked: Checked, loaded: Loaded, speed: Speed, box: float | None
+) -> tuple[Speed, float, tuple[str, ...]]:
+    """Asks the teacher a few examples of each task, and says how many of them the box pays for at an evaluation.
+
+    Returns:
+        The speed with the seconds of an evaluation; the share of the examples that is read; notes.
+
+    Raises:
+        InputError: A task, or a command, that cannot be used even on the teacher.
+    """
+    asking = [item for item in checked.asked.evaluators if not isinstance(item, str)]
+    if not asking:
+        return speed, 1.0, ()
+    model = loaded.load_teacher(loaded.workers.device)
+    data = load_split(loaded.data.folder, "validation").head(checked.sequence_length)
+    full = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(loaded.workers.threads)
+    fixed = scaled = 0.0
+    notes = []
+    try:
+        for item in asking:
+            began = time.perf_counter()
+            evaluation, _ = evaluate(
+                model,
+                loaded.spec,
+                full,
+                data,
+                None,
+                budget=checked.request.budget,
+                evaluators=(item,),
+                device=loaded.workers.device,
+                share=0.0,
+                tokenizer=loaded.teacher.folder,
+            )
+            seconds = time.perf_counter() - began
+            for measurement in evaluation.measurements.values():
+                read, all_of = measurement.detail.get("examples"), measurement.detail.get("of")
+                if all_of is None:
+                    fixed += seconds
+                else:
+                    scaled += seconds * all_of / read
+    except TrialFailedError as error:
+        raise InputError(f"the metric command does not work on the teacher: {error}") from error
+    finally:
+        torch.set_num_threads(threads)
+    share = 1.0 if box is None or not scaled else min(1.0, max(0.0, _ASKED_SHARE * box - fixed) / scaled)
+    if share < 1:
+        notes.append(
+            f"an evaluation reads {share:.0%} of the tasks' examples, 8 at least of each: the box pays for no more; "
+            "give it more --time"
+        )
+    return replace(speed, asked=fixed + scaled * share), share, tuple(notes)

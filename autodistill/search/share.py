@@ -1,0 +1,173 @@
+"""How machines are shared out among trials: workers side by side, or one trial over several GPUs or nodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from autodistill.errors import InputError
+from autodistill.hardware import Machine
+
+# On a CPU more workers than this were not seen to train more tokens in all.
+_MOST_WORKERS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a person asks to be given to each trial.
+
+    Attributes:
+        processes: That train it together.
+        gpus: Of each process; a fraction where several trials share one GPU.
+        threads: CPU threads of each process; None for as many as there are.
+    """
+
+    processes: int = 1
+    gpus: float = 1.0
+    threads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """How machines are shared out among trials.
+
+    Attributes:
+        count: Trials that train at once.
+        threads: CPU threads of each process.
+        bf16: Whether training computes in bfloat16.
+        device: Where trials train.
+        processes: Of one trial.
+        gpus: Of each process.
+        side_by_side: Processes that share a GPU, or a machine's cores; all by default.
+    """
+
+    count: int
+    threads: int
+    bf16: bool
+    device: str
+    processes: int = 1
+    gpus: float = 1.0
+    side_by_side: int | None = None
+
+    @property
+    def beside(self) -> int:
+        """Processes that share a GPU, or a machine's cores."""
+        return self.count if self.side_by_side is None else self.side_by_side
+
+
+def supports_bf16(machine: Machine) -> bool:
+    """Whether training computes in bfloat16 on the machine's GPU, or on its CPU where there is none."""
+    return bool(torch.cuda.is_bf16_supported() if machine.gpus else torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def check_share(
+    machines: Sequence[Machine], gpus_per_trial: float | None, cpus_per_trial: int | None, runner: str
+) -> Share:
+    """What each trial is given, as far as these machines have it.
+
+    A trial over more GPUs than one, or over more cores than any machine has, is trained by several processes.
+
+    Args:
+        machines: Nodes of a cluster, or this machine alone.
+        gpus_per_trial: A fraction of one or a whole number; None for one.
+        cpus_per_trial: On machines without GPUs, cores of a trial; with them, threads for each of its processes.
+        runner: "inline" has one process.
+
+    Raises:
+        InputError: More than there are, or a number that cannot be given.
+    """
+    graphic = sum(len(machine.gpus) for machine in machines)
+    largest = max(machine.cpus for machine in machines)
+    if cpus_per_trial is not None and cpus_per_trial < 1:
+        raise InputError(f"--cpus-per-trial must be at least 1, not {cpus_per_trial}")
+    if not graphic:
+        if gpus_per_trial is not None:
+            raise InputError(f"--gpus-per-trial {gpus_per_trial:g}: there is no GPU here; leave it out")
+        return _share_of_cores(machines, cpus_per_trial, runner)
+    if cpus_per_trial is not None and cpus_per_trial > largest:
+        raise InputError(f"--cpus-per-trial {cpus_per_trial}: no machine has more than {largest} cores")
+    asked = 1.0 if gpus_per_trial is None else gpus_per_trial
+    if asked <= 0 or math.isnan(asked) or (asked > 1 and asked != int(asked)):
+        raise InputError(f"--gpus-per-trial takes a fraction of one, or a whole number, not {asked:g}")
+    if asked > graphic:
+        raise InputError(f"--gpus-per-trial {asked:g}: there are {graphic} GPUs; ask for no more")
+    if asked > 1:
+        _check_runner(asked, runner, "--gpus-per-trial")
+        return Share(processes=int(asked), threads=cpus_per_trial)
+    return Share(gpus=asked, threads=cpus_per_trial)
+
+
+def _share_of_cores(machines: Sequence[Machine], asked: int | None, runner: str) -> Share:
+    total, smallest = sum(machine.cpus for machine in machines), min(machine.cpus for machine in machines)
+    if asked is None or asked <= smallest:
+        return Share(threads=asked)
+    if asked > total:
+        raise InputError(f"--cpus-per-trial {asked}: there are {total} cores; ask for no more")
+    _check_runner(asked, runner, "--cpus-per-trial")
+    # The fewest processes of one size that machines of this size hold.
+    for processes in range(2, asked):
+        threads = asked // processes
+        held = sum(machine.cpus // threads for machine in machines)
+        if asked % processes == 0 and threads <= smallest and held >= processes:
+            return Share(processes=processes, threads=threads)
+    return Share(processes=asked, threads=1)
+
+
+def _check_runner(asked: float, runner: str, option: str) -> None:
+    if runner == "inline":
+        raise InputError(f"{option} {asked:g} takes several processes, which --runner inline has not: use --runner ray")
+
+
+def share_out(machines: Sequence[Machine], training_bytes: int, runner: str, share: Share | None = None) -> Workers:
+    """Workers for machines: one a GPU or as many as share it, or one a core where the memory holds that many trials.
+
+    On CPUs, single-threaded workers side by side train more tokens in all than one trial over all cores.
+
+    Args:
+        machines: Cores, memory and GPUs of each.
+        training_bytes: Memory that one process of a trial takes.
+        runner: "inline" has one worker.
+        share: What a trial is given.
+    """
+    share = share or Share()
+    graphic = [machine for machine in machines if machine.gpus]
+    if graphic:
+        each = int(1 / share.gpus) if share.processes == 1 else 1
+        held = sum(len(machine.gpus) for machine in graphic) * each
+        count = 1 if runner == "inline" else held // share.processes
+        # Processes of the machine that has least cores for each.
+        dense = min(machine.cpus // (len(machine.gpus) * each) for machine in graphic)
+        threads = share.threads or max(1, graphic[0].cpus if runner == "inline" else dense)
+        return Workers(
+            count=count,
+            threads=threads,
+            bf16=supports_bf16(graphic[0]),
+            device="cuda",
+            processes=share.processes,
+            gpus=share.gpus,
+            side_by_side=1 if runner == "inline" else each,
+        )
+    bf16 = supports_bf16(machines[0])
+    if runner == "inline":
+        return Workers(count=1, threads=share.threads or machines[0].cpus, bf16=bf16, device="cpu")
+    places = [_places(machine, training_bytes, share.threads) for machine in machines]
+    threads = share.threads or min(machine.cpus // place for machine, place in zip(machines, places, strict=True))
+    return Workers(
+        count=max(1, sum(places) // share.processes),
+        threads=max(1, threads),
+        bf16=bf16,
+        device="cpu",
+        processes=share.processes,
+        side_by_side=max(places),
+    )
+
+
+def _places(machine: Machine, training_bytes: int, threads: int | None) -> int:
+    """Processes that train on a machine's cores at once."""
+    held = max(1, int(0.8 * machine.memory_bytes // training_bytes))
+    if threads is not None:
+        return min(machine.cpus // threads, held)
+    return min(machine.cpus, held, _MOST_WORKERS)

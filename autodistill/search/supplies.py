@@ -1,0 +1,79 @@
+"""What trials read, sent to the run's storage once, and fetched from it once on each node."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from autodistill.storage import Storage, node_copy
+from autodistill.strategy import content_hash
+from autodistill.trial_data import TrialSetting
+
+_MANIFEST = "supplies.json"
+
+
+def send(setting: TrialSetting, storage: Storage) -> TrialSetting:
+    """Sends the files that trials read, those that are not there yet.
+
+    Args:
+        setting: With this machine's paths.
+        storage: The run's.
+
+    Returns:
+        The setting by which any node finds them.
+
+    Raises:
+        OSError: They cannot be sent.
+    """
+    manifest = {}
+    for name, path in _paths(setting):
+        key = f"supplies/{path.name.lstrip('.')}-{_content(path)}"
+        storage.send_folder(path, key)
+        manifest[name] = {"key": key, "file": path.name if path.is_file() else ""}
+    storage.write(_MANIFEST, json.dumps(manifest).encode())
+    return replace(setting, storage=storage)
+
+
+def absolute(setting: TrialSetting) -> TrialSetting:
+    """The setting for processes that may have been started in another folder."""
+    return _with(setting, {name: path.absolute() for name, path in _paths(setting)}, setting.checkpoints.absolute())
+
+
+def fetch(setting: TrialSetting) -> TrialSetting:
+    """The setting with the paths of this node's copies, where the run has a storage.
+
+    Raises:
+        OSError: They cannot be fetched.
+    """
+    if setting.storage is None:
+        return setting
+    storage, paths = setting.storage, {}
+    for name, where in json.loads(storage.read(_MANIFEST)).items():
+        folder = storage.fetch_folder(where["key"], node_copy(storage, where["key"]))
+        paths[name] = folder / where["file"]
+    return _with(setting, paths, node_copy(storage, "checkpoints"))
+
+
+def _paths(setting: TrialSetting) -> Iterator[tuple[str, Path]]:
+    for item in fields(setting):
+        path = getattr(setting, item.name)
+        if isinstance(path, Path) and item.name != "checkpoints":  # which trials write
+            yield item.name, path
+    for model, path in setting.pretrained.items():
+        yield f"pretrained/{model}", path
+
+
+def _with(setting: TrialSetting, paths: dict[str, Path], checkpoints: Path) -> TrialSetting:
+    models = {name.partition("/")[2]: path for name, path in paths.items() if name.startswith("pretrained/")}
+    own: dict[str, Any] = {name: path for name, path in paths.items() if "/" not in name}
+    return replace(setting, pretrained=models, checkpoints=checkpoints, **own)
+
+
+def _content(path: Path) -> str:
+    """Changes with any of the files: their names, sizes and times."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = {str(file.relative_to(path.parent)): file.stat() for file in files if file.is_file()}
+    return content_hash({name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}, 16)

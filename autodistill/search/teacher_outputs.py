@@ -1,0 +1,214 @@
+"""The teacher's part of a search: its calibration, cached outputs, scores and rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from autodistill.contracts import Evaluator, ModelSpec, Plan, Status, TeacherReference
+from autodistill.data import TokenSet, load_split
+from autodistill.devices import Device
+from autodistill.distillation.alignment import layer_map
+from autodistill.distillation.attention import teacher_layer
+from autodistill.distillation.calibration import Calibration, ensure_calibration
+from autodistill.distillation.scoring import refer
+from autodistill.distillation.student import kept_layers
+from autodistill.distillation.teacher_cache import META, CacheSettings, ensure_cache
+from autodistill.errors import InputError, TrialFailedError
+from autodistill.estimate import holdable
+from autodistill.evaluation import evaluate
+from autodistill.evaluators.command import NAME as COMMAND
+from autodistill.evaluators.command import Command
+from autodistill.records.differences import paired
+from autodistill.records.leaderboard import rows_of
+from autodistill.records.row import Row
+from autodistill.records.store import RunFolder
+from autodistill.search.loading import Loaded
+from autodistill.search.progress import Clock
+from autodistill.search.request import Asked, Checked
+from autodistill.search.rows import make_row
+from autodistill.space import Space
+from autodistill.strategy import Deployment
+from autodistill.trial_data import TrialSetting
+
+EVALUATORS = ("accuracy", "perplexity", "agreement", "kl", "calibration", "memory", "size")
+
+
+def calibration_file(checked: Checked, loaded: Loaded) -> Path | None:
+    """File of the teacher's calibration, made if a strategy of the space chooses by it."""
+    if not any(strategy.init.selective for strategy in checked.space.extremes()):
+        return None
+    return ensure_calibration(
+        loaded.load_teacher,
+        teacher_fingerprint=loaded.outputs_of,
+        data_fingerprint=loaded.data.fingerprint,
+        data=load_split(loaded.data.folder, "train"),
+        root=checked.request.cache / "calibrations",
+        device=loaded.device,
+    )
+
+
+def cache_settings(space: Space, spec: ModelSpec, bf16: bool, calibration: Path | None) -> CacheSettings:
+    """What the trials of a space may ask of the teacher's cache."""
+    importance = Calibration.load(calibration) if calibration else None
+    cases = [(kept_layers(init, spec.layers, importance), item) for init, item in space.alignment_cases(spec.layers)]
+    states = {
+        pair.teacher_state
+        for kept, alignment in cases
+        if alignment.count <= len(kept)
+        for pair in layer_map(alignment, kept, spec.layers)
+    }
+    # A layer's attention is computed from its input, the output of the layer before.
+    followed = {teacher_layer(attention, spec.layers) for attention in space.attention_cases(spec.layers)}
+    states |= {layer - 1 for layer in followed if layer > 0}
+    return CacheSettings.for_recipes(space.signal_cases(), states, bf16)
+
+
+def teacher_phase(
+    checked: Checked,
+    loaded: Loaded,
+    plan: Plan,
+    run: RunFolder,
+    clock: Clock,
+    earlier: list[dict[str, Any]],
+) -> TrialSetting:
+    """Caches the teacher's outputs, scores it, and writes its rows under each deployment."""
+    request, device = checked.request, loaded.device
+    train = load_split(loaded.data.folder, "train").head(plan.most_tokens)
+    validation = load_split(loaded.data.folder, "validation").head(plan.eval_tokens)
+    with clock.phase("cache", "calibration"):
+        calibration = calibration_file(checked, loaded)
+    settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration)
+    cache = None
+    if not settings.empty:
+        with clock.phase("cache", "teacher cache"):
+            make = partial(
+                ensure_cache,
+                loaded.load_teacher,
+                teacher_fingerprint=loaded.outputs_of,
+                data_fingerprint=loaded.data.fingerprint,
+                data=train,
+                vocabulary=loaded.spec.vocabulary,
+                width=loaded.spec.width,
+                settings=settings,
+                root=request.cache / "teacher-outputs",
+                limit_bytes=request.cache_limit_bytes,
+                device=device,
+            )
+            # Another search may make room just between the two.
+            while not run.hold((cache := make()) / META):
+                pass
+    model = None
+    reference_file, accuracy_key = run.path / "teacher_reference.npz", "teacher_accuracy"
+    accuracy = next((event[accuracy_key] for event in earlier if event["event"] == "teacher"), None)
+    if accuracy is None or not reference_file.exists():
+        with clock.phase("evaluate", "scoring the teacher"):
+            model = loaded.load_teacher(device)
+            scores, reference = refer(model, validation, device=device)
+            reference.save(reference_file)
+            accuracy = float(scores.correct.mean())
+            run.events.append(
+                {"event": "teacher", accuracy_key: accuracy, "tokens": len(reference.top1), "time": time.time()}
+            )
+    setting = TrialSetting(
+        teacher=loaded.teacher.folder,
+        teacher_spec=loaded.spec,
+        teacher_reference=reference_file,
+        teacher_accuracy=accuracy,
+        data=loaded.data.folder,
+        cache=cache,
+        checkpoints=run.checkpoints,
+        budget=request.budget,
+        plan=plan,
+        evaluators=_evaluators(checked.asked),
+        metric=checked.metric,
+        direction=checked.direction,
+        device=device,
+        calibration=calibration,
+        pretrained=loaded.pretrained,
+        held=loaded.teacher_fit.held,
+    )
+    setting = replace(setting, evaluators=_expecting(setting.evaluators, rows_of(earlier), validation))
+    done = {row.deployment_name for row in rows_of(earlier) if row.kind == "teacher" and row.split == "validation"}
+    for deployment in holdable(loaded.spec, checked.space.deployments):
+        if deployment.name in done:
+            continue
+        with clock.phase("evaluate", f"teacher as {deployment.name}"):
+            model = model or loaded.load_teacher(device)
+            reference = TeacherReference.load(reference_file)
+            try:
+                row = teacher_row(
+                    model, deployment, setting, "validation", validation, reference, accuracy, checked.device
+                )
+            except TrialFailedError as error:
+                name = deployment.name
+                raise InputError(f"the teacher as {name} cannot be measured ({error.cause}): {error}") from error
+            run.events.append({"event": "row", "row": row.to_json(), "time": time.time()})
+            setting = replace(setting, evaluators=_expecting(setting.evaluators, [row], validation))
+    return setting
+
+
+def _evaluators(asked: Asked) -> tuple[str | Evaluator, ...]:
+    return (*EVALUATORS, *(item for item in asked.evaluators if item not in EVALUATORS))
+
+
+def _expecting(
+    evaluators: tuple[str | Evaluator, ...], rows: Sequence[Row], data: TokenSet
+) -> tuple[str | Evaluator, ...]:
+    """The evaluators, of which a command is held to as many scores as it printed for the teacher."""
+    found = [paired(row, COMMAND) for row in rows if row.kind == "teacher" and row.split == "validation"]
+    given = len(data.tokens) if data.questions is None else len(data.questions.entries)
+    counts = [sum(documents["count"]) for documents in found if documents]
+    if not counts:
+        return evaluators
+    return tuple(
+        replace(item, expected=(given, counts[0])) if isinstance(item, Command) else item for item in evaluators
+    )
+
+
+def teacher_row(
+    model: Any,
+    deployment: Deployment,
+    setting: TrialSetting,
+    split: str,
+    data: Any,
+    reference: TeacherReference,
+    accuracy: float,
+    served_on: Device | None = None,
+) -> Row:
+    """The unmodified teacher under one deployment."""
+    evaluation, _ = evaluate(
+        model,
+        setting.teacher_spec,
+        deployment,
+        data,
+        reference,
+        budget=setting.budget,
+        evaluators=setting.evaluators,
+        metric=setting.metric,
+        device=setting.device,
+        split=split,
+        share=setting.plan.example_share,
+        tokenizer=setting.teacher,
+    )
+    return make_row(
+        evaluation,
+        trial="teacher",
+        kind="teacher",
+        name="teacher",
+        strategy=None,
+        spec=setting.teacher_spec,
+        status=Status.COMPLETED,
+        split=split,
+        teacher_accuracy=accuracy,
+        budget=setting.budget,
+        plan=setting.plan,
+        train_tokens=0,
+        train_seconds=0.0,
+        seed=setting.plan.seed,
+        device=served_on,
+    )

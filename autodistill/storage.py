@@ -1,0 +1,281 @@
+"""Files on any storage that `pyarrow.fs` reaches: a local folder, S3, Google Cloud Storage, by URI."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from autodistill.errors import InputError
+
+# Objects that are read at once: each costs a round trip.
+_READERS = 16
+_CHUNK = 2**22
+# Of a folder that has been sent whole, beside its files.
+_WHOLE = ".whole"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A prefix of a file system. What crosses to another process is the URI alone.
+
+    Keys are paths below it, with slashes. An object is whole or not there: on object stores a write ends with its
+    publication, and a local one is renamed.
+
+    Attributes:
+        uri: As a person gave it, like "s3://bucket/prefix" or "file:///shared/folder".
+    """
+
+    uri: str
+    _system: Any = field(init=False, repr=False, compare=False)
+    _root: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        system, root = _open(self.uri)
+        object.__setattr__(self, "_system", system)
+        object.__setattr__(self, "_root", root)
+
+    def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
+        return type(self), (self.uri,)
+
+    def at(self, *parts: str) -> Storage:
+        """The prefix below this one."""
+        base, mark, query = self.uri.partition("?")
+        return Storage("/".join([base.rstrip("/"), *parts]) + mark + query)
+
+    @property
+    def local(self) -> bool:
+        """Whether it is a folder that this machine sees as such."""
+        return isinstance(self._system, fs.LocalFileSystem)
+
+    def check(self) -> None:
+        """Writes an object, reads it back and removes it.
+
+        Raises:
+            InputError: One of these is impossible; says why.
+        """
+        key = f".probe-{uuid.uuid4().hex}"
+        try:
+            self.write(key, b"probe")
+            if self.read(key) != b"probe":
+                raise OSError("what was written is not what is read")
+            self.remove(key)
+        except (OSError, NotImplementedError) as error:
+            raise InputError(
+                f"cannot write into the storage {self.uri}: {_brief(error)}; check its address and your "
+                "credentials, or choose another --storage"
+            ) from error
+
+    def write(self, key: str, data: bytes) -> None:
+        """Writes an object.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        with self._writing(key) as path, self._system.open_output_stream(path) as stream:
+            stream.write(data)
+
+    def read(self, key: str) -> bytes:
+        """An object's bytes.
+
+        Raises:
+            FileNotFoundError, OSError: There is none, or it cannot be read.
+        """
+        with self._system.open_input_stream(self._path(key)) as stream:
+            return bytes(stream.read())
+
+    def read_all(self, keys: list[str]) -> list[bytes]:
+        """Many objects' bytes, some at a time."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            return list(pool.map(self.read, keys))
+
+    def put(self, file: Path, key: str) -> None:
+        """Sends a local file.
+
+        Raises:
+            OSError: It cannot be read or written.
+        """
+        with file.open("rb") as source, self._writing(key) as path, self._system.open_output_stream(path) as stream:
+            while chunk := source.read(_CHUNK):
+                stream.write(chunk)
+
+    def get(self, key: str, file: Path) -> None:
+        """Fetches an object to a local path, where it is whole or not there.
+
+        Raises:
+            FileNotFoundError, OSError: There is none, or it cannot be read or written.
+        """
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=file.parent) as folder:
+            partial = Path(folder) / file.name
+            with self._system.open_input_stream(self._path(key)) as source, partial.open("wb") as sink:
+                shutil.copyfileobj(source, sink, _CHUNK)
+            os.replace(partial, file)
+
+    def list(self, below: str = "") -> dict[str, int]:
+        """Bytes of each object below a key, by key."""
+        selector = fs.FileSelector(self._path(below), allow_not_found=True, recursive=True)
+        start = len(self._root) + 1  # object stores list what they were asked for without a first slash
+        return {
+            info.path[start:]: info.size
+            for info in self._system.get_file_info(selector)
+            if info.type == fs.FileType.File and not info.base_name.startswith(".write-")
+        }
+
+    def has(self, key: str) -> bool:
+        """Whether there is an object of this key."""
+        return bool(self._system.get_file_info(self._path(key)).type == fs.FileType.File)
+
+    def remove(self, key: str) -> None:
+        """Removes an object; nothing where there is none."""
+        try:
+            self._system.delete_file(self._path(key))
+        except FileNotFoundError:
+            return
+
+    def send_folder(self, folder: Path, key: str) -> None:
+        """Sends the files of a folder, or one file, whose content never changes, unless they were sent before."""
+        if self.has_folder(key):
+            return
+        root = folder if folder.is_dir() else folder.parent
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else [folder]
+        with ThreadPoolExecutor(_READERS) as pool:
+            list(pool.map(lambda path: self.put(path, f"{key}/{path.relative_to(root).as_posix()}"), files))
+        self.write(f"{key}/{_WHOLE}", b"")
+
+    def has_folder(self, key: str) -> bool:
+        """Whether a folder was sent whole."""
+        return self.has(f"{key}/{_WHOLE}")
+
+    def fetch_folder(self, key: str, folder: Path) -> Path:
+        """A local copy of a folder that was sent whole, fetched once however many processes ask for it.
+
+        Raises:
+            FileNotFoundError: It was never sent whole.
+        """
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_name(f".{folder.name}.lock")):
+            if folder.exists():
+                return folder
+            if not self.has_folder(key):
+                raise FileNotFoundError(f"{self.uri} has no {key}")
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as temporary:
+                partial = Path(temporary) / folder.name
+                partial.mkdir()
+                for name in self.list(key):
+                    inside = name.removeprefix(f"{key}/")
+                    if inside != _WHOLE:
+                        self.get(name, partial / inside)
+                os.replace(partial, folder)
+        return folder
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}".rstrip("/")
+
+    @contextmanager
+    def _writing(self, key: str) -> Iterator[str]:
+        """The path to write an object to; local ones get their name at the end."""
+        path = self._path(key)
+        if not self.local:
+            yield path
+            return
+        folder = Path(path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = str(folder / f".write-{uuid.uuid4().hex}")
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            Path(partial).unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Held by one process of this machine at a time; the kernel frees it however the process ends."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class StoredFiles:
+    """Files by key, which have one content for ever, on a storage, with a copy of those used on this machine.
+
+    Args:
+        storage: What holds them.
+        scratch: Folder of the copies.
+    """
+
+    def __init__(self, storage: Storage, scratch: Path) -> None:
+        self._storage = storage
+        self._scratch = scratch
+
+    def put(self, file: Path, key: str) -> None:
+        """Sends a file, and keeps it as this machine's copy.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        self._storage.put(file, key)
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        os.replace(file, self._scratch / key)
+
+    def get(self, key: str) -> Path | None:
+        """This machine's copy, fetched where it has none; None where there is no such file."""
+        path = self._scratch / key
+        if not self._storage.has(key):
+            path.unlink(missing_ok=True)
+            return None
+        if not path.is_file():
+            try:
+                self._storage.get(key, path)
+            except FileNotFoundError:
+                return None
+        return path
+
+    def list(self) -> dict[str, int]:
+        """Bytes of each file, by key."""
+        return self._storage.list()
+
+    def remove(self, key: str) -> None:
+        """Removes a file, and this machine's copy."""
+        self._storage.remove(key)
+        (self._scratch / key).unlink(missing_ok=True)
+
+
+def node_copy(storage: Storage, key: str) -> Path:
+    """Where a machine keeps its copy of what a storage has under a key, for all searches on it."""
+    name = hashlib.sha256(f"{storage.uri}/{key}".encode()).hexdigest()[:16]
+    return Path.home() / ".cache" / "autodistill" / "from-storage" / name
+
+
+def _open(uri: str) -> tuple[Any, str]:
+    if "://" not in uri:
+        raise InputError(f"--storage takes a URI, like s3://bucket/prefix or file:///shared/folder, not {uri!r}")
+    if "@" in uri.partition("://")[2].partition("/")[0]:
+        # It is written into the run's own files, and handed to every node.
+        raise InputError("--storage holds a key or a password: give credentials by the environment, not in the URI")
+    try:
+        system, root = fs.FileSystem.from_uri(uri)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--storage {uri}: {_brief(error)}; give a URI like s3://bucket/prefix") from error
+    if not root.strip("/"):
+        raise InputError(f"--storage {uri} names no bucket or folder: give a URI like s3://bucket/prefix")
+    return system, root.rstrip("/")
+
+
+def _brief(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

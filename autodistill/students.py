@@ -1,0 +1,44 @@
+"""Trained students on disk: float32 folders that transformers loads, kept by trial."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from autodistill.storage import Storage
+
+# What a student takes from its teacher's folder: by suffix, but for the files that describe the teacher's own weights.
+_TEXT_FILES = (".json", ".jinja", ".model", ".txt")
+_OWN_FILES = ("config.json", "model.safetensors.index.json", "teacher.json")
+
+
+def student_folder(trial: Path) -> Path:
+    """Where a trial at full fidelity keeps its float32 student."""
+    return trial / "student"
+
+
+def student_key(trial: Path) -> str:
+    """Where a storage keeps it."""
+    return f"students/{trial.name}"
+
+
+def trained_student(trial: Path, storage: Storage | None) -> Path:
+    """The folder of a student at full fidelity, fetched where another node trained it; it may not be there."""
+    folder = student_folder(trial)
+    if storage is not None and not folder.is_dir() and has_student(trial, storage):
+        storage.fetch_folder(student_key(trial), folder)
+    return folder
+
+
+def has_student(trial: Path, storage: Storage | None) -> bool:
+    """Whether a trial's student was kept, here or on the storage."""
+    return student_folder(trial).is_dir() or (storage is not None and storage.has_folder(student_key(trial)))
+
+
+def save_student(model: Any, teacher: Path, folder: Path) -> None:
+    """Writes a model as a transformers folder, with the tokenizer and all else that describes the teacher's text."""
+    model.save_pretrained(folder)
+    for path in teacher.iterdir():
+        if path.is_file() and path.suffix in _TEXT_FILES and path.name not in _OWN_FILES:
+            shutil.copyfile(path, folder / path.name)

@@ -1,0 +1,106 @@
+"""What a trial is given and what it tells: plain data that crosses processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from autodistill.contracts import Direction, Evaluator, HeldType, ModelSpec, Plan
+from autodistill.distillation.trainer import StepRecord
+from autodistill.evaluation import Evaluation
+from autodistill.storage import Storage
+from autodistill.strategy import Deployment, Strategy
+from autodistill.units import Budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSetting:
+    """All that the trials of a search have in common; plain data, sent to every worker once.
+
+    Attributes:
+        teacher, data: Folders of the teacher and of the prepared data.
+        cache: Folder of the teacher's cached outputs; None where no strategy of the search reads any.
+        teacher_spec: The teacher's shape.
+        teacher_reference: File of what is kept of the teacher on the validation sequences.
+        teacher_accuracy: The teacher's accuracy on validation, for the retention.
+        checkpoints: Folder that holds a folder for each trial.
+        budget, plan: Of the search.
+        evaluators: Those that run on simulated students: names of installed ones, and what a request made.
+        metric, direction: What a rung is judged by.
+        device: Where trials train.
+        calibration: File of the teacher's calibration, where a strategy chooses by it.
+        pretrained: Folders of the models that strategies start from, by their references.
+        held: What the teacher's matrices are held in.
+        storage: The run's, where trials keep what another node may go on from; None for `checkpoints` alone.
+    """
+
+    teacher: Path
+    teacher_spec: ModelSpec
+    teacher_reference: Path
+    teacher_accuracy: float
+    data: Path
+    cache: Path | None
+    checkpoints: Path
+    budget: Budget
+    plan: Plan
+    evaluators: tuple[str | Evaluator, ...]
+    metric: str
+    direction: Direction
+    device: str
+    calibration: Path | None = None
+    pretrained: Mapping[str, Path] = field(default_factory=dict)
+    held: HeldType = "float32"
+    storage: Storage | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialTask:
+    """One trial, as sent to a worker.
+
+    Attributes:
+        id: Name of the trial in its run, like "t004".
+        strategy: What to train.
+        seed: Of data order and projections.
+        deployments: Those that the budget allows, under which the trained student may be evaluated.
+        probe: The one of them that rungs are judged on.
+        straight: Whether the trial runs to the plan's tokens without stopping at rungs.
+        length: How many times the plan's tokens it is trained for; above 1 the trial is straight.
+        stage: Address of its stable part, whose checkpoints trials share; empty where its checkpoints are its own.
+    """
+
+    id: str
+    strategy: Strategy
+    seed: int
+    deployments: tuple[Deployment, ...]
+    probe: Deployment
+    straight: bool = False
+    length: float = 1.0
+    stage: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungReport:
+    """What a trial tells after a rung.
+
+    Attributes:
+        rung: Index of the rung.
+        tokens: Trained on at the rung.
+        evaluation: Of the probe, or of the deployment asked for.
+        params: Weights of the student.
+        seconds: "train", "evaluate" and "other".
+        steps: Step records of this stretch, thinned to at most 20.
+        trained: Tokens that this stretch trained on, its decay included.
+        shared: Tokens of this stretch that were not trained on, since another trial had trained the stage so far.
+        unsaved: Why a checkpoint could not be written; None where all were.
+    """
+
+    rung: int
+    tokens: int
+    evaluation: Evaluation
+    params: int
+    seconds: dict[str, float]
+    steps: tuple[StepRecord, ...]
+    trained: int = 0
+    shared: int = 0
+    unsaved: str | None = None

@@ -1,0 +1,38 @@
+"""What the benchmark programs say of figures over seeds: means with standard errors, and differences paired by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+# Of a mean over its standard error, beyond which chance is less likely than 5%: Student's t, by number of values.
+_CLEAR = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+
+def error(values: Sequence[float]) -> float:
+    """Standard error of their mean; of one value none is known."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def mean(values: Sequence[float], digits: int = 4, *, factor: float = 1.0, sign: bool = False) -> str:
+    """Mean and standard error.
+
+    Args:
+        values: One for each seed.
+        digits: After the point.
+        factor: Of the figures shown, 100 for percent.
+        sign: Whether a plus is shown.
+    """
+    shown = f"{factor * float(np.mean(values)):{'+' if sign else ''}.{digits}f}"
+    return shown if len(values) == 1 else f"{shown} ± {factor * error(values):.{digits}f}"
+
+
+def paired(found: Mapping[int, float], base: Mapping[int, float]) -> list[float]:
+    """Figures by seed less those of another case, of the seeds that both have."""
+    return [found[seed] - base[seed] for seed in sorted(found.keys() & base.keys())]
+
+
+def is_clear(values: Sequence[float]) -> bool:
+    """Whether a mean of differences is less likely than 5% to be chance, by Student's t."""
+    return len(values) > 1 and abs(float(np.mean(values))) > _CLEAR.get(len(values), 2.0) * error(values)

@@ -1,0 +1,121 @@
+"""The packed student asked in text, against transformers and lm-eval's own model class."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from autodistill.contracts import Subject
+from autodistill.data import Question, Questions
+from autodistill.distillation.simulated import PackedStudent
+from autodistill.errors import InputError, TrialFailedError
+from autodistill.testing import tiny_subject
+
+PAIRS = [
+    ("The miller carries", " the wooden boat"),
+    ("The miller carries", " two apples in the market."),
+    ("The miller carries ", "a silver lamp"),
+    ("", "The fox"),
+    ("A sailor", "ship"),
+]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> PackedStudent:
+    subject: Subject = tiny_subject(tmp_path_factory.mktemp("student"))
+    assert isinstance(subject.student, PackedStudent)
+    return subject.student
+
+
+def test_likelihoods_are_lm_evals(student: PackedStudent) -> None:
+    """An independent implementation, which reads each pair on its own and in full."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = AutoTokenizer.from_pretrained(student.tokenizer)
+    theirs = HFLM(pretrained=student.model, tokenizer=tokenizer, device="cpu", batch_size=1)
+    requests = [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(PAIRS)]
+    for mine, (expected, greedy) in zip(
+        student.likelihoods(PAIRS), theirs.loglikelihood(requests, disable_tqdm=True), strict=True
+    ):
+        assert mine.log_likelihood == pytest.approx(expected, abs=1e-4)
+        assert mine.greedy == greedy
+
+
+@pytest.mark.parametrize("batch", [1, 7, 4096])
+def test_nothing_depends_on_the_batch(student: PackedStudent, batch: int) -> None:
+    expected = [one.log_likelihood for one in student.likelihoods(PAIRS)]
+    found = [one.log_likelihood for one in replace(student, batch_tokens=batch).likelihoods(PAIRS)]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_prompt_longer_than_the_context_loses_its_beginning(student: PackedStudent) -> None:
+    short = replace(student, context=8)
+    (found,) = short.likelihoods([("The miller carries the wooden boat near the river", " in")])
+    tokenizer = AutoTokenizer.from_pretrained(student.tokenizer)
+    ids = tokenizer("The miller carries the wooden boat near the river in", add_special_tokens=False)["input_ids"][-8:]
+    with torch.no_grad():
+        logits = student.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    count = found.tokens
+    expected = sum(float(logits[len(ids) - count + i - 1, ids[len(ids) - count + i]]) for i in range(count))
+    assert found.log_likelihood == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(InputError, match="context of 8"):
+        short.likelihoods([("x", " the wooden boat near the river in the market")])
+    with pytest.raises(InputError, match="fit a context of 8"):
+        short.write(["x"], max_tokens=8)
+
+
+def test_writes_what_transformers_does_up_to_a_stop(student: PackedStudent) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(student.tokenizer)
+    prompts = ["The miller", "A fox forgets the north", ""]
+    for prompt, text in zip(prompts, student.write(prompts, max_tokens=12), strict=True):
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.bos_token_id]
+        output = student.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
+        assert text == tokenizer.decode(output, skip_special_tokens=True)
+        for stop in filter(None, {text[3:4], text[2:5]}):
+            assert student.write([prompt], max_tokens=12, stops=[stop]) == [text[: text.find(stop)]]
+
+
+def test_long_texts_are_read_in_windows(student: PackedStudent) -> None:
+    text = "The miller carries the wooden boat near the river. " * 5
+    (found,) = student.rolling([text], window=512, stride=256)
+    tokenizer = AutoTokenizer.from_pretrained(student.tokenizer)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert found.mean() == pytest.approx(float(student.model(ids, labels=ids).loss), rel=1e-5)
+
+
+def test_what_is_saved_is_what_was_asked(student: PackedStudent, tmp_path) -> None:
+    student.save(tmp_path / "saved")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    again = replace(student, model=model, tokenizer=tmp_path / "saved")
+    assert [one.log_likelihood for one in again.likelihoods(PAIRS)] == [
+        one.log_likelihood for one in student.likelihoods(PAIRS)
+    ]
+
+
+def test_examples_are_the_splits_own(student: PackedStudent) -> None:
+    examples = student.examples()
+    assert len(examples) == len(student.data.tokens)
+    assert examples[2]["tokens"] == student.data.tokens[2].tolist()
+    tokenizer = AutoTokenizer.from_pretrained(student.tokenizer)
+    entry = Question(4, tuple(tokenizer("2 + 2 =", add_special_tokens=False)["input_ids"]), "4", 2, None)
+    questions = Questions(task=None, stops=(1,), tokenizer=student.tokenizer, entries=(entry,))
+    (question,) = replace(student, data=replace(student.data, questions=questions)).examples()
+    assert question == {"id": 0, "document": 4, "prompt": "2 + 2 =", "answer": "4"}
+
+
+def test_likelihoods_that_are_not_numbers_fail_the_trial(tmp_path) -> None:
+    broken = tiny_subject(tmp_path).student
+    assert broken is not None
+    broken.model.get_input_embeddings().weight.data[:] = math.nan
+    for ask in (lambda: broken.likelihoods(PAIRS), lambda: broken.rolling(["The fox runs"], 16, 8)):
+        with pytest.raises(TrialFailedError, match="not finite") as caught:
+            ask()
+        assert caught.value.cause == "nan"

@@ -1,0 +1,144 @@
+"""A command that scores the student: what it is given, what it may print, and every way in which it can fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from autodistill.evaluators.command import parse_command
+
+from autodistill.contracts import Subject
+from autodistill.distillation.simulated import PackedStudent
+from autodistill.errors import InputError, TrialFailedError
+
+SCORE = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+scores = []
+for line in open(sys.argv[2]):
+    record = json.loads(line)
+    ids = torch.tensor([record["tokens"]])
+    with torch.no_grad():
+        scores.append({"id": record["id"], "score": float(model(ids, labels=ids).loss)})
+print(json.dumps(scores))
+"""
+
+
+def program(tmp_path: Path, source: str) -> str:
+    path = tmp_path / "it's a program.py"
+    path.write_text(source)
+    return f"""{sys.executable} "{path}" {{student}} {{data}}"""
+
+
+def test_it_scores_the_students_own_weights_on_the_split(tmp_path: Path, subject: Subject) -> None:
+    student = subject.student
+    assert isinstance(student, PackedStudent)
+    (found,) = parse_command(program(tmp_path, SCORE), "min").evaluate(subject)
+    import torch
+
+    ids = torch.tensor(student.data.tokens.astype(np.int64))
+    with torch.no_grad():
+        expected = [float(student.model(row[None], labels=row[None]).loss) for row in ids]
+    assert found.value == pytest.approx(np.mean(expected), rel=1e-5)
+    assert found.stderr == pytest.approx(np.std(expected, ddof=1) / len(expected) ** 0.5, rel=1e-5)
+    assert (found.name, found.direction, found.detail["examples"]) == ("command", "min", 6)
+
+
+def test_words_are_never_run_by_a_shell(tmp_path: Path, subject: Subject) -> None:
+    source = "import json, sys; print(json.dumps([len(sys.argv[1]), len(sys.argv) == 5 and sys.argv[4] == '$(x);|'] ))"
+    with pytest.raises(TrialFailedError, match="item 1"):  # true is no number
+        parse_command(program(tmp_path, source) + " '$(x);|'").evaluate(subject)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("print('[1, NaN]')", "item 1 of what it printed is no finite number"),
+        ("print('[1, Infinity]')", "item 1"),
+        ("print('[1, \"a\"]')", "item 1"),
+        ("print('[1, null]')", "item 1"),
+        ("print('[{\"id\": 1}]')", "item 0"),
+        ('print(\'[{"id": [], "score": 1}]\')', "item 0"),
+        ("print('[]')", "no list of scores"),
+        ("print('{}')", "no list of scores"),
+        ("print('0.5')", "no list of scores"),
+        ("print('score: 3')", "not JSON .*score: 3"),
+        ("", "not JSON"),
+        ("import sys; print('no such file', file=sys.stderr); sys.exit(3)", "ended with 3: no such file"),
+        ("import os; os.kill(os.getpid(), 9)", "ended with -9"),
+    ],
+)
+def test_what_goes_wrong_fails_the_trial(tmp_path: Path, subject: Subject, source: str, message: str) -> None:
+    with pytest.raises(TrialFailedError, match=message) as caught:
+        parse_command(program(tmp_path, source)).evaluate(subject)
+    assert caught.value.cause == "command"
+    assert "\n" not in str(caught.value)
+
+
+def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path, subject: Subject) -> None:
+    note = tmp_path / "child"
+    source = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(note)!r}, 'w').write(str(child.pid))\n"
+        "time.sleep(600)\n"
+    )
+    with pytest.raises(TrialFailedError, match="did not end within"):
+        parse_command(program(tmp_path, source), seconds=8.0).evaluate(subject)
+    child = int(note.read_text())
+    for _ in range(200):
+        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.05)
+    os.kill(child, 9)
+    pytest.fail("what the command started is still there")
+
+
+def test_scores_of_the_same_id_share_a_document(tmp_path: Path, subject: Subject) -> None:
+    printed = json.dumps([{"id": name, "score": score} for name, score in (("a", 1), ("a", 2), ("b", 6))])
+    (found,) = parse_command(program(tmp_path, f"print('''{printed}''')")).evaluate(subject)
+    assert found.value == 3
+    assert found.documents == {"ids": [0, 1], "count": [2, 1], "sum": [3.0, 6.0]}
+
+
+@pytest.mark.parametrize(
+    ("expected", "due"),
+    [
+        (None, None),
+        ((6, 3), None),  # as many scores of as many examples
+        ((6, 4), 4),
+        ((9, 9), 6),  # a score for each example, of which there are 6 now
+        ((9, 4), None),  # nothing is known of fewer examples
+    ],
+)
+def test_scores_are_as_many_as_for_the_teacher(
+    tmp_path: Path, subject: Subject, expected: tuple[int, int] | None, due: int | None
+) -> None:
+    command = replace(parse_command(program(tmp_path, "print([1, 2, 3])")), expected=expected)
+    if due is None:
+        assert command.evaluate(subject)[0].value == 2
+    else:
+        with pytest.raises(TrialFailedError, match=f"3 scores, and {due} are due"):
+            command.evaluate(subject)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no program ''"),
+        ("no-such-program-here {student}", "no program 'no-such-program-here'"),
+        ("python3 'x", "cannot be read"),
+        (f"{sys.executable} x.py", "never names {student}"),
+    ],
+)
+def test_what_cannot_work_is_refused_before(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_command(text)

@@ -1,0 +1,158 @@
+"""Tasks asked of a tiny student, marked again by hand from transformers' own logits."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from autodistill.evaluators.task import evaluator_of
+from autodistill.evaluators.written_match import normalised
+from transformers import AutoTokenizer
+
+from autodistill.contracts import Likelihood, Measurement, Subject
+from autodistill.distillation.simulated import PackedStudent
+from autodistill.task_files import TaskFile, read_tasks
+
+
+def make(folder: Path, records: list[dict[str, Any]], **task: Any) -> TaskFile:
+    (folder / "q.jsonl").write_text("\n".join(json.dumps(one) for one in records))
+    (folder / "t.yaml").write_text(json.dumps({"tasks": [{"name": "quiz", "files": "q.jsonl"} | task]}))
+    return read_tasks(folder / "t.yaml")[0]
+
+
+def measure(task: TaskFile, subject: Subject) -> Measurement:
+    (found,) = evaluator_of(task).evaluate(subject)
+    return found
+
+
+@pytest.fixture
+def quiz(tmp_path: Path) -> TaskFile:
+    records = [
+        {
+            "question": f"The fox number {number}",
+            "choices": ["runs", "carries the wooden boat", "x"],
+            "gold": number % 3,
+        }
+        for number in range(40)
+    ]
+    template = {"prompt": "{question}", "choices": "{choices}", "answer": "{gold}"}
+    return make(tmp_path, records, metric="multiple_choice", template=template)
+
+
+def test_the_chosen_one_is_likeliest_by_character(quiz: TaskFile, subject: Subject) -> None:
+    student = subject.student
+    assert isinstance(student, PackedStudent)
+    tokenizer = AutoTokenizer.from_pretrained(student.tokenizer)
+    right, plain = [], []
+    for example in quiz.validation:
+        sums = []
+        for choice in example.choices:
+            before = len(tokenizer(example.prompt, add_special_tokens=False)["input_ids"])
+            ids = tokenizer(f"{example.prompt} {choice}", add_special_tokens=False, return_tensors="pt")["input_ids"]
+            with torch.no_grad():
+                logits = student.model(ids).logits[0, :-1].double().log_softmax(-1)
+            sums.append(float(logits.gather(1, ids[0, 1:, None])[before - 1 :].sum()))
+        scores = [total / len(choice) for total, choice in zip(sums, example.choices, strict=True)]
+        right.append(int(np.argmax(scores)) == example.gold)
+        plain.append(int(np.argmax(sums)) == example.gold)
+    found = measure(quiz, subject)
+    assert found.name == "task:quiz"
+    assert found.value == pytest.approx(np.mean(right))
+    assert found.detail["accuracy_by_sum"] == pytest.approx(np.mean(plain))
+    count, share = len(right), np.mean(right)
+    assert found.stderr == pytest.approx((share * (1 - share) / (count - 1)) ** 0.5)
+    assert (found.detail["examples"], found.detail["of"], found.detail["split"]) == (count, count, "validation")
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_figures_do_not_depend_on_the_batch(quiz: TaskFile, subject: Subject, batch: int) -> None:
+    assert isinstance(subject.student, PackedStudent)
+    other = replace(subject, student=replace(subject.student, batch_tokens=batch))
+    assert measure(quiz, other).value == pytest.approx(measure(quiz, subject).value, abs=1e-4)
+
+
+def test_splits_and_shares(quiz: TaskFile, subject: Subject) -> None:
+    assert isinstance(subject.student, PackedStudent)
+    test = measure(quiz, replace(subject, student=replace(subject.student, split="test")))
+    few = measure(quiz, replace(subject, student=replace(subject.student, share=0.5)))
+    assert test.detail["examples"] == len(quiz.test)
+    assert few.detail["examples"] == max(8, math.ceil(len(quiz.validation) / 2))
+    assert set(few.documents["ids"]) < set(measure(quiz, subject).documents["ids"])
+    assert not set(test.documents["ids"]) & set(few.documents["ids"])
+
+
+def test_written_answers_are_those_of_greedy_decoding(tmp_path: Path, subject: Subject) -> None:
+    assert isinstance(subject.student, PackedStudent)
+    prompts = [f"The fox number {number}" for number in range(30)]
+    texts = subject.student.write(prompts, max_tokens=6, stops=("\n",))
+    answers = [text if number % 3 else "something else" for number, text in enumerate(texts)]
+    usable = [
+        {"question": prompt, "answer": answer}
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if normalised(answer)
+    ]
+    assert len(usable) > 20
+    template = {"prompt": "{question}", "answer": "{answer}"}
+    task = make(tmp_path, usable, metric="exact_match", template=template, max_tokens=6)
+    expected = [one.answers != ("something else",) for one in task.validation]
+    assert measure(task, subject).value == pytest.approx(np.mean(expected))
+
+
+def test_chat_puts_the_prompt_into_the_template(tmp_path: Path, quiz: TaskFile, subject: Subject) -> None:
+    student = subject.student
+    assert isinstance(student, PackedStudent)
+    tokenizer = AutoTokenizer.from_pretrained(student.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "chat")
+    chatting = replace(student, tokenizer=tmp_path / "chat")
+    assert chatting.chats(["hello"]) == ["[user]hello</s>[assistant]"]
+    asked: list[tuple[str, str]] = []
+
+    def listen(pairs: list[tuple[str, str]]) -> list[Likelihood]:
+        asked.extend(pairs)
+        return student.likelihoods(pairs)
+
+    listening = SimpleNamespace(split="validation", share=1.0, chats=chatting.chats, likelihoods=listen)
+    measure(replace(quiz, chat=True), replace(subject, student=listening))  # type: ignore[arg-type]
+    first = quiz.validation[0]
+    assert asked[0] == (f"[user]{first.prompt}</s>[assistant]", "runs")
+    assert len(asked) == 3 * len(quiz.validation)
+
+
+def test_a_perplexity_is_the_exponential_of_its_windows_mean(tmp_path: Path, subject: Subject) -> None:
+    assert isinstance(subject.student, PackedStudent)
+    records = [{"text": f"The fox number {number} carries the wooden boat. " * 4} for number in range(30)]
+    task = make(tmp_path, records, metric="perplexity", template={"text": "{text}"}, window=16, stride=4)
+    found = measure(task, subject)
+    parts = subject.student.rolling([one.prompt for one in task.validation], 16, 4)
+    assert found.value == pytest.approx(math.exp(np.concatenate(parts).mean()))
+    assert (found.detail["window"], found.detail["stride"], found.direction) == (16, 4, "min")
+    closer = measure(replace(task, stride=16), subject)
+    assert closer.detail["tokens"] < found.detail["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("The Answer.", "answer", True),
+        ("  a  5 ", "5", True),
+        ("-5", "5", False),
+        ("3.5", "35", False),
+        ("3.50.", "3.50", True),
+        ("Ｆｉｖｅ!", "five", True),
+        ("theory", "ory", False),
+        ("$1,000", "1000", True),
+    ],
+)
+def test_normalisation(one: str, other: str, same: bool) -> None:
+    assert (normalised(one) == normalised(other)) == same

@@ -1,0 +1,191 @@
+"""A cluster of two nodes on this machine: what is refused before any work, and a search that outlives a node."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autodistill.contracts import Status
+from autodistill.errors import InputError
+from autodistill.records.row import rows_of
+from autodistill.records.store import EventLog
+from autodistill.search.cluster import check_address, join
+from autodistill.search.progress import Observer
+from autodistill.search.request import SearchRequest
+from autodistill.search.search import search
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.units import Budget
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    nodes.add_node(num_cpus=1)
+    yield nodes
+    nodes.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("ray://10.0.0.1:10001", "run the search on a node of the cluster"),
+        ("somewhere", "takes auto or host:port"),
+        ("host:port", "takes auto or host:port"),
+        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1"),
+        ("127.0.0.1:99999", "no Ray cluster answers"),
+    ],
+)
+def test_an_address_that_cannot_be_joined_is_refused(address: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        check_address(address)
+
+
+@pytest.mark.slow
+def test_what_is_no_cluster_is_given_up_after_a_short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autodistill.search.cluster._JOIN_SECONDS", 3.0)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(InputError, match="did not answer as a Ray cluster does within 3 s"):
+            join(f"127.0.0.1:{silent.getsockname()[1]}", [])
+
+
+@pytest.mark.slow
+def test_nodes_that_differ_are_refused_and_the_cluster_lives_on(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "__version__", "2.59.0")
+        with pytest.raises(InputError, match=r"it runs Ray 2\.\S+ and Python 3\.\S+, this process Ray 2\.59\.0"):
+            join(cluster.address, [])
+    real = importlib.metadata.version
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", lambda name: "9.9" if name == "autodistill-search" else real(name))
+        with pytest.raises(InputError, match=rf"runs autodistill-search {real('autodistill-search')} on Python"):
+            join(cluster.address, [])
+    joined = join(cluster.address, [tmp_path / "out"])
+    assert [machine.cpus for machine in joined.machines] == [1, 1]
+    assert list((tmp_path / "out").iterdir()) == []
+    joined.leave()
+    join(cluster.address, []).leave()
+
+
+class TrialsDone(Exception):
+    """The trials of a search have ended; what follows them runs on no cluster, and is tested elsewhere."""
+
+
+def run_trials(patch: pytest.MonkeyPatch, request: SearchRequest, observer: Observer | None = None) -> None:
+    """Runs a search up to the end of its trials."""
+
+    def done(*given: Any) -> None:
+        raise TrialsDone
+
+    patch.setattr("autodistill.search.search.finish", done)
+    with pytest.raises(TrialsDone):
+        search(request, observer)
+
+
+class NodeKiller(Observer):
+    """Takes a node of the cluster away once a trial of it has been judged at a rung."""
+
+    def __init__(self, cluster: Any, log: Path) -> None:
+        self.cluster, self.log = cluster, log
+        self.killed: set[str] = set()
+
+    def phase(self, name: str) -> None:
+        """Starts to watch when trials begin."""
+        if name == "trials":
+            threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        ends = time.monotonic() + 300
+        while not self.killed and time.monotonic() < ends:
+            judged = {event["trial"] for event in EventLog(self.log).read() if event["event"] == "rung"}
+            if len(judged) > 2:
+                self.killed = judged
+                self.cluster.remove_node(next(iter(self.cluster.worker_nodes)), allow_graceful=False)
+            time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_search_outlives_a_node(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_tiny_teacher(tmp_path / "teacher", layers=5)
+    tiny_text(tmp_path / "text", documents=30, sentences=80)
+    killer = NodeKiller(cluster, tmp_path / "runs" / "run" / "trials.jsonl")
+    run_trials(
+        monkeypatch,
+        SearchRequest(
+            budget=Budget(memory_bytes=16 * 10**9, context=256),
+            teacher=str(tmp_path / "teacher"),
+            data=str(tmp_path / "text"),
+            trials=4,
+            tokens=2304,
+            out=tmp_path / "runs",
+            name="run",
+            cache=tmp_path / "cache",
+            ray_address=cluster.address,
+            storage=f"file://{tmp_path}/shared",
+        ),
+        killer,
+    )
+    assert killer.killed
+    events = EventLog(killer.log).read()
+    states = {event["trial"]: event["status"] for event in events if event["event"] == "status"}
+    assert sum(status != Status.REJECTED for status in states.values()) == 5
+    assert Status.FAILED not in states.values(), "the lost trial was not tried again"
+    rungs = {(event["trial"], event["rung"]): event for event in events if event["event"] == "rung"}
+    for event in events:
+        if event["event"] == "retry" and event["rung"] > 0 and event["deployment"] is None:
+            # What was lost went on from the checkpoint of its last rung, unless others have overtaken it.
+            again = rungs.get((event["trial"], event["rung"]))
+            assert again is None or again["trained"] < again["tokens"]
+    assert {row.trial for row in rows_of(events) if row.full and row.kind == "student"}
+
+
+@pytest.mark.slow
+def test_two_processes_on_two_nodes_find_what_one_finds(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_teacher(tmp_path / "teacher", layers=5)
+    tiny_text(tmp_path / "text", documents=30, sentences=80)
+
+    def losses(name: str, **more: Any) -> dict[tuple[str, int], list[float]]:
+        run_trials(
+            monkeypatch,
+            SearchRequest(
+                budget=Budget(memory_bytes=16 * 10**9, context=256),
+                strategy="logit_kd",
+                teacher=str(tmp_path / "teacher"),
+                data=str(tmp_path / "text"),
+                tokens=4608,
+                step_tokens=512,
+                out=tmp_path / "runs",
+                name=name,
+                cache=tmp_path / "cache",
+                **more,
+            ),
+        )
+        events = EventLog(tmp_path / "runs" / name / "trials.jsonl").read()
+        rungs = [event for event in events if event["event"] == "rung"]
+        return {(event["trial"], event["rung"]): [step["loss"] for step in event["steps"]] for event in rungs}
+
+    together = losses("together", ray_address=cluster.address, cpus_per_trial=2)
+    alone = losses("alone", runner="inline")
+    assert together.keys() == alone.keys()
+    for stretch, expected in alone.items():
+        # In bfloat16, where processes sum in another order.
+        assert together[stretch] == pytest.approx(expected, rel=2e-2)

@@ -1,0 +1,97 @@
+"""What each trial is given of some machines, and what cannot be given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from autodistill.errors import InputError
+from autodistill.hardware import Gpu, Machine
+from autodistill.search.share import Share, check_share, share_out
+
+GB = 10**9
+
+
+def cores(*counts: int) -> list[Machine]:
+    return [Machine(cpus=count, memory_bytes=100 * GB) for count in counts]
+
+
+def cards(*counts: int) -> list[Machine]:
+    gpu = Gpu(name="a", memory_bytes=24 * GB)
+    return [Machine(cpus=16, memory_bytes=100 * GB, gpus=(gpu,) * count) for count in counts]
+
+
+@pytest.fixture(autouse=True)
+def bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+
+
+def test_a_machine_is_shared_out_by_cores_memory_or_gpus() -> None:
+    machine = Machine(cpus=4, memory_bytes=10 * GB)
+    assert share_out([machine], GB, "ray").count == 4
+    assert share_out([machine], 3 * GB, "ray").count == 2
+    inline = share_out([machine], GB, "inline")
+    assert (inline.count, inline.threads) == (1, 4)
+
+
+def test_gpus_have_a_worker_each() -> None:
+    workers = share_out(cards(2), GB, "ray")
+    assert (workers.count, workers.threads, workers.device) == (2, 8, "cuda")
+
+
+def test_the_nodes_of_a_cluster_add_up() -> None:
+    workers = share_out(cores(2, 4), GB, "ray")
+    assert (workers.count, workers.threads, workers.beside) == (6, 1, 4)
+    workers = share_out([*cores(8), *cards(2, 1)], GB, "ray")
+    assert (workers.count, workers.device, workers.beside) == (3, "cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("machines", "gpus", "cpus", "share", "count", "threads"),
+    [
+        (cards(2), 0.25, None, Share(gpus=0.25), 8, 2),
+        (cards(2), 0.3, 1, Share(gpus=0.3, threads=1), 6, 1),
+        (cards(2, 2), 2, None, Share(processes=2), 2, 8),
+        (cards(2, 1), 3, None, Share(processes=3), 1, 8),
+        (cores(4), None, 2, Share(threads=2), 2, 2),
+        # Three cores are left over, since each of these has one of two.
+        (cores(3, 3), None, 2, Share(threads=2), 2, 2),
+        (cores(1, 1), None, 2, Share(processes=2, threads=1), 1, 1),
+        (cores(2, 2), None, 3, Share(processes=3, threads=1), 1, 1),
+        (cores(2, 2, 2), None, 4, Share(processes=2, threads=2), 1, 2),
+    ],
+)
+def test_a_trial_is_given_what_was_asked_for(
+    machines: list[Machine], gpus: float | None, cpus: int | None, share: Share, count: int, threads: int
+) -> None:
+    assert check_share(machines, gpus, cpus, "ray") == share
+    workers = share_out(machines, GB, "ray", share)
+    assert (workers.count, workers.threads, workers.processes, workers.gpus) == (
+        count,
+        threads,
+        share.processes,
+        share.gpus,
+    )
+
+
+@pytest.mark.parametrize(
+    ("machines", "gpus", "cpus", "runner", "said"),
+    [
+        (cards(2, 1), 4, None, "ray", "there are 3 GPUs"),
+        (cards(2), 1.5, None, "ray", "a fraction of one, or a whole number"),
+        (cards(2), 0, None, "ray", "a fraction of one, or a whole number"),
+        (cards(2), float("nan"), None, "ray", "a fraction of one, or a whole number"),
+        (cards(2), 2, None, "inline", "use --runner ray"),
+        (cards(2), None, 17, "ray", "no machine has more than 16 cores"),
+        (cores(2), 1, None, "ray", "there is no GPU here"),
+        (cores(2, 2), None, 5, "ray", "there are 4 cores"),
+        (cores(2, 2), None, 0, "ray", "at least 1"),
+        (cores(2, 2), None, 4, "inline", "use --runner ray"),
+    ],
+)
+def test_what_cannot_be_given_is_refused(
+    machines: list[Machine], gpus: Any, cpus: int | None, runner: str, said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        check_share(machines, gpus, cpus, runner)

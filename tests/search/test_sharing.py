@@ -1,0 +1,156 @@
+"""Trials of one search that share stages: the figures of trials that train everything themselves, and what it saved."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autodistill.contracts import Plan
+from autodistill.distillation.schedule import branch_point
+from autodistill.records.row import rows_of
+from autodistill.records.saved import saved
+from autodistill.records.store import RunFolder
+from autodistill.search.campaign import Campaign
+from autodistill.search.explain import explain
+from autodistill.search.inline_runner import run_inline
+from autodistill.search.prepare import plan_run, prepare_trials
+from autodistill.search.progress import Clock, Observer
+from autodistill.search.request import SearchRequest, check_request
+from autodistill.search.sampler import Sampler
+from autodistill.stages import open_stages
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.units import Budget
+
+TIMES = ("time", "seconds", "train_seconds", "steps")
+SPACE = """
+dimensions:
+  init.depth: {low: 0.5, high: 1.0, step: 0.25}
+  distillation.learning_rate: {low: 1e-4, high: 1e-2, log: true}
+  finishing:
+    choices:
+      none: null
+      gguf-q8_0: {format: gguf-q8_0, bits: 8, group_size: 32}
+      compressed-tensors: {format: compressed-tensors, scales: learned}
+  finishing.bits: {choices: [8, 4], when: {finishing: [compressed-tensors]}}
+  finishing.group_size: {choices: [32, 64], when: {finishing: [compressed-tensors]}}
+deployments:
+  - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
+baselines: [logit_kd]
+"""
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a search without its end left."""
+
+    run: RunFolder
+    events: list[dict[str, Any]]
+    plan: Plan
+
+    @property
+    def rows(self) -> dict[str, object]:
+        return {row.row_id: without_times(row.to_json()) for row in rows_of(self.events)}
+
+
+def without_times(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_teacher(folder / "teacher", layers=4)
+    tiny_text(folder / "text", documents=30, sentences=80)
+    (folder / "space.yaml").write_text(SPACE)
+    return folder
+
+
+def searched(inputs: Path, out: Path, limit: int | None = None, **changes: object) -> Searched:
+    """Trials one after another in this process, as `search` runs them; nothing is exported."""
+    torch.set_num_threads(1)
+    fields: dict[str, Any] = {
+        "budget": Budget(memory_bytes=16 * 10**9, context=256),
+        "teacher": str(inputs / "teacher"),
+        "data": str(inputs / "text"),
+        "space": str(inputs / "space.yaml"),
+        "trials": 4,
+        "tokens": 1536,
+        "runner": "inline",
+        "out": out,
+        "name": "run",
+        "cache": inputs / "cache",
+    }
+    checked = check_request(SearchRequest(**(fields | changes)))
+    clock = Clock(time.monotonic(), lambda phase: None)
+    with RunFolder.create(out, "run") as run:
+        planned = plan_run(checked, run, clock, Observer())
+        ready = prepare_trials(checked, planned, run, clock)
+        campaign = Campaign(
+            ready.question,
+            sampler=Sampler(checked.space, seed=checked.seed, forking=checked.request.forking),
+            log=run.events,
+            checkpoints=run.checkpoints,
+            checkpoint_limit=limit,
+        )
+        run_inline(campaign, ready.setting, None)
+        campaign.close()
+    return Searched(run, run.events.read(), planned.plan)
+
+
+@pytest.fixture(scope="module")
+def shared(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    return searched(inputs, tmp_path_factory.mktemp("shared"))
+
+
+def test_trials_that_share_stages_have_the_figures_of_trials_that_train_all_themselves(
+    inputs: Path, shared: Searched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same strategies, forks among them: one search goes on from checkpoints, the other finds none."""
+    monkeypatch.setattr("autodistill.stages.StageStore.find", lambda *arguments: None)
+    alone = searched(inputs, tmp_path)
+    assert shared.rows == alone.rows
+    totals = saved(shared.events, shared.plan), saved(alone.events, alone.plan)
+    assert totals[0].shared_tokens > 0
+    assert totals[1].shared_tokens == 0
+    assert totals[1].trained_tokens > totals[0].trained_tokens + totals[0].shared_tokens
+
+
+def test_forks_train_their_decays_alone_and_that_is_counted(shared: Searched) -> None:
+    strategies = {event["trial"]: event["strategy"] for event in shared.events if event["event"] == "trial"}
+    rungs = [event for event in shared.events if event["event"] == "rung"]
+    fork = strategies.pop("t003")
+    assert fork not in strategies.values()
+    assert _stable(fork) in {_stable(strategy) for strategy in strategies.values()}
+    first = next(event for event in rungs if event["trial"] == "t003")
+    plan = shared.plan
+    assert first["shared"] == branch_point(plan.rungs[0], plan.decay, plan.batch_tokens) > 0
+    assert first["trained"] == first["tokens"] - first["shared"]
+    document = explain(shared.run)
+    assert document.saved.shared_tokens == sum(event["shared"] for event in rungs)
+    assert "went on from stages that others had trained" in document.describe()
+
+
+def _stable(strategy: dict[str, Any]) -> str:
+    return json.dumps([strategy["init"], strategy["distillation"]], sort_keys=True)
+
+
+def test_a_tiny_limit_changes_nothing_but_what_is_kept(inputs: Path, shared: Searched, tmp_path: Path) -> None:
+    limited = searched(inputs, tmp_path, limit=1)
+    assert limited.rows == shared.rows
+    assert any(event["event"] == "collected" for event in limited.events)
+    held = open_stages(limited.run.checkpoints).checkpoints()
+    assert len({checkpoint.stage for checkpoint in held}) <= 3
+
+
+def test_without_sharing_and_forking_nothing_is_reused(inputs: Path, tmp_path: Path) -> None:
+    found = searched(inputs, tmp_path, sharing=False, forking=False)
+    assert saved(found.events, found.plan).shared_tokens == 0
+    assert json.loads(found.run.search_file.read_text())["sharing"] is False

@@ -1,0 +1,90 @@
+"""What trials read is sent once and found on another machine under other paths."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autodistill.search.supplies import absolute, fetch, send
+from autodistill.storage import Storage
+from autodistill.students import has_student, trained_student
+from autodistill.trial_data import TrialSetting
+
+
+@pytest.fixture
+def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrialSetting:
+    """Relative paths, as a person types them."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("teacher", "data", "cache", "small"):
+        (tmp_path / name / "below").mkdir(parents=True)
+        (tmp_path / name / "below" / "file").write_text(name)
+    (tmp_path / "reference.npz").write_bytes(b"kept")
+    others: dict[str, Any] = dict.fromkeys(
+        ("teacher_spec", "teacher_accuracy", "budget", "plan", "metric", "direction")
+    )
+    return TrialSetting(
+        teacher=Path("teacher"),
+        data=Path("data"),
+        cache=Path("cache"),
+        teacher_reference=Path("reference.npz"),
+        checkpoints=Path("checkpoints"),
+        pretrained={"some/model": Path("small")},
+        evaluators=(),
+        device="cpu",
+        **others,
+    )
+
+
+def test_another_machine_reads_copies(setting: TrialSetting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(f"file://{tmp_path}/shared")
+    sent = send(setting, storage)
+    before = storage.list()
+    send(setting, storage)
+    assert storage.list() == before
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir("/")
+    found = fetch(sent)
+    paths = {
+        "teacher": found.teacher,
+        "data": found.data,
+        "cache": found.cache,
+        "small": found.pretrained["some/model"],
+    }
+    for name, path in paths.items():
+        assert path is not None
+        assert path.is_relative_to(tmp_path / "home")
+        assert (path / "below" / "file").read_text() == name
+    assert found.teacher_reference.read_bytes() == b"kept"
+    assert found.calibration is None
+    assert found.checkpoints.is_relative_to(tmp_path / "home")
+
+
+def test_what_changed_is_sent_anew(setting: TrialSetting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(f"file://{tmp_path}/shared")
+    send(setting, storage)
+    (tmp_path / "data" / "below" / "file").write_text("longer data")
+    sent = send(setting, storage)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert (fetch(sent).data / "below" / "file").read_text() == "longer data"
+
+
+def test_without_a_storage_paths_are_those_of_this_machine(setting: TrialSetting, tmp_path: Path) -> None:
+    found = absolute(setting)
+    os.chdir("/")
+    assert fetch(found).teacher == tmp_path / "teacher"
+    assert found.pretrained == {"some/model": tmp_path / "small"}
+
+
+def test_a_student_is_found_where_another_node_trained_it(tmp_path: Path) -> None:
+    storage = Storage(f"file://{tmp_path}/shared")
+    trial = tmp_path / "here" / "t001"
+    assert not has_student(trial, storage)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "config.json").write_text("{}")
+    storage.send_folder(tmp_path / "there", "students/t001")
+    assert has_student(trial, storage)
+    assert not has_student(trial, None)
+    assert (trained_student(trial, storage) / "config.json").read_text() == "{}"

@@ -1,0 +1,166 @@
+"""What the script prints, on a stand-in for llama-bench that prints its format, becomes figures or is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autodistill.bench_output import Bench, parse_result
+from autodistill.errors import InputError
+
+
+def bench(student: Path, **changes: object) -> Bench:
+    asked = Bench(student="abc", student_bytes=student.stat().st_size, prompt=100, decoded=20, repetitions=2, threads=1)
+    return replace(asked, **changes)  # type: ignore[arg-type]
+
+
+def run(script: str, *arguments: str) -> str:
+    done = subprocess.run(["sh", "-s", *arguments], input=script, capture_output=True, text=True, timeout=60)
+    return done.stdout
+
+
+@pytest.fixture
+def student(tmp_path: Path) -> Path:
+    path = tmp_path / "student.gguf"
+    path.write_text("weights", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def said(student: Path, llama_bench: Path) -> str:
+    return run(bench(student).script(), str(student), str(llama_bench))
+
+
+def test_the_script_brings_back_what_the_bench_and_the_board_say(said: str) -> None:
+    found = parse_result(said, "x")
+    assert (found.student, found.build, found.threads) == ("abc", "8cf427ff (5163)", 1)
+    assert (found.prompt, found.decoded) == (100, 20)
+    assert found.prompt_ms == (200.0, 200.0)
+    assert found.step_ms == (2.0, 2.0)
+    assert found.machine
+    assert found.cores >= 1
+
+
+def test_the_script_leaves_nothing_behind(
+    student: Path, llama_bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    assert "end=ok" in run(bench(student).script(), str(student), str(llama_bench))
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("shell", ["dash", "busybox", "bash"])
+def test_the_script_is_of_any_posix_shell(shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell} here")
+    words = [shell, "sh"] if shell == "busybox" else [shell]
+    script = Bench(student="abc", student_bytes=1).script()
+    assert subprocess.run([*words, "-n"], input=script, capture_output=True, text=True).stderr == ""
+
+
+def test_what_goes_wrong_on_the_board_is_said(student: Path, llama_bench: Path) -> None:
+    program = str(llama_bench)
+    for script, arguments, said in (
+        (bench(student).script(), (str(student), "/nowhere/llama-bench"), "no program '/nowhere/llama-bench'"),
+        (bench(student).script(), ("/nowhere.gguf", program), "there is no file '/nowhere.gguf'"),
+        (
+            bench(student, student_bytes=9).script(),
+            (str(student), program),
+            "7 bytes and not 9: copy it again",
+        ),
+    ):
+        with pytest.raises(InputError, match=f"board: .*{said}"):
+            parse_result(run(script, *arguments), "board")
+    student.write_text("broken", encoding="utf-8")
+    with pytest.raises(InputError, match="llama-bench ended with 1: error: failed to load model"):
+        parse_result(run(bench(student).script(), str(student), program), "board")
+
+
+def test_a_result_that_is_cut_off_anywhere_is_refused(said: str) -> None:
+    lines = said.splitlines()
+    for count in range(len(lines)):
+        with pytest.raises(InputError):
+            parse_result("\n".join(lines[:count]), "x")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("autodistill-bench=1", "autodistill-bench=7", "no result of autodistill measure --script"),
+        ('"n_gen": 20,', "", "lacks n_prompt, n_gen, samples_ns: update llama.cpp"),
+        ('"n_gen": 20,', '"n_gen": "20",', "no whole numbers"),
+        ("[ 40000000, 40000000 ]", "[]", "timed nothing"),
+        ("[ 40000000, 40000000 ]", "[0]", "numbers above zero"),
+        ("[ 40000000, 40000000 ]", "[NaN]", "numbers above zero"),
+        ("[ 40000000, 40000000 ]", "[40000000", "cut off or no JSON"),
+    ],
+)
+def test_a_damaged_result_says_what_is_wrong(said: str, old: str, new: str, complaint: str) -> None:
+    assert old in said
+    with pytest.raises(InputError, match=complaint):
+        parse_result(said.replace(old, new), "x")
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        # A Raspberry Pi: bits 16 to 19 say what was since it booted, 0 to 3 what is.
+        ({"throttled_before": "throttled=0x0", "throttled_after": "throttled=0x50005"}, {"throttled": True}),
+        ({"throttled_before": "throttled=0x50000", "throttled_after": "throttled=0x50000"}, {"throttled": False}),
+        ({"throttled_before": "3", "throttled_after": "4"}, {"throttled": True}),
+        ({"throttled_before": "", "throttled_after": ""}, {"throttled": None}),
+        ({"temperature_mc": "61500"}, {"temperature": 61.5}),
+        ({"power_uw": "5000000"}, {"watts": 5.0, "joules_per_token": 0.01}),
+        (
+            {
+                "power_uw": "5",
+                "energy_before_uj": "1000000",
+                "energy_after_uj": "31000000",
+                "began": "10",
+                "ended": "13",
+            },
+            {"watts": 10.0, "joules_per_token": 0.02},
+        ),
+        ({"energy_before_uj": "9", "energy_after_uj": "1", "began": "10", "ended": "13"}, {"watts": None}),
+        ({"peak_kb": "2048"}, {"peak_bytes": 2 * 2**20}),
+    ],
+)
+def test_sensors_are_read_where_the_board_has_them(
+    said: str, facts: dict[str, str], expected: dict[str, object]
+) -> None:
+    told = [f"decode.{name}={value}" for name, value in facts.items()]
+    prompt = said[said.index("prompt.json\n") : said.index("prompt.json-end\n")] + "prompt.json-end"
+    decode = said[said.index("decode.json\n") : said.index("decode.json-end\n")] + "decode.json-end"
+    text = "\n".join(["autodistill-bench=1", *told, prompt, decode, "end=ok"])
+    found = parse_result(text, "x")
+    assert {name: getattr(found, name) for name in expected} == pytest.approx(expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60), st.integers(0, 400), st.integers(0, 40))
+def test_any_change_is_a_result_or_is_refused(noise: str, place: int, removed: int) -> None:
+    text = "\n".join(
+        [
+            *("autodistill-bench=1", "student=a", "threads=1", "cores=2", "decode.power_uw=1"),
+            *("prompt.json", '[{"n_prompt": 5, "n_gen": 0, "samples_ns": [5]}]', "prompt.json-end"),
+            *("decode.json", '[{"n_prompt": 0, "n_gen": 5, "samples_ns": [5]}]', "decode.json-end", "end=ok"),
+        ]
+    )
+    with contextlib.suppress(InputError):
+        found = parse_result(text[:place] + noise + text[place + removed :], "x")
+        assert min(found.step_ms) > 0
+
+
+@pytest.mark.parametrize("changes", [{"prompt": 0}, {"decoded": -1}, {"repetitions": 0}, {"threads": -1}])
+def test_numbers_that_cannot_be_are_refused(changes: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="must be at least 1"):
+        Bench(**({"student": "a", "student_bytes": 1} | changes))  # type: ignore[arg-type]

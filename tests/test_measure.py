@@ -1,0 +1,137 @@
+"""A student measured here, by a script, and over ssh; what was found is kept and read again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autodistill import measure as module
+from autodistill.devices import devices, find_device
+from autodistill.errors import InputError
+from autodistill.estimate import spec_from_config
+from autodistill.export.gguf import GgufExporter
+from autodistill.measure import MeasureRequest, fingerprint, measure
+from autodistill.quiet import Noise
+from autodistill.records.measurements import correction, read_measured
+from autodistill.remote import Board
+from autodistill.roofline import speed
+from autodistill.strategy import Deployment
+from autodistill.testing import save_tiny_teacher
+
+Q8 = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
+QUIET = Noise(load_average=0.0, others=0.0, steal=0.0, doubts=())
+PI = find_device("pi 5", devices())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_teacher(tmp_path_factory.mktemp("student"), architecture="qwen2")
+
+
+@pytest.fixture(scope="module")
+def student(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return GgufExporter().export(folder, Q8, tmp_path_factory.mktemp("gguf")).path
+
+
+def request(student: Path, out: Path, **changes: Any) -> MeasureRequest:
+    small = {"prompt": 16, "decoded": 4, "rounds": 2, "threads": 1, "context": 64}
+    return MeasureRequest(student=student, out=out, **(small | changes))
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_here_it_is_timed_in_its_own_runtime(
+    kind: str, folder: Path, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "look", lambda threads: QUIET)
+    found = measure(request(student if kind == "file" else folder, tmp_path, streams=(1, 2)))
+    measured = found["measured"]
+    assert measured["deployment"]["runtime"] == ("llama.cpp" if kind == "file" else "transformers")
+    assert [load["streams"] for load in measured["loads"]] == [1, 2]
+    assert measured["peak_bytes"] > 10**7
+    assert found["predicted"]["memory_bytes"] > 10**7
+    (kept,) = read_measured(tmp_path)
+    assert kept.to_json() == json.loads(json.dumps(measured))
+    config = json.loads((folder / "config.json").read_text())
+    assert spec_from_config(kept.shape).tensors == spec_from_config(config).tensors
+
+
+def test_a_busy_machine_is_refused_unless_that_is_accepted(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = Noise(load_average=9.0, others=2.0, steal=0.0, doubts=("other work took 2.0 of 2 cores",))
+    monkeypatch.setattr(module, "look", lambda threads: busy)
+    with pytest.raises(InputError, match=r"is busy .other work took 2\.0 of 2 cores.: .* or accept it with --busy"):
+        measure(request(student, tmp_path))
+    assert measure(request(student, tmp_path, busy=True))["measured"]["tpot_ms"] > 0
+
+
+def carried(student: Path, tmp_path: Path, llama_bench: Path, **changes: Any) -> dict[str, Any]:
+    """Measures by a script, as a person who carries it would."""
+    script, result = tmp_path / "bench.sh", tmp_path / "result.txt"
+    assert measure(request(student, tmp_path, script=script))["script"] == str(script)
+    said = subprocess.run(["sh", script, student, llama_bench], capture_output=True, text=True, check=True)
+    result.write_text(said.stdout, encoding="utf-8")
+    return measure(request(student, tmp_path, result=result, **changes))
+
+
+def test_a_script_that_was_carried_brings_back_a_measurement(student: Path, tmp_path: Path, llama_bench: Path) -> None:
+    measured = carried(student, tmp_path, llama_bench, device="pi 5")["measured"]
+    assert (measured["machine"], measured["student"]) == (PI.name, fingerprint(student))
+    assert (measured["ttft_ms"], measured["tpot_ms"], measured["tokens_per_second"]) == (32.0, 2.0, 500.0)
+    assert measured["how"].startswith("llama-bench 8cf427ff")
+
+
+def test_what_was_measured_corrects_what_is_predicted_there_and_nowhere_else(
+    student: Path, tmp_path: Path, llama_bench: Path
+) -> None:
+    measured = carried(student, tmp_path, llama_bench, device="pi 5")["measured"]
+    kept = read_measured(tmp_path)
+    spec = spec_from_config(measured["shape"])
+    found = correction(kept, PI, "llama.cpp")
+    step = speed(spec, Q8, PI, context=measured["context"], weights=measured["size_bytes"]).decode_ms
+    assert found.decode == pytest.approx(2.0 / step)
+    assert found.count == 1
+    other = find_device("pi 4", devices())
+    assert correction(kept, other, "llama.cpp").count == correction(kept, PI, "vllm").count == 0
+
+
+def test_over_ssh_it_is_the_same(board: Board, student: Path, tmp_path: Path, llama_bench: Path) -> None:
+    found = measure(
+        request(student, tmp_path, on=board.name, ssh_config=board.config, bench=str(llama_bench), device="pi 5")
+    )
+    assert found["measured"]["tokens_per_second"] == 500.0
+    assert found["predicted"]["tpot_ms"] > 0
+    with pytest.raises(InputError, match=r"ssh://.*: there is no program '/nowhere'"):
+        measure(request(student, tmp_path, on=board.name, ssh_config=board.config, bench="/nowhere"))
+
+
+def test_what_cannot_be_measured_is_said_before_anything_runs(
+    folder: Path, student: Path, tmp_path: Path, llama_bench: Path
+) -> None:
+    torn, other, result = tmp_path / "torn.gguf", tmp_path / "other.gguf", tmp_path / "result.txt"
+    torn.write_bytes(student.read_bytes()[:3000])
+    other.write_bytes(student.read_bytes() + b"more")
+    carried(student, tmp_path, llama_bench)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text((folder / "config.json").read_text())
+    for asked, said in (
+        ((tmp_path / "none.gguf", {}), "there is no student"),
+        ((torn, {}), "torn.gguf"),
+        ((empty, {}), "has no safetensors"),
+        ((folder, {"on": "ssh://pi"}), "a board runs a GGUF file"),
+        ((other, {"result": result}), "is of another student"),
+        ((student, {"result": torn}), "no result of autodistill measure --script"),
+        ((student, {"result": tmp_path / "none"}), "cannot read"),
+        ((student, {"script": tmp_path / "no" / "x.sh"}), "cannot write"),
+        ((student, {"on": "pi"}), "is no board"),
+        ((student, {"on": "ssh://pi", "result": result}), "--on and --result each say"),
+        ((student, {"streams": (0,)}), "--streams must be"),
+        ((student, {"context": 1}), "--context must be at least 2"),
+    ):
+        with pytest.raises(InputError, match=said):
+            measure(request(asked[0], tmp_path, **asked[1]))

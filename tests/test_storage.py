@@ -1,0 +1,152 @@
+"""Objects, folders, logs and copies on a local folder and on an S3 server, which must not differ."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from autodistill.errors import InputError
+from autodistill.records.store import EventLog
+from autodistill.records.stored_run import StoredLog, check_free, keep, pull
+from autodistill.storage import Storage, StoredFiles
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        port = free_port()
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+        server.start()
+        query = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+        Storage(f"s3://bucket?{query}")._system.create_dir("bucket")
+        yield f"s3://bucket/prefix?{query}"
+        server.stop()
+
+
+@pytest.fixture(params=["file", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "file":
+        return Storage(f"file://{tmp_path}/there")
+    return Storage(request.getfixturevalue("s3")).at(request.node.name.partition("[")[0])
+
+
+def test_objects_are_written_read_listed_and_removed(storage: Storage, tmp_path: Path) -> None:
+    storage.check()
+    assert storage.list() == {}
+    storage.write("a/one", b"12")
+    storage.write("a/one", b"123")
+    file = tmp_path / "file"
+    file.write_bytes(bytes(range(256)) * 40_000)  # in more than one chunk
+    storage.put(file, "b")
+    assert storage.list() == {"a/one": 3, "b": 10_240_000}
+    assert storage.list("a") == {"a/one": 3}
+    assert storage.read_all(["a/one", "a/one"]) == [b"123", b"123"]
+    storage.get("b", tmp_path / "new" / "copy")
+    assert (tmp_path / "new" / "copy").read_bytes() == file.read_bytes()
+    storage.remove("b")
+    storage.remove("b")
+    assert not storage.has("b")
+    with pytest.raises(FileNotFoundError):
+        storage.get("b", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    assert pickle.loads(pickle.dumps(storage.at("a"))).list() == {"one": 3}
+
+
+def test_a_folder_is_there_once_it_was_sent_whole(storage: Storage, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "inside").mkdir(parents=True)
+    (folder / "x.json").write_text("x")
+    (folder / "inside" / "y").write_text("y")
+    # As a sender that was killed leaves it.
+    storage.put(folder / "x.json", "key/x.json")
+    with pytest.raises(FileNotFoundError):
+        storage.fetch_folder("key", tmp_path / "copy")
+    storage.send_folder(folder, "key")
+    copy = storage.fetch_folder("key", tmp_path / "copy")
+    assert {str(path.relative_to(copy)): path.read_text() for path in copy.rglob("*") if path.is_file()} == {
+        "x.json": "x",
+        "inside/y": "y",
+    }
+    # Once fetched, a node asks no more.
+    storage.remove("key/x.json")
+    assert storage.fetch_folder("key", tmp_path / "copy") == copy
+    storage.send_folder(folder / "x.json", "alone")
+    assert (storage.fetch_folder("alone", tmp_path / "alone") / "x.json").read_text() == "x"
+
+
+def test_events_are_read_in_their_order_on_another_machine(storage: Storage, tmp_path: Path) -> None:
+    here, there = StoredLog(tmp_path / "here.jsonl", storage), StoredLog(tmp_path / "there.jsonl", storage)
+    for number in range(20):
+        here.append({"number": number})
+    there.sync()
+    there.append({"number": 20})
+    here.sync()
+    expected = [{"number": number} for number in range(21)]
+    assert here.read() == there.read() == EventLog(tmp_path / "here.jsonl").read() == expected
+
+
+def test_what_this_machine_lost_comes_back(storage: Storage, tmp_path: Path) -> None:
+    search = tmp_path / "run" / "search.json"
+    search.parent.mkdir()
+    search.write_text("{}")
+    check_free(storage)
+    pull(search.parent, storage)
+    keep(search, storage)
+    search.unlink()
+    pull(search.parent, storage)
+    assert search.read_text() == "{}"
+    with pytest.raises(InputError, match="go on with it by --resume"):
+        check_free(storage)
+
+
+def test_a_checkpoint_written_on_one_node_is_read_on_another(storage: Storage, tmp_path: Path) -> None:
+    one, other = StoredFiles(storage, tmp_path / "one"), StoredFiles(storage, tmp_path / "other")
+    assert other.get("key") is None
+    (tmp_path / "file").write_text("content")
+    one.put(tmp_path / "file", "key")
+    for node in (one, other):
+        found = node.get("key")
+        assert found is not None
+        assert found.read_text() == "content"
+        assert node.list() == {"key": 7}
+    one.remove("key")
+    assert other.get("key") is None
+    assert other.list() == {}
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("here/there", "takes a URI"),
+        ("nonsense://x", "Unrecognized filesystem"),
+        ("s3://key:secret@bucket/prefix", "give credentials by the environment"),
+        ("file:///", "names no bucket"),
+        ("s3://", "names no bucket"),
+    ],
+)
+def test_what_is_no_storage_is_refused(uri: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Storage(uri)
+
+
+def test_storage_that_cannot_be_written_is_refused(tmp_path: Path, s3: str) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(InputError, match="cannot write into the storage"):
+        Storage(f"file://{tmp_path}/file/below").check()
+    with pytest.raises(InputError, match="cannot write into the storage"):
+        Storage(s3.replace("bucket/prefix", "no-bucket/prefix").replace("&allow_bucket_creation=true", "")).check()
