@@ -29,14 +29,17 @@ from autodistill.search.sampler import SAMPLERS
 from autodistill.units import parse_duration
 
 SIZES = (12,)
-SCHEDULERS = {
+SCHEDULERS: dict[str, dict[str, Any]] = {
     "to the end": {"sharing": False},
     "stops (ASHA)": {"sharing": False, "stopping": True},
     "pauses and promotes": {"sharing": False},
-    "pauses, promotes and shares": {},
+    "the same, three to the end": {"sharing": False},
+    "pauses, promotes, shares": {"forking": False},
+    "pauses, promotes, shares, forks": {},
 }
-# A fit for every proposal: it is replayed on the larger plan alone.
-SLOW = {"gp": (12,)}
+BROKEN_OFF = ("to the end", "stops (ASHA)")
+# A fit for every proposal: it is replayed with the search's own scheduler alone.
+SLOW = {"gp": ("pauses and promotes",)}
 
 
 def one(table: Table, scheduler: str, sampler: str, seed: int, trials: int, limit: int | None) -> Any:
@@ -45,7 +48,8 @@ def one(table: Table, scheduler: str, sampler: str, seed: int, trials: int, limi
         made = plan(len(table.recorded) if limit else trials, (TOKENS,), ())
     else:
         count = len(table.recorded) if scheduler.startswith("stops") and limit else trials
-        made = plan(count, default_rungs(), _keep(count, 3))
+        keep = _keep(count, 3)
+        made = plan(count, default_rungs(), (keep[0], 3) if scheduler.endswith("three to the end") else keep)
     spent, _ = simulate(table, made, sampler=sampler, seed=seed, limit=limit, **SCHEDULERS[scheduler])
     return {"curve": [[step[0], step[2]] for step in spent.curve], "total": spent.operations}
 
@@ -75,13 +79,10 @@ def main() -> None:
     best = table.best()
     rows, gains = [], []
     for sampler in arguments.samplers:
-        for scheduler in SCHEDULERS:
+        for scheduler in SLOW.get(sampler, SCHEDULERS):
             cells: list[Any] = [sampler, scheduler]
             for size in SIZES:
-                if size not in SLOW.get(sampler, SIZES):
-                    cells += ["", ""]
-                    continue
-                whole = scheduler.startswith("pauses")
+                whole = scheduler not in BROKEN_OFF
                 limit = None if whole else round(1.05 * boxes[size])
                 runs = [run(scheduler, sampler, seed, size, limit) for seed in seeds]
                 # A search that pauses ends where it ends; what it spent is said beside it.
@@ -103,7 +104,7 @@ def main() -> None:
         "that this search (TPE, pausing and promoting, nothing shared) spends on a plan of so many trials, and the "
         "operations of each over those. A search that trains to the end, or stops, is broken off there; one that "
         "pauses ends by its own plan. The hand-designed recipe runs first in all of them. Stages are shared in the "
-        "last row of each sampler alone."
+        "last rows alone, of which the very last is a search by default: it also forks on purpose."
     )
     parts = [head, report.table(titles, rows), "## Paired by seed, 12 trials\n\n" + pairs(gains)]
     print(report.write("replay", "Samplers and schedulers, replayed", parts))

@@ -350,6 +350,7 @@ def simulate(
     seed: int = 0,
     stopping: bool = False,
     sharing: bool = True,
+    forking: bool | None = None,
     rejection: bool = True,
     live_teacher: bool = False,
     space: Space | None = None,
@@ -363,7 +364,8 @@ def simulate(
         search_plan: Trials, rungs and workers.
         sampler, seed: Of the proposals.
         stopping: Whether trials are stopped at rungs, and never paused and promoted.
-        sharing: Whether stages are shared and forked.
+        sharing: Whether stages are shared.
+        forking: Whether some proposals fork on purpose; as `sharing` by default.
         rejection: Whether what no deployment can hold is rejected without training.
         live_teacher: Whether there is no cache.
         space: Other than the table's.
@@ -383,7 +385,14 @@ def simulate(
         direction="max",
         sharing=sharing,
     )
-    proposer = Sampler(question.space, name=sampler, seed=seed, direction="max", forking=sharing, **hints)
+    proposer = Sampler(
+        question.space,
+        name=sampler,
+        seed=seed,
+        direction="max",
+        forking=sharing if forking is None else forking,
+        **hints,
+    )
     kind = Campaign if rejection else Unrejecting
     campaign = kind(question, sampler=proposer, log=Memory(), checkpoints=Path("/nowhere"))
     if stopping:

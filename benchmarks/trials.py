@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import over_seeds
 import pyarrow as pa
 import report
+from workplace import here
 
 from autodistill.applied import probe_deployment
 from autodistill.contracts import SEQUENCE_LENGTH
@@ -248,7 +249,7 @@ def run(
         checked = replace(checked, space=space)
         with RunFolder.create(request.out, checked.name) as run_folder:
             clock = Clock(time.monotonic(), lambda text: None)
-            planned = plan_run(checked, run_folder, clock, Observer())
+            planned = plan_run(checked, here(), run_folder, clock, Observer())
             plan = replace(
                 planned.plan, threads=max(1, planned.plan.threads // workers), eval_tokens=eval_tokens, tokens=tokens
             )
