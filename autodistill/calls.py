@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from autodistill.console import open_view
 from autodistill.errors import InputError
 from autodistill.records.store import RunFolder, default_cache, known_runs
@@ -25,10 +23,16 @@ if TYPE_CHECKING:
 _NO_LIMIT = "1000000TB"
 
 
-def search_request(ctx: typer.Context, started: float) -> SearchRequest:
-    """The request of a command line; no model library is imported before its numbers are known to be right."""
-    given: dict[str, Any] = ctx.params
-    budget = _budget(ctx)
+def search_request(given: Mapping[str, Any], verb: str, command: str, started: float) -> SearchRequest:
+    """The request of a command line; no model library is imported before its numbers are known to be right.
+
+    Args:
+        given: Options by name.
+        verb: "search", or "distill", which needs no budget.
+        command: As typed, for the record.
+        started: `time.monotonic()` at which the time box began.
+    """
+    budget = _budget(given, verb)
     seconds = None if given["time_box"] is None else parse_duration(given["time_box"])
     limit = parse_bytes(given["cache_limit"])
     kept = None if given["checkpoint_limit"] is None else parse_bytes(given["checkpoint_limit"])
@@ -72,16 +76,15 @@ def search_request(ctx: typer.Context, started: float) -> SearchRequest:
         cache_limit_bytes=limit,
         checkpoint_limit_bytes=kept,
         price=price,
-        command=ctx.obj or ctx.command_path,
+        command=command,
         started=started,
     )
 
 
-def _budget(ctx: typer.Context) -> Budget:
+def _budget(given: Mapping[str, Any], verb: str) -> Budget:
     """The limits that are typed; a device gives the memory where it is not, and is this machine where one is needed."""
-    given = ctx.params
     context, batch = given["context"], given["batch"]
-    if ctx.command.name == "search" and given["budget"] is None and given["device"] is None:
+    if verb == "search" and given["budget"] is None and given["device"] is None:
         raise InputError("search needs the memory that the student may take: --budget like 16GB, or --device like 4090")
     # Numbers are read before a device is looked for, since that may measure this machine.
     memory = None if given["budget"] is None else parse_bytes(given["budget"])

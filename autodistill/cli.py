@@ -65,6 +65,7 @@ from autodistill.streams import quiet_libraries, stdout_reserved
 from autodistill.summary import leaderboard_of, plan_summary, search_summary, written_summary
 
 if TYPE_CHECKING:
+    from autodistill.search.request import SearchRequest
     from autodistill.search.search import Outcome
 from autodistill.calls import (
     Boards,
@@ -421,10 +422,14 @@ def _search(ctx: typer.Context) -> None:
     """What `search` and `distill` do; their arguments are read from the context."""
     started = time.monotonic()
     output = ctx.params["output"]
+
+    def asked() -> SearchRequest:
+        return search_request(ctx.params, ctx.command.name or "", ctx.obj or ctx.command_path, started)
+
     if ctx.params["plan"]:
-        _print(output, lambda: planned(search_request(ctx, started)), dict, plan_summary)
+        _print(output, lambda: planned(asked()), dict, plan_summary)
     else:
-        _print(output, lambda: searched(search_request(ctx, started)), lambda outcome: outcome.document, _summary(ctx))
+        _print(output, lambda: searched(asked()), lambda outcome: outcome.document, _summary(ctx))
 
 
 def _summary(ctx: typer.Context) -> Callable[[Outcome], str]:
