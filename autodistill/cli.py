@@ -7,15 +7,14 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from autodistill.console import leaderboard_table, open_view, printable
+from autodistill.console import leaderboard_table, printable
 from autodistill.errors import AutoDistillError, InputError
 from autodistill.options import (
     BUDGET_HELP,
@@ -61,23 +60,31 @@ from autodistill.options import (
     WarmStartOption,
     option,
 )
-from autodistill.records.store import RunFolder, default_cache, known_runs, strict_json
+from autodistill.records.store import RunFolder, default_cache, strict_json
 from autodistill.streams import quiet_libraries, stdout_reserved
 from autodistill.summary import leaderboard_of, plan_summary, search_summary, written_summary
-from autodistill.units import Budget, parse_bytes, parse_duration, parse_latency, parse_price
 
 if TYPE_CHECKING:
     from autodistill.search.request import SearchRequest
     from autodistill.search.search import Outcome
+from autodistill.calls import (
+    Boards,
+    appraised,
+    explained,
+    exported,
+    leaderboards,
+    measured,
+    picked,
+    planned,
+    search_request,
+    searched,
+    written,
+)
 
 T = TypeVar("T")
-
 _RUNS = Path("results/runs")
-# What `distill` takes for no limit: above any memory, and still a number that every file format holds.
-_NO_LIMIT = "1000000TB"
 # The base of all of Typer's own complaints, which it does not export by name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -208,7 +215,7 @@ def write(
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Let a teacher answer prompts, as data to learn from; its key at an endpoint is AUTODISTILL_API_KEY."""
-    _print(output, lambda: _written(ctx.params), dict, written_summary)
+    _print(output, lambda: written(ctx.params), dict, written_summary)
 
 
 @app.command()
@@ -218,7 +225,7 @@ def leaderboard(
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Show the ranked rows of runs, also of one that is under way."""
-    _print(output, lambda: _leaderboards(runs, out), _rows, _tables)
+    _print(output, lambda: leaderboards(runs, out), _rows, _tables)
 
 
 @app.command()
@@ -228,7 +235,7 @@ def explain(
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Tell which dimensions of a run mattered, what was left early, which limit binds and what would fit next."""
-    _print(output, lambda: _explained(RunFolder.open(out, run)), dict, lambda found: found["text"])
+    _print(output, lambda: explained(RunFolder.open(out, run)), dict, lambda found: found["text"])
 
 
 @app.command()
@@ -242,7 +249,7 @@ def export(
 ) -> None:
     """Export a student of a run to other containers, and verify it."""
     containers = [name.strip() for name in to.split(",") if name.strip()]
-    _print(output, lambda: _export(RunFolder.open(runs, run), row, containers, out), dict, _lines)
+    _print(output, lambda: exported(RunFolder.open(runs, run), row, containers, out), dict, _lines)
 
 
 @app.command()
@@ -314,7 +321,7 @@ def estimate(
     from autodistill.hardware_summary import appraisal_text
 
     quiet_libraries(model)
-    _print(output, lambda: _appraised(ctx.params), dict, appraisal_text)
+    _print(output, lambda: appraised(ctx.params), dict, appraisal_text)
 
 
 @app.command()
@@ -336,7 +343,7 @@ def pick(
     """Pick the best stored student for some hardware, without training."""
     from autodistill.hardware_summary import pick_text
 
-    _print(output, lambda: _pick(ctx.params), dict, pick_text)
+    _print(output, lambda: picked(ctx.params), dict, pick_text)
 
 
 @app.command()
@@ -365,7 +372,7 @@ def measure(
     """Measure a student's speed and memory here, or on a board with llama.cpp's own bench; pick uses what was found."""
     from autodistill.hardware_summary import measured_text
 
-    _print(output, lambda: _measured(ctx.params), dict, measured_text)
+    _print(output, lambda: measured(ctx.params), dict, measured_text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -415,195 +422,14 @@ def _search(ctx: typer.Context) -> None:
     """What `search` and `distill` do; their arguments are read from the context."""
     started = time.monotonic()
     output = ctx.params["output"]
+
+    def asked() -> SearchRequest:
+        return search_request(ctx.params, ctx.command.name or "", ctx.obj or ctx.command_path, started)
+
     if ctx.params["plan"]:
-        _print(output, lambda: _planned(_request(ctx, started)), dict, plan_summary)
+        _print(output, lambda: planned(asked()), dict, plan_summary)
     else:
-        _print(output, lambda: _searched(_request(ctx, started)), lambda outcome: outcome.document, _summary(ctx))
-
-
-def _request(ctx: typer.Context, started: float) -> SearchRequest:
-    """The request of a command line; no model library is imported before its numbers are known to be right."""
-    given: dict[str, Any] = ctx.params
-    budget = _budget(ctx)
-    seconds = None if given["time_box"] is None else parse_duration(given["time_box"])
-    limit = parse_bytes(given["cache_limit"])
-    kept = None if given["checkpoint_limit"] is None else parse_bytes(given["checkpoint_limit"])
-    price = None if given["price"] is None else parse_price(given["price"])
-    if price is not None and not given["plan"]:
-        raise InputError("--price is for what a plan would cost: give it with --plan")
-    quiet_libraries(given["teacher"], given["data"])
-    from autodistill.search.request import SearchRequest
-
-    return SearchRequest(
-        budget=budget,
-        teacher=given["teacher"],
-        data=given["data"],
-        space=given.get("space"),
-        strategy=given.get("strategy"),
-        metric=given["metric"],
-        tasks=tuple(given["task"]) if given["task"] else None,
-        metric_command=given["metric_command"],
-        metric_direction=given["metric_direction"] and given["metric_direction"].value,
-        metric_seconds=parse_duration(given["metric_timeout"]) if given["metric_timeout"] else None,
-        objectives=given.get("objectives"),
-        device=given.get("device"),
-        sampler=given.get("sampler"),
-        trials=given.get("trials"),
-        warm_start=given.get("warm_start"),
-        tokens=given["tokens"],
-        sequence_length=given["sequence_length"],
-        step_tokens=given["step_tokens"],
-        time_seconds=seconds,
-        confirm=given.get("confirm"),
-        seed=given["seed"],
-        name=given["name"],
-        out=given["out"],
-        resume=given["resume"],
-        runner=given["runner"],
-        ray_address=given["ray_address"],
-        gpus_per_trial=given["gpus_per_trial"],
-        cpus_per_trial=given["cpus_per_trial"],
-        storage=given["storage"],
-        cache=given["cache"] or default_cache(),
-        cache_limit_bytes=limit,
-        checkpoint_limit_bytes=kept,
-        price=price,
-        command=ctx.obj or ctx.command_path,
-        started=started,
-    )
-
-
-def _budget(ctx: typer.Context) -> Budget:
-    """The limits that are typed; a device gives the memory where it is not, and is this machine where one is needed."""
-    given = ctx.params
-    context, batch = given["context"], given["batch"]
-    if ctx.command.name == "search" and given["budget"] is None and given["device"] is None:
-        raise InputError("search needs the memory that the student may take: --budget like 16GB, or --device like 4090")
-    # Numbers are read before a device is looked for, since that may measure this machine.
-    memory = None if given["budget"] is None else parse_bytes(given["budget"])
-    limits = () if given["latency"] is None else parse_latency(given["latency"])
-    Budget(memory_bytes=1, context=context, batch=batch)
-    if given["device"] is None and not limits:
-        return Budget(memory_bytes=memory or parse_bytes(_NO_LIMIT), context=context, batch=batch)
-    from autodistill.budget import DeviceBudget
-    from autodistill.local_device import LOCAL, choose_device
-
-    device = choose_device(given["device"] or LOCAL, given["cache"] or default_cache(), given["own"] or ())
-    return DeviceBudget(
-        memory_bytes=memory or device.usable_bytes, context=context, batch=batch, device=device, latency=limits
-    )
-
-
-def _searched(request: SearchRequest) -> Outcome:
-    from autodistill.live import SearchView
-    from autodistill.search.search import search
-
-    with open_view() as view:
-        return search(request, SearchView(view))
-
-
-def _written(given: Mapping[str, Any]) -> dict[str, Any]:
-    timeout = parse_duration(given["timeout"])
-    quiet_libraries(given["teacher"])
-    from autodistill.distillation.generation import Sampling
-    from autodistill.search.request import DEFAULT_TEACHER
-    from autodistill.writing import WriteRequest, write_data
-
-    names = ("prompts", "out", "endpoint", "model", "max_tokens", "top_k", "batch")
-    request = WriteRequest(
-        **{name: given[name] for name in names},
-        teacher=given["teacher"] or DEFAULT_TEACHER,
-        cache=given["cache"] or default_cache(),
-        sampling=Sampling(temperature=given["temperature"], top_p=given["top_p"], seed=given["seed"]),
-        timeout=timeout,
-    )
-
-    with open_view() as view:
-
-        def progress(done: int, total: int) -> None:
-            # About ten lines, however many answers there are.
-            if done == total or done % max(1, total // 10) == 0:
-                view.log(f"{done} of {total} answers")
-
-        return write_data(request, progress)
-
-
-_SIZES = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "experts", "active_experts", "window")
-
-
-def _appraised(given: Mapping[str, Any]) -> dict[str, Any]:
-    from autodistill.appraisal import appraise
-    from autodistill.described import deployment_named, describe, shape
-    from autodistill.local_device import choose_device, known_devices
-
-    sizes = {name: given[name] for name in _SIZES}
-    if (given["model"] is None) == all(size is None for size in sizes.values()):
-        raise InputError("estimate takes either a MODEL or a shape, like --layers 22 --width 2048 --heads 32 ...")
-    if given["device"] and given["all_devices"]:
-        raise InputError("--device names one device and --all-devices all of them: give one of the two")
-    own, cache = given["own"] or (), given["cache"] or default_cache()
-    found = known_devices(own) if given["all_devices"] else ()
-    if given["device"]:
-        found = (choose_device(given["device"], cache, own),)
-    described = shape(sizes, tied=given["tied"]) if given["model"] is None else describe(given["model"])
-    if given["format_name"]:
-        described = replace(described, weights_bytes=None)
-    deployment = deployment_named(given["format_name"] or described.format_name or "gguf-q8_0")
-    options = {name: given[name] for name in ("context", "batch", "kv_type", "runtime", "prompt")}
-    return appraise(described, deployment, devices=found, **options)
-
-
-def _pick(given: Mapping[str, Any]) -> dict[str, Any]:
-    from autodistill.local_device import LOCAL, choose_device
-    from autodistill.pick import Wanted, pick, pick_tiers, stored
-    from autodistill.records.measurements import read_measured
-    from autodistill.records.recalibration import overheads
-
-    if given["tiers"] == bool(given["budget"] or given["device"]):
-        raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
-    limits = parse_latency(given["latency"], given["streams"]) if given["latency"] else ()
-    cache = given["cache"] or default_cache()
-    named = given["device"] or (LOCAL if limits else None)
-    found = choose_device(named, cache, given["own"] or ()) if named else None
-    asked = Wanted(
-        memory_bytes=parse_bytes(given["budget"]) if given["budget"] else found.usable_bytes if found else 1,
-        context=given["context"],
-        streams=given["streams"],
-        device=found,
-        latency=limits,
-        least=given["min_accuracy"],
-    )
-    rows = stored(given["out"], given["runs"] or ())
-    pairs = overheads(one.row for one in rows)
-    wanted = replace(asked, overheads=pairs, measured=tuple(read_measured(given["out"])) if found else ())
-    return pick_tiers(rows, wanted) if given["tiers"] else pick(rows, wanted)
-
-
-def _measured(given: Mapping[str, Any]) -> dict[str, Any]:
-    words = [word.strip() for word in given["streams"].split(",")]
-    if not all(word.isascii() and word.isdigit() and len(word) < 6 for word in words):
-        raise InputError(f"--streams {given['streams']!r} must be numbers parted by commas, like 1,4,16")
-    timeout = parse_duration(given["timeout"])
-    quiet_libraries(str(given["student"]))
-    from autodistill.measure import MeasureRequest, measure
-
-    names = ("student", "out", "on", "script", "result", "bench", "device", "ssh_config", "context", "prompt")
-    request = MeasureRequest(
-        **{name: given[name] for name in (*names, "decoded", "rounds", "threads", "busy")},
-        own=given["own"] or (),
-        streams=tuple(map(int, words)),
-        cache=given["cache"] or default_cache(),
-        timeout=timeout,
-    )
-    return measure(request)
-
-
-def _planned(request: SearchRequest) -> dict[str, Any]:
-    from autodistill.live import SearchView
-    from autodistill.search.search import plan_search
-
-    with open_view() as view:
-        return plan_search(request, SearchView(view))
+        _print(output, lambda: searched(asked()), lambda outcome: outcome.document, _summary(ctx))
 
 
 def _summary(ctx: typer.Context) -> Callable[[Outcome], str]:
@@ -619,17 +445,7 @@ def _width() -> int:
     return max(100, shutil.get_terminal_size((120, 24)).columns)
 
 
-_Boards = list[tuple[str, tuple[Any, str]]]
-
-
-def _leaderboards(runs: Sequence[str] | None, out: Path) -> _Boards:
-    names = list(dict.fromkeys(runs or known_runs(out)))
-    if not names:
-        raise InputError(f"there are no runs in {out}: make one with autodistill search, or name another --out")
-    return [(name, leaderboard_of(RunFolder.open(out, name))) for name in names]
-
-
-def _rows(boards: _Boards) -> list[dict[str, Any]]:
+def _rows(boards: Boards) -> list[dict[str, Any]]:
     return [
         {"run": name, "place": one.place, "tied": one.tied, "front": one.front, **one.row.to_json()}
         for name, (ranked, _) in boards
@@ -637,22 +453,8 @@ def _rows(boards: _Boards) -> list[dict[str, Any]]:
     ]
 
 
-def _tables(boards: _Boards) -> str:
+def _tables(boards: Boards) -> str:
     return "\n\n".join(f"{name}\n{leaderboard_table(ranked, metric, _width())}" for name, (ranked, metric) in boards)
-
-
-def _explained(run: RunFolder) -> dict[str, Any]:
-    from autodistill.search.explain import explain
-
-    found = explain(run)
-    return {**found.to_json(), "text": found.describe()}
-
-
-def _export(run: RunFolder, row: str | None, containers: Sequence[str], out: Path) -> dict[str, str]:
-    quiet_libraries()
-    from autodistill.search.export_run import export_run
-
-    return {name: str(path) for name, path in export_run(run, row, containers, out).items()}
 
 
 def _lines(paths: dict[str, str]) -> str:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from math_teacher import LENGTH, TASK, MathTeacher, math_teacher
-from workplace import here
 
 from autodistill.applied import student_spec
 from autodistill.contracts import ModelSpec, Plan
 from autodistill.distillation.schedule import branch_point
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import RunFolder, default_cache
+from autodistill.search.loading import Place
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest, check_request
@@ -102,7 +102,7 @@ def prepare(out: Path, name: str, *, seed: int = 0, trials: int = 1, tokens: int
     checked = check_request(request)
     with RunFolder.open(out, name, lock=True) if resume else RunFolder.create(out, name) as run:
         clock = Clock(time.monotonic(), lambda text: None)
-        planned = plan_run(checked, here(), run, clock, Observer())
+        planned = plan_run(checked, Place.alone(), run, clock, Observer())
         # Enough questions that trials can be told apart, the same for all that is compared; one thread everywhere.
         plan = replace(
             planned.plan,

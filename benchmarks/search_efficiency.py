@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -194,12 +193,6 @@ class Judge:
         self._deployments = {one.name: one for one in prepared.question.deployments}
         self._data = load_split(prepared.setting.data, "test").head(TEST_QUESTIONS * LENGTH)
 
-    @property
-    def asked(self) -> list[int]:
-        """Questions of each document, which are its split's unit."""
-        counts = Counter(one.document for one in self._data.questions.entries)
-        return [counts[document] for document in sorted(counts)]
-
     def judge(self, strategy: Strategy, seed: int, deployment: str) -> dict[str, Any]:
         """Right tokens and answers of each question."""
         model, _ = initial_student(self._setting, strategy.init, seed)
@@ -214,7 +207,8 @@ class Judge:
             "exact_match": found.measurements["exact_match"].value,
             "count": tokens["count"],
             "tokens": tokens["sum"],
-            "answers": found.documents["sum"],
+            "answers": found.documents["others"]["exact_match"]["sum"],
+            "asked": found.documents["others"]["exact_match"]["count"],
         }
 
 
@@ -278,16 +272,14 @@ def main() -> None:
         by_id = {line.id: Strategy.from_json(line.strategy) for line in lines}
 
         def tested(one: Known) -> dict[str, Any]:
-            key = f"test {one.strategy} {one.seed} {one.deployment} {TEST_QUESTIONS}"
+            key = f"test split {one.strategy} {one.seed} {one.deployment} {TEST_QUESTIONS}"
             return kept.get(key, lambda: judge.judge(by_id[one.strategy], one.seed, one.deployment))
 
         chosen = {name: [at(curve, box) or curve[0] for curve in found] for name, found in arms.items()}
         untuned = arms["d"][0][0]
         test = {name: [tested(one) for one in found] for name, found in chosen.items()}
         test["d, untuned"] = [tested(untuned)]
-        test["teacher"] = [kept.get("test teacher", lambda: teacher_on_test(prepared, judge))]
-        for one in (one for found in test.values() for one in found):
-            one["asked"] = judge.asked
+        test["teacher"] = [kept.get("test split teacher", lambda: teacher_on_test(prepared, judge))]
     path = report.write(
         "search-efficiency",
         "What a search finds for its compute",
@@ -306,7 +298,14 @@ def teacher_on_test(prepared: Prepared, judge: Judge) -> dict[str, Any]:
     found, scores = evaluate(model, spec, packing, judge._data, None, budget=budget, evaluators=(METRIC, "exact_match"))
     tokens = per_document(scores.correct, scores.documents)
     figures = {name: found.measurements[name].value for name in (METRIC, "exact_match")}
-    return {**figures, "count": tokens["count"], "tokens": tokens["sum"], "answers": found.documents["sum"]}
+    answers = found.documents["others"]["exact_match"]
+    return {
+        **figures,
+        "count": tokens["count"],
+        "tokens": tokens["sum"],
+        "answers": answers["sum"],
+        "asked": answers["count"],
+    }
 
 
 NAMES = {

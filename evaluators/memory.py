@@ -40,9 +40,11 @@ class Memory:
         runtime = subject.deployment.runtime
         if subject.artefact is None or runtime not in ("llama.cpp", "transformers"):
             return (_measurement(estimate, "predicted"),)
+        # Room may be made for more than the model was made for, but it reads no more.
+        read = min(context, subject.spec.max_context)
         if runtime == "llama.cpp":
             with LlamaServer(subject.artefact, context, subject.threads, batch) as server:
-                server.begin([_prompt(subject, min(_PROMPT, context - 1))])
+                server.begin([_prompt(subject, min(_PROMPT, read - 1))])
                 buffers, peak, accelerated = server.buffers(), server.peak_bytes(), server.accelerated
             compute = buffers.compute_bytes + buffers.output_bytes
             measured = replace(
@@ -54,7 +56,7 @@ class Memory:
             )
             return (_measurement(measured, "measured", accelerated),)
         with PythonServer(subject.artefact, runtime, context, subject.threads, batch) as folder:
-            folder.begin([_prompt(subject, context - 1)] * batch)
+            folder.begin([_prompt(subject, read - 1)] * batch)
             folder.step()
             peak, accelerated = folder.peak_bytes(), folder.accelerated
         rest = peak - estimate.total_bytes + estimate.compute_bytes

@@ -78,6 +78,7 @@ ROOMS = (
     "hardware_summary",
     "streams",
     "doctor",
+    "calls",
     "cli",
     "__main__",
     "",  # autodistill/__init__.py: public names

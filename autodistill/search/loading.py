@@ -16,7 +16,7 @@ from autodistill.distillation.signals import check_told
 from autodistill.distillation.teacher import Teacher, materialise, resolve_teacher, stored_type, tokenizer_fingerprint
 from autodistill.errors import InputError
 from autodistill.estimate import adapted_tensors, spec_from_config
-from autodistill.hardware import Machine
+from autodistill.hardware import Machine, detect
 from autodistill.records.store import read_json
 from autodistill.search.request import Checked, by_size, check_teacher
 from autodistill.search.share import Share, Workers, share_out, supports_bf16
@@ -66,6 +66,12 @@ class Place:
     here: Machine
     machines: tuple[Machine, ...]
     share: Share
+
+    @classmethod
+    def alone(cls) -> Place:
+        """This machine, each trial in one process."""
+        here = detect()
+        return cls(here=here, machines=(here,), share=Share())
 
 
 def load(checked: Checked, place: Place) -> Loaded:

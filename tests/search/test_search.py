@@ -238,6 +238,7 @@ def test_a_search_may_rank_by_answers_in_writing(inputs: tuple[Path, Path, Path]
     assert "exact_match" in report
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("here", [True, False])
 def test_limits_of_latency_are_held_to_the_device(inputs: tuple[Path, Path, Path], tmp_path: Path, here: bool) -> None:
     pi = find_device("pi 5", devices())

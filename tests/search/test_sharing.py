@@ -19,6 +19,7 @@ from autodistill.records.store import RunFolder
 from autodistill.search.campaign import Campaign
 from autodistill.search.explain import explain
 from autodistill.search.inline_runner import run_inline
+from autodistill.search.loading import Place
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest, check_request
@@ -91,7 +92,7 @@ def searched(inputs: Path, out: Path, limit: int | None = None, **changes: objec
     checked = check_request(SearchRequest(**(fields | changes)))
     clock = Clock(time.monotonic(), lambda phase: None)
     with RunFolder.create(out, "run") as run:
-        planned = plan_run(checked, run, clock, Observer())
+        planned = plan_run(checked, Place.alone(), run, clock, Observer())
         ready = prepare_trials(checked, planned, run, clock)
         campaign = Campaign(
             ready.question,

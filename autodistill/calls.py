@@ -1,0 +1,246 @@
+"""What each verb of the command line calls: its options become a request, and its result plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autodistill.console import open_view
+from autodistill.errors import InputError
+from autodistill.records.store import RunFolder, default_cache, known_runs
+from autodistill.streams import quiet_libraries
+from autodistill.summary import leaderboard_of
+from autodistill.units import Budget, parse_bytes, parse_duration, parse_latency, parse_price
+
+if TYPE_CHECKING:
+    from autodistill.search.request import SearchRequest
+    from autodistill.search.search import Outcome
+
+
+# What `distill` takes for no limit: above any memory, and still a number that every file format holds.
+_NO_LIMIT = "1000000TB"
+
+
+def search_request(given: Mapping[str, Any], verb: str, command: str, started: float) -> SearchRequest:
+    """The request of a command line; no model library is imported before its numbers are known to be right.
+
+    Args:
+        given: Options by name.
+        verb: "search", or "distill", which needs no budget.
+        command: As typed, for the record.
+        started: `time.monotonic()` at which the time box began.
+    """
+    budget = _budget(given, verb)
+    seconds = None if given["time_box"] is None else parse_duration(given["time_box"])
+    limit = parse_bytes(given["cache_limit"])
+    kept = None if given["checkpoint_limit"] is None else parse_bytes(given["checkpoint_limit"])
+    price = None if given["price"] is None else parse_price(given["price"])
+    if price is not None and not given["plan"]:
+        raise InputError("--price is for what a plan would cost: give it with --plan")
+    quiet_libraries(given["teacher"], given["data"])
+    from autodistill.search.request import SearchRequest
+
+    return SearchRequest(
+        budget=budget,
+        teacher=given["teacher"],
+        data=given["data"],
+        space=given.get("space"),
+        strategy=given.get("strategy"),
+        metric=given["metric"],
+        tasks=tuple(given["task"]) if given["task"] else None,
+        metric_command=given["metric_command"],
+        metric_direction=given["metric_direction"] and given["metric_direction"].value,
+        metric_seconds=parse_duration(given["metric_timeout"]) if given["metric_timeout"] else None,
+        objectives=given.get("objectives"),
+        device=given.get("device"),
+        sampler=given.get("sampler"),
+        trials=given.get("trials"),
+        warm_start=given.get("warm_start"),
+        tokens=given["tokens"],
+        sequence_length=given["sequence_length"],
+        step_tokens=given["step_tokens"],
+        time_seconds=seconds,
+        confirm=given.get("confirm"),
+        seed=given["seed"],
+        name=given["name"],
+        out=given["out"],
+        resume=given["resume"],
+        runner=given["runner"],
+        ray_address=given["ray_address"],
+        gpus_per_trial=given["gpus_per_trial"],
+        cpus_per_trial=given["cpus_per_trial"],
+        storage=given["storage"],
+        cache=given["cache"] or default_cache(),
+        cache_limit_bytes=limit,
+        checkpoint_limit_bytes=kept,
+        price=price,
+        command=command,
+        started=started,
+    )
+
+
+def _budget(given: Mapping[str, Any], verb: str) -> Budget:
+    """The limits that are typed; a device gives the memory where it is not, and is this machine where one is needed."""
+    context, batch = given["context"], given["batch"]
+    if verb == "search" and given["budget"] is None and given["device"] is None:
+        raise InputError("search needs the memory that the student may take: --budget like 16GB, or --device like 4090")
+    # Numbers are read before a device is looked for, since that may measure this machine.
+    memory = None if given["budget"] is None else parse_bytes(given["budget"])
+    limits = () if given["latency"] is None else parse_latency(given["latency"])
+    Budget(memory_bytes=1, context=context, batch=batch)
+    if given["device"] is None and not limits:
+        return Budget(memory_bytes=memory or parse_bytes(_NO_LIMIT), context=context, batch=batch)
+    from autodistill.budget import DeviceBudget
+    from autodistill.local_device import LOCAL, choose_device
+
+    device = choose_device(given["device"] or LOCAL, given["cache"] or default_cache(), given["own"] or ())
+    return DeviceBudget(
+        memory_bytes=memory or device.usable_bytes, context=context, batch=batch, device=device, latency=limits
+    )
+
+
+def searched(request: SearchRequest) -> Outcome:
+    """Searches, under a live view."""
+    from autodistill.live import SearchView
+    from autodistill.search.search import search
+
+    with open_view() as view:
+        return search(request, SearchView(view))
+
+
+def written(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Answers prompts."""
+    timeout = parse_duration(given["timeout"])
+    quiet_libraries(given["teacher"])
+    from autodistill.distillation.generation import Sampling
+    from autodistill.search.request import DEFAULT_TEACHER
+    from autodistill.writing import WriteRequest, write_data
+
+    names = ("prompts", "out", "endpoint", "model", "max_tokens", "top_k", "batch")
+    request = WriteRequest(
+        **{name: given[name] for name in names},
+        teacher=given["teacher"] or DEFAULT_TEACHER,
+        cache=given["cache"] or default_cache(),
+        sampling=Sampling(temperature=given["temperature"], top_p=given["top_p"], seed=given["seed"]),
+        timeout=timeout,
+    )
+
+    with open_view() as view:
+
+        def progress(done: int, total: int) -> None:
+            # About ten lines, however many answers there are.
+            if done == total or done % max(1, total // 10) == 0:
+                view.log(f"{done} of {total} answers")
+
+        return write_data(request, progress)
+
+
+_SIZES = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "experts", "active_experts", "window")
+
+
+def appraised(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model takes and how fast it would be."""
+    from autodistill.appraisal import appraise
+    from autodistill.described import deployment_named, describe, shape
+    from autodistill.local_device import choose_device, known_devices
+
+    sizes = {name: given[name] for name in _SIZES}
+    if (given["model"] is None) == all(size is None for size in sizes.values()):
+        raise InputError("estimate takes either a MODEL or a shape, like --layers 22 --width 2048 --heads 32 ...")
+    if given["device"] and given["all_devices"]:
+        raise InputError("--device names one device and --all-devices all of them: give one of the two")
+    own, cache = given["own"] or (), given["cache"] or default_cache()
+    found = known_devices(own) if given["all_devices"] else ()
+    if given["device"]:
+        found = (choose_device(given["device"], cache, own),)
+    described = shape(sizes, tied=given["tied"]) if given["model"] is None else describe(given["model"])
+    if given["format_name"]:
+        described = replace(described, weights_bytes=None)
+    deployment = deployment_named(given["format_name"] or described.format_name or "gguf-q8_0")
+    options = {name: given[name] for name in ("context", "batch", "kv_type", "runtime", "prompt")}
+    return appraise(described, deployment, devices=found, **options)
+
+
+def picked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The best stored student for the hardware that is named."""
+    from autodistill.local_device import LOCAL, choose_device
+    from autodistill.pick import Wanted, pick, pick_tiers, stored
+    from autodistill.records.measurements import read_measured
+    from autodistill.records.recalibration import overheads
+
+    if given["tiers"] == bool(given["budget"] or given["device"]):
+        raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
+    limits = parse_latency(given["latency"], given["streams"]) if given["latency"] else ()
+    cache = given["cache"] or default_cache()
+    named = given["device"] or (LOCAL if limits else None)
+    found = choose_device(named, cache, given["own"] or ()) if named else None
+    asked = Wanted(
+        memory_bytes=parse_bytes(given["budget"]) if given["budget"] else found.usable_bytes if found else 1,
+        context=given["context"],
+        streams=given["streams"],
+        device=found,
+        latency=limits,
+        least=given["min_accuracy"],
+    )
+    rows = stored(given["out"], given["runs"] or ())
+    pairs = overheads(one.row for one in rows)
+    wanted = replace(asked, overheads=pairs, measured=tuple(read_measured(given["out"])) if found else ())
+    return pick_tiers(rows, wanted) if given["tiers"] else pick(rows, wanted)
+
+
+def measured(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A student timed, or the script that times it."""
+    words = [word.strip() for word in given["streams"].split(",")]
+    if not all(word.isascii() and word.isdigit() and len(word) < 6 for word in words):
+        raise InputError(f"--streams {given['streams']!r} must be numbers parted by commas, like 1,4,16")
+    timeout = parse_duration(given["timeout"])
+    quiet_libraries(str(given["student"]))
+    from autodistill.measure import MeasureRequest, measure
+
+    names = ("student", "out", "on", "script", "result", "bench", "device", "ssh_config", "context", "prompt")
+    request = MeasureRequest(
+        **{name: given[name] for name in (*names, "decoded", "rounds", "threads", "busy")},
+        own=given["own"] or (),
+        streams=tuple(map(int, words)),
+        cache=given["cache"] or default_cache(),
+        timeout=timeout,
+    )
+    return measure(request)
+
+
+def planned(request: SearchRequest) -> dict[str, Any]:
+    """What a search would do."""
+    from autodistill.live import SearchView
+    from autodistill.search.search import plan_search
+
+    with open_view() as view:
+        return plan_search(request, SearchView(view))
+
+
+Boards = list[tuple[str, tuple[Any, str]]]
+
+
+def leaderboards(runs: Sequence[str] | None, out: Path) -> Boards:
+    """Ranked rows and their metric, by run."""
+    names = list(dict.fromkeys(runs or known_runs(out)))
+    if not names:
+        raise InputError(f"there are no runs in {out}: make one with autodistill search, or name another --out")
+    return [(name, leaderboard_of(RunFolder.open(out, name))) for name in names]
+
+
+def explained(run: RunFolder) -> dict[str, Any]:
+    """What a run has shown, with its lines for a person under "text"."""
+    from autodistill.search.explain import explain
+
+    found = explain(run)
+    return {**found.to_json(), "text": found.describe()}
+
+
+def exported(run: RunFolder, row: str | None, containers: Sequence[str], out: Path) -> dict[str, str]:
+    """Paths of a student's containers, by name."""
+    quiet_libraries()
+    from autodistill.search.export_run import export_run
+
+    return {name: str(path) for name, path in export_run(run, row, containers, out).items()}

@@ -1,0 +1,41 @@
+"""Searches of these tests time no student in its runtime, which takes seconds each, unless they are marked `timed`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from autodistill.evaluators.latency import Latency
+from autodistill.evaluators.memory import Memory
+
+from autodistill.contracts import Measurement, Subject
+from autodistill.strategy import Deployment
+
+_timing = False
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unless_timed() -> Iterator[None]:
+    """As where a runtime is not installed: latencies are left out, and memory is predicted."""
+    supports, evaluate = Latency.supports, Memory.evaluate
+
+    def timed(self: Latency, deployment: Deployment) -> bool:
+        return _timing and supports(self, deployment)
+
+    def predicted(self: Memory, subject: Subject) -> tuple[Measurement, ...]:
+        return evaluate(self, subject if _timing else replace(subject, artefact=None))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Latency, "supports", timed)
+        patch.setattr(Memory, "evaluate", predicted)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def timed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Lets a test that is marked so time and measure as every search does."""
+    global _timing
+    _timing = request.node.get_closest_marker("timed") is not None
+    yield
+    _timing = False
