@@ -389,8 +389,8 @@ def sections(
     cut = (
         "Cut to fit: students are looked up in one recorded table instead of trained for each arm and seed; the "
         "searches' seeds so share one seed of the students, and errors are over proposals alone. Not repeated on the "
-        "135M teacher. The narrow shape keeps a sixth of the FFN neurons because in a pilot one with two thirds of them "
-        "answered as well before training as after it, so that nothing was to be searched."
+        "135M teacher. The narrow shape keeps a sixth of the FFN neurons because in a pilot one with two thirds of "
+        "them answered as well before training as after it, so that nothing was to be searched."
     )
     curve_titles = ["best accuracy after", *(f"{share:g} boxes" for share in SHARES)]
     pass_titles = ["", "pass the recipe", "at", "pass the tuned recipe", "at", "come near the best", "at"]
