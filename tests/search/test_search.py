@@ -168,7 +168,7 @@ def test_a_finished_search_is_extended_and_says_that_its_test_is_spent(
 def test_nothing_fits_is_known_before_anything_is_loaded(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autodistill.search.prepare.load", lambda checked: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("autodistill.search.prepare.load", lambda checked, place: pytest.fail("a model was loaded"))
     with pytest.raises(NothingFitsError, match=r"nothing fits: of the student that needs least \(.*\).*over the"):
         search(request(inputs, tmp_path, budget=Budget(memory_bytes=10**6, context=256)))
     assert not (tmp_path / "run").exists()
@@ -190,7 +190,7 @@ def test_a_strategy_that_the_teacher_does_not_allow_is_refused_before_anything_i
 ) -> None:
     path = tmp_path / "odd.yaml"
     path.write_text("distillation: {attention: {kind: relations, relation_heads: 5}}")
-    monkeypatch.setattr("autodistill.search.prepare.load", lambda checked: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("autodistill.search.prepare.load", lambda checked, place: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match=r"relation_heads is 5, which does not divide the student's 64 channels"):
         search(request(inputs, tmp_path, strategy=str(path), trials=None))
 
@@ -333,7 +333,7 @@ def test_sequences_that_cannot_be_are_refused(inputs: tuple[Path, Path, Path], t
 def test_ctrl_c_before_anything_is_planned_leaves_nothing(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(checked: object) -> None:
+    def interrupt(checked: object, place: object) -> None:
         assert (tmp_path / "run").is_dir()
         raise KeyboardInterrupt
 
@@ -342,7 +342,7 @@ def test_ctrl_c_before_anything_is_planned_leaves_nothing(
         search(request(inputs, tmp_path))
     assert not (tmp_path / "run").exists()
 
-    def refuse(checked: object) -> None:
+    def refuse(checked: object, place: object) -> None:
         raise InputError("bad data")
 
     monkeypatch.setattr("autodistill.search.prepare.load", refuse)
@@ -354,7 +354,7 @@ def test_ctrl_c_before_anything_is_planned_leaves_nothing(
 def test_a_run_that_is_held_is_not_gone_on_with(
     inputs: tuple[Path, Path, Path], outcome: tuple[Outcome, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("autodistill.search.prepare.load", lambda checked: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("autodistill.search.prepare.load", lambda checked, place: pytest.fail("a model was loaded"))
     with (
         RunFolder.open(outcome[1], "run", lock=True),
         pytest.raises(InputError, match=rf"held by the running process {os.getpid()}: wait for it, or stop it"),
