@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from autodistill.budget import read_budget
 from autodistill.contracts import Plan, Status
 from autodistill.errors import InputError
+from autodistill.estimate import fits, holdable, spec_from_config
 from autodistill.records.leaderboard import DISTILLED, rank
 from autodistill.records.row import Row, rows_of
 from autodistill.records.saved import Saved, saved
@@ -169,9 +171,21 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
         binding += " A limit of latency binds."
     return binding, tuple(
         f"{_wanting(row, limit)} {row.name} as {row.deployment_name}: "
-        f"{asked['metric']} {row.figure(asked['metric']):.4f} instead of {best_value:.4f}."
+        f"{asked['metric']} {row.figure(asked['metric']):.4f} instead of {best_value:.4f}{_packed_smaller(row, asked)}."
         for row in nearest
     )
+
+
+def _packed_smaller(row: Row, asked: Mapping[str, Any]) -> str:
+    """The largest deployment of the space under which a row's student keeps to the budget, in words; else nothing."""
+    if row.shape is None:
+        return ""
+    spec, deployments = spec_from_config(row.shape), Space.from_json(asked["space_definition"]).deployments
+    found = [fit for fit in fits(spec, holdable(spec, deployments), read_budget(asked["budget"])) if fit.slack <= 0]
+    if not found:
+        return ""
+    largest = max(found, key=lambda fit: fit.need)
+    return f", or it fits as {largest.deployment.name}, which needs {format_bytes(largest.need)}"
 
 
 def _wanting(row: Row, limit: int) -> str:

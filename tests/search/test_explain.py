@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from autodistill.errors import InputError
+from autodistill.estimate import memory, spec_from_config
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder, write_json
 from autodistill.search.explain import explain
 from autodistill.space import Space
+from autodistill.strategy import Deployment
 from autodistill.testing import small_plan
+from autodistill.units import format_bytes
 
 PLAN = small_plan()
 SPACE = Space.from_json(
@@ -111,3 +115,33 @@ def test_a_run_without_trials_has_nothing_to_explain(tmp_path: Path) -> None:
         write_json(folder.search_file, {**asked, "budget": {"memory_bytes": 1}})
     with pytest.raises(InputError, match="no trial yet"):
         explain(folder)
+
+
+def test_a_student_that_lacks_room_is_told_how_it_would_be_packed_into_it(tmp_path: Path) -> None:
+    """As Q8_0 a weight takes 34/32 bytes, as Q4_0 18/32: the limit lies between what the two need."""
+    shape = {"model_type": "llama", "num_hidden_layers": 8, "hidden_size": 512, "num_attention_heads": 8}
+    shape |= {
+        "intermediate_size": 2048,
+        "vocab_size": 1000,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }
+    deployments = [
+        {"runtime": "llama.cpp", "format": f"gguf-q{bits}_0", "bits": bits, "group_size": 32} for bits in (8, 4)
+    ]
+    space = {**SPACE.to_json(), "deployments": deployments}
+    spec = spec_from_config(shape)
+    wide, narrow = (memory(spec, Deployment(**one), context=512, batch=1).total_bytes for one in deployments)
+    limit = (wide + narrow) // 2
+    asked = {"plan": PLAN.to_json(), "space_definition": space, "metric": "accuracy", "direction": "max"}
+    folder = RunFolder.create(tmp_path, "run")
+    with folder:
+        write_json(folder.search_file, {**asked, "budget": {"memory_bytes": limit, "context": 512, "batch": 1}})
+        folder.events.append({"event": "trial", "trial": "t000", "point": None})
+        for one in (
+            row("t000", narrow, 0.30, True),
+            replace(row("t001", wide, 0.40, False), shape=shape),
+        ):
+            folder.events.append({"event": "row", "row": one.to_json()})
+    (sentence,) = explain(folder).next
+    assert f"or it fits as gguf-q4_0, which needs {format_bytes(narrow)}" in sentence
