@@ -511,13 +511,13 @@ def open_prepared(folder: Path) -> Prepared:
         index: dict[str, Any] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         checksum = index.pop("checksum")
         whole = checksum == content_hash(index) and index["files"] == _hashes(folder)
+        splits = {split: SplitInfo(**info) for split, info in index["splits"].items()}
     except FileNotFoundError as error:
         raise InputError(f"{folder} holds no prepared data: prepare them first") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the prepared data in {folder} cannot be read ({error}): delete the folder") from error
     if not whole:
         raise InputError(f"the prepared data in {folder} have been altered: delete the folder")
-    splits = {split: SplitInfo(**info) for split, info in index["splits"].items()}
     fields = {name: index[name] for name in ("fingerprint", "name", "licence", "sequence_length")}
     return Prepared(folder=folder, splits=splits, notes=tuple(index.get("notes", ())), **fields)
 

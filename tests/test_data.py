@@ -14,6 +14,7 @@ import pytest
 from autodistill.conversations import Conversation, asked
 from autodistill.data import SPLITS, Prepared, Source, load_split, open_prepared, prepare, resolve_data
 from autodistill.errors import InputError
+from autodistill.strategy import content_hash
 from autodistill.testing import tiny_text, tiny_tokenizer
 
 LENGTH = 32
@@ -140,7 +141,7 @@ def test_a_long_text_is_cut_into_contiguous_blocks_with_gaps(tokenizer: Path, tm
     assert rows == {"train": set(range(32)), "validation": set(range(33, 37)), "test": set(range(38, 42))}
 
 
-@pytest.mark.parametrize("harm", ["cut", "alter", "index", "remove", "half"])
+@pytest.mark.parametrize("harm", ["cut", "alter", "index", "remove", "half", "another version"])
 def test_a_harmed_copy_is_found_and_made_again(source: Source, tokenizer: Path, tmp_path: Path, harm: str) -> None:
     first = prepare(source, tokenizer, "tiny", LENGTH, tmp_path)
     tokens = load_split(first.folder, "train").tokens.tolist()
@@ -158,6 +159,10 @@ def test_a_harmed_copy_is_found_and_made_again(source: Source, tokenizer: Path, 
     else:
         index = json.loads((first.folder / "prepared.json").read_text())
         index["splits"]["train"]["documents"] += 1
+        if harm == "another version":
+            del index["checksum"]
+            index["splits"]["train"]["lines"] = index["splits"]["train"].pop("documents")
+            index["checksum"] = content_hash(index)
         (first.folder / "prepared.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="delete the folder"):
         open_prepared(first.folder)
