@@ -88,5 +88,7 @@ def test_more_context_and_more_bits_are_never_faster(device, context, more, batc
     least = speed(spec, Q4, device, context=context, batch=batch)
     assert least.tokens_per_second_low <= least.tokens_per_second <= least.tokens_per_second_high
     assert speed(spec, Q4, device, context=context + more, batch=batch).decode_ms >= least.decode_ms
-    assert speed(spec, F16, device, context=context, batch=batch).decode_ms >= least.decode_ms
+    # Of many streams a processor may compute faster with weights that it need not unpack.
+    packed, plain = (speed(spec, deployment, device, context=context) for deployment in (Q4, F16))
+    assert plain.decode_ms >= packed.decode_ms
     assert speed(spec, Q4, device, context=context, batch=batch + 1).decode_ms >= least.decode_ms

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from autodistill import evaluation as evaluation_module
 from autodistill import plugins
 from autodistill import trial as trial_module
 from autodistill.applied import check_strategy, probe_deployment, student_spec, with_own
@@ -232,7 +233,7 @@ def test_masters_come_back_where_packing_fails_half_way(lab, monkeypatch):
     spec = student_spec(STRATEGY, lab.setting(Path()).teacher_spec)
     model, _ = build_student(lab.teacher, STRATEGY.init)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    original, calls = trial_module.deploy_tensor, []
+    original, calls = evaluation_module.deploy_tensor, []
 
     def fails(weight, storage, scales):
         calls.append(storage)
@@ -240,7 +241,7 @@ def test_masters_come_back_where_packing_fails_half_way(lab, monkeypatch):
             raise MemoryError
         return original(weight, storage, scales)
 
-    monkeypatch.setattr(trial_module, "deploy_tensor", fails)
+    monkeypatch.setattr(evaluation_module, "deploy_tensor", fails)
     with pytest.raises(MemoryError), deployed_weights(model, spec, Q4):
         pass
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -763,7 +764,7 @@ def test_a_packed_model_answers_with_its_packed_weights(quiz, tmp_path, monkeypa
         documents = np.array([entry.document for entry in questions.entries], np.int32)
         return Answers(texts=tuple(right.values()), marks=marks.astype(float), documents=documents)
 
-    monkeypatch.setattr(trial_module, "answer", answering)
+    monkeypatch.setattr(evaluation_module, "answer", answering)
     data = load_split(quiz.data.folder, "validation").head(512)
     budget = Budget(memory_bytes=10**9)
     evaluation, _ = evaluate(model, spec, Q4, data, None, budget=budget, evaluators=("exact_match",))

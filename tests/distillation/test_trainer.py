@@ -235,7 +235,7 @@ def test_finishing_does_not_make_it_another_checkpoint(workshop, tmp_path):
 
 
 KILLED = """
-import os, sys, pathlib
+import os, sys, pathlib, types
 from safetensors.torch import save_file
 from autodistill.distillation import checkpoint
 
@@ -249,7 +249,7 @@ checkpoint.save_file = dies
 sys.path.insert(0, {tests!r})
 from conftest import Workshop
 from autodistill.strategy import Distillation, Strategy
-shop = Workshop(pathlib.Path({teacher!r}), None, None)
+shop = Workshop(pathlib.Path({teacher!r}), types.SimpleNamespace(told=None), None)
 made = shop.trainer(Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3)), cache=object())
 made.tokens = 640
 made.save(pathlib.Path({path!r}))
