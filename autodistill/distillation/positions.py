@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Rows of logits made and left again at once: 128 of 50,000 in float32 are 25 MB.
 _CHUNK_ROWS = 128
+# Rows of them whose entropies are taken at once: 3 MB, which stay in the cache of a core from one pass to the next.
+_ENTROPY_ROWS = 16
 
 
 def uncertain_rows(states: Tensor, head: Callable[[Tensor], Tensor], share: float) -> Tensor:
@@ -24,7 +26,8 @@ def uncertain_rows(states: Tensor, head: Callable[[Tensor], Tensor], share: floa
         share: Above 0 and at most 1, rounded up to whole rows.
     """
     with torch.no_grad():
-        found = [_entropy(head(rows)) for rows in states.detach().split(_CHUNK_ROWS)]
+        chunks = states.detach().split(_CHUNK_ROWS)
+        found = [_entropy(few) for rows in chunks for few in head(rows).split(_ENTROPY_ROWS)]
         return torch.cat(found).topk(math.ceil(share * len(states))).indices.sort().values
 
 
