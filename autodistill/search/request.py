@@ -460,13 +460,27 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
 
 
 def check_teacher(checked: Checked, spec: ModelSpec) -> None:
-    """Refuses sequences that the teacher cannot read, and a budget that no student of it meets."""
+    """Refuses sequences and a context that the teacher cannot read, and a budget that no student of it meets."""
     if checked.sequence_length > spec.max_context:
         raise InputError(
             f"the teacher reads at most {spec.max_context} tokens at once, and sequences have "
             f"{checked.sequence_length}: give --sequence-length {spec.max_context} or less"
         )
+    _check_context(checked, spec)
     check_budget(checked, spec)
+
+
+def _check_context(checked: Checked, spec: ModelSpec) -> None:
+    """Refuses a budget at a context that some student could not be served at."""
+    context = checked.request.budget.context
+    models = {strategy.init.model: student for strategy, student in by_size(checked.space, spec) if strategy.init.model}
+    for model, read in {"": spec, **models}.items():
+        if context > read.max_context:
+            which = f"the pretrained {model}" if model else "the teacher"
+            raise InputError(
+                f"{which} has a context of {read.max_context} tokens, and the budget is stated at {context}: give "
+                f"--context {read.max_context} or less"
+            )
 
 
 def check_budget(checked: Checked, spec: ModelSpec) -> None:

@@ -54,6 +54,11 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
         ({"cache": "file"}, ["cannot write into", "--cache"]),
         ({"sampler": "annealing"}, ["the samplers are"]),
         ({"budget": Budget(memory_bytes=10**6, context=256)}, ["nothing fits", "raise --budget"]),
+        ({"budget": Budget(memory_bytes=10**9, context=513)}, ["a context of 512 tokens", "--context 512 or less"]),
+        (
+            {"budget": Budget(memory_bytes=10**9, context=513), "strategy": "logit_kd"},
+            ["a context of 512 tokens", "--context 512 or less"],
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(asked: SearchRequest, changes: dict[str, Any], words: list[str]) -> None:
