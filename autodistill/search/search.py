@@ -81,7 +81,7 @@ def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
         "training_bytes": {**asdict(loaded.fit.estimate), "total_bytes": loaded.fit.estimate.total_bytes},
         "budget": request.budget.to_json(),
         "expected_seconds": sum(plan.seconds.values()),
-        **cost(plan, sum(len(machine.gpus) for machine in place.machines), request.price),
+        **cost(plan, place.machines, request.price),
     }
 
 
