@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from autodistill.contracts import Plan, Status
-from autodistill.errors import InterruptedSearchError
+from autodistill.errors import InterruptedSearchError, LostClusterError
 from autodistill.hardware import detect
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.differences import differences
@@ -92,6 +92,7 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
         InputError: Bad input, before any work is spent.
         NothingFitsError: No student fits the budget.
         InterruptedSearchError: Ctrl-C; everything finished so far is kept, and the message says how to resume.
+        LostClusterError: Ray itself ended; likewise.
         VerificationError: What was exported is not what was evaluated.
     """
     observer = observer or Observer()
@@ -102,13 +103,19 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
         except KeyboardInterrupt:
             if not run.search_file.exists():
                 raise InterruptedSearchError("stopped before the first trial: nothing to resume") from None
-            resume = request.command if request.resume else f"{request.command} --resume"
-            if request.name is None:
-                resume += f" --name {run.name}"
-            raise InterruptedSearchError(f"stopped; every finished trial is kept. To go on: {resume}") from None
+            raise InterruptedSearchError(f"stopped; {_to_go_on(request, run)}") from None
+        except LostClusterError as error:
+            raise LostClusterError(f"{error}; {_to_go_on(request, run)}") from None
         finally:
             if not request.resume:
                 run.discard()
+
+
+def _to_go_on(request: SearchRequest, run: RunFolder) -> str:
+    resume = request.command if request.resume else f"{request.command} --resume"
+    if request.name is None:
+        resume += f" --name {run.name}"
+    return f"every finished trial is kept. To go on: {resume}"
 
 
 def _folder(checked: Checked) -> RunFolder:
