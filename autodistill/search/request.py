@@ -13,7 +13,7 @@ from typing import Any
 
 from autodistill import plugins
 from autodistill.applied import check_strategy, student_spec
-from autodistill.budget import DeviceBudget
+from autodistill.budget import DeviceBudget, limits_as, read_budget
 from autodistill.contracts import SEQUENCE_LENGTH, Direction, Evaluator, ModelSpec
 from autodistill.devices import Device
 from autodistill.distillation.teacher import TeacherRef, resolve_teacher
@@ -422,6 +422,7 @@ def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any
 
 
 def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
+    budget = read_budget(stored["budget"])
     differing = {
         "teacher": (checked.teacher_reference, stored["teacher"]["reference"]),
         "data": (checked.data_reference, stored["data"]["reference"]),
@@ -434,7 +435,7 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
         "sampler": (checked.sampler, stored["sampler"]),
         "warm start": (", ".join(checked.warm_start), ", ".join(_warmed_by(stored))),
         "seed": (checked.seed, stored["seed"]),
-        "budget": (checked.request.budget.to_json(), stored["budget"]),
+        "budget": (limits_as(checked.request.budget, budget).to_json(), budget.to_json()),
         "space": (checked.space.hash, stored["space_hash"]),
     }
     for name, (asked, before) in differing.items():
