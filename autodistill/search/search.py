@@ -35,7 +35,7 @@ from autodistill.search.request import Checked, SearchRequest, check_request
 from autodistill.search.sampler import Sampler
 from autodistill.search.share import check_share
 from autodistill.search.supplies import send
-from autodistill.search.teacher_outputs import cache_settings, calibration_file
+from autodistill.search.teacher_outputs import cache_settings, calibration_file, check_cache_limit
 from autodistill.stages import default_limit
 from autodistill.trial_data import TrialSetting
 
@@ -69,6 +69,7 @@ def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
     request = checked.request
     observer.phase("loading teacher and data")
     loaded = load(checked, place)
+    check_cache_limit(checked, loaded)
     observer.phase("measuring this machine")
     plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - request.started)
     settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration_file(checked, loaded))
