@@ -79,7 +79,7 @@ class SearchRequest:
         storage: URI below which events, checkpoints, students and what trials read are kept, so that the search, and
             each of its trials, can go on from any node that reaches it; by default they lie in `out` and `cache` alone.
         cache: Folder of everything that later searches may use again.
-        cache_limit_bytes: Disk that cached teacher outputs may take.
+        cache_limit_bytes: Disk that cached teacher outputs may take, and on each node the copies of what a storage has.
         checkpoint_limit_bytes: Disk that checkpoints of stages may take in the run's folder; by default a quarter of
             what is free.
         sharing, forking: Whether trials continue each other's stages, and whether every fourth proposal forks one on

@@ -169,7 +169,7 @@ def _search(checked: Checked, place: Place, joined: Cluster | None, run: RunFold
     if storage is not None:
         with clock.phase("load", "sending what trials read"):
             keep(run.search_file, storage)
-            setting = send(setting, storage)
+            setting = send(setting, storage, request.cache_limit_bytes)
     deadline = _deadline(request, plan, earlier)
     campaign = Campaign(
         question,
