@@ -15,9 +15,10 @@ from autodistill.distillation.teacher import load_model
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import fits, holdable
 from autodistill.evaluation import evaluate
+from autodistill.search.checked import Checked
 from autodistill.search.loading import Loaded
 from autodistill.search.plan import Demand, Speed, check_box, make_plan, measure_speed
-from autodistill.search.request import Checked, by_size
+from autodistill.search.possible import by_size
 from autodistill.strategy import Deployment
 
 # Share of the time box that one evaluation's tasks may take on a worker, beside the scores of its tokens.

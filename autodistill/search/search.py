@@ -23,6 +23,7 @@ from autodistill.records.saved import saved
 from autodistill.records.store import RunFolder, write_json
 from autodistill.records.stored_run import StoredLog, check_free, keep
 from autodistill.search.campaign import Campaign
+from autodistill.search.checked import Checked, check_request
 from autodistill.search.cost import cost
 from autodistill.search.finish import Finish, Finisher, finish
 from autodistill.search.inline_runner import run_inline
@@ -31,7 +32,7 @@ from autodistill.search.measuring import plan_from_measurement
 from autodistill.search.plan import confirmed
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
-from autodistill.search.request import Checked, SearchRequest, check_request
+from autodistill.search.request import SearchRequest
 from autodistill.search.sampler import Sampler
 from autodistill.search.share import check_share
 from autodistill.search.supplies import send

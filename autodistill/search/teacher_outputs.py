@@ -27,10 +27,11 @@ from autodistill.records.differences import paired
 from autodistill.records.leaderboard import rows_of
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
+from autodistill.search.asked import Asked
+from autodistill.search.checked import Checked
 from autodistill.search.loading import Loaded
 from autodistill.search.plan import fewest_tokens
 from autodistill.search.progress import Clock
-from autodistill.search.request import Asked, Checked
 from autodistill.search.rows import make_row
 from autodistill.space import Space
 from autodistill.strategy import Deployment

@@ -17,7 +17,8 @@ from autodistill.records.differences import differences
 from autodistill.records.leaderboard import rank
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
-from autodistill.search.request import SearchRequest, check_request
+from autodistill.search.checked import check_request
+from autodistill.search.request import SearchRequest
 from autodistill.search.search import Outcome, plan_search, search
 from autodistill.summary import leaderboard_of, search_summary
 from autodistill.testing import save_tiny_teacher, tiny_text

@@ -12,7 +12,8 @@ from autodistill.budget import DeviceBudget
 from autodistill.devices import devices, find_device
 from autodistill.errors import AutoDistillError, InputError
 from autodistill.records.store import RunFolder, write_json
-from autodistill.search.request import SearchRequest, check_request
+from autodistill.search.checked import check_request
+from autodistill.search.request import SearchRequest
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import Budget, parse_latency
 

@@ -18,11 +18,13 @@ from autodistill.devices import devices, find_device
 from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
 from autodistill.estimate import spec_from_config
 from autodistill.hardware import detect, machine_name
+from autodistill.records.openings import recorded_test_openings
 from autodistill.records.row import Row, read_parquet
-from autodistill.records.store import RunFolder, recorded_test_openings
+from autodistill.records.store import RunFolder
 from autodistill.roofline import speed
+from autodistill.search.checked import check_request
 from autodistill.search.progress import Observer
-from autodistill.search.request import SearchRequest, check_request
+from autodistill.search.request import SearchRequest
 from autodistill.search.search import Outcome, plan_search, search
 from autodistill.strategy import Deployment
 from autodistill.summary import leaderboard_of, search_summary
