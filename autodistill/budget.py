@@ -29,8 +29,18 @@ class DeviceBudget(Budget):
         return super().to_json() | {"device": self.device.to_json(), "latency": limits}
 
 
+def limits_as(budget: Budget, before: Budget) -> Budget:
+    """A budget as far as it can differ from one that names no device: such a one limits memory alone.
+
+    Runs that were stored before there were limits of latency name none, whatever device they took the memory of.
+    """
+    if isinstance(before, DeviceBudget) or not isinstance(budget, DeviceBudget) or budget.latency:
+        return budget
+    return Budget(memory_bytes=budget.memory_bytes, context=budget.context, batch=budget.batch)
+
+
 def read_budget(data: Mapping[str, Any]) -> Budget:
-    """Reads what `to_json` of either budget wrote.
+    """Reads what `to_json` of either budget wrote; a field that was not there then limits nothing.
 
     Raises:
         InputError: Not that.

@@ -35,6 +35,10 @@ class InterruptedSearchError(AutoDistillError):
     exit_code = 130
 
 
+class LostClusterError(AutoDistillError):
+    """Ray itself ended under a search; everything finished is kept, and the message holds the command that resumes."""
+
+
 class TrialFailedError(AutoDistillError):
     """A trial ended without a result; the search records `cause` and goes on.
 

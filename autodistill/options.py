@@ -151,7 +151,9 @@ StorageOption = Annotated[
 CacheOption = Annotated[
     Path | None, option("--cache", "Folder of what later searches use again; ~/.cache/autodistill by default.", "DIR")
 ]
-CacheLimitOption = Annotated[str, option("--cache-limit", "Disk that the teacher's outputs may take.", "SIZE")]
+CacheLimitOption = Annotated[
+    str, option("--cache-limit", "Disk for teacher outputs, and on each node for copies from --storage.", "SIZE")
+]
 CheckpointLimitOption = Annotated[
     str | None,
     option("--checkpoint-limit", "Disk for a run's checkpoints; a quarter of the free disk by default.", "SIZE"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shutil
 import tempfile
@@ -24,6 +23,8 @@ _READERS = 16
 _CHUNK = 2**22
 # Of a folder that has been sent whole, beside its files.
 _WHOLE = ".whole"
+FETCHING = ".fetch-"
+"""What names of folders begin with that are being filled."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Storage:
             FileNotFoundError, OSError: There is none, or it cannot be read or written.
         """
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=file.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=FETCHING, dir=file.parent) as folder:
             partial = Path(folder) / file.name
             with self._system.open_input_stream(self._path(key)) as source, partial.open("wb") as sink:
                 shutil.copyfileobj(source, sink, _CHUNK)
@@ -170,7 +171,7 @@ class Storage:
                 return folder
             if not self.has_folder(key):
                 raise FileNotFoundError(f"{self.uri} has no {key}")
-            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as temporary:
+            with tempfile.TemporaryDirectory(prefix=FETCHING, dir=folder.parent) as temporary:
                 partial = Path(temporary) / folder.name
                 partial.mkdir()
                 for name in self.list(key):
@@ -254,12 +255,6 @@ class StoredFiles:
         """Removes a file, and this machine's copy."""
         self._storage.remove(key)
         (self._scratch / key).unlink(missing_ok=True)
-
-
-def node_copy(storage: Storage, key: str) -> Path:
-    """Where a machine keeps its copy of what a storage has under a key, for all searches on it."""
-    name = hashlib.sha256(f"{storage.uri}/{key}".encode()).hexdigest()[:16]
-    return Path.home() / ".cache" / "autodistill" / "from-storage" / name
 
 
 def _open(uri: str) -> tuple[Any, str]:

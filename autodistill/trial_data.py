@@ -33,6 +33,7 @@ class TrialSetting:
         pretrained: Folders of the models that strategies start from, by their references.
         held: What the teacher's matrices are held in.
         storage: The run's, where trials keep what another node may go on from; None for `checkpoints` alone.
+        copies_limit_bytes: Disk that a node's copies of what storages have may take; None for no limit.
     """
 
     teacher: Path
@@ -52,6 +53,7 @@ class TrialSetting:
     pretrained: Mapping[str, Path] = field(default_factory=dict)
     held: HeldType = "float32"
     storage: Storage | None = None
+    copies_limit_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

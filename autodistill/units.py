@@ -182,6 +182,12 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def written_bytes(count: int) -> str:
+    """An amount of memory that is no less, by a tenth at most, as it is typed: like "99MB"."""
+    unit = next((unit for unit in ("TB", "GB", "MB", "kB") if count >= 10 * _BYTES[unit.lower()]), "B")
+    return f"{-(-count // _BYTES[unit.lower()])}{unit}"
+
+
 def format_duration(seconds: float) -> str:
     """Writes seconds as a person says them, like "9m 05s", "12.3s" or "48.0ms"."""
     if seconds >= 3599.5:

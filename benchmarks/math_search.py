@@ -17,10 +17,11 @@ from autodistill.contracts import ModelSpec, Plan
 from autodistill.distillation.schedule import branch_point
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import RunFolder, default_cache
+from autodistill.search.checked import check_request
 from autodistill.search.loading import Place
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
-from autodistill.search.request import SearchRequest, check_request
+from autodistill.search.request import SearchRequest
 from autodistill.search.trials import Question
 from autodistill.space import Space, load_space
 from autodistill.strategy import Strategy

@@ -74,7 +74,7 @@ def sleeper() -> Callable[[float], dict[str, Any]]:
 def ours(count: int, seconds: float, workers: int) -> list[Spell]:
     """The search's own runner."""
     trials = Trials(count, seconds)
-    drive(trials, workers, [{"CPU": 1.0}], sleeper)
+    drive(trials, workers, [{"CPU": 1.0}], sleeper, lambda: None)
     return trials.spells
 
 

@@ -24,10 +24,11 @@ from autodistill.applied import probe_deployment
 from autodistill.contracts import SEQUENCE_LENGTH
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.records.store import RunFolder
+from autodistill.search.checked import check_request
 from autodistill.search.loading import Place
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
-from autodistill.search.request import SearchRequest, check_request
+from autodistill.search.request import SearchRequest
 from autodistill.strategy import Distillation, Strategy
 from autodistill.trial import Trial, Workbench
 from autodistill.trial_data import TrialSetting, TrialTask

@@ -21,6 +21,7 @@ from autodistill.units import (
     parse_duration,
     parse_latency,
     parse_price,
+    written_bytes,
 )
 
 BYTES = {
@@ -52,6 +53,11 @@ cases = st.sampled_from([str, str.upper, str.lower])
 def test_bytes_are_what_the_fraction_says(number, unit, space, case):
     exact = Fraction(number) * BYTES[unit]
     assert parse_bytes(f"{space}{number}{space}{case(unit)}{space}") == int(exact)
+
+
+@given(count=st.integers(1, 10**16))
+def test_an_amount_as_it_is_typed_is_no_less_and_hardly_more(count: int) -> None:
+    assert count <= parse_bytes(written_bytes(count)) < 1.1 * count + 1
 
 
 @given(number=st.integers(1, 10**6), unit=st.sampled_from(sorted(BYTES)))

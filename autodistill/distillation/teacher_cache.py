@@ -29,7 +29,7 @@ from autodistill.distillation.temperature import GRID, snap
 from autodistill.errors import InputError
 from autodistill.records.store import alone, claimed
 from autodistill.strategy import Distillation, content_hash
-from autodistill.units import format_bytes
+from autodistill.units import format_bytes, written_bytes
 
 _VERSION = 2
 _FILE = "outputs.arrow"
@@ -103,6 +103,10 @@ class CacheSettings:
         if needed.final and not self.final:
             found.append("the last hidden states")
         return found + [f"the states of layer {layer}" for layer in needed.states if layer not in self.states]
+
+    def bytes_of(self, sequences: int, length: int, vocabulary: int, width: int) -> int:
+        """Bytes on disk for sequences of so many tokens, at the most."""
+        return sequences * ((length - 1) * self.bytes_per_token(vocabulary, width) + _BATCH_BYTES)
 
     def bytes_per_token(self, vocabulary: int, width: int) -> int:
         """Bytes on disk for one predicted token, at the most: draws may fall on the same token."""
@@ -241,11 +245,11 @@ def ensure_cache(
         InputError: The cache alone would break the limit.
     """
     sequences, length = data.tokens.shape
-    need = sequences * ((length - 1) * settings.bytes_per_token(vocabulary, width) + _BATCH_BYTES)
+    need = settings.bytes_of(sequences, length, vocabulary, width)
     if need > limit_bytes:
         raise InputError(
             f"the teacher cache needs {format_bytes(need)}, above its limit of {format_bytes(limit_bytes)}: "
-            "lower --tokens, or raise --cache-limit"
+            f"lower --tokens, or give --cache-limit {written_bytes(need)} or more"
         )
     key = content_hash(
         {

@@ -10,9 +10,10 @@ from autodistill.errors import MissingDependencyError
 from autodistill.records.differences import differences, shown
 from autodistill.records.leaderboard import DISTILLED, Ranked, limits_of, nearest, pareto, rank, rows_of
 from autodistill.records.objectives import Objective, front, objectives_of
+from autodistill.records.openings import opened, openings_of
 from autodistill.records.row import Row
 from autodistill.records.saved import Saved
-from autodistill.records.store import RunFolder, opened, openings_of, read_json, replacing
+from autodistill.records.store import RunFolder, read_json, replacing
 from autodistill.units import Budget, format_bytes, format_duration
 
 if TYPE_CHECKING:

@@ -8,12 +8,15 @@ import os
 import platform
 import re
 import socket
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+
+import psutil
 
 from autodistill.errors import AutoDistillError, InputError
 from autodistill.hardware import Gpu, Machine
@@ -37,6 +40,10 @@ _CONNECT_SECONDS = 3.0
 _JOIN_SECONDS = 15.0
 # A node's first worker process imports torch to see the GPUs.
 _PROBE_SECONDS = 90.0
+# Without either of these of its own processes no trial can run.
+_ESSENTIAL = ("gcs_server", "raylet")
+# Between two looks at them, and until this process ends where it is stuck in a call to one that is gone.
+_LOOK_SECONDS, _STUCK_SECONDS = 0.5, 10.0
 _TOKEN = "it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints there"
 
 
@@ -51,6 +58,10 @@ class Cluster(Protocol):
 
     def wait(self) -> None:
         """Until Ray is up."""
+        ...
+
+    def ended(self) -> str | None:
+        """What of Ray itself has ended, for a person to read; None while all of it that can be seen runs."""
         ...
 
     def leave(self) -> None:
@@ -68,7 +79,9 @@ class LocalRay:
     def __init__(self, machine: Machine) -> None:
         self.machines: tuple[Machine, ...] = (machine,)
         self._error: BaseException | None = None
+        self._processes: dict[str, psutil.Process] = {}
         self._ready = threading.Event()
+        self._leaving = threading.Event()
         self._over = threading.Event()
         _set_environment()
         threading.Thread(target=self._start, name="ray-start", daemon=True).start()
@@ -81,9 +94,24 @@ class LocalRay:
         except BaseException as error:
             # Raised where somebody waits for Ray, in the thread that can answer it.
             self._error = error
+        else:
+            children = filter(_running, psutil.Process().children())
+            self._processes = {name: child for child in children if (name := child.name()) in _ESSENTIAL}
         self._ready.set()
         # Ray's processes end with the thread that started them, so this one stays until they are not needed.
+        self._watch()
         self._over.wait()
+
+    def _watch(self) -> None:
+        """Ends this process where it does not leave a Ray that has ended.
+
+        A call to Ray that is under way then comes to no end, and after a minute Ray would end this process itself.
+        """
+        while not self._leaving.wait(_LOOK_SECONDS):
+            said = self.ended()
+            if said is not None and not self._leaving.wait(_STUCK_SECONDS):
+                print(f"error: {said}; every finished trial is kept: go on with --resume", file=sys.stderr, flush=True)
+                os._exit(AutoDistillError.exit_code)
 
     def wait(self) -> None:
         """Until Ray is up.
@@ -97,10 +125,16 @@ class LocalRay:
                 f"Ray could not be started ({self._error}): try --runner inline, which needs no Ray"
             ) from self._error
 
+    def ended(self) -> str | None:
+        """The first of Ray's processes that is gone."""
+        gone = [name for name, process in self._processes.items() if not _running(process)]
+        return f"Ray's {gone[0]} has ended (killed, or out of memory?)" if gone else None
+
     def leave(self) -> None:
         """Ends Ray and its workers."""
         import ray
 
+        self._leaving.set()
         ray.shutdown()
         self._over.set()
 
@@ -118,11 +152,22 @@ class JoinedRay:
     def wait(self) -> None:
         """Nothing is left to wait for."""
 
+    def ended(self) -> None:
+        """Of another's cluster this process sees none of the processes."""
+
     def leave(self) -> None:
         """Disconnects; the cluster is somebody else's."""
         import ray
 
         ray.shutdown()
+
+
+def _running(process: psutil.Process) -> bool:
+    """Whether a process runs; one that has ended, and of which nobody has taken notice, does not."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def check_address(address: str) -> None:

@@ -29,8 +29,9 @@ from autodistill.export.verify import CLEAR_SHARE, MIN_POSITIONS, RuntimeCheck, 
 from autodistill.formats import get_format
 from autodistill.records.confirmation import Confirmation, confirmations
 from autodistill.records.leaderboard import DISTILLED, limits_of, nearest, paired_bootstrap, rank
+from autodistill.records.openings import record_test_opening, recorded_test_openings
 from autodistill.records.row import Row
-from autodistill.records.store import RunFolder, record_test_opening, recorded_test_openings
+from autodistill.records.store import RunFolder
 from autodistill.search.rows import make_row
 from autodistill.search.trials import Question
 from autodistill.strategy import Deployment, Strategy

@@ -18,7 +18,8 @@ from autodistill.errors import InputError
 from autodistill.estimate import adapted_tensors, spec_from_config
 from autodistill.hardware import Machine, detect
 from autodistill.records.store import read_json
-from autodistill.search.request import Checked, by_size, check_teacher
+from autodistill.search.checked import Checked
+from autodistill.search.possible import by_size, check_teacher
 from autodistill.search.share import Share, Workers, share_out, supports_bf16
 from autodistill.space import Space
 from autodistill.strategy import Alignment, Attention, Distillation, Lora
@@ -88,7 +89,7 @@ def load(checked: Checked, place: Place) -> Loaded:
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     length = checked.sequence_length
     if checked.spec is None:
-        check_teacher(checked, spec)
+        check_teacher(spec, checked.space, request.budget, length)
     data = prepare(
         checked.source,
         teacher.folder,

@@ -15,9 +15,10 @@ from autodistill.distillation.teacher import load_model
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import fits, holdable
 from autodistill.evaluation import evaluate
+from autodistill.search.checked import Checked
 from autodistill.search.loading import Loaded
-from autodistill.search.plan import Demand, Speed, make_plan, measure_speed
-from autodistill.search.request import Checked, by_size
+from autodistill.search.plan import Demand, Speed, check_box, make_plan, measure_speed
+from autodistill.search.possible import by_size
 from autodistill.strategy import Deployment
 
 # Share of the time box that one evaluation's tasks may take on a worker, beside the scores of its tokens.
@@ -27,7 +28,11 @@ BOX_CPU, BOX_GPU = 600.0, 1800.0
 
 
 def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tuple[Plan, Speed]:
-    """Measures this machine for a few seconds and plans for it; `spent` seconds of the box are gone."""
+    """Measures this machine for a few seconds and plans for it; `spent` seconds of the box are gone.
+
+    Raises:
+        InputError: A time box that holds no training at all, or a task or command that cannot be used.
+    """
     request = checked.request
     teacher = loaded.load_teacher()
     students = by_size(checked.space, loaded.spec)
@@ -80,6 +85,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         confirm=checked.confirm,
         longest=max(checked.space.lengths),
     )
+    check_box(demand, speed, loaded.workers)
     plan = make_plan(demand, speed, loaded.workers)
     plan = replace(
         plan,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import torch
 
 from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec, Plan
 from autodistill.distillation.parallel import map_sequences
+from autodistill.errors import InputError
 from autodistill.search.share import Workers
 from autodistill.units import format_duration
 
@@ -21,6 +23,7 @@ _REDUCTION = 3
 _DECAY = 0.2
 # With fewer optimiser steps than this at full fidelity, strategies cannot be told apart.
 _FEWEST_STEPS = 24
+_LEAST_STEPS = 3
 _LEAST_EVALUATED = 1024  # tokens: the standard error of an accuracy of one half is then about 0.016
 _TRIALS = 12
 _FINALISTS = 2
@@ -165,6 +168,44 @@ class Demand:
     longest: float = 1.0
 
 
+def fewest_tokens(step_tokens: int, asked: int | None = None) -> int:
+    """Training tokens of a trial, in whole steps, where so many are asked for, or else the fewest that are planned."""
+    return max(step_tokens * _LEAST_STEPS, (asked or 0) // step_tokens * step_tokens)
+
+
+def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
+    """Refuses a time box that does not hold the training of the baselines, or of one trial, and all that it needs.
+
+    Raises:
+        InputError: The message has the least time that would do, with a tenth to spare.
+    """
+
+    def holds(box: float) -> bool:
+        asked = replace(demand, box_seconds=box)
+        tokens = fewest_tokens(demand.step_tokens, demand.tokens)
+        _, evaluated, _ = _eval_tokens(asked, speed)
+        rounds = max(1, math.ceil(demand.baselines / workers.count))
+        training = rounds * trial_seconds(tokens, evaluated, demand.parameters, speed, judged=False)
+        return sum(_fixed_seconds(asked, speed, tokens).values()) + training <= box
+
+    if demand.box_seconds is None or holds(demand.box_seconds):
+        return
+    low, high = demand.box_seconds, 2 * demand.box_seconds
+    # What is evaluated grows with the box, but slower, and no further than there are tokens.
+    while not holds(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    least = math.ceil(1.1 * high)
+    remedy = f"--time {least}s" if least < 600 else f"--time {math.ceil(least / 60)}m"
+    less = "" if demand.tokens is None else ", or fewer --tokens"
+    raise InputError(
+        f"a time box of {format_duration(demand.box_seconds)} does not hold the training of "
+        f"{'the baseline' if demand.baselines else 'one trial'} and what goes with it: give {remedy} or more{less}"
+    )
+
+
 def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
     """Fixes trials, rungs and tokens; `Plan.notes` says what the box could not hold.
 
@@ -176,7 +217,7 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
     most = max(batch, demand.train_tokens // batch * batch)
     trials = _TRIALS if demand.trials is None else demand.trials
     if demand.tokens is not None:
-        tokens = max(batch * 3, demand.tokens // batch * batch)
+        tokens = fewest_tokens(batch, demand.tokens)
         if demand.box_seconds is not None and demand.trials is None:
             trials = _most_trials(demand, speed, workers, tokens)
     elif demand.box_seconds is None:
@@ -188,7 +229,7 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
             tokens = _most_tokens(demand, speed, workers, trials)
         if demand.trials is None and tokens > most:
             trials = _most_trials(demand, speed, workers, most)
-        tokens = max(batch * 3, min(tokens, most))
+        tokens = max(fewest_tokens(batch), min(tokens, most))
         if trials < _TRIALS and demand.trials is None:
             notes.append(f"the box holds {trials} trials; {_TRIALS} are usual: give it more --time")
         if tokens < _FEWEST_STEPS * batch:

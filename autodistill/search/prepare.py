@@ -14,12 +14,12 @@ from autodistill.contracts import ModelSpec, Plan
 from autodistill.errors import InputError
 from autodistill.estimate import cannot_hold
 from autodistill.records.store import RunFolder, write_json
+from autodistill.search.checked import Checked
 from autodistill.search.loading import Loaded, Place, load
 from autodistill.search.measuring import plan_from_measurement
 from autodistill.search.plan import Speed, extend, more_trials
 from autodistill.search.progress import Clock, Observer
-from autodistill.search.request import Checked
-from autodistill.search.teacher_outputs import teacher_phase
+from autodistill.search.teacher_outputs import check_cache_limit, teacher_phase
 from autodistill.search.trials import Question
 from autodistill.search.warm_start import WarmStart, check_fingerprints, warm_start
 from autodistill.trial_data import TrialSetting
@@ -69,6 +69,7 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
     else:
         fingerprints = {"teacher": loaded.teacher.fingerprint, "data": loaded.data.fingerprint}
         check_fingerprints(checked.request.out, checked.warm_start, fingerprints)
+        check_cache_limit(checked, loaded)
         with clock.phase("plan", "measuring this machine"):
             plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.request.started)
     document = _describe(checked, loaded, plan, speed)

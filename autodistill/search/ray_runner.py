@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
+from autodistill.errors import LostClusterError
 from autodistill.search.campaign import Campaign
 from autodistill.search.cluster import Cluster
 from autodistill.search.deadline import step_guard
@@ -54,6 +55,7 @@ def run_ray(cluster: Cluster, campaign: Campaign, setting: TrialSetting, deadlin
 
     Raises:
         AutoDistillError: Ray could not be started.
+        LostClusterError: It has ended.
     """
     plan = setting.plan
     process = {"CPU": float(plan.threads)} | ({"GPU": plan.gpus} if setting.device == "cuda" else {})
@@ -61,7 +63,9 @@ def run_ray(cluster: Cluster, campaign: Campaign, setting: TrialSetting, deadlin
     bundles = [process] if plan.processes == 1 else [{}, *([process] * plan.processes)]
     try:
         cluster.wait()
-        drive(campaign, plan.workers, bundles, partial(_worker, absolute(setting), deadline))
+        drive(campaign, plan.workers, bundles, partial(_worker, absolute(setting), deadline), cluster.ended)
+    except _RayEnded as ended:
+        raise LostClusterError(str(ended)) from None
     except Exception as error:
         # Tune wraps what its searcher raises: that nothing can be written down any more.
         raise campaign.broken or error from None
@@ -78,7 +82,17 @@ def _worker(setting: TrialSetting, deadline: float | None) -> Work:
     return lambda assignment: attempt(partial(work, bench, assignment, guard))
 
 
-def drive(source: Source, workers: int, bundles: list[dict[str, float]], make: Callable[[], Work]) -> None:
+class _RayEnded(BaseException):
+    """Nothing that Ray is asked comes to an end any more; no `Exception`, for which Tune would ask it to clean up."""
+
+
+def drive(
+    source: Source,
+    workers: int,
+    bundles: list[dict[str, float]],
+    make: Callable[[], Work],
+    ended: Callable[[], str | None],
+) -> None:
     """Has warm workers do all the work that a source gives out, by Ray Tune.
 
     Args:
@@ -86,8 +100,26 @@ def drive(source: Source, workers: int, bundles: list[dict[str, float]], make: C
         workers: Processes at once.
         bundles: Resources of each of them, as a placement group has them.
         make: Called in each process once; gives what does an assignment there.
+        ended: What of Ray itself has ended, or None.
+
+    Raises:
+        _RayEnded: As soon as any of it has.
     """
     from ray import tune
+    from ray.tune import Callback
+
+    def check() -> None:
+        said = ended()
+        if said is not None:
+            raise _RayEnded(said)
+
+    class Watch(Callback):  # type: ignore[misc, unused-ignore]
+        def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            check()
+
+        def __reduce__(self) -> tuple[type[object], tuple[()]]:
+            # As of the searcher, Tune keeps a pickle.
+            return object, ()
 
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(workers)
     # Tune prints the traceback of every failed trial; the campaign has recorded its cause.
@@ -99,12 +131,13 @@ def drive(source: Source, workers: int, bundles: list[dict[str, float]], make: C
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_searcher(source, workers), num_samples=-1, reuse_actors=True, trial_name_creator=_name
+            search_alg=_searcher(source, workers, check), num_samples=-1, reuse_actors=True, trial_name_creator=_name
         ),
         run_config=tune.RunConfig(
             name="trials",
             storage_path=storage,
             verbose=0,
+            callbacks=[Watch()],
             failure_config=tune.FailureConfig(max_failures=0),
             # A stretch writes its own checkpoint, which a later one finds by the name of the trial.
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
@@ -122,8 +155,11 @@ def _name(trial: Any) -> str:
     return f"stretch_{trial.trial_id}"
 
 
-def _searcher(source: Source, workers: int) -> Any:
-    """Tune's searcher: hands out the source's assignments and brings back what became of them."""
+def _searcher(source: Source, workers: int, check: Callable[[], None]) -> Any:
+    """Tune's searcher: hands out the source's assignments and brings back what became of them.
+
+    `check` raises where Ray itself has ended, with which all workers end: that is no failure of what they did.
+    """
     from ray.tune.search import Searcher
 
     class CampaignSearcher(Searcher):  # type: ignore[misc, unused-ignore]
@@ -152,6 +188,8 @@ def _searcher(source: Source, workers: int) -> Any:
             self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
         ) -> None:
             """Takes the report, or the failure, of an assignment back."""
+            if error:
+                check()
             died = ("worker-died", "its worker process could not start, or ended: out of memory, or its node was lost?")
             outcome = {"failure": self._failures.pop(trial_id, died)} if error or result is None else result
             source.take(self._work.pop(trial_id), outcome)

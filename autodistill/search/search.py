@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from autodistill.contracts import Plan, Status
-from autodistill.errors import InterruptedSearchError
+from autodistill.errors import InterruptedSearchError, LostClusterError
 from autodistill.hardware import detect
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.differences import differences
@@ -23,6 +23,7 @@ from autodistill.records.saved import saved
 from autodistill.records.store import RunFolder, write_json
 from autodistill.records.stored_run import StoredLog, check_free, keep
 from autodistill.search.campaign import Campaign
+from autodistill.search.checked import Checked, check_request
 from autodistill.search.cost import cost
 from autodistill.search.finish import Finish, Finisher, finish
 from autodistill.search.inline_runner import run_inline
@@ -31,11 +32,11 @@ from autodistill.search.measuring import plan_from_measurement
 from autodistill.search.plan import confirmed
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
-from autodistill.search.request import Checked, SearchRequest, check_request
+from autodistill.search.request import SearchRequest
 from autodistill.search.sampler import Sampler
 from autodistill.search.share import check_share
 from autodistill.search.supplies import send
-from autodistill.search.teacher_outputs import cache_settings, calibration_file
+from autodistill.search.teacher_outputs import cache_settings, calibration_file, check_cache_limit
 from autodistill.stages import default_limit
 from autodistill.trial_data import TrialSetting
 
@@ -69,6 +70,7 @@ def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
     request = checked.request
     observer.phase("loading teacher and data")
     loaded = load(checked, place)
+    check_cache_limit(checked, loaded)
     observer.phase("measuring this machine")
     plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - request.started)
     settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration_file(checked, loaded))
@@ -81,7 +83,7 @@ def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
         "training_bytes": {**asdict(loaded.fit.estimate), "total_bytes": loaded.fit.estimate.total_bytes},
         "budget": request.budget.to_json(),
         "expected_seconds": sum(plan.seconds.values()),
-        **cost(plan, sum(len(machine.gpus) for machine in place.machines), request.price),
+        **cost(plan, place.machines, request.price),
     }
 
 
@@ -92,6 +94,7 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
         InputError: Bad input, before any work is spent.
         NothingFitsError: No student fits the budget.
         InterruptedSearchError: Ctrl-C; everything finished so far is kept, and the message says how to resume.
+        LostClusterError: Ray itself ended; likewise.
         VerificationError: What was exported is not what was evaluated.
     """
     observer = observer or Observer()
@@ -102,13 +105,19 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
         except KeyboardInterrupt:
             if not run.search_file.exists():
                 raise InterruptedSearchError("stopped before the first trial: nothing to resume") from None
-            resume = request.command if request.resume else f"{request.command} --resume"
-            if request.name is None:
-                resume += f" --name {run.name}"
-            raise InterruptedSearchError(f"stopped; every finished trial is kept. To go on: {resume}") from None
+            raise InterruptedSearchError(f"stopped; {_to_go_on(request, run)}") from None
+        except LostClusterError as error:
+            raise LostClusterError(f"{error}; {_to_go_on(request, run)}") from None
         finally:
             if not request.resume:
                 run.discard()
+
+
+def _to_go_on(request: SearchRequest, run: RunFolder) -> str:
+    resume = request.command if request.resume else f"{request.command} --resume"
+    if request.name is None:
+        resume += f" --name {run.name}"
+    return f"every finished trial is kept. To go on: {resume}"
 
 
 def _folder(checked: Checked) -> RunFolder:
@@ -161,7 +170,7 @@ def _search(checked: Checked, place: Place, joined: Cluster | None, run: RunFold
     if storage is not None:
         with clock.phase("load", "sending what trials read"):
             keep(run.search_file, storage)
-            setting = send(setting, storage)
+            setting = send(setting, storage, request.cache_limit_bytes)
     deadline = _deadline(request, plan, earlier)
     campaign = Campaign(
         question,

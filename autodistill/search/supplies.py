@@ -8,19 +8,21 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from autodistill.storage import Storage, node_copy
+from autodistill.search.node_copies import collect_copies, hold_copy
+from autodistill.storage import Storage
 from autodistill.strategy import content_hash
 from autodistill.trial_data import TrialSetting
 
 _MANIFEST = "supplies.json"
 
 
-def send(setting: TrialSetting, storage: Storage) -> TrialSetting:
+def send(setting: TrialSetting, storage: Storage, limit_bytes: int) -> TrialSetting:
     """Sends the files that trials read, those that are not there yet.
 
     Args:
         setting: With this machine's paths.
         storage: The run's.
+        limit_bytes: Disk that a node's copies may take, those in use aside.
 
     Returns:
         The setting by which any node finds them.
@@ -34,7 +36,7 @@ def send(setting: TrialSetting, storage: Storage) -> TrialSetting:
         storage.send_folder(path, key)
         manifest[name] = {"key": key, "file": path.name if path.is_file() else ""}
     storage.write(_MANIFEST, json.dumps(manifest).encode())
-    return replace(setting, storage=storage)
+    return replace(setting, storage=storage, copies_limit_bytes=limit_bytes)
 
 
 def absolute(setting: TrialSetting) -> TrialSetting:
@@ -43,7 +45,7 @@ def absolute(setting: TrialSetting) -> TrialSetting:
 
 
 def fetch(setting: TrialSetting) -> TrialSetting:
-    """The setting with the paths of this node's copies, where the run has a storage.
+    """The setting with the paths of this node's copies, where the run has a storage; others make room for them.
 
     Raises:
         OSError: They cannot be fetched.
@@ -52,9 +54,12 @@ def fetch(setting: TrialSetting) -> TrialSetting:
         return setting
     storage, paths = setting.storage, {}
     for name, where in json.loads(storage.read(_MANIFEST)).items():
-        folder = storage.fetch_folder(where["key"], node_copy(storage, where["key"]))
+        folder = storage.fetch_folder(where["key"], hold_copy(storage, where["key"]))
         paths[name] = folder / where["file"]
-    return _with(setting, paths, node_copy(storage, "checkpoints"))
+    checkpoints = hold_copy(storage, "checkpoints")
+    if setting.copies_limit_bytes is not None:
+        collect_copies(setting.copies_limit_bytes)
+    return _with(setting, paths, checkpoints)
 
 
 def _paths(setting: TrialSetting) -> Iterator[tuple[str, Path]]:

@@ -27,13 +27,16 @@ from autodistill.records.differences import paired
 from autodistill.records.leaderboard import rows_of
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
+from autodistill.search.asked import Asked
+from autodistill.search.checked import Checked
 from autodistill.search.loading import Loaded
+from autodistill.search.plan import fewest_tokens
 from autodistill.search.progress import Clock
-from autodistill.search.request import Asked, Checked
 from autodistill.search.rows import make_row
 from autodistill.space import Space
 from autodistill.strategy import Deployment
 from autodistill.trial_data import TrialSetting
+from autodistill.units import format_bytes, written_bytes
 
 EVALUATORS = ("accuracy", "perplexity", "agreement", "kl", "calibration", "memory", "size")
 
@@ -53,9 +56,15 @@ def calibration_file(checked: Checked, loaded: Loaded) -> Path | None:
 
 
 def cache_settings(space: Space, spec: ModelSpec, bf16: bool, calibration: Path | None) -> CacheSettings:
-    """What the trials of a space may ask of the teacher's cache."""
+    """What the trials of a space may ask of the teacher's cache, but for what layers are chosen by a calibration that
+    is not there yet.
+    """
     importance = Calibration.load(calibration) if calibration else None
-    cases = [(kept_layers(init, spec.layers, importance), item) for init, item in space.alignment_cases(spec.layers)]
+    cases = [
+        (kept_layers(init, spec.layers, importance), item)
+        for init, item in space.alignment_cases(spec.layers)
+        if importance is not None or init.layers != "influence"
+    ]
     states = {
         pair.teacher_state
         for kept, alignment in cases
@@ -66,6 +75,25 @@ def cache_settings(space: Space, spec: ModelSpec, bf16: bool, calibration: Path 
     followed = {teacher_layer(attention, spec.layers) for attention in space.attention_cases(spec.layers)}
     states |= {layer - 1 for layer in followed if layer > 0}
     return CacheSettings.for_recipes(space.signal_cases(), states, bf16)
+
+
+def check_cache_limit(checked: Checked, loaded: Loaded) -> None:
+    """Refuses a limit that does not hold the outputs for the shortest trials, before anything is measured.
+
+    Raises:
+        InputError: The message has the least that would do.
+    """
+    request, longest = checked.request, max(checked.space.lengths)
+    tokens = fewest_tokens(loaded.step_tokens, request.tokens)
+    length = checked.sequence_length
+    sequences = min(int(longest * tokens) // length, loaded.data.splits["train"].sequences)
+    settings = cache_settings(checked.space, loaded.spec, False, None)
+    need = settings.bytes_of(sequences, length, loaded.spec.vocabulary, loaded.spec.width)
+    if need > request.cache_limit_bytes and not settings.empty:
+        raise InputError(
+            f"the teacher cache needs at least {format_bytes(need)} for trials of {tokens:,} tokens, above its limit "
+            f"of {format_bytes(request.cache_limit_bytes)}: give --cache-limit {written_bytes(need)} or more"
+        )
 
 
 def teacher_phase(

@@ -1,4 +1,4 @@
-"""The event log after a kill at any byte, the run folder and its lock, the ledger of test openings."""
+"""The event log after a kill at any byte, the run folder and its lock."""
 
 import contextlib
 import json
@@ -210,27 +210,6 @@ def test_two_processes_cannot_hold_one_run(tmp_path: Path) -> None:
         assert RunFolder.open(tmp_path, "run").events.read() == [], "reading needs no lock"
         holder.send_signal(signal.SIGKILL)
     RunFolder.open(tmp_path, "run", lock=True).close()
-
-
-def test_every_opening_of_a_test_split_is_on_record(tmp_path: Path) -> None:
-    assert store.recorded_test_openings(tmp_path) == []
-    store.record_test_opening(tmp_path, run="a", data="f1")
-    store.record_test_opening(tmp_path, run="b", data="f2")
-    store.record_test_opening(tmp_path, run="c", data="f1")
-    assert [o["run"] for o in store.recorded_test_openings(tmp_path)] == ["a", "b", "c"]
-    assert [o["run"] for o in store.recorded_test_openings(tmp_path, data="f1")] == ["a", "c"]
-    assert all(o["time"].endswith("+00:00") for o in store.recorded_test_openings(tmp_path))
-
-
-def test_openings_are_counted_by_run(tmp_path):
-    search = {"data": {"fingerprint": "f1"}}
-    assert store.opened(store.openings_of(tmp_path, search)) == "The test split of this data has not been opened here."
-    for run, data in (("a", "f1"), ("b", "f2"), ("c", "f1"), ("a", "f1")):
-        store.record_test_opening(tmp_path, run=run, data=data)
-    assert store.openings_of(tmp_path, search) == {"a": 2, "c": 1}
-    said = store.opened(store.openings_of(tmp_path, search))
-    assert said == "The test split of this data has been opened 3 times here, by a 2, c 1."
-    assert store.openings_of(tmp_path, {}) == {}
 
 
 def test_a_holder_on_another_host_is_named_with_it(tmp_path):

@@ -17,7 +17,8 @@ from autodistill.records.differences import differences
 from autodistill.records.leaderboard import rank
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
-from autodistill.search.request import SearchRequest, check_request
+from autodistill.search.checked import check_request
+from autodistill.search.request import SearchRequest
 from autodistill.search.search import Outcome, plan_search, search
 from autodistill.summary import leaderboard_of, search_summary
 from autodistill.testing import save_tiny_teacher, tiny_text
@@ -270,7 +271,7 @@ def test_a_third_partys_evaluator_is_found_conforms_and_ranks(base: SearchReques
 
 def test_a_small_box_reads_fewer_examples_and_says_so(base: SearchRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autodistill.search.measuring._ASKED_SHARE", 1e-9)
-    plan = plan_search(replace(base, name="box", trials=None, tokens=None, time_seconds=30.0))["plan"]
+    plan = plan_search(replace(base, name="box", trials=None, tokens=None, time_seconds=300.0))["plan"]
     assert 0 <= plan["example_share"] < 0.01
     assert any("of the tasks' examples" in note for note in plan["notes"])
     whole = plan_search(replace(base, name="box", tasks=None))

@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import pytest
 
+from autodistill.hardware import Gpu, Machine
 from autodistill.search.cost import cost
 from autodistill.testing import small_plan
 from autodistill.units import Price
 
 # An hour in all, of which three quarters are trials, on two workers.
 PLAN = small_plan(seconds={"load": 600.0, "trials": 2700.0, "export": 300.0}, workers=2)
+GPU = Gpu(name="any", memory_bytes=10**9)
+
+
+def machines(*gpus: int) -> list[Machine]:
+    return [Machine(cpus=4, memory_bytes=10**9, gpus=(GPU,) * count) for count in gpus]
 
 
 def test_hours_are_of_the_whole_search_and_of_its_trials() -> None:
-    assert cost(PLAN, 0, None) == {"machine_hours": 1.0, "worker_hours": 1.5, "gpu_hours": 0.0}
-    assert cost(PLAN, 4, None)["gpu_hours"] == 4.0
+    assert cost(PLAN, machines(0), None) == {"machine_hours": 1.0, "worker_hours": 1.5, "gpu_hours": 0.0}
+    assert cost(PLAN, machines(4), None)["gpu_hours"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "of_machines", "of_gpus"),
+    [((0, 0, 0), 3.0, 0.0), ((2, 2), 2.0, 4.0), ((0, 4), 1.0, 4.0)],  # one without GPUs trains nothing beside others
+)
+def test_hours_on_a_cluster_are_of_all_nodes_that_train(
+    gpus: tuple[int, ...], of_machines: float, of_gpus: float
+) -> None:
+    found = cost(PLAN, machines(*gpus), Price(amount=2.0))
+    assert (found["machine_hours"], found["gpu_hours"]) == (of_machines, of_gpus)
+    assert found["cost"] == 2.0 * (of_gpus or of_machines)
 
 
 @pytest.mark.parametrize(("gpus", "paid", "what"), [(0, 2.5, "machine"), (1, 2.5, "GPU"), (8, 20.0, "GPU")])
 def test_a_price_is_of_each_gpu_or_else_of_the_machine(gpus: int, paid: float, what: str) -> None:
-    found = cost(PLAN, gpus, Price(amount=2.5, currency="USD"))
+    found = cost(PLAN, machines(gpus), Price(amount=2.5, currency="USD"))
     assert (found["cost"], found["price_of"], found["currency"]) == (paid, what, "USD")
     assert found["cost_shown"] == f"{paid:.2f} USD"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,15 @@ def test_a_pretrained_model_of_other_tokens_is_refused_before_training(inputs, t
         InputError, match=r"logit distillation needs one vocabulary: .* lacks 10 of the teacher's 300 tokens"
     ):
         search(request(inputs, tmp_path / "out", strategy))
+
+
+def test_a_pretrained_model_of_a_shorter_context_than_the_budgets_is_refused(inputs, tmp_path: Path) -> None:
+    sibling = save_tiny_teacher(tmp_path / "sibling", layers=2, width=64)
+    config = json.loads((sibling / "config.json").read_text())
+    (sibling / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+    strategy = written(tmp_path, source="pretrained", model=str(sibling), depth=1.0)
+    with pytest.raises(InputError, match=r"the pretrained .*sibling has a context of 128 .*--context 128 or less"):
+        plan_search(request(inputs, tmp_path / "out", strategy))
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ def command(inputs: Inputs, runner: str, *more: str) -> list[str]:
     return [sys.executable, "-m", "autodistill", "search", *options, *fixed, *more]
 
 
-def start(words: list[str], folder: Path) -> subprocess.Popen[bytes]:
-    # On one core, since threads that wait for a core that others use are slower than none.
+def start(words: list[str], folder: Path, cores: int | None = None) -> subprocess.Popen[bytes]:
+    # With one thread, since threads that wait for a core that others use are slower than none.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(folder)}
     return subprocess.Popen(
         words,
@@ -43,6 +43,7 @@ def start(words: list[str], folder: Path) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=None if cores is None else lambda: os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores]),
     )
 
 
@@ -51,19 +52,23 @@ def events(folder: Path) -> list[dict[str, object]]:
     return EventLog(log).read() if log.exists() else []
 
 
-def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
-    """Kills a search, and it alone, once `ready`; what it started has to notice by itself."""
+def wait_for(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
     ends = time.monotonic() + 180
     while not ready():
         assert process.poll() is None, process.communicate()[1].decode()
         assert time.monotonic() < ends, "the search came to nothing"
         time.sleep(0.02)
+
+
+def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
+    """Kills a search, and it alone, once `ready`; what it started has to notice by itself."""
+    wait_for(process, ready)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def finish(words: list[str], folder: Path) -> dict[str, object]:
-    output, errors = start(words, folder).communicate(timeout=300)
+def finish(words: list[str], folder: Path, cores: int | None = None) -> dict[str, object]:
+    output, errors = start(words, folder, cores).communicate(timeout=300)
     assert output, errors.decode()
     return dict(json.loads(output))
 
@@ -107,3 +112,33 @@ def test_a_search_killed_under_ray_leaves_no_process_and_resumes(inputs: Inputs,
     assert after[: len(before)] == before
     assert len(set(after)) == len(after), "a stretch was run twice"
     assert document["best"]
+
+
+@pytest.mark.slow
+def test_a_search_whose_ray_is_killed_says_how_to_go_on_and_ends_as_if_it_had_not_been(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    """The raylet of the first process and the GCS of the next; one worker, so that all is in one order."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    finish(command(inputs, "ray"), whole, cores=1)
+    for victim, more, least in (("raylet", [], 1), ("gcs_server", ["--resume"], 3)):
+        process = start(command(inputs, "ray", *more), cut, cores=1)
+        wait_for(process, lambda least=least: len(reports(cut)) >= least)  # type: ignore[misc]
+        before = reports(cut)
+        family = psutil.Process(process.pid).children(recursive=True)
+        next(child for child in family if child.name() == victim).kill()
+        output, errors = process.communicate(timeout=60)  # of which Ray itself would take all, and say nothing
+        assert process.returncode == 1
+        said = json.loads(output)["error"]
+        assert f"Ray's {victim} has ended" in said
+        assert said.endswith("--resume")
+        assert said in errors.decode()
+        assert "Traceback" not in errors.decode()
+        assert not psutil.wait_procs(family, timeout=60)[1], "processes of Ray live on"
+        assert reports(cut)[: len(before)] == before
+    finish(command(inputs, "ray", "--resume"), cut, cores=1)
+    assert not [event for event in events(cut) if event["event"] in ("retry", "unevaluated")]
+    assert reports(cut) == reports(whole)
+    assert results(cut) == results(whole)

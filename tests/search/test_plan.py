@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.search.loading import _lora
-from autodistill.search.plan import Demand, Speed, extend, make_plan, more_trials, rung_tokens
+from autodistill.search.plan import Demand, Speed, check_box, extend, make_plan, more_trials, rung_tokens
 from autodistill.search.share import Workers
 from autodistill.space import load_space, load_strategy
 from autodistill.strategy import Lora
@@ -88,6 +91,28 @@ def test_fixed_trials_and_tokens_are_kept_and_need_no_box() -> None:
 def test_what_a_short_box_cannot_hold_is_said() -> None:
     plan = make_plan(replace(DEMAND, box_seconds=230.0), SPEED, WORKERS)
     assert any("trials" in note for note in plan.notes)
+
+
+def test_a_box_that_does_not_hold_the_baselines_training_is_refused_with_one_that_does() -> None:
+    """By hand at these speeds, 768 tokens: caching 1.8 s and scoring 2.6 s, eight teachers' rows 8 * (2.6 + 1.1) s,
+    workers 15 s, export 12 + 21 s, test 6 * (5.1 + 1.3) s, training 4.7 + 3.1 + 5.4 s, and 15 s that are spent."""
+    least = 15 + 1.8 + 2.6 + 8 * 3.7 + 15 + 33.4 + 6 * 6.5 + 13.2
+    for box in (1.0, 0.98 * least):
+        with pytest.raises(InputError, match="does not hold the training of the baseline") as caught:
+            check_box(replace(DEMAND, box_seconds=box), SPEED, WORKERS)
+        advised = int(re.search(r"--time (\d+)s or more$", str(caught.value))[1])  # type: ignore[index]
+        assert 1.05 * least < advised < 1.15 * least
+    check_box(replace(DEMAND, box_seconds=1.02 * least), SPEED, WORKERS)
+    check_box(replace(DEMAND, box_seconds=None), SPEED, WORKERS)
+
+
+def test_tokens_that_were_asked_for_are_those_that_a_box_must_hold() -> None:
+    asked = replace(DEMAND, box_seconds=300.0)
+    check_box(asked, SPEED, WORKERS)
+    with pytest.raises(InputError, match=r"--time \d+m or more, or fewer --tokens"):
+        check_box(replace(asked, tokens=90_000), SPEED, WORKERS)
+    # Trials beyond the first do not start where the box does not hold them.
+    check_box(replace(asked, trials=50), SPEED, WORKERS)
 
 
 def test_rungs_are_a_ninth_a_third_and_all() -> None:

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
+from autodistill.budget import DeviceBudget
+from autodistill.devices import devices, find_device
 from autodistill.errors import AutoDistillError, InputError
 from autodistill.records.store import RunFolder, write_json
-from autodistill.search.request import SearchRequest, check_request
+from autodistill.search.checked import check_request
+from autodistill.search.request import SearchRequest
 from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.units import Budget
+from autodistill.units import Budget, parse_latency
 
 SPACE = """
 dimensions:
@@ -36,6 +39,21 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
     )
 
 
+def stored_run(asked: SearchRequest) -> dict[str, Any]:
+    """`search.json`, as far as a resumed run is compared with it."""
+    return {
+        "teacher": {"reference": asked.teacher},
+        "data": {"reference": asked.data},
+        "space": "default",
+        "space_hash": check_request(asked).space.hash,
+        "metric": "accuracy",
+        "sampler": "tpe",
+        "seed": 0,
+        "budget": asked.budget.to_json(),
+        "plan": {"trials": 3},
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -54,6 +72,11 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
         ({"cache": "file"}, ["cannot write into", "--cache"]),
         ({"sampler": "annealing"}, ["the samplers are"]),
         ({"budget": Budget(memory_bytes=10**6, context=256)}, ["nothing fits", "raise --budget"]),
+        ({"budget": Budget(memory_bytes=10**9, context=513)}, ["a context of 512 tokens", "--context 512 or less"]),
+        (
+            {"budget": Budget(memory_bytes=10**9, context=513), "strategy": "logit_kd"},
+            ["a context of 512 tokens", "--context 512 or less"],
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(asked: SearchRequest, changes: dict[str, Any], words: list[str]) -> None:
@@ -84,23 +107,30 @@ def test_one_objective_is_what_the_metric_is(asked: SearchRequest) -> None:
     assert (one.metric, one.device) == ("perplexity", None)
 
 
+def test_a_run_that_was_stored_before_there_were_limits_of_latency_has_none(
+    asked: SearchRequest, tmp_path: Path
+) -> None:
+    """As it was written then, also where the memory was a device's."""
+    budget = {"memory_bytes": 10**9, "context": 256, "batch": 1, "latency_seconds": None}
+    stored = stored_run(asked) | {"budget": budget}
+    with RunFolder.create(tmp_path, "run") as run:
+        write_json(run.search_file, stored)
+    again = replace(asked, out=tmp_path, name="run", resume=True)
+    device = find_device("pi 5", devices())
+    plain = Budget(memory_bytes=10**9, context=256)
+    placed = DeviceBudget(memory_bytes=10**9, context=256, device=device)
+    for same in (plain, placed):
+        assert check_request(replace(again, budget=same)).stored is not None
+    for other in (replace(plain, batch=2), replace(placed, latency=parse_latency("10s"))):
+        with pytest.raises(InputError, match="another budget"):
+            check_request(replace(again, budget=other))
+
+
 def test_a_warm_start_is_as_before_when_a_run_goes_on(asked: SearchRequest, tmp_path: Path) -> None:
     """Also where the earlier run is gone by then."""
     with RunFolder.create(tmp_path, "run") as run:
-        fresh = check_request(asked)
-        stored = {
-            "teacher": {"reference": asked.teacher},
-            "data": {"reference": asked.data},
-            "space": "default",
-            "space_hash": fresh.space.hash,
-            "metric": "accuracy",
-            "sampler": "tpe",
-            "seed": 0,
-            "budget": asked.budget.to_json(),
-            "plan": {"trials": 3},
-            "warm_start": {"runs": ["gone"], "observations": [], "first": []},
-        }
-        write_json(run.search_file, stored)
+        warmed = {"runs": ["gone"], "observations": [], "first": []}
+        write_json(run.search_file, stored_run(asked) | {"warm_start": warmed})
     again = replace(asked, out=tmp_path, name="run", resume=True)
     assert check_request(again).warm_start == ("gone",)
     with pytest.raises(InputError, match="another warm start"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +18,18 @@ from autodistill.devices import devices, find_device
 from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
 from autodistill.estimate import spec_from_config
 from autodistill.hardware import detect, machine_name
+from autodistill.records.openings import recorded_test_openings
 from autodistill.records.row import Row, read_parquet
-from autodistill.records.store import RunFolder, recorded_test_openings
+from autodistill.records.store import RunFolder
 from autodistill.roofline import speed
-from autodistill.search.request import SearchRequest, check_request
+from autodistill.search.checked import check_request
+from autodistill.search.progress import Observer
+from autodistill.search.request import SearchRequest
 from autodistill.search.search import Outcome, plan_search, search
 from autodistill.strategy import Deployment
 from autodistill.summary import leaderboard_of, search_summary
 from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.units import Budget, parse_latency
+from autodistill.units import Budget, parse_bytes, parse_latency
 
 TIMES = ("time", "seconds", "train_seconds", "steps", "latency_ms", "tokens_per_second", "answer_ms")
 TOLD = ("latency_detail", "latency_doubts", "memory_parts")  # of the same measurements
@@ -328,6 +332,41 @@ def test_sequences_that_cannot_be_are_refused(inputs: tuple[Path, Path, Path], t
         check_request(request(inputs, tmp_path, sequence_length=999999))
     with pytest.raises(InputError, match="--step-tokens must be a multiple of 64, a sequence, not 250"):
         check_request(request(inputs, tmp_path, sequence_length=64, step_tokens=250))
+
+
+@pytest.mark.parametrize("do", [search, plan_search])
+def test_a_cache_limit_that_holds_nothing_is_refused_before_anything_is_measured(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, do: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases: list[str] = []
+
+    class Phases(Observer):
+        def phase(self, name: str) -> None:
+            phases.append(name)
+
+    with pytest.raises(InputError, match=r"at least .* for trials of 2,304 tokens.*--cache-limit \d+\wB or more") as no:
+        do(request(inputs, tmp_path, cache_limit_bytes=1000), Phases())
+    assert phases == ["loading teacher and data"]
+    assert not (tmp_path / "run").exists()
+    least = parse_bytes(str(no.value).rpartition("--cache-limit ")[2].removesuffix(" or more"))
+    # Nine sequences of 255 predicted tokens, of each at least the 4 bytes of 64 likeliest ones.
+    assert 9 * 255 * 64 * 4 < least < 10**8
+    monkeypatch.setattr("autodistill.search.measuring.measure_speed", measured)
+    with pytest.raises(AssertionError, match="measured"):
+        do(request(inputs, tmp_path, cache_limit_bytes=least), Phases())
+
+
+def measured(*given: object, **more: object) -> None:
+    raise AssertionError("measured")
+
+
+@pytest.mark.parametrize(("box", "more"), [(1.0, {"trials": None, "tokens": None}), (3.0, {"trials": 2})])
+def test_a_box_without_room_for_the_baseline_is_refused_before_anything_is_trained(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, box: float, more: dict[str, object]
+) -> None:
+    with pytest.raises(InputError, match=r"does not hold the training of the baseline.*give --time \d+s or more"):
+        search(request(inputs, tmp_path, time_seconds=box, **more))
+    assert not (tmp_path / "run").exists()
 
 
 def test_ctrl_c_before_anything_is_planned_leaves_nothing(

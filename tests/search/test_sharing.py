@@ -17,12 +17,13 @@ from autodistill.records.row import rows_of
 from autodistill.records.saved import saved
 from autodistill.records.store import RunFolder
 from autodistill.search.campaign import Campaign
+from autodistill.search.checked import check_request
 from autodistill.search.explain import explain
 from autodistill.search.inline_runner import run_inline
 from autodistill.search.loading import Place
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
-from autodistill.search.request import SearchRequest, check_request
+from autodistill.search.request import SearchRequest
 from autodistill.search.sampler import Sampler
 from autodistill.stages import open_stages
 from autodistill.testing import save_tiny_teacher, tiny_text

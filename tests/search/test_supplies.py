@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,9 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrialSetting:
 
 def test_another_machine_reads_copies(setting: TrialSetting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage(f"file://{tmp_path}/shared")
-    sent = send(setting, storage)
+    sent = send(setting, storage, 10**9)
     before = storage.list()
-    send(setting, storage)
+    send(setting, storage, 10**9)
     assert storage.list() == before
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir("/")
@@ -64,11 +66,56 @@ def test_another_machine_reads_copies(setting: TrialSetting, tmp_path: Path, mon
 
 def test_what_changed_is_sent_anew(setting: TrialSetting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage(f"file://{tmp_path}/shared")
-    send(setting, storage)
+    send(setting, storage, 10**9)
     (tmp_path / "data" / "below" / "file").write_text("longer data")
-    sent = send(setting, storage)
+    sent = send(setting, storage, 10**9)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert (fetch(sent).data / "below" / "file").read_text() == "longer data"
+
+
+FETCH = """
+import sys
+from autodistill.search.node_copies import hold_copy
+from autodistill.storage import Storage
+storage, name = Storage(sys.argv[1]), sys.argv[2]
+print(storage.fetch_folder(name, hold_copy(storage, name)), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_nodes_copies_are_collected_under_the_limit_but_for_those_in_use(
+    setting: TrialSetting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other processes' copies: the one longest unused goes first, and none that its process still holds."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    storage = Storage(f"file://{tmp_path}/shared")
+    (tmp_path / "big").write_bytes(bytes(1000))
+    copies: dict[str, Path] = {}
+    others: dict[str, subprocess.Popen[str]] = {}
+    for name in ("held", "old", "new"):
+        storage.send_folder(tmp_path / "big", name)
+        words = [sys.executable, "-c", FETCH, storage.uri, name]
+        others[name] = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        copies[name] = Path(others[name].stdout.readline().strip())  # type: ignore[union-attr]
+
+    def left() -> set[str]:
+        return {name for name, copy in copies.items() if copy.exists()}
+
+    for name in ("old", "new"):
+        others[name].communicate("")
+    partial = copies["old"].with_name(".fetch-killed")
+    partial.mkdir()
+    os.utime(partial, (0, 0))
+    found = fetch(send(setting, storage, 2200))  # room for two of them, and the few bytes that are fetched
+    assert left() == {"held", "new"}
+    assert not partial.exists()
+    fetch(send(setting, storage, 1))
+    assert left() == {"held"}
+    assert (found.teacher / "below" / "file").read_text() == "teacher"
+    others["held"].communicate("")
+    fetch(send(setting, storage, 1))
+    assert left() == set()
+    assert (storage.fetch_folder("held", copies["held"]) / "big").read_bytes() == bytes(1000)
 
 
 def test_without_a_storage_paths_are_those_of_this_machine(setting: TrialSetting, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from autodistill.records.openings import recorded_test_openings
 from autodistill.records.row import rows_of
-from autodistill.records.store import EventLog, known_runs, recorded_test_openings
+from autodistill.records.store import EventLog, known_runs
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 SEARCHES = 10

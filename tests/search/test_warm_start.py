@@ -18,8 +18,9 @@ from autodistill.evaluation import Evaluation
 from autodistill.records.objectives import OBJECTIVES
 from autodistill.records.store import RunFolder, write_json
 from autodistill.search.campaign import Campaign
+from autodistill.search.checked import check_request
 from autodistill.search.plan import Speed
-from autodistill.search.request import SearchRequest, check_request
+from autodistill.search.request import SearchRequest
 from autodistill.search.sampler import Sampler
 from autodistill.search.trials import Assignment, Question
 from autodistill.search.warm_start import WarmStart, check_fingerprints, check_space, parse_runs, warm_start

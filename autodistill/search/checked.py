@@ -1,0 +1,274 @@
+"""A request of which all that needs no model is known to be right."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from autodistill.applied import check_strategy
+from autodistill.budget import DeviceBudget, limits_as, read_budget
+from autodistill.contracts import SEQUENCE_LENGTH, Direction, ModelSpec
+from autodistill.devices import Device
+from autodistill.distillation.teacher import TeacherRef, resolve_teacher
+from autodistill.documents import Source, resolve_data
+from autodistill.errors import InputError
+from autodistill.estimate import spec_from_config
+from autodistill.evaluation import ASKING_DATA
+from autodistill.local_device import LOCAL, choose_device
+from autodistill.records.objectives import Objective, objectives_of
+from autodistill.records.store import RunFolder, read_json
+from autodistill.records.stored_run import check_free, pull
+from autodistill.search.asked import Asked, ask
+from autodistill.search.possible import check_teacher
+from autodistill.search.request import (
+    DEFAULT_DATA,
+    DEFAULT_SAMPLER,
+    DEFAULT_SPACE,
+    DEFAULT_TEACHER,
+    RUNNERS,
+    SearchRequest,
+)
+from autodistill.search.sampler import SAMPLERS
+from autodistill.search.warm_start import check_space, parse_runs
+from autodistill.space import Space, load_space, load_strategy
+from autodistill.storage import Storage
+
+_SEEDS = 2**32
+_MANY = 10_000
+_SHORTEST = 8  # tokens of a sequence: fewer give a model nothing to predict from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A request of which everything that can be checked without a model is known to be right."""
+
+    request: SearchRequest
+    name: str
+    teacher: TeacherRef
+    teacher_reference: str
+    source: Source
+    data_reference: str
+    space: Space
+    space_reference: str
+    asked: Asked
+    objectives: tuple[Objective, ...]
+    device: Device | None
+    sampler: str
+    sequence_length: int
+    warm_start: tuple[str, ...]
+    confirm: int
+    seed: int
+    spec: ModelSpec | None
+    stored: Mapping[str, Any] | None
+    storage: Storage | None
+
+    @property
+    def metric(self) -> str:
+        """What ranks, and chooses what is exported: the first of the objectives."""
+        return self.objectives[0].name
+
+    @property
+    def direction(self) -> Direction:
+        """Whether more or less of it is better."""
+        return self.objectives[0].direction
+
+
+def check_request(request: SearchRequest) -> Checked:
+    """Checks all that can be checked before a model is loaded or a file written.
+
+    Raises:
+        InputError: Of each of its parts, in one line.
+        NothingFitsError: Not even the student that needs least fits the budget.
+    """
+    for name in ("trials", "tokens", "confirm"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1, not {value}")
+    if request.sequence_length is not None and request.sequence_length < _SHORTEST:
+        raise InputError(f"--sequence-length must be at least {_SHORTEST} tokens, not {request.sequence_length}")
+    if request.runner not in RUNNERS:
+        raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
+    if request.ray_address is not None and request.runner == "inline":
+        raise InputError("--ray-address names a Ray cluster, which --runner inline does not use: leave one of them out")
+    storage = Storage(request.storage) if request.storage else None
+    if storage is not None:
+        storage.check()
+    stored = _stored(request, storage)
+    known = stored or {}
+    request = replace(request, **{name: known.get(name, getattr(request, name)) for name in ("sharing", "forking")})
+    length = request.sequence_length or known.get("plan", {}).get("sequence_length") or SEQUENCE_LENGTH
+    if request.step_tokens is not None and (request.step_tokens < 1 or request.step_tokens % length):
+        raise InputError(f"--step-tokens must be a multiple of {length}, a sequence, not {request.step_tokens}")
+    asked, objectives = ask(request, known)
+    sampler = request.sampler or known.get("sampler") or DEFAULT_SAMPLER
+    if sampler not in SAMPLERS:
+        raise InputError(f"there is no sampler {sampler!r}; the samplers are {', '.join(SAMPLERS)}")
+    teacher_reference = request.teacher or known.get("teacher", {}).get("reference") or DEFAULT_TEACHER
+    data_reference = request.data or known.get("data", {}).get("reference") or DEFAULT_DATA
+    space_reference = request.space or known.get("space") or DEFAULT_SPACE
+    teacher = resolve_teacher(teacher_reference)
+    source = resolve_data(data_reference)
+    if asked.written and not source.conversations:
+        raise InputError(f"{asked.written} needs questions with answers: {ASKING_DATA}")
+    space = load_space(space_reference)
+    if request.strategy is not None:
+        space = single(space, request.strategy)
+    _check_possible(space, request)
+    _check_cache(request.cache)
+    checked = Checked(
+        request=request,
+        name=request.name or datetime.now().strftime("search-%Y%m%d-%H%M%S"),
+        teacher=teacher,
+        teacher_reference=teacher_reference,
+        source=source,
+        data_reference=data_reference,
+        space=space,
+        space_reference=space_reference,
+        asked=asked,
+        objectives=objectives,
+        device=_device(request, known, objectives),
+        sampler=sampler,
+        sequence_length=length,
+        warm_start=parse_runs(request.warm_start) if request.warm_start is not None else _warmed_by(known),
+        confirm=request.confirm if request.confirm is not None else known.get("confirm", 0),
+        seed=request.seed if request.seed is not None else known.get("seed", 0),
+        spec=spec_from_config(teacher.config) if teacher.config else None,
+        stored=stored,
+        storage=_of_run(request, storage, known),
+    )
+    if stored is not None:
+        _check_same(checked, stored)
+    else:
+        check_space(request.out, checked.warm_start, space)
+    if checked.spec is not None:
+        if request.strategy is not None:
+            for strategy in space.baselines.values():
+                check_strategy(strategy, checked.spec)
+        check_teacher(checked.spec, space, request.budget, length)
+    return checked
+
+
+def _check_possible(space: Space, request: SearchRequest) -> None:
+    """Refuses more trials than a finite space holds strategies, and seeds that no generator takes."""
+    last = (request.seed or 0) + (request.confirm or 0)
+    if not 0 <= (request.seed or 0) <= last < _SEEDS:
+        raise InputError(f"seeds lie between 0 and {_SEEDS - 1}, and --seed with those of --confirm reaches {last}")
+    grids = {dimension.path: dimension.domain.grid for dimension in space.dimensions}
+    if request.trials is None or not grids or None in grids.values():
+        return
+    # Of a space of more points than anybody would try, it is enough to know that.
+    wanted = min(request.trials, _MANY)
+    points = sum(1 for _ in islice(space.points(lambda dimension: grids[dimension.path] or ()), wanted))
+    if points < wanted:
+        raise InputError(
+            f"--trials {request.trials} are more than the space {space.name} holds, which is {points} strategies: ask "
+            "for that many, or give another --space"
+        )
+
+
+def _check_cache(cache: Path) -> None:
+    """Refuses a cache that cannot be written; it is made here, since nothing else would tell."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        writable = os.access(cache, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise InputError(f"cannot write into {cache}: {error.strerror}; choose another folder with --cache") from error
+    if not writable:
+        raise InputError(f"cannot write into {cache}: it is not yours to write; choose another folder with --cache")
+
+
+def _device(request: SearchRequest, known: Mapping[str, Any], objectives: tuple[Objective, ...]) -> Device | None:
+    """Where latencies are predicted, if they are: on resuming the device as it was, with the figures it had."""
+    if all(one.name != "latency" for one in objectives):
+        return None
+    if isinstance(request.budget, DeviceBudget):
+        return request.budget.device
+    if request.device is None and known.get("device"):
+        return Device.from_json(known["device"])
+    return choose_device(request.device or LOCAL, request.cache)
+
+
+def _warmed_by(stored: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the runs that a stored one was warm-started by."""
+    return tuple(stored.get("warm_start", {}).get("runs", ()))
+
+
+def single(space: Space, reference: str) -> Space:
+    """The space that holds one strategy alone, under the deployments of another space."""
+    strategy = load_strategy(reference)
+    return replace(
+        space, name=Path(reference).stem, dimensions=(), starts={}, baselines={Path(reference).stem: strategy}
+    )
+
+
+def _of_run(request: SearchRequest, storage: Storage | None, known: Mapping[str, Any]) -> Storage | None:
+    """Where the run is kept; a resumed one where it was before."""
+    before = known.get("storage")
+    if request.resume and request.storage not in (None, before):
+        raise InputError(
+            f"the run {request.name!r} is kept on {before or 'this machine alone'}, not on {request.storage}: resume "
+            "it with the same --storage, or start a new run under another --name"
+        )
+    if before is not None and storage is None:
+        storage = Storage(before)
+        storage.check()
+    return storage
+
+
+def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any] | None:
+    if not request.resume:
+        if request.name is not None:
+            # Refused here as well as on creation: no work may be spent before.
+            RunFolder(request.out, request.name).check_free()
+            if storage is not None:
+                check_free(storage.at(request.name))
+        return None
+    if request.name is None:
+        raise InputError("--resume goes on with a run: name it with --name")
+    if storage is not None:
+        pull(request.out / request.name, storage.at(request.name))
+    return read_json(RunFolder.open(request.out, request.name).search_file)
+
+
+def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
+    budget = read_budget(stored["budget"])
+    differing = {
+        "teacher": (checked.teacher_reference, stored["teacher"]["reference"]),
+        "data": (checked.data_reference, stored["data"]["reference"]),
+        "objectives": (
+            ",".join(one.name for one in checked.objectives),
+            ",".join(one.name for one in objectives_of(stored)),
+        ),
+        "device": (checked.device and checked.device.name, (stored.get("device") or {}).get("name")),
+        "task or command": (checked.asked.record, stored.get("asked", checked.asked.record)),
+        "sampler": (checked.sampler, stored["sampler"]),
+        "warm start": (", ".join(checked.warm_start), ", ".join(_warmed_by(stored))),
+        "seed": (checked.seed, stored["seed"]),
+        "budget": (limits_as(checked.request.budget, budget).to_json(), budget.to_json()),
+        "space": (checked.space.hash, stored["space_hash"]),
+    }
+    for name, (asked, before) in differing.items():
+        if asked != before:
+            raise InputError(
+                f"the run {checked.name!r} was made with another {name} ({before}, now {asked}): resume it with the "
+                "same one, or start a new run under another --name"
+            )
+    trials = checked.request.trials
+    if trials is not None and trials < stored["plan"]["trials"]:
+        raise InputError(
+            f"the run {checked.name!r} was planned with {stored['plan']['trials']} trials, not {trials}: resume it "
+            "with as many or more, or start a new run under another --name"
+        )
+    planned_as = {"tokens": "tokens", "step_tokens": "batch_tokens", "sequence_length": "sequence_length"}
+    for name, planned in planned_as.items():
+        asked, option = getattr(checked.request, name), name.replace("_", "-")
+        if asked is not None and asked != stored["plan"][planned]:
+            raise InputError(
+                f"the run {checked.name!r} was planned with {stored['plan'][planned]} {option}, not {asked}: resume it "
+                f"without --{option}, or start a new run under another --name"
+            )

@@ -1,0 +1,83 @@
+"""What a teacher allows: sequences, a context, and a budget that some student of a space meets."""
+
+from __future__ import annotations
+
+from autodistill.applied import check_strategy, student_spec
+from autodistill.contracts import ModelSpec
+from autodistill.errors import InputError, NothingFitsError
+from autodistill.estimate import cannot_hold, fits, holdable, shortfall, smallest
+from autodistill.space import Space
+from autodistill.strategy import Strategy
+from autodistill.units import Budget
+
+
+def check_teacher(spec: ModelSpec, space: Space, budget: Budget, sequence_length: int) -> None:
+    """Refuses sequences and a context that the teacher cannot read, and a budget that no student of it meets.
+
+    Args:
+        spec: The teacher's shape.
+        space: Of the students.
+        budget: Of one.
+        sequence_length: Tokens of a training or evaluated sequence.
+
+    Raises:
+        InputError: One of the former two; or no deployment of the space can hold any student.
+        NothingFitsError: Not even the student that needs least fits the budget.
+    """
+    if sequence_length > spec.max_context:
+        raise InputError(
+            f"the teacher reads at most {spec.max_context} tokens at once, and sequences have "
+            f"{sequence_length}: give --sequence-length {spec.max_context} or less"
+        )
+    _check_context(spec, space, budget.context)
+    _check_budget(spec, space, budget)
+
+
+def _check_context(spec: ModelSpec, space: Space, context: int) -> None:
+    """Refuses a budget at a context that some student could not be served at."""
+    models = {strategy.init.model: student for strategy, student in by_size(space, spec) if strategy.init.model}
+    for model, read in {"": spec, **models}.items():
+        if context > read.max_context:
+            which = f"the pretrained {model}" if model else "the teacher"
+            raise InputError(
+                f"{which} has a context of {read.max_context} tokens, and the budget is stated at {context}: give "
+                f"--context {read.max_context} or less"
+            )
+
+
+def _check_budget(spec: ModelSpec, space: Space, budget: Budget) -> None:
+    """Refuses a budget that no student meets, not even that which needs least."""
+    students = by_size(space, spec)
+    fitting = {strategy: fits(student, holdable(student, space.deployments), budget) for strategy, student in students}
+    held = {strategy: found for strategy, found in fitting.items() if found}
+    if not held:
+        cause = cannot_hold(students[0][1], space.deployments[0])
+        raise InputError(f"no deployment of the space {space.name} can hold the smallest student: {cause}")
+    # Fewer weights are not always less memory: the KV cache goes with the layers.
+    least = min(held, key=lambda strategy: min(fit.slack for fit in held[strategy]))
+    reason = shortfall(held[least], budget)
+    if reason is not None:
+        remedy = (
+            "--latency, or name a faster --device" if smallest(held[least]).late else "--budget, or lower --context"
+        )
+        raise NothingFitsError(
+            f"nothing fits: of the student that needs least ({least.init.describe()}), {reason}; raise {remedy}"
+        )
+
+
+def by_size(space: Space, teacher: ModelSpec) -> list[tuple[Strategy, ModelSpec]]:
+    """The extremes of the space that this teacher can be distilled by, and their shapes, the smallest student first.
+
+    Raises:
+        InputError: There is none; the message is that of the first.
+    """
+    found, refused = [], None
+    for strategy in space.extremes():
+        try:
+            check_strategy(strategy, teacher)
+            found.append((strategy, student_spec(strategy, teacher)))
+        except InputError as error:
+            refused = refused or error
+    if not found and refused is not None:
+        raise refused
+    return sorted(found, key=lambda item: item[1].parameters)
