@@ -23,13 +23,13 @@ class Learnt(NamedTuple):
     others the student's own text is learnt.
 
     Attributes:
-        count: Of them.
+        size: How many they are.
         heard: How many of them the teacher predicts too; they are the first.
         rows: Their places among the student's predicted tokens, sequence by sequence; of plain text all of them.
         teachers: The places of those heard among the teacher's predicted tokens.
     """
 
-    count: int
+    size: int
     heard: int
     rows: Tensor | slice
     teachers: Tensor | slice

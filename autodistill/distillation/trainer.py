@@ -349,13 +349,13 @@ class Trainer:
         What is chosen or balanced within a step, as uncertain positions are, is so within each micro-batch.
         """
         means = dict.fromkeys(("loss", "divergence", "cross_entropy", "alignment", "attention"), 0.0)
-        total = self._learnt(indices).count
+        total = self._learnt(indices).size
         sharding, processes = self._sharding, 1
         if sharding is not None:
             indices, processes = sharding.share(indices), sharding.count
         for start in range(0, len(indices), self._micro_batch):
             part = indices[start : start + self._micro_batch]
-            share = self._learnt(part).count / max(1, total)
+            share = self._learnt(part).size / max(1, total)
             if share == 0:
                 if sharding is not None and total > 0:
                     self._accompany(part)
@@ -443,7 +443,7 @@ class Trainer:
             if distance == "l2":
                 size = self._cache.state_size(indices, pair.teacher_state).to(self._device)[learnt.teachers]
             losses.append(alignment_loss(states, target, size))
-        return torch.stack(losses).mean() * (learnt.heard / learnt.count)
+        return torch.stack(losses).mean() * (learnt.heard / learnt.size)
 
     def _advice(self, indices: list[int], ids: Tensor, temperature: float) -> Target:
         """What the teacher supplies for all predicted tokens of its rendering, with the student's end of answers."""
