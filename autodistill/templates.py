@@ -77,11 +77,15 @@ def own_template(
         The template, and None; or None, and why the model's own template cannot be used. Twice None for a model without
         a template, or whose renderings are the teacher's.
     """
+    from transformers import AutoTokenizer
+
+    if not AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False).chat_template:
+        return None, None
     theirs = Renderer(teacher)
     try:
         own = Renderer(model)
-    except InputError:
-        return None, None  # nothing that could end an answer
+    except InputError as error:
+        return None, str(error)
     template = own.template
     if template is None or template == theirs.template:
         return None, None

@@ -24,7 +24,7 @@ from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, 
 from autodistill.distillation.trainer import Trainer
 from autodistill.rendering import Renderer, Template
 from autodistill.strategy import Alignment, Distillation, Init, Strategy
-from autodistill.templates import own_template, share
+from autodistill.templates import own_template, share, write_text
 from autodistill.testing import save_tiny_teacher
 
 # The teacher's: roles on lines of their own, answers ended by </s>.
@@ -308,6 +308,31 @@ def test_only_what_stands_in_the_same_place_of_an_answer_is_shared(pair: Pair) -
     assert decode(own.tokens[own.answers & ~own.shared]) == " the "
     lone = share([one.render([asked("a", "b")])[0] for one in renderers], [1, 2])
     assert [decode(one.tokens[one.shared]) for one in lone] == ["</s>", "<pad>"]
+
+
+def test_a_teacher_without_a_template_shares_what_its_plain_lines_have(pair: Pair, tmp_path: Path) -> None:
+    plain = saved(tmp_path / "plain", None, layers=1)
+    conversations = [asked("Hi", "the two")]
+    template, _ = own_template(pair.student, plain, conversations)
+    assert template == pair.template
+    renderers = [Renderer(plain), Renderer(plain, template)]
+    records = share([one.render(conversations)[0] for one in renderers], [1, 2])
+    decode = renderers[0].tokenizer.decode
+    assert [decode(one.tokens[one.shared]) for one in records] == [" two</s>", " two<pad>"]
+
+
+def test_what_describes_text_has_the_template_and_its_ends_and_else_is_the_teachers(pair: Pair, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(pair.teacher, teacher)
+    (teacher / "gguf_tokenizer.json").write_text(json.dumps({"pre": "smollm", "eos_token_id": 1}))
+    (teacher / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "temperature": 0.5}))
+    write_text(teacher, Renderer(teacher, pair.template), tmp_path / "text")
+    assert json.loads((tmp_path / "text" / "gguf_tokenizer.json").read_text()) == {"pre": "smollm"}
+    settings = json.loads((tmp_path / "text" / "generation_config.json").read_text())
+    assert settings == {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2, "temperature": 0.5}
+    loaded, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "text", teacher))
+    assert loaded.get_vocab() == theirs.get_vocab()
+    assert (loaded.chat_template, theirs.chat_template) == (LINES, CHAT)
 
 
 def test_a_template_is_used_where_it_renders_otherwise_and_can_be_written(pair: Pair, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def load_pretrained(model: Path, teacher: Path) -> Any:
 
 
 def describe_tokens(model: Any, text: Path) -> None:
-    """Lets a model's config name the tokens that begin and end a text as `templates.write_text` wrote them.
+    """Lets a model's configs name the tokens that begin and end a text as `templates.write_text` wrote them.
 
     Args:
         model: Of transformers; its weights stay as they are.
@@ -103,6 +103,7 @@ def describe_tokens(model: Any, text: Path) -> None:
     """
     from transformers import GenerationConfig
 
-    model.generation_config = GenerationConfig.from_pretrained(text, local_files_only=True)
+    found = GenerationConfig.from_pretrained(text, local_files_only=True)
     for name in _SPECIAL_TOKENS:
-        setattr(model.config, name, getattr(model.generation_config, name))
+        for config in (model.config, model.generation_config):
+            setattr(config, name, getattr(found, name))
