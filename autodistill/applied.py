@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +12,9 @@ from autodistill.distillation.alignment import aligned_layers, check_projection
 from autodistill.distillation.attention import check_attention
 from autodistill.distillation.calibration import Calibration
 from autodistill.distillation.lora import check_lora
+from autodistill.distillation.pretrained import describe_tokens
 from autodistill.distillation.student import build_student, init_spec
+from autodistill.errors import InputError
 from autodistill.estimate import check_holds
 from autodistill.strategy import Deployment, Init, Strategy, serving
 from autodistill.trial_data import TrialSetting
@@ -50,13 +53,33 @@ def student_spec(strategy: Strategy, teacher: ModelSpec) -> ModelSpec:
 
 def initial_student(setting: TrialSetting, init: Init, seed: int) -> tuple[Any, tuple[int, ...]]:
     """The student before training, in float32 on the CPU, and the teacher layer that each of its layers stands for."""
-    return build_student(
+    model, kept = build_student(
         setting.teacher,
         init,
         seed=seed,
         calibration=Calibration.load(setting.calibration) if setting.calibration and init.selective else None,
         pretrained=setting.pretrained.get(init.model),
     )
+    if setting.rendering(init):
+        describe_tokens(model, setting.text(init))
+    return model, kept
+
+
+def check_rendering(strategy: Strategy, renderings: Collection[str]) -> None:
+    """Refuses a strategy that compares what two renderings of a conversation do not have in common.
+
+    Args:
+        strategy: What is to be trained.
+        renderings: References of the pretrained models that have a chat template of their own.
+
+    Raises:
+        InputError: Attention over whole sequences, whose prompts differ.
+    """
+    if strategy.distillation.attention is not None and strategy.init.model in renderings:
+        raise InputError(
+            f"attention is compared between the same tokens, and {strategy.init.model} reads prompts in its own chat "
+            "template: leave distillation.attention out where it is the student, or take the template out of its folder"
+        )
 
 
 def check_strategy(strategy: Strategy, teacher: ModelSpec) -> None:

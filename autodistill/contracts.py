@@ -177,6 +177,14 @@ class TeacherReference:
         """That of the first `count` predicted tokens."""
         return TeacherReference(top1=self.top1[:count], tokens=self.tokens[:count], log_probs=self.log_probs[:count])
 
+    def renamed(self, first: int, second: int) -> TeacherReference:
+        """With two tokens in each other's place."""
+        top1, tokens = (
+            np.where(ids == first, second, np.where(ids == second, first, ids)).astype(np.int32)
+            for ids in (self.top1, self.tokens)
+        )
+        return TeacherReference(top1=top1, tokens=tokens, log_probs=self.log_probs)
+
     def save(self, path: Path) -> None:
         """Writes plain arrays."""
         np.savez(path, top1=self.top1, tokens=self.tokens, log_probs=self.log_probs)

@@ -2,6 +2,9 @@
 
 Documents are split before they are packed, so no document is in two splits, and no prompt of a conversation. One long
 text is cut into three contiguous blocks, with a gap of one sequence between them.
+
+Conversations may lie there in several renderings, the teacher's and those of students with templates of their own: the
+same records in the same sequences, so that the n-th shared token of a sequence is the n-th in every rendering.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +26,11 @@ import numpy.typing as npt
 from autodistill.conversations import Conversation, Likeliest
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError
-from autodistill.packing import cut, pack
+from autodistill.packing import cut, fill, pack
 from autodistill.records.store import alone
-from autodistill.rendering import Rendered, Renderer
+from autodistill.rendering import Rendered, Renderer, Template
 from autodistill.strategy import content_hash
+from autodistill.templates import share, write_text
 
 if TYPE_CHECKING:
     import pyarrow
@@ -35,12 +39,14 @@ __all__ = [
     "Prepared",
     "Question",
     "Questions",
+    "RenderingInfo",
     "Source",
     "SplitInfo",
     "TokenSet",
     "load_split",
     "open_prepared",
     "prepare",
+    "rendering_folder",
     "resolve_data",
 ]
 
@@ -48,7 +54,7 @@ SPLITS = ("train", "validation", "test")
 _HELD_OUT = 0.1  # share of the tokens that validation gets, and test
 _RULE = 1  # part of the fingerprint: to be raised with any change of how data are split, tokenised or packed
 _INDEX = "prepared.json"
-_QUESTIONS, _TOKENIZER = "questions.json", "tokenizer"
+_QUESTIONS, _TOKENIZER, _RENDERINGS, _ENDS = "questions.json", "tokenizer", "renderings", "ends.json"
 _TOLD = ("told_ids", "told_log_p")
 
 Tokens = npt.NDArray[np.int32]
@@ -74,6 +80,25 @@ class SplitInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RenderingInfo:
+    """What a rendering other than the teacher's holds, in all splits.
+
+    Attributes:
+        answers: Tokens that are part of answers.
+        shared: Those of them that all renderings share.
+        records: Of conversations.
+        differing: Those of them whose answers, up to their ends, are cut into other tokens than in some rendering.
+        ends: The tokens that end an answer, the teacher's and the rendering's.
+    """
+
+    answers: int
+    shared: int
+    records: int
+    differing: int
+    ends: tuple[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """Data on disk, ready to be trained on.
 
@@ -85,6 +110,7 @@ class Prepared:
         sequence_length: Tokens of a sequence.
         splits: "train", "validation" and "test".
         notes: What a person must know of the data, in sentences.
+        renderings: By the names of their templates, those beside the teacher's.
     """
 
     folder: Path
@@ -94,6 +120,7 @@ class Prepared:
     sequence_length: int
     splits: dict[str, SplitInfo]
     notes: tuple[str, ...] = ()
+    renderings: Mapping[str, RenderingInfo] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,11 +168,15 @@ class TokenSet:
         documents: int32 [sequences, sequence_length], the document each token belongs to, by its place in the source;
             equal documents, and conversations that begin with the same prompt, share the place of the first. Of one
             long text, each sequence counts as a document.
-        answers: bool [sequences, sequence_length], whether a token is part of an answer and so counts as a label, in
-            losses and in scores; None where all tokens count.
+        answers: bool [sequences, sequence_length], whether a token is part of an answer and so counts as a label in
+            losses, and in scores where nothing is shared; None where all tokens count.
         told: [sequences, sequence_length, k], the likeliest tokens in each place, as the answers' writer told them;
             None where nothing was told of any.
         questions: Those of the documents, in a held-out split of conversations; else None.
+        shared: bool [sequences, sequence_length], the answers' tokens that all renderings of the data have, which alone
+            are scored: the n-th of a sequence is the n-th in every rendering. None where there is but one.
+        teacher: The same sequences as the teacher reads them, where this is another rendering; else None.
+        ends: The tokens that end an answer, the teacher's and this rendering's, where they differ; else None.
     """
 
     tokens: Tokens
@@ -153,12 +184,19 @@ class TokenSet:
     answers: npt.NDArray[np.bool_] | None = None
     told: Likeliest | None = None
     questions: Questions | None = None
+    shared: npt.NDArray[np.bool_] | None = None
+    teacher: TokenSet | None = None
+    ends: tuple[int, int] | None = None
+
+    @property
+    def scored(self) -> npt.NDArray[np.bool_] | None:
+        """bool [sequences, sequence_length], the tokens that scores count; None where all do."""
+        return self.answers if self.shared is None else self.shared
 
     @property
     def predicted(self) -> int:
-        """Number of tokens that are predicted from those before them and count."""
-        labels = self.tokens[:, 1:] if self.answers is None else self.answers[:, 1:]
-        return labels.size if self.answers is None else int(labels.sum())
+        """Number of tokens that are predicted from those before them and scored."""
+        return self.tokens[:, 1:].size if self.scored is None else int(self.scored[:, 1:].sum())
 
     def head(self, tokens: int) -> TokenSet:
         """The first sequences that together hold at most this many tokens, but at least one of them."""
@@ -173,11 +211,20 @@ class TokenSet:
             answers=None if self.answers is None else self.answers[:count],
             told=None if self.told is None else self.told.first(count),
             questions=questions,
+            shared=None if self.shared is None else self.shared[:count],
+            teacher=None if self.teacher is None else self.teacher.head(tokens),
+            ends=self.ends,
         )
 
 
 def prepare(
-    source: Source, tokenizer_folder: Path, tokenizer_fingerprint: str, sequence_length: int, cache: Path, seed: int = 0
+    source: Source,
+    tokenizer_folder: Path,
+    tokenizer_fingerprint: str,
+    sequence_length: int,
+    cache: Path,
+    seed: int = 0,
+    templates: Sequence[Template] = (),
 ) -> Prepared:
     """Splits, tokenises and packs the documents, or opens what an earlier call left in `cache`.
 
@@ -188,6 +235,8 @@ def prepare(
         sequence_length: Tokens of a sequence, at least 2.
         cache: Folder under which the data are kept; a torn or altered copy in it is made again.
         seed: Of the choice of documents for the splits, and of the order of the sequences.
+        templates: By which conversations are rendered as well; see `templates.own_template`. Of a conversation whose
+            answers share no token in all renderings nothing is kept.
 
     Raises:
         InputError: Too little text for one sequence in each split.
@@ -197,13 +246,17 @@ def prepare(
     conversations = source.conversations
     renderer = Renderer(tokenizer_folder) if conversations else None
     parts = [source.fingerprint, tokenizer_fingerprint, sequence_length, seed, _RULE]
-    fingerprint = content_hash([*parts, renderer.rule, source.task] if renderer else parts, digits=16)
+    own = {template.name: Renderer(tokenizer_folder, template) for template in templates if conversations}
+    if renderer is not None:
+        parts += [renderer.rule, source.task, *([sorted(own)] if own else [])]
+    fingerprint = content_hash(parts, digits=16)
     folder = cache / "data" / fingerprint
     with alone(folder):
         with contextlib.suppress(InputError):  # missing, torn or altered: made below
             return open_prepared(folder)
         if renderer is not None:
-            return _prepare_conversations(folder, source, conversations, renderer, sequence_length, seed)
+            renderers = {"": renderer} | {name: own[name] for name in sorted(own)}
+            return _prepare_conversations(folder, source, renderers, tokenizer_folder, sequence_length, seed)
         return _prepare_texts(folder, source, tokenizer_folder, sequence_length, seed)
 
 
@@ -225,45 +278,66 @@ def _prepare_texts(folder: Path, source: Source, tokenizer_folder: Path, sequenc
 
 
 def _prepare_conversations(
-    folder: Path, source: Source, conversations: tuple[Conversation, ...], renderer: Renderer, length: int, seed: int
+    folder: Path, source: Source, renderers: Mapping[str, Renderer], teacher: Path, length: int, seed: int
 ) -> Prepared:
-    """Splits by opening prompt and packs whole records; questions are kept of the splits that are held out."""
-    whole = renderer.render(conversations)
-    short = [cut(record, length) for record in whole]
-    # By place in the source.
-    records = {place: record for place, record in enumerate(short) if record is not None}
-    notes = _notes([len(record.tokens) for record in whole], set(records), length)
-    if not records:
-        raise InputError(f"the data cannot be used: {notes[0]}; give shorter prompts")
+    """Splits by opening prompt and packs whole records; questions are kept of the splits that are held out.
+
+    Args:
+        renderers: By name; the teacher's, whose name is empty, first.
+        teacher: Folder of its tokenizer.
+    """
+    renderer, conversations = renderers[""], source.conversations
+    whole = {"": renderer.render(conversations)}
+    for name, other in renderers.items():
+        if name:  # what was told of an answer's tokens is read beside the teacher's
+            whole[name] = other.render([replace(one, told=None) for one in conversations])
+    records, notes = _kept(whole, [one.end for one in renderers.values()], length)
     openings = [conversations[place].opening for place in records]
     owners = dict(zip(records, (list(records)[first] for first in _places(openings)), strict=True))
-    tokens = [record.tokens for record in records.values()]
+    tokens = [record[0].tokens for record in records.values()]
     texts = {place: conversations[place].opening for place in owners.values()}
     chosen = _assign(texts, tokens, list(owners.values()), length, seed)
-    tables, questions, counts = {}, {}, {}
+    tables, counts = {}, {}
+    questions: dict[str, dict[str, str]] = {name: {} for name in renderers}
     for split, firsts in chosen.items():
         inside = set(firsts)
         members = [place for place, owner in owners.items() if owner in inside]
-        packed = pack([records[place] for place in members], [owners[place] for place in members], length)
-        # Arrow keeps a bool in a bit, which cannot be mapped.
-        counted = packed.answers.view(np.uint8)
-        columns: dict[str, npt.NDArray[Any]] = {"tokens": packed.tokens, "documents": packed.documents}
-        columns["answers"] = counted
-        told = 0
-        if packed.told is not None:
-            columns |= {name: part.reshape(len(part), -1) for name, part in zip(_TOLD, packed.told, strict=True)}
-            told = int((packed.told.ids[:, 1:, 0] >= 0).sum())
-        counts[split] = {"answers": int(packed.answers[:, 1:].sum()), "told": told}
+        rows = fill([max(len(record.tokens) for record in records[place]) for place in members], length)
+        columns: dict[str, npt.NDArray[Any]] = {}
+        for number, name in enumerate(renderers):
+            chunk = [records[place][number] for place in members]
+            packed = pack(chunk, [owners[place] for place in members], length, rows)
+            found: dict[str, npt.NDArray[Any]] = {"tokens": packed.tokens, "documents": packed.documents}
+            # Arrow keeps a bool in a bit, which cannot be mapped.
+            found["answers"] = packed.answers.view(np.uint8)
+            if len(renderers) > 1:
+                found["shared"] = packed.shared.view(np.uint8)
+            columns |= {f"{name}/{column}" if name else column: values for column, values in found.items()}
+            if name:
+                continue
+            told = 0
+            if packed.told is not None:
+                columns |= {name: part.reshape(len(part), -1) for name, part in zip(_TOLD, packed.told, strict=True)}
+                told = int((packed.told.ids[:, 1:, 0] >= 0).sum())
+            counts[split] = {"answers": int(packed.answers[:, 1:].sum()), "told": told}
         tables[split] = _table(columns, seed)
         if split != "train":
-            entries = [_question(place, conversations[place], whole[place], renderer) for place in sorted(inside)]
-            asking = {"task": source.task, "stops": renderer.stops, "entries": [asdict(entry) for entry in entries]}
-            questions[split] = json.dumps(asking)
+            for name, one in renderers.items():
+                entries = [_question(place, conversations[place], whole[name][place], one) for place in sorted(inside)]
+                asking = {"task": source.task, "stops": one.stops, "entries": [asdict(entry) for entry in entries]}
+                questions[name][split] = json.dumps(asking)
 
     def add(temporary: Path) -> None:
         renderer.tokenizer.save_pretrained(temporary / _TOKENIZER)
-        for split, text in questions.items():
-            (temporary / split / _QUESTIONS).write_text(text, encoding="utf-8")
+        for name, texts in questions.items():
+            if name:
+                own = rendering_folder(temporary, name)
+                write_text(teacher, renderers[name], own)
+                (own / _ENDS).write_text(json.dumps([renderer.end, renderers[name].end]), encoding="utf-8")
+            for split, text in texts.items():
+                path = _questions_file(temporary, split, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
 
     if any(one.told for one in conversations):
         learnt, told = counts["train"]["answers"], counts["train"]["told"]
@@ -271,7 +345,76 @@ def _prepare_conversations(
             f"of {learnt:,} answer tokens to learn from, {told:,} have their writer's log-probabilities, and "
             f"{learnt - told:,} their text alone",
         )
-    return _write(folder, source, length, tables, add, notes, counts)
+    infos = {
+        name: _rendering_info([record[number] for record in records.values()], renderer, renderers[name])
+        for number, name in enumerate(renderers)
+        if name
+    }
+    return _write(folder, source, length, tables, add, notes, counts, infos)
+
+
+def _kept(
+    whole: Mapping[str, Sequence[Rendered]], ends: Sequence[int], length: int
+) -> tuple[dict[int, list[Rendered]], tuple[str, ...]]:
+    """The records that can be used, cut to a sequence, by place in the source and each in all renderings, and notes.
+
+    Args:
+        whole: The renderings.
+        ends: The token that each ends an answer with.
+        length: Tokens of a sequence.
+
+    Raises:
+        InputError: There is none.
+    """
+    together = list(zip(*whole.values(), strict=True))
+    records: dict[int, list[Rendered]] = {}
+    for place, renderings in enumerate(together):
+        short = [part for record in renderings if (part := cut(record, length)) is not None]
+        if len(short) == len(renderings):
+            records[place] = short
+    notes = _notes([max(len(record.tokens) for record in one) for one in together], set(records), length)
+    if not records:
+        raise InputError(f"the data cannot be used: {notes[0]}; give shorter prompts")
+    if len(ends) == 1:
+        return records, notes
+    common = {place: share(short, ends) for place, short in records.items()}
+    records = {place: found for place, found in common.items() if found[0].shared is not None and found[0].shared.any()}
+    if lost := len(common) - len(records):
+        notes += (f"{lost} of {len(together)} records are left out: their answers share no token in all templates",)
+    if not records:
+        raise InputError(
+            f"the data cannot be used: {notes[-1]}; take the chat template out of the pretrained model's folder, so "
+            "that it learns the teacher's"
+        )
+    return records, notes
+
+
+def _rendering_info(records: Sequence[Rendered], teacher: Renderer, renderer: Renderer) -> RenderingInfo:
+    end = renderer.end
+    shared = [record.shared for record in records if record.shared is not None]
+    own = [record.answers & ~found & (record.tokens != end) for record, found in zip(records, shared, strict=True)]
+    names = [str(one.tokenizer.convert_ids_to_tokens(one.end)) for one in (teacher, renderer)]
+    return RenderingInfo(
+        answers=sum(int(record.answers.sum()) for record in records),
+        shared=sum(int(found.sum()) for found in shared),
+        records=len(records),
+        differing=sum(bool(found.any()) for found in own),
+        ends=(names[0], names[1]),
+    )
+
+
+def rendering_folder(folder: Path, name: str) -> Path:
+    """Where prepared data keep the teacher's tokenizer, and all else that describes text, with another template.
+
+    Args:
+        folder: That of `Prepared`.
+        name: Of the template.
+    """
+    return folder / _RENDERINGS / name
+
+
+def _questions_file(folder: Path, split: str, rendering: str) -> Path:
+    return (rendering_folder(folder, rendering) if rendering else folder) / split / _QUESTIONS
 
 
 def _notes(sizes: list[int], kept: set[int], length: int) -> tuple[str, ...]:
@@ -427,6 +570,7 @@ def _write(
     add: Callable[[Path], None] = lambda temporary: None,
     notes: tuple[str, ...] = (),
     counts: Mapping[str, Mapping[str, int]] | None = None,
+    renderings: Mapping[str, RenderingInfo] | None = None,
 ) -> Prepared:
     """Writes all splits under a temporary name, then renames: a folder of the final name is whole or was damaged.
 
@@ -434,6 +578,7 @@ def _write(
         add: Writes what else belongs there, given the folder.
         notes: Of `Prepared`.
         counts: "answers" and "told" of each split of conversations.
+        renderings: Those beside the teacher's.
     """
     import datasets
 
@@ -459,6 +604,7 @@ def _write(
             "licence": source.licence,
             "sequence_length": length,
             "notes": list(notes),
+            **({"renderings": {name: asdict(info) for name, info in renderings.items()}} if renderings else {}),
         }
         index = head | {"splits": {split: asdict(info) for split, info in splits.items()}, "files": _hashes(temporary)}
         text = json.dumps({"checksum": content_hash(index), **index}, indent=1)
@@ -512,6 +658,8 @@ def open_prepared(folder: Path) -> Prepared:
         checksum = index.pop("checksum")
         whole = checksum == content_hash(index) and index["files"] == _hashes(folder)
         splits = {split: SplitInfo(**info) for split, info in index["splits"].items()}
+        found: dict[str, Any] = index.get("renderings", {})
+        renderings = {name: RenderingInfo(**info | {"ends": tuple(info["ends"])}) for name, info in found.items()}
     except FileNotFoundError as error:
         raise InputError(f"{folder} holds no prepared data: prepare them first") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -519,15 +667,18 @@ def open_prepared(folder: Path) -> Prepared:
     if not whole:
         raise InputError(f"the prepared data in {folder} have been altered: delete the folder")
     fields = {name: index[name] for name in ("fingerprint", "name", "licence", "sequence_length")}
-    return Prepared(folder=folder, splits=splits, notes=tuple(index.get("notes", ())), **fields)
+    notes = tuple(index.get("notes", ()))
+    return Prepared(folder=folder, splits=splits, notes=notes, renderings=renderings, **fields)
 
 
-def load_split(folder: Path, split: str) -> TokenSet:
+def load_split(folder: Path, split: str, rendering: str = "") -> TokenSet:
     """Opens the sequences of one split, memory-mapped where they lie in one piece.
 
     Args:
         folder: That of `Prepared`.
         split: "train", "validation" or "test".
+        rendering: Name of a template that conversations are rendered by as well; the teacher's rendering where it is
+            empty.
 
     Raises:
         InputError: An unknown split, or no prepared data in the folder.
@@ -539,26 +690,43 @@ def load_split(folder: Path, split: str) -> TokenSet:
     import datasets
 
     table = datasets.load_from_disk(str(folder / split)).data.table
-    answers = _column(table, "answers").view(np.bool_) if "answers" in table.column_names else None
-    tokens, told = _column(table, "tokens"), None
-    if set(_TOLD) <= set(table.column_names):
-        told = Likeliest(*(_column(table, name).reshape(*tokens.shape, -1) for name in _TOLD))
+    teacher = _token_set(folder, split, table)
+    if not rendering:
+        return teacher
+    ends = json.loads((rendering_folder(folder, rendering) / _ENDS).read_text(encoding="utf-8"))
+    own = _token_set(folder, split, table, rendering)
+    return replace(own, teacher=teacher, ends=None if ends[0] == ends[1] else (ends[0], ends[1]))
+
+
+def _token_set(folder: Path, split: str, table: pyarrow.Table, rendering: str = "") -> TokenSet:
+    """One rendering of a split."""
+
+    def column(name: str) -> npt.NDArray[Any] | None:
+        whole = f"{rendering}/{name}" if rendering else name
+        return _column(table, whole) if whole in table.column_names else None
+
+    tokens, documents, answers, shared = map(column, ("tokens", "documents", "answers", "shared"))
+    assert tokens is not None
+    assert documents is not None
+    told = [part.reshape(*tokens.shape, -1) for name in _TOLD if (part := column(name)) is not None]
     return TokenSet(
         tokens=tokens,
-        documents=_column(table, "documents"),
-        answers=answers,
-        told=told,
-        questions=_read_questions(folder, split),
+        documents=documents,
+        answers=None if answers is None else answers.view(np.bool_),
+        told=Likeliest(*told) if told else None,
+        questions=_read_questions(folder, split, rendering),
+        shared=None if shared is None else shared.view(np.bool_),
     )
 
 
-def _read_questions(folder: Path, split: str) -> Questions | None:
-    path = folder / split / _QUESTIONS
+def _read_questions(folder: Path, split: str, rendering: str) -> Questions | None:
+    path = _questions_file(folder, split, rendering)
     if not path.is_file():
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
     entries = tuple(Question(**(entry | {"prompt": tuple(entry["prompt"])})) for entry in found["entries"])
-    return Questions(task=found["task"], stops=tuple(found["stops"]), tokenizer=folder / _TOKENIZER, entries=entries)
+    tokenizer = rendering_folder(folder, rendering) if rendering else folder / _TOKENIZER
+    return Questions(task=found["task"], stops=tuple(found["stops"]), tokenizer=tokenizer, entries=entries)
 
 
 def _column(table: pyarrow.Table, name: str) -> npt.NDArray[Any]:

@@ -140,7 +140,7 @@ def evaluate(
         model: In float32 on `device`; unchanged afterwards.
         spec: Its shape.
         deployment: How it is packed.
-        data: Held-out sequences.
+        data: Held-out sequences, as the model reads them.
         reference: The teacher's for them, or None for the teacher itself.
         budget: Context and batch for the memory estimate.
         evaluators: Names, or evaluators themselves.
@@ -149,7 +149,8 @@ def evaluate(
         scales: As for `deployed_weights`.
         split: That the data are of.
         share: Of the evaluators' own examples, how much is read.
-        tokenizer: Folder of the teacher, whose files describe its text; None where no evaluator asks in text.
+        tokenizer: Folder whose files describe the model's text: the teacher's, or `data.rendering_folder` of a student
+            that learnt another template; None where no evaluator asks in text.
 
     Raises:
         InputError: An evaluator needs answers, and the data have no questions.
@@ -181,9 +182,9 @@ def evaluate(
     return Evaluation(deployment=deployment, measurements=measurements, documents=documents), scores
 
 
-def _save_packed(model: Any, teacher: Path, folder: Path) -> None:
+def _save_packed(model: Any, text: Path, folder: Path) -> None:
     if is_held(model):
         raise InputError(
             "a teacher that memory does not hold in float32 cannot be written out for a command: use a smaller one"
         )
-    save_student(model, teacher, folder)
+    save_student(model, text, folder)

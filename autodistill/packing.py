@@ -21,12 +21,14 @@ class Packed:
         documents: int32 [sequences, length], the owner of the record each token belongs to; -1 for padding.
         answers: bool [sequences, length], whether the token is part of an answer; False for padding.
         told: [sequences, length, k], the likeliest tokens in each place, as far as any were told; None where none were.
+        shared: bool [sequences, length], the answers' tokens that all renderings have; False where there is but one.
     """
 
     tokens: npt.NDArray[np.int32]
     documents: npt.NDArray[np.int32]
     answers: npt.NDArray[np.bool_]
     told: Likeliest | None = None
+    shared: npt.NDArray[np.bool_]
 
 
 def cut(record: Rendered, length: int) -> Rendered | None:
@@ -35,21 +37,21 @@ def cut(record: Rendered, length: int) -> Rendered | None:
     if not answers[1:].any():
         return None
     told = None if record.told is None else record.told.first(length)
-    return replace(record, tokens=record.tokens[:length], answers=answers, told=told)
+    spots = None if record.spots is None else record.spots[:length]
+    return replace(record, tokens=record.tokens[:length], answers=answers, told=told, spots=spots)
 
 
-def pack(records: Sequence[Rendered], owners: Sequence[int], length: int) -> Packed:
-    """Fills sequences with records: the longest first, each where it leaves the least room (best-fit decreasing).
+def fill(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Which records each sequence holds: the longest first, each where it leaves the least room (best-fit decreasing).
 
     Args:
-        records: None longer than `length`.
-        owners: The document of each.
+        sizes: Tokens of each record, `length` at the most.
         length: Tokens of a sequence.
     """
     rows: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(length + 1)]
-    for index in sorted(range(len(records)), key=lambda index: -len(records[index].tokens)):
-        size = len(records[index].tokens)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        size = sizes[index]
         room = next((room for room in range(size, length + 1) if by_room[room]), None)
         if room is None:
             rows.append([])
@@ -58,9 +60,25 @@ def pack(records: Sequence[Rendered], owners: Sequence[int], length: int) -> Pac
             row = by_room[room].pop()
         rows[row].append(index)
         by_room[room - size].append(row)
+    return rows
+
+
+def pack(
+    records: Sequence[Rendered], owners: Sequence[int], length: int, rows: Sequence[Sequence[int]] | None = None
+) -> Packed:
+    """Puts records into sequences, one after the other.
+
+    Args:
+        records: None longer than `length`.
+        owners: The document of each.
+        length: Tokens of a sequence.
+        rows: Which records each sequence holds, as `fill` gives them for the sizes of these records, or where they are
+            one rendering of several, for the longest of each: then all have the same records in the same sequences.
+    """
+    rows = fill([len(record.tokens) for record in records], length) if rows is None else rows
     shape = (len(rows), length)
     tokens, documents = np.empty(shape, np.int32), np.full(shape, -1, np.int32)
-    answers = np.zeros(shape, dtype=bool)
+    answers, shared = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     widest = max((record.told.ids.shape[1] for record in records if record.told is not None), default=0)
     told = Likeliest(np.full((*shape, widest), -1, np.int32), np.zeros((*shape, widest), np.float32))
     for row, members in enumerate(rows):
@@ -72,8 +90,10 @@ def pack(records: Sequence[Rendered], owners: Sequence[int], length: int) -> Pac
             documents[row, start:end] = owners[index]
             tokens[row, start:end] = records[index].tokens
             answers[row, start:end] = records[index].answers
+            if (common := records[index].shared) is not None:
+                shared[row, start:end] = common
             own = records[index].told
             for values, whole in zip(own or (), told, strict=False):
                 whole[row, start:end, : values.shape[1]] = values
             start = end
-    return Packed(tokens=tokens, documents=documents, answers=answers, told=told if widest else None)
+    return Packed(tokens=tokens, documents=documents, answers=answers, told=told if widest else None, shared=shared)

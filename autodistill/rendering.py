@@ -1,4 +1,4 @@
-"""Conversations become tokens by the tokenizer's own chat template, with a mask of those that belong to answers."""
+"""Conversations become tokens by a chat template, with a mask of those that belong to answers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +29,17 @@ class Rendered:
         answers: bool [n], True for the tokens of answers and for the one that ends each of them.
         told: The likeliest tokens in each place, [n, k], as the answer's writer told them; None where nothing was told
             of any of them.
+        spots: int32 [n, 3], of each answer's token the turn, and where it begins and ends in the turn's content without
+            the blanks around that, in characters; -1 for the turn of other tokens, and where the template rewrites the
+            content. None where it is not known.
+        shared: bool [n], the answers' tokens that every rendering of the conversation has; None where there is but one.
     """
 
     tokens: npt.NDArray[np.int32]
     answers: npt.NDArray[np.bool_]
     told: Likeliest | None = None
+    spots: npt.NDArray[np.int32] | None = None
+    shared: npt.NDArray[np.bool_] | None = None
 
     @property
     def last_answer(self) -> int:
@@ -60,23 +67,60 @@ class Rendered:
         return replace(self, told=Likeliest(np.pad(ids, room, constant_values=-1), np.pad(log_p, room)))
 
 
+@dataclass(frozen=True)
+class Template:
+    """A chat template, and the names that its model has for the tokens which begin and end a text.
+
+    Attributes:
+        text: In Jinja.
+        bos: None where the model has none.
+        eos: Ends a text.
+    """
+
+    text: str
+    bos: str | None
+    eos: str
+
+    @property
+    def name(self) -> str:
+        """Identifies it, and how conversations are rendered by it."""
+        return hashlib.sha256(json.dumps([self.text, self.bos, self.eos]).encode()).hexdigest()[:16]
+
+    def put_on(self, tokenizer: Any) -> None:
+        """Lets a tokenizer, which knows the two tokens, render by it."""
+        tokenizer.chat_template = self.text
+        tokenizer.bos_token, tokenizer.eos_token = self.bos, self.eos
+
+
+class _Span(NamedTuple):
+    """Where in a text a turn's answer begins and ends, and where its content begins; -1 where that is not in it."""
+
+    start: int
+    end: int
+    turn: int
+    content: int
+
+
 class Renderer:
-    """Renders by the chat template of a tokenizer.
+    """Renders by the chat template of a tokenizer, or by another one in that tokenizer's tokens.
 
     Where there is none, each turn stands on its own line, without its role, and each answer is ended by EOS.
     Answers that the template drops or rewrites once others follow (as Qwen3 does with thoughts) are not learnt.
 
     Args:
         folder: A folder that transformers' AutoTokenizer can load.
+        template: In the place of the tokenizer's own.
 
     Raises:
         InputError: A tokenizer without EOS, or one that does not know where its tokens stand in the text.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, template: Template | None = None) -> None:
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if template is not None:
+            template.put_on(self.tokenizer)
         if self.tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer in {folder} has no EOS token to end an answer with: name one in its files")
         if not self.tokenizer.is_fast:
@@ -99,10 +143,22 @@ class Renderer:
         return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
     @property
+    def template(self) -> Template | None:
+        """The chat template, if there is one."""
+        if self._template is None:
+            return None
+        return Template(self._template, self.tokenizer.bos_token, self.tokenizer.eos_token)
+
+    @property
+    def end(self) -> int:
+        """Id of the token that the template ends an answer with."""
+        (probe,) = self.render([_PROBE])
+        return int(probe.tokens[probe.answers][-1])
+
+    @property
     def stops(self) -> tuple[int, ...]:
         """Ids of the tokens that end an answer."""
-        (probe,) = self.render([_PROBE])
-        return tuple(dict.fromkeys((int(probe.tokens[probe.answers][-1]), int(self.tokenizer.eos_token_id))))
+        return tuple(dict.fromkeys((self.end, int(self.tokenizer.eos_token_id))))
 
     def render(self, conversations: Sequence[Conversation]) -> list[Rendered]:
         """The tokens of each conversation.
@@ -128,6 +184,10 @@ class Renderer:
             raise InputError(f"the data have log-probabilities of tokens beyond the tokenizer's {count}: write anew")
         return [record.with_told(one) if one else record for record, one in zip(rendered, told, strict=True)]
 
+    def text(self, turns: Sequence[Turn]) -> str:
+        """A conversation's text, before it becomes tokens."""
+        return self._lines(turns)[0] if self._template is None else self._apply(turns)
+
     def asking(self, turns: Sequence[Turn]) -> str:
         """The text after which a model is to write its answer."""
         return self._lines(turns)[0] if self._template is None else self._apply(turns, asking=True)
@@ -137,17 +197,23 @@ class Renderer:
         ids: list[int] = self.tokenizer(self.asking(turns), add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def _masked(self, ids: list[int], offsets: npt.NDArray[np.int64], spans: list[tuple[int, int]]) -> Rendered:
+    def _masked(self, ids: list[int], offsets: npt.NDArray[np.int64], spans: list[_Span]) -> Rendered:
         answers = np.zeros(len(ids), dtype=bool)
-        for start, end in spans:
-            answers |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
+        spots = np.full((len(ids), 3), -1, dtype=np.int32)
+        for span in spans:
+            inside = (offsets[:, 1] > span.start) & (offsets[:, 0] < span.end)
+            answers |= inside
+            if span.content >= 0:
+                spots[inside, 0] = span.turn
+                spots[inside, 1:] = offsets[inside] - span.content
         last = np.flatnonzero(answers)[-1]
         if ids[last] not in self._special:
             # The template leaves the end of the answer open; without an end nothing would stop the student.
             ids, answers = [*ids[: last + 1], self.tokenizer.eos_token_id], np.append(answers[: last + 1], True)
-        return Rendered(np.array(ids, dtype=np.int32), answers)
+            spots = np.append(spots[: last + 1], spots[last : last + 1, [0, 2, 2]], axis=0)
+        return Rendered(np.array(ids, dtype=np.int32), answers, spots=spots)
 
-    def _spans(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
+    def _spans(self, turns: Sequence[Turn]) -> tuple[str, list[_Span]]:
         """The text of a conversation, and where in it answers begin and end."""
         if self._template is None:
             return self._lines(turns)
@@ -161,16 +227,21 @@ class Renderer:
             after = whole if last else self._apply(turns[: place + 1])
             if last:
                 same = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
-                spans.append((len(list(same)), len(whole.rstrip())))
+                bounds = len(list(same)), len(whole.rstrip())
             elif whole.startswith(before) and whole.startswith(after):
-                spans.append((len(before), len(after.rstrip())))
+                bounds = len(before), len(after.rstrip())
+            else:
+                continue
+            spans.append(_Span(*bounds, place, whole.find(turn.content.strip(), *bounds)))
         return whole, spans
 
-    def _lines(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
+    def _lines(self, turns: Sequence[Turn]) -> tuple[str, list[_Span]]:
         text, spans = "", []
         for place, turn in enumerate(turns):
             if turn.role == ANSWERING and place:
-                spans.append((len(text), len(text) + len(turn.content + self.tokenizer.eos_token)))
+                blank = len(turn.content) - len(turn.content.lstrip())
+                end = len(text) + len(turn.content + self.tokenizer.eos_token)
+                spans.append(_Span(len(text), end, place, len(text) + blank))
                 text += turn.content + self.tokenizer.eos_token
             else:
                 text += turn.content + "\n"

@@ -105,7 +105,7 @@ class Init(Part):
 
     Attributes:
         source: "teacher" copies parts of the teacher; "scratch" draws new weights in these proportions of the teacher;
-            "pretrained" takes `model` as it is.
+            "pretrained" takes `model` as it is, and its own chat template where that differs from the teacher's.
         model: Reference of a smaller pretrained model with the teacher's tokens, as for a teacher; else empty.
         depth: Fraction of the teacher's layers that are kept, rounded down, at least one layer.
         layers: "even" keeps layers spread evenly from the first to the last; "contiguous" keeps the first ones and the

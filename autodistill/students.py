@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from autodistill.storage import Storage
-
-# What a student takes from its teacher's folder: by suffix, but for the files that describe the teacher's own weights.
-_TEXT_FILES = (".json", ".jinja", ".model", ".txt")
-_OWN_FILES = ("config.json", "model.safetensors.index.json", "teacher.json")
+from autodistill.templates import copy_text
 
 
 def student_folder(trial: Path) -> Path:
@@ -36,9 +32,13 @@ def has_student(trial: Path, storage: Storage | None) -> bool:
     return student_folder(trial).is_dir() or (storage is not None and storage.has_folder(student_key(trial)))
 
 
-def save_student(model: Any, teacher: Path, folder: Path) -> None:
-    """Writes a model as a transformers folder, with the tokenizer and all else that describes the teacher's text."""
+def save_student(model: Any, text: Path, folder: Path) -> None:
+    """Writes a model as a transformers folder, with the tokenizer and all else that describes its text.
+
+    Args:
+        model: Of transformers.
+        text: The teacher's folder, or `data.rendering_folder` of a student that learnt another template.
+        folder: To be written.
+    """
     model.save_pretrained(folder)
-    for path in teacher.iterdir():
-        if path.is_file() and path.suffix in _TEXT_FILES and path.name not in _OWN_FILES:
-            shutil.copyfile(path, folder / path.name)
+    copy_text(text, folder)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from autodistill.applied import initial_student, student_spec
+from autodistill.applied import check_rendering, initial_student, student_spec
 from autodistill.contracts import TeacherReference
 from autodistill.data import TokenSet, load_split
 from autodistill.distillation.alignment import layer_map
@@ -32,7 +32,7 @@ from autodistill.errors import InputError, TrialFailedError
 from autodistill.evaluation import Evaluation, evaluate
 from autodistill.formats import Grid, Scales
 from autodistill.stages import Checkpoint, open_stages
-from autodistill.strategy import Deployment, Strategy
+from autodistill.strategy import Deployment, Init, Strategy
 from autodistill.students import save_student, student_folder, student_key, trained_student
 from autodistill.trial_data import RungReport, TrialSetting, TrialTask
 
@@ -52,6 +52,7 @@ class Workbench:
     teacher: LiveTeacher = field(init=False)
     reference: TeacherReference = field(init=False)
     _blocks: dict[int, TeacherBlock] = field(init=False, default_factory=dict)
+    _splits: dict[tuple[str, str], TokenSet] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         torch.set_num_threads(self.setting.plan.threads)
@@ -63,9 +64,16 @@ class Workbench:
         setting = self.setting
         self.teacher = LiveTeacher(setting.teacher, setting.device, setting.plan.bf16, setting.held)
         # A cache over more sequences may be shared; this search trains on what its own plan needs.
-        self.train = load_split(self.setting.data, "train").head(self.setting.plan.most_tokens)
-        self.validation = load_split(self.setting.data, "validation")
+        self.train = self.read("train").head(self.setting.plan.most_tokens)
+        self.validation = self.read("validation")
         self.reference = TeacherReference.load(self.setting.teacher_reference)
+
+    def read(self, split: str, init: Init | None = None) -> TokenSet:
+        """A split as a student reads it, or without one the teacher."""
+        key = split, self.setting.rendering(init)
+        if key not in self._splits:
+            self._splits[key] = load_split(self.setting.data, *key)
+        return self._splits[key]
 
     def teacher_block(self, layer: int) -> TeacherBlock:
         """One layer of the teacher, in float32 on the trials' device."""
@@ -85,6 +93,7 @@ class Workbench:
             InputError: Says what is lacking.
         """
         recipe, layers = strategy.distillation, self.setting.teacher_spec.layers
+        check_rendering(strategy, self.setting.renderings)
         check_told([recipe], self.train.told is not None)
         pairs = layer_map(recipe.alignment, kept, layers) if recipe.alignment else ()
         states = {pair.teacher_state for pair in pairs}
@@ -99,9 +108,14 @@ class Workbench:
                 "that holds this strategy"
             )
 
-    def held_out(self, tokens: int) -> tuple[TokenSet, TeacherReference]:
-        """The first validation sequences that hold `tokens` tokens, and what is kept of the teacher for them."""
-        data = self.validation.head(tokens)
+    def held_out(self, tokens: int, init: Init | None = None) -> tuple[TokenSet, TeacherReference]:
+        """The first validation sequences that hold `tokens` tokens, and what is kept of the teacher for them.
+
+        Args:
+            tokens: Of the sequences.
+            init: Of the student that is to read them; None for one that reads what the teacher does.
+        """
+        data = self.read("validation", init).head(tokens)
         return data, self.reference.head(data.predicted)
 
 
@@ -300,7 +314,8 @@ class Trial:
         self, model: Any, deployment: Deployment, tokens: int, scales: Mapping[str, Scales] | None
     ) -> Evaluation:
         setting = self._bench.setting
-        data, reference = self._bench.held_out(tokens)
+        init = self._task.strategy.init
+        data, reference = self._bench.held_out(tokens, init)
         return evaluate(
             model,
             self._spec,
@@ -313,7 +328,7 @@ class Trial:
             device=setting.device,
             scales=scales,
             share=setting.plan.example_share * tokens / setting.plan.eval_tokens,
-            tokenizer=setting.teacher,
+            tokenizer=setting.text(init),
         )[0]
 
     def _trainer(self) -> Trainer:
@@ -329,7 +344,7 @@ class Trial:
             teacher_width=setting.teacher_spec.width,
             strategy=task.strategy,
             plan=setting.plan,
-            data=self._bench.train,
+            data=self._bench.read("train", task.strategy.init).head(setting.plan.most_tokens),
             cache=self._bench.cache,
             teacher_block=self._bench.teacher_block(teacher_layer(attention, layers)) if attention else None,
             seed=task.seed,
@@ -357,7 +372,7 @@ class Trial:
         temporary, folder = self._folder / ".student.partial", student_folder(self._folder)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            save_student(model, self._bench.setting.teacher, temporary)
+            save_student(model, self._bench.setting.text(self._task.strategy.init), temporary)
             if self._task.strategy.finishing is not None:
                 write_scales(temporary, self._task.strategy.finishing, scales)
             shutil.rmtree(folder, ignore_errors=True)

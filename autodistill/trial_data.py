@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from autodistill.contracts import Direction, Evaluator, HeldType, ModelSpec, Plan
+from autodistill.data import rendering_folder
 from autodistill.distillation.trainer import StepRecord
 from autodistill.evaluation import Evaluation
 from autodistill.storage import Storage
-from autodistill.strategy import Deployment, Strategy
+from autodistill.strategy import Deployment, Init, Strategy
 from autodistill.units import Budget
 
 
@@ -31,6 +32,7 @@ class TrialSetting:
         device: Where trials train.
         calibration: File of the teacher's calibration, where a strategy chooses by it.
         pretrained: Folders of the models that strategies start from, by their references.
+        renderings: Of those of them that have a chat template of their own, its name in the prepared data.
         held: What the teacher's matrices are held in.
         storage: The run's, where trials keep what another node may go on from; None for `checkpoints` alone.
         copies_limit_bytes: Disk that a node's copies of what storages have may take; None for no limit.
@@ -54,6 +56,16 @@ class TrialSetting:
     held: HeldType = "float32"
     storage: Storage | None = None
     copies_limit_bytes: int | None = None
+    renderings: Mapping[str, str] = field(default_factory=dict)
+
+    def rendering(self, init: Init | None) -> str:
+        """Name of the rendering that a student reads, as `data.load_split` takes it; empty for the teacher's."""
+        return self.renderings.get(init.model, "") if init else ""
+
+    def text(self, init: Init | None) -> Path:
+        """Folder that describes a student's text: tokenizer, chat template, and what ends an answer."""
+        name = self.rendering(init)
+        return rendering_folder(self.data, name) if name else self.teacher
 
 
 @dataclass(frozen=True, kw_only=True)

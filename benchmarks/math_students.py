@@ -23,7 +23,7 @@ from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
 from autodistill.distillation.trainer import Trainer
 from autodistill.formats import Grid
-from autodistill.search.request import default_cache
+from autodistill.records.store import default_cache
 from autodistill.strategy import Deployment, Distillation, Init, Strategy
 
 STORE = report.REPORTS / "claims.jsonl"

@@ -28,7 +28,7 @@ from autodistill.distillation.teacher import load_model, tokenizer_fingerprint
 from autodistill.distillation.trainer import Trainer
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import Evaluation, evaluate
-from autodistill.search.request import default_cache
+from autodistill.records.store import default_cache
 from autodistill.strategy import Deployment, Distillation, Init, Strategy, content_hash
 from autodistill.students import save_student
 from autodistill.units import Budget, parse_duration

@@ -53,6 +53,7 @@ ROOMS = (
     "documents",
     "task_files",
     "rendering",
+    "templates",
     "packing",
     "data",
     "distillation",

@@ -56,6 +56,25 @@ def logit_loss(
     return LogitLoss(*_LogitLoss.apply(logits, labels, target, divergence_weight, divergence))
 
 
+def partly_heard(
+    logits: Tensor,
+    labels: Tensor,
+    target: Target | None,
+    heard: int,
+    divergence_weight: float,
+    divergence: Divergence = forward_kl,
+) -> LogitLoss:
+    """As `logit_loss`, of rows of which the target has the first `heard` alone: the others are cross-entropy."""
+    if divergence_weight == 0 or heard == len(labels):
+        return logit_loss(logits, labels, target, divergence_weight, divergence)
+    counts, share = [heard, len(labels) - heard], heard / len(labels)
+    (ours, others), (own, rest) = logits.split(counts), labels.split(counts)
+    terms = zip(
+        logit_loss(ours, own, target, divergence_weight, divergence), logit_loss(others, rest, None, 0.0), strict=True
+    )
+    return LogitLoss(*(share * with_teacher + (1 - share) * alone for with_teacher, alone in terms))
+
+
 class _LogitLoss(torch.autograd.Function):
     @staticmethod
     def forward(

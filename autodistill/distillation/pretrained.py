@@ -92,3 +92,18 @@ def load_pretrained(model: Path, teacher: Path) -> Any:
     config = read_config(teacher)
     changes = {"vocab_size": len(rows)} | {name: config.get(name) for name in _SPECIAL_TOKENS}
     return model_from_weights(loaded, changes, weights)
+
+
+def describe_tokens(model: Any, text: Path) -> None:
+    """Lets a model's configs name the tokens that begin and end a text as `templates.write_text` wrote them.
+
+    Args:
+        model: Of transformers; its weights stay as they are.
+        text: Folder.
+    """
+    from transformers import GenerationConfig
+
+    found = GenerationConfig.from_pretrained(text, local_files_only=True)
+    for name in _SPECIAL_TOKENS:
+        for config in (model.config, model.generation_config):
+            setattr(config, name, getattr(found, name))

@@ -29,9 +29,9 @@ def score(
     Args:
         model: Causal language model in float32 on `device`.
         data: Sequences [sequences, length]; position i predicts token i + 1. Where they say which tokens are answers,
-            only those count.
-        reference: The teacher's, for each of `data.predicted` tokens; None scores the teacher itself, which agrees with
-            itself everywhere and diverges nowhere.
+            or which of them all renderings share, only those count.
+        reference: The teacher's, for each of `data.predicted` tokens, in its own rendering and its own end of answers;
+            None scores the teacher itself, which agrees with itself everywhere and diverges nowhere.
         device: Where the model lies.
 
     Returns:
@@ -77,7 +77,9 @@ def _score(
         )
         return [*found, *keep(logits, total, rows)]
 
-    counted = np.ones(data.tokens.shape, dtype=bool) if data.answers is None else data.answers
+    if reference is not None and data.ends is not None:
+        reference = reference.renamed(*data.ends)
+    counted = np.ones(data.tokens.shape, dtype=bool) if data.scored is None else data.scored
     nll, predicted, confidence, divergence, *kept = _over_rows(model, data, counted, device, work)
     labels_all = data.tokens[:, 1:][counted[:, 1:]]
     scores = TokenScores(

@@ -83,7 +83,8 @@ def target_source(
     teacher: LiveTeacher | None,
     told: Likeliest | None = None,
 ) -> Callable[[list[int], Tensor, float], Target]:
-    """A function from sequences' indices, their ids int64 [sequences, length] and a temperature to their target.
+    """A function from sequences' indices, their ids int64 [sequences, length] as the teacher reads them, and a
+    temperature to their target.
 
     Args:
         recipe: Says which signal is read.

@@ -54,6 +54,9 @@ class Target(Protocol):
     def take(self, rows: Tensor | slice) -> Self:
         """The target of some rows, by their indices."""
 
+    def renamed(self, first: int, second: int) -> Self:
+        """The target with two tokens in each other's place."""
+
     def to(self, device: str) -> Self:
         """The target on a device."""
 
@@ -79,6 +82,10 @@ class Spread(NamedTuple):
     ids: Tensor
     added: Tensor
     left_out: Tensor | None
+
+
+def _renamed(ids: Tensor, first: int, second: int) -> Tensor:
+    return torch.where(ids == first, second, torch.where(ids == second, first, ids))
 
 
 def parts_of(rows: int, step: int) -> Iterator[slice]:
@@ -150,6 +157,10 @@ class TopTarget:
         """See `Target`."""
         return replace(self, ids=self.ids[rows], log_p=self.log_p[rows])
 
+    def renamed(self, first: int, second: int) -> TopTarget:
+        """See `Target`."""
+        return replace(self, ids=_renamed(self.ids, first, second))
+
     def to(self, device: str) -> TopTarget:
         """See `Target`."""
         return replace(self, ids=self.ids.to(device), log_p=self.log_p.to(device))
@@ -201,6 +212,10 @@ class SampledTarget:
         """See `Target`."""
         return replace(self, ids=self.ids[rows], log_p=self.log_p[rows], weights=self.weights[rows])
 
+    def renamed(self, first: int, second: int) -> SampledTarget:
+        """See `Target`."""
+        return replace(self, ids=_renamed(self.ids, first, second))
+
     def to(self, device: str) -> SampledTarget:
         """See `Target`."""
         moved = {name: getattr(self, name).to(device) for name in ("ids", "log_p", "weights")}
@@ -251,6 +266,10 @@ class WrittenTarget:
         """See `Target`."""
         return replace(self, ids=self.ids[rows], log_p=self.log_p[rows])
 
+    def renamed(self, first: int, second: int) -> WrittenTarget:
+        """See `Target`."""
+        return replace(self, ids=_renamed(self.ids, first, second))
+
     def to(self, device: str) -> WrittenTarget:
         """See `Target`."""
         return replace(self, ids=self.ids.to(device), log_p=self.log_p.to(device))
@@ -264,12 +283,14 @@ class FullTarget:
         states: [n, width], the teacher's last hidden states after its final norm.
         head: [vocab, width], in the type that the product is computed in.
         temperature, standardised: See `Target`. The latter is logit standardisation (arXiv 2403.01427).
+        exchanged: Two tokens that stand in each other's place; None where all keep theirs.
     """
 
     states: Tensor
     head: Tensor
     temperature: float
     standardised: bool = False
+    exchanged: tuple[int, int] | None = None
 
     def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
         """See `Target`."""
@@ -279,6 +300,8 @@ class FullTarget:
         for block in parts_of(len(self.states), rows):
             states = self.states[block].to(self.head.dtype)
             logits = torch.mm(states, self.head.T, out=room[: len(states)])
+            if self.exchanged:
+                logits[:, list(self.exchanged)] = logits[:, list(reversed(self.exchanged))]
             for part in parts_of(len(logits), step):
                 outputs = FullOutputs(logits[part], self.temperature, self.standardised)
                 yield slice(block.start + part.start, block.start + part.stop), outputs
@@ -286,6 +309,10 @@ class FullTarget:
     def take(self, rows: Tensor | slice) -> FullTarget:
         """See `Target`."""
         return replace(self, states=self.states[rows])
+
+    def renamed(self, first: int, second: int) -> FullTarget:
+        """See `Target`."""
+        return replace(self, exchanged=(first, second))
 
     def to(self, device: str) -> FullTarget:
         """See `Target`."""

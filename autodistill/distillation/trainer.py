@@ -29,15 +29,16 @@ from autodistill.distillation.attention import Heads, TeacherBlock, attention_lo
 from autodistill.distillation.checkpoint import gathered, restore, write_checkpoint
 from autodistill.distillation.divergence import divergence_of
 from autodistill.distillation.interpolation import Interpolation
-from autodistill.distillation.logit_loss import logit_loss
+from autodistill.distillation.logit_loss import partly_heard
 from autodistill.distillation.lora import Adapters
 from autodistill.distillation.memory import is_out_of_memory
-from autodistill.distillation.positions import uncertain_rows
+from autodistill.distillation.positions import Learnt, learnt_tokens, uncertain_rows
 from autodistill.distillation.quantization import FakeQuantized, deploy_tensor, quantized_training
 from autodistill.distillation.schedule import decayed, stable_rate
 from autodistill.distillation.sharding import Sharding, check_sharded, clip_sharded
 from autodistill.distillation.signals import LiveTeacher, target_source
 from autodistill.distillation.student import decoder_layers
+from autodistill.distillation.target import Target
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.distillation.temperature import along, progress, snap, temperature_at
 from autodistill.errors import TrialFailedError
@@ -97,7 +98,9 @@ class Trainer:
         strategy: What is trained.
         plan: Batch, warm-up, horizon and precision.
         data: Training sequences, in the cache's order. Where they say which tokens are answers, those alone are
-            learnt, unless the strategy takes all positions, and the head is computed for them alone.
+            learnt, unless the strategy takes all positions, and the head is computed for them alone. Where the student
+            has a rendering of its own, the teacher's outputs are of its own one, and are learnt where the two share a
+            token; the other tokens count as 0 in the divergence and in the alignment of states.
         cache: The teacher's outputs for them; None where the strategy reads none.
         teacher_block: The layer of the teacher whose attention is followed; None where the strategy follows none.
         seed: Of data order and projections.
@@ -138,7 +141,7 @@ class Trainer:
         self._data = data
         self._cache = cache
         self._teacher_block = teacher_block
-        self._target = target_source(self._recipe, cache, teacher, data.told)
+        self._target = target_source(self._recipe, cache, teacher, (data.teacher or data).told)
         taid = self._recipe.divergence == "taid"
         self._interpolation = Interpolation(share=self._recipe.mixture) if taid else None
         self._seed = seed
@@ -346,13 +349,13 @@ class Trainer:
         What is chosen or balanced within a step, as uncertain positions are, is so within each micro-batch.
         """
         means = dict.fromkeys(("loss", "divergence", "cross_entropy", "alignment", "attention"), 0.0)
-        total = self._rows(indices)
+        total = self._learnt(indices).size
         sharding, processes = self._sharding, 1
         if sharding is not None:
             indices, processes = sharding.share(indices), sharding.count
         for start in range(0, len(indices), self._micro_batch):
             part = indices[start : start + self._micro_batch]
-            share = self._rows(part) / max(1, total)
+            share = self._learnt(part).size / max(1, total)
             if share == 0:
                 if sharding is not None and total > 0:
                     self._accompany(part)
@@ -377,7 +380,7 @@ class Trainer:
 
     def _loss(self, indices: list[int], temperature: float, weight: float) -> tuple[Tensor, dict[str, float]]:
         ids = torch.from_numpy(np.asarray(self._data.tokens[indices], dtype=np.int64)).to(self._device)
-        counted = self._counted(indices)
+        learnt = self._learnt(indices)
         states: dict[int, Tensor] = {}
         with ExitStack() as stack:
             for pair in self._pairs:
@@ -390,7 +393,7 @@ class Trainer:
                 body = self.model.base_model if self._sharding is None else self.model
                 hidden = body(input_ids=ids, use_cache=False).last_hidden_state
                 # As a matrix: for a slice of three dimensions the product would copy the whole head.
-                rows = hidden[:, :-1].flatten(0, 1)[counted]
+                rows = hidden[:, :-1].flatten(0, 1)[learnt.rows]
                 frozen = self._frozen_head
                 head = self.model.get_output_embeddings()
                 head = head if frozen is None else partial(nn.functional.linear, weight=frozen)
@@ -398,19 +401,21 @@ class Trainer:
                 chosen = uncertain_rows(rows, head, self._recipe.uncertain_share) if uncertain else None
                 logits = head(rows if chosen is None else rows[chosen])
                 projected = [
-                    project(states[pair.student_layer][:, :-1].flatten(0, 1)[counted])
+                    project(states[pair.student_layer][:, :-1].flatten(0, 1)[learnt.shared])
                     for pair, project in zip(self._pairs, self._projections, strict=True)
                 ]
-        labels = ids[:, 1:].flatten()[counted]
-        target = self._target(indices, ids, temperature).take(counted) if weight > 0 else None
+        labels, heard = ids[:, 1:].flatten()[learnt.rows], learnt.heard
+        target = self._advice(indices, ids, temperature).take(learnt.teachers) if weight > 0 else None
         if chosen is not None:
-            labels, target = labels[chosen], target.take(chosen) if target else None
+            known = chosen[chosen < heard]
+            labels, heard, target = labels[chosen], len(known), target.take(known) if target else None
         mixture = self._interpolation.share if self._interpolation else self._recipe.mixture
-        logit_terms = logit_loss(logits, labels, target, weight, divergence_of(self._recipe.divergence, mixture))
+        divergence = divergence_of(self._recipe.divergence, mixture)
+        logit_terms = partly_heard(logits, labels, target, heard, weight, divergence)
         loss = logit_terms.total
         aligned, attended = (torch.zeros((), device=self._device) for _ in range(2))
         if alignment := self._recipe.alignment:
-            aligned = self._alignment_loss(projected, indices, counted, alignment.distance)
+            aligned = self._alignment_loss(projected, indices, learnt, alignment.distance)
             factor = balance_factor(aligned, logit_terms.total) if alignment.balance else 1.0
             loss = loss + alignment.weight * factor * aligned
         if attention:
@@ -426,19 +431,27 @@ class Trainer:
         }
         return loss, {name: float(value.detach()) for name, value in values.items()}
 
-    def _alignment_loss(
-        self, projected: list[Tensor], indices: list[int], counted: Tensor | slice, distance: str
-    ) -> Tensor:
-        """Mean over the pairs, of the student's counted states after their projections."""
+    def _alignment_loss(self, projected: list[Tensor], indices: list[int], learnt: Learnt, distance: str) -> Tensor:
+        """Mean over the pairs and the learnt tokens, of the student's states after their projections."""
         assert self._cache is not None
+        if learnt.heard == 0:
+            return torch.stack([0.0 * states.sum() for states in projected]).sum()
         losses = []
         for pair, states in zip(self._pairs, projected, strict=True):
-            target = self._cache.state(indices, pair.teacher_state).to(self._device)[counted]
+            target = self._cache.state(indices, pair.teacher_state).to(self._device)[learnt.teachers]
             size = None
             if distance == "l2":
-                size = self._cache.state_size(indices, pair.teacher_state).to(self._device)[counted]
+                size = self._cache.state_size(indices, pair.teacher_state).to(self._device)[learnt.teachers]
             losses.append(alignment_loss(states, target, size))
-        return torch.stack(losses).mean()
+        return torch.stack(losses).mean() * (learnt.heard / learnt.size)
+
+    def _advice(self, indices: list[int], ids: Tensor, temperature: float) -> Target:
+        """What the teacher supplies for all predicted tokens of its rendering, with the student's end of answers."""
+        if self._data.teacher is None:
+            return self._target(indices, ids, temperature)
+        read = torch.from_numpy(np.asarray(self._data.teacher.tokens[indices], dtype=np.int64)).to(self._device)
+        target = self._target(indices, read, temperature)
+        return target.renamed(*self._data.ends) if self._data.ends else target
 
     def _teacher_heads(self, indices: list[int], attention: Attention) -> list[Heads]:
         """What the teacher's attention is compared by, computed from the cached input of its layer."""
@@ -450,18 +463,9 @@ class Trainer:
         with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._plan.bf16):
             return self._teacher_block.heads(states, attention)
 
-    def _counted(self, indices: list[int]) -> Tensor | slice:
-        """The flattened predicted tokens that losses are averaged over; of plain text all of them."""
-        if self._data.answers is None:
-            return slice(None)
-        # What belongs to no document is padding.
-        learnt = self._data.documents >= 0 if self._recipe.positions == "all" else self._data.answers
-        return torch.from_numpy(np.flatnonzero(learnt[indices, 1:])).to(self._device)
-
-    def _rows(self, indices: list[int]) -> int:
-        """How many tokens those are."""
-        counted = self._counted(indices)
-        return len(indices) * (self._plan.sequence_length - 1) if isinstance(counted, slice) else len(counted)
+    def _learnt(self, indices: list[int]) -> Learnt:
+        """The predicted tokens that losses are averaged over; of plain text all of them."""
+        return learnt_tokens(self._data, indices, self._recipe.positions == "all", self._device)
 
     def save(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
         """Writes the trained weights, the optimiser and the place in the schedule, whole or not at all.

@@ -202,7 +202,8 @@ def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[s
         artefact, container = _pack(row, deployment, finisher)
         length = finisher.question.plan.sequence_length
         sequences = math.ceil(MIN_POSITIONS / CLEAR_SHARE / (length - 1))
-        data = load_split(finisher.data.folder, "validation").head(sequences * length)
+        rendering = finisher.setting.rendering(Strategy.from_json(row.strategy).init)
+        data = load_split(finisher.data.folder, "validation", rendering).head(sequences * length)
         model = finisher.load(row)
         with deployed_weights(model, spec, deployment, read_scales(finisher.student(row), deployment)):
             simulated = choices(model, data, device=finisher.setting.device)
@@ -290,11 +291,12 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
     def add(model: Any, row: Row | None, kind: str, name: str, packing: Deployment, strategy: Strategy | None) -> None:
         """Scores one model on test and writes its row."""
         spec = student_spec(strategy, setting.teacher_spec) if strategy else setting.teacher_spec
+        init = strategy.init if strategy else None
         evaluation, _ = evaluate(
             model,
             spec,
             packing,
-            data,
+            load_split(finisher.data.folder, "test", setting.rendering(init)).head(question.plan.test_tokens),
             reference,
             budget=question.budget,
             evaluators=setting.evaluators,
@@ -303,7 +305,7 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
             scales=read_scales(finisher.student(row), packing) if row else None,
             split="test",
             share=setting.plan.example_share,
-            tokenizer=setting.teacher,
+            tokenizer=setting.text(init),
         )
         made = make_row(
             evaluation,

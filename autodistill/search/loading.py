@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autodistill.applied import check_rendering
 from autodistill.contracts import ModelSpec
-from autodistill.data import Prepared, prepare
+from autodistill.data import Prepared, RenderingInfo, prepare
 from autodistill.distillation.held import load_held
 from autodistill.distillation.pretrained import token_rows
 from autodistill.distillation.sharding import check_sharded
@@ -18,11 +19,13 @@ from autodistill.errors import InputError
 from autodistill.estimate import adapted_tensors, spec_from_config
 from autodistill.hardware import Machine, detect
 from autodistill.records.store import read_json
+from autodistill.rendering import Template
 from autodistill.search.checked import Checked
 from autodistill.search.possible import by_size, check_teacher
 from autodistill.search.share import Share, Workers, share_out, supports_bf16
 from autodistill.space import Space
 from autodistill.strategy import Alignment, Attention, Distillation, Lora
+from autodistill.templates import own_template
 from autodistill.training_fit import TeacherFit, TrainingFit, fit_teacher, fit_training
 
 
@@ -30,7 +33,9 @@ from autodistill.training_fit import TeacherFit, TrainingFit, fit_teacher, fit_t
 class Loaded:
     """Teacher, data and the pretrained models that students may start from, on this machine's disk.
 
-    `device` is where this process runs models, which of a cluster may be another than its trials' one.
+    `renderings` are as `TrialSetting` has them; `templates` says of each model that has a chat template of its own what
+    becomes of it, by the model's reference. `device` is where this process runs models, which of a cluster may be
+    another than its trials' one.
     """
 
     teacher: Teacher
@@ -43,6 +48,8 @@ class Loaded:
     fit: TrainingFit
     teacher_fit: TeacherFit
     pretrained: Mapping[str, Path]
+    renderings: Mapping[str, str]
+    templates: Mapping[str, str]
 
     @property
     def outputs_of(self) -> str:
@@ -90,18 +97,21 @@ def load(checked: Checked, place: Place) -> Loaded:
     length = checked.sequence_length
     if checked.spec is None:
         check_teacher(spec, checked.space, request.budget, length)
+    models = dict.fromkeys(strategy.init.model for strategy in checked.space.extremes() if strategy.init.model)
+    pretrained = {model: materialise(resolve_teacher(model), request.cache).folder for model in models}
+    for folder in pretrained.values():
+        token_rows(folder, teacher.folder)
+    own, refused = _own_templates(checked, teacher.folder, pretrained)
+    renderings = {model: template.name for model, template in own.items()}
     data = prepare(
         checked.source,
         teacher.folder,
         tokenizer_fingerprint(teacher.folder),
         length,
         request.cache,
+        templates=tuple(own.values()),
     )
     check_told(checked.space.signal_cases(), data.splits["train"].told > 0)
-    models = dict.fromkeys(strategy.init.model for strategy in checked.space.extremes() if strategy.init.model)
-    pretrained = {model: materialise(resolve_teacher(model), request.cache).folder for model in models}
-    for folder in pretrained.values():
-        token_rows(folder, teacher.folder)
     teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=place.here)
     _, largest = by_size(checked.space, spec)[-1]
     processes = place.share.processes
@@ -138,7 +148,46 @@ def load(checked: Checked, place: Place) -> Loaded:
         fit=fit,
         teacher_fit=teacher_fit,
         pretrained=pretrained,
+        renderings=renderings,
+        templates=refused | {model: _told_of(model, data.renderings[name]) for model, name in renderings.items()},
     )
+
+
+def _own_templates(
+    checked: Checked, teacher: Path, pretrained: Mapping[str, Path]
+) -> tuple[dict[str, Template], dict[str, str]]:
+    """The chat templates of pretrained models that render the data otherwise than the teacher's, and why others are
+    not used, both by the models' references.
+
+    Raises:
+        InputError: A strategy compares what renderings do not have in common.
+    """
+    own, refused = {}, {}
+    conversations = checked.source.conversations
+    for model, folder in pretrained.items() if conversations else ():
+        template, reason = own_template(folder, teacher, conversations)
+        if template is not None:
+            own[model] = template
+        elif reason is not None:
+            refused[model] = (
+                f"{model} learns and is served in the teacher's chat template, as its own cannot be used: {reason}"
+            )
+    if own:
+        paths = {"init", "init.model", "distillation", "distillation.attention"}
+        for strategy in checked.space.cases(paths, 1) if checked.space.dimensions else checked.space.baselines.values():
+            check_rendering(strategy, own)
+    return own, refused
+
+
+def _told_of(model: str, info: RenderingInfo) -> str:
+    note = (
+        f"{model} reads, and is served in, its own chat template: of its {info.answers:,} answer tokens "
+        f"{info.shared:,} are those of every template in this search, learnt from the teacher and scored; the others "
+        f"are learnt from the text alone; up to their ends, the answers of {info.differing:,} of {info.records:,} "
+        "records are cut into tokens otherwise"
+    )
+    theirs, own = info.ends
+    return note if theirs == own else f"{note}; where the teacher ends an answer with {theirs}, it does with {own}"
 
 
 def _trial_memory(place: Place) -> int:

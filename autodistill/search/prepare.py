@@ -75,7 +75,7 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
     document = _describe(checked, loaded, plan, speed)
     write_json(run.search_file, document)
     left_out = (cannot_hold(loaded.spec, deployment) for deployment in checked.space.deployments)
-    for note in (*loaded.data.notes, *plan.notes, *dict.fromkeys(filter(None, left_out))):
+    for note in (*loaded.data.notes, *loaded.templates.values(), *plan.notes, *dict.fromkeys(filter(None, left_out))):
         observer.line(note)
     return Planned(loaded=loaded, plan=plan, speed=speed, document=document)
 
@@ -175,6 +175,7 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
                 for name, split in loaded.data.splits.items()
             },
         },
+        "templates": dict(loaded.templates),
         "space": checked.space_reference,
         "space_hash": checked.space.hash,
         "space_definition": checked.space.to_json(),

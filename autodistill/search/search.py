@@ -217,7 +217,7 @@ def _search(checked: Checked, place: Place, joined: Cluster | None, run: RunFold
     finished = finish(rows, finisher)
     rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
     seconds = clock.summary()
-    result = _result(checked, campaign, rows, finished, plan, seconds, run)
+    result = _result(checked, campaign, rows, finished, plan, seconds, run, loaded.templates)
     kept = {name: result[name] for name in ("notes", "saved")}
     write_json(run.search_file, {**ready.document, "seconds": seconds, **kept})
     if storage is not None:
@@ -265,11 +265,12 @@ def _result(
     plan: Plan,
     seconds: Mapping[str, float],
     run: RunFolder,
+    templates: Mapping[str, str],
 ) -> dict[str, Any]:
     """The search's one JSON document."""
     ranked = rank(rows, checked.metric, checked.direction)
     trials = campaign.trials.values()
-    notes = [*plan.notes, *finished.notes, *_fell_short(campaign, plan)]
+    notes = [*templates.values(), *plan.notes, *finished.notes, *_fell_short(campaign, plan)]
     return {
         "name": run.name,
         "best": finished.best.to_json(),

@@ -159,6 +159,7 @@ def teacher_phase(
         calibration=calibration,
         pretrained=loaded.pretrained,
         held=loaded.teacher_fit.held,
+        renderings=loaded.renderings,
     )
     setting = replace(setting, evaluators=_expecting(setting.evaluators, rows_of(earlier), validation))
     done = {row.deployment_name for row in rows_of(earlier) if row.kind == "teacher" and row.split == "validation"}

@@ -235,8 +235,10 @@ def test_finishing_does_not_make_it_another_checkpoint(workshop, tmp_path):
 
 
 KILLED = """
-import os, sys, pathlib, types
+import os, sys, pathlib
 from safetensors.torch import save_file
+import numpy as np
+from autodistill.data import TokenSet
 from autodistill.distillation import checkpoint
 
 def dies(tensors, path, metadata):
@@ -249,7 +251,8 @@ checkpoint.save_file = dies
 sys.path.insert(0, {tests!r})
 from conftest import Workshop
 from autodistill.strategy import Distillation, Strategy
-shop = Workshop(pathlib.Path({teacher!r}), types.SimpleNamespace(told=None), None)
+data = TokenSet(tokens=np.zeros((1, 32), np.int32), documents=np.zeros((1, 32), np.int32))
+shop = Workshop(pathlib.Path({teacher!r}), data, None)
 made = shop.trainer(Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3)), cache=object())
 made.tokens = 640
 made.save(pathlib.Path({path!r}))

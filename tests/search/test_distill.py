@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM
+from gguf import GGUFReader
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.errors import InputError
 from autodistill.search.request import SearchRequest
@@ -127,3 +128,59 @@ def test_an_impossible_student_is_refused_before_anything_is_loaded(
 ) -> None:
     with pytest.raises(InputError, match=message):
         plan_search(request(inputs, tmp_path / "out", written(tmp_path, **init)))
+
+
+def chatty(folder: Path, template: str, eos: str = "</s>", **sizes: int) -> Path:
+    save_tiny_teacher(folder, width=128, ffn=192, **sizes)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template, tokenizer.eos_token = template, eos
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_pretrained_student_learns_and_keeps_its_own_chat_template(inputs, tmp_path: Path) -> None:
+    roles = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    lines = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    teacher = chatty(tmp_path / "teacher", roles + "{% if add_generation_prompt %}<s>assistant\n{% endif %}", layers=4)
+    student = chatty(
+        tmp_path / "student", lines + "{% if add_generation_prompt %}a:{% endif %}", "<pad>", layers=2, seed=3
+    )
+    records = ({"prompt": f"Is {n} near the river?", "answer": f"the river, {n % 7}"} for n in range(150))
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    outcome = search(
+        request(
+            inputs,
+            tmp_path / "runs",
+            written(tmp_path, source="pretrained", model=str(student), depth=1.0),
+            space=str(inputs[1].parent / "two.yaml"),
+            teacher=str(teacher),
+            data=str(tmp_path / "chats.jsonl"),
+            metric="exact_match",
+        )
+    )
+    folder = outcome.finish.paths["huggingface"]
+    question = [{"role": "user", "content": "Is 5 near the river?"}]
+    expected = AutoTokenizer.from_pretrained(student).apply_chat_template(
+        question, add_generation_prompt=True, return_dict=False
+    )
+    exported = AutoTokenizer.from_pretrained(folder)
+    assert exported.apply_chat_template(question, add_generation_prompt=True, return_dict=False) == expected
+    model = student_of(outcome)
+    assert (model.config.eos_token_id, model.generation_config.eos_token_id, exported.eos_token) == (2, 2, "<pad>")
+    fields = GGUFReader(outcome.finish.paths["gguf"]).fields
+    assert fields["tokenizer.chat_template"].contents() == exported.chat_template
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
+    (note,) = json.loads((tmp_path / "runs" / "run" / "search.json").read_text())["templates"].values()
+    assert note in outcome.document["notes"]
+    assert note.startswith(f"{student} reads, and is served in, its own chat template: of its ")
+    assert note.endswith("where the teacher ends an answer with </s>, it does with <pad>")
+    # The teacher, and the student before training and after it, on the very same tokens and questions.
+    counts = {tuple(row.documents["count"]) for row in outcome.finish.test}
+    assert len(counts) == 1
+    assert {row.kind for row in outcome.finish.test} == {"teacher", "initial", "baseline"}
+    followed = tmp_path / "followed.yaml"
+    recipe = {"divergence_weight": 0.5, "attention": {"kind": "relations", "relation_heads": 4}}
+    init = {"source": "pretrained", "model": str(student), "depth": 1.0}
+    followed.write_text(yaml.safe_dump({"init": init, "distillation": recipe}))
+    with pytest.raises(InputError, match="attention is compared between the same tokens"):
+        search(request(inputs, tmp_path / "more", followed, teacher=str(teacher), data=str(tmp_path / "chats.jsonl")))

@@ -12,6 +12,7 @@ import pytest
 
 from autodistill.search.supplies import absolute, fetch, send
 from autodistill.storage import Storage
+from autodistill.strategy import Init
 from autodistill.students import has_student, trained_student
 from autodistill.trial_data import TrialSetting
 
@@ -34,6 +35,7 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrialSetting:
         teacher_reference=Path("reference.npz"),
         checkpoints=Path("checkpoints"),
         pretrained={"some/model": Path("small")},
+        renderings={"some/model": "own"},
         evaluators=(),
         device="cpu",
         **others,
@@ -60,6 +62,9 @@ def test_another_machine_reads_copies(setting: TrialSetting, tmp_path: Path, mon
         assert path.is_relative_to(tmp_path / "home")
         assert (path / "below" / "file").read_text() == name
     assert found.teacher_reference.read_bytes() == b"kept"
+    own = Init(source="pretrained", model="some/model", depth=1.0)
+    assert found.text(own).is_relative_to(found.data)
+    assert found.text(Init()) == found.teacher
     assert found.calibration is None
     assert found.checkpoints.is_relative_to(tmp_path / "home")
 
