@@ -166,7 +166,9 @@ def appraised(given: Mapping[str, Any]) -> dict[str, Any]:
 def picked(given: Mapping[str, Any]) -> dict[str, Any]:
     """The best stored student for the hardware that is named."""
     from autodistill.local_device import LOCAL, choose_device
-    from autodistill.pick import Wanted, pick, pick_tiers, stored
+    from autodistill.needs import Wanted
+    from autodistill.pick import pick, pick_tiers
+    from autodistill.records.candidates import stored
     from autodistill.records.measurements import read_measured
     from autodistill.records.recalibration import overheads
 

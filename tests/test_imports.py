@@ -59,6 +59,7 @@ ROOMS = (
     "described",
     "appraisal",
     "measure",
+    "needs",
     "pick",
     "writing",
     "stages",
