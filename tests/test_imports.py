@@ -19,6 +19,7 @@ ROOMS = (
     "process_memory",
     "bench_output",
     "remote",
+    "json_child",
     "llama_cpp_child",
     "llama_cpp",
     "python_server_child",
