@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from autodistill.described import Described
 from autodistill.devices import Device
 from autodistill.errors import InputError
+from autodistill.records.recalibration import Overhead, Place, overhead_of
 from autodistill.roofline import speed
 from autodistill.serving_memory import BASIS, memory
 from autodistill.strategy import Deployment
@@ -26,6 +27,7 @@ def appraise(
     runtime: str | None = None,
     prompt: int | None = None,
     devices: Sequence[Device] = (),
+    overheads: Mapping[Place, Overhead] | None = None,
 ) -> dict[str, Any]:
     """Memory by parts, and for each device whether it fits and how fast it would be.
 
@@ -34,11 +36,12 @@ def appraise(
         deployment: How; a GGUF file's own tensors count where the model has them.
         context: Tokens of each sequence; 2048 by default, or the model's if that is less.
         batch, kv_type, runtime, prompt: As `memory` and `speed` take them.
-        devices: One, whose speed is then the document's own, or several.
+        devices: One, whose speed and overhead are then the document's own, or several.
+        overheads: By what predicted memory is changed, by class of devices and runtime.
 
     Returns:
-        Plain data: the parts of the memory and their sum, runtime, context, batch, `tokens_per_second` and
-        `time_to_first_token_ms` (None without a device), and the devices.
+        Plain data: the parts of the memory, what measured students change (`memory_overhead`) and the sum, runtime,
+        context, batch, `tokens_per_second` and `time_to_first_token_ms` (None without a device), and the devices.
 
     Raises:
         InputError: As `memory`, or a context beyond the model's.
@@ -58,8 +61,13 @@ def appraise(
         weights=model.weights_bytes,
         runtime=runtime,
     )
+    changes = [overhead_of(overheads or {}, need.runtime, device.kind.name) for device in devices]
+    if devices:
+        change = changes[0] if len(devices) == 1 else Overhead()
+    else:
+        change = overhead_of(overheads or {}, need.runtime)
     rows = []
-    for device in devices:
+    for device, own in zip(devices, changes, strict=True):
         fast = speed(
             spec,
             deployment,
@@ -70,15 +78,17 @@ def appraise(
             kv_type=kv_type,
             weights=model.weights_bytes,
         )
-        fits = need.total_bytes <= device.usable_bytes
-        rows.append({"device": device.name, "fits": fits, "usable_bytes": device.usable_bytes, **fast.to_json()})
+        total = need.total_bytes + own.total_bytes
+        known = {"device": device.name, "fits": total <= device.usable_bytes, "usable_bytes": device.usable_bytes}
+        rows.append({**known, "total_bytes": total, **fast.to_json()})
     one = rows[0] if len(rows) == 1 else {}
     return {
         "model": model.name,
         "parameters": spec.parameters,
         "deployment": "as stored" if model.weights_bytes is not None else deployment.name,
         **asdict(need),
-        "total_bytes": need.total_bytes,
+        "memory_overhead": asdict(change),
+        "total_bytes": need.total_bytes + change.total_bytes,
         "kv_type": kv_type,
         "basis": BASIS[need.runtime],
         "source": "predicted",

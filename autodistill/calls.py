@@ -145,6 +145,7 @@ def appraised(given: Mapping[str, Any]) -> dict[str, Any]:
     from autodistill.appraisal import appraise
     from autodistill.described import deployment_named, describe, shape
     from autodistill.local_device import choose_device, known_devices
+    from autodistill.records.candidates import recalibrated
 
     sizes = {name: given[name] for name in _SIZES}
     if (given["model"] is None) == all(size is None for size in sizes.values()):
@@ -160,13 +161,15 @@ def appraised(given: Mapping[str, Any]) -> dict[str, Any]:
         described = replace(described, weights_bytes=None)
     deployment = deployment_named(given["format_name"] or described.format_name or "gguf-q8_0")
     options = {name: given[name] for name in ("context", "batch", "kv_type", "runtime", "prompt")}
-    return appraise(described, deployment, devices=found, **options)
+    return appraise(described, deployment, devices=found, overheads=recalibrated(given["out"]), **options)
 
 
 def picked(given: Mapping[str, Any]) -> dict[str, Any]:
     """The best stored student for the hardware that is named."""
     from autodistill.local_device import LOCAL, choose_device
-    from autodistill.pick import Wanted, pick, pick_tiers, stored
+    from autodistill.needs import Wanted
+    from autodistill.pick import pick, pick_tiers
+    from autodistill.records.candidates import stored
     from autodistill.records.measurements import read_measured
     from autodistill.records.recalibration import overheads
 

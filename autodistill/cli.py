@@ -314,10 +314,11 @@ def estimate(
     active_experts: Annotated[int | None, option("--active-experts", "That a token takes.", "N")] = None,
     window: Annotated[int | None, option("--window", "Of sliding attention in all layers.", "TOKENS")] = None,
     tied: Annotated[bool, typer.Option("--tied", help="The head is the embedding table.")] = False,
+    out: OutOption = _RUNS,
     cache: CacheOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Predict what a model takes and how fast it would run; nothing is loaded."""
+    """Predict what a model takes and how fast it would run; nothing is loaded. Memory measured in --out corrects it."""
     from autodistill.hardware_summary import appraisal_text
 
     quiet_libraries(model)

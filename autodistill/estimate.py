@@ -57,11 +57,11 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     )
     window, windowed = _windows(config, spec.layers)
     spec = replace(spec, window=window, windowed_layers=windowed)
-    tensors = (
-        TensorSpec(name=name, role=role, shape=_shape(spec, name))
-        for name, role in family.tensors(config, spec.layers, spec.tied)
-    )
-    return replace(spec, tensors=tuple(tensors))
+    fields = tuple((name, bool(config.get(name, default))) for name, default in family.conditions)
+    kinds, layout = _layout(architecture, spec.layers, spec.tied, fields)
+    lengths = _lengths(spec)
+    shapes = [tuple(lengths[axis] for axis in axes) for axes in kinds]
+    return replace(spec, tensors=tuple([TensorSpec(name=n, role=role, shape=shapes[kind]) for n, role, kind in layout]))
 
 
 def config_of(spec: ModelSpec) -> dict[str, Any]:
@@ -93,6 +93,29 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+_SIZES = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("intermediate_size", "vocab_size"),
+)
+_ALIKE = (
+    *("model_type", "max_position_embeddings", "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window"),
+)
+
+
+def comparable(config: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """What two models must have in common to be compared by size, and their sizes.
+
+    Of two that are packed alike, one that is no smaller in any size takes no less memory, and no less time, under any
+    load on any device.
+
+    Args:
+        config: As `config_of` gives it.
+    """
+    full = config["layer_types"].count("full_attention")
+    sizes = (*(config[name] for name in _SIZES), full, config["num_hidden_layers"] - full)
+    return tuple(config[name] for name in _ALIKE), sizes
+
+
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, int]:
     """The sliding window of a config, and how many layers have one; Qwen's counts where `use_sliding_window` says."""
     window = config.get("sliding_window")
@@ -119,8 +142,8 @@ def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> i
     return value
 
 
-def _shape(spec: ModelSpec, name: str) -> tuple[int, ...]:
-    sizes = {
+def _lengths(spec: ModelSpec) -> dict[Axis, int]:
+    return {
         Axis.VOCABULARY: spec.vocabulary,
         Axis.WIDTH: spec.width,
         Axis.FFN: spec.ffn_width,
@@ -129,13 +152,17 @@ def _shape(spec: ModelSpec, name: str) -> tuple[int, ...]:
         Axis.FUSED: 3 * spec.heads * spec.head_dim,
         Axis.HEAD: spec.head_dim,
     }
-    return tuple(sizes[axis] for axis in _axes(spec.architecture, name))
 
 
-@lru_cache(65536)
-def _axes(architecture: str, name: str) -> tuple[Axis, ...]:
-    """Of a tensor; the same names come in every size of a family."""
-    return get_family(architecture).axes(name)
+@lru_cache(256)
+def _layout(
+    architecture: str, layers: int, tied: bool, fields: tuple[tuple[str, bool], ...]
+) -> tuple[tuple[tuple[Axis, ...], ...], tuple[tuple[str, Role, int], ...]]:
+    """The kinds of axes that tensors run along, and name, role and kind of each tensor; common to all other sizes."""
+    family, kinds, found = get_family(architecture), dict[tuple[Axis, ...], int](), []
+    for name, role in family.tensors(dict(fields), layers, tied):
+        found.append((name, role, kinds.setdefault(family.axes(name), len(kinds))))
+    return tuple(kinds), tuple(found)
 
 
 def resized(spec: ModelSpec, **sizes: int) -> ModelSpec:
@@ -143,9 +170,9 @@ def resized(spec: ModelSpec, **sizes: int) -> ModelSpec:
     changed = replace(spec, **sizes)  # type: ignore[arg-type]
     windowed = round(spec.windowed_layers * changed.layers / spec.layers)
     changed = replace(changed, windowed_layers=windowed, window=spec.window if windowed else 0)
-    family = get_family(spec.architecture)
+    family, lengths = get_family(spec.architecture), _lengths(changed)
     kept = (
-        replace(tensor, shape=_shape(changed, tensor.name))
+        replace(tensor, shape=tuple(lengths[axis] for axis in family.axes(tensor.name)))
         for tensor in spec.tensors
         if (part := family.layer_part(tensor.name)) is None or part[0] < changed.layers
     )

@@ -99,6 +99,11 @@ class Family:
         if not tied:
             yield "lm_head.weight", Role.HEAD
 
+    @cached_property
+    def conditions(self) -> tuple[tuple[str, bool], ...]:
+        """The fields of a config, and their defaults, by which `tensors` differs."""
+        return tuple(dict.fromkeys(one.bias for one in self.linears if not isinstance(one.bias, bool)))
+
     def _norm(self, name: str) -> Iterator[tuple[str, Role]]:
         yield f"{name}.weight", Role.NORM
         if self.norm_bias:

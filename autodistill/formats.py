@@ -33,7 +33,7 @@ class Role(StrEnum):
     BIAS = "bias"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
     """One stored tensor.
 

@@ -35,11 +35,17 @@ def appraisal_text(document: Mapping[str, Any]) -> str:
     Args:
         document: As `appraise` gives it.
     """
-    parts = ("weights", "kv_cache", "compute", "overhead", "total")
+    parts = ("weights", "kv_cache", "compute", "overhead")
     lines = [(name.replace("_", " "), format_bytes(document[f"{name}_bytes"])) for name in parts]
+    change = document["memory_overhead"]
+    if change["pairs"]:
+        lines.append(("by measured students", format_bytes(change["correction_bytes"] + change["margin_bytes"])))
+    lines.append(("total", format_bytes(document["total_bytes"])))
     size = f"{document['parameters']:,} parameters, {document['deployment']} in {document['runtime']}"
     title = f"{document['model']}: {size}, context {document['context']}, batch {document['batch']}, KV cache "
-    sections = [f"{title}{document['kv_type']}\n{table(lines, left=1)}\nRests on: {document['basis']}."]
+    sections = [
+        f"{title}{document['kv_type']}\n{table(lines, left=1)}\nRests on: {document['basis']}." + _overhead(change)
+    ]
     if document["devices"]:
         head = ("device", "fits", "usable", "tokens/s", "band", "first token", "waits for")
         rows = [
@@ -60,6 +66,17 @@ def appraisal_text(document: Mapping[str, Any]) -> str:
     return "\n\n".join(sections)
 
 
+def _overhead(change: Mapping[str, Any]) -> str:
+    """A line on what measured students changed predicted memory by; nothing where none was measured."""
+    if not change["pairs"]:
+        return ""
+    more = change["correction_bytes"]
+    return (
+        f"\nPredicted memory has {format_bytes(abs(more))} {'less' if more < 0 else 'more'} overhead than estimated, "
+        f"and a margin of {format_bytes(change['margin_bytes'])}, by {change['pairs']} measured students."
+    )
+
+
 def pick_text(document: Mapping[str, Any]) -> str:
     """The row for some hardware and its runner-up, or the rows for each tier, as lines.
 
@@ -75,13 +92,7 @@ def pick_text(document: Mapping[str, Any]) -> str:
     margins = document["pick"]["margins"]
     told = ", ".join(f"{name} {margin:.0%} below the limit" for name, margin in margins.items() if name != "accuracy")
     binds = f"What binds is {document['binds']}." if document["binds"] else "Nothing binds: no better row is left out."
-    overhead = document["memory_overhead"]
-    kept = (
-        f"\nPredicted memory has {format_bytes(overhead['correction_bytes'])} more overhead than estimated, and a "
-        f"margin of {format_bytes(overhead['margin_bytes'])}, by {overhead['pairs']} measured students."
-        if overhead["pairs"]
-        else ""
-    )
+    kept = _overhead(document["memory_overhead"])
     sources = document["pick"]["sources"]
     times = [name for name in sources if name not in ("memory", "accuracy")]
     source = "".join(f"\n{name} is {sources[name]}." for name in times)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
 import os
 import re
-import subprocess
-import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,15 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
-
 from autodistill.errors import InputError, MissingDependencyError, VerificationError
+from autodistill.json_child import JsonChild
 from autodistill.process_memory import peak_memory
 
 _CHILD = Path(__file__).with_name("llama_cpp_child.py")
 _BUFFER = re.compile(r": +(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
 _TROUBLE = re.compile(r"^[\d.]+ E (?P<said>.*)|(?P<abort>.*(?:GGML_ASSERT|GGML_ABORT).*)", re.MULTILINE)
-_STOP_SECONDS = 10
 _LOG_SECONDS = 10
 
 
@@ -118,33 +111,16 @@ class LlamaServer:
         }
 
     def __enter__(self) -> Self:
-        self._folder = tempfile.TemporaryDirectory(prefix="autodistill-llama-")
-        self._log = Path(self._folder.name, "log")
         # OpenMP settings are those of the caller's torch, or of its scheduler.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", str(_CHILD), json.dumps(self._settings)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                cwd=self._folder.name,
-                env=environment,
-                text=True,
-                encoding="utf-8",
-                start_new_session=True,  # Ctrl-C reaches the caller alone, which then ends the child in order
-            )
-        try:
-            self._answer(f"llama.cpp could not load {self._path.name}")
-        except BaseException:
-            self._stop()
-            raise
+        failure = f"llama.cpp could not load {self._path.name}"
+        self._child = JsonChild(_CHILD, self._settings, environment, failure, _last_words)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        self._child.stop()
 
     def complete(
         self, tokens: Sequence[int], max_tokens: int, *, reuse: bool = False, ignore_end: bool = False
@@ -223,20 +199,16 @@ class LlamaServer:
     @property
     def accelerated(self) -> bool:
         """Whether a GPU holds weights."""
-        devices = {device for device, kind, _ in _BUFFER.findall(self._read_log()) if kind == "model"}
+        devices = {device for device, kind, _ in _BUFFER.findall(self._child.log()) if kind == "model"}
         return any(not device.startswith("CPU") for device in devices)
 
     def used_seconds(self) -> float:
         """CPU seconds that llama.cpp and this process have used."""
-        times = psutil.Process(self._process.pid).cpu_times()
-        return times.user + times.system + time.process_time()
+        return self._child.used_seconds()
 
     def peak_bytes(self) -> int:
         """The most memory that llama.cpp's process had at a time."""
-        return peak_memory(self._process.pid)
-
-    def _read_log(self) -> str:
-        return self._log.read_text(encoding="utf-8", errors="replace")
+        return peak_memory(self._child.pid)
 
     def buffers(self) -> Buffers:
         """The memory that the log states.
@@ -247,7 +219,7 @@ class LlamaServer:
         # llama.cpp writes its log in a thread of its own, which may lag behind the model.
         ends, before = time.monotonic() + _LOG_SECONDS, None
         while time.monotonic() < ends:
-            found = parse_buffers(self._read_log())
+            found = parse_buffers(self._child.log())
             if found.compute_bytes > 0 and found == before:
                 return found
             before = found
@@ -259,39 +231,12 @@ class LlamaServer:
         return self._exchange({"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **options})
 
     def _exchange(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        assert self._process.stdin is not None
-        # Where the child has died, the missing answer says so, with its last words.
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        chunks = self._answer(f"llama.cpp died while it ran {self._path.name}")
+        chunks: list[dict[str, Any]] = self._child.ask(request, f"llama.cpp died while it ran {self._path.name}")
         for chunk in chunks:
             if "error" in chunk:
                 count = len(request["prompt"])
                 raise VerificationError(f"llama.cpp refused a prompt of {count}: {chunk['error']['message']}")
         return chunks
-
-    def _answer(self, failure: str) -> list[dict[str, Any]]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            raise VerificationError(f"{failure}: {_last_words(self._log)} (exit status {code})")
-        answer: list[dict[str, Any]] = json.loads(line)
-        return answer
-
-    def _stop(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                # A dead child has never read what is left in the pipe.
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-        try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._folder.cleanup()
 
 
 def parse_buffers(log: str) -> Buffers:
@@ -323,11 +268,10 @@ def parse_buffers(log: str) -> Buffers:
     )
 
 
-def _last_words(log: Path) -> str:
+def _last_words(log: str) -> str:
     """The errors that llama.cpp logged, or else the log's last line."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    errors = [(match["said"] or match["abort"]).strip() for match in _TROUBLE.finditer(text)]
+    errors = [(match["said"] or match["abort"]).strip() for match in _TROUBLE.finditer(log)]
     if errors:
         return "; ".join(errors[:2])
-    lines = text.strip().splitlines()
+    lines = log.strip().splitlines()
     return lines[-1].strip() if lines else "it left no log"

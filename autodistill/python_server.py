@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
 import os
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
-
-from autodistill.errors import InputError, MissingDependencyError, VerificationError
+from autodistill.errors import InputError, MissingDependencyError
+from autodistill.json_child import JsonChild
 from autodistill.process_memory import forget_peak, peak_memory
 
 _CHILD = Path(__file__).with_name("python_server_child.py")
-_STOP_SECONDS = 10
 RUNTIMES = ("transformers", "vllm")
 
 
@@ -58,39 +50,26 @@ class PythonServer:
         }
 
     def __enter__(self) -> Self:
-        self._folder = tempfile.TemporaryDirectory(prefix="autodistill-serve-")
-        self._log = Path(self._folder.name, "log")
         offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        threads = {"OMP_NUM_THREADS": str(self._settings["threads"])}
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", str(_CHILD), json.dumps(self._settings)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                cwd=self._folder.name,
-                env=os.environ | offline | threads,
-                text=True,
-                encoding="utf-8",
-                start_new_session=True,  # Ctrl-C reaches the caller alone, which then ends the child in order
-            )
+        environment = os.environ | offline | {"OMP_NUM_THREADS": str(self._settings["threads"])}
+        failure = f"{self._runtime} could not load {self._path.name}"
+        self._child = JsonChild(_CHILD, self._settings, environment, failure, _last_words)
         try:
-            self._device = self._answer(f"{self._runtime} could not load {self._path.name}")["device"]
-            forget_peak(self._process.pid)
+            forget_peak(self._child.pid)
         except BaseException:
-            self._stop()
+            self._child.stop()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        self._child.stop()
 
     @property
     def accelerated(self) -> bool:
         """Whether a GPU runs it."""
-        return bool(self._device != "cpu")
+        return bool(self._child.ready["device"] != "cpu")
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> float:
         """Reads prompts of one length that arrive at once.
@@ -110,41 +89,18 @@ class PythonServer:
 
     def used_seconds(self) -> float:
         """CPU seconds that the runtime and this process have used."""
-        times = psutil.Process(self._process.pid).cpu_times()
-        return times.user + times.system + time.process_time()
+        return self._child.used_seconds()
 
     def peak_bytes(self) -> int:
         """The most memory that it had since it was loaded: of the GPU where one runs it, else of its process."""
         found = self._ask({"do": "nothing"})["peak_bytes"]
-        return peak_memory(self._process.pid) if found is None else int(found)
+        return peak_memory(self._child.pid) if found is None else int(found)
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        # Where the child has died, the missing answer says so, with its last words.
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        return self._answer(f"{self._runtime} died while it ran {self._path.name}")
-
-    def _answer(self, failure: str) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            raise VerificationError(f"{failure}: {said[-1].strip() if said else 'it left no log'} (exit status {code})")
-        answer: dict[str, Any] = json.loads(line)
+        answer: dict[str, Any] = self._child.ask(request, f"{self._runtime} died while it ran {self._path.name}")
         return answer
 
-    def _stop(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                # A dead child has never read what is left in the pipe.
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
-        try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._folder.cleanup()
+
+def _last_words(log: str) -> str:
+    lines = log.strip().splitlines()
+    return lines[-1].strip() if lines else "it left no log"

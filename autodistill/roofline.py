@@ -92,8 +92,8 @@ def speed(
         kv_type, weights: As `serving_memory.memory` takes them.
     """
     prompt = min(prompt or PROMPT_TOKENS, context)
-    step = work(spec, deployment, tokens=batch, sequences=batch, behind=context, kv_type=kv_type, weights=weights)
-    read = work(spec, deployment, tokens=prompt, sequences=1, behind=prompt / 2, kv_type=kv_type, weights=weights)
+    step = _step(spec, deployment, context, batch, kv_type, weights)
+    read = _read(spec, deployment, prompt, kv_type, weights)
     costs = {end: _step_costs(spec, deployment, device, end, step) for end in ("low", "typical", "high")}
     slow, typical, fast = (sum(costs[end].values()) for end in ("low", "typical", "high"))
     first, first_slow = (_prompt_seconds(spec, deployment, device, end, read) for end in ("typical", "low"))
@@ -108,6 +108,20 @@ def speed(
         prompt=prompt,
         bound=max(costs["typical"], key=lambda name: costs["typical"][name]),
     )
+
+
+def _step(
+    spec: ModelSpec, deployment: Deployment, context: int, batch: int, kv_type: str = "f16", weights: int | None = None
+) -> Work:
+    """Of decoding one token of each stream."""
+    return work(spec, deployment, tokens=batch, sequences=batch, behind=context, kv_type=kv_type, weights=weights)
+
+
+def _read(
+    spec: ModelSpec, deployment: Deployment, prompt: int, kv_type: str = "f16", weights: int | None = None
+) -> Work:
+    """Of a prompt, whose tokens have half of it behind them on average."""
+    return work(spec, deployment, tokens=prompt, sequences=1, behind=prompt / 2, kv_type=kv_type, weights=weights)
 
 
 def _step_costs(spec: ModelSpec, deployment: Deployment, device: Device, end: str, step: Work) -> dict[str, float]:
@@ -166,11 +180,12 @@ def limit_seconds(
         limit: Quantity, percentile and streams.
         context: Tokens that each stream has behind it.
     """
-    found = speed(spec, deployment, device, context=context, batch=limit.streams)
+    end = "low" if limit.percentile > 50 else "typical"
     if limit.quantity == "tpot":
-        return (found.decode_ms_high if limit.percentile > 50 else found.decode_ms) / 1e3
-    first = found.time_to_first_token_ms_high if limit.percentile > 50 else found.time_to_first_token_ms
-    return limit.streams * first / 1e3
+        step = _step(spec, deployment, context, limit.streams)
+        return sum(_step_costs(spec, deployment, device, end, step).values())
+    read = _read(spec, deployment, min(PROMPT_TOKENS, context))
+    return limit.streams * _prompt_seconds(spec, deployment, device, end, read)
 
 
 def work(

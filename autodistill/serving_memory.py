@@ -31,14 +31,18 @@ TRANSFORMERS_SERVING_BYTES = 446 * 10**6
 """The same once it has loaded and run a model of nearly nothing (measured likewise)."""
 VLLM_PROCESS_BYTES = 10**9
 """CUDA context, libraries and captured graphs of vLLM: an order of magnitude, not measured here."""
-ONNX_PROCESS_BYTES = 150 * 10**6
-"""Resident memory of a process with ONNX Runtime: an order of magnitude, not measured here."""
+ONNX_PROCESS_BYTES = 61 * 10**6
+"""Resident memory of a process once ONNX Runtime has run a model of nearly nothing (measured, onnxruntime 1.32)."""
+ONNX_SCORES = 4.64
+"""Matrices of attention scores in float32 that a graph of torch's exporter holds at once (measured at three lengths of
+one small model): scores, masked and normalised ones, and masks in fewer bytes."""
 
 BASIS: Mapping[str, str] = {
     "llama.cpp": "buffers as llama.cpp's own log states them on a CPU; the process's overhead measured on Linux x86-64",
     "transformers": "the peak of a process on a CPU (benchmarks/memory_estimate.py); activations counted by module",
     "vllm": "predicted: packed weights, pages of cache and a step's activations by vLLM's defaults; not measured",
-    "onnxruntime": "predicted: packed weights, a float16 cache and the prompt's activations; not measured",
+    "onnxruntime": "the peak of a process that reads a prompt in float32 on a CPU (benchmarks/memory_estimate.py); "
+    "weights on a grid: not measured",
 }
 """What the figures of a runtime rest on."""
 
@@ -77,6 +81,7 @@ class _Serving:
     spec: ModelSpec
     weights: int
     dense: bool
+    wide: bool
     context: int
     batch: int
     kv_type: str
@@ -117,7 +122,15 @@ def memory(
         weights = weights_bytes(spec.tensors, deployment)
     # compressed-tensors weights are decompressed by transformers' first forward pass, so they count as 16 bits there.
     dense = runtime == "transformers" and deployment.container == "compressed-tensors"
-    serving = _Serving(spec=spec, weights=weights, dense=dense, context=context, batch=batch, kv_type=kv_type)
+    serving = _Serving(
+        spec=spec,
+        weights=weights,
+        dense=dense,
+        wide=deployment.bits == 16,
+        context=context,
+        batch=batch,
+        kv_type=kv_type,
+    )
     parts = {"llama.cpp": _llama_cpp, "transformers": _transformers, "vllm": _vllm, "onnxruntime": _onnxruntime}
     held, cache, compute, overhead = parts[runtime](serving)
     return MemoryEstimate(
@@ -195,16 +208,15 @@ def _transformers(serving: _Serving) -> tuple[int, int, int, int]:
     """As transformers holds them in bfloat16 on a CPU, the prompt read in one pass, logits of the last token alone.
 
     Activations are the stream, its norm, the attention's output and one spare at the width, three tensors at the FFN's,
-    and a norm's input and value in float32. oneDNN lays the matrix of a product out anew, of which the largest, the
-    head's or an FFN's, is the most at a time.
+    and a norm's input and value in float32. Weights are a mapped file's pages, all of which are resident once tokens
+    from all over the table were read.
     """
     spec, batch = serving.spec, serving.batch
     weights = 2 * spec.parameters if serving.dense else serving.weights
     activations = 2 * batch * serving.context * (8 * spec.width + 3 * _active_ffn(spec))
     logits = (2 + 4) * batch * spec.vocabulary
-    laid_out = 2 * spec.width * max(spec.vocabulary, spec.ffn_width)
     cache = _windowed_cache(serving, serving.context * batch, spec.window * batch)
-    return weights, cache, activations + logits + laid_out, TRANSFORMERS_SERVING_BYTES
+    return weights, cache, activations + logits, TRANSFORMERS_SERVING_BYTES
 
 
 def _vllm(serving: _Serving) -> tuple[int, int, int, int]:
@@ -221,9 +233,17 @@ def _vllm(serving: _Serving) -> tuple[int, int, int, int]:
 
 
 def _onnxruntime(serving: _Serving) -> tuple[int, int, int, int]:
-    """As ONNX Runtime needs them: packed weights, keys and values whole in float16, the prompt read in one pass."""
+    """As ONNX Runtime needs them on a CPU, where it computes in float32, the prompt read in one pass, all its logits.
+
+    16-bit weights are widened when a session begins, and those of products packed anew; a tied table is then held as
+    rows to look up, and once more as the head's matrix. Weights on a grid stay packed (not measured). Attention is
+    exported as products and a softmax, so that a layer's scores of all tokens with all tokens are held whole.
+    """
     spec, batch = serving.spec, serving.batch
-    activations = 2 * batch * serving.context * (4 * spec.width + 3 * _active_ffn(spec))
+    table = spec.vocabulary * spec.width
+    weights = 4 * (spec.parameters + (table if spec.tied else 0)) if serving.wide else serving.weights
+    activations = 4 * batch * serving.context * (4 * spec.width + 3 * _active_ffn(spec))
     logits = 4 * batch * serving.context * spec.vocabulary
-    cache = kv_bytes(spec, spec.layers, serving.context * batch, "f16")
-    return serving.weights, cache, activations + logits, ONNX_PROCESS_BYTES
+    scores = int(ONNX_SCORES * 4 * batch * spec.heads * serving.context**2)
+    cache = 2 * kv_bytes(spec, spec.layers, serving.context * batch, "f16")
+    return weights, cache, activations + scores + logits, ONNX_PROCESS_BYTES

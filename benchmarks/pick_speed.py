@@ -1,16 +1,22 @@
-"""How long `pick` takes on 10,000 stored rows, of which many have shapes of their own, and where nothing fits."""
+"""How long `pick` takes on 10,000 stored rows, of one shape or all of different ones, where something fits or nothing.
+
+python benchmarks/pick_speed.py [--before CHECKOUT]
+"""
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import report
 
+from autodistill.contracts import ModelSpec
 from autodistill.described import deployment_named, shape
 from autodistill.estimate import config_of, resized
 from autodistill.records.row import Row, to_parquet
@@ -21,18 +27,49 @@ from autodistill.strategy import Strategy
 ROWS = 10_000
 TEACHER = {"layers": 30, "width": 576, "heads": 9, "kv_heads": 3, "ffn": 1536, "vocab": 49152}
 FORMS = ("gguf-f16", "gguf-q8_0", "gguf-q4_0", "huggingface", "compressed-tensors-int8-g64")
-REPEATS = 5
+REPEATS = 3
+ROOT = Path(__file__).parents[1]
 
 
-def write_run(out: Path) -> int:
-    """A run of as many rows as its shapes allow: every depth and width of FFN; gives how many shapes there are."""
-    spec, dice = shape(TEACHER, tied=True).spec, np.random.default_rng(0)
-    shapes = [resized(spec, layers=layers, ffn_width=ffn) for layers in range(5, 31) for ffn in range(64, 1537, 64)]
-    strategy = Strategy().to_json()
+def lattice() -> list[ModelSpec]:
+    """Every depth and width of FFN."""
+    spec = shape(TEACHER, tied=True).spec
+    return [resized(spec, layers=layers, ffn_width=ffn) for layers in range(5, 31) for ffn in range(64, 1537, 64)]
+
+
+def different() -> list[ModelSpec]:
+    """As many shapes as rows, by depth, heads, width and FFN."""
+    return _drawn(range(len(_sizes())))
+
+
+def level() -> list[ModelSpec]:
+    """As many shapes as rows, nearest to half of the teacher's weights: few are smaller than others in all sizes."""
+    layer = [(4 * heads * 64 * width // 3 * 2 + 3 * width * ffn) for _, heads, width, ffn in _sizes()]
+    weights = np.array([size[0] * one + TEACHER["vocab"] * size[2] for size, one in zip(_sizes(), layer, strict=True)])
+    return _drawn(np.argsort(np.abs(weights - weights.max() / 2))[:ROWS])
+
+
+def _sizes() -> list[tuple[int, int, int, int]]:
+    return list(product(range(5, 31), (3, 6, 9), range(64, 577, 64), range(64, 1537, 64)))
+
+
+def _drawn(indices: Sequence[int]) -> list[ModelSpec]:
+    spec, sizes = shape(TEACHER, tied=True).spec, _sizes()
+    chosen = np.random.default_rng(1).permutation(indices)[:ROWS]
+    return [
+        resized(spec, layers=layers, heads=heads, kv_heads=heads // 3, width=width, ffn_width=ffn)
+        for layers, heads, width, ffn in (sizes[index] for index in chosen)
+    ]
+
+
+def write_run(out: Path, shapes: Sequence[ModelSpec]) -> None:
+    """A run of 10,000 rows that go through the shapes, each in a format drawn from `FORMS`."""
+    dice, strategy = np.random.default_rng(0), Strategy().to_json()
     rows = []
     for index in range(ROWS):
         student, form = shapes[index % len(shapes)], FORMS[dice.integers(len(FORMS))]
         deployment = deployment_named(form)
+        need = memory(student, deployment, context=2048, batch=1)
         rows.append(
             Row(
                 row_id=f"t{index:05d}-{deployment.name}",
@@ -45,9 +82,9 @@ def write_run(out: Path) -> int:
                 strategy=strategy,
                 split="validation",
                 accuracy=float(dice.uniform(0.2, 0.6)),
-                memory_bytes=memory(student, deployment, context=2048, batch=1).total_bytes,
+                memory_bytes=need.total_bytes,
                 memory_source="predicted",
-                size_bytes=int(2e6 * student.layers),
+                size_bytes=need.weights_bytes,
                 shape=config_of(student),
                 context=2048,
                 batch=1,
@@ -60,7 +97,6 @@ def write_run(out: Path) -> int:
     asked = {"metric": "accuracy", "direction": "max", "teacher": {"reference": str(out / "gone")}}
     write_json(out / "run" / "search.json", asked)
     to_parquet(rows, out / "run" / "leaderboard.parquet")
-    return len(shapes)
 
 
 ASKED = (
@@ -74,41 +110,65 @@ ASKED = (
 )
 
 
-def seconds(out: Path, words: Sequence[str]) -> tuple[float, float]:
-    """Of the whole command in a process of its own, and of that process's CPU time: the fastest of several."""
-    program = (
-        "import sys, time; from autodistill.cli import main; began = time.perf_counter(), time.process_time()\n"
-        "main(sys.argv[1:]); print(time.perf_counter() - began[0], time.process_time() - began[1], file=sys.stderr)"
-    )
+_PROGRAM = (
+    "import sys, time; from autodistill.cli import main; began = time.perf_counter(), time.process_time()\n"
+    "main(sys.argv[1:]); now = time.process_time()\n"
+    "print(time.perf_counter() - began[0], now - began[1], now, file=sys.stderr)"
+)
+
+
+def seconds(out: Path, words: Sequence[str], code: Path) -> list[float]:
+    """On the clock and of CPU after imports, and of CPU of the whole process: the least of several.
+
+    Args:
+        out: Folder of the runs.
+        words: What is asked.
+        code: Folder of the version of autodistill that is timed.
+    """
     found = []
     for _ in range(REPEATS):
-        command = [sys.executable, "-c", program, "pick", *words, "--out", str(out), "--format", "json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        wall, cpu = done.stderr.split()[-2:]
-        found.append((float(wall), float(cpu)))
-    return min(found)[0], min(cpu for _, cpu in found)
+        command = [sys.executable, "-c", _PROGRAM, "pick", *words, "--out", str(out), "--format", "json"]
+        # With -c a process imports from the folder that it starts in before all others.
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=code)
+        found.append([float(word) for word in done.stderr.split()[-3:]])
+    return [min(values) for values in zip(*found, strict=True)]
+
+
+STORES = {
+    "many rows of a shape": (lattice, ASKED),
+    "all shapes differ": (different, ASKED[4:6]),
+    "all differ, and are about as large": (level, ASKED[4:6]),
+}
 
 
 def main() -> None:
     """Times every question and writes the report."""
-    with tempfile.TemporaryDirectory() as folder:
-        count = write_run(Path(folder))
-        lines = []
-        for name, words in ASKED:
-            wall, cpu = seconds(Path(folder), words)
-            lines.append([name, f"`pick {' '.join(words)}`", f"{wall:.2f}", f"{cpu:.2f}"])
-            print(*lines[-1], flush=True)
-    told = (
-        f"{ROWS:,} rows of {count} shapes in {len(FORMS)} formats, whose teacher is gone. Seconds of the command in a "
-        f"process that has started, the fastest of {REPEATS}: on the clock, and of CPU. Asked: under 1 s."
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--before", type=Path, help="a checkout of another version, to be timed beside this one")
+    before = parser.parse_args().before
+    titles = ["rows", "question", "wall, s", "CPU, s", "CPU of the process, s"]
+    titles += ["CPU before, s", "before / now"] if before else []
+    lines, told = [], []
+    for name, (made, asked) in STORES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            shapes = made()
+            told.append(f"{name}: {len(shapes):,} shapes")
+            write_run(Path(folder), shapes)
+            for question, words in asked:
+                now = seconds(Path(folder), words, ROOT)
+                cells = [f"{value:.2f}" for value in now]
+                if before:
+                    then = seconds(Path(folder), words, before.absolute())
+                    cells += [f"{then[1]:.2f}", f"{then[1] / now[1]:.1f}"]
+                lines.append([name, f"{question}: `pick {' '.join(words)}`", *cells])
+                print(*lines[-1], flush=True)
+    head = (
+        f"{ROWS:,} rows in {len(FORMS)} formats ({'; '.join(told)}). The least of {REPEATS} runs of the command, each "
+        "in a process of its own: on the clock and of CPU once `autodistill.cli` is imported, and of CPU from the "
+        "process's start. Asked: under 1 s."
     )
-    print(
-        report.write(
-            "pick-speed",
-            "Picking among ten thousand rows",
-            [told, report.table(["question", "command", "wall, s", "CPU, s"], lines)],
-        )
-    )
+    sections = [head, report.table(titles, lines)]
+    print(report.write("pick-speed", "Picking among ten thousand rows", sections))
 
 
 if __name__ == "__main__":

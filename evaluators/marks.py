@@ -1,15 +1,17 @@
-"""What the evaluators of tasks share: the student that is asked, and the measurement of marks."""
+"""What evaluators of tasks share: the student that is asked, its questions, and the measurement of marks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.contracts import Measurement, SimulatedStudent, Subject
+from autodistill.contracts import Measurement, Needs, Quantity, SimulatedStudent, Subject
 from autodistill.statistics import clustered_mean, per_document
+from autodistill.strategy import Deployment
 from autodistill.task_files import Example, TaskFile
 
 
@@ -24,32 +26,71 @@ def asked(subject: Subject, name: str) -> SimulatedStudent:
     return subject.student
 
 
-def marked(
-    task: TaskFile,
-    student: SimulatedStudent,
-    examples: Sequence[Example],
-    right: npt.NDArray[np.bool_],
-    detail: Mapping[str, Any],
-) -> tuple[Measurement, ...]:
-    """The share of right answers, with the standard error of `statistics.clustered_mean`, by prompt."""
-    documents = np.array([example.document for example in examples], dtype=np.int32)
-    value, stderr = clustered_mean(right, documents)
-    return (
-        Measurement(
-            name=f"task:{task.name}",
-            value=value,
-            unit="fraction",
-            direction="max",
-            source="simulated",
-            stderr=stderr,
-            detail={
-                "split": student.split,
-                "examples": len(examples),
-                "of": len(task.examples(student.split)),
-                "metric": task.metric,
-                "task": task.fingerprint,
-                **detail,
-            },
-            documents=per_document(right, documents),
-        ),
-    )
+@dataclass(frozen=True, kw_only=True)
+class TaskEvaluator:
+    """Measures "task:NAME" of a task file's task; a subclass says what is asked, and how that is scored.
+
+    Attributes:
+        task: The task.
+    """
+
+    task: TaskFile
+    needs: Needs = "student"
+    quantity: ClassVar[Quantity] = Quantity("fraction", "max")
+
+    @property
+    def name(self) -> str:
+        """That of its measurement."""
+        return f"task:{self.task.name}"
+
+    @property
+    def measures(self) -> Mapping[str, Quantity]:
+        """One figure."""
+        return {self.name: self.quantity}
+
+    def supports(self, deployment: Deployment) -> bool:
+        """Every deployment can be simulated."""
+        return True
+
+    def questions(self, subject: Subject) -> tuple[SimulatedStudent, tuple[Example, ...], list[str]]:
+        """The student, the examples of its split, and their prompts as the task puts them.
+
+        Raises:
+            ValueError: The subject has no student.
+        """
+        student = asked(subject, self.name)
+        examples = self.task.examples(student.split, student.share)
+        prompts = [example.prompt for example in examples]
+        return student, examples, student.chats(prompts) if self.task.chat else prompts
+
+    def marked(
+        self,
+        student: SimulatedStudent,
+        examples: Sequence[Example],
+        right: npt.NDArray[np.bool_],
+        detail: Mapping[str, Any],
+    ) -> tuple[Measurement, ...]:
+        """The share of right answers, with the standard error of `statistics.clustered_mean`, by prompt."""
+        documents = np.array([example.document for example in examples], dtype=np.int32)
+        value, stderr = clustered_mean(right, documents)
+        return (
+            Measurement(
+                name=self.name,
+                value=value,
+                unit="fraction",
+                direction="max",
+                source="simulated",
+                stderr=stderr,
+                detail={**self.read(student, examples), "metric": self.task.metric, **detail},
+                documents=per_document(right, documents),
+            ),
+        )
+
+    def read(self, student: SimulatedStudent, examples: Sequence[Example]) -> dict[str, Any]:
+        """What a measurement's detail says of the examples that were read."""
+        return {
+            "split": student.split,
+            "examples": len(examples),
+            "of": len(self.task.examples(student.split)),
+            "task": self.task.fingerprint,
+        }

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from autodistill.evaluators.marks import asked, marked
+from autodistill.evaluators.marks import TaskEvaluator
 
-from autodistill.contracts import Measurement, Needs, Quantity, Subject
-from autodistill.strategy import Deployment
-from autodistill.task_files import TaskFile
+from autodistill.contracts import Measurement, Subject
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultipleChoice:
+class MultipleChoice(TaskEvaluator):
     """Measures "task:NAME", a fraction, of a task of multiple choice.
 
     A choice's log-likelihood, behind the prompt and a space, is divided by its length in characters, as lm-eval's
     `acc_norm` does, so that a long choice is not held for unlikely. The detail also states the accuracy without that.
     """
 
-    task: TaskFile
-    needs: Needs = "student"
-
-    @property
-    def name(self) -> str:
-        """That of its measurement."""
-        return f"task:{self.task.name}"
-
-    @property
-    def measures(self) -> Mapping[str, Quantity]:
-        """One fraction."""
-        return {self.name: Quantity("fraction", "max")}
-
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Asks the student for the likelihood of every choice."""
-        student = asked(subject, self.name)
-        examples = self.task.examples(student.split, student.share)
-        prompts = [example.prompt for example in examples]
-        if self.task.chat:
-            prompts = student.chats(prompts)
+        student, examples, prompts = self.questions(subject)
         # A chat template ends where the answer begins; elsewhere a space parts it from the prompt.
         gaps = ["" if self.task.chat or prompt[-1:].isspace() else " " for prompt in prompts]
         pairs = [
@@ -55,8 +35,4 @@ class MultipleChoice:
             lengths = np.array([len(choice) for choice in example.choices])
             normalised.append(int(np.argmax(sums / lengths)) == example.gold)
             plain.append(int(np.argmax(sums)) == example.gold)
-        return marked(self.task, student, examples, np.array(normalised), {"accuracy_by_sum": float(np.mean(plain))})
-
-    def supports(self, deployment: Deployment) -> bool:
-        """Every deployment can be simulated."""
-        return True
+        return self.marked(student, examples, np.array(normalised), {"accuracy_by_sum": float(np.mean(plain))})

@@ -3,45 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from autodistill.evaluators.marks import asked
+from autodistill.evaluators.marks import TaskEvaluator
 
-from autodistill.contracts import Measurement, Needs, Quantity, Subject
+from autodistill.contracts import Measurement, Quantity, Subject
 from autodistill.statistics import clustered_mean, per_document
-from autodistill.strategy import Deployment
-from autodistill.task_files import TaskFile
 
 
 @dataclass(frozen=True, kw_only=True)
-class StridedPerplexity:
+class StridedPerplexity(TaskEvaluator):
     """Measures "task:NAME", a perplexity over the tokens of a task's texts, in windows that the task states.
 
     The windows are those of Hugging Face's guide: each predicts what no window before it did, with at least
     window - stride tokens before it. The standard error is by text, by the delta method.
     """
 
-    task: TaskFile
-    needs: Needs = "student"
-
-    @property
-    def name(self) -> str:
-        """That of its measurement."""
-        return f"task:{self.task.name}"
-
-    @property
-    def measures(self) -> Mapping[str, Quantity]:
-        """One perplexity."""
-        return {self.name: Quantity("perplexity", "min")}
+    quantity = Quantity("perplexity", "min")
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Reads every text."""
-        student = asked(subject, self.name)
-        examples = self.task.examples(student.split, student.share)
+        student, examples, texts = self.questions(subject)
         window, stride = min(self.task.window, student.context), min(self.task.stride, student.context)
-        parts = student.rolling([example.prompt for example in examples], window, stride)
+        parts = student.rolling(texts, window, stride)
         documents = np.repeat(
             np.array([example.document for example in examples], dtype=np.int32), [len(part) for part in parts]
         )
@@ -56,18 +41,11 @@ class StridedPerplexity:
                 source="simulated",
                 stderr=None if stderr is None else math.exp(mean) * stderr,
                 detail={
-                    "split": student.split,
-                    "examples": len(examples),
-                    "of": len(self.task.examples(student.split)),
+                    **self.read(student, examples),
                     "tokens": nll.size,
                     "window": window,
                     "stride": stride,
-                    "task": self.task.fingerprint,
                 },
                 documents={**per_document(nll, documents), "unit": "nats"},
             ),
         )
-
-    def supports(self, deployment: Deployment) -> bool:
-        """Every deployment can be simulated."""
-        return True

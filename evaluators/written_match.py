@@ -5,55 +5,31 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from autodistill.evaluators.marks import asked, marked
+from autodistill.evaluators.marks import TaskEvaluator
 
-from autodistill.contracts import Measurement, Needs, Quantity, Subject
-from autodistill.strategy import Deployment
-from autodistill.task_files import TaskFile
+from autodistill.contracts import Measurement, Subject
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation.replace("-", ""))
 
 
 @dataclass(frozen=True, kw_only=True)
-class WrittenMatch:
+class WrittenMatch(TaskEvaluator):
     """Measures "task:NAME", a fraction, of a task of exact match: greedy answers, any of the expected ones counts."""
-
-    task: TaskFile
-    needs: Needs = "student"
-
-    @property
-    def name(self) -> str:
-        """That of its measurement."""
-        return f"task:{self.task.name}"
-
-    @property
-    def measures(self) -> Mapping[str, Quantity]:
-        """One fraction."""
-        return {self.name: Quantity("fraction", "max")}
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Lets the student write an answer to every question."""
-        student = asked(subject, self.name)
-        examples = self.task.examples(student.split, student.share)
-        prompts = [example.prompt for example in examples]
-        if self.task.chat:
-            prompts = student.chats(prompts)
+        student, examples, prompts = self.questions(subject)
         written = student.write(prompts, max_tokens=self.task.max_tokens, stops=self.task.stop)
         right = [
             normalised(text) in {normalised(answer) for answer in example.answers}
             for text, example in zip(written, examples, strict=True)
         ]
         detail = {"max_tokens": self.task.max_tokens, "normalisation": "case, articles, punctuation, spaces"}
-        return marked(self.task, student, examples, np.array(right), detail)
-
-    def supports(self, deployment: Deployment) -> bool:
-        """Every deployment can be simulated."""
-        return True
+        return self.marked(student, examples, np.array(right), detail)
 
 
 def normalised(text: str) -> str:

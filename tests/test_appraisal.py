@@ -9,6 +9,7 @@ from autodistill.described import deployment_named, shape
 from autodistill.devices import devices, find_device
 from autodistill.errors import InputError
 from autodistill.hardware_summary import appraisal_text
+from autodistill.records.recalibration import Overhead
 
 MODEL = shape({"layers": 4, "width": 128, "heads": 4, "ffn": 256, "vocab": 1000})
 Q4 = deployment_named("gguf-q4_0")
@@ -41,3 +42,28 @@ def test_without_one_device_the_speed_is_left_open_and_all_are_listed() -> None:
 def test_a_prompt_that_is_no_part_of_the_context_is_refused(prompt: int) -> None:
     with pytest.raises(InputError, match="--prompt must be 1 to the context"):
         appraise(MODEL, Q4, prompt=prompt)
+
+
+PAIRS = {
+    ("discrete-gpu", "llama.cpp"): Overhead(correction_bytes=-3_000_000, margin_bytes=5_000_000, pairs=4),
+    ("cpu", "llama.cpp"): Overhead(correction_bytes=7_000_000, margin_bytes=1_000_000, pairs=3),
+}
+
+
+def test_measured_students_change_the_memory_of_their_class_and_runtime() -> None:
+    plain = appraise(MODEL, Q4)["total_bytes"]
+    t4, pi = find_device("t4", KNOWN), find_device("i9-13900k", KNOWN)
+    document = appraise(MODEL, Q4, devices=[t4], overheads=PAIRS)
+    assert document["total_bytes"] == plain + 2_000_000
+    assert document["memory_overhead"] == {"correction_bytes": -3_000_000, "margin_bytes": 5_000_000, "pairs": 4}
+    text = appraisal_text(document)
+    assert "3.00 MB less overhead than estimated, and a margin of 5.00 MB, by 4 measured students" in text
+    # Of several each has its own, and without one a class must be the only one that was measured.
+    several = appraise(MODEL, Q4, devices=[t4, pi], overheads=PAIRS)
+    assert [one["total_bytes"] - plain for one in several["devices"]] == [2_000_000, 8_000_000]
+    assert several["total_bytes"] == appraise(MODEL, Q4, overheads=PAIRS)["total_bytes"] == plain
+    alone = {place: one for place, one in PAIRS.items() if place[0] == "cpu"}
+    assert appraise(MODEL, Q4, overheads=alone)["total_bytes"] == plain + 8_000_000
+    # Pairs of llama.cpp say nothing of another runtime.
+    folder = deployment_named("huggingface")
+    assert appraise(MODEL, folder, overheads=alone)["total_bytes"] == appraise(MODEL, folder)["total_bytes"]

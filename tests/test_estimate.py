@@ -219,7 +219,7 @@ def test_overhead_is_what_a_process_takes_beyond_the_buffers() -> None:
     bare.communicate(b"\n")
     with LlamaServer(path, 2048, 1) as server:
         server.complete([2, 3, 4, 5] * 500, 4)
-        resident = psutil.Process(server._process.pid).memory_info().rss - interpreter
+        resident = psutil.Process(server._child.pid).memory_info().rss - interpreter
         buffers = server.buffers()
     overhead = memory(smollm2(), Q8_0, context=2048, batch=1).overhead_bytes
     assert buffers.total_bytes + overhead == pytest.approx(resident, rel=0.05)

@@ -123,8 +123,8 @@ def test_a_request_that_does_not_fit_is_refused_and_the_next_one_answered(file: 
 
 def test_a_dead_runtime_raises_and_leaves_nothing_behind(file: Path) -> None:
     with LlamaServer(file, 256, 1) as server:
-        folder = Path(server._folder.name)
-        os.kill(server._process.pid, signal.SIGKILL)
+        folder = Path(server._child._folder.name)
+        os.kill(server._child.pid, signal.SIGKILL)
         with pytest.raises(VerificationError, match="died"):
             server.complete(PROMPT, 1)
     assert not folder.exists()
@@ -134,7 +134,7 @@ def test_the_child_ends_with_a_killed_caller(file: Path) -> None:
     script = (
         "import os, pathlib, signal, sys; from autodistill.llama_cpp import LlamaServer\n"
         f"with LlamaServer(pathlib.Path({str(file)!r}), 256, 1) as server:\n"
-        "    print(server._process.pid, server._folder.name, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    print(server._child.pid, server._child._folder.name, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False).stdout
     child = Path("/proc", printed.split()[0])

@@ -63,3 +63,10 @@ def overheads(rows: Iterable[Row]) -> dict[Place, Overhead]:
         if isinstance(parts, Mapping) and isinstance(parts.get("device_class"), str):
             pairs[parts["device_class"], str(row.deployment["runtime"])].append((predicted, row.memory_bytes))
     return {place: recalibrate(found) for place, found in pairs.items()}
+
+
+def overhead_of(known: Mapping[Place, Overhead], runtime: str, device_class: str | None = None) -> Overhead:
+    """That of a runtime on a class of devices; of no class, where one alone was measured, that one's."""
+    kinds = {kind for kind, _ in known}
+    kind = device_class or (next(iter(kinds)) if len(kinds) == 1 else "")
+    return known.get((kind, runtime), Overhead())

@@ -30,7 +30,7 @@ def test_measures_the_file_in_llama_cpp(subject: Subject, artefact: Path) -> Non
     assert measured.source == "measured"
     with LlamaServer(artefact, 512, 1, 2) as server:
         buffers = server.buffers()
-        resident = psutil.Process(server._process.pid).memory_info().rss
+        resident = psutil.Process(server._child.pid).memory_info().rss
     assert measured.value - measured.detail["overhead_bytes"] == buffers.total_bytes
     # What a process of its own has resident, give or take what the prompt touched.
     assert measured.value == pytest.approx(resident, rel=0.1)

@@ -1,0 +1,119 @@
+"""A program in a process of its own that answers requests, each a line of JSON, and whose log is read whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from autodistill.errors import VerificationError
+
+_STOP_SECONDS = 10
+
+
+class JsonChild:
+    """A running program, which was given its settings and has said that it is ready.
+
+    It can take nobody down, and gives its memory back. It ends with `stop`, or with the caller, whatever the caller's
+    end, since its stdin ends then.
+
+    Args:
+        program: A Python file, run by path.
+        settings: What it is given, as JSON.
+        environment: Its variables.
+        failure: What failed, for a person, where it does not get ready.
+        last_words: What of its log tells a person why it died.
+
+    Attributes:
+        ready: Its first answer.
+        pid: Of its process.
+
+    Raises:
+        VerificationError: It died before it was ready; the message has its last words.
+    """
+
+    def __init__(
+        self,
+        program: Path,
+        settings: Mapping[str, Any],
+        environment: Mapping[str, str],
+        failure: str,
+        last_words: Callable[[str], str],
+    ) -> None:
+        self._last_words = last_words
+        self._folder = tempfile.TemporaryDirectory(prefix="autodistill-serve-")
+        self._log = Path(self._folder.name, "log")
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(program), json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=self._folder.name,
+                env=environment,
+                text=True,
+                encoding="utf-8",
+                start_new_session=True,  # Ctrl-C reaches the caller alone, which then ends the child in order
+            )
+        self.pid = self._process.pid
+        try:
+            self.ready = self._answer(failure)
+        except BaseException:
+            self.stop()
+            raise
+
+    def ask(self, request: Mapping[str, Any], failure: str) -> Any:
+        """The answer to a request.
+
+        Args:
+            request: As JSON.
+            failure: What failed, for a person, where the child died of it.
+
+        Raises:
+            VerificationError: It died; the message has its last words.
+        """
+        assert self._process.stdin is not None
+        # Where the child has died, the missing answer says so, with its last words.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        return self._answer(failure)
+
+    def log(self) -> str:
+        """All that it has logged so far."""
+        return self._log.read_text(encoding="utf-8", errors="replace")
+
+    def used_seconds(self) -> float:
+        """CPU seconds that it and this process have used."""
+        times = psutil.Process(self.pid).cpu_times()
+        return times.user + times.system + time.process_time()
+
+    def stop(self) -> None:
+        """Ends it, by force where it does not end by itself."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                # A dead child has never read what is left in the pipe.
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._folder.cleanup()
+
+    def _answer(self, failure: str) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            raise VerificationError(f"{failure}: {self._last_words(self.log())} (exit status {code})")
+        return json.loads(line)

@@ -1,0 +1,188 @@
+"""What a stored student needs under a load and on a device: as it was measured there, or predicted and corrected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from autodistill.contracts import ModelSpec
+from autodistill.devices import Device
+from autodistill.errors import InputError
+from autodistill.records.candidates import Candidate
+from autodistill.records.measurements import Correction, Measured, correction
+from autodistill.records.recalibration import Overhead, Place, overhead_of
+from autodistill.records.row import Row
+from autodistill.roofline import limit_seconds
+from autodistill.serving_memory import memory
+from autodistill.strategy import Deployment
+from autodistill.units import LatencyLimit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """The hardware and the load.
+
+    Attributes:
+        memory_bytes: Limit of memory.
+        context, streams: Tokens of each stream, and streams at once.
+        device: For limits of latency; None where memory alone is limited.
+        latency: The limits.
+        measured: What was measured of students anywhere; on the device it corrects what is predicted there.
+        overheads: By what predicted memory is changed, by class of devices and runtime.
+        least: The least of the metric, as `min_accuracy`; None for none.
+    """
+
+    memory_bytes: int
+    context: int = 2048
+    streams: int = 1
+    device: Device | None = None
+    latency: tuple[LatencyLimit, ...] = ()
+    measured: tuple[Measured, ...] = ()
+    overheads: Mapping[Place, Overhead] = field(default_factory=dict)
+    least: float | None = None
+    _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("context", "streams"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.least is not None and not 0 <= self.least <= 1:
+            raise InputError(f"--min-accuracy must be between 0 and 1, not {self.least}")
+
+    def overhead(self, runtime: str) -> Overhead:
+        """What predicted memory is raised by."""
+        return overhead_of(self.overheads, runtime, self.device.kind.name if self.device else None)
+
+    def correction(self, runtime: str) -> Correction:
+        """What predicted times on the device are scaled by."""
+        key = (id(self.measured), id(self.device), runtime)
+        if key not in self._known:
+            assert self.device is not None
+            # What the ids are of is kept too, so that they stay theirs.
+            self._known[key] = (correction(self.measured, self.device, runtime), self.measured, self.device)
+        found: Correction = self._known[key][0]
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """A candidate under the load that is asked.
+
+    Attributes:
+        candidate: The row.
+        needs: For each limit what it needs, in bytes or seconds; for "accuracy" what it has.
+        limits: The limits under the same names.
+        sources: Of each of these: "measured", "predicted", or "corrected": predicted, and scaled by measurements there.
+    """
+
+    candidate: Candidate
+    needs: Mapping[str, float]
+    limits: Mapping[str, float]
+    sources: Mapping[str, str]
+
+    @property
+    def excess(self) -> dict[str, float]:
+        """log(need / limit) of each limit, above 0 where it is broken."""
+        found = {}
+        for name, limit in self.limits.items():
+            need = self.needs[name]
+            over, under = (limit, need) if name == "accuracy" else (need, limit)
+            # Of nothing any limit asks infinitely more; far beyond is far enough.
+            ratio = over / under if under else (math.inf if over else 1.0)
+            found[name] = math.log(min(max(ratio, 1e-12), 1e12))
+        return found
+
+    @property
+    def fits(self) -> bool:
+        """Whether no limit is broken."""
+        return max(self.excess.values()) <= 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer as plain data: the row's figures, needs, limits and margins."""
+        row = self.candidate.row
+        return {
+            "run": self.candidate.run,
+            "row_id": row.row_id,
+            "trial": row.trial,
+            "kind": row.kind,
+            "deployment": row.deployment_name,
+            "metric": self.candidate.metric,
+            "value": row.figure(self.candidate.metric),
+            "stderr": row.figure(f"{self.candidate.metric}_stderr"),
+            "size_bytes": row.size_bytes,
+            "memory_bytes": int(self.needs["memory"]),
+            "memory_source": self.sources["memory"],
+            "sources": dict(self.sources),
+            "needs": dict(self.needs),
+            "limits": dict(self.limits),
+            "margins": {name: 1 - math.exp(excess) for name, excess in self.excess.items()},
+        }
+
+
+def solve(candidate: Candidate, wanted: Wanted) -> Solved | None:
+    """What a row needs under the load that is asked; None where that cannot be told."""
+    row = candidate.row
+    deployment = candidate.deployment
+    spec = candidate.spec if wanted.latency or (row.context, row.batch) != (wanted.context, wanted.streams) else None
+    found = _memory(row, deployment, spec, wanted)
+    if found is None:
+        return None
+    needs, limits = {"memory": float(found[0])}, {"memory": float(wanted.memory_bytes)}
+    sources = {"memory": found[1]}
+    for limit in wanted.latency:
+        time = _latency(row, deployment, spec, wanted, limit)
+        if time is None:
+            return None
+        name = limit.describe()
+        (needs[name], sources[name]), limits[name] = time, limit.seconds
+    if wanted.least is not None and row.accuracy is not None:
+        needs["accuracy"], limits["accuracy"], sources["accuracy"] = row.accuracy, wanted.least, "simulated"
+    return Solved(candidate=candidate, needs=needs, limits=limits, sources=sources)
+
+
+def _memory(row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted) -> tuple[int, str] | None:
+    """Bytes, and whether they were measured; what a measurement differed from the estimate by is kept."""
+    if (row.context, row.batch) == (wanted.context, wanted.streams) and row.memory_bytes is not None:
+        raised = 0 if row.memory_source == "measured" else wanted.overhead(deployment.runtime).total_bytes
+        return row.memory_bytes + raised, row.memory_source or "predicted"
+    if spec is None or wanted.context > spec.max_context:
+        return None
+    weights = row.size_bytes
+    need = memory(spec, deployment, context=wanted.context, batch=wanted.streams, weights=weights).total_bytes
+    if row.memory_source == "measured" and row.memory_bytes is not None and row.context and row.batch:
+        before = memory(spec, deployment, context=row.context, batch=row.batch, weights=weights).total_bytes
+        need += row.memory_bytes - before
+        return need, "predicted"
+    return need + wanted.overhead(deployment.runtime).total_bytes, "predicted"
+
+
+def _latency(
+    row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted, limit: LatencyLimit
+) -> tuple[float, str] | None:
+    """Seconds, and how they are known.
+
+    A measurement of the row in its runtime on the device itself goes before any prediction; one of another machine or
+    runtime is never used.
+    """
+    device = wanted.device
+    if device is None:
+        raise InputError("a limit of latency holds on a device: name it with --device")
+    if row.latency_source == "measured" and row.machine == device.name and row.context == wanted.context:
+        milliseconds = _timed(row, limit)
+        if milliseconds is not None:
+            return milliseconds / 1e3, "measured"
+    if spec is None:
+        return None
+    known = wanted.correction(deployment.runtime)
+    scale = known.decode if limit.quantity == "tpot" else known.prefill
+    seconds = limit_seconds(spec, deployment, device, limit, context=wanted.context)
+    return seconds * scale, "corrected" if known.count else "predicted"
+
+
+def _timed(row: Row, limit: LatencyLimit) -> float | None:
+    """The percentile that the row's own timing has, at the limit's streams."""
+    loads = (row.other.get("latency_detail") or {}).get("loads", ())
+    name = f"{limit.quantity}_p{limit.percentile}_ms"
+    return next((load[name] for load in loads if load["streams"] == limit.streams and name in load), None)
