@@ -80,6 +80,15 @@ def look(threads: int) -> Noise:
     return watch.noise
 
 
+def free_cores(most: int) -> int:
+    """Cores that nothing else uses at this moment, at least one and at most so many.
+
+    For runtimes whose threads spin while they wait for each other: with fewer cores than threads, most of their time
+    goes by in waiting.
+    """
+    return max(1, min(most, int((psutil.cpu_count() or 1) - look(0).others + _IDLE_CORES)))
+
+
 def _busy(times: Any) -> tuple[float, float]:
     """Seconds of all cores that were used, and that were stolen."""
     used = sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq"))

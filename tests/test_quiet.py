@@ -9,7 +9,8 @@ import time
 import psutil
 import pytest
 
-from autodistill.quiet import Watch, noise
+from autodistill import quiet
+from autodistill.quiet import Watch, free_cores, noise
 
 
 @pytest.mark.parametrize(
@@ -35,3 +36,13 @@ def test_own_work_is_not_other_work() -> None:
         time.sleep(1.0)
     worker.wait()
     assert theirs.noise.others - mine.noise.others > 0.1
+
+
+@pytest.mark.parametrize(
+    ("others", "most", "free"), [(0.1, 4, 4), (0.1, 2, 2), (1.1, 4, 3), (1.6, 4, 2), (3.9, 4, 1), (9.0, 4, 1)]
+)
+def test_threads_are_as_many_as_cores_are_free(monkeypatch, others, most, free) -> None:
+    seen = noise(load_average=0.0, others=others, steal=0.0, threads=0, cores=4)
+    monkeypatch.setattr(quiet, "look", lambda threads: seen)
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 4)
+    assert free_cores(most) == free

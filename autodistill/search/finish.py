@@ -27,6 +27,7 @@ from autodistill.evaluation import deployed_weights, evaluate
 from autodistill.export.huggingface import model_card
 from autodistill.export.verify import CLEAR_SHARE, MIN_POSITIONS, RuntimeCheck, verify, verify_runtime
 from autodistill.formats import get_format
+from autodistill.quiet import free_cores
 from autodistill.records.confirmation import Confirmation, confirmations
 from autodistill.records.leaderboard import DISTILLED, limits_of, nearest, paired_bootstrap, rank
 from autodistill.records.openings import record_test_opening, recorded_test_openings
@@ -207,7 +208,8 @@ def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[s
         model = finisher.load(row)
         with deployed_weights(model, spec, deployment, read_scales(finisher.student(row), deployment)):
             simulated = choices(model, data, device=finisher.setting.device)
-        checks[container] = verify_runtime(artefact, deployment, simulated, data.tokens[:, :-1], finisher.threads)
+        threads = free_cores(finisher.threads)
+        checks[container] = verify_runtime(artefact, deployment, simulated, data.tokens[:, :-1], threads)
         paths[container] = artefact.path
     subject = Subject(
         spec=spec,

@@ -1,4 +1,7 @@
-"""Searches of these tests time no student in its runtime, which takes seconds each, unless they are marked `timed`."""
+"""Searches of these tests time no student in its runtime, which takes seconds each, unless they are marked `timed`.
+
+Their runtimes have one thread, since those of llama.cpp spin while they wait for each other, whatever else is running.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from autodistill.evaluators.latency import Latency
 from autodistill.evaluators.memory import Memory
 
 from autodistill.contracts import Measurement, Subject
+from autodistill.search import finish
 from autodistill.strategy import Deployment
 
 _timing = False
@@ -29,6 +33,7 @@ def unless_timed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Latency, "supports", timed)
         patch.setattr(Memory, "evaluate", predicted)
+        patch.setattr(finish, "free_cores", lambda most: 1)
         yield
 
 
