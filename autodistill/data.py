@@ -2,219 +2,54 @@
 
 Documents are split before they are packed, so no document is in two splits, and no prompt of a conversation. One long
 text is cut into three contiguous blocks, with a gap of one sequence between them.
-
-Conversations may lie there in several renderings, the teacher's and those of students with templates of their own: the
-same records in the same sequences, so that the n-th shared token of a sequence is the n-th in every rendering.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.conversations import Conversation, Likeliest
-from autodistill.documents import Source, resolve_data
+from autodistill.conversations import Conversation
+from autodistill.documents import Source
 from autodistill.errors import InputError
 from autodistill.packing import cut, fill, pack
 from autodistill.records.store import alone
 from autodistill.rendering import Rendered, Renderer, Template
+from autodistill.splitting import assign, contiguous, first_places, join
 from autodistill.strategy import content_hash
 from autodistill.templates import share, write_text
+from autodistill.token_sets import (
+    ENDS,
+    INDEX,
+    SPLITS,
+    TOKENIZER,
+    TOLD,
+    Prepared,
+    Question,
+    RenderingInfo,
+    SplitInfo,
+    Tokens,
+    column_of,
+    file_hashes,
+    open_prepared,
+    questions_file,
+    rendering_folder,
+)
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = [
-    "Prepared",
-    "Question",
-    "Questions",
-    "RenderingInfo",
-    "Source",
-    "SplitInfo",
-    "TokenSet",
-    "load_split",
-    "open_prepared",
-    "prepare",
-    "rendering_folder",
-    "resolve_data",
-]
-
-SPLITS = ("train", "validation", "test")
-_HELD_OUT = 0.1  # share of the tokens that validation gets, and test
 _RULE = 1  # part of the fingerprint: to be raised with any change of how data are split, tokenised or packed
-_INDEX = "prepared.json"
-_QUESTIONS, _TOKENIZER, _RENDERINGS, _ENDS = "questions.json", "tokenizer", "renderings", "ends.json"
-_TOLD = ("told_ids", "told_log_p")
-
-Tokens = npt.NDArray[np.int32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitInfo:
-    """What a split holds.
-
-    Attributes:
-        sequences: Whole ones.
-        tokens: In them.
-        documents: Distinct ones that they come from.
-        answers: Tokens that are part of answers; 0 for plain text, of which all count.
-        told: Those of them whose likeliest tokens their writer told.
-    """
-
-    sequences: int
-    tokens: int
-    documents: int
-    answers: int = 0
-    told: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RenderingInfo:
-    """What a rendering other than the teacher's holds, in all splits.
-
-    Attributes:
-        answers: Tokens that are part of answers.
-        shared: Those of them that all renderings share.
-        records: Of conversations.
-        differing: Those of them whose answers, up to their ends, are cut into other tokens than in some rendering.
-        ends: The tokens that end an answer, the teacher's and the rendering's.
-    """
-
-    answers: int
-    shared: int
-    records: int
-    differing: int
-    ends: tuple[str, str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """Data on disk, ready to be trained on.
-
-    Attributes:
-        folder: Where they lie; `open_prepared` needs no more.
-        fingerprint: Hash of text, tokenizer, sequence length, seed and split rule, and of what renders conversations.
-        name: That of the source.
-        licence: Of the text, where it is known.
-        sequence_length: Tokens of a sequence.
-        splits: "train", "validation" and "test".
-        notes: What a person must know of the data, in sentences.
-        renderings: By the names of their templates, those beside the teacher's.
-    """
-
-    folder: Path
-    fingerprint: str
-    name: str
-    licence: str | None
-    sequence_length: int
-    splits: dict[str, SplitInfo]
-    notes: tuple[str, ...] = ()
-    renderings: Mapping[str, RenderingInfo] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question to be answered in writing.
-
-    Attributes:
-        document: Its place in the source, as in `TokenSet.documents`.
-        prompt: Token ids after which the answer is to be written.
-        answer: The one expected.
-        answer_tokens: Its tokens, with the one that ends it.
-        item: Number of the item in the task that made it.
-    """
-
-    document: int
-    prompt: tuple[int, ...]
-    answer: str
-    answer_tokens: int
-    item: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Questions:
-    """The questions of a held-out split, and what it takes to ask them.
-
-    Attributes:
-        task: Reference of the task that marks the answers, or None.
-        stops: Ids of the tokens that end an answer.
-        tokenizer: Folder of the tokenizer that the prompts are of.
-        entries: The questions.
-    """
-
-    task: str | None
-    stops: tuple[int, ...]
-    tokenizer: Path
-    entries: tuple[Question, ...]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TokenSet:
-    """The sequences of a split, in a fixed shuffled order, so that the first of them come from many documents.
-
-    Attributes:
-        tokens: int32 [sequences, sequence_length], read-only.
-        documents: int32 [sequences, sequence_length], the document each token belongs to, by its place in the source;
-            equal documents, and conversations that begin with the same prompt, share the place of the first. Of one
-            long text, each sequence counts as a document.
-        answers: bool [sequences, sequence_length], whether a token is part of an answer and so counts as a label in
-            losses, and in scores where nothing is shared; None where all tokens count.
-        told: [sequences, sequence_length, k], the likeliest tokens in each place, as the answers' writer told them;
-            None where nothing was told of any.
-        questions: Those of the documents, in a held-out split of conversations; else None.
-        shared: bool [sequences, sequence_length], the answers' tokens that all renderings of the data have, which alone
-            are scored: the n-th of a sequence is the n-th in every rendering. None where there is but one.
-        teacher: The same sequences as the teacher reads them, where this is another rendering; else None.
-        ends: The tokens that end an answer, the teacher's and this rendering's, where they differ; else None.
-    """
-
-    tokens: Tokens
-    documents: Tokens
-    answers: npt.NDArray[np.bool_] | None = None
-    told: Likeliest | None = None
-    questions: Questions | None = None
-    shared: npt.NDArray[np.bool_] | None = None
-    teacher: TokenSet | None = None
-    ends: tuple[int, int] | None = None
-
-    @property
-    def scored(self) -> npt.NDArray[np.bool_] | None:
-        """bool [sequences, sequence_length], the tokens that scores count; None where all do."""
-        return self.answers if self.shared is None else self.shared
-
-    @property
-    def predicted(self) -> int:
-        """Number of tokens that are predicted from those before them and scored."""
-        return self.tokens[:, 1:].size if self.scored is None else int(self.scored[:, 1:].sum())
-
-    def head(self, tokens: int) -> TokenSet:
-        """The first sequences that together hold at most this many tokens, but at least one of them."""
-        count = max(1, tokens // self.tokens.shape[1])
-        documents, questions = self.documents[:count], self.questions
-        if questions is not None:
-            known = set(np.unique(documents).tolist())
-            questions = replace(questions, entries=tuple(one for one in questions.entries if one.document in known))
-        return TokenSet(
-            tokens=self.tokens[:count],
-            documents=documents,
-            answers=None if self.answers is None else self.answers[:count],
-            told=None if self.told is None else self.told.first(count),
-            questions=questions,
-            shared=None if self.shared is None else self.shared[:count],
-            teacher=None if self.teacher is None else self.teacher.head(tokens),
-            ends=self.ends,
-        )
 
 
 def prepare(
@@ -264,11 +99,11 @@ def _prepare_texts(folder: Path, source: Source, tokenizer_folder: Path, sequenc
     """Splits documents of plain text, or one long text into blocks where there are too few."""
     texts = tuple(text for text in source.documents if isinstance(text, str))
     documents = _tokenise(texts, tokenizer_folder)
-    places = _places(texts)
+    places = first_places(texts)
     if len(set(places)) < len(SPLITS):
-        packed = _cut(np.concatenate(documents), sequence_length)
+        packed = contiguous(np.concatenate(documents), sequence_length)
     else:
-        packed = _pack(documents, places, _assign(texts, documents, places, sequence_length, seed))
+        packed = join(documents, places, assign(texts, documents, places, sequence_length, seed))
     tables = {}
     for split, (tokens, owners) in packed.items():
         columns = {"tokens": tokens, "documents": owners}
@@ -293,10 +128,10 @@ def _prepare_conversations(
             whole[name] = other.render([replace(one, told=None) for one in conversations])
     records, notes = _kept(whole, [one.end for one in renderers.values()], length)
     openings = [conversations[place].opening for place in records]
-    owners = dict(zip(records, (list(records)[first] for first in _places(openings)), strict=True))
+    owners = dict(zip(records, (list(records)[first] for first in first_places(openings)), strict=True))
     tokens = [record[0].tokens for record in records.values()]
     texts = {place: conversations[place].opening for place in owners.values()}
-    chosen = _assign(texts, tokens, list(owners.values()), length, seed)
+    chosen = assign(texts, tokens, list(owners.values()), length, seed)
     tables, counts = {}, {}
     questions: dict[str, dict[str, str]] = {name: {} for name in renderers}
     for split, firsts in chosen.items():
@@ -317,7 +152,7 @@ def _prepare_conversations(
                 continue
             told = 0
             if packed.told is not None:
-                columns |= {name: part.reshape(len(part), -1) for name, part in zip(_TOLD, packed.told, strict=True)}
+                columns |= {name: part.reshape(len(part), -1) for name, part in zip(TOLD, packed.told, strict=True)}
                 told = int((packed.told.ids[:, 1:, 0] >= 0).sum())
             counts[split] = {"answers": int(packed.answers[:, 1:].sum()), "told": told}
         tables[split] = _table(columns, seed)
@@ -328,14 +163,14 @@ def _prepare_conversations(
                 questions[name][split] = json.dumps(asking)
 
     def add(temporary: Path) -> None:
-        renderer.tokenizer.save_pretrained(temporary / _TOKENIZER)
+        renderer.tokenizer.save_pretrained(temporary / TOKENIZER)
         for name, texts in questions.items():
             if name:
                 own = rendering_folder(temporary, name)
                 write_text(teacher, renderers[name], own)
-                (own / _ENDS).write_text(json.dumps([renderer.end, renderers[name].end]), encoding="utf-8")
+                (own / ENDS).write_text(json.dumps([renderer.end, renderers[name].end]), encoding="utf-8")
             for split, text in texts.items():
-                path = _questions_file(temporary, split, name)
+                path = questions_file(temporary, split, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text, encoding="utf-8")
 
@@ -403,20 +238,6 @@ def _rendering_info(records: Sequence[Rendered], teacher: Renderer, renderer: Re
     )
 
 
-def rendering_folder(folder: Path, name: str) -> Path:
-    """Where prepared data keep the teacher's tokenizer, and all else that describes text, with another template.
-
-    Args:
-        folder: That of `Prepared`.
-        name: Of the template.
-    """
-    return folder / _RENDERINGS / name
-
-
-def _questions_file(folder: Path, split: str, rendering: str) -> Path:
-    return (rendering_folder(folder, rendering) if rendering else folder) / split / _QUESTIONS
-
-
 def _notes(sizes: list[int], kept: set[int], length: int) -> tuple[str, ...]:
     """What became of records that are longer than a sequence."""
     cut_off = sum(size > length for place, size in enumerate(sizes) if place in kept)
@@ -450,98 +271,6 @@ def _tokenise(documents: tuple[str, ...], folder: Path) -> list[Tokens]:
     # Not verbose: the model never sees a document longer than a sequence.
     encoded = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [np.array([*ids, end], dtype=np.int32) for ids in encoded["input_ids"]]
-
-
-def _places(documents: Sequence[str]) -> list[int]:
-    """For each document the place of the first one with the same text."""
-    first: dict[str, int] = {}
-    return [first.setdefault(text.strip(), place) for place, text in enumerate(documents)]
-
-
-def _too_short(found: str, length: int, needed: int) -> InputError:
-    return InputError(
-        f"the data are too short: {found}, but one sequence of {length} tokens in each of {', '.join(SPLITS)} needs "
-        f"at least {needed}: give more text or a shorter sequence"
-    )
-
-
-def _cut(tokens: Tokens, length: int) -> dict[str, tuple[Tokens, Tokens]]:
-    """Cuts one long text into contiguous blocks of whole sequences, with a gap of one sequence between them."""
-    sequences = len(tokens) // length
-    needed = len(SPLITS) + 2  # two of them are the gaps
-    if sequences < needed:
-        raise _too_short(f"{len(tokens)} tokens in one long text", length, needed * length)
-    held_out = max(1, round((sequences - 2) * _HELD_OUT))
-    counts = {"train": sequences - 2 - 2 * held_out, "validation": held_out, "test": held_out}
-    blocks, start = {}, 0
-    for split in SPLITS:
-        rows = np.arange(start, start + counts[split], dtype=np.int32)
-        block = tokens[rows[0] * length : (rows[-1] + 1) * length]
-        blocks[split] = (block, np.repeat(rows, length))
-        start += counts[split] + 1
-    return blocks
-
-
-def _assign(
-    texts: Sequence[str] | Mapping[int, str], documents: list[Tokens], places: list[int], length: int, seed: int
-) -> dict[str, list[int]]:
-    """Chooses the split of every distinct document, in an order that only its text and the seed decide.
-
-    Each document goes to the split that is furthest from its share of the tokens and has room for it. One that would by
-    itself overfill validation or test goes to train. At the end, train gives to a split that lacks a whole sequence.
-
-    Returns:
-        For each split the places of its documents.
-    """
-    sizes: dict[int, int] = {}
-    for place, tokens in zip(places, documents, strict=True):
-        sizes[place] = sizes.get(place, 0) + len(tokens)
-    total = sum(sizes.values())
-    share = max(int(total * _HELD_OUT), length)
-    target = {"train": max(total - 2 * share, 1), "validation": share, "test": share}
-    order = sorted(sizes, key=lambda place: hashlib.sha256(f"{seed}:{texts[place].strip()}".encode()).digest())
-    small = {place for place in order if sizes[place] <= share}
-    if len(small) < 2:
-        small = set(sorted(order, key=lambda place: (sizes[place], order.index(place)))[:2])
-    chosen: dict[str, list[int]] = {
-        "train": [place for place in order if place not in small],
-        "validation": [],
-        "test": [],
-    }
-    filled = {split: sum(sizes[place] for place in chosen[split]) for split in SPLITS}
-
-    def put(place: int, split: str) -> None:
-        chosen[split].append(place)
-        filled[split] += sizes[place]
-
-    for place in order:
-        if place in small:
-            # Train takes what would overfill the others.
-            room = (split for split in SPLITS if filled[split] + sizes[place] <= target[split] or not filled[split])
-            put(place, min(room, key=lambda split: filled[split] / target[split], default="train"))
-    for split in ("validation", "test"):
-        while filled[split] < length and len(chosen["train"]) > 1:
-            place = min(chosen["train"], key=lambda place: sizes[place])
-            chosen["train"].remove(place)
-            filled["train"] -= sizes[place]
-            put(place, split)
-    if min(filled.values()) < length:
-        counts = ", ".join(f"{filled[split]} in {split}" for split in SPLITS)
-        raise _too_short(f"{total} tokens in {len(sizes)} documents ({counts})", length, len(SPLITS) * length)
-    return chosen
-
-
-def _pack(documents: list[Tokens], places: list[int], chosen: dict[str, list[int]]) -> dict[str, tuple[Tokens, Tokens]]:
-    """Joins the documents of each split; copies of a document follow it."""
-    copies: dict[int, list[int]] = {}
-    for index, place in enumerate(places):
-        copies.setdefault(place, []).append(index)
-    packed = {}
-    for split, members in chosen.items():
-        parts = [documents[index] for place in members for index in copies[place]]
-        owners = [places[index] for place in members for index in copies[place]]
-        packed[split] = (np.concatenate(parts), np.repeat(np.array(owners, np.int32), [len(part) for part in parts]))
-    return packed
 
 
 def _sequences(values: Tokens, length: int) -> Tokens:
@@ -590,7 +319,7 @@ def _write(
         for split, table in tables.items():
             with _quiet():
                 datasets.Dataset(table).save_to_disk(temporary / split)
-            distinct = len(np.unique(_column(table, "documents")))
+            distinct = len(np.unique(column_of(table, "documents")))
             splits[split] = SplitInfo(
                 sequences=len(table),
                 tokens=len(table) * length,
@@ -606,9 +335,12 @@ def _write(
             "notes": list(notes),
             **({"renderings": {name: asdict(info) for name, info in renderings.items()}} if renderings else {}),
         }
-        index = head | {"splits": {split: asdict(info) for split, info in splits.items()}, "files": _hashes(temporary)}
+        index = head | {
+            "splits": {split: asdict(info) for split, info in splits.items()},
+            "files": file_hashes(temporary),
+        }
         text = json.dumps({"checksum": content_hash(index), **index}, indent=1)
-        (temporary / _INDEX).write_text(text, encoding="utf-8")
+        (temporary / INDEX).write_text(text, encoding="utf-8")
         _replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -640,100 +372,3 @@ def _quiet() -> Iterator[None]:
     finally:
         if not hidden:
             datasets.enable_progress_bars()
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != _INDEX)
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def open_prepared(folder: Path) -> Prepared:
-    """Opens prepared data, after checking every file against its checksum.
-
-    Raises:
-        InputError: No prepared data in the folder, or torn or altered ones.
-    """
-    try:
-        index: dict[str, Any] = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        checksum = index.pop("checksum")
-        whole = checksum == content_hash(index) and index["files"] == _hashes(folder)
-        splits = {split: SplitInfo(**info) for split, info in index["splits"].items()}
-        found: dict[str, Any] = index.get("renderings", {})
-        renderings = {name: RenderingInfo(**info | {"ends": tuple(info["ends"])}) for name, info in found.items()}
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} holds no prepared data: prepare them first") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the prepared data in {folder} cannot be read ({error}): delete the folder") from error
-    if not whole:
-        raise InputError(f"the prepared data in {folder} have been altered: delete the folder")
-    fields = {name: index[name] for name in ("fingerprint", "name", "licence", "sequence_length")}
-    notes = tuple(index.get("notes", ()))
-    return Prepared(folder=folder, splits=splits, notes=notes, renderings=renderings, **fields)
-
-
-def load_split(folder: Path, split: str, rendering: str = "") -> TokenSet:
-    """Opens the sequences of one split, memory-mapped where they lie in one piece.
-
-    Args:
-        folder: That of `Prepared`.
-        split: "train", "validation" or "test".
-        rendering: Name of a template that conversations are rendered by as well; the teacher's rendering where it is
-            empty.
-
-    Raises:
-        InputError: An unknown split, or no prepared data in the folder.
-    """
-    if split not in SPLITS:
-        raise InputError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}")
-    if not (folder / split).is_dir():
-        raise InputError(f"{folder} holds no prepared data: prepare them first")
-    import datasets
-
-    table = datasets.load_from_disk(str(folder / split)).data.table
-    teacher = _token_set(folder, split, table)
-    if not rendering:
-        return teacher
-    ends = json.loads((rendering_folder(folder, rendering) / _ENDS).read_text(encoding="utf-8"))
-    own = _token_set(folder, split, table, rendering)
-    return replace(own, teacher=teacher, ends=None if ends[0] == ends[1] else (ends[0], ends[1]))
-
-
-def _token_set(folder: Path, split: str, table: pyarrow.Table, rendering: str = "") -> TokenSet:
-    """One rendering of a split."""
-
-    def column(name: str) -> npt.NDArray[Any] | None:
-        whole = f"{rendering}/{name}" if rendering else name
-        return _column(table, whole) if whole in table.column_names else None
-
-    tokens, documents, answers, shared = map(column, ("tokens", "documents", "answers", "shared"))
-    assert tokens is not None
-    assert documents is not None
-    told = [part.reshape(*tokens.shape, -1) for name in _TOLD if (part := column(name)) is not None]
-    return TokenSet(
-        tokens=tokens,
-        documents=documents,
-        answers=None if answers is None else answers.view(np.bool_),
-        told=Likeliest(*told) if told else None,
-        questions=_read_questions(folder, split, rendering),
-        shared=None if shared is None else shared.view(np.bool_),
-    )
-
-
-def _read_questions(folder: Path, split: str, rendering: str) -> Questions | None:
-    path = _questions_file(folder, split, rendering)
-    if not path.is_file():
-        return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    entries = tuple(Question(**(entry | {"prompt": tuple(entry["prompt"])})) for entry in found["entries"])
-    tokenizer = rendering_folder(folder, rendering) if rendering else folder / _TOKENIZER
-    return Questions(task=found["task"], stops=tuple(found["stops"]), tokenizer=tokenizer, entries=entries)
-
-
-def _column(table: pyarrow.Table, name: str) -> npt.NDArray[Any]:
-    """A column of lists as an array [rows, length]: a view into the file where the column is one chunk."""
-    column = table.column(name)
-    pieces = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
-    flat = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-    values: npt.NDArray[Any] = flat.reshape(-1, column.type.list_size)
-    values.flags.writeable = False
-    return values

@@ -21,7 +21,6 @@ from autodistill.contracts import (
     TeacherReference,
     TokenScores,
 )
-from autodistill.data import TokenSet
 from autodistill.distillation.generation import answer
 from autodistill.distillation.held import held_as_deployed, is_held
 from autodistill.distillation.quantization import deploy_tensor
@@ -33,6 +32,7 @@ from autodistill.plugins import load
 from autodistill.statistics import per_document
 from autodistill.strategy import Deployment
 from autodistill.students import save_student
+from autodistill.token_sets import TokenSet
 from autodistill.units import Budget
 
 ASKING_DATA = "give --data with a prompt and an answer in each record, or reasoning-gym:TASK"

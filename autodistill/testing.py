@@ -181,12 +181,12 @@ def tiny_subject(folder: Path, *, artefact: bool = False) -> Subject:
     import numpy as np
     import torch
 
-    from autodistill.data import TokenSet
     from autodistill.distillation.simulated import PackedStudent
     from autodistill.distillation.teacher import load_model
     from autodistill.estimate import spec_from_config
     from autodistill.export.gguf import GgufExporter
     from autodistill.strategy import Deployment
+    from autodistill.token_sets import TokenSet
     from autodistill.units import Budget
 
     student = save_tiny_teacher(folder / "student", ffn=192)

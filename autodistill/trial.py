@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 
 from autodistill.applied import check_rendering, initial_student, student_spec
 from autodistill.contracts import TeacherReference
-from autodistill.data import TokenSet, load_split
 from autodistill.distillation.alignment import layer_map
 from autodistill.distillation.attention import TeacherBlock, teacher_layer
 from autodistill.distillation.checkpoint import read_metadata
@@ -34,6 +33,7 @@ from autodistill.formats import Grid, Scales
 from autodistill.stages import Checkpoint, open_stages
 from autodistill.strategy import Deployment, Init, Strategy
 from autodistill.students import save_student, student_folder, student_key, trained_student
+from autodistill.token_sets import TokenSet, load_split
 from autodistill.trial_data import RungReport, TrialSetting, TrialTask
 
 

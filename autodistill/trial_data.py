@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from autodistill.contracts import Direction, Evaluator, HeldType, ModelSpec, Plan
-from autodistill.data import rendering_folder
 from autodistill.distillation.trainer import StepRecord
 from autodistill.evaluation import Evaluation
 from autodistill.storage import Storage
 from autodistill.strategy import Deployment, Init, Strategy
+from autodistill.token_sets import rendering_folder
 from autodistill.units import Budget
 
 

@@ -32,7 +32,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from autodistill.contracts import Plan
-from autodistill.data import TokenSet, load_split, prepare, resolve_data
+from autodistill.data import prepare
 from autodistill.distillation.divergence import divergence_of
 from autodistill.distillation.logit_loss import logit_loss
 from autodistill.distillation.memory import keep_freed_memory
@@ -42,9 +42,11 @@ from autodistill.distillation.target import FullTarget, TopTarget
 from autodistill.distillation.teacher import Teacher, load_model, materialise, resolve_teacher, tokenizer_fingerprint
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
 from autodistill.distillation.trainer import Trainer
+from autodistill.documents import resolve_data
 from autodistill.formats import get_format
 from autodistill.records.store import default_cache
 from autodistill.strategy import Alignment, Distillation, Init, Strategy
+from autodistill.token_sets import TokenSet, load_split
 
 DRAWS = 50
 BASE, PUBLISHED, QAT = "cross-entropy", "TRL's generalised JSD, teacher live", "top-64, on the grid of Q8_0"

@@ -20,17 +20,19 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from autodistill.contracts import ModelSpec, Plan
-from autodistill.data import TokenSet, load_split, prepare, resolve_data
+from autodistill.data import prepare
 from autodistill.distillation.memory import keep_freed_memory
 from autodistill.distillation.schedule import branch_point
 from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import load_model, tokenizer_fingerprint
 from autodistill.distillation.trainer import Trainer
+from autodistill.documents import resolve_data
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import Evaluation, evaluate
 from autodistill.records.store import default_cache
 from autodistill.strategy import Deployment, Distillation, Init, Strategy, content_hash
 from autodistill.students import save_student
+from autodistill.token_sets import TokenSet, load_split
 from autodistill.units import Budget, parse_duration
 
 TASK = "reasoning-gym:chain_sum?size=150000&seed=11&min_terms=3&max_terms=3&min_digits=2&max_digits=2"

@@ -27,7 +27,6 @@ import report
 import torch
 
 from autodistill.contracts import Plan
-from autodistill.data import TokenSet
 from autodistill.distillation import quantization
 from autodistill.distillation import trainer as training
 from autodistill.distillation.memory import keep_freed_memory
@@ -38,6 +37,7 @@ from autodistill.estimate import spec_from_config
 from autodistill.formats import Grid
 from autodistill.records.store import default_cache
 from autodistill.strategy import Distillation, Finishing, Init, Strategy
+from autodistill.token_sets import TokenSet
 
 LENGTH = 256
 BEFORE = ", before"

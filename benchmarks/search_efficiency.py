@@ -34,7 +34,6 @@ from safetensors.torch import load_file
 from simulate import SEED, TRIALS, Table, Worker, default_rungs, learns_from_teacher, load_table, plan, simulate
 
 from autodistill.applied import initial_student, student_spec
-from autodistill.data import load_split
 from autodistill.domains import Choices
 from autodistill.evaluation import evaluate
 from autodistill.records.leaderboard import paired_bootstrap
@@ -46,6 +45,7 @@ from autodistill.search.sampler import Sampler
 from autodistill.space import Point, Space
 from autodistill.statistics import per_document
 from autodistill.strategy import Strategy, content_hash
+from autodistill.token_sets import load_split
 from autodistill.units import parse_duration
 
 # How many times what (a) spends the others are followed, to see when they come as far.

@@ -22,16 +22,18 @@ import torch
 from autodistill.evaluators.task import evaluator_of
 
 from autodistill.contracts import TeacherReference
-from autodistill.data import load_split, prepare, resolve_data
+from autodistill.data import prepare
 from autodistill.distillation import scoring
 from autodistill.distillation.scoring import refer, score
 from autodistill.distillation.teacher import load_model, materialise, resolve_teacher, tokenizer_fingerprint
+from autodistill.documents import resolve_data
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import deployed_weights, evaluate
 from autodistill.records.leaderboard import paired_bootstrap
 from autodistill.records.store import default_cache, read_json, write_json
 from autodistill.strategy import Deployment
 from autodistill.task_files import TaskFile, read_tasks
+from autodistill.token_sets import load_split
 from autodistill.units import Budget
 
 PACKED = {

@@ -119,8 +119,8 @@ def train(mode: Mode, config: dict[str, Any]) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from autodistill.data import TokenSet
     from autodistill.distillation.trainer import Trainer
+    from autodistill.token_sets import TokenSet
 
     torch.set_num_threads(1)
     plan = Plan(

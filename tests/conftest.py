@@ -19,7 +19,6 @@ import torch
 
 from autodistill.contracts import Plan
 from autodistill.conversations import Likeliest
-from autodistill.data import TokenSet
 from autodistill.distillation.attention import TeacherBlock, teacher_layer
 from autodistill.distillation.calibration import Calibration
 from autodistill.distillation.signals import LiveTeacher
@@ -30,6 +29,7 @@ from autodistill.distillation.trainer import Trainer
 from autodistill.remote import Board
 from autodistill.strategy import Strategy
 from autodistill.testing import save_tiny_teacher
+from autodistill.token_sets import TokenSet
 
 LAYERS, WIDTH, VOCABULARY, LENGTH, SEQUENCES, TOP_K, DRAWS = 6, 64, 300, 32, 8, 64, 12
 

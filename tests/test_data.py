@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from autodistill.conversations import Conversation, asked
-from autodistill.data import SPLITS, Prepared, Source, load_split, open_prepared, prepare, resolve_data
+from autodistill.data import prepare
+from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError
 from autodistill.strategy import content_hash
 from autodistill.testing import tiny_text, tiny_tokenizer
+from autodistill.token_sets import SPLITS, Prepared, load_split, open_prepared
 
 LENGTH = 32
 
@@ -96,7 +98,8 @@ def test_another_process_prepares_the_same(source: Source, prepared: Prepared, t
     (tmp_path / "source.json").write_text(json.dumps(source.documents))
     program = f"""if True:
         import json, pathlib
-        from autodistill.data import Source, prepare
+        from autodistill.documents import Source
+        from autodistill.data import prepare
         documents = tuple(json.loads(pathlib.Path({str(tmp_path / "source.json")!r}).read_text()))
         source = Source(name="x", kind="folder", documents=documents, licence=None, fingerprint={source.fingerprint!r})
         tokenizer, cache = pathlib.Path({str(tokenizer)!r}), pathlib.Path({str(tmp_path)!r})

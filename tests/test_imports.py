@@ -56,6 +56,8 @@ ROOMS = (
     "rendering",
     "templates",
     "packing",
+    "token_sets",
+    "splitting",
     "data",
     "distillation",
     "described",

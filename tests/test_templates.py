@@ -15,17 +15,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.conversations import Conversation, Likeliest, Turn, asked
-from autodistill.data import Prepared, load_split, prepare, rendering_folder, resolve_data
+from autodistill.data import prepare
 from autodistill.distillation.pretrained import load_pretrained
 from autodistill.distillation.scoring import REFERENCE_TOKENS, refer, score
 from autodistill.distillation.signals import LiveTeacher
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
 from autodistill.distillation.trainer import Trainer
+from autodistill.documents import resolve_data
 from autodistill.rendering import Renderer, Template
 from autodistill.strategy import Alignment, Distillation, Init, Strategy
 from autodistill.templates import own_template, share, write_text
 from autodistill.testing import save_tiny_teacher
+from autodistill.token_sets import Prepared, load_split, rendering_folder
 
 # The teacher's: roles on lines of their own, answers ended by </s>.
 CHAT = (

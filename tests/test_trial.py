@@ -21,7 +21,7 @@ from autodistill import trial as trial_module
 from autodistill.applied import check_strategy, probe_deployment, student_spec, with_own
 from autodistill.codes import deployed
 from autodistill.contracts import Answers, TeacherReference
-from autodistill.data import Prepared, load_split, prepare, resolve_data
+from autodistill.data import prepare
 from autodistill.distillation import signals
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.held import load_held
@@ -31,6 +31,7 @@ from autodistill.distillation.scoring import refer, score
 from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
+from autodistill.documents import resolve_data
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import holdable, spec_from_config
 from autodistill.evaluation import deployed_weights, evaluate
@@ -43,6 +44,7 @@ from autodistill.statistics import per_document
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Init, Lora, Strategy
 from autodistill.students import save_student, student_folder
 from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.token_sets import Prepared, load_split
 from autodistill.trial import Trial, Workbench
 from autodistill.trial_data import TrialSetting, TrialTask
 from autodistill.units import Budget

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from autodistill import writing
 from autodistill.cli import main
 from autodistill.conversations import asked, told_of
-from autodistill.data import load_split, prepare
+from autodistill.data import prepare
 from autodistill.distillation.generation import Sampling
 from autodistill.distillation.student import build_student
 from autodistill.distillation.trainer import Trainer
@@ -39,6 +39,7 @@ from autodistill.search.search import search
 from autodistill.space import load_strategy
 from autodistill.strategy import Deployment, Init, Strategy
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_tokenizer
+from autodistill.token_sets import load_split
 from autodistill.units import Budget
 from autodistill.writing import WriteRequest, write_data
 

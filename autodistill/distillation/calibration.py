@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from autodistill.data import TokenSet
 from autodistill.estimate import spec_from_config
 from autodistill.families import Axis, get_family
 from autodistill.records.store import alone
 from autodistill.strategy import content_hash
+from autodistill.token_sets import TokenSet
 
 SEQUENCES = 16
 """Training sequences that are read, the first of the split: a function of the data and of nothing else."""

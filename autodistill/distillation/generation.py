@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from autodistill.contracts import Answers
-from autodistill.data import Questions
 from autodistill.tasks import marker
+from autodistill.token_sets import Questions
 
 BATCH = 16
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autodistill.data import TokenSet
+from autodistill.token_sets import TokenSet
 
 # Rows of logits made and left again at once: 128 of 50,000 in float32 are 25 MB.
 _CHUNK_ROWS = 128

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from autodistill.contracts import TeacherReference, TokenScores
-from autodistill.data import TokenSet
 from autodistill.distillation.parallel import map_sequences
+from autodistill.token_sets import TokenSet
 
 # Tokens that are kept of a teacher for each that it predicts: 2 KB, from which a divergence follows in the same pass.
 REFERENCE_TOKENS = 256

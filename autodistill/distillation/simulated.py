@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from autodistill.contracts import Likelihood
 from autodistill.conversations import Turn
-from autodistill.data import TokenSet
 from autodistill.distillation.generation import write
 from autodistill.distillation.likelihood import BATCH_TOKENS, continuations, rolling
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.rendering import Renderer
+from autodistill.token_sets import TokenSet
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -20,7 +20,6 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from autodistill.data import TokenSet
 from autodistill.distillation.alignment import rms_normalise
 from autodistill.distillation.parallel import map_sequences
 from autodistill.distillation.student import decoder_layers
@@ -29,6 +28,7 @@ from autodistill.distillation.temperature import GRID, snap
 from autodistill.errors import InputError
 from autodistill.records.store import alone, claimed
 from autodistill.strategy import Distillation, content_hash
+from autodistill.token_sets import TokenSet
 from autodistill.units import format_bytes, written_bytes
 
 _VERSION = 2

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from autodistill.contracts import OptimizerState, Plan
-from autodistill.data import TokenSet
 from autodistill.distillation.alignment import (
     Pair,
     alignment_loss,
@@ -45,6 +44,7 @@ from autodistill.errors import TrialFailedError
 from autodistill.estimate import spec_from_config
 from autodistill.formats import Grid, Scales
 from autodistill.strategy import Attention, Strategy
+from autodistill.token_sets import TokenSet
 
 _CLIP = 1.0
 _BETAS = (0.9, 0.95)

@@ -16,7 +16,6 @@ from autodistill import plugins
 from autodistill.applied import initial_student, student_spec
 from autodistill.budget import DeviceBudget
 from autodistill.contracts import Artefact, Direction, Measurement, Status, Subject
-from autodistill.data import Prepared, load_split
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.held import load_held
 from autodistill.distillation.scoring import choices, refer
@@ -37,6 +36,7 @@ from autodistill.search.rows import make_row
 from autodistill.search.trials import Question
 from autodistill.strategy import Deployment, Strategy
 from autodistill.students import has_student, trained_student
+from autodistill.token_sets import Prepared, load_split
 from autodistill.trial_data import TrialSetting
 from autodistill.units import Budget, format_bytes, format_duration
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from autodistill.applied import check_rendering
 from autodistill.contracts import ModelSpec
-from autodistill.data import Prepared, RenderingInfo, prepare
+from autodistill.data import prepare
 from autodistill.distillation.held import load_held
 from autodistill.distillation.pretrained import token_rows
 from autodistill.distillation.sharding import check_sharded
@@ -26,6 +26,7 @@ from autodistill.search.share import Share, Workers, share_out, supports_bf16
 from autodistill.space import Space
 from autodistill.strategy import Alignment, Attention, Distillation, Lora
 from autodistill.templates import own_template
+from autodistill.token_sets import Prepared, RenderingInfo
 from autodistill.training_fit import TeacherFit, TrainingFit, fit_teacher, fit_training
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from autodistill.contracts import Plan
-from autodistill.data import load_split
 from autodistill.distillation.student import cut_student
 from autodistill.distillation.teacher import load_model
 from autodistill.errors import InputError, TrialFailedError
@@ -20,6 +19,7 @@ from autodistill.search.loading import Loaded
 from autodistill.search.plan import Demand, Speed, check_box, make_plan, measure_speed
 from autodistill.search.possible import by_size
 from autodistill.strategy import Deployment
+from autodistill.token_sets import load_split
 
 # Share of the time box that one evaluation's tasks may take on a worker, beside the scores of its tokens.
 _ASKED_SHARE = 0.02

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.contracts import Evaluator, ModelSpec, Plan, Status, TeacherReference
-from autodistill.data import TokenSet, load_split
 from autodistill.devices import Device
 from autodistill.distillation.alignment import layer_map
 from autodistill.distillation.attention import teacher_layer
@@ -35,6 +34,7 @@ from autodistill.search.progress import Clock
 from autodistill.search.rows import make_row
 from autodistill.space import Space
 from autodistill.strategy import Deployment
+from autodistill.token_sets import TokenSet, load_split
 from autodistill.trial_data import TrialSetting
 from autodistill.units import format_bytes, written_bytes
 

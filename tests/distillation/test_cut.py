@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from autodistill.data import TokenSet
 from autodistill.distillation.calibration import Calibration, calibrate
 from autodistill.distillation.student import build_student, decoder_layers, init_spec
 from autodistill.distillation.teacher import load_model
@@ -17,6 +16,7 @@ from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES
 from autodistill.strategy import Init
 from autodistill.testing import save_tiny_teacher
+from autodistill.token_sets import TokenSet
 
 IDS = torch.arange(3, 63).remainder(300)[None]
 

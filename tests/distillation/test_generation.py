@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from autodistill.data import Question, Questions
 from autodistill.distillation.generation import Sampling, answer, write
 from autodistill.testing import save_tiny_teacher, tiny_tokenizer
+from autodistill.token_sets import Question, Questions
 
 PROMPTS = [[5, 9, 200], [7], list(range(40, 60)), [100, 101, 102, 103, 104], [7, 8]]
 STOPS = (1, 30)

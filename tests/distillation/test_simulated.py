@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.contracts import Subject
-from autodistill.data import Question, Questions
 from autodistill.distillation.simulated import PackedStudent
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.testing import tiny_subject
+from autodistill.token_sets import Question, Questions
 
 PAIRS = [
     ("The miller carries", " the wooden boat"),

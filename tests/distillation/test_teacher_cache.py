@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from autodistill.data import TokenSet
 from autodistill.distillation import teacher_cache
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import META, CacheSettings, TeacherCache, ensure_cache
@@ -22,6 +21,7 @@ from autodistill.distillation.temperature import GRID
 from autodistill.errors import InputError
 from autodistill.records.store import RunFolder
 from autodistill.strategy import Distillation, Temperature
+from autodistill.token_sets import TokenSet
 
 K, STATES = 16, (0, 3, 5)
 SETTINGS = CacheSettings(top_k=K, states=STATES)

@@ -238,7 +238,7 @@ KILLED = """
 import os, sys, pathlib
 from safetensors.torch import save_file
 import numpy as np
-from autodistill.data import TokenSet
+from autodistill.token_sets import TokenSet
 from autodistill.distillation import checkpoint
 
 def dies(tensors, path, metadata):
