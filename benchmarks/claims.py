@@ -126,9 +126,14 @@ class Findings:
             f"The full recipe less outputs alone: {verdict(self.less('full recipe', 'outputs'))}.",
             f"The full recipe less outputs alone at the same falling temperature: "
             f"{verdict(self.less('full recipe', 'outputs, T 5 to 1'))}.",
+            f"Outputs and hidden states less outputs alone: {verdict(self.less('outputs and states', 'outputs'))}.",
+            f"Outputs and attention less outputs alone: {verdict(self.less('outputs and attention', 'outputs'))}.",
             f"Outputs alone less cross-entropy: {verdict(self.less('outputs', 'cross-entropy'))}.",
             f"A temperature that falls from 5 to 1 less one that stays at 1: "
             f"{verdict(self.less('outputs, T 5 to 1', 'outputs'))}.",
+            f"A temperature that stays at 5 less one that stays at 1: {verdict(self.less('outputs, T 5', 'outputs'))}.",
+            f"A temperature that falls from 5 to 1 less one that stays at 5: "
+            f"{verdict(self.less('outputs, T 5 to 1', 'outputs, T 5'))}.",
         ]
         for bits, group in GRIDS:
             if group == 0:
