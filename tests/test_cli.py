@@ -109,7 +109,7 @@ def run(capfd: pytest.CaptureFixture[str], line: str, inputs: Path, out: Path | 
     return code, captured.out, captured.err
 
 
-GOOD = "search --budget 1GB --teacher @/teacher --data @/data --space @/space.yaml"
+GOOD = "search --budget 1GB --teacher @/teacher --data @/data --space @/space.yaml --context 512"
 BAD = [
     ("search", ["--budget", "--device"]),
     ("search --device 409", ["there is no device '409'", "RTX 4090"]),
@@ -149,6 +149,7 @@ BAD = [
     (f"{GOOD} --tokens 0", ["--tokens", "at least 1"]),
     (f"{GOOD} --tokens -256", ["--tokens", "at least 1"]),
     (f"{GOOD} --context 0", ["--context", "at least 1"]),
+    (f"{GOOD} --context 513", ["context of 512", "--context 512"]),
     (f"{GOOD} --batch -1", ["--batch", "at least 1"]),
     (f"{GOOD} --seed -1", ["--seed"]),
     (f"{GOOD} --metric beauty", ["beauty", "accuracy", "perplexity"]),
@@ -417,7 +418,7 @@ def test_a_plan_stops_before_the_first_trial(inputs: Path, tmp_path: Path, capfd
 
 
 def test_distilling_one_strategy_trains_that_alone(inputs: Path, tmp_path: Path) -> None:
-    line = "distill @/strategy.yaml --teacher @/teacher --data @/data --runner inline --tokens 512 --format json"
+    line = "distill @/strategy.yaml --teacher @/teacher --data @/data --context 512 --runner inline --tokens 512 --format json"
     done = in_a_process(line, inputs, tmp_path)
     assert done.code == 0, done.err
     trained = {row["trial"]: row for row in done.document["rows"] if row["kind"] != "teacher"}
