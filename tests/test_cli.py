@@ -418,7 +418,8 @@ def test_a_plan_stops_before_the_first_trial(inputs: Path, tmp_path: Path, capfd
 
 
 def test_distilling_one_strategy_trains_that_alone(inputs: Path, tmp_path: Path) -> None:
-    line = "distill @/strategy.yaml --teacher @/teacher --data @/data --context 512 --runner inline --tokens 512 --format json"
+    line = "distill @/strategy.yaml --teacher @/teacher --data @/data --context 512"
+    line += " --runner inline --tokens 512 --format json"
     done = in_a_process(line, inputs, tmp_path)
     assert done.code == 0, done.err
     trained = {row["trial"]: row for row in done.document["rows"] if row["kind"] != "teacher"}
