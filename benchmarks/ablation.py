@@ -28,7 +28,8 @@ import numpy as np
 import report
 import torch
 from kept import Kept, mean
-from math_search import RECIPE, STEP, TOKENS, Prepared, prepare
+from math_search import RECIPE, STEP, TOKENS, prepare
+from prepared import Prepared
 from simulate import TRIALS, Table, Worker, default_rungs, load_table, plan, simulate
 
 from autodistill.applied import initial_student

@@ -24,8 +24,9 @@ import numpy as np
 import report
 import torch
 from kept import Kept, mean
-from math_search import METRIC, RECIPE, TOKENS, Prepared, prepare
+from math_search import METRIC, RECIPE, TOKENS, prepare
 from math_table import RUNGS, Line, student_file
+from prepared import Prepared
 from safetensors.torch import load_file
 from simulate import SEED, TRIALS, Remembering, Table, Worker, default_rungs, load_table, plan, points, simulate
 

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import report
 import torch
-from math_search import RECIPE, STEP, TOKENS, Prepared, prepare, space
+from math_search import RECIPE, STEP, TOKENS, prepare, space
+from prepared import Prepared
 from safetensors.torch import save_file
 
 from autodistill.applied import initial_student, probe_deployment, student_spec

@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import report
 from kept import mean
-from math_search import STEP, TOKENS, Costs
+from math_search import STEP, TOKENS
 from math_table import RUNGS
+from prepared import Costs
 from simulate import TRIALS, Table, load_table, plan
 
 from autodistill.search.plan import _keep

@@ -27,11 +27,12 @@ import optuna
 import report
 import torch
 from kept import Kept, mean
-from math_search import METRIC, RECIPE, TEST_QUESTIONS, Prepared, prepare
+from math_search import METRIC, RECIPE, TEST_QUESTIONS, prepare
 from math_table import FURTHER_SEEDS, RUNGS, Line, read, student_file, without_teacher
 from math_teacher import LENGTH
+from prepared import Prepared, learns_from_teacher
 from safetensors.torch import load_file
-from simulate import SEED, TRIALS, Table, Worker, default_rungs, learns_from_teacher, load_table, plan, simulate
+from simulate import SEED, TRIALS, Table, Worker, default_rungs, load_table, plan, simulate
 
 from autodistill.applied import initial_student, student_spec
 from autodistill.domains import Choices

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import math_table
-from math_search import BUDGET, METRIC, QUESTIONS, RUNG_QUESTIONS, SPACE_FILE, STEP, TOKENS, Costs
+from math_search import BUDGET, METRIC, QUESTIONS, RUNG_QUESTIONS, SPACE_FILE, STEP, TOKENS
 from math_table import RUNGS, Line
 from math_teacher import LENGTH, SHAPE
+from prepared import Costs, learns_from_teacher
 
 from autodistill.applied import student_spec
 from autodistill.contracts import Decision, Measurement, ModelSpec, Plan
@@ -316,11 +317,6 @@ class Worker:
             trained=trained,
             shared=shared,
         )
-
-
-def learns_from_teacher(strategy: Strategy) -> bool:
-    """Whether a strategy reads anything of the teacher while it trains."""
-    return strategy.distillation.weighs_teacher or strategy.distillation.alignment is not None
 
 
 @cache

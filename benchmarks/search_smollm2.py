@@ -1,0 +1,537 @@
+"""What a search finds for its compute on the 135M teacher: `search_efficiency.py` once more, smaller, and all trained.
+
+    python benchmarks/search_smollm2.py [--seeds 3] [--tokens 6144] [--time 30m]
+
+The default space with llama.cpp's deployments alone, the default data and teacher, and the same tokens at full
+fidelity for (a) this search with its defaults, and without the start that the space names; (c) what a good engineer
+writes in an afternoon: Optuna's TPE and median pruner, the teacher live in each trial, nothing shared, and the same
+told of that start; (d) the hand-designed recipe, its learning rate and then its seed chosen with as much compute as
+(a) spends; (e) fine-tuning of the recipe's student without a teacher, chosen likewise. (a) and (c) begin with the
+recipe. The script is followed to the end of (a)'s box, and on until it has passed the tuned recipe, or had five times
+the compute at which (a) did; told of the start, until it has passed. Every student that is the best so far of its arm
+is scored on the unseen test split, which is not charged. What was made is not made again; an arm that is broken off
+begins anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+import optuna
+import report
+import torch
+from kept import Kept, mean
+from math_table import decay, exhaust, without_teacher
+from prepared import Prepared, learns_from_teacher, prepared
+from search_efficiency import gap
+from simulate import Memory
+
+import search_spaces
+from autodistill.applied import initial_student, probe_deployment, student_spec, with_own
+from autodistill.distillation.attention import teacher_layer
+from autodistill.distillation.teacher import load_model
+from autodistill.distillation.trainer import Trainer
+from autodistill.domains import Choices, Range
+from autodistill.evaluation import evaluate
+from autodistill.plain_yaml import read_yaml
+from autodistill.records.store import default_cache
+from autodistill.search.admission import describe
+from autodistill.search.campaign import Campaign
+from autodistill.search.request import SearchRequest
+from autodistill.search.sampler import Sampler
+from autodistill.search.trials import attempt, work
+from autodistill.space import Point, Space
+from autodistill.statistics import per_document
+from autodistill.strategy import Deployment, Strategy, content_hash
+from autodistill.students import student_folder
+from autodistill.token_sets import load_split
+from autodistill.trial import Workbench
+from autodistill.units import Budget, parse_duration
+
+TRIALS, METRIC, RECIPE = 12, "accuracy", "hand_designed"
+TEST_TOKENS = 8192
+# Of the recipe's learning rate: its own first.
+RATES = (1.0, 2.0, 0.5, 4.0)
+FIFTH = 5
+# Proposals after which the script is given up.
+ASKED = 100
+ARMS = {
+    "a": "(a) this search",
+    "a, no start": "(a) without the space's start",
+    "c": "(c) an afternoon's script",
+    "c, told": "(c) told the space's start",
+    "d": "(d) the recipe, tuned",
+    "e": "(e) fine-tuning, tuned",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """Where an arm stood after a piece of its work.
+
+    Attributes:
+        operations, seconds: Spent so far: 6 for each weight and token trained and 2 for each read, of the teacher too;
+            and the process's own time.
+        value: Accuracy on validation of a student that was now trained to the end; None after other work.
+        name: Its strategy, in a few words.
+        train: Operations of training it from its beginning to its end, whoever trained parts of it.
+        test: Right tokens of each test document, and how many it has, where it was the arm's best so far.
+    """
+
+    operations: float
+    seconds: float
+    value: float | None = None
+    name: str = ""
+    train: float = 0.0
+    test: dict[str, list[float]] | None = None
+
+
+class Bench:
+    """The machine's side of an arm: what it spends, and what its students are worth.
+
+    Args:
+        ready: Teacher, data, cache and plan.
+        spent: Operations before the first trial.
+        seconds: The same in seconds.
+    """
+
+    def __init__(self, ready: Prepared, spent: float, seconds: float) -> None:
+        self.ready, self.workbench = ready, Workbench(ready.setting)
+        self.plan, self.costs = ready.setting.plan, ready.costs
+        self.known: list[Known] = []
+        self._operations, self._seconds, self._since = spent, seconds, time.process_time()
+        self._test = load_split(ready.setting.data, "test").head(TEST_TOKENS)
+
+    @property
+    def operations(self) -> float:
+        """Spent so far."""
+        return self._operations
+
+    def spend(self, operations: float) -> None:
+        """Adds operations, and the time since the last piece of work."""
+        now = time.process_time()
+        self._operations, self._seconds, self._since = (
+            self._operations + operations,
+            self._seconds + now - self._since,
+            now,
+        )
+
+    def note(self, strategy: Strategy, value: float | None, model: Callable[[], Any], deployment: Deployment) -> None:
+        """Writes down a trained student, and scores it on test where none before it was better."""
+        best = max((one.value for one in self.known if one.value is not None), default=-1.0)
+        test = self._judge(strategy, model(), deployment) if value is not None and value > best else None
+        self.known.append(
+            Known(
+                operations=self._operations,
+                seconds=self._seconds,
+                value=value,
+                name=f"{describe(strategy)} as {deployment.name}",
+                train=self.costs.train(strategy, self.plan.tokens),
+                test=test,
+            )
+        )
+        self._since = time.process_time()
+
+    def note_end(self) -> None:
+        """Writes down what was spent in all."""
+        self.spend(0)
+        self.known.append(Known(operations=self._operations, seconds=self._seconds))
+
+    def _judge(self, strategy: Strategy, model: Any, deployment: Deployment) -> dict[str, list[float]]:
+        spec, budget = student_spec(strategy, self.ready.setting.teacher_spec), self.ready.setting.budget
+        _, scores = evaluate(model, spec, deployment, self._test, None, budget=budget, evaluators=(METRIC,))
+        found = per_document(scores.correct, scores.documents)
+        return {name: [float(number) for number in found[name]] for name in ("count", "sum")}
+
+    def train(self, strategy: Strategy, seed: int, judge: Callable[[float, int], bool]) -> float | None:
+        """Trains straight to the end, judged at each rung by what it is without a decay; None where a judge ends it."""
+        setting, plan = self.ready.setting, self.plan
+        model, kept = initial_student(setting, strategy.init, seed)
+        attention, layers = strategy.distillation.attention, setting.teacher_spec.layers
+        trainer = Trainer(
+            model,
+            kept=kept,
+            teacher_layers=layers,
+            teacher_width=setting.teacher_spec.width,
+            strategy=strategy,
+            plan=plan,
+            data=self.workbench.train,
+            cache=self.workbench.cache,
+            teacher_block=self.workbench.teacher_block(teacher_layer(attention, layers)) if attention else None,
+            seed=seed,
+            teacher=self.workbench.teacher,
+        )
+        probe = probe_deployment(strategy, with_own(strategy, self.ready.question.deployments))
+        live = strategy.distillation.signal == "online" and learns_from_teacher(strategy)
+        before = 0
+        for rung in plan.rungs:
+            last = rung == plan.rungs[-1]
+            exhaust(trainer.train_stable(self.costs.branch(len(plan.rungs) - 1) if last else rung))
+            if last:
+                exhaust(decay(trainer, strategy, rung, self.ready))
+            read = plan.eval_tokens if last else plan.rung_eval_tokens
+            value = self._accuracy(strategy, model, probe, read)
+            self.spend(
+                self.costs.train(strategy, rung - before)
+                + (self.costs.online(rung - before) if live else 0)
+                + self.costs.evaluation(strategy, read)
+            )
+            before = rung
+            if not last and not judge(value, rung):
+                return None
+        self.note(strategy, value, lambda: model, probe)
+        return value
+
+    def _accuracy(self, strategy: Strategy, model: Any, deployment: Deployment, tokens: int) -> float:
+        data, reference = self.workbench.held_out(tokens)
+        spec, budget = student_spec(strategy, self.ready.setting.teacher_spec), self.ready.setting.budget
+        found, _ = evaluate(model, spec, deployment, data, reference, budget=budget, evaluators=(METRIC,))
+        return found.measurements[METRIC].value
+
+
+@contextmanager
+def ready(tokens: int) -> Iterator[Prepared]:
+    """Everything before the first trial of the search, common to all arms; a cache of its own tells what it takes."""
+    folder = default_cache() / "benchmarks" / "smollm2"
+    folder.mkdir(parents=True, exist_ok=True)
+    space = read_yaml(Path(search_spaces.__file__).with_name("default.yaml"))
+    space["deployments"] = [one for one in space["deployments"] if one["runtime"] == "llama.cpp"]
+    (folder / "space.yaml").write_text(json.dumps(space))
+    request = SearchRequest(
+        budget=Budget(memory_bytes=16 * 10**9),
+        space=str(folder / "space.yaml"),
+        trials=TRIALS,
+        tokens=tokens,
+        name=f"tokens-{tokens}",
+        out=folder,
+        runner="inline",
+        cache=folder / "cache",
+    )
+    with prepared(request) as one:
+        yield one
+
+
+@contextmanager
+def checkpoints(one: Prepared) -> Iterator[Prepared]:
+    """The same with checkpoints that go away."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield replace(one, setting=replace(one.setting, checkpoints=Path(folder)))
+
+
+def search(whole: Prepared, seed: int, seconds: float, *, start: bool) -> list[Known]:
+    """(a): the search itself, piece by piece."""
+    with checkpoints(whole) as one:
+        space = one.space if start else replace(one.space, starts={})
+        plan = replace(one.question.plan, seed=seed)
+        one = replace(one, setting=replace(one.setting, plan=plan))
+        question = replace(one.question, space=space, plan=plan)
+        bench = Bench(one, one.costs.cache + (1 + len(one.question.deployments)) * one.costs.teacher_rows, seconds)
+        campaign = Campaign(
+            question, sampler=Sampler(space, seed=seed), log=Memory(), checkpoints=one.setting.checkpoints
+        )
+        while (assignment := campaign.next()) is not None:
+            outcome = attempt(partial(work, bench.workbench, assignment, lambda _: None))
+            campaign.take(assignment, outcome)
+            told, strategy = outcome.get("report"), assignment.task.strategy
+            if told is None:
+                continue
+            last = told.rung == len(bench.plan.rungs) - 1
+            read = bench.plan.eval_tokens if last else bench.plan.rung_eval_tokens
+            bench.spend(bench.costs.train(strategy, told.trained) + bench.costs.evaluation(strategy, read))
+            if last:
+                folder = student_folder(one.setting.checkpoints / assignment.task.id)
+                value = told.evaluation.measurements[METRIC].value
+                bench.note(
+                    strategy, value, lambda folder=folder: load_model(folder, torch.float32), told.evaluation.deployment
+                )
+        campaign.close()
+        bench.note_end()
+    return bench.known
+
+
+def script(
+    one: Prepared,
+    seed: int,
+    seconds: float,
+    ends: Callable[[Sequence[Known], float], bool],
+    *,
+    told: bool,
+) -> list[Known]:
+    """(c): an afternoon's script."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    bench = Bench(one, one.costs.teacher_rows, seconds)
+    sampler = optuna.samplers.TPESampler(seed=seed)
+    study = optuna.create_study(direction="maximize", sampler=sampler, pruner=optuna.pruners.MedianPruner())
+    for first in (one.space.baselines[RECIPE], *(one.space.starts.values() if told else ())):
+        point = one.space.point(first)
+        assert point is not None
+        study.enqueue_trial(point)
+    done: dict[str, float | None] = {}
+    for _ in range(ASKED):
+        if ends(bench.known, bench.operations):
+            break
+        trial = study.ask()
+        strategy = live(one.space.strategy(suggest(trial, one.space)))
+        if strategy.id not in done:
+
+            def judge(value: float, rung: int, trial: optuna.Trial = trial) -> bool:
+                trial.report(value, rung)
+                return not trial.should_prune()
+
+            done[strategy.id] = bench.train(strategy, seed, judge)
+        value = done[strategy.id]
+        study.tell(trial, value, state=None if value is not None else optuna.trial.TrialState.PRUNED)
+    bench.note_end()
+    return bench.known
+
+
+def live(strategy: Strategy) -> Strategy:
+    """The same with the teacher beside it."""
+    return replace(strategy, distillation=replace(strategy.distillation, signal="online"))
+
+
+def suggest(trial: optuna.Trial, space: Space) -> Point:
+    """A point by Optuna, one dimension after another."""
+    point: Point = {}
+    for dimension in space.dimensions:
+        if dimension.active(point):
+            domain, path = dimension.domain, dimension.path
+            if isinstance(domain, Choices):
+                point[path] = trial.suggest_categorical(path, domain.grid)
+            else:
+                assert isinstance(domain, Range)
+                found = trial.suggest_float(path, domain.low, domain.high, step=domain.step, log=domain.log)
+                point[path] = domain.snap(found)
+    return point
+
+
+def tuned(one: Prepared, limit: float, seconds: float, *, taught: bool) -> list[Known]:
+    """(d) and (e): a recipe at each learning rate, its own first, and then the best of them on further seeds."""
+    recipe = one.space.baselines[RECIPE]
+    if not taught:
+        recipe = without_teacher(replace(recipe, distillation=replace(recipe.distillation, alignment=None)))
+    bench = Bench(one, one.costs.teacher_rows + (one.costs.cache if taught else 0), seconds)
+    own, found = recipe.distillation.learning_rate, []
+    for rate in RATES:
+        strategy = replace(recipe, distillation=replace(recipe.distillation, learning_rate=rate * own))
+        found.append((bench.train(strategy, 0, lambda value, rung: True) or 0.0, strategy))
+    best, seed = max(found, key=lambda pair: pair[0])[1], 0
+    each = (bench.operations - one.costs.teacher_rows) / len(RATES)
+    while bench.operations + each <= limit:
+        seed += 1
+        bench.train(best, seed, lambda value, rung: True)
+    bench.note_end()
+    return bench.known
+
+
+def at(curve: Sequence[Known], operations: float) -> Known | None:
+    """The best student that is known after so many operations; it was scored on test."""
+    found = [one for one in curve if one.operations <= operations and one.value is not None]
+    return max(found, key=lambda one: one.value or 0.0, default=None)
+
+
+def passes(curve: Sequence[Known], value: float, what: str = "operations") -> float:
+    """Operations, or seconds, after which a student was better than this; infinite where none is."""
+    better = (float(getattr(one, what)) for one in curve if one.value is not None and one.value > value + 1e-12)
+    return next(better, float("inf"))
+
+
+def is_over(found: Sequence[Known], spent: float, *, box: float, follow: float, target: float) -> bool:
+    """Whether the script has been followed far enough."""
+    return spent >= follow or (spent >= box and bool(np.isfinite(passes(found, target))))
+
+
+def main() -> None:
+    """Trains what is missing and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=6144)
+    parser.add_argument("--time", type=parse_duration, default=float("inf"), help="an arm that is begun is ended")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.process_time()
+    with ready(arguments.tokens) as one:
+        passed = time.process_time() - began
+        parts = [one.space.to_json(), asdict(one.question.plan), one.question.budget.memory_bytes]
+        kept = Kept("search-smollm2", content_hash(parts), arguments.time)
+        arms = trained(one, kept, passed, range(arguments.seeds))
+        plan, count = one.question.plan, len(one.space.dimensions)
+    title = "What a search finds for its compute, on the 135M teacher"
+    print(report.write("search-smollm2", title, sections(arms, plan.rungs, plan.eval_tokens, count)))
+
+
+def trained(one: Prepared, kept: Kept, passed: float, seeds: Sequence[int]) -> dict[str, list[list[Known]]]:
+    """Every arm's runs, as far as there was time.
+
+    Args:
+        one: What is common to them.
+        kept: What earlier calls trained.
+        passed: Seconds that `one` took, which in the first call made everything.
+        seeds: Of proposals and students.
+    """
+
+    def arm(name: str, seed: int, make: Callable[[], list[Known]]) -> list[Known]:
+        began = time.monotonic()
+        found = [Known(**item) for item in kept.get(f"{name} {seed}", lambda: [asdict(item) for item in make()])]
+        best = max(item.value or 0.0 for item in found)
+        print(f"{name}, seed {seed}: {best:.4f}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        return found
+
+    before = kept.get("preparation", lambda: passed)
+    arms: dict[str, list[list[Known]]] = {name: [] for name in ARMS}
+    for seed in seeds:
+        mine = arm("a", seed, partial(search, one, seed, before, start=True))
+        if seed == 0:
+            arms["d"] = [arm("d", 0, partial(tuned, one, mine[-1].operations, before, taught=True))]
+        box, target = mine[-1].operations, max(item.value or 0.0 for item in arms["d"][0])
+        # Loading teacher and data is left out of the script's seconds: a part of `before` that nobody measured alone.
+        follow = max(box, FIFTH * min(passes(mine, target), box))
+        ends = partial(is_over, box=box, follow=follow, target=target)
+        theirs = arm("c", seed, partial(script, one, seed, 0.0, ends, told=False))
+        other = arm("a, no start", seed, partial(search, one, seed, before, start=False))
+        told = arm("c, told", seed, partial(script, one, seed, 0.0, partial(ends, box=0.0), told=True))
+        for name, curve in (("a", mine), ("a, no start", other), ("c", theirs), ("c, told", told)):
+            arms[name].append(curve)
+    arms["e"] = [arm("e", 0, partial(tuned, one, arms["a"][0][-1].operations, 0.0, taught=False))]
+    return arms
+
+
+def sections(arms: dict[str, list[list[Known]]], rungs: Sequence[int], read: int, dimensions: int) -> list[str]:
+    """The report's parts."""
+    untuned = arms["d"][0][0]
+    assert untuned.value is not None
+    target = max(one.value or 0.0 for one in arms["d"][0])
+    unit = untuned.train
+    box = float(np.mean([curve[-1].operations for curve in arms["a"]]))
+    head = (
+        f"SmolLM2-135M, the default space of {dimensions} dimensions and llama.cpp's deployments, {rungs[-1]:,} tokens "
+        "at full fidelity, rungs "
+        f"{', '.join(f'{rung:,}' for rung in rungs)}, {TRIALS} trials, one thread; {len(arms['a'])} seeds of (a) and "
+        f"(c), proposals and students alike, one run of (d) and (e), which choose among several seeds. Values are "
+        f"accuracies of the next token over {read:,} tokens of validation. The box is what (a) spends on the mean, "
+        f"{box:.3g} operations: {box / unit:.1f} times the recipe's training. The space's start is what "
+        "`student_init.py` and `alignments.py` had found on this teacher and text: knowledge that the search is given, "
+        "so that both are shown with it and without."
+    )
+    return [
+        head,
+        "## Targets\n\n" + "\n".join(f"- {line}" for line in verdicts(arms, untuned.value, target, box)),
+        "## Best validation accuracy by compute, in percent\n\n" + curves(arms, box),
+        f"## Compute to come as far\n\nThe recipe as it stands has {100 * untuned.value:.2f}%, tuned "
+        f"{100 * target:.2f}%. Operations in trainings of the recipe, and seconds of the process's own time, at which "
+        "each seed first passes it; a dash where it never did, with what it had spent in brackets.\n\n"
+        + passing(arms, untuned.value, target, unit),
+        f"## Test\n\nThe best on validation at the end of the box, on {TEST_TOKENS:,} tokens that no arm saw. "
+        "Differences are paired and bootstrapped by document.\n\n" + tested(arms, box, unit),
+        "## Limits\n\nShort trainings of a small teacher, and few seeds. Seconds are those of a shared machine's "
+        "cores, of the process alone; (a) pays for the teacher's outputs and its rows, (c) for the teacher's score, and "
+        "its seconds not for loading. "
+        "The script judges a student at a rung as it stands, and under one deployment; this search after a short "
+        "decay, and a trained student under every deployment.",
+    ]
+
+
+def verdicts(arms: dict[str, list[list[Known]]], untuned: float, target: float, box: float) -> Iterator[str]:
+    """What the targets come to, by the medians over seeds."""
+    for name, value in (("the recipe as it stands", untuned), ("the tuned recipe", target)):
+        for mine, theirs in (("a", "c"), ("a, no start", "c"), ("a, no start", "c, told"), ("a", "c, told")):
+            yield f"{ARMS[mine]} passes {name} at one fifth of the compute of {ARMS[theirs]}: " + speedup(
+                arms[mine], arms[theirs], value
+            )
+    chosen = [at(curve, box) for curve in arms["a"]]
+    recipe = at(arms["d"][0], box)
+    points, error = gap([one.test for one in chosen if one and one.test], recipe.test, "sum", "count")  # type: ignore[union-attr, arg-type]
+    held = "held" if points >= 1.8 else "not held"
+    yield f"At the end of the box at least 1.8 points above (d) on test: {held}, {points:+.2f} ± {error:.2f} points."
+    saved = 1 - np.mean([one.train for one in chosen if one]) / recipe.train  # type: ignore[union-attr]
+    yield (
+        f"With a student trained in 40% less time than (d)'s: {'held' if saved >= 0.4 else 'not held'}, "
+        f"{saved:+.0%} less operations."
+    )
+
+
+def speedup(mine: Iterable[Sequence[Known]], theirs: Iterable[Sequence[Known]], value: float) -> str:
+    """How many times the compute of the first the second takes to pass a value."""
+    first, curves = float(np.median([passes(curve, value) for curve in mine])), list(theirs)
+    second = float(np.median([passes(curve, value) for curve in curves]))
+    if not np.isfinite(first):
+        return "not held: the median search does not pass it in its box."
+    if not np.isfinite(second):
+        least = float(np.median([min(passes(curve, value), curve[-1].operations) for curve in curves])) / first
+        return f"{'held' if least >= FIFTH else 'not shown'}: more than {least:.1f} times, where it was given up."
+    return f"{'held' if second / first >= FIFTH else 'not held'}: {second / first:.1f} times."
+
+
+def curves(arms: dict[str, list[list[Known]]], box: float) -> str:
+    """Best values after shares of the box."""
+    shares = (0.25, 0.5, 0.75, 1.0, 2.0)
+    rows = []
+    for name, found in arms.items():
+        cells = [ARMS[name]]
+        for share in shares:
+            values = [one.value for curve in found if (one := at(curve, share * box)) is not None]
+            whole = len(values) == len(found) and all(curve[-1].operations >= 0.95 * share * box for curve in found)
+            cells.append(mean(values, 100, 2) if whole else "")
+        rows.append(cells)
+    return report.table(["best accuracy after", *(f"{share:g} boxes" for share in shares)], rows)
+
+
+def passing(arms: dict[str, list[list[Known]]], untuned: float, target: float, unit: float) -> str:
+    """When each seed of each arm first passes the recipe."""
+
+    def cell(curve: Sequence[Known], value: float, what: str, scale: float) -> str:
+        found = passes(curve, value, what)
+        if np.isfinite(found):
+            return f"{found / scale:.{1 if what == 'operations' else 0}f}"
+        return f"– ({getattr(curve[-1], what) / scale:.{1 if what == 'operations' else 0}f})"
+
+    rows = [
+        [
+            ARMS[name],
+            *(
+                ", ".join(cell(curve, value, what, scale) for curve in arms[name])
+                for value in (untuned, target)
+                for what, scale in (("operations", unit), ("seconds", 1.0))
+            ),
+        ]
+        for name in ARMS
+        if name[0] in "ac"
+    ]
+    return report.table(["", "pass the recipe", "seconds", "pass the tuned recipe", "seconds"], rows)
+
+
+def tested(arms: dict[str, list[list[Known]]], box: float, unit: float) -> str:
+    """What is chosen at the end of the box, on test."""
+    chosen = {name: [at(curve, box) for curve in found] for name, found in arms.items()}
+    chosen["d, untuned"] = [arms["d"][0][0]]
+    recipe = chosen["d"][0]
+    assert recipe is not None
+    assert recipe.test is not None
+    rows = []
+    for name, found in chosen.items():
+        tests = [one.test for one in found if one is not None and one.test is not None]
+        right = [100 * sum(one["sum"]) / sum(one["count"]) for one in tests]
+        points = "" if name == "d" else "{:+.2f} ± {:.2f}".format(*gap(tests, recipe.test, "sum", "count"))
+        spent = np.mean([one.train for one in found if one is not None]) / unit
+        names = "; ".join(dict.fromkeys(one.name for one in found if one is not None))
+        rows.append([ARMS.get(name, "the recipe as it stands"), mean(right, 1, 2), points, f"{spent:.2f}", names])
+    return report.table(
+        ["chosen in the box", "next token, %", "less (d), points", "operations of its training", "students"], rows
+    )
+
+
+if __name__ == "__main__":
+    main()
