@@ -437,10 +437,9 @@ def sections(arms: dict[str, list[list[Known]]], rungs: Sequence[int], read: int
         f"## Test\n\nThe best on validation at the end of the box, on {TEST_TOKENS:,} tokens that no arm saw. "
         "Differences are paired and bootstrapped by document.\n\n" + tested(arms, box, unit),
         "## Limits\n\nShort trainings of a small teacher, and few seeds. Seconds are those of a shared machine's "
-        "cores, of the process alone; (a) pays for the teacher's outputs and its rows, (c) for the teacher's score, and "
-        "its seconds not for loading. "
-        "The script judges a student at a rung as it stands, and under one deployment; this search after a short "
-        "decay, and a trained student under every deployment.",
+        "cores, of the process alone; (a) pays for the teacher's outputs and its rows, (c) for the teacher's score, "
+        "and its seconds not for loading. The script judges a student at a rung as it stands, and under one "
+        "deployment; this search after a short decay, and a trained student under every deployment.",
     ]
 
 

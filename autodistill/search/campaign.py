@@ -538,6 +538,7 @@ class Campaign:
             fidelity=plan.rungs[trial.rung] / plan.tokens if trial.rung >= 0 else 0.0,
             constraint=slack,
             forkable=self._stages.forkable(trial),
+            bits=max((fit.deployment.bits for fit in trial.fits if fit.slack <= 0), default=0),
         )
 
     def _write(self, event: Mapping[str, Any]) -> None:

@@ -9,21 +9,25 @@ from collections.abc import Iterator, Sequence
 from autodistill.contracts import Direction, Status
 from autodistill.search.study import Observation
 from autodistill.space import Dimension, Point, Space
+from autodistill.strategy import Strategy
 
 EVERY = 4  # proposals of which one is a fork
+FROM = 8  # proposal before which none is: nothing is known to be good yet, and a fork takes a fresh one's place
 FEW = 3  # best trials that are forked, and whose checkpoints are always kept
 _DRAWS = 32  # of a finishing, before another trial is taken
 
 
 def is_fork(number: int) -> bool:
     """Whether proposal `number`, counted from 0, is to be a fork where there is anything to be forked."""
-    return number % EVERY == EVERY - 1
+    return number >= FROM and number % EVERY == EVERY - 1
 
 
 def forks(
     space: Space, observations: Sequence[Observation], direction: Direction, source: random.Random
 ) -> Iterator[Point]:
     """Points that differ in their finishing alone from one of the best few trials whose stage is on disk.
+
+    A grid narrower than the widest that the budget allows their student is not finished on: it loses, and binds nobody.
 
     Values are compared whatever their fidelity, as a neighbour's are: they rise with training.
 
@@ -42,7 +46,8 @@ def forks(
         stage = space.strategy(parent.point).stable_id
         for _ in range(_DRAWS):
             point = _finished_anew(space, parent, source)
-            if point != dict(parent.point) and space.strategy(point).stable_id == stage:
+            strategy = space.strategy(point)
+            if point != dict(parent.point) and strategy.stable_id == stage and _may_gain(strategy, parent):
                 yield point
 
 
@@ -61,3 +66,8 @@ def _finished_anew(space: Space, parent: Observation, source: random.Random) -> 
         else:
             point[dimension.path] = parent.point[dimension.path]
     return point
+
+
+def _may_gain(strategy: Strategy, parent: Observation) -> bool:
+    """Whether a finishing could do better than what the budget allows the student anyway: no narrower grid does."""
+    return strategy.finishing is None or strategy.finishing.bits >= parent.bits

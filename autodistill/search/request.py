@@ -50,7 +50,7 @@ class SearchRequest:
         cache_limit_bytes: Disk that cached teacher outputs may take, and on each node the copies of what a storage has.
         checkpoint_limit_bytes: Disk that checkpoints of stages may take in the run's folder; by default a quarter of
             what is free.
-        sharing, forking: Whether trials continue each other's stages, and whether every fourth proposal forks one on
+        sharing, forking: Whether trials continue each other's stages, and whether proposals fork one on
             purpose; off to measure what each is worth. On resuming as before.
         price: Of an hour, for the cost of a plan.
         command: As typed, for the record.

@@ -26,8 +26,8 @@ _DRAWS = 200  # random draws before a space is searched for its last unseen poin
 class Sampler:
     """Proposes points: the space's starts, a spread over the space, and then what a model of the results suggests.
 
-    Every fourth proposal forks one of the best few trials, where its stage is on disk and the space has another
-    finishing for it.
+    From the ninth on every fourth proposal forks one of the best few trials, where its stage is on disk and the space
+    has another finishing for it.
 
     Args:
         space: What may be proposed.

@@ -38,6 +38,7 @@ class Observation:
         further: Of each further objective, in their order, where a search has several.
         repeatable: Whether its point may be proposed again: it was seen in an earlier run, short of full fidelity.
         forkable: Whether its stable training is on disk, so that others may go on from there.
+        bits: Of the widest deployment that the budget allows its student; 0 where none is known.
     """
 
     point: Mapping[str, Value]
@@ -48,6 +49,7 @@ class Observation:
     further: tuple[float | None, ...] = ()
     repeatable: bool = False
     forkable: bool = False
+    bits: int = 0
 
     @property
     def values(self) -> tuple[float, ...] | None:

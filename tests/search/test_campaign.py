@@ -581,6 +581,13 @@ def events(folder: Path, *kinds: str) -> list[dict[str, Any]]:
     return [event for event in EventLog(folder / "trials.jsonl").read() if event["event"] in kinds]
 
 
+@pytest.fixture
+def forks_from_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These plans are too short for a fork otherwise."""
+    monkeypatch.setattr("autodistill.search.forks.FROM", 0)
+
+
+@pytest.mark.usefixtures("forks_from_the_first")
 def test_every_fourth_proposal_forks_a_trial_and_trains_its_decays_alone(tmp_path: Path) -> None:
     search = campaign(tmp_path, question())
     drive(search, keeping(tmp_path))
@@ -623,6 +630,7 @@ def test_a_limit_is_held_and_the_end_keeps_the_best_few(tmp_path: Path) -> None:
     assert sum(event["bytes"] for event in collected) == 100 * sum(len(event["checkpoints"]) for event in collected)
 
 
+@pytest.mark.usefixtures("forks_from_the_first")
 @pytest.mark.parametrize("kept", range(3, 60, 4))
 def test_forks_and_collections_are_the_same_after_a_kill(tmp_path: Path, kept: int) -> None:
     """Cut off after any event, with the disk as it was then."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from autodistill.contracts import Status
-from autodistill.search.forks import EVERY, FEW, finishing, forks, is_fork
+from autodistill.search.forks import EVERY, FEW, FROM, finishing, forks, is_fork
 from autodistill.search.sampler import Sampler
 from autodistill.search.study import Observation
 from autodistill.space import Space, load_space
@@ -30,9 +31,16 @@ def stage(point: object) -> str:
     return SPACE.strategy(point).stable_id  # type: ignore[arg-type]
 
 
-def test_a_quarter_of_the_proposals_fork() -> None:
-    assert [number for number in range(12) if is_fork(number)] == [3, 7, 11]
-    assert EVERY == 4
+def test_a_quarter_of_the_proposals_fork_once_something_is_known_to_be_good() -> None:
+    assert [number for number in range(24) if is_fork(number)] == [11, 15, 19, 23]
+    assert (EVERY, FROM) == (4, 8)
+
+
+@pytest.mark.parametrize(("bits", "drawn"), [(0, {None, 8, 4}), (4, {None, 8, 4}), (8, {None, 8}), (16, {None})])
+def test_no_grid_is_finished_on_that_is_narrower_than_what_the_budget_allows(bits: int, drawn: set[int | None]) -> None:
+    observations = [replace(item, bits=bits) for item in OBSERVATIONS]
+    found = [SPACE.strategy(point).finishing for point in forks(SPACE, observations, "max", random.Random(0))]
+    assert {finishing and finishing.bits for finishing in found} == drawn
 
 
 @pytest.mark.parametrize("name", ["tpe", "gp", "nsga2", "random"])
@@ -40,7 +48,7 @@ def test_a_fork_differs_from_one_of_the_best_few_in_its_finishing_alone(name: st
     few = {stage(item.point): item for item in OBSERVATIONS[-FEW:]}
     parents = set()
     for seed in range(20):
-        point = Sampler(SPACE, name=name, seed=seed).propose(7, OBSERVATIONS)
+        point = Sampler(SPACE, name=name, seed=seed).propose(11, OBSERVATIONS)
         assert point is not None
         parent = few[stage(point)]
         parents.add(stage(point))
@@ -94,18 +102,18 @@ def test_forks_never_propose_a_strategy_again_and_end_in_the_samplers_own_propos
     first = {"init.depth": 0.5, "finishing": "none"}
     observations = [Observation(point=first, state="paused", value=0.5, fidelity=0.1, forkable=True)]
     for _ in range(2):
-        point = sampler.propose(3, observations)
+        point = sampler.propose(11, observations)
         assert point is not None
         assert point["init.depth"] == 0.5
         observations.append(Observation(point=point, state="running"))
-    point = sampler.propose(3, observations)
+    point = sampler.propose(11, observations)
     assert point is not None
     assert point["init.depth"] == 0.75
 
 
 def test_without_forking_the_sampler_proposes_as_if_nothing_were_on_disk() -> None:
     gone = [observed(number, forkable=False) for number in range(6)]
-    for number in (3, 7, 11):
+    for number in (11, 15):
         expected = Sampler(SPACE, seed=2).propose(number, gone)
         assert Sampler(SPACE, seed=2, forking=False).propose(number, OBSERVATIONS) == expected
     assert Sampler(SPACE, seed=2).propose(6, OBSERVATIONS) == Sampler(SPACE, seed=2).propose(6, gone)

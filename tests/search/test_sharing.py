@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,14 @@ def without_times(value: object) -> object:
     if isinstance(value, dict):
         return {key: without_times(item) for key, item in value.items() if key not in TIMES}
     return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forks_from_the_first() -> Iterator[None]:
+    """Four trials are too few for a fork otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autodistill.search.forks.FROM", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
