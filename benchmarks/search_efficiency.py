@@ -28,7 +28,7 @@ import report
 import torch
 from kept import Kept, mean
 from math_search import METRIC, RECIPE, TEST_QUESTIONS, prepare
-from math_table import FURTHER_SEEDS, RUNGS, Line, read, student_file, without_teacher
+from math_table import FURTHER_SEEDS, RUNGS, Line, Recorder, read, student_file, without_teacher
 from math_teacher import LENGTH
 from prepared import Prepared, learns_from_teacher
 from safetensors.torch import load_file
@@ -183,19 +183,22 @@ def first_above(curve: Sequence[Known], value: float) -> float:
 
 
 class Judge:
-    """Scores recorded students on the test split.
+    """Scores recorded students on the test split; one whose weights are not on this machine is trained again.
 
     Args:
         prepared: Gives data and shapes.
     """
 
     def __init__(self, prepared: Prepared) -> None:
+        self._recorder = Recorder(prepared)
         self._setting = prepared.setting
         self._deployments = {one.name: one for one in prepared.question.deployments}
         self._data = load_split(prepared.setting.data, "test").head(TEST_QUESTIONS * LENGTH)
 
     def judge(self, strategy: Strategy, seed: int, deployment: str) -> dict[str, Any]:
         """Right tokens and answers of each question."""
+        if not student_file(strategy, seed).exists():
+            self._recorder.record([strategy], seed)
         model, _ = initial_student(self._setting, strategy.init, seed)
         model.load_state_dict(load_file(student_file(strategy, seed)), strict=False)
         names, packing = (METRIC, "exact_match"), self._deployments[deployment]

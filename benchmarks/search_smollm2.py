@@ -39,7 +39,6 @@ from prepared import Prepared, learns_from_teacher, prepared
 from search_efficiency import gap
 from simulate import Memory
 
-import search_spaces
 from autodistill.applied import initial_student, probe_deployment, student_spec, with_own
 from autodistill.distillation.attention import teacher_layer
 from autodistill.distillation.teacher import load_model
@@ -207,7 +206,7 @@ def ready(tokens: int) -> Iterator[Prepared]:
     """Everything before the first trial of the search, common to all arms; a cache of its own tells what it takes."""
     folder = default_cache() / "benchmarks" / "smollm2"
     folder.mkdir(parents=True, exist_ok=True)
-    space = read_yaml(Path(search_spaces.__file__).with_name("default.yaml"))
+    space = read_yaml(Path(__file__).parents[1] / "search_spaces" / "default.yaml")
     space["deployments"] = [one for one in space["deployments"] if one["runtime"] == "llama.cpp"]
     (folder / "space.yaml").write_text(json.dumps(space))
     request = SearchRequest(
