@@ -3,7 +3,8 @@
     python benchmarks/student_init.py [--tokens 6144] [--seeds 3] [--recipe logits] [--workers 2] [--report]
 
 Depth 30 -> 22 by each choice of layers; every layer with 70% of its FFN neurons, with 6 of 9 heads and 85% of the
-neurons, or with 80% of the channels; and 22 layers from scratch. The recipe "logits" is `trials.LOGITS`, "narrow" that
+neurons, or with two thirds of heads and channels (transformers' Llama has no other width between that 9 or 6 heads
+divide and a group of 64 does); and 22 layers from scratch. The recipe "logits" is `trials.LOGITS`, "narrow" that
 of the named strategy, which aligns eight layers to the teacher's states too. Each finished trial is a line of
 `reports/student-init.jsonl`; what is there is not trained again.
 """
@@ -31,7 +32,7 @@ INITS = {f"22 layers, {layers}": Init(depth=DEPTH, layers=layers) for layers in 
 INITS |= {
     "30 layers, FFN 70%": Init(depth=1.0, ffn=0.7),
     "30 layers, 6 of 9 heads, FFN 85%": Init(depth=1.0, heads=2 / 3, ffn=0.85),
-    "30 layers, 80% of the width": Init(depth=1.0, width=0.8),
+    "30 layers, 6 of 9 heads, two thirds of the width": Init(depth=1.0, heads=2 / 3, width=2 / 3),
     "22 layers, from scratch": Init(source="scratch", depth=DEPTH),
 }
 

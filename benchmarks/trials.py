@@ -20,7 +20,7 @@ import over_seeds
 import pyarrow as pa
 import report
 
-from autodistill.applied import probe_deployment
+from autodistill.applied import probe_deployment, student_spec
 from autodistill.contracts import SEQUENCE_LENGTH
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.records.store import RunFolder
@@ -254,6 +254,8 @@ def run(
             plan = replace(
                 planned.plan, threads=max(1, planned.plan.threads // workers), eval_tokens=eval_tokens, tokens=tokens
             )
+            for strategy in strategies.values():
+                student_spec(strategy, planned.loaded.spec)  # refuses what this teacher has no student for
             setting = prepare_trials(checked, replace(planned, plan=plan), run_folder, clock).setting
             results = list(done)
             context = multiprocessing.get_context("spawn")
