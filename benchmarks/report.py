@@ -25,7 +25,8 @@ def machine() -> str:
         model = names[0] if names else model
     gpus = ", ".join(gpu.name for gpu in found.gpus) or "no GPU"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "ray"))
-    return f"{found.cpus} cores ({model}), {format_bytes(found.memory_bytes)}, {gpus}; {versions}"
+    cores = "1 core" if found.cpus == 1 else f"{found.cpus} cores"
+    return f"{cores} ({model}), {format_bytes(found.memory_bytes)}, {gpus}; {versions}"
 
 
 def table(titles: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
