@@ -33,6 +33,7 @@ import numpy as np
 import optuna
 import report
 import torch
+from ablation import live
 from kept import Kept, mean
 from math_table import decay, exhaust, without_teacher
 from prepared import Prepared, learns_from_teacher, prepared
@@ -295,11 +296,6 @@ def script(
         study.tell(trial, value, state=None if value is not None else optuna.trial.TrialState.PRUNED)
     bench.note_end()
     return bench.known
-
-
-def live(strategy: Strategy) -> Strategy:
-    """The same with the teacher beside it."""
-    return replace(strategy, distillation=replace(strategy.distillation, signal="online"))
 
 
 def suggest(trial: optuna.Trial, space: Space) -> Point:
