@@ -129,7 +129,7 @@ def search(
     step_tokens: StepTokensOption = None,
     time_box: TimeOption = None,
     confirm: ConfirmOption = None,
-    context: ContextOption = 2048,
+    context: ContextOption = None,
     batch: BatchOption = 1,
     seed: SeedOption = None,
     name: NameOption = None,
@@ -170,7 +170,7 @@ def distill(
     sequence_length: SequenceLengthOption = None,
     step_tokens: StepTokensOption = None,
     time_box: TimeOption = None,
-    context: ContextOption = 2048,
+    context: ContextOption = None,
     batch: BatchOption = 1,
     seed: SeedOption = None,
     name: NameOption = None,
@@ -296,7 +296,7 @@ def estimate(
     runtime: Annotated[
         str | None, option("--runtime", "llama.cpp, transformers, vllm or onnxruntime; the format's own.", "NAME")
     ] = None,
-    context: Annotated[int | None, option("--context", "Of each sequence; 2048 by default.", "TOKENS")] = None,
+    context: ContextOption = None,
     batch: BatchOption = 1,
     kv_type: Annotated[str, option("--kv-type", "Of the KV cache: f16, q8_0 or q4_0.", "TYPE")] = "f16",
     prompt: Annotated[int | None, option("--prompt", "Tokens before the first one; 512 by default.", "TOKENS")] = None,
@@ -331,7 +331,7 @@ def pick(
     runs: Annotated[list[str] | None, typer.Argument(help="Names of runs; all by default.", metavar="[RUN]...")] = None,
     budget: Annotated[str | None, option("--budget", f"{BUDGET_HELP}.", "SIZE")] = None,
     device: Annotated[str | None, option("--device", "Takes the budget from it, like 4090 or local.", "NAME")] = None,
-    context: ContextOption = 2048,
+    context: ContextOption = None,
     streams: Annotated[int, option("--streams", "Sequences decoded at once.", "N")] = 1,
     latency: LatencyOption = None,
     min_accuracy: Annotated[float | None, option("--min-accuracy", "A fraction.", "X")] = None,
@@ -357,7 +357,9 @@ def measure(
     bench: Annotated[str | None, option("--bench", "Path of llama-bench on the board.", "PATH")] = None,
     device: Annotated[str | None, option("--device", "What the board is; by its own name by default.", "NAME")] = None,
     ssh_config: Annotated[Path | None, option("--ssh-config", "In the place of your own.", "FILE")] = None,
-    context: Annotated[int | None, option("--context", "Here: of each stream; 2048 by default.", "TOKENS")] = None,
+    context: Annotated[
+        int | None, option("--context", "Here: of each stream; 2048 by default, or what the student reads.", "TOKENS")
+    ] = None,
     streams: Annotated[str, option("--streams", "Here: numbers of sequences at once, like 1,4,16.", "N,...")] = "1",
     prompt: Annotated[int, option("--prompt", "Tokens before the first one.", "TOKENS")] = 512,
     decoded: Annotated[int, option("--decoded", "Tokens of an answer.", "TOKENS")] = 64,

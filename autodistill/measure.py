@@ -25,8 +25,7 @@ from autodistill.roofline import speed
 from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment
 from autodistill.timing import Load, Timed, time_serving
-
-_CONTEXT = 2048
+from autodistill.units import CONTEXT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,8 @@ class MeasureRequest:
         device: What the board is among the known devices; None where its own name says so.
         own: Files of devices of a person's own.
         ssh_config: As `remote.Board` takes it.
-        context, streams: Of a measurement here: tokens of each stream, and numbers of streams.
+        context: Of a measurement here: tokens of each stream; 2048 by default, or what the student reads.
+        streams: Of a measurement here: numbers of streams.
         prompt, decoded, rounds: Tokens, and how many times.
         threads: CPU threads; 0 is as many as there are cores.
         cache: Folder where this machine's own bandwidth is kept.
@@ -89,8 +89,8 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
         it was kept; or, for a script, where that was written.
 
     Raises:
-        InputError: A student that is damaged or of no known architecture, a result of another student, or a machine
-            that is busy.
+        InputError: A student that is damaged or of no known architecture, a context beyond its own, a result of
+            another student, or a machine that is busy.
         RemoteError: A board that is not reached, or fails.
     """
     model, deployment = _described(request.student)
@@ -152,12 +152,22 @@ def _described(path: Path) -> tuple[Described, Deployment]:
     return model, deployment_named(model.format_name or "gguf-q8_0")
 
 
+def _context(request: MeasureRequest, model: Described) -> int:
+    """Tokens of each stream: the default as far as the student reads it, never what was asked for."""
+    most = model.spec.max_context
+    if request.context is None:
+        return min(CONTEXT, most)
+    if request.context > most:
+        raise InputError(f"{request.student} has a context of {most} tokens: give --context {most} or less")
+    return request.context
+
+
 def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> Measured:
+    context = _context(request, model)
     threads = request.threads or detect().cpus
     seen = look(threads)
     if seen.doubts and not request.busy:
         raise InputError(f"this machine is busy ({seen.doubts[0]}): stop other work, or accept it with --busy")
-    context = min(request.context or _CONTEXT, model.spec.max_context)
     load = Load(
         prompts=tuple(sorted({min(one, request.prompt) for one in (16, 64, 256, request.prompt)})),
         prompt=request.prompt,
@@ -260,9 +270,8 @@ def _kept(request: MeasureRequest, measured: Measured, model: Described, deploym
         here = local_device(request.cache)
         device = here if here.name == measured.machine else None
     predicted: dict[str, Any] = {}
-    context = min(request.context or _CONTEXT, model.spec.max_context)
     if measured.how == "autodistill":
-        batch = max(1, *request.streams)
+        context, batch = _context(request, model), max(1, *request.streams)
         need = memory(model.spec, deployment, context=context, batch=batch, weights=model.weights_bytes)
         predicted["memory_bytes"] = need.total_bytes
     if device is not None:

@@ -205,6 +205,12 @@ def _three_digits(value: float) -> str:
     return f"{value:.{decimals}f}"
 
 
+NO_LIMIT = 10**18
+"""Bytes of a budget that limits no memory: above any, and still a number that every file format holds."""
+CONTEXT = 2048
+"""Tokens of context where nobody says how many, unless a model reads fewer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """Hard limits of the deployed student.
@@ -216,7 +222,7 @@ class Budget:
     """
 
     memory_bytes: int
-    context: int = 2048
+    context: int = CONTEXT
     batch: int = 1
 
     def __post_init__(self) -> None:
@@ -225,6 +231,11 @@ class Budget:
         for name in ("context", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}")
+
+    def describe(self) -> str:
+        """Its memory in words, like "16.0 GB at context 2048, batch 1"."""
+        memory = "no limit of memory" if self.memory_bytes >= NO_LIMIT else format_bytes(self.memory_bytes)
+        return f"{memory} at context {self.context}, batch {self.batch}"
 
     def to_json(self) -> dict[str, Any]:
         """The budget as plain data."""

@@ -59,6 +59,16 @@ def test_here_it_is_timed_in_its_own_runtime(
     assert spec_from_config(kept.shape).tensors == spec_from_config(config).tensors
 
 
+def test_the_default_context_is_what_the_student_reads_and_an_asked_one_is_not_lowered(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "look", lambda threads: QUIET)
+    found = measure(request(student, tmp_path, context=None))["measured"]
+    assert found["board"]["context"] == 512
+    with pytest.raises(InputError, match="has a context of 512 tokens: give --context 512 or less"):
+        measure(request(student, tmp_path, context=513))
+
+
 def test_a_busy_machine_is_refused_unless_that_is_accepted(
     student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from autodistill.records.objectives import Objective, objectives_of
 from autodistill.records.store import RunFolder, read_json
 from autodistill.records.stored_run import check_free, pull
 from autodistill.search.asked import Asked, ask
-from autodistill.search.possible import check_teacher
+from autodistill.search.possible import check_teacher, shortest_context
 from autodistill.search.request import (
     DEFAULT_DATA,
     DEFAULT_SAMPLER,
@@ -63,7 +63,7 @@ class Checked:
     warm_start: tuple[str, ...]
     confirm: int
     seed: int
-    spec: ModelSpec | None
+    spec: ModelSpec
     stored: Mapping[str, Any] | None
     storage: Storage | None
 
@@ -120,8 +120,9 @@ def check_request(request: SearchRequest) -> Checked:
         space = single(space, request.strategy)
     _check_possible(space, request)
     _check_cache(request.cache)
+    spec = spec_from_config(teacher.config)
     checked = Checked(
-        request=request,
+        request=_at_context(request, known, spec, space),
         name=request.name or datetime.now().strftime("search-%Y%m%d-%H%M%S"),
         teacher=teacher,
         teacher_reference=teacher_reference,
@@ -137,7 +138,7 @@ def check_request(request: SearchRequest) -> Checked:
         warm_start=parse_runs(request.warm_start) if request.warm_start is not None else _warmed_by(known),
         confirm=request.confirm if request.confirm is not None else known.get("confirm", 0),
         seed=request.seed if request.seed is not None else known.get("seed", 0),
-        spec=spec_from_config(teacher.config) if teacher.config else None,
+        spec=spec,
         stored=stored,
         storage=_of_run(request, storage, known),
     )
@@ -145,12 +146,19 @@ def check_request(request: SearchRequest) -> Checked:
         _check_same(checked, stored)
     else:
         check_space(request.out, checked.warm_start, space)
-    if checked.spec is not None:
-        if request.strategy is not None:
-            for strategy in space.baselines.values():
-                check_strategy(strategy, checked.spec)
-        check_teacher(checked.spec, space, request.budget, length)
+    if request.strategy is not None:
+        for strategy in space.baselines.values():
+            check_strategy(strategy, spec)
+    check_teacher(spec, space, checked.request.budget, length)
     return checked
+
+
+def _at_context(request: SearchRequest, known: Mapping[str, Any], spec: ModelSpec, space: Space) -> SearchRequest:
+    """The request with the context that its budget has where none is asked for."""
+    if not request.context_by_default:
+        return request
+    context = known.get("budget", {}).get("context") or min(request.budget.context, shortest_context(spec, space)[0])
+    return replace(request, budget=replace(request.budget, context=context))
 
 
 def _check_possible(space: Space, request: SearchRequest) -> None:
