@@ -394,9 +394,8 @@ def simulate(
         **hints,
     )
     kind = Campaign if rejection else Unrejecting
-    campaign = kind(question, sampler=proposer, log=Memory(), checkpoints=Path("/nowhere"))
-    if stopping:
-        campaign._scheduler = Stopping(trials=search_plan.trials, rungs=search_plan.rungs, keep=search_plan.keep)
+    halving = Stopping if stopping else SuccessiveHalving
+    campaign = kind(question, sampler=proposer, log=Memory(), checkpoints=Path("/nowhere"), halving=halving)
     spent = Spent(operations=worker.start)
     now, ticket = 0.0, count()
     running: list[tuple[float, int, Assignment, RungReport, int]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,22 @@ class StoredLog(EventLog):
     Args:
         path: Of the local log.
         storage: The run's.
+        check: Called before anything is written; raises where another process goes on with the run.
     """
 
-    def __init__(self, path: Path, storage: Storage) -> None:
+    def __init__(self, path: Path, storage: Storage, check: Callable[[], None] = lambda: None) -> None:
         super().__init__(path)
         self._storage = storage
+        self._check = check
         self._last = 0
 
     def append(self, event: Mapping[str, Any]) -> None:
         """Writes one event to the storage, and then to the local log.
 
         Raises:
-            AutoDistillError: It could not be written.
+            AutoDistillError: It could not be written, or the run is another process's by now.
         """
+        self._check()
         self._last = max(time.time_ns(), self._last + 1)
         key = f"{_FOLDER}/{self._last:020d}-{uuid.uuid4().hex[:8]}.json"
         data = json.dumps(strict_json(event), separators=(",", ":"), allow_nan=False).encode()

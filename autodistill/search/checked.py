@@ -20,6 +20,7 @@ from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import ASKING_DATA
 from autodistill.local_device import LOCAL, choose_device
+from autodistill.records.lease import check_unheld
 from autodistill.records.objectives import Objective, objectives_of
 from autodistill.records.store import RunFolder, read_json
 from autodistill.records.stored_run import check_free, pull
@@ -239,6 +240,8 @@ def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any
     if request.name is None:
         raise InputError("--resume goes on with a run: name it with --name")
     if storage is not None:
+        # Refused here as well as where the lease is taken: no work may be spent before.
+        check_unheld(storage.at(request.name))
         pull(request.out / request.name, storage.at(request.name))
     return read_json(RunFolder.open(request.out, request.name).search_file)
 

@@ -13,8 +13,10 @@ from autodistill.budget import DeviceBudget
 from autodistill.devices import devices, find_device
 from autodistill.errors import AutoDistillError, InputError
 from autodistill.records.store import RunFolder, write_json
+from autodistill.records.stored_run import keep
 from autodistill.search.checked import check_request
 from autodistill.search.request import SearchRequest
+from autodistill.storage import Storage
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import Budget, parse_latency
 
@@ -156,6 +158,21 @@ def test_a_run_goes_on_at_its_own_context_unless_another_is_asked_for(asked: Sea
     assert check_request(replace(again, budget=wider, context_by_default=True)).request.budget == asked.budget
     with pytest.raises(InputError, match="another budget"):
         check_request(replace(again, budget=wider))
+
+
+def test_a_run_that_another_machine_goes_on_with_is_refused(asked: SearchRequest, tmp_path: Path) -> None:
+    storage = Storage(f"file://{tmp_path}/shared")
+    with RunFolder.create(tmp_path / "there", "run") as run:
+        write_json(run.search_file, stored_run(asked) | {"storage": storage.uri})
+        keep(run.search_file, storage.at("run"))
+    again = replace(asked, out=tmp_path / "here", name="run", resume=True, storage=storage.uri)
+    holder = {"host": "elsewhere", "process": 7, "place": "another kernel", "born": 1.0, "token": "theirs"}
+    storage.write("run/lease.json", json.dumps(holder).encode())
+    with pytest.raises(InputError, match="is held by process 7 on elsewhere"):
+        check_request(again)
+    assert not (tmp_path / "here").exists()
+    storage.remove("run/lease.json")
+    assert check_request(again).stored is not None
 
 
 def test_a_warm_start_is_as_before_when_a_run_goes_on(asked: SearchRequest, tmp_path: Path) -> None:
