@@ -60,7 +60,8 @@ from autodistill.options import (
     WarmStartOption,
     option,
 )
-from autodistill.records.store import RunFolder, default_cache, strict_json
+from autodistill.records.json_files import strict_json
+from autodistill.records.store import RunFolder, default_cache
 from autodistill.streams import quiet_libraries, stdout_reserved
 from autodistill.summary import leaderboard_of, plan_summary, search_summary, written_summary
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from autodistill.budget import read_budget
 from autodistill.console import leaderboard_table
+from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED, Ranked, rank, rows_of
 from autodistill.records.objectives import objectives_of, with_front
 from autodistill.records.row import Row
 from autodistill.records.saved import Saved
-from autodistill.records.store import RunFolder, read_json
+from autodistill.records.store import RunFolder
 from autodistill.units import Price, format_bytes, format_duration
 
 _SHOWN_ROWS = 15

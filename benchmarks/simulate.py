@@ -22,7 +22,7 @@ from autodistill.domains import Value
 from autodistill.estimate import fits, spec_from_config
 from autodistill.evaluation import Evaluation
 from autodistill.plain_yaml import read_yaml
-from autodistill.records.store import EventLog
+from autodistill.records.event_log import EventLog
 from autodistill.search.campaign import Campaign
 from autodistill.search.plan import Speed, rung_tokens
 from autodistill.search.sampler import Sampler

@@ -21,10 +21,11 @@ from autodistill.hardware_summary import pick_text
 from autodistill.needs import Wanted, solve
 from autodistill.pick import pick, pick_tiers
 from autodistill.records.candidates import Candidate, recalibrated, stored
+from autodistill.records.event_log import EventLog
+from autodistill.records.json_files import write_json
 from autodistill.records.measurements import Measured
 from autodistill.records.recalibration import Overhead
 from autodistill.records.row import Row, to_parquet
-from autodistill.records.store import EventLog, write_json
 from autodistill.roofline import speed
 from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment

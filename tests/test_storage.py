@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from autodistill.errors import InputError
-from autodistill.records.store import EventLog
+from autodistill.records.event_log import EventLog
 from autodistill.records.stored_run import StoredLog, check_free, keep, pull
 from autodistill.storage import Storage, StoredFiles
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 from autodistill.budget import read_budget
 from autodistill.errors import MissingDependencyError
 from autodistill.records.differences import differences, shown
+from autodistill.records.json_files import read_json, replacing
 from autodistill.records.leaderboard import DISTILLED, Ranked, limits_of, nearest, pareto, rank, rows_of
 from autodistill.records.objectives import Objective, front, objectives_of
 from autodistill.records.openings import opened, openings_of
 from autodistill.records.row import Row
 from autodistill.records.saved import Saved
-from autodistill.records.store import RunFolder, read_json, replacing
+from autodistill.records.store import RunFolder
 from autodistill.units import format_bytes, format_duration
 
 if TYPE_CHECKING:

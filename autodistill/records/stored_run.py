@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.errors import AutoDistillError, InputError
-from autodistill.records.store import EventLog, strict_json
+from autodistill.records.event_log import EventLog
+from autodistill.records.json_files import strict_json
 from autodistill.storage import Storage
 
 _FOLDER, _SEARCH = "events", "search.json"

@@ -12,8 +12,8 @@ from autodistill.applied import student_spec
 from autodistill.contracts import Decision, Status
 from autodistill.errors import AutoDistillError
 from autodistill.records.confirmation import KIND as CONFIRMATION
+from autodistill.records.event_log import EventLog
 from autodistill.records.row import Row, rows_of
-from autodistill.records.store import EventLog
 from autodistill.search.admission import admit
 from autodistill.search.agenda import Agenda
 from autodistill.search.failures import RETRIED

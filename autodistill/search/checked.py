@@ -20,9 +20,10 @@ from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import ASKING_DATA
 from autodistill.local_device import LOCAL, choose_device
+from autodistill.records.json_files import read_json
 from autodistill.records.lease import check_unheld
 from autodistill.records.objectives import Objective, objectives_of
-from autodistill.records.store import RunFolder, read_json
+from autodistill.records.store import RunFolder
 from autodistill.records.stored_run import check_free, pull
 from autodistill.search.asked import Asked, ask
 from autodistill.search.possible import check_teacher, shortest_context

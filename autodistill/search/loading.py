@@ -18,7 +18,7 @@ from autodistill.distillation.teacher import Teacher, materialise, resolve_teach
 from autodistill.errors import InputError
 from autodistill.estimate import adapted_tensors, spec_from_config
 from autodistill.hardware import Machine, detect
-from autodistill.records.store import read_json
+from autodistill.records.json_files import read_json
 from autodistill.rendering import Template
 from autodistill.search.checked import Checked
 from autodistill.search.possible import by_size

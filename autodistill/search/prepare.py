@@ -13,7 +13,8 @@ from typing import Any
 from autodistill.contracts import ModelSpec, Plan
 from autodistill.errors import InputError
 from autodistill.estimate import cannot_hold
-from autodistill.records.store import RunFolder, write_json
+from autodistill.records.json_files import write_json
+from autodistill.records.store import RunFolder
 from autodistill.search.checked import Checked
 from autodistill.search.loading import Loaded, Place, load
 from autodistill.search.measuring import plan_from_measurement

@@ -15,13 +15,14 @@ from autodistill.errors import InterruptedSearchError, LostClusterError
 from autodistill.hardware import detect
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.differences import differences
+from autodistill.records.json_files import write_json
 from autodistill.records.leaderboard import rank, rows_of, to_parquet
 from autodistill.records.lease import Lease
 from autodistill.records.objectives import front
 from autodistill.records.report import write_report
 from autodistill.records.row import Row
 from autodistill.records.saved import saved
-from autodistill.records.store import RunFolder, write_json
+from autodistill.records.store import RunFolder
 from autodistill.records.stored_run import StoredLog, check_free, keep
 from autodistill.search.campaign import Campaign
 from autodistill.search.checked import Checked, check_request

@@ -19,11 +19,11 @@ from autodistill.distillation.schedule import branch_point
 from autodistill.errors import AutoDistillError
 from autodistill.estimate import fits, spec_from_config, with_layers
 from autodistill.evaluation import Evaluation
+from autodistill.records.event_log import EventLog
 from autodistill.records.leaderboard import rank
 from autodistill.records.objectives import OBJECTIVES
 from autodistill.records.row import rows_of
 from autodistill.records.saved import saved
-from autodistill.records.store import EventLog
 from autodistill.search.campaign import Campaign
 from autodistill.search.plan import Speed
 from autodistill.search.sampler import Sampler

@@ -12,7 +12,8 @@ import pytest
 from autodistill.budget import DeviceBudget
 from autodistill.devices import devices, find_device
 from autodistill.errors import AutoDistillError, InputError
-from autodistill.records.store import RunFolder, write_json
+from autodistill.records.json_files import write_json
+from autodistill.records.store import RunFolder
 from autodistill.records.stored_run import keep
 from autodistill.search.checked import check_request
 from autodistill.search.request import SearchRequest
