@@ -118,7 +118,7 @@ def written(given: Mapping[str, Any]) -> dict[str, Any]:
     names = ("prompts", "out", "endpoint", "model", "max_tokens", "top_k", "batch")
     request = WriteRequest(
         **{name: given[name] for name in names},
-        teacher=given["teacher"] or DEFAULT_TEACHER,
+        teacher=DEFAULT_TEACHER if given["teacher"] is None else given["teacher"],
         cache=given["cache"] or default_cache(),
         sampling=Sampling(temperature=given["temperature"], top_p=given["top_p"], seed=given["seed"]),
         timeout=timeout,

@@ -77,8 +77,11 @@ class MeasureRequest:
             raise InputError(f"{' and '.join(given)} each say where it is measured: give one of them")
         if min(self.streams, default=0) < 1:
             raise InputError("--streams must be numbers of at least 1, parted by commas")
-        if self.context is not None and self.context < 2:
-            raise InputError(f"--context must be at least 2, not {self.context}")
+        # An answer is a first token and one that follows it.
+        for name, least in (("context", 2), ("prompt", 1), ("decoded", 2), ("rounds", 1)):
+            asked = getattr(self, name)
+            if asked is not None and asked < least:
+                raise InputError(f"--{name} must be at least {least}, not {asked}")
 
 
 def measure(request: MeasureRequest) -> dict[str, Any]:
@@ -171,7 +174,7 @@ def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> 
     load = Load(
         prompts=tuple(sorted({min(one, request.prompt) for one in (16, 64, 256, request.prompt)})),
         prompt=request.prompt,
-        decoded=max(2, request.decoded),
+        decoded=request.decoded,
         streams=tuple(sorted({1, *request.streams})),
         rounds=request.rounds,
     )

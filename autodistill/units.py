@@ -189,7 +189,7 @@ def written_bytes(count: int) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Writes seconds as a person says them, like "9m 05s", "12.3s" or "48.0ms"."""
+    """Writes seconds as a person says them, like "9m 05s", "12.3s", "48.0ms" or "1.50us"."""
     if seconds >= 3599.5:
         seconds = round(seconds)
         return f"{int(seconds // 3600)}h {int(seconds % 3600 // 60):02d}m"
@@ -197,7 +197,9 @@ def format_duration(seconds: float) -> str:
         return f"{int(round(seconds) // 60)}m {int(round(seconds) % 60):02d}s"
     if seconds >= 1:
         return f"{seconds:.1f}s"
-    return f"{seconds * 1e3:.1f}ms"
+    if seconds >= 1e-3 or seconds <= 0:
+        return f"{seconds * 1e3:.1f}ms"
+    return f"{_three_digits(seconds * 1e6)}us"
 
 
 def _three_digits(value: float) -> str:

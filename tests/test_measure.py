@@ -142,6 +142,9 @@ def test_what_cannot_be_measured_is_said_before_anything_runs(
         ((student, {"on": "ssh://pi", "result": result}), "--on and --result each say"),
         ((student, {"streams": (0,)}), "--streams must be"),
         ((student, {"context": 1}), "--context must be at least 2"),
+        ((student, {"prompt": 0}), "--prompt must be at least 1"),
+        ((student, {"decoded": 1}), "--decoded must be at least 2"),
+        ((student, {"rounds": 0}), "--rounds must be at least 1"),
     ):
         with pytest.raises(InputError, match=said):
             measure(request(asked[0], tmp_path, **asked[1]))

@@ -78,10 +78,13 @@ def test_what_this_machine_lost_comes_back(storage: Storage, tmp_path: Path) -> 
     search.parent.mkdir()
     search.write_text("{}")
     check_free(storage)
-    pull(search.parent, storage)
+    assert pull(search.parent, storage)
+    search.unlink()
+    assert not pull(search.parent, storage)
+    search.write_text("{}")
     keep(search, storage)
     search.unlink()
-    pull(search.parent, storage)
+    assert pull(search.parent, storage)
     assert search.read_text() == "{}"
     with pytest.raises(InputError, match="go on with it by --resume"):
         check_free(storage)

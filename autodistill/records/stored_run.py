@@ -95,8 +95,8 @@ def keep(search_file: Path, storage: Storage) -> None:
         raise AutoDistillError(f"cannot write to {storage.uri}: {error}") from error
 
 
-def pull(folder: Path, storage: Storage) -> None:
-    """Fetches the run's `search.json`, where this machine has none.
+def pull(folder: Path, storage: Storage) -> bool:
+    """Fetches the run's `search.json`, where this machine has none; False where the storage has none either.
 
     Args:
         folder: Of the run.
@@ -107,7 +107,10 @@ def pull(folder: Path, storage: Storage) -> None:
     """
     file = folder / _SEARCH
     try:
-        if not file.exists() and storage.has(_SEARCH):
+        if not file.exists():
+            if not storage.has(_SEARCH):
+                return False
             storage.get(_SEARCH, file)
     except OSError as error:
         raise InputError(f"cannot fetch the run from {storage.uri} into {folder}: {error}") from error
+    return True

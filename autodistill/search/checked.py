@@ -97,7 +97,7 @@ def check_request(request: SearchRequest) -> Checked:
         raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
     if request.ray_address is not None and request.runner == "inline":
         raise InputError("--ray-address names a Ray cluster, which --runner inline does not use: leave one of them out")
-    storage = Storage(request.storage) if request.storage else None
+    storage = None if request.storage is None else Storage(request.storage)
     if storage is not None:
         storage.check()
     stored = _stored(request, storage)
@@ -107,12 +107,12 @@ def check_request(request: SearchRequest) -> Checked:
     if request.step_tokens is not None and (request.step_tokens < 1 or request.step_tokens % length):
         raise InputError(f"--step-tokens must be a multiple of {length}, a sequence, not {request.step_tokens}")
     asked, objectives = ask(request, known)
-    sampler = request.sampler or known.get("sampler") or DEFAULT_SAMPLER
+    sampler = _first(request.sampler, known.get("sampler"), DEFAULT_SAMPLER)
     if sampler not in SAMPLERS:
         raise InputError(f"there is no sampler {sampler!r}; the samplers are {', '.join(SAMPLERS)}")
-    teacher_reference = request.teacher or known.get("teacher", {}).get("reference") or DEFAULT_TEACHER
-    data_reference = request.data or known.get("data", {}).get("reference") or DEFAULT_DATA
-    space_reference = request.space or known.get("space") or DEFAULT_SPACE
+    teacher_reference = _first(request.teacher, known.get("teacher", {}).get("reference"), DEFAULT_TEACHER)
+    data_reference = _first(request.data, known.get("data", {}).get("reference"), DEFAULT_DATA)
+    space_reference = _first(request.space, known.get("space"), DEFAULT_SPACE)
     teacher = resolve_teacher(teacher_reference)
     source = resolve_data(data_reference)
     if asked.written and not source.conversations:
@@ -153,6 +153,11 @@ def check_request(request: SearchRequest) -> Checked:
             check_strategy(strategy, spec)
     check_teacher(spec, space, checked.request.budget, length)
     return checked
+
+
+def _first(*given: str | None) -> str:
+    """What is asked, or was before, or is the default; an empty text is asked too, and refused for what it is."""
+    return next(one for one in given if one is not None)
 
 
 def _at_context(request: SearchRequest, known: Mapping[str, Any], spec: ModelSpec, space: Space) -> SearchRequest:
@@ -243,7 +248,11 @@ def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any
     if storage is not None:
         # Refused here as well as where the lease is taken: no work may be spent before.
         check_unheld(storage.at(request.name))
-        pull(request.out / request.name, storage.at(request.name))
+        if not pull(request.out / request.name, storage.at(request.name)):
+            raise InputError(
+                f"there is no run {request.name!r}, neither in {request.out} nor on {request.storage}: check --name, "
+                "and whether it was begun with this --storage"
+            )
     return read_json(RunFolder.open(request.out, request.name).search_file)
 
 

@@ -167,6 +167,8 @@ def test_a_run_that_another_machine_goes_on_with_is_refused(asked: SearchRequest
         write_json(run.search_file, stored_run(asked) | {"storage": storage.uri})
         keep(run.search_file, storage.at("run"))
     again = replace(asked, out=tmp_path / "here", name="run", resume=True, storage=storage.uri)
+    with pytest.raises(InputError, match=r"no run 'other', neither in .*here nor on file://.*shared: check --name"):
+        check_request(replace(again, name="other"))
     holder = {"host": "elsewhere", "process": 7, "place": "another kernel", "born": 1.0, "token": "theirs"}
     storage.write("run/lease.json", json.dumps(holder).encode())
     with pytest.raises(InputError, match="is held by process 7 on elsewhere"):
