@@ -358,8 +358,8 @@ def measure(
         int | None, option("--context", "Here: of each stream; 2048 by default, or what the student reads.", "TOKENS")
     ] = None,
     streams: Annotated[str, option("--streams", "Here: numbers of sequences at once, like 1,4,16.", "N,...")] = "1",
-    prompt: Annotated[int, option("--prompt", "Tokens before the first one.", "TOKENS")] = 512,
-    decoded: Annotated[int, option("--decoded", "Tokens of an answer.", "TOKENS")] = 64,
+    prompt: Annotated[int | None, option("--prompt", "Tokens before the first one; 512 by default.", "TOKENS")] = None,
+    decoded: Annotated[int | None, option("--decoded", "Tokens of an answer; 64 by default.", "TOKENS")] = None,
     rounds: Annotated[int, option("--rounds", "How many times.", "N")] = 3,
     threads: Annotated[int, option("--threads", "CPU threads; 0 is every core.", "N", min=0)] = 0,
     timeout: Annotated[str, option("--timeout", "That a board may take.", "TIME")] = "30m",

@@ -27,6 +27,8 @@ from autodistill.strategy import Deployment
 from autodistill.timing import Load, Timed, time_serving
 from autodistill.units import CONTEXT
 
+_PROMPT, _DECODED = 512, 64  # tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureRequest:
@@ -44,7 +46,8 @@ class MeasureRequest:
         ssh_config: As `remote.Board` takes it.
         context: Of a measurement here: tokens of each stream; 2048 by default, or what the student reads.
         streams: Of a measurement here: numbers of streams.
-        prompt, decoded, rounds: Tokens, and how many times.
+        prompt, decoded: Tokens; by default 512 and 64, or what the context holds of them.
+        rounds: How many times.
         threads: CPU threads; 0 is as many as there are cores.
         cache: Folder where this machine's own bandwidth is kept.
         timeout: Seconds that a board may take.
@@ -62,8 +65,8 @@ class MeasureRequest:
     ssh_config: Path | None = None
     context: int | None = None
     streams: tuple[int, ...] = (1,)
-    prompt: int = 512
-    decoded: int = 64
+    prompt: int | None = None
+    decoded: int | None = None
     rounds: int = 3
     threads: int = 0
     cache: Path | None = None
@@ -107,8 +110,8 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
     bench = Bench(
         student=fingerprint(request.student),
         student_bytes=request.student.stat().st_size,
-        prompt=request.prompt,
-        decoded=request.decoded,
+        prompt=request.prompt or _PROMPT,
+        decoded=request.decoded or _DECODED,
         repetitions=request.rounds,
         threads=request.threads,
     )
@@ -167,17 +170,11 @@ def _context(request: MeasureRequest, model: Described) -> int:
 
 def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> Measured:
     context = _context(request, model)
+    load = _load(request, context)
     threads = request.threads or detect().cpus
     seen = look(threads)
     if seen.doubts and not request.busy:
         raise InputError(f"this machine is busy ({seen.doubts[0]}): stop other work, or accept it with --busy")
-    load = Load(
-        prompts=tuple(sorted({min(one, request.prompt) for one in (16, 64, 256, request.prompt)})),
-        prompt=request.prompt,
-        decoded=request.decoded,
-        streams=tuple(sorted({1, *request.streams})),
-        rounds=request.rounds,
-    )
     timed = time_serving(
         request.student,
         deployment.runtime,
@@ -205,6 +202,25 @@ def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> 
         loads=tuple(one.to_json() for one in timed.loads),
         doubts=timed.doubts,
     )
+
+
+def _load(request: MeasureRequest, context: int) -> Load:
+    """What is timed; of a prompt and an answer that are asked for, nothing is left out."""
+    prompt, decoded = request.prompt or _PROMPT, request.decoded or _DECODED
+    load = Load(
+        prompts=tuple(sorted({min(one, prompt) for one in (16, 64, 256, prompt)})),
+        prompt=prompt,
+        decoded=decoded,
+        streams=tuple(sorted({1, *request.streams})),
+        rounds=request.rounds,
+    ).within(context)
+    for name, asked, held in (("decoded", request.decoded, load.decoded), ("prompt", request.prompt, load.prompt)):
+        if asked is not None and held < asked:
+            raise InputError(
+                f"a context of {context} tokens does not hold --{name} {asked}, as a prompt and its answer share it: give "
+                f"--{name} {held} or less, or more --context"
+            )
+    return load
 
 
 def _own_facts(timed: Timed) -> dict[str, Any]:

@@ -67,6 +67,9 @@ def test_the_default_context_is_what_the_student_reads_and_an_asked_one_is_not_l
     assert found["board"]["context"] == 512
     with pytest.raises(InputError, match="has a context of 512 tokens: give --context 512 or less"):
         measure(request(student, tmp_path, context=513))
+    for name, asked, said in (("prompt", 61, "--prompt 60 or less"), ("decoded", 33, "--decoded 32 or less")):
+        with pytest.raises(InputError, match=f"a context of 64 tokens does not hold --{name} {asked}.*give {said}"):
+            measure(request(student, tmp_path, **{name: asked}))
 
 
 def test_a_busy_machine_is_refused_unless_that_is_accepted(
