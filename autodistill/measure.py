@@ -217,8 +217,8 @@ def _load(request: MeasureRequest, context: int) -> Load:
     for name, asked, held in (("decoded", request.decoded, load.decoded), ("prompt", request.prompt, load.prompt)):
         if asked is not None and held < asked:
             raise InputError(
-                f"a context of {context} tokens does not hold --{name} {asked}, as a prompt and its answer share it: give "
-                f"--{name} {held} or less, or more --context"
+                f"a context of {context} tokens does not hold --{name} {asked}, as a prompt and its answer share it: "
+                f"give --{name} {held} or less, or more --context"
             )
     return load
 
