@@ -77,7 +77,7 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
     document = _describe(checked, loaded, plan, speed)
     write_json(run.search_file, document)
     context = checked.request.budget.context
-    if checked.request.context_by_default and context < CONTEXT:
+    if checked.stored is None and checked.request.context_by_default and context < CONTEXT:
         observer.line(f"the budget is stated at a context of {context} tokens: a model of this search reads no more")
     left_out = (cannot_hold(loaded.spec, deployment) for deployment in checked.space.deployments)
     for note in (*loaded.data.notes, *loaded.templates.values(), *plan.notes, *dict.fromkeys(filter(None, left_out))):
