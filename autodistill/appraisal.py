@@ -13,8 +13,7 @@ from autodistill.records.recalibration import Overhead, Place, overhead_of
 from autodistill.roofline import speed
 from autodistill.serving_memory import BASIS, memory
 from autodistill.strategy import Deployment
-
-_CONTEXT = 2048  # that of a search's budget
+from autodistill.units import CONTEXT
 
 
 def appraise(
@@ -47,9 +46,12 @@ def appraise(
         InputError: As `memory`, or a context beyond the model's.
     """
     spec = model.spec
-    context = min(_CONTEXT, spec.max_context) if context is None else context
+    context = min(CONTEXT, spec.max_context) if context is None else context
     if context > spec.max_context:
-        raise InputError(f"{model.name} has a context of {spec.max_context} tokens: lower --context {context}")
+        raise InputError(
+            f"{model.name} has a context of {spec.max_context} tokens: give --context {spec.max_context} or less, or "
+            "leave it out"
+        )
     if prompt is not None and not 1 <= prompt <= context:
         raise InputError(f"--prompt must be 1 to the context of {context}, not {prompt}")
     need = memory(

@@ -23,6 +23,11 @@ class DeviceBudget(Budget):
     device: Device
     latency: tuple[LatencyLimit, ...] = ()
 
+    def describe(self) -> str:
+        """All limits in words."""
+        limits = (limit.describe() for limit in self.latency)
+        return ", ".join([f"{super().describe()}, on {self.device.name}", *limits])
+
     def to_json(self) -> dict[str, Any]:
         """The budget as plain data."""
         limits = [asdict(limit) for limit in self.latency]

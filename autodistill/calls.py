@@ -12,15 +12,11 @@ from autodistill.errors import InputError
 from autodistill.records.store import RunFolder, default_cache, known_runs
 from autodistill.streams import quiet_libraries
 from autodistill.summary import leaderboard_of
-from autodistill.units import Budget, parse_bytes, parse_duration, parse_latency, parse_price
+from autodistill.units import CONTEXT, NO_LIMIT, Budget, parse_bytes, parse_duration, parse_latency, parse_price
 
 if TYPE_CHECKING:
     from autodistill.search.request import SearchRequest
     from autodistill.search.search import Outcome
-
-
-# What `distill` takes for no limit: above any memory, and still a number that every file format holds.
-_NO_LIMIT = "1000000TB"
 
 
 def search_request(given: Mapping[str, Any], verb: str, command: str, started: float) -> SearchRequest:
@@ -44,6 +40,7 @@ def search_request(given: Mapping[str, Any], verb: str, command: str, started: f
 
     return SearchRequest(
         budget=budget,
+        context_by_default=given["context"] is None,
         teacher=given["teacher"],
         data=given["data"],
         space=given.get("space"),
@@ -83,7 +80,7 @@ def search_request(given: Mapping[str, Any], verb: str, command: str, started: f
 
 def _budget(given: Mapping[str, Any], verb: str) -> Budget:
     """The limits that are typed; a device gives the memory where it is not, and is this machine where one is needed."""
-    context, batch = given["context"], given["batch"]
+    context, batch = CONTEXT if given["context"] is None else given["context"], given["batch"]
     if verb == "search" and given["budget"] is None and given["device"] is None:
         raise InputError("search needs the memory that the student may take: --budget like 16GB, or --device like 4090")
     # Numbers are read before a device is looked for, since that may measure this machine.
@@ -91,7 +88,7 @@ def _budget(given: Mapping[str, Any], verb: str) -> Budget:
     limits = () if given["latency"] is None else parse_latency(given["latency"])
     Budget(memory_bytes=1, context=context, batch=batch)
     if given["device"] is None and not limits:
-        return Budget(memory_bytes=memory or parse_bytes(_NO_LIMIT), context=context, batch=batch)
+        return Budget(memory_bytes=memory or NO_LIMIT, context=context, batch=batch)
     from autodistill.budget import DeviceBudget
     from autodistill.local_device import LOCAL, choose_device
 
@@ -121,7 +118,7 @@ def written(given: Mapping[str, Any]) -> dict[str, Any]:
     names = ("prompts", "out", "endpoint", "model", "max_tokens", "top_k", "batch")
     request = WriteRequest(
         **{name: given[name] for name in names},
-        teacher=given["teacher"] or DEFAULT_TEACHER,
+        teacher=DEFAULT_TEACHER if given["teacher"] is None else given["teacher"],
         cache=given["cache"] or default_cache(),
         sampling=Sampling(temperature=given["temperature"], top_p=given["top_p"], seed=given["seed"]),
         timeout=timeout,

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autodistill.console import leaderboard_table, printable
+from autodistill.calls import (
+    appraised,
+    explained,
+    exported,
+    leaderboards,
+    measured,
+    picked,
+    planned,
+    search_request,
+    searched,
+    written,
+)
+from autodistill.console import printable
 from autodistill.errors import AutoDistillError, InputError
 from autodistill.options import (
     BUDGET_HELP,
@@ -60,28 +70,15 @@ from autodistill.options import (
     WarmStartOption,
     option,
 )
-from autodistill.records.store import RunFolder, default_cache, strict_json
-from autodistill.streams import quiet_libraries, stdout_reserved
+from autodistill.printing import line_width, lines, rows, show, tables
+from autodistill.records.store import RunFolder, default_cache
+from autodistill.streams import quiet_libraries
 from autodistill.summary import leaderboard_of, plan_summary, search_summary, written_summary
 
 if TYPE_CHECKING:
     from autodistill.search.request import SearchRequest
     from autodistill.search.search import Outcome
-from autodistill.calls import (
-    Boards,
-    appraised,
-    explained,
-    exported,
-    leaderboards,
-    measured,
-    picked,
-    planned,
-    search_request,
-    searched,
-    written,
-)
 
-T = TypeVar("T")
 _RUNS = Path("results/runs")
 # The base of all of Typer's own complaints, which it does not export by name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -129,7 +126,7 @@ def search(
     step_tokens: StepTokensOption = None,
     time_box: TimeOption = None,
     confirm: ConfirmOption = None,
-    context: ContextOption = 2048,
+    context: ContextOption = None,
     batch: BatchOption = 1,
     seed: SeedOption = None,
     name: NameOption = None,
@@ -170,7 +167,7 @@ def distill(
     sequence_length: SequenceLengthOption = None,
     step_tokens: StepTokensOption = None,
     time_box: TimeOption = None,
-    context: ContextOption = 2048,
+    context: ContextOption = None,
     batch: BatchOption = 1,
     seed: SeedOption = None,
     name: NameOption = None,
@@ -215,7 +212,7 @@ def write(
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Let a teacher answer prompts, as data to learn from; its key at an endpoint is AUTODISTILL_API_KEY."""
-    _print(output, lambda: written(ctx.params), dict, written_summary)
+    show(output, lambda: written(ctx.params), dict, written_summary)
 
 
 @app.command()
@@ -225,7 +222,7 @@ def leaderboard(
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Show the ranked rows of runs, also of one that is under way."""
-    _print(output, lambda: leaderboards(runs, out), _rows, _tables)
+    show(output, lambda: leaderboards(runs, out), rows, tables)
 
 
 @app.command()
@@ -235,7 +232,7 @@ def explain(
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Tell which dimensions of a run mattered, what was left early, which limit binds and what would fit next."""
-    _print(output, lambda: explained(RunFolder.open(out, run)), dict, lambda found: found["text"])
+    show(output, lambda: explained(RunFolder.open(out, run)), dict, lambda found: found["text"])
 
 
 @app.command()
@@ -249,7 +246,7 @@ def export(
 ) -> None:
     """Export a student of a run to other containers, and verify it."""
     containers = [name.strip() for name in to.split(",") if name.strip()]
-    _print(output, lambda: exported(RunFolder.open(runs, run), row, containers, out), dict, _lines)
+    show(output, lambda: exported(RunFolder.open(runs, run), row, containers, out), dict, lines)
 
 
 @app.command()
@@ -264,7 +261,7 @@ def doctor(
     quiet_libraries()
     from autodistill.doctor import describe, examine, ready, to_json
 
-    found = _print(output, lambda: examine(out, cache or default_cache(), storage, ray_address), to_json, describe)
+    found = show(output, lambda: examine(out, cache or default_cache(), storage, ray_address), to_json, describe)
     if not ready(found):
         raise typer.Exit(2)
 
@@ -281,7 +278,7 @@ def devices(
     from autodistill.local_device import known_devices
 
     kept = (cache or default_cache()) if local else None
-    _print(output, lambda: known_devices(own or (), kept), lambda all: [one.to_json() for one in all], devices_table)
+    show(output, lambda: known_devices(own or (), kept), lambda all: [one.to_json() for one in all], devices_table)
 
 
 @app.command()
@@ -296,7 +293,7 @@ def estimate(
     runtime: Annotated[
         str | None, option("--runtime", "llama.cpp, transformers, vllm or onnxruntime; the format's own.", "NAME")
     ] = None,
-    context: Annotated[int | None, option("--context", "Of each sequence; 2048 by default.", "TOKENS")] = None,
+    context: ContextOption = None,
     batch: BatchOption = 1,
     kv_type: Annotated[str, option("--kv-type", "Of the KV cache: f16, q8_0 or q4_0.", "TYPE")] = "f16",
     prompt: Annotated[int | None, option("--prompt", "Tokens before the first one; 512 by default.", "TOKENS")] = None,
@@ -322,7 +319,7 @@ def estimate(
     from autodistill.hardware_summary import appraisal_text
 
     quiet_libraries(model)
-    _print(output, lambda: appraised(ctx.params), dict, appraisal_text)
+    show(output, lambda: appraised(ctx.params), dict, appraisal_text)
 
 
 @app.command()
@@ -331,7 +328,7 @@ def pick(
     runs: Annotated[list[str] | None, typer.Argument(help="Names of runs; all by default.", metavar="[RUN]...")] = None,
     budget: Annotated[str | None, option("--budget", f"{BUDGET_HELP}.", "SIZE")] = None,
     device: Annotated[str | None, option("--device", "Takes the budget from it, like 4090 or local.", "NAME")] = None,
-    context: ContextOption = 2048,
+    context: ContextOption = None,
     streams: Annotated[int, option("--streams", "Sequences decoded at once.", "N")] = 1,
     latency: LatencyOption = None,
     min_accuracy: Annotated[float | None, option("--min-accuracy", "A fraction.", "X")] = None,
@@ -344,7 +341,7 @@ def pick(
     """Pick the best stored student for some hardware, without training."""
     from autodistill.hardware_summary import pick_text
 
-    _print(output, lambda: picked(ctx.params), dict, pick_text)
+    show(output, lambda: picked(ctx.params), dict, pick_text)
 
 
 @app.command()
@@ -357,10 +354,12 @@ def measure(
     bench: Annotated[str | None, option("--bench", "Path of llama-bench on the board.", "PATH")] = None,
     device: Annotated[str | None, option("--device", "What the board is; by its own name by default.", "NAME")] = None,
     ssh_config: Annotated[Path | None, option("--ssh-config", "In the place of your own.", "FILE")] = None,
-    context: Annotated[int | None, option("--context", "Here: of each stream; 2048 by default.", "TOKENS")] = None,
+    context: Annotated[
+        int | None, option("--context", "Here: of each stream; 2048 by default, or what the student reads.", "TOKENS")
+    ] = None,
     streams: Annotated[str, option("--streams", "Here: numbers of sequences at once, like 1,4,16.", "N,...")] = "1",
-    prompt: Annotated[int, option("--prompt", "Tokens before the first one.", "TOKENS")] = 512,
-    decoded: Annotated[int, option("--decoded", "Tokens of an answer.", "TOKENS")] = 64,
+    prompt: Annotated[int | None, option("--prompt", "Tokens before the first one; 512 by default.", "TOKENS")] = None,
+    decoded: Annotated[int | None, option("--decoded", "Tokens of an answer; 64 by default.", "TOKENS")] = None,
     rounds: Annotated[int, option("--rounds", "How many times.", "N")] = 3,
     threads: Annotated[int, option("--threads", "CPU threads; 0 is every core.", "N", min=0)] = 0,
     timeout: Annotated[str, option("--timeout", "That a board may take.", "TIME")] = "30m",
@@ -373,7 +372,7 @@ def measure(
     """Measure a student's speed and memory here, or on a board with llama.cpp's own bench; pick uses what was found."""
     from autodistill.hardware_summary import measured_text
 
-    _print(output, lambda: measured(ctx.params), dict, measured_text)
+    show(output, lambda: measured(ctx.params), dict, measured_text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -400,25 +399,6 @@ def _complaint(error: Any) -> str:
     return f"{error.format_message().rstrip('.')}; see {where} --help"
 
 
-def _print(output: Format, work: Callable[[], T], document: Callable[[T], Any], text: Callable[[T], str]) -> T:
-    """Does the work with stdout held free, and prints its result there; with JSON also the error that ended it."""
-    try:
-        with stdout_reserved():
-            result = work()
-            shown = _dumps(document(result)) if output is Format.JSON else text(result)
-    except AutoDistillError as error:
-        if output is Format.JSON:
-            print(_dumps({"error": str(error), "exit_code": error.exit_code}), flush=True)
-        raise
-    print(shown, flush=True)
-    return result
-
-
-def _dumps(document: Any) -> str:
-    strict = [strict_json(item) for item in document] if isinstance(document, list) else strict_json(document)
-    return json.dumps(strict, indent=2, allow_nan=False)
-
-
 def _search(ctx: typer.Context) -> None:
     """What `search` and `distill` do; their arguments are read from the context."""
     started = time.monotonic()
@@ -428,35 +408,14 @@ def _search(ctx: typer.Context) -> None:
         return search_request(ctx.params, ctx.command.name or "", ctx.obj or ctx.command_path, started)
 
     if ctx.params["plan"]:
-        _print(output, lambda: planned(asked()), dict, plan_summary)
+        show(output, lambda: planned(asked()), dict, plan_summary)
     else:
-        _print(output, lambda: searched(asked()), lambda outcome: outcome.document, _summary(ctx))
+        show(output, lambda: searched(asked()), lambda outcome: outcome.document, _summary(ctx))
 
 
 def _summary(ctx: typer.Context) -> Callable[[Outcome], str]:
     def text(outcome: Outcome) -> str:
         run = RunFolder.open(ctx.params["out"], outcome.document["name"])
-        return search_summary(outcome.document, *leaderboard_of(run), _width())
+        return search_summary(outcome.document, *leaderboard_of(run), line_width())
 
     return text
-
-
-def _width() -> int:
-    """Characters of a line: the terminal's, where stdout is one that is wide enough."""
-    return max(100, shutil.get_terminal_size((120, 24)).columns)
-
-
-def _rows(boards: Boards) -> list[dict[str, Any]]:
-    return [
-        {"run": name, "place": one.place, "tied": one.tied, "front": one.front, **one.row.to_json()}
-        for name, (ranked, _) in boards
-        for one in ranked
-    ]
-
-
-def _tables(boards: Boards) -> str:
-    return "\n\n".join(f"{name}\n{leaderboard_table(ranked, metric, _width())}" for name, (ranked, metric) in boards)
-
-
-def _lines(paths: dict[str, str]) -> str:
-    return "\n".join(f"{name}: {path}" for name, path in paths.items())

@@ -23,7 +23,7 @@ from autodistill.conversations import Conversation
 from autodistill.documents import Source
 from autodistill.errors import InputError
 from autodistill.packing import cut, fill, pack
-from autodistill.records.store import alone
+from autodistill.records.locks import alone
 from autodistill.rendering import Rendered, Renderer, Template
 from autodistill.splitting import assign, contiguous, first_places, join
 from autodistill.strategy import content_hash

@@ -8,7 +8,7 @@ from typing import Any
 
 from autodistill.devices import PRECISIONS, Device
 from autodistill.summary import table
-from autodistill.units import format_bytes, format_duration
+from autodistill.units import CONTEXT, format_bytes, format_duration
 
 
 def devices_table(known: Sequence[Device]) -> str:
@@ -86,7 +86,8 @@ def pick_text(document: Mapping[str, Any]) -> str:
     head = ("", "run", "row", "metric", "value", "memory", "size")
     if "tiers" in document:
         lines = [(format_bytes(one["memory_bytes"]), *_picked(one["pick"])) for one in document["tiers"]]
-        return f"{table([head, *lines], left=4)}\nAt context {document['context']}, {document['streams']} streams."
+        context = document["context"] or f"{CONTEXT}, or what a student reads where that is less"
+        return f"{table([head, *lines], left=4)}\nAt context {context}; {document['streams']} streams."
     named = (("pick", "pick"), ("runner-up", "runner_up"), ("left out", "better_left_out"))
     lines = [(title, *_picked(document[key])) for title, key in named if document[key]]
     margins = document["pick"]["margins"]

@@ -12,7 +12,8 @@ from typing import Any
 from autodistill.devices import Device, device_classes, devices, find_device
 from autodistill.errors import InputError
 from autodistill.hardware import Machine, detect, machine_name
-from autodistill.records.store import alone, read_json, write_json
+from autodistill.records.json_files import read_json, write_json
+from autodistill.records.locks import alone
 from autodistill.strategy import content_hash
 
 LOCAL = "local"

@@ -25,8 +25,9 @@ from autodistill.roofline import speed
 from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment
 from autodistill.timing import Load, Timed, time_serving
+from autodistill.units import CONTEXT
 
-_CONTEXT = 2048
+_PROMPT, _DECODED = 512, 64  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,10 @@ class MeasureRequest:
         device: What the board is among the known devices; None where its own name says so.
         own: Files of devices of a person's own.
         ssh_config: As `remote.Board` takes it.
-        context, streams: Of a measurement here: tokens of each stream, and numbers of streams.
-        prompt, decoded, rounds: Tokens, and how many times.
+        context: Of a measurement here: tokens of each stream; 2048 by default, or what the student reads.
+        streams: Of a measurement here: numbers of streams.
+        prompt, decoded: Tokens; by default 512 and 64, or what the context holds of them.
+        rounds: How many times.
         threads: CPU threads; 0 is as many as there are cores.
         cache: Folder where this machine's own bandwidth is kept.
         timeout: Seconds that a board may take.
@@ -62,8 +65,8 @@ class MeasureRequest:
     ssh_config: Path | None = None
     context: int | None = None
     streams: tuple[int, ...] = (1,)
-    prompt: int = 512
-    decoded: int = 64
+    prompt: int | None = None
+    decoded: int | None = None
     rounds: int = 3
     threads: int = 0
     cache: Path | None = None
@@ -77,8 +80,11 @@ class MeasureRequest:
             raise InputError(f"{' and '.join(given)} each say where it is measured: give one of them")
         if min(self.streams, default=0) < 1:
             raise InputError("--streams must be numbers of at least 1, parted by commas")
-        if self.context is not None and self.context < 2:
-            raise InputError(f"--context must be at least 2, not {self.context}")
+        # An answer is a first token and one that follows it.
+        for name, least in (("context", 2), ("prompt", 1), ("decoded", 2), ("rounds", 1)):
+            asked = getattr(self, name)
+            if asked is not None and asked < least:
+                raise InputError(f"--{name} must be at least {least}, not {asked}")
 
 
 def measure(request: MeasureRequest) -> dict[str, Any]:
@@ -89,8 +95,8 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
         it was kept; or, for a script, where that was written.
 
     Raises:
-        InputError: A student that is damaged or of no known architecture, a result of another student, or a machine
-            that is busy.
+        InputError: A student that is damaged or of no known architecture, a context beyond its own, a result of
+            another student, or a machine that is busy.
         RemoteError: A board that is not reached, or fails.
     """
     model, deployment = _described(request.student)
@@ -104,8 +110,8 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
     bench = Bench(
         student=fingerprint(request.student),
         student_bytes=request.student.stat().st_size,
-        prompt=request.prompt,
-        decoded=request.decoded,
+        prompt=request.prompt or _PROMPT,
+        decoded=request.decoded or _DECODED,
         repetitions=request.rounds,
         threads=request.threads,
     )
@@ -152,19 +158,23 @@ def _described(path: Path) -> tuple[Described, Deployment]:
     return model, deployment_named(model.format_name or "gguf-q8_0")
 
 
+def _context(request: MeasureRequest, model: Described) -> int:
+    """Tokens of each stream: the default as far as the student reads it, never what was asked for."""
+    most = model.spec.max_context
+    if request.context is None:
+        return min(CONTEXT, most)
+    if request.context > most:
+        raise InputError(f"{request.student} has a context of {most} tokens: give --context {most} or less")
+    return request.context
+
+
 def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> Measured:
+    context = _context(request, model)
+    load = _load(request, context)
     threads = request.threads or detect().cpus
     seen = look(threads)
     if seen.doubts and not request.busy:
         raise InputError(f"this machine is busy ({seen.doubts[0]}): stop other work, or accept it with --busy")
-    context = min(request.context or _CONTEXT, model.spec.max_context)
-    load = Load(
-        prompts=tuple(sorted({min(one, request.prompt) for one in (16, 64, 256, request.prompt)})),
-        prompt=request.prompt,
-        decoded=max(2, request.decoded),
-        streams=tuple(sorted({1, *request.streams})),
-        rounds=request.rounds,
-    )
     timed = time_serving(
         request.student,
         deployment.runtime,
@@ -192,6 +202,25 @@ def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> 
         loads=tuple(one.to_json() for one in timed.loads),
         doubts=timed.doubts,
     )
+
+
+def _load(request: MeasureRequest, context: int) -> Load:
+    """What is timed; of a prompt and an answer that are asked for, nothing is left out."""
+    prompt, decoded = request.prompt or _PROMPT, request.decoded or _DECODED
+    load = Load(
+        prompts=tuple(sorted({min(one, prompt) for one in (16, 64, 256, prompt)})),
+        prompt=prompt,
+        decoded=decoded,
+        streams=tuple(sorted({1, *request.streams})),
+        rounds=request.rounds,
+    ).within(context)
+    for name, asked, held in (("decoded", request.decoded, load.decoded), ("prompt", request.prompt, load.prompt)):
+        if asked is not None and held < asked:
+            raise InputError(
+                f"a context of {context} tokens does not hold --{name} {asked}, as a prompt and its answer share it: "
+                f"give --{name} {held} or less, or more --context"
+            )
+    return load
 
 
 def _own_facts(timed: Timed) -> dict[str, Any]:
@@ -260,9 +289,8 @@ def _kept(request: MeasureRequest, measured: Measured, model: Described, deploym
         here = local_device(request.cache)
         device = here if here.name == measured.machine else None
     predicted: dict[str, Any] = {}
-    context = min(request.context or _CONTEXT, model.spec.max_context)
     if measured.how == "autodistill":
-        batch = max(1, *request.streams)
+        context, batch = _context(request, model), max(1, *request.streams)
         need = memory(model.spec, deployment, context=context, batch=batch, weights=model.weights_bytes)
         predicted["memory_bytes"] = need.total_bytes
     if device is not None:

@@ -17,7 +17,7 @@ from autodistill.records.row import Row
 from autodistill.roofline import limit_seconds
 from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment
-from autodistill.units import LatencyLimit
+from autodistill.units import CONTEXT, LatencyLimit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,8 @@ class Wanted:
 
     Attributes:
         memory_bytes: Limit of memory.
-        context, streams: Tokens of each stream, and streams at once.
+        context: Tokens of each stream; by default 2048, or what the student reads where that is less.
+        streams: At once.
         device: For limits of latency; None where memory alone is limited.
         latency: The limits.
         measured: What was measured of students anywhere; on the device it corrects what is predicted there.
@@ -35,7 +36,7 @@ class Wanted:
     """
 
     memory_bytes: int
-    context: int = 2048
+    context: int | None = None
     streams: int = 1
     device: Device | None = None
     latency: tuple[LatencyLimit, ...] = ()
@@ -46,10 +47,18 @@ class Wanted:
 
     def __post_init__(self) -> None:
         for name in ("context", "streams"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}")
+            asked = getattr(self, name)
+            if asked is not None and asked < 1:
+                raise InputError(f"--{name} must be at least 1, not {asked}")
         if self.least is not None and not 0 <= self.least <= 1:
             raise InputError(f"--min-accuracy must be between 0 and 1, not {self.least}")
+
+    def context_of(self, candidate: Candidate) -> int:
+        """Tokens of each stream of this student."""
+        if self.context is not None:
+            return self.context
+        config = candidate.config
+        return CONTEXT if config is None else min(CONTEXT, config["max_position_embeddings"])
 
     def overhead(self, runtime: str) -> Overhead:
         """What predicted memory is raised by."""
@@ -72,12 +81,14 @@ class Solved:
 
     Attributes:
         candidate: The row.
+        context: Tokens of each stream.
         needs: For each limit what it needs, in bytes or seconds; for "accuracy" what it has.
         limits: The limits under the same names.
         sources: Of each of these: "measured", "predicted", or "corrected": predicted, and scaled by measurements there.
     """
 
     candidate: Candidate
+    context: int
     needs: Mapping[str, float]
     limits: Mapping[str, float]
     sources: Mapping[str, str]
@@ -112,6 +123,7 @@ class Solved:
             "value": row.figure(self.candidate.metric),
             "stderr": row.figure(f"{self.candidate.metric}_stderr"),
             "size_bytes": row.size_bytes,
+            "context": self.context,
             "memory_bytes": int(self.needs["memory"]),
             "memory_source": self.sources["memory"],
             "sources": dict(self.sources),
@@ -125,32 +137,35 @@ def solve(candidate: Candidate, wanted: Wanted) -> Solved | None:
     """What a row needs under the load that is asked; None where that cannot be told."""
     row = candidate.row
     deployment = candidate.deployment
-    spec = candidate.spec if wanted.latency or (row.context, row.batch) != (wanted.context, wanted.streams) else None
-    found = _memory(row, deployment, spec, wanted)
+    context = wanted.context_of(candidate)
+    spec = candidate.spec if wanted.latency or (row.context, row.batch) != (context, wanted.streams) else None
+    found = _memory(row, deployment, spec, wanted, context)
     if found is None:
         return None
     needs, limits = {"memory": float(found[0])}, {"memory": float(wanted.memory_bytes)}
     sources = {"memory": found[1]}
     for limit in wanted.latency:
-        time = _latency(row, deployment, spec, wanted, limit)
+        time = _latency(row, deployment, spec, wanted, context, limit)
         if time is None:
             return None
         name = limit.describe()
         (needs[name], sources[name]), limits[name] = time, limit.seconds
     if wanted.least is not None and row.accuracy is not None:
         needs["accuracy"], limits["accuracy"], sources["accuracy"] = row.accuracy, wanted.least, "simulated"
-    return Solved(candidate=candidate, needs=needs, limits=limits, sources=sources)
+    return Solved(candidate=candidate, context=context, needs=needs, limits=limits, sources=sources)
 
 
-def _memory(row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted) -> tuple[int, str] | None:
+def _memory(
+    row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted, context: int
+) -> tuple[int, str] | None:
     """Bytes, and whether they were measured; what a measurement differed from the estimate by is kept."""
-    if (row.context, row.batch) == (wanted.context, wanted.streams) and row.memory_bytes is not None:
+    if (row.context, row.batch) == (context, wanted.streams) and row.memory_bytes is not None:
         raised = 0 if row.memory_source == "measured" else wanted.overhead(deployment.runtime).total_bytes
         return row.memory_bytes + raised, row.memory_source or "predicted"
-    if spec is None or wanted.context > spec.max_context:
+    if spec is None or context > spec.max_context:
         return None
     weights = row.size_bytes
-    need = memory(spec, deployment, context=wanted.context, batch=wanted.streams, weights=weights).total_bytes
+    need = memory(spec, deployment, context=context, batch=wanted.streams, weights=weights).total_bytes
     if row.memory_source == "measured" and row.memory_bytes is not None and row.context and row.batch:
         before = memory(spec, deployment, context=row.context, batch=row.batch, weights=weights).total_bytes
         need += row.memory_bytes - before
@@ -159,7 +174,7 @@ def _memory(row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wa
 
 
 def _latency(
-    row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted, limit: LatencyLimit
+    row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted, context: int, limit: LatencyLimit
 ) -> tuple[float, str] | None:
     """Seconds, and how they are known.
 
@@ -169,7 +184,7 @@ def _latency(
     device = wanted.device
     if device is None:
         raise InputError("a limit of latency holds on a device: name it with --device")
-    if row.latency_source == "measured" and row.machine == device.name and row.context == wanted.context:
+    if row.latency_source == "measured" and row.machine == device.name and row.context == context:
         milliseconds = _timed(row, limit)
         if milliseconds is not None:
             return milliseconds / 1e3, "measured"
@@ -177,7 +192,7 @@ def _latency(
         return None
     known = wanted.correction(deployment.runtime)
     scale = known.decode if limit.quantity == "tpot" else known.prefill
-    seconds = limit_seconds(spec, deployment, device, limit, context=wanted.context)
+    seconds = limit_seconds(spec, deployment, device, limit, context=context)
     return seconds * scale, "corrected" if known.count else "predicted"
 
 

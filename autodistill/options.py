@@ -112,7 +112,10 @@ StepTokensOption = Annotated[
 TimeOption = Annotated[
     str | None, option("--time", "Time box, like 10m, the default without an accelerator; 30m with one.", "TIME")
 ]
-ContextOption = Annotated[int, option("--context", "Tokens of context that the memory is stated at.", "TOKENS")]
+ContextOption = Annotated[
+    int | None,
+    option("--context", "That the memory is stated at; 2048 by default, or less where models read less.", "TOKENS"),
+]
 BatchOption = Annotated[int, option("--batch", "Sequences decoded at once.", "N")]
 ConfirmOption = Annotated[
     int | None,

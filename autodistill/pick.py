@@ -13,7 +13,7 @@ from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimate import comparable
 from autodistill.needs import Solved, Wanted, solve
 from autodistill.records.candidates import Candidate
-from autodistill.units import format_bytes, format_duration
+from autodistill.units import CONTEXT, format_bytes, format_duration
 
 TIERS = tuple(size * 10**9 for size in (4, 8, 12, 16, 24, 48, 80))
 """Classes of GPUs by memory, in bytes."""
@@ -106,7 +106,7 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
         "binds": max(excess, key=lambda name: excess[name]) if excess else None,
         "better_left_out": left_out[0].to_json() if left_out else None,
         "unknown": unknown,
-        "context": wanted.context,
+        "context": chosen[0].context,
         "streams": wanted.streams,
         "device": wanted.device.name if wanted.device else None,
         "memory_overhead": asdict(wanted.overhead(chosen[0].candidate.row.deployment["runtime"])),
@@ -127,9 +127,10 @@ def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[
 
 def _nothing(left_out: Sequence[Solved], unknown: int, wanted: Wanted) -> str:
     if not left_out:
+        at = f"context {wanted.context or CONTEXT} and {wanted.streams} streams"
         return (
-            f"of {unknown} rows none can be solved at context {wanted.context} and {wanted.streams} streams: their "
-            "teacher is not where it was, or their context is shorter; ask for the context that they were stored at"
+            f"of {unknown} rows none can be solved at {at}: their teacher is not where it was, or their context is "
+            "shorter; ask for the context that they were stored at"
         )
     nearest = min(left_out, key=lambda one: max(one.excess.values()))
     name = max(nearest.excess, key=lambda limit: nearest.excess[limit])
@@ -140,16 +141,17 @@ def _nothing(left_out: Sequence[Solved], unknown: int, wanted: Wanted) -> str:
         return f"{said}has an accuracy of {need:.4f}; lower --min-accuracy {limit:g}"
     if name != "memory":
         return f"{said}is predicted {format_duration(need)}, {need / limit:.3g} times {name}; raise --latency"
-    over = f"needs {format_bytes(need)} at context {wanted.context}, {format_bytes(need - limit)} over the limit"
-    return f"{said}{over}; {' or '.join(_changes(nearest.candidate, need, wanted))}"
+    over = f"needs {format_bytes(need)} at context {nearest.context}, {format_bytes(need - limit)} over the limit"
+    return f"{said}{over}; {' or '.join(_changes(nearest, need, wanted))}"
 
 
-def _changes(candidate: Candidate, need: float, wanted: Wanted) -> Iterator[str]:
+def _changes(nearest: Solved, need: float, wanted: Wanted) -> Iterator[str]:
     """What would make it fit, by how little it changes: fewer streams, a shorter context, more memory."""
+    candidate = nearest.candidate
     fewer = _most(candidate, lambda count: replace(wanted, streams=count), wanted.streams - 1)
     if fewer:
         yield f"--streams {fewer} would do"
-    cells = _most(candidate, lambda count: replace(wanted, context=_CELLS * count), (wanted.context - 1) // _CELLS)
+    cells = _most(candidate, lambda count: replace(wanted, context=_CELLS * count), (nearest.context - 1) // _CELLS)
     if cells:
         yield f"--context {_CELLS * cells} would do"
     yield f"a budget of {format_bytes(need)} would do"

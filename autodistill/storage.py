@@ -138,6 +138,21 @@ class Storage:
         """Whether there is an object of this key."""
         return bool(self._system.get_file_info(self._path(key)).type == fs.FileType.File)
 
+    def age(self, key: str) -> float | None:
+        """Seconds since an object was written, by the storage's own clock; None where there is none.
+
+        Raises:
+            OSError: Nothing can be written, which is how the storage is asked for its time.
+        """
+        found = self._system.get_file_info(self._path(key))
+        if found.type != fs.FileType.File:
+            return None
+        probe = f".probe-{uuid.uuid4().hex}"
+        self.write(probe, b"now")
+        now = self._system.get_file_info(self._path(probe))
+        self.remove(probe)
+        return float((now.mtime - found.mtime).total_seconds())
+
     def remove(self, key: str) -> None:
         """Removes an object; nothing where there is none."""
         try:

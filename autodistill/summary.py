@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from autodistill.budget import read_budget
 from autodistill.console import leaderboard_table
+from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED, Ranked, rank, rows_of
 from autodistill.records.objectives import objectives_of, with_front
 from autodistill.records.row import Row
 from autodistill.records.saved import Saved
-from autodistill.records.store import RunFolder, read_json
+from autodistill.records.store import RunFolder
 from autodistill.units import Price, format_bytes, format_duration
 
 _SHOWN_ROWS = 15
@@ -68,6 +70,7 @@ def plan_summary(document: Mapping[str, Any]) -> str:
     means += ", 8-bit optimiser states" if plan["optimizer_state"] == "int8" else ""
     phases = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in plan["seconds"].items() if seconds)
     lines = {
+        "budget": read_budget(document["budget"]).describe(),
         "trials": f"{plan['trials']} proposed, the space's baselines besides",
         "rungs": f"{', '.join(rungs)} tokens, reached by {', '.join(map(str, survivors))} of them",
         "tokens": f"{plan['tokens']:,} a trial at full fidelity, {plan['batch_tokens']:,} an optimiser step",

@@ -189,7 +189,7 @@ def written_bytes(count: int) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Writes seconds as a person says them, like "9m 05s", "12.3s" or "48.0ms"."""
+    """Writes seconds as a person says them, like "9m 05s", "12.3s", "48.0ms" or "1.50us"."""
     if seconds >= 3599.5:
         seconds = round(seconds)
         return f"{int(seconds // 3600)}h {int(seconds % 3600 // 60):02d}m"
@@ -197,12 +197,20 @@ def format_duration(seconds: float) -> str:
         return f"{int(round(seconds) // 60)}m {int(round(seconds) % 60):02d}s"
     if seconds >= 1:
         return f"{seconds:.1f}s"
-    return f"{seconds * 1e3:.1f}ms"
+    if seconds >= 1e-3 or seconds <= 0:
+        return f"{seconds * 1e3:.1f}ms"
+    return f"{_three_digits(seconds * 1e6)}us"
 
 
 def _three_digits(value: float) -> str:
     decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
     return f"{value:.{decimals}f}"
+
+
+NO_LIMIT = 10**18
+"""Bytes of a budget that limits no memory: above any, and still a number that every file format holds."""
+CONTEXT = 2048
+"""Tokens of context where nobody says how many, unless a model reads fewer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +224,7 @@ class Budget:
     """
 
     memory_bytes: int
-    context: int = 2048
+    context: int = CONTEXT
     batch: int = 1
 
     def __post_init__(self) -> None:
@@ -225,6 +233,11 @@ class Budget:
         for name in ("context", "batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}")
+
+    def describe(self) -> str:
+        """Its memory in words, like "16.0 GB at context 2048, batch 1"."""
+        memory = "no limit of memory" if self.memory_bytes >= NO_LIMIT else format_bytes(self.memory_bytes)
+        return f"{memory} at context {self.context}, batch {self.batch}"
 
     def to_json(self) -> dict[str, Any]:
         """The budget as plain data."""

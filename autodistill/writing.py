@@ -23,7 +23,7 @@ from autodistill.endpoint import MOST_LOGPROBS, Endpoint, Reply
 from autodistill.errors import EndpointError, InputError
 from autodistill.estimate import spec_from_config
 from autodistill.hardware import detect
-from autodistill.records.store import EventLog
+from autodistill.records.event_log import EventLog
 from autodistill.rendering import Renderer
 from autodistill.strategy import content_hash
 from autodistill.training_fit import fit_teacher

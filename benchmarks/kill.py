@@ -32,8 +32,8 @@ import report
 import torch
 
 from autodistill.cli import main as main_of_autodistill
+from autodistill.records.event_log import EventLog
 from autodistill.records.row import Row, rows_of
-from autodistill.records.store import EventLog
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import parse_duration
 

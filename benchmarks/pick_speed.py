@@ -19,8 +19,8 @@ import report
 from autodistill.contracts import ModelSpec
 from autodistill.described import deployment_named, shape
 from autodistill.estimate import config_of, resized
+from autodistill.records.json_files import write_json
 from autodistill.records.row import Row, to_parquet
-from autodistill.records.store import write_json
 from autodistill.serving_memory import memory
 from autodistill.strategy import Strategy
 

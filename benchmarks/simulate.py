@@ -23,7 +23,7 @@ from autodistill.domains import Value
 from autodistill.estimate import fits, spec_from_config
 from autodistill.evaluation import Evaluation
 from autodistill.plain_yaml import read_yaml
-from autodistill.records.store import EventLog
+from autodistill.records.event_log import EventLog
 from autodistill.search.campaign import Campaign
 from autodistill.search.plan import Speed, rung_tokens
 from autodistill.search.sampler import Sampler
@@ -390,9 +390,8 @@ def simulate(
         **hints,
     )
     kind = Campaign if rejection else Unrejecting
-    campaign = kind(question, sampler=proposer, log=Memory(), checkpoints=Path("/nowhere"))
-    if stopping:
-        campaign._scheduler = Stopping(trials=search_plan.trials, rungs=search_plan.rungs, keep=search_plan.keep)
+    halving = Stopping if stopping else SuccessiveHalving
+    campaign = kind(question, sampler=proposer, log=Memory(), checkpoints=Path("/nowhere"), halving=halving)
     spent = Spent(operations=worker.start)
     now, ticket = 0.0, count()
     running: list[tuple[float, int, Assignment, RungReport, int]] = []

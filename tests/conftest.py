@@ -1,4 +1,4 @@
-"""What several tests share: a tiny teacher with its data and cache, a stand-in for llama-bench, an ssh server."""
+"""What several tests share: a tiny teacher with its data and cache, storages, llama-bench's stand-in, an ssh server."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
 from autodistill.distillation.trainer import Trainer
 from autodistill.remote import Board
+from autodistill.storage import Storage
 from autodistill.strategy import Strategy
 from autodistill.testing import save_tiny_teacher
 from autodistill.token_sets import TokenSet
@@ -175,6 +176,32 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """URI of a prefix on an S3 server of this machine."""
+    from moto.server import ThreadedMotoServer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        port = _free_port()
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+        server.start()
+        query = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+        Storage(f"s3://bucket?{query}")._system.create_dir("bucket")
+        yield f"s3://bucket/prefix?{query}"
+        server.stop()
+
+
+@pytest.fixture(params=["file", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """An empty storage of each kind."""
+    if request.param == "file":
+        return Storage(f"file://{tmp_path}/there")
+    return Storage(request.getfixturevalue("s3")).at(request.node.name.partition("[")[0])
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from autodistill.appraisal import appraise
@@ -42,6 +44,14 @@ def test_without_one_device_the_speed_is_left_open_and_all_are_listed() -> None:
 def test_a_prompt_that_is_no_part_of_the_context_is_refused(prompt: int) -> None:
     with pytest.raises(InputError, match="--prompt must be 1 to the context"):
         appraise(MODEL, Q4, prompt=prompt)
+
+
+def test_the_default_context_is_lowered_to_the_model_s_and_an_asked_one_is_refused() -> None:
+    small = replace(MODEL, spec=replace(MODEL.spec, max_context=512))
+    assert appraise(MODEL, Q4)["context"] == 2048
+    assert appraise(small, Q4)["context"] == 512
+    with pytest.raises(InputError, match="has a context of 512 tokens: give --context 512 or less"):
+        appraise(small, Q4, context=2048)
 
 
 PAIRS = {

@@ -109,7 +109,7 @@ def run(capfd: pytest.CaptureFixture[str], line: str, inputs: Path, out: Path | 
     return code, captured.out, captured.err
 
 
-GOOD = "search --budget 1GB --teacher @/teacher --data @/data --space @/space.yaml --context 512"
+GOOD = "search --budget 1GB --teacher @/teacher --data @/data --space @/space.yaml"
 BAD = [
     ("search", ["--budget", "--device"]),
     ("search --device 409", ["there is no device '409'", "RTX 4090"]),
@@ -160,6 +160,16 @@ BAD = [
     (f"{GOOD} --resume --name nobody", ["nobody", "no runs"]),
     (f"{GOOD} --colour blue", ["--colour"]),
     (f"{GOOD} --teacher @/nothing", ["no teacher", "safetensors"]),
+    (f"{GOOD} --teacher ''", ["no teacher at ''"]),
+    (f"{GOOD} --data ''", ["no data"]),
+    (f"{GOOD} --space ''", ["no space"]),
+    (f"{GOOD} --sampler ''", ["no sampler"]),
+    (f"{GOOD} --metric ''", ["no metric"]),
+    (f"{GOOD} --objectives ''", ["no direction is known", "accuracy"]),
+    (f"{GOOD} --resume --name nobody --storage file://@/none", ["no run 'nobody'", "nor on file://"]),
+    (f"{GOOD} --ray-address ''", ["--ray-address takes"]),
+    (f"{GOOD} --name ''", ["plain run name"]),
+    (f"{GOOD} --storage ''", ["--storage takes a URI"]),
     (f"{GOOD} --teacher @/data", ["config.json"]),
     (f"{GOOD} --teacher @/torn.gguf", ["torn.gguf"]),
     (f"{GOOD} --teacher @/strange", ["mamba", "llama"]),
@@ -360,6 +370,7 @@ def test_a_search_says_what_it_does_in_plain_lines_and_no_library_joins_in(ran: 
         ("--resume --space default", ["another space"]),
         ("--resume --trials 1", ["trials"]),
         ("--resume --seed 9", ["another seed"]),
+        ("--resume --context 256", ["another budget"]),
     ],
 )
 def test_a_run_that_exists_is_neither_overwritten_nor_mixed(
@@ -407,7 +418,7 @@ def test_an_export_of_another_row_is_loaded_by_another_library(
 def test_a_plan_stops_before_the_first_trial(inputs: Path, tmp_path: Path, capfd: Any) -> None:
     code, out, err = run(capfd, f"{GOOD} --runner inline --trials 4 --tokens 2304 --plan", inputs, tmp_path)
     assert code == 0, err
-    for words in ("4 proposed", "256", "2,304", "cache", "time box none"):
+    for words in ("1.00 GB at context 512, batch 1", "4 proposed", "256", "2,304", "cache", "time box none"):
         assert words in out
     code, out, _ = run(capfd, f"{GOOD} --runner inline --time 40s --plan --format json", inputs, tmp_path)
     document = json.loads(out)
@@ -418,8 +429,7 @@ def test_a_plan_stops_before_the_first_trial(inputs: Path, tmp_path: Path, capfd
 
 
 def test_distilling_one_strategy_trains_that_alone(inputs: Path, tmp_path: Path) -> None:
-    line = "distill @/strategy.yaml --teacher @/teacher --data @/data --context 512"
-    line += " --runner inline --tokens 512 --format json"
+    line = "distill @/strategy.yaml --teacher @/teacher --data @/data --runner inline --tokens 512 --format json"
     done = in_a_process(line, inputs, tmp_path)
     assert done.code == 0, done.err
     trained = {row["trial"]: row for row in done.document["rows"] if row["kind"] != "teacher"}
@@ -428,3 +438,4 @@ def test_distilling_one_strategy_trains_that_alone(inputs: Path, tmp_path: Path)
     assert row["strategy"]["init"]["depth"] == 0.5
     assert row["train_tokens"] == done.document["plan"]["tokens"]
     assert row["fidelity"] == 1.0
+    assert row["context"] == 512, "the teacher reads no more"

@@ -84,6 +84,7 @@ ROOMS = (
     "streams",
     "doctor",
     "calls",
+    "printing",
     "cli",
     "__main__",
     "",  # autodistill/__init__.py: public names

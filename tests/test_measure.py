@@ -59,6 +59,19 @@ def test_here_it_is_timed_in_its_own_runtime(
     assert spec_from_config(kept.shape).tensors == spec_from_config(config).tensors
 
 
+def test_the_default_context_is_what_the_student_reads_and_an_asked_one_is_not_lowered(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "look", lambda threads: QUIET)
+    found = measure(request(student, tmp_path, context=None))["measured"]
+    assert found["board"]["context"] == 512
+    with pytest.raises(InputError, match="has a context of 512 tokens: give --context 512 or less"):
+        measure(request(student, tmp_path, context=513))
+    for name, asked, said in (("prompt", 61, "--prompt 60 or less"), ("decoded", 33, "--decoded 32 or less")):
+        with pytest.raises(InputError, match=f"a context of 64 tokens does not hold --{name} {asked}.*give {said}"):
+            measure(request(student, tmp_path, **{name: asked}))
+
+
 def test_a_busy_machine_is_refused_unless_that_is_accepted(
     student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +145,9 @@ def test_what_cannot_be_measured_is_said_before_anything_runs(
         ((student, {"on": "ssh://pi", "result": result}), "--on and --result each say"),
         ((student, {"streams": (0,)}), "--streams must be"),
         ((student, {"context": 1}), "--context must be at least 2"),
+        ((student, {"prompt": 0}), "--prompt must be at least 1"),
+        ((student, {"decoded": 1}), "--decoded must be at least 2"),
+        ((student, {"rounds": 0}), "--rounds must be at least 1"),
     ):
         with pytest.raises(InputError, match=said):
             measure(request(asked[0], tmp_path, **asked[1]))

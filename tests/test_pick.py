@@ -17,13 +17,15 @@ from autodistill.described import deployment_named
 from autodistill.devices import devices, find_device
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimate import config_of, spec_from_config
+from autodistill.hardware_summary import pick_text
 from autodistill.needs import Wanted, solve
 from autodistill.pick import pick, pick_tiers
 from autodistill.records.candidates import Candidate, recalibrated, stored
+from autodistill.records.event_log import EventLog
+from autodistill.records.json_files import write_json
 from autodistill.records.measurements import Measured
 from autodistill.records.recalibration import Overhead
 from autodistill.records.row import Row, to_parquet
-from autodistill.records.store import EventLog, write_json
 from autodistill.roofline import speed
 from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment
@@ -126,6 +128,22 @@ def test_a_row_whose_shape_is_not_known_holds_at_its_own_load_alone() -> None:
         pick(board[:1], Wanted(memory_bytes=10**9, context=1024))
     with pytest.raises(NothingFitsError, match="none can be solved"):
         pick(board, Wanted(memory_bytes=10**9, context=100_000))
+
+
+def test_where_no_context_is_asked_each_student_stands_at_what_it_reads_of_2048() -> None:
+    short = replace(SPEC, max_context=512)
+    need = memory(short, DEPLOYMENT, context=512, batch=1).total_bytes
+    at_home, elsewhere = (row("a", 0.5, 400, context=context) for context in (512, 256))
+    board = [candidate(at_home, short), candidate(elsewhere, short), candidate(row("b", 0.4, 300))]
+    solved = [solve(one, Wanted(memory_bytes=10**9)) for one in board]
+    assert [one and (one.context, one.needs["memory"]) for one in solved] == [(512, 4e8), (512, need), (2048, 3e8)]
+    answer = pick(board[:1], Wanted(memory_bytes=10**9))
+    assert answer["context"] == answer["pick"]["context"] == 512
+    with pytest.raises(NothingFitsError, match="none can be solved at context 2048"):
+        pick(board[:2], Wanted(memory_bytes=10**9, context=2048))
+    tiers = pick_tiers(board, Wanted(memory_bytes=1), tiers=(350_000_000, 10**9))
+    assert [one["pick"]["context"] for one in tiers["tiers"]][1] == 512
+    assert "At context 2048, or what a student reads where that is less;" in pick_text(tiers)
 
 
 def test_a_limit_of_latency_is_held_against_the_slow_end_of_the_prediction() -> None:

@@ -3,46 +3,14 @@
 from __future__ import annotations
 
 import pickle
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from autodistill.errors import InputError
-from autodistill.records.store import EventLog
+from autodistill.records.event_log import EventLog
 from autodistill.records.stored_run import StoredLog, check_free, keep, pull
 from autodistill.storage import Storage, StoredFiles
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        port = free_port()
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-        server.start()
-        query = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-        Storage(f"s3://bucket?{query}")._system.create_dir("bucket")
-        yield f"s3://bucket/prefix?{query}"
-        server.stop()
-
-
-@pytest.fixture(params=["file", "s3"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    if request.param == "file":
-        return Storage(f"file://{tmp_path}/there")
-    return Storage(request.getfixturevalue("s3")).at(request.node.name.partition("[")[0])
 
 
 def test_objects_are_written_read_listed_and_removed(storage: Storage, tmp_path: Path) -> None:
@@ -58,6 +26,11 @@ def test_objects_are_written_read_listed_and_removed(storage: Storage, tmp_path:
     assert storage.read_all(["a/one", "a/one"]) == [b"123", b"123"]
     storage.get("b", tmp_path / "new" / "copy")
     assert (tmp_path / "new" / "copy").read_bytes() == file.read_bytes()
+    age = storage.age("b")
+    assert age is not None
+    assert 0 <= age < 600
+    assert storage.age("none") is None
+    assert storage.list() == {"a/one": 3, "b": 10_240_000}
     storage.remove("b")
     storage.remove("b")
     assert not storage.has("b")
@@ -105,10 +78,13 @@ def test_what_this_machine_lost_comes_back(storage: Storage, tmp_path: Path) -> 
     search.parent.mkdir()
     search.write_text("{}")
     check_free(storage)
-    pull(search.parent, storage)
+    assert pull(search.parent, storage)
+    search.unlink()
+    assert not pull(search.parent, storage)
+    search.write_text("{}")
     keep(search, storage)
     search.unlink()
-    pull(search.parent, storage)
+    assert pull(search.parent, storage)
     assert search.read_text() == "{}"
     with pytest.raises(InputError, match="go on with it by --resume"):
         check_free(storage)

@@ -126,6 +126,7 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
     }
     memory = {"weights_bytes": 2e9, "gradients_bytes": 1e9, "total_bytes": 3e9}
     document = {"plan": plan, "cache_bytes": 3.5e6, "expected_seconds": 420.0, "training_bytes": memory}
+    document["budget"] = DOCUMENT["budget"]
     hours = {"machine_hours": 0.1167, "worker_hours": 0.2222, "gpu_hours": 0.0}
     text = plan_summary(document | hours)
     assert "0.12 machine-hours, 0.22 worker-hours of trials\n" in text
@@ -133,6 +134,7 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
     dear = plan_summary(document | hours | {"gpu_hours": 2.0} | paid)
     assert "2.00 GPU-hours, 0.22 worker-hours of trials; 5.00 EUR at 2.50 EUR an hour of a GPU" in dear
     for words in (
+        "16.0 GB at context 1024, batch 1",
         "9 proposed",
         "1,024, 3,072, 9,216 tokens, reached by 9, 5, 2 of them",
         "9,216 a trial",

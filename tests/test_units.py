@@ -106,6 +106,8 @@ def test_amounts_as_they_are_shown(count, text):
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
+        (1.5e-6, "1.50us"),
+        (0.0009, "900us"),
         (0.048, "48.0ms"),
         (1, "1.0s"),
         (12.34, "12.3s"),

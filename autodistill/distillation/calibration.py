@@ -18,7 +18,7 @@ from torch import Tensor
 
 from autodistill.estimate import spec_from_config
 from autodistill.families import Axis, get_family
-from autodistill.records.store import alone
+from autodistill.records.locks import alone
 from autodistill.strategy import content_hash
 from autodistill.token_sets import TokenSet
 

@@ -18,7 +18,7 @@ from autodistill.distillation.gguf_conversion import convert, is_whole, sha256
 from autodistill.distillation.gguf_file import read_gguf, transformers_name
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.families import FAMILIES
-from autodistill.records.store import alone
+from autodistill.records.locks import alone
 from autodistill.strategy import content_hash
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from autodistill.distillation.student import decoder_layers
 from autodistill.distillation.target import SampledTarget, TopTarget
 from autodistill.distillation.temperature import GRID, snap
 from autodistill.errors import InputError
-from autodistill.records.store import alone, claimed
+from autodistill.records.locks import alone, claimed
 from autodistill.strategy import Distillation, content_hash
 from autodistill.token_sets import TokenSet
 from autodistill.units import format_bytes, written_bytes

@@ -13,10 +13,11 @@ from typing import Any
 from autodistill.contracts import ModelSpec
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
+from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED
 from autodistill.records.recalibration import Overhead, Place, overheads
 from autodistill.records.row import Row, rows_of
-from autodistill.records.store import RunFolder, known_runs, read_json
+from autodistill.records.store import RunFolder, known_runs
 from autodistill.strategy import Deployment
 
 _COLUMNS = (

@@ -11,7 +11,7 @@ from typing import Any
 from autodistill.devices import Device
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
-from autodistill.records.store import EventLog
+from autodistill.records.event_log import EventLog
 from autodistill.roofline import speed
 from autodistill.strategy import Deployment
 

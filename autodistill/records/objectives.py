@@ -72,10 +72,11 @@ def parse_objectives(text: str, own: Mapping[str, Direction] | None = None) -> t
     for name in names:
         if name not in known:
             raise InputError(
-                f"--objectives names {name!r}, of which no direction is known; known are " + ", ".join(known)
+                f"--objectives names {name!r}, of which no direction is known: name some of {', '.join(known)}, parted "
+                "by commas"
             )
     if len(set(names)) < len(names):
-        raise InputError(f"--objectives names one twice: {text}")
+        raise InputError(f"--objectives names one twice ({text}): give each once")
     if not known[names[0]].trained:
         raise InputError(
             f"the first of --objectives chooses what is exported, and {names[0]!r} says nothing of how well a student "

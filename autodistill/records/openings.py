@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from autodistill.records.store import EventLog
+from autodistill.records.event_log import EventLog
 
 _OPENINGS = "test_openings.jsonl"
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from autodistill.budget import DeviceBudget, read_budget
+from autodistill.budget import read_budget
 from autodistill.errors import MissingDependencyError
 from autodistill.records.differences import differences, shown
+from autodistill.records.json_files import read_json, replacing
 from autodistill.records.leaderboard import DISTILLED, Ranked, limits_of, nearest, pareto, rank, rows_of
 from autodistill.records.objectives import Objective, front, objectives_of
 from autodistill.records.openings import opened, openings_of
 from autodistill.records.row import Row
 from autodistill.records.saved import Saved
-from autodistill.records.store import RunFolder, read_json, replacing
-from autodistill.units import Budget, format_bytes, format_duration
+from autodistill.records.store import RunFolder
+from autodistill.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -141,20 +142,13 @@ def _asked(search: Mapping[str, Any]) -> str:
     if search.get("warm_start", {}).get("runs"):
         facts["learnt from"] = search["warm_start"]["runs"]
     if "budget" in search:
-        facts["budget"] = _budget(read_budget(search["budget"]))
+        facts["budget"] = read_budget(search["budget"]).describe()
     plan = search.get("plan") or {}
     facts |= {name: plan[name] for name in ("trials", "tokens", "rungs", "workers", "threads", "seed") if name in plan}
     if plan.get("box_seconds"):
         facts["time box"] = format_duration(plan["box_seconds"])
     notes = [*plan.get("notes", ()), *search.get("notes", ())]
     return "\n\n".join([_pairs("What was asked", facts), *(f"- {_text(note)}" for note in notes)])
-
-
-def _budget(budget: Budget) -> str:
-    asked = f"{format_bytes(budget.memory_bytes)} at context {budget.context}, batch {budget.batch}"
-    if not isinstance(budget, DeviceBudget):
-        return asked
-    return ", ".join([f"{asked}, on {budget.device.name}", *(limit.describe() for limit in budget.latency)])
 
 
 def _answer(search: Mapping[str, Any], ranked: Sequence[Ranked], metric: str) -> str:

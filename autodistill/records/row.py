@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.errors import InputError
-from autodistill.records.store import replacing, strict_json
+from autodistill.records.json_files import replacing, strict_json
 from autodistill.strategy import Deployment
 
 SCHEMA_VERSION = 1

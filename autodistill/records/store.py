@@ -1,248 +1,23 @@
-"""The run folder and its append-only event log, readable after a kill at any byte."""
+"""The folder of a run, held by one process at a time."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import json
-import math
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from autodistill.errors import AutoDistillError, InputError
+from autodistill.errors import InputError
+from autodistill.records.event_log import EventLog
+from autodistill.records.json_files import unwritable
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}\Z", re.ASCII)
 _LOCK = "lock"
 _SEARCH = "search.json"
-
-
-def strict_json(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain data in which every NaN or infinity, which JSON cannot hold, has become None.
-
-    What each was is kept under the key `non_finite`: the dotted path of the value to "nan", "inf" or "-inf".
-
-    Raises:
-        TypeError: A key is not a string, so that the data would not read back as written.
-    """
-    found: dict[str, str] = {}
-    plain = {key: _finite(value, str(key), found) for key, value in data.items()}
-    _check_keys(data)
-    return plain | {"non_finite": found} if found else plain
-
-
-def _finite(value: Any, where: str, found: dict[str, str]) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        found[where] = str(float(value))
-        return None
-    if isinstance(value, Mapping):
-        _check_keys(value)
-        return {key: _finite(item, f"{where}.{key}", found) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item, f"{where}.{index}", found) for index, item in enumerate(value)]
-    return value
-
-
-def _check_keys(data: Mapping[Any, Any]) -> None:
-    wrong = [key for key in data if not isinstance(key, str)]
-    if wrong:
-        raise TypeError(f"keys of a record are text, not {wrong[0]!r}")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the folder of `path`; at the end it is synced and renamed to `path`.
-
-    A reader sees the old file or the whole new one. After an exception nothing is left behind.
-
-    Raises:
-        InputError: The folder cannot be written to.
-    """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-    except OSError as error:
-        raise _unwritable(path.parent, error) from error
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Lets one process, and one thread, at a time make what is to lie at `path`; others wait, and find it made.
-
-    The lock ends with its holder, however that ends. Where a file system has no locks nobody waits: what is made twice
-    is renamed into place whole by each.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # The holder before removed the file that was waited for; another one may have made the next by now.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-                break
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-@contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Gives whether no run holds a file (see `RunFolder.hold`); none can take hold of it within the block."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield True
-        return
-    try:
-        free = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            free = error.errno not in (errno.EAGAIN, errno.EACCES)  # else a file system without locks
-        yield free
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes data as strict JSON, atomically; see `strict_json` on values that are not finite."""
-    text = json.dumps(strict_json(data), indent=2, allow_nan=False) + "\n"
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads what `write_json` wrote.
-
-    Raises:
-        InputError: The file is missing, unreadable, or not a JSON object.
-    """
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}): restore it from a copy, or start a new run") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} holds no JSON object: restore it from a copy, or start a new run")
-    return data
-
-
-class EventLog:
-    """An append-only file of events, one line of strict JSON each.
-
-    Reading never changes the file. Appending locks the file for that moment, so several processes may append.
-
-    Args:
-        path: The file; made by the first `append`.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def append(self, event: Mapping[str, Any]) -> None:
-        """Writes one event and syncs it to the disk; returns once it will outlive a crash.
-
-        A torn last line, left by a writer that was killed, is removed first; a whole one that lacks only its newline
-        is given it.
-
-        Raises:
-            AutoDistillError: The line could not be written whole; the log then ends with the event before it.
-        """
-        line = json.dumps(strict_json(event), separators=(",", ":"), allow_nan=False).encode() + b"\n"
-        created = not self.path.exists()
-        try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                _repair(descriptor)
-                _write_whole(descriptor, line)
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            if created:
-                _sync(self.path.parent)
-        except OSError as error:
-            raise AutoDistillError(
-                f"cannot write to {self.path}: {error.strerror}; what it held is kept: make room for it, and go on "
-                "with --resume"
-            ) from error
-
-    def read(self) -> list[dict[str, Any]]:
-        """All whole events, oldest first; none where there is no file yet.
-
-        Raises:
-            InputError: The file is unreadable, or a line other than a torn last one is no JSON object.
-        """
-        try:
-            data = self.path.read_bytes()
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise InputError(f"cannot read {self.path}: {error.strerror}") from error
-        *lines, tail = data.split(b"\n")
-        events = [self._whole(number, line) for number, line in enumerate(lines, start=1)]
-        # A proper beginning of a JSON object is never one itself, so a tail that parses lacks nothing but its newline.
-        last = _event(tail)
-        return events if last is None else [*events, last]
-
-    def _whole(self, number: int, line: bytes) -> dict[str, Any]:
-        event = _event(line)
-        if event is None:
-            raise InputError(
-                f"line {number} of {self.path} is corrupt (no JSON object): restore the file from a copy, or remove "
-                "that line to go on without its event"
-            )
-        return event
-
-
-def _event(line: bytes) -> dict[str, Any] | None:
-    try:
-        event = json.loads(line)
-    except ValueError:  # not JSON, or not UTF-8
-        return None
-    return event if isinstance(event, dict) else None
-
-
-def _repair(descriptor: int) -> None:
-    """Makes the file end with a newline: truncates a torn last line, completes a whole one."""
-    size = os.fstat(descriptor).st_size
-    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
-        return
-    with open(os.dup(descriptor), "rb") as file:
-        file.seek(0)
-        data = file.read()
-    start = data.rfind(b"\n") + 1
-    if _event(data[start:]) is None:
-        os.ftruncate(descriptor, start)
-    else:
-        _write_whole(descriptor, b"\n")
-
-
-def _write_whole(descriptor: int, line: bytes) -> None:
-    before = os.fstat(descriptor).st_size
-    if os.write(descriptor, line) != len(line):
-        os.ftruncate(descriptor, before)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class _TakenError(InputError):
@@ -280,7 +55,7 @@ class RunFolder:
         try:
             run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unwritable(out, error) from error
+            raise unwritable(out, error) from error
         run._acquire()
         try:
             # Another process may have made the run and ended between the first look and the lock.
@@ -410,7 +185,7 @@ class RunFolder:
         try:
             descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise unwritable(self.path, error) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -445,15 +220,3 @@ def _check_name(name: str) -> None:
             f"{name!r} is not a plain run name: use up to 100 letters, digits, '.', '_' and '-', beginning with a "
             "letter, a digit or '_'"
         )
-
-
-def _unwritable(folder: Path, error: OSError) -> InputError:
-    return InputError(f"cannot write into {folder}: {error.strerror}; choose another folder with --out")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

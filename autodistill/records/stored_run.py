@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from autodistill.errors import AutoDistillError, InputError
-from autodistill.records.store import EventLog, strict_json
+from autodistill.records.event_log import EventLog
+from autodistill.records.json_files import strict_json
 from autodistill.storage import Storage
 
 _FOLDER, _SEARCH = "events", "search.json"
@@ -25,19 +26,22 @@ class StoredLog(EventLog):
     Args:
         path: Of the local log.
         storage: The run's.
+        check: Called before anything is written; raises where another process goes on with the run.
     """
 
-    def __init__(self, path: Path, storage: Storage) -> None:
+    def __init__(self, path: Path, storage: Storage, check: Callable[[], None] = lambda: None) -> None:
         super().__init__(path)
         self._storage = storage
+        self._check = check
         self._last = 0
 
     def append(self, event: Mapping[str, Any]) -> None:
         """Writes one event to the storage, and then to the local log.
 
         Raises:
-            AutoDistillError: It could not be written.
+            AutoDistillError: It could not be written, or the run is another process's by now.
         """
+        self._check()
         self._last = max(time.time_ns(), self._last + 1)
         key = f"{_FOLDER}/{self._last:020d}-{uuid.uuid4().hex[:8]}.json"
         data = json.dumps(strict_json(event), separators=(",", ":"), allow_nan=False).encode()
@@ -91,8 +95,8 @@ def keep(search_file: Path, storage: Storage) -> None:
         raise AutoDistillError(f"cannot write to {storage.uri}: {error}") from error
 
 
-def pull(folder: Path, storage: Storage) -> None:
-    """Fetches the run's `search.json`, where this machine has none.
+def pull(folder: Path, storage: Storage) -> bool:
+    """Fetches the run's `search.json`, where this machine has none; False where the storage has none either.
 
     Args:
         folder: Of the run.
@@ -103,7 +107,10 @@ def pull(folder: Path, storage: Storage) -> None:
     """
     file = folder / _SEARCH
     try:
-        if not file.exists() and storage.has(_SEARCH):
+        if not file.exists():
+            if not storage.has(_SEARCH):
+                return False
             storage.get(_SEARCH, file)
     except OSError as error:
         raise InputError(f"cannot fetch the run from {storage.uri} into {folder}: {error}") from error
+    return True

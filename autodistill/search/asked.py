@@ -52,7 +52,8 @@ def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[
     metric = request.metric
     if request.objectives is None:
         before = [one.name for one in objectives_of(known)] if known else []
-        text = metric or ",".join(before) or (COMMAND if record["command"] is not None else DEFAULT_METRIC)
+        default = COMMAND if record["command"] is not None else DEFAULT_METRIC
+        text = metric if metric is not None else ",".join(before) or default
     else:
         text = request.objectives
     names = [name.strip() for name in text.split(",")]

@@ -1,40 +1,32 @@
-"""A search in progress: which trial runs next, what its report means, and what is written down of it."""
+"""A search in progress: what is given out, what a report means for its trial, and what is written down of it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from autodistill.applied import student_spec
 from autodistill.contracts import Decision, Status
 from autodistill.errors import AutoDistillError
 from autodistill.records.confirmation import KIND as CONFIRMATION
-from autodistill.records.confirmation import confirming
+from autodistill.records.event_log import EventLog
 from autodistill.records.row import Row, rows_of
-from autodistill.records.store import EventLog
-from autodistill.search.admission import admit, describe
+from autodistill.search.admission import admit
+from autodistill.search.agenda import Agenda
 from autodistill.search.failures import RETRIED
-from autodistill.search.longer import lengthened, next_longer
-from autodistill.search.plan import CONFIRMED
 from autodistill.search.rows import make_row
 from autodistill.search.sampler import Sampler
 from autodistill.search.scheduler import SuccessiveHalving
 from autodistill.search.stage_keeper import StageKeeper, stage_facts
-from autodistill.search.study import Observation
 from autodistill.search.time_box import TimeBox
 from autodistill.search.trials import Assignment, Question, TrialState
 from autodistill.stages import Checkpoint, open_stages
 from autodistill.storage import Storage
 from autodistill.strategy import Strategy
 from autodistill.trial_data import RungReport
-
-# A space of which nearly nothing fits must not keep the sampler proposing for ever.
-_REJECTIONS_IN_A_ROW = 200
-# log(need / memory) of a training that ran out of memory, as the sampler is told it: nobody knows by how much.
-_TOO_MUCH = 0.1
 
 
 class Campaign:
@@ -49,6 +41,7 @@ class Campaign:
         checkpoint_limit: Bytes that the store may take, what is in use and of the best aside; None for no limit.
         deadline: `time.monotonic()` after which no trial may run, or None.
         notify: Called after each event with a line for a person.
+        halving: Makes the scheduler; another one is for studies of schedulers.
     """
 
     def __init__(
@@ -62,14 +55,13 @@ class Campaign:
         checkpoint_limit: int | None = None,
         deadline: float | None = None,
         notify: Callable[[str], None] = lambda line: None,
+        halving: Callable[..., SuccessiveHalving] = SuccessiveHalving,
     ) -> None:
         self.question = question
         self.trials: dict[str, TrialState] = {}
         self.stopping = False
-        self.exhausted = False
         self.broken: AutoDistillError | None = None
         self.box = TimeBox(question, deadline)
-        self._sampler = sampler
         self._log = log
         self._notify = notify
         self.watch: Callable[[], None] = lambda: None
@@ -77,37 +69,31 @@ class Campaign:
         self._worker_seconds = {"train": 0.0, "evaluate": 0.0, "other": 0.0}
         plan = question.plan
         self._stages = StageKeeper(open_stages(checkpoints, storage), checkpoint_limit, plan, question.direction)
-        self._scheduler = SuccessiveHalving(
+        self._scheduler = halving(
             trials=plan.trials,
             rungs=plan.rungs,
             keep=plan.keep,
             direction=question.direction,
             further=[objective.direction for objective in question.further],
         )
+        self._agenda = Agenda(
+            question,
+            trials=self.trials,
+            box=self.box,
+            sampler=sampler,
+            scheduler=self._scheduler,
+            stages=self._stages,
+            enter=self._enter,
+            notify=notify,
+        )
 
     # What a runner asks.
 
     def next(self) -> Assignment | None:
-        """The next piece of work, or None while there is none; taken as under way from here on.
-
-        Training comes first. Once nothing is left to be trained, trained students are evaluated under the deployments
-        that their rungs were not judged on, the best student first: small pieces, which keep every worker busy while
-        the last trial trains.
-        """
+        """The next piece of work, or None while there is none; taken as under way from here on."""
         if self.stopping:
             return None
-        assignment = (
-            self._interrupted()
-            or self._baseline()
-            or self._promotion(extra=False)
-            or self._proposal()
-            or self._longer()
-            or self._confirmation()
-        )
-        if assignment is None and self.box.deadline is not None:
-            # Time is left in the box: trials beyond the plan's number may go on.
-            assignment = self._promotion(extra=True)
-        assignment = assignment or self._evaluation()
+        assignment = self._agenda.next()
         if assignment is not None:
             trial = self.trials[assignment.task.id]
             if assignment.deployment is None:
@@ -122,7 +108,7 @@ class Campaign:
     def finished(self) -> bool:
         """Whether nothing runs and nothing will."""
         busy = self._evaluating or any(trial.running for trial in self.trials.values())
-        return not busy and (self.stopping or self._idle())
+        return not busy and (self.stopping or self._agenda.idle())
 
     def take(self, assignment: Assignment, outcome: Mapping[str, Any]) -> None:
         """Takes what became of an assignment back, as `attempt` gives it."""
@@ -179,7 +165,7 @@ class Campaign:
             self._notify(f"{trial.task.id}: {report.unsaved}")
         if last:
             self._end(trial, Status.COMPLETED)
-        self._collect(self._stages.surplus(self.trials.values(), self._scheduler.promotable(self._in_flight())))
+        self._collect(self._stages.surplus(self.trials.values(), self._scheduler.promotable(self._agenda.in_flight())))
         return decision
 
     def _judge(self, trial: TrialState) -> Decision:
@@ -246,6 +232,15 @@ class Campaign:
 
     # What a person is shown.
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether the space has nothing left to propose."""
+        return self._agenda.exhausted
+
+    def untrained_baselines(self) -> list[str]:
+        """Names of the baselines that the time box ended before."""
+        return self._agenda.untrained_baselines()
+
     def standing(self) -> tuple[float | None, float | None]:
         """The metric of the best student at full fidelity so far, and of the best baseline."""
         best = self.question.best
@@ -264,6 +259,7 @@ class Campaign:
 
     def replay(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Takes up the state that earlier events left; nothing is written."""
+        self._agenda.resumed = bool(events)
         rows = [row for row in rows_of(events) if row.split == "validation"]
         for event in events:
             if event["event"] == "trial":
@@ -304,156 +300,6 @@ class Campaign:
             # Leftovers of a closed search may be taken further by a longer one.
             if trial.status is Status.STOPPED:
                 trial.status = None
-
-    # What is next.
-
-    def _interrupted(self) -> Assignment | None:
-        """A trial that was proposed but has not reached its first rung: its worker, or the whole search, was killed."""
-        for trial in self.trials.values():
-            if trial.status is None and not trial.running and trial.rung < 0 and self._affordable(trial):
-                return self._assign(trial)
-        return None
-
-    def _baseline(self) -> Assignment | None:
-        for index, (name, strategy) in enumerate(self.question.space.baselines.items()):
-            trial_id = f"b{index:03d}"
-            if trial_id not in self.trials:
-                point = self.question.space.point(strategy)
-                trial = self._enter(strategy, trial_id=trial_id, number=None, kind="baseline", name=name, point=point)
-                if trial.status is None:
-                    return self._assign(trial)
-        return None
-
-    def _promotion(self, *, extra: bool) -> Assignment | None:
-        trial_id = self._scheduler.next_to_promote(self._in_flight(), self._proposals_over(), extra=extra)
-        if trial_id is None:
-            return None
-        trial = self.trials[trial_id]
-        if self._stages.busy(trial, self.trials.values()):
-            return None
-        # What is trained beyond the plan must leave time for what the best student's rows are read for.
-        if not self._affordable(trial, reserved=self._seconds_of_best() if extra else 0.0):
-            return None
-        return self._assign(trial)
-
-    def _longer(self) -> Assignment | None:
-        """The best few and the best baseline trained on, where the space asks for that, once all others have ended."""
-        under_way = any(trial.running and trial.task.length == 1 for trial in self.trials.values())
-        if under_way or not self._proposals_over():
-            return None
-        found = next_longer(self._trained(), self.question.plan.lengths, self.trials)
-        if found is None or any(t.running and t.task.stage == found[0].task.stage != "" for t in self.trials.values()):
-            return None
-        original, length = found
-        task = replace(original.task, length=length)
-        if not self.box.holds(self.box.expected(Assignment(task=task, rung=original.rung), -1)):
-            return None
-        trial = self._enter(
-            task.strategy,
-            trial_id=lengthened(task.id, length),
-            number=None,
-            kind=original.kind,
-            name=original.name,
-            point=None,
-            length=length,
-        )
-        return self._assign(trial)
-
-    def _confirmation(self) -> Assignment | None:
-        """The best few and the best baseline on further seeds, once the trials of the plan have ended."""
-        seeds = range(self.question.plan.seed + 1, self.question.plan.seed + 1 + self.question.confirm)
-        under_way = any(trial.running and trial.kind != CONFIRMATION for trial in self.trials.values())
-        if not seeds or under_way or not self._proposals_over():
-            return None
-        trained = self._trained()
-        students = [trial for trial in trained if trial.kind == "student"][:CONFIRMED]
-        baselines = [trial for trial in trained if trial.kind == "baseline"][:1]
-        for seed in seeds:
-            for original in (*students, *baselines):
-                trial_id = confirming(original.task.id, seed)
-                if trial_id in self.trials:
-                    continue
-                task = replace(original.task, stage="")
-                if not self.box.holds(self.box.expected(Assignment(task=task, rung=original.rung), -1)):
-                    return None
-                trial = self._enter(
-                    original.task.strategy,
-                    trial_id=trial_id,
-                    number=None,
-                    kind=CONFIRMATION,
-                    name=original.name,
-                    point=None,
-                    seed=seed,
-                    length=task.length,
-                )
-                return self._assign(trial)
-        return None
-
-    def _evaluation(self) -> Assignment | None:
-        """A deployment of a trained student that nobody has looked at, of the best student first."""
-        if not self.box.holds(self.box.evaluation()):
-            return None
-        for trial in self._trained():
-            for deployment in trial.unseen:
-                return Assignment(task=trial.task, rung=trial.rung, deployment=deployment)
-        return None
-
-    def _trained(self) -> list[TrialState]:
-        """Trials at full fidelity, the best first."""
-        sign = -1.0 if self.question.direction == "max" else 1.0
-        valued = [(trial.value, trial) for trial in self.trials.values() if trial.status is Status.COMPLETED]
-        ranked = sorted((sign * value, trial.task.id) for value, trial in valued if value is not None)
-        return [self.trials[trial_id] for _, trial_id in ranked]
-
-    def _seconds_of_best(self) -> float:
-        """Expected seconds, all workers at it, of what is to be evaluated of the best student."""
-        count = max(1, *(len(trial.task.deployments) for trial in self.trials.values())) - 1
-        return count * self.box.evaluation() / self.question.plan.workers
-
-    def _proposal(self) -> Assignment | None:
-        for _ in range(_REJECTIONS_IN_A_ROW):
-            if self._proposals_over():
-                return None
-            number = sum(trial.number is not None for trial in self.trials.values())
-            point = self._sampler.propose(number, self._observations())
-            if point is None:
-                self.exhausted = True
-                return None
-            strategy = self.question.space.strategy(point)
-            trial = self._enter(
-                strategy, trial_id=f"t{number:03d}", number=number, kind="student", name=describe(strategy), point=point
-            )
-            if trial.status is None:
-                return self._assign(trial)
-        self.exhausted = True
-        return None
-
-    def _all_proposed(self) -> bool:
-        # Rejected trials cost nothing and do not count.
-        counted = sum(t.number is not None and t.status is not Status.REJECTED for t in self.trials.values())
-        return self.exhausted or counted >= self.question.plan.trials
-
-    def _proposals_over(self) -> bool:
-        return self._all_proposed() or not self.box.holds(self.box.first_stretch())
-
-    def _in_flight(self) -> set[str]:
-        return {t.task.id for t in self.trials.values() if t.running and not t.task.straight}
-
-    def _idle(self) -> bool:
-        started = all(f"b{index:03d}" in self.trials for index in range(len(self.question.space.baselines)))
-        extra = self.box.deadline is not None
-        waiting = self._scheduler.next_to_promote(self._in_flight(), True, extra=extra)
-        untouched = [t for t in self.trials.values() if t.status is None and t.rung < 0]
-        affordable = [t for t in (*untouched, *([self.trials[waiting]] if waiting else [])) if self._affordable(t)]
-        over = started and self._proposals_over() and not affordable
-        return over and self._evaluation() is None
-
-    def _assign(self, trial: TrialState) -> Assignment:
-        last = len(self.question.plan.rungs) - 1
-        return Assignment(task=trial.task, rung=last if trial.task.straight else trial.rung + 1)
-
-    def _affordable(self, trial: TrialState, reserved: float = 0.0) -> bool:
-        return self.box.holds(self.box.expected(self._assign(trial), trial.rung) + reserved)
 
     # Trials.
 
@@ -515,30 +361,6 @@ class Campaign:
             train_seconds=trial.train_seconds,
             seed=trial.task.seed,
             device=self.question.served_on,
-        )
-
-    def _observations(self) -> list[Observation]:
-        return [self._observation(trial) for trial in self.trials.values() if trial.point is not None]
-
-    def _observation(self, trial: TrialState) -> Observation:
-        assert trial.point is not None
-        plan = self.question.plan
-        # A strategy that contradicts this teacher is out of bounds, whatever memory it would need.
-        slack = min((fit.slack for fit in trial.fits), default=0.0)
-        if trial.status is Status.REJECTED:
-            slack = max(1e-9, slack)
-        elif trial.cause == "out-of-memory":
-            slack = max(_TOO_MUCH, slack)
-        waiting: Literal["paused", "running"] = "paused" if trial.rung >= 0 and not trial.running else "running"
-        return Observation(
-            point=trial.point,
-            state=trial.status or waiting,
-            value=trial.value,
-            further=trial.further if trial.rung >= 0 else (None,) * len(self.question.further),
-            fidelity=plan.rungs[trial.rung] / plan.tokens if trial.rung >= 0 else 0.0,
-            constraint=slack,
-            forkable=self._stages.forkable(trial),
-            bits=max((fit.deployment.bits for fit in trial.fits if fit.slack <= 0), default=0),
         )
 
     def _write(self, event: Mapping[str, Any]) -> None:

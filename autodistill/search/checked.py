@@ -20,11 +20,13 @@ from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import ASKING_DATA
 from autodistill.local_device import LOCAL, choose_device
+from autodistill.records.json_files import read_json
+from autodistill.records.lease import check_unheld
 from autodistill.records.objectives import Objective, objectives_of
-from autodistill.records.store import RunFolder, read_json
+from autodistill.records.store import RunFolder
 from autodistill.records.stored_run import check_free, pull
 from autodistill.search.asked import Asked, ask
-from autodistill.search.possible import check_teacher
+from autodistill.search.possible import check_teacher, shortest_context
 from autodistill.search.request import (
     DEFAULT_DATA,
     DEFAULT_SAMPLER,
@@ -63,7 +65,7 @@ class Checked:
     warm_start: tuple[str, ...]
     confirm: int
     seed: int
-    spec: ModelSpec | None
+    spec: ModelSpec
     stored: Mapping[str, Any] | None
     storage: Storage | None
 
@@ -95,7 +97,7 @@ def check_request(request: SearchRequest) -> Checked:
         raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
     if request.ray_address is not None and request.runner == "inline":
         raise InputError("--ray-address names a Ray cluster, which --runner inline does not use: leave one of them out")
-    storage = Storage(request.storage) if request.storage else None
+    storage = None if request.storage is None else Storage(request.storage)
     if storage is not None:
         storage.check()
     stored = _stored(request, storage)
@@ -105,12 +107,12 @@ def check_request(request: SearchRequest) -> Checked:
     if request.step_tokens is not None and (request.step_tokens < 1 or request.step_tokens % length):
         raise InputError(f"--step-tokens must be a multiple of {length}, a sequence, not {request.step_tokens}")
     asked, objectives = ask(request, known)
-    sampler = request.sampler or known.get("sampler") or DEFAULT_SAMPLER
+    sampler = _first(request.sampler, known.get("sampler"), DEFAULT_SAMPLER)
     if sampler not in SAMPLERS:
         raise InputError(f"there is no sampler {sampler!r}; the samplers are {', '.join(SAMPLERS)}")
-    teacher_reference = request.teacher or known.get("teacher", {}).get("reference") or DEFAULT_TEACHER
-    data_reference = request.data or known.get("data", {}).get("reference") or DEFAULT_DATA
-    space_reference = request.space or known.get("space") or DEFAULT_SPACE
+    teacher_reference = _first(request.teacher, known.get("teacher", {}).get("reference"), DEFAULT_TEACHER)
+    data_reference = _first(request.data, known.get("data", {}).get("reference"), DEFAULT_DATA)
+    space_reference = _first(request.space, known.get("space"), DEFAULT_SPACE)
     teacher = resolve_teacher(teacher_reference)
     source = resolve_data(data_reference)
     if asked.written and not source.conversations:
@@ -120,8 +122,9 @@ def check_request(request: SearchRequest) -> Checked:
         space = single(space, request.strategy)
     _check_possible(space, request)
     _check_cache(request.cache)
+    spec = spec_from_config(teacher.config)
     checked = Checked(
-        request=request,
+        request=_at_context(request, known, spec, space),
         name=request.name or datetime.now().strftime("search-%Y%m%d-%H%M%S"),
         teacher=teacher,
         teacher_reference=teacher_reference,
@@ -137,7 +140,7 @@ def check_request(request: SearchRequest) -> Checked:
         warm_start=parse_runs(request.warm_start) if request.warm_start is not None else _warmed_by(known),
         confirm=request.confirm if request.confirm is not None else known.get("confirm", 0),
         seed=request.seed if request.seed is not None else known.get("seed", 0),
-        spec=spec_from_config(teacher.config) if teacher.config else None,
+        spec=spec,
         stored=stored,
         storage=_of_run(request, storage, known),
     )
@@ -145,12 +148,24 @@ def check_request(request: SearchRequest) -> Checked:
         _check_same(checked, stored)
     else:
         check_space(request.out, checked.warm_start, space)
-    if checked.spec is not None:
-        if request.strategy is not None:
-            for strategy in space.baselines.values():
-                check_strategy(strategy, checked.spec)
-        check_teacher(checked.spec, space, request.budget, length)
+    if request.strategy is not None:
+        for strategy in space.baselines.values():
+            check_strategy(strategy, spec)
+    check_teacher(spec, space, checked.request.budget, length)
     return checked
+
+
+def _first(*given: str | None) -> str:
+    """What is asked, or was before, or is the default; an empty text is asked too, and refused for what it is."""
+    return next(one for one in given if one is not None)
+
+
+def _at_context(request: SearchRequest, known: Mapping[str, Any], spec: ModelSpec, space: Space) -> SearchRequest:
+    """The request with the context that its budget has where none is asked for."""
+    if not request.context_by_default:
+        return request
+    context = known.get("budget", {}).get("context") or min(request.budget.context, shortest_context(spec, space)[0])
+    return replace(request, budget=replace(request.budget, context=context))
 
 
 def _check_possible(space: Space, request: SearchRequest) -> None:
@@ -231,7 +246,13 @@ def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any
     if request.name is None:
         raise InputError("--resume goes on with a run: name it with --name")
     if storage is not None:
-        pull(request.out / request.name, storage.at(request.name))
+        # Refused here as well as where the lease is taken: no work may be spent before.
+        check_unheld(storage.at(request.name))
+        if not pull(request.out / request.name, storage.at(request.name)):
+            raise InputError(
+                f"there is no run {request.name!r}, neither in {request.out} nor on {request.storage}: check --name, "
+                "and whether it was begun with this --storage"
+            )
     return read_json(RunFolder.open(request.out, request.name).search_file)
 
 

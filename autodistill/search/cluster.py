@@ -10,11 +10,12 @@ import re
 import socket
 import sys
 import threading
+import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import psutil
 
@@ -44,6 +45,8 @@ _PROBE_SECONDS = 90.0
 _ESSENTIAL = ("gcs_server", "raylet")
 # Between two looks at them, and until this process ends where it is stuck in a call to one that is gone.
 _LOOK_SECONDS, _STUCK_SECONDS = 0.5, 10.0
+# Of another's cluster only connections are seen, which may fail for a moment.
+_SILENT_SECONDS = 3.0
 _TOKEN = "it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints there"
 
 
@@ -69,7 +72,30 @@ class Cluster(Protocol):
         ...
 
 
-class LocalRay:
+class _Watched:
+    """A Ray that is watched from the side, since a call to one that has ended comes to no end."""
+
+    def __init__(self) -> None:
+        self._leaving = threading.Event()
+
+    def ended(self) -> str | None:
+        """What of it has ended."""
+        raise NotImplementedError
+
+    def _watch(self) -> None:
+        """Ends this process where it does not leave a Ray that has ended: after a minute Ray would, without a word."""
+        while not self._leaving.wait(_LOOK_SECONDS):
+            said = self.ended()
+            if said is not None and not self._leaving.wait(_STUCK_SECONDS):
+                _end(said)
+
+
+def _end(said: str) -> NoReturn:
+    print(f"error: {said}; every finished trial is kept: go on with --resume", file=sys.stderr, flush=True)
+    os._exit(AutoDistillError.exit_code)
+
+
+class LocalRay(_Watched):
     """A Ray of this machine's own, started in the background as soon as this is made.
 
     Args:
@@ -77,11 +103,11 @@ class LocalRay:
     """
 
     def __init__(self, machine: Machine) -> None:
+        super().__init__()
         self.machines: tuple[Machine, ...] = (machine,)
         self._error: BaseException | None = None
         self._processes: dict[str, psutil.Process] = {}
         self._ready = threading.Event()
-        self._leaving = threading.Event()
         self._over = threading.Event()
         _set_environment()
         threading.Thread(target=self._start, name="ray-start", daemon=True).start()
@@ -101,17 +127,6 @@ class LocalRay:
         # Ray's processes end with the thread that started them, so this one stays until they are not needed.
         self._watch()
         self._over.wait()
-
-    def _watch(self) -> None:
-        """Ends this process where it does not leave a Ray that has ended.
-
-        A call to Ray that is under way then comes to no end, and after a minute Ray would end this process itself.
-        """
-        while not self._leaving.wait(_LOOK_SECONDS):
-            said = self.ended()
-            if said is not None and not self._leaving.wait(_STUCK_SECONDS):
-                print(f"error: {said}; every finished trial is kept: go on with --resume", file=sys.stderr, flush=True)
-                os._exit(AutoDistillError.exit_code)
 
     def wait(self) -> None:
         """Until Ray is up.
@@ -139,27 +154,55 @@ class LocalRay:
         self._over.set()
 
 
-class JoinedRay:
+class JoinedRay(_Watched):
     """A running cluster, each node of which has answered that it runs the same versions and sees the same folders.
 
     Args:
         machines: Of its nodes.
+        essential: Where those of its processes listen that no trial can run without, by their names for a person: the
+            head's GCS, and this node's raylet. Of another's cluster this process sees no more.
     """
 
-    def __init__(self, machines: tuple[Machine, ...]) -> None:
+    def __init__(self, machines: tuple[Machine, ...], essential: Mapping[str, tuple[str, int]]) -> None:
+        super().__init__()
         self.machines = machines
+        self._essential = essential
+        self._gone: str | None = None
+        threading.Thread(target=self._watch, name="ray-watch", daemon=True).start()
 
     def wait(self) -> None:
         """Nothing is left to wait for."""
 
-    def ended(self) -> None:
-        """Of another's cluster this process sees none of the processes."""
+    def ended(self) -> str | None:
+        """The first of its processes that takes no connection, also some seconds later; whoever asks waits for that.
+
+        So whoever is about to ask anything of Ray does not: it would never return.
+        """
+        for name, (host, port) in self._essential.items():
+            if self._gone is None and not _answers(host, port):
+                self._gone = f"{name}, at {host}:{port}, has ended, or is out of reach"
+        return self._gone
 
     def leave(self) -> None:
         """Disconnects; the cluster is somebody else's."""
         import ray
 
+        self._leaving.set()
         ray.shutdown()
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether somebody takes connections; that nobody does is true of some seconds."""
+    ends = time.monotonic() + _SILENT_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+        except OSError:
+            if time.monotonic() > ends:
+                return False
+            time.sleep(_LOOK_SECONDS)
+        else:
+            return True
 
 
 def _running(process: psutil.Process) -> bool:
@@ -214,10 +257,23 @@ def join(address: str, folders: Sequence[Path]) -> JoinedRay:
 
     try:
         with _markers(folders) as markers:
-            return JoinedRay(_probe(markers))
+            return JoinedRay(_probe(markers), _essential())
     except BaseException:
         ray.shutdown()
         raise
+
+
+def _essential() -> dict[str, tuple[str, int]]:
+    """Where the joined cluster's GCS and this node's raylet listen."""
+    import ray
+
+    context = ray.get_runtime_context()
+    host, _, port = context.gcs_address.rpartition(":")
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    return {
+        "the Ray cluster's GCS": (host.strip("[]"), int(port)),
+        "this node's raylet": (node["NodeManagerAddress"], node["NodeManagerPort"]),
+    }
 
 
 def _set_environment() -> None:
@@ -263,6 +319,8 @@ def _why(error: BaseException) -> str:
     if len(versions) == 2:
         theirs, ours = (f"Ray {ray} and Python {python}" for ray, python in versions)
         return f"it runs {theirs}, this process {ours}; the two must be the same"
+    if "any running Ray instance" in said:
+        return "none runs on this machine: start one with `ray start`, or go to one of its nodes"
     if "uthenticat" in said or "UNAUTHENTICATED" in said:
         return _TOKEN
     return f"{said.splitlines()[0] if said else type(error).__name__}; run the search on a node of the cluster"

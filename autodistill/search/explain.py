@@ -11,11 +11,12 @@ from autodistill.budget import read_budget
 from autodistill.contracts import Plan, Status
 from autodistill.errors import InputError
 from autodistill.estimate import fits, holdable, spec_from_config
+from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED, rank
 from autodistill.records.openings import opened, openings_of
 from autodistill.records.row import Row, rows_of
 from autodistill.records.saved import Saved, saved
-from autodistill.records.store import RunFolder, read_json
+from autodistill.records.store import RunFolder
 from autodistill.search.study import Observation, importance
 from autodistill.space import Space
 from autodistill.units import format_bytes

@@ -9,9 +9,10 @@ from autodistill import plugins
 from autodistill.errors import InputError
 from autodistill.export.verify import verify
 from autodistill.formats import get_format
+from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED, best_student, rank, rows_of
 from autodistill.records.row import Row
-from autodistill.records.store import RunFolder, read_json
+from autodistill.records.store import RunFolder
 from autodistill.strategy import Deployment
 from autodistill.students import student_folder
 

@@ -18,10 +18,10 @@ from autodistill.distillation.teacher import Teacher, materialise, resolve_teach
 from autodistill.errors import InputError
 from autodistill.estimate import adapted_tensors, spec_from_config
 from autodistill.hardware import Machine, detect
-from autodistill.records.store import read_json
+from autodistill.records.json_files import read_json
 from autodistill.rendering import Template
 from autodistill.search.checked import Checked
-from autodistill.search.possible import by_size, check_teacher
+from autodistill.search.possible import by_size
 from autodistill.search.share import Share, Workers, share_out, supports_bf16
 from autodistill.space import Space
 from autodistill.strategy import Alignment, Attention, Distillation, Lora
@@ -96,8 +96,6 @@ def load(checked: Checked, place: Place) -> Loaded:
     teacher = materialise(checked.teacher, request.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     length = checked.sequence_length
-    if checked.spec is None:
-        check_teacher(spec, checked.space, request.budget, length)
     models = dict.fromkeys(strategy.init.model for strategy in checked.space.extremes() if strategy.init.model)
     pretrained = {model: materialise(resolve_teacher(model), request.cache).folder for model in models}
     for folder in pretrained.values():

@@ -11,7 +11,8 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from autodistill.records.store import claimed, default_cache
+from autodistill.records.locks import claimed
+from autodistill.records.store import default_cache
 from autodistill.storage import FETCHING, Storage
 
 # What nobody has written to for this long was left by a process that was killed.

@@ -218,6 +218,11 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
     trials = _TRIALS if demand.trials is None else demand.trials
     if demand.tokens is not None:
         tokens = fewest_tokens(batch, demand.tokens)
+        if tokens != demand.tokens:
+            notes.append(
+                f"a trial has {tokens:,} tokens and not the {demand.tokens:,} that were asked for: whole optimiser "
+                f"steps of {batch:,}, and {_LEAST_STEPS} of them at least"
+            )
         if demand.box_seconds is not None and demand.trials is None:
             trials = _most_trials(demand, speed, workers, tokens)
     elif demand.box_seconds is None:

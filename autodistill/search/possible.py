@@ -33,16 +33,22 @@ def check_teacher(spec: ModelSpec, space: Space, budget: Budget, sequence_length
     _check_budget(spec, space, budget)
 
 
+def shortest_context(spec: ModelSpec, space: Space) -> tuple[int, str]:
+    """Tokens that the teacher and every pretrained model of a space read, and which of them reads fewest."""
+    models = {strategy.init.model: student for strategy, student in by_size(space, spec) if strategy.init.model}
+    named = [(spec.max_context, "the teacher")]
+    named += [(student.max_context, f"the pretrained {model}") for model, student in models.items()]
+    return min(named, key=lambda one: one[0])
+
+
 def _check_context(spec: ModelSpec, space: Space, context: int) -> None:
     """Refuses a budget at a context that some student could not be served at."""
-    models = {strategy.init.model: student for strategy, student in by_size(space, spec) if strategy.init.model}
-    for model, read in {"": spec, **models}.items():
-        if context > read.max_context:
-            which = f"the pretrained {model}" if model else "the teacher"
-            raise InputError(
-                f"{which} has a context of {read.max_context} tokens, and the budget is stated at {context}: give "
-                f"--context {read.max_context} or less"
-            )
+    read, which = shortest_context(spec, space)
+    if context > read:
+        raise InputError(
+            f"{which} has a context of {read} tokens, and the budget is stated at {context}: give --context {read} or "
+            "less, or leave it out"
+        )
 
 
 def _check_budget(spec: ModelSpec, space: Space, budget: Budget) -> None:
@@ -58,7 +64,9 @@ def _check_budget(spec: ModelSpec, space: Space, budget: Budget) -> None:
     reason = shortfall(held[least], budget)
     if reason is not None:
         remedy = (
-            "--latency, or name a faster --device" if smallest(held[least]).late else "--budget, or lower --context"
+            "--latency, or name a faster --device"
+            if smallest(held[least]).late
+            else "--budget, or lower --context" + (" or --batch" if budget.batch > 1 else "")
         )
         raise NothingFitsError(
             f"nothing fits: of the student that needs least ({least.init.describe()}), {reason}; raise {remedy}"

@@ -13,7 +13,8 @@ from typing import Any
 from autodistill.contracts import ModelSpec, Plan
 from autodistill.errors import InputError
 from autodistill.estimate import cannot_hold
-from autodistill.records.store import RunFolder, write_json
+from autodistill.records.json_files import write_json
+from autodistill.records.store import RunFolder
 from autodistill.search.checked import Checked
 from autodistill.search.loading import Loaded, Place, load
 from autodistill.search.measuring import plan_from_measurement
@@ -23,6 +24,7 @@ from autodistill.search.teacher_outputs import check_cache_limit, teacher_phase
 from autodistill.search.trials import Question
 from autodistill.search.warm_start import WarmStart, check_fingerprints, warm_start
 from autodistill.trial_data import TrialSetting
+from autodistill.units import CONTEXT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,9 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
             plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.request.started)
     document = _describe(checked, loaded, plan, speed)
     write_json(run.search_file, document)
+    context = checked.request.budget.context
+    if checked.stored is None and checked.request.context_by_default and context < CONTEXT:
+        observer.line(f"the budget is stated at a context of {context} tokens: a model of this search reads no more")
     left_out = (cannot_hold(loaded.spec, deployment) for deployment in checked.space.deployments)
     for note in (*loaded.data.notes, *loaded.templates.values(), *plan.notes, *dict.fromkeys(filter(None, left_out))):
         observer.line(note)

@@ -21,6 +21,8 @@ class SearchRequest:
 
     Attributes:
         budget: Limits of the deployed student.
+        context_by_default: Whether nobody asked for the budget's context: it is then lowered to what the teacher and
+            every pretrained model read, and on resuming it is as before.
         strategy: Name or file of a strategy: it alone is trained, to the plan's tokens, and nothing is searched.
         teacher, data, space, metric, sampler: References and names.
         tasks: Task files, whose tasks are measured beside the metric; one of them may be the metric, as "task:NAME".
@@ -58,6 +60,7 @@ class SearchRequest:
     """
 
     budget: Budget
+    context_by_default: bool = False
     strategy: str | None = None
     teacher: str | None = None
     data: str | None = None

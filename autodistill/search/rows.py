@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from autodistill.budget import DeviceBudget
@@ -13,7 +14,7 @@ from autodistill.evaluation import Evaluation
 from autodistill.records.objectives import PREDICTED_LATENCY
 from autodistill.records.row import Row
 from autodistill.roofline import limit_seconds
-from autodistill.strategy import Strategy
+from autodistill.strategy import Deployment, Strategy
 from autodistill.units import LATENCY, Budget
 
 _FIELDS = ("accuracy", "perplexity", "agreement", "memory_bytes", "latency_ms", "tokens_per_second", "size_bytes")
@@ -55,37 +56,14 @@ def make_row(
         device: Where a latency is predicted, if it is to be: as every 95th percentile, at the slow end of the band. A
             budget's own goes before it.
     """
-    figures = {name: measurement.value for name, measurement in evaluation.measurements.items()}
-    errors = {
-        f"{name}_stderr": measurement.stderr
-        for name, measurement in evaluation.measurements.items()
-        if measurement.stderr is not None
-    }
-    memory = evaluation.measurements.get("memory_bytes")
-    # What a student needs must be known before it can be said to fit.
-    reason = "memory: it was not measured" if memory is None or not math.isfinite(memory.value) else None
-    if memory is not None and memory.value > budget.memory_bytes:
-        over = int(memory.value) - budget.memory_bytes
-        reason = f"memory: {int(memory.value)} bytes, {over} over the budget of {budget.memory_bytes}"
     times = latencies(spec, evaluation.deployment, budget)
-    reason = reason or "; ".join(too_late(times, "predicted")) or None
+    reason = _over(evaluation, budget) or "; ".join(too_late(times, "predicted")) or None
+    figures = {name: measurement.value for name, measurement in evaluation.measurements.items()}
     figures |= {limit.name: 1e3 * seconds for limit, seconds in times.items()}
-    if isinstance(budget, DeviceBudget):
-        device = budget.device
-    if device is not None:
-        seconds = limit_seconds(spec, evaluation.deployment, device, LATENCY, context=budget.context)
-        figures[PREDICTED_LATENCY] = 1e3 * seconds
-    if isinstance(budget, DeviceBudget):
-        figures["latency_ms"] = figures[PREDICTED_LATENCY]
-    accuracy_stderr = errors.pop("accuracy_stderr", None)
-    fields: dict[str, Any] = {
-        field: int(figures.pop(field)) if field in _COUNTS else figures.pop(field)
-        for field in _FIELDS
-        if field in figures and (field not in _COUNTS or math.isfinite(figures[field]))
-    }
-    approximation = strategy.distillation.approximation if strategy else None
-    remarks = {"approximate": approximation} if approximation else {}
-    accuracy = fields.get("accuracy")
+    figures |= _latency(spec, evaluation.deployment, budget, device)
+    fields, others = _by_field(figures)
+    errors = _errors(evaluation)
+    accuracy, memory = fields.get("accuracy"), evaluation.measurements.get("memory_bytes")
     return Row(
         row_id=f"{trial}-{evaluation.deployment.name}" + ("" if split == "validation" else f"-{split}"),
         trial=trial,
@@ -98,7 +76,7 @@ def make_row(
         strategy_id=strategy.id if strategy else None,
         strategy=strategy.to_json() if strategy else None,
         split=split,
-        accuracy_stderr=accuracy_stderr,
+        accuracy_stderr=errors.pop("accuracy_stderr", None),
         retention=accuracy / teacher_accuracy if accuracy is not None and teacher_accuracy > 0 else None,
         memory_source=memory.source if memory else None,
         latency_source="predicted" if "latency_ms" in fields else None,
@@ -112,6 +90,51 @@ def make_row(
         fidelity=train_tokens / plan.tokens if kind not in ("teacher", "initial") else None,
         seed=seed,
         documents=evaluation.documents,
-        other=figures | errors | remarks,
+        other=others | errors | _remarks(strategy),
         **fields,
     )
+
+
+def _over(evaluation: Evaluation, budget: Budget) -> str | None:
+    """Why the memory breaks the budget; what a student needs must be known before it can be said to fit."""
+    memory = evaluation.measurements.get("memory_bytes")
+    if memory is None or not math.isfinite(memory.value):
+        return "memory: it was not measured"
+    if memory.value <= budget.memory_bytes:
+        return None
+    over = int(memory.value) - budget.memory_bytes
+    return f"memory: {int(memory.value)} bytes, {over} over the budget of {budget.memory_bytes}"
+
+
+def _latency(spec: ModelSpec, deployment: Deployment, budget: Budget, device: Device | None) -> dict[str, float]:
+    """What is predicted on the device that the latency is for; of a budget on a device it is the row's own latency."""
+    own = budget.device if isinstance(budget, DeviceBudget) else None
+    served_on = own or device
+    if served_on is None:
+        return {}
+    seconds = limit_seconds(spec, deployment, served_on, LATENCY, context=budget.context)
+    return dict.fromkeys((PREDICTED_LATENCY, *(["latency_ms"] if own else [])), 1000.0 * seconds)
+
+
+def _by_field(figures: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, float]]:
+    """Figures that a row has fields for, bytes as whole numbers, and all others."""
+    fields: dict[str, Any] = {name: figures[name] for name in _FIELDS if name in figures}
+    others = {name: value for name, value in figures.items() if name not in fields}
+    for name in _COUNTS:
+        if name in fields and math.isfinite(fields[name]):
+            fields[name] = int(fields[name])
+        elif name in fields:
+            others[name] = fields.pop(name)
+    return fields, others
+
+
+def _errors(evaluation: Evaluation) -> dict[str, float]:
+    """Standard errors, where there are any."""
+    found = {f"{name}_stderr": measurement.stderr for name, measurement in evaluation.measurements.items()}
+    return {name: error for name, error in found.items() if error is not None}
+
+
+def _remarks(strategy: Strategy | None) -> dict[str, str]:
+    """What a reader of the row must know of how it was trained."""
+    approximation = strategy.distillation.approximation if strategy else None
+    return {"approximate": approximation} if approximation else {}

@@ -15,12 +15,14 @@ from autodistill.errors import InterruptedSearchError, LostClusterError
 from autodistill.hardware import detect
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.differences import differences
+from autodistill.records.json_files import write_json
 from autodistill.records.leaderboard import rank, rows_of, to_parquet
+from autodistill.records.lease import Lease
 from autodistill.records.objectives import front
 from autodistill.records.report import write_report
 from autodistill.records.row import Row
 from autodistill.records.saved import saved
-from autodistill.records.store import RunFolder, write_json
+from autodistill.records.store import RunFolder
 from autodistill.records.stored_run import StoredLog, check_free, keep
 from autodistill.search.campaign import Campaign
 from autodistill.search.checked import Checked, check_request
@@ -38,6 +40,7 @@ from autodistill.search.share import check_share
 from autodistill.search.supplies import send
 from autodistill.search.teacher_outputs import cache_settings, calibration_file, check_cache_limit
 from autodistill.stages import default_limit
+from autodistill.storage import Storage
 from autodistill.trial_data import TrialSetting
 
 if TYPE_CHECKING:
@@ -101,7 +104,8 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
     checked = check_request(request)
     with _workplace(checked) as (place, joined), _folder(checked) as run:
         try:
-            return _search(replace(checked, name=run.name), place, joined, run, observer)
+            with _stored(checked, run, observer) as storage:
+                return _search(replace(checked, name=run.name), place, joined, run, storage, observer)
         except KeyboardInterrupt:
             if not run.search_file.exists():
                 raise InterruptedSearchError("stopped before the first trial: nothing to resume") from None
@@ -129,6 +133,22 @@ def _folder(checked: Checked) -> RunFolder:
 
 
 @contextmanager
+def _stored(checked: Checked, run: RunFolder, observer: Observer) -> Iterator[Storage | None]:
+    """The run's storage, which this process alone goes on with, and whose events are the run's from here on."""
+    if checked.storage is None:
+        yield None
+        return
+    storage = checked.storage.at(run.name)
+    with Lease(storage, observer.line) as lease:
+        if not checked.request.resume:
+            check_free(storage)
+        log = StoredLog(run.events.path, storage, lease.check)
+        log.sync()
+        run.use(log)
+        yield storage
+
+
+@contextmanager
 def _workplace(checked: Checked) -> Iterator[tuple[Place, Cluster | None]]:
     """Where the search runs, and the cluster that it joined for it; what a trial is to be given is there."""
     request, joined = checked.request, None
@@ -147,17 +167,17 @@ def _workplace(checked: Checked) -> Iterator[tuple[Place, Cluster | None]]:
             joined.leave()
 
 
-def _search(checked: Checked, place: Place, joined: Cluster | None, run: RunFolder, observer: Observer) -> Outcome:
+def _search(
+    checked: Checked,
+    place: Place,
+    joined: Cluster | None,
+    run: RunFolder,
+    storage: Storage | None,
+    observer: Observer,
+) -> Outcome:
     request = checked.request
     clock = Clock(request.started, observer.phase)
     clock.add("load", time.monotonic() - request.started)
-    storage = checked.storage.at(run.name) if checked.storage else None
-    if storage is not None:
-        if not request.resume:
-            check_free(storage)
-        log = StoredLog(run.events.path, storage)
-        log.sync()
-        run.use(log)
     earlier = run.events.read()
     planned = plan_run(checked, place, run, clock, observer)
     # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
@@ -314,6 +334,10 @@ def _fell_short(campaign: Campaign, plan: Plan) -> list[str]:
         notes.append(f"the box held {proposed} of the {plan.trials} planned trials: give it more --time")
     if whole < min(planned, plan.trials):
         notes.append(f"the box took {whole} of {planned} trials to full fidelity: give it more --time")
+    notes += [
+        f"the box did not hold the baseline {name}, so that no gain over it is known: give it more --time"
+        for name in campaign.untrained_baselines()
+    ]
     again = sum(trial.kind == CONFIRMATION and trial.status is not None for trial in campaign.trials.values())
     wanted = campaign.question.confirm * confirmed(plan.trials, plan.keep, len(campaign.question.space.baselines))
     if again < wanted and whole:

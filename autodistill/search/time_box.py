@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from autodistill.distillation.schedule import branch_point
@@ -25,14 +26,18 @@ class TimeBox:
 
     def holds(self, seconds: float) -> bool:
         """Whether work that is expected to take so many seconds still ends in time."""
+        return seconds <= self.left()
+
+    def left(self) -> float:
+        """Seconds of work, as it is expected, that still end in time; infinite without a box."""
         if self._closed:
-            return False
+            return -math.inf
         if self.deadline is None:
-            return True
+            return math.inf
         # What follows the trials will be as slow as they are.
         planned = self._question.plan.seconds
         after = sum(planned.get(phase, 0.0) for phase in ("export", "test"))
-        return time.monotonic() + seconds * self._slowness + after * max(0.0, self._slowness - 1) <= self.deadline
+        return (self.deadline - time.monotonic() - after * max(0.0, self._slowness - 1)) / self._slowness
 
     def close(self) -> None:
         """Nothing is to start any more."""
@@ -67,6 +72,11 @@ class TimeBox:
         """Expected seconds of a new trial up to its first rung."""
         plan = self._question.plan
         return self._stretch(plan.rungs[0], plan.rung_eval_tokens, judged=len(plan.rungs) > 1)
+
+    def whole(self) -> float:
+        """Expected seconds of a trial that goes straight to the plan's end, as a baseline does."""
+        plan = self._question.plan
+        return self._stretch(plan.tokens, plan.eval_tokens, judged=False)
 
     def evaluation(self) -> float:
         """Expected seconds of one deployment of a trained student."""

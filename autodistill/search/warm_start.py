@@ -12,9 +12,10 @@ from autodistill.contracts import Status
 from autodistill.errors import InputError
 from autodistill.formats import weights_bytes
 from autodistill.records.confirmation import KIND as CONFIRMATION
+from autodistill.records.json_files import read_json
 from autodistill.records.objectives import Objective
 from autodistill.records.row import Row
-from autodistill.records.store import RunFolder, read_json
+from autodistill.records.store import RunFolder
 from autodistill.roofline import speed
 from autodistill.search.admission import admit
 from autodistill.search.study import Observation

@@ -365,7 +365,7 @@ def test_where_files_cannot_be_locked_two_writers_end_with_one_cache(ensure, tea
     def refuse(descriptor, operation):
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr("autodistill.records.store.fcntl.flock", refuse)
+    monkeypatch.setattr("autodistill.records.locks.fcntl.flock", refuse)
     barrier = threading.Barrier(2)
     folders = []
 

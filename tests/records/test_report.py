@@ -10,9 +10,10 @@ import pytest
 from autodistill.budget import DeviceBudget
 from autodistill.devices import devices, find_device
 from autodistill.records import report
+from autodistill.records.json_files import write_json
 from autodistill.records.leaderboard import Row, rank
 from autodistill.records.saved import saved
-from autodistill.records.store import RunFolder, write_json
+from autodistill.records.store import RunFolder
 from autodistill.testing import small_plan
 from autodistill.units import parse_latency
 

@@ -19,11 +19,11 @@ from autodistill.distillation.schedule import branch_point
 from autodistill.errors import AutoDistillError
 from autodistill.estimate import fits, spec_from_config, with_layers
 from autodistill.evaluation import Evaluation
+from autodistill.records.event_log import EventLog
 from autodistill.records.leaderboard import rank
 from autodistill.records.objectives import OBJECTIVES
 from autodistill.records.row import rows_of
 from autodistill.records.saved import saved
-from autodistill.records.store import EventLog
 from autodistill.search.campaign import Campaign
 from autodistill.search.plan import Speed
 from autodistill.search.sampler import Sampler
@@ -67,7 +67,7 @@ def question(memory: int = 10**9) -> Question:
     )
 
 
-def campaign(folder: Path, asked: Question, deadline: float | None = None, limit: int | None = None) -> Campaign:
+def campaign(folder: Path, asked: Question, limit: int | None = None, **more: Any) -> Campaign:
     folder.mkdir(exist_ok=True)
     return Campaign(
         asked,
@@ -75,7 +75,7 @@ def campaign(folder: Path, asked: Question, deadline: float | None = None, limit
         log=EventLog(folder / "trials.jsonl"),
         checkpoints=folder / "checkpoints",
         checkpoint_limit=limit,
-        deadline=deadline,
+        **more,
     )
 
 
@@ -245,6 +245,35 @@ def test_nothing_starts_that_the_box_cannot_hold(tmp_path: Path) -> None:
     search.report(assignment, worker(assignment))
     assert search.next() is None
     assert search.finished
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_resumed_search_trains_no_baseline_that_its_box_cannot_hold_and_says_so(tmp_path: Path, begun: bool) -> None:
+    """Whether it was begun or not: 9,216 tokens at 100 a second take more than a minute, a rung some seconds."""
+    slow = replace(question(), speed=Speed(cache=1e6, score=1e6, worker_train=100.0, worker_score=1e6))
+    first = campaign(tmp_path, slow)
+    if begun:
+        assert first.next() is not None
+    events = EventLog(tmp_path / "trials.jsonl").read() or [{"event": "session", "time": 0.0}]
+    said: list[str] = []
+    search = campaign(tmp_path, slow, deadline=time.monotonic() + 40, notify=said.append)
+    search.replay(events)
+
+    def as_expected(assignment: Assignment) -> RungReport:
+        took = search.box.expected(assignment, search.trials[assignment.task.id].rung)
+        return replace(worker(assignment), seconds={"train": took, "evaluate": 0.0, "other": 0.0})
+
+    trained = {trial for trial, _ in drive(search, as_expected)}
+    assert "b000" not in trained
+    assert trained, "what the box holds is trained all the same"
+    assert search.untrained_baselines() == ["hand_designed"]
+    assert begun or any("b000 hand_designed is left out: its training is expected to take 1m" in line for line in said)
+    # With time enough it is what comes first.
+    again = campaign(tmp_path, slow, deadline=time.monotonic() + 10**6)
+    again.replay(EventLog(tmp_path / "trials.jsonl").read())
+    assignment = again.next()
+    assert assignment is not None
+    assert assignment.task.id == "b000"
 
 
 def test_trained_students_are_evaluated_under_every_deployment_the_best_first(tmp_path: Path) -> None:
@@ -665,9 +694,8 @@ def test_a_checkpoint_that_could_not_be_written_is_recorded_and_not_forked(tmp_p
     def full(assignment: Assignment) -> RungReport:
         return replace(worker(assignment), unsaved="the disk is full")
 
-    search = campaign(tmp_path, question())
     said: list[str] = []
-    search._notify = said.append
+    search = campaign(tmp_path, question(), notify=said.append)
     drive(search, full)
     assert {event["unsaved"] for event in events(tmp_path, "rung")} == {"the disk is full"}
     assert "b000: the disk is full" in said

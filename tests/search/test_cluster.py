@@ -15,9 +15,9 @@ import pytest
 
 from autodistill.contracts import Status
 from autodistill.errors import InputError
+from autodistill.records.event_log import EventLog
 from autodistill.records.row import rows_of
-from autodistill.records.store import EventLog
-from autodistill.search.cluster import check_address, join
+from autodistill.search.cluster import JoinedRay, check_address, join
 from autodistill.search.progress import Observer
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import search
@@ -49,6 +49,20 @@ def cluster() -> Iterator[Any]:
 def test_an_address_that_cannot_be_joined_is_refused(address: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         check_address(address)
+
+
+def test_a_joined_cluster_has_ended_once_one_of_its_processes_takes_no_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("autodistill.search.cluster._SILENT_SECONDS", 0.0)
+    monkeypatch.setattr("autodistill.search.cluster._end", lambda said: None)  # which ends this process
+    with socket.create_server(("127.0.0.1", 0)) as gcs:
+        with socket.create_server(("127.0.0.1", 0)) as raylet:
+            port = raylet.getsockname()[1]
+            joined = JoinedRay((), {"the GCS": gcs.getsockname(), "the raylet": raylet.getsockname()})
+            assert joined.ended() is None
+        assert joined.ended() == f"the raylet, at 127.0.0.1:{port}, has ended, or is out of reach"
+        joined.leave()
 
 
 @pytest.mark.slow

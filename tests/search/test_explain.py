@@ -10,8 +10,9 @@ import pytest
 
 from autodistill.errors import InputError
 from autodistill.estimate import memory, spec_from_config
+from autodistill.records.json_files import write_json
 from autodistill.records.row import Row
-from autodistill.records.store import RunFolder, write_json
+from autodistill.records.store import RunFolder
 from autodistill.search.explain import explain
 from autodistill.space import Space
 from autodistill.strategy import Deployment

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from autodistill.errors import InputError, VerificationError
 from autodistill.export.gguf import GgufExporter
+from autodistill.records.json_files import write_json
 from autodistill.records.leaderboard import Row
-from autodistill.records.store import RunFolder, write_json
+from autodistill.records.store import RunFolder
 from autodistill.search.export_run import export_run
 from autodistill.strategy import Deployment
 from autodistill.testing import save_tiny_teacher

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from autodistill.records.event_log import EventLog
 from autodistill.records.row import rows_of
-from autodistill.records.store import EventLog
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 Inputs = tuple[Path, Path]
@@ -93,6 +94,33 @@ def test_a_killed_search_ends_as_if_it_had_not_been(inputs: Inputs, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_a_run_on_a_storage_is_refused_while_it_is_held_and_goes_on_elsewhere_once_its_search_is_killed(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    """From another folder, as on another machine, which has nothing of the run but what the storage has."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    storage = ["--storage", f"file://{tmp_path}/shared"]
+    process = start(command(inputs, "inline", *storage), here)
+    wait_for(process, lambda: len(reports(here)) >= 2)
+    os.kill(process.pid, signal.SIGSTOP)
+    refused = start(command(inputs, "inline", *storage, "--resume"), there)
+    output, _ = refused.communicate(timeout=120)
+    assert refused.returncode == 2
+    assert f"is held by process {process.pid} on " in json.loads(output)["error"]
+    assert not (there / "results").exists()
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = reports(here)
+    output, errors = start(command(inputs, "inline", *storage, "--resume"), there).communicate(timeout=300)
+    assert f"the run is taken over from process {process.pid} on " in errors.decode()
+    assert json.loads(output)["best"]
+    assert reports(there)[: len(before)] == before
+    assert len(set(reports(there))) == len(reports(there)), "a stretch was run twice"
+
+
+@pytest.mark.slow
 def test_a_search_killed_under_ray_leaves_no_process_and_resumes(inputs: Inputs, tmp_path: Path) -> None:
     process = start(command(inputs, "ray"), tmp_path)
     children: list[psutil.Process] = []
@@ -137,6 +165,43 @@ def test_a_search_whose_ray_is_killed_says_how_to_go_on_and_ends_as_if_it_had_no
         assert said in errors.decode()
         assert "Traceback" not in errors.decode()
         assert not psutil.wait_procs(family, timeout=60)[1], "processes of Ray live on"
+        assert reports(cut)[: len(before)] == before
+    finish(command(inputs, "ray", "--resume"), cut, cores=1)
+    assert not [event for event in events(cut) if event["event"] in ("retry", "unevaluated")]
+    assert reports(cut) == reports(whole)
+    assert results(cut) == results(whole)
+
+
+@pytest.mark.slow
+def test_a_search_whose_cluster_is_killed_says_how_to_go_on_and_ends_as_if_it_had_not_been(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    """The GCS of a first cluster that is joined, the node's raylet of a second; then a Ray of the search's own."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    finish(command(inputs, "ray"), whole, cores=1)
+    killed = (("gcs_server", "the Ray cluster's GCS", [], 1), ("raylet", "this node's raylet", ["--resume"], 3))
+    for victim, named, more, least in killed:
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        try:
+            (doomed,) = (child for child in psutil.Process().children(recursive=True) if child.name() == victim)
+            process = start(command(inputs, "ray", "--ray-address", cluster.address, *more), cut)
+            wait_for(process, lambda least=least: len(reports(cut)) >= least)  # type: ignore[misc]
+            before = reports(cut)
+            doomed.kill()
+            output, errors = process.communicate(timeout=60)
+        finally:
+            cluster.shutdown()
+        assert process.returncode == 1
+        said = json.loads(output)["error"]
+        assert re.match(rf"{named}, at \S+:\d+, has ended, or is out of reach; every finished trial is kept", said)
+        assert said.endswith("--resume")
+        assert said in errors.decode()
+        assert "Traceback" not in errors.decode()
         assert reports(cut)[: len(before)] == before
     finish(command(inputs, "ray", "--resume"), cut, cores=1)
     assert not [event for event in events(cut) if event["event"] in ("retry", "unevaluated")]

@@ -86,6 +86,9 @@ def test_fixed_trials_and_tokens_are_kept_and_need_no_box() -> None:
     assert plan.rungs == (512, 1536, 4864)
     alone = make_plan(replace(DEMAND, box_seconds=None, trials=0, tokens=5000), SPEED, WORKERS)
     assert alone.trials == 0
+    assert "has 4,864 tokens and not the 5,000 that were asked for: whole optimiser steps of 256" in alone.notes[0]
+    exact = make_plan(replace(DEMAND, box_seconds=None, trials=4, tokens=4864), SPEED, WORKERS)
+    assert exact.notes == ()
 
 
 def test_what_a_short_box_cannot_hold_is_said() -> None:

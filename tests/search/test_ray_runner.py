@@ -15,8 +15,8 @@ import pytest
 
 from autodistill.contracts import Status
 from autodistill.errors import AutoDistillError
+from autodistill.records.event_log import EventLog
 from autodistill.records.row import rows_of
-from autodistill.records.store import EventLog
 from autodistill.search.progress import Observer
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import search

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ import pytest
 from autodistill.budget import DeviceBudget
 from autodistill.devices import devices, find_device
 from autodistill.errors import AutoDistillError, InputError
-from autodistill.records.store import RunFolder, write_json
+from autodistill.records.json_files import write_json
+from autodistill.records.store import RunFolder
+from autodistill.records.stored_run import keep
 from autodistill.search.checked import check_request
 from autodistill.search.request import SearchRequest
+from autodistill.storage import Storage
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import Budget, parse_latency
 
@@ -124,6 +128,54 @@ def test_a_run_that_was_stored_before_there_were_limits_of_latency_has_none(
     for other in (replace(plain, batch=2), replace(placed, latency=parse_latency("10s"))):
         with pytest.raises(InputError, match="another budget"):
             check_request(replace(again, budget=other))
+
+
+def test_a_context_that_nobody_asked_for_is_what_teacher_and_pretrained_models_read(
+    asked: SearchRequest, tmp_path: Path
+) -> None:
+    plain = replace(asked, budget=Budget(memory_bytes=10**9), context_by_default=True)
+    assert check_request(plain).request.budget == Budget(memory_bytes=10**9, context=512)
+    sibling = save_tiny_teacher(tmp_path / "sibling", layers=2, width=64)
+    config = json.loads((sibling / "config.json").read_text())
+    (sibling / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 300}))
+    init = {"source": "pretrained", "model": str(sibling), "depth": 1.0}
+    (tmp_path / "mine.yaml").write_text(json.dumps({"init": init}))
+    both = replace(plain, strategy=str(tmp_path / "mine.yaml"))
+    assert check_request(both).request.budget.context == 300
+    wide = save_tiny_teacher(tmp_path / "wide", layers=5)
+    (wide / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5, "max_position_embeddings": 9000}))
+    assert check_request(replace(plain, teacher=str(wide))).request.budget.context == 2048
+    with pytest.raises(
+        InputError, match=r"a context of 512 tokens, and the budget is stated at 2048: .*or leave it out"
+    ):
+        check_request(replace(plain, context_by_default=False))
+
+
+def test_a_run_goes_on_at_its_own_context_unless_another_is_asked_for(asked: SearchRequest, tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, "run") as run:
+        write_json(run.search_file, stored_run(asked))
+    again = replace(asked, out=tmp_path, name="run", resume=True)
+    wider = Budget(memory_bytes=asked.budget.memory_bytes)
+    assert check_request(replace(again, budget=wider, context_by_default=True)).request.budget == asked.budget
+    with pytest.raises(InputError, match="another budget"):
+        check_request(replace(again, budget=wider))
+
+
+def test_a_run_that_another_machine_goes_on_with_is_refused(asked: SearchRequest, tmp_path: Path) -> None:
+    storage = Storage(f"file://{tmp_path}/shared")
+    with RunFolder.create(tmp_path / "there", "run") as run:
+        write_json(run.search_file, stored_run(asked) | {"storage": storage.uri})
+        keep(run.search_file, storage.at("run"))
+    again = replace(asked, out=tmp_path / "here", name="run", resume=True, storage=storage.uri)
+    with pytest.raises(InputError, match=r"no run 'other', neither in .*here nor on file://.*shared: check --name"):
+        check_request(replace(again, name="other"))
+    holder = {"host": "elsewhere", "process": 7, "place": "another kernel", "born": 1.0, "token": "theirs"}
+    storage.write("run/lease.json", json.dumps(holder).encode())
+    with pytest.raises(InputError, match="is held by process 7 on elsewhere"):
+        check_request(again)
+    assert not (tmp_path / "here").exists()
+    storage.remove("run/lease.json")
+    assert check_request(again).stored is not None
 
 
 def test_a_warm_start_is_as_before_when_a_run_goes_on(asked: SearchRequest, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from autodistill.records.event_log import EventLog
 from autodistill.records.openings import recorded_test_openings
 from autodistill.records.row import rows_of
-from autodistill.records.store import EventLog, known_runs
+from autodistill.records.store import known_runs
 from autodistill.testing import save_tiny_teacher, tiny_text
 
 SEARCHES = 10

@@ -15,8 +15,9 @@ from autodistill.devices import devices, find_device
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config, with_layers
 from autodistill.evaluation import Evaluation
+from autodistill.records.json_files import write_json
 from autodistill.records.objectives import OBJECTIVES
-from autodistill.records.store import RunFolder, write_json
+from autodistill.records.store import RunFolder
 from autodistill.search.campaign import Campaign
 from autodistill.search.checked import check_request
 from autodistill.search.plan import Speed

@@ -1,0 +1,293 @@
+"""What a search does next: what was begun, baselines, promotions, proposals, and what the time box has left for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Literal
+
+from autodistill.contracts import Status
+from autodistill.records.confirmation import KIND as CONFIRMATION
+from autodistill.records.confirmation import confirming
+from autodistill.search.admission import describe
+from autodistill.search.longer import lengthened, next_longer
+from autodistill.search.plan import CONFIRMED
+from autodistill.search.sampler import Sampler
+from autodistill.search.scheduler import SuccessiveHalving
+from autodistill.search.stage_keeper import StageKeeper
+from autodistill.search.study import Observation
+from autodistill.search.time_box import TimeBox
+from autodistill.search.trials import Assignment, Question, TrialState
+from autodistill.strategy import Strategy
+from autodistill.units import format_duration
+
+# A space of which nearly nothing fits must not keep the sampler proposing for ever.
+_REJECTIONS_IN_A_ROW = 200
+# log(need / memory) of a training that ran out of memory, as the sampler is told it: nobody knows by how much.
+_TOO_MUCH = 0.1
+
+
+class Agenda:
+    """Chooses the next piece of work from where the trials of a campaign stand; writes nothing down itself.
+
+    Args:
+        question: What is searched for.
+        trials: Of the campaign, by id, as they are at any moment.
+        box: The time that is left.
+        sampler: Proposes points.
+        scheduler: Says which trial goes on past its rung.
+        stages: Knows which trials wait for another's checkpoint.
+        enter: Makes a new trial of a strategy, and writes it down.
+        notify: Told of what is left out.
+
+    Attributes:
+        exhausted: Whether the space has nothing left to propose.
+        resumed: Whether earlier sessions took of the time box.
+    """
+
+    def __init__(
+        self,
+        question: Question,
+        *,
+        trials: Mapping[str, TrialState],
+        box: TimeBox,
+        sampler: Sampler,
+        scheduler: SuccessiveHalving,
+        stages: StageKeeper,
+        enter: Callable[..., TrialState],
+        notify: Callable[[str], None],
+    ) -> None:
+        self.exhausted = False
+        self.resumed = False
+        self._question = question
+        self._trials = trials
+        self._box = box
+        self._sampler = sampler
+        self._scheduler = scheduler
+        self._stages = stages
+        self._enter = enter
+        self._notify = notify
+        self._left_out: set[str] = set()
+
+    def next(self) -> Assignment | None:
+        """The next piece of work, None while there is none.
+
+        Training comes first. Once nothing is left to be trained, trained students are evaluated under the deployments
+        that their rungs were not judged on, the best student first: small pieces, which keep every worker busy while
+        the last trial trains.
+        """
+        assignment = (
+            self._interrupted()
+            or self._baseline()
+            or self._promotion(extra=False)
+            or self._proposal()
+            or self._longer()
+            or self._confirmation()
+        )
+        if assignment is None and self._box.deadline is not None:
+            # Time is left in the box: trials beyond the plan's number may go on.
+            assignment = self._promotion(extra=True)
+        return assignment or self._evaluation()
+
+    def _interrupted(self) -> Assignment | None:
+        """A trial that was proposed but has not reached its first rung: its worker, or the whole search, was killed."""
+        for trial in self._trials.values():
+            if trial.status is None and not trial.running and trial.rung < 0 and self._affordable(trial):
+                return self._assign(trial)
+        return None
+
+    def _baseline(self) -> Assignment | None:
+        for trial_id, (name, strategy) in self._baselines():
+            if trial_id in self._trials or trial_id in self._left_out:
+                continue
+            # A new search was refused where its box does not hold them; of a resumed one too little may be left.
+            if self.resumed and not self._box.holds(self._box.whole()):
+                self._left_out.add(trial_id)
+                takes, left = (format_duration(max(0.0, time)) for time in (self._box.whole(), self._box.left()))
+                self._notify(
+                    f"{trial_id} {name} is left out: its training is expected to take {takes}, and of the time box "
+                    f"{left} are left for trials, with export and test set aside; give it more --time"
+                )
+                continue
+            point = self._question.space.point(strategy)
+            trial = self._enter(strategy, trial_id=trial_id, number=None, kind="baseline", name=name, point=point)
+            if trial.status is None:
+                return self._assign(trial)
+        return None
+
+    def _baselines(self) -> Iterator[tuple[str, tuple[str, Strategy]]]:
+        """Ids, names and strategies of the space's baselines."""
+        for index, item in enumerate(self._question.space.baselines.items()):
+            yield f"b{index:03d}", item
+
+    def untrained_baselines(self) -> list[str]:
+        """Names of the baselines that the time box ended before."""
+        found = []
+        for trial_id, (name, _) in self._baselines():
+            trial = self._trials.get(trial_id)
+            if trial is None or trial.status in (None, Status.STOPPED):
+                found.append(name)
+        return found
+
+    def _promotion(self, *, extra: bool) -> Assignment | None:
+        trial_id = self._scheduler.next_to_promote(self.in_flight(), self._proposals_over(), extra=extra)
+        if trial_id is None:
+            return None
+        trial = self._trials[trial_id]
+        if self._stages.busy(trial, self._trials.values()):
+            return None
+        # What is trained beyond the plan must leave time for what the best student's rows are read for.
+        if not self._affordable(trial, reserved=self._seconds_of_best() if extra else 0.0):
+            return None
+        return self._assign(trial)
+
+    def _longer(self) -> Assignment | None:
+        """The best few and the best baseline trained on, where the space asks for that, once all others have ended."""
+        under_way = any(trial.running and trial.task.length == 1 for trial in self._trials.values())
+        if under_way or not self._proposals_over():
+            return None
+        found = next_longer(self._trained(), self._question.plan.lengths, self._trials)
+        if found is None or any(t.running and t.task.stage == found[0].task.stage != "" for t in self._trials.values()):
+            return None
+        original, length = found
+        task = replace(original.task, length=length)
+        if not self._box.holds(self._box.expected(Assignment(task=task, rung=original.rung), -1)):
+            return None
+        trial = self._enter(
+            task.strategy,
+            trial_id=lengthened(task.id, length),
+            number=None,
+            kind=original.kind,
+            name=original.name,
+            point=None,
+            length=length,
+        )
+        return self._assign(trial)
+
+    def _confirmation(self) -> Assignment | None:
+        """The best few and the best baseline on further seeds, once the trials of the plan have ended."""
+        seeds = range(self._question.plan.seed + 1, self._question.plan.seed + 1 + self._question.confirm)
+        under_way = any(trial.running and trial.kind != CONFIRMATION for trial in self._trials.values())
+        if not seeds or under_way or not self._proposals_over():
+            return None
+        trained = self._trained()
+        students = [trial for trial in trained if trial.kind == "student"][:CONFIRMED]
+        baselines = [trial for trial in trained if trial.kind == "baseline"][:1]
+        for seed in seeds:
+            for original in (*students, *baselines):
+                trial_id = confirming(original.task.id, seed)
+                if trial_id in self._trials:
+                    continue
+                task = replace(original.task, stage="")
+                if not self._box.holds(self._box.expected(Assignment(task=task, rung=original.rung), -1)):
+                    return None
+                trial = self._enter(
+                    original.task.strategy,
+                    trial_id=trial_id,
+                    number=None,
+                    kind=CONFIRMATION,
+                    name=original.name,
+                    point=None,
+                    seed=seed,
+                    length=task.length,
+                )
+                return self._assign(trial)
+        return None
+
+    def _evaluation(self) -> Assignment | None:
+        """A deployment of a trained student that nobody has looked at, of the best student first."""
+        if not self._box.holds(self._box.evaluation()):
+            return None
+        for trial in self._trained():
+            for deployment in trial.unseen:
+                return Assignment(task=trial.task, rung=trial.rung, deployment=deployment)
+        return None
+
+    def _trained(self) -> list[TrialState]:
+        """Trials at full fidelity, the best first."""
+        sign = -1.0 if self._question.direction == "max" else 1.0
+        valued = [(trial.value, trial) for trial in self._trials.values() if trial.status is Status.COMPLETED]
+        ranked = sorted((sign * value, trial.task.id) for value, trial in valued if value is not None)
+        return [self._trials[trial_id] for _, trial_id in ranked]
+
+    def _seconds_of_best(self) -> float:
+        """Expected seconds, all workers at it, of what is to be evaluated of the best student."""
+        count = max(1, *(len(trial.task.deployments) for trial in self._trials.values())) - 1
+        return count * self._box.evaluation() / self._question.plan.workers
+
+    def _proposal(self) -> Assignment | None:
+        for _ in range(_REJECTIONS_IN_A_ROW):
+            if self._proposals_over():
+                return None
+            number = sum(trial.number is not None for trial in self._trials.values())
+            point = self._sampler.propose(number, self._observations())
+            if point is None:
+                self.exhausted = True
+                return None
+            strategy = self._question.space.strategy(point)
+            trial = self._enter(
+                strategy, trial_id=f"t{number:03d}", number=number, kind="student", name=describe(strategy), point=point
+            )
+            if trial.status is None:
+                return self._assign(trial)
+        self.exhausted = True
+        return None
+
+    def _all_proposed(self) -> bool:
+        # Rejected trials cost nothing and do not count.
+        counted = sum(t.number is not None and t.status is not Status.REJECTED for t in self._trials.values())
+        return self.exhausted or counted >= self._question.plan.trials
+
+    def _proposals_over(self) -> bool:
+        return self._all_proposed() or not self._box.holds(self._box.first_stretch())
+
+    def in_flight(self) -> set[str]:
+        """Ids of the trials that a worker takes to a rung."""
+        return {t.task.id for t in self._trials.values() if t.running and not t.task.straight}
+
+    def idle(self) -> bool:
+        """Whether nothing will be begun any more, while nothing runs."""
+        started = all(trial_id in self._trials or trial_id in self._left_out for trial_id, _ in self._baselines())
+        extra = self._box.deadline is not None
+        waiting = self._scheduler.next_to_promote(self.in_flight(), True, extra=extra)
+        untouched = [t for t in self._trials.values() if t.status is None and t.rung < 0]
+        affordable = [t for t in (*untouched, *([self._trials[waiting]] if waiting else [])) if self._affordable(t)]
+        over = started and self._proposals_over() and not affordable
+        return over and self._evaluation() is None
+
+    def _assign(self, trial: TrialState) -> Assignment:
+        last = len(self._question.plan.rungs) - 1
+        return Assignment(task=trial.task, rung=last if trial.task.straight else trial.rung + 1)
+
+    def _affordable(self, trial: TrialState, reserved: float = 0.0) -> bool:
+        return self._box.holds(self._box.expected(self._assign(trial), trial.rung) + reserved)
+
+    def _observations(self) -> list[Observation]:
+        return [
+            observation(trial, self._question, forkable=self._stages.forkable(trial))
+            for trial in self._trials.values()
+            if trial.point is not None
+        ]
+
+
+def observation(trial: TrialState, question: Question, *, forkable: bool) -> Observation:
+    """What the sampler is told of a trial that lies in the space."""
+    assert trial.point is not None
+    plan = question.plan
+    # A strategy that contradicts this teacher is out of bounds, whatever memory it would need.
+    slack = min((fit.slack for fit in trial.fits), default=0.0)
+    if trial.status is Status.REJECTED:
+        slack = max(1e-9, slack)
+    elif trial.cause == "out-of-memory":
+        slack = max(_TOO_MUCH, slack)
+    waiting: Literal["paused", "running"] = "paused" if trial.rung >= 0 and not trial.running else "running"
+    return Observation(
+        point=trial.point,
+        state=trial.status or waiting,
+        value=trial.value,
+        further=trial.further if trial.rung >= 0 else (None,) * len(question.further),
+        fidelity=plan.rungs[trial.rung] / plan.tokens if trial.rung >= 0 else 0.0,
+        constraint=slack,
+        forkable=forkable,
+        bits=max((fit.deployment.bits for fit in trial.fits if fit.slack <= 0), default=0),
+    )
