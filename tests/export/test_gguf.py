@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from autodistill.errors import InputError, VerificationError
-from autodistill.export.gguf import GgufExporter, gguf_name, permute, unpermute
+from autodistill.export.gguf import GgufExporter
 from autodistill.llama_cpp import LlamaServer
 from autodistill.strategy import Deployment
 from autodistill.testing import save_tiny_teacher
