@@ -263,8 +263,8 @@ FAMILIES: Mapping[str, Family] = {
 }
 """By transformers' `model_type`."""
 
-GGUF_FAMILIES: Mapping[str, str] = {family.gguf: name for name, family in reversed(FAMILIES.items())}
-"""transformers' `model_type` by the name of llama.cpp's graph: of several that share one, the first."""
+GGUF_FAMILIES: Mapping[str, str] = {family.gguf: name for name, family in FAMILIES.items() if name != "mistral"}
+"""transformers' `model_type` by the name of llama.cpp's graph, of which Mistral's is Llama's."""
 
 
 def get_family(architecture: str) -> Family:

@@ -20,7 +20,8 @@ _ACTIVATIONS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "gptneox": ("hidden_act", "gelu", ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")),
 }
 _SILU = ("hidden_act", "silu", ("silu",))
-_LAYERS_OF_27B = 62  # by which llama.cpp knows the Gemma 3 whose attention scale is another
+LAYERS_OF_27B = 62
+"""By which llama.cpp knows the Gemma 3 whose attention is scaled by its width over its heads."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -92,7 +93,7 @@ def cannot_run(spec: ModelSpec) -> str:
     if spec.not_in_gguf:
         return spec.not_in_gguf
     graph = get_family(spec.architecture).gguf
-    biases = any(tensor.role is Role.BIAS and "attention" in tensor.name for tensor in spec.tensors)
+    biases = any(tensor.role is Role.BIAS and ".attention." in tensor.name for tensor in spec.tensors)
     if graph == "gptneox":
         if spec.tied:
             return "llama.cpp has no tied head for gpt_neox"
@@ -100,7 +101,7 @@ def cannot_run(spec: ModelSpec) -> str:
     if graph == "gemma3":
         if any(tensor.role is Role.BIAS for tensor in spec.tensors):
             return "llama.cpp has no biases for gemma3_text"
-        if spec.layers == _LAYERS_OF_27B and spec.width // spec.heads != spec.head_dim:
+        if spec.layers == LAYERS_OF_27B and spec.width // spec.heads != spec.head_dim:
             return f"llama.cpp takes {spec.layers} layers for those of the 27B model, and scales attention by its width"
         return "" if window_period(spec) else _broken_pattern(spec)
     if spec.window and spec.window < spec.max_context:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from autodistill.distillation.gguf_file import GgufFile, transformers_name
+from autodistill.distillation.gguf_file import GgufFile
 from autodistill.errors import InputError
 
 _INDEX = "teacher.json"
@@ -77,7 +77,7 @@ def _write_config(file: GgufFile, folder: Path) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)
-    found = {str(transformers_name(tensor.name)): tensor.shape for tensor in file.tensors}
+    found = {str(file.family.from_gguf_name(tensor.name)): tensor.shape for tensor in file.tensors}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise InputError(
@@ -114,8 +114,11 @@ def _write_weights(file: GgufFile, path: Path) -> str:
     end = 0
     for tensor in file.tensors:
         start, end = end, end + 4 * int(np.prod(tensor.shape))
-        name = str(transformers_name(tensor.name))
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[_stored_name(file, tensor.name)] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the bytes begin at a multiple of 8
     digest = hashlib.sha256()
@@ -124,6 +127,12 @@ def _write_weights(file: GgufFile, path: Path) -> str:
             out.write(piece)
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _stored_name(file: GgufFile, name: str) -> str:
+    """The name of GGUF's tensor `name` in transformers' files, where a head may have another than in the model."""
+    found = str(file.family.from_gguf_name(name))
+    return f"{file.family.stored_head}.weight" if found == "lm_head.weight" else found
 
 
 def _pieces(header: bytes, file: GgufFile) -> Iterator[bytes | memoryview]:
