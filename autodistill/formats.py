@@ -320,7 +320,8 @@ _ROLES = {"embeddings": Role.EMBEDDING, "head": Role.HEAD}
 def _is_part(part: str, tensor: TensorSpec) -> bool:
     if part in _ROLES:
         return tensor.role is _ROLES[part]
-    return f".{'self_attn' if part == 'attention' else part}." in f".{tensor.name}."
+    names = ("self_attn", "attention") if part == "attention" else (part,)
+    return any(f".{name}." in f".{tensor.name}." for name in names)
 
 
 def check_tensor(tensor: TensorSpec, storage: Storage) -> None:

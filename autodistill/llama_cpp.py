@@ -166,6 +166,11 @@ class LlamaServer:
             steps.append(step.prompt_ms)
         return Timing(prompt_ms=first.prompt_ms, prompt_tokens=first.prompt_tokens, step_ms=tuple(steps))
 
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """The ids that llama.cpp cuts a text into, what begins every text included; names of special tokens count."""
+        (answer,) = self._exchange({"prompt": text, "text": text})
+        return tuple(answer["tokens"])
+
     def begin(self, prompts: Sequence[Sequence[int]]) -> float:
         """Reads prompts that arrive at once, with nothing of them in the context before.
 

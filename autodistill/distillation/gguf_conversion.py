@@ -100,8 +100,35 @@ def _write_tokenizer(file: GgufFile, folder: Path) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"the tokenizer in {file.path} cannot be read ({error}): give the model's folder") from error
     tokenizer.save_pretrained(folder)
+    if file.metadata.get("tokenizer.ggml.model") == "gpt2":
+        _keep_whole(file, folder / "tokenizer.json")
     text = json.dumps(file.tokenizer_metadata(), indent=1, sort_keys=True)
     (folder / "gguf_tokenizer.json").write_text(text, encoding="utf-8")
+
+
+_USER_DEFINED = 4
+
+
+def _keep_whole(file: GgufFile, path: Path) -> None:
+    """Makes added tokens of those that llama.cpp looks for in texts, as GPT-NeoX's runs of spaces.
+
+    transformers spells their characters as it spells the bytes of all others, and so takes them for pieces.
+    """
+    description = json.loads(path.read_text(encoding="utf-8"))
+    vocab, added = description["model"]["vocab"], description["added_tokens"]
+    known, spelled = {one["id"] for one in added}, {index: name for name, index in vocab.items()}
+    kinds = file.metadata.get("tokenizer.ggml.token_type", ())
+    for index, kind in enumerate(kinds):
+        if kind != _USER_DEFINED or index in known:
+            continue
+        del vocab[spelled[index]]
+        name = file.metadata["tokenizer.ggml.tokens"][index]
+        vocab[name] = index
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        added.append({"id": index, "content": name, **flags})
+    if len(added) > len(known):
+        added.sort(key=lambda one: int(one["id"]))
+        path.write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
 
 
 def _write_weights(file: GgufFile, path: Path) -> str:
