@@ -24,6 +24,7 @@ def _load(settings: dict[str, Any]) -> Any:
     params.n_ctx = settings["context"] * settings["parallel"]
     kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{settings['kv_type'].upper()}")
     params.cache_type_k = params.cache_type_v = kind
+    params.swa_full = settings["whole_cache"]
     params.cpuparams.n_threads = settings["threads"]
     params.cpuparams_batch.n_threads = settings["threads"]
     # A relative Unix socket in the working folder, a private one: nothing listens on the network.

@@ -18,6 +18,7 @@ from autodistill.search.checked import Checked
 from autodistill.search.loading import Loaded, Place, load
 from autodistill.search.measuring import plan_from_measurement
 from autodistill.search.plan import Speed, extend, more_trials
+from autodistill.search.possible import by_size
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.teacher_outputs import check_cache_limit, teacher_phase
 from autodistill.search.trials import Question
@@ -74,7 +75,8 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
             plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.request.started)
     document = _describe(checked, loaded, plan, speed)
     write_json(run.search_file, document)
-    left_out = (cannot_hold(loaded.spec, deployment) for deployment in checked.space.deployments)
+    models = (loaded.spec, *(student for _, student in by_size(checked.space, loaded.spec)))
+    left_out = (cannot_hold(model, deployment) for model in models for deployment in checked.space.deployments)
     for note in (*loaded.data.notes, *loaded.templates.values(), *plan.notes, *dict.fromkeys(filter(None, left_out))):
         observer.line(note)
     return Planned(loaded=loaded, plan=plan, speed=speed, document=document)
