@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from autodistill.errors import InputError
-from autodistill.formats import Floats, Grid, Scales, Storage
+from autodistill.formats import Floats, FloatType, Grid, Scales, Storage
 
 Codes: TypeAlias = npt.NDArray[np.int8]
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
@@ -35,10 +35,13 @@ def from_bf16_bits(bits: npt.NDArray[np.uint16]) -> Floats:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def round_to(values: Floats, dtype: Literal["f32", "f16", "bf16"]) -> Floats:
+def round_to(values: Floats, dtype: FloatType) -> Floats:
     """Values as `dtype` holds them, in float32; beyond float16's range they become infinite."""
     if dtype == "bf16":
         return from_bf16_bits(to_bf16_bits(values))
+    if dtype == "f32_plus_1":
+        # Taking 1 off again is exact, and so is adding it once more: a model computes the same from both.
+        return (values.astype(np.float32) + np.float32(1)) - np.float32(1)
     with np.errstate(over="ignore"):
         return values.astype(np.float16 if dtype == "f16" else np.float32).astype(np.float32)
 
@@ -166,6 +169,8 @@ def pack(weights: Floats, storage: Storage, scales: Scales | None = None) -> Arr
     _finite(round_to(weights, storage), weights, storage)
     if storage == "bf16":
         return {"data": to_bf16_bits(weights)}
+    if storage == "f32_plus_1":
+        return {"data": weights.astype(np.float32) + np.float32(1)}
     return {"data": weights.astype(np.float16 if storage == "f16" else np.float32)}
 
 
@@ -256,6 +261,8 @@ def unpack(arrays: Mapping[str, npt.NDArray[Any]], storage: Storage, shape: tupl
     if isinstance(storage, Grid):
         return dequantize(*_unpack_codes(arrays, storage, shape), storage)
     data = arrays["data"].reshape(shape)
+    if storage == "f32_plus_1":
+        return data - np.float32(1)
     return from_bf16_bits(data) if storage == "bf16" else data.astype(np.float32)
 
 

@@ -94,10 +94,11 @@ class ModelSpec:
         tied: Whether the head is the embedding table.
         tensors: Every stored tensor once, under transformers' name; a tied head is not among them. The experts' share
             of a mixture is one matrix each of gates, ups and downs in a layer.
-        window, windowed_layers: Tokens that a sliding window sees, and how many of the layers have one; 0 where none.
+        window, windowed: Tokens that a sliding window sees, 0 where there is none, and the layers that have one.
         experts, active_experts: Of a mixture of experts, each of `ffn_width`, and those that a token takes; 0 where
             there is one FFN.
         latent: Values of a token and layer that latent attention caches for all heads; 0 where keys and values are.
+        not_in_gguf: What the config asks for that llama.cpp's graph of the architecture does not compute, in words.
     """
 
     architecture: str
@@ -112,10 +113,16 @@ class ModelSpec:
     tied: bool
     tensors: tuple[TensorSpec, ...]
     window: int = 0
-    windowed_layers: int = 0
+    windowed: tuple[int, ...] = ()
     experts: int = 0
     active_experts: int = 0
     latent: int = 0
+    not_in_gguf: str = ""
+
+    @property
+    def windowed_layers(self) -> int:
+        """How many layers have a sliding window."""
+        return len(self.windowed)
 
     @cached_property
     def parameters(self) -> int:

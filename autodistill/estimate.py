@@ -13,6 +13,7 @@ from autodistill.contracts import ModelSpec, OptimizerState
 from autodistill.errors import InputError
 from autodistill.families import FAMILIES, Axis, get_family
 from autodistill.formats import Packing, Role, TensorSpec
+from autodistill.gguf_graphs import FULL, SLIDING, cannot_run, not_computed
 from autodistill.roofline import limit_seconds
 from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES, MemoryEstimate, memory
 from autodistill.strategy import Alignment, Attention, Deployment, Lora
@@ -56,7 +57,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         tensors=(),
     )
     window, windowed = _windows(config, spec.layers)
-    spec = replace(spec, window=window, windowed_layers=windowed)
+    spec = replace(spec, window=window, windowed=windowed, not_in_gguf=_not_in_gguf(config, spec))
     fields = tuple((name, bool(config.get(name, default))) for name, default in family.conditions)
     kinds, layout = _layout(architecture, spec.layers, spec.tied, fields)
     lengths = _lengths(spec)
@@ -88,8 +89,8 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
         "attention_bias": bool(names & {"self_attn.q_proj.bias", "attention.dense.bias"}),
         "mlp_bias": "mlp.up_proj.bias" in names,
         "sliding_window": spec.window or None,
-        "layer_types": ["sliding_attention"] * spec.windowed_layers
-        + ["full_attention"] * (spec.layers - spec.windowed_layers),
+        "layer_types": [SLIDING if layer in spec.windowed else FULL for layer in range(spec.layers)],
+        "not_in_gguf": spec.not_in_gguf,
     }
 
 
@@ -111,25 +112,30 @@ def comparable(config: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[int, .
     Args:
         config: As `config_of` gives it.
     """
-    full = config["layer_types"].count("full_attention")
+    full = config["layer_types"].count(FULL)
     sizes = (*(config[name] for name in _SIZES), full, config["num_hidden_layers"] - full)
     return tuple(config[name] for name in _ALIKE), sizes
 
 
-def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, int]:
-    """The sliding window of a config, and how many layers have one; Qwen's counts where `use_sliding_window` says."""
-    window = config.get("sliding_window")
+def _not_in_gguf(config: Mapping[str, Any], spec: ModelSpec) -> str:
+    """As `not_computed` of a model's config; what a row keeps of a model holds the answer."""
+    known = config.get("not_in_gguf")
+    return not_computed(config, spec.head_dim) if known is None else str(known)
+
+
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, tuple[int, ...]]:
+    """The sliding window of a config, and the layers that have one; Qwen's counts where `use_sliding_window` says."""
+    usual, period = get_family(str(config["model_type"])).windows
+    window = config.get("sliding_window", usual)
     if not window or config.get("use_sliding_window") is False:
-        return 0, 0
+        return 0, ()
     kinds = config.get("layer_types")
-    pattern = config.get("sliding_window_pattern")
+    period = int(config.get("sliding_window_pattern") or period)
     if kinds:
-        windowed = sum(kind == "sliding_attention" for kind in kinds[:layers])
-    elif pattern:
-        windowed = layers - layers // int(pattern)
+        windowed = [layer for layer, kind in enumerate(kinds[:layers]) if kind == SLIDING]
     else:
-        windowed = layers
-    return (int(window), windowed) if windowed else (0, 0)
+        windowed = [layer for layer in range(layers) if not period or (layer + 1) % period]
+    return (int(window), tuple(windowed)) if windowed else (0, ())
 
 
 def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
@@ -165,18 +171,25 @@ def _layout(
     return tuple(kinds), tuple(found)
 
 
-def resized(spec: ModelSpec, **sizes: int) -> ModelSpec:
-    """The same model with other sizes, and at most as many layers."""
-    changed = replace(spec, **sizes)  # type: ignore[arg-type]
-    windowed = round(spec.windowed_layers * changed.layers / spec.layers)
-    changed = replace(changed, windowed_layers=windowed, window=spec.window if windowed else 0)
+def resized(spec: ModelSpec, layers: Sequence[int] | None = None, **sizes: int) -> ModelSpec:
+    """The same model with other sizes.
+
+    Args:
+        spec: The model.
+        layers: Which of its layers are kept; all by default.
+        sizes: The fields of the description that differ, `layers` apart.
+    """
+    kept = range(spec.layers) if layers is None else layers
+    windowed = tuple(new for new, old in enumerate(kept) if old in set(spec.windowed))
+    changed = replace(spec, layers=len(kept), windowed=windowed, window=spec.window if windowed else 0)
+    changed = replace(changed, **sizes)  # type: ignore[arg-type]
     family, lengths = get_family(spec.architecture), _lengths(changed)
-    kept = (
+    tensors = (
         replace(tensor, shape=tuple(lengths[axis] for axis in family.axes(tensor.name)))
         for tensor in spec.tensors
         if (part := family.layer_part(tensor.name)) is None or part[0] < changed.layers
     )
-    return replace(changed, tensors=tuple(kept))
+    return replace(changed, tensors=tuple(tensors))
 
 
 def with_layers(spec: ModelSpec, layers: int) -> ModelSpec:
@@ -187,7 +200,7 @@ def with_layers(spec: ModelSpec, layers: int) -> ModelSpec:
     """
     if not 1 <= layers <= spec.layers:
         raise InputError(f"a model of {spec.layers} layers cannot be cut to {layers}: keep 1 to {spec.layers}")
-    return resized(spec, layers=layers)
+    return resized(spec, range(layers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,11 +293,10 @@ def check_holds(spec: ModelSpec, packing: Packing) -> None:
     """Refuses a packing that cannot hold a model, whatever memory it needs.
 
     Raises:
-        InputError: No verified export of this family, or as `Packing.check_model`.
+        InputError: What llama.cpp would not compute of it, or as `Packing.check_model`.
     """
-    if packing.container == "gguf" and get_family(spec.architecture).gguf is None:
-        known = ", ".join(name for name, family in FAMILIES.items() if family.gguf)
-        raise InputError(f"{packing.format} cannot hold the architecture {spec.architecture}; GGUF holds {known}")
+    if packing.container == "gguf" and (reason := cannot_run(spec)):
+        raise InputError(f"GGUF cannot hold this {spec.architecture}: {reason}")
     packing.check_model(spec.tensors)
 
 

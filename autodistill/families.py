@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -61,7 +61,10 @@ class Family:
         heads_divide_width: Whether transformers asks the number of heads to divide the width.
         head_dim: Where a config leaves it out; 0 is the width's even share.
         tied: Whether the head is the embedding table where a config does not say.
-        gguf: llama.cpp's name of the graph that computes this family, or None where no verified export exists.
+        norm_role: Whether norms multiply by their weights, or by these plus 1.
+        windows: Tokens of a sliding window, and that every so many-th layer has none, where a config does not say.
+        gguf: llama.cpp's name of the graph that computes this family.
+        gguf_names: GGUF's names of a block's tensors that differ from the usual ones.
         off: Fields of a config that must be false or absent, for what they turn on is not supported.
     """
 
@@ -77,7 +80,10 @@ class Family:
     heads_divide_width: bool = False
     head_dim: int = 0
     tied: bool = False
-    gguf: str | None = None
+    norm_role: Role = Role.NORM
+    windows: tuple[int, int] = (0, 0)
+    gguf: str
+    gguf_names: Mapping[str, str] = field(default_factory=dict)
     off: tuple[str, ...] = ()
 
     def tensors(self, config: Mapping[str, Any], layers: int, tied: bool) -> Iterator[tuple[str, Role]]:
@@ -105,7 +111,7 @@ class Family:
         return tuple(dict.fromkeys(one.bias for one in self.linears if not isinstance(one.bias, bool)))
 
     def _norm(self, name: str) -> Iterator[tuple[str, Role]]:
-        yield f"{name}.weight", Role.NORM
+        yield f"{name}.weight", self.norm_role
         if self.norm_bias:
             yield f"{name}.bias", Role.BIAS
 
@@ -131,6 +137,34 @@ class Family:
             axes[f"{name}.weight"] = axes[f"{name}.bias"] = (axis,)
         return axes
 
+    def gguf_name(self, name: str) -> str:
+        """GGUF's name of the tensor `name`."""
+        stem, _, suffix = name.rpartition(".")
+        if (found := self.layer_part(name)) is None:
+            return f"{self._gguf_tables[stem]}.{suffix}"
+        part = found[1].removesuffix(f".{suffix}")
+        return f"blk.{found[0]}.{self._gguf_parts[part]}.{suffix}"
+
+    def from_gguf_name(self, name: str) -> str | None:
+        """The tensor that GGUF calls `name`, or None if this family has none."""
+        stem, _, suffix = name.rpartition(".")
+        for own, theirs in self._gguf_tables.items():
+            if theirs == stem:
+                return f"{own}.{suffix}"
+        found = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+        part = next((own for own, theirs in self._gguf_parts.items() if found and theirs == found[2]), None)
+        return f"{self.body}.layers.{found[1]}.{part}.{suffix}" if found and part else None
+
+    @cached_property
+    def _gguf_tables(self) -> dict[str, str]:
+        names = (f"{self.body}.{self.embedding}", f"{self.body}.{self.final_norm}", "lm_head")
+        return dict(zip(names, ("token_embd", "output_norm", "output"), strict=True))
+
+    @cached_property
+    def _gguf_parts(self) -> dict[str, str]:
+        names = _GGUF_NAMES | dict(self.gguf_names)
+        return {part: names[part] for part in (*(one.name for one in self.linears), *self.norms, *self.head_norms)}
+
     def reading(self, axis: Axis) -> str:
         """Name in a block of the linear layer whose inputs count `axis`: the one that ends attention, or the FFN."""
         return next(linear.name for linear in self.linears if linear.inputs is axis)
@@ -153,6 +187,19 @@ def _gated(bias: Condition) -> tuple[Linear, ...]:
     )
 
 
+_GGUF_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 _PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _ATTENTION_BIAS = ("attention_bias", False)
@@ -181,6 +228,14 @@ FAMILIES: Mapping[str, Family] = {
         heads_divide_width=True,
         head_dim=256,
         tied=True,
+        norm_role=Role.NORM_ABOVE_ONE,
+        windows=(4096, 6),
+        gguf="gemma3",
+        gguf_names={
+            "post_attention_layernorm": "post_attention_norm",
+            "pre_feedforward_layernorm": "ffn_norm",
+            "post_feedforward_layernorm": "post_ffw_norm",
+        },
         off=("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"),
     ),
     "gpt_neox": Family(
@@ -197,9 +252,19 @@ FAMILIES: Mapping[str, Family] = {
         stored_head="embed_out",
         norm_bias=True,
         heads_fill_width=True,
+        gguf="gptneox",
+        gguf_names={
+            "attention.query_key_value": "attn_qkv",
+            "attention.dense": "attn_output",
+            "mlp.dense_h_to_4h": "ffn_up",
+            "mlp.dense_4h_to_h": "ffn_down",
+        },
     ),
 }
 """By transformers' `model_type`."""
+
+GGUF_FAMILIES: Mapping[str, str] = {family.gguf: name for name, family in FAMILIES.items() if name != "mistral"}
+"""transformers' `model_type` by the name of llama.cpp's graph, of which Mistral's is Llama's."""
 
 
 def get_family(architecture: str) -> Family:

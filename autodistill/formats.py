@@ -30,6 +30,7 @@ class Role(StrEnum):
     HEAD = "head"
     LINEAR = "linear"
     NORM = "norm"
+    NORM_ABOVE_ONE = "norm above one"  # its factors are its weights plus 1
     BIAS = "bias"
 
 
@@ -106,7 +107,10 @@ class Grid:
         return self.group_size or columns
 
 
-Storage: TypeAlias = Grid | Literal["f32", "f16", "bf16"]
+FloatType: TypeAlias = Literal["f32", "f32_plus_1", "f16", "bf16"]
+"""How values are stored one by one; "f32_plus_1" is float32 of the value plus 1, which a runtime uses as it is."""
+
+Storage: TypeAlias = Grid | FloatType
 
 
 class Scales(NamedTuple):
@@ -277,7 +281,9 @@ class Packing:
             InputError: The tensor cannot be cut into the groups.
         """
         held = get_format(self.format)
-        if tensor.role in (Role.NORM, Role.BIAS):
+        if tensor.role is Role.NORM_ABOVE_ONE and held.container == "gguf":
+            return "f32_plus_1"
+        if tensor.role in (Role.NORM, Role.NORM_ABOVE_ONE, Role.BIAS):
             return held.vectors
         if any(_is_part(part, tensor) for part in self.keep):
             return held.kept
@@ -314,7 +320,8 @@ _ROLES = {"embeddings": Role.EMBEDDING, "head": Role.HEAD}
 def _is_part(part: str, tensor: TensorSpec) -> bool:
     if part in _ROLES:
         return tensor.role is _ROLES[part]
-    return f".{'self_attn' if part == 'attention' else part}." in f".{tensor.name}."
+    names = ("self_attn", "attention") if part == "attention" else (part,)
+    return any(f".{name}." in f".{tensor.name}." for name in names)
 
 
 def check_tensor(tensor: TensorSpec, storage: Storage) -> None:
@@ -395,7 +402,7 @@ def tensor_bytes(tensor: TensorSpec, storage: Storage) -> int:
     """Bytes that one tensor takes, scales included: what `pack` writes, no padding."""
     count = math.prod(tensor.shape)
     if not isinstance(storage, Grid):
-        return count * (4 if storage == "f32" else 2)
+        return count * (4 if storage in ("f32", "f32_plus_1") else 2)
     rows, columns = tensor.shape
     groups = columns // storage.group(columns)
     if storage.container == "gguf":

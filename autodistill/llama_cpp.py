@@ -88,6 +88,8 @@ class LlamaServer:
         threads: CPU threads.
         parallel: Sequences that it makes room for.
         kv_type: What keys and values are held in: "f16", "q8_0" or "q4_0".
+        whole_cache: Whether layers with a sliding window keep all tokens' keys and values. Otherwise a prompt that goes
+            on from the one before is read from its beginning while it is shorter than the window.
 
     Raises:
         MissingDependencyError: xllamacpp is not installed.
@@ -95,7 +97,16 @@ class LlamaServer:
             message has llama.cpp's own words.
     """
 
-    def __init__(self, path: Path, context: int, threads: int, parallel: int = 1, kv_type: str = "f16") -> None:
+    def __init__(
+        self,
+        path: Path,
+        context: int,
+        threads: int,
+        parallel: int = 1,
+        kv_type: str = "f16",
+        *,
+        whole_cache: bool = False,
+    ) -> None:
         if importlib.util.find_spec("xllamacpp") is None:
             raise MissingDependencyError("running a GGUF file needs xllamacpp: pip install xllamacpp")
         for name, value in (("context", context), ("threads", threads), ("parallel", parallel)):
@@ -108,6 +119,7 @@ class LlamaServer:
             "threads": threads,
             "parallel": parallel,
             "kv_type": kv_type,
+            "whole_cache": whole_cache,
         }
 
     def __enter__(self) -> Self:
@@ -165,6 +177,11 @@ class LlamaServer:
             written += step.tokens
             steps.append(step.prompt_ms)
         return Timing(prompt_ms=first.prompt_ms, prompt_tokens=first.prompt_tokens, step_ms=tuple(steps))
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """The ids that llama.cpp cuts a text into, what begins every text included; names of special tokens count."""
+        (answer,) = self._exchange({"prompt": text, "text": text})
+        return tuple(answer["tokens"])
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> float:
         """Reads prompts that arrive at once, with nothing of them in the context before.

@@ -5,10 +5,14 @@ Run by path and not as a module, so that neither this package nor torch is impor
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import socket
 import sys
 from typing import Any
+
+_SOCKET = "llama.sock"
 
 
 def _load(settings: dict[str, Any]) -> Any:
@@ -20,10 +24,11 @@ def _load(settings: dict[str, Any]) -> Any:
     params.n_ctx = settings["context"] * settings["parallel"]
     kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{settings['kv_type'].upper()}")
     params.cache_type_k = params.cache_type_v = kind
+    params.swa_full = settings["whole_cache"]
     params.cpuparams.n_threads = settings["threads"]
     params.cpuparams_batch.n_threads = settings["threads"]
     # A relative Unix socket in the working folder, a private one: nothing listens on the network.
-    params.hostnames = ["llama.sock"]
+    params.hostnames = [_SOCKET]
     params.offline = True
     params.ui = False
     params.cache_ram_mib = 0  # no store of old prompts beside the context
@@ -34,10 +39,28 @@ def _load(settings: dict[str, Any]) -> Any:
     return xllamacpp.Server(params)
 
 
+class _Local(http.client.HTTPConnection):
+    """HTTP over the server's socket, for what xllamacpp has no method for."""
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(_SOCKET)
+
+
+def _tokens(text: str) -> dict[str, Any]:
+    connection = _Local("localhost")
+    body = json.dumps({"content": text, "add_special": True, "parse_special": True})
+    connection.request("POST", "/tokenize", body, {"Content-Type": "application/json"})
+    answer: dict[str, Any] = json.loads(connection.getresponse().read())
+    connection.close()
+    return answer
+
+
 def main() -> None:
     """Loads, says so with a line, and answers until stdin ends.
 
-    A request is a JSON object for llama.cpp's completions; the answer is the JSON list of the objects that it gave.
+    A request is a JSON object for llama.cpp's completions, or one that has a `text` to be cut into tokens; the answer
+    is the JSON list of the objects that it gave.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the runtime prints belongs to the log
@@ -45,7 +68,8 @@ def main() -> None:
     print("[]", file=answers, flush=True)
     for line in sys.stdin:
         chunks: list[Any] = []
-        result = server.handle_completions(json.loads(line), chunks.append)
+        request = json.loads(line)
+        result = _tokens(request["text"]) if "text" in request else server.handle_completions(request, chunks.append)
         print(json.dumps(chunks if result is None else [result]), file=answers, flush=True)
     # Not by way of the server's destructor, which now and then waits for ever for a loop that has just begun.
     os._exit(0)

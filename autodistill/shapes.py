@@ -6,6 +6,7 @@ from autodistill.contracts import ModelSpec
 from autodistill.errors import InputError
 from autodistill.estimate import resized
 from autodistill.families import get_family
+from autodistill.gguf_graphs import cannot_run
 from autodistill.strategy import Init
 
 MULTIPLE = 64
@@ -18,11 +19,34 @@ def student_depth(init: Init, teacher_layers: int) -> int:
     return max(1, int(init.depth * teacher_layers + 1e-9))
 
 
+def layer_choices(init: Init, teacher_layers: int) -> tuple[tuple[int, ...], ...]:
+    """The layers of a teacher that a student of its parts may be made of, as far as they are known without data.
+
+    Kept layers ascend, and the first and the last are among them, the last alone where one is kept. "even" spreads them
+    evenly; "contiguous" leaves out one block of late layers, just before the last; "influence" leaves out a block of
+    neighbouring layers, which a calibration chooses: one choice for each layer after which it may begin, in that order.
+    """
+    depth = student_depth(init, teacher_layers)
+    if depth == 1 or init.layers == "even":
+        return (spread(depth, teacher_layers),)
+    dropped = teacher_layers - depth
+    starts = range(1, depth) if init.layers == "influence" else (depth - 1,)
+    return tuple((*range(start), *range(start + dropped, teacher_layers)) for start in starts)
+
+
+def spread(depth: int, teacher_layers: int) -> tuple[int, ...]:
+    """So many layers of a teacher, evenly spaced."""
+    if depth == 1:
+        return (teacher_layers - 1,)
+    return tuple(round(i * (teacher_layers - 1) / (depth - 1)) for i in range(depth))
+
+
 def cut_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
     """Shape of a student that keeps fractions of a teacher, or is made new in these proportions.
 
     Layers are rounded down; attention heads to whole groups of those that share keys and values, at least one group;
-    channels and neurons to multiples of 64.
+    channels and neurons to multiples of 64. Where data decide which layers are kept, sliding windows are those of a
+    choice that llama.cpp could not run, if there is one. New layers have those of the teacher's first ones.
 
     Raises:
         InputError: A fraction that leaves nothing, or sizes that transformers' model of this family cannot have.
@@ -41,14 +65,17 @@ def cut_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
             f"init.heads {init.heads:g} leaves {heads} heads, which do not divide the width of {width}: transformers' "
             f"{teacher.architecture} needs that"
         )
-    return resized(
-        teacher,
-        layers=student_depth(init, teacher.layers),
-        width=width,
-        heads=heads,
-        kv_heads=groups,
-        ffn_width=_rounded("ffn", "neurons", init.ffn, teacher.ffn_width),
-    )
+    sizes = {
+        "width": width,
+        "heads": heads,
+        "kv_heads": groups,
+        "ffn_width": _rounded("ffn", "neurons", init.ffn, teacher.ffn_width),
+    }
+    if init.source == "scratch":
+        return resized(teacher, range(student_depth(init, teacher.layers)), **sizes)
+    choices = {tuple(layer in teacher.windowed for layer in kept): kept for kept in layer_choices(init, teacher.layers)}
+    students = [resized(teacher, kept, **sizes) for kept in choices.values()]
+    return next((student for student in students if cannot_run(student)), students[0])
 
 
 def _rounded(field: str, what: str, fraction: float, count: int) -> int:

@@ -58,7 +58,7 @@ def serve(path: Path, runtime: str, *, context: int, threads: int, parallel: int
         InputError: No runtime of that name is known here.
     """
     if runtime == "llama.cpp":
-        return LlamaServer(path, context, threads, parallel)
+        return LlamaServer(path, context, threads, parallel, whole_cache=True)
     return PythonServer(path, runtime, context, threads, parallel)
 
 

@@ -179,7 +179,7 @@ def write(case: Case, spec: ModelSpec, deployment: Deployment, path: Path) -> No
         dims = tensor.shape
         if ".experts." in tensor.name:
             dims = (spec.experts, dims[0] // spec.experts, dims[1])
-        if tensor.role is Role.NORM:
+        if tensor.role in (Role.NORM, Role.NORM_ABOVE_ONE):
             storage = "f32"
         kind = (
             gguf.GGMLQuantizationType[storage.name.removeprefix("gguf-").upper()]

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 def lattice() -> list[ModelSpec]:
     """Every depth and width of FFN."""
     spec = shape(TEACHER, tied=True).spec
-    return [resized(spec, layers=layers, ffn_width=ffn) for layers in range(5, 31) for ffn in range(64, 1537, 64)]
+    return [resized(spec, range(layers), ffn_width=ffn) for layers in range(5, 31) for ffn in range(64, 1537, 64)]
 
 
 def different() -> list[ModelSpec]:
@@ -57,7 +57,7 @@ def _drawn(indices: Sequence[int]) -> list[ModelSpec]:
     spec, sizes = shape(TEACHER, tied=True).spec, _sizes()
     chosen = np.random.default_rng(1).permutation(indices)[:ROWS]
     return [
-        resized(spec, layers=layers, heads=heads, kv_heads=heads // 3, width=width, ffn_width=ffn)
+        resized(spec, range(layers), heads=heads, kv_heads=heads // 3, width=width, ffn_width=ffn)
         for layers, heads, width, ffn in (sizes[index] for index in chosen)
     ]
 

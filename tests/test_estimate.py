@@ -28,6 +28,7 @@ from autodistill.errors import InputError
 from autodistill.estimate import (
     ARCHITECTURES,
     cannot_hold,
+    config_of,
     fits,
     holdable,
     shortfall,
@@ -121,7 +122,8 @@ def test_tensors_are_those_of_transformers(architecture: str, tied: bool) -> Non
     assert len(spec.tensors) == len(expected)
     assert spec.parameters == sum(parameter.numel() for parameter in model.parameters())
     for tensor in spec.tensors:
-        assert (tensor.role is Role.NORM) == ("norm" in tensor.name and not tensor.name.endswith("bias"))
+        norm = Role.NORM_ABOVE_ONE if architecture == "gemma3_text" else Role.NORM
+        assert (tensor.role is norm) == ("norm" in tensor.name and not tensor.name.endswith("bias"))
         assert (tensor.role is Role.BIAS) == tensor.name.endswith("bias")
 
 
@@ -143,12 +145,48 @@ def test_what_a_family_can_do_and_we_cannot_is_refused() -> None:
         spec_from_config(config("gemma3_text") | {"final_logit_softcapping": 30.0})
 
 
-@pytest.mark.parametrize("architecture", ["gemma3_text", "gpt_neox"])
-def test_a_family_without_a_verified_gguf_export_is_left_out_with_its_reason(architecture: str) -> None:
-    spec = spec_from_config(config(architecture))
-    assert holdable(spec, ALL) == (INT4, HUGGING_FACE)
+SCALED = {"query_pre_attn_scalar": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "why"),
+    [
+        ("gpt_neox", {"tie_word_embeddings": False}, ""),
+        ("gpt_neox", {}, "no tied head"),
+        ("gpt_neox", {"tie_word_embeddings": False, "attention_bias": False}, "no gpt_neox without biases"),
+        ("gpt_neox", {"hidden_act": "relu"}, "not with 'relu'"),
+        ("gpt_neox", {"rotary_pct": 0.2}, "rotate 3 channels"),
+        ("gemma3_text", {}, "by the head dim of 16, not by a query_pre_attn_scalar of 256"),
+        ("gemma3_text", SCALED, ""),
+        ("gemma3_text", SCALED | {"layer_types": [SLIDING, FULL, SLIDING, FULL]}, ""),
+        ("gemma3_text", SCALED | {"layer_types": [SLIDING, SLIDING, FULL, FULL]}, "of these 4 it is 3, 4: keep all"),
+        ("gemma3_text", SCALED | {"attention_bias": True}, "no biases"),
+        ("gemma3_text", SCALED | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is none of default"),
+        ("gemma3_text", SCALED | {"num_hidden_layers": 62, "head_dim": 8, "query_pre_attn_scalar": 8}, "27B"),
+        ("mistral", {"sliding_window": 64}, "no sliding window of 64 tokens for mistral"),
+        ("qwen3", {"rope_scaling": LLAMA3}, "'llama3' is none of default, linear"),
+        ("llama", {"rope_scaling": LLAMA3}, ""),
+    ],
+)
+def test_what_llama_cpp_would_not_compute_is_no_gguf(architecture: str, changes: dict[str, Any], why: str) -> None:
+    spec = spec_from_config(config(architecture, **changes))
     assert cannot_hold(spec, HUGGING_FACE) == ""
-    assert re.match(f"gguf-q8_0 cannot hold the architecture {architecture}; GGUF holds llama", cannot_hold(spec, Q8_0))
+    if not why:
+        assert holdable(spec, ALL) == ALL
+        return
+    assert HUGGING_FACE in holdable(spec, ALL)
+    assert not any(one.container == "gguf" for one in holdable(spec, ALL))
+    assert re.match(f"GGUF cannot hold this {architecture}: .*{why}", cannot_hold(spec, Q8_0))
+    # What a row keeps of its student says so too.
+    assert cannot_hold(spec_from_config(config_of(spec)), Q8_0) == cannot_hold(spec, Q8_0)
 
 
 @pytest.mark.parametrize("value", [None, 0, -3, "64", 64.0, True])

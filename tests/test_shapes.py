@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autodistill.errors import InputError
-from autodistill.estimate import spec_from_config
-from autodistill.shapes import cut_spec
-from autodistill.strategy import Init
+from autodistill.estimate import cannot_hold, spec_from_config
+from autodistill.shapes import cut_spec, layer_choices
+from autodistill.strategy import Deployment, Init
 
 LLAMA = {
     "model_type": "llama",
@@ -83,3 +83,41 @@ def test_a_shape_is_that_of_transformers_for_its_sizes(depth: float, ffn: float,
     assert spec == spec_from_config(json.loads(json.dumps(LLAMA | changes)))
     assert spec.ffn_width % 64 == 0
     assert spec.heads % spec.kv_heads == 0
+
+
+GEMMA = NEOX | {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 18,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 16,
+    "head_dim": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("init", "holds"),
+    [
+        (Init(depth=1.0), True),
+        (Init(depth=1.0, ffn=0.5, width=0.5, heads=0.5), True),
+        (Init(depth=2 / 3, layers="contiguous"), True),  # six layers fewer, from one full attention to the next
+        (Init(depth=2 / 3, layers="influence"), True),  # wherever the six are left out
+        (Init(depth=13 / 18, layers="contiguous"), False),
+        (Init(depth=13 / 18, layers="influence"), False),  # for some places at least
+        (Init(depth=2 / 3), True),  # every fourth then
+        (Init(depth=13 / 18), False),
+        (Init(depth=5 / 18), True),  # 1, 5, 10, 14 and 18: the last alone has full attention
+        (Init(depth=13 / 18, source="scratch"), True),
+    ],
+    ids=str,
+)
+def test_a_cut_that_breaks_the_pattern_of_windows_is_known_before_training(init: Init, holds: bool) -> None:
+    deployment = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
+    assert (cannot_hold(cut_spec(init, spec_from_config(GEMMA)), deployment) == "") == holds
+
+
+def test_windows_are_those_of_the_layers_that_are_kept() -> None:
+    teacher = spec_from_config(GEMMA)
+    assert [layer for layer in range(18) if layer not in teacher.windowed] == [5, 11, 17]
+    student = cut_spec(Init(depth=2 / 3), teacher)
+    kept = layer_choices(Init(depth=2 / 3), 18)[0]
+    assert student.windowed == tuple(new for new, old in enumerate(kept) if (old + 1) % 6)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from autodistill.distillation.gguf_file import GgufFile, transformers_name
+from autodistill.distillation.gguf_file import GgufFile
 from autodistill.errors import InputError
 
 _INDEX = "teacher.json"
@@ -77,7 +77,7 @@ def _write_config(file: GgufFile, folder: Path) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)
-    found = {str(transformers_name(tensor.name)): tensor.shape for tensor in file.tensors}
+    found = {str(file.family.from_gguf_name(tensor.name)): tensor.shape for tensor in file.tensors}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise InputError(
@@ -100,8 +100,35 @@ def _write_tokenizer(file: GgufFile, folder: Path) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"the tokenizer in {file.path} cannot be read ({error}): give the model's folder") from error
     tokenizer.save_pretrained(folder)
+    if file.metadata.get("tokenizer.ggml.model") == "gpt2":
+        _keep_whole(file, folder / "tokenizer.json")
     text = json.dumps(file.tokenizer_metadata(), indent=1, sort_keys=True)
     (folder / "gguf_tokenizer.json").write_text(text, encoding="utf-8")
+
+
+_USER_DEFINED = 4
+
+
+def _keep_whole(file: GgufFile, path: Path) -> None:
+    """Makes added tokens of those that llama.cpp looks for in texts, as GPT-NeoX's runs of spaces.
+
+    transformers spells their characters as it spells the bytes of all others, and so takes them for pieces.
+    """
+    description = json.loads(path.read_text(encoding="utf-8"))
+    vocab, added = description["model"]["vocab"], description["added_tokens"]
+    known, spelled = {one["id"] for one in added}, {index: name for name, index in vocab.items()}
+    kinds = file.metadata.get("tokenizer.ggml.token_type", ())
+    for index, kind in enumerate(kinds):
+        if kind != _USER_DEFINED or index in known:
+            continue
+        del vocab[spelled[index]]
+        name = file.metadata["tokenizer.ggml.tokens"][index]
+        vocab[name] = index
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+        added.append({"id": index, "content": name, **flags})
+    if len(added) > len(known):
+        added.sort(key=lambda one: int(one["id"]))
+        path.write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
 
 
 def _write_weights(file: GgufFile, path: Path) -> str:
@@ -114,8 +141,11 @@ def _write_weights(file: GgufFile, path: Path) -> str:
     end = 0
     for tensor in file.tensors:
         start, end = end, end + 4 * int(np.prod(tensor.shape))
-        name = str(transformers_name(tensor.name))
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[_stored_name(file, tensor.name)] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the bytes begin at a multiple of 8
     digest = hashlib.sha256()
@@ -124,6 +154,12 @@ def _write_weights(file: GgufFile, path: Path) -> str:
             out.write(piece)
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _stored_name(file: GgufFile, name: str) -> str:
+    """The name of GGUF's tensor `name` in transformers' files, where a head may have another than in the model."""
+    found = str(file.family.from_gguf_name(name))
+    return f"{file.family.stored_head}.weight" if found == "lm_head.weight" else found
 
 
 def _pieces(header: bytes, file: GgufFile) -> Iterator[bytes | memoryview]:

@@ -7,7 +7,6 @@ second even for a large vocabulary, and finds a truncated file without touching 
 from __future__ import annotations
 
 import mmap
-import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,26 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from autodistill.errors import InputError
-
-# GGUF's names, which are also transformers' `model_type`. llama.cpp's converter writes Mistral models as "llama".
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+from autodistill.families import GGUF_FAMILIES, Family, get_family
+from autodistill.formats import Role
+from autodistill.gguf_graphs import FULL, LAYERS_OF_27B, SLIDING, row_order
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 class _Cursor:
@@ -107,6 +92,11 @@ class GgufFile:
     tensors: tuple[GgufTensor, ...]
 
     @property
+    def family(self) -> Family:
+        """The family whose graph this file is for."""
+        return get_family(GGUF_FAMILIES[self.architecture])
+
+    @property
     def architecture(self) -> str:
         """GGUF's name of the architecture."""
         return str(self.metadata.get("general.architecture"))
@@ -122,23 +112,60 @@ class GgufFile:
         shapes = {tensor.name: tensor.shape for tensor in self.tensors}
         if "token_embd.weight" not in shapes:
             raise InputError(f"{self.path} has no embedding table: give a GGUF file of a whole language model")
+        head_dim = self._size("attention.key_length", self._size("rope.dimension_count", width // heads))
         config = {
-            "model_type": self.architecture,
+            "model_type": GGUF_FAMILIES[self.architecture],
             "num_hidden_layers": self._size("block_count"),
             "hidden_size": width,
             "intermediate_size": self._size("feed_forward_length"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._size("attention.head_count_kv", heads),
-            "head_dim": self._size("attention.key_length", self._size("rope.dimension_count", width // heads)),
             "max_position_embeddings": self._size("context_length"),
-            "rms_norm_eps": self._key("attention.layer_norm_rms_epsilon"),
-            "rope_parameters": {"rope_theta": self._key("rope.freq_base", 10000.0), "rope_type": "default"},
+            "rope_parameters": self._rotary(self._key("rope.freq_base", 10000.0)),
             "vocab_size": shapes["token_embd.weight"][0],
             "tie_word_embeddings": "output.weight" not in shapes,
         }
+        if self.architecture == "gptneox":
+            config |= self._neox(width // heads)
+        else:
+            config |= {
+                "num_key_value_heads": self._size("attention.head_count_kv", heads),
+                "head_dim": head_dim,
+                "rms_norm_eps": self._key("attention.layer_norm_rms_epsilon"),
+            }
+        if self.architecture == "gemma3":
+            config |= self._gemma(width // heads if config["num_hidden_layers"] == LAYERS_OF_27B else head_dim)
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
             config[f"{name}_token_id"] = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
         return {key: value for key, value in config.items() if value is not None}
+
+    def _rotary(self, theta: float) -> dict[str, Any]:
+        found = {"rope_theta": theta, "rope_type": "default"}
+        if self._key("rope.scaling.type", "none") == "linear":
+            found |= {"rope_type": "linear", "factor": self._key("rope.scaling.factor")}
+        return found
+
+    def _neox(self, head_dim: int) -> dict[str, Any]:
+        rotary = self._rotary(self._key("rope.freq_base", 10000.0))
+        return {
+            "layer_norm_eps": self._key("attention.layer_norm_epsilon"),
+            "use_parallel_residual": self._key("use_parallel_residual"),
+            "rope_parameters": rotary
+            | {"partial_rotary_factor": self._size("rope.dimension_count", head_dim) / head_dim},
+        }
+
+    def _gemma(self, scaled_by: int) -> dict[str, Any]:
+        layers = self._size("block_count")
+        window = self._key("attention.sliding_window", 0)
+        period = self._size("attention.sliding_window_pattern", 6) if window else 1
+        local = {"rope_theta": self._key("rope.freq_base_swa", 10000.0), "rope_type": "default"}
+        return {
+            "query_pre_attn_scalar": scaled_by,
+            # transformers wants one even where no layer has a window.
+            "sliding_window": window or self._size("context_length"),
+            "layer_types": [SLIDING if (layer + 1) % period else FULL for layer in range(layers)],
+            "rope_parameters": {FULL: self._rotary(self._key("rope.freq_base", 10000.0)), SLIDING: local},
+            "final_logit_softcapping": self.metadata.get("gemma3.final_logit_softcapping"),
+        }
 
     def values(self, tensor: GgufTensor) -> npt.NDArray[np.float32]:
         """The tensor in transformers' layout, float32 [shape].
@@ -156,10 +183,12 @@ class GgufFile:
             raise InputError(
                 f"{self.path} holds {kind.name} blocks, which cannot be read: take another file"
             ) from error
-        found = re.fullmatch(r"blk\.\d+\.attn_(q|k)\.(?:weight|bias)", tensor.name)
-        if found and self.architecture == "llama":
-            heads = self._size("attention.head_count")
-            values = _unpermute(values, heads if found[1] == "q" else self._size("attention.head_count_kv", heads))
+        heads = self._size("attention.head_count")
+        order = row_order(self.architecture, tensor.name, heads, self._size("attention.head_count_kv", heads))
+        if order is not None:
+            values = order.to_transformers(values)
+        if tensor.name.endswith("_norm.weight") and self.family.norm_role is Role.NORM_ABOVE_ONE:
+            values = values - np.float32(1)
         return np.ascontiguousarray(values, dtype=np.float32)
 
     def tokenizer_metadata(self) -> dict[str, Any]:
@@ -183,12 +212,12 @@ class GgufFile:
         return value
 
     def _check_supported(self) -> None:
-        if self.architecture not in ARCHITECTURES:
+        if self.architecture not in GGUF_FAMILIES:
             raise InputError(
-                f"{self.path} holds the architecture {self.architecture}; supported are {', '.join(ARCHITECTURES)}"
+                f"{self.path} holds the architecture {self.architecture}; supported are {', '.join(GGUF_FAMILIES)}"
             )
-        scaling = self.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
-        if scaling != "none" or any(tensor.name == "rope_freqs.weight" for tensor in self.tensors):
+        scaling = self._key("rope.scaling.type", "none")
+        if scaling not in ("none", "linear") or any(tensor.name == "rope_freqs.weight" for tensor in self.tensors):
             raise InputError(f"{self.path} scales its rotary embedding: give the model's Hugging Face folder instead")
         if self.metadata.get(f"{self.architecture}.expert_count", 0):
             raise InputError(f"{self.path} is a mixture of experts, which is not supported: give a dense model")
@@ -240,24 +269,3 @@ def _read_header(path: Path, data: mmap.mmap) -> GgufFile:
             raise struct.error(f"tensor {name} ends beyond the file")
         tensors.append(GgufTensor(name=name, shape=shape, type=kind, offset=start + offset, size=size))
     return GgufFile(path=path, metadata=metadata, tensors=tuple(tensors))
-
-
-def transformers_name(name: str) -> str | None:
-    """The parameter of transformers' llama-like models that a GGUF tensor holds, or None if there is none."""
-    stem, _, suffix = name.rpartition(".")
-    if stem in _TOP:
-        return f"{_TOP[stem]}.{suffix}"
-    found = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if found is None or found[2] not in _BLOCK:
-        return None
-    return f"model.layers.{found[1]}.{_BLOCK[found[2]]}.{suffix}"
-
-
-def _unpermute(values: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
-    """Undoes the row order of llama.cpp's Q and K.
-
-    Within a head, llama.cpp rotates neighbouring rows together, (0, 1), (2, 3), ...; transformers rotates row i with
-    row i + half. So the pair index and the index within the pair change places.
-    """
-    pairs = values.reshape(heads, -1, 2, *values.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(values.shape)

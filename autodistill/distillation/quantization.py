@@ -81,6 +81,8 @@ def deploy_tensor(weight: Tensor, storage: Storage, scales: Scales | None = None
         return _on_grid(weight, storage, None, None if scales is None else _columns(scales, weight.device))
     if storage == "f32":
         return weight
+    if storage == "f32_plus_1":
+        return (weight + 1) - 1
     return weight.to(torch.float16 if storage == "f16" else torch.bfloat16).float()
 
 

@@ -15,7 +15,7 @@ from autodistill.distillation.teacher import load_model, model_from_weights, rea
 from autodistill.errors import InputError
 from autodistill.estimate import resized, spec_from_config
 from autodistill.families import Axis, get_family
-from autodistill.shapes import cut_spec, student_depth
+from autodistill.shapes import cut_spec, layer_choices, student_depth
 from autodistill.strategy import Init
 
 
@@ -33,10 +33,9 @@ def init_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
 def kept_layers(init: Init, teacher_layers: int, calibration: Calibration | None = None) -> tuple[int, ...]:
     """Teacher layer that each student layer is, or stands for where it was not copied; the last one among them.
 
-    Kept layers ascend, and the first is among them unless only one is kept. "even" spreads them evenly; "contiguous"
-    leaves out one block of late layers, just before the last; "influence" leaves out the block of neighbouring layers
-    between whose input and output the hidden state turns least (Gromov et al., 2024, arXiv:2403.17887). A student that
-    is not made of the teacher's layers stands for those of its relative depth.
+    Those of `shapes.layer_choices`; "influence" leaves out the block between whose input and output the hidden state
+    turns least (Gromov et al., 2024, arXiv:2403.17887). A student that is not made of the teacher's layers stands for
+    those of its relative depth.
 
     Args:
         init: How the student begins.
@@ -48,21 +47,12 @@ def kept_layers(init: Init, teacher_layers: int, calibration: Calibration | None
     depth = student_depth(init, teacher_layers)
     if init.source == "scratch":
         return same_depth(depth, teacher_layers)
-    if depth == 1 or init.layers == "even":
-        return _spread(depth, teacher_layers)
-    start = depth - 1
-    dropped = teacher_layers - depth
-    if init.layers == "influence":
-        if calibration is None:
-            raise ValueError("layers are chosen by influence from a calibration")
-        start = 1 + int(calibration.similarity.diagonal(dropped)[1:depth].argmax())
-    return (*range(start), *range(start + dropped, teacher_layers))
-
-
-def _spread(depth: int, teacher_layers: int) -> tuple[int, ...]:
-    if depth == 1:
-        return (teacher_layers - 1,)
-    return tuple(round(i * (teacher_layers - 1) / (depth - 1)) for i in range(depth))
+    choices = layer_choices(init, teacher_layers)
+    if len(choices) == 1:
+        return choices[0]
+    if calibration is None:
+        raise ValueError("layers are chosen by influence from a calibration")
+    return choices[int(calibration.similarity.diagonal(teacher_layers - depth)[1:depth].argmax())]
 
 
 def same_depth(layers: int, teacher_layers: int) -> tuple[int, ...]:
@@ -190,7 +180,7 @@ def new_student(teacher: Path, init: Init, seed: int) -> Any:
 
     config = AutoConfig.from_pretrained(teacher, local_files_only=True, trust_remote_code=False)
     spec = cut_spec(init, spec_from_config(config.to_dict()))
-    changes = _config_changes(config, spec, _spread(spec.layers, config.num_hidden_layers))
+    changes = _config_changes(config, spec, tuple(range(spec.layers)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = type(config).from_dict(config.to_dict() | changes)

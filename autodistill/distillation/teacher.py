@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from autodistill.contracts import HeldType
 from autodistill.distillation.gguf_conversion import convert, is_whole, sha256
-from autodistill.distillation.gguf_file import read_gguf, transformers_name
+from autodistill.distillation.gguf_file import read_gguf
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.families import FAMILIES
 from autodistill.records.locks import alone
@@ -115,7 +115,7 @@ def _smollm2_file() -> Path:
 def _gguf_ref(path: Path) -> TeacherRef:
     file = read_gguf(path)
     config = file.config()
-    unknown = [tensor.name for tensor in file.tensors if transformers_name(tensor.name) is None]
+    unknown = [tensor.name for tensor in file.tensors if file.family.from_gguf_name(tensor.name) is None]
     if unknown:
         raise InputError(f"{path} holds the tensor {unknown[0]}, for which {file.architecture} has no place")
     licence = file.metadata.get("general.license")

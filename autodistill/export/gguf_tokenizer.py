@@ -1,4 +1,10 @@
-"""Turns a byte-level BPE tokenizer of transformers into the metadata that llama.cpp reads."""
+"""Turns a BPE tokenizer of transformers into the metadata that llama.cpp reads.
+
+Byte-level BPE is GPT-2's kind: text is cut by a pattern, and bytes are merged in the order of a list. SentencePiece's
+kind, as Gemma's, merges characters of whole texts, spaces being "▁"; llama.cpp has no list for it, but joins whatever
+two neighbours make a token, the token of the highest score first. That is the same where every pair that makes a token
+stands in the list, those of one token after each other, which is checked.
+"""
 
 from __future__ import annotations
 
@@ -31,23 +37,39 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
         vocabulary: Rows of the embedding table; those beyond the tokenizer's are named as unused.
 
     Raises:
-        InputError: There is no tokenizer.json, or the tokenizer is no byte-level BPE.
+        InputError: There is no tokenizer.json, or llama.cpp would cut text otherwise than it.
     """
     from transformers import AutoTokenizer
 
-    description = read_json(folder / "tokenizer.json")
+    path = folder / "tokenizer.json"
+    description = read_json(path)
     model = description.get("model") or {}
-    if model.get("type") != "BPE" or not any(part["type"] == "ByteLevel" for part in _parts(description["decoder"])):
+    kinds = {part["type"] for part in _parts(description.get("decoder"))}
+    byte_level = "ByteLevel" in kinds
+    if model.get("type") != "BPE" or not (byte_level or model.get("byte_fallback")):
         raise InputError(
-            f"GGUF export knows byte-level BPE tokenizers, and {folder / 'tokenizer.json'} is another kind: "
-            "export to huggingface or compressed-tensors instead"
+            f"GGUF export knows byte-level BPE tokenizers and SentencePiece's kind with bytes, and {path} is another "
+            "kind: export to huggingface or compressed-tensors instead"
         )
     names, kinds = _tokens(description, vocabulary)
+    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    missing = _other_normalizer(description) if byte_level else _no_sentencepiece(description, merges)
+    if missing:
+        raise InputError(
+            f"llama.cpp would cut text into other tokens than {path} does: {missing}; export to huggingface or "
+            "compressed-tensors instead"
+        )
+    if byte_level:
+        own = {"model": "gpt2", "pre": guess_pre_tokenizer(description.get("pre_tokenizer"))}
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+    else:
+        own = {"model": "llama", "pre": "default"}
+        names, kinds, scores = _as_sentencepiece(names, kinds, merges)
+        writer.add_token_scores(scores)
     writer.add_token_list(names)
     writer.add_token_types(kinds)
-    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]])
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    scalars = _scalars(tokenizer, description)
+    scalars = own | _scalars(tokenizer)
     if (folder / INHERITED).is_file():
         scalars |= read_json(folder / INHERITED)
     for key, value in scalars.items():
@@ -69,12 +91,74 @@ def _tokens(description: dict[str, Any], vocabulary: int) -> tuple[list[str], li
     return [names[index] for index in range(vocabulary)], [int(kinds[index]) for index in range(vocabulary)]
 
 
-def _scalars(tokenizer: Any, description: dict[str, Any]) -> dict[str, Any]:
+def _other_normalizer(description: dict[str, Any]) -> str:
+    """What is changed in texts before they are cut that llama.cpp does not do, or nothing.
+
+    Composing characters (NFC) passes: texts are mostly composed, and llama.cpp's own files of such models leave it out.
+    """
+    others = [part["type"] for part in _parts(description.get("normalizer")) if part["type"] != "NFC"]
+    return f"its normalizer {others[0]} is not known there" if others else ""
+
+
+_Pair = tuple[str, ...]
+_BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+_SPACE = "\u2581"
+
+
+def _no_sentencepiece(description: dict[str, Any], merges: list[_Pair]) -> str:
+    """Why llama.cpp's way to merge by scores is another than this tokenizer's, or nothing."""
+    model = description["model"]
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    if _parts(description.get("normalizer")) != [space]:
+        return f"its normalizer does more, or less, than to write spaces as {_SPACE}"
+    before = _parts(description.get("pre_tokenizer"))
+    if any(part["type"] != "Split" or part["pattern"] != {"String": " "} for part in before):
+        return "its pre_tokenizer cuts text into words"
+    if model.get("ignore_merges") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        return "its model has words, prefixes or suffixes of its own"
+    vocab = model["vocab"]
+    lacking = [name for name in _BYTES if name not in vocab]
+    if lacking:
+        return f"its vocabulary lacks {lacking[0]}, one of 256 bytes"
+    known, ranks = set(merges), dict[str, int]()
+    last = ""
+    for rank, pair in enumerate(merges):
+        token = "".join(pair)
+        if token != last and token in ranks:
+            return f"its merges that make {token!r} do not follow each other"
+        ranks.setdefault(token, rank)
+        last = token
+    for token in vocab:
+        for cut in range(1, len(token)):
+            pair = (token[:cut], token[cut:])
+            if pair[0] in vocab and pair[1] in vocab and pair not in known:
+                return f"its merges lack {pair[0]!r} and {pair[1]!r}, which make the token {token!r}"
+    return ""
+
+
+def _as_sentencepiece(
+    names: list[str], kinds: list[int], merges: list[_Pair]
+) -> tuple[list[str], list[int], list[float]]:
+    """Names, kinds with bytes marked, and scores: the earlier a merge, the higher that of what it makes."""
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(merges):
+        ranks.setdefault("".join(pair), rank)
+    # A token with a score of its own for each place in the list of merged tokens: float32 tells 2^24 of them apart.
+    order = {token: place for place, token in enumerate(ranks)}
+    marked = list(kinds)
+    for index, name in enumerate(names):
+        if name in _BYTES:
+            marked[index] = int(TokenType.BYTE)
+        elif kinds[index] == TokenType.USER_DEFINED and _SPACE in name:
+            # It would be looked for in the text before spaces are written so, and printed as it is.
+            marked[index] = int(TokenType.NORMAL)
+    return names, marked, [-float(order.get(name, 0)) for name in names]
+
+
+def _scalars(tokenizer: Any) -> dict[str, Any]:
     ids = {f"{key}_token_id": getattr(tokenizer, name) for key, name in _IDS.items()}
     begins = tokenizer("a")["input_ids"][:1]
     return {
-        "model": "gpt2",
-        "pre": guess_pre_tokenizer(description.get("pre_tokenizer")),
         "add_space_prefix": False,
         "add_bos_token": begins == [tokenizer.bos_token_id],
         **{key: value for key, value in ids.items() if value is not None},
@@ -107,8 +191,11 @@ def _parts(description: dict[str, Any] | None) -> list[dict[str, Any]]:
     """A step of the tokenizer, or the steps of a sequence of them."""
     if description is None:
         return []
-    steps: list[dict[str, Any]] = description.get("pretokenizers") or description.get("decoders") or [description]
-    return steps
+    for name in ("pretokenizers", "decoders", "normalizers"):
+        if name in description:
+            steps: list[dict[str, Any]] = description[name]
+            return steps
+    return [description]
 
 
 def _add_scalar(writer: GGUFWriter, key: str, value: Any) -> None:

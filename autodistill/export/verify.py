@@ -142,7 +142,7 @@ _Run = tuple[npt.NDArray[np.int64], str]
 
 
 def _run_llama_cpp(path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int) -> _Run:
-    with LlamaServer(path, sequences.shape[1] + _WRITTEN_TOKENS, threads) as server:
+    with LlamaServer(path, sequences.shape[1] + _WRITTEN_TOKENS, threads, whole_cache=True) as server:
         # Each prompt is the one before and a token more, so that only that token is computed.
         top1 = [[server.next_token(row[: end + 1]) for end in range(len(row))] for row in sequences.tolist()]
         written = server.complete(sequences[0, :_PROMPT_TOKENS].tolist(), _WRITTEN_TOKENS, ignore_end=True)

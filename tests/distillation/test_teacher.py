@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from autodistill.distillation.gguf_file import read_gguf
 from autodistill.distillation.teacher import load_model, materialise, resolve_teacher, tokenizer_fingerprint
 from autodistill.errors import InputError, MissingDependencyError
+from autodistill.export.gguf import GgufExporter
+from autodistill.strategy import Deployment
 from autodistill.testing import save_tiny_teacher
 
 NAMES = {
@@ -154,6 +156,61 @@ def test_a_gguf_file_of_floats_gives_the_model_it_was_written_from(tmp_path: Pat
         # The epsilon of the norms went through float32.
         torch.testing.assert_close(ours(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
     assert load_file(teacher.folder / "model.safetensors").keys() == load_file(source / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize(("architecture", "tied"), [("gemma3_text", True), ("gpt_neox", False)])
+def test_an_export_is_read_as_the_student_it_was_made_of(tmp_path: Path, architecture: str, tied: bool) -> None:
+    source = save_tiny_teacher(tmp_path / "source", architecture=architecture, tied=tied, layers=3)
+    halves = {
+        name: w.half().float() if w.ndim == 2 else w for name, w in load_file(source / "model.safetensors").items()
+    }
+    save_file(halves, source / "model.safetensors", metadata={"format": "pt"})
+    f16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
+    path = GgufExporter().export(source, f16, tmp_path / "out").path
+    teacher = materialise(resolve_teacher(str(path)), tmp_path / "cache")
+    ours, original = load_model(teacher.folder, torch.float32), load_model(source, torch.float32)
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        # The epsilon of the norms went through float32.
+        torch.testing.assert_close(ours(ids).logits, original(ids).logits, rtol=1e-5, atol=1e-5)
+    assert load_file(teacher.folder / "model.safetensors").keys() == halves.keys()
+
+
+def test_a_gemma_file_of_llama_cpps_own_has_its_defaults(tmp_path: Path) -> None:
+    """Its converter leaves out pattern and base of windowed layers; transformers' own reading is the reference."""
+    source = save_tiny_teacher(tmp_path / "source", architecture="gemma3_text", layers=7)
+    f16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
+    made = gguf.GGUFReader(GgufExporter().export(_patterned(source), f16, tmp_path / "out").path)
+    writer = gguf.GGUFWriter(tmp_path / "own.gguf", "gemma3")
+    for key, field in made.fields.items():
+        if not key.startswith("GGUF.") and key not in (
+            *("general.architecture", "gemma3.attention.sliding_window_pattern", "gemma3.rope.freq_base_swa"),
+        ):
+            kind = field.types[0]
+            writer.add_key_value(key, field.contents(), kind, *field.types[1:2])
+    for tensor in made.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours = load_model(
+        materialise(resolve_teacher(str(tmp_path / "own.gguf")), tmp_path / "cache").folder, torch.float32
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="own.gguf", dtype=torch.float32).eval()
+    theirs.config.query_pre_attn_scalar = 16
+    for layer in theirs.model.layers:
+        layer.self_attn.scaling = 16**-0.5  # which transformers does not know of small models
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
+def _patterned(folder: Path) -> Path:
+    kinds = ["full_attention" if layer == 5 else "sliding_attention" for layer in range(7)]
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_types": kinds}))
+    return folder
 
 
 def test_the_folder_of_a_gguf_file_can_be_saved_again_and_keeps_the_tokenizer_keys(file: Path, tmp_path: Path) -> None:

@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from autodistill.errors import InputError, VerificationError
-from autodistill.export.gguf import GgufExporter, gguf_name, permute, unpermute
+from autodistill.export.gguf import GgufExporter
+from autodistill.export.verify import verify
+from autodistill.families import get_family
+from autodistill.gguf_graphs import FULL, SLIDING, row_order
 from autodistill.llama_cpp import LlamaServer
 from autodistill.strategy import Deployment
 from autodistill.testing import save_tiny_teacher
@@ -46,7 +49,9 @@ def metadata(path: Path) -> dict[str, object]:
 def choices(folder: Path, weights: dict[str, torch.Tensor], tokens: list[int]) -> np.ndarray:
     """transformers' most likely tokens with other weights in the model of `folder`."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    lacking = model.load_state_dict(weights, strict=False)
+    lacking = model.load_state_dict(
+        {name.replace("embed_out", "lm_head"): w for name, w in weights.items()}, strict=False
+    )
     assert not lacking.unexpected_keys
     assert set(lacking.missing_keys) <= {"lm_head.weight"}
     with torch.inference_mode():
@@ -60,7 +65,10 @@ def served(path: Path, tokens: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("architecture", "tied"),
-    [("llama", True), ("llama", False), ("mistral", True), ("qwen2", False), ("qwen3", True)],
+    [
+        *(("llama", True), ("llama", False), ("mistral", True), ("qwen2", False), ("qwen3", True)),
+        *(("gemma3_text", True), ("gemma3_text", False), ("gpt_neox", False)),
+    ],
 )
 def test_llama_cpp_chooses_the_tokens_of_transformers(tmp_path: Path, architecture: str, tied: bool) -> None:
     teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, tied=tied)
@@ -73,19 +81,35 @@ def test_llama_cpp_chooses_the_tokens_of_transformers(tmp_path: Path, architectu
     assert np.mean(served(artefact.path, tokens) == choices(teacher, weights, tokens)) >= 0.97
 
 
-@pytest.mark.parametrize("keep", [(), KEEP], ids=["all", "mixed"])
-@pytest.mark.parametrize("name", [name for name in DEPLOYMENTS if name != "gguf-f16"])
-def test_quantised_files_hold_what_gguf_quants_makes_and_run(tmp_path: Path, name: str, keep: tuple[str, ...]) -> None:
-    teacher = save_tiny_teacher(tmp_path / "teacher", width=128, layers=2)
-    artefact = GgufExporter().export(teacher, replace(DEPLOYMENTS[name], keep=keep), tmp_path / "out")
+CASES = [("llama", name, keep) for keep in ((), KEEP) for name in DEPLOYMENTS if name != "gguf-f16"] + [
+    ("gemma3_text", "gguf-q4_0", ()),
+    ("gemma3_text", "gguf-q8_0", KEEP),
+    ("gpt_neox", "gguf-q4_0", ("attention", "embeddings", "layers.1.mlp.dense_4h_to_h")),
+    ("gpt_neox", "gguf-q8_0", ()),
+]
+
+
+@pytest.mark.parametrize(("architecture", "name", "keep"), CASES)
+def test_quantised_files_hold_what_gguf_quants_makes_and_run(
+    tmp_path: Path, architecture: str, name: str, keep: tuple[str, ...]
+) -> None:
+    neox = architecture == "gpt_neox"
+    teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, width=128, layers=2, tied=not neox)
+    deployment = replace(DEPLOYMENTS[name], keep=keep)
+    artefact = GgufExporter().export(teacher, deployment, tmp_path / "out")
+    assert verify(GgufExporter(), artefact, teacher, deployment).tensors > 0
     low = gguf.GGMLQuantizationType[name.removeprefix("gguf-").upper()]
+    kept = (".self_attn.", ".attention.", "embed_tokens", "embed_in", keep[-1]) if keep else ()
     expected = {}
     for key, values in load_file(teacher / "model.safetensors").items():
-        kind = gguf.GGMLQuantizationType.Q8_0 if "embed_tokens" in key else low
-        if any(part in key for part in ("self_attn", "embed_tokens", "layers.1.mlp.down_proj") if keep):
+        kind = gguf.GGMLQuantizationType.Q8_0 if "embed_" in key else low
+        if any(part in f".{key}" for part in kept):
             kind = gguf.GGMLQuantizationType.F16
         quantised = values.ndim == 2
         expected[key] = gguf.dequantize(gguf.quantize(values.numpy(), kind), kind) if quantised else values.numpy()
+        if architecture == "gemma3_text" and not quantised:
+            expected[key] = (values + 1).numpy() - 1  # as the file has it
+    expected = {key.replace("embed_out", "lm_head"): values for key, values in expected.items()}
     found = dict(GgufExporter().unpack(artefact.path))
     assert set(found) == set(expected)
     for key in expected:
@@ -190,31 +214,99 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path: Path) -> No
     edit_config(teacher, hidden_act="silu", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(InputError, match="yarn"):
         export(teacher, F16, tmp_path / "out")
-    neox = save_tiny_teacher(tmp_path / "neox", architecture="gpt_neox", layers=1)
-    with pytest.raises(InputError, match="'gpt_neox'; it knows llama, mistral, qwen2"):
+    neox = save_tiny_teacher(tmp_path / "neox", architecture="gpt_neox", layers=1, tied=True)
+    with pytest.raises(InputError, match="no tied head for gpt_neox"):
         export(neox, F16, tmp_path / "out")
+    gemma = save_tiny_teacher(tmp_path / "gemma", architecture="gemma3_text", layers=4)
+    edit_config(gemma, layer_types=[FULL, SLIDING, FULL, FULL])
+    with pytest.raises(
+        InputError, match="every n-th layer of gemma3_text full attention, and of these 4 it is 1, 3, 4"
+    ):
+        export(gemma, F16, tmp_path / "out")
+    edit_config(gemma, query_pre_attn_scalar=64)
+    with pytest.raises(InputError, match="by the head dim of 16, not by a query_pre_attn_scalar of 64"):
+        export(gemma, F16, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_rows_are_permuted_as_llama_cpp_pairs_them() -> None:
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
+        [SLIDING, FULL, SLIDING],
+        [SLIDING, SLIDING],
+        [FULL, FULL],
+    ],
+    ids=["third", "second", "none", "all"],
+)
+def test_sliding_windows_are_where_and_as_wide_as_in_transformers(tmp_path: Path, kinds: list[str]) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher", architecture="gemma3_text", layers=len(kinds))
+    weights = load_file(teacher / "model.safetensors")
+    tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
+    rope = {
+        FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+        SLIDING: {"rope_type": "default", "rope_theta": 100.0},
+    }
+    found = {}
+    for window, other in ((7, kinds), (64, kinds), (7, [FULL, *kinds[:-1]])):
+        edit_config(teacher, layer_types=other, sliding_window=window, rope_parameters=rope)
+        found[window, other is kinds] = choices(teacher, weights, tokens)
+    edit_config(teacher, layer_types=kinds, sliding_window=7)
+    artefact = GgufExporter().export(teacher, F16, tmp_path / "out")
+    expected = found.pop((7, True))
+    if SLIDING in kinds:  # or the test would show nothing
+        assert all(np.mean(one == expected) < 0.9 for one in found.values())
+    assert np.mean(served(artefact.path, tokens) == expected) >= 0.97
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_parallel_residual": False, "layer_norm_eps": 0.1},
+        {"rope_parameters": None, "rotary_pct": 0.5, "rotary_emb_base": 300},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500, "partial_rotary_factor": 1.0}},
+    ],
+    ids=["sequential", "old", "scaled"],
+)
+def test_neox_runs_as_its_config_says(tmp_path: Path, changes: dict[str, object]) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher", architecture="gpt_neox", layers=2, tied=False)
+    weights = load_file(teacher / "model.safetensors")
+    tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
+    before = choices(teacher, weights, tokens)
+    edit_config(teacher, **changes)
+    artefact = GgufExporter().export(teacher, F16, tmp_path / "out")
+    after = choices(teacher, weights, tokens)
+    assert np.mean(before == after) < 0.9  # or the test would show nothing
+    assert np.mean(served(artefact.path, tokens) == after) >= 0.97
+
+
+def test_rows_are_ordered_as_llama_cpp_wants_them() -> None:
     # two heads of four rows: row i is rotated with row i + 2 here, with its neighbour there
     rows = np.arange(8).reshape(8, 1)
-    assert permute(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    paired = row_order("llama", "blk.0.attn_k.weight", 4, 2)
+    assert paired is not None
+    assert paired.to_graph(rows)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    # two heads of two rows of queries, keys and values each
+    fused = row_order("gptneox", "blk.3.attn_qkv.bias", 2, 2)
+    assert fused is not None
+    assert fused.to_graph(np.arange(12)).tolist() == [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]
     wide = np.random.default_rng(0).normal(size=(48, 5))
-    np.testing.assert_array_equal(unpermute(permute(wide, 3), 3), wide)
+    for order in (paired, fused):
+        np.testing.assert_array_equal(order.to_transformers(order.to_graph(wide)), wide)
+    assert row_order("qwen2", "blk.0.attn_q.weight", 2, 2) is row_order("llama", "blk.0.attn_v.weight", 2, 2) is None
 
 
-def test_names_are_those_of_the_gguf_package() -> None:
-    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 2)
-    for name in (
-        "model.embed_tokens.weight",
-        "lm_head.weight",
-        "model.layers.1.self_attn.q_norm.weight",
-        "model.layers.0.self_attn.o_proj.weight",
-        "model.layers.1.post_attention_layernorm.weight",
-        "model.layers.1.mlp.down_proj.weight",
-    ):
-        assert gguf_name(name) == known.get_name(name, (".weight",))
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gpt_neox"])
+def test_names_are_those_of_the_gguf_package(architecture: str) -> None:
+    family = get_family(architecture)
+    graph = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf)
+    known = gguf.get_tensor_name_map(graph, 2)
+    for name, _ in family.tensors({"attention_bias": True}, 2, tied=False):
+        found = family.gguf_name(name)
+        stored = "embed_out.weight" if architecture == "gpt_neox" and name == "lm_head.weight" else name
+        assert found == known.get_name(stored, (".weight", ".bias"))
+        assert family.from_gguf_name(found) == name
+    assert family.from_gguf_name("blk.0.ssm_a.weight") is family.from_gguf_name("rope_freqs.weight") is None
 
 
 def test_a_foreign_file_is_not_taken_for_an_export(tmp_path: Path) -> None:

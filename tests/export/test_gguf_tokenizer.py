@@ -8,11 +8,31 @@ from pathlib import Path
 
 import gguf
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from autodistill.distillation.teacher import materialise, resolve_teacher
 from autodistill.errors import InputError
+from autodistill.export.gguf import GgufExporter
 from autodistill.export.gguf_tokenizer import add_tokenizer, guess_pre_tokenizer
+from autodistill.llama_cpp import LlamaServer
+from autodistill.strategy import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_tokenizer
+
+F16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "\n\n", "\u2581\u2581", "<turn>"]
+TEXTS = [
+    *("The miller carries two apples, 42 of them.", "  two spaces,   three", "\n\nlines\n\n\nof\n text", "", " "),
+    *(
+        "Zürich, naïve caf\u00e9",
+        "你好 🤖 end",
+        "<bos>x<turn>y<eos>",
+        "a\u2581b \u2581\u2581c",
+        "\ttabs\t\t",
+        "\x00\x01 \r\n",
+    ),
+    *("don't we'll I'M 3.14", "the river" + " " * 40 + "end", "near the river near the river"),
+]
 
 LLAMA3 = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
 QWEN2 = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
@@ -97,8 +117,95 @@ def test_other_kinds_of_tokenizer_are_refused(tmp_path: Path) -> None:
     description = json.loads(path.read_text())
     description["decoder"] = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}]}
     path.write_text(json.dumps(description))
-    with pytest.raises(InputError, match="byte-level BPE"):
+    with pytest.raises(InputError, match="byte-level BPE tokenizers and SentencePiece's kind"):
         written(teacher, tmp_path / "t.gguf")
     path.unlink()
     with pytest.raises(InputError, match=r"tokenizer\.json"):
         written(teacher, tmp_path / "t.gguf")
+
+
+def gemma_like(folder: Path) -> Path:
+    """A tokenizer of Gemma's kind: characters and bytes, and every pair of tokens that makes a token a merge."""
+    space = "\u2581"
+    learning = Tokenizer(models.BPE())
+    learning.normalizer = normalizers.Replace(" ", space)
+    trainer = trainers.BpeTrainer(vocab_size=90, show_progress=False, max_token_length=6)
+    learning.train_from_iterator(
+        ["the river near the miller, the apples of the river and the rain", *TEXTS[:1]], trainer
+    )
+    learnt = json.loads(learning.to_str())["model"]
+    pieces = ["".join(pair) for pair in learnt["merges"]]
+    characters = [name for name in learnt["vocab"] if len(name) == 1]
+    names = dict.fromkeys([*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, *characters, space])
+    vocab = {name: index for index, name in enumerate(names)}
+    merges = []
+    for piece in ["\u2581\u2581", *pieces]:
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        merges += [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
+    whole = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    whole.normalizer = normalizers.Replace(" ", space)
+    whole.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    whole.decoder = decoders.Sequence([decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()])
+    whole.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=whole, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.add_tokens(["\n\n", "\u2581\u2581"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    assert len(tokenizer) == len(vocab)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def neox_like(folder: Path) -> Path:
+    """A tokenizer of GPT-NeoX's kind: GPT-2's, with a normalizer, and runs of spaces as tokens of their own."""
+    tokenizer = tiny_tokenizer(296)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.add_tokens(["  ", "    "])
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("architecture", "made"), [("gemma3_text", gemma_like), ("gpt_neox", neox_like)], ids=["gemma", "neox"]
+)
+def test_llama_cpp_cuts_texts_as_transformers_does(tmp_path: Path, architecture: str, made: object) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, layers=1, tied=False, vocabulary=390)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (teacher / name).unlink()
+    made(teacher)  # type: ignore[operator]
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    artefact = GgufExporter().export(teacher, F16, tmp_path / "out")
+    with LlamaServer(artefact.path, 64, 1) as server:
+        for text in TEXTS:
+            assert list(server.tokenize(text)) == tokenizer(text)["input_ids"], text
+    # And so does the tokenizer that is read from the file again.
+    again = AutoTokenizer.from_pretrained(materialise(resolve_teacher(str(artefact.path)), tmp_path / "cache").folder)
+    plain = [text for text in TEXTS if "\u2581" not in text]
+    assert [again(text)["input_ids"] for text in plain] == [tokenizer(text)["input_ids"] for text in plain]
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda model: model["merges"].pop(), "merges lack"),
+        (lambda model: model["merges"].append(model["merges"][0]), "do not follow each other"),
+        (lambda model: model["vocab"].pop("<0x41>"), "lacks <0x41>"),
+        (lambda model: model.update(ignore_merges=True), "words, prefixes or suffixes"),
+    ],
+)
+def test_what_llama_cpp_would_merge_otherwise_is_refused(tmp_path: Path, harm: object, said: str) -> None:
+    path = gemma_like(tmp_path) / "tokenizer.json"
+    description = json.loads(path.read_text())
+    harm(description["model"])  # type: ignore[operator]
+    path.write_text(json.dumps(description))
+    with pytest.raises(InputError, match=f"would cut text into other tokens.*{said}"):
+        written(tmp_path, tmp_path / "t.gguf", vocabulary=400)
+
+
+def test_a_normalizer_that_llama_cpp_lacks_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = folder / "tokenizer.json"
+    description = json.loads(path.read_text()) | {"normalizer": {"type": "Lowercase"}}
+    path.write_text(json.dumps(description))
+    with pytest.raises(InputError, match="its normalizer Lowercase is not known there"):
+        written(folder, tmp_path / "t.gguf")

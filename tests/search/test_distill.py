@@ -12,9 +12,14 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.errors import InputError
+from autodistill.export.gguf import GgufExporter
+from autodistill.records.store import RunFolder
+from autodistill.search.export_run import export_run
+from autodistill.search.progress import Observer
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import Outcome, plan_search, search
 from autodistill.space import load_strategy
+from autodistill.strategy import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import Budget
 
@@ -30,8 +35,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     teacher = save_tiny_teacher(folder / "teacher", layers=8, width=128, ffn=192)
     plain = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
     gguf = {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}
-    # One deployment that is quick to verify; and with one that not every family has.
-    for name, deployments in (("one", [plain]), ("two", [gguf, plain])):
+    packed = {"runtime": "vllm", "format": "compressed-tensors", "bits": 8, "group_size": 32}
+    # One deployment that is quick to verify; and with others.
+    for name, deployments in (("one", [plain]), ("two", [gguf, plain]), ("three", [gguf, packed, plain])):
         space = {"name": name, "dimensions": {"init.depth": {"choices": [0.8]}}, "deployments": deployments}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(space))
     return teacher, tiny_text(folder / "text", documents=30, sentences=80), folder / "cache"
@@ -78,16 +84,44 @@ def written(folder: Path, **init: object) -> Path:
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "gpt_neox"])
-def test_a_family_without_gguf_is_distilled_and_exported_to_the_rest(inputs, tmp_path: Path, architecture: str) -> None:
-    teacher = save_tiny_teacher(
-        tmp_path / "teacher", architecture=architecture, layers=4, width=128, ffn=192, tied=False, heads=4
-    )
-    strategy = written(tmp_path, depth=0.75, layers="influence", ffn=0.67, heads=0.5, width=0.5)
+def test_every_family_is_distilled_finished_on_a_grid_and_exported(inputs, tmp_path: Path, architecture: str) -> None:
+    sizes = {"layers": 6, "width": 128, "ffn": 192, "heads": 4}
+    teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, tied=False, **sizes)
+    # Three layers less leave a full attention at every third: whichever block of them has least influence.
+    strategy = written(tmp_path, depth=0.5, layers="influence", ffn=0.67, heads=0.5, width=0.5)
+    recipe = yaml.safe_load(strategy.read_text()) | {"finishing": {"format": "gguf-q8_0", "bits": 8, "group_size": 32}}
+    strategy.write_text(yaml.safe_dump(recipe))
     two = str(inputs[1].parent / "two.yaml")
     outcome = search(request((teacher, *inputs[1:]), tmp_path / "out", strategy, space=two))
-    assert {row.deployment["format"] for row in outcome.rows} == {"huggingface"}
+    assert {row.deployment["format"] for row in outcome.rows} == {"huggingface", "gguf-q8_0"}
     config = AutoConfig.from_pretrained(outcome.finish.paths["huggingface"])
     assert (config.model_type, config.hidden_size, config.num_hidden_layers) == (architecture, 64, 3)
+    assert outcome.finish.checks["gguf"].agreement >= 0.97
+
+
+def test_a_student_that_llama_cpp_cannot_run_is_left_without_gguf_and_that_is_said(inputs, tmp_path: Path) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher", architecture="gemma3_text", layers=6, width=128, ffn=192)
+    two = str(inputs[1].parent / "two.yaml")
+    said: list[str] = []
+    observer = Observer()
+    observer.line = said.append  # type: ignore[method-assign]
+    asked = request((teacher, *inputs[1:]), tmp_path / "out", written(tmp_path, depth=0.67), space=two)
+    outcome = search(asked, observer)
+    formats = {(row.kind, row.deployment["format"]) for row in outcome.rows}
+    assert formats == {("teacher", "huggingface"), ("teacher", "gguf-q8_0"), ("baseline", "huggingface")}
+    (note,) = [line for line in said if "GGUF cannot hold" in line]
+    assert "of these 4 it is 3, 4: keep all layers" in note
+
+
+@pytest.mark.parametrize("architecture", ["gemma3_text", "gpt_neox"])
+def test_a_gguf_file_of_every_family_is_a_teacher(inputs, tmp_path: Path, architecture: str) -> None:
+    folder = save_tiny_teacher(
+        tmp_path / "teacher", architecture=architecture, layers=3, width=128, ffn=192, tied=architecture != "gpt_neox"
+    )
+    f16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
+    teacher = GgufExporter().export(folder, f16, tmp_path / "file").path
+    outcome = search(request((teacher, *inputs[1:]), tmp_path / "out", written(tmp_path, depth=1.0, ffn=0.67)))
+    assert student_of(outcome).config.model_type == architecture
 
 
 def test_a_pretrained_sibling_is_the_student(inputs, tmp_path: Path) -> None:
@@ -152,10 +186,11 @@ def test_a_pretrained_student_learns_and_keeps_its_own_chat_template(inputs, tmp
             inputs,
             tmp_path / "runs",
             written(tmp_path, source="pretrained", model=str(student), depth=1.0),
-            space=str(inputs[1].parent / "two.yaml"),
+            space=str(inputs[1].parent / "three.yaml"),
             teacher=str(teacher),
             data=str(tmp_path / "chats.jsonl"),
             metric="exact_match",
+            tokens=4096,
         )
     )
     folder = outcome.finish.paths["huggingface"]
@@ -170,6 +205,16 @@ def test_a_pretrained_student_learns_and_keeps_its_own_chat_template(inputs, tmp
     fields = GGUFReader(outcome.finish.paths["gguf"]).fields
     assert fields["tokenizer.chat_template"].contents() == exported.chat_template
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
+    (packed,) = export_run(
+        RunFolder(tmp_path / "runs", "run"), None, ["compressed-tensors"], tmp_path / "packed"
+    ).values()
+    served = AutoTokenizer.from_pretrained(packed)
+    assert (served.chat_template, served.eos_token) == (exported.chat_template, "<pad>")
+    integers = AutoModelForCausalLM.from_pretrained(packed)
+    assert (integers.config.eos_token_id, integers.generation_config.eos_token_id) == (2, 2)
+    written_after = integers.generate(torch.tensor([expected]), max_new_tokens=12)[0, len(expected) :].tolist()
+    # It says what it was taught, and ends it as its own template does, not as the teacher's.
+    assert (served.decode(written_after[:3]), written_after[-1]) == ("the river,", 2)
     (note,) = json.loads((tmp_path / "runs" / "run" / "search.json").read_text())["templates"].values()
     assert note in outcome.document["notes"]
     assert note.startswith(f"{student} reads, and is served in, its own chat template: of its ")
