@@ -169,9 +169,8 @@ def picked(given: Mapping[str, Any]) -> dict[str, Any]:
     from autodistill.local_device import LOCAL, choose_device
     from autodistill.needs import Wanted
     from autodistill.pick import pick, pick_tiers
-    from autodistill.records.candidates import stored
+    from autodistill.records.candidates import recalibrated_by, stored
     from autodistill.records.measurements import read_measured
-    from autodistill.records.recalibration import overheads
 
     if given["tiers"] == bool(given["budget"] or given["device"]):
         raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
@@ -188,8 +187,8 @@ def picked(given: Mapping[str, Any]) -> dict[str, Any]:
         least=given["min_accuracy"],
     )
     rows = stored(given["out"], given["runs"] or ())
-    pairs = overheads(one.row for one in rows)
-    wanted = replace(asked, overheads=pairs, measured=tuple(read_measured(given["out"])) if found else ())
+    timed = tuple(read_measured(given["out"])) if found else ()
+    wanted = replace(asked, overheads=recalibrated_by(rows), measured=timed)
     return pick_tiers(rows, wanted) if given["tiers"] else pick(rows, wanted)
 
 

@@ -12,7 +12,7 @@ from autodistill.budget import DeviceBudget
 from autodistill.contracts import ModelSpec, OptimizerState
 from autodistill.errors import InputError
 from autodistill.families import FAMILIES, Axis, get_family
-from autodistill.formats import Packing, Role, TensorSpec
+from autodistill.formats import Layout, Packing, Role, Tensors, TensorSpec
 from autodistill.roofline import limit_seconds
 from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES, MemoryEstimate, memory
 from autodistill.strategy import Alignment, Attention, Deployment, Lora
@@ -60,8 +60,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     fields = tuple((name, bool(config.get(name, default))) for name, default in family.conditions)
     kinds, layout = _layout(architecture, spec.layers, spec.tied, fields)
     lengths = _lengths(spec)
-    shapes = [tuple(lengths[axis] for axis in axes) for axes in kinds]
-    return replace(spec, tensors=tuple([TensorSpec(name=n, role=role, shape=shapes[kind]) for n, role, kind in layout]))
+    return replace(spec, tensors=Tensors(layout, [tuple(lengths[axis] for axis in axes) for axes in kinds]))
 
 
 def config_of(spec: ModelSpec) -> dict[str, Any]:
@@ -157,12 +156,12 @@ def _lengths(spec: ModelSpec) -> dict[Axis, int]:
 @lru_cache(256)
 def _layout(
     architecture: str, layers: int, tied: bool, fields: tuple[tuple[str, bool], ...]
-) -> tuple[tuple[tuple[Axis, ...], ...], tuple[tuple[str, Role, int], ...]]:
-    """The kinds of axes that tensors run along, and name, role and kind of each tensor; common to all other sizes."""
+) -> tuple[tuple[tuple[Axis, ...], ...], Layout]:
+    """The kinds of axes that tensors run along, and the tensors by them; common to all other sizes."""
     family, kinds, found = get_family(architecture), dict[tuple[Axis, ...], int](), []
     for name, role in family.tensors(dict(fields), layers, tied):
         found.append((name, role, kinds.setdefault(family.axes(name), len(kinds))))
-    return tuple(kinds), tuple(found)
+    return tuple(kinds), Layout(found)
 
 
 def resized(spec: ModelSpec, **sizes: int) -> ModelSpec:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -66,8 +65,8 @@ def row(name: str, accuracy: float, megabytes: float, **fields: Any) -> Row:
 
 
 def candidate(found: Row, spec: ModelSpec | None = SPEC) -> Candidate:
-    shape = None if spec is None else json.dumps(config_of(spec))
-    return Candidate(run="run", row=found, metric="accuracy", direction="max", shape=shape)
+    shaped = replace(found, shape=None if spec is None else config_of(spec))
+    return Candidate.of(shaped, "run", "accuracy", "max")
 
 
 BOARD = [candidate(row("a", 0.5, 400)), candidate(row("b", 0.4, 200)), candidate(row("c", 0.3, 100))]
@@ -196,7 +195,7 @@ def test_rows_are_read_from_the_leaderboards_of_runs(tmp_path: Path) -> None:
 
 def test_less_is_better_where_the_run_says_so() -> None:
     board = [
-        replace(candidate(row(name, 0.1, 100, perplexity=value)), metric="perplexity", direction="min")
+        Candidate.of(row(name, 0.1, 100, perplexity=value), "run", "perplexity", "min")
         for name, value in (("a", 20.0), ("b", 15.0), ("c", math.inf))
     ]
     assert pick(board, Wanted(memory_bytes=10**9))["pick"]["row_id"] == "b"
