@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 from autodistill.budget import DeviceBudget
@@ -92,11 +93,11 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-_SIZES = (
+_SIZES = itemgetter(
     *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("intermediate_size", "vocab_size"),
 )
-_ALIKE = (
+_ALIKE = itemgetter(
     *("model_type", "max_position_embeddings", "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window"),
 )
 
@@ -111,8 +112,7 @@ def comparable(config: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[int, .
         config: As `config_of` gives it.
     """
     full = config["layer_types"].count("full_attention")
-    sizes = (*(config[name] for name in _SIZES), full, config["num_hidden_layers"] - full)
-    return tuple(config[name] for name in _ALIKE), sizes
+    return _ALIKE(config), (*_SIZES(config), full, config["num_hidden_layers"] - full)
 
 
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, int]:

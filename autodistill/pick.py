@@ -62,7 +62,7 @@ def _place(candidate: Candidate) -> _Place | None:
     if "measured" in (cells.get("memory_source"), cells.get("latency_source")):
         return None
     alike, sizes = shape.sizes
-    return (cells["deployment"], cells.get("context"), cells.get("batch"), *alike), (*sizes, size, need)
+    return (cells["deployment"], cells.get("context"), cells.get("batch"), *alike), (size, need, *sizes)
 
 
 def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from autodistill.pick import pick, pick_tiers
 from autodistill.records.candidates import Candidate, recalibrated, stored
 from autodistill.records.measurements import Measured
 from autodistill.records.recalibration import Overhead
-from autodistill.records.row import Row, to_parquet
+from autodistill.records.row import Row, read_parquet, to_parquet
 from autodistill.records.store import EventLog, write_json
 from autodistill.roofline import speed
 from autodistill.serving_memory import memory
@@ -191,6 +192,46 @@ def test_rows_are_read_from_the_leaderboards_of_runs(tmp_path: Path) -> None:
         stored(tmp_path / "runs")
     with pytest.raises(InputError, match="no student that was trained to the end"):
         pick([], Wanted(memory_bytes=1))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    figures=st.lists(
+        st.fixed_dictionaries(
+            {
+                "kind": st.sampled_from(["student", "baseline", "confirmation", "teacher", "initial"]),
+                "split": st.sampled_from([None, "validation", "test"]),
+                "fidelity": st.sampled_from([None, 0.1, 1.0]),
+                "accuracy": st.none() | st.floats(0, 1),
+                "machine": st.none() | st.text(max_size=5),
+                "shape": st.sampled_from([None, config_of(SPEC), config_of(SPEC) | {"num_hidden_layers": 3}]),
+                "other": st.dictionaries(
+                    st.sampled_from(["kl", "more"]), st.none() | st.floats() | st.text(max_size=3) | st.booleans()
+                ),
+            }
+        ),
+        max_size=6,
+    ),
+    metric=st.sampled_from(["accuracy", "kl", "none of them"]),
+)
+def test_candidates_are_the_rows_that_were_trained_to_the_end(figures: Any, metric: str) -> None:
+    """Of a table that is read by columns, against each row on its own."""
+    rows = [replace(row(f"r{index}", 0, 100), **found) for index, found in enumerate(figures)]
+    with tempfile.TemporaryDirectory() as folder:
+        run_folder(Path(folder), "run", rows, metric)
+        found = stored(Path(folder))
+        whole = read_parquet(Path(folder) / "run" / "leaderboard.parquet")
+    expected = [
+        one
+        for one in whole
+        if one.kind in ("student", "baseline")
+        and one.split != "test"
+        and one.fidelity == 1.0
+        and one.figure(metric) is not None
+    ]
+    assert [one.row for one in found] == [replace(one, shape=None) for one in expected]
+    assert [one.value for one in found] == [one.figure(metric) for one in expected]
+    assert [one.shape and one.shape.config for one in found] == [one.shape for one in expected]
 
 
 def test_less_is_better_where_the_run_says_so() -> None:
