@@ -1,12 +1,11 @@
 """AutoDistill: finds the distilled and quantised student with the highest measured accuracy that fits your hardware."""
 
-from importlib.metadata import version
+from typing import Any
 
 from autodistill.errors import AutoDistillError, InputError, NothingFitsError
 from autodistill.strategy import Deployment, Strategy
 from autodistill.units import Budget, parse_bytes, parse_duration
 
-__version__ = version("autodistill-search")
 __all__ = [
     "AutoDistillError",
     "Budget",
@@ -18,3 +17,12 @@ __all__ = [
     "parse_bytes",
     "parse_duration",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The version, which is looked up once somebody asks."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import version
+
+    return version("autodistill-search")

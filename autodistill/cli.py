@@ -6,7 +6,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,7 +86,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def _version(shown: bool) -> None:
     if shown:
-        print(version("autodistill-search"))
+        from autodistill import __version__
+
+        print(__version__)
         raise typer.Exit
 
 

@@ -9,12 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Self, TextIO
-
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from autodistill.records.leaderboard import Ranked
 from autodistill.records.objectives import PREDICTED_LATENCY
@@ -22,6 +17,10 @@ from autodistill.records.row import Row
 from autodistill.strategy import Init
 from autodistill.units import format_bytes, format_duration
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# rich is imported where something is drawn: most commands print plain text, and end sooner than it is imported.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -126,6 +125,9 @@ class LiveView(View):
         super().__init__(stream)
         self._progress: Progress | None = None
         # stdout is left alone: it may carry the one JSON document of the search.
+        from rich.console import Console
+        from rich.live import Live
+
         self._live = Live(
             console=Console(file=stream), refresh_per_second=4, redirect_stdout=False, get_renderable=self._draw
         )
@@ -146,6 +148,8 @@ class LiveView(View):
 
     def log(self, line: str) -> None:
         """Prints one line above the figures."""
+        from rich.text import Text
+
         self._live.console.print(Text(printable(line)))
 
     def __enter__(self) -> Self:
@@ -177,6 +181,9 @@ def printable(text: str) -> str:
 
 def panel(progress: Progress) -> Table:
     """The figures as the lines of the live view."""
+    from rich.table import Table
+    from rich.text import Text
+
     grid = Table.grid(padding=(0, 2))
     lines = [
         ("phase", progress.phase),

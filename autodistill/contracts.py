@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.formats import Role, TensorSpec
+from autodistill.formats import Role, Tensors, TensorSpec, is_expert
 from autodistill.strategy import Deployment
 from autodistill.units import Budget
 
@@ -111,7 +111,7 @@ class ModelSpec:
     vocabulary: int
     max_context: int
     tied: bool
-    tensors: tuple[TensorSpec, ...]
+    tensors: Sequence[TensorSpec]
     window: int = 0
     windowed: tuple[int, ...] = ()
     experts: int = 0
@@ -127,16 +127,17 @@ class ModelSpec:
     @cached_property
     def parameters(self) -> int:
         """Number of weights, a tied embedding counted once."""
-        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+        return sum(count * math.prod(tensor.shape) for tensor, count in self.kinds)
 
     @cached_property
     def kinds(self) -> tuple[tuple[TensorSpec, int], ...]:
         """One tensor of each role and shape, and how many there are: what packings see that keep no parts."""
         counts: Counter[tuple[Role, tuple[int, ...], bool]] = Counter()
         first: dict[tuple[Role, tuple[int, ...], bool], TensorSpec] = {}
-        for tensor in self.tensors:
-            key = (tensor.role, tensor.shape, ".experts." in tensor.name)
-            counts[key] += 1
+        tensors = self.tensors
+        for tensor, count in tensors.kinds if isinstance(tensors, Tensors) else ((one, 1) for one in tensors):
+            key = (tensor.role, tensor.shape, is_expert(tensor.name))
+            counts[key] += count
             first.setdefault(key, tensor)
         return tuple((first[key], count) for key, count in counts.items())
 

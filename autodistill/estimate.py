@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 from autodistill.budget import DeviceBudget
 from autodistill.contracts import ModelSpec, OptimizerState
 from autodistill.errors import InputError
 from autodistill.families import FAMILIES, Axis, get_family
-from autodistill.formats import Packing, Role, TensorSpec
+from autodistill.formats import Layout, Packing, Role, Tensors, TensorSpec
 from autodistill.gguf_graphs import FULL, SLIDING, cannot_run, not_computed
 from autodistill.roofline import limit_seconds
 from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES, MemoryEstimate, memory
@@ -61,8 +62,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     fields = tuple((name, bool(config.get(name, default))) for name, default in family.conditions)
     kinds, layout = _layout(architecture, spec.layers, spec.tied, fields)
     lengths = _lengths(spec)
-    shapes = [tuple(lengths[axis] for axis in axes) for axes in kinds]
-    return replace(spec, tensors=tuple([TensorSpec(name=n, role=role, shape=shapes[kind]) for n, role, kind in layout]))
+    return replace(spec, tensors=Tensors(layout, [tuple(lengths[axis] for axis in axes) for axes in kinds]))
 
 
 def config_of(spec: ModelSpec) -> dict[str, Any]:
@@ -94,11 +94,11 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-_SIZES = (
+_SIZES = itemgetter(
     *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("intermediate_size", "vocab_size"),
 )
-_ALIKE = (
+_ALIKE = itemgetter(
     *("model_type", "max_position_embeddings", "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window"),
 )
 
@@ -113,8 +113,7 @@ def comparable(config: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[int, .
         config: As `config_of` gives it.
     """
     full = config["layer_types"].count(FULL)
-    sizes = (*(config[name] for name in _SIZES), full, config["num_hidden_layers"] - full)
-    return tuple(config[name] for name in _ALIKE), sizes
+    return _ALIKE(config), (*_SIZES(config), full, config["num_hidden_layers"] - full)
 
 
 def _not_in_gguf(config: Mapping[str, Any], spec: ModelSpec) -> str:
@@ -163,12 +162,12 @@ def _lengths(spec: ModelSpec) -> dict[Axis, int]:
 @lru_cache(256)
 def _layout(
     architecture: str, layers: int, tied: bool, fields: tuple[tuple[str, bool], ...]
-) -> tuple[tuple[tuple[Axis, ...], ...], tuple[tuple[str, Role, int], ...]]:
-    """The kinds of axes that tensors run along, and name, role and kind of each tensor; common to all other sizes."""
+) -> tuple[tuple[tuple[Axis, ...], ...], Layout]:
+    """The kinds of axes that tensors run along, and the tensors by them; common to all other sizes."""
     family, kinds, found = get_family(architecture), dict[tuple[Axis, ...], int](), []
     for name, role in family.tensors(dict(fields), layers, tied):
         found.append((name, role, kinds.setdefault(family.axes(name), len(kinds))))
-    return tuple(kinds), tuple(found)
+    return tuple(kinds), Layout(found)
 
 
 def resized(spec: ModelSpec, layers: Sequence[int] | None = None, **sizes: int) -> ModelSpec:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +48,69 @@ class TensorSpec:
     name: str
     role: Role
     shape: tuple[int, ...]
+
+
+class Layout:
+    """Names and roles of a family's tensors, and which of them are of one shape, whatever the shapes are.
+
+    Attributes:
+        entries: Name, role and index of the shape of each tensor.
+        kinds: The first entry of each role and index, experts' apart, and how many are like it.
+    """
+
+    def __init__(self, entries: Iterable[tuple[str, Role, int]]) -> None:
+        self.entries = tuple(entries)
+        keys = [(role, index, is_expert(name)) for name, role, index in self.entries]
+        first = dict(zip(reversed(keys), reversed(self.entries), strict=True))
+        self.kinds = tuple((first[key], count) for key, count in Counter(keys).items())
+
+
+class Tensors(Sequence[TensorSpec]):
+    """The tensors of a layout in some shapes, which are made once somebody looks at one: most sums need kinds alone.
+
+    Args:
+        layout: What there is.
+        shapes: By the layout's indices.
+    """
+
+    def __init__(self, layout: Layout, shapes: Sequence[tuple[int, ...]]) -> None:
+        self._layout = layout
+        self._shapes = tuple(shapes)
+
+    @cached_property
+    def _made(self) -> tuple[TensorSpec, ...]:
+        shapes = self._shapes
+        return tuple([TensorSpec(name=name, role=role, shape=shapes[i]) for name, role, i in self._layout.entries])
+
+    @property
+    def kinds(self) -> Iterator[tuple[TensorSpec, int]]:
+        """One tensor of each role and index of a shape, and how many there are."""
+        for (name, role, index), count in self._layout.kinds:
+            yield TensorSpec(name=name, role=role, shape=self._shapes[index]), count
+
+    @overload
+    def __getitem__(self, index: int) -> TensorSpec: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[TensorSpec, ...]: ...
+    def __getitem__(self, index: int | slice) -> TensorSpec | tuple[TensorSpec, ...]:
+        return self._made[index]
+
+    def __len__(self) -> int:
+        return len(self._layout.entries)
+
+    def __iter__(self) -> Iterator[TensorSpec]:
+        return iter(self._made)
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(other) == self._made if isinstance(other, Tensors | tuple) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._made)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a tensor is one of a mixture's experts, of which a token takes some."""
+    return ".experts." in name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from operator import le
 from typing import Any
 
 from autodistill.errors import InputError, NothingFitsError
-from autodistill.estimate import comparable
 from autodistill.needs import Solved, Wanted, solve
 from autodistill.records.candidates import Candidate
 from autodistill.units import CONTEXT, format_bytes, format_duration
@@ -56,13 +55,14 @@ _Place = tuple[tuple[Any, ...], tuple[int, ...]]
 
 def _place(candidate: Candidate) -> _Place | None:
     """None of a row whose needs do not follow from its shape alone."""
-    row, config = candidate.row, candidate.config
-    if config is None or row.memory_bytes is None or row.size_bytes is None:
+    cells, shape = candidate.cells, candidate.shape
+    size, need = cells.get("size_bytes"), cells.get("memory_bytes")
+    if shape is None or size is None or need is None:
         return None
-    if "measured" in (row.memory_source, row.latency_source):
+    if "measured" in (cells.get("memory_source"), cells.get("latency_source")):
         return None
-    alike, sizes = comparable(config)
-    return (candidate.deployment, row.context, row.batch, *alike), (*sizes, row.size_bytes, row.memory_bytes)
+    alike, sizes = shape.sizes
+    return (cells["deployment"], cells.get("context"), cells.get("batch"), *alike), (size, need, *sizes)
 
 
 def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
         NothingFitsError: None does; the message has the nearest, and the cheapest change that would do.
         InputError: There are no rows.
     """
-    ranked = sorted(candidates, key=lambda one: (-one.worth, one.row.memory_bytes or math.inf, one.run, one.row.row_id))
+    ranked = sorted(candidates, key=_order)
     if not ranked:
         raise InputError("there is no student that was trained to the end: run autodistill search first")
     left_out: list[Solved] = []
@@ -111,6 +111,11 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
         "device": wanted.device.name if wanted.device else None,
         "memory_overhead": asdict(wanted.overhead(chosen[0].candidate.row.deployment["runtime"])),
     }
+
+
+def _order(candidate: Candidate) -> tuple[float, float, str, str]:
+    cells = candidate.cells
+    return -candidate.worth, cells.get("memory_bytes") or math.inf, candidate.run, cells["row_id"]
 
 
 def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[int] = TIERS) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from autodistill.contracts import ModelSpec
 from autodistill.devices import Device, Range
-from autodistill.formats import Role, TensorSpec, tensor_bytes, weights_bytes
+from autodistill.formats import Role, TensorSpec, is_expert, tensor_bytes, weights_bytes
 from autodistill.serving_memory import kv_bytes
 from autodistill.strategy import Deployment
 from autodistill.units import LatencyLimit
@@ -15,7 +15,6 @@ from autodistill.units import LatencyLimit
 PROMPT_TOKENS = 512
 """Of the prompt whose time to the first token is predicted, where none is given."""
 
-_EXPERTS = ".experts."
 _INTERLEAVED = ("gguf-q4_0", "gguf-q8_0")  # llama.cpp lays their rows out anew for its CPU kernels
 _PLAIN_KERNEL = 0.6  # of the rate of those, where it does not: Q5_0, as measured where the shares were
 _PLAIN = ("cpu", "board", "phone")  # classes whose runtimes compute in float32 where no faster 16 bits are stated
@@ -213,7 +212,7 @@ def work(
         table = tensor.role is Role.EMBEDDING
         if len(tensor.shape) < 2 or (table and not spec.tied):
             continue
-        expert = _EXPERTS in tensor.name
+        expert = is_expert(tensor.name)
         count = times * _count(tensor)
         size = 2 * count if dense else times * tensor_bytes(tensor, deployment.storage(tensor))
         read += size * (met if expert else 1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autodistill.contracts import ModelSpec
 from autodistill.errors import InputError
-from autodistill.formats import weights_bytes
+from autodistill.formats import Grid, Role, weights_bytes
 from autodistill.strategy import Deployment
 
 KV_BYTES: Mapping[str, tuple[int, int]] = {"f16": (2, 1), "q8_0": (34, 32), "q4_0": (18, 32)}
@@ -27,22 +28,31 @@ LLAMA_CPP_VOCABULARY_BYTES = 512
 """Resident bytes of llama.cpp's tables for one entry of the vocabulary, merges included (measured, 49,152 entries)."""
 TRANSFORMERS_PROCESS_BYTES = 400 * 10**6
 """Resident memory of a process that has imported torch and transformers (measured, CPU build of torch 2.13)."""
-TRANSFORMERS_SERVING_BYTES = 446 * 10**6
+TRANSFORMERS_SERVING_BYTES = 427 * 10**6
 """The same once it has loaded and run a model of nearly nothing (measured likewise)."""
+TRANSFORMERS_HOLES = 0.5
+"""What glibc's heap holds beyond what is in use, of the cache and a pass's activations (measured). Keys and values stay
+where they were first put, between activations that were freed, and the next layer's larger ones no longer fit there.
+With a fixed mmap threshold, which gives each tensor pages of its own, the peak is the sum of what is in use."""
 VLLM_PROCESS_BYTES = 10**9
 """CUDA context, libraries and captured graphs of vLLM: an order of magnitude, not measured here."""
 ONNX_PROCESS_BYTES = 61 * 10**6
 """Resident memory of a process once ONNX Runtime has run a model of nearly nothing (measured, onnxruntime 1.32)."""
-ONNX_SCORES = 4.64
-"""Matrices of attention scores in float32 that a graph of torch's exporter holds at once (measured at three lengths of
-one small model): scores, masked and normalised ones, and masks in fewer bytes."""
+ONNX_SCORE_BYTES = 17
+"""Of a token's score of another one in a graph of torch's exporter: it replaces what is not a number by nought, in four
+float32 matrices (the scores, both choices and the result) and one of truths."""
+ONNX_READ_ROWS, ONNX_CELL_ROWS = 8, 5
+"""Rows of all queries in float32 that the arena holds beside the FFN's: of a token that is read (turned and scaled
+halves), and of one in the context (keys and values copied for every head); what its regions leave unused is among them
+(measured)."""
 
 BASIS: Mapping[str, str] = {
     "llama.cpp": "buffers as llama.cpp's own log states them on a CPU; the process's overhead measured on Linux x86-64",
-    "transformers": "the peak of a process on a CPU (benchmarks/memory_estimate.py); activations counted by module",
+    "transformers": "the peak of a process on a CPU (benchmarks/memory_estimate.py): activations counted by module, "
+    "and the heap's holes",
     "vllm": "predicted: packed weights, pages of cache and a step's activations by vLLM's defaults; not measured",
-    "onnxruntime": "the peak of a process that reads a prompt in float32 on a CPU (benchmarks/memory_estimate.py); "
-    "weights on a grid: not measured",
+    "onnxruntime": "the peak of a process that reads prompts on a CPU (benchmarks/memory_estimate.py), in float32 or "
+    "with products by weights on a grid",
 }
 """What the figures of a runtime rest on."""
 
@@ -81,10 +91,11 @@ class _Serving:
     spec: ModelSpec
     weights: int
     dense: bool
-    wide: bool
+    deployment: Deployment
     context: int
     batch: int
     kv_type: str
+    read: int
 
 
 def memory(
@@ -96,6 +107,7 @@ def memory(
     kv_type: str = "f16",
     weights: int | None = None,
     runtime: str | None = None,
+    read: int | None = None,
 ) -> MemoryEstimate:
     """Predicts the memory that serving a model takes.
 
@@ -106,9 +118,12 @@ def memory(
         kv_type: What keys and values are held in: "f16", or in llama.cpp "q8_0" or "q4_0".
         weights: Bytes of the stored tensors where they are known, of a GGUF file say; else as `deployment` packs them.
         runtime: Another engine than the deployment's, one of `BASIS`.
+        read: Tokens of each sequence that a pass of ONNX Runtime takes, whose graphs are made for a length: the context
+            by default, 1 in a step of decoding.
 
     Raises:
-        InputError: A size below 1, a type of cache that the runtime has not, or a tensor that the format cannot hold.
+        InputError: A size below 1, a type of cache that the runtime has not, a length that is not its caller's to
+            choose, or a tensor that the format cannot hold.
     """
     runtime = runtime or deployment.runtime
     if context < 1 or batch < 1:
@@ -118,6 +133,8 @@ def memory(
     if kv_type not in KV_BYTES or (kv_type != "f16" and runtime != "llama.cpp"):
         known = ", ".join(KV_BYTES) if runtime == "llama.cpp" else "f16"
         raise InputError(f"{runtime} holds no KV cache in {kv_type!r}; it can be {known}")
+    if read is not None and (runtime != "onnxruntime" or not 1 <= read <= context):
+        raise InputError(f"{runtime} reads no {read} tokens of {context} in a pass of their own; leave read out")
     if weights is None:
         weights = weights_bytes(spec.tensors, deployment)
     # compressed-tensors weights are decompressed by transformers' first forward pass, so they count as 16 bits there.
@@ -126,10 +143,11 @@ def memory(
         spec=spec,
         weights=weights,
         dense=dense,
-        wide=deployment.bits == 16,
+        deployment=deployment,
         context=context,
         batch=batch,
         kv_type=kv_type,
+        read=read or context,
     )
     parts = {"llama.cpp": _llama_cpp, "transformers": _transformers, "vllm": _vllm, "onnxruntime": _onnxruntime}
     held, cache, compute, overhead = parts[runtime](serving)
@@ -207,16 +225,22 @@ def _llama_cpp(serving: _Serving) -> tuple[int, int, int, int]:
 def _transformers(serving: _Serving) -> tuple[int, int, int, int]:
     """As transformers holds them in bfloat16 on a CPU, the prompt read in one pass, logits of the last token alone.
 
-    Activations are the stream, its norm, the attention's output and one spare at the width, three tensors at the FFN's,
-    and a norm's input and value in float32. Weights are a mapped file's pages, all of which are resident once tokens
-    from all over the table were read.
+    In use at the peak, in the last layer's FFN, are the cache, four tensors at the width (the embeddings, the stream
+    and its norm's input and value) and three at the FFN's, two where it has no gate; attention leaves no more behind.
+    A layer with a window caches a slice of the prompt's keys and values, which keeps all of them, and has a mask, in
+    truths and in their making. Beyond these lies `TRANSFORMERS_HOLES`. Weights are a mapped file's pages, all of which
+    are resident once tokens from all over the table were read.
     """
     spec, batch = serving.spec, serving.batch
     weights = 2 * spec.parameters if serving.dense else serving.weights
-    activations = 2 * batch * serving.context * (8 * spec.width + 3 * _active_ffn(spec))
+    tokens = batch * serving.context
+    ffn = _active_ffn(spec) * (2 if spec.architecture in _UNGATED else 3)
+    activations = 2 * tokens * (4 * spec.width + ffn)
+    masks = 2 * serving.context**2 if 0 < spec.window < serving.context else 0
     logits = (2 + 4) * batch * spec.vocabulary
-    cache = _windowed_cache(serving, serving.context * batch, spec.window * batch)
-    return weights, cache, activations + logits, TRANSFORMERS_SERVING_BYTES
+    cache = kv_bytes(spec, spec.layers, tokens, serving.kv_type)
+    holes = int(TRANSFORMERS_HOLES * (cache + activations))
+    return weights, cache, activations + holes + masks + logits, TRANSFORMERS_SERVING_BYTES
 
 
 def _vllm(serving: _Serving) -> tuple[int, int, int, int]:
@@ -233,17 +257,37 @@ def _vllm(serving: _Serving) -> tuple[int, int, int, int]:
 
 
 def _onnxruntime(serving: _Serving) -> tuple[int, int, int, int]:
-    """As ONNX Runtime needs them on a CPU, where it computes in float32, the prompt read in one pass, all its logits.
+    """As ONNX Runtime needs them on a CPU, where it computes in float32, for graphs that torch exports.
 
-    16-bit weights are widened when a session begins, and those of products packed anew; a tied table is then held as
-    rows to look up, and once more as the head's matrix. Weights on a grid stay packed (not measured). Attention is
-    exported as products and a softmax, so that a layer's scores of all tokens with all tokens are held whole.
+    A pass takes `read` tokens of each sequence, with the keys and values of those before them among its inputs, and
+    those of all of them and the logits of the tokens among its outputs. Attention is exported as products and a
+    softmax, so that a layer's scores of all tokens with all are held whole.
     """
     spec, batch = serving.spec, serving.batch
-    table = spec.vocabulary * spec.width
-    weights = 4 * (spec.parameters + (table if spec.tied else 0)) if serving.wide else serving.weights
-    activations = 4 * batch * serving.context * (4 * spec.width + 3 * _active_ffn(spec))
-    logits = 4 * batch * serving.context * spec.vocabulary
-    scores = int(ONNX_SCORES * 4 * batch * spec.heads * serving.context**2)
-    cache = 2 * kv_bytes(spec, spec.layers, serving.context * batch, "f16")
-    return weights, cache, activations + scores + logits, ONNX_PROCESS_BYTES
+    tokens, cells = batch * serving.read, batch * serving.context
+    activations = 4 * tokens * (4 * spec.width + 3 * _active_ffn(spec))
+    rows = 4 * spec.heads * spec.head_dim * (ONNX_READ_ROWS * tokens + ONNX_CELL_ROWS * cells)
+    logits = 4 * tokens * spec.vocabulary
+    scores = ONNX_SCORE_BYTES * tokens * spec.heads * serving.context
+    mask = 4 * serving.read * serving.context
+    cache = 2 * kv_bytes(spec, spec.layers, 2 * cells - tokens, "f16")
+    return _onnx_weights(serving), cache, activations + rows + scores + mask + logits, ONNX_PROCESS_BYTES
+
+
+def _onnx_weights(serving: _Serving) -> int:
+    """Bytes of weights in ONNX Runtime on a CPU.
+
+    16-bit weights are widened when a session begins, and those of products packed anew; a tied table is then held as
+    rows to look up, and once more as the head's matrix, on no grid (`MatMulNBits` is made of products alone). Weights
+    on a grid stay codes, with a scale in float32 for each group.
+    """
+    total = 0.0
+    spec = serving.spec
+    for tensor, times in [(tensor, 1) for tensor in spec.tensors] if serving.deployment.keep else spec.kinds:
+        count = times * math.prod(tensor.shape)
+        storage = serving.deployment.storage(tensor)
+        if tensor.role is Role.LINEAR and isinstance(storage, Grid):
+            total += count * storage.bits / 8 + 4 * count / (storage.group_size or tensor.shape[-1])
+        else:
+            total += 4 * count * (2 if spec.tied and tensor.role is Role.EMBEDDING else 1)
+    return int(total)

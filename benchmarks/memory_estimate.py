@@ -15,6 +15,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -231,9 +232,30 @@ FOLDERS = (
     replace(QWEN2, context=1024),
     replace(NEOX, context=1024),
     replace(LLAMA, layers=12, width=768, heads=12, kv_heads=12, ffn=2048, batch=2),
+    replace(GEMMA, more=windowed(512)),
+    replace(GEMMA, context=512, batch=4, vocabulary=65536, more=windowed(1024)),
+    replace(LLAMA, layers=8, width=768, heads=12, ffn=2048, tied=False, context=512, batch=4),
+    replace(QWEN3, context=256, batch=8),
+    replace(NEOX, layers=12, width=768, heads=12, kv_heads=12, ffn=3072),
+    replace(LLAMA, layers=20, width=320, heads=5, kv_heads=5, ffn=960, context=4096),
+    replace(QWEN2, layers=12, vocabulary=32000, context=64, tied=False),
+    replace(
+        LLAMA,
+        family="mistral",
+        layers=10,
+        width=1024,
+        heads=16,
+        kv_heads=8,
+        ffn=2816,
+        context=1024,
+        batch=2,
+        more={"sliding_window": 256},
+    ),
 )
 CALIBRATED_FOLDERS = 6
-"""The first of `FOLDERS`, by which transformers' overhead was set; the others test it."""
+"""The first of `FOLDERS`, by which transformers' overhead and holes were set; the others test them."""
+_REQUESTS = 4
+"""Prompts that are read one after another, since a heap is fuller at the second than at the first."""
 
 
 def measure_folder(case: Case, folder: Path, calibrates: bool) -> tuple[list[str], float]:
@@ -249,10 +271,11 @@ def measure_folder(case: Case, folder: Path, calibrates: bool) -> tuple[list[str
     del model
     spec, deployment = spec_of(case.config()), deployment_named("huggingface")
     # Tokens of the whole table: of a mapped file only what was read is resident.
-    prompt = [index * _STRIDE % case.vocabulary for index in range(case.context - 1)]
+    tokens = np.arange(_REQUESTS * case.batch * (case.context - 1)) * _STRIDE % case.vocabulary
     with PythonServer(folder, "transformers", case.context, 1, case.batch) as server:
-        server.begin([prompt] * case.batch)
-        server.step()
+        for prompts in tokens.reshape(_REQUESTS, case.batch, -1).tolist():
+            server.begin(prompts)
+            server.step()
         peak = server.peak_bytes()
     guess = memory(spec, deployment, context=case.context, batch=case.batch)
     parts = (guess.weights_bytes, guess.kv_cache_bytes, guess.compute_bytes, guess.overhead_bytes)
@@ -279,7 +302,7 @@ def transformers_table() -> str:
         f"{len(errors)} folders in bfloat16, {sum(error <= 0.05 for error in errors)} within 5%, median error "
         f"{statistics.median(errors):.1%}, largest {max(errors):.1%}; of the {len(tests)} that test alone, median "
         f"{statistics.median(tests):.1%}, largest {max(tests):.1%}. MB of 10^6 bytes; the peak is that of the "
-        "process's resident memory from loading to the second token after a prompt that fills the context."
+        f"process's resident memory once loaded, over {_REQUESTS} prompts that fill the context, each and a token more."
     )
     return f"{told}\n\n{report.table(titles, lines)}"
 
@@ -295,87 +318,168 @@ ONNX = (
     replace(QWEN3, layers=4, context=1024),
     replace(NEOX, layers=4, context=512),
     replace(SMOL, layers=8, context=1024),
+    replace(LLAMA, layers=6, context=512, form="compressed-tensors-int4-g32"),
+    replace(LLAMA, layers=6, context=512, form="compressed-tensors-int8-g32"),
+    replace(SMOL, layers=8, context=512, form="compressed-tensors-int4-g32"),
 )
 CALIBRATED_ONNX = 3
-"""The first of `ONNX`, by which the scores of attention and the overhead were set; the others test them."""
+"""The first of `ONNX`, by which the overhead was set; the rows beside the FFN were set by these and the next six."""
+STEPS = (
+    replace(TINY, context=2048),
+    replace(TINY, context=2048, batch=8),
+    replace(LLAMA, layers=6, vocabulary=8000, context=4096),
+    replace(LLAMA, layers=6, vocabulary=8000, context=1024, batch=4, form="compressed-tensors-int4-g32"),
+    replace(QWEN3, layers=4, vocabulary=8000, context=2048, batch=2),
+    replace(NEOX, layers=4, vocabulary=8000, context=2048),
+)
+"""Decoding a token with the rest of the context behind it."""
 
 _ONNX_CHILD = """
-import sys
+import json, sys
 import numpy as np, onnxruntime as ort
 from pathlib import Path
+path, vocabulary, stride, cells, row, patterns = sys.argv[1], *map(int, sys.argv[2:])
 options = ort.SessionOptions()
 options.intra_op_num_threads = 1
-session = ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-(tokens,) = session.get_inputs()
-count = tokens.shape[0] * tokens.shape[1]
-ids = (np.arange(count, dtype=np.int64) * int(sys.argv[3]) % int(sys.argv[2])).reshape(tokens.shape)
-# `run` would copy the outputs to numpy.
-found = session.run_with_ort_values(None, {tokens.name: ort.OrtValue.ortvalue_from_numpy(ids)})
+options.enable_mem_pattern = bool(patterns)
+session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+Path("/proc/self/clear_refs").write_text("5")
+tokens, *caches = session.get_inputs()
+def run(number, cells):
+    count = tokens.shape[0] * tokens.shape[1]
+    ids = (np.arange(number * count, (number + 1) * count) * stride % vocabulary).reshape(tokens.shape)
+    given = {cache.name: np.ones([cells if isinstance(n, str) else n for n in cache.shape], np.float32)
+             for cache in caches}
+    given[tokens.name] = ids
+    # `run` would copy the outputs to numpy.
+    session.run_with_ort_values(None, {name: ort.OrtValue.ortvalue_from_numpy(found) for name, found in given.items()})
+if caches:
+    # A step looks one row up: a page's worth of the mapped table at a time, it is all read first.
+    stride = max(1, 2**16 // row)
+    for number in range(-(-vocabulary // (stride * tokens.shape[0]))):
+        run(number, 2)
+for number in range(4):
+    run(number, cells)
 lines = Path("/proc/self/status").read_text().splitlines()
 print(next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
 """
 
 
 class Prefill(torch.nn.Module):
-    """The graph that is exported: a prompt's logits, and the keys and values of every layer."""
+    """A graph that reads a prompt: its logits, and the keys and values of every layer."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[batch, tokens] to [batch, tokens, vocabulary], and [batch, heads, tokens, head dim] twice for each layer."""
-        found = self.model(input_ids=tokens, use_cache=True)
+    def forward(self, tokens: torch.Tensor, *past: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[batch, tokens] to [batch, tokens, vocabulary], and [batch, heads, all tokens, head dim] twice a layer.
+
+        Args:
+            tokens: What is read.
+            past: Keys and values of what lies before, in the same order; none in a prompt.
+        """
+        cache = transformers.DynamicCache() if past else None
+        for layer in range(len(past) // 2):
+            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        found = self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
         return (found.logits, *(part for layer in found.past_key_values.layers for part in (layer.keys, layer.values)))
 
 
-def onnx_peak(case: Case, folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of the most memory that a process takes which loads a model's graph in ONNX Runtime and reads a prompt."""
+def export_onnx(case: Case, path: Path, dtype: torch.dtype, step: bool) -> None:
+    """Writes the graph of a prompt that fills the context, or of a step after any number of tokens."""
     config = transformers.AutoConfig.for_model(**case.config())
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    tokens = torch.zeros(case.batch, case.context, dtype=torch.int64)
-    path = folder / "model.onnx"
+    model = Prefill(transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
+    options: dict[str, Any] = {"dynamo": True, "external_data": True, "verbose": False}
     with torch.no_grad():
-        torch.onnx.export(Prefill(model), (tokens,), str(path), dynamo=True, external_data=True, verbose=False)
-    command = [sys.executable, "-c", _ONNX_CHILD, str(path), str(case.vocabulary), str(_STRIDE)]
+        if not step:
+            torch.onnx.export(model, (torch.zeros(case.batch, case.context, dtype=torch.int64),), str(path), **options)
+        else:
+            token = torch.zeros(case.batch, 1, dtype=torch.int64)
+            past = [torch.zeros(case.batch, case.kv_heads, 7, case.head_dim) for _ in range(2 * case.layers)]
+            cells = torch.export.Dim("cells", min=2, max=2**20)
+            shapes = {"tokens": {}, "past": tuple({2: cells} for _ in past)}
+            torch.onnx.export(model, (token, *past), str(path), dynamic_shapes=shapes, **options)
+    deployment = deployment_named(case.form)
+    if deployment.bits < 16:
+        _quantize(path, deployment)
+
+
+def _quantize(path: Path, deployment: Deployment) -> None:
+    """Puts the products' weights on a grid, in place."""
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    grid = DefaultWeightOnlyQuantConfig(block_size=deployment.group_size, is_symmetric=True, bits=deployment.bits)
+    quantizer = MatMulNBitsQuantizer(onnx.load(path), algo_config=grid)
+    quantizer.process()
+    for file in path.parent.iterdir():
+        file.unlink()
+    onnx.save_model(quantizer.model.model, path, save_as_external_data=True, location="model.onnx.data")
+
+
+def onnx_peak(
+    case: Case, folder: Path, *, dtype: Any = torch.float32, step: bool = False, patterns: bool = False
+) -> int:
+    """Bytes of the most memory that a process takes which runs a model's graph in ONNX Runtime, once it is loaded."""
+    path = folder / "model.onnx"
+    export_onnx(case, path, dtype, step)
+    numbers = (case.vocabulary, _STRIDE, case.context - 1, 4 * case.width, int(patterns))
+    command = [sys.executable, "-c", _ONNX_CHILD, str(path), *map(str, numbers)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def onnx_table() -> str:
-    """Every model in ONNX Runtime on this CPU, and the peak of the first that tests with its weights in 16 bits."""
-    lines, errors = [], []
-    for index, case in enumerate(ONNX):
-        with tempfile.TemporaryDirectory() as folder:
-            peak = onnx_peak(case, Path(folder), torch.float32)
-        deployment = deployment_named("huggingface")
-        guess = memory(
-            spec_of(case.config()), deployment, context=case.context, batch=case.batch, runtime="onnxruntime"
-        )
-        parts = (guess.weights_bytes, guess.kv_cache_bytes, guess.compute_bytes, guess.overhead_bytes)
-        setting = f"{case.layers} x {case.width}, {case.heads}/{case.kv_heads}, {case.ffn}, {case.vocabulary}"
-        error = guess.total_bytes / peak - 1
-        use = "calibrates" if index < CALIBRATED_ONNX else "tests"
-        cells = [*(f"{part / 1e6:.0f}" for part in parts), f"{guess.total_bytes / 1e6:.0f} / {peak / 1e6:.0f}"]
-        tied = "tied" if case.tied else "untied"
-        lines.append(
-            [case.family, f"{setting}, {tied}", f"{case.context} x {case.batch}", use, *cells, f"{error:+.1%}"]
-        )
-        print(*lines[-1], flush=True)
-        errors.append(abs(error))
+def _onnx_line(case: Case, step: bool, use: str) -> tuple[list[str], float]:
+    """A line of the table, and the error."""
     with tempfile.TemporaryDirectory() as folder:
-        half = onnx_peak(ONNX[CALIBRATED_ONNX], Path(folder), torch.float16)
-    titles = ["family", "layers x width, heads, FFN, vocabulary", "context x streams", "use"]
-    titles += ["weights", "KV cache", "compute", "overhead", "sum / peak", "error"]
-    tests = errors[CALIBRATED_ONNX:]
-    told = (
-        f"ONNX Runtime {version('onnxruntime')}, graphs of torch's exporter in float32, a prompt that fills the "
-        "context with its keys and values among the outputs: no graph that reads a cache was exported, so a step was "
-        f"not measured. Of the {len(tests)} models that test alone {sum(error <= 0.05 for error in tests)} are within "
-        f"5%, median error {statistics.median(tests):.1%}, largest {max(tests):.1%}. The first of them exported in "
-        f"float16, which this CPU's kernels compute in float32, peaked at {half / 1e6:.0f} MB. Weights on integer "
-        "grids were not measured."
+        peak = onnx_peak(case, Path(folder), step=step)
+    form = "huggingface" if case.form == Case.form else case.form
+    read = 1 if step else None
+    guess = memory(
+        spec_of(case.config()),
+        deployment_named(form),
+        context=case.context,
+        batch=case.batch,
+        runtime="onnxruntime",
+        read=read,
     )
-    return f"{told}\n\n{report.table(titles, lines)}"
+    parts = (guess.weights_bytes, guess.kv_cache_bytes, guess.compute_bytes, guess.overhead_bytes)
+    setting = f"{case.layers} x {case.width}, {case.heads}/{case.kv_heads}, {case.ffn}, {case.vocabulary}"
+    error = guess.total_bytes / peak - 1
+    cells = [*(f"{part / 1e6:.0f}" for part in parts), f"{guess.total_bytes / 1e6:.0f} / {peak / 1e6:.0f}"]
+    held = "float32" if form == "huggingface" else form.removeprefix("compressed-tensors-")
+    load = f"{'step' if step else 'prompt'}, {case.context} x {case.batch}"
+    tied = "tied" if case.tied else "untied"
+    line = [case.family, f"{setting}, {tied}", held, load, use, *cells, f"{error:+.1%}"]
+    print(*line, flush=True)
+    return line, abs(error)
+
+
+def onnx_table() -> str:
+    """Every model in ONNX Runtime on this CPU, and two other ways to run the first that tests."""
+    uses = ["calibrates"] * CALIBRATED_ONNX + ["rows"] * 6
+    found = [_onnx_line(case, False, use) for case, use in zip_longest(ONNX, uses, fillvalue="tests")]
+    found += [_onnx_line(case, True, "tests") for case in STEPS]
+    errors = [error for _, error in found]
+    tests = [error for line, error in found if line[4] == "tests"]
+    first, other = ONNX[CALIBRATED_ONNX], {}
+    for name, way in {"float16": {"dtype": torch.float16}, "patterns": {"patterns": True}}.items():
+        with tempfile.TemporaryDirectory() as folder:
+            other[name] = onnx_peak(first, Path(folder), **way)
+    titles = ["family", "layers x width, heads, FFN, vocabulary", "weights as", "pass, context x streams", "use"]
+    titles += ["weights", "KV cache", "compute", "overhead", "sum / peak", "error"]
+    told = (
+        f"ONNX Runtime {version('onnxruntime')}, graphs of torch's exporter: a prompt that fills the context, or a "
+        "step with the rest of the context as keys and values among its inputs, run four times; weights on a grid by "
+        "ONNX Runtime's `MatMulNBitsQuantizer`. The peak is that of the process's resident memory once loaded, memory "
+        f"patterns off. {len(errors)} graphs, {sum(error <= 0.05 for error in errors)} within 5%, median error "
+        f"{statistics.median(errors):.1%}, largest {max(errors):.1%}; of the {len(tests)} that no constant was set by, "
+        f"median {statistics.median(tests):.1%}, largest {max(tests):.1%}. The fourth "
+        f"graph peaked at {other['float16'] / 1e6:.0f} MB when exported in float16, which this CPU's kernels compute "
+        f"in float32, and at {other['patterns'] / 1e6:.0f} MB with memory patterns on, the default, which lays a second "
+        "prompt of the same length out anew beside what the first took."
+    )
+    return f"{told}\n\n{report.table(titles, [line for line, _ in found])}"
 
 
 SIZES = {
@@ -403,19 +507,29 @@ def claim_five() -> str:
 
 
 _VLLM = "vLLM needs a GPU: what is predicted for it stays unmeasured."
-_ONNX_TITLE = "## ONNX Runtime on a CPU"
+_RUNTIMES = {
+    "transformers": ("## transformers on a CPU", transformers_table, "## ONNX Runtime"),
+    "onnxruntime": ("## ONNX Runtime on a CPU", onnx_table, _VLLM),
+}
+
+
+def measure_again(runtime: str) -> Path:
+    """Puts one runtime's section, measured anew, into the newest report."""
+    title, table, following = _RUNTIMES[runtime]
+    path = max(report.REPORTS.glob("*-memory-estimate.md"))
+    before, _, after = path.read_text(encoding="utf-8").partition(f"{title}\n\n")
+    _, end, rest = after.partition(following)
+    path.write_text(f"{before}{title}\n\n{table()}\n\n{end}{rest}", encoding="utf-8")
+    return path
 
 
 def main() -> None:
-    """Measures every case and writes the report, or ONNX Runtime's alone into the newest one."""
+    """Measures every case and writes the report, or one runtime's part of the newest one."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--onnx", action="store_true", help="measure ONNX Runtime alone anew, in the newest report")
-    if parser.parse_args().onnx:
-        path = max(report.REPORTS.glob("*-memory-estimate.md"))
-        before, _, after = path.read_text(encoding="utf-8").partition(f"{_ONNX_TITLE}\n\n")
-        _, end, rest = after.partition(_VLLM)
-        path.write_text(f"{before}{_ONNX_TITLE}\n\n{onnx_table()}\n\n{end}{rest}", encoding="utf-8")
-        print(path)
+    parser.add_argument("--runtime", choices=list(_RUNTIMES), help="measure it alone anew, in the newest report")
+    runtime = parser.parse_args().runtime
+    if runtime:
+        print(measure_again(runtime))
         return
     lines, errors = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -444,10 +558,7 @@ def main() -> None:
         "Predicted / stated by llama.cpp's log, in MB of 10^6 bytes. The process's overhead is left out: the log does "
         "not state it (`tests/test_estimate.py` holds it to the resident memory of the real teacher).",
         report.table(titles, lines),
-        "## transformers on a CPU",
-        transformers_table(),
-        _ONNX_TITLE,
-        onnx_table(),
+        *(part for title, table, _ in _RUNTIMES.values() for part in (title, table())),
         _VLLM,
         "## 1B, 3B and 7B (claim 5)",
         "Predicted for llama.cpp with an F16 cache at one stream, of the shapes of TinyLlama-1.1B, OpenLLaMA-3B and "

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,24 @@ def test_tensors_are_those_of_transformers(architecture: str, tied: bool) -> Non
         norm = Role.NORM_ABOVE_ONE if architecture == "gemma3_text" else Role.NORM
         assert (tensor.role is norm) == ("norm" in tensor.name and not tensor.name.endswith("bias"))
         assert (tensor.role is Role.BIAS) == tensor.name.endswith("bias")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kinds_count_each_tensor_once(architecture: str) -> None:
+    """Of tensors that were never looked at, against counting them; heads as wide as the model make shapes coincide."""
+    for heads in (4, 8):
+        config = {"num_attention_heads": heads, "num_key_value_heads": 4, "head_dim": 32, "hidden_size": 128}
+        sizes = {"num_hidden_layers": 3, "intermediate_size": 256, "vocab_size": 64, "max_position_embeddings": 99}
+        spec = spec_from_config({"model_type": architecture} | config | sizes)
+        kinds = spec.kinds
+        counted = Counter((tensor.role, tensor.shape) for tensor in spec.tensors)
+        assert {(tensor.role, tensor.shape): count for tensor, count in kinds} == counted
+        assert len(kinds) == len(counted)
+        firsts = [next(one for one in spec.tensors if (one.role, one.shape) == key) for key in counted]
+        assert [tensor for tensor, _ in kinds] == firsts
+        assert spec.parameters == sum(math.prod(tensor.shape) for tensor in spec.tensors)
+        plain = replace(spec, tensors=tuple(spec.tensors))
+        assert (spec, hash(spec)) == (plain, hash(plain))
 
 
 def test_a_size_that_a_config_leaves_out_is_transformers_default() -> None:

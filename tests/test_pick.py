@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from autodistill.records.event_log import EventLog
 from autodistill.records.json_files import write_json
 from autodistill.records.measurements import Measured
 from autodistill.records.recalibration import Overhead
-from autodistill.records.row import Row, to_parquet
+from autodistill.records.row import Row, read_parquet, to_parquet
 from autodistill.roofline import speed
 from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment
@@ -68,8 +68,8 @@ def row(name: str, accuracy: float, megabytes: float, **fields: Any) -> Row:
 
 
 def candidate(found: Row, spec: ModelSpec | None = SPEC) -> Candidate:
-    shape = None if spec is None else json.dumps(config_of(spec))
-    return Candidate(run="run", row=found, metric="accuracy", direction="max", shape=shape)
+    shaped = replace(found, shape=None if spec is None else config_of(spec))
+    return Candidate.of(shaped, "run", "accuracy", "max")
 
 
 BOARD = [candidate(row("a", 0.5, 400)), candidate(row("b", 0.4, 200)), candidate(row("c", 0.3, 100))]
@@ -212,9 +212,49 @@ def test_rows_are_read_from_the_leaderboards_of_runs(tmp_path: Path) -> None:
         pick([], Wanted(memory_bytes=1))
 
 
+@settings(deadline=None, max_examples=30)
+@given(
+    figures=st.lists(
+        st.fixed_dictionaries(
+            {
+                "kind": st.sampled_from(["student", "baseline", "confirmation", "teacher", "initial"]),
+                "split": st.sampled_from([None, "validation", "test"]),
+                "fidelity": st.sampled_from([None, 0.1, 1.0]),
+                "accuracy": st.none() | st.floats(0, 1),
+                "machine": st.none() | st.text(max_size=5),
+                "shape": st.sampled_from([None, config_of(SPEC), config_of(SPEC) | {"num_hidden_layers": 3}]),
+                "other": st.dictionaries(
+                    st.sampled_from(["kl", "more"]), st.none() | st.floats() | st.text(max_size=3) | st.booleans()
+                ),
+            }
+        ),
+        max_size=6,
+    ),
+    metric=st.sampled_from(["accuracy", "kl", "none of them"]),
+)
+def test_candidates_are_the_rows_that_were_trained_to_the_end(figures: Any, metric: str) -> None:
+    """Of a table that is read by columns, against each row on its own."""
+    rows = [replace(row(f"r{index}", 0, 100), **found) for index, found in enumerate(figures)]
+    with tempfile.TemporaryDirectory() as folder:
+        run_folder(Path(folder), "run", rows, metric)
+        found = stored(Path(folder))
+        whole = read_parquet(Path(folder) / "run" / "leaderboard.parquet")
+    expected = [
+        one
+        for one in whole
+        if one.kind in ("student", "baseline")
+        and one.split != "test"
+        and one.fidelity == 1.0
+        and one.figure(metric) is not None
+    ]
+    assert [one.row for one in found] == [replace(one, shape=None) for one in expected]
+    assert [one.value for one in found] == [one.figure(metric) for one in expected]
+    assert [one.shape and one.shape.config for one in found] == [one.shape for one in expected]
+
+
 def test_less_is_better_where_the_run_says_so() -> None:
     board = [
-        replace(candidate(row(name, 0.1, 100, perplexity=value)), metric="perplexity", direction="min")
+        Candidate.of(row(name, 0.1, 100, perplexity=value), "run", "perplexity", "min")
         for name, value in (("a", 20.0), ("b", 15.0), ("c", math.inf))
     ]
     assert pick(board, Wanted(memory_bytes=10**9))["pick"]["row_id"] == "b"

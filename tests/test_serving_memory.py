@@ -19,6 +19,7 @@ from autodistill.serving_memory import BASIS, KV_BYTES, memory
 SIZES = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "ffn": 256, "vocab": 1000}
 SMALL = {"layers": 6, "width": 128, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 512, "vocabulary": 512}
 Q8 = deployment_named("gguf-q8_0")
+F16 = deployment_named("huggingface")
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +67,57 @@ def test_a_cache_in_fewer_bits_is_smaller_by_the_blocks() -> None:
     assert sizes == {"f16": 2 * values, "q8_0": values * 34 // 32, "q4_0": values * 18 // 32}
 
 
-def test_a_window_holds_no_more_than_itself_in_transformers() -> None:
+def test_a_window_s_cache_keeps_the_whole_prompt_in_transformers_and_no_more_than_itself_in_vllm() -> None:
     config = {"layers": 4, "window": 100} | {key: value for key, value in SIZES.items() if key != "layers"}
-    spec = shape(config, family="mistral").spec
-    plain = memory(shape(SIZES).spec, Q8, context=1000, batch=2, runtime="transformers").kv_cache_bytes
-    windowed = memory(spec, Q8, context=1000, batch=2, runtime="transformers").kv_cache_bytes
-    assert windowed * 10 == plain
+    spec, wide = shape(config, family="mistral").spec, shape(SIZES).spec
+
+    def cache(spec: Any, runtime: str) -> int:
+        return memory(spec, Q8, context=8000, batch=2, runtime=runtime).kv_cache_bytes
+
+    assert cache(spec, "transformers") == cache(wide, "transformers")
+    assert cache(spec, "vllm") < cache(wide, "vllm")
+
+
+def test_what_a_window_caches_in_transformers_is_a_view_of_the_whole_prompt() -> None:
+    """What the estimate of a windowed cache rests on, of transformers itself."""
+    torch = pytest.importorskip("torch")
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+
+    layer, given = DynamicSlidingWindowLayer(sliding_window=10), torch.zeros(1, 2, 500, 32)
+    layer.update(given, given)
+    assert layer.keys.shape[-2] < 10
+    assert layer.keys.untyped_storage().nbytes() == 500 * 2 * 32 * 4
+
+
+def test_of_activations_and_cache_a_half_more_is_held_in_transformers() -> None:
+    """By hand, of one token in four layers of 128, FFNs of 256, keys and values of 64."""
+    spec = shape(SIZES).spec
+    parts = [memory(spec, Q8, context=tokens, batch=1, runtime="transformers") for tokens in (1000, 1001)]
+    assert parts[1].kv_cache_bytes - parts[0].kv_cache_bytes == 4 * 2 * 64 * 2
+    activations = 2 * (4 * 128 + 3 * 256)
+    assert parts[1].compute_bytes - parts[0].compute_bytes == activations + (activations + 4 * 2 * 64 * 2) // 2
+
+
+def test_a_step_of_onnx_runtime_reads_one_token_with_the_rest_as_inputs() -> None:
+    spec = shape(SIZES, tied=True).spec
+    prompt, step = (memory(spec, F16, context=512, batch=2, runtime="onnxruntime", read=read) for read in (None, 1))
+    assert step.weights_bytes == prompt.weights_bytes == 4 * (spec.parameters + 1000 * 128)
+    cell = 4 * 4 * 2 * 64  # float32 of four layers' keys and values
+    assert prompt.kv_cache_bytes == 2 * 512 * cell
+    assert step.kv_cache_bytes == 2 * (511 + 512) * cell
+    assert prompt.compute_bytes - step.compute_bytes > 17 * 2 * 4 * 511 * 512  # the scores
+
+
+def test_of_onnx_runtime_s_weights_on_a_grid_the_table_stays_wide() -> None:
+    spec = shape(SIZES, tied=True).spec
+    four, eight = (
+        memory(spec, deployment_named(f"compressed-tensors-int{bits}-g32"), context=8, batch=1, runtime="onnxruntime")
+        for bits in (4, 8)
+    )
+    linears = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256)
+    assert eight.weights_bytes - four.weights_bytes == linears // 2
+    table, norms = 2 * 4 * 1000 * 128, 4 * 9 * 128
+    assert four.weights_bytes == table + norms + linears // 2 + 4 * linears // 32
 
 
 def test_all_experts_are_stored_and_the_active_ones_computed() -> None:
@@ -93,7 +139,7 @@ def test_every_runtime_says_what_it_rests_on(runtime: str) -> None:
     parts = (estimate.weights_bytes, estimate.kv_cache_bytes, estimate.compute_bytes, estimate.overhead_bytes)
     assert min(parts) > 0
     assert sum(parts) == estimate.total_bytes
-    assert ("not measured" in BASIS[runtime]) == (runtime in ("vllm", "onnxruntime"))
+    assert ("not measured" in BASIS[runtime]) == (runtime == "vllm")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +149,8 @@ def test_every_runtime_says_what_it_rests_on(runtime: str) -> None:
         ({"kv_type": "q8_0", "runtime": "vllm"}, "vllm holds no KV cache in 'q8_0'; it can be f16"),
         ({"runtime": "tgi"}, "the runtimes are llama.cpp"),
         ({"context": 0}, "at least 1"),
+        ({"read": 64}, "llama.cpp reads no 64 tokens"),
+        ({"read": 513, "runtime": "onnxruntime"}, "onnxruntime reads no 513 tokens of 512"),
     ],
 )
 def test_what_no_runtime_does_is_refused(options: dict[str, Any], said: str) -> None:

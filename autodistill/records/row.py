@@ -93,7 +93,7 @@ class Row:
     @property
     def full(self) -> bool:
         """Whether its measurements were taken after all of the plan's tokens, or it needs no training at all."""
-        return self.kind in ("teacher", "initial") or (self.fidelity is not None and self.fidelity > 1 - 1e-9)
+        return trained_fully(self.kind, self.fidelity)
 
     @property
     def deployment_name(self) -> str:
@@ -102,8 +102,7 @@ class Row:
 
     def figure(self, name: str) -> float | None:
         """A measured figure by name, or None where it is missing or not finite."""
-        value = getattr(self, name) if _types().get(name) in (int, float) else self.other.get(name)
-        return value if isinstance(value, int | float) and math.isfinite(value) else None
+        return finite(getattr(self, name) if is_field(name) else self.other.get(name))
 
     def to_json(self) -> dict[str, Any]:
         """The row as plain data, every field written out."""
@@ -138,6 +137,21 @@ class Row:
                 raise InputError(
                     f"the documents of row {self.row_id!r} have {lengths} ids, counts and sums, not as many"
                 )
+
+
+def trained_fully(kind: str, fidelity: float | None) -> bool:
+    """As `Row.full`, of a row's fields."""
+    return kind in ("teacher", "initial") or (fidelity is not None and fidelity > 1 - 1e-9)
+
+
+def is_field(figure: str) -> bool:
+    """Whether a figure is a field of a row, not one of its `other` figures."""
+    return _types().get(figure) in (int, float)
+
+
+def finite(value: Any) -> float | None:
+    """A value that is a finite number, else None."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 @cache
