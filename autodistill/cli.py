@@ -86,9 +86,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def _version(shown: bool) -> None:
     if shown:
-        from autodistill import __version__
+        from importlib.metadata import version
 
-        print(__version__)
+        print(version("autodistill-search"))
         raise typer.Exit
 
 

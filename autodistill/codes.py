@@ -63,8 +63,12 @@ def quantize(weights: Floats, grid: Grid, scales: Scales | None = None) -> tuple
     columns = weights.shape[1]
     groups = np.asarray(weights, dtype=np.float32).reshape(weights.shape[0], -1, grid.group(columns))
     with np.errstate(all="ignore"):
-        scales, steps = _fitted(groups, grid) if scales is None else (scales, _steps(groups, scales, grid))
-        codes = _round(steps, grid).clip(grid.qmin, grid.qmax).astype(np.int8)
+        if scales is None:
+            scales, steps = _fitted(groups, grid)
+            rounded = _round(steps, grid)
+        else:
+            rounded = np.rint(_steps(groups, scales, grid))
+        codes = rounded.clip(grid.qmin, grid.qmax).astype(np.int8)
     return codes.reshape(weights.shape), scales
 
 

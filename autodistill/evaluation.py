@@ -22,8 +22,8 @@ from autodistill.contracts import (
     TokenScores,
 )
 from autodistill.distillation.generation import answer
+from autodistill.distillation.grid_values import deploy_tensor
 from autodistill.distillation.held import held_as_deployed, is_held
-from autodistill.distillation.quantization import deploy_tensor
 from autodistill.distillation.scoring import score
 from autodistill.distillation.simulated import PackedStudent
 from autodistill.errors import InputError, TrialFailedError

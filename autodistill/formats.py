@@ -130,7 +130,8 @@ class Grid:
       bfloat16. Quantising what was read again would move it (the largest weight lies half a step off the codes):
       weights are quantised once.
 
-    Where scales are given and not derived (`Scales`), a code is in both the rounded quotient by the stored scale.
+    Where scales are given and not derived (`Scales`), a code is in both the quotient by the stored scale (+ zero
+    point), rounded with ties to the even neighbour.
 
     Attributes:
         name: Like "gguf-q4_0" or "compressed-tensors-int4-g64".
@@ -140,7 +141,8 @@ class Grid:
         qmin, qmax: The codes used; what rounds beyond them is clipped.
         scale_dtype: Of the stored scale.
         scale_rule, divisor: How the scale follows from the group.
-        rounding: Where a tie goes: "half_up" (to the larger), "half_away" (from zero) or "half_even".
+        rounding: Where a tie goes under a scale that is derived: "half_up" (to the larger), "half_away" (from zero) or
+            "half_even".
         offset: What is stored beside the scale.
     """
 

@@ -57,8 +57,8 @@ class Wanted:
         """Tokens of each stream of this student."""
         if self.context is not None:
             return self.context
-        config = candidate.config
-        return CONTEXT if config is None else min(CONTEXT, config["max_position_embeddings"])
+        shape = candidate.shape
+        return CONTEXT if shape is None else min(CONTEXT, shape.config["max_position_embeddings"])
 
     def overhead(self, runtime: str) -> Overhead:
         """What predicted memory is raised by."""

@@ -14,7 +14,7 @@ from autodistill.errors import InputError
 _Safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class _PlainLoader(_Safe):  # type: ignore[misc]
+class _PlainLoader(_Safe):
     """Plain data only, each key once; 3e-4 is a number, as in JSON, though not in YAML 1.1."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

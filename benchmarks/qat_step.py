@@ -1,11 +1,13 @@
 """What quantisation-aware training adds to a step: ratios within alternating rounds, on a student of a teacher.
 
     python benchmarks/qat_step.py [--teacher smollm2] [--threads 1] [--rounds 5] [--batch 256 1024] [--bf16]
-        [--before quantization.py]
+        [--scales absmax learned] [--before quantization.py]
 
-The plain step is a cross-entropy step with the embedding frozen, the cheapest there is: no share is larger than here.
+The plain step is a cross-entropy step with the embedding frozen, the cheapest there is, and of several sequences each
+has a pass of its own, in which the weights are put on their grid anew: no share is larger than here.
 CPU time is what is compared, so that other work on the machine counts little. `--before` names the module as it was
-(`git show REVISION:autodistill/distillation/quantization.py`), whose steps are taken by turns with those of today's.
+(`git show REVISION:autodistill/distillation/quantization.py`), whose steps are taken by turns with those of today's;
+what it imports is today's.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,6 +43,7 @@ from autodistill.token_sets import TokenSet
 
 LENGTH = 256
 BEFORE = ", before"
+SCALES = ("absmax", "learned")
 INIT = Init(depth=0.8)
 INTEGERS = {"format": "compressed-tensors"}
 FINISHINGS: dict[str, dict[str, Any]] = {
@@ -86,7 +89,13 @@ def load_module(path: Path) -> ModuleType:
 
 
 def measure(
-    folder: Path, batch: int, rounds: int, threads: int, bf16: bool, modules: dict[str, ModuleType]
+    folder: Path,
+    batch: int,
+    rounds: int,
+    threads: int,
+    bf16: bool,
+    modules: dict[str, ModuleType],
+    scales: Sequence[str],
 ) -> dict[str, list[float]]:
     """CPU seconds of a step by variant, one figure a round; "plain" is without a grid.
 
@@ -97,6 +106,7 @@ def measure(
         threads: Of torch.
         bf16: Whether the forward and backward pass compute in bfloat16.
         modules: What quantises, by what is added to a variant's name.
+        scales: "absmax", which follow from the weights, and "learned" ones, or one of the two.
     """
     model, kept = build_student(folder, INIT)
     spec = spec_from_config(model.config.to_dict())
@@ -119,7 +129,7 @@ def measure(
         finishing = Finishing(**fields)
         storages = {tensor.name: finishing.storage(tensor) for tensor in spec.tensors}
         grids = {key: storage for key, storage in storages.items() if isinstance(storage, Grid)}
-        for kind in ("absmax", "learned"):
+        for kind in scales:
             variants |= {f"{name}, {kind}{said}": (grids.get, kind == "learned", it) for said, it in modules.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     list(trainer.train_stable(batch))
@@ -143,6 +153,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--scales", nargs="+", choices=SCALES, default=SCALES, help="which of them are measured")
     parser.add_argument("--before", type=Path, help="the module as it was, to be compared with")
     parser.add_argument("--batch", type=int, nargs="+", default=[LENGTH, 4 * LENGTH], help="tokens of a step")
     arguments = parser.parse_args()
@@ -152,7 +163,9 @@ def main() -> None:
     modules = {"": quantization} | ({BEFORE: load_module(arguments.before)} if arguments.before else {})
     sections = []
     for batch in arguments.batch:
-        seconds = measure(teacher.folder, batch, arguments.rounds, arguments.threads, arguments.bf16, modules)
+        seconds = measure(
+            teacher.folder, batch, arguments.rounds, arguments.threads, arguments.bf16, modules, arguments.scales
+        )
         plain = seconds.pop("plain")
         lines = []
         for name, values in seconds.items():
@@ -173,7 +186,8 @@ def main() -> None:
     precision = "bfloat16" if arguments.bf16 else "float32"
     head = (
         f"A student of 80% of the layers of {teacher.name}, {precision}, {arguments.threads} threads, "
-        f"{arguments.rounds} rounds. Each round takes every variant's step once, in turn."
+        f"{arguments.rounds} rounds. Each round takes every variant's step once, in turn; each sequence of {LENGTH} "
+        "tokens has a pass of its own."
     )
     print(report.write("qat-step", "What quantisation-aware training adds to a step", [head, *sections]))
 

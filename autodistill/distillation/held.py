@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autodistill.contracts import HeldType
-from autodistill.distillation.quantization import deploy_tensor
+from autodistill.distillation.grid_values import deploy_tensor
 from autodistill.distillation.teacher import load_model
 from autodistill.formats import Storage
 

@@ -1,27 +1,31 @@
-"""The grids of `formats` in torch: fake quantisation with straight-through gradients, and training under it."""
+"""Fake quantisation with straight-through gradients, of scales that follow or are learned, and training under it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from autodistill.codes import BF16_EPSILON
+from autodistill.distillation.grid_values import (
+    buffers_of,
+    chunks,
+    clips,
+    deploy_tensor,
+    fitted_scales,
+    fitted_values,
+    given_scales,
+    given_steps,
+    given_values,
+    next_beyond,
+)
 from autodistill.distillation.sharding import whole
 from autodistill.errors import InputError
 from autodistill.formats import Grid, Role, Scales, Storage, TensorSpec, check_tensor
-
-# Weights handled at once on a CPU: a chunk and its buffers stay in cache, so that each of the six or so passes costs a
-# tenth of a nanosecond a weight, and memory is read and written once; of powers of two around it this was the fastest.
-_CHUNK = 2**18
-# The largest float32 below a half: x + this, with the sign of x, cut to an integer rounds halves away from 0. With 0.5
-# the sum itself could be rounded up.
-_BELOW_HALF = 0.5 - 2.0**-25
 
 
 def fake_quantize(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -41,7 +45,7 @@ def fake_quantize(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32
     """
     if torch.is_grad_enabled() and weight.requires_grad:
         return _StraightThrough.apply(weight.float(), grid, dtype)
-    return _on_grid(weight.float(), grid, None, dtype=dtype)
+    return fitted_values(weight.float(), grid, dtype=dtype)
 
 
 def fake_quantize_learned(
@@ -68,44 +72,11 @@ def fake_quantize_learned(
     return _LearnedStep.apply(weight, scale, offset, grid, dtype)
 
 
-def deploy_tensor(weight: Tensor, storage: Storage, scales: Scales | None = None) -> Tensor:
-    """The values that the runtime will see of `weight`, as float32 without gradient.
-
-    Args:
-        weight: Of any shape; [out, in] for a grid.
-        storage: A grid or a float type; "f32" gives the weight's own memory.
-        scales: Scales and offsets to use, learned ones say; by default they follow from the weights.
-    """
-    weight = weight.detach().float()
-    if isinstance(storage, Grid):
-        return _on_grid(weight, storage, None, None if scales is None else _columns(scales, weight.device))
-    if storage == "f32":
-        return weight
-    if storage == "f32_plus_1":
-        return (weight + 1) - 1
-    return weight.to(torch.float16 if storage == "f16" else torch.bfloat16).float()
-
-
-# Stored scales and offsets, float32 [groups, 1].
-_Given: TypeAlias = tuple[Tensor, Tensor | None]
-
-
-def _columns(scales: Scales, device: torch.device) -> _Given:
-    stored, offsets = (None if values is None else torch.from_numpy(values).to(device).view(-1, 1) for values in scales)
-    assert stored is not None
-    return stored, offsets
-
-
-def _part(given: _Given, part: slice) -> _Given:
-    stored, offsets = given
-    return stored[part], None if offsets is None else offsets[part]
-
-
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-        inside = torch.empty(weight.shape, dtype=torch.bool, device=weight.device) if _clips(grid) else None
-        values = _on_grid(weight, grid, inside, dtype=dtype)
+        inside = torch.empty(weight.shape, dtype=torch.bool, device=weight.device) if clips(grid) else None
+        values = fitted_values(weight, grid, inside, dtype)
         ctx.save_for_backward(*(() if inside is None else (inside,)))
         return values
 
@@ -119,12 +90,12 @@ class _StraightThrough(torch.autograd.Function):
             return gradient.float(), None, None
         out = torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
         # As bytes the mask converts to float several times faster than as booleans.
-        mask = saved[0].view(torch.int8).view(-1)
-        size = _chunk_size(gradient)
-        for source, kept, target in zip(
-            gradient.reshape(-1).split(size), mask.split(size), out.view(-1).split(size), strict=True
-        ):
-            torch.mul(source.float(), kept.float(), out=target)
+        mask = saved[0].view(torch.int8)
+        size = gradient.shape[1]
+        (buffer,) = buffers_of(gradient, size, 1)
+        for _, arriving, kept, target in chunks(size, gradient, mask, out):
+            target.copy_(arriving)
+            target.mul_(buffer[: len(kept)].copy_(kept))
         return out, None, None
 
 
@@ -134,9 +105,9 @@ class _LearnedStep(torch.autograd.Function):
         ctx: Any, weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, dtype: torch.dtype
     ) -> Tensor:
         ctx.grid = grid
-        # Codes are computed again in the backward pass: to keep them would take more memory than the weights.
+        # Codes are computed again in the backward pass: to write and read them back would cost as much, and memory.
         ctx.save_for_backward(weight, scale, offset)
-        return _on_grid(weight, grid, None, _stored(scale, offset, grid), dtype=dtype)
+        return given_values(weight, given_scales(scale, offset, grid), grid, dtype)
 
     @staticmethod
     @once_differentiable
@@ -150,179 +121,25 @@ class _LearnedStep(torch.autograd.Function):
         weight, scale, offset = ctx.saved_tensors
         grid: Grid = ctx.grid
         size = grid.group(weight.shape[1])
-        stored, offsets = _stored(scale, offset, grid)
-        zero_points = offsets if grid.offset == "zero_point" else None
-        minima = offsets if grid.offset == "minimum" else None
+        given = given_scales(scale, offset, grid)
+        zero_points = given.offsets if grid.offset == "zero_point" else None
         weight_gradient, scale_gradient = torch.empty_like(weight), torch.empty_like(scale)
-        groups, incoming, out = (tensor.reshape(-1, size) for tensor in (weight, gradient, weight_gradient))
-        sums = scale_gradient.view(-1)
-        rows = max(1, _chunk_size(weight) // size)
-        steps, codes = torch.empty_like(groups[:rows]), torch.empty_like(groups[:rows])
-        placed = torch.empty_like(steps) if zero_points is not None else steps
-        ones, (low, high) = torch.ones(size, device=weight.device), _beyond(grid)
-        for start in range(0, len(groups), rows):
-            part = slice(start, start + rows)
-            target, arriving = out[part], incoming[part].float()
-            step, code, place = (buffer[: len(target)] for buffer in (steps, codes, placed))
-            _given_steps(groups[part], (stored[part], None if minima is None else minima[part]), grid, step)
-            if zero_points is not None:
-                torch.add(step, zero_points[part], out=place)
-            torch.ops.aten.hardtanh_backward.grad_input(arriving, place, low, high, grad_input=target)
-            _round(place, grid, code)
+        sums, ones = scale_gradient.view(-1), torch.ones(size, device=weight.device)
+        low, high = next_beyond(grid)
+        buffers = buffers_of(weight, size, 3)
+        for part, groups, incoming, target in chunks(size, weight, gradient, weight_gradient):
+            step, code, arriving = buffers[:, : len(groups)]
+            arriving.copy_(incoming)
+            given_steps(groups, given.part(part), grid, step)
+            torch.ops.aten.hardtanh_backward.grad_input(arriving, step, low, high, grad_input=target)
+            torch.clamp(step, grid.qmin, grid.qmax, out=code).round_()
             if zero_points is not None:
                 code.sub_(zero_points[part])
+                step.sub_(zero_points[part])
             code.mul_(arriving).addcmul_(target, step, value=-1)
+            # As a product: a sum over groups this short takes a third longer.
             torch.mv(code, ones, out=sums[part])
         return weight_gradient, scale_gradient.mul_(1 / math.sqrt(size * grid.levels)), None, None, None
-
-
-def _stored(scale: Tensor, offset: Tensor | None, grid: Grid) -> _Given:
-    """What the file will hold of a learned scale and its offset, float32 [groups, 1]."""
-    rounded = (scale.half() if grid.scale_dtype == "f16" else scale.bfloat16()).float().view(-1, 1)
-    return rounded, None if offset is None else offset.view(-1, 1)
-
-
-def _clips(grid: Grid) -> bool:
-    """Whether a weight can be clipped under a scale that follows from its group."""
-    if grid.scale_rule == "range":
-        return grid.offset == "zero_point"
-    # Where the largest magnitude itself stays within half a step of qmax, nothing can be clipped.
-    return abs(grid.divisor) >= grid.qmax + 0.5
-
-
-def _chunk_size(tensor: Tensor) -> int:
-    return _CHUNK if tensor.device.type == "cpu" else max(1, tensor.numel())
-
-
-@torch.no_grad()
-def _on_grid(
-    weight: Tensor, grid: Grid, inside: Tensor | None, given: _Given | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Values on the grid; fills the mask `inside` (bool [out, in]) with whether each weight was not clipped.
-
-    Args:
-        weight: float32 [out, in].
-        grid: The grid.
-        inside: bool [out, in], or None.
-        given: Stored scales and offsets, or None where they follow from the weights.
-        dtype: What the values are rounded to at last, as autocast would round them: one pass over them instead of two.
-    """
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    size = grid.group(weight.shape[-1])
-    groups, values = weight.reshape(-1, size), out.view(-1, size)
-    rows = max(1, _chunk_size(weight) // size)
-    mask = None if inside is None else inside.view(torch.int8).view(-1, size)
-    exact = dtype == torch.float32
-    steps = torch.empty_like(groups[:rows])
-    codes = None if exact else torch.empty_like(steps)
-    # What compressed-tensors holds is bfloat16, in float32 as well.
-    brief = torch.empty_like(steps, dtype=torch.bfloat16) if exact and grid.container == "compressed-tensors" else None
-    for start in range(0, len(groups), rows):
-        part = slice(start, start + rows)
-        step = steps[: len(values[part])]
-        target = values[part] if codes is None else codes[: len(step)]
-        if given is None:
-            stored, offsets = _fitted_steps(groups[part], grid, step)
-        else:
-            stored, offsets = _given_steps(groups[part], _part(given, part), grid, step)
-        if mask is not None:
-            # A comparison written as floats is vectorised, one written as booleans is not.
-            if grid.scale_rule == "range":
-                torch.clamp(step, grid.qmin - 0.5, grid.qmax + 0.5, out=target)
-                torch.eq(target, step, out=target)
-            else:
-                # No weight lies below the codes: the scale is chosen from the largest magnitude.
-                torch.le(step, grid.qmax + 0.5, out=target)
-            mask[part].copy_(target)
-        _round(step, grid, target)
-        if exact:
-            target.add_(0.0)  # a code of 0 is never -0
-        if offsets is not None and grid.offset == "zero_point":
-            target.sub_(offsets)
-        target.mul_(stored)
-        if offsets is not None and grid.offset == "minimum":
-            target.add_(offsets)
-        if brief is not None:
-            target.copy_(brief[: len(step)].copy_(target))
-        elif codes is not None:
-            values[part].copy_(target)
-    return out
-
-
-def _fitted_steps(groups: Tensor, grid: Grid, out: Tensor) -> _Given:
-    """Writes the groups in steps of their scales into `out`, and gives what is stored; as `codes.quantize`."""
-    low: Tensor | None = None
-    if grid.scale_rule == "range":
-        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        if grid.offset == "zero_point":
-            low, high = low.clamp_(max=0), high.clamp_(min=0)
-        extent = high - low
-    else:
-        extent = _signed_absmax(groups) if grid.scale_rule == "signed_absmax" else _absmax(groups)
-    # By a tensor, since CUDA turns a division by a Python number into a product with its rounded reciprocal.
-    scales = extent / torch.full((), grid.divisor, device=groups.device)
-    if grid.container == "gguf":
-        inverse = scales.reciprocal().nan_to_num_(nan=float("nan"), posinf=0.0, neginf=0.0)
-        if low is None:
-            torch.mul(groups, inverse, out=out)
-            return scales.half().float(), None
-        torch.sub(groups, low, out=out).mul_(inverse)
-        return scales.half().float(), low.half().float()
-    stored = scales.bfloat16().float()
-    stored.masked_fill_(stored == 0, BF16_EPSILON)
-    if low is not None:
-        # Of a group of zeros the quotient is NaN, and its zero point 0.
-        low = (grid.qmin - low / scales).nan_to_num_().clamp_(grid.qmin, grid.qmax).round_()
-    return _given_steps(groups, (stored, low), grid, out)
-
-
-def _given_steps(groups: Tensor, given: _Given, grid: Grid, out: Tensor) -> _Given:
-    """Writes the groups in steps of stored scales into `out`, and gives those back; under a scale of 0 all are 0."""
-    scales, offsets = given
-    scales = scales.masked_fill(scales == 0, math.inf)
-    if offsets is None:
-        torch.div(groups, scales, out=out)
-    elif grid.offset == "minimum":
-        torch.sub(groups, offsets, out=out).div_(scales)
-    else:
-        torch.div(groups, scales, out=out).add_(offsets)
-    return given
-
-
-def _absmax(groups: Tensor) -> Tensor:
-    # A group of zeros may come out as -0, hence the last step.
-    return torch.maximum(groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True).neg_()).abs_()
-
-
-def _signed_absmax(groups: Tensor) -> Tensor:
-    # The two extremes cost a third of a search for the largest magnitude's place, which is needed only where they tie:
-    # there the first of the group counts.
-    highest, lowest = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
-    largest = torch.where(highest > -lowest, highest, lowest)
-    tied = (highest == -lowest).view(-1).nonzero().view(-1)
-    if len(tied):
-        candidates = groups[tied]
-        largest[tied] = candidates.gather(-1, candidates.abs().argmax(-1, keepdim=True))
-    return largest
-
-
-def _round(steps: Tensor, grid: Grid, out: Tensor) -> None:
-    """Rounds to codes, as `codes.quantize` does, but that a code of 0 may be -0."""
-    if grid.rounding == "half_up":
-        torch.add(steps, 0.5 - grid.qmin, out=out).floor_().clamp_(0, grid.qmax - grid.qmin).add_(grid.qmin)
-    elif grid.rounding == "half_even":
-        torch.clamp(steps, grid.qmin, grid.qmax, out=out).round_()
-    else:
-        torch.add(steps, torch.sign(steps, out=out), alpha=_BELOW_HALF, out=out).clamp_(-grid.qmax, grid.qmax)
-        # What is left of a number as an integer: by far faster than trunc.
-        out.copy_(out.to(torch.int8))
-
-
-def _beyond(grid: Grid) -> tuple[float, float]:
-    """The float32 numbers next to the codes' bounds, outside of them."""
-    bounds, sides = torch.tensor([grid.qmin, grid.qmax]).float(), torch.tensor([-math.inf, math.inf])
-    low, high = torch.nextafter(bounds, sides).tolist()
-    return low, high
 
 
 class FakeQuantized:
@@ -352,8 +169,8 @@ class FakeQuantized:
         self.scale: nn.Parameter | None = None
         self._offset: Tensor | None = None
         self._kept: tuple[tuple[int, int], Tensor] | None = None
-        if learned and self._values(master).requires_grad:
-            scales, self._offset = fitted_scales(whole(self._values(master).detach()), grid)
+        if learned and (master.requires_grad or change is not None):
+            scales, self._offset = fitted_scales(self._values(whole(master.detach())), grid)
             self.scale = nn.Parameter(scales)
 
     def __call__(self, held: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -385,21 +202,9 @@ class FakeQuantized:
         """The learned scales and their offsets as a file holds them, or None where none are learned."""
         if self.scale is None:
             return None
-        scales, _ = _stored(self.scale.detach(), None, self.grid)
+        stored = given_scales(self.scale.detach(), None, self.grid).scales
         offset = None if self._offset is None else self._offset.cpu().numpy()
-        return Scales(scales.view_as(self.scale).cpu().numpy(), offset)
-
-
-def fitted_scales(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """The stored scales, and offsets, that follow from the weights: float32 [out, groups] each."""
-    groups = weight.reshape(-1, grid.group(weight.shape[1]))
-    found = [
-        _fitted_steps(part, grid, torch.empty_like(part))
-        for part in groups.split(max(1, _chunk_size(weight) // groups.shape[1]))
-    ]
-    scales, offsets = zip(*found, strict=True)
-    shape = (len(weight), -1)
-    return torch.cat(scales).view(shape), None if grid.symmetric else torch.cat(offsets).view(shape)
+        return Scales(stored.view_as(self.scale).cpu().numpy(), offset)
 
 
 @contextmanager

@@ -27,12 +27,13 @@ from autodistill.distillation.alignment import (
 from autodistill.distillation.attention import Heads, TeacherBlock, attention_loss, watch
 from autodistill.distillation.checkpoint import gathered, restore, write_checkpoint
 from autodistill.distillation.divergence import divergence_of
+from autodistill.distillation.grid_values import deploy_tensor
 from autodistill.distillation.interpolation import Interpolation
 from autodistill.distillation.logit_loss import partly_heard
 from autodistill.distillation.lora import Adapters
 from autodistill.distillation.memory import is_out_of_memory
 from autodistill.distillation.positions import Learnt, learnt_tokens, uncertain_rows
-from autodistill.distillation.quantization import FakeQuantized, deploy_tensor, quantized_training
+from autodistill.distillation.quantization import FakeQuantized, quantized_training
 from autodistill.distillation.schedule import decayed, stable_rate
 from autodistill.distillation.sharding import Sharding, check_sharded, clip_sharded
 from autodistill.distillation.signals import LiveTeacher, target_source

@@ -122,7 +122,8 @@ def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
     names = list(dict.fromkeys(runs or known_runs(out)))
     if not names:
         raise InputError(f"there are no runs in {out}: make one with autodistill search, or name another --out")
-    found, metrics = [], {}
+    found: list[Candidate] = []
+    metrics = {}
     for name in names:
         run = RunFolder.open(out, name)
         asked = read_json(run.search_file)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from autodistill.distillation.grid_values import deploy_tensor
 from autodistill.distillation.lora import Adapter, check_lora
-from autodistill.distillation.quantization import FakeQuantized, deploy_tensor, quantized_training
+from autodistill.distillation.quantization import FakeQuantized, quantized_training
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config, training_memory
 from autodistill.formats import Q4_0

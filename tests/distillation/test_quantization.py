@@ -12,13 +12,12 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from autodistill.codes import deployed, quantize
-from autodistill.distillation import quantization
+from autodistill.distillation import grid_values, quantization
+from autodistill.distillation.grid_values import deploy_tensor, fitted_scales
 from autodistill.distillation.quantization import (
     FakeQuantized,
-    deploy_tensor,
     fake_quantize,
     fake_quantize_learned,
-    fitted_scales,
     quantized_training,
 )
 from autodistill.errors import InputError
@@ -62,7 +61,7 @@ def _bits(values):
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize("chunk", [2**18, 256])
 def test_values_are_bit_for_bit_those_deployed(grid, weights, chunk, monkeypatch):
-    monkeypatch.setattr(quantization, "_CHUNK", chunk)
+    monkeypatch.setattr(grid_values, "_CHUNK", chunk)
     expected = _bits(deployed(weights, grid))
     tensor = torch.from_numpy(weights)
     np.testing.assert_array_equal(_bits(fake_quantize(tensor, grid).numpy()), expected)
@@ -102,7 +101,7 @@ def _inside(weights: np.ndarray, grid: Grid) -> np.ndarray:
 @pytest.mark.parametrize("chunk", [2**18, 256])
 @pytest.mark.parametrize("name", ["normal", "heavy-tailed", "small"])
 def test_gradient_passes_inside_and_stops_where_clipped(grid, chunk, name, monkeypatch):
-    monkeypatch.setattr(quantization, "_CHUNK", chunk)
+    monkeypatch.setattr(grid_values, "_CHUNK", chunk)
     weights = WEIGHTS[name]
     tensor = torch.from_numpy(weights).clone().requires_grad_()
     # Transposed, so that the incoming gradient is not contiguous.
@@ -180,7 +179,7 @@ def _learned_scales(weight, grid):
 @by_grid
 @pytest.mark.parametrize("chunk", [2**18, 256])
 def test_learned_scales_have_the_published_gradient(grid, chunk, monkeypatch):
-    monkeypatch.setattr(quantization, "_CHUNK", chunk)
+    monkeypatch.setattr(grid_values, "_CHUNK", chunk)
     weight = torch.from_numpy(WEIGHTS["normal"]).clone().requires_grad_()
     scale, offset = _learned_scales(weight.detach(), grid)
     scale.requires_grad_()
