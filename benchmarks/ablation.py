@@ -72,7 +72,7 @@ def warm(table: Table, seed: int, warmed: bool) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     if warmed:
         spent, before = simulate(table, plan(TRIALS, default_rungs(), _keep(TRIALS, 3)), seed=1000 + seed)
-        told = [replace(item, repeatable=item.fidelity < 1) for item in before._observations()]
+        told = [replace(item, repeatable=item.fidelity < 1) for item in before._agenda._observations()]
         hints = {"earlier": told, "first": [table.space.point(Strategy.from_json(table.lines[spent.best[3]].strategy))]}
     spent, _ = simulate(table, made, seed=seed, **hints)
     return {"operations": spent.operations, "tokens": spent.trained, "best": spent.best[2]}
