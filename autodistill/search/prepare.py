@@ -12,13 +12,11 @@ from typing import Any
 
 from autodistill.contracts import ModelSpec, Plan
 from autodistill.errors import InputError
-from autodistill.estimate import cannot_hold
 from autodistill.records.store import RunFolder, write_json
 from autodistill.search.checked import Checked
 from autodistill.search.loading import Loaded, Place, load
 from autodistill.search.measuring import plan_from_measurement
 from autodistill.search.plan import Speed, extend, more_trials
-from autodistill.search.possible import by_size
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.teacher_outputs import check_cache_limit, teacher_phase
 from autodistill.search.trials import Question
@@ -75,9 +73,7 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
             plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.request.started)
     document = _describe(checked, loaded, plan, speed)
     write_json(run.search_file, document)
-    models = (loaded.spec, *(student for _, student in by_size(checked.space, loaded.spec)))
-    left_out = (cannot_hold(model, deployment) for model in models for deployment in checked.space.deployments)
-    for note in (*loaded.data.notes, *loaded.templates.values(), *plan.notes, *dict.fromkeys(filter(None, left_out))):
+    for note in (*loaded.data.notes, *loaded.templates.values(), *plan.notes):
         observer.line(note)
     return Planned(loaded=loaded, plan=plan, speed=speed, document=document)
 

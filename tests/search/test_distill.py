@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from autodistill.errors import InputError
 from autodistill.records.store import RunFolder
 from autodistill.search.export_run import export_run
-from autodistill.search.progress import Observer
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import Outcome, plan_search, search
 from autodistill.space import load_strategy
@@ -100,11 +99,8 @@ def test_every_family_is_distilled_finished_on_a_grid_and_exported(inputs, tmp_p
 def test_why_a_student_has_no_gguf_is_said_before_it_is_trained(inputs, tmp_path: Path) -> None:
     teacher = save_tiny_teacher(tmp_path / "teacher", architecture="gemma3_text", layers=6, width=128, ffn=192)
     two = str(inputs[1].parent / "two.yaml")
-    said: list[str] = []
-    observer = Observer()
-    observer.line = said.append  # type: ignore[method-assign]
-    plan_search(request((teacher, *inputs[1:]), tmp_path / "out", written(tmp_path, depth=0.84), space=two), observer)
-    (note,) = [line for line in said if "GGUF cannot hold" in line]
+    asked = request((teacher, *inputs[1:]), tmp_path / "out", written(tmp_path, depth=0.84), space=two)
+    (note,) = [note for note in plan_search(asked)["plan"]["notes"] if "GGUF cannot hold" in note]
     assert "of these 5 it is 3, 5: keep all layers" in note
 
 
