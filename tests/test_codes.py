@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from autodistill.codes import deployed, dequantize, from_bf16_bits, pack, quantize, to_bf16_bits, unpack
+from autodistill.distillation.quantization import deploy_tensor
 from autodistill.errors import InputError
 from autodistill.formats import (
     Q4_0,
@@ -221,3 +222,18 @@ def test_packing_and_unpacking_are_inverse_on_the_grid(grid):
         assert (np.abs(on_grid.reshape(groups.shape) - groups) <= steps).all()
 
     check()
+
+
+def test_one_added_is_taken_off_exactly() -> None:
+    dice = np.random.default_rng(0)
+    weights = (dice.normal(size=4000) * 2.0 ** dice.integers(-30, 8, 4000)).astype(np.float32)
+    weights[:4] = [0, -1, -0.5, 3e-8]
+    seen = deployed(weights, "f32_plus_1")
+    np.testing.assert_allclose(seen, weights, rtol=0, atol=2.0**-17)
+    # A norm multiplies by the same factors, and what was stored once is stored the same again.
+    np.testing.assert_array_equal(np.float32(1) + seen, np.float32(1) + weights)
+    np.testing.assert_array_equal(deployed(seen, "f32_plus_1"), seen)
+    stored = pack(weights, "f32_plus_1")
+    np.testing.assert_array_equal(stored["data"], (torch.from_numpy(weights) + 1).numpy())
+    np.testing.assert_array_equal(unpack(stored, "f32_plus_1", weights.shape), seen)
+    np.testing.assert_array_equal(deploy_tensor(torch.from_numpy(weights), "f32_plus_1").numpy(), seen)

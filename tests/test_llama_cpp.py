@@ -50,6 +50,15 @@ def test_greedy_tokens_equal_those_of_transformers(teacher: Path, file: Path) ->
         ]
 
 
+def test_one_token_more_is_one_token_read_also_below_a_sliding_window(tmp_path: Path) -> None:
+    windowed = save_tiny_teacher(tmp_path / "teacher", architecture="gemma3_text", layers=3)
+    path = GgufExporter().export(windowed, F16, tmp_path / "out").path
+    with LlamaServer(path, 256, 1, whole_cache=True) as server:
+        for end in range(4, 24):  # its window has 16 tokens
+            read = server.complete((PROMPT * 4)[:end], 1, reuse=end > 4).prompt_tokens
+            assert read == (4 if end == 4 else 1)
+
+
 def test_timing_covers_every_step_of_every_request(file: Path) -> None:
     with LlamaServer(file, 256, 1) as server:
         for _ in range(2):  # the second would be short of prompt tokens if the first's context were reused

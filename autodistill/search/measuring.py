@@ -12,7 +12,7 @@ from autodistill.contracts import Plan
 from autodistill.distillation.student import cut_student
 from autodistill.distillation.teacher import load_model
 from autodistill.errors import InputError, TrialFailedError
-from autodistill.estimate import fits, holdable
+from autodistill.estimate import cannot_hold, fits, holdable
 from autodistill.evaluation import evaluate
 from autodistill.search.checked import Checked
 from autodistill.search.loading import Loaded
@@ -87,9 +87,11 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
     )
     check_box(demand, speed, loaded.workers)
     plan = make_plan(demand, speed, loaded.workers)
+    models = (loaded.spec, *(student for _, student in students))
+    left_out = [cannot_hold(model, deployment) for model in models for deployment in checked.space.deployments]
     plan = replace(
         plan,
-        notes=(*plan.notes, *notes, *filter(None, [loaded.teacher_fit.note])),
+        notes=(*plan.notes, *notes, *filter(None, dict.fromkeys([loaded.teacher_fit.note, *left_out]))),
         example_share=share,
         micro_batch=loaded.fit.micro_batch,
         checkpointing=loaded.fit.checkpointing,

@@ -12,14 +12,12 @@ from typing import Any
 
 from autodistill.contracts import ModelSpec, Plan
 from autodistill.errors import InputError
-from autodistill.estimate import cannot_hold
 from autodistill.records.json_files import write_json
 from autodistill.records.store import RunFolder
 from autodistill.search.checked import Checked
 from autodistill.search.loading import Loaded, Place, load
 from autodistill.search.measuring import plan_from_measurement
 from autodistill.search.plan import Speed, extend, more_trials
-from autodistill.search.possible import by_size
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.teacher_outputs import check_cache_limit, teacher_phase
 from autodistill.search.trials import Question
@@ -80,9 +78,7 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
     context = checked.request.budget.context
     if checked.stored is None and checked.request.context_by_default and context < CONTEXT:
         observer.line(f"the budget is stated at a context of {context} tokens: a model of this search reads no more")
-    models = (loaded.spec, *(student for _, student in by_size(checked.space, loaded.spec)))
-    left_out = (cannot_hold(model, deployment) for model in models for deployment in checked.space.deployments)
-    for note in (*loaded.data.notes, *loaded.templates.values(), *plan.notes, *dict.fromkeys(filter(None, left_out))):
+    for note in (*loaded.data.notes, *loaded.templates.values(), *plan.notes):
         observer.line(note)
     return Planned(loaded=loaded, plan=plan, speed=speed, document=document)
 
