@@ -474,10 +474,10 @@ def onnx_table() -> str:
         "ONNX Runtime's `MatMulNBitsQuantizer`. The peak is that of the process's resident memory once loaded, memory "
         f"patterns off. {len(errors)} graphs, {sum(error <= 0.05 for error in errors)} within 5%, median error "
         f"{statistics.median(errors):.1%}, largest {max(errors):.1%}; of the {len(tests)} that no constant was set by, "
-        f"median {statistics.median(tests):.1%}, largest {max(tests):.1%}. The fourth "
-        f"graph peaked at {other['float16'] / 1e6:.0f} MB when exported in float16, which this CPU's kernels compute "
-        f"in float32, and at {other['patterns'] / 1e6:.0f} MB with memory patterns on, the default, which lays a second "
-        "prompt of the same length out anew beside what the first took."
+        f"median {statistics.median(tests):.1%}, largest {max(tests):.1%}. The fourth graph peaked at "
+        f"{other['float16'] / 1e6:.0f} MB when exported in float16, which this CPU's kernels compute in float32, and "
+        f"at {other['patterns'] / 1e6:.0f} MB with memory patterns on, the default, which lays a second prompt of the "
+        "same length out anew beside what the first took."
     )
     return f"{told}\n\n{report.table(titles, [line for line, _ in found])}"
 

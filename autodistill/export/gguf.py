@@ -42,7 +42,7 @@ _TYPES: Mapping[Storage, GGMLQuantizationType] = {
     Q4_1: GGMLQuantizationType.Q4_1,
     Q4_0: GGMLQuantizationType.Q4_0,
 }
-_STORAGES: Mapping[GGMLQuantizationType, Storage] = {kind: storage for storage, kind in reversed(_TYPES.items())}
+_STORAGES: Mapping[GGMLQuantizationType, Storage] = {kind: storage for storage, kind in reversed(list(_TYPES.items()))}
 _ROPE_FACTORS = "rope_freqs.weight"
 
 

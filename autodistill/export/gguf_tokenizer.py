@@ -51,7 +51,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
             f"GGUF export knows byte-level BPE tokenizers and SentencePiece's kind with bytes, and {path} is another "
             "kind: export to huggingface or compressed-tensors instead"
         )
-    names, kinds = _tokens(description, vocabulary)
+    names, types = _tokens(description, vocabulary)
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     missing = _other_normalizer(description) if byte_level else _no_sentencepiece(description, merges)
     if missing:
@@ -64,10 +64,10 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
         writer.add_token_merges([" ".join(pair) for pair in merges])
     else:
         own = {"model": "llama", "pre": "default"}
-        names, kinds, scores = _as_sentencepiece(names, kinds, merges)
+        names, types, scores = _as_sentencepiece(names, types, merges)
         writer.add_token_scores(scores)
     writer.add_token_list(names)
-    writer.add_token_types(kinds)
+    writer.add_token_types(types)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     scalars = own | _scalars(tokenizer)
     if (folder / INHERITED).is_file():
