@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,19 @@ import numpy as np
 import optuna
 import report
 import torch
-from kept import Kept, mean
+from curves import at
+from kept import Kept
 from math_search import METRIC, RECIPE, TEST_QUESTIONS, prepare
 from math_table import FURTHER_SEEDS, RUNGS, Line, Recorder, read, student_file, without_teacher
 from math_teacher import LENGTH
 from prepared import Prepared, learns_from_teacher
 from safetensors.torch import load_file
+from search_efficiency_report import Known, Outcome, sections
 from simulate import SEED, TRIALS, Table, Worker, default_rungs, load_table, plan, simulate
 
 from autodistill.applied import initial_student, student_spec
 from autodistill.domains import Choices
 from autodistill.evaluation import evaluate
-from autodistill.records.leaderboard import paired_bootstrap
 from autodistill.records.store import default_cache
 from autodistill.search.campaign import Campaign
 from autodistill.search.inline_runner import run_inline
@@ -53,26 +54,6 @@ from autodistill.units import parse_duration
 FOLLOWED = 8
 # Proposals after which the script is given up: most are then what it has trained before, or too large.
 ASKED = 300
-# How far below the best of the table a student counts as near it.
-NEAR = 0.001
-SHARES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Known:
-    """A student at full fidelity, and what had been spent when it was known.
-
-    Attributes:
-        operations: On everything so far.
-        value: Accuracy on validation.
-        strategy, seed, deployment: Which student, and how it is packed.
-    """
-
-    operations: int
-    value: float
-    strategy: str
-    seed: int
-    deployment: str
 
 
 def search(table: Table, seed: int) -> list[Known]:
@@ -170,16 +151,6 @@ def tuned(table: Table, lines: Sequence[Line], recipe: Strategy, limit: int, *, 
         if spent < limit and (best, seed) in by:
             train(Strategy.from_json(by[best, seed].strategy), seed)
     return [one for one in curve if one.operations <= 1.05 * limit]
-
-
-def at(curve: Sequence[Known], operations: float) -> Known | None:
-    """The best student that is known after so many operations."""
-    return max((one for one in curve if one.operations <= operations), key=lambda one: one.value, default=None)
-
-
-def first_above(curve: Sequence[Known], value: float) -> float:
-    """Operations after which a student was better than this; infinite where none is."""
-    return next((float(one.operations) for one in curve if one.value > value + 1e-12), float("inf"))
 
 
 class Judge:
@@ -287,7 +258,18 @@ def main() -> None:
     path = report.write(
         "search-efficiency",
         "What a search finds for its compute",
-        sections(table, arms, box, chosen, test, checks, lines),
+        sections(
+            Outcome(
+                table=table,
+                arms=arms,
+                box=box,
+                followed=FOLLOWED,
+                chosen=chosen,
+                test=test,
+                checks=checks,
+                lines=lines,
+            )
+        ),
     )
     print(path)
 
@@ -310,163 +292,6 @@ def teacher_on_test(prepared: Prepared, judge: Judge) -> dict[str, Any]:
         "answers": answers["sum"],
         "asked": answers["count"],
     }
-
-
-NAMES = {
-    "a": "(a) this search",
-    "b": "(b) random search, to the end",
-    "c": "(c) an afternoon's script",
-    "d": "(d) the recipe, tuned",
-    "e": "(e) fine-tuning, tuned",
-    "d, untuned": "the recipe as it stands",
-    "teacher": "the teacher, 16 bits (does not fit)",
-}
-
-
-def sections(
-    table: Table,
-    arms: dict[str, list[list[Known]]],
-    box: float,
-    chosen: dict[str, list[Known]],
-    test: dict[str, list[dict[str, Any]]],
-    checks: list[dict[str, int]],
-    lines: list[Line],
-) -> list[str]:
-    """The report's parts."""
-    recipe = table.space.baselines[RECIPE]
-    whole = Worker(table, plan(1, (RUNGS[-1],), ())).costs.stretch(recipe, 0, -1)
-    untuned, target = arms["d"][0][0].value, max(one.value for one in arms["d"][0])
-    near = table.best() - NEAR
-    limit = FOLLOWED * box
-    curve_rows, pass_rows = [], []
-    for name, found in arms.items():
-        cells = [NAMES[name]]
-        for share in SHARES:
-            values = [best.value for curve in found if (best := at(curve, share * box)) is not None]
-            follows = name in ("b", "c") or share <= 1
-            cells.append(mean(values, 100, 2) if follows and len(values) == len(found) else "")
-        curve_rows.append(cells)
-        if name in ("a", "b", "c"):
-            cells = [NAMES[name]]
-            for value in (untuned, target, near):
-                at_most = [first_above(curve, value) for curve in found]
-                share = np.mean(np.isfinite(at_most))
-                middle = float(np.median(at_most))
-                cells += [
-                    f"{share:.0%}",
-                    f"{middle / whole:.1f}" if np.isfinite(middle) else f"more than {limit / whole:.0f}",
-                ]
-            pass_rows.append(cells)
-    ratios = [speedup(arms, value, limit) for value in (untuned, target, near)]
-    test_rows = []
-    for name, found in test.items():
-        gain = "" if name == "d" else difference(found, test["d"][0], "tokens", "count")
-        answers = "" if name == "d" else difference(found, test["d"][0], "answers", "asked")
-        values = [100 * np.mean([one[key] for one in found]) for key in (METRIC, "exact_match")]
-        distinct = len({(one.strategy, one.seed, one.deployment) for one in chosen.get(name, [])}) or 1
-        test_rows.append([NAMES[name], distinct, f"{values[0]:.2f}", gain, f"{values[1]:.2f}", answers])
-    times = training(table, chosen, lines)
-    checked = "; ".join(
-        f"of {one['stretches']} stretches of seed {seed} {one['same']} had the recorded value to the last bit"
-        + (f" and {one['others']} were others" if one["others"] else "")
-        for seed, one in enumerate(checks)
-    )
-    shown = f" {checked[:1].upper()}{checked[1:]}." if checks else ""
-    answers = answer_gain(test)
-    verdicts = [
-        f"(a) passes the recipe as it stands at one fifth of the compute of (c): {ratios[0]}",
-        f"(a) passes the tuned recipe at one fifth of the compute of (c): {ratios[1]}",
-        f"The same for the best of the table less {100 * NEAR:g} points, which is no target: {ratios[2]}",
-        f"At the end of the box at least 1.8 points above (d) on test: "
-        f"{'held' if answers[0] >= 1.8 else 'not held'}, {answers[0]:+.2f} ± {answers[1]:.2f} points of exact match "
-        "(mean over the searches, paired and bootstrapped by document).",
-        f"With a student trained in 40% less time than (d)'s: {times[1]}",
-    ]
-    head = (
-        f"The math teacher, `math_space.yaml` with {len(table.recorded)} strategies that fit the budget and as many "
-        f"that do not, {RUNGS[-1]:,} tokens a trial, plans of {TRIALS} trials; {len(arms['a'])} seeds of (a), (b) "
-        "and (c), one of the students but for (d) and (e), which choose among several. Values are accuracies of an "
-        "answer's next token on validation. Compute is operations: 6 for each weight and token trained, 2 for each "
-        f"read, of teacher, cache and evaluations too. The box is what (a) spends on the mean, {box:.3g} "
-        f"operations: {box / whole:.1f} times the recipe's training.{shown}"
-    )
-    cut = (
-        "Cut to fit: students are looked up in one recorded table instead of trained for each arm and seed; the "
-        "searches' seeds so share one seed of the students, and errors are over proposals alone. Not repeated on the "
-        "135M teacher. The narrow shape keeps a sixth of the FFN neurons because in a pilot one with two thirds of "
-        "them answered as well before training as after it, so that nothing was to be searched."
-    )
-    curve_titles = ["best accuracy after", *(f"{share:g} boxes" for share in SHARES)]
-    pass_titles = ["", "pass the recipe", "at", "pass the tuned recipe", "at", "come near the best", "at"]
-    test_titles = [
-        "chosen in the box",
-        "students",
-        "next token, %",
-        "less (d), points",
-        "exact match, %",
-        "less (d), points",
-    ]
-    return [
-        head,
-        "## Targets\n\n" + "\n".join(f"- {line}" for line in verdicts),
-        "## Best validation accuracy by compute, in percent\n\n" + report.table(curve_titles, curve_rows),
-        f"## Compute to come as far\n\nThe recipe as it stands has {100 * untuned:.2f}%, tuned {100 * target:.2f}%; "
-        f"the best of the table {100 * table.best():.2f}%, and near it is {100 * NEAR:g} points less. Share of the "
-        f"seeds that ever pass it ((a) within its box, the others within {FOLLOWED}), and the median compute at "
-        "which "
-        "they do, in trainings of the recipe.\n\n" + report.table(pass_titles, pass_rows),
-        f"## Test\n\n{TEST_QUESTIONS} questions that no arm saw. Differences are paired and bootstrapped by "
-        "document.\n\n" + report.table(test_titles, test_rows),
-        "## Training a student\n\n" + times[0],
-        "## Limits\n\n" + cut,
-    ]
-
-
-def speedup(arms: dict[str, list[list[Known]]], value: float, limit: float) -> str:
-    """How many times the compute of (a) the script takes to pass a value, by the medians over seeds."""
-    mine, theirs = (float(np.median([first_above(curve, value) for curve in arms[name]])) for name in ("a", "c"))
-    if not np.isfinite(mine):
-        return "not held: the median search does not pass it in its box."
-    if not np.isfinite(theirs):
-        factor = limit / mine
-        return f"{'held' if factor >= 5 else 'not shown'}: at least {factor:.1f} times, where the script was given up."
-    return f"{'held' if theirs / mine >= 5 else 'not held'}: {theirs / mine:.1f} times, by the medians."
-
-
-def difference(found: list[dict[str, Any]], other: dict[str, Any], what: str, count: str) -> str:
-    """Mean difference in points and its standard error over questions, paired."""
-    value, error = gap(found, other, what, count)
-    return f"{value:+.2f} ± {error:.2f}"
-
-
-def gap(found: list[dict[str, Any]], other: dict[str, Any], what: str, count: str) -> tuple[float, float]:
-    """The same as numbers."""
-    mine = np.mean([one[what] for one in found], axis=0)
-    counts = np.asarray(other[count], float)
-    values, errors = paired_bootstrap((mine - np.asarray(other[what]))[None], counts)
-    return 100 * float(values[0]), 100 * float(errors[0])
-
-
-def answer_gain(test: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
-    """Of (a) over (d), in points of exact match."""
-    return gap(test["a"], test["d"][0], "answers", "asked")
-
-
-def training(table: Table, chosen: dict[str, list[Known]], lines: list[Line]) -> tuple[str, str]:
-    """What training the chosen students took, and whether that is 40% less than the recipe's."""
-    by = {(line.id, line.seed): line for line in lines}
-    costs = Worker(table, plan(1, (RUNGS[-1],), ())).costs
-    rows, seconds, operations = [], {}, {}
-    for name in ("a", "d", "e"):
-        found = [by[one.strategy, one.seed] for one in chosen[name]]
-        seconds[name] = float(np.mean([line.train_seconds for line in found])) * RUNGS[-1]
-        operations[name] = float(np.mean([costs.train(Strategy.from_json(line.strategy), RUNGS[-1]) for line in found]))
-        rows.append([NAMES[name], f"{seconds[name]:.1f}", f"{operations[name]:.3g}"])
-    less = 1 - seconds["a"] / seconds["d"]
-    text = "Seconds of one thread at the rate of the stable part, the same tokens for all.\n\n"
-    saved = 1 - operations["a"] / operations["d"]
-    verdict = f"{'held' if less >= 0.4 else 'not held'}, {less:+.0%} less time ({saved:+.0%} less operations)."
-    return text + report.table(["", "seconds", "operations"], rows), verdict
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+"""What an arm of a comparison knew after how much compute, when it came as far as another, and what that gained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from autodistill.records.leaderboard import paired_bootstrap
+
+# Of the compute of an afternoon's script, as a divisor: the target of a search.
+FIFTH = 5
+
+
+class Knowledge(Protocol):
+    """A student, and what had been spent when it was known.
+
+    Attributes:
+        operations: On everything so far.
+        value: Accuracy on validation; None where the work made no student.
+    """
+
+    @property
+    def operations(self) -> float: ...
+
+    @property
+    def value(self) -> float | None: ...
+
+
+One = TypeVar("One", bound=Knowledge)
+
+
+def at(curve: Sequence[One], operations: float) -> One | None:
+    """The best student that is known after so many operations."""
+    found = [one for one in curve if one.operations <= operations and one.value is not None]
+    return max(found, key=lambda one: one.value or 0.0, default=None)
+
+
+def passes(curve: Sequence[Knowledge], value: float, what: str = "operations") -> float:
+    """Operations, or another expense, after which a student was better than this; infinite where none is."""
+    better = (float(getattr(one, what)) for one in curve if one.value is not None and one.value > value + 1e-12)
+    return next(better, float("inf"))
+
+
+def speedup(
+    mine: Sequence[Sequence[Knowledge]], theirs: Sequence[Sequence[Knowledge]], value: float, ends: Sequence[float]
+) -> str:
+    """How many times the compute of the first the second takes to pass a value, by the medians over seeds.
+
+    Args:
+        mine: Curves of the first, one a seed.
+        theirs: Of the second.
+        value: Accuracy on validation.
+        ends: Operations up to which each of the second was followed.
+    """
+    first, second = (float(np.median([passes(curve, value) for curve in curves])) for curves in (mine, theirs))
+    if not np.isfinite(first):
+        return "not held: the median search does not pass it in its box."
+    if not np.isfinite(second):
+        followed = [min(passes(curve, value), end) for curve, end in zip(theirs, ends, strict=True)]
+        least = float(np.median(followed)) / first
+        return f"{'held' if least >= FIFTH else 'not shown'}: more than {least:.1f} times, where it was given up."
+    return f"{'held' if second / first >= FIFTH else 'not held'}: {second / first:.1f} times."
+
+
+def gap(found: Sequence[Mapping[str, Any]], other: Mapping[str, Any], what: str, count: str) -> tuple[float, float]:
+    """Mean difference in points and its standard error, paired and bootstrapped by document.
+
+    Args:
+        found: Sums of each document, by name; one for each seed, of which the mean counts.
+        other: The same of what is compared with.
+        what: Name of the sums.
+        count: Name of the numbers that they are sums of.
+    """
+    mine = np.mean([one[what] for one in found], axis=0)
+    counts = np.asarray(other[count], float)
+    values, errors = paired_bootstrap((mine - np.asarray(other[what]))[None], counts)
+    return 100 * float(values[0]), 100 * float(errors[0])
+
+
+def difference(found: Sequence[Mapping[str, Any]], other: Mapping[str, Any], what: str, count: str) -> str:
+    """The same, to be read."""
+    value, error = gap(found, other, what, count)
+    return f"{value:+.2f} ± {error:.2f}"
