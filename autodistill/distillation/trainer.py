@@ -140,7 +140,7 @@ class Trainer:
         self._adapters = Adapters(model, spec, lora, seed) if lora else None
         model.get_input_embeddings().weight.requires_grad_(self._recipe.train_embeddings)
         if sharding is not None:
-            check_sharded(strategy, plan.optimizer_state)
+            check_sharded(plan.optimizer_state)
             sharding.shard(model)
         self._loss = StepLoss(
             model,
@@ -215,7 +215,7 @@ class Trainer:
 
     def _merge(self) -> None:
         if self._adapters is not None:
-            self._adapters.merge()
+            self._adapters.merge(self.model)
 
     @contextmanager
     def _learning(self, shown: Mapping[str, FakeQuantized]) -> Iterator[None]:
@@ -357,7 +357,8 @@ class Trainer:
                 means[name] += share * value
         if sharding is None or total == 0:
             return means
-        sharding.average([*self._projections.parameters(), *self._learned])
+        changes = [] if self._adapters is None else self._adapters.parameters()
+        sharding.average([*self._projections.parameters(), *changes, *self._learned])
         return sharding.sum(means)
 
     def _learnt(self, indices: list[int]) -> Learnt:
