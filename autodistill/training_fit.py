@@ -96,15 +96,18 @@ def training_fits(
 def _sharded(estimate: TrainingEstimate, spec: ModelSpec, processes: int) -> TrainingEstimate:
     """What one of several processes takes: its shards, and the weights and gradients that are whole for a moment.
 
-    Whole are the tables, and of the layers the one at work and the one fetched ahead (FSDP2).
+    Whole are the tables, and of the layers the one at work and the one fetched ahead (FSDP2), and low-rank changes with
+    their gradients and states.
     """
     if processes == 1:
         return estimate
     tables = sum(math.prod(tensor.shape) for tensor in spec.tensors if spec.vocabulary in tensor.shape)
     layer = (spec.parameters - tables) // spec.layers
-    shards = {
-        name: getattr(estimate, name) // processes for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes")
-    }
+    changes = estimate.weights_bytes - 4 * spec.parameters
+    shards = {}
+    for name, copies in (("weights_bytes", 1), ("gradients_bytes", 1), ("optimizer_bytes", 2)):
+        whole = copies * changes
+        shards[name] = whole + (getattr(estimate, name) - whole) // processes
     shards["weights_bytes"] += 4 * (2 * tables + 3 * layer)
     return replace(estimate, **shards)
 

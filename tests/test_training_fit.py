@@ -11,6 +11,7 @@ from autodistill.contracts import HeldType, ModelSpec
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.estimate import spec_from_config
 from autodistill.hardware import Gpu, Machine
+from autodistill.strategy import Lora
 from autodistill.training_fit import fit_teacher, fit_training, training_fits
 
 QWEN_1_5B = {
@@ -138,3 +139,15 @@ def test_several_processes_share_weights_and_sequences_but_not_what_is_whole_for
     assert fit_training(spec(), sequence_length=256, sequences=8, limit_bytes=24 * 10**9, processes=4).micro_batch == 2
     with pytest.raises(InputError, match="over 4 processes"):
         fit_training(spec(), sequence_length=256, sequences=8, limit_bytes=8 * 10**9, processes=4)
+
+
+def test_several_processes_each_have_all_of_the_low_rank_changes() -> None:
+    lora = Lora(rank=16, layers="attention")
+    ways = training_fits(spec(), sequence_length=256, sequences=8, lora=lora, train_embeddings=False, processes=4)
+    weights, table = 1_543_714_304, 233_373_696
+    layer = (weights - table) // 28
+    # Of each layer: queries and output [1536, 1536], keys and values [256, 1536].
+    changes = 28 * 16 * (2 * (1536 + 1536) + 2 * (256 + 1536))
+    estimate = next(ways).estimate
+    assert estimate.weights_bytes == weights + 4 * changes + 4 * (2 * table + 3 * layer)
+    assert (estimate.gradients_bytes, estimate.optimizer_bytes) == (4 * changes, 8 * changes)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autodistill.contracts import ModelSpec
+from autodistill.distillation.sharding import like, whole
 from autodistill.errors import InputError
 from autodistill.estimate import adapted_tensors
 from autodistill.strategy import Lora
@@ -66,6 +67,8 @@ class Adapter(nn.Module):
 class Adapters(nn.Module):
     """The adapters of a model, which lie beside it: its modules, their names and its frozen weights stay as they are.
 
+    Where the model is cut up over processes afterwards, each has whole adapters and its shards of the frozen weights.
+
     Args:
         model: The student; all its weights are frozen.
         spec: Its shape.
@@ -76,11 +79,9 @@ class Adapters(nn.Module):
     def __init__(self, model: Any, spec: ModelSpec, lora: Lora, seed: int) -> None:
         super().__init__()
         model.requires_grad_(False)
-        parameters = dict(model.named_parameters())
         names = [tensor.name for tensor in adapted_tensors(spec, lora)]
-        self.weights = {name: parameters[name] for name in names}
         self._adapters = nn.ModuleList(
-            Adapter(weight, lora, 1000 * seed + index) for index, weight in enumerate(self.weights.values())
+            Adapter(model.get_parameter(name), lora, 1000 * seed + index) for index, name in enumerate(names)
         )
         self.by_name: dict[str, Adapter] = dict(zip(names, self._adapters, strict=True))  # type: ignore[arg-type]
 
@@ -106,10 +107,11 @@ class Adapters(nn.Module):
             yield
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Makes the changes part of the weights; the adapters are then those of no change."""
+    def merge(self, model: Any) -> None:
+        """Makes the changes part of the model's weights; the adapters are then those of no change."""
         for name, adapter in self.by_name.items():
-            self.weights[name].copy_(adapter.merged(self.weights[name]))
+            weight = model.get_parameter(name)
+            weight.copy_(like(adapter.merged(whole(weight)), weight))
             adapter.up.zero_()
 
 

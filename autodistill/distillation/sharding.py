@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from autodistill.contracts import OptimizerState
 from autodistill.errors import InputError
-from autodistill.strategy import Strategy
 
 
 class Sharding:
@@ -133,17 +133,13 @@ def clip_sharded(sharding: Sharding, parameters: list[nn.Parameter], limit: floa
     return norm
 
 
-def check_sharded(strategy: Strategy, optimizer_state: str) -> None:
-    """Refuses what needs a whole weight, or a second product with the head, in a step.
+def check_sharded(optimizer_state: OptimizerState) -> None:
+    """Refuses states whose blocks follow from how the weights are cut up.
 
     Raises:
-        InputError: Names it.
+        InputError: Names them.
     """
-    recipe = strategy.distillation
-    reasons = {
-        "low-rank changes": recipe.lora is not None,
-        "8-bit optimiser states": optimizer_state == "int8",
-    }
-    found = [name for name, there in reasons.items() if there]
-    if found:
-        raise InputError(f"a trial over several processes cannot have {', '.join(found)}: leave it out, or use one GPU")
+    if optimizer_state == "int8":
+        raise InputError(
+            "a trial over several processes cannot have 8-bit optimiser states: leave it out, or use one GPU"
+        )

@@ -6,45 +6,33 @@ import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autodistill.contracts import OptimizerState, Plan
-from autodistill.distillation.alignment import (
-    Pair,
-    alignment_loss,
-    balance_factor,
-    layer_map,
-    projection,
-)
-from autodistill.distillation.attention import Heads, TeacherBlock, attention_loss, watch
+from autodistill.distillation.attention import TeacherBlock
 from autodistill.distillation.checkpoint import gathered, restore, write_checkpoint
-from autodistill.distillation.divergence import divergence_of
-from autodistill.distillation.grid_values import deploy_tensor
 from autodistill.distillation.interpolation import Interpolation
-from autodistill.distillation.logit_loss import partly_heard
 from autodistill.distillation.lora import Adapters
 from autodistill.distillation.memory import is_out_of_memory
-from autodistill.distillation.positions import Learnt, learnt_tokens, uncertain_rows
+from autodistill.distillation.positions import Learnt, learnt_tokens
 from autodistill.distillation.quantization import FakeQuantized, quantized_training
 from autodistill.distillation.schedule import decayed, stable_rate
 from autodistill.distillation.sharding import Sharding, check_sharded, clip_sharded
-from autodistill.distillation.signals import LiveTeacher, target_source
-from autodistill.distillation.student import decoder_layers
-from autodistill.distillation.target import Target
+from autodistill.distillation.signals import LiveTeacher
+from autodistill.distillation.step_loss import StepLoss, Weighing
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.distillation.temperature import along, progress, snap, temperature_at
 from autodistill.errors import TrialFailedError
 from autodistill.estimate import spec_from_config
 from autodistill.formats import Grid, Scales
-from autodistill.strategy import Attention, Strategy
+from autodistill.strategy import Strategy
 from autodistill.token_sets import TokenSet
 
 _CLIP = 1.0
@@ -140,15 +128,11 @@ class Trainer:
         self._recipe = strategy.distillation
         self._plan = plan
         self._data = data
-        self._cache = cache
-        self._teacher_block = teacher_block
-        self._target = target_source(self._recipe, cache, teacher, (data.teacher or data).told)
         taid = self._recipe.divergence == "taid"
         self._interpolation = Interpolation(share=self._recipe.mixture) if taid else None
         self._seed = seed
         self._device = device
         self._failures = 0
-        self._frozen_head: Tensor | None = None
         self.scales: dict[str, Scales] = {}
         self._learned: list[nn.Parameter] = []
         lora = self._recipe.lora
@@ -156,19 +140,30 @@ class Trainer:
         self._adapters = Adapters(model, spec, lora, seed) if lora else None
         model.get_input_embeddings().weight.requires_grad_(self._recipe.train_embeddings)
         if sharding is not None:
-            check_sharded(strategy, plan.optimizer_state)
+            check_sharded(plan.optimizer_state)
             sharding.shard(model)
-        alignment = self._recipe.alignment
-        self._pairs: tuple[Pair, ...] = layer_map(alignment, kept, teacher_layers) if alignment else ()
-        width = model.config.hidden_size
-        self._projections = nn.ModuleList(
-            projection(alignment, width, teacher_width, seed + index) for index in range(len(self._pairs)) if alignment
-        ).to(device)
+        self._loss = StepLoss(
+            model,
+            self._recipe,
+            kept=kept,
+            teacher_layers=teacher_layers,
+            teacher_width=teacher_width,
+            data=data,
+            cache=cache,
+            teacher_block=teacher_block,
+            teacher=teacher,
+            seed=seed,
+            device=device,
+            bf16=plan.bf16,
+            sharded=sharding is not None,
+        )
+        self._projections = self._loss.projections
         trained = [p for p in model.parameters() if p.requires_grad]
         trained += [] if self._adapters is None else list(self._adapters.parameters())
         groups = [{"params": trained, "factor": 1.0}]
-        if alignment and list(self._projections.parameters()):
-            groups.append({"params": list(self._projections.parameters()), "factor": alignment.projection_rate})
+        alignment, projected = self._recipe.alignment, list(self._projections.parameters())
+        if alignment and projected:
+            groups.append({"params": projected, "factor": alignment.projection_rate})
         self._optimizer = _adamw(groups, plan.optimizer_state)
         self._micro_batch = plan.micro_batch
         if plan.checkpointing:
@@ -220,7 +215,7 @@ class Trainer:
 
     def _merge(self) -> None:
         if self._adapters is not None:
-            self._adapters.merge()
+            self._adapters.merge(self.model)
 
     @contextmanager
     def _learning(self, shown: Mapping[str, FakeQuantized]) -> Iterator[None]:
@@ -260,19 +255,10 @@ class Trainer:
     ) -> Iterator[StepRecord]:
         """Steps until `until` tokens; the weights in `merged` are shown with their low-rank changes already."""
         self.model.train()
-        self._frozen_head = self._cast_head(storage_of)
+        self._loss.hold_head(storage_of)
         with self._adapters.added(self.model, merged) if self._adapters else nullcontext():
             while self.tokens < until:
                 yield self._step(rate(self.tokens))
-
-    def _cast_head(self, storage_of: Callable[[str], Grid | None] | None) -> Tensor | None:
-        """A frozen head as bfloat16 training sees it, cast once and not in every step; None where it is trained."""
-        weight = self.model.get_output_embeddings().weight
-        if weight.requires_grad or not self._plan.bf16 or self._sharding is not None:
-            return None
-        name = next(name for name, parameter in self.model.named_parameters() if parameter is weight)
-        grid = storage_of(name) if storage_of else None
-        return (weight.detach() if grid is None else deploy_tensor(weight, grid)).bfloat16()
 
     def _sequences(self) -> list[int]:
         """Indices of the next step's sequences: a fresh order for each pass over the data, a function of the seed."""
@@ -296,7 +282,8 @@ class Trainer:
         weight = along(recipe.divergence_weight, recipe.final_divergence_weight, passed)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        terms = self._gradients(self._sequences(), temperature, weight)
+        mixture = self._interpolation.share if self._interpolation else recipe.mixture
+        terms = self._gradients(self._sequences(), Weighing(temperature, weight, mixture))
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         norm = _clip(parameters) if self._sharding is None else clip_sharded(self._sharding, parameters, _CLIP)
         if math.isfinite(norm) and math.isfinite(terms["loss"]):
@@ -326,14 +313,14 @@ class Trainer:
             **terms,
         )
 
-    def _gradients(self, indices: list[int], temperature: float, weight: float) -> dict[str, float]:
+    def _gradients(self, indices: list[int], at: Weighing) -> dict[str, float]:
         """Gradients of a whole step and the means of its terms, some sequences at a time.
 
         Where memory runs out the step begins again with half as many at a time: the effective batch stays.
         """
         while True:
             try:
-                return self._accumulate(indices, temperature, weight)
+                return self._accumulate(indices, at)
             except (RuntimeError, MemoryError) as error:
                 # Of several processes the others would wait for this one's share of the failed pass.
                 if not is_out_of_memory(error) or self._micro_batch == 1 or self._sharding is not None:
@@ -344,7 +331,7 @@ class Trainer:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _accumulate(self, indices: list[int], temperature: float, weight: float) -> dict[str, float]:
+    def _accumulate(self, indices: list[int], at: Weighing) -> dict[str, float]:
         """Adds up the gradients of the micro-batches, each by its share of the counted tokens.
 
         What is chosen or balanced within a step, as uncertain positions are, is so within each micro-batch.
@@ -356,113 +343,23 @@ class Trainer:
             indices, processes = sharding.share(indices), sharding.count
         for start in range(0, len(indices), self._micro_batch):
             part = indices[start : start + self._micro_batch]
-            share = self._learnt(part).size / max(1, total)
+            learnt = self._learnt(part)
+            share = learnt.size / max(1, total)
             if share == 0:
+                # Beside passes that count in other processes: they gather every block together.
                 if sharding is not None and total > 0:
-                    self._accompany(part)
+                    self._loss.of_nothing(part).backward()
                 continue
-            loss, terms = self._loss(part, temperature, weight)
+            loss, terms = self._loss.of(part, learnt, at)
             # Their gradients are averaged, where those of the step's parts add up.
             (loss * (share * processes)).backward()
             for name, value in terms.items():
                 means[name] += share * value
         if sharding is None or total == 0:
             return means
-        sharding.average([*self._projections.parameters(), *self._learned])
+        changes = [] if self._adapters is None else self._adapters.parameters()
+        sharding.average([*self._projections.parameters(), *changes, *self._learned])
         return sharding.sum(means)
-
-    def _accompany(self, indices: list[int]) -> None:
-        """A pass whose tokens do not count, beside those of other processes: they gather every block together."""
-        ids = torch.from_numpy(np.asarray(self._data.tokens[indices], dtype=np.int64)).to(self._device)
-        with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._plan.bf16):
-            hidden = self.model(input_ids=ids, use_cache=False).last_hidden_state
-            logits = self.model.get_output_embeddings()(hidden[:, :1])
-        (0.0 * logits.sum()).backward()
-
-    def _loss(self, indices: list[int], temperature: float, weight: float) -> tuple[Tensor, dict[str, float]]:
-        ids = torch.from_numpy(np.asarray(self._data.tokens[indices], dtype=np.int64)).to(self._device)
-        learnt = self._learnt(indices)
-        states: dict[int, Tensor] = {}
-        with ExitStack() as stack:
-            for pair in self._pairs:
-                layer = decoder_layers(self.model)[pair.student_layer]
-                handle = layer.register_forward_hook(_capture(states, pair.student_layer))
-                stack.callback(handle.remove)
-            attention = self._recipe.attention
-            heads = stack.enter_context(watch(self.model, attention)) if attention else []
-            with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._plan.bf16):
-                body = self.model.base_model if self._sharding is None else self.model
-                hidden = body(input_ids=ids, use_cache=False).last_hidden_state
-                # As a matrix: for a slice of three dimensions the product would copy the whole head.
-                rows = hidden[:, :-1].flatten(0, 1)[learnt.rows]
-                frozen = self._frozen_head
-                head = self.model.get_output_embeddings()
-                head = head if frozen is None else partial(nn.functional.linear, weight=frozen)
-                uncertain = self._recipe.positions == "uncertain"
-                chosen = uncertain_rows(rows, head, self._recipe.uncertain_share) if uncertain else None
-                logits = head(rows if chosen is None else rows[chosen])
-                projected = [
-                    project(states[pair.student_layer][:, :-1].flatten(0, 1)[learnt.shared])
-                    for pair, project in zip(self._pairs, self._projections, strict=True)
-                ]
-        labels, heard = ids[:, 1:].flatten()[learnt.rows], learnt.heard
-        target = self._advice(indices, ids, temperature).take(learnt.teachers) if weight > 0 else None
-        if chosen is not None:
-            known = chosen[chosen < heard]
-            labels, heard, target = labels[chosen], len(known), target.take(known) if target else None
-        mixture = self._interpolation.share if self._interpolation else self._recipe.mixture
-        divergence = divergence_of(self._recipe.divergence, mixture)
-        logit_terms = partly_heard(logits, labels, target, heard, weight, divergence)
-        loss = logit_terms.total
-        aligned, attended = (torch.zeros((), device=self._device) for _ in range(2))
-        if alignment := self._recipe.alignment:
-            aligned = self._alignment_loss(projected, indices, learnt, alignment.distance)
-            factor = balance_factor(aligned, logit_terms.total) if alignment.balance else 1.0
-            loss = loss + alignment.weight * factor * aligned
-        if attention:
-            attended = attention_loss(heads, self._teacher_heads(indices, attention))
-            factor = balance_factor(attended, logit_terms.total) if attention.balance else 1.0
-            loss = loss + attention.weight * factor * attended
-        values = {
-            "loss": loss,
-            "divergence": logit_terms.divergence,
-            "cross_entropy": logit_terms.cross_entropy,
-            "alignment": aligned,
-            "attention": attended,
-        }
-        return loss, {name: float(value.detach()) for name, value in values.items()}
-
-    def _alignment_loss(self, projected: list[Tensor], indices: list[int], learnt: Learnt, distance: str) -> Tensor:
-        """Mean over the pairs and the learnt tokens, of the student's states after their projections."""
-        assert self._cache is not None
-        if learnt.heard == 0:
-            return torch.stack([0.0 * states.sum() for states in projected]).sum()
-        losses = []
-        for pair, states in zip(self._pairs, projected, strict=True):
-            target = self._cache.state(indices, pair.teacher_state).to(self._device)[learnt.teachers]
-            size = None
-            if distance == "l2":
-                size = self._cache.state_size(indices, pair.teacher_state).to(self._device)[learnt.teachers]
-            losses.append(alignment_loss(states, target, size))
-        return torch.stack(losses).mean() * (learnt.heard / learnt.size)
-
-    def _advice(self, indices: list[int], ids: Tensor, temperature: float) -> Target:
-        """What the teacher supplies for all predicted tokens of its rendering, with the student's end of answers."""
-        if self._data.teacher is None:
-            return self._target(indices, ids, temperature)
-        read = torch.from_numpy(np.asarray(self._data.teacher.tokens[indices], dtype=np.int64)).to(self._device)
-        target = self._target(indices, read, temperature)
-        return target.renamed(*self._data.ends) if self._data.ends else target
-
-    def _teacher_heads(self, indices: list[int], attention: Attention) -> list[Heads]:
-        """What the teacher's attention is compared by, computed from the cached input of its layer."""
-        assert self._teacher_block is not None
-        assert self._cache is not None
-        layer = self._teacher_block.layer - 1
-        states = self._cache.state(indices, layer).float() * self._cache.state_size(indices, layer)
-        states = states.unflatten(0, (len(indices), -1)).to(self._device)
-        with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._plan.bf16):
-            return self._teacher_block.heads(states, attention)
 
     def _learnt(self, indices: list[int]) -> Learnt:
         """The predicted tokens that losses are averaged over; of plain text all of them."""
@@ -522,10 +419,3 @@ def _clip(parameters: list[nn.Parameter]) -> float:
     if norm > _CLIP:
         torch.nn.utils.clip_grads_with_norm_(parameters, _CLIP, norm)
     return float(norm)
-
-
-def _capture(states: dict[int, Tensor], index: int) -> Callable[..., None]:
-    def hook(module: Any, arguments: Any, output: Any) -> None:
-        states[index] = output[0] if isinstance(output, tuple) else output
-
-    return hook

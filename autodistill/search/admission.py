@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from autodistill.applied import check_strategy, probe_deployment, student_spec, with_own
-from autodistill.distillation.sharding import check_sharded
 from autodistill.errors import InputError
 from autodistill.estimate import Fit, cannot_hold, fits, holdable, shortfall
 from autodistill.records.confirmation import KIND as CONFIRMATION
@@ -73,8 +72,6 @@ def _fits(question: Question, strategy: Strategy) -> tuple[tuple[Fit, ...], int 
         spec = student_spec(strategy, question.teacher_spec)
         parameters = spec.parameters
         check_strategy(strategy, question.teacher_spec)
-        if question.plan.processes > 1:
-            check_sharded(strategy, question.plan.optimizer_state)
         deployments = with_own(strategy, question.deployments)
         fitting = fits(spec, holdable(spec, deployments), question.budget)
     except InputError as error:

@@ -12,7 +12,6 @@ from autodistill.contracts import ModelSpec
 from autodistill.data import prepare
 from autodistill.distillation.held import load_held
 from autodistill.distillation.pretrained import token_rows
-from autodistill.distillation.sharding import check_sharded
 from autodistill.distillation.signals import check_told
 from autodistill.distillation.teacher import Teacher, materialise, resolve_teacher, stored_type, tokenizer_fingerprint
 from autodistill.errors import InputError
@@ -90,9 +89,6 @@ def load(checked: Checked, place: Place) -> Loaded:
         InputError: Data too short, a pretrained model of other tokens, or training that cannot be made to fit.
     """
     request = checked.request
-    if place.share.processes > 1 and request.strategy is not None:
-        for strategy in checked.space.baselines.values():
-            check_sharded(strategy, "float32")
     teacher = materialise(checked.teacher, request.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     length = checked.sequence_length

@@ -77,12 +77,12 @@ def test_the_merged_student_is_w_plus_alpha_over_r_b_a(workshop, bf16):
     # The change that the rest of the decay leaves is read just before it is merged.
     kept, merge = {}, trainer._adapters.merge
 
-    def keep():
+    def keep(model):
         kept.update({name: (a.up.detach().double(), a.down.detach().double()) for name, a in adapters.items()})
         ids = torch.from_numpy(workshop.data.tokens[:2].astype("int64"))
         with torch.no_grad(), trainer._adapters.added(trainer.model):
             kept["logits"] = trainer.model(ids).logits
-        merge()
+        merge(model)
 
     adapters = trainer._adapters.by_name
     trainer._adapters.merge = keep
@@ -143,12 +143,12 @@ def test_what_a_decay_on_a_grid_saw_last_is_what_is_packed(workshop, learned):
     ids = torch.from_numpy(workshop.data.tokens[:2].astype("int64"))
     seen, merge = {}, trainer._adapters.merge
 
-    def keep():
+    def keep(model):
         adapted = {name: adapter.merged for name, adapter in trainer._adapters.by_name.items()}
         if not learned:
             with torch.no_grad(), quantized_training(trainer.model, grids.get, changes=adapted):
                 seen["logits"] = trainer.model(ids).logits
-        merge()
+        merge(model)
 
     trainer._adapters.merge = keep
     list(trainer.train_decay(512, grids.get, learned=learned))

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import multiprocessing
 
-from autodistill.distillation.sharding import Sharding, check_sharded
+from autodistill.distillation.sharding import Sharding, check_sharded, whole_model
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.errors import InputError
 from autodistill.formats import Role, TensorSpec
-from autodistill.strategy import Alignment, Attention, Distillation, Finishing, Init, Lora, Strategy
+from autodistill.strategy import Alignment, Attention, Distillation, Finishing, Lora, Strategy
 
 ALIGNED = Strategy(
     distillation=Distillation(
@@ -28,6 +28,7 @@ ATTENDED, RELATED = (
     for attention in (Attention(kind="maps"), Attention(kind="relations", relation_heads=4))
 )
 UNCERTAIN = replace(PLAIN, distillation=replace(PLAIN.distillation, positions="uncertain", uncertain_share=0.5))
+CHANGED = replace(PLAIN, distillation=replace(PLAIN.distillation, train_embeddings=False, lora=Lora(rank=4)))
 GRID = Finishing(format="gguf-q4_0", bits=4, group_size=32).storage(
     TensorSpec(name="weight", role=Role.LINEAR, shape=(64, 64))
 )
@@ -45,7 +46,8 @@ class Task:
     out: Path
     begin: Path | None = None
     plan: tuple[tuple[str, object], ...] = ()
-    learned: bool | None = None  # whether scales are, where there is a grid
+    learned: bool | None = None  # whether scales are in a decay; None for the stable part
+    grids: bool = True  # whether a decay is on a grid
 
 
 def run(task, sharding=None):
@@ -57,8 +59,12 @@ def run(task, sharding=None):
         records = list(trainer.train_stable(task.until))
     else:
         grids = {name: GRID for name, tensor in trainer.model.named_parameters() if tensor.ndim == 2}
-        records = list(trainer.train_decay(task.until, grids.get, learned=task.learned))
+        records = list(trainer.train_decay(task.until, grids.get if task.grids else None, learned=task.learned))
     trainer.save(task.out)
+    if task.learned is not None:
+        model = trainer.model if sharding is None else whole_model(sharding, trainer.model)
+        if model is not None:
+            save_file({name: tensor.detach() for name, tensor in model.named_parameters()}, f"{task.out}.student")
     if task.learned and (sharding is None or sharding.rank == 0):
         np.savez(
             task.out.with_name(task.out.name + ".npz"), **{name: item.scales for name, item in trainer.scales.items()}
@@ -100,6 +106,7 @@ def test_two_processes_train_as_one_and_each_goes_on_from_the_others_checkpoint(
     def task(name, strategy, until=STEP, bench=bare, **more):
         return Task(bench, workshop.folder, strategy, until, tmp_path / name, **more)
 
+    further = {"strategy": CHANGED, "begin": tmp_path / "changed.1", "until": 3 * STEP, "learned": False}
     cases = {
         "plain": {"strategy": PLAIN},
         "aligned": {"strategy": ALIGNED},
@@ -112,6 +119,15 @@ def test_two_processes_train_as_one_and_each_goes_on_from_the_others_checkpoint(
         "frozen grid": {"strategy": ALIGNED, "learned": False, "plan": (("checkpointing", True),)},
         "learned": {"strategy": PLAIN, "learned": True},
         "longer": {"strategy": ALIGNED, "until": 2 * STEP},
+        "changed": {
+            "strategy": CHANGED,
+            "until": 2 * STEP,  # in the first step A has no gradient, since B is 0
+            "bench": marked,
+            "plan": (("micro_batch", 1), ("checkpointing", True)),
+        },
+        "merged": {**further, "grids": False},
+        "changed grid": further,
+        "changed, learned": {**further, "learned": True},
     }
     alone = {name: run(task(f"{name}.1", **case)) for name, case in cases.items()}
     again = {"begin": tmp_path / "aligned.1", "until": 2 * STEP}
@@ -125,6 +141,13 @@ def test_two_processes_train_as_one_and_each_goes_on_from_the_others_checkpoint(
     assert one.files == other.files != []
     for name in one.files:
         np.testing.assert_allclose(other[name], one[name], rtol=1e-3)
+    start = dict(workshop.trainer(CHANGED).model.named_parameters())
+    for name in ("merged", "changed grid", "changed, learned"):
+        one, other = (load_file(tmp_path / f"{name}.{processes}.student") for processes in (1, 2))
+        assert one.keys() == other.keys()
+        for weight, expected in one.items():
+            torch.testing.assert_close(other[weight], expected, rtol=1e-4, atol=1e-4)
+            assert torch.equal(expected, start[weight]) != ("proj" in weight)
     # Begun by one process and continued by two, and the other way round.
     same(tmp_path / "longer.1", tmp_path / "continued.2")
     run(task("back.1", ALIGNED, until=2 * STEP, begin=tmp_path / "aligned.2"))
@@ -149,8 +172,9 @@ def same(one, other):
 
 
 def test_what_needs_whole_weights_is_refused():
-    with pytest.raises(InputError, match="low-rank changes, 8-bit optimiser states"):
-        check_sharded(Strategy(init=Init(), distillation=Distillation(lora=Lora(rank=4))), "int8")
+    with pytest.raises(InputError, match="8-bit optimiser states"):
+        check_sharded("int8")
+    check_sharded("float32")
 
 
 def test_sequences_that_do_not_divide_are_refused():

@@ -15,6 +15,7 @@ from autodistill.codes import deployed
 from autodistill.distillation import trainer as trainer_module
 from autodistill.distillation.checkpoint import read_metadata
 from autodistill.distillation.schedule import branch_point, decayed, stable_rate
+from autodistill.distillation.step_loss import StepLoss
 from autodistill.errors import TrialFailedError
 from autodistill.formats import Q4_0, Q8_0
 from autodistill.strategy import Alignment, Attention, Distillation, Strategy
@@ -152,8 +153,8 @@ def test_checkpointing_changes_no_gradient(workshop, grid, attention):
 )
 def test_out_of_memory_halves_the_micro_batch_and_the_step_is_the_same(workshop, error):
     small, large = workshop.trainer(PLAIN, micro_batch=1), workshop.trainer(PLAIN, micro_batch=2)
-    loss = large._loss
-    large._loss = lambda indices, *rest: loss(indices, *rest) if len(indices) == 1 else _raise(error)
+    loss = large._loss.of
+    large._loss.of = lambda indices, *rest: loss(indices, *rest) if len(indices) == 1 else _raise(error)
     expected = [(record.loss, record.gradient_norm, 1) for record in small.train_stable(192)]
     assert [(record.loss, record.gradient_norm, record.micro_batch) for record in large.train_stable(192)] == expected
     _same(_weights(large), _weights(small))
@@ -161,7 +162,7 @@ def test_out_of_memory_halves_the_micro_batch_and_the_step_is_the_same(workshop,
 
 def test_out_of_memory_with_a_single_sequence_ends_the_trial(workshop):
     trainer = workshop.trainer(PLAIN)
-    trainer._loss = lambda *arguments: _raise(MemoryError())
+    trainer._loss.of = lambda *arguments: _raise(MemoryError())
     with pytest.raises(MemoryError):
         next(trainer.train_stable(64))
 
@@ -383,7 +384,7 @@ def test_a_frozen_head_computes_what_autocast_would(workshop, quantised, monkeyp
         return _weights(trainer), [record.loss for record in records]
 
     fast = run()
-    monkeypatch.setattr(trainer_module.Trainer, "_cast_head", lambda self, storage_of: None)
+    monkeypatch.setattr(StepLoss, "hold_head", lambda self, storage_of: None)
     slow = run()
     _same(fast[0], slow[0])
     assert fast[1] == slow[1]
