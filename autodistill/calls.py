@@ -94,7 +94,8 @@ def _budget(given: Mapping[str, Any], verb: str) -> Budget:
     from autodistill.budget import DeviceBudget
     from autodistill.local_device import LOCAL, choose_device
 
-    device = choose_device(given["device"] or LOCAL, given["cache"] or default_cache(), given["own"] or ())
+    named = LOCAL if given["device"] is None else given["device"]
+    device = choose_device(named, given["cache"] or default_cache(), given["own"] or ())
     return DeviceBudget(
         memory_bytes=memory or device.usable_bytes, context=context, batch=batch, device=device, latency=limits
     )
@@ -149,11 +150,13 @@ def appraised(given: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {name: given[name] for name in _SIZES}
     if (given["model"] is None) == all(size is None for size in sizes.values()):
         raise InputError("estimate takes either a MODEL or a shape, like --layers 22 --width 2048 --heads 32 ...")
-    if given["device"] and given["all_devices"]:
+    if given["tied"] and given["model"] is not None:
+        raise InputError("--tied is of a shape in numbers, and a MODEL says itself whether its head is tied")
+    if given["device"] is not None and given["all_devices"]:
         raise InputError("--device names one device and --all-devices all of them: give one of the two")
     own, cache = given["own"] or (), given["cache"] or default_cache()
     found = known_devices(own) if given["all_devices"] else ()
-    if given["device"]:
+    if given["device"] is not None:
         found = (choose_device(given["device"], cache, own),)
     described = shape(sizes, tied=given["tied"]) if given["model"] is None else describe(given["model"])
     if given["format_name"]:
@@ -171,14 +174,18 @@ def picked(given: Mapping[str, Any]) -> dict[str, Any]:
     from autodistill.records.candidates import recalibrated_by, stored
     from autodistill.records.measurements import read_measured
 
-    if given["tiers"] == bool(given["budget"] or given["device"]):
+    named = given["device"]
+    if given["tiers"] == (given["budget"] is not None or named is not None):
         raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
-    limits = parse_latency(given["latency"], given["streams"]) if given["latency"] else ()
+    # Numbers are read before a device is looked for, since that may measure this machine.
+    memory = None if given["budget"] is None else parse_bytes(given["budget"])
+    limits = () if given["latency"] is None else parse_latency(given["latency"], given["streams"])
     cache = given["cache"] or default_cache()
-    named = given["device"] or (LOCAL if limits else None)
-    found = choose_device(named, cache, given["own"] or ()) if named else None
+    if named is None and limits:
+        named = LOCAL
+    found = None if named is None else choose_device(named, cache, given["own"] or ())
     asked = Wanted(
-        memory_bytes=parse_bytes(given["budget"]) if given["budget"] else found.usable_bytes if found else 1,
+        memory_bytes=memory or (found.usable_bytes if found else 1),
         context=given["context"],
         streams=given["streams"],
         device=found,

@@ -84,6 +84,12 @@ class Measurement:
         return asdict(self)
 
 
+MOST_LAYERS = 10_000
+"""Beyond it a config is a slip or an attack, and not a model."""
+MOST_OF_A_SIZE = 2**31 - 1
+"""The same of any other size."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """The shape of a decoder-only transformer, as far as memory and speed depend on it; no weights.

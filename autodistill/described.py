@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from gguf import GGMLQuantizationType
@@ -15,7 +14,7 @@ from gguf import GGMLQuantizationType
 from autodistill import latent
 from autodistill.contracts import ModelSpec
 from autodistill.distillation.gguf_file import GgufFile, read_gguf
-from autodistill.distillation.teacher import read_config, resolve_teacher
+from autodistill.distillation.teacher import hub_config, locate, read_config
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES
@@ -28,6 +27,7 @@ _MIXTURES = {
     "qwen3_moe": ("qwen3", "moe_intermediate_size", "num_experts"),
 }
 _SHAPE = ("layers", "width", "heads", "ffn", "vocab")
+_UNTOLD = 0.1  # share of a GGUF file's weights, such as biases, of which its header's sizes may say nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +56,30 @@ def describe(reference: str) -> Described:
     Raises:
         InputError: Nothing is there, it is damaged, or of an architecture that is not known.
     """
-    path = Path(os.path.expanduser(reference))
-    if path.is_dir():
-        return Described(name=path.resolve().name, spec=spec_of(read_config(path)))
-    found = resolve_teacher(reference)
-    if found.kind == "gguf" and found.path is not None:
-        file = read_gguf(found.path)
-        stored = sum(tensor.size for tensor in file.tensors)
-        return Described(
-            name=found.name, spec=spec_of(found.config), weights_bytes=stored, format_name=_main_format(file)
+    kind, path = locate(reference)
+    if kind == "folder":
+        return Described(name=path.name, spec=spec_of(read_config(path)))
+    if kind == "hub":
+        return Described(name=reference, spec=spec_of(hub_config(reference)))
+    file = read_gguf(path)
+    spec = spec_of(file.outline())
+    _check_tensors(file, spec)
+    return Described(
+        name=path.stem,
+        spec=spec,
+        weights_bytes=sum(tensor.size for tensor in file.tensors),
+        format_name=_main_format(file),
+    )
+
+
+def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
+    """Refuses a file whose header describes another model than its tensors make; biases that no size tells pass."""
+    stored = sum(math.prod(tensor.shape) for tensor in file.tensors)
+    if abs(stored - spec.parameters) > _UNTOLD * spec.parameters:
+        raise InputError(
+            f"{file.path} is damaged: its tensors have {stored:,} weights, where the sizes in its header make "
+            f"{spec.parameters:,}: get the file again"
         )
-    return Described(name=found.name, spec=spec_of(found.config))
 
 
 def _main_format(file: GgufFile) -> str | None:
@@ -132,6 +145,13 @@ def shape(sizes: Mapping[str, int | None], *, tied: bool = False, family: str = 
     missing = [f"--{name}" for name in _SHAPE if sizes.get(name) is None]
     if missing:
         raise InputError(f"a described shape needs {', '.join(missing)} as well")
+    wrong = next(((name, size) for name, size in sizes.items() if size is not None and size < 1), None)
+    if wrong is not None:
+        raise InputError(f"--{wrong[0].replace('_', '-')} must be at least 1, not {wrong[1]}")
+    experts, active = sizes.get("experts"), sizes.get("active_experts")
+    if active is not None and active > (experts or 0):
+        of = "there are no --experts" if experts is None else f"there are {experts} --experts"
+        raise InputError(f"a token cannot take {active} --active-experts where {of}")
     config: dict[str, Any] = {
         "model_type": family,
         "num_hidden_layers": sizes["layers"],
@@ -144,16 +164,15 @@ def shape(sizes: Mapping[str, int | None], *, tied: bool = False, family: str = 
         "tie_word_embeddings": tied,
         "sliding_window": sizes.get("window"),
     }
-    heads, width = sizes["heads"], sizes["width"]
+    heads, width, kv_heads = (config[name] for name in ("num_attention_heads", "hidden_size", "num_key_value_heads"))
     if sizes.get("head_dim") is not None:
         config["head_dim"] = sizes["head_dim"]
-    elif heads and width and (heads < 1 or width % heads):
+    elif width % heads:
         raise InputError(f"{heads} heads do not divide a width of {width}: give --head-dim")
-    if heads and config["num_key_value_heads"] and heads % config["num_key_value_heads"]:
-        raise InputError(f"{config['num_key_value_heads']} --kv-heads do not divide {heads} --heads")
-    if sizes.get("experts"):
-        changes = {"model_type": "mixtral", "num_local_experts": sizes["experts"]}
-        config |= changes | {"num_experts_per_tok": sizes.get("active_experts") or 1}
+    if heads % kv_heads:
+        raise InputError(f"{kv_heads} --kv-heads do not divide {heads} --heads")
+    if experts:
+        config |= {"model_type": "mixtral", "num_local_experts": experts, "num_experts_per_tok": active or 1}
     spec = spec_of(config)
     return Described(name=f"{spec.parameters / 1e9:.3g}B {family}", spec=spec)
 

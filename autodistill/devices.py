@@ -306,14 +306,17 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
         same = [device for device, name in named if form(name) == form(text)]
         if same and form(text):
             return same[0]
-    having: dict[str, int] = {}
+    having: dict[str, tuple[int, int]] = {}
+    makers = set(_split(text)) & _FILLERS
     for device, name in named:
-        words = _words(name)
-        if asked <= words | _memory_words(device):
-            having[device.name] = min(having.get(device.name, 99), len(words - asked))
+        words, all_words = _words(name), set(_split(name))
+        # A maker's name alone asks for all of its devices, and beside other words for those of them that have it.
+        if asked <= words | _memory_words(device) or asked <= all_words & _FILLERS:
+            far = (len(makers - all_words), len(words - asked))
+            having[device.name] = min(having.get(device.name, far), far)
     if having:
-        least = min(having.values())
-        closest = [device for device in known if having.get(device.name) == least]
+        nearest = min(having.values())
+        closest = [device for device in known if having.get(device.name) == nearest]
         if len(closest) == 1:
             return closest[0]
         raise InputError(f"{text!r} can be {', '.join(device.name for device in closest)}: name one of them")

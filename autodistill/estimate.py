@@ -10,7 +10,7 @@ from operator import itemgetter
 from typing import Any
 
 from autodistill.budget import DeviceBudget
-from autodistill.contracts import ModelSpec, OptimizerState
+from autodistill.contracts import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec, OptimizerState
 from autodistill.errors import InputError
 from autodistill.families import FAMILIES, Axis, get_family
 from autodistill.formats import Layout, Packing, Role, Tensors, TensorSpec
@@ -144,6 +144,8 @@ def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> i
     if type(value) is not int or value < 1:
         found = "is missing from it" if value is None else f"is {value!r}"
         raise InputError(f"the model's config must give {name} as a positive whole number, but it {found}")
+    if value > (MOST_LAYERS if name == "num_hidden_layers" else MOST_OF_A_SIZE):
+        raise InputError(f"the model's config gives {name} as {value}, which no model has: check it")
     return value
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from autodistill.devices import PRECISIONS, Device
 from autodistill.summary import table
-from autodistill.units import CONTEXT, format_bytes, format_duration
+from autodistill.units import CONTEXT, count_of, format_bytes, format_duration
 
 
 def devices_table(known: Sequence[Device]) -> str:
@@ -73,7 +73,7 @@ def _overhead(change: Mapping[str, Any]) -> str:
     more = change["correction_bytes"]
     return (
         f"\nPredicted memory has {format_bytes(abs(more))} {'less' if more < 0 else 'more'} overhead than estimated, "
-        f"and a margin of {format_bytes(change['margin_bytes'])}, by {change['pairs']} measured students."
+        f"and a margin of {format_bytes(change['margin_bytes'])}, by {count_of(change['pairs'], 'measured student')}."
     )
 
 
@@ -87,7 +87,7 @@ def pick_text(document: Mapping[str, Any]) -> str:
     if "tiers" in document:
         lines = [(format_bytes(one["memory_bytes"]), *_picked(one["pick"])) for one in document["tiers"]]
         context = document["context"] or f"{CONTEXT}, or what a student reads where that is less"
-        return f"{table([head, *lines], left=4)}\nAt context {context}; {document['streams']} streams."
+        return f"{table([head, *lines], left=4)}\nAt context {context}; {count_of(document['streams'], 'stream')}."
     named = (("pick", "pick"), ("runner-up", "runner_up"), ("left out", "better_left_out"))
     lines = [(title, *_picked(document[key])) for title, key in named if document[key]]
     margins = document["pick"]["margins"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from autodistill.contracts import ModelSpec
+from autodistill.contracts import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
 from autodistill.errors import InputError
 from autodistill.formats import Role, TensorSpec
 
@@ -35,6 +35,8 @@ def describe_latent(config: Mapping[str, Any]) -> ModelSpec:
     wrong = [name for name in wanted if type(config.get(name)) is not int or config[name] < 1]
     if wrong:
         raise InputError(f"the model's config must give {', '.join(wrong)} as positive whole numbers")
+    if config["num_hidden_layers"] > MOST_LAYERS or max(config[name] for name in wanted) > MOST_OF_A_SIZE:
+        raise InputError("the model's config gives a size that no model has: check it")
     active, shared = config.get("num_experts_per_tok") or 0, config.get("n_shared_experts") or 0
     if routed and active > routed:
         raise InputError(f"the model's config has {active} experts a token of {routed}: at most as many can be")

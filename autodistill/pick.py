@@ -12,7 +12,7 @@ from typing import Any
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.needs import Solved, Wanted, solve
 from autodistill.records.candidates import Candidate
-from autodistill.units import CONTEXT, format_bytes, format_duration
+from autodistill.units import CONTEXT, count_of, format_bytes, format_duration, written_bytes
 
 TIERS = tuple(size * 10**9 for size in (4, 8, 12, 16, 24, 48, 80))
 """Classes of GPUs by memory, in bytes."""
@@ -98,7 +98,7 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
             if not chosen:
                 left_out.append(solved)
     if not chosen:
-        raise NothingFitsError(_nothing(left_out, unknown, wanted))
+        raise NothingFitsError(_nothing(ranked, left_out, unknown, wanted))
     excess = left_out[0].excess if left_out else {}
     return {
         "pick": chosen[0].to_json(),
@@ -130,9 +130,16 @@ def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[
     return {"tiers": rows, "context": wanted.context, "streams": wanted.streams}
 
 
-def _nothing(left_out: Sequence[Solved], unknown: int, wanted: Wanted) -> str:
+def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Solved], unknown: int, wanted: Wanted) -> str:
+    """Why nothing fits: the nearest, what it misses most, and what would make it fit."""
     if not left_out:
-        at = f"context {wanted.context or CONTEXT} and {wanted.streams} streams"
+        reads = [one.shape.config["max_position_embeddings"] if one.shape else math.inf for one in ranked]
+        if wanted.context is not None and wanted.context > max(reads):
+            return (
+                f"no student reads a context of {wanted.context} tokens: the longest reads {max(reads)}; "
+                f"give --context {max(reads)} or less"
+            )
+        at = f"context {wanted.context or CONTEXT} and {count_of(wanted.streams, 'stream')}"
         return (
             f"of {unknown} rows none can be solved at {at}: their teacher is not where it was, or their context is "
             "shorter; ask for the context that they were stored at"
@@ -140,26 +147,41 @@ def _nothing(left_out: Sequence[Solved], unknown: int, wanted: Wanted) -> str:
     nearest = min(left_out, key=lambda one: max(one.excess.values()))
     name = max(nearest.excess, key=lambda limit: nearest.excess[limit])
     need, limit = nearest.needs[name], nearest.limits[name]
-    row = nearest.candidate.row
-    said = f"nothing fits: the nearest, {row.row_id} of {nearest.candidate.run}, "
     if name == "accuracy":
-        return f"{said}has an accuracy of {need:.4f}; lower --min-accuracy {limit:g}"
-    if name != "memory":
-        return f"{said}is predicted {format_duration(need)}, {need / limit:.3g} times {name}; raise --latency"
-    over = f"needs {format_bytes(need)} at context {nearest.context}, {format_bytes(need - limit)} over the limit"
-    return f"{said}{over}; {' or '.join(_changes(nearest, need, wanted))}"
+        misses = f"has an accuracy of {need:.4f}, below {limit:g}"
+    elif name == "memory":
+        misses = f"needs {format_bytes(need)} at context {nearest.context}, {format_bytes(need - limit)} over the limit"
+    else:
+        how = "measured" if nearest.sources[name] == "measured" else "predicted"
+        times = need / limit
+        misses = f"is {how} {format_duration(need)}, {times:,.{0 if times >= 100 else 2}f} times {name}"
+    row = nearest.candidate.row
+    changes = " or ".join(_changes(nearest, wanted))
+    return f"nothing fits: the nearest, {row.row_id} of {nearest.candidate.run}, {misses}; {changes}"
 
 
-def _changes(nearest: Solved, need: float, wanted: Wanted) -> Iterator[str]:
-    """What would make it fit, by how little it changes: fewer streams, a shorter context, more memory."""
+def _changes(nearest: Solved, wanted: Wanted) -> Iterator[str]:
+    """What would make it fit, by how little it changes: fewer streams, a shorter context, other limits."""
     candidate = nearest.candidate
-    fewer = _most(candidate, lambda count: replace(wanted, streams=count), wanted.streams - 1)
-    if fewer:
-        yield f"--streams {fewer} would do"
-    cells = _most(candidate, lambda count: replace(wanted, context=_CELLS * count), (nearest.context - 1) // _CELLS)
-    if cells:
-        yield f"--context {_CELLS * cells} would do"
-    yield f"a budget of {format_bytes(need)} would do"
+    broken = [name for name, excess in nearest.excess.items() if excess > 0]
+    if "accuracy" not in broken:
+        fewer = _most(candidate, lambda count: replace(wanted, streams=count), wanted.streams - 1)
+        if fewer:
+            yield f"--streams {fewer} would do"
+        cells = _most(candidate, lambda count: replace(wanted, context=_CELLS * count), (nearest.context - 1) // _CELLS)
+        if cells:
+            yield f"--context {_CELLS * cells} would do"
+    limits = {limit.describe(): limit for limit in wanted.latency}
+    asked = []
+    for name in broken:
+        need = nearest.needs[name]
+        if name == "memory":
+            asked.append(f"a budget of {written_bytes(math.ceil(need))}")
+        elif name == "accuracy":
+            asked.append(f"--min-accuracy {math.floor(1e4 * need) / 1e4:.4f}")
+        else:
+            asked.append(replace(limits[name], seconds=need).typed())
+    yield f"{' and '.join(asked)} would do"
 
 
 def _most(candidate: Candidate, asked: Callable[[int], Wanted], limit: int) -> int:

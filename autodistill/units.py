@@ -93,6 +93,12 @@ class LatencyLimit:
         """As it would be typed, like "tpot_p95=50.0ms@streams=1"."""
         return f"{self.quantity}_p{self.percentile}={format_duration(self.seconds)}@streams={self.streams}"
 
+    def typed(self) -> str:
+        """The same with a limit that is no shorter, by a tenth at most, in whole units: "tpot_p95=19ms@streams=1"."""
+        exact = Fraction(self.seconds)
+        unit = next((unit for unit in ("s", "ms") if exact >= 10 * _SECONDS[unit]), "us")
+        return f"{self.quantity}_p{self.percentile}={-(-exact // _SECONDS[unit])}{unit}@streams={self.streams}"
+
 
 LATENCY = LatencyLimit(quantity="tpot", percentile=95, seconds=math.inf, streams=1)
 """What "latency" means where nothing more is said, without a limit."""
@@ -186,6 +192,11 @@ def written_bytes(count: int) -> str:
     """An amount of memory that is no less, by a tenth at most, as it is typed: like "99MB"."""
     unit = next((unit for unit in ("TB", "GB", "MB", "kB") if count >= 10 * _BYTES[unit.lower()]), "B")
     return f"{-(-count // _BYTES[unit.lower()])}{unit}"
+
+
+def count_of(count: int, thing: str) -> str:
+    """A count of things in words, like "1 stream" or "4 streams"."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def format_duration(seconds: float) -> str:

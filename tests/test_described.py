@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from autodistill.described import deployment_named, describe, shape, spec_of
 from autodistill.errors import InputError
@@ -82,9 +84,13 @@ def test_a_shape_in_numbers_is_a_config() -> None:
         ({"ffn": None, "vocab": None}, "needs --ffn, --vocab as well"),
         ({"heads": 5}, "5 heads do not divide a width of 64"),
         ({"kv_heads": 3}, "3 --kv-heads do not divide 4 --heads"),
-        ({"layers": 0}, "positive whole number"),
-        ({"width": -64}, "positive whole number"),
-        ({"experts": 2, "active_experts": 3}, "at most as many"),
+        ({"layers": 0}, "--layers must be at least 1, not 0"),
+        ({"layers": 10**9}, "which no model has"),
+        ({"width": -64}, "--width must be at least 1, not -64"),
+        ({"window": -1}, "--window must be at least 1, not -1"),
+        ({"kv_heads": 0}, "--kv-heads must be at least 1, not 0"),
+        ({"experts": 2, "active_experts": 3}, "3 --active-experts where there are 2 --experts"),
+        ({"active_experts": 2}, "2 --active-experts where there are no --experts"),
     ],
 )
 def test_sizes_that_make_no_model_are_refused(changes: dict[str, int | None], said: str) -> None:
@@ -105,3 +111,53 @@ def test_a_damaged_gguf_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF\x03\x00\x00\x00\x05")
     with pytest.raises(InputError, match="truncated or damaged"):
         describe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        (b"llama.block_count", 10**9, "tensors of 1000000000 layers"),
+        (b"llama.block_count", 20, "where the sizes in its header make"),
+        (b"llama.feed_forward_length", 10**6, "where the sizes in its header make"),
+    ],
+)
+def test_a_header_that_its_tensors_belie_is_refused(key: bytes, value: int, said: str, tmp_path: Path) -> None:
+    folder = save_tiny_teacher(tmp_path / "tiny")
+    path = GgufExporter().export(folder, deployment_named("gguf-q4_0"), tmp_path / "gguf").path
+    data = bytearray(path.read_bytes())
+    place = data.index(key) + len(key) + 4  # behind the key and the type of its value, which has four bytes
+    data[place : place + 4] = value.to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=f"is damaged: .*{said}"):
+        describe(str(path))
+
+
+def test_of_a_hub_model_its_config_alone_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config("mixtral")))
+    asked: list[str] = []
+
+    def download(reference: str, name: str) -> str:
+        asked.append(name)
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    found = describe("somebody/mixture")
+    assert (found.name, found.spec.experts, asked) == ("somebody/mixture", 4, ["config.json"])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (EntryNotFoundError("no"), "has no config.json on the hub"),
+        (LocalEntryNotFoundError("no"), "check the name and the connection"),
+        (OSError("no"), "check the name and the connection"),
+        (ValueError("no"), "check the name and the connection"),
+    ],
+)
+def test_a_hub_that_gives_no_config_is_said(error: Exception, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(reference: str, name: str) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(InputError, match=said):
+        describe("somebody/mixture")

@@ -90,6 +90,8 @@ def test_a_person_s_spelling(text: str, name: str) -> None:
         ("mi300", "near to it are AMD Instinct MI300X"),
         ("4060 ti", "'4060 ti' can be NVIDIA GeForce RTX 4060 Ti 8GB, NVIDIA GeForce RTX 4060 Ti 16GB: name one"),
         ("4090 48gb", "there is no device '4090 48gb'"),
+        ("jetson", "'jetson' can be Jetson AGX Orin 64GB, Jetson Orin NX 16GB, Jetson Orin Nano 8GB: name one"),
+        ("apple 16gb", "'apple 16gb' can be Apple M1 16GB, Apple M2 16GB, Apple M3 16GB, Apple M4 16GB: name one"),
         ("", "'' names no device"),
         ("%%%", "names no device"),
     ],

@@ -214,6 +214,12 @@ def test_a_bad_size_is_named(value: Any) -> None:
         spec_from_config(config() | {"hidden_size": value})
 
 
+@pytest.mark.parametrize(("name", "value"), [("num_hidden_layers", 10**9), ("vocab_size", 10**30)])
+def test_a_size_that_no_model_has_is_refused(name: str, value: int) -> None:
+    with pytest.raises(InputError, match=f"gives {name} as {value}, which no model has"):
+        spec_from_config(config() | {name: value})
+
+
 def test_fewer_layers_are_the_same_model_configured_with_fewer() -> None:
     assert with_layers(spec_from_config(config()), 3) == spec_from_config(config(num_hidden_layers=3))
     assert with_layers(spec_from_config(config(num_hidden_layers=12)), 2) == spec_from_config(

@@ -72,5 +72,7 @@ def test_what_is_missing_is_named() -> None:
     whole = config("deepseek_v3").to_dict()
     with pytest.raises(InputError, match="must give kv_lora_rank, v_head_dim as positive"):
         spec_of(whole | {"kv_lora_rank": None, "v_head_dim": -1})
+    with pytest.raises(InputError, match="no model has"):
+        spec_of(whole | {"num_hidden_layers": 10**9})
     with pytest.raises(InputError, match="9 experts a token of 8"):
         spec_of(whole | {"num_experts_per_tok": 9})

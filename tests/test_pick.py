@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from autodistill.records.row import Row, read_parquet, to_parquet
 from autodistill.roofline import speed
 from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment
-from autodistill.units import parse_latency
+from autodistill.units import parse_bytes, parse_latency
 
 Q8 = {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32, "symmetric": True, "keep": []}
 DEPLOYMENT = Deployment.from_json(Q8)
@@ -139,7 +140,7 @@ def test_where_no_context_is_asked_each_student_stands_at_what_it_reads_of_2048(
     assert [one and (one.context, one.needs["memory"]) for one in solved] == [(512, 4e8), (512, need), (2048, 3e8)]
     answer = pick(board[:1], Wanted(memory_bytes=10**9))
     assert answer["context"] == answer["pick"]["context"] == 512
-    with pytest.raises(NothingFitsError, match="none can be solved at context 2048"):
+    with pytest.raises(NothingFitsError, match="no student reads a context of 2048 tokens"):
         pick(board[:2], Wanted(memory_bytes=10**9, context=2048))
     tiers = pick_tiers(board, Wanted(memory_bytes=1), tiers=(350_000_000, 10**9))
     assert [one["pick"]["context"] for one in tiers["tiers"]][1] == 512
@@ -170,8 +171,50 @@ def test_nothing_fits_names_the_nearest_and_the_change_that_would_do() -> None:
     assert memory(SPEC, DEPLOYMENT, context=context, batch=1).total_bytes <= need - 3_000_000
     assert memory(SPEC, DEPLOYMENT, context=context + 256, batch=1).total_bytes > need - 3_000_000
     assert "a budget of" in said
-    with pytest.raises(NothingFitsError, match=r"accuracy of 0\.5000; lower --min-accuracy 0\.6"):
+    with pytest.raises(NothingFitsError, match=r"accuracy of 0\.5000, below 0\.6; --min-accuracy 0\.5000 would do"):
         pick(board[:1], Wanted(memory_bytes=10**9, least=0.6))
+
+
+READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "--streams": ("streams", int),
+    "--context": ("context", int),
+    "--min-accuracy": ("least", float),
+    "a budget of": ("memory_bytes", parse_bytes),
+    "latency": ("latency", parse_latency),
+}
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    accuracy=st.floats(0.01, 0.8),
+    limit=st.integers(10**6, 10**8),
+    microseconds=st.integers(1, 5000),
+    streams=st.integers(1, 8),
+    least=st.none() | st.floats(0.1, 1),
+)
+def test_each_change_that_would_do_does(accuracy, limit, microseconds, streams, least) -> None:
+    board = [candidate(row("a", accuracy, 100))]
+    wanted = Wanted(
+        memory_bytes=limit,
+        context=4096,
+        streams=streams,
+        device=find_device("pi 5", devices()),
+        latency=parse_latency(f"{microseconds}us", streams),
+        least=least,
+    )
+    with pytest.raises(NothingFitsError) as failure:
+        pick(board, wanted)
+    for change in str(failure.value).split("; ")[1].split(" or "):
+        changed = wanted
+        for part in change.removesuffix(" would do").split(" and "):
+            name, value = part.rsplit(" ", 1) if " " in part else ("latency", part)
+            changed = replace(changed, **{READERS[name][0]: READERS[name][1](value)})
+        assert pick(board, changed)["pick"]["row_id"] == "a"
+
+
+def test_a_context_that_no_student_reads_is_said() -> None:
+    with pytest.raises(NothingFitsError, match="reads a context of 9000 tokens: the longest reads 8192"):
+        pick(BOARD, Wanted(memory_bytes=10**9, context=9000))
 
 
 def test_each_tier_has_its_own_row() -> None:

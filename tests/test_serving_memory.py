@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autodistill.described import deployment_named, shape, spec_of
+from autodistill.described import deployment_named, describe, shape, spec_of
 from autodistill.errors import InputError
 from autodistill.llama_cpp import LlamaServer
 from autodistill.serving_memory import BASIS, KV_BYTES, memory
@@ -44,6 +44,7 @@ def written() -> Any:
             "context": 512,
             "more": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256},
         },
+        {"family": "mixtral", "context": 512, "more": {"num_local_experts": 4, "num_experts_per_tok": 2}},
         {"family": "gpt_neox", "kv_heads": 4, "tied": False, "context": 512},
     ],
     ids=lambda case: f"{case['family']}-{case.get('kv_type', 'f16')}",
@@ -58,6 +59,10 @@ def test_buffers_are_what_llama_cpp_allocates(case: dict[str, Any], written: Any
     assert guess.weights_bytes == pytest.approx(found.model_bytes, rel=0.01, abs=20_000)
     assert guess.kv_cache_bytes == pytest.approx(found.kv_bytes, rel=0.001, abs=20_000)
     assert guess.total_bytes - guess.overhead_bytes == pytest.approx(found.total_bytes, rel=0.02)
+    file = describe(str(tmp_path / "model.gguf"))
+    assert file.weights_bytes == pytest.approx(found.model_bytes, rel=0.01, abs=20_000)
+    read = memory(file.spec, deployment, context=asked.context, batch=1, kv_type=asked.kv_type)
+    assert read.total_bytes - read.overhead_bytes == pytest.approx(found.total_bytes, rel=0.02)
 
 
 def test_a_cache_in_fewer_bits_is_smaller_by_the_blocks() -> None:

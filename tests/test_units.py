@@ -60,6 +60,13 @@ def test_an_amount_as_it_is_typed_is_no_less_and_hardly_more(count: int) -> None
     assert count <= parse_bytes(written_bytes(count)) < 1.1 * count + 1
 
 
+@given(seconds=st.floats(1e-5, 1e5), streams=st.integers(1, 99))
+def test_a_limit_as_it_is_typed_is_no_shorter_and_hardly_longer(seconds: float, streams: int) -> None:
+    limit = LatencyLimit(quantity="ttft", percentile=50, seconds=seconds, streams=streams)
+    (read,) = parse_latency(limit.typed())
+    assert (read.name, seconds <= read.seconds < 1.11 * seconds) == (limit.name, True)
+
+
 @given(number=st.integers(1, 10**6), unit=st.sampled_from(sorted(BYTES)))
 def test_whole_amounts_are_exact(number, unit):
     assert parse_bytes(f"{number}{unit}") == number * BYTES[unit]

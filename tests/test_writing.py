@@ -289,7 +289,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"model": "m"}, "--endpoint and --model belong together"),
     ({"out": Path("data.txt")}, "--out is a .jsonl file"),
     ({"prompts": "nowhere.jsonl"}, "there are no prompts at"),
-    ({"teacher": "nowhere"}, "there is no teacher at"),
+    ({"teacher": "nowhere"}, "there is no model at"),
 ]
 
 

@@ -22,6 +22,8 @@ from autodistill.gguf_graphs import FULL, LAYERS_OF_27B, SLIDING, row_order
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+# GGUF's names of mixtures of experts, and transformers'; Mixtral's graph is Llama's with experts.
+_MIXTURES = {"llama": "mixtral", "qwen3moe": "qwen3_moe"}
 
 
 class _Cursor:
@@ -33,9 +35,11 @@ class _Cursor:
 
     def numbers(self, code: str, count: int = 1) -> tuple[Any, ...]:
         layout = f"<{count}{code}"
-        values = struct.unpack_from(layout, self.data, self.position)
-        self.position += struct.calcsize(layout)
-        return values
+        size = struct.calcsize(layout)
+        if self.position + size > len(self.data):
+            raise struct.error("numbers beyond the end of the file")
+        self.position += size
+        return struct.unpack_from(layout, self.data, self.position - size)
 
     def text(self) -> str:
         (length,) = self.numbers("Q")
@@ -108,35 +112,59 @@ class GgufFile:
             InputError: An unsupported architecture, or a property that transformers' model would not reproduce.
         """
         self._check_supported()
+        config = self.outline()
+        config.setdefault("rope_parameters", self._rotary(self._key("rope.freq_base", 10000.0)))
+        if self.architecture != "gptneox":
+            config["rms_norm_eps"] = self._key("attention.layer_norm_rms_epsilon")
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+            config[f"{name}_token_id"] = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        return {key: value for key, value in config.items() if value is not None}
+
+    def outline(self) -> dict[str, Any]:
+        """The same as far as sizes depend on it, and so of mixtures of experts and of any rotary embedding too.
+
+        Raises:
+            InputError: An architecture that is not known, a size that is missing, or no embedding table.
+        """
+        name = self.architecture
+        mixed = name not in GGUF_FAMILIES or self.metadata.get(f"{name}.expert_count", 0)
+        known = _MIXTURES if mixed else GGUF_FAMILIES
+        if name not in known:
+            what = f"{name} with experts" if name in GGUF_FAMILIES else name
+            every = ", ".join(dict.fromkeys((*GGUF_FAMILIES, *_MIXTURES)))
+            raise InputError(f"{self.path} holds the architecture {what}; known are {every}")
         width, heads = self._size("embedding_length"), self._size("attention.head_count")
         shapes = {tensor.name: tensor.shape for tensor in self.tensors}
         if "token_embd.weight" not in shapes:
             raise InputError(f"{self.path} has no embedding table: give a GGUF file of a whole language model")
+        if self._size("block_count") > len(self.tensors):
+            raise InputError(
+                f"{self.path} is damaged: it has {len(self.tensors)} tensors of {self._size('block_count')} layers: "
+                "get the file again"
+            )
         head_dim = self._size("attention.key_length", self._size("rope.dimension_count", width // heads))
-        config = {
-            "model_type": GGUF_FAMILIES[self.architecture],
+        config: dict[str, Any] = {
+            "model_type": known[name],
             "num_hidden_layers": self._size("block_count"),
             "hidden_size": width,
             "intermediate_size": self._size("feed_forward_length"),
             "num_attention_heads": heads,
             "max_position_embeddings": self._size("context_length"),
-            "rope_parameters": self._rotary(self._key("rope.freq_base", 10000.0)),
             "vocab_size": shapes["token_embd.weight"][0],
             "tie_word_embeddings": "output.weight" not in shapes,
         }
-        if self.architecture == "gptneox":
-            config |= self._neox(width // heads)
-        else:
+        if name == "gptneox":
+            return config | self._neox(width // heads)
+        config |= {"num_key_value_heads": self._size("attention.head_count_kv", heads), "head_dim": head_dim}
+        if mixed:
             config |= {
-                "num_key_value_heads": self._size("attention.head_count_kv", heads),
-                "head_dim": head_dim,
-                "rms_norm_eps": self._key("attention.layer_norm_rms_epsilon"),
+                "num_local_experts": self._size("expert_count"),
+                "num_experts_per_tok": self._size("expert_used_count"),
+                "moe_intermediate_size": self._size("expert_feed_forward_length", config["intermediate_size"]),
             }
-        if self.architecture == "gemma3":
+        if name == "gemma3":
             config |= self._gemma(width // heads if config["num_hidden_layers"] == LAYERS_OF_27B else head_dim)
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-            config[f"{name}_token_id"] = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        return {key: value for key, value in config.items() if value is not None}
+        return config
 
     def _rotary(self, theta: float) -> dict[str, Any]:
         found = {"rope_theta": theta, "rope_type": "default"}

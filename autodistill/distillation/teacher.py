@@ -83,21 +83,62 @@ def resolve_teacher(ref: str) -> TeacherRef:
         MissingDependencyError: "smollm2" without its package; the message has the command that installs it.
         InputError: Missing, unreadable, truncated, of an unsupported architecture, or pickled.
     """
+    kind, path = locate(ref)
+    if kind == "gguf":
+        return _gguf_ref(path)
+    return _folder_ref(path) if kind == "folder" else _hub_ref(ref)
+
+
+def locate(ref: str) -> tuple[Literal["gguf", "folder", "hub"], Path]:
+    """What a reference names, by its looks and what lies there alone, and where; a hub id's path means nothing.
+
+    Raises:
+        MissingDependencyError, InputError: As `resolve_teacher`, of what is neither file, folder nor hub id.
+    """
     if ref == "smollm2":
-        return _gguf_ref(_smollm2_file())
+        return "gguf", _smollm2_file()
     expanded = os.path.expanduser(ref)  # os.path takes any text for a name, where pathlib raises or reads "" as "."
     path = Path(expanded)
     if os.path.isdir(expanded):
-        return _folder_ref(path.resolve())
+        return "folder", path.resolve()
     if os.path.exists(expanded):
         if path.suffix.lower() == ".gguf":
-            return _gguf_ref(path.resolve())
+            return "gguf", path.resolve()
         if path.suffix.lower() in _PICKLES:
             raise InputError(f"{ref} is a pickle, which can run code when it is loaded: give {_KINDS}")
-        raise InputError(f"{ref} is not a teacher: give {_KINDS}")
+        raise InputError(f"{ref} is not a model: give {_KINDS}")
     if _HUB_ID.fullmatch(ref) and path.suffix.lower() not in (".gguf", *_PICKLES) and not os.path.isdir(path.parent):
-        return _hub_ref(ref)
-    raise InputError(f"there is no teacher at {ref!r}: give {_KINDS}")
+        return "hub", path
+    raise InputError(f"there is no model at {ref!r}: give {_KINDS}")
+
+
+def hub_config(ref: str) -> dict[str, Any]:
+    """The config of a hub model, of whatever architecture, from the hub or as it was downloaded before.
+
+    Raises:
+        InputError: The hub does not give it.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        path = huggingface_hub.hf_hub_download(ref, "config.json")
+    except RepositoryNotFoundError as error:
+        raise InputError(f"there is no model at {ref}, neither here nor on the hub: give {_KINDS}") from error
+    except Exception as error:  # whatever the hub's client, and the HTTP library below it, raise without a connection
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise InputError(
+                f"{ref} has no config.json on the hub: download a .gguf file of it and name that"
+            ) from error
+        raise _not_given(ref, error) from error
+    return _read_json(Path(path))
+
+
+def _not_given(ref: str, error: Exception) -> InputError:
+    return InputError(
+        f"there is no model at {ref} here, and the hub did not give it ({type(error).__name__}): "
+        "check the name and the connection, or give one that is here"
+    )
 
 
 def _smollm2_file() -> Path:
@@ -215,15 +256,12 @@ def _hub_ref(ref: str) -> TeacherRef:
         info = huggingface_hub.HfApi().model_info(ref)
         path = huggingface_hub.hf_hub_download(ref, "config.json")
     except RepositoryNotFoundError as error:
-        raise InputError(f"there is no teacher at {ref}, neither here nor on the hub: give {_KINDS}") from error
+        raise InputError(f"there is no model at {ref}, neither here nor on the hub: give {_KINDS}") from error
     except Exception as error:  # whatever the hub's client, and the HTTP library below it, raise without a connection
         try:
             folder = Path(huggingface_hub.snapshot_download(ref, allow_patterns=_HUB_FILES, local_files_only=True))
         except LocalEntryNotFoundError:
-            raise InputError(
-                f"there is no teacher at {ref} here, and the hub did not give it ({type(error).__name__}): "
-                "check the name and the connection, or give a local teacher"
-            ) from error
+            raise _not_given(ref, error) from error
         found = _folder_ref(folder)
         return TeacherRef(name=ref, kind="hub", path=None, config=found.config, licence=found.licence)
     config = _read_json(Path(path))

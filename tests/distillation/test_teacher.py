@@ -319,6 +319,9 @@ def test_each_fault_of_a_folder_is_said_in_one_line(folder: Path, tmp_path: Path
         assert part in str(caught.value)
 
 
+EXPERTS = {"count": 4, "used_count": 2}
+
+
 @pytest.mark.parametrize(
     ("key", "value", "kind", "said"),
     [
@@ -332,6 +335,15 @@ def test_gguf_models_that_would_be_read_wrongly_are_refused(
     path = write_gguf(folder, tmp_path / "other.gguf", extra={key: (value, kind)})
     with pytest.raises(InputError, match=said):
         resolve_teacher(str(path))
+
+
+def test_of_a_file_that_is_no_teacher_the_sizes_are_known(folder: Path, file: Path, tmp_path: Path) -> None:
+    scaled = {"llama.rope.scaling.type": ("yarn", gguf.GGUFValueType.STRING)}
+    path = write_gguf(folder, tmp_path / "scaled.gguf", extra=scaled)
+    assert read_gguf(path).outline() == read_gguf(file).outline()
+    of_four = {f"llama.expert_{name}": (count, gguf.GGUFValueType.UINT32) for name, count in EXPERTS.items()}
+    found = read_gguf(write_gguf(folder, tmp_path / "mixed.gguf", extra=of_four)).outline()
+    assert (found["model_type"], found["num_local_experts"], found["num_experts_per_tok"]) == ("mixtral", 4, 2)
 
 
 def test_a_gguf_file_of_another_architecture_is_refused(file: Path, tmp_path: Path) -> None:
@@ -372,13 +384,13 @@ def test_the_header_is_read_as_the_gguf_package_reads_it(file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("nowhere.gguf", None, "there is no teacher at"),
-        ("nowhere", None, "there is no teacher at"),
+        ("nowhere.gguf", None, "there is no model at"),
+        ("nowhere", None, "there is no model at"),
         ("fake.gguf", b"PK\x03\x04 zip", "is not a GGUF file"),
         ("old.gguf", b"GGUF\x01\0\0\0" + bytes(20), "version 1 of GGUF"),
         ("model.bin", b"pickle", "is a pickle"),
         ("model.pth", b"pickle", "is a pickle"),
-        ("notes.txt", b"text", "is not a teacher"),
+        ("notes.txt", b"text", "is not a model"),
     ],
 )
 def test_each_fault_of_a_path_is_said_in_one_line(tmp_path: Path, name: str, data: bytes | None, said: str) -> None:
@@ -396,7 +408,7 @@ def test_a_missing_smollm2_names_the_command(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_unreachable_hub_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="no teacher at somebody/model here, and the hub did not give it"):
+    with pytest.raises(InputError, match="no model at somebody/model here, and the hub did not give it"):
         resolve_teacher("somebody/model")
 
 
