@@ -57,7 +57,7 @@ def test_the_default_space_searches_what_the_project_is_known_by():
     finishings = [strategy.finishing for strategy in strategies]
     assert {(item.format, item.bits, item.group_size) for item in finishings if item} == grids
     assert None in finishings
-    assert {strategy.init.layers for strategy in strategies} == {"even", "contiguous", "influence"}
+    assert {strategy.init.layers for strategy in strategies} == {"even", "influence"}
     # Fewer layers or narrower ones, never the teacher itself.
     assert max(strategy.init.depth for strategy in strategies if strategy.init.ffn == 1) == 0.8
     assert {strategy.init.ffn for strategy in strategies if strategy.init.depth == 1} == {0.4, 0.5, 0.6, 0.7}
@@ -154,7 +154,7 @@ def test_a_constant_temperature_ends_where_it_starts():
 def test_the_extremes_are_the_corners_of_how_a_student_begins():
     space = load_space("default")
     inits = {(strategy.init.depth, strategy.init.layers, strategy.init.ffn) for strategy in space.extremes()}
-    shallow = {(depth, layers, 1.0) for depth in (0.6, 0.8) for layers in ("even", "contiguous", "influence")}
+    shallow = {(depth, layers, 1.0) for depth in (0.6, 0.8) for layers in ("even", "influence")}
     assert inits == shallow | {(1.0, "even", ffn) for ffn in (0.4, 0.7)}
     assert space.extremes()[-1] == space.baselines["hand_designed"]
     sibling = {"source": "pretrained", "model": "owner/name", "depth": 1.0}
@@ -174,8 +174,8 @@ def test_alignment_cases_hold_whatever_a_trial_may_need():
     space = load_space("default")
     cases = space.alignment_cases(30)
     known = {(int(init.depth * 30 + 1e-9), init.layers, item.layers, item.count) for init, item in cases}
-    # Four alignments of three depths with three choices of layers, and of all layers.
-    assert len(known) == len(cases) == 4 * (3 * 3 + 1)
+    # Four alignments of three depths with two choices of layers, and of all layers.
+    assert len(known) == len(cases) == 4 * (3 * 2 + 1)
     for seed in range(200):
         strategy = space.strategy(random_point(space, seed))
         alignment = strategy.distillation.alignment

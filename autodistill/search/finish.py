@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ from autodistill.token_sets import Prepared, load_split
 from autodistill.trial_data import TrialSetting
 from autodistill.units import Budget, format_bytes, format_duration
 
-# Measured in the runtime, a student may turn out above the budget; this many are tried before giving up.
+# Measured in the runtime, a student may turn out above the budget; this many are exported before giving up.
 _CANDIDATES = 3
 
 
@@ -124,17 +125,12 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     paths: dict[str, Path] = {}
     checks: dict[str, RuntimeCheck] = {}
     rejected: list[Row] = []
-    for candidate in ranked[:_CANDIDATES]:
-        best = _export(candidate, finisher, paths, checks)
-        if best.feasible:
-            break
-        rejected.append(best)
-        finisher.line(f"{best.name} as {best.deployment_name} does not fit once measured: {best.reason}")
-    else:
+    best = _first_that_fits(ranked, rejected, finisher, paths, checks)
+    if best is None:
         raise NothingFitsError(_nothing(rejected or students, finisher))
-    ggufs = [row for row in ranked if get_format(row.deployment["format"]).container == "gguf"]
-    if "gguf" not in paths and ggufs:
-        _export(ggufs[0], finisher, paths, checks)
+    if "gguf" not in paths:
+        ggufs = [row for row in ranked if get_format(row.deployment["format"]).container == "gguf"]
+        _first_that_fits(ggufs, rejected, finisher, paths, checks)
     if "huggingface" not in paths:
         plain = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
         with phases.phase("export", "exporting the 16-bit folder"):
@@ -184,6 +180,56 @@ def exportable(students: Sequence[Row], confirmed: Sequence[Confirmation], quest
     own = [row for row in students if row.trial == confirmed[0].trial]
     first = [one.row for one in rank(own, question.metric, question.direction) if one.row.feasible]
     return [*first, *(row for row in ranked if row.trial != confirmed[0].trial)]
+
+
+def _first_that_fits(
+    ranked: Sequence[Row],
+    rejected: list[Row],
+    finisher: Finisher,
+    paths: dict[str, Path],
+    checks: dict[str, RuntimeCheck],
+) -> Row | None:
+    """Exports the best row that keeps to the budget when its runtime is measured; those that do not are `rejected`."""
+    for _ in range(_CANDIDATES):
+        candidate = next_candidate(ranked, rejected, finisher.question.budget.memory_bytes)
+        if candidate is None:
+            return None
+        found = _export(candidate, finisher, paths, checks)
+        if found.feasible:
+            return found
+        rejected.append(found)
+        container = get_format(found.deployment["format"]).container
+        # Nobody is to serve what breaks the budget.
+        del paths[container], checks[container]
+        shutil.rmtree(finisher.run.student(container))
+        finisher.line(f"{found.name} as {found.deployment_name} does not fit once measured: {found.reason}")
+    return None
+
+
+def next_candidate(ranked: Sequence[Row], rejected: Sequence[Row], limit: int) -> Row | None:
+    """The best row that may keep to the budget when it is measured, given those that did not.
+
+    A runtime takes about as much more than predicted for one student as for another. So rows that would be over the
+    limit with the least of what it took for those rejected are passed over, unless they were measured themselves.
+
+    Args:
+        ranked: Rows that keep to the budget so far, the best first.
+        rejected: Rows as they were measured.
+        limit: Bytes of memory.
+    """
+    beyond: dict[str, int] = {}
+    for row in rejected:
+        runtime, predicted = row.deployment["runtime"], row.figure("memory_bytes_predicted")
+        if predicted is not None:
+            gap = (row.memory_bytes or 0) - int(predicted)
+            beyond[runtime] = min(gap, beyond.get(runtime, gap))
+    tried = {row.row_id for row in rejected}
+
+    def may_hold(row: Row) -> bool:
+        more = 0 if row.memory_source == "measured" else beyond.get(row.deployment["runtime"], 0)
+        return (row.memory_bytes or 0) + more <= limit
+
+    return next((row for row in ranked if row.row_id not in tried and may_hold(row)), None)
 
 
 def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artefact, str]:
@@ -241,7 +287,8 @@ def _with_measured(row: Row, measured: Mapping[str, Measurement], finisher: Fini
             fields["other"][name] = item.value
     if "memory_bytes" in measured:
         fields["memory_source"] = measured["memory_bytes"].source
-        fields["other"]["memory_bytes_predicted"] = row.memory_bytes
+        if row.memory_source != "measured":
+            fields["other"]["memory_bytes_predicted"] = row.memory_bytes
         fields["other"]["memory_parts"] = dict(measured["memory_bytes"].detail)
     late: tuple[str, ...] = ()
     if "latency_ms" in measured:

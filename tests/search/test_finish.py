@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from autodistill.contracts import Direction
+from autodistill.contracts import Direction, Measurement
 from autodistill.estimate import spec_from_config
 from autodistill.records.confirmation import KIND, confirmations
 from autodistill.records.row import Row
-from autodistill.search.finish import exportable, trained_rows
+from autodistill.search.finish import _first_that_fits, _with_measured, exportable, next_candidate, trained_rows
 from autodistill.search.plan import Speed
 from autodistill.search.trials import Question
 from autodistill.space import load_space
@@ -101,3 +104,78 @@ def test_what_is_best_on_several_seeds_goes_first_in_its_best_deployment() -> No
     confirmed = confirmations(rows, "accuracy", "max")
     found = exportable(trained_rows(rows, "accuracy", lambda _: True), confirmed, asked)
     assert [one.row_id for one in found] == ["t001-q8_0", "t001-f16", "t000-f16"]
+
+
+def measured(one: Row, more: int) -> Row:
+    """The row as its runtime was found to take so much more than was predicted."""
+    other = {**one.other, "memory_bytes_predicted": one.memory_bytes}
+    need = (one.memory_bytes or 0) + more
+    return replace(one, memory_bytes=need, memory_source="measured", other=other, feasible=need <= LIMIT)
+
+
+LIMIT = 1000
+
+
+def test_a_row_that_would_break_the_limit_as_those_before_it_did_is_passed_over() -> None:
+    ranked = [
+        row("t000", "accuracy", 0.5, memory_bytes=990),
+        row("t001", "accuracy", 0.4, memory_bytes=960),
+        row("t002", "accuracy", 0.3, memory_bytes=949),
+        row("t003", "accuracy", 0.2, memory_bytes=980, deployment={**FORMATS["f16"], "runtime": "vllm"}),
+    ]
+    assert next_candidate(ranked, [], LIMIT) == ranked[0]
+    # In llama.cpp it took 50 bytes more than predicted, and 999 are the most that would do.
+    rejected = [measured(ranked[0], 50)]
+    assert next_candidate(ranked, rejected, LIMIT) == ranked[2]
+    rejected.append(measured(ranked[2], 60))
+    # What llama.cpp takes says nothing of another runtime.
+    assert next_candidate(ranked, rejected, LIMIT) == ranked[3]
+    rejected.append(measured(ranked[3], 21))
+    assert next_candidate(ranked, rejected, LIMIT) is None
+    # A row that was measured itself is known, and not predicted.
+    known = measured(row("t004", "accuracy", 0.1, memory_bytes=900), 90)
+    assert next_candidate([*ranked, known], rejected, LIMIT) == known
+
+
+def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of five students the runtime takes 50 bytes more than predicted: the fifth alone fits, and is the second made."""
+    students = [row(f"t{number:03d}", "accuracy", 0.5 - number / 10, memory_bytes=960) for number in range(4)]
+    students.append(row("t004", "accuracy", 0.05, memory_bytes=940))
+    made, lines = [], []
+
+    def export(one: Row, _: object, paths: dict[str, Path], checks: dict[str, object]) -> Row:
+        made.append(one.trial)
+        folder = tmp_path / "gguf"
+        folder.mkdir()
+        paths["gguf"], checks["gguf"] = folder / "student.gguf", None
+        return measured(one, 50)
+
+    monkeypatch.setattr("autodistill.search.finish._export", export)
+    finisher = SimpleNamespace(
+        question=replace(question("accuracy", "max"), budget=Budget(memory_bytes=LIMIT)),
+        run=SimpleNamespace(student=lambda container: tmp_path / container),
+        line=lines.append,
+    )
+    paths: dict[str, Path] = {}
+    found = _first_that_fits(students, [], finisher, paths, {})  # type: ignore[arg-type]
+    assert (found and found.trial, made, list(paths)) == ("t004", ["t000", "t004"], ["gguf"])
+    assert len(lines) == 1
+    assert (tmp_path / "gguf").is_dir()
+    (tmp_path / "gguf").rmdir()
+    paths.clear()
+    assert _first_that_fits(students[:4], [], finisher, paths, {}) is None  # type: ignore[arg-type]
+    assert (paths, list(tmp_path.iterdir())) == ({}, [])
+
+
+def test_what_was_predicted_stays_beside_a_measurement_that_is_made_again() -> None:
+    finisher = SimpleNamespace(question=question("accuracy", "max"))
+    once, twice = (
+        {"memory_bytes": Measurement(name="memory_bytes", value=need, unit="bytes", direction="min", source="measured")}
+        for need in (150, 155)
+    )
+    first = _with_measured(row("t000", "accuracy", 0.5), once, finisher)  # type: ignore[arg-type]
+    again = _with_measured(first, twice, finisher)  # type: ignore[arg-type]
+    assert (first.figure("memory_bytes_predicted"), first.memory_bytes) == (100, 150)
+    assert (again.figure("memory_bytes_predicted"), again.memory_bytes) == (100, 155)
