@@ -68,8 +68,7 @@ def training_fits(
         ways.append((micro_batch, False, "float32"))
         micro_batch = -(-micro_batch // 2)
     ways += [(1, False, "float32"), (1, True, "float32")]
-    if processes == 1:
-        ways.append((1, True, "int8"))
+    ways.append((1, True, "int8"))
     for micro_batch, checkpointing, state in ways:
         estimates = (
             training_memory(
@@ -104,10 +103,11 @@ def _sharded(estimate: TrainingEstimate, spec: ModelSpec, processes: int) -> Tra
     tables = sum(math.prod(tensor.shape) for tensor in spec.tensors if spec.vocabulary in tensor.shape)
     layer = (spec.parameters - tables) // spec.layers
     changes = estimate.weights_bytes - 4 * spec.parameters
-    shards = {}
-    for name, copies in (("weights_bytes", 1), ("gradients_bytes", 1), ("optimizer_bytes", 2)):
-        whole = copies * changes
-        shards[name] = whole + (getattr(estimate, name) - whole) // processes
+    states = estimate.optimizer_bytes * changes // max(1, estimate.gradients_bytes)
+    shards = {
+        name: whole + (getattr(estimate, name) - whole) // processes
+        for name, whole in (("weights_bytes", changes), ("gradients_bytes", changes), ("optimizer_bytes", states))
+    }
     shards["weights_bytes"] += 4 * (2 * tables + 3 * layer)
     return replace(estimate, **shards)
 
@@ -162,7 +162,7 @@ def fit_training(
             )
         return way
     assert smallest is not None
-    means = "with checkpointing and 8-bit optimiser states" if processes == 1 else f"over {processes} processes"
+    means = "with checkpointing and 8-bit optimiser states" + (f" over {processes} processes" if processes > 1 else "")
     raise InputError(
         f"training a student of {spec.layers} layers takes {format_bytes(smallest.estimate.total_bytes)} even one "
         f"sequence at a time, {means}, and this machine has {format_bytes(limit_bytes)}: choose a smaller teacher, "

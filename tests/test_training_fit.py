@@ -128,17 +128,22 @@ def test_several_processes_share_weights_and_sequences_but_not_what_is_whole_for
         (2, "float32"),
         (1, "float32"),
         (1, "float32"),
+        (1, "int8"),
     ]
     weights, table = 1_543_714_304, 233_373_696
     layer = (weights - table) // 28
-    least = together[-1].estimate
+    least = together[-2].estimate
     assert least.weights_bytes == weights + 4 * (2 * table + 3 * layer)
     assert (least.gradients_bytes, least.optimizer_bytes) == (weights, 2 * weights)
     assert least.activations_bytes == alone[-1].estimate.activations_bytes
+    # Two bytes a weight, and two scales of four in each block of 256.
+    assert together[-1].estimate.optimizer_bytes == (2 * weights + 2 * 4 * weights // 256) // 4
     # A student that one GPU of 24 GB cannot train in float32 states is trained by four.
     assert fit_training(spec(), sequence_length=256, sequences=8, limit_bytes=24 * 10**9, processes=4).micro_batch == 2
     with pytest.raises(InputError, match="over 4 processes"):
-        fit_training(spec(), sequence_length=256, sequences=8, limit_bytes=8 * 10**9, processes=4)
+        fit_training(spec(), sequence_length=256, sequences=8, limit_bytes=6 * 10**9, processes=4)
+    fit = fit_training(spec(), sequence_length=256, sequences=8, limit_bytes=8 * 10**9, processes=4)
+    assert fit.optimizer_state == "int8"
 
 
 def test_several_processes_each_have_all_of_the_low_rank_changes() -> None:

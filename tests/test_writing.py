@@ -20,13 +20,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill import writing
 from autodistill.cli import main
 from autodistill.conversations import asked, told_of
 from autodistill.data import prepare
 from autodistill.distillation.generation import Sampling
+from autodistill.distillation.pretrained import token_rows
 from autodistill.distillation.student import build_student
 from autodistill.distillation.trainer import Trainer
 from autodistill.documents import resolve_data
@@ -456,6 +457,45 @@ def test_a_student_learns_from_what_llama_cpps_own_server_told(
     data.write_text("".join(json.dumps(record) + "\n" for record in said * 9))
     with pytest.raises(InputError, match='the signal "written" needs answers with their writer\'s log-probabilities'):
         search(replace(asked_for, name="other"))
+
+
+def test_a_model_of_another_tokenizer_learns_the_text_that_a_teacher_wrote(
+    request_: WriteRequest, teacher: Path, tmp_path: Path
+) -> None:
+    Path(request_.prompts).write_text("\n".join(f"{prompt} {number}" for number in range(45) for prompt in PROMPTS))
+    write_data(replace(request_, max_tokens=24))
+    # A random model hardly ends by itself: what it has said is taken for whole answers.
+    records = [{"prompt": record["asked"][0]["content"], "answer": record["cut"]} for record in _records(request_.out)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    other = save_tiny_teacher(tmp_path / "other", layers=3, vocabulary=280)
+    with pytest.raises(InputError, match=f"distill sequence_level --data answers.jsonl --teacher {other}"):
+        token_rows(other, teacher)
+    done = search(
+        SearchRequest(
+            budget=Budget(memory_bytes=10**9, context=256),
+            strategy="sequence_level",
+            teacher=str(other),
+            data=str(data),
+            tokens=4096,
+            runner="inline",
+            out=tmp_path / "runs",
+            name="run",
+            cache=tmp_path / "cache",
+        )
+    )
+    assert done.finish.best.name == "sequence_level"
+    student = next((tmp_path / "runs" / "run").rglob("student/config.json")).parent
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(other).get_vocab()
+    ids = [tokenizer(record["answer"], return_tensors="pt").input_ids for record in records[::9]]
+    nats = {}
+    for folder in (other, student):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+        with torch.no_grad():
+            nats[folder] = sum(float(model(input_ids=text, labels=text).loss) for text in ids) / len(ids)
+    # Where nothing was learnt it is a guess among 280 tokens.
+    assert nats[student] < math.log(280) - 0.2 < nats[other]
 
 
 def test_the_command_line_says_what_was_done(

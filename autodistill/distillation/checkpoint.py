@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from autodistill.distillation.eight_bit import own_states, whole_states
 from autodistill.distillation.sharding import like, whole
 from autodistill.errors import TrialFailedError
 
@@ -28,7 +29,7 @@ def gathered(trained: Named, optimizer: Any) -> dict[str, Tensor]:
     """
     tensors = {f"weight.{name}": whole(parameter.detach()) for name, parameter in trained}
     for name, parameter in trained:
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in whole_states(parameter, optimizer.state.get(parameter, {})).items():
             # The 8-bit optimiser counts in int, and shares its code books, of which safetensors wants one a name.
             shared = not isinstance(value, Tensor) or key.startswith("qmap")
             tensors[f"{key}.{name}"] = torch.as_tensor(value).clone() if shared else whole(value)
@@ -47,7 +48,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: dict[s
 
 
 def restore(
-    path: Path, trained: Named, optimizer: Any, identity: Mapping[str, str], device: str, *, int_steps: bool
+    path: Path, trained: Named, optimizer: Any, identity: Mapping[str, str], device: str, *, eight_bit: bool
 ) -> dict[str, str]:
     """Puts what was written back into weights and optimiser, and gives its metadata.
 
@@ -56,7 +57,7 @@ def restore(
         trained, optimizer: As for `gathered`; of several processes each takes its shards.
         identity: Metadata that the file must have.
         device: Where the weights lie.
-        int_steps: Whether the optimiser counts its steps in int, as the 8-bit one does.
+        eight_bit: Whether the optimiser is the one of 8-bit states.
 
     Raises:
         TrialFailedError: The checkpoint is of another identity.
@@ -70,12 +71,11 @@ def restore(
             with torch.no_grad():
                 parameter.copy_(like(file.get_tensor(f"weight.{name}"), parameter))
             keys = [key.partition(".")[0] for key in names if key.partition(".")[2] == name]
-            state: dict[str, Any] = {
-                key: like(file.get_tensor(f"{key}.{name}"), parameter) for key in keys if key != "weight"
-            }
-            if int_steps and "step" in state:
-                state["step"] = int(state["step"])
-            optimizer.state[parameter] = state
+            states = {key: file.get_tensor(f"{key}.{name}") for key in keys if key != "weight"}
+            if eight_bit and states:
+                optimizer.state[parameter] = own_states(parameter, states, int(metadata.get("processes", 1)))
+            else:
+                optimizer.state[parameter] = {key: like(value, parameter) for key, value in states.items()}
     return metadata
 
 

@@ -58,7 +58,7 @@ def token_rows(model: Path, teacher: Path) -> Tensor:
             f"logit distillation needs one vocabulary: {model} lacks {len(missing)} of the teacher's {len(vocabulary)} "
             f"tokens, {missing[0]!r} among them; choose a model with the teacher's tokenizer, or train this one on "
             "text that the teacher writes (sequence-level distillation): `autodistill write --prompts ... --out "
-            "answers.jsonl`, and then that as --data, with this model as --teacher"
+            f"answers.jsonl`, and then `autodistill distill sequence_level --data answers.jsonl --teacher {model}`"
         )
     for text, row in vocabulary.items():
         if row < len(rows) and text in own:

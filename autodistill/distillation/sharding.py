@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from autodistill.contracts import OptimizerState
 from autodistill.errors import InputError
 
 
@@ -131,15 +130,3 @@ def clip_sharded(sharding: Sharding, parameters: list[nn.Parameter], limit: floa
         for gradient in gradients:
             gradient.mul_(limit / (norm + 1e-6))
     return norm
-
-
-def check_sharded(optimizer_state: OptimizerState) -> None:
-    """Refuses states whose blocks follow from how the weights are cut up.
-
-    Raises:
-        InputError: Names them.
-    """
-    if optimizer_state == "int8":
-        raise InputError(
-            "a trial over several processes cannot have 8-bit optimiser states: leave it out, or use one GPU"
-        )

@@ -18,13 +18,14 @@ from torch import nn
 from autodistill.contracts import OptimizerState, Plan
 from autodistill.distillation.attention import TeacherBlock
 from autodistill.distillation.checkpoint import gathered, restore, write_checkpoint
+from autodistill.distillation.eight_bit import eight_bit_adamw
 from autodistill.distillation.interpolation import Interpolation
 from autodistill.distillation.lora import Adapters
 from autodistill.distillation.memory import is_out_of_memory
 from autodistill.distillation.positions import Learnt, learnt_tokens
 from autodistill.distillation.quantization import FakeQuantized, quantized_training
 from autodistill.distillation.schedule import decayed, stable_rate
-from autodistill.distillation.sharding import Sharding, check_sharded, clip_sharded
+from autodistill.distillation.sharding import Sharding, clip_sharded
 from autodistill.distillation.signals import LiveTeacher
 from autodistill.distillation.step_loss import StepLoss, Weighing
 from autodistill.distillation.teacher_cache import TeacherCache
@@ -140,7 +141,6 @@ class Trainer:
         self._adapters = Adapters(model, spec, lora, seed) if lora else None
         model.get_input_embeddings().weight.requires_grad_(self._recipe.train_embeddings)
         if sharding is not None:
-            check_sharded(plan.optimizer_state)
             sharding.shard(model)
         self._loss = StepLoss(
             model,
@@ -374,6 +374,7 @@ class Trainer:
         several processes each gives its shards and the first one writes: any number of them may go on from it.
         """
         extra = {} if self._interpolation is None else {"interpolation": json.dumps(asdict(self._interpolation))}
+        extra["processes"] = "1" if self._sharding is None else str(self._sharding.count)
         tensors = gathered(self._trained(), self._optimizer)
         try:
             if self._sharding is None or self._sharding.rank == 0:
@@ -389,8 +390,8 @@ class Trainer:
         Raises:
             TrialFailedError: The checkpoint is of other stages or of another seed.
         """
-        counts = self._plan.optimizer_state == "int8"
-        metadata = restore(path, self._trained(), self._optimizer, self._identity(), self._device, int_steps=counts)
+        eight_bit = self._plan.optimizer_state == "int8"
+        metadata = restore(path, self._trained(), self._optimizer, self._identity(), self._device, eight_bit=eight_bit)
         self.tokens = int(metadata["tokens"])
         if self._interpolation is not None:
             self._interpolation = Interpolation(**json.loads(metadata["interpolation"]))
@@ -407,9 +408,7 @@ class Trainer:
 
 def _adamw(groups: list[dict[str, Any]], state: OptimizerState) -> Any:
     if state == "int8":
-        from bitsandbytes.optim.adamw import AdamW8bit
-
-        return AdamW8bit(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
+        return eight_bit_adamw(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
     return torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0, fused=True)
 
 

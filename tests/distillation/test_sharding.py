@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import multiprocessing
 
-from autodistill.distillation.sharding import Sharding, check_sharded, whole_model
+from autodistill.distillation.checkpoint import read_metadata
+from autodistill.distillation.sharding import Sharding, whole_model
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.errors import InputError
 from autodistill.formats import Role, TensorSpec
@@ -171,10 +172,63 @@ def same(one, other):
             torch.testing.assert_close(second[name], expected, rtol=1e-3, atol={"exp_avg": 1e-7}.get(kind, 1e-10))
 
 
-def test_what_needs_whole_weights_is_refused():
-    with pytest.raises(InputError, match="8-bit optimiser states"):
-        check_sharded("int8")
-    check_sharded("float32")
+def decoded(path):
+    """Moments in float64 by name, and the largest of each one's block: blocks of 256 end where a process's rows do."""
+    processes, tensors = int(read_metadata(path)["processes"]), load_file(path)
+    found = {}
+    for name, codes in tensors.items():
+        kind, _, owner = name.partition(".")
+        if kind in ("state1", "state2") and codes.dtype == torch.uint8:
+            scales = iter(tensors[f"absmax{kind[-1]}.{owner}"].double())
+            table = tensors[f"qmap{kind[-1]}.{owner}"].double()
+            blocks = [block for rows in codes.chunk(processes) for block in rows.flatten().split(256)]
+            largest = torch.cat([next(scales).expand(len(block)) for block in blocks]).view(codes.shape)
+            assert next(scales, None) is None
+            found[name] = table[codes.long()] * largest, largest
+    return found
+
+
+def test_eight_bit_states_over_two_processes_are_the_moments_and_any_number_goes_on(workshop, tmp_path):
+    bare = replace(workshop, cache=None)
+
+    def task(name, until=STEP, state="int8", begin=None):
+        plan = (("optimizer_state", state),)
+        begin = begin and tmp_path / begin
+        return Task(bare, workshop.folder, PLAIN, until, tmp_path / name, begin, plan)
+
+    run(task("exact", state="float32"))
+    run(task("one"))
+    tasks = [
+        task("two"),
+        task("longer", 2 * STEP),
+        task("continued", 2 * STEP, begin="two"),
+        task("taken", begin="one"),
+    ]
+    together(tasks, tmp_path)
+    run(task("back", begin="two"))
+
+    # To the last bit where as many processes go on.
+    longer, continued = load_file(tmp_path / "longer"), load_file(tmp_path / "continued")
+    assert longer.keys() == continued.keys()
+    assert all(torch.equal(continued[name], tensor) for name, tensor in longer.items())
+
+    exact = load_file(tmp_path / "exact")
+    for name, before in {"one": None, "two": None, "taken": "one", "back": "two"}.items():
+        found, moments = load_file(tmp_path / name), decoded(tmp_path / name)
+        rounded = decoded(tmp_path / before) if before else {}
+        owners = {key.partition(".")[2] for key in moments}
+        # By a weight's whole size: a shard of 2048 of 4096 values has states of 8 bits too.
+        assert owners == {key[7:] for key, tensor in exact.items() if key[:7] == "weight." and tensor.numel() >= 4096}
+        for key, (values, largest) in moments.items():
+            kind, _, owner = key.partition(".")
+            expected = exact[("exp_avg." if kind == "state1" else "exp_avg_sq.") + owner].double()
+            # Half of the largest gap between codes is 0.0071 of a block's largest value; blocks before lay otherwise.
+            once = rounded[key][1] if rounded else 0
+            assert ((values - expected).abs() <= 0.0071 * (largest + once) + 1e-12).all()
+        for owner in owners:
+            clear = exact[f"exp_avg.{owner}"].abs() > 1e-6
+            weights = (tensors[f"weight.{owner}"][clear] for tensors in (found, exact))
+            torch.testing.assert_close(*weights, rtol=1e-4, atol=2e-5)
 
 
 def test_sequences_that_do_not_divide_are_refused():
