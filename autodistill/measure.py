@@ -28,6 +28,17 @@ from autodistill.timing import Load, Timed, time_serving
 from autodistill.units import CONTEXT
 
 _PROMPT, _DECODED = 512, 64  # tokens
+# Where an option means something, of those that do not everywhere.
+_PLACES = {
+    "bench": ("--on",),
+    "ssh_config": ("--on",),
+    "device": ("--on", "--result"),
+    "context": ("here",),
+    "streams": ("here",),
+    "busy": ("here",),
+    "prompt": ("here", "--on", "--script"),
+    "decoded": ("here", "--on", "--script"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +89,11 @@ class MeasureRequest:
         given = [name for name, place in places.items() if place is not None]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} each say where it is measured: give one of them")
+        place = given[0] if given else "here"
+        for name, places in _PLACES.items():
+            if getattr(self, name) not in (None, False, (1,)) and place not in places:
+                where = place if place == "here" else f"by {place}"
+                raise InputError(f"--{name.replace('_', '-')} changes nothing of a measurement {where}: leave it out")
         if min(self.streams, default=0) < 1:
             raise InputError("--streams must be numbers of at least 1, parted by commas")
         # An answer is a first token and one that follows it.
@@ -100,6 +116,11 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
         RemoteError: A board that is not reached, or fails.
     """
     model, deployment = _described(request.student)
+    # What would be refused of the result is so before anything runs.
+    if model.spec.experts:
+        raise InputError(f"{request.student} is a mixture of experts, which can be estimated and not measured")
+    if request.device is not None:
+        find_device(request.device, devices(*request.own))
     if request.student.is_dir():
         if request.on or request.script or request.result:
             raise InputError(f"a board runs a GGUF file, and {request.student} is a folder: export it with --to gguf")

@@ -400,9 +400,14 @@ def export_onnx(case: Case, path: Path, dtype: torch.dtype, step: bool) -> None:
             cells = torch.export.Dim("cells", min=2, max=2**20)
             shapes = {"tokens": {}, "past": tuple({2: cells} for _ in past)}
             torch.onnx.export(model, (token, *past), str(path), dynamic_shapes=shapes, **options)
-    deployment = deployment_named(case.form)
+    deployment = onnx_deployment(case)
     if deployment.bits < 16:
         _quantize(path, deployment)
+
+
+def onnx_deployment(case: Case) -> Deployment:
+    """What a graph's weights are in: floats, unless the case names a grid of ONNX Runtime's."""
+    return deployment_named("huggingface" if case.form == Case.form else case.form)
 
 
 def _quantize(path: Path, deployment: Deployment) -> None:
@@ -433,11 +438,11 @@ def _onnx_line(case: Case, step: bool, use: str) -> tuple[list[str], float]:
     """A line of the table, and the error."""
     with tempfile.TemporaryDirectory() as folder:
         peak = onnx_peak(case, Path(folder), step=step)
-    form = "huggingface" if case.form == Case.form else case.form
     read = 1 if step else None
+    deployment = onnx_deployment(case)
     guess = memory(
         spec_of(case.config()),
-        deployment_named(form),
+        deployment,
         context=case.context,
         batch=case.batch,
         runtime="onnxruntime",
@@ -447,7 +452,7 @@ def _onnx_line(case: Case, step: bool, use: str) -> tuple[list[str], float]:
     setting = f"{case.layers} x {case.width}, {case.heads}/{case.kv_heads}, {case.ffn}, {case.vocabulary}"
     error = guess.total_bytes / peak - 1
     cells = [*(f"{part / 1e6:.0f}" for part in parts), f"{guess.total_bytes / 1e6:.0f} / {peak / 1e6:.0f}"]
-    held = "float32" if form == "huggingface" else form.removeprefix("compressed-tensors-")
+    held = "float32" if deployment.bits == 16 else case.form.removeprefix("compressed-tensors-")
     load = f"{'step' if step else 'prompt'}, {case.context} x {case.batch}"
     tied = "tied" if case.tied else "untied"
     line = [case.family, f"{setting}, {tied}", held, load, use, *cells, f"{error:+.1%}"]
@@ -516,10 +521,11 @@ _RUNTIMES = {
 def measure_again(runtime: str) -> Path:
     """Puts one runtime's section, measured anew, into the newest report."""
     title, table, following = _RUNTIMES[runtime]
+    told = table()
     path = max(report.REPORTS.glob("*-memory-estimate.md"))
     before, _, after = path.read_text(encoding="utf-8").partition(f"{title}\n\n")
     _, end, rest = after.partition(following)
-    path.write_text(f"{before}{title}\n\n{table()}\n\n{end}{rest}", encoding="utf-8")
+    path.write_text(f"{before}{title}\n\n{told}\n\n{end}{rest}", encoding="utf-8")
     return path
 
 

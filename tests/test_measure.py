@@ -38,7 +38,9 @@ def student(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def request(student: Path, out: Path, **changes: Any) -> MeasureRequest:
-    small = {"prompt": 16, "decoded": 4, "rounds": 2, "threads": 1, "context": 64}
+    small: dict[str, Any] = {"rounds": 2, "threads": 1}
+    small |= {} if "result" in changes else {"prompt": 16, "decoded": 4}
+    small |= {} if {"on", "script", "result"} & changes.keys() else {"context": 64}
     return MeasureRequest(student=student, out=out, **(small | changes))
 
 
@@ -143,6 +145,12 @@ def test_what_cannot_be_measured_is_said_before_anything_runs(
         ((student, {"script": tmp_path / "no" / "x.sh"}), "cannot write"),
         ((student, {"on": "pi"}), "is no board"),
         ((student, {"on": "ssh://pi", "result": result}), "--on and --result each say"),
+        ((student, {"on": "ssh://pi", "device": "zx 81"}), "there is no device 'zx 81'"),
+        ((student, {"on": "ssh://pi", "context": 64}), "--context changes nothing of a measurement by --on"),
+        ((student, {"script": result, "device": "pi 5"}), "--device changes nothing of a measurement by --script"),
+        ((student, {"result": result, "prompt": 16}), "--prompt changes nothing of a measurement by --result"),
+        ((student, {"device": "pi 5"}), "--device changes nothing of a measurement here"),
+        ((student, {"ssh_config": result}), "--ssh-config changes nothing of a measurement here"),
         ((student, {"streams": (0,)}), "--streams must be"),
         ((student, {"context": 1}), "--context must be at least 2"),
         ((student, {"prompt": 0}), "--prompt must be at least 1"),
