@@ -70,3 +70,24 @@ def overhead_of(known: Mapping[Place, Overhead], runtime: str, device_class: str
     kinds = {kind for kind, _ in known}
     kind = device_class or (next(iter(kinds)) if len(kinds) == 1 else "")
     return known.get((kind, runtime), Overhead())
+
+
+def least_beyond(rows: Iterable[Row]) -> dict[str, int]:
+    """The least bytes that each runtime took beyond what was predicted, of the rows that were measured, by its name.
+
+    It takes about as much more for one student of a run as for another, so that a row which would break a limit even
+    with this would not keep to it once measured. Negative where less was taken each time.
+    """
+    beyond: dict[str, int] = {}
+    for row in rows:
+        runtime, predicted = str(row.deployment["runtime"]), row.figure("memory_bytes_predicted")
+        if row.memory_source == "measured" and row.memory_bytes is not None and predicted is not None:
+            gap = row.memory_bytes - int(predicted)
+            beyond[runtime] = min(gap, beyond.get(runtime, gap))
+    return beyond
+
+
+def corrected(row: Row, beyond: Mapping[str, int]) -> int:
+    """Bytes that a row takes: as it was measured, or as predicted and what its runtime takes beyond."""
+    more = 0 if row.memory_source == "measured" else beyond.get(str(row.deployment["runtime"]), 0)
+    return (row.memory_bytes or 0) + more

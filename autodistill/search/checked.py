@@ -258,6 +258,10 @@ def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any
 
 def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
     budget = read_budget(stored["budget"])
+    now = limits_as(checked.request.budget, budget)
+    limits: tuple[object, object] = (now.to_json(), budget.to_json())
+    if now.describe() != budget.describe():
+        limits = (now.describe(), budget.describe())
     differing = {
         "teacher": (checked.teacher_reference, stored["teacher"]["reference"]),
         "data": (checked.data_reference, stored["data"]["reference"]),
@@ -270,7 +274,7 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
         "sampler": (checked.sampler, stored["sampler"]),
         "warm start": (", ".join(checked.warm_start), ", ".join(_warmed_by(stored))),
         "seed": (checked.seed, stored["seed"]),
-        "budget": (limits_as(checked.request.budget, budget).to_json(), budget.to_json()),
+        "budget": limits,
         "space": (checked.space.hash, stored["space_hash"]),
     }
     for name, (asked, before) in differing.items():

@@ -14,11 +14,13 @@ from autodistill.estimate import fits, holdable, spec_from_config
 from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED, rank
 from autodistill.records.openings import opened, openings_of
+from autodistill.records.recalibration import corrected, least_beyond
 from autodistill.records.row import Row, rows_of
 from autodistill.records.saved import Saved, saved
 from autodistill.records.store import RunFolder
 from autodistill.search.study import Observation, importance
 from autodistill.space import Space
+from autodistill.strategy import Deployment
 from autodistill.units import format_bytes
 
 # With fewer results a share of the variance is noise.
@@ -142,55 +144,93 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
     """Which limit the best row is near to, and which better row is how far beyond it."""
     limit = asked["budget"]["memory_bytes"]
     full = [row for row in rows if row.split == "validation" and row.full and row.memory_bytes]
+    beyond = least_beyond(full)
     students = [row for row in full if row.kind in DISTILLED]
     ranked = [one.row for one in rank(students, asked["metric"], asked["direction"]) if one.row.feasible]
+    # What was found of one student in its runtime, once exported, holds for those that were only predicted.
+    ranked = [row for row in ranked if corrected(row, beyond) <= limit]
     if not ranked:
-        short = min((row.memory_bytes or 0) - limit for row in students) if students else None
-        if short is None:
+        if not students:
             return "No student has been trained to the end yet.", ()
+        least = min(students, key=lambda row: corrected(row, beyond))
+        short = corrected(least, beyond) - limit
         if short <= 0:
-            slow = min(students, key=lambda row: row.memory_bytes or 0)
-            return f"Nothing fits: {slow.name} as {slow.deployment_name} is kept out ({slow.reason}).", ()
+            return f"Nothing fits: {least.name} as {least.deployment_name} is kept out ({least.reason}).", ()
         return f"Nothing fits {format_bytes(limit)}: the nearest needs {format_bytes(short)} more.", ()
     best = ranked[0]
-    used = (best.memory_bytes or 0) / limit
+    used = corrected(best, beyond) / limit
     binding = (
-        f"The best, {best.name} as {best.deployment_name}, needs {format_bytes(best.memory_bytes or 0)} of "
+        f"The best, {best.name} as {best.deployment_name}, needs {format_bytes(corrected(best, beyond))} of "
         f"{format_bytes(limit)} ({used:.0%}): memory {'binds' if used > 0.9 else 'does not bind'}."
     )
     sign = 1 if asked["direction"] == "max" else -1
     best_value = best.figure(asked["metric"])
-    beyond = [
+    out = [row for row in full if not row.feasible or corrected(row, beyond) > limit]
+    beaten = [
         row
-        for row in full
-        if not row.feasible
-        and (value := row.figure(asked["metric"])) is not None
+        for row in out
+        if (value := row.figure(asked["metric"])) is not None
         and best_value is not None
         and sign * value > sign * best_value
     ]
-    nearest = sorted(beyond, key=lambda row: row.memory_bytes or 0)[:3]
-    if any((row.memory_bytes or 0) <= limit for row in beyond):
+    nearest = sorted(beaten, key=lambda row: corrected(row, beyond))[:3]
+    if any(corrected(row, beyond) <= limit for row in beaten):
         binding += " A limit of latency binds."
-    return binding, tuple(
-        f"{_wanting(row, limit)} {row.name} as {row.deployment_name}: "
-        f"{asked['metric']} {row.figure(asked['metric']):.4f} instead of {best_value:.4f}{_packed_smaller(row, asked)}."
+    better = [
+        f"{_wanting(row, corrected(row, beyond) - limit)} {row.name} as {row.deployment_name}: {asked['metric']} "
+        f"{row.figure(asked['metric']):.4f} instead of {best_value:.4f}{_packed_smaller(row, asked, beyond)}."
         for row in nearest
+    ]
+    return binding, (*better, *_packed_larger(best, full, asked, beyond))
+
+
+def _fits(row: Row, asked: Mapping[str, Any], beyond: Mapping[str, int]) -> list[tuple[Deployment, int, bool]]:
+    """Each deployment of the space for a row's student, what it needs in bytes, and whether it keeps to the budget."""
+    if row.shape is None:
+        return []
+    spec, budget = spec_from_config(row.shape), read_budget(asked["budget"])
+    deployments = Space.from_json(asked["space_definition"]).deployments
+    found = []
+    for fit in fits(spec, holdable(spec, deployments), budget):
+        need = fit.need + beyond.get(fit.deployment.runtime, 0)
+        found.append((fit.deployment, need, fit.slack <= 0 and need <= budget.memory_bytes))
+    return found
+
+
+def _packed_smaller(row: Row, asked: Mapping[str, Any], beyond: Mapping[str, int]) -> str:
+    """The largest deployment of the space under which a row's student keeps to the budget, in words; else nothing."""
+    found = [
+        (need, deployment.name)
+        for deployment, need, holds in _fits(row, asked, beyond)
+        if holds and deployment.name != row.deployment_name
+    ]
+    if not found:
+        return ""
+    need, name = max(found)
+    return f", or it fits as {name}, which needs {format_bytes(need)}"
+
+
+def _packed_larger(
+    best: Row, rows: Sequence[Row], asked: Mapping[str, Any], beyond: Mapping[str, int]
+) -> tuple[str, ...]:
+    """With how much more memory the best student would fit in a larger deployment, where none was evaluated for want
+    of it.
+    """
+    limit = asked["budget"]["memory_bytes"]
+    known = {row.deployment_name for row in rows if row.trial == best.trial}
+    found = [
+        (need, deployment.name)
+        for deployment, need, _ in _fits(best, asked, beyond)
+        if need > limit and deployment.name not in known
+    ]
+    if not found:
+        return ()
+    need, name = min(found)
+    return (
+        f"{format_bytes(need - limit)} more would hold the best as {name}, which was not evaluated for want of it.",
     )
 
 
-def _packed_smaller(row: Row, asked: Mapping[str, Any]) -> str:
-    """The largest deployment of the space under which a row's student keeps to the budget, in words; else nothing."""
-    if row.shape is None:
-        return ""
-    spec, deployments = spec_from_config(row.shape), Space.from_json(asked["space_definition"]).deployments
-    found = [fit for fit in fits(spec, holdable(spec, deployments), read_budget(asked["budget"])) if fit.slack <= 0]
-    if not found:
-        return ""
-    largest = max(found, key=lambda fit: fit.need)
-    return f", or it fits as {largest.deployment.name}, which needs {format_bytes(largest.need)}"
-
-
-def _wanting(row: Row, limit: int) -> str:
-    """What keeps a row out: memory, or the limit that its reason names."""
-    over = (row.memory_bytes or 0) - limit
+def _wanting(row: Row, over: int) -> str:
+    """What keeps a row out: so many bytes, or the limit that its reason names."""
     return f"{format_bytes(over)} more would hold" if over > 0 else f"({row.reason}) keeps out"

@@ -31,6 +31,7 @@ from autodistill.quiet import free_cores
 from autodistill.records.confirmation import Confirmation, confirmations
 from autodistill.records.leaderboard import DISTILLED, limits_of, nearest, paired_bootstrap, rank
 from autodistill.records.openings import record_test_opening, recorded_test_openings
+from autodistill.records.recalibration import corrected, least_beyond
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
 from autodistill.search.rows import make_row
@@ -217,19 +218,9 @@ def next_candidate(ranked: Sequence[Row], rejected: Sequence[Row], limit: int) -
         rejected: Rows as they were measured.
         limit: Bytes of memory.
     """
-    beyond: dict[str, int] = {}
-    for row in rejected:
-        runtime, predicted = row.deployment["runtime"], row.figure("memory_bytes_predicted")
-        if predicted is not None:
-            gap = (row.memory_bytes or 0) - int(predicted)
-            beyond[runtime] = min(gap, beyond.get(runtime, gap))
+    beyond = least_beyond(rejected)
     tried = {row.row_id for row in rejected}
-
-    def may_hold(row: Row) -> bool:
-        more = 0 if row.memory_source == "measured" else beyond.get(row.deployment["runtime"], 0)
-        return (row.memory_bytes or 0) + more <= limit
-
-    return next((row for row in ranked if row.row_id not in tried and may_hold(row)), None)
+    return next((row for row in ranked if row.row_id not in tried and corrected(row, beyond) <= limit), None)
 
 
 def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artefact, str]:

@@ -118,31 +118,80 @@ def test_a_run_without_trials_has_nothing_to_explain(tmp_path: Path) -> None:
         explain(folder)
 
 
-def test_a_student_that_lacks_room_is_told_how_it_would_be_packed_into_it(tmp_path: Path) -> None:
-    """As Q8_0 a weight takes 34/32 bytes, as Q4_0 18/32: the limit lies between what the two need."""
-    shape = {"model_type": "llama", "num_hidden_layers": 8, "hidden_size": 512, "num_attention_heads": 8}
-    shape |= {
-        "intermediate_size": 2048,
-        "vocab_size": 1000,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-    }
-    deployments = [
-        {"runtime": "llama.cpp", "format": f"gguf-q{bits}_0", "bits": bits, "group_size": 32} for bits in (8, 4)
-    ]
-    space = {**SPACE.to_json(), "deployments": deployments}
-    spec = spec_from_config(shape)
-    wide, narrow = (memory(spec, Deployment(**one), context=512, batch=1).total_bytes for one in deployments)
-    limit = (wide + narrow) // 2
+SHAPE = {
+    "model_type": "llama",
+    "num_hidden_layers": 8,
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "intermediate_size": 2048,
+    "vocab_size": 1000,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+PACKINGS = [{"runtime": "llama.cpp", "format": f"gguf-q{bits}_0", "bits": bits, "group_size": 32} for bits in (8, 4)]
+
+
+@pytest.fixture
+def needs() -> tuple[int, int]:
+    """Bytes of that student: as Q8_0 a weight takes 34/32 of one, as Q4_0 18/32."""
+    spec = spec_from_config(SHAPE)
+    wide, narrow = (memory(spec, Deployment(**one), context=512, batch=1).total_bytes for one in PACKINGS)
+    return wide, narrow
+
+
+def told(folder: Path, limit: int, *rows: Row) -> tuple[str, tuple[str, ...]]:
+    """What is said of the limit, and of what would fit next, in a run of these rows."""
+    space = {**SPACE.to_json(), "deployments": PACKINGS}
     asked = {"plan": PLAN.to_json(), "space_definition": space, "metric": "accuracy", "direction": "max"}
-    folder = RunFolder.create(tmp_path, "run")
-    with folder:
-        write_json(folder.search_file, {**asked, "budget": {"memory_bytes": limit, "context": 512, "batch": 1}})
-        folder.events.append({"event": "trial", "trial": "t000", "point": None})
-        for one in (
-            row("t000", narrow, 0.30, True),
-            replace(row("t001", wide, 0.40, False), shape=shape),
-        ):
-            folder.events.append({"event": "row", "row": one.to_json()})
-    (sentence,) = explain(folder).next
+    run = RunFolder.create(folder, "run")
+    with run:
+        write_json(run.search_file, {**asked, "budget": {"memory_bytes": limit, "context": 512, "batch": 1}})
+        run.events.append({"event": "trial", "trial": "t000", "point": None})
+        for one in rows:
+            run.events.append({"event": "row", "row": one.to_json()})
+    found = explain(run)
+    return found.binding, found.next
+
+
+def test_a_student_that_lacks_room_is_told_how_it_would_be_packed_into_it(
+    tmp_path: Path, needs: tuple[int, int]
+) -> None:
+    """The limit lies between what the two packings need."""
+    wide, narrow = needs
+    rows = row("t000", narrow, 0.30, True), replace(row("t001", wide, 0.40, False), shape=SHAPE)
+    _, (sentence,) = told(tmp_path, (wide + narrow) // 2, *rows)
     assert f"or it fits as gguf-q4_0, which needs {format_bytes(narrow)}" in sentence
+
+
+def test_a_runtime_that_takes_more_than_predicted_does_so_packed_otherwise(
+    tmp_path: Path, needs: tuple[int, int]
+) -> None:
+    """As Q8_0 it took as much more as lies between the two packings: the limit is what Q4_0 needs with that."""
+    wide, narrow = needs
+    more = wide - narrow
+    measured = replace(
+        row("t001", wide + more, 0.40, False),
+        shape=SHAPE,
+        memory_source="measured",
+        other={"memory_bytes_predicted": wide},
+    )
+    fitting = row("t000", narrow - more, 0.30, True)
+    _, (sentence,) = told(tmp_path / "holds", narrow + more, fitting, measured)
+    assert sentence.startswith(f"{format_bytes(wide - narrow)} more would hold")
+    assert f"or it fits as gguf-q4_0, which needs {format_bytes(narrow + more)}" in sentence
+    _, (sentence,) = told(tmp_path / "does not", narrow + more - 1, fitting, measured)
+    assert "or it fits" not in sentence
+    # One that keeps to the limit by prediction alone does not hold either, and then nothing does.
+    binding, found = told(tmp_path / "nothing", wide, row("t000", wide - 1, 0.30, True), measured)
+    assert (binding, found) == (
+        f"Nothing fits {format_bytes(wide)}: the nearest needs {format_bytes(more - 1)} more.",
+        (),
+    )
+
+
+def test_the_best_is_told_what_a_wider_packing_of_it_lacks(tmp_path: Path, needs: tuple[int, int]) -> None:
+    wide, narrow = needs
+    best = replace(row("t000", narrow, 0.30, True), shape=SHAPE, deployment=PACKINGS[1])
+    binding, (sentence,) = told(tmp_path, wide - 2_100_000, best)
+    assert "as gguf-q4_0" in binding
+    assert sentence == "2.10 MB more would hold the best as gguf-q8_0, which was not evaluated for want of it."

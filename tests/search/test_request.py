@@ -125,8 +125,16 @@ def test_a_run_that_was_stored_before_there_were_limits_of_latency_has_none(
     placed = DeviceBudget(memory_bytes=10**9, context=256, device=device)
     for same in (plain, placed):
         assert check_request(replace(again, budget=same)).stored is not None
-    for other in (replace(plain, batch=2), replace(placed, latency=parse_latency("10s"))):
-        with pytest.raises(InputError, match="another budget"):
+    others = {
+        "1.00 GB at context 256, batch 2": replace(plain, batch=2),
+        "1.00 GB at context 256, batch 1, on .*, tpot_p95=10.0s@streams=1": replace(
+            placed, latency=parse_latency("10s")
+        ),
+        # What rounding hides is told in full.
+        ".*1000000001.*": replace(plain, memory_bytes=10**9 + 1),
+    }
+    for words, other in others.items():
+        with pytest.raises(InputError, match=rf"another budget \(.*1.*, now {words}\): resume it with the same"):
             check_request(replace(again, budget=other))
 
 
