@@ -323,10 +323,11 @@ ONNX = (
     replace(SMOL, layers=8, context=512, form="compressed-tensors-int4-g32"),
 )
 CALIBRATED_ONNX = 3
-"""The first of `ONNX`, by which the overhead was set; the rows beside the FFN by these, the next six and two steps."""
+"""The first of `ONNX`, by which the overhead was set; the rows beside the FFN by these, the next six and three steps."""
 STEPS = (
     replace(TINY, context=3072, batch=4),
     replace(TINY, context=3072, batch=4, kv_heads=2),
+    replace(TINY, context=3072, batch=4, layers=4),
     replace(TINY, context=2048),
     replace(TINY, context=2048, batch=8),
     replace(LLAMA, layers=6, vocabulary=8000, context=4096),
@@ -335,8 +336,8 @@ STEPS = (
     replace(NEOX, layers=4, vocabulary=8000, context=2048),
 )
 """Decoding a token with the rest of the context behind it."""
-CALIBRATED_STEPS = 2
-"""The first of `STEPS`, by which the copies of keys and values were counted."""
+CALIBRATED_STEPS = 3
+"""The first of `STEPS`, by which was set what a token in the context leaves unused."""
 
 _ONNX_CHILD = """
 import json, sys
