@@ -323,7 +323,7 @@ ONNX = (
     replace(SMOL, layers=8, context=512, form="compressed-tensors-int4-g32"),
 )
 CALIBRATED_ONNX = 3
-"""The first of `ONNX`, by which the overhead was set; the rows beside the FFN by these, the next six and three steps."""
+"""The first of `ONNX`, by which the overhead was set; the rows beside the FFN by these, six more and three steps."""
 STEPS = (
     replace(TINY, context=3072, batch=4),
     replace(TINY, context=3072, batch=4, kv_heads=2),
