@@ -9,6 +9,8 @@ from typing import Any
 from autodistill.described import Described
 from autodistill.devices import Device
 from autodistill.errors import InputError
+from autodistill.estimate import training_memory
+from autodistill.families import FAMILIES
 from autodistill.records.recalibration import Overhead, Place, overhead_of
 from autodistill.roofline import speed
 from autodistill.serving_memory import BASIS, memory
@@ -27,6 +29,7 @@ def appraise(
     prompt: int | None = None,
     devices: Sequence[Device] = (),
     overheads: Mapping[Place, Overhead] | None = None,
+    training: int | None = None,
 ) -> dict[str, Any]:
     """Memory by parts, and for each device whether it fits and how fast it would be.
 
@@ -37,13 +40,16 @@ def appraise(
         batch, kv_type, runtime, prompt: As `memory` and `speed` take them.
         devices: One, whose speed and overhead are then the document's own, or several.
         overheads: By what predicted memory is changed, by class of devices and runtime.
+        training: Tokens of a forward and backward pass; the memory of training the model with them is told too.
 
     Returns:
         Plain data: the parts of the memory, what measured students change (`memory_overhead`) and the sum, runtime,
-        context, batch, `tokens_per_second` and `time_to_first_token_ms` (None without a device), and the devices.
+        context, batch, `tokens_per_second` and `time_to_first_token_ms` (None without a device), the devices, and
+        under `training` the parts of its memory with all activations kept and with checkpointing (None where it is
+        not asked for).
 
     Raises:
-        InputError: As `memory`, or a context beyond the model's.
+        InputError: As `memory`, a context beyond the model's, or a model that cannot be trained here.
     """
     spec = model.spec
     context = min(CONTEXT, spec.max_context) if context is None else context
@@ -97,4 +103,18 @@ def appraise(
         "tokens_per_second": one.get("tokens_per_second"),
         "time_to_first_token_ms": one.get("time_to_first_token_ms"),
         "devices": rows,
+        "training": None if training is None else _training(model, training),
     }
+
+
+def _training(model: Described, tokens: int) -> dict[str, Any]:
+    """Parts of the memory of training all weights by AdamW in float32, in bytes, by what is kept of a pass."""
+    if tokens < 1:
+        raise InputError(f"--training must be at least 1 token, not {tokens}")
+    if model.spec.experts or model.spec.architecture not in FAMILIES:
+        raise InputError(f"{model.name} cannot be trained here: these families can: {', '.join(FAMILIES)}")
+    found: dict[str, Any] = {"tokens": tokens}
+    for name, checkpointing in (("all_kept", False), ("checkpointing", True)):
+        estimate = training_memory(model.spec, tokens=tokens, checkpointing=checkpointing)
+        found[name] = {**asdict(estimate), "total_bytes": estimate.total_bytes}
+    return found

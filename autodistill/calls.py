@@ -162,7 +162,7 @@ def appraised(given: Mapping[str, Any]) -> dict[str, Any]:
     if given["format_name"]:
         described = replace(described, weights_bytes=None)
     deployment = deployment_named(given["format_name"] or described.format_name or "gguf-q8_0")
-    options = {name: given[name] for name in ("context", "batch", "kv_type", "runtime", "prompt")}
+    options = {name: given[name] for name in ("context", "batch", "kv_type", "runtime", "prompt", "training")}
     return appraise(described, deployment, devices=found, overheads=recalibrated(given["out"]), **options)
 
 

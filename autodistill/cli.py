@@ -298,6 +298,9 @@ def estimate(
     batch: BatchOption = 1,
     kv_type: Annotated[str, option("--kv-type", "Of the KV cache: f16, q8_0 or q4_0.", "TYPE")] = "f16",
     prompt: Annotated[int | None, option("--prompt", "Tokens before the first one; 512 by default.", "TOKENS")] = None,
+    training: Annotated[
+        int | None, option("--training", "The memory of training it too, by passes of so many tokens.", "TOKENS")
+    ] = None,
     device: Annotated[str | None, option("--device", "Like 4090 or local; see devices.", "NAME")] = None,
     all_devices: Annotated[bool, typer.Option("--all-devices", help="Every device.")] = False,
     own: DevicesOption = None,

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType
 from autodistill import latent
 from autodistill.contracts import ModelSpec
 from autodistill.distillation.gguf_file import GgufFile, read_gguf
-from autodistill.distillation.teacher import hub_config, locate, read_config
+from autodistill.distillation.teacher import check_weights, hub_config, locate, read_config
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES
@@ -48,7 +48,7 @@ class Described:
 
 
 def describe(reference: str) -> Described:
-    """Describes the model that a reference names; nothing but its config or header is read.
+    """Describes the model that a reference names; nothing but its config or headers is read.
 
     Args:
         reference: A folder with a config.json, a .gguf file, "smollm2", or a hub id.
@@ -58,6 +58,7 @@ def describe(reference: str) -> Described:
     """
     kind, path = locate(reference)
     if kind == "folder":
+        check_weights(path)
         return Described(name=path.name, spec=spec_of(read_config(path)))
     if kind == "hub":
         return Described(name=reference, spec=spec_of(hub_config(reference)))

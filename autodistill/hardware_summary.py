@@ -63,7 +63,20 @@ def appraisal_text(document: Mapping[str, Any]) -> str:
         prompt = document["devices"][0]["prompt"]
         note = f"Speeds are predicted by a roofline at a full context; the first token follows a prompt of {prompt}."
         sections.append(f"{table([head, *rows], left=2)}\n{note}")
+    if document["training"]:
+        sections.append(_training(document["training"]))
     return "\n\n".join(sections)
+
+
+def _training(found: Mapping[str, Any]) -> str:
+    """The memory of training by parts, with all activations kept and with checkpointing."""
+    ways = ("all_kept", "checkpointing")
+    # Without a teacher nothing is aligned.
+    parts = [name for name in found["all_kept"] if name != "alignment_bytes"]
+    lines = [(name.removesuffix("_bytes"), *(format_bytes(found[way][name]) for way in ways)) for name in parts]
+    head = ("training", *(way.replace("_", " ") for way in ways))
+    note = f"All weights by AdamW in float32, {count_of(found['tokens'], 'token')} a pass."
+    return f"{table([head, *lines], left=1)}\n{note}"
 
 
 def _overhead(change: Mapping[str, Any]) -> str:

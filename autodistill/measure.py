@@ -90,8 +90,8 @@ class MeasureRequest:
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} each say where it is measured: give one of them")
         place = given[0] if given else "here"
-        for name, places in _PLACES.items():
-            if getattr(self, name) not in (None, False, (1,)) and place not in places:
+        for name, allowed in _PLACES.items():
+            if getattr(self, name) not in (None, False, (1,)) and place not in allowed:
                 where = place if place == "here" else f"by {place}"
                 raise InputError(f"--{name.replace('_', '-')} changes nothing of a measurement {where}: leave it out")
         if min(self.streams, default=0) < 1:

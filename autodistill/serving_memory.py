@@ -41,10 +41,11 @@ ONNX_PROCESS_BYTES = 61 * 10**6
 ONNX_SCORE_BYTES = 17
 """Of a token's score of another one in a graph of torch's exporter: it replaces what is not a number by nought, in four
 float32 matrices (the scores, both choices and the result) and one of truths."""
-ONNX_READ_ROWS, ONNX_CELL_ROWS = 8, 5
-"""Rows of all queries in float32 that the arena holds beside the FFN's: of a token that is read (turned and scaled
-halves), and of one in the context (keys and values copied for every head); what its regions leave unused is among them
-(measured)."""
+ONNX_READ_ROWS = 11
+"""Rows of all queries in float32 that the arena holds beside the FFN's of a token that is read: turned and scaled
+halves, and what the arena's regions leave unused (measured)."""
+ONNX_UNUSED_ROWS = 0.6
+"""Such rows that the arena's regions leave unused of a token in the context (measured)."""
 
 BASIS: Mapping[str, str] = {
     "llama.cpp": "buffers as llama.cpp's own log states them on a CPU; the process's overhead measured on Linux x86-64",
@@ -266,7 +267,10 @@ def _onnxruntime(serving: _Serving) -> tuple[int, int, int, int]:
     spec, batch = serving.spec, serving.batch
     tokens, cells = batch * serving.read, batch * serving.context
     activations = 4 * tokens * (4 * spec.width + 3 * _active_ffn(spec))
-    rows = 4 * spec.heads * spec.head_dim * (ONNX_READ_ROWS * tokens + ONNX_CELL_ROWS * cells)
+    # Keys are transposed for the product, and where queries share them copied for each before; the last layer's values
+    # are not appended yet, when its keys are.
+    copies = 1 + (spec.heads > spec.kv_heads) - spec.kv_heads / spec.heads + ONNX_UNUSED_ROWS
+    rows = int(4 * spec.heads * spec.head_dim * (ONNX_READ_ROWS * tokens + copies * cells))
     logits = 4 * tokens * spec.vocabulary
     scores = ONNX_SCORE_BYTES * tokens * spec.heads * serving.context
     mask = 4 * serving.read * serving.context

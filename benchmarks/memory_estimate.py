@@ -323,8 +323,11 @@ ONNX = (
     replace(SMOL, layers=8, context=512, form="compressed-tensors-int4-g32"),
 )
 CALIBRATED_ONNX = 3
-"""The first of `ONNX`, by which the overhead was set; the rows beside the FFN were set by these and the next six."""
+"""The first of `ONNX`, by which the overhead was set; the rows beside the FFN by these, six more and three steps."""
 STEPS = (
+    replace(TINY, context=3072, batch=4),
+    replace(TINY, context=3072, batch=4, kv_heads=2),
+    replace(TINY, context=3072, batch=4, layers=4),
     replace(TINY, context=2048),
     replace(TINY, context=2048, batch=8),
     replace(LLAMA, layers=6, vocabulary=8000, context=4096),
@@ -333,6 +336,8 @@ STEPS = (
     replace(NEOX, layers=4, vocabulary=8000, context=2048),
 )
 """Decoding a token with the rest of the context behind it."""
+CALIBRATED_STEPS = 3
+"""The first of `STEPS`, by which was set what a token in the context leaves unused."""
 
 _ONNX_CHILD = """
 import json, sys
@@ -464,7 +469,8 @@ def onnx_table() -> str:
     """Every model in ONNX Runtime on this CPU, and two other ways to run the first that tests."""
     uses = ["calibrates"] * CALIBRATED_ONNX + ["rows"] * 6
     found = [_onnx_line(case, False, use) for case, use in zip_longest(ONNX, uses, fillvalue="tests")]
-    found += [_onnx_line(case, True, "tests") for case in STEPS]
+    uses = ["rows"] * CALIBRATED_STEPS
+    found += [_onnx_line(case, True, use) for case, use in zip_longest(STEPS, uses, fillvalue="tests")]
     errors = [error for _, error in found]
     tests = [error for line, error in found if line[4] == "tests"]
     first, other = ONNX[CALIBRATED_ONNX], {}

@@ -6,6 +6,7 @@ python benchmarks/pick_speed.py [--before CHECKOUT]
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -148,7 +149,7 @@ def main() -> None:
     before = parser.parse_args().before
     titles = ["rows", "question", "wall, s", "CPU, s", "CPU of the process, s"]
     titles += ["CPU before, s", "before / now"] if before else []
-    lines, told = [], []
+    lines, told, loads = [], [], [os.getloadavg()[0]]
     for name, (made, asked) in STORES.items():
         with tempfile.TemporaryDirectory() as folder:
             shapes = made()
@@ -161,11 +162,13 @@ def main() -> None:
                     then = seconds(Path(folder), words, before.absolute())
                     cells += [f"{then[1]:.2f}", f"{then[1] / now[1]:.1f}"]
                 lines.append([name, f"{question}: `pick {' '.join(words)}`", *cells])
+                loads.append(os.getloadavg()[0])
                 print(*lines[-1], flush=True)
     head = (
         f"{ROWS:,} rows in {len(FORMS)} formats ({'; '.join(told)}). The least of {REPEATS} runs of the command, each "
         "in a process of its own: on the clock and of CPU once `autodistill.cli` is imported, and of CPU from the "
-        "process's start. Asked: under 1 s."
+        f"process's start. Asked: under 1 s. The load average was {min(loads):.1f} to {max(loads):.1f} meanwhile: the "
+        "clock counts other work too where that is more than the cores."
     )
     sections = [head, report.table(titles, lines)]
     print(report.write("pick-speed", "Picking among ten thousand rows", sections))

@@ -54,6 +54,37 @@ def test_the_default_context_is_lowered_to_the_model_s_and_an_asked_one_is_refus
         appraise(small, Q4, context=2048)
 
 
+def test_the_memory_of_training_is_told_by_parts() -> None:
+    assert appraise(MODEL, Q4)["training"] is None
+    document = appraise(MODEL, Q4, training=256)
+    found, count = document["training"], MODEL.spec.parameters
+    for way in ("all_kept", "checkpointing"):
+        parts = found[way]
+        assert (parts["weights_bytes"], parts["gradients_bytes"], parts["optimizer_bytes"]) == (
+            4 * count,
+            4 * count,
+            8 * count,
+        )
+        assert parts["logits_bytes"] == 2 * 4 * 256 * 1000
+        assert parts["total_bytes"] == sum(value for name, value in parts.items() if name != "total_bytes")
+    # Of four layers checkpointing keeps the inputs, and one of them whole.
+    whole = found["all_kept"]["activations_bytes"]
+    assert found["checkpointing"]["activations_bytes"] == whole // 4 + 4 * 4 * 256 * 128
+    text = appraisal_text(document)
+    assert text.splitlines()[-9].split() == ["training", "all", "kept", "checkpointing"]
+    assert "256 tokens a pass" in text
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "said"),
+    [({}, 0, "--training must be at least 1"), ({"experts": 4}, 64, "cannot be trained here: .* llama, mistral")],
+)
+def test_what_cannot_be_trained_is_said(sizes: dict[str, int], tokens: int, said: str) -> None:
+    model = shape({"layers": 4, "width": 128, "heads": 4, "ffn": 256, "vocab": 1000} | sizes)
+    with pytest.raises(InputError, match=said):
+        appraise(model, Q4, training=tokens)
+
+
 PAIRS = {
     ("discrete-gpu", "llama.cpp"): Overhead(correction_bytes=-3_000_000, margin_bytes=5_000_000, pairs=4),
     ("cpu", "llama.cpp"): Overhead(correction_bytes=7_000_000, margin_bytes=1_000_000, pairs=3),

@@ -113,6 +113,14 @@ def test_a_damaged_gguf_file_is_refused(tmp_path: Path) -> None:
         describe(str(path))
 
 
+def test_a_folder_whose_weights_are_torn_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_teacher(tmp_path / "tiny")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"model\.safetensors is truncated or damaged"):
+        describe(str(folder))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [

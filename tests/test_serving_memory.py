@@ -113,6 +113,15 @@ def test_a_step_of_onnx_runtime_reads_one_token_with_the_rest_as_inputs() -> Non
     assert prompt.compute_bytes - step.compute_bytes > 17 * 2 * 4 * 511 * 512  # the scores
 
 
+@pytest.mark.parametrize(("kv_heads", "copies"), [(4, 0.6), (2, 2.1), (1, 2.35)])
+def test_of_a_cell_onnx_runtime_turns_the_keys_and_copies_shared_ones_before(kv_heads: int, copies: int) -> None:
+    """By hand, of a token more behind a step: inputs and outputs of four layers, copies of one, scores and mask."""
+    spec = shape(SIZES | {"kv_heads": kv_heads}).spec
+    one, more = (memory(spec, F16, context=size, batch=1, runtime="onnxruntime", read=1) for size in (512, 513))
+    assert more.kv_cache_bytes - one.kv_cache_bytes == 2 * 4 * 4 * 2 * kv_heads * 32
+    assert more.compute_bytes - one.compute_bytes == pytest.approx(4 * copies * 128 + 17 * 4 + 4, abs=1)
+
+
 def test_of_onnx_runtime_s_weights_on_a_grid_the_table_stays_wide() -> None:
     spec = shape(SIZES, tied=True).spec
     four, eight = (

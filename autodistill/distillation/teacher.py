@@ -178,8 +178,7 @@ def _folder_ref(folder: Path) -> TeacherRef:
             raise InputError(
                 f"{folder} lacks {', '.join(missing) or 'the weights its index names'}: complete the folder"
             )
-    for path in sorted(folder.glob("*.safetensors")):
-        _check_safetensors(path)
+    check_weights(folder)
     return TeacherRef(name=folder.name, kind="folder", path=folder, config=config, licence=config.get("license"))
 
 
@@ -215,6 +214,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{path} is not a JSON object: give a folder that transformers can load")
     return data
+
+
+def check_weights(folder: Path) -> None:
+    """Checks that each safetensors file of a folder is as long as its header says.
+
+    Raises:
+        InputError: One that is truncated, damaged or unreadable.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        _check_safetensors(path)
 
 
 def _check_safetensors(path: Path) -> None:
