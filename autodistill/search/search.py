@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from autodistill.contracts import Plan, Status
-from autodistill.errors import InterruptedSearchError, LostClusterError
+from autodistill.errors import InterruptedSearchError, LostClusterError, NothingFitsError
 from autodistill.hardware import detect
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.differences import differences
@@ -234,7 +234,13 @@ def _search(
         phases=clock,
         line=observer.line,
     )
-    finished = finish(rows, finisher)
+    try:
+        finished = finish(rows, finisher)
+    except NothingFitsError as error:
+        _pages(run)
+        raise NothingFitsError(
+            f"{error}; what was trained, and what it needs, is in {run.path / 'report.md'}"
+        ) from None
     rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
     seconds = clock.summary()
     result = _result(checked, campaign, rows, finished, plan, seconds, run, loaded.templates)
@@ -242,9 +248,14 @@ def _search(
     write_json(run.search_file, {**ready.document, "seconds": seconds, **kept})
     if storage is not None:
         keep(run.search_file, storage)
-    to_parquet(rows, run.leaderboard_file)
-    write_report(run)
+    _pages(run)
     return Outcome(document=result, rows=tuple(rows), finish=finished)
+
+
+def _pages(run: RunFolder) -> None:
+    """Writes the leaderboard of the validation split and the report."""
+    to_parquet([row for row in rows_of(run.events.read()) if row.split == "validation"], run.leaderboard_file)
+    write_report(run)
 
 
 def _start_runner(
