@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.leaderboard import Ranked
 from autodistill.records.objectives import PREDICTED_LATENCY
 from autodistill.records.row import Row
@@ -238,11 +239,16 @@ def _cells(one: Ranked, metric: str) -> list[str]:
         row.deployment_name.replace("compressed-tensors", "ct"),
         "-" if value is None else f"{value:.4f}{spread}",
         "-" if row.retention is None else f"{row.retention:.1%}",
-        _estimated(row.memory_bytes, row.memory_source, format_bytes),
+        memory_cell(row),
         _estimated(row.size_bytes, None, format_bytes),
         _estimated(*_latency(row), lambda ms: format_duration(ms / 1e3)),
         f"{1.0 if row.fidelity is None and row.full else row.fidelity or 0.0:.0%}",
     ]
+
+
+def memory_cell(row: Row) -> str:
+    """The memory of a row for a table, marked where it is predicted."""
+    return _estimated(row.memory_bytes, row.memory_source, format_bytes)
 
 
 def _latency(row: Row) -> tuple[float | None, str | None]:
@@ -261,7 +267,7 @@ def _summary(row: Row) -> str:
     if row.strategy is None:
         return row.name
     # A proposed strategy is named by a description of itself, which the table gives in columns' width already.
-    title = row.trial if row.kind == "student" else f"{row.trial} {row.name}"
+    title = row.trial if row.kind in ("student", CONFIRMATION) else f"{row.trial} {row.name}"
     init, distillation = row.strategy["init"], row.strategy["distillation"]
     finishing, alignment, temperature = (
         row.strategy["finishing"],

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from autodistill.budget import read_budget
-from autodistill.console import leaderboard_table
+from autodistill.console import leaderboard_table, memory_cell
 from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED, Ranked, rank, rows_of
 from autodistill.records.objectives import objectives_of, with_front
@@ -65,7 +66,7 @@ def plan_summary(document: Mapping[str, Any]) -> str:
     memory = {name.removesuffix("_bytes"): count for name, count in document["training_bytes"].items()}
     total = memory.pop("total")
     parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in memory.items())
-    means = f"{plan['micro_batch']} sequences at a time"
+    means = f"{plan['micro_batch']} sequence{'s' if plan['micro_batch'] > 1 else ''} at a time"
     means += ", checkpointing" if plan["checkpointing"] else ""
     means += ", 8-bit optimiser states" if plan["optimizer_state"] == "int8" else ""
     phases = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in plan["seconds"].items() if seconds)
@@ -143,7 +144,12 @@ def _test(document: Mapping[str, Any]) -> str:
     rows = [Row.from_json(data) for data in document["test"]]
     if not rows:
         return ""
-    titled = sorted(((_title(row, document["best"]), row) for row in rows), key=lambda pair: _ORDER.index(pair[0]))
+    best = document["best"]
+    if best.get("memory_source") == "measured":
+        # Scoring runs nothing in its runtime: there the exported student was measured before.
+        known = {"memory_bytes": best["memory_bytes"], "memory_source": "measured"}
+        rows = [replace(row, **known) if row.trial == best["trial"] else row for row in rows]
+    titled = sorted(((_title(row, best), row) for row in rows), key=lambda pair: _ORDER.index(pair[0]))
     header = ("test split", "deployment", "accuracy", "perplexity", "agreement", "memory")
     cells = [header, *(_cells(title, row) for title, row in titled)]
     metric = (rows[0].documents or {}).get("metric", "accuracy")
@@ -179,7 +185,7 @@ def _cells(title: str, row: Row) -> tuple[str, ...]:
         _figure(row.accuracy, row.accuracy_stderr),
         "-" if row.perplexity is None else f"{row.perplexity:.2f}",
         "-" if row.agreement is None else f"{row.agreement:.4f}",
-        "-" if row.memory_bytes is None else format_bytes(row.memory_bytes),
+        memory_cell(row),
     )
 
 

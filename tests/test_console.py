@@ -166,10 +166,12 @@ def test_a_strategy_is_named_by_its_trial_so_that_its_row_can_be_asked_for() -> 
     rows = [
         row("t001", name="80% even, KD 0.50 T1", strategy=strategy, accuracy=0.3),
         row("b000", kind="baseline", name="logit_kd", strategy=strategy, accuracy=0.2),
+        row("t001s1", kind="confirmation", name="80% even, KD 0.50 T1", strategy=strategy, accuracy=0.1),
     ]
-    first, second = leaderboard_table(rank(rows)).splitlines()[1:3]
-    assert "t001: 80% even, kd 0.5" in first
-    assert first.count("80%") == 1
+    first, second, third = leaderboard_table(rank(rows)).splitlines()[1:4]
+    for line, trial in ((first, "t001"), (third, "t001s1")):
+        assert f"{trial}: 80% even, kd 0.5" in line
+        assert line.count("80%") == 1
     assert "b000 logit_kd: 80% even" in second
 
 

@@ -1,6 +1,7 @@
 """The end of a search as a person reads it, and a plan."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,6 +85,14 @@ def test_the_test_split_names_the_five_that_are_compared() -> None:
     assert table[0][3:5] == ["31.25", "0.6100"]
 
 
+def test_memory_on_the_test_split_is_what_was_measured_of_the_exported_student_and_else_marked_as_predicted() -> None:
+    predicted = [replace(one, memory_bytes=22_500_000, memory_source="predicted").to_json() for one in TEST]
+    best = DOCUMENT["best"] | {"memory_bytes": 42_600_000, "memory_source": "measured"}
+    lines = search_summary(DOCUMENT | {"best": best, "test": predicted}, RANKED, "accuracy").splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("test split"))
+    assert [re.split(r"  +", line)[-1] for line in lines[start + 1 : start + 6]] == ["42.6 MB", *["~22.5 MB"] * 4]
+
+
 def test_a_baseline_that_won_is_the_found_student_and_has_no_gain() -> None:
     document = DOCUMENT | {
         "best": row("b000", "baseline").to_json(),
@@ -140,7 +149,7 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
         "9,216 a trial",
         "2 with 1 threads each, bf16",
         "3.50 MB of disk",
-        "3.00 GB to train the largest student, 1 sequences at a time, checkpointing, 8-bit optimiser states: "
+        "3.00 GB to train the largest student, 1 sequence at a time, checkpointing, 8-bit optimiser states: "
         "weights 2.00 GB, gradients 1.00 GB",
         "7m 00s expected, time box 10m 00s",
         "load 20.0s, trials 6m 40s",

@@ -43,6 +43,8 @@ _JOIN_SECONDS = 15.0
 _PROBE_SECONDS = 90.0
 # Without either of these of its own processes no trial can run.
 _ESSENTIAL = ("gcs_server", "raylet")
+# Of the raylet's own processes. It ends with either of these, its workers first, which is no fault of their work.
+_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 # Between two looks at them, and until this process ends where it is stuck in a call to one that is gone.
 _LOOK_SECONDS, _STUCK_SECONDS = 0.5, 10.0
 # Of another's cluster only connections are seen, which may fail for a moment.
@@ -75,6 +77,8 @@ class Cluster(Protocol):
 class _Watched:
     """A Ray that is watched from the side, since a call to one that has ended comes to no end."""
 
+    look_seconds = _LOOK_SECONDS
+
     def __init__(self) -> None:
         self._leaving = threading.Event()
 
@@ -84,9 +88,13 @@ class _Watched:
 
     def _watch(self) -> None:
         """Ends this process where it does not leave a Ray that has ended: after a minute Ray would, without a word."""
-        while not self._leaving.wait(_LOOK_SECONDS):
+        while not self._leaving.wait(self.look_seconds):
             said = self.ended()
-            if said is not None and not self._leaving.wait(_STUCK_SECONDS):
+            if said is None or self._leaving.is_set():
+                continue
+            # Ray may end this process at any moment from here on.
+            print(f"{said}: this search ends, and goes on with --resume", file=sys.stderr, flush=True)
+            if not self._leaving.wait(_STUCK_SECONDS):
                 _end(said)
 
 
@@ -101,6 +109,9 @@ class LocalRay(_Watched):
     Args:
         machine: Its cores and GPUs are what Ray may use.
     """
+
+    # Where a raylet ends in good order, Ray ends this process a quarter of a second later, without a word.
+    look_seconds = 0.05
 
     def __init__(self, machine: Machine) -> None:
         super().__init__()
@@ -122,7 +133,9 @@ class LocalRay(_Watched):
             self._error = error
         else:
             children = filter(_running, psutil.Process().children())
-            self._processes = {name: child for child in children if (name := child.name()) in _ESSENTIAL}
+            found = {name: child for child in children if (name := child.name()) in _ESSENTIAL}
+            agents = filter(_running, found["raylet"].children() if "raylet" in found else ())
+            self._processes = found | {name: child for child in agents if (name := child.name()) in _AGENTS}
         self._ready.set()
         # Ray's processes end with the thread that started them, so this one stays until they are not needed.
         self._watch()
@@ -143,7 +156,7 @@ class LocalRay(_Watched):
     def ended(self) -> str | None:
         """The first of Ray's processes that is gone."""
         gone = [name for name, process in self._processes.items() if not _running(process)]
-        return f"Ray's {gone[0]} has ended (killed, or out of memory?)" if gone else None
+        return f"Ray's {gone[0].removeprefix('ray::')} has ended (killed, or out of memory?)" if gone else None
 
     def leave(self) -> None:
         """Ends Ray and its workers."""

@@ -127,6 +127,8 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     checks: dict[str, RuntimeCheck] = {}
     rejected: list[Row] = []
     best = _first_that_fits(ranked, rejected, finisher, paths, checks)
+    for row in passed_over(ranked, rejected, question.budget.memory_bytes):
+        finisher.write("row", row)
     if best is None:
         raise NothingFitsError(_nothing(rejected or students, finisher))
     if "gguf" not in paths:
@@ -210,17 +212,40 @@ def _first_that_fits(
 def next_candidate(ranked: Sequence[Row], rejected: Sequence[Row], limit: int) -> Row | None:
     """The best row that may keep to the budget when it is measured, given those that did not.
 
-    A runtime takes about as much more than predicted for one student as for another. So rows that would be over the
-    limit with the least of what it took for those rejected are passed over, unless they were measured themselves.
+    A runtime takes about as much more than predicted for one student as for another: see `passed_over`.
 
     Args:
         ranked: Rows that keep to the budget so far, the best first.
         rejected: Rows as they were measured.
         limit: Bytes of memory.
     """
+    out = {row.row_id for row in (*rejected, *passed_over(ranked, rejected, limit))}
+    return next((row for row in ranked if row.row_id not in out), None)
+
+
+def passed_over(ranked: Sequence[Row], rejected: Sequence[Row], limit: int) -> list[Row]:
+    """The rows that would break the limit with the least that their runtime took beyond the predictions so far.
+
+    Args:
+        ranked: Rows that keep to the budget so far.
+        rejected: Rows as they were measured; these are not among what is returned.
+        limit: Bytes of memory.
+
+    Returns:
+        Rows as infeasible, with the reason.
+    """
     beyond = least_beyond(rejected)
     tried = {row.row_id for row in rejected}
-    return next((row for row in ranked if row.row_id not in tried and corrected(row, beyond) <= limit), None)
+    found = []
+    for row in ranked:
+        need, runtime = corrected(row, beyond), row.deployment["runtime"]
+        if row.row_id not in tried and need > limit:
+            reason = (
+                f"memory: {row.memory_bytes} bytes predicted, {need} with what {runtime} took beyond that for another "
+                f"student, {need - limit} over the budget of {limit}"
+            )
+            found.append(replace(row, feasible=False, reason=reason))
+    return found
 
 
 def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artefact, str]:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from autodistill.contracts import Plan, Status
-from autodistill.errors import InterruptedSearchError, LostClusterError
+from autodistill.errors import AutoDistillError, InterruptedSearchError, LostClusterError, NothingFitsError
 from autodistill.hardware import detect
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.differences import differences
@@ -27,6 +27,7 @@ from autodistill.records.stored_run import StoredLog, check_free, keep
 from autodistill.search.campaign import Campaign
 from autodistill.search.checked import Checked, check_request
 from autodistill.search.cost import cost
+from autodistill.search.failures import is_disk_full
 from autodistill.search.finish import Finish, Finisher, finish
 from autodistill.search.inline_runner import run_inline
 from autodistill.search.loading import Place, load
@@ -65,7 +66,7 @@ class Outcome:
 def plan_search(request: SearchRequest, observer: Observer | None = None) -> dict[str, Any]:
     """What a search would do, as plain data; nothing but the shared cache of teacher and data is written."""
     checked = check_request(request)
-    with _workplace(checked) as (place, _):
+    with _room(lambda: f"make room in {request.cache}"), _workplace(checked) as (place, _):
         return _plan(checked, place, observer or Observer())
 
 
@@ -98,13 +99,14 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
         NothingFitsError: No student fits the budget.
         InterruptedSearchError: Ctrl-C; everything finished so far is kept, and the message says how to resume.
         LostClusterError: Ray itself ended; likewise.
+        AutoDistillError: There was no room for a file of the search itself; likewise.
         VerificationError: What was exported is not what was evaluated.
     """
     observer = observer or Observer()
     checked = check_request(request)
     with _workplace(checked) as (place, joined), _folder(checked) as run:
         try:
-            with _stored(checked, run, observer) as storage:
+            with _room(lambda: _after_room(request, run)), _stored(checked, run, observer) as storage:
                 return _search(replace(checked, name=run.name), place, joined, run, storage, observer)
         except KeyboardInterrupt:
             if not run.search_file.exists():
@@ -115,6 +117,23 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
         finally:
             if not request.resume:
                 run.discard()
+
+
+@contextmanager
+def _room(then: Callable[[], str]) -> Iterator[None]:
+    """Says what to do where a file of the search itself finds no room; one of a trial's is a failure of that trial."""
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        raise AutoDistillError(f"a file could not be written ({said}): {then()}") from error
+
+
+def _after_room(request: SearchRequest, run: RunFolder) -> str:
+    room = f"make room in {request.out} and {request.cache}"
+    return f"{room}; {_to_go_on(request, run)}" if run.search_file.exists() else f"{room}, and start it again"
 
 
 def _to_go_on(request: SearchRequest, run: RunFolder) -> str:
@@ -234,7 +253,13 @@ def _search(
         phases=clock,
         line=observer.line,
     )
-    finished = finish(rows, finisher)
+    try:
+        finished = finish(rows, finisher)
+    except NothingFitsError as error:
+        _pages(run)
+        raise NothingFitsError(
+            f"{error}; what was trained, and what it needs, is in {run.path / 'report.md'}"
+        ) from None
     rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
     seconds = clock.summary()
     result = _result(checked, campaign, rows, finished, plan, seconds, run, loaded.templates)
@@ -242,9 +267,14 @@ def _search(
     write_json(run.search_file, {**ready.document, "seconds": seconds, **kept})
     if storage is not None:
         keep(run.search_file, storage)
-    to_parquet(rows, run.leaderboard_file)
-    write_report(run)
+    _pages(run)
     return Outcome(document=result, rows=tuple(rows), finish=finished)
+
+
+def _pages(run: RunFolder) -> None:
+    """Writes the leaderboard of the validation split and the report."""
+    to_parquet([row for row in rows_of(run.events.read()) if row.split == "validation"], run.leaderboard_file)
+    write_report(run)
 
 
 def _start_runner(

@@ -5,19 +5,22 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from autodistill.contracts import Status
 from autodistill.errors import InputError
+from autodistill.hardware import Machine
 from autodistill.records.event_log import EventLog
 from autodistill.records.row import rows_of
-from autodistill.search.cluster import JoinedRay, check_address, join
+from autodistill.search.cluster import JoinedRay, LocalRay, check_address, join
 from autodistill.search.progress import Observer
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import search
@@ -63,6 +66,30 @@ def test_a_joined_cluster_has_ended_once_one_of_its_processes_takes_no_connectio
             assert joined.ended() is None
         assert joined.ended() == f"the raylet, at 127.0.0.1:{port}, has ended, or is out of reach"
         joined.leave()
+
+
+def test_a_ray_of_this_machine_has_ended_once_one_of_its_processes_has(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Said at once, since Ray may end this process before it can leave."""
+    monkeypatch.setattr("autodistill.search.cluster._STUCK_SECONDS", 0.0)
+    ends: list[str] = []
+
+    def end(said: str) -> None:
+        ends.append(said)
+        local._leaving.set()
+
+    monkeypatch.setattr("autodistill.search.cluster._end", end)
+    monkeypatch.setattr(LocalRay, "_start", lambda self: None)
+    local = LocalRay(Machine(cpus=1, memory_bytes=10**9, gpus=()))
+    with subprocess.Popen(["sleep", "60"]) as raylet, subprocess.Popen(["sleep", "60"]) as agent:
+        local._processes = {"raylet": psutil.Process(raylet.pid), "ray::DashboardAgent": psutil.Process(agent.pid)}
+        assert local.ended() is None
+        agent.kill()
+        local._watch()
+        raylet.kill()
+    assert ends == ["Ray's DashboardAgent has ended (killed, or out of memory?)"]
+    assert "goes on with --resume" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from autodistill.contracts import Status
+from autodistill.contracts import Status, TeacherReference
 from autodistill.distillation import checkpoint
-from autodistill.errors import InputError, TrialFailedError
+from autodistill.errors import AutoDistillError, InputError, TrialFailedError
 from autodistill.search.failures import RETRIED, explained
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import search
@@ -120,6 +121,35 @@ def test_a_disk_that_is_full_while_students_are_saved_costs_one_trial_at_most(
     assert outcome.finish.best.trial != second
     left = (tmp_path / "run").rglob("*partial*")
     assert not [path for path in left if path.is_file() or any(path.iterdir())]
+
+
+def test_a_disk_that_is_full_before_the_first_trial_ends_the_search_with_how_to_go_on(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(1)
+    teacher, text, cache = inputs
+    asked = SearchRequest(
+        budget=Budget(memory_bytes=16 * 10**9, context=256),
+        teacher=str(teacher),
+        data=str(text),
+        strategy="logit_kd",
+        tokens=1024,
+        runner="inline",
+        out=tmp_path,
+        name="run",
+        cache=cache,
+    )
+
+    def saving(self: TeacherReference, path: Path) -> None:
+        with files_of(10**4):
+            save(self, path)
+
+    save = TeacherReference.save
+    with monkeypatch.context() as patch:
+        patch.setattr(TeacherReference, "save", saving)
+        with pytest.raises(AutoDistillError, match=r"File too large\): make room in .*; every finished .* --resume$"):
+            search(asked)
+    assert search(replace(asked, resume=True)).finish.best.trial == "b000"
 
 
 def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -> None:

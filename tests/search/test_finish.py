@@ -14,7 +14,14 @@ from autodistill.contracts import Direction, Measurement
 from autodistill.estimate import spec_from_config
 from autodistill.records.confirmation import KIND, confirmations
 from autodistill.records.row import Row
-from autodistill.search.finish import _first_that_fits, _with_measured, exportable, next_candidate, trained_rows
+from autodistill.search.finish import (
+    _first_that_fits,
+    _with_measured,
+    exportable,
+    next_candidate,
+    passed_over,
+    trained_rows,
+)
 from autodistill.search.plan import Speed
 from autodistill.search.trials import Question
 from autodistill.space import load_space
@@ -128,6 +135,12 @@ def test_a_row_that_would_break_the_limit_as_those_before_it_did_is_passed_over(
     rejected = [measured(ranked[0], 50)]
     assert next_candidate(ranked, rejected, LIMIT) == ranked[2]
     rejected.append(measured(ranked[2], 60))
+    (over,) = passed_over(ranked, rejected[:1], LIMIT)
+    assert (over.trial, over.feasible, over.memory_bytes) == ("t001", False, 960)
+    assert over.reason == (
+        "memory: 960 bytes predicted, 1010 with what llama.cpp took beyond that for another student, 10 over the "
+        "budget of 1000"
+    )
     # What llama.cpp takes says nothing of another runtime.
     assert next_candidate(ranked, rejected, LIMIT) == ranked[3]
     rejected.append(measured(ranked[3], 21))

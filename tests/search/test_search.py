@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from autodistill.evaluators.memory import Memory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.budget import DeviceBudget
+from autodistill.contracts import Measurement, Subject
 from autodistill.devices import devices, find_device
 from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
 from autodistill.estimate import spec_from_config
@@ -176,6 +178,31 @@ def test_nothing_fits_is_known_before_anything_is_loaded(
     with pytest.raises(NothingFitsError, match=r"nothing fits: of the student that needs least \(.*\).*over the"):
         search(request(inputs, tmp_path, budget=Budget(memory_bytes=10**6, context=256)))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_was_trained_is_reported_where_nothing_fits_once_measured(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every runtime is found to take a hundred times the budget."""
+
+    evaluate = Memory.evaluate
+
+    def large(self: Memory, subject: Subject) -> tuple[Measurement, ...]:
+        (found,) = evaluate(self, subject)
+        if subject.artefact is None:
+            return (found,)
+        return (replace(found, value=100 * subject.budget.memory_bytes, source="measured"),)
+
+    monkeypatch.setattr(Memory, "evaluate", large)
+    with pytest.raises(NothingFitsError, match=r"100 times the limit.*report\.md"):
+        search(request(inputs, tmp_path, strategy="logit_kd", trials=None))
+    # The teacher alone is left, which nothing was measured of.
+    assert "It was not distilled, and no distilled student fits." in (tmp_path / "run" / "report.md").read_text()
+    assert not (tmp_path / "run" / "student" / "gguf").exists()
+    students = [row for row in read_parquet(tmp_path / "run" / "leaderboard.parquet") if row.kind == "baseline"]
+    assert len(students) == 8
+    assert not any(row.feasible for row in students)
+    assert sum(row.memory_source == "measured" for row in students) == 3
 
 
 def test_one_strategy_alone_is_distilled(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
