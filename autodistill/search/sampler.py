@@ -20,6 +20,7 @@ SAMPLERS = (*MODELS, "random")
 _STARTUP = 6  # proposals spread over the space before anything is inferred from results
 _NEAR = 4  # draws of which a neighbour takes the nearest
 _ASKS = 8  # draws of the model before a duplicate is replaced by a random point
+_SIZES = ("init.depth", "init.ffn", "init.heads", "init.width")  # fractions of the teacher's
 _DRAWS = 200  # random draws before a space is searched for its last unseen points
 
 
@@ -149,7 +150,7 @@ class Sampler:
                 elif dimension.path in best:
                     point[dimension.path] = best[dimension.path]
                 else:
-                    point[dimension.path] = dimension.domain.at(source.random())
+                    point[dimension.path] = _brought_in(dimension, source)
             yield point
 
     def _best(self, turn: int, observations: Sequence[Observation]) -> Mapping[str, Value] | None:
@@ -171,6 +172,17 @@ class Sampler:
         }
         front = spread({name: costs[name] for name in fronts(costs)[0]})
         return valued[int(front[turn % len(front) if self.further else 0])].point
+
+
+def _brought_in(dimension: Dimension, source: random.Random) -> Value:
+    """The value of a dimension that a change of another brings in.
+
+    Of a size the largest: a kind of shape is judged by what it keeps most of the teacher with. A random size would say
+    more of the size than of the kind.
+    """
+    if dimension.path in _SIZES and isinstance(dimension.domain, Range):
+        return dimension.domain.corners[1]
+    return dimension.domain.at(source.random())
 
 
 def _step(dimension: Dimension, value: Value, source: random.Random) -> Value | None:

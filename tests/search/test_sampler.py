@@ -229,6 +229,23 @@ def test_neighbours_follow_the_best_value_whatever_its_fidelity():
     assert sum(abs(value - 0.8) < abs(value - 0.2) for value in proposals) >= 10
 
 
+def test_a_neighbour_of_another_shape_keeps_the_most_that_the_shape_can():
+    space = space_of(
+        **{
+            "init": {"choices": {"shallow": {"ffn": 1.0}, "narrow": {"depth": 1.0}}},
+            "init.depth": {"low": 0.5, "high": 0.8, "step": 0.1, "when": {"init": ["shallow"]}},
+            "init.ffn": {"low": 0.2, "high": 0.6, "step": 0.1, "when": {"init": ["narrow"]}},
+        }
+    )
+    for kind, size, most in (("shallow", "init.ffn", 0.6), ("narrow", "init.depth", 0.8)):
+        own = "init.depth" if kind == "shallow" else "init.ffn"
+        best = Observation(point={"init": kind, own: 0.5}, state=Status.COMPLETED, value=0.4, fidelity=1.0)
+        for seed in range(8):
+            found = Sampler(space, seed=seed).propose(0, [best])  # the first turn is that of the first dimension
+            assert found["init"] != kind
+            assert found[size] == pytest.approx(most)
+
+
 def test_the_gaussian_process_learns_from_results_and_from_trials_that_were_stopped():
     """On a slope proposals rise above chance; a stopped trial's early value counts as no better than the worst."""
     space = space_of(**{"distillation.divergence_weight": {"low": 0.0, "high": 1.0}})
