@@ -140,7 +140,10 @@ def _order(row: Row, metric: str, direction: Direction) -> tuple[Any, ...]:
 
 
 def _smallness(row: Row) -> tuple[float, float]:
-    memory, size = (math.inf if value is None else value for value in (row.memory_bytes, row.size_bytes))
+    # Like is compared with like: one row that was measured among predicted ones would be the larger for that alone.
+    predicted = row.figure("memory_bytes_predicted")
+    need = row.memory_bytes if predicted is None else predicted
+    memory, size = (math.inf if value is None else value for value in (need, row.size_bytes))
     return memory, size
 
 

@@ -128,6 +128,17 @@ def test_the_smallest_of_the_tied_wins_and_the_rest_sort_by_the_metric() -> None
     assert ranking[4].difference_stderr == pytest.approx(0, abs=1e-12)
 
 
+def test_the_smallest_of_the_tied_is_still_so_once_it_was_measured() -> None:
+    """Its runtime takes 250 bytes beyond what is predicted, and would of the other."""
+    top = documents([50.0, 60.0, 40.0, 50.0])
+    measured = {"memory_source": "measured", "other": {"memory_bytes_predicted": 100}}
+    rows = [
+        row("large", accuracy=0.5, memory_bytes=300, documents=top),
+        row("small", accuracy=0.5, memory_bytes=350, documents=top, **measured),
+    ]
+    assert [one.row.name for one in rank(rows)] == ["small", "large"]
+
+
 def test_a_lone_best_is_not_marked_as_tied() -> None:
     rows = [
         row("a", accuracy=0.5, documents=documents([50.0, 50.0])),
