@@ -25,12 +25,11 @@ import report
 import torch
 from kept import Kept, mean
 from math_search import METRIC, RECIPE, TOKENS, prepare
-from math_table import RUNGS, Line, student_file
+from math_table import RUNGS, Line, Recorder
 from prepared import Prepared
-from safetensors.torch import load_file
 from simulate import SEED, TRIALS, Remembering, Table, Worker, default_rungs, load_table, plan, points, simulate
 
-from autodistill.applied import initial_student, student_spec
+from autodistill.applied import student_spec
 from autodistill.evaluation import evaluate
 from autodistill.records.store import default_cache
 from autodistill.search.plan import _keep
@@ -164,12 +163,11 @@ def fitting(line: Line) -> float:
 
 def unquantised(table: Table, prepared: Prepared, kept: Kept) -> dict[str, float]:
     """Validation accuracy of each recorded student without a grid, in 16 bits, whether that fits or not."""
-    bench, setting = Workbench(prepared.setting), prepared.setting
+    bench, setting, recorder = Workbench(prepared.setting), prepared.setting, Recorder(prepared)
     wide = next(one for one in table.deployments if one.bits == 16)
 
     def judge(strategy: Strategy) -> float:
-        model, _ = initial_student(setting, strategy.init, SEED)
-        model.load_state_dict(load_file(student_file(strategy, SEED)), strict=False)
+        model = recorder.student(strategy, SEED)
         data, top1 = bench.held_out(setting.plan.eval_tokens)
         spec = student_spec(strategy, setting.teacher_spec)
         found, _ = evaluate(model, spec, wide, data, top1, budget=setting.budget, evaluators=(METRIC,))

@@ -29,7 +29,7 @@ import report
 import torch
 from math_search import RECIPE, STEP, TOKENS, prepare, space
 from prepared import Prepared
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from autodistill.applied import initial_student, probe_deployment, student_spec
 from autodistill.distillation.memory import keep_freed_memory
@@ -156,6 +156,15 @@ class Recorder:
         # The plan's horizon is the same; its rungs are more.
         self._bench = Workbench(setting)
         self._plan = setting.plan
+
+    def student(self, strategy: Strategy, seed: int) -> Any:
+        """The student trained to the end; one whose weights are not on this machine is trained again."""
+        path = student_file(strategy, seed)
+        if not path.exists():
+            self.record([strategy], seed)
+        model, _ = initial_student(self._prepared.setting, strategy.init, seed)
+        model.load_state_dict(load_file(path), strict=False)
+        return model
 
     def record(self, strategies: list[Strategy], seed: int) -> list[Line]:
         """Lines of strategies that share their stable part."""

@@ -29,14 +29,13 @@ import torch
 from curves import at
 from kept import Kept
 from math_search import METRIC, RECIPE, TEST_QUESTIONS, prepare
-from math_table import FURTHER_SEEDS, RUNGS, Line, Recorder, read, student_file, without_teacher
+from math_table import FURTHER_SEEDS, RUNGS, Line, Recorder, read, without_teacher
 from math_teacher import LENGTH
 from prepared import Prepared, learns_from_teacher
-from safetensors.torch import load_file
 from search_efficiency_report import Known, Outcome, sections
 from simulate import SEED, TRIALS, Table, Worker, default_rungs, load_table, plan, simulate
 
-from autodistill.applied import initial_student, student_spec
+from autodistill.applied import student_spec
 from autodistill.domains import Choices
 from autodistill.evaluation import evaluate
 from autodistill.records.store import default_cache
@@ -154,7 +153,7 @@ def tuned(table: Table, lines: Sequence[Line], recipe: Strategy, limit: int, *, 
 
 
 class Judge:
-    """Scores recorded students on the test split; one whose weights are not on this machine is trained again.
+    """Scores recorded students on the test split.
 
     Args:
         prepared: Gives data and shapes.
@@ -168,10 +167,7 @@ class Judge:
 
     def judge(self, strategy: Strategy, seed: int, deployment: str) -> dict[str, Any]:
         """Right tokens and answers of each question."""
-        if not student_file(strategy, seed).exists():
-            self._recorder.record([strategy], seed)
-        model, _ = initial_student(self._setting, strategy.init, seed)
-        model.load_state_dict(load_file(student_file(strategy, seed)), strict=False)
+        model = self._recorder.student(strategy, seed)
         names, packing = (METRIC, "exact_match"), self._deployments[deployment]
         spec = student_spec(strategy, self._setting.teacher_spec)
         budget = self._setting.budget
