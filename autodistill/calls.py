@@ -46,6 +46,7 @@ def search_request(given: Mapping[str, Any], verb: str, command: str, started: f
         teacher=given["teacher"],
         data=given["data"],
         space=given.get("space"),
+        baselines=tuple(given["baseline"]) if given.get("baseline") else None,
         strategy=given.get("strategy"),
         metric=given["metric"],
         tasks=tuple(given["task"]) if given["task"] else None,

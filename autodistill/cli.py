@@ -28,6 +28,7 @@ from autodistill.errors import AutoDistillError, InputError
 from autodistill.options import (
     BUDGET_HELP,
     AnyBudgetOption,
+    BaselineOption,
     BatchOption,
     CacheLimitOption,
     CacheOption,
@@ -113,6 +114,7 @@ def search(
     teacher: TeacherOption = None,
     data: DataOption = None,
     space: SpaceOption = None,
+    baseline: BaselineOption = None,
     metric: MetricOption = None,
     objectives: ObjectivesOption = None,
     task: TaskOption = None,

@@ -52,6 +52,15 @@ DataOption = Annotated[
     ),
 ]
 SpaceOption = Annotated[str | None, option("--space", "What may be tried: a name, or a YAML file.", "NAME|FILE")]
+BaselineOption = Annotated[
+    list[str] | None,
+    option(
+        "--baseline",
+        "A strategy that runs first and is to be beaten, in place of the space's: a name, or a YAML file. May be given "
+        "again.",
+        "NAME|FILE",
+    ),
+]
 MetricOption = Annotated[
     str | None,
     option(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 INSTALL_PLOTS = "pip install 'autodistill-search[plots]'"
 _PICTURE = "report.png"
-_TITLES = {"student": "found student", "baseline": "hand-designed baseline", "initial": "undistilled student"}
+_TITLES = {"student": "found student", "baseline": "baseline to beat", "initial": "undistilled student"}
 
 
 def report_markdown(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
@@ -57,6 +57,7 @@ class Checked:
     data_reference: str
     space: Space
     space_reference: str
+    baselines: tuple[str, ...] | None
     asked: Asked
     objectives: tuple[Objective, ...]
     device: Device | None
@@ -118,6 +119,9 @@ def check_request(request: SearchRequest) -> Checked:
     if asked.written and not source.conversations:
         raise InputError(f"{asked.written} needs questions with answers: {ASKING_DATA}")
     space = load_space(space_reference)
+    baselines = request.baselines or _named(known.get("baselines"))
+    if baselines is not None:
+        space = against(space, baselines)
     if request.strategy is not None:
         space = single(space, request.strategy)
     _check_possible(space, request)
@@ -132,6 +136,7 @@ def check_request(request: SearchRequest) -> Checked:
         data_reference=data_reference,
         space=space,
         space_reference=space_reference,
+        baselines=baselines,
         asked=asked,
         objectives=objectives,
         device=_device(request, known, objectives),
@@ -148,7 +153,7 @@ def check_request(request: SearchRequest) -> Checked:
         _check_same(checked, stored)
     else:
         check_space(request.out, checked.warm_start, space)
-    if request.strategy is not None:
+    if request.strategy is not None or baselines is not None:
         for strategy in space.baselines.values():
             check_strategy(strategy, spec)
     check_teacher(spec, space, checked.request.budget, length)
@@ -213,6 +218,26 @@ def _warmed_by(stored: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(stored.get("warm_start", {}).get("runs", ()))
 
 
+def _named(stored: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if stored is None else tuple(stored)
+
+
+def _told(baselines: Sequence[str] | None) -> str:
+    return "the space's" if baselines is None else ", ".join(baselines)
+
+
+def against(space: Space, references: Sequence[str]) -> Space:
+    """The space with other baselines, each by the name of its file.
+
+    Raises:
+        InputError: No such strategy, or two of one name.
+    """
+    named = {Path(reference).stem: load_strategy(reference) for reference in references}
+    if len(named) < len(references):
+        raise InputError(f"each --baseline needs a name of its own, not {', '.join(references)}: rename a file")
+    return replace(space, baselines=named)
+
+
 def single(space: Space, reference: str) -> Space:
     """The space that holds one strategy alone, under the deployments of another space."""
     strategy = load_strategy(reference)
@@ -275,6 +300,7 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
         "warm start": (", ".join(checked.warm_start), ", ".join(_warmed_by(stored))),
         "seed": (checked.seed, stored["seed"]),
         "budget": limits,
+        "baseline": (_told(checked.baselines), _told(stored.get("baselines"))),
         "space": (checked.space.hash, stored["space_hash"]),
     }
     for name, (asked, before) in differing.items():

@@ -500,5 +500,5 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
             "at 100% are compared with each other, and its baseline is the one of as many tokens where there is one"
         )
     if best.kind == "baseline" and question.space.dimensions:
-        notes.append("no searched strategy beat the hand-designed baseline")
+        notes.append("no searched strategy beat the baseline")
     return tuple(notes)

@@ -181,6 +181,7 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "templates": dict(loaded.templates),
         "space": checked.space_reference,
         "space_hash": checked.space.hash,
+        "baselines": checked.baselines and list(checked.baselines),
         "space_definition": checked.space.to_json(),
         "metric": checked.metric,
         "direction": checked.direction,

@@ -25,6 +25,7 @@ class SearchRequest:
             every pretrained model read, and on resuming it is as before.
         strategy: Name or file of a strategy: it alone is trained, to the plan's tokens, and nothing is searched.
         teacher, data, space, metric, sampler: References and names.
+        baselines: Names or files of the strategies that run first and are to be beaten, in place of the space's.
         tasks: Task files, whose tasks are measured beside the metric; one of them may be the metric, as "task:NAME".
         metric_command: A command that scores the student's folder; it ranks unless `metric` says otherwise.
         metric_direction: Whether more or less of its scores is better; more by default.
@@ -65,6 +66,7 @@ class SearchRequest:
     teacher: str | None = None
     data: str | None = None
     space: str | None = None
+    baselines: tuple[str, ...] | None = None
     metric: str | None = None
     objectives: str | None = None
     device: str | None = None

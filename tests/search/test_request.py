@@ -17,6 +17,7 @@ from autodistill.records.store import RunFolder
 from autodistill.records.stored_run import keep
 from autodistill.search.checked import check_request
 from autodistill.search.request import SearchRequest
+from autodistill.space import load_strategy
 from autodistill.storage import Storage
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import Budget, parse_latency
@@ -41,6 +42,29 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
         cache=folder / "cache",
         runner="inline",
     )
+
+
+def test_baselines_of_ones_own_take_the_place_of_the_spaces(asked: SearchRequest, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("init: {depth: 0.6}\n")
+    checked = check_request(replace(asked, baselines=("full_recipe", str(mine))))
+    assert list(checked.space.baselines) == ["full_recipe", "mine"]
+    assert checked.space.baselines["full_recipe"] == load_strategy("full_recipe")
+    assert checked.space.baselines["mine"].init.depth == 0.6
+    assert checked.space.dimensions == check_request(asked).space.dimensions
+
+
+def test_a_run_goes_on_with_its_own_baselines_and_with_no_others(asked: SearchRequest, tmp_path: Path) -> None:
+    stored = stored_run(asked) | {
+        "baselines": ["gkd"],
+        "space_hash": check_request(replace(asked, baselines=("gkd",))).space.hash,
+    }
+    with RunFolder.create(tmp_path, "run") as run:
+        write_json(run.search_file, stored)
+    resumed = replace(asked, out=tmp_path, name="run", resume=True)
+    assert list(check_request(resumed).space.baselines) == ["gkd"]
+    with pytest.raises(InputError, match=r"another baseline \(gkd, now full_recipe\)"):
+        check_request(replace(resumed, baselines=("full_recipe",)))
 
 
 def stored_run(asked: SearchRequest) -> dict[str, Any]:
@@ -69,6 +93,8 @@ def stored_run(asked: SearchRequest) -> dict[str, Any]:
         ({"trials": 3, "space": "two.yaml"}, ["--trials 3", "2 strategies", "another --space"]),
         ({"trials": 0}, ["--trials must be at least 1"]),
         ({"seed": 2**32 - 2, "confirm": 2}, ["seeds lie between 0 and 4294967295", "--confirm"]),
+        ({"baselines": ("full_recipe", "./full_recipe.yaml")}, ["there is no strategy file ./full_recipe.yaml"]),
+        ({"baselines": ("gkd", "gkd")}, ["--baseline needs a name of its own", "gkd, gkd"]),
         ({"warm_start": "nobody"}, ["no run 'nobody'"]),
         ({"warm_start": "a,a"}, ["each once"]),
         ({"resume": True}, ["--resume", "--name"]),
