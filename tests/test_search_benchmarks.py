@@ -150,7 +150,7 @@ def test_halving_keeps_the_best_at_each_rung(load: Load, made: Made) -> None:
     halving = load("rank_flip").Halving(made.table, (1, 2), (6, 2))
     behind, cost = halving.run(np.arange(12))
     assert behind == pytest.approx(0)  # in the made-up table nobody changes places
-    costs = load("math_search").Costs(made.table.teacher, made.simulate.plan(12, made.simulate.default_rungs(), ()))
+    costs = load("prepared").Costs(made.table.teacher, made.simulate.plan(12, made.simulate.default_rungs(), ()))
     drawn = sorted(lines[:12], key=lambda line: -line.final)
     by_hand = 0
     for rung, kept in enumerate((12, 6, 2)):
