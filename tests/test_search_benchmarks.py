@@ -155,7 +155,7 @@ def test_halving_keeps_the_best_at_each_rung(load: Load, made: Made) -> None:
     by_hand = 0
     for rung, kept in enumerate((12, 6, 2)):
         by_hand += sum(costs.stretch(Strategy.from_json(line.strategy), rung, rung - 1) for line in drawn[:kept])
-    whole = load("math_search").Costs(made.table.teacher, made.simulate.plan(12, (made.simulate.TOKENS,), ()))
+    whole = load("prepared").Costs(made.table.teacher, made.simulate.plan(12, (made.simulate.TOKENS,), ()))
     assert cost == pytest.approx(
         by_hand / sum(whole.stretch(Strategy.from_json(line.strategy), 0, -1) for line in drawn)
     )
