@@ -30,6 +30,7 @@ __all__ = [
     "paired_bootstrap",
     "pareto",
     "rank",
+    "rank_students",
     "read_parquet",
     "rows_of",
     "to_parquet",
@@ -223,8 +224,22 @@ def best(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
 def best_student(
     rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max", seed: int = 0
 ) -> Row | None:
-    """The best among distilled students, hand-designed baselines included."""
-    return best([row for row in rows if row.kind in DISTILLED], metric, direction, seed)
+    """The best of the distilled students, baselines included, or None where none is feasible and has the metric."""
+    first = next(iter(rank_students(rows, metric, direction, seed)), None)
+    return first if first is not None and first.feasible and first.figure(metric) is not None else None
+
+
+def rank_students(
+    rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max", seed: int = 0
+) -> list[Row]:
+    """The distilled students among some rows, the best first, so that the leaderboard's first is also what is exported.
+
+    They follow each other as they rank among themselves, but for one that is first beside all rows: where the teacher
+    is tied with the best student, a smaller student that is better than the teacher is.
+    """
+    order = [one.row for one in rank([row for row in rows if row.kind in DISTILLED], metric, direction, seed)]
+    first = rank(rows, metric, direction, seed)[0].row.row_id if order else ""
+    return sorted(order, key=lambda row: row.row_id != first)
 
 
 def pareto(rows: Sequence[Row], objectives: Mapping[str, Direction]) -> list[Row]:

@@ -29,7 +29,14 @@ from autodistill.export.verify import CLEAR_SHARE, MIN_POSITIONS, RuntimeCheck, 
 from autodistill.formats import get_format
 from autodistill.quiet import free_cores
 from autodistill.records.confirmation import Confirmation, confirmations
-from autodistill.records.leaderboard import DISTILLED, limits_of, nearest, paired_bootstrap, rank
+from autodistill.records.leaderboard import (
+    DISTILLED,
+    limits_of,
+    nearest,
+    paired_bootstrap,
+    rank,
+    rank_students,
+)
 from autodistill.records.openings import record_test_opening, recorded_test_openings
 from autodistill.records.recalibration import corrected, least_beyond
 from autodistill.records.row import Row
@@ -122,7 +129,8 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     torch.set_num_threads(finisher.threads)
     students = trained_rows(rows, question.metric, finisher.has)
     confirmed = confirmations(rows, question.metric, question.direction)
-    ranked = exportable(students, confirmed, question)
+    others = [row for row in rows if row.kind not in DISTILLED]
+    ranked = exportable([*students, *others], confirmed, question)
     paths: dict[str, Path] = {}
     checks: dict[str, RuntimeCheck] = {}
     rejected: list[Row] = []
@@ -172,16 +180,16 @@ def trained_rows(rows: Sequence[Row], metric: str, kept: Callable[[Row], bool]) 
     return [row for row in full if kept(row)]
 
 
-def exportable(students: Sequence[Row], confirmed: Sequence[Confirmation], question: Question) -> list[Row]:
-    """What may be exported, the best first: those that keep to the budget, as they rank.
+def exportable(rows: Sequence[Row], confirmed: Sequence[Confirmation], question: Question) -> list[Row]:
+    """What may be exported, the best first: the students that keep to the budget, as they rank beside all rows.
 
     What is best on several seeds goes first, in the best of its deployments.
     """
-    ranked = [one.row for one in rank(students, question.metric, question.direction) if one.row.feasible]
+    ranked = [row for row in rank_students(rows, question.metric, question.direction) if row.feasible]
     if not confirmed:
         return ranked
-    own = [row for row in students if row.trial == confirmed[0].trial]
-    first = [one.row for one in rank(own, question.metric, question.direction) if one.row.feasible]
+    own = [row for row in rows if row.trial == confirmed[0].trial]
+    first = [row for row in rank_students(own, question.metric, question.direction) if row.feasible]
     return [*first, *(row for row in ranked if row.trial != confirmed[0].trial)]
 
 
