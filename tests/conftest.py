@@ -83,6 +83,7 @@ class Workshop:
         cache: Any = None,
         calibration: Path | None = None,
         sharding: Any = None,
+        device: str = "cpu",
         **changes: Any,
     ) -> Trainer:
         """A trainer of a fresh student."""
@@ -90,9 +91,9 @@ class Workshop:
         model, kept = build_student(self.teacher, strategy.init, calibration=importance)
         attention, block = strategy.distillation.attention, None
         if attention is not None:
-            block = TeacherBlock(load_model(self.teacher, torch.float32), teacher_layer(attention, LAYERS))
+            block = TeacherBlock(load_model(self.teacher, torch.float32), teacher_layer(attention, LAYERS), device)
         return Trainer(
-            model,
+            model.to(device),
             kept=kept,
             teacher_layers=LAYERS,
             teacher_width=WIDTH,
@@ -102,7 +103,8 @@ class Workshop:
             cache=cache or self.cache,
             teacher_block=block,
             seed=seed,
-            teacher=LiveTeacher(self.teacher),
+            device=device,
+            teacher=LiveTeacher(self.teacher, device),
             sharding=sharding,
         )
 

@@ -48,30 +48,30 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: dict[s
 
 
 def restore(
-    path: Path, trained: Named, optimizer: Any, identity: Mapping[str, str], device: str, *, eight_bit: bool
+    path: Path, trained: Named, optimizer: Any, identity: Mapping[str, str], *, eight_bit: bool
 ) -> dict[str, str]:
-    """Puts what was written back into weights and optimiser, and gives its metadata.
+    """Puts what was written back into weights and optimiser, where the weights lie, and gives its metadata.
 
     Args:
         path: The file.
         trained, optimizer: As for `gathered`; of several processes each takes its shards.
         identity: Metadata that the file must have.
-        device: Where the weights lie.
         eight_bit: Whether the optimiser is the one of 8-bit states.
 
     Raises:
         TrialFailedError: The checkpoint is of another identity.
     """
-    with safe_open(path, framework="pt", device=device) as file:
+    # Read on the CPU: to safetensors "cuda" is the first GPU, whichever one the weights lie on.
+    with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())
         if {name: metadata[name] for name in identity} != dict(identity):
             raise TrialFailedError("error", f"{path.name} is a checkpoint of other stages or of another seed")
         names = sorted(file.keys())  # in one order, since processes cut each of them up together
         for name, parameter in trained:
             with torch.no_grad():
-                parameter.copy_(like(file.get_tensor(f"weight.{name}"), parameter))
+                parameter.copy_(like(file.get_tensor(f"weight.{name}").to(parameter.device), parameter))
             keys = [key.partition(".")[0] for key in names if key.partition(".")[2] == name]
-            states = {key: file.get_tensor(f"{key}.{name}") for key in keys if key != "weight"}
+            states = {key: file.get_tensor(f"{key}.{name}").to(parameter.device) for key in keys if key != "weight"}
             if eight_bit and states:
                 optimizer.state[parameter] = own_states(parameter, states, int(metadata.get("processes", 1)))
             else:

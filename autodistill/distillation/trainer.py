@@ -391,7 +391,7 @@ class Trainer:
             TrialFailedError: The checkpoint is of other stages or of another seed.
         """
         eight_bit = self._plan.optimizer_state == "int8"
-        metadata = restore(path, self._trained(), self._optimizer, self._identity(), self._device, eight_bit=eight_bit)
+        metadata = restore(path, self._trained(), self._optimizer, self._identity(), eight_bit=eight_bit)
         self.tokens = int(metadata["tokens"])
         if self._interpolation is not None:
             self._interpolation = Interpolation(**json.loads(metadata["interpolation"]))

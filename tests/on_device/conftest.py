@@ -1,0 +1,260 @@
+"""A device of torch's without a GPU: memory of its own, told apart from the CPU's as CUDA's is, computed with on the CPU.
+
+Tensors of the device "pretend" are plain tensors with a storage that torch holds to be on another device, through the
+experimental `torch.utils.backend_registration._setup_privateuseone_for_python_backend`. Every kernel of the device is
+one function, which looks at where the arguments lie, computes on the same bytes as CPU tensors, and gives the outputs
+back as tensors of the device. All above the kernels is torch's own: autograd with its thread for the device, views, version
+counters, refusing `.numpy()`, moving modules, saving. It is registered for the whole process and before any backward
+pass, so tests with it have a process of their own.
+
+What it cannot show: what CUDA's kernels compute, streams and asynchrony, memory limits, pinned memory, and the branches of
+code that ask for the name "cuda".
+
+`tests/test_on_device.py` runs what is in this folder; elsewhere nothing of it is collected.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+NAME = "pretend"
+_DEVICE_KEY, _AUTOCAST_KEY = "PrivateUse1", "AutocastPrivateUse1"
+_ON_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_WITHOUT_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+
+# What CUDA takes CPU tensors of one dimension and more for: the indices of these.
+_INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index")
+# Beside pointwise operations, what takes a number that lies on the CPU as a tensor.
+_NUMBERS = ("aten::fill_", "aten::fill", "aten::masked_fill_", "aten::masked_fill", *_INDEXING)
+# What waits for the device to know the size of its output, or its value.
+_WAITING = (
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_unique2",
+    "aten::equal",
+    "aten::repeat_interleave",
+)
+# Of the lists of ATen/autocast_mode.h, what language models use: computed in the autocast's type, or in float32.
+_LOWER = ("linear", "matmul", "mm", "mv", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention")
+_FLOAT32 = (
+    *("exp", "log", "log2", "pow", "reciprocal", "rsqrt", "softplus", "layer_norm", "norm", "logsumexp", "mse_loss"),
+    *("softmax", "log_softmax", "cumsum", "sum", "prod"),
+)
+
+
+collect_ignore_glob = [] if os.environ.get("AUTODISTILL_TEST_DEVICE") == NAME else ["test_*.py"]
+
+
+class Traffic(NamedTuple):
+    """Lines of the package at which it waited for the device, or sent to it, and how often."""
+
+    waits: Counter[str]
+    sent: Counter[str]
+
+
+_counted: list[Traffic] = []
+# Registrations end with their libraries.
+_libraries: list[torch.library.Library] = []
+
+
+class _Backend(_DummyBackendModule):
+    """What torch asks of a device's module `torch.pretend`."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+    @contextmanager
+    def device(self, index: Any) -> Iterator[None]:
+        yield
+
+    def synchronize(self, device: Any = None) -> None:
+        pass
+
+    def empty_cache(self) -> None:
+        pass
+
+
+def register() -> None:
+    """Adds the device to this process, once."""
+    if _libraries:
+        return
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
+    # A module that moves to CUDA keeps its parameters, and so its ties; to a device like this one, only in this way.
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    kernels, casts = torch.library.Library("_", "IMPL"), torch.library.Library("_", "IMPL")
+    kernels.fallback(_kernel, _DEVICE_KEY)
+    casts.fallback(torch.library.fallthrough_kernel, _AUTOCAST_KEY)
+    lists = torch.library.Library("aten", "IMPL")
+    for names, cast in ((_LOWER, _in_autocast_type), (_FLOAT32, _in_float32)):
+        for name in names:
+            packet = getattr(torch.ops.aten, name)
+            for overload in packet.overloads():
+                if "out" not in overload and "dimname" not in overload.lower():
+                    op = getattr(packet, overload)
+                    lists.impl(op._schema.name + (f".{overload}" if overload != "default" else ""), cast(op), _AUTOCAST_KEY)
+    _libraries.extend((kernels, casts, lists))
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Name of a device that is not the CPU."""
+    register()
+    return NAME
+
+
+@pytest.fixture
+def traffic() -> Iterator[Traffic]:
+    """What goes between the CPU and the device in a test; cleared, it counts anew."""
+    _counted.append(Traffic(Counter(), Counter()))
+    yield _counted[-1]
+    _counted.pop()
+
+
+def _count(kind: str) -> None:
+    if not _counted:
+        return
+    frame: Any = sys._getframe(2)
+    while frame is not None and "/autodistill/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    where = "elsewhere"
+    if frame is not None:
+        where = f"{frame.f_code.co_filename.rpartition('/autodistill/')[2]}:{frame.f_lineno}"
+    getattr(_counted[-1], kind)[where] += 1
+
+
+def _is_here(tensor: Tensor) -> bool:
+    return tensor.device.type == NAME
+
+
+def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Any operation of which an argument, or the output, is on the device."""
+    name = op._schema.name
+    if name == "aten::_copy_from":
+        return _copy(*args)
+    _check(op, name, args, kwargs)
+    if name in _WAITING or (name in _INDEXING and _by_mask(args[1])):
+        _count("waits")
+    ours: list[tuple[Tensor, Tensor]] = []
+
+    def down(value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return torch.device("cpu") if value.type == NAME else value
+        if not isinstance(value, Tensor) or not _is_here(value):
+            return value
+        ours.append((_bytes_of(value), value))
+        return ours[-1][0]
+
+    def up(value: Any) -> Any:
+        return _outside(value, ours) if isinstance(value, Tensor) else value
+
+    target = kwargs.get("device")
+    found = op(*tree_map(down, args), **tree_map(down, kwargs))
+    return found if target is not None and torch.device(target).type != NAME else tree_map(up, found)
+
+
+def _check(op: Any, name: str, args: Any, kwargs: Any) -> None:
+    """Refuses what CUDA refuses: arguments on the CPU but for numbers and indices, generators of the CPU's."""
+    generator = kwargs.get("generator")
+    if generator is not None and generator.device.type != NAME:
+        raise RuntimeError(f"Expected a '{NAME}' device type for generator but found '{generator.device.type}': {op}")
+    pointwise = torch.Tag.pointwise in op.tags or name in _NUMBERS
+    for place, value in enumerate((*args, *kwargs.values())):
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(item, Tensor) or _is_here(item):
+                continue
+            if (pointwise and item.ndim == 0) or (name in _INDEXING and place == 1):
+                continue
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found at least two devices, {NAME}:0 and "
+                f"{item.device}! (in {op}, argument {place})"
+            )
+
+
+def _by_mask(indices: Any) -> bool:
+    return any(isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8) for item in indices)
+
+
+def _copy(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    """The one operation between devices."""
+    if not _is_here(target):
+        _count("waits")
+    elif not _is_here(source):
+        _count("sent")
+    ours, theirs = (_bytes_of(one) if _is_here(one) else one for one in (target, source))
+    ours.copy_(theirs)
+    return target
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The same bytes as a CPU tensor."""
+    owner = tensor.untyped_storage().owner  # type: ignore[attr-defined]
+    return torch.empty(0, dtype=tensor.dtype).set_(owner, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _outside(found: Tensor, ours: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """An output on the device: an argument, a view of one, or new."""
+    for inner, outer in ours:
+        if found is inner:
+            # An output that was given may have been given another shape.
+            return outer if inner.shape == outer.shape and inner.stride() == outer.stride() else _point(outer, inner)
+    for inner, outer in ours:
+        if found.untyped_storage()._cdata == inner.untyped_storage()._cdata:
+            assert found.dtype == outer.dtype
+            shape, stride = list(found.shape), list(found.stride())
+            return torch.ops.aten.as_strided.default.redispatch(_ON_CPU, outer, shape, stride, found.storage_offset())
+    return _point(torch._C._acc.create_empty_tensor([0], found.dtype), found)
+
+
+def _point(outer: Tensor, inner: Tensor) -> Tensor:
+    """Makes a tensor of the device show the bytes of a CPU tensor, which live as long as it does."""
+    owner = inner.untyped_storage()
+    storage: Any = torch._C._construct_storage_from_data_pointer(
+        owner.data_ptr(), torch.device(NAME, 0), owner.nbytes()
+    )
+    storage.owner = owner
+    shape, stride, start = list(inner.shape), list(inner.stride()), inner.storage_offset()
+    set_storage: Any = torch.ops.aten.set_.source_Storage_storage_offset
+    set_storage.redispatch(_ON_CPU, outer, storage, start, shape, stride)
+    return outer
+
+
+def _in_autocast_type(op: Any) -> Callable[..., Any]:
+    return _casting(op, lambda: torch.get_autocast_dtype(NAME))
+
+
+def _in_float32(op: Any) -> Callable[..., Any]:
+    return _casting(op, lambda: torch.float32)
+
+
+def _casting(op: Any, wanted: Callable[[], torch.dtype]) -> Callable[..., Any]:
+    """As autocast does: floating-point arguments but float64 in another type."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_WITHOUT_AUTOCAST):
+            dtype = wanted()
+
+            def cast(value: Any) -> Any:
+                casts = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+                return value.to(dtype) if casts and _is_here(value) else value
+
+            return op(*tree_map(cast, args), **tree_map(cast, kwargs))
+
+    return run

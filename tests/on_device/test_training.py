@@ -1,0 +1,97 @@
+"""Every named strategy on a device that is not the CPU: cache, steps, a checkpoint, decay; the figures are the CPU's."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from autodistill.applied import student_spec
+from autodistill.distillation.calibration import Calibration, calibrate
+from autodistill.distillation.teacher import load_model
+from autodistill.distillation.teacher_cache import TeacherCache, ensure_cache
+from autodistill.estimate import spec_from_config
+from autodistill.formats import Grid
+from autodistill.search.teacher_outputs import cache_settings
+from autodistill.space import load_space, load_strategy
+
+NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "search_spaces" / "strategies").glob("*.yaml"))
+STEP = 64
+
+
+def _fitted(strategy, layers):
+    """The strategy, with no more aligned layers than the tiny student has."""
+    alignment = strategy.distillation.alignment
+    if alignment is None or alignment.count <= layers:
+        return strategy
+    recipe = dataclasses.replace(strategy.distillation, alignment=dataclasses.replace(alignment, count=layers))
+    return dataclasses.replace(strategy, distillation=recipe)
+
+
+def _cache(workshop, name, strategy, spec, calibration, root, device):
+    space = dataclasses.replace(load_space("default"), dimensions=(), baselines={name: strategy})
+    settings = cache_settings(space, spec, bf16=False, calibration=calibration)
+    if settings.empty:
+        return None
+    folder = ensure_cache(
+        lambda: load_model(workshop.teacher, torch.float32),
+        teacher_fingerprint="t",
+        data_fingerprint="d",
+        data=workshop.data,
+        vocabulary=spec.vocabulary,
+        width=spec.width,
+        settings=settings,
+        root=root,
+        limit_bytes=10**8,
+        device=device,
+    )
+    return TeacherCache(folder)
+
+
+def _spec(workshop):
+    return spec_from_config(json.loads((workshop.teacher / "config.json").read_text()))
+
+
+def _train(workshop, name, folder, device, **changes):
+    """Records and weights of a stretch with a checkpoint, and of the decay that another trainer goes on with."""
+    spec, strategy = _spec(workshop), load_strategy(name)
+    strategy = _fitted(strategy, student_spec(strategy, spec).layers)
+    folder.mkdir()
+    calibration = None
+    if strategy.init.selective:
+        calibration = folder / "calibration.safetensors"
+        calibrate(load_model(workshop.teacher, torch.float32), workshop.data, device).save(calibration)
+    cache = _cache(workshop, name, strategy, spec, calibration, folder, device)
+    storage_of = None
+    if strategy.finishing is not None:
+        storages = {t.name: strategy.finishing.storage(t) for t in student_spec(strategy, spec).tensors}
+        storage_of = {tensor: storage for tensor, storage in storages.items() if isinstance(storage, Grid)}.get
+    bench = dataclasses.replace(workshop, cache=cache)
+    if name == "written":
+        bench = bench.told(workshop.cache)
+        bench.data.told.ids[:, ::2] = -1
+    options = {"calibration": calibration, "tokens": 4 * STEP, "device": device, **changes}
+    first = bench.trainer(strategy, **options)
+    records = [*first.train_stable(2 * STEP)]
+    first.save(folder / "checkpoint")
+    second = bench.trainer(strategy, **options)
+    second.load(folder / "checkpoint")
+    learned = strategy.finishing is not None and strategy.finishing.scales == "learned"
+    records += [*second.train_decay(4 * STEP, storage_of, learned=learned)]
+    weights = {key: value.detach() for key, value in second.model.named_parameters()}
+    assert {value.device.type for value in weights.values()} == {device}
+    return records, weights
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains_as_on_the_cpu(workshop, tmp_path, device, name):
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        here, expected = _train(workshop, name, tmp_path / "cpu", "cpu")
+    there, weights = _train(workshop, name, tmp_path / "device", device)
+    for field in ("loss", "divergence", "cross_entropy", "alignment", "attention", "gradient_norm"):
+        values = ([getattr(record, field) for record in records] for records in (there, here))
+        np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-6, err_msg=field)
+    for key, value in weights.items():
+        torch.testing.assert_close(value.cpu(), expected[key], rtol=0, atol=2e-4, msg=key)
