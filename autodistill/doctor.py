@@ -171,7 +171,7 @@ def _bf16(machine: Machine) -> bool:
     import torch
 
     if machine.gpus and torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

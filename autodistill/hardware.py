@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -49,6 +49,14 @@ class Machine:
 def detect() -> Machine:
     """Looks at this machine; imports torch to see its GPUs."""
     return Machine(cpus=_cpus(_CGROUP), memory_bytes=_memory(_CGROUP), gpus=_gpus())
+
+
+def detect_for_training() -> Machine:
+    """As `detect`, without Apple's GPU, which has no float64: there, models run on the CPU."""
+    import torch
+
+    machine = detect()
+    return machine if torch.cuda.is_available() else replace(machine, gpus=())
 
 
 def _cpus(cgroup: Path) -> int:

@@ -13,9 +13,10 @@ from torch import Tensor
 from autodistill.codes import BF16_EPSILON
 from autodistill.formats import Grid, Scales, Storage
 
-# Weights handled at once on a CPU: a chunk and its buffers stay in cache, so that each of the six or so passes costs a
+# Weights handled at once: on a CPU a chunk and its buffers stay in cache, so that each of the six or so passes costs a
 # tenth of a nanosecond a weight, and memory is read and written once; of powers of two around it this was the fastest.
-_CHUNK = 2**18
+# Elsewhere a buffer has 128 MB at the most, which a table of 150,000 tokens would take several times.
+_CPU_CHUNK, _CHUNK = 2**18, 2**25
 # The largest float32 below a half: x + this, with the sign of x, cut to an integer rounds halves away from 0. With 0.5
 # the sum itself could be rounded up.
 _BELOW_HALF = 0.5 - 2.0**-25
@@ -158,7 +159,7 @@ def buffers_of(tensor: Tensor, size: int, count: int) -> Tensor:
 def _rows(tensor: Tensor, size: int) -> int:
     """Groups handled at once: of chunks about equally large."""
     groups = max(1, tensor.numel() // size)
-    parts = -(-tensor.numel() // _CHUNK) if tensor.device.type == "cpu" else 1
+    parts = -(-tensor.numel() // (_CPU_CHUNK if tensor.device.type == "cpu" else _CHUNK))
     return -(-groups // max(1, min(parts, groups)))
 
 
@@ -217,6 +218,10 @@ def _absmax(groups: Tensor) -> Tensor:
 
 
 def _signed_absmax(groups: Tensor) -> Tensor:
+    if groups.device.type != "cpu":
+        # To look for ties would wait for the device, in each layer of each step.
+        (highest, first), (lowest, other) = groups.max(-1, keepdim=True), groups.min(-1, keepdim=True)
+        return torch.where((highest > -lowest) | ((highest == -lowest) & (first < other)), highest, lowest)
     # The two extremes cost a third of a search for the largest magnitude's place, which is needed only where they tie:
     # there the first of the group counts.
     highest, lowest = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)

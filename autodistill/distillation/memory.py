@@ -1,8 +1,9 @@
-"""Memory of the training process: kept from step to step where the C library would give it back; known when full."""
+"""Memory of this process: kept where the C library would give it back after each step, let go of, known when full."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 
 import torch
@@ -24,8 +25,23 @@ def keep_freed_memory() -> None:
         library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def give_back_memory() -> None:
+    """Lets go of what nothing uses, and of what torch keeps of a GPU for this process alone."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on an accelerator or in the machine's own memory."""
+    """Whether an allocation failed, on an accelerator or in the machine's own memory.
+
+    Beside torch's allocators, CUDA's libraries ask for memory of their own: "CUDA error: out of memory" comes from its
+    driver, CUBLAS_STATUS_ALLOC_FAILED from cuBLAS.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "alloc" in str(error) and "memory" in str(error)
+    said = str(error).lower()
+    words = ("out of memory", "alloc_failed")
+    return isinstance(error, RuntimeError) and (
+        any(word in said for word in words) or ("alloc" in said and "memory" in said)
+    )

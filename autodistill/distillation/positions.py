@@ -12,9 +12,10 @@ from torch import Tensor
 
 from autodistill.token_sets import TokenSet
 
-# Rows of logits made and left again at once: 128 of 50,000 in float32 are 25 MB.
-_CHUNK_ROWS = 128
-# Rows of them whose entropies are taken at once: 3 MB, which stay in the cache of a core from one pass to the next.
+# Rows of logits made and left again at once: on a CPU 128, which of 50,000 in float32 are 25 MB.
+_CPU_CHUNK_ROWS, _CHUNK_ROWS = 128, 512
+# Rows of them whose entropies are taken at once on a CPU: 3 MB, which stay in the cache of a core from one pass to the
+# next.
 _ENTROPY_ROWS = 16
 
 
@@ -71,9 +72,10 @@ def uncertain_rows(states: Tensor, head: Callable[[Tensor], Tensor], share: floa
         head: From states [n, width] to logits [n, vocab].
         share: Above 0 and at most 1, rounded up to whole rows.
     """
+    on_cpu = states.device.type == "cpu"
+    chunk, entropies = (_CPU_CHUNK_ROWS, _ENTROPY_ROWS) if on_cpu else (_CHUNK_ROWS, _CHUNK_ROWS)
     with torch.no_grad():
-        chunks = states.detach().split(_CHUNK_ROWS)
-        found = [_entropy(few) for rows in chunks for few in head(rows).split(_ENTROPY_ROWS)]
+        found = [_entropy(few) for rows in states.detach().split(chunk) for few in head(rows).split(entropies)]
         return torch.cat(found).topk(math.ceil(share * len(states))).indices.sort().values
 
 

@@ -71,7 +71,7 @@ def _score(
         largest, token = logits.max(dim=1)
         found = [(total - chosen).double(), token.int(), (largest - total).double().exp()]
         found.append(
-            torch.zeros(len(labels), dtype=torch.float64)
+            torch.zeros_like(total, dtype=torch.float64)
             if reference is None
             else _divergence(reference, rows, logits, total)
         )
@@ -154,7 +154,7 @@ def _over_rows(
     head = model.get_output_embeddings()
     starts = np.cumsum([0, *counted[:, 1:].sum(axis=1)])
 
-    def sequence(index: int) -> list[list[Tensor]]:
+    def sequence(index: int) -> list[Tensor]:
         ids = torch.from_numpy(np.array(data.tokens[index], dtype=np.int64)).to(device)
         chosen = torch.from_numpy(np.flatnonzero(counted[index, 1:])).to(device)
         with torch.no_grad():
@@ -163,9 +163,9 @@ def _over_rows(
             found, start = [], int(starts[index])
             for rows, labels in parts:
                 places = slice(start, start + len(labels))
-                found.append([part.cpu() for part in work(head(rows), labels, places)])
+                found.append(work(head(rows), labels, places))
                 start = places.stop
-            return found
+            return [torch.cat(columns).cpu() for columns in zip(*found, strict=True)]
 
-    results = [part for parts in map_sequences(sequence, len(data.tokens), device) for part in parts]
+    results = map_sequences(sequence, len(data.tokens), device)
     return [torch.cat(columns).numpy() for columns in zip(*results, strict=True)]

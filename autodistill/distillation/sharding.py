@@ -82,9 +82,16 @@ class Sharding:
             parameter.grad /= self.count
 
     def norm(self, gradients: list[Tensor]) -> Tensor:
-        """The norm of whole gradients, of which each process has its shards."""
-        squares = [whole(gradient.detach().square().sum()) for gradient in gradients]
-        return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+        """The norm of whole gradients, of which each process has its shards; what is not sharded all have."""
+        shards = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
+        # Added up before they are sent: for each gradient alone processes would wait for each other.
+        sharded = self._squares(shards)
+        dist.all_reduce(sharded)
+        return (sharded + self._squares([one for one in gradients if not isinstance(one, DTensor)])).sqrt()
+
+    def _squares(self, tensors: list[Tensor]) -> Tensor:
+        squares = [tensor.detach().square().sum() for tensor in tensors]
+        return torch.stack(squares).sum() if squares else torch.zeros((), device=self._accelerator.device)
 
     def wait(self) -> None:
         """Until every process is here."""

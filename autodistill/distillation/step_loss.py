@@ -25,6 +25,9 @@ from autodistill.formats import Grid
 from autodistill.strategy import Attention, Distillation
 from autodistill.token_sets import TokenSet
 
+TERMS = ("loss", "divergence", "cross_entropy", "alignment", "attention")
+"""What is known of a step's loss: it, and its terms without their weights."""
+
 
 class Weighing(NamedTuple):
     """What the schedules say of a step's logit loss.
@@ -108,7 +111,7 @@ class StepLoss:
         grid = storage_of(name) if storage_of else None
         return (weight.detach() if grid is None else deploy_tensor(weight, grid)).bfloat16()
 
-    def of(self, indices: list[int], learnt: Learnt, at: Weighing) -> tuple[Tensor, dict[str, float]]:
+    def of(self, indices: list[int], learnt: Learnt, at: Weighing) -> tuple[Tensor, Tensor]:
         """The loss that is descended, a mean over the predicted tokens, and its terms.
 
         Args:
@@ -117,8 +120,7 @@ class StepLoss:
             at: The step's place in the schedules.
 
         Returns:
-            The loss, and by name it and its terms without their weights: "divergence", "cross_entropy", "alignment"
-            and "attention".
+            The loss, and float64 [`TERMS`] on the device, without a gradient.
         """
         ids, recipe = self._ids(indices), self._recipe
         states: dict[int, Tensor] = {}
@@ -160,14 +162,8 @@ class StepLoss:
             attended = attention_loss(heads, self._teacher_heads(indices, attention))
             factor = balance_factor(attended, logit_terms.total) if attention.balance else 1.0
             loss = loss + attention.weight * factor * attended
-        values = {
-            "loss": loss,
-            "divergence": logit_terms.divergence,
-            "cross_entropy": logit_terms.cross_entropy,
-            "alignment": aligned,
-            "attention": attended,
-        }
-        return loss, {name: float(value.detach()) for name, value in values.items()}
+        terms = (loss, logit_terms.divergence, logit_terms.cross_entropy, aligned, attended)
+        return loss, torch.stack([term.detach().double() for term in terms])
 
     def of_nothing(self, indices: list[int]) -> Tensor:
         """A loss of 0 from a pass over sequences of which no token counts, which gathers every block and the head."""
@@ -209,8 +205,8 @@ class StepLoss:
         assert self._teacher_block is not None
         assert self._cache is not None
         layer = self._teacher_block.layer - 1
-        states = self._cache.state(indices, layer).float() * self._cache.state_size(indices, layer)
-        states = states.unflatten(0, (len(indices), -1)).to(self._device)
+        states, sizes = (part(indices, layer).to(self._device) for part in (self._cache.state, self._cache.state_size))
+        states = (states.float() * sizes).unflatten(0, (len(indices), -1))
         with self._autocast():
             return self._teacher_block.heads(states, attention)
 

@@ -40,7 +40,7 @@ _PARTIAL = ".partial-"
 _ABANDONED_SECONDS = 3600
 # What Arrow adds to a sequence's values: the record batch's header, padding, and its place in the footer.
 _BATCH_BYTES = 2048
-# Rows of logits worked on at once for the logsumexp: 32 rows of 50,000 float32 logits are 6 MB.
+# Rows of logits worked on at once for the logsumexp on a CPU: 32 rows of 50,000 float32 logits are 6 MB.
 _CHUNK_ROWS = 32
 
 
@@ -381,7 +381,8 @@ def _sparse_outputs(logits: Tensor, settings: CacheSettings, seed: int) -> dict[
     """
     logits -= logits.amax(dim=1, keepdim=True)
     id_type = _id_type(logits.shape[1])
-    log_sum = torch.cat([_log_sums(rows, settings.temperatures) for rows in logits.split(_CHUNK_ROWS)])
+    parts = logits.split(_CHUNK_ROWS if logits.device.type == "cpu" else len(logits))
+    log_sum = torch.cat([_log_sums(rows, settings.temperatures) for rows in parts])
     columns = {"log_sum": _arrow(log_sum.cpu().numpy())}
     if settings.top_k:
         top = logits.topk(min(settings.top_k, logits.shape[1]), dim=1)
@@ -389,7 +390,7 @@ def _sparse_outputs(logits: Tensor, settings: CacheSettings, seed: int) -> dict[
         columns["below_maximum"] = _arrow(top.values.half().cpu().numpy())
     for draws in settings.draws:
         generator = torch.Generator().manual_seed(seed)
-        drawn = [_draw(rows, draws, generator) for rows in logits.split(_CHUNK_ROWS)]
+        drawn = [_draw(rows, draws, generator) for rows in parts]
         counts = torch.cat([counts for counts, _, _ in drawn]).cpu().numpy()
         ids, below = (torch.cat([part[place] for part in drawn]).cpu().numpy() for place in (1, 2))
         entries = pa.StructArray.from_arrays([ids.astype(id_type), below], ["ids", "below_maximum"])

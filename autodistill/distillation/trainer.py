@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autodistill.contracts import OptimizerState, Plan
 from autodistill.distillation.attention import TeacherBlock
@@ -21,13 +21,13 @@ from autodistill.distillation.checkpoint import gathered, restore, write_checkpo
 from autodistill.distillation.eight_bit import eight_bit_adamw
 from autodistill.distillation.interpolation import Interpolation
 from autodistill.distillation.lora import Adapters
-from autodistill.distillation.memory import is_out_of_memory
+from autodistill.distillation.memory import give_back_memory, is_out_of_memory
 from autodistill.distillation.positions import Learnt, learnt_tokens
 from autodistill.distillation.quantization import FakeQuantized, quantized_training
 from autodistill.distillation.schedule import decayed, stable_rate
 from autodistill.distillation.sharding import Sharding, clip_sharded
 from autodistill.distillation.signals import LiveTeacher
-from autodistill.distillation.step_loss import StepLoss, Weighing
+from autodistill.distillation.step_loss import TERMS, StepLoss, Weighing
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.distillation.temperature import along, progress, snap, temperature_at
 from autodistill.errors import TrialFailedError
@@ -328,22 +328,22 @@ class Trainer:
             # Outside of the handler, whose traceback holds on to the tensors of the failed pass.
             self._optimizer.zero_grad(set_to_none=True)
             self._micro_batch = min(self._micro_batch, len(indices)) // 2
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            give_back_memory()
 
     def _accumulate(self, indices: list[int], at: Weighing) -> dict[str, float]:
         """Adds up the gradients of the micro-batches, each by its share of the counted tokens.
 
         What is chosen or balanced within a step, as uncertain positions are, is so within each micro-batch.
         """
-        means = dict.fromkeys(("loss", "divergence", "cross_entropy", "alignment", "attention"), 0.0)
-        total = self._learnt(indices).size
+        means = dict.fromkeys(TERMS, 0.0)
+        found: list[tuple[float, Tensor]] = []
+        total = self._learnt(indices, "cpu").size
         sharding, processes = self._sharding, 1
         if sharding is not None:
             indices, processes = sharding.share(indices), sharding.count
         for start in range(0, len(indices), self._micro_batch):
             part = indices[start : start + self._micro_batch]
-            learnt = self._learnt(part)
+            learnt = self._learnt(part, self._device)
             share = learnt.size / max(1, total)
             if share == 0:
                 # Beside passes that count in other processes: they gather every block together.
@@ -353,7 +353,11 @@ class Trainer:
             loss, terms = self._loss.of(part, learnt, at)
             # Their gradients are averaged, where those of the step's parts add up.
             (loss * (share * processes)).backward()
-            for name, value in terms.items():
+            found.append((share, terms))
+        # Read once a step: with each reading this process waits for the GPU, which then waits for work.
+        read = torch.stack([terms for _, terms in found]).tolist() if found else []
+        for (share, _), values in zip(found, read, strict=True):
+            for name, value in zip(TERMS, values, strict=True):
                 means[name] += share * value
         if sharding is None or total == 0:
             return means
@@ -361,9 +365,9 @@ class Trainer:
         sharding.average([*self._projections.parameters(), *changes, *self._learned])
         return sharding.sum(means)
 
-    def _learnt(self, indices: list[int]) -> Learnt:
+    def _learnt(self, indices: list[int], device: str) -> Learnt:
         """The predicted tokens that losses are averaged over; of plain text all of them."""
-        return learnt_tokens(self._data, indices, self._recipe.positions == "all", self._device)
+        return learnt_tokens(self._data, indices, self._recipe.positions == "all", device)
 
     def save(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
         """Writes the trained weights, the optimiser and the place in the schedule, whole or not at all.
@@ -415,6 +419,7 @@ def _adamw(groups: list[dict[str, Any]], state: OptimizerState) -> Any:
 def _clip(parameters: list[nn.Parameter]) -> float:
     """Scales the gradients to a norm of `_CLIP` together, where it is above, and gives the norm they had."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if norm > _CLIP:
+    value = float(norm)
+    if value > _CLIP:
         torch.nn.utils.clip_grads_with_norm_(parameters, _CLIP, norm)
-    return float(norm)
+    return value

@@ -19,6 +19,7 @@ from autodistill.budget import DeviceBudget
 from autodistill.contracts import Artefact, Direction, Measurement, Status, Subject
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.held import load_held
+from autodistill.distillation.memory import give_back_memory
 from autodistill.distillation.scoring import choices, refer
 from autodistill.distillation.teacher import Teacher, load_model
 from autodistill.errors import NothingFitsError
@@ -213,6 +214,9 @@ def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[s
         model = finisher.load(row)
         with deployed_weights(model, spec, deployment, read_scales(finisher.student(row), deployment)):
             simulated = choices(model, data, device=finisher.setting.device)
+        # The runtime may take all that a GPU has.
+        del model
+        give_back_memory()
         threads = free_cores(finisher.threads)
         checks[container] = verify_runtime(artefact, deployment, simulated, data.tokens[:, :-1], threads)
         paths[container] = artefact.path

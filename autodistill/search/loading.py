@@ -16,7 +16,7 @@ from autodistill.distillation.signals import check_told
 from autodistill.distillation.teacher import Teacher, materialise, resolve_teacher, stored_type, tokenizer_fingerprint
 from autodistill.errors import InputError
 from autodistill.estimate import adapted_tensors, spec_from_config
-from autodistill.hardware import Machine, detect
+from autodistill.hardware import Machine, detect_for_training
 from autodistill.records.json_files import read_json
 from autodistill.rendering import Template
 from autodistill.search.checked import Checked
@@ -78,7 +78,7 @@ class Place:
     @classmethod
     def alone(cls) -> Place:
         """This machine, each trial in one process."""
-        here = detect()
+        here = detect_for_training()
         return cls(here=here, machines=(here,), share=Share())
 
 

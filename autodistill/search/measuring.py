@@ -115,7 +115,7 @@ def _time_asked(
     asking = [item for item in checked.asked.evaluators if not isinstance(item, str)]
     if not asking:
         return speed, 1.0, ()
-    model = loaded.load_teacher(loaded.workers.device)
+    model = loaded.load_teacher(loaded.device)
     data = load_split(loaded.data.folder, "validation").head(checked.sequence_length)
     full = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
     threads = torch.get_num_threads()
@@ -133,7 +133,7 @@ def _time_asked(
                 None,
                 budget=checked.request.budget,
                 evaluators=(item,),
-                device=loaded.workers.device,
+                device=loaded.device,
                 share=0.0,
                 tokenizer=loaded.teacher.folder,
             )

@@ -7,7 +7,6 @@ stretch and promoting the start of another, so that Tune needs no state that our
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import shutil
@@ -16,8 +15,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
-import torch
-
+from autodistill.distillation.memory import give_back_memory
 from autodistill.errors import LostClusterError
 from autodistill.search.campaign import Campaign
 from autodistill.search.cluster import Cluster
@@ -235,9 +233,7 @@ def _stretch_class() -> Any:
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self._assignment = new_config["assignment"].assignment
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            give_back_memory()
             return True
 
         def step(self) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from autodistill.contracts import Plan, Status
+from autodistill.distillation.memory import give_back_memory
 from autodistill.errors import AutoDistillError, InterruptedSearchError, LostClusterError, NothingFitsError
-from autodistill.hardware import detect
+from autodistill.hardware import detect_for_training
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.differences import differences
 from autodistill.records.json_files import write_json
@@ -177,7 +178,7 @@ def _workplace(checked: Checked) -> Iterator[tuple[Place, Cluster | None]]:
         # What is kept on a storage is fetched to each node.
         joined = join(request.ray_address, [] if checked.storage else [request.out, request.cache])
     try:
-        here = detect()
+        here = detect_for_training()
         machines = joined.machines if joined else (here,)
         share = check_share(machines, request.gpus_per_trial, request.cpus_per_trial, request.runner)
         yield Place(here=here, machines=machines, share=share), joined
@@ -236,6 +237,8 @@ def _search(
     observer.phase("trials")
     before = campaign.worker_seconds()
     until = None if deadline is None else time.time() + deadline - time.monotonic() + 15
+    # What the teacher took of a GPU, its trials take now.
+    give_back_memory()
     runner(campaign, replace(setting, device=loaded.workers.device), until)
     spent = time.monotonic() - began
     after = campaign.worker_seconds()

@@ -59,8 +59,13 @@ class Workers:
 
 
 def supports_bf16(machine: Machine) -> bool:
-    """Whether training computes in bfloat16 on the machine's GPU, or on its CPU where there is none."""
-    return bool(torch.cuda.is_bf16_supported() if machine.gpus else torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether training computes in bfloat16 on the machine's GPU, or on its CPU where there is none.
+
+    A GPU older than Ampere only emulates it, which takes longer than float32.
+    """
+    if machine.gpus:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def check_share(

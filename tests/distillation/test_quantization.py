@@ -61,7 +61,7 @@ def _bits(values):
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize("chunk", [2**18, 256])
 def test_values_are_bit_for_bit_those_deployed(grid, weights, chunk, monkeypatch):
-    monkeypatch.setattr(grid_values, "_CHUNK", chunk)
+    monkeypatch.setattr(grid_values, "_CPU_CHUNK", chunk)
     expected = _bits(deployed(weights, grid))
     tensor = torch.from_numpy(weights)
     np.testing.assert_array_equal(_bits(fake_quantize(tensor, grid).numpy()), expected)
@@ -101,7 +101,7 @@ def _inside(weights: np.ndarray, grid: Grid) -> np.ndarray:
 @pytest.mark.parametrize("chunk", [2**18, 256])
 @pytest.mark.parametrize("name", ["normal", "heavy-tailed", "small"])
 def test_gradient_passes_inside_and_stops_where_clipped(grid, chunk, name, monkeypatch):
-    monkeypatch.setattr(grid_values, "_CHUNK", chunk)
+    monkeypatch.setattr(grid_values, "_CPU_CHUNK", chunk)
     weights = WEIGHTS[name]
     tensor = torch.from_numpy(weights).clone().requires_grad_()
     # Transposed, so that the incoming gradient is not contiguous.
@@ -179,7 +179,7 @@ def _learned_scales(weight, grid):
 @by_grid
 @pytest.mark.parametrize("chunk", [2**18, 256])
 def test_learned_scales_have_the_published_gradient(grid, chunk, monkeypatch):
-    monkeypatch.setattr(grid_values, "_CHUNK", chunk)
+    monkeypatch.setattr(grid_values, "_CPU_CHUNK", chunk)
     weight = torch.from_numpy(WEIGHTS["normal"]).clone().requires_grad_()
     scale, offset = _learned_scales(weight.detach(), grid)
     scale.requires_grad_()

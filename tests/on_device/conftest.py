@@ -1,14 +1,14 @@
-"""A device of torch's without a GPU: memory of its own, told apart from the CPU's as CUDA's is, computed with on the CPU.
+"""A device of torch's without a GPU: its memory is told apart from the CPU's as CUDA's is, and computed on by the CPU.
 
 Tensors of the device "pretend" are plain tensors with a storage that torch holds to be on another device, through the
 experimental `torch.utils.backend_registration._setup_privateuseone_for_python_backend`. Every kernel of the device is
 one function, which looks at where the arguments lie, computes on the same bytes as CPU tensors, and gives the outputs
-back as tensors of the device. All above the kernels is torch's own: autograd with its thread for the device, views, version
-counters, refusing `.numpy()`, moving modules, saving. It is registered for the whole process and before any backward
-pass, so tests with it have a process of their own.
+back as tensors of the device. All above the kernels is torch's own: autograd with its thread for the device, views,
+version counters, refusing `.numpy()`, moving modules, saving. It is registered for the whole process and before any
+backward pass, so tests with it have a process of their own.
 
-What it cannot show: what CUDA's kernels compute, streams and asynchrony, memory limits, pinned memory, and the branches of
-code that ask for the name "cuda".
+What it cannot show: what CUDA's kernels compute, streams and asynchrony, memory limits, pinned memory, and the branches
+of code that ask for the name "cuda".
 
 `tests/test_on_device.py` runs what is in this folder; elsewhere nothing of it is collected.
 """
@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
@@ -58,7 +57,7 @@ collect_ignore_glob = [] if os.environ.get("AUTODISTILL_TEST_DEVICE") == NAME el
 
 
 class Traffic(NamedTuple):
-    """Lines of the package at which it waited for the device, or sent to it, and how often."""
+    """Lines of the package at which it waited for the device, or sent to it, and how often; "transformers" is one."""
 
     waits: Counter[str]
     sent: Counter[str]
@@ -109,7 +108,7 @@ def register() -> None:
             for overload in packet.overloads():
                 if "out" not in overload and "dimname" not in overload.lower():
                     op = getattr(packet, overload)
-                    lists.impl(op._schema.name + (f".{overload}" if overload != "default" else ""), cast(op), _AUTOCAST_KEY)
+                    lists.impl(op.name(), cast(op), _AUTOCAST_KEY)
     _libraries.extend((kernels, casts, lists))
 
 
@@ -132,12 +131,24 @@ def _count(kind: str) -> None:
     if not _counted:
         return
     frame: Any = sys._getframe(2)
-    while frame is not None and "/autodistill/" not in frame.f_code.co_filename:
+    while frame is not None and not any(
+        f"/{name}/" in frame.f_code.co_filename for name in ("autodistill", "transformers")
+    ):
         frame = frame.f_back
     where = "elsewhere"
     if frame is not None:
-        where = f"{frame.f_code.co_filename.rpartition('/autodistill/')[2]}:{frame.f_lineno}"
+        folder, _, file = frame.f_code.co_filename.rpartition("/autodistill/")
+        where = f"{file}:{frame.f_lineno}" if folder else "transformers"
     getattr(_counted[-1], kind)[where] += 1
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A value of torch's schemas with each of its parts changed."""
+    if isinstance(value, tuple | list):
+        return type(value)([_mapped(item, change) for item in value])
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    return change(value)
 
 
 def _is_here(tensor: Tensor) -> bool:
@@ -166,8 +177,8 @@ def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
         return _outside(value, ours) if isinstance(value, Tensor) else value
 
     target = kwargs.get("device")
-    found = op(*tree_map(down, args), **tree_map(down, kwargs))
-    return found if target is not None and torch.device(target).type != NAME else tree_map(up, found)
+    found = op(*_mapped(args, down), **_mapped(kwargs, down))
+    return found if target is not None and torch.device(target).type != NAME else _mapped(found, up)
 
 
 def _check(op: Any, name: str, args: Any, kwargs: Any) -> None:
@@ -255,6 +266,6 @@ def _casting(op: Any, wanted: Callable[[], torch.dtype]) -> Callable[..., Any]:
                 casts = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
                 return value.to(dtype) if casts and _is_here(value) else value
 
-            return op(*tree_map(cast, args), **tree_map(cast, kwargs))
+            return op(*_mapped(args, cast), **_mapped(kwargs, cast))
 
     return run

@@ -1,4 +1,4 @@
-"""Every named strategy on a device that is not the CPU: cache, steps, a checkpoint, decay; the figures are the CPU's."""
+"""Every named strategy on a device that is not the CPU: cache, steps, a checkpoint and decay give the CPU's figures."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from autodistill.applied import student_spec
-from autodistill.distillation.calibration import Calibration, calibrate
+from autodistill.distillation.calibration import calibrate
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import TeacherCache, ensure_cache
 from autodistill.estimate import spec_from_config

@@ -24,7 +24,7 @@ def cards(*counts: int) -> list[Machine]:
 
 @pytest.fixture(autouse=True)
 def bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
 
 
 def test_a_machine_is_shared_out_by_cores_memory_or_gpus() -> None:

@@ -1,0 +1,311 @@
+"""A trial, and all that reads a model, on a device that is not the CPU: what they report is what they do on the CPU."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from autodistill.applied import probe_deployment
+from autodistill.data import prepare
+from autodistill.distillation.calibration import calibrate
+from autodistill.distillation.generation import Sampling, write
+from autodistill.distillation.held import load_held
+from autodistill.distillation.likelihood import continuations, rolling
+from autodistill.distillation.scoring import choices, refer, score
+from autodistill.distillation.student import cut_student
+from autodistill.distillation.teacher import load_model
+from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
+from autodistill.documents import resolve_data
+from autodistill.estimate import spec_from_config
+from autodistill.evaluation import deployed_weights, evaluate
+from autodistill.search.plan import measure_speed
+from autodistill.search.share import Workers
+from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Init, Strategy
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.token_sets import load_split
+from autodistill.trial import Trial, Workbench
+from autodistill.trial_data import TrialSetting, TrialTask
+from autodistill.units import Budget
+
+LENGTH = 32
+F16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
+Q8 = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
+Q4 = Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)
+INT4 = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=32)
+ALL = (F16, Q8, Q4, INT4)
+RECIPE = Distillation(
+    divergence_weight=0.5, learning_rate=1e-3, alignment=Alignment(projection="linear", layers="last", weight=0.1)
+)
+STRATEGY = Strategy(
+    init=Init(depth=0.5),
+    distillation=RECIPE,
+    finishing=Finishing(format="gguf-q4_0", bits=4, group_size=32, scales="learned"),
+)
+
+
+@pytest.fixture(autouse=True)
+def same_attention():
+    """The device has no fused attention: the CPU computes it in the same steps."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("trials")
+
+
+@pytest.fixture(scope="module")
+def teacher(folder):
+    return save_tiny_teacher(folder / "teacher")
+
+
+@pytest.fixture(scope="module")
+def data(folder, teacher):
+    return prepare(resolve_data(str(tiny_text(folder / "text"))), teacher, "tokenizer", LENGTH, folder)
+
+
+@pytest.fixture(scope="module")
+def validation(data):
+    return load_split(data.folder, "validation").head(4 * LENGTH)
+
+
+def _spec(teacher):
+    return spec_from_config(json.loads((teacher / "config.json").read_text()))
+
+
+def _setting(workshop, teacher, data, folder, device, **changes):
+    """What trials on a device are given, made on it."""
+    folder.mkdir()
+    cache = ensure_cache(
+        lambda: load_model(teacher, torch.float32),
+        teacher_fingerprint="t",
+        data_fingerprint=data.fingerprint,
+        data=load_split(data.folder, "train").head(256),
+        vocabulary=300,
+        width=64,
+        settings=CacheSettings(top_k=64, states=(2, 3, 4, 5)),
+        root=folder / "cache",
+        limit_bytes=10**8,
+        device=device,
+    )
+    held_out = load_split(data.folder, "validation").head(128)
+    _, reference = refer(load_model(teacher, torch.float32, device), held_out, device=device)
+    reference.save(folder / "reference.npz")
+    return TrialSetting(
+        teacher=teacher,
+        teacher_spec=_spec(teacher),
+        teacher_reference=folder / "reference.npz",
+        teacher_accuracy=0.5,
+        data=data.folder,
+        cache=cache,
+        checkpoints=folder / "checkpoints",
+        budget=Budget(memory_bytes=10**9, context=128),
+        plan=workshop.plan(
+            **{"tokens": 256, "rungs": (128, 256), "keep": (1,), "eval_tokens": 128, "rung_eval_tokens": 64, **changes}
+        ),
+        evaluators=("accuracy", "perplexity", "agreement", "kl", "calibration", "memory", "size"),
+        metric="accuracy",
+        direction="max",
+        device=device,
+    )
+
+
+def _figures(report):
+    return {name: found.value for name, found in report.evaluation.measurements.items()}
+
+
+def _run(setting, strategy):
+    """Reports of a trial's rungs, each by a worker of its own, and of its student under another deployment."""
+    task = TrialTask(
+        id="t000", strategy=strategy, seed=0, deployments=ALL, probe=probe_deployment(strategy, ALL), straight=False
+    )
+    reports = [Trial(Workbench(setting), task).run(rung) for rung in range(2)]
+    return [*reports, Trial(Workbench(setting), task).evaluate(INT4)]
+
+
+ATTENTIVE = replace(STRATEGY, finishing=None, distillation=replace(RECIPE, attention=Attention(kind="maps")))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes"),
+    [
+        (STRATEGY, {}),
+        (ATTENTIVE, {"micro_batch": 1, "checkpointing": True}),
+        # bitsandbytes takes long on a CPU.
+        pytest.param(replace(STRATEGY, finishing=None), {"optimizer_state": "int8"}, marks=pytest.mark.slow),
+    ],
+    ids=["learned scales", "checkpointing", "8-bit states"],
+)
+def test_a_trial_reports_what_it_does_on_the_cpu(workshop, teacher, data, tmp_path, device, strategy, changes):
+    here, there = (
+        _run(_setting(workshop, teacher, data, tmp_path / kind, kind, **changes), strategy) for kind in ("cpu", device)
+    )
+    for ours, theirs in zip(here, there, strict=True):
+        assert _figures(theirs) == pytest.approx(_figures(ours), rel=2e-3, abs=2e-3)
+        assert (theirs.trained, theirs.shared, theirs.unsaved) == (ours.trained, ours.shared, ours.unsaved)
+        for step, other in zip(theirs.steps, ours.steps, strict=True):
+            assert step.loss == pytest.approx(other.loss, rel=1e-3)
+
+
+def test_it_trains_in_bfloat16(workshop, teacher, data, tmp_path, device):
+    reports = _run(
+        _setting(workshop, teacher, data, tmp_path / "made", device, bf16=True, checkpointing=True), STRATEGY
+    )
+    losses = [step.loss for report in reports for step in report.steps]
+    assert np.isfinite(losses).all()
+
+
+def _waits(workshop, device, traffic, strategy, **changes):
+    """Lines of the package that waited for the device in the second step, and how often."""
+    trainer = workshop.trainer(strategy, device=device, tokens=64 * 8, **changes)
+    steps = trainer.train_stable(64 * 3)
+    next(steps)
+    traffic.waits.clear()
+    next(steps)
+    return _own(traffic)
+
+
+def _own(traffic):
+    """Without transformers' look for packed sequences, before the first layer of each pass."""
+    return {line: count for line, count in traffic.waits.items() if line != "transformers"}
+
+
+def test_a_step_waits_for_the_device_twice(workshop, device, traffic):
+    plain = replace(STRATEGY, finishing=None)
+    for changes in ({}, {"micro_batch": 1}):
+        waits = _waits(workshop, device, traffic, plain, **changes)
+        # For its losses, and for the norm of its gradients.
+        assert sum(waits.values()) == 2, waits
+
+
+@pytest.mark.parametrize("deployment", [Q4, INT4, Q8], ids=lambda one: one.name)
+def test_a_grid_adds_no_waiting(workshop, device, traffic, deployment):
+    spec = _spec(workshop.teacher)
+    trainer = workshop.trainer(replace(STRATEGY, finishing=None), device=device, tokens=64 * 8)
+    grids = {tensor.name: deployment.storage(tensor) for tensor in spec.tensors if len(tensor.shape) == 2}
+    steps = trainer.train_decay(64 * 3, grids.get)
+    next(steps)
+    traffic.waits.clear()
+    next(steps)
+    assert sum(_own(traffic).values()) == 2, traffic.waits
+
+
+def test_the_cache_is_the_cpus(teacher, data, tmp_path, device):
+    tokens = load_split(data.folder, "train").head(128)
+    settings = CacheSettings(top_k=16, draws=(12,), final=True, states=(1, 5))
+    found = []
+    for kind in ("cpu", device):
+        folder = ensure_cache(
+            lambda: load_model(teacher, torch.float32),
+            teacher_fingerprint=kind,
+            data_fingerprint=data.fingerprint,
+            data=tokens,
+            vocabulary=300,
+            width=64,
+            settings=settings,
+            root=tmp_path,
+            limit_bytes=10**8,
+            device=kind,
+        )
+        cache = TeacherCache(folder)
+        top, drawn = cache.top([0, 2], 2.0, 16), cache.sampled([0, 2], 1.0, 12)
+        states = [cache.state([1], 5), cache.state_size([1], 1), cache.final([3])]
+        found.append([top.ids, top.log_p, drawn.ids, drawn.weights, *states])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=2e-3, atol=2e-3)
+
+
+def test_scores_and_choices_are_the_cpus(teacher, validation, device):
+    models = [load_model(teacher, torch.float32, kind) for kind in ("cpu", device)]
+    (ours, reference), (theirs, other) = (
+        refer(model, validation, device=kind) for model, kind in zip(models, ("cpu", device), strict=True)
+    )
+    np.testing.assert_allclose(theirs.nll, ours.nll, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(other.top1, reference.top1)
+    scores, _ = score(models[1], validation, reference, device=device)
+    np.testing.assert_allclose(scores.divergence, 0, atol=1e-5)
+    chosen = (choices(model, validation, device=kind) for model, kind in zip(models, ("cpu", device), strict=True))
+    for one, two in zip(*chosen, strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-4)
+
+
+def test_a_calibration_is_the_cpus(teacher, validation, device):
+    ours, theirs = (calibrate(load_model(teacher, torch.float32), validation, kind) for kind in ("cpu", device))
+    for name in ("similarity", "neurons", "groups", "channels"):
+        torch.testing.assert_close(getattr(theirs, name), getattr(ours, name), rtol=1e-4, atol=1e-5)
+
+
+def test_likelihoods_are_the_cpus(teacher, device):
+    pairs = [([5, 9, 20], [7, 8]), ([5, 9, 20], [4]), ([30], [41, 42, 43])]
+    texts = [list(range(3, 60)), [9, 8, 7]]
+    found = []
+    for kind in ("cpu", device):
+        model = load_model(teacher, torch.float32, kind)
+        found.append(
+            (
+                [one.log_likelihood for one in continuations(model, pairs, device=kind)],
+                np.concatenate(rolling(model, texts, window=16, stride=8, device=kind)),
+            )
+        )
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(theirs, ours, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.7, top_p=0.9, seed=3)], ids=["greedy", "drawn"]
+)
+def test_what_is_written_is_the_cpus(teacher, device, sampling):
+    prompts = [[5, 9, 200], [7], list(range(40, 60))]
+    ours, theirs = (
+        dict(
+            write(
+                load_model(teacher, torch.float32, kind),
+                prompts,
+                stops=(1, 30),
+                max_tokens=8,
+                sampling=sampling,
+                device=kind,
+            )
+        )
+        for kind in ("cpu", device)
+    )
+    assert theirs == ours
+
+
+@pytest.mark.parametrize("held", ["float32", "bfloat16"])
+@pytest.mark.parametrize("deployment", ALL, ids=lambda one: one.name)
+def test_a_packed_teacher_is_evaluated_as_on_the_cpu(teacher, validation, device, held, deployment):
+    spec, found = _spec(teacher), []
+    for kind in ("cpu", device):
+        model = load_held(teacher, held, kind)
+        evaluation, _ = evaluate(
+            model,
+            spec,
+            deployment,
+            validation,
+            None,
+            budget=Budget(memory_bytes=10**9, context=128),
+            evaluators=("accuracy", "perplexity", "calibration"),
+            device=kind,
+        )
+        found.append({name: one.value for name, one in evaluation.measurements.items()})
+        with deployed_weights(model, spec, deployment):
+            assert {parameter.device.type for parameter in model.parameters()} == {kind}
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+def test_the_machine_is_measured(teacher, device):
+    speed = measure_speed(
+        load_model(teacher, torch.float32),
+        _spec(teacher),
+        lambda model: cut_student(model, Init(depth=0.5), None)[0],
+        Workers(count=1, threads=1, bf16=True, device=device),
+        1,
+        device=device,
+        sequence_length=LENGTH,
+        checkpointing=True,
+    )
+    assert min(speed.cache, speed.score, speed.worker_train, speed.worker_score) > 0
