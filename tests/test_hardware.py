@@ -6,7 +6,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from autodistill.hardware import Gpu, Machine, _cpus, _memory, detect
+from autodistill import hardware
+from autodistill.hardware import Gpu, Machine, _cpus, _memory, detect, detect_for_training
 
 
 def test_detects_this_machine() -> None:
@@ -14,6 +15,15 @@ def test_detects_this_machine() -> None:
     assert 1 <= machine.cpus <= (os.cpu_count() or 1)
     assert 0 < machine.memory_bytes <= psutil.virtual_memory().total
     assert machine.accelerator == bool(machine.gpus)
+
+
+def test_nothing_is_trained_on_apples_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "_gpus", lambda: (Gpu(name="Apple GPU", memory_bytes=8),))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert detect().accelerator
+    assert not detect_for_training().accelerator
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert detect_for_training() == detect()
 
 
 def test_affinity_limits_the_cores() -> None:

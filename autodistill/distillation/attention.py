@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from autodistill.contracts import ModelSpec
+from autodistill.distillation.sdpa import attention_forward, register
 from autodistill.distillation.student import decoder_layers
 from autodistill.errors import InputError
 from autodistill.families import Axis, get_family
@@ -94,15 +92,14 @@ _watchers: dict[nn.Module, Callable[[Heads], None]] = {}
 
 def _watched_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """transformers' SDPA, which shows queries and keys as they enter the product to whoever watches the module."""
+) -> tuple[Tensor, Any]:
+    """The models' attention, which shows queries and keys as they enter the product to whoever watches the module."""
     if module in _watchers:
         _watchers[module](Heads(query, key, options["scaling"], attention_mask))
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return attention_forward(module, query, key, value, attention_mask, **options)
 
 
-AttentionInterface.register(_WATCHED, _watched_attention)
-AttentionMaskInterface.register(_WATCHED, sdpa_mask)
+register(_WATCHED, _watched_attention)
 
 
 @contextmanager

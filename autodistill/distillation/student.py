@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from autodistill.contracts import ModelSpec
 from autodistill.distillation.calibration import Calibration
 from autodistill.distillation.pretrained import load_pretrained, pretrained_spec
+from autodistill.distillation.sdpa import ATTENTION
 from autodistill.distillation.teacher import load_model, model_from_weights, read_config, stored_type
 from autodistill.errors import InputError
 from autodistill.estimate import resized, spec_from_config
@@ -184,7 +185,7 @@ def new_student(teacher: Path, init: Init, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = type(config).from_dict(config.to_dict() | changes)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
     return model.eval()
 
 

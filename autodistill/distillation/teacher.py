@@ -349,11 +349,13 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrai
     """
     from transformers import AutoModelForCausalLM
 
+    from autodistill.distillation.sdpa import ATTENTION
+
     with _no_progress_bar():
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation=ATTENTION,
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
@@ -373,6 +375,8 @@ def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[
     """
     import torch
 
+    from autodistill.distillation.sdpa import ATTENTION
+
     config = type(model.config).from_dict(model.config.to_dict() | dict(changes))
     stored = dict(weights)
     if "lm_head.weight" in stored:
@@ -380,7 +384,7 @@ def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[
         stored[f"{FAMILIES[config.model_type].stored_head}.weight"] = stored.pop("lm_head.weight")
     with _no_progress_bar():
         made = type(model).from_pretrained(
-            None, config=config, state_dict=stored, dtype=torch.float32, attn_implementation="sdpa"
+            None, config=config, state_dict=stored, dtype=torch.float32, attn_implementation=ATTENTION
         )
     made.generation_config = model.generation_config
     made.config._name_or_path = model.config._name_or_path

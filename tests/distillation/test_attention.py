@@ -19,6 +19,7 @@ from autodistill.distillation.attention import (
     teacher_layer,
     watch,
 )
+from autodistill.distillation.sdpa import ATTENTION
 from autodistill.distillation.teacher import load_model
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
@@ -74,7 +75,7 @@ def test_watched_maps_are_those_of_eager_attention(folder, ids, layer):
     (heads,) = found
     torch.testing.assert_close(_matrices(heads), _eager(folder, ids)[0][layer].double(), atol=2e-6, rtol=0)
     assert torch.equal(watched, plain)
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == ATTENTION
 
 
 def test_watched_maps_carry_the_gradient(folder, ids):
@@ -122,7 +123,7 @@ def test_a_failed_forward_pass_leaves_no_watcher(folder):
     with pytest.raises(RuntimeError), watch(model, MAPS):
         raise RuntimeError
     assert attention_module._watchers == {}
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == ATTENTION
 
 
 @pytest.mark.parametrize("attention", [MAPS, RELATIONS], ids=["maps", "relations"])

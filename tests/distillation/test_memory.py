@@ -1,10 +1,11 @@
-"""Freed memory is kept: a process that allocates again does not fault its pages in again."""
+"""Freed memory is kept, so that a process that allocates again faults no pages in again; full memory is known."""
 
 import platform
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from autodistill.distillation import memory
 
@@ -45,3 +46,27 @@ def test_other_c_libraries_are_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: pytest.fail("nothing of the C library is touched"))
     memory.keep_freed_memory()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=str,
+)
+def test_memory_that_is_full_is_known_by_any_of_its_names(error):
+    assert memory.is_out_of_memory(error)
+
+
+def test_other_errors_are_not_taken_for_full_memory():
+    for error in (RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("out of memory")):
+        assert not memory.is_out_of_memory(error)
+
+
+def test_nothing_is_asked_of_a_gpu_that_is_not_there():
+    memory.give_back_memory()

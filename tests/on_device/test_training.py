@@ -16,6 +16,8 @@ from autodistill.estimate import spec_from_config
 from autodistill.formats import Grid
 from autodistill.search.teacher_outputs import cache_settings
 from autodistill.space import load_space, load_strategy
+from autodistill.strategy import Alignment, Distillation, Finishing, Init, Lora, Strategy
+from autodistill.token_sets import TokenSet
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "search_spaces" / "strategies").glob("*.yaml"))
 STEP = 64
@@ -54,8 +56,9 @@ def _spec(workshop):
     return spec_from_config(json.loads((workshop.teacher / "config.json").read_text()))
 
 
-def _train(workshop, name, folder, device, **changes):
+def _train(workshop, name, folder, device):
     """Records and weights of a stretch with a checkpoint, and of the decay that another trainer goes on with."""
+    workshop = dataclasses.replace(workshop, data=workshop.data.head(4 * workshop.data.tokens.shape[1]))
     spec, strategy = _spec(workshop), load_strategy(name)
     strategy = _fitted(strategy, student_spec(strategy, spec).layers)
     folder.mkdir()
@@ -72,14 +75,14 @@ def _train(workshop, name, folder, device, **changes):
     if name == "written":
         bench = bench.told(workshop.cache)
         bench.data.told.ids[:, ::2] = -1
-    options = {"calibration": calibration, "tokens": 4 * STEP, "device": device, **changes}
+    options = {"calibration": calibration, "tokens": 3 * STEP, "device": device}
     first = bench.trainer(strategy, **options)
-    records = [*first.train_stable(2 * STEP)]
+    records = [*first.train_stable(STEP)]
     first.save(folder / "checkpoint")
     second = bench.trainer(strategy, **options)
     second.load(folder / "checkpoint")
     learned = strategy.finishing is not None and strategy.finishing.scales == "learned"
-    records += [*second.train_decay(4 * STEP, storage_of, learned=learned)]
+    records += [*second.train_decay(3 * STEP, storage_of, learned=learned)]
     weights = {key: value.detach() for key, value in second.model.named_parameters()}
     assert {value.device.type for value in weights.values()} == {device}
     return records, weights
@@ -95,3 +98,53 @@ def test_it_trains_as_on_the_cpu(workshop, tmp_path, device, name):
         np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-6, err_msg=field)
     for key, value in weights.items():
         torch.testing.assert_close(value.cpu(), expected[key], rtol=0, atol=2e-4, msg=key)
+
+
+TWINNED = {
+    "cached tokens": Distillation(
+        divergence_weight=0.5,
+        learning_rate=1e-3,
+        positions="uncertain",
+        uncertain_share=0.5,
+        alignment=Alignment(projection="mlp", layers="all", distance="l2", balance=True),
+    ),
+    "cached draws": Distillation(divergence_weight=0.5, learning_rate=1e-3, signal="sampled", signal_tokens=12),
+    "cached states": Distillation(divergence_weight=1.0, learning_rate=1e-3, signal="states"),
+    "the teacher itself": Distillation(
+        divergence_weight=0.5, learning_rate=1e-3, signal="online", standardise=True, lora=Lora(rank=4)
+    ),
+}
+
+
+def _twinned(workshop):
+    """With data of which the student reads another rendering, shifted by a token, and knows another end."""
+    data, dice = workshop.data, np.random.default_rng(1)
+    shared = dice.random(data.tokens.shape) < 0.4
+    shared[:, [0, -1]] = False
+    answers = shared | (dice.random(shared.shape) < 0.3)
+    own = TokenSet(
+        tokens=np.roll(data.tokens, 1, axis=1),
+        documents=data.documents,
+        answers=np.roll(answers, 1, axis=1),
+        shared=np.roll(shared, 1, axis=1),
+        teacher=dataclasses.replace(data, answers=answers, shared=shared),
+        ends=(1, 2),
+    )
+    return dataclasses.replace(workshop, data=own)
+
+
+@pytest.mark.parametrize("recipe", TWINNED.values(), ids=TWINNED)
+def test_a_rendering_of_its_own_and_a_grid_train_as_on_the_cpu(workshop, device, recipe):
+    grid = Finishing(format="gguf-q4_0", bits=4, group_size=32)
+    strategy = Strategy(init=Init(depth=0.5), distillation=recipe, finishing=grid)
+    storages = {tensor.name: grid.storage(tensor) for tensor in student_spec(strategy, _spec(workshop)).tensors}
+    grids = {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
+    found = []
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for kind in ("cpu", device):
+            trainer = _twinned(workshop).trainer(strategy, tokens=4 * STEP, device=kind, micro_batch=1)
+            records = [*trainer.train_decay(2 * STEP, grids.get, learned=True)]
+            found.append([(record.loss, record.gradient_norm) for record in records])
+            assert {parameter.device.type for parameter in trainer.model.parameters()} == {kind}
+            assert set(trainer.scales) == set(grids) - ({"model.embed_tokens.weight"} if not recipe.lora else set())
+    np.testing.assert_allclose(found[1], found[0], rtol=2e-3)

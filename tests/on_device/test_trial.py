@@ -232,6 +232,21 @@ def test_scores_and_choices_are_the_cpus(teacher, validation, device):
         np.testing.assert_allclose(two, one, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("bf16", "keys"), [(False, 4), (True, 2)])
+def test_heads_are_equal_where_float32_asks_for_it(teacher, device, monkeypatch, bf16, keys):
+    seen = []
+
+    def attend(query, key, value, **options):
+        seen.append((query.shape[1], key.shape[1], value.shape[1]))
+        return query
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    model = load_model(teacher, torch.float32, device)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+        model.base_model(input_ids=torch.ones(1, 8, dtype=torch.int64, device=device), use_cache=False)
+    assert set(seen) == {(4, keys, keys)}
+
+
 def test_a_calibration_is_the_cpus(teacher, validation, device):
     ours, theirs = (calibrate(load_model(teacher, torch.float32), validation, kind) for kind in ("cpu", device))
     for name in ("similarity", "neurons", "groups", "channels"):
