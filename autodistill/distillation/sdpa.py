@@ -24,8 +24,9 @@ def attention_forward(
     compute [heads, tokens, tokens], at a third of the speed of the kernel that takes equal heads
     (pytorch/pytorch#181528).
     """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and query.shape[2] > 1 and query.dtype == torch.float32 and query.device.type != "cpu":
+    groups, kind = query.shape[1] // key.shape[1], query.device.type
+    computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    if groups > 1 and query.shape[2] > 1 and computed == torch.float32 and kind != "cpu":
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
         # Without the number of groups, by which it would repeat them again.
         module = SimpleNamespace(is_causal=getattr(module, "is_causal", True))

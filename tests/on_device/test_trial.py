@@ -290,9 +290,12 @@ def test_what_is_written_is_the_cpus(teacher, device, sampling):
     assert theirs == ours
 
 
-@pytest.mark.parametrize("held", ["float32", "bfloat16"])
-@pytest.mark.parametrize("deployment", ALL, ids=lambda one: one.name)
-def test_a_packed_teacher_is_evaluated_as_on_the_cpu(teacher, validation, device, held, deployment):
+@pytest.mark.parametrize(
+    ("deployment", "held"),
+    [*((deployment, "float32") for deployment in ALL), (Q4, "bfloat16"), (INT4, "bfloat16")],
+    ids=lambda one: getattr(one, "name", one),
+)
+def test_a_packed_teacher_is_evaluated_as_on_the_cpu(teacher, validation, device, deployment, held):
     spec, found = _spec(teacher), []
     for kind in ("cpu", device):
         model = load_held(teacher, held, kind)
