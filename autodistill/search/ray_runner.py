@@ -7,6 +7,7 @@ stretch and promoting the start of another, so that Tune needs no state that our
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import shutil
@@ -15,7 +16,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
-from autodistill.distillation.memory import give_back_memory
+import torch
+
 from autodistill.errors import LostClusterError
 from autodistill.search.campaign import Campaign
 from autodistill.search.cluster import Cluster
@@ -225,6 +227,7 @@ def _stretch_class() -> Any:
     """Tune's trainable: one step takes one trial to one rung; the worker and its workbench stay for the next."""
     from ray import tune
 
+    # The class goes to the workers by value, before they know where this package lies: it names none of its functions.
     class Stretch(tune.Trainable):  # type: ignore[misc, unused-ignore]
         def setup(self, config: dict[str, Any], make: Callable[[], Work]) -> None:  # type: ignore[override]
             self._assignment: Assignment = config["assignment"].assignment
@@ -233,7 +236,9 @@ def _stretch_class() -> Any:
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self._assignment = new_config["assignment"].assignment
-            give_back_memory()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             return True
 
         def step(self) -> dict[str, Any]:
