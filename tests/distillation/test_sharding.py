@@ -231,6 +231,30 @@ def test_eight_bit_states_over_two_processes_are_the_moments_and_any_number_goes
             torch.testing.assert_close(*weights, rtol=1e-4, atol=2e-5)
 
 
+def test_eight_bit_states_of_what_is_whole_in_every_process_go_on_in_any_number(workshop, tmp_path):
+    """Of changes of rank 37, whose blocks would end elsewhere in shards of them, and of projections."""
+    alignment = Alignment(layers="even", count=2, projection="linear", weight=0.3)
+    lora = Lora(rank=37, layers="ffn")
+    strategy = Strategy(distillation=Distillation(learning_rate=1e-2, lora=lora, alignment=alignment))
+    bare = replace(workshop, cache=None)
+
+    def task(name, until=STEP, begin=None):
+        plan = (("optimizer_state", "int8"),)
+        return Task(bare, workshop.folder, strategy, until, tmp_path / name, begin and tmp_path / begin, plan)
+
+    further = [task("longer", 3 * STEP), task("continued", 3 * STEP, "begun"), task("again", begin="begun")]
+    together([task("begun"), *further], tmp_path)
+    run(task("back", begin="begun"))
+    begun, longer, continued, again, back = (
+        load_file(tmp_path / name) for name in ("begun", "longer", "continued", "again", "back")
+    )
+    eight_bit = {name.split(".")[1] for name, tensor in begun.items() if tensor.dtype == torch.uint8}
+    assert eight_bit == {"adapter", "projection"}
+    for found, expected in ((continued, longer), (again, begun), (back, begun)):
+        assert found.keys() == expected.keys()
+        assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+
+
 def test_sequences_that_do_not_divide_are_refused():
     sharding = Sharding.__new__(Sharding)
     sharding.rank, sharding.count = 1, 2

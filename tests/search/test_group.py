@@ -52,8 +52,9 @@ def holder(ray: Any, setting: TrialSetting, room: Mapping[str, tuple[int, int]])
         room: By trial, after how many passes the second process runs out of memory, and in passes over more than how
             many sequences.
     """
-    bundles = ray.util.placement_group([{"CPU": 1}] * 2)
-    place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(bundles)
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    place = PlacementGroupSchedulingStrategy(ray.util.placement_group([{"CPU": 1}] * 2))
 
     # Classes of a function travel to other processes whole, where they cannot import this file.
     class Tight(group.Member):
