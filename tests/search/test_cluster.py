@@ -238,7 +238,10 @@ def test_two_processes_on_two_nodes_find_what_one_finds(
 def test_a_search_over_two_nodes_with_low_rank_changes_and_eight_bit_states_finds_what_one_process_finds(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trained as where memory is shortest: one sequence at a time, checkpointing, and states of 8 bits."""
+    """Trained as where memory is shortest: one sequence at a time, checkpointing, and states of 8 bits.
+
+    Of changes of rank 37 blocks of 256 values would end elsewhere in shards than they do in the whole.
+    """
 
     def smallest(spec: ModelSpec, *, limit_bytes: int, **more: Any) -> TrainingFit:
         return list(training_fits(spec, **more))[-1]
@@ -247,7 +250,7 @@ def test_a_search_over_two_nodes_with_low_rank_changes_and_eight_bit_states_find
     save_tiny_teacher(tmp_path / "teacher", layers=5)
     tiny_text(tmp_path / "text", documents=30, sentences=80)
     grid = {"format": "gguf-q4_0", "bits": 4, "group_size": 32}
-    learned, changes = grid | {"scales": "learned"}, {"rank": 40, "alpha": 80.0, "layers": "ffn"}
+    learned, changes = grid | {"scales": "learned"}, {"rank": 37, "alpha": 74.0, "layers": "ffn"}
     dimensions = {
         "init.depth": {"choices": [0.6, 0.8]},
         "distillation.lora": {"choices": {"none": None, "changes": changes}},
@@ -287,6 +290,8 @@ def test_a_search_over_two_nodes_with_low_rank_changes_and_eight_bit_states_find
     run_trials(monkeypatch, request("alone", runner="inline"))
     together, alone = (EventLog(tmp_path / "runs" / name / "trials.jsonl").read() for name in ("together", "alone"))
     assert not [event for event in together if event["event"] == "retry" or event.get("status") == Status.FAILED]
+    # Some went on from a checkpoint of both processes.
+    assert [event for event in together if event["event"] == "rung" and event["trained"] < event["tokens"]]
     strategies, expected = (
         {event["trial"]: event["strategy_id"] for event in events if event["event"] == "trial"}
         for events in (together, alone)
@@ -302,5 +307,5 @@ def test_a_search_over_two_nodes_with_low_rank_changes_and_eight_bit_states_find
     common = [one for one in aims if one in losses and strategies[one[0]] == expected[one[0]]]
     assert {trial for trial, _ in common} > {"b000", "b001"}
     for stretch in common:
-        # In bfloat16, where processes sum in another order, and round states in other blocks.
-        assert losses[stretch] == pytest.approx(aims[stretch], rel=2e-2)
+        # Processes sum in another order, here and there in bfloat16, and round states in other blocks.
+        assert losses[stretch] == pytest.approx(aims[stretch], rel=5e-3)

@@ -1,4 +1,4 @@
-"""One trial over two gloo processes through Ray, of which the second has little memory; and a search of such trials."""
+"""One trial over two gloo processes through Ray, of which the second has little memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from autodistill.distillation.memory import TooManyAtOnce
 from autodistill.distillation.step_loss import StepLoss
 from autodistill.hardware import Machine
 from autodistill.search import group
 from autodistill.search.cluster import LocalRay
-from autodistill.search.trials import Assignment
+from autodistill.search.trials import Assignment, attempt
 from autodistill.strategy import Deployment, Distillation, Finishing, Strategy
 from autodistill.trial_data import RungReport, TrialSetting, TrialTask
 
@@ -86,6 +87,26 @@ def holder(ray: Any, setting: TrialSetting, room: Mapping[str, tuple[int, int]])
     return ray.remote(Holder).options(num_cpus=0, scheduling_strategy=place).remote()
 
 
+def test_a_group_begins_again_with_fewer_sequences_at_once_for_as_long_as_it_is_told_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def runs_out(fewer: int) -> None:
+        raise TooManyAtOnce(fewer)
+
+    failure = {"failure": ("out-of-memory", "so")}
+    outcomes = [attempt(lambda: runs_out(2)), attempt(lambda: runs_out(1)), failure]
+    given: list[int | None] = []
+
+    def said(self: group.Group, assignment: Assignment) -> dict[str, Any]:
+        given.append(assignment.task.micro_batch)
+        return outcomes[len(given) - 1]
+
+    monkeypatch.setattr(group.Group, "_attempt", said)
+    assert group.Group(None, None).work(Assignment(task=TASK, rung=0)) == failure  # type: ignore[arg-type]
+    assert given == [None, 2, 1]
+
+
+@pytest.mark.slow
 def test_out_of_memory_in_one_process_goes_on_in_new_ones_with_fewer_sequences_at_once(
     ray: Any, lab: Any, tmp_path: Path
 ) -> None:
