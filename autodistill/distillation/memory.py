@@ -24,6 +24,20 @@ def keep_freed_memory() -> None:
         library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
+class TooManyAtOnce(Exception):
+    """A step that several processes share ran out of memory in this one, for whose part the others wait for ever.
+
+    All of them are to end, and new ones to go on from the last checkpoint.
+
+    Args:
+        fewer: Sequences at once, of each process, that the step is to be tried with.
+    """
+
+    def __init__(self, fewer: int) -> None:
+        super().__init__(f"out of memory: go on from the last checkpoint in new processes, with micro_batch {fewer}")
+        self.fewer = fewer
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on an accelerator or in the machine's own memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
