@@ -312,7 +312,7 @@ def _look_up(data: Any, path: str) -> Any:
 
 
 def _find(domain: Choices | Range, value: Any) -> Value | None:
-    """The value of `domain` that puts `value`, or that says most of what `value` agrees with, at the dimension's path."""
+    """The value of `domain` that puts `value` at the dimension's path, or of those that agree with it the fullest."""
     if isinstance(domain, Range):
         return value if domain.holds(value) else None
     found: Value | None = None
@@ -320,9 +320,9 @@ def _find(domain: Choices | Range, value: Any) -> Value | None:
     for label, data in domain.values.items():
         if value == data:
             return label
-        if isinstance(data, Mapping) and isinstance(value, Mapping) and len(data) > most:
-            if all(key in value and value[key] == data[key] for key in data):
-                found, most = label, len(data)
+        part = isinstance(data, Mapping) and isinstance(value, Mapping)
+        if part and len(data) > most and all(key in value and value[key] == data[key] for key in data):
+            found, most = label, len(data)
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a budget and a machine leave of a space: the teacher's own shape only where it makes sense, and can be trained."""
+"""What a budget and a machine leave of a space: the teacher's own shape where it has to shrink, and can be trained."""
 
 from __future__ import annotations
 
