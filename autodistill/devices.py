@@ -21,6 +21,7 @@ USER_FILE = Path("~/.config/autodistill/devices.yaml")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 _FIGURES = ("memory", "usable", "bandwidth", "rates")
 _FIELDS = ("aliases", "class", *_FIGURES, "source", "sources")
+_SOURCE_FIELDS = ({"text"}, {"text", "read"}, {"text", "read", "unread"})
 _NAME = re.compile(r"[\w(][\w .+()/-]{0,79}", re.ASCII)
 # Beyond these an entry is a slip of the unit: a tenth of the slowest memory known, and some times the fastest parts.
 _BANDWIDTHS = (1e8, 1e14)
@@ -169,7 +170,9 @@ def read_devices(path: Path) -> tuple[Device, ...]:
     """Reads a file of devices, of the form of the built-in `hardware.yaml`.
 
     Its `devices` map names to `class`, `memory` ("24GiB"), `bandwidth` (of a second, "1008GB") and `rates` (tera
-    operations a second by precision), and optionally `aliases`, `usable`, `source` and `sources`.
+    operations a second by precision), and optionally `aliases`, `usable`, `source` and `sources`. Its own `sources` map
+    short names to texts, or to `text`, `read` (the document, by its address, that the figures were held against) and
+    `unread` (what of them it does not have).
 
     Raises:
         InputError: Not such a file, or an impossible device; the message names it.
@@ -177,9 +180,7 @@ def read_devices(path: Path) -> tuple[Device, ...]:
     data = read_yaml(path)
     if not isinstance(data, Mapping) or not isinstance(data.get("devices"), Mapping):
         raise InputError(f"{path} describes no devices: it must have a mapping `devices` of names to figures")
-    texts = data.get("sources") or {}
-    if not isinstance(texts, Mapping):
-        raise InputError(f"{path}: sources must map short names to texts")
+    texts = _texts(data.get("sources") or {}, path)
     classes = _classes(data["classes"]) if path == BUILT_IN else device_classes()
     found = tuple(_device(name, entry, classes, texts, path) for name, entry in data["devices"].items())
     names = [key for device in found for key in {_joined(name) for name in (device.name, *device.aliases)}]
@@ -210,6 +211,21 @@ def _classes(data: Mapping[str, Mapping[str, Any]]) -> Mapping[str, DeviceClass]
         )
         for name, entry in data.items()
     }
+
+
+def _texts(data: Any, path: Path) -> dict[str, str]:
+    if not isinstance(data, Mapping):
+        raise InputError(f"{path.name}: sources must map short names to texts")
+    found = {}
+    for name, value in data.items():
+        parts = {"text": value} if isinstance(value, str) else value
+        known = isinstance(name, str) and isinstance(parts, Mapping) and set(parts) in _SOURCE_FIELDS
+        if not known or not all(isinstance(part, str) and part for part in parts.values()):
+            problem = f"the source {name!r} is {value!r}"
+            raise InputError(f"{path.name}: {problem}: write a text, or a text and where it was read")
+        unread = f"; unread: {parts['unread']}" if "unread" in parts else ""
+        found[name] = parts["text"] + (f" (read: {parts['read']}{unread})" if "read" in parts else "")
+    return found
 
 
 def _device(name: Any, entry: Any, classes: Mapping[str, DeviceClass], texts: Mapping[str, str], path: Path) -> Device:

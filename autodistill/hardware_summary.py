@@ -25,7 +25,7 @@ def devices_table(known: Sequence[Device]) -> str:
         )
         for device in known
     ]
-    note = "Rates are dense, in tera operations a second; --format json has the source of each figure."
+    note = "Rates are dense, in tera operations a second; --format json has each figure's source and where it was read."
     return f"{table([head, *lines], left=2)}\n{note}"
 
 

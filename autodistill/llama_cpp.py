@@ -224,8 +224,8 @@ class LlamaServer:
         return self._child.used_seconds()
 
     def peak_bytes(self) -> int:
-        """The most memory that llama.cpp's process had at a time."""
-        return peak_memory(self._child.pid)
+        """The most memory that llama.cpp took at a time: of its process, less what the interpreter there held before."""
+        return peak_memory(self._child.pid) - int(self._child.ready["interpreter_bytes"])
 
     def buffers(self) -> Buffers:
         """The memory that the log states.

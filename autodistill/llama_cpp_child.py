@@ -56,16 +56,26 @@ def _tokens(text: str) -> dict[str, Any]:
     return answer
 
 
+def _resident_bytes() -> int:
+    """What this process holds; 0 where the system does not say it as Linux does."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS:"))
+    except (OSError, StopIteration):
+        return 0
+
+
 def main() -> None:
     """Loads, says so with a line, and answers until stdin ends.
 
-    A request is a JSON object for llama.cpp's completions, or one that has a `text` to be cut into tokens; the answer
+    The line says what the interpreter held before, which llama.cpp on its own would not. A request is a JSON object for llama.cpp's completions, or one that has a `text` to be cut into tokens; the answer
     is the JSON list of the objects that it gave.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the runtime prints belongs to the log
+    before = {"interpreter_bytes": _resident_bytes()}
     server = _load(json.loads(sys.argv[1]))
-    print("[]", file=answers, flush=True)
+    print(json.dumps(before), file=answers, flush=True)
     for line in sys.stdin:
         chunks: list[Any] = []
         request = json.loads(line)

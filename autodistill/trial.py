@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,7 @@ class Trial:
 
         Raises:
             TrialFailedError: NaN, out of memory, or another error of this trial alone.
+            TooManyAtOnce: Of several processes, which are to begin again with fewer sequences at once.
         """
         try:
             return self._run(rung)
@@ -336,15 +337,15 @@ class Trial:
         model, kept = initial_student(setting, task.strategy.init, task.seed)
         self._bench.check(task.strategy, kept)
         attention = task.strategy.distillation.attention
-        layers = setting.teacher_spec.layers
+        layers, plan = setting.teacher_spec.layers, setting.plan
         return Trainer(
             model.to(setting.device),
             kept=kept,
             teacher_layers=layers,
             teacher_width=setting.teacher_spec.width,
             strategy=task.strategy,
-            plan=setting.plan,
-            data=self._bench.read("train", task.strategy.init).head(setting.plan.most_tokens),
+            plan=replace(plan, micro_batch=min(plan.micro_batch, task.micro_batch or plan.micro_batch)),
+            data=self._bench.read("train", task.strategy.init).head(plan.most_tokens),
             cache=self._bench.cache,
             teacher_block=self._bench.teacher_block(teacher_layer(attention, layers)) if attention else None,
             seed=task.seed,

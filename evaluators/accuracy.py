@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-import datasets
-import evaluate
-import numpy as np
-import numpy.typing as npt
-from autodistill.evaluators.offline import compute
+from autodistill.evaluators.token_share import token_share
 
 from autodistill.contracts import Measurement, Needs, Quantity, Subject
-from autodistill.statistics import clustered_mean, per_document
 from autodistill.strategy import Deployment
 
 
-class NextTokenAccuracy(evaluate.Metric):
-    """Share of correct tokens, with its standard error over documents."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of tokens predicted correctly, with a standard error clustered by document.",
-            citation="",
-            features=datasets.Features({"correct": datasets.Value("bool"), "documents": datasets.Value("int32")}),
-            format="numpy",
-        )
-
-    def _compute(self, correct: npt.NDArray[np.bool_], documents: npt.NDArray[np.int32]) -> dict[str, Any]:
-        value, stderr = clustered_mean(correct, documents)
-        return {"accuracy": value, "stderr": stderr}
-
-
 class Accuracy:
-    """Measures "accuracy", a fraction; the standard error is `statistics.clustered_mean`'s, by document."""
+    """Measures "accuracy", a fraction, as `token_share` does."""
 
     name = "accuracy"
     needs: Needs = "scores"
@@ -44,23 +22,7 @@ class Accuracy:
         scores = subject.scores
         if scores is None:
             raise ValueError("accuracy is read from scores, and the subject has none")
-        result = compute(NextTokenAccuracy, correct=scores.correct, documents=scores.documents)
-        return (
-            Measurement(
-                name="accuracy",
-                value=result["accuracy"],
-                unit="fraction",
-                direction="max",
-                source="simulated",
-                stderr=result["stderr"],
-                detail={
-                    "split": subject.split,
-                    "tokens": scores.correct.size,
-                    "documents": np.unique(scores.documents).size,
-                },
-                documents=per_document(scores.correct, scores.documents),
-            ),
-        )
+        return (token_share("accuracy", scores.correct, scores.documents, subject),)
 
     def supports(self, deployment: Deployment) -> bool:
         """Every deployment can be simulated."""

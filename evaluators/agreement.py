@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-import datasets
-import evaluate
-import numpy as np
-import numpy.typing as npt
-from autodistill.evaluators.offline import compute
+from autodistill.evaluators.token_share import token_share
 
 from autodistill.contracts import Measurement, Needs, Quantity, Subject
-from autodistill.statistics import clustered_mean, per_document
 from autodistill.strategy import Deployment
 
 
-class TopTokenAgreement(evaluate.Metric):
-    """Share of tokens on which student and teacher agree, with its standard error over documents."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of tokens whose most likely token is the teacher's, clustered by document.",
-            citation="",
-            features=datasets.Features({"agrees": datasets.Value("bool"), "documents": datasets.Value("int32")}),
-            format="numpy",
-        )
-
-    def _compute(self, agrees: npt.NDArray[np.bool_], documents: npt.NDArray[np.int32]) -> dict[str, Any]:
-        value, stderr = clustered_mean(agrees, documents)
-        return {"agreement": value, "stderr": stderr}
-
-
 class Agreement:
-    """Measures "agreement", a fraction; the standard error is `statistics.clustered_mean`'s, by document."""
+    """Measures "agreement", a fraction, as `token_share` does."""
 
     name = "agreement"
     needs: Needs = "scores"
@@ -44,23 +22,7 @@ class Agreement:
         scores = subject.scores
         if scores is None:
             raise ValueError("agreement is read from scores, and the subject has none")
-        result = compute(TopTokenAgreement, agrees=scores.agrees, documents=scores.documents)
-        return (
-            Measurement(
-                name="agreement",
-                value=result["agreement"],
-                unit="fraction",
-                direction="max",
-                source="simulated",
-                stderr=result["stderr"],
-                detail={
-                    "split": subject.split,
-                    "tokens": scores.agrees.size,
-                    "documents": np.unique(scores.documents).size,
-                },
-                documents=per_document(scores.agrees, scores.documents),
-            ),
-        )
+        return (token_share("agreement", scores.agrees, scores.documents, subject),)
 
     def supports(self, deployment: Deployment) -> bool:
         """Every deployment can be simulated."""

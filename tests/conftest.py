@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -19,18 +20,24 @@ import torch
 
 from autodistill.contracts import Plan
 from autodistill.conversations import Likeliest
+from autodistill.data import prepare
 from autodistill.distillation.attention import TeacherBlock, teacher_layer
 from autodistill.distillation.calibration import Calibration
+from autodistill.distillation.scoring import refer
 from autodistill.distillation.signals import LiveTeacher
 from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
 from autodistill.distillation.trainer import Trainer
+from autodistill.documents import resolve_data
+from autodistill.estimate import spec_from_config
 from autodistill.remote import Board
 from autodistill.storage import Storage
 from autodistill.strategy import Strategy
-from autodistill.testing import save_tiny_teacher
-from autodistill.token_sets import TokenSet
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.token_sets import Prepared, TokenSet, load_split
+from autodistill.trial_data import TrialSetting
+from autodistill.units import Budget
 
 LAYERS, WIDTH, VOCABULARY, LENGTH, SEQUENCES, TOP_K, DRAWS = 6, 64, 300, 32, 8, 64, 12
 
@@ -133,6 +140,59 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         limit_bytes=10**8,
     )
     return Workshop(teacher, data, TeacherCache(cache), cache)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What trials have in common, but for the folder of their checkpoints."""
+
+    teacher: Path
+    data: Prepared
+    cache: Path
+    reference: Path
+    plan: Plan
+
+    def setting(self, folder: Path, **changes: Any) -> TrialSetting:
+        """That of a search whose trials lie in `folder`."""
+        setting = TrialSetting(
+            teacher=self.teacher,
+            teacher_spec=spec_from_config(json.loads((self.teacher / "config.json").read_text())),
+            teacher_reference=self.reference,
+            teacher_accuracy=0.5,
+            data=self.data.folder,
+            cache=self.cache,
+            checkpoints=folder,
+            budget=Budget(memory_bytes=10**9, context=128),
+            plan=self.plan,
+            evaluators=("accuracy", "perplexity", "agreement", "size"),
+            metric="accuracy",
+            direction="max",
+            device="cpu",
+        )
+        return replace(setting, **changes)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory, workshop: Workshop) -> Lab:
+    folder = tmp_path_factory.mktemp("lab")
+    teacher = save_tiny_teacher(folder / "teacher")
+    data = prepare(resolve_data(str(tiny_text(folder / "text"))), teacher, "tokenizer", LENGTH, folder)
+    plan = workshop.plan(tokens=768, rungs=(256, 512, 768), keep=(2, 1), eval_tokens=512, rung_eval_tokens=256)
+    cache = ensure_cache(
+        lambda: load_model(teacher, torch.float32),
+        teacher_fingerprint="t",
+        data_fingerprint=data.fingerprint,
+        # More than the plan's tokens, as an earlier search may have left.
+        data=load_split(data.folder, "train").head(1024),
+        vocabulary=300,
+        width=64,
+        settings=CacheSettings(draws=(12,), final=True, states=tuple(range(6))),
+        root=folder / "cache",
+        limit_bytes=10**8,
+    )
+    _, reference = refer(load_model(teacher, torch.float32), load_split(data.folder, "validation"))
+    reference.save(folder / "reference.npz")
+    return Lab(teacher, data, cache, folder / "reference.npz", plan)
 
 
 # Prints what `llama-bench -o json` prints for one test, as far as we read it, with times of 2 ms a token.

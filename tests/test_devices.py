@@ -42,6 +42,37 @@ def test_every_source_that_the_table_names_is_there() -> None:
     assert named == set(data["sources"])
 
 
+def test_a_source_says_where_it_was_read_or_that_it_is_quoted_from_knowledge() -> None:
+    data = yaml.safe_load(BUILT_IN.read_text(encoding="utf-8"))["sources"]
+    unread = [source for source in data.values() if "read" not in source]
+    assert all(re.search(r"quoted from knowledge|assumed|usual configuration", text) for text in unread)
+    assert len(unread) < len(data) / 4
+    # What was read is named so that a person finds it: by an address, or by the string that the listings have.
+    read = [source["read"] for source in data.values() if "read" in source]
+    assert all(re.search(r"\w\.(com|net|jp)/|string \w+", text) for text in read)
+
+
+def test_the_power_modes_of_a_board_follow_from_multiprocessors_and_clocks() -> None:
+    # Online multiprocessors, GPU clock, memory's clock and its bits. In a clock a line moves two bits, and a
+    # multiprocessor does 2048 operations in 16 bits and 4096 in 8.
+    for name, units, clock, memory, bits in (
+        ("agx orin 64gb 15w", 6, 408e6, 2133e6, 256),
+        ("agx orin 32gb 40w", 14, 816e6, 3200e6, 256),
+        ("orin nx 16gb", 8, 918e6, 3200e6, 128),
+        ("orin nx 16gb 25w", 8, 408e6, 3200e6, 128),
+        ("orin nx 8gb 10w", 4, 612e6, 2133e6, 128),
+        ("orin nx super 8gb", 8, 1173e6, 3200e6, 128),
+        ("orin nano 8gb 7w", 4, 408e6, 2133e6, 128),
+        ("orin nano super 8gb 25w", 8, 918e6, 3199e6, 128),
+        ("orin nano 4gb 7w cpu", 4, 306e6, 2133e6, 64),
+        ("orin nano super 4gb", 4, 1020e6, 3199e6, 64),
+    ):
+        device = find_device(name, TABLE)
+        expected = {"fp16": 2048 * units * clock, "int8": 4096 * units * clock}
+        assert device.rates == pytest.approx(expected, rel=0.005), name
+        assert device.bandwidth == pytest.approx(2 * memory * bits / 8, rel=0.005), name
+
+
 def test_rates_follow_from_the_units_and_clocks_that_makers_state() -> None:
     # Float32 rate = CUDA cores x 2 x boost clock; the tensor units' with float32 accumulation is twice that on GeForce.
     for name, cores, clock in (("4090", 16384, 2.52e9), ("3090", 10496, 1.695e9), ("5090", 21760, 2.407e9)):
@@ -77,6 +108,12 @@ def test_a_device_is_found_by_each_of_its_names(device: Device) -> None:
         ("pi 4", "Raspberry Pi 4B 8GB"),
         ("agx orin 30w", "Jetson AGX Orin 64GB 30W"),
         ("8 gen 2", "Snapdragon 8 Gen 2"),
+        ("orin nano super", "Jetson Orin Nano Super 8GB"),
+        ("orin nx 8gb 20w", "Jetson Orin NX 8GB 20W"),
+        ("rtx pro 6000", "NVIDIA RTX PRO 6000 Blackwell Workstation Edition"),
+        ("dgx spark", "NVIDIA DGX Spark"),
+        ("4070 ti super", "NVIDIA GeForce RTX 4070 Ti SUPER"),
+        ("4070 ti", "NVIDIA GeForce RTX 4070 Ti"),
     ],
 )
 def test_a_person_s_spelling(text: str, name: str) -> None:
@@ -90,7 +127,9 @@ def test_a_person_s_spelling(text: str, name: str) -> None:
         ("mi300", "near to it are AMD Instinct MI300X"),
         ("4060 ti", "'4060 ti' can be NVIDIA GeForce RTX 4060 Ti 8GB, NVIDIA GeForce RTX 4060 Ti 16GB: name one"),
         ("4090 48gb", "there is no device '4090 48gb'"),
-        ("jetson", "'jetson' can be Jetson AGX Orin 64GB, Jetson Orin NX 16GB, Jetson Orin Nano 8GB: name one"),
+        ("jetson", "'jetson' can be Jetson AGX Orin 64GB, Jetson AGX Orin 32GB, Jetson Orin NX 16GB, "),
+        ("orin nx 15w", "'orin nx 15w' can be Jetson Orin NX 16GB 15W, Jetson Orin NX 8GB 15W: name one"),
+        ("5060 ti", "'5060 ti' can be NVIDIA GeForce RTX 5060 Ti 8GB, NVIDIA GeForce RTX 5060 Ti 16GB: name one"),
         ("apple 16gb", "'apple 16gb' can be Apple M1 16GB, Apple M2 16GB, Apple M3 16GB, Apple M4 16GB: name one"),
         ("", "'' names no device"),
         ("%%%", "names no device"),
@@ -157,6 +196,26 @@ def test_a_file_that_describes_no_devices_is_refused(text: str, tmp_path: Path) 
     path = tmp_path / "own.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=r"own\.yaml"):
+        read_devices(path)
+
+
+def test_a_source_of_one_s_own_may_say_where_it_was_read(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    sources = {"sheet": {"text": "its datasheet", "read": "a.com/b", "unread": "int8"}, "scale": "a scale"}
+    entry = ENTRY | {"source": "sheet", "sources": {"bandwidth": "scale"}}
+    path.write_text(yaml.safe_dump({"sources": sources, "devices": {"box": entry}}), encoding="utf-8")
+    (box,) = read_devices(path)
+    assert box.sources["rates"] == "its datasheet (read: a.com/b; unread: int8)"
+    assert box.sources["bandwidth"] == "a scale"
+
+
+@pytest.mark.parametrize(
+    "source", [3, None, [], {}, {"read": "a.com"}, {"text": "x", "unread": "y"}, {"text": 3}, {"text": "x", "read": ""}]
+)
+def test_an_impossible_source_is_named_with_what_is_wrong(source: Any, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({"sources": {"sheet": source}, "devices": {"box": ENTRY}}), encoding="utf-8")
+    with pytest.raises(InputError, match=r"own\.yaml: the source 'sheet' is .*: write a text, or a text and where"):
         read_devices(path)
 
 

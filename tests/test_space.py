@@ -58,7 +58,9 @@ def test_the_default_space_searches_what_the_project_is_known_by():
     assert {(item.format, item.bits, item.group_size) for item in finishings if item} == grids
     assert None in finishings
     assert {strategy.init.layers for strategy in strategies} == {"even", "influence"}
-    # Fewer layers or narrower ones, never the teacher itself.
+    # Fewer layers or narrower ones; the teacher's own shape where the budget binds.
+    assert any(strategy.init == Init(depth=1.0) for strategy in strategies)
+    strategies = [strategy for strategy in strategies if strategy.init != Init(depth=1.0)]
     assert max(strategy.init.depth for strategy in strategies if strategy.init.ffn == 1) == 0.8
     assert {strategy.init.ffn for strategy in strategies if strategy.init.depth == 1} == {0.4, 0.5, 0.6, 0.7}
     assert all((strategy.init.depth == 1) != (strategy.init.ffn == 1) for strategy in strategies)
@@ -153,7 +155,10 @@ def test_a_constant_temperature_ends_where_it_starts():
 
 def test_the_extremes_are_the_corners_of_how_a_student_begins():
     space = load_space("default")
-    inits = {(strategy.init.depth, strategy.init.layers, strategy.init.ffn) for strategy in space.extremes()}
+    inits = {(strategy.init.depth, strategy.init.layers, strategy.init.ffn) for strategy in space.loose().extremes()}
+    assert {strategy.init for strategy in space.extremes()} - {item.init for item in space.loose().extremes()} == {
+        Init(depth=1.0)
+    }
     shallow = {(depth, layers, 1.0) for depth in (0.6, 0.8) for layers in ("even", "influence")}
     assert inits == shallow | {(1.0, "even", ffn) for ffn in (0.4, 0.7)}
     assert space.extremes()[-1] == space.baselines["hand_designed"]
@@ -406,10 +411,17 @@ def test_faults_of_dimensions(fault, tmp_path):
         ({"baselines": {"mine": {"init": {"depth": 2}}}}, "baselines.mine|init.depth"),
         ({"name": 3}, "name must be text"),
         ({"dimension": {}}, "did you mean dimensions"),
+        ({"binding": ["init"]}, "binding must be a mapping"),
+        ({"binding": {"init.layers": "even"}}, "needs a list of choices"),
+        ({"binding": {"init.layer": ["even"]}}, "no dimension here; did you mean init.layers"),
+        ({"binding": {"init.depth": [0.5]}}, "has no choices"),
+        ({"binding": {"init.layers": ["ever"]}}, "none of its choices; did you mean even"),
+        ({"binding": {"init.layers": ["influence", "even"]}}, "leaves init.layers no choice"),
     ],
 )
 def test_faults_of_the_rest(change, said):
-    whole = {"dimensions": {"init.depth": {"low": 0.5, "high": 0.8}}, "deployments": DEPLOYMENTS}
+    dimensions = {"init.depth": {"low": 0.5, "high": 0.8}, "init.layers": {"choices": ["even", "influence"]}}
+    whole = {"dimensions": dimensions, "deployments": DEPLOYMENTS}
     with pytest.raises(InputError, match=said):
         Space.from_json(whole | change)
 
@@ -474,7 +486,7 @@ def test_it_loads_neither_torch_nor_ray_nor_optuna():
 
 def test_starts_lie_in_the_space_and_count_in_its_hash(tmp_path):
     space = load_space("default")
-    assert list(space.starts) == ["narrow"]
+    assert list(space.starts) == ["narrow", "quantized"]
     assert Space.from_json(space.to_json()) == space
     assert dataclasses.replace(space, starts={}).hash != space.hash
     data = space.to_json() | {"starts": ["from_scratch"]}
@@ -492,3 +504,38 @@ def test_lengths_are_multiples_of_the_plans_tokens_the_plans_own_always_among_th
     for wrong in ([0.5], ["2"], [True], [101], 2):
         with pytest.raises(InputError, match="multiples of the plan's tokens"):
             space_of(dimensions, lengths=wrong)
+
+
+def test_what_is_for_a_binding_budget_is_not_in_the_space_of_another():
+    data = {
+        "init": {"choices": {"small": {"ffn": 1.0}, "whole": {"depth": 1.0, "ffn": 1.0}}},
+        "init.depth": {"low": 0.5, "high": 0.8, "when": {"init": ["small"]}},
+        "finishing": {"choices": {"none": None, "grid": {"format": "gguf-q8_0", "bits": 8, "group_size": 32}}},
+        "finishing.start": {"low": 0.0, "high": 0.5, "when": {"init": ["whole"], "finishing": ["grid"]}},
+        SHAPE: {"choices": ["constant", "linear"]},
+        END: {"low": 0.5, "high": 1.0, "when": {SHAPE: ["linear"]}},
+    }
+    starts = {"first": {"init": {"depth": 1.0}}, "second": {"init": {"depth": 0.6}}}
+    space = space_of(data, binding={"init": ["whole"]}, starts=starts)
+    loose = space.loose()
+    assert [dimension.path for dimension in space.dimensions if dimension not in loose.dimensions] == [
+        "init",
+        "finishing.start",
+    ]
+    assert list(loose.starts) == ["second"]
+    assert {strategy.init.depth for strategy in loose.extremes()} == {0.5, 0.8}
+    assert {strategy.init.depth for strategy in space.extremes()} == {0.5, 0.8, 1.0}
+    # What one search found counts for the other, so that both are of one space.
+    assert loose.hash == space.hash
+    assert space_of(data, starts=starts).hash != space.hash
+    assert loose.loose() is loose
+    assert Space.from_json(space.to_json()) == space
+    kept = Space.from_json(loose.to_json())
+    assert (kept.dimensions, kept.starts) == (loose.dimensions, loose.starts)
+
+
+def test_of_the_choices_that_hold_a_strategy_lies_at_the_one_that_says_most():
+    parts = {"any": {}, "deep": {"depth": 1.0}, "both": {"depth": 1.0, "ffn": 0.5}}
+    space = space_of({"init": {"choices": parts}})
+    assert space.point(Strategy(init=Init(depth=1.0, ffn=0.5))) == {"init": "both"}
+    assert space.point(Strategy(init=Init(depth=1.0))) == {"init": "deep"}

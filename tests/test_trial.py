@@ -6,7 +6,7 @@ import re
 import resource
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +43,9 @@ from autodistill.stages import open_stages
 from autodistill.statistics import per_document
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Init, Lora, Strategy
 from autodistill.students import save_student, student_folder
-from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.token_sets import Prepared, load_split
+from autodistill.token_sets import load_split
 from autodistill.trial import Trial, Workbench
-from autodistill.trial_data import TrialSetting, TrialTask
+from autodistill.trial_data import TrialTask
 from autodistill.units import Budget
 
 LENGTH = 32
@@ -63,58 +62,6 @@ RECIPE = Distillation(
 STRATEGY = Strategy(
     init=Init(depth=0.5), distillation=RECIPE, finishing=Finishing(format="gguf-q4_0", bits=4, group_size=32)
 )
-
-
-@dataclass
-class Lab:
-    """What trials have in common, but for the folder of their checkpoints."""
-
-    teacher: Path
-    data: Prepared
-    cache: Path
-    reference: Path
-    plan: object
-
-    def setting(self, folder: Path, **changes) -> TrialSetting:
-        setting = TrialSetting(
-            teacher=self.teacher,
-            teacher_spec=spec_from_config(json.loads((self.teacher / "config.json").read_text())),
-            teacher_reference=self.reference,
-            teacher_accuracy=0.5,
-            data=self.data.folder,
-            cache=self.cache,
-            checkpoints=folder,
-            budget=Budget(memory_bytes=10**9, context=128),
-            plan=self.plan,
-            evaluators=("accuracy", "perplexity", "agreement", "size"),
-            metric="accuracy",
-            direction="max",
-            device="cpu",
-        )
-        return replace(setting, **changes)
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory, workshop):
-    folder = tmp_path_factory.mktemp("lab")
-    teacher = save_tiny_teacher(folder / "teacher")
-    data = prepare(resolve_data(str(tiny_text(folder / "text"))), teacher, "tokenizer", LENGTH, folder)
-    plan = workshop.plan(tokens=768, rungs=(256, 512, 768), keep=(2, 1), eval_tokens=512, rung_eval_tokens=256)
-    cache = ensure_cache(
-        lambda: load_model(teacher, torch.float32),
-        teacher_fingerprint="t",
-        data_fingerprint=data.fingerprint,
-        # More than the plan's tokens, as an earlier search may have left.
-        data=load_split(data.folder, "train").head(1024),
-        vocabulary=300,
-        width=64,
-        settings=CacheSettings(draws=(12,), final=True, states=tuple(range(6))),
-        root=folder / "cache",
-        limit_bytes=10**8,
-    )
-    _, reference = refer(load_model(teacher, torch.float32), load_split(data.folder, "validation"))
-    reference.save(folder / "reference.npz")
-    return Lab(teacher, data, cache, folder / "reference.npz", plan)
 
 
 def _task(strategy=STRATEGY, **changes):
@@ -735,7 +682,7 @@ def quiz(lab, tmp_path_factory):
     _, reference = refer(teacher, load_split(data.folder, "validation"))
     reference.save(folder / "reference.npz")
     plan = replace(lab.plan, sequence_length=128, batch_tokens=256, tokens=768, rungs=(256, 768), keep=(1,))
-    return Lab(lab.teacher, data, cache, folder / "reference.npz", plan)
+    return replace(lab, data=data, cache=cache, reference=folder / "reference.npz", plan=plan)
 
 
 def test_a_trial_answers_questions_in_writing_where_that_is_asked_for(quiz, tmp_path):

@@ -73,7 +73,10 @@ def restore(
             keys = [key.partition(".")[0] for key in names if key.partition(".")[2] == name]
             states = {key: file.get_tensor(f"{key}.{name}").to(parameter.device) for key in keys if key != "weight"}
             if eight_bit and states:
-                optimizer.state[parameter] = own_states(parameter, states, int(metadata.get("processes", 1)))
+                # What lies beside the student is whole in every process, and so are its states.
+                cut = name.startswith("student.")
+                processes = int(metadata.get("processes", 1)) if cut else 1
+                optimizer.state[parameter] = own_states(parameter, states, processes)
             else:
                 optimizer.state[parameter] = {key: like(value, parameter) for key, value in states.items()}
     return metadata

@@ -91,7 +91,7 @@ def own_states(parameter: Tensor, whole: Mapping[str, Tensor], processes: int) -
     Args:
         parameter: Sharded, or not.
         whole: As `whole_states` gave them.
-        processes: That wrote them.
+        processes: That wrote them, each those of its shard; 1 where each had the whole weight.
     """
     mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
     count, rank = (mesh.size(), mesh.get_local_rank()) if mesh else (1, 0)

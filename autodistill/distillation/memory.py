@@ -32,6 +32,20 @@ def give_back_memory() -> None:
         torch.cuda.empty_cache()
 
 
+class TooManyAtOnce(Exception):
+    """A step that several processes share ran out of memory in this one, for whose part the others wait for ever.
+
+    All of them are to end, and new ones to go on from the last checkpoint.
+
+    Args:
+        fewer: Sequences at once, of each process, that the step is to be tried with.
+    """
+
+    def __init__(self, fewer: int) -> None:
+        super().__init__(f"out of memory: go on from the last checkpoint in new processes, with micro_batch {fewer}")
+        self.fewer = fewer
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on an accelerator or in the machine's own memory.
 

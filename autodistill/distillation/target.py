@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple, Protocol, Self
 
 import torch
@@ -84,10 +84,6 @@ class Spread(NamedTuple):
     left_out: Tensor | None
 
 
-def _renamed(ids: Tensor, first: int, second: int) -> Tensor:
-    return torch.where(ids == first, second, torch.where(ids == second, first, ids))
-
-
 def parts_of(rows: int, step: int) -> Iterator[slice]:
     """Slices of `step` rows, in order, that cover `rows` of them."""
     for start in range(0, rows, step):
@@ -100,7 +96,48 @@ def _gathered(exponential: Tensor, found: Spread) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopTarget:
+class _TokenRows:
+    """Some of the tokens of each row and what is known of them, in tensors whose first dimension is the rows."""
+
+    ids: Tensor
+    log_p: Tensor
+
+    def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
+        """See `Outputs`."""
+        raise NotImplementedError
+
+    @property
+    def heard(self) -> Tensor | None:
+        """See `Outputs`."""
+        return None
+
+    def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
+        """See `Target`."""
+        for part in parts_of(len(self.ids), step):
+            yield part, self.take(part)
+
+    def take(self, rows: Tensor | slice) -> Self:
+        """See `Target`."""
+        return replace(self, **{name: tensor[rows] for name, tensor in self._tensors()})
+
+    def renamed(self, first: int, second: int) -> Self:
+        """See `Target`."""
+        ids = self.ids
+        return replace(self, ids=torch.where(ids == first, second, torch.where(ids == second, first, ids)))
+
+    def to(self, device: str) -> Self:
+        """See `Target`."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors()})
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Tensor):
+                yield one.name, value
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopTarget(_TokenRows):
     """The teacher's likeliest tokens, and the rest as one more outcome.
 
     The k tokens keep their exact probabilities; all others share one bucket with the rest of the teacher's mass. A
@@ -112,11 +149,8 @@ class TopTarget:
         temperature: See `Target`.
     """
 
-    ids: Tensor
-    log_p: Tensor
     temperature: float
     standardised: bool = field(default=False, init=False)
-    heard: None = field(default=None, init=False)
 
     def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
         """See `Outputs`."""
@@ -148,26 +182,9 @@ class TopTarget:
         factor = (slope[:, k:].sum(dim=1, keepdim=True) / q_rest - total_slope) / total
         return Spread(value.sum(), total, factor, ids, slope[:, :k] - q * total_slope, q)
 
-    def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
-        """See `Target`."""
-        for part in parts_of(len(self.ids), step):
-            yield part, self.take(part)
-
-    def take(self, rows: Tensor | slice) -> TopTarget:
-        """See `Target`."""
-        return replace(self, ids=self.ids[rows], log_p=self.log_p[rows])
-
-    def renamed(self, first: int, second: int) -> TopTarget:
-        """See `Target`."""
-        return replace(self, ids=_renamed(self.ids, first, second))
-
-    def to(self, device: str) -> TopTarget:
-        """See `Target`."""
-        return replace(self, ids=self.ids.to(device), log_p=self.log_p.to(device))
-
 
 @dataclass(frozen=True, kw_only=True)
-class SampledTarget:
+class SampledTarget(_TokenRows):
     """Tokens drawn from the teacher's distribution, each with the weight that makes sums over them unbiased.
 
     A sum of terms over all tokens is estimated by the weighted sum over the drawn ones, its gradient likewise: over
@@ -181,12 +198,9 @@ class SampledTarget:
         temperature: See `Target`.
     """
 
-    ids: Tensor
-    log_p: Tensor
     weights: Tensor
     temperature: float
     standardised: bool = field(default=False, init=False)
-    heard: None = field(default=None, init=False)
 
     def compare(self, scaled: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
         """See `Outputs`."""
@@ -203,27 +217,9 @@ class SampledTarget:
         factor = -slope.sum(dim=1, keepdim=True) / total
         return Spread(value.mul_(weights).sum(), total, factor, ids, slope, None)
 
-    def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
-        """See `Target`."""
-        for part in parts_of(len(self.ids), step):
-            yield part, self.take(part)
-
-    def take(self, rows: Tensor | slice) -> SampledTarget:
-        """See `Target`."""
-        return replace(self, ids=self.ids[rows], log_p=self.log_p[rows], weights=self.weights[rows])
-
-    def renamed(self, first: int, second: int) -> SampledTarget:
-        """See `Target`."""
-        return replace(self, ids=_renamed(self.ids, first, second))
-
-    def to(self, device: str) -> SampledTarget:
-        """See `Target`."""
-        moved = {name: getattr(self, name).to(device) for name in ("ids", "log_p", "weights")}
-        return replace(self, **moved)
-
 
 @dataclass(frozen=True, kw_only=True)
-class WrittenTarget:
+class WrittenTarget(_TokenRows):
     """What the writer of the text told of its likeliest tokens: in each place as many as it did, in some places none.
 
     A row with m tokens is compared as `TopTarget` compares it, as m + 1 outcomes.
@@ -233,8 +229,6 @@ class WrittenTarget:
         log_p: float [n, k], their log-probabilities at temperature 1.
     """
 
-    ids: Tensor
-    log_p: Tensor
     temperature: float = field(default=1.0, init=False)
     standardised: bool = field(default=False, init=False)
 
@@ -256,23 +250,6 @@ class WrittenTarget:
             part, gradient[rows] = told.compare(scaled[rows], divergence)
             value += part
         return value, gradient
-
-    def parts(self, step: int) -> Iterator[tuple[slice, Outputs]]:
-        """See `Target`."""
-        for part in parts_of(len(self.ids), step):
-            yield part, self.take(part)
-
-    def take(self, rows: Tensor | slice) -> WrittenTarget:
-        """See `Target`."""
-        return replace(self, ids=self.ids[rows], log_p=self.log_p[rows])
-
-    def renamed(self, first: int, second: int) -> WrittenTarget:
-        """See `Target`."""
-        return replace(self, ids=_renamed(self.ids, first, second))
-
-    def to(self, device: str) -> WrittenTarget:
-        """See `Target`."""
-        return replace(self, ids=self.ids.to(device), log_p=self.log_p.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from autodistill.distillation.checkpoint import gathered, restore, write_checkpo
 from autodistill.distillation.eight_bit import eight_bit_adamw
 from autodistill.distillation.interpolation import Interpolation
 from autodistill.distillation.lora import Adapters
-from autodistill.distillation.memory import give_back_memory, is_out_of_memory
+from autodistill.distillation.memory import TooManyAtOnce, give_back_memory, is_out_of_memory
 from autodistill.distillation.positions import Learnt, learnt_tokens
 from autodistill.distillation.quantization import FakeQuantized, quantized_training
 from autodistill.distillation.schedule import decayed, stable_rate
@@ -317,17 +317,23 @@ class Trainer:
         """Gradients of a whole step and the means of its terms, some sequences at a time.
 
         Where memory runs out the step begins again with half as many at a time: the effective batch stays.
+
+        Raises:
+            TooManyAtOnce: Several processes must begin again for that.
         """
+        processes = 1 if self._sharding is None else self._sharding.count
         while True:
             try:
                 return self._accumulate(indices, at)
             except (RuntimeError, MemoryError) as error:
-                # Of several processes the others would wait for this one's share of the failed pass.
-                if not is_out_of_memory(error) or self._micro_batch == 1 or self._sharding is not None:
+                fewer = min(self._micro_batch, len(indices) // processes) // 2
+                if not is_out_of_memory(error) or fewer == 0:
                     raise
+                if self._sharding is not None:
+                    raise TooManyAtOnce(fewer) from error
             # Outside of the handler, whose traceback holds on to the tensors of the failed pass.
             self._optimizer.zero_grad(set_to_none=True)
-            self._micro_batch = min(self._micro_batch, len(indices)) // 2
+            self._micro_batch = fewer
             give_back_memory()
 
     def _accumulate(self, indices: list[int], at: Weighing) -> dict[str, float]:

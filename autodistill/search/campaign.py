@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,8 @@ class Campaign:
         trial.further = tuple(row.figure(objective.figure) for objective in self.question.further)
         trial.settled = {row.deployment_name}
         decision = self._judge(trial)
+        steps = [asdict(step) for step in report.steps]
+        self._hold(trial, steps)
         # The row came before the rung it belongs to: killed in between, the stretch runs again and supersedes it.
         self._write(
             {
@@ -154,7 +156,7 @@ class Campaign:
                 "further": list(trial.further),
                 "decision": decision.value,
                 "seconds": report.seconds,
-                "steps": [asdict(step) for step in report.steps],
+                "steps": steps,
                 **stage_facts(report),
             }
         )
@@ -173,6 +175,12 @@ class Campaign:
         if trial.task.straight:
             return Decision.STOP
         return self._scheduler.report(trial.task.id, trial.rung, trial.value, further=trial.further)
+
+    def _hold(self, trial: TrialState, steps: Sequence[Mapping[str, Any]]) -> None:
+        """Where memory ran out, the trial goes on with as many sequences at once as its last step had."""
+        most = self.question.plan.micro_batch
+        if steps and (held := steps[-1].get("micro_batch", most)) < most:
+            trial.task = replace(trial.task, micro_batch=held)
 
     def fail(self, assignment: Assignment, cause: str, message: str) -> None:
         """Records work that ended without a result, or gives it out once more; the search goes on."""
@@ -280,6 +288,7 @@ class Campaign:
                 trial.trained_tokens += event.get("trained", 0)
                 trial.settled = {row.deployment_name for row in rows if row.trial == event["trial"]}
                 self._stages.learn(trial, event.get("unsaved"))
+                self._hold(trial, event.get("steps", ()))
                 self._judge(trial)
             elif event["event"] == "status":
                 trial = self.trials[event["trial"]]

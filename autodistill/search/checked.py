@@ -26,7 +26,7 @@ from autodistill.records.objectives import Objective, objectives_of
 from autodistill.records.store import RunFolder
 from autodistill.records.stored_run import check_free, pull
 from autodistill.search.asked import Asked, ask
-from autodistill.search.possible import check_teacher, shortest_context
+from autodistill.search.possible import check_teacher, narrowed, shortest_context
 from autodistill.search.request import (
     DEFAULT_DATA,
     DEFAULT_SAMPLER,
@@ -39,6 +39,7 @@ from autodistill.search.sampler import SAMPLERS
 from autodistill.search.warm_start import check_space, parse_runs
 from autodistill.space import Space, load_space, load_strategy
 from autodistill.storage import Storage
+from autodistill.units import Budget
 
 _SEEDS = 2**32
 _MANY = 10_000
@@ -124,11 +125,13 @@ def check_request(request: SearchRequest) -> Checked:
         space = against(space, baselines)
     if request.strategy is not None:
         space = single(space, request.strategy)
-    _check_possible(space, request)
     _check_cache(request.cache)
     spec = spec_from_config(teacher.config)
+    request = _at_context(request, known, spec, space)
+    space = _under_budget(space, spec, request.budget, known)
+    _check_possible(space, request)
     checked = Checked(
-        request=_at_context(request, known, spec, space),
+        request=request,
         name=request.name or datetime.now().strftime("search-%Y%m%d-%H%M%S"),
         teacher=teacher,
         teacher_reference=teacher_reference,
@@ -171,6 +174,13 @@ def _at_context(request: SearchRequest, known: Mapping[str, Any], spec: ModelSpe
         return request
     context = known.get("budget", {}).get("context") or min(request.budget.context, shortest_context(spec, space)[0])
     return replace(request, budget=replace(request.budget, context=context))
+
+
+def _under_budget(space: Space, spec: ModelSpec, budget: Budget, known: Mapping[str, Any]) -> Space:
+    """The space that this budget is searched in, on resuming that which it was."""
+    if known:
+        return space if known.get("space_definition", {}).get("binding") else space.loose()
+    return narrowed(space, spec, budget)
 
 
 def _check_possible(space: Space, request: SearchRequest) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import replace
 from typing import Any
 
 from autodistill.distillation.sharding import Sharding
@@ -71,8 +72,15 @@ class Group:
     def work(self, assignment: Assignment) -> dict[str, Any]:
         """Does an assignment in all processes.
 
-        What ends one of them ends all, which would wait for it for ever; the next assignment finds new ones.
+        What ends one of them ends all, which would wait for it for ever; the next assignment finds new ones. Where a
+        step ran out of memory, new ones go on with it at once, from the last checkpoint.
         """
+        while "fewer" in (outcome := self._attempt(assignment)):
+            assignment = replace(assignment, task=replace(assignment.task, micro_batch=outcome["fewer"]))
+        return outcome
+
+    def _attempt(self, assignment: Assignment) -> dict[str, Any]:
+        """The outcome of these processes, those that are to begin again among them."""
         import ray
 
         try:

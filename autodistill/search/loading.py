@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,30 +108,7 @@ def load(checked: Checked, place: Place) -> Loaded:
     )
     check_told(checked.space.signal_cases(), data.splits["train"].told > 0)
     teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=place.here)
-    _, largest = by_size(checked.space, spec)[-1]
-    processes = place.share.processes
-    step_tokens = request.step_tokens or processes * length
-    if checked.stored:
-        step_tokens = checked.stored["plan"]["batch_tokens"]
-    if step_tokens % (processes * length):
-        raise InputError(
-            f"a step of {step_tokens} tokens does not divide over the {processes} processes of a trial: give "
-            f"--step-tokens a multiple of {processes * length}"
-        )
-    online = any(recipe.weighs_teacher and recipe.signal == "online" for recipe in checked.space.signal_cases())
-    memory = _trial_memory(place)
-    fit = fit_training(
-        largest,
-        teacher=spec,
-        alignments=_alignments(checked.space, spec),
-        lora=_lora(checked.space, spec, largest),
-        train_embeddings=any(recipe.train_embeddings for recipe in _recipes(checked.space, spec, "train_embeddings")),
-        sequence_length=length,
-        sequences=step_tokens // length,
-        # Run in the trial, the teacher lies beside the student.
-        limit_bytes=memory - (_online_bytes(spec, place.machines[0], teacher_fit) if online else 0),
-        processes=processes,
-    )
+    fit = _training(checked, place, spec, teacher_fit)
     return Loaded(
         teacher=teacher,
         data=data,
@@ -139,13 +116,75 @@ def load(checked: Checked, place: Place) -> Loaded:
         workers=share_out(place.machines, fit.estimate.total_bytes, request.runner, place.share),
         device="cuda" if place.here.gpus else "cpu",
         threads=place.here.cpus,
-        step_tokens=step_tokens,
+        step_tokens=_step_tokens(checked, place),
         fit=fit,
         teacher_fit=teacher_fit,
         pretrained=pretrained,
         renderings=renderings,
         templates=refused | {model: _told_of(model, data.renderings[name]) for model, name in renderings.items()},
     )
+
+
+def trainable(checked: Checked, place: Place, line: Callable[[str], None]) -> Checked:
+    """The request without the choices for a budget that binds, where training their students fits no machine here.
+
+    Args:
+        checked: What is asked; of a run that is resumed the choices stay as they were.
+        place: Where it runs.
+        line: Is told of it.
+    """
+    loose = checked.space.loose()
+    if loose is checked.space or checked.stored is not None:
+        return checked
+    length = checked.sequence_length
+    teacher_fit = fit_teacher(checked.spec, stored="float32", sequence_length=length, machine=place.here)
+    try:
+        _training(checked, place, checked.spec, teacher_fit)
+    except InputError as error:
+        line(f"students for a budget that the teacher exceeds are left out: {error}")
+        return replace(checked, space=loose)
+    return checked
+
+
+def _training(checked: Checked, place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> TrainingFit:
+    """How the largest student of the space is trained where trials run.
+
+    Raises:
+        InputError: It cannot be, or steps do not divide over processes.
+    """
+    length, processes = checked.sequence_length, place.share.processes
+    _, largest = by_size(checked.space, spec)[-1]
+    online = any(recipe.weighs_teacher and recipe.signal == "online" for recipe in checked.space.signal_cases())
+    return fit_training(
+        largest,
+        teacher=spec,
+        alignments=_alignments(checked.space, spec),
+        lora=_lora(checked.space, spec, largest),
+        train_embeddings=any(recipe.train_embeddings for recipe in _recipes(checked.space, spec, "train_embeddings")),
+        sequence_length=length,
+        sequences=_step_tokens(checked, place) // length,
+        # Run in the trial, the teacher lies beside the student.
+        limit_bytes=_trial_memory(place) - (_online_bytes(spec, place.machines[0], teacher_fit) if online else 0),
+        processes=processes,
+    )
+
+
+def _step_tokens(checked: Checked, place: Place) -> int:
+    """Tokens of an optimiser step.
+
+    Raises:
+        InputError: They do not divide over the processes of a trial.
+    """
+    length, processes = checked.sequence_length, place.share.processes
+    tokens = checked.request.step_tokens or processes * length
+    if checked.stored:
+        tokens = checked.stored["plan"]["batch_tokens"]
+    if tokens % (processes * length):
+        raise InputError(
+            f"a step of {tokens} tokens does not divide over the {processes} processes of a trial: give --step-tokens "
+            f"a multiple of {processes * length}"
+        )
+    return tokens
 
 
 def _own_templates(

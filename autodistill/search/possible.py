@@ -33,6 +33,28 @@ def check_teacher(spec: ModelSpec, space: Space, budget: Budget, sequence_length
     _check_budget(spec, space, budget)
 
 
+def narrowed(space: Space, spec: ModelSpec, budget: Budget) -> Space:
+    """The space without its choices for a budget that binds, where the budget does not, or holds no student of them.
+
+    A budget binds where it excludes the teacher in 16 bits.
+
+    Args:
+        space: As it was read.
+        spec: The teacher's shape.
+        budget: Of a student.
+    """
+    loose = space.loose()
+    if loose is space:
+        return space
+    wide = [one for one in holdable(spec, space.deployments) if one.bits == 16]
+    if any(fit.slack <= 0 for fit in fits(spec, wide, budget)):
+        return loose
+    always = set(loose.extremes())
+    added = [student for strategy, student in by_size(space, spec) if strategy not in always]
+    held = (fit.slack for student in added for fit in fits(student, holdable(student, space.deployments), budget))
+    return space if any(slack <= 0 for slack in held) else loose
+
+
 def shortest_context(spec: ModelSpec, space: Space) -> tuple[int, str]:
     """Tokens that the teacher and every pretrained model of a space read, and which of them reads fewest."""
     models = {strategy.init.model: student for strategy, student in by_size(space, spec) if strategy.init.model}

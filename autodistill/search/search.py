@@ -31,7 +31,7 @@ from autodistill.search.cost import cost
 from autodistill.search.failures import is_disk_full
 from autodistill.search.finish import Finish, Finisher, finish
 from autodistill.search.inline_runner import run_inline
-from autodistill.search.loading import Place, load
+from autodistill.search.loading import Place, load, trainable
 from autodistill.search.measuring import plan_from_measurement
 from autodistill.search.plan import confirmed
 from autodistill.search.prepare import plan_run, prepare_trials
@@ -68,7 +68,8 @@ def plan_search(request: SearchRequest, observer: Observer | None = None) -> dic
     """What a search would do, as plain data; nothing but the shared cache of teacher and data is written."""
     checked = check_request(request)
     with _room(lambda: f"make room in {request.cache}"), _workplace(checked) as (place, _):
-        return _plan(checked, place, observer or Observer())
+        told = observer or Observer()
+        return _plan(trainable(checked, place, told.line), place, told)
 
 
 def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
@@ -108,7 +109,8 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
     with _workplace(checked) as (place, joined), _folder(checked) as run:
         try:
             with _room(lambda: _after_room(request, run)), _stored(checked, run, observer) as storage:
-                return _search(replace(checked, name=run.name), place, joined, run, storage, observer)
+                asked = trainable(replace(checked, name=run.name), place, observer.line)
+                return _search(asked, place, joined, run, storage, observer)
         except KeyboardInterrupt:
             if not run.search_file.exists():
                 raise InterruptedSearchError("stopped before the first trial: nothing to resume") from None

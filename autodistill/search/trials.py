@@ -8,6 +8,7 @@ from typing import Any
 
 from autodistill.contracts import Direction, ModelSpec, Plan, Status
 from autodistill.devices import Device
+from autodistill.distillation.memory import TooManyAtOnce
 from autodistill.distillation.trainer import StepRecord
 from autodistill.errors import TrialFailedError
 from autodistill.estimate import Fit
@@ -72,6 +73,7 @@ def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord
     Raises:
         TrialFailedError: Whatever went wrong in this trial.
         OutOfTime: As `on_step` raises it.
+        TooManyAtOnce: Several processes are to begin again with fewer sequences at once.
     """
     try:
         trial = Trial(bench, assignment.task, on_step)
@@ -80,7 +82,7 @@ def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord
         if assignment.deployment is not None:
             return trial.evaluate(assignment.deployment)
         return trial.run(assignment.rung)
-    except OutOfTime:
+    except (OutOfTime, TooManyAtOnce):
         raise
     except Exception as error:  # a fault of one trial never ends a search
         raise explained(error) from error
@@ -89,12 +91,15 @@ def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord
 def attempt(work: Callable[[], RungReport | None]) -> dict[str, Any]:
     """The outcome of some work as plain data: "report", or "failure" with its cause and what it said.
 
-    Work that ran out of time has neither.
+    Work that ran out of time has neither; that of several processes, which are to begin again, has "fewer": with how
+    many sequences at once.
     """
     try:
         return {"report": work()}
     except OutOfTime:
         return {}
+    except TooManyAtOnce as error:
+        return {"fewer": error.fewer}
     except TrialFailedError as error:
         return {"failure": (error.cause, str(error))}
 

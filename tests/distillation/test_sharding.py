@@ -188,13 +188,20 @@ def decoded(path):
     return found
 
 
-def test_eight_bit_states_over_two_processes_are_the_moments_and_any_number_goes_on(workshop, tmp_path):
-    bare = replace(workshop, cache=None)
+@pytest.fixture(scope="module")
+def eight_bit(workshop, tmp_path_factory):
+    """A folder of checkpoints with 8-bit states: of all weights, and ("whole") of what every process has whole.
+
+    Of changes of rank 37 blocks would end elsewhere in shards than they do in the whole.
+    """
+    folder, bare = tmp_path_factory.mktemp("eight-bit"), replace(workshop, cache=None)
+    alignment = Alignment(layers="even", count=2, projection="linear", weight=0.3)
+    lora = Lora(rank=37, layers="ffn")
+    whole = Strategy(distillation=Distillation(learning_rate=1e-2, lora=lora, alignment=alignment))
 
     def task(name, until=STEP, state="int8", begin=None):
-        plan = (("optimizer_state", state),)
-        begin = begin and tmp_path / begin
-        return Task(bare, workshop.folder, PLAIN, until, tmp_path / name, begin, plan)
+        strategy, plan = whole if "whole" in name else PLAIN, (("optimizer_state", state),)
+        return Task(bare, workshop.folder, strategy, until, folder / name, begin and folder / begin, plan)
 
     run(task("exact", state="float32"))
     run(task("one"))
@@ -203,19 +210,27 @@ def test_eight_bit_states_over_two_processes_are_the_moments_and_any_number_goes
         task("longer", 2 * STEP),
         task("continued", 2 * STEP, begin="two"),
         task("taken", begin="one"),
+        task("whole"),
+        task("longer whole", 3 * STEP),
+        task("continued whole", 3 * STEP, begin="whole"),
+        task("taken whole", begin="whole"),
     ]
-    together(tasks, tmp_path)
+    together(tasks, folder)
     run(task("back", begin="two"))
+    run(task("back whole", begin="whole"))
+    return folder
 
+
+def test_eight_bit_states_over_two_processes_are_the_moments_and_any_number_goes_on(eight_bit):
     # To the last bit where as many processes go on.
-    longer, continued = load_file(tmp_path / "longer"), load_file(tmp_path / "continued")
+    longer, continued = load_file(eight_bit / "longer"), load_file(eight_bit / "continued")
     assert longer.keys() == continued.keys()
     assert all(torch.equal(continued[name], tensor) for name, tensor in longer.items())
 
-    exact = load_file(tmp_path / "exact")
+    exact = load_file(eight_bit / "exact")
     for name, before in {"one": None, "two": None, "taken": "one", "back": "two"}.items():
-        found, moments = load_file(tmp_path / name), decoded(tmp_path / name)
-        rounded = decoded(tmp_path / before) if before else {}
+        found, moments = load_file(eight_bit / name), decoded(eight_bit / name)
+        rounded = decoded(eight_bit / before) if before else {}
         owners = {key.partition(".")[2] for key in moments}
         # By a weight's whole size: a shard of 2048 of 4096 values has states of 8 bits too.
         assert owners == {key[7:] for key, tensor in exact.items() if key[:7] == "weight." and tensor.numel() >= 4096}
@@ -229,6 +244,16 @@ def test_eight_bit_states_over_two_processes_are_the_moments_and_any_number_goes
             clear = exact[f"exp_avg.{owner}"].abs() > 1e-6
             weights = (tensors[f"weight.{owner}"][clear] for tensors in (found, exact))
             torch.testing.assert_close(*weights, rtol=1e-4, atol=2e-5)
+
+
+def test_eight_bit_states_of_what_is_whole_in_every_process_go_on_in_any_number(eight_bit):
+    names = ("whole", "taken whole", "back whole", "longer whole", "continued whole")
+    begun, taken, back, longer, continued = (load_file(eight_bit / name) for name in names)
+    rounded = {name.split(".")[1] for name, tensor in begun.items() if tensor.dtype == torch.uint8}
+    assert rounded == {"adapter", "projection"}
+    for found, expected in ((taken, begun), (back, begun), (continued, longer)):
+        assert found.keys() == expected.keys()
+        assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
 
 
 def test_sequences_that_do_not_divide_are_refused():

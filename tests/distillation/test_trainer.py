@@ -14,6 +14,7 @@ from safetensors import safe_open
 from autodistill.codes import deployed
 from autodistill.distillation import trainer as trainer_module
 from autodistill.distillation.checkpoint import read_metadata
+from autodistill.distillation.memory import TooManyAtOnce
 from autodistill.distillation.schedule import branch_point, decayed, stable_rate
 from autodistill.distillation.step_loss import StepLoss
 from autodistill.errors import TrialFailedError
@@ -160,11 +161,38 @@ def test_out_of_memory_halves_the_micro_batch_and_the_step_is_the_same(workshop,
     _same(_weights(large), _weights(small))
 
 
-def test_out_of_memory_with_a_single_sequence_ends_the_trial(workshop):
-    trainer = workshop.trainer(PLAIN)
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_out_of_memory_with_a_single_sequence_ends_the_trial(workshop, sequences):
+    trainer = workshop.trainer(PLAIN, batch_tokens=32 * sequences, micro_batch=4)
     trainer._loss.of = lambda *arguments: _raise(MemoryError())
     with pytest.raises(MemoryError):
         next(trainer.train_stable(64))
+
+
+@pytest.mark.parametrize(("at_once", "fewer"), [(8, 2), (3, 1), (2, 1)])
+def test_out_of_memory_in_one_of_several_processes_says_with_how_many_all_begin_again(workshop, at_once, fewer):
+    """Of eight sequences each of two processes has four."""
+    trainer = workshop.trainer(PLAIN, batch_tokens=256, micro_batch=at_once, sharding=_Second())
+    trainer._loss.of = lambda *arguments: _raise(MemoryError())
+    with pytest.raises(TooManyAtOnce) as caught:
+        next(trainer.train_stable(256))
+    assert caught.value.fewer == fewer
+    alone = workshop.trainer(PLAIN, batch_tokens=64, micro_batch=at_once, sharding=_Second())
+    alone._loss.of = trainer._loss.of
+    with pytest.raises(MemoryError):
+        next(alone.train_stable(64))
+
+
+class _Second:
+    """The second of two processes, as far as a failed pass asks."""
+
+    rank, count = 1, 2
+
+    def shard(self, model):
+        """The weights stay whole."""
+
+    def share(self, indices):
+        return indices[1::2]
 
 
 def _raise(error):

@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 from autodistill.contracts import Direction, Measurement, Status
 from autodistill.devices import devices, find_device
 from autodistill.distillation.schedule import branch_point
+from autodistill.distillation.trainer import StepRecord
 from autodistill.errors import AutoDistillError
 from autodistill.estimate import fits, spec_from_config, with_layers
 from autodistill.evaluation import Evaluation
@@ -454,6 +455,29 @@ def test_what_would_come_again_is_not_tried_again(tmp_path: Path, cause: str) ->
             search.report(assignment, worker(assignment))
     assert seen == [0]
     assert search.trials["t001"].status is Status.FAILED
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["", "resumed"])
+def test_a_trial_goes_on_with_as_many_sequences_at_once_as_its_memory_held(tmp_path: Path, resumed: bool) -> None:
+    asked = replace(question(), plan=replace(PLAN, micro_batch=4))
+    step = StepRecord(**dict.fromkeys((field.name for field in fields(StepRecord)), 0))  # type: ignore[arg-type]
+    given: dict[str, list[int | None]] = {}
+
+    def tight(assignment: Assignment) -> RungReport:
+        """The best trial runs out of memory in its first rung."""
+        if assignment.deployment is None:
+            given.setdefault(assignment.task.id, []).append(assignment.task.micro_batch)
+        held = 2 if assignment.task.id == "t005" else 4
+        return replace(worker(assignment), steps=tuple(replace(step, micro_batch=most) for most in (4, held)))
+
+    search = campaign(tmp_path, asked)
+    while (assignment := search.next()) is not None:
+        search.report(assignment, tight(assignment))
+        if resumed:
+            search = campaign(tmp_path, asked)
+            search.replay(EventLog(tmp_path / "trials.jsonl").read())
+    assert given.pop("t005") == [None, 2, 2]
+    assert {most for each in given.values() for most in each} == {None}
 
 
 def test_out_of_memory_is_told_to_the_sampler_as_a_limit_that_was_broken(tmp_path: Path) -> None:

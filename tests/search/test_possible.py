@@ -1,0 +1,131 @@
+"""What a budget and a machine leave of a space: the teacher's own shape where it has to shrink, and can be trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autodistill.contracts import ModelSpec
+from autodistill.estimate import fits, spec_from_config
+from autodistill.hardware import Machine
+from autodistill.records.json_files import write_json
+from autodistill.records.store import RunFolder
+from autodistill.search.checked import Checked, check_request
+from autodistill.search.loading import Place, trainable
+from autodistill.search.possible import narrowed
+from autodistill.search.request import SearchRequest
+from autodistill.search.share import Share
+from autodistill.space import Space, load_space
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.units import Budget
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+SEVEN = SMALL | {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
+SPACE = load_space("default")
+
+
+def whole(space: Space) -> bool:
+    """Whether a student may have the teacher's own shape."""
+    return any(strategy.init.depth == strategy.init.ffn == 1.0 for strategy in space.extremes())
+
+
+def needs(spec: ModelSpec) -> dict[str, int]:
+    """Bytes of the teacher itself under each deployment."""
+    return {fit.deployment.name: fit.need for fit in fits(spec, SPACE.deployments, Budget(memory_bytes=10**12))}
+
+
+def test_a_student_of_the_teachers_shape_is_for_a_budget_between_its_narrowest_and_its_16_bits() -> None:
+    spec = spec_from_config(SMALL)
+    need = needs(spec)
+    narrowest = min(need.values())
+    widest = min(need["gguf-f16"], need["huggingface"])
+    assert narrowest < need["gguf-q8_0"] < widest
+    for limit, kept in ((narrowest - 1, False), (narrowest, True), (widest - 1, True), (widest, False)):
+        assert whole(narrowed(SPACE, spec, Budget(memory_bytes=limit))) == kept
+    assert list(narrowed(SPACE, spec, Budget(memory_bytes=widest)).starts) == ["narrow"]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
+    folder = tmp_path_factory.mktemp("inputs")
+    return SearchRequest(
+        budget=Budget(memory_bytes=10**12, context=256),
+        teacher=str(save_tiny_teacher(folder / "teacher", layers=5)),
+        data=str(tiny_text(folder / "text")),
+        out=folder / "runs",
+        cache=folder / "cache",
+        runner="inline",
+    )
+
+
+def checked_within(asked: SearchRequest) -> Checked:
+    """The request under a budget that its teacher exceeds in 16 bits alone."""
+    spec = check_request(asked).spec
+    need = {
+        fit.deployment.name: fit.need for fit in fits(spec, SPACE.deployments, replace(asked.budget, memory_bytes=1))
+    }
+    limit = min(need["gguf-f16"], need["huggingface"]) - 1
+    return check_request(replace(asked, budget=replace(asked.budget, memory_bytes=limit)))
+
+
+def test_a_resumed_run_keeps_the_space_that_it_was_searched_in(asked: SearchRequest, tmp_path: Path) -> None:
+    binding, wide = checked_within(asked), check_request(asked)
+    assert (whole(binding.space), whole(wide.space)) == (True, False)
+    for checked in (binding, wide):
+        name = f"run-{whole(checked.space)}"
+        stored = {
+            "teacher": {"reference": asked.teacher},
+            "data": {"reference": asked.data},
+            "space": "default",
+            "space_hash": checked.space.hash,
+            "space_definition": checked.space.to_json(),
+            "metric": "accuracy",
+            "sampler": "tpe",
+            "seed": 0,
+            "budget": checked.request.budget.to_json(),
+            "plan": {"trials": 3},
+        }
+        with RunFolder.create(tmp_path, name) as run:
+            write_json(run.search_file, stored)
+        again = check_request(replace(checked.request, out=tmp_path, name=name, resume=True))
+        assert again.space.dimensions == checked.space.dimensions
+        # And warm-starts a search under either budget.
+        for other in (binding, wide):
+            warmed = replace(other.request, out=tmp_path, warm_start=name)
+            assert check_request(warmed).space.dimensions == other.space.dimensions
+
+
+def test_it_is_left_out_where_its_training_fits_no_machine(asked: SearchRequest) -> None:
+    checked = replace(checked_within(asked), spec=spec_from_config(SEVEN))
+    said: list[str] = []
+
+    def place(memory: int) -> Place:
+        machine = Machine(cpus=8, memory_bytes=memory, gpus=())
+        return Place(here=machine, machines=(machine,), share=Share())
+
+    assert trainable(checked, place(10**12), said.append) is checked
+    assert not said
+    assert not whole(trainable(checked, place(64 * 10**9), said.append).space)
+    (line,) = said
+    assert "left out" in line
+    assert "64.0 GB" in line
+    wide = check_request(asked)
+    assert trainable(wide, place(10**9), said.append) is wide
