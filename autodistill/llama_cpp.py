@@ -224,7 +224,7 @@ class LlamaServer:
         return self._child.used_seconds()
 
     def peak_bytes(self) -> int:
-        """The most memory that llama.cpp took at a time: of its process, less what the interpreter there held before."""
+        """The most memory that llama.cpp took at a time: of its process, less what its interpreter held before."""
         return peak_memory(self._child.pid) - int(self._child.ready["interpreter_bytes"])
 
     def buffers(self) -> Buffers:

@@ -68,8 +68,9 @@ def _resident_bytes() -> int:
 def main() -> None:
     """Loads, says so with a line, and answers until stdin ends.
 
-    The line says what the interpreter held before, which llama.cpp on its own would not. A request is a JSON object for llama.cpp's completions, or one that has a `text` to be cut into tokens; the answer
-    is the JSON list of the objects that it gave.
+    The line says what the interpreter held before, which llama.cpp on its own would not. A request is a JSON object for
+    llama.cpp's completions, or one that has a `text` to be cut into tokens; the answer is the JSON list of the objects
+    that it gave.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever the runtime prints belongs to the log

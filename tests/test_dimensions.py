@@ -225,7 +225,8 @@ def test_of_answers_alone_the_losses_are_means(workshop, truth, tmp_path):
     for name, value in {"divergence": divergence, "cross_entropy": cross_entropy, "alignment": aligned}.items():
         assert getattr(record, name) == pytest.approx(float(value.detach()), rel=2e-5), name
     assert record.loss == pytest.approx(float(loss.detach()), rel=2e-5)
-    _check_gradients(_gradients(trainer, record, tmp_path), _named_gradients(model))
+    # The cached states are float16, whose rounding averages out less over a third of the tokens.
+    _check_gradients(_gradients(trainer, record, tmp_path), _named_gradients(model), 5e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 6.0])
