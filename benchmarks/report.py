@@ -13,6 +13,8 @@ from autodistill.hardware import detect
 from autodistill.units import format_bytes
 
 REPORTS = Path(__file__).parent / "reports"
+# Of a CPU's instructions those that decide how fast it multiplies, the fastest first.
+_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 
 
 def machine() -> str:
@@ -21,8 +23,10 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
+        lines = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
+        facts = {name.strip(): value.strip() for name, _, value in lines}
+        flags = facts.get("flags", "").split()
+        model = ", ".join([facts.get("model name", model), *[one for one in _INSTRUCTIONS if one in flags][:1]])
     gpus = ", ".join(gpu.name for gpu in found.gpus) or "no GPU"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "ray"))
     cores = "1 core" if found.cpus == 1 else f"{found.cpus} cores"
