@@ -34,7 +34,7 @@ _SIGNAL = (
     "distillation.temperature.start",
     "distillation.temperature.end",
 )
-_SPACE_FIELDS = ("name", "description", "dimensions", "deployments", "baselines", "starts", "binding", "lengths")
+_SPACE_FIELDS = ("name", "description", "dimensions", "deployments", "baselines", "starts", "optional", "lengths")
 
 
 def _strategy_paths(part: type[Part] = Strategy, prefix: str = "") -> dict[str, type]:
@@ -107,10 +107,10 @@ class Space:
         deployments: How trained students are packed.
         baselines: Named strategies that run first, to the full plan.
         starts: Named strategies of the space that are proposed first, and have to pass every rung.
-        binding: Of dimensions the choices that count only where the budget binds: where it excludes the teacher itself
-            in 16 bits.
+        optional: Of dimensions the choices that a search does without where no student of them fits its budget, or can be
+            trained on its machines.
         lengths: Multiples of the plan's tokens, 1 and above, that the best trials are trained on to.
-        narrowed_from: Hash of the space that this one was made of by `loose`; runs of the two are of one space.
+        narrowed_from: Hash of the space that this one was made of by `required`; runs of the two are of one space.
     """
 
     name: str
@@ -119,7 +119,7 @@ class Space:
     deployments: tuple[Deployment, ...]
     baselines: Mapping[str, Strategy]
     starts: Mapping[str, Strategy] = field(default_factory=dict)
-    binding: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+    optional: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
     lengths: tuple[float, ...] = (1.0,)
     narrowed_from: str | None = None
 
@@ -221,25 +221,25 @@ class Space:
         found = (strategy.distillation for strategy in (*proposed, *self.baselines.values()))
         return tuple(dict.fromkeys(found))
 
-    def loose(self) -> Space:
-        """The space under a budget that does not bind: without the choices, dimensions and starts that ask for one."""
-        if not self.binding:
+    def required(self) -> Space:
+        """The space without its optional choices, and without the dimensions and starts that ask for one."""
+        if not self.optional:
             return self
         dimensions = []
         for dimension in self.dimensions:
-            when = {path: self._loosely(path, values) for path, values in dimension.when.items()}
+            when = {path: self._required(path, values) for path, values in dimension.when.items()}
             if all(when.values()):
                 domain = dimension.domain
                 if isinstance(domain, Choices):
-                    left = self._loosely(dimension.path, domain.corners)
+                    left = self._required(dimension.path, domain.corners)
                     domain = Choices(values={label: domain.values[label] for label in left})
                 dimensions.append(replace(dimension, domain=domain, when=when))
-        narrowed = replace(self, dimensions=tuple(dimensions), starts={}, binding={}, narrowed_from=self.hash)
+        narrowed = replace(self, dimensions=tuple(dimensions), starts={}, optional={}, narrowed_from=self.hash)
         starts = {name: start for name, start in self.starts.items() if narrowed.point(start) is not None}
         return replace(narrowed, starts=starts)
 
-    def _loosely(self, path: str, values: Sequence[Value]) -> tuple[Value, ...]:
-        return tuple(value for value in values if value not in self.binding.get(path, ()))
+    def _required(self, path: str, values: Sequence[Value]) -> tuple[Value, ...]:
+        return tuple(value for value in values if value not in self.optional.get(path, ()))
 
     @cached_property
     def hash(self) -> str:
@@ -248,7 +248,7 @@ class Space:
             return self.narrowed_from
         data = self.to_json()
         parts = [list(data["dimensions"].items()), data["deployments"], data["baselines"], list(data["starts"].items())]
-        parts += [data["binding"]] if self.binding else []
+        parts += [data["optional"]] if self.optional else []
         return content_hash(parts + ([data["lengths"]] if len(self.lengths) > 1 else []))
 
     def to_json(self) -> dict[str, Any]:
@@ -260,7 +260,7 @@ class Space:
             "deployments": [deployment.to_json() for deployment in self.deployments],
             "baselines": {name: strategy.to_json() for name, strategy in self.baselines.items()},
             "starts": {name: strategy.to_json() for name, strategy in self.starts.items()},
-            "binding": {path: list(labels) for path, labels in self.binding.items()},
+            "optional": {path: list(labels) for path, labels in self.optional.items()},
             "lengths": list(self.lengths),
         }
 
@@ -284,11 +284,11 @@ class Space:
             deployments=_deployments(data.get("deployments")),
             baselines=_named("baselines", data.get("baselines", [])),
             starts=_named("starts", data.get("starts", [])),
-            binding=_binding(data.get("binding", {})),
+            optional=_optional(data.get("optional", {})),
             lengths=_lengths(data.get("lengths", [1])),
         )
         _check_corners(space)
-        _check_binding(space)
+        _check_optional(space)
         for name, strategy in space.starts.items():
             check(space.point(strategy) is not None, f"starts: {name} lies outside of the space")
         return space
@@ -413,26 +413,26 @@ def _deployments(data: Any) -> tuple[Deployment, ...]:
     return deployments
 
 
-def _binding(data: Any) -> dict[str, tuple[Value, ...]]:
-    check(isinstance(data, Mapping), f"binding must be a mapping of dimensions to lists of choices, not {data!r}")
+def _optional(data: Any) -> dict[str, tuple[Value, ...]]:
+    check(isinstance(data, Mapping), f"optional must be a mapping of dimensions to lists of choices, not {data!r}")
     for path, labels in data.items():
-        check(isinstance(labels, list) and labels != [], f"binding.{path} needs a list of choices, not {labels!r}")
+        check(isinstance(labels, list) and labels != [], f"optional.{path} needs a list of choices, not {labels!r}")
     return {str(path): tuple(labels) for path, labels in data.items()}
 
 
-def _check_binding(space: Space) -> None:
+def _check_optional(space: Space) -> None:
     """Refuses choices that no dimension has, and a dimension of which none would be left."""
     domains = {dimension.path: dimension.domain for dimension in space.dimensions}
-    for path, labels in space.binding.items():
-        check(path in domains, f"binding names {path}, which is no dimension here; {near(path, domains)}")
+    for path, labels in space.optional.items():
+        check(path in domains, f"optional names {path}, which is no dimension here; {near(path, domains)}")
         domain = domains[path]
         if not isinstance(domain, Choices):
-            raise InputError(f"binding names {path}, which has no choices")
+            raise InputError(f"optional names {path}, which has no choices")
         for label in labels:
             hint = near(label, map(str, domain.corners))
-            check(domain.holds(label), f"binding names {label!r} of {path}, which is none of its choices; {hint}")
+            check(domain.holds(label), f"optional names {label!r} of {path}, which is none of its choices; {hint}")
         left = [label for label in domain.corners if label not in labels]
-        check(left != [], f"binding leaves {path} no choice under a budget that does not bind")
+        check(left != [], f"optional leaves {path} no choice that is not")
 
 
 def _lengths(data: Any) -> tuple[float, ...]:

@@ -58,7 +58,7 @@ def test_the_default_space_searches_what_the_project_is_known_by():
     assert {(item.format, item.bits, item.group_size) for item in finishings if item} == grids
     assert None in finishings
     assert {strategy.init.layers for strategy in strategies} == {"even", "influence"}
-    # Fewer layers or narrower ones; the teacher's own shape where the budget binds.
+    # Fewer layers or narrower ones; the teacher's own shape, to be had in fewer bits.
     assert any(strategy.init == Init(depth=1.0) for strategy in strategies)
     strategies = [strategy for strategy in strategies if strategy.init != Init(depth=1.0)]
     assert max(strategy.init.depth for strategy in strategies if strategy.init.ffn == 1) == 0.8
@@ -155,8 +155,8 @@ def test_a_constant_temperature_ends_where_it_starts():
 
 def test_the_extremes_are_the_corners_of_how_a_student_begins():
     space = load_space("default")
-    inits = {(strategy.init.depth, strategy.init.layers, strategy.init.ffn) for strategy in space.loose().extremes()}
-    assert {strategy.init for strategy in space.extremes()} - {item.init for item in space.loose().extremes()} == {
+    inits = {(strategy.init.depth, strategy.init.layers, strategy.init.ffn) for strategy in space.required().extremes()}
+    assert {strategy.init for strategy in space.extremes()} - {item.init for item in space.required().extremes()} == {
         Init(depth=1.0)
     }
     shallow = {(depth, layers, 1.0) for depth in (0.6, 0.8) for layers in ("even", "influence")}
@@ -411,12 +411,12 @@ def test_faults_of_dimensions(fault, tmp_path):
         ({"baselines": {"mine": {"init": {"depth": 2}}}}, "baselines.mine|init.depth"),
         ({"name": 3}, "name must be text"),
         ({"dimension": {}}, "did you mean dimensions"),
-        ({"binding": ["init"]}, "binding must be a mapping"),
-        ({"binding": {"init.layers": "even"}}, "needs a list of choices"),
-        ({"binding": {"init.layer": ["even"]}}, "no dimension here; did you mean init.layers"),
-        ({"binding": {"init.depth": [0.5]}}, "has no choices"),
-        ({"binding": {"init.layers": ["ever"]}}, "none of its choices; did you mean even"),
-        ({"binding": {"init.layers": ["influence", "even"]}}, "leaves init.layers no choice"),
+        ({"optional": ["init"]}, "optional must be a mapping"),
+        ({"optional": {"init.layers": "even"}}, "needs a list of choices"),
+        ({"optional": {"init.layer": ["even"]}}, "no dimension here; did you mean init.layers"),
+        ({"optional": {"init.depth": [0.5]}}, "has no choices"),
+        ({"optional": {"init.layers": ["ever"]}}, "none of its choices; did you mean even"),
+        ({"optional": {"init.layers": ["influence", "even"]}}, "leaves init.layers no choice"),
     ],
 )
 def test_faults_of_the_rest(change, said):
@@ -506,7 +506,7 @@ def test_lengths_are_multiples_of_the_plans_tokens_the_plans_own_always_among_th
             space_of(dimensions, lengths=wrong)
 
 
-def test_what_is_for_a_binding_budget_is_not_in_the_space_of_another():
+def test_the_required_space_is_without_what_is_optional():
     data = {
         "init": {"choices": {"small": {"ffn": 1.0}, "whole": {"depth": 1.0, "ffn": 1.0}}},
         "init.depth": {"low": 0.5, "high": 0.8, "when": {"init": ["small"]}},
@@ -516,22 +516,22 @@ def test_what_is_for_a_binding_budget_is_not_in_the_space_of_another():
         END: {"low": 0.5, "high": 1.0, "when": {SHAPE: ["linear"]}},
     }
     starts = {"first": {"init": {"depth": 1.0}}, "second": {"init": {"depth": 0.6}}}
-    space = space_of(data, binding={"init": ["whole"]}, starts=starts)
-    loose = space.loose()
-    assert [dimension.path for dimension in space.dimensions if dimension not in loose.dimensions] == [
+    space = space_of(data, optional={"init": ["whole"]}, starts=starts)
+    required = space.required()
+    assert [dimension.path for dimension in space.dimensions if dimension not in required.dimensions] == [
         "init",
         "finishing.start",
     ]
-    assert list(loose.starts) == ["second"]
-    assert {strategy.init.depth for strategy in loose.extremes()} == {0.5, 0.8}
+    assert list(required.starts) == ["second"]
+    assert {strategy.init.depth for strategy in required.extremes()} == {0.5, 0.8}
     assert {strategy.init.depth for strategy in space.extremes()} == {0.5, 0.8, 1.0}
-    # What one search found counts for the other, so that both are of one space.
-    assert loose.hash == space.hash
+    # What a search of the one found counts for the other, so that both are of one space.
+    assert required.hash == space.hash
     assert space_of(data, starts=starts).hash != space.hash
-    assert loose.loose() is loose
+    assert required.required() is required
     assert Space.from_json(space.to_json()) == space
-    kept = Space.from_json(loose.to_json())
-    assert (kept.dimensions, kept.starts) == (loose.dimensions, loose.starts)
+    kept = Space.from_json(required.to_json())
+    assert (kept.dimensions, kept.starts) == (required.dimensions, required.starts)
 
 
 def test_of_the_choices_that_hold_a_strategy_lies_at_the_one_that_says_most():

@@ -179,7 +179,7 @@ def _at_context(request: SearchRequest, known: Mapping[str, Any], spec: ModelSpe
 def _under_budget(space: Space, spec: ModelSpec, budget: Budget, known: Mapping[str, Any]) -> Space:
     """The space that this budget is searched in, on resuming that which it was."""
     if known:
-        return space if known.get("space_definition", {}).get("binding") else space.loose()
+        return space if known.get("space_definition", {}).get("optional") else space.required()
     return narrowed(space, spec, budget)
 
 
@@ -252,7 +252,12 @@ def single(space: Space, reference: str) -> Space:
     """The space that holds one strategy alone, under the deployments of another space."""
     strategy = load_strategy(reference)
     return replace(
-        space, name=Path(reference).stem, dimensions=(), starts={}, baselines={Path(reference).stem: strategy}
+        space,
+        name=Path(reference).stem,
+        dimensions=(),
+        starts={},
+        optional={},
+        baselines={Path(reference).stem: strategy},
     )
 
 

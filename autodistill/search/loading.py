@@ -126,23 +126,23 @@ def load(checked: Checked, place: Place) -> Loaded:
 
 
 def trainable(checked: Checked, place: Place, line: Callable[[str], None]) -> Checked:
-    """The request without the choices for a budget that binds, where training their students fits no machine here.
+    """The request without its space's optional choices, where training their students fits no machine here.
 
     Args:
         checked: What is asked; of a run that is resumed the choices stay as they were.
         place: Where it runs.
         line: Is told of it.
     """
-    loose = checked.space.loose()
-    if loose is checked.space or checked.stored is not None:
+    required = checked.space.required()
+    if required is checked.space or checked.stored is not None:
         return checked
     length = checked.sequence_length
     teacher_fit = fit_teacher(checked.spec, stored="float32", sequence_length=length, machine=place.here)
     try:
         _training(checked, place, checked.spec, teacher_fit)
     except InputError as error:
-        line(f"students for a budget that the teacher exceeds are left out: {error}")
-        return replace(checked, space=loose)
+        line(f"the largest students are left out: {error}")
+        return replace(checked, space=required)
     return checked
 
 

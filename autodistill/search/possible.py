@@ -34,25 +34,18 @@ def check_teacher(spec: ModelSpec, space: Space, budget: Budget, sequence_length
 
 
 def narrowed(space: Space, spec: ModelSpec, budget: Budget) -> Space:
-    """The space without its choices for a budget that binds, where the budget does not, or holds no student of them.
-
-    A budget binds where it excludes the teacher in 16 bits.
+    """The space without its optional choices, where no student of them fits the budget.
 
     Args:
         space: As it was read.
         spec: The teacher's shape.
         budget: Of a student.
     """
-    loose = space.loose()
-    if loose is space:
-        return space
-    wide = [one for one in holdable(spec, space.deployments) if one.bits == 16]
-    if any(fit.slack <= 0 for fit in fits(spec, wide, budget)):
-        return loose
-    always = set(loose.extremes())
+    required = space.required()
+    always = set(required.extremes())
     added = [student for strategy, student in by_size(space, spec) if strategy not in always]
     held = (fit.slack for student in added for fit in fits(student, holdable(student, space.deployments), budget))
-    return space if any(slack <= 0 for slack in held) else loose
+    return space if any(slack <= 0 for slack in held) else required
 
 
 def shortest_context(spec: ModelSpec, space: Space) -> tuple[int, str]:
