@@ -107,8 +107,8 @@ class Space:
         deployments: How trained students are packed.
         baselines: Named strategies that run first, to the full plan.
         starts: Named strategies of the space that are proposed first, and have to pass every rung.
-        optional: Of dimensions the choices that a search does without where no student of them fits its budget, or can be
-            trained on its machines.
+        optional: Of dimensions the choices that a search does without where no student of them fits its budget, or can
+            be trained on its machines.
         lengths: Multiples of the plan's tokens, 1 and above, that the best trials are trained on to.
         narrowed_from: Hash of the space that this one was made of by `required`; runs of the two are of one space.
     """

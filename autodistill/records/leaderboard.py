@@ -142,9 +142,12 @@ def _order(row: Row, metric: str, direction: Direction) -> tuple[Any, ...]:
 
 def _smallness(row: Row) -> tuple[float, float]:
     # Like is compared with like: one row that was measured among predicted ones would be the larger for that alone.
-    predicted = row.figure("memory_bytes_predicted")
-    need = row.memory_bytes if predicted is None else predicted
-    memory, size = (math.inf if value is None else value for value in (need, row.size_bytes))
+    figures = []
+    for name, value in (("memory_bytes", row.memory_bytes), ("size_bytes", row.size_bytes)):
+        predicted = row.figure(f"{name}_predicted")
+        found = value if predicted is None else predicted
+        figures.append(math.inf if found is None else float(found))
+    memory, size = figures
     return memory, size
 
 

@@ -239,7 +239,7 @@ def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[s
 
 
 def _with_measured(row: Row, measured: Mapping[str, Measurement], finisher: Finisher) -> Row:
-    """The row with the runtime's figures; the memory that was predicted stays beside the measured one."""
+    """The row with the runtime's figures; the memory and size that were predicted stay beside the measured ones."""
     fields: dict[str, Any] = {"other": dict(row.other)}
     for name, item in measured.items():
         if name in ("memory_bytes", "size_bytes"):
@@ -251,7 +251,7 @@ def _with_measured(row: Row, measured: Mapping[str, Measurement], finisher: Fini
     if "memory_bytes" in measured:
         fields["memory_source"] = measured["memory_bytes"].source
         if row.memory_source != "measured":
-            fields["other"]["memory_bytes_predicted"] = row.memory_bytes
+            fields["other"] |= {"memory_bytes_predicted": row.memory_bytes, "size_bytes_predicted": row.size_bytes}
         fields["other"]["memory_parts"] = dict(measured["memory_bytes"].detail)
     late: tuple[str, ...] = ()
     if "latency_ms" in measured:

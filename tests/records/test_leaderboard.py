@@ -162,6 +162,16 @@ def test_the_smallest_of_the_tied_is_still_so_once_it_was_measured() -> None:
     assert [one.row.name for one in rank(rows)] == ["small", "large"]
 
 
+def test_of_equally_small_rows_the_best_is_still_first_once_its_file_was_measured() -> None:
+    """The file has a tokenizer beside the weights, which the size that is predicted of the other leaves out."""
+    measured = {"other": {"memory_bytes_predicted": 100, "size_bytes_predicted": 90}}
+    rows = [
+        row("best", accuracy=0.51, memory_bytes=95, size_bytes=92, documents=documents([51.0, 51.0]), **measured),
+        row("other", accuracy=0.50, memory_bytes=100, size_bytes=90, documents=documents([40.0, 60.0])),
+    ]
+    assert [(one.row.name, one.tied) for one in rank(rows)] == [("best", True), ("other", True)]
+
+
 def test_a_lone_best_is_not_marked_as_tied() -> None:
     rows = [
         row("a", accuracy=0.5, documents=documents([50.0, 50.0])),
