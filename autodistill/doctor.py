@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from autodistill import plugins
 from autodistill.distillation.teacher import resolve_teacher
 from autodistill.errors import InputError
-from autodistill.hardware import Machine, detect
+from autodistill.hardware import Machine, computes_bf16, detect
 from autodistill.storage import Storage
 from autodistill.units import format_bytes
 
@@ -170,9 +170,7 @@ def _hardware(machine: Machine) -> Iterator[Finding]:
 def _bf16(machine: Machine) -> bool:
     import torch
 
-    if machine.gpus and torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return computes_bf16("cuda" if machine.gpus and torch.cuda.is_available() else "cpu")
 
 
 def _storage(uri: str) -> Finding:

@@ -59,6 +59,18 @@ def detect_for_training() -> Machine:
     return machine if torch.cuda.is_available() else replace(machine, gpus=())
 
 
+def computes_bf16(kind: str) -> bool:
+    """Whether "cuda", "mps" or "cpu" here computes in bfloat16 itself.
+
+    A GPU older than Ampere, or a CPU without instructions for it, only emulates it, which takes longer than float32.
+    """
+    import torch
+
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return kind == "mps" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _cpus(cgroup: Path) -> int:
     # macOS and Windows have no affinity to ask for.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

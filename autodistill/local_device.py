@@ -11,7 +11,7 @@ from typing import Any
 
 from autodistill.devices import Device, device_classes, devices, find_device
 from autodistill.errors import InputError
-from autodistill.hardware import Machine, detect, machine_name
+from autodistill.hardware import Machine, computes_bf16, detect, machine_name
 from autodistill.records.json_files import read_json, write_json
 from autodistill.records.locks import alone
 from autodistill.strategy import content_hash
@@ -126,11 +126,13 @@ def _bandwidth(kind: str) -> float:
 
 
 def _rates(kind: str) -> dict[str, float]:
-    """Operations a second of products of square matrices."""
+    """Operations a second of products of square matrices, in what is computed here and not emulated."""
     import torch
 
     size = _SQUARE[kind]
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16} | ({} if kind == "cpu" else {"fp16": torch.float16})
+    names = {"fp32": torch.float32}
+    names |= {"bf16": torch.bfloat16} if computes_bf16(kind) else {}
+    names |= {} if kind == "cpu" else {"fp16": torch.float16}
     rates = {}
     for name, dtype in names.items():
         left, right = (torch.ones(size, size, dtype=dtype, device=kind) for _ in range(2))

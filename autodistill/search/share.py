@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from autodistill.errors import InputError
-from autodistill.hardware import Machine
+from autodistill.hardware import Machine, computes_bf16
 
 # On a CPU more workers than this were not seen to train more tokens in all.
 _MOST_WORKERS = 8
@@ -59,13 +57,8 @@ class Workers:
 
 
 def supports_bf16(machine: Machine) -> bool:
-    """Whether training computes in bfloat16 on the machine's GPU, or on its CPU where there is none.
-
-    A GPU older than Ampere only emulates it, which takes longer than float32.
-    """
-    if machine.gpus:
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether training computes in bfloat16 on the machine's GPU, or on its CPU where there is none."""
+    return computes_bf16("cuda" if machine.gpus else "cpu")
 
 
 def check_share(
