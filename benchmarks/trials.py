@@ -8,8 +8,9 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from autodistill.search.loading import Place
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest
-from autodistill.strategy import Distillation, Strategy
+from autodistill.strategy import Deployment, Distillation, Strategy
 from autodistill.trial import Trial, Workbench
 from autodistill.trial_data import TrialSetting, TrialTask
 from autodistill.units import Budget
@@ -225,64 +226,64 @@ def run(
     missing = {key: wanted[key] for key in wanted.keys() - {one.key for one in done}}
     if not missing:
         return done
+    results = list(done)
+    context = multiprocessing.get_context("spawn")
+    request = SearchRequest(
+        budget=Budget(memory_bytes=16 * 10**9),
+        teacher=teacher,
+        data=data,
+        trials=1,
+        tokens=tokens,
+        step_tokens=batch_tokens,
+        runner="inline",
+        name="trials",
+    )
+    named_missing = {name: strategies[name] for name, _ in missing.values()}
+    with (
+        _ready(request, named_missing, workers, eval_tokens) as (setting, deployments),
+        ProcessPoolExecutor(workers, context, initializer=_open, initargs=(setting,)) as pool,
+    ):
+        futures = []
+        for index, key in enumerate(key for key in wanted if key in missing):
+            name, strategy = missing[key]
+            probe = probe_deployment(strategy, deployments)
+            task = TrialTask(
+                id=f"x{index:03d}", strategy=strategy, seed=key[1], deployments=(probe,), probe=probe, straight=True
+            )
+            futures.append(pool.submit(_train, name, task))
+        for future in as_completed(futures):
+            result = future.result()
+            results.append(result)
+            if store is not None:
+                with store.open("a") as file:
+                    file.write(json.dumps(asdict(result)) + "\n")
+            print(
+                f"[{len(results)}/{len(wanted)}] {result.name}, seed {result.seed}: accuracy "
+                f"{result.accuracy:.4f}, perplexity {result.perplexity:.2f}, {result.train_seconds:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    return results
+
+
+@contextmanager
+def _ready(
+    request: SearchRequest, strategies: Mapping[str, Strategy], workers: int, eval_tokens: int
+) -> Iterator[tuple[TrialSetting, Sequence[Deployment]]]:
+    """What trials of these strategies read, and the space's deployments; its run is gone after the block."""
     with tempfile.TemporaryDirectory() as folder:
-        request = SearchRequest(
-            budget=Budget(memory_bytes=16 * 10**9),
-            teacher=teacher,
-            data=data,
-            trials=1,
-            tokens=tokens,
-            step_tokens=batch_tokens,
-            runner="inline",
-            out=Path(folder),
-            name="trials",
-        )
-        checked = check_request(request)
+        checked = check_request(replace(request, out=Path(folder)))
+        deployments = checked.space.deployments
         # No teacher rows are wanted, and every state that one of the strategies aligns to.
         space = replace(
-            checked.space,
-            deployments=checked.space.deployments[:1],
-            dimensions=(),
-            starts={},
-            baselines={name: strategies[name] for name, _ in missing.values()},
+            checked.space, deployments=deployments[:1], dimensions=(), starts={}, baselines=dict(strategies)
         )
-        deployments = checked.space.deployments
         checked = replace(checked, space=space)
-        with RunFolder.create(request.out, checked.name) as run_folder:
+        with RunFolder.create(Path(folder), checked.name) as run_folder:
             clock = Clock(time.monotonic(), lambda text: None)
             planned = plan_run(checked, Place.alone(), run_folder, clock, Observer())
-            plan = replace(
-                planned.plan, threads=max(1, planned.plan.threads // workers), eval_tokens=eval_tokens, tokens=tokens
-            )
+            threads, tokens = max(1, planned.plan.threads // workers), request.tokens
+            plan = replace(planned.plan, threads=threads, eval_tokens=eval_tokens, tokens=tokens)
             for strategy in strategies.values():
                 student_spec(strategy, planned.loaded.spec)  # refuses what this teacher has no student for
-            setting = prepare_trials(checked, replace(planned, plan=plan), run_folder, clock).setting
-            results = list(done)
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, context, initializer=_open, initargs=(setting,)) as pool:
-                futures = []
-                for index, key in enumerate(key for key in wanted if key in missing):
-                    name, strategy = missing[key]
-                    probe = probe_deployment(strategy, deployments)
-                    task = TrialTask(
-                        id=f"x{index:03d}",
-                        strategy=strategy,
-                        seed=key[1],
-                        deployments=(probe,),
-                        probe=probe,
-                        straight=True,
-                    )
-                    futures.append(pool.submit(_train, name, task))
-                for future in as_completed(futures):
-                    result = future.result()
-                    results.append(result)
-                    if store is not None:
-                        with store.open("a") as file:
-                            file.write(json.dumps(asdict(result)) + "\n")
-                    print(
-                        f"[{len(results)}/{len(wanted)}] {result.name}, seed {result.seed}: accuracy "
-                        f"{result.accuracy:.4f}, perplexity {result.perplexity:.2f}, {result.train_seconds:.0f} s",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-            return results
+            yield prepare_trials(checked, replace(planned, plan=plan), run_folder, clock).setting, deployments
