@@ -1,6 +1,7 @@
 """A trial, and all that reads a model, on a device that is not the CPU: what they report is what they do on the CPU."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from autodistill.applied import probe_deployment
 from autodistill.data import prepare
+from autodistill.distillation import parallel
 from autodistill.distillation.calibration import calibrate
 from autodistill.distillation.generation import Sampling, write
 from autodistill.distillation.held import load_held
@@ -327,3 +329,99 @@ def test_the_machine_is_measured(teacher, device):
         checkpointing=True,
     )
     assert min(speed.cache, speed.score, speed.worker_train, speed.worker_score) > 0
+
+
+@contextmanager
+def _passes(model, holds=10**9):
+    """Sequences of each pass of a model's body within the context; with more than `holds` memory runs out."""
+    sizes = []
+
+    def see(module, arguments, given):
+        sizes.append(len(given["input_ids"]))
+        if sizes[-1] > holds:
+            raise torch.OutOfMemoryError("out of memory")
+
+    handle = model.base_model.register_forward_pre_hook(see, with_kwargs=True)
+    yield sizes
+    handle.remove()
+
+
+def _cached(teacher, model, data, root, device):
+    """The bytes of each column of the cache of all sequences, as arrays of numbers."""
+    folder = ensure_cache(
+        lambda: model,
+        teacher_fingerprint="t",
+        data_fingerprint="d",
+        data=data,
+        vocabulary=300,
+        width=64,
+        settings=CacheSettings(top_k=16, draws=(12,), final=True, states=(1, 5)),
+        root=root,
+        limit_bytes=10**8,
+        device=device,
+    )
+    cache, every = TeacherCache(folder), range(len(data.tokens))
+    assert cache.sequences == len(data.tokens)
+    top, drawn = cache.top(every, 2.0, 16), cache.sampled(every, 1.0, 12)
+    sparse = [top.ids, top.log_p, drawn.ids, drawn.weights]
+    return [*sparse, cache.final(every).float(), cache.state(every, 5).float(), cache.state_size(every, 1)]
+
+
+def test_a_batched_cache_is_the_unbatched_one(teacher, data, tmp_path, device, monkeypatch):
+    tokens, found, model = load_split(data.folder, "train").head(13 * LENGTH), [], load_model(teacher, torch.float32)
+    # Logits of two sequences are worked on at once.
+    monkeypatch.setattr(parallel, "_LOGITS_BYTES", 4 * 300 * 2 * LENGTH)
+    cases = {"alone": (LENGTH, 99, 13 * [1]), "batched": (5 * LENGTH, 99, [5, 5, 3]), "short": (99 * LENGTH, 4, None)}
+    for name, (most, holds, expected) in cases.items():
+        monkeypatch.setattr(parallel, "PASS_TOKENS", most)
+        with _passes(model, holds) as sizes:
+            found.append(_cached(teacher, model, tokens, tmp_path / name, device))
+        assert sizes == (expected or [13, 6, 3, 3, 3, 3, 1]), name
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            # The step of float16, in which states are kept.
+            torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)
+
+
+def test_batched_scores_are_those_of_one_sequence_at_a_time(teacher, data, device, monkeypatch):
+    held_out = load_split(data.folder, "validation").head(7 * LENGTH)
+    marked = np.random.default_rng(0).random(held_out.tokens.shape) < 0.4
+    marked[2] = False
+    model = load_model(teacher, torch.float32, device)
+    monkeypatch.setattr(parallel, "_LOGITS_BYTES", 4 * 300 * 40)
+    for tokens in (held_out, replace(held_out, answers=marked)):
+        found = []
+        for most, holds, expected in (
+            (LENGTH, 9, 7 * [1]),
+            (3 * LENGTH, 9, [3, 3, 1]),
+            (10**6, 2, [7, 3, 1] + 6 * [1]),
+        ):
+            monkeypatch.setattr(parallel, "PASS_TOKENS", most)
+            with _passes(model, holds) as sizes:
+                scores, reference = refer(model, tokens, device=device)
+            assert sizes == expected
+            found.append((scores.nll, scores.confidence, reference.top1, np.sort(reference.log_probs, axis=1)))
+            np.testing.assert_allclose(score(model, tokens, reference, device=device)[0].divergence, 0, atol=1e-5)
+        for other in found[1:]:
+            for one, two in zip(found[0], other, strict=True):
+                np.testing.assert_allclose(two, one, rtol=0, atol=1e-4)
+
+
+def test_batched_windows_and_continuations_are_those_of_one_at_a_time(teacher, device, monkeypatch):
+    dice = np.random.default_rng(3)
+    texts = [dice.integers(3, 300, size).tolist() for size in (90, 1, 7, 2, 33)]
+    pairs = [(dice.integers(3, 300, 5).tolist(), dice.integers(3, 300, size).tolist()) for size in (1, 4, 2, 6, 3, 1)]
+    model = load_model(teacher, torch.float32, device)
+    monkeypatch.setattr(parallel, "_LOGITS_BYTES", 4 * 300 * 10)
+    found, counts = [], []
+    for most in (1, 10**6):
+        monkeypatch.setattr(parallel, "PASS_TOKENS", most)
+        with _passes(model) as sizes:
+            nll = np.concatenate(rolling(model, texts, window=16, stride=8, device=device))
+            asked = [one.log_likelihood for one in continuations(model, pairs, device=device)]
+        found.append((nll, asked))
+        counts.append(len(sizes))
+    # Seventeen windows; a pass for each prompt, and one for what follows it unless that is a single token.
+    assert counts == [17 + 6 + 4, 3]
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_allclose(two, one, rtol=0, atol=1e-4)
