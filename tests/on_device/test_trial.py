@@ -22,7 +22,8 @@ from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, 
 from autodistill.documents import resolve_data
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import deployed_weights, evaluate
-from autodistill.search.plan import measure_speed
+from autodistill.search import pace
+from autodistill.search.pace import measure_speed
 from autodistill.search.share import Workers
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Init, Strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
@@ -317,8 +318,8 @@ def test_a_packed_teacher_is_evaluated_as_on_the_cpu(teacher, validation, device
     assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
-def test_the_machine_is_measured(teacher, device):
-    speed = measure_speed(
+def _measure(teacher, device, **more):
+    return measure_speed(
         load_model(teacher, torch.float32),
         _spec(teacher),
         lambda model: cut_student(model, Init(depth=0.5), None)[0],
@@ -327,8 +328,32 @@ def test_the_machine_is_measured(teacher, device):
         device=device,
         sequence_length=LENGTH,
         checkpointing=True,
+        **more,
     )
+
+
+def test_the_machine_is_measured(teacher, device):
+    speed, rates = _measure(teacher, device)
     assert min(speed.cache, speed.score, speed.worker_train, speed.worker_score) > 0
+    assert rates == {1: speed.worker_train}
+
+
+def test_steps_of_more_sequences_are_timed_as_far_as_memory_holds_them(teacher, device, monkeypatch):
+    monkeypatch.setattr(pace, "WORTH", 0.0)
+    forward, sizes = torch.nn.Embedding.forward, []
+
+    def holding(module, ids):
+        if torch.is_grad_enabled():
+            sizes.append(len(ids))
+        if len(ids) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(module, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", holding)
+    speed, rates = _measure(teacher, device, sizes=(1, 2, 4, 8))
+    assert list(rates) == [1, 2]
+    assert set(sizes) == {1, 2, 4}
+    assert min(speed.cache, *rates.values()) > 0
 
 
 @contextmanager
