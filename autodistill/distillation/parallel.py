@@ -55,7 +55,7 @@ def map_sequences(work: Callable[[int], Result], count: int, device: str) -> Ite
 
 
 def map_batches(
-    work: Callable[[range], Result], count: int, take: Callable[[int, int], int], tokens: int, device: str
+    work: Callable[[range], Result], count: int, take: Callable[[int, int], int], limit: int, device: str
 ) -> Iterator[Result]:
     """Yields what `work` makes of successive batches of `count` items, in order.
 
@@ -64,21 +64,21 @@ def map_batches(
     Args:
         work: Of the items of a batch; called again with fewer where it ran out of memory.
         count: Number of items.
-        take: Where the batch ends that begins at an item, given the most tokens that it may have: one item at least.
-        tokens: Of a batch, at the most.
+        take: Where the batch ends that begins at an item, given its limit: one item at least.
+        limit: Of a batch, in tokens or what else `take` counts.
         device: "cpu", on which batches run side by side as in `map_sequences`, or an accelerator.
     """
     if device == "cpu":
         batches: list[range] = []
         start = 0
         while start < count:
-            batches.append(range(start, take(start, tokens)))
+            batches.append(range(start, take(start, limit)))
             start = batches[-1].stop
         yield from map_sequences(lambda index: work(batches[index]), len(batches), device)
         return
     start = 0
     while start < count:
-        stop = take(start, tokens)
+        stop = take(start, limit)
         try:
             found = work(range(start, stop))
         except RuntimeError as error:
@@ -90,8 +90,8 @@ def map_batches(
             continue
         # Outside of the handler, whose traceback holds on to the tensors of the failed pass.
         half = start + (stop - start) // 2
-        while take(start, tokens) > half:
-            tokens //= 2
+        while take(start, limit) > half:
+            limit //= 2
         give_back_memory()
 
 

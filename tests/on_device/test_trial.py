@@ -450,3 +450,15 @@ def test_batched_windows_and_continuations_are_those_of_one_at_a_time(teacher, d
     assert counts == [17 + 6 + 4, 3]
     for one, two in zip(*found, strict=True):
         np.testing.assert_allclose(two, one, rtol=0, atol=1e-4)
+
+
+def test_what_is_written_at_once_is_what_is_written_alone(teacher, device):
+    dice = np.random.default_rng(4)
+    prompts = [dice.integers(3, 300, size).tolist() for size in (3, 9, 1, 4, 6)]
+    model, found, firsts = load_model(teacher, torch.float32, device), [], []
+    for batch, holds in ((1, 9), (None, 9), (None, 2)):
+        with _passes(model, holds) as sizes:
+            found.append(dict(write(model, prompts, stops=(1,), max_tokens=4, batch=batch, device=device)))
+        firsts.append((sizes[0], max(size for size in sizes if size <= holds)))
+    assert found[1] == found[2] == found[0]
+    assert firsts == [(1, 1), (5, 5), (5, 2)]
