@@ -116,7 +116,12 @@ SequenceLengthOption = Annotated[
     int | None, option("--sequence-length", "Tokens of a sequence in training and evaluation; 256 by default.", "T")
 ]
 StepTokensOption = Annotated[
-    int | None, option("--step-tokens", "Training tokens of an optimiser step; one sequence by default.", "T")
+    int | None,
+    option(
+        "--step-tokens",
+        "Training tokens of an optimiser step; by default one sequence, or on a GPU as many as make it fast.",
+        "T",
+    ),
 ]
 TimeOption = Annotated[
     str | None, option("--time", "Time box, like 10m, the default without an accelerator; 30m with one.", "TIME")

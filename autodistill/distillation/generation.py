@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from autodistill.contracts import Answers
+from autodistill.distillation.parallel import map_batches, pass_tokens
 from autodistill.tasks import marker
 from autodistill.token_sets import Questions
 
-BATCH = 16
+# Prompts answered at once: on an accelerator a token of many takes hardly longer than one of few.
+_BATCH, _ACCELERATED = 16, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ def write(
     stops: Sequence[int],
     max_tokens: int,
     sampling: Sampling = GREEDY,
-    batch: int = BATCH,
+    batch: int | None = None,
     device: str = "cpu",
 ) -> Iterator[tuple[int, list[int]]]:
     """Yields the place of each prompt and the tokens written after it, prompts of like length together.
@@ -57,7 +59,7 @@ def write(
         stops: Tokens that end an answer; the one that did is the last of it.
         max_tokens: Tokens after which an answer ends unfinished.
         sampling: How tokens are chosen.
-        batch: Prompts answered at once.
+        batch: Prompts answered at once, fewer where an accelerator's memory runs out; None for what suits the device.
         device: Where the model lies.
     """
     from transformers import GenerationConfig
@@ -69,25 +71,48 @@ def write(
     )
     # A folder may bring settings of its own, such as a penalty on repetition, which would be merged with these.
     before, model.generation_config = model.generation_config, chosen
+
+    def work(part: range) -> list[tuple[int, list[int]]]:
+        places = order[part.start : part.stop]
+        rows = [torch.tensor(prompts[place]) for place in places]
+        # Padded on the left, where the mask hides it and positions do not count it.
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=stops[0], padding_side="left")
+        mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
+        with torch.inference_mode():
+            output = model.generate(
+                ids.to(device),
+                attention_mask=mask.long().to(device),
+                logits_processor=[_Draw(sampling, rows)] if sampling.temperature > 0 else [],
+            )
+        found = output[:, ids.shape[1] :].tolist()
+        ends = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in found]
+        return [(place, row[:end]) for place, row, end in zip(places, found, ends, strict=True)]
+
     try:
-        for start in range(0, len(order), batch):
-            places = order[start : start + batch]
-            rows = [torch.tensor(prompts[place]) for place in places]
-            # Padded on the left, where the mask hides it and positions do not count it.
-            lengths = torch.tensor([len(row) for row in rows])
-            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=stops[0], padding_side="left")
-            mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
-            with torch.inference_mode():
-                output = model.generate(
-                    ids.to(device),
-                    attention_mask=mask.long().to(device),
-                    logits_processor=[_Draw(sampling, rows)] if sampling.temperature > 0 else [],
-                )
-            for place, written in zip(places, output[:, ids.shape[1] :].tolist(), strict=True):
-                end = next((i + 1 for i, token in enumerate(written) if token in stops), len(written))
-                yield place, written[:end]
+        if device == "cpu":
+            size = batch or _BATCH
+            parts = (range(start, min(start + size, len(order))) for start in range(0, len(order), size))
+            for part in parts:
+                yield from work(part)
+        else:
+            take = _at_most([len(prompts[place]) + max_tokens for place in order], pass_tokens(model, device))
+            for found in map_batches(work, len(order), take, batch or _ACCELERATED, device):
+                yield from found
     finally:
         model.generation_config = before
+
+
+def _at_most(lengths: Sequence[int], tokens: int) -> Callable[[int, int], int]:
+    """What `map_batches` takes: rows up to a number, the shortest first, and up to so many padded tokens."""
+
+    def take(start: int, rows: int) -> int:
+        stop = start + 1
+        while stop < len(lengths) and stop - start < rows and (stop + 1 - start) * lengths[stop] <= tokens:
+            stop += 1
+        return stop
+
+    return take
 
 
 class _Draw:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from autodistill.contracts import Likelihood
-from autodistill.distillation.parallel import map_sequences
+from autodistill.distillation.parallel import by_length, logit_rows, map_batches, pass_tokens
 
-# Tokens of a pass, padding included.
-BATCH_TOKENS = 1024
+# Tokens of a pass on a CPU, padding included.
+_CPU_TOKENS = 1024
 
 Tokens = Sequence[int]
 
 
 def continuations(
-    model: Any, pairs: Sequence[tuple[Tokens, Tokens]], *, batch_tokens: int = BATCH_TOKENS, device: str = "cpu"
+    model: Any, pairs: Sequence[tuple[Tokens, Tokens]], *, batch_tokens: int | None = None, device: str = "cpu"
 ) -> list[Likelihood]:
     """The log-likelihood of each continuation after its prompt, in float32.
 
@@ -30,51 +30,55 @@ def continuations(
     Args:
         model: Causal language model in float32 on `device`.
         pairs: Token ids of prompt and continuation, neither empty.
-        batch_tokens: Of the prompts of a pass, and of their continuations.
+        batch_tokens: Of the prompts of a pass, and of their continuations, padding included; None for what suits the
+            device.
         device: Where the model lies.
     """
     model.eval()
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for place, (prompt, _) in enumerate(pairs):
         by_prompt.setdefault(tuple(prompt), []).append(place)
-    batches = list(_batches(by_prompt, [len(rest) for _, rest in pairs], batch_tokens))
+    # The longest first: what takes most memory is known at once.
+    prompts = sorted(by_prompt, key=lambda prompt: (-len(prompt), by_prompt[prompt][0]))
+    sizes = [[len(pairs[place][1]) for place in by_prompt[prompt]] for prompt in prompts]
 
-    def work(index: int) -> list[tuple[int, Likelihood]]:
-        prompts = batches[index]
-        places = [place for prompt in prompts for place in by_prompt[prompt]]
-        owners = [row for row, prompt in enumerate(prompts) for _ in by_prompt[prompt]]
-        found = _likelihoods(model, prompts, owners, [pairs[place][1] for place in places], device)
+    def work(batch: range) -> list[tuple[int, Likelihood]]:
+        asked = prompts[batch.start : batch.stop]
+        places = [place for prompt in asked for place in by_prompt[prompt]]
+        owners = [row for row, prompt in enumerate(asked) for _ in by_prompt[prompt]]
+        found = _likelihoods(model, asked, owners, [pairs[place][1] for place in places], device)
         return list(zip(places, found, strict=True))
 
-    found = dict(item for batch in map_sequences(work, len(batches), device) for item in batch)
+    tokens = batch_tokens or (_CPU_TOKENS if device == "cpu" else pass_tokens(model, device))
+    results = map_batches(work, len(prompts), _of_equal_length(prompts, sizes), tokens, device)
+    found = dict(item for batch in results for item in batch)
     return [found[place] for place in range(len(pairs))]
 
 
-def _batches(
-    by_prompt: dict[tuple[int, ...], list[int]], sizes: Sequence[int], limit: int
-) -> Iterator[list[tuple[int, ...]]]:
-    """Prompts of equal length, so many that neither they nor their padded continuations have more tokens."""
-    batch: list[tuple[int, ...]] = []
-    rows = longest = 0
-    # The longest first: what takes most memory is known at once.
-    for prompt in sorted(by_prompt, key=lambda prompt: (-len(prompt), by_prompt[prompt][0])):
-        more = len(by_prompt[prompt])
-        widest = max(longest, *(sizes[place] for place in by_prompt[prompt]))
-        over = (len(batch) + 1) * len(prompt) > limit or (rows + more) * widest > limit
-        if batch and (over or len(prompt) != len(batch[0])):
-            yield batch
-            batch, rows = [], 0
-            widest = max(sizes[place] for place in by_prompt[prompt])
-        batch.append(prompt)
-        rows, longest = rows + more, widest
-    if batch:
-        yield batch
+def _of_equal_length(prompts: Sequence[Tokens], sizes: Sequence[Sequence[int]]) -> Callable[[int, int], int]:
+    """What `map_batches` takes: prompts of equal length, so many that neither they nor their padded continuations have
+    more tokens than they may; one at least.
+
+    Args:
+        prompts: The longest first.
+        sizes: Tokens of the continuations of each.
+    """
+
+    def take(start: int, tokens: int) -> int:
+        rows = widest = 0
+        for place in range(start, len(prompts)):
+            rows, widest = rows + len(sizes[place]), max(widest, *sizes[place])
+            over = (place + 1 - start) * len(prompts[place]) > tokens or rows * widest > tokens
+            if place > start and (over or len(prompts[place]) != len(prompts[start])):
+                return place
+        return len(prompts)
+
+    return take
 
 
 def _likelihoods(
     model: Any, prompts: Sequence[Tokens], owners: Sequence[int], rest: Sequence[Tokens], device: str
 ) -> list[Likelihood]:
-    head = model.get_output_embeddings()
     owner = torch.tensor(owners, device=device)
     lengths = torch.tensor([len(tokens) for tokens in rest], device=device)
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in rest], batch_first=True).to(device)
@@ -87,10 +91,14 @@ def _likelihoods(
             later = model.base_model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
             hidden = torch.cat([hidden, later], dim=1)
         counted = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        logits = head(hidden[counted]).float()
-        labels = ids[counted]
-        chosen = (logits.gather(1, labels[:, None])[:, 0] - torch.logsumexp(logits, dim=1)).double()
-        right = logits.argmax(dim=1) == labels
+        parts = [
+            (
+                (logits.gather(1, labels[:, None])[:, 0] - torch.logsumexp(logits, dim=1)).double(),
+                logits.argmax(dim=1) == labels,
+            )
+            for logits, labels in _by_rows(model, hidden[counted], ids[counted])
+        ]
+        chosen, right = (torch.cat(found) for found in zip(*parts, strict=True))
     row = counted.nonzero()[:, 0]
     sums = torch.zeros(len(rest), dtype=torch.float64, device=device).index_add_(0, row, chosen)
     wrong = torch.zeros(len(rest), dtype=torch.float64, device=device).index_add_(0, row, (~right).double())
@@ -98,6 +106,16 @@ def _likelihoods(
         Likelihood(log_likelihood=float(total), tokens=len(tokens), greedy=not missed)
         for total, tokens, missed in zip(sums.tolist(), rest, wrong.tolist(), strict=True)
     ]
+
+
+def _by_rows(model: Any, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits, float32 [rows, vocab], of last states [rows, width] and their true tokens: on an accelerator some rows at
+    a time.
+    """
+    head = model.get_output_embeddings()
+    at_once = max(1, len(hidden)) if hidden.device.type == "cpu" else logit_rows(head.weight.shape[0])
+    for rows, true in zip(hidden.split(at_once), labels.split(at_once), strict=True):
+        yield head(rows).float(), true
 
 
 def rolling(
@@ -120,22 +138,35 @@ def rolling(
         For each text float64 [tokens predicted].
     """
     model.eval()
-    head = model.get_output_embeddings()
     pieces = [(place, *span) for place, tokens in enumerate(texts) for span in windows(len(tokens), window, stride)]
+    # What is padded to one length runs together: nothing sees what stands behind its end.
+    order = sorted(range(len(pieces)), key=lambda piece: pieces[piece][1] - pieces[piece][2])
+    lengths = [pieces[piece][2] - pieces[piece][1] for piece in order]
 
-    def work(index: int) -> Tensor:
-        place, start, end, count = pieces[index]
-        ids = torch.tensor(texts[place][start:end], device=device)
-        count = min(count, len(ids) - 1)  # nothing predicts a window's first token
+    def work(batch: range) -> list[Tensor]:
+        chosen = [pieces[order[index]] for index in batch]
+        rows = [torch.tensor(texts[place][start:end]) for place, start, end, _ in chosen]
+        # Nothing predicts a window's first token.
+        counts = [min(count, end - start - 1) for _, start, end, count in chosen]
+        longest = lengths[batch.start]
+        ends = [index * longest + len(row) for index, row in enumerate(rows)]
+        predicted = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, counts, strict=True)]).to(
+            device
+        )
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
         with torch.no_grad():
-            hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, -count - 1 : -1]
-            logits = head(hidden).float()
-            labels = ids[len(ids) - count :]
-            return (torch.logsumexp(logits, dim=1) - logits.gather(1, labels[:, None])[:, 0]).double().cpu()
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            found = [
+                (torch.logsumexp(logits, dim=1) - logits.gather(1, labels[:, None])[:, 0]).double()
+                for logits, labels in _by_rows(model, hidden[predicted - 1], ids.flatten()[predicted])
+            ]
+        return list(torch.cat(found).cpu().split(counts))
 
+    results = map_batches(work, len(order), by_length(lengths), pass_tokens(model, device), device)
+    nll = dict(zip(order, (part for batch in results for part in batch), strict=True))
     parts: list[list[Tensor]] = [[] for _ in texts]
-    for (place, *_), nll in zip(pieces, map_sequences(work, len(pieces), device), strict=True):
-        parts[place].append(nll)
+    for piece, (place, *_) in enumerate(pieces):
+        parts[place].append(nll[piece])
     return [torch.cat(found).numpy() if found else np.zeros(0) for found in parts]
 
 

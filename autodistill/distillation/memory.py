@@ -32,6 +32,15 @@ def give_back_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def free_bytes(device: str) -> int | None:
+    """Memory of a GPU that this process may still allocate; None of other devices, which do not say."""
+    if torch.device(device).type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info()
+    # What torch keeps of freed memory is free for its next tensors.
+    return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+
+
 class TooManyAtOnce(Exception):
     """A step that several processes share ran out of memory in this one, for whose part the others wait for ever.
 

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 from autodistill.contracts import TeacherReference, TokenScores
-from autodistill.distillation.parallel import map_sequences
+from autodistill.distillation.parallel import by_length, logit_rows, map_batches, pass_tokens
 from autodistill.token_sets import TokenSet
 
 # Tokens that are kept of a teacher for each that it predicts: 2 KB, from which a divergence follows in the same pass.
 REFERENCE_TOKENS = 256
 _LEAST_REST = 1e-7
-# Rows of logits held at once, so that a vocabulary of 150,000 costs 75 MB and not a multiple of the batch.
+# Rows of logits held at once on a CPU, so that a vocabulary of 150,000 costs 75 MB and not a multiple of the sequence.
 _CHUNK_ROWS = 128
 
 
 def score(
     model: Any, data: TokenSet, reference: TeacherReference | None = None, *, device: str = "cpu"
 ) -> tuple[TokenScores, npt.NDArray[np.int32]]:
-    """Scores a model in float32, sequence by sequence.
+    """Scores a model in float32.
 
     Args:
         model: Causal language model in float32 on `device`.
@@ -153,19 +153,24 @@ def _over_rows(
     model.eval()
     head = model.get_output_embeddings()
     starts = np.cumsum([0, *counted[:, 1:].sum(axis=1)])
+    at_once = _CHUNK_ROWS if device == "cpu" else logit_rows(head.weight.shape[0])
+    sequences, length = data.tokens.shape
 
-    def sequence(index: int) -> list[Tensor]:
-        ids = torch.from_numpy(np.array(data.tokens[index], dtype=np.int64)).to(device)
-        chosen = torch.from_numpy(np.flatnonzero(counted[index, 1:])).to(device)
+    def pass_over(batch: range) -> list[Tensor]:
+        part = slice(batch.start, batch.stop)
+        ids = torch.from_numpy(np.array(data.tokens[part], dtype=np.int64)).to(device)
+        row, column = np.nonzero(counted[part, 1:])
+        chosen = torch.from_numpy(row * length + column).to(device)
         with torch.no_grad():
-            hidden = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, chosen]
-            parts = zip(hidden.split(_CHUNK_ROWS), ids[chosen + 1].split(_CHUNK_ROWS), strict=True)
-            found, start = [], int(starts[index])
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[chosen]
+            parts = zip(hidden.split(at_once), ids.flatten()[chosen + 1].split(at_once), strict=True)
+            found, start = [], int(starts[batch.start])
             for rows, labels in parts:
                 places = slice(start, start + len(labels))
                 found.append(work(head(rows), labels, places))
                 start = places.stop
             return [torch.cat(columns).cpu() for columns in zip(*found, strict=True)]
 
-    results = map_sequences(sequence, len(data.tokens), device)
+    tokens = pass_tokens(model, device)
+    results = map_batches(pass_over, sequences, by_length([length] * sequences), tokens, device)
     return [torch.cat(columns).numpy() for columns in zip(*results, strict=True)]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from autodistill.contracts import Likelihood
 from autodistill.conversations import Turn
 from autodistill.distillation.generation import write
-from autodistill.distillation.likelihood import BATCH_TOKENS, continuations, rolling
+from autodistill.distillation.likelihood import continuations, rolling
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.rendering import Renderer
 from autodistill.token_sets import TokenSet
@@ -29,7 +29,7 @@ class PackedStudent:
         model, device, tokenizer, split, share, context: As promised.
         data: The sequences of the split.
         saver: Writes the packed weights into a folder.
-        batch_tokens: Tokens of a pass.
+        batch_tokens: Tokens of a pass; None for what suits the device.
     """
 
     model: Any
@@ -40,7 +40,7 @@ class PackedStudent:
     context: int
     data: TokenSet
     saver: Callable[[Path], None]
-    batch_tokens: int = BATCH_TOKENS
+    batch_tokens: int | None = None
 
     @property
     def _tokenizer(self) -> Any:

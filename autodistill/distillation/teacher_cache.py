@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from autodistill.distillation.alignment import rms_normalise
-from autodistill.distillation.parallel import map_sequences
+from autodistill.distillation.parallel import by_length, logit_rows, map_batches, pass_tokens
 from autodistill.distillation.student import decoder_layers
 from autodistill.distillation.target import SampledTarget, TopTarget
 from autodistill.distillation.temperature import GRID, snap
@@ -344,62 +344,89 @@ def _teacher_batches(
 
         return hook
 
-    def batch(index: int) -> pa.RecordBatch:
-        """The teacher's outputs for one sequence."""
+    def pass_over(batch: range) -> list[pa.RecordBatch]:
+        """The teacher's outputs for some sequences, each of which has a record batch."""
         local.states = {}
-        ids = torch.from_numpy(np.array(data.tokens[index], dtype=np.int64))[None].to(device)
+        tokens = np.array(data.tokens[batch.start : batch.stop], dtype=np.int64)
         with torch.no_grad():
             with torch.autocast(device, dtype=torch.bfloat16, enabled=settings.bf16):
-                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            rows = hidden[0, :-1].float()
-            columns = {}
+                hidden = model.base_model(input_ids=torch.from_numpy(tokens).to(device), use_cache=False)
+            rows = hidden.last_hidden_state[:, :-1].float()
+            columns: list[dict[str, pa.Array]] = [{} for _ in batch]
             if settings.top_k or settings.draws:
-                columns = _sparse_outputs(model.get_output_embeddings()(rows), settings, seed=index)
-            if settings.final:
-                columns["final"] = _arrow(rows.half().cpu().numpy())
-            for layer in settings.states:
-                state = local.states[layer][0, :-1].float()
-                columns[f"state_{layer}"] = _arrow(rms_normalise(state).half().cpu().numpy())
-                columns[f"size_{layer}"] = _arrow(state.square().mean(dim=1).sqrt().cpu().numpy())
-        return pa.record_batch(columns)
+                head = model.get_output_embeddings()
+                at_once = max(1, logit_rows(head.weight.shape[0]) // rows.shape[1])
+                for start in range(0, len(batch), at_once):
+                    part = rows[start : start + at_once]
+                    found = _sparse_outputs(head(part.flatten(0, 1)), settings, batch[start : start + at_once])
+                    columns[start : start + at_once] = found
+            states = {f"state_{layer}": local.states[layer][:, :-1].float() for layer in settings.states}
+            kept = {"final": rows.half()} if settings.final else {}
+            for name, state in states.items():
+                kept[name] = rms_normalise(state).half()
+                kept[name.replace("state", "size")] = state.square().mean(dim=2).sqrt()
+        for name, values in kept.items():
+            for own, one in zip(columns, values.cpu().numpy(), strict=True):
+                own[name] = _arrow(one)
+        return [pa.record_batch(own) for own in columns]
 
     handles = [layers[index].register_forward_hook(capture(index)) for index in settings.states]
+    sequences, length = data.tokens.shape
+    take, done = by_length([length] * sequences), 0
     try:
-        for done, columns in enumerate(map_sequences(batch, len(data.tokens), device), start=1):
-            yield columns
-            progress(done, len(data.tokens))
+        for found in map_batches(pass_over, sequences, take, pass_tokens(model, device), device):
+            for columns in found:
+                yield columns
+                done += 1
+                progress(done, sequences)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _sparse_outputs(logits: Tensor, settings: CacheSettings, seed: int) -> dict[str, pa.Array]:
-    """Columns for float32 logits [tokens, vocab].
+def _sparse_outputs(logits: Tensor, settings: CacheSettings, sequences: Sequence[int]) -> list[dict[str, pa.Array]]:
+    """Columns for float32 logits [sequences x tokens, vocab], for each sequence.
 
     Logits are kept as distances below their row's maximum, which float16 holds most exactly where the probability is
     large. The logarithm of the row's sum of exponentials, at each temperature, is below the maximum likewise.
+
+    Args:
+        logits: Changed in place.
+        settings: What is kept.
+        sequences: Their numbers, each the seed of its draws.
     """
     logits -= logits.amax(dim=1, keepdim=True)
-    id_type = _id_type(logits.shape[1])
+    id_type, length = _id_type(logits.shape[1]), len(logits) // len(sequences)
     parts = logits.split(_CHUNK_ROWS if logits.device.type == "cpu" else len(logits))
-    log_sum = torch.cat([_log_sums(rows, settings.temperatures) for rows in parts])
-    columns = {"log_sum": _arrow(log_sum.cpu().numpy())}
+    columns: list[dict[str, pa.Array]] = [{} for _ in sequences]
+
+    def add(name: str, values: npt.NDArray[Any]) -> None:
+        for own, one in zip(columns, values.reshape(len(sequences), length, -1), strict=True):
+            own[name] = _arrow(one)
+
+    add("log_sum", torch.cat([_log_sums(rows, settings.temperatures) for rows in parts]).cpu().numpy())
     if settings.top_k:
         top = logits.topk(min(settings.top_k, logits.shape[1]), dim=1)
-        columns["ids"] = _arrow(top.indices.cpu().numpy().astype(id_type))
-        columns["below_maximum"] = _arrow(top.values.half().cpu().numpy())
+        add("ids", top.indices.cpu().numpy().astype(id_type))
+        add("below_maximum", top.values.half().cpu().numpy())
     for draws in settings.draws:
-        generator = torch.Generator().manual_seed(seed)
-        drawn = [_draw(rows, draws, generator) for rows in parts]
-        counts = torch.cat([counts for counts, _, _ in drawn]).cpu().numpy()
-        ids, below = (torch.cat([part[place] for part in drawn]).cpu().numpy() for place in (1, 2))
-        entries = pa.StructArray.from_arrays([ids.astype(id_type), below], ["ids", "below_maximum"])
-        offsets = pa.array(np.concatenate([[0], counts.cumsum()]).astype(np.int32))
-        columns[f"drawn_{draws}"] = pa.ListArray.from_arrays(offsets, entries)
+        generators = [torch.Generator().manual_seed(seed) for seed in sequences]
+        offsets = torch.cat([torch.rand(length, 1, generator=one, dtype=torch.float64) for one in generators])
+        drawn = [_draw(rows, draws, offset) for rows, offset in zip(parts, offsets.split(len(parts[0])), strict=True)]
+        counts, ids, below = (torch.cat(found).cpu().numpy() for found in zip(*drawn, strict=True))
+        ends = np.concatenate([[0], counts.cumsum()])
+        for place, own in enumerate(columns):
+            offsets_of = ends[place * length : (place + 1) * length + 1]
+            entries = slice(offsets_of[0], offsets_of[-1])
+            values = pa.StructArray.from_arrays(
+                [ids[entries].astype(id_type), below[entries]], ["ids", "below_maximum"]
+            )
+            starts = pa.array((offsets_of - offsets_of[0]).astype(np.int32))
+            own[f"drawn_{draws}"] = pa.ListArray.from_arrays(starts, values)
     return columns
 
 
-def _draw(shifted: Tensor, draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _draw(shifted: Tensor, draws: int, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens drawn from each row's distribution: how many in each row, their ids and their logits in float16.
 
     The draws are `draws` evenly spaced points of the cumulative distribution with one random offset a row. A token is
@@ -410,11 +437,10 @@ def _draw(shifted: Tensor, draws: int, generator: torch.Generator) -> tuple[Tens
     Args:
         shifted: float32 [rows, vocab], logits less their row's largest.
         draws: For each row.
-        generator: On the CPU.
+        offset: float64 [rows, 1] on the CPU, from 0 to below 1.
     """
     cumulative = shifted.double().exp_().cumsum_(dim=1)
-    offset = torch.rand(len(shifted), 1, generator=generator, dtype=torch.float64).to(shifted.device)
-    points = (torch.arange(draws, device=shifted.device) + offset) / draws * cumulative[:, -1:]
+    points = (torch.arange(draws, device=shifted.device) + offset.to(shifted.device)) / draws * cumulative[:, -1:]
     ids = torch.searchsorted(cumulative, points, right=True).clamp_(max=shifted.shape[1] - 1)
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]

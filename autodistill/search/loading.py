@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ class Loaded:
 
     `renderings` are as `TrialSetting` has them; `templates` says of each model that has a chat template of its own what
     becomes of it, by the model's reference. `device` is where this process runs models, which of a cluster may be
-    another than its trials' one.
+    another than its trials' one. `fit_step` says of tokens how an optimiser step of them is trained, and `fit` that of
+    `step_tokens`: what was asked for, is stored, or is the least, until a measurement chooses.
     """
 
     teacher: Teacher
@@ -46,6 +48,7 @@ class Loaded:
     threads: int
     step_tokens: int
     fit: TrainingFit
+    fit_step: Callable[[int], TrainingFit] = field(repr=False)
     teacher_fit: TeacherFit
     pretrained: Mapping[str, Path]
     renderings: Mapping[str, str]
@@ -55,6 +58,10 @@ class Loaded:
     def outputs_of(self) -> str:
         """What the teacher's outputs are known by."""
         return self.teacher_fit.of(self.teacher.fingerprint)
+
+    def stepping(self, tokens: int) -> Loaded:
+        """The same with optimiser steps of so many tokens."""
+        return replace(self, step_tokens=tokens, fit=self.fit_step(tokens))
 
     def load_teacher(self, device: str = "cpu") -> Any:
         """The teacher, held as it fits and computing in float32."""
@@ -108,7 +115,9 @@ def load(checked: Checked, place: Place) -> Loaded:
     )
     check_told(checked.space.signal_cases(), data.splits["train"].told > 0)
     teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=place.here)
-    fit = _training(checked, place, spec, teacher_fit)
+    fit_step = partial(_training, checked, place, spec, teacher_fit)
+    step_tokens = _step_tokens(checked, place)
+    fit = fit_step(step_tokens)
     return Loaded(
         teacher=teacher,
         data=data,
@@ -116,8 +125,9 @@ def load(checked: Checked, place: Place) -> Loaded:
         workers=share_out(place.machines, fit.estimate.total_bytes, request.runner, place.share),
         device="cuda" if place.here.gpus else "cpu",
         threads=place.here.cpus,
-        step_tokens=_step_tokens(checked, place),
+        step_tokens=step_tokens,
         fit=fit,
+        fit_step=fit_step,
         teacher_fit=teacher_fit,
         pretrained=pretrained,
         renderings=renderings,
@@ -139,15 +149,17 @@ def trainable(checked: Checked, place: Place, line: Callable[[str], None]) -> Ch
     length = checked.sequence_length
     teacher_fit = fit_teacher(checked.spec, stored="float32", sequence_length=length, machine=place.here)
     try:
-        _training(checked, place, checked.spec, teacher_fit)
+        _training(checked, place, checked.spec, teacher_fit, _step_tokens(checked, place))
     except InputError as error:
         line(f"the largest students are left out: {error}")
         return replace(checked, space=required)
     return checked
 
 
-def _training(checked: Checked, place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> TrainingFit:
-    """How the largest student of the space is trained where trials run.
+def _training(
+    checked: Checked, place: Place, spec: ModelSpec, teacher_fit: TeacherFit, step_tokens: int
+) -> TrainingFit:
+    """How the largest student of the space is trained where trials run, in steps of so many tokens.
 
     Raises:
         InputError: It cannot be, or steps do not divide over processes.
@@ -162,7 +174,7 @@ def _training(checked: Checked, place: Place, spec: ModelSpec, teacher_fit: Teac
         lora=_lora(checked.space, spec, largest),
         train_embeddings=any(recipe.train_embeddings for recipe in _recipes(checked.space, spec, "train_embeddings")),
         sequence_length=length,
-        sequences=_step_tokens(checked, place) // length,
+        sequences=step_tokens // length,
         # Run in the trial, the teacher lies beside the student.
         limit_bytes=_trial_memory(place) - (_online_bytes(spec, place.machines[0], teacher_fit) if online else 0),
         processes=processes,
@@ -170,7 +182,7 @@ def _training(checked: Checked, place: Place, spec: ModelSpec, teacher_fit: Teac
 
 
 def _step_tokens(checked: Checked, place: Place) -> int:
-    """Tokens of an optimiser step.
+    """Tokens of an optimiser step: asked for, stored, or else a sequence for each process, the least there can be.
 
     Raises:
         InputError: They do not divide over the processes of a trial.

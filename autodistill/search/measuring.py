@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from autodistill.contracts import Plan
+from autodistill.distillation.parallel import PASS_TOKENS
 from autodistill.distillation.student import cut_student
 from autodistill.distillation.teacher import load_model
 from autodistill.errors import InputError, TrialFailedError
@@ -16,7 +18,8 @@ from autodistill.estimate import cannot_hold, fits, holdable
 from autodistill.evaluation import evaluate
 from autodistill.search.checked import Checked
 from autodistill.search.loading import Loaded
-from autodistill.search.plan import Demand, Speed, check_box, make_plan, measure_speed
+from autodistill.search.pace import measure_speed
+from autodistill.search.plan import ENOUGH_STEPS, Demand, Speed, check_box, make_plan, step_sequences
 from autodistill.search.possible import by_size
 from autodistill.strategy import Deployment
 from autodistill.token_sets import load_split
@@ -29,6 +32,8 @@ BOX_CPU, BOX_GPU = 600.0, 1800.0
 
 def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tuple[Plan, Speed]:
     """Measures this machine for a few seconds and plans for it; `spent` seconds of the box are gone.
+
+    On an accelerator an optimiser step has as many sequences as `step_sequences` finds, unless its size was asked for.
 
     Raises:
         InputError: A time box that holds no training at all, or a task or command that cannot be used.
@@ -44,7 +49,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         # Which layers and neurons are kept does not bear on speed.
         return cut_student(model, replace(init, layers="even"), None)[0]
 
-    speed = measure_speed(
+    speed, rates = measure_speed(
         teacher,
         loaded.spec,
         largest,
@@ -53,6 +58,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         device=loaded.device,
         sequence_length=checked.sequence_length,
         checkpointing=loaded.fit.checkpointing,
+        sizes=_sizes(checked, loaded),
     )
     if checked.asked.written:
         # Answering the questions of so many tokens takes about as long again as scoring them.
@@ -85,20 +91,63 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         confirm=checked.confirm,
         longest=max(checked.space.lengths),
     )
+    demand, speed, stepped = _with_step(checked, loaded, demand, speed, rates)
     check_box(demand, speed, loaded.workers)
     plan = make_plan(demand, speed, loaded.workers)
+    fit = loaded.fit_step(plan.batch_tokens)
     models = (loaded.spec, *(student for _, student in students))
     left_out = [cannot_hold(model, deployment) for model in models for deployment in checked.space.deployments]
     plan = replace(
         plan,
-        notes=(*plan.notes, *notes, *filter(None, dict.fromkeys([loaded.teacher_fit.note, *left_out]))),
+        notes=(*plan.notes, *stepped, *notes, *filter(None, dict.fromkeys([loaded.teacher_fit.note, *left_out]))),
         example_share=share,
-        micro_batch=loaded.fit.micro_batch,
-        checkpointing=loaded.fit.checkpointing,
-        optimizer_state=loaded.fit.optimizer_state,
+        micro_batch=fit.micro_batch,
+        checkpointing=fit.checkpointing,
+        optimizer_state=fit.optimizer_state,
         lengths=checked.space.lengths,
     )
     return plan, speed
+
+
+def _sizes(checked: Checked, loaded: Loaded) -> tuple[int, ...]:
+    """Sequences of the training steps that are timed: 1 alone on a CPU, where more train no faster.
+
+    On an accelerator, up to as many as memory holds in a pass by prediction, and as can leave a trial enough steps.
+    """
+    if "cpu" in (loaded.device, loaded.workers.device):
+        return (1,)
+    if checked.request.step_tokens:
+        return tuple(sorted({1, loaded.fit.micro_batch}))
+    length = checked.sequence_length
+    tokens = checked.request.tokens or loaded.data.splits["train"].sequences * length
+    most = min(PASS_TOKENS // length, tokens // (ENOUGH_STEPS * loaded.step_tokens))
+    doubled = [2**power for power in range(max(1, most).bit_length())]
+    return tuple(size for size in doubled if loaded.fit_step(size * loaded.step_tokens).micro_batch == size)
+
+
+def _with_step(
+    checked: Checked, loaded: Loaded, demand: Demand, speed: Speed, rates: Mapping[int, float]
+) -> tuple[Demand, Speed, tuple[str, ...]]:
+    """The demand with the tokens of an optimiser step, the speed of such steps, and a note where they were chosen."""
+    if len(rates) == 1:
+        return demand, speed, ()
+    if checked.request.step_tokens:
+        return demand, replace(speed, worker_train=rates[max(rates)]), ()
+
+    def stepping(size: int) -> tuple[Demand, Speed]:
+        return replace(demand, step_tokens=size * demand.step_tokens), replace(speed, worker_train=rates[size])
+
+    def steps(size: int) -> int:
+        plan = make_plan(*stepping(size), loaded.workers)
+        return plan.tokens // plan.batch_tokens
+
+    size = step_sequences(rates, steps)
+    measured = ", ".join(f"{rate:,.0f} tokens a second with {count}" for count, rate in rates.items())
+    note = (
+        f"an optimiser step has {size} sequence{'s' if size > 1 else ''} for each process of a trial: training ran at "
+        f"{measured}; --step-tokens sets another size"
+    )
+    return *stepping(size), (note,)
 
 
 def _time_asked(

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from itertools import pairwise
 
-import numpy as np
-import torch
-
-from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec, Plan
-from autodistill.distillation.parallel import map_sequences
+from autodistill.contracts import SEQUENCE_LENGTH, Plan
 from autodistill.errors import InputError
 from autodistill.search.share import Workers
 from autodistill.units import format_duration
@@ -23,6 +16,11 @@ _REDUCTION = 3
 _DECAY = 0.2
 # With fewer optimiser steps than this at full fidelity, strategies cannot be told apart.
 _FEWEST_STEPS = 24
+# The first rung, a ninth of these, then still has those.
+ENOUGH_STEPS = _FEWEST_STEPS * _REDUCTION**2
+"""Optimiser steps that a trial at full fidelity must keep where steps are made larger for speed."""
+WORTH = 1.15
+"""A step of twice as many sequences is worth it where it trains so many times the tokens in a second."""
 _LEAST_STEPS = 3
 _LEAST_EVALUATED = 1024  # tokens: the standard error of an accuracy of one half is then about 0.016
 _TRIALS = 12
@@ -39,7 +37,7 @@ class Speed:
     Attributes:
         cache: Teacher forward in the cache's precision, on all threads.
         score: Teacher forward in float32, on all threads.
-        worker_train: A training step of the largest student, on one of all busy workers.
+        worker_train: A training step of the largest student, as large as the plan's are, on one of all busy workers.
         worker_score: Its forward in float32, likewise.
         asked: Seconds, not a rate: what is measured beside the scores takes so long for each evaluation, on a worker.
     """
@@ -49,83 +47,6 @@ class Speed:
     worker_train: float
     worker_score: float
     asked: float = 0.0
-
-
-def measure_speed(
-    teacher: Any,
-    spec: ModelSpec,
-    largest: Callable[[Any], Any],
-    workers: Workers,
-    threads: int,
-    *,
-    device: str,
-    sequence_length: int = SEQUENCE_LENGTH,
-    checkpointing: bool = False,
-) -> Speed:
-    """Times the teacher's forward and one training step of the largest student, on random tokens.
-
-    Args:
-        teacher: The teacher in float32; the student may share its weights, so the caller must not use it again.
-        spec: The teacher's shape.
-        largest: Makes the largest student in the space of the teacher.
-        workers: Threads and precision of a worker.
-        threads: All of the machine's threads.
-        device: Where to measure: on this machine.
-        sequence_length: Tokens of a sequence.
-        checkpointing: Whether a step computes activations twice.
-    """
-    ids = torch.from_numpy(np.random.default_rng(0).integers(0, spec.vocabulary, (1, sequence_length))).to(device)
-    model = teacher.to(device)
-
-    def forward(bf16: bool) -> Any:
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
-            return model(input_ids=ids, use_cache=False).logits
-
-    def forward_alone(index: int, bf16: bool) -> None:
-        with torch.no_grad():
-            forward(bf16)
-
-    def rate(work: Callable[[int], Any], sequences: int) -> float:
-        list(map_sequences(work, sequences, device))
-        _wait(device)
-        began = time.perf_counter()
-        list(map_sequences(work, sequences, device))
-        _wait(device)
-        return sequences * sequence_length / (time.perf_counter() - began)
-
-    torch.set_num_threads(threads)
-    cache = rate(partial(forward_alone, bf16=workers.bf16), threads)
-    full = rate(partial(forward_alone, bf16=False), threads)
-    model = largest(teacher).to(device)
-    model.get_input_embeddings().weight.requires_grad_(False)
-    # All workers that share its memory's bandwidth at once, as they will be.
-    beside = workers.beside
-    torch.set_num_threads(beside * workers.threads)
-    worker_score = rate(partial(forward_alone, bf16=False), beside * workers.threads) / beside
-
-    if checkpointing:
-        model.train()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-    def train_step(index: int) -> None:
-        forward(workers.bf16).float().square().mean().backward()
-
-    torch.set_num_threads(workers.threads)
-    with ThreadPoolExecutor(beside) as pool:
-        list(pool.map(train_step, range(beside)))
-        _wait(device)
-        began = time.perf_counter()
-        list(pool.map(train_step, range(beside)))
-        _wait(device)
-        # Each process of a trial trains on sequences of its own.
-        worker_train = workers.processes * sequence_length / (time.perf_counter() - began)
-    torch.set_num_threads(threads)
-    return Speed(cache=cache, score=full, worker_train=worker_train, worker_score=worker_score)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +87,25 @@ class Demand:
     step_tokens: int = SEQUENCE_LENGTH
     confirm: int = 0
     longest: float = 1.0
+
+
+def step_sequences(rates: Mapping[int, float], steps: Callable[[int], int]) -> int:
+    """How many sequences an optimiser step has, for each process of a trial: one, or more where that is faster.
+
+    The fewest of which twice as many would not be worth it; but no more than leave a trial at full fidelity
+    `ENOUGH_STEPS` steps, so that a rate bought with few steps does not cost what is learnt.
+
+    Args:
+        rates: Training tokens per second by number of sequences, each twice the one before.
+        steps: Optimiser steps of a trial at full fidelity where they have so many sequences.
+    """
+    sizes = sorted(rates)
+    worth = sizes[:1]
+    for small, large in pairwise(sizes):
+        if rates[large] < WORTH * rates[small]:
+            break
+        worth.append(large)
+    return next((size for size in reversed(worth) if steps(size) >= ENOUGH_STEPS), sizes[0])
 
 
 def fewest_tokens(step_tokens: int, asked: int | None = None) -> int:

@@ -73,6 +73,7 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
         check_cache_limit(checked, loaded)
         with clock.phase("plan", "measuring this machine"):
             plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.request.started)
+        loaded = loaded.stepping(plan.batch_tokens)
     document = _describe(checked, loaded, plan, speed)
     write_json(run.search_file, document)
     context = checked.request.budget.context

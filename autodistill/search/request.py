@@ -36,7 +36,8 @@ class SearchRequest:
             resuming, more trials than were planned extend the search.
         sequence_length: Tokens of a training or evaluated sequence; 256 by default.
         warm_start: Names of earlier runs of the same space, teacher and data, parted by commas, to learn from.
-        step_tokens: Training tokens of an optimiser step, whole sequences; one sequence by default.
+        step_tokens: Training tokens of an optimiser step, whole sequences; one sequence by default, and on an
+            accelerator as many as make it fast.
         time_seconds: The time box; on resuming a finished search, of what it is extended by.
         confirm: Further seeds on which the best few are trained before one is chosen; none by default.
         seed: Of data order, projections and proposals.

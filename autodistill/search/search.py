@@ -79,6 +79,7 @@ def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
     check_cache_limit(checked, loaded)
     observer.phase("measuring this machine")
     plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - request.started)
+    loaded = loaded.stepping(plan.batch_tokens)
     settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration_file(checked, loaded))
     tokens = min(plan.most_tokens, loaded.data.splits["train"].sequences * plan.sequence_length)
     per_token = settings.bytes_per_token(loaded.spec.vocabulary, loaded.spec.width)

@@ -120,7 +120,8 @@ def test_draws_are_unbiased(dense):
     shifted = logits - logits.amax()
     p = torch.softmax(logits[0].double(), dim=0)
     times, draws = 4000, 12
-    counts, ids, _ = teacher_cache._draw(shifted.expand(times, -1), draws, torch.Generator().manual_seed(0))
+    offset = torch.rand(times, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    counts, ids, _ = teacher_cache._draw(shifted.expand(times, -1), draws, offset)
     assert counts.sum() == len(ids)
     mean = torch.zeros(300, dtype=torch.float64)
     mean.scatter_add_(0, ids, (p[ids] / (draws * p[ids]).clamp(max=1)) / times)

@@ -1,6 +1,7 @@
 """A trial, and all that reads a model, on a device that is not the CPU: what they report is what they do on the CPU."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from autodistill.applied import probe_deployment
 from autodistill.data import prepare
+from autodistill.distillation import parallel
 from autodistill.distillation.calibration import calibrate
 from autodistill.distillation.generation import Sampling, write
 from autodistill.distillation.held import load_held
@@ -20,7 +22,8 @@ from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, 
 from autodistill.documents import resolve_data
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import deployed_weights, evaluate
-from autodistill.search.plan import measure_speed
+from autodistill.search import pace
+from autodistill.search.pace import measure_speed
 from autodistill.search.share import Workers
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Init, Strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
@@ -315,8 +318,8 @@ def test_a_packed_teacher_is_evaluated_as_on_the_cpu(teacher, validation, device
     assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
-def test_the_machine_is_measured(teacher, device):
-    speed = measure_speed(
+def _measure(teacher, device, **more):
+    return measure_speed(
         load_model(teacher, torch.float32),
         _spec(teacher),
         lambda model: cut_student(model, Init(depth=0.5), None)[0],
@@ -325,5 +328,137 @@ def test_the_machine_is_measured(teacher, device):
         device=device,
         sequence_length=LENGTH,
         checkpointing=True,
+        **more,
     )
+
+
+def test_the_machine_is_measured(teacher, device):
+    speed, rates = _measure(teacher, device)
     assert min(speed.cache, speed.score, speed.worker_train, speed.worker_score) > 0
+    assert rates == {1: speed.worker_train}
+
+
+def test_steps_of_more_sequences_are_timed_as_far_as_memory_holds_them(teacher, device, monkeypatch):
+    monkeypatch.setattr(pace, "WORTH", 0.0)
+    forward, sizes = torch.nn.Embedding.forward, []
+
+    def holding(module, ids):
+        if torch.is_grad_enabled():
+            sizes.append(len(ids))
+        if len(ids) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(module, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", holding)
+    speed, rates = _measure(teacher, device, sizes=(1, 2, 4, 8))
+    assert list(rates) == [1, 2]
+    assert set(sizes) == {1, 2, 4}
+    assert min(speed.cache, *rates.values()) > 0
+
+
+@contextmanager
+def _passes(model, holds=10**9):
+    """Sequences of each pass of a model's body within the context; with more than `holds` memory runs out."""
+    sizes = []
+
+    def see(module, arguments, given):
+        sizes.append(len(given["input_ids"]))
+        if sizes[-1] > holds:
+            raise torch.OutOfMemoryError("out of memory")
+
+    handle = model.base_model.register_forward_pre_hook(see, with_kwargs=True)
+    yield sizes
+    handle.remove()
+
+
+def _cached(teacher, model, data, root, device):
+    """The bytes of each column of the cache of all sequences, as arrays of numbers."""
+    folder = ensure_cache(
+        lambda: model,
+        teacher_fingerprint="t",
+        data_fingerprint="d",
+        data=data,
+        vocabulary=300,
+        width=64,
+        settings=CacheSettings(top_k=16, draws=(12,), final=True, states=(1, 5)),
+        root=root,
+        limit_bytes=10**8,
+        device=device,
+    )
+    cache, every = TeacherCache(folder), range(len(data.tokens))
+    assert cache.sequences == len(data.tokens)
+    top, drawn = cache.top(every, 2.0, 16), cache.sampled(every, 1.0, 12)
+    sparse = [top.ids, top.log_p, drawn.ids, drawn.weights]
+    return [*sparse, cache.final(every).float(), cache.state(every, 5).float(), cache.state_size(every, 1)]
+
+
+def test_a_batched_cache_is_the_unbatched_one(teacher, data, tmp_path, device, monkeypatch):
+    tokens, found, model = load_split(data.folder, "train").head(13 * LENGTH), [], load_model(teacher, torch.float32)
+    # Logits of two sequences are worked on at once.
+    monkeypatch.setattr(parallel, "_LOGITS_BYTES", 4 * 300 * 2 * LENGTH)
+    cases = {"alone": (LENGTH, 99, 13 * [1]), "batched": (5 * LENGTH, 99, [5, 5, 3]), "short": (99 * LENGTH, 4, None)}
+    for name, (most, holds, expected) in cases.items():
+        monkeypatch.setattr(parallel, "PASS_TOKENS", most)
+        with _passes(model, holds) as sizes:
+            found.append(_cached(teacher, model, tokens, tmp_path / name, device))
+        assert sizes == (expected or [13, 6, 3, 3, 3, 3, 1]), name
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            # The step of float16, in which states are kept.
+            torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)
+
+
+def test_batched_scores_are_those_of_one_sequence_at_a_time(teacher, data, device, monkeypatch):
+    held_out = load_split(data.folder, "validation").head(7 * LENGTH)
+    marked = np.random.default_rng(0).random(held_out.tokens.shape) < 0.4
+    marked[2] = False
+    model = load_model(teacher, torch.float32, device)
+    monkeypatch.setattr(parallel, "_LOGITS_BYTES", 4 * 300 * 40)
+    for tokens in (held_out, replace(held_out, answers=marked)):
+        found = []
+        for most, holds, expected in (
+            (LENGTH, 9, 7 * [1]),
+            (3 * LENGTH, 9, [3, 3, 1]),
+            (10**6, 2, [7, 3, 1] + 6 * [1]),
+        ):
+            monkeypatch.setattr(parallel, "PASS_TOKENS", most)
+            with _passes(model, holds) as sizes:
+                scores, reference = refer(model, tokens, device=device)
+            assert sizes == expected
+            found.append((scores.nll, scores.confidence, reference.top1, np.sort(reference.log_probs, axis=1)))
+            np.testing.assert_allclose(score(model, tokens, reference, device=device)[0].divergence, 0, atol=1e-5)
+        for other in found[1:]:
+            for one, two in zip(found[0], other, strict=True):
+                np.testing.assert_allclose(two, one, rtol=0, atol=1e-4)
+
+
+def test_batched_windows_and_continuations_are_those_of_one_at_a_time(teacher, device, monkeypatch):
+    dice = np.random.default_rng(3)
+    texts = [dice.integers(3, 300, size).tolist() for size in (90, 1, 7, 2, 33)]
+    pairs = [(dice.integers(3, 300, 5).tolist(), dice.integers(3, 300, size).tolist()) for size in (1, 4, 2, 6, 3, 1)]
+    model = load_model(teacher, torch.float32, device)
+    monkeypatch.setattr(parallel, "_LOGITS_BYTES", 4 * 300 * 10)
+    found, counts = [], []
+    for most in (1, 10**6):
+        monkeypatch.setattr(parallel, "PASS_TOKENS", most)
+        with _passes(model) as sizes:
+            nll = np.concatenate(rolling(model, texts, window=16, stride=8, device=device))
+            asked = [one.log_likelihood for one in continuations(model, pairs, device=device)]
+        found.append((nll, asked))
+        counts.append(len(sizes))
+    # Seventeen windows; a pass for each prompt, and one for what follows it unless that is a single token.
+    assert counts == [17 + 6 + 4, 3]
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_allclose(two, one, rtol=0, atol=1e-4)
+
+
+def test_what_is_written_at_once_is_what_is_written_alone(teacher, device):
+    dice = np.random.default_rng(4)
+    prompts = [dice.integers(3, 300, size).tolist() for size in (3, 9, 1, 4, 6)]
+    model, found, firsts = load_model(teacher, torch.float32, device), [], []
+    for batch, holds in ((1, 9), (None, 9), (None, 2)):
+        with _passes(model, holds) as sizes:
+            found.append(dict(write(model, prompts, stops=(1,), max_tokens=4, batch=batch, device=device)))
+        firsts.append((sizes[0], max(size for size in sizes if size <= holds)))
+    assert found[1] == found[2] == found[0]
+    assert firsts == [(1, 1), (5, 5), (5, 2)]

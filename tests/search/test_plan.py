@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.search.loading import _lora
-from autodistill.search.plan import Demand, Speed, check_box, extend, make_plan, more_trials, rung_tokens
+from autodistill.search.plan import (
+    ENOUGH_STEPS,
+    Demand,
+    Speed,
+    check_box,
+    extend,
+    make_plan,
+    more_trials,
+    rung_tokens,
+    step_sequences,
+)
 from autodistill.search.share import Workers
 from autodistill.space import load_space, load_strategy
 from autodistill.strategy import Lora
@@ -121,6 +131,35 @@ def test_tokens_that_were_asked_for_are_those_that_a_box_must_hold() -> None:
 def test_rungs_are_a_ninth_a_third_and_all() -> None:
     assert rung_tokens(9 * 2560, 256) == (2560, 7680, 23040)
     assert rung_tokens(768, 256) == (512, 768)
+
+
+PLENTY = 1000 * ENOUGH_STEPS
+
+
+@pytest.mark.parametrize(
+    ("rates", "tokens", "expected"),
+    [
+        ({1: 100.0}, PLENTY, 1),
+        ({1: 100.0, 2: 110.0}, PLENTY, 1),
+        ({1: 100.0, 2: 190.0, 4: 350.0, 8: 390.0}, PLENTY, 4),
+        # Memory, or the trial's tokens, ended the measurement.
+        ({1: 100.0, 2: 190.0, 4: 350.0}, PLENTY, 4),
+        # What is beyond one that is not worth it does not count.
+        ({1: 100.0, 2: 114.0, 4: 400.0}, PLENTY, 1),
+        ({1: 100.0, 2: 190.0, 4: 350.0}, 4 * ENOUGH_STEPS, 4),
+        ({1: 100.0, 2: 190.0, 4: 350.0}, 4 * ENOUGH_STEPS - 1, 2),
+        ({1: 100.0, 2: 190.0, 4: 350.0}, ENOUGH_STEPS, 1),
+        ({1: 100.0, 2: 190.0, 4: 350.0}, 3, 1),
+    ],
+)
+def test_a_step_grows_while_that_is_worth_it_and_leaves_steps_enough(
+    rates: dict[int, float], tokens: int, expected: int
+) -> None:
+    assert step_sequences(rates, lambda size: tokens // size) == expected
+
+
+def test_the_first_rung_of_enough_steps_can_tell_strategies_apart() -> None:
+    assert rung_tokens(ENOUGH_STEPS * 256, 256)[0] == 24 * 256
 
 
 def test_low_rank_changes_count_where_every_trial_trains_them() -> None:

@@ -1,0 +1,161 @@
+"""How fast this machine runs a teacher, and trains its largest student in steps of one size or several."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec
+from autodistill.distillation.memory import give_back_memory, is_out_of_memory
+from autodistill.distillation.parallel import by_length, logit_rows, map_batches, pass_tokens
+from autodistill.search.plan import WORTH, Speed
+from autodistill.search.share import Workers
+
+# Steps that are timed on an accelerator, of which the fastest counts: each takes some hundredths of a second.
+_TIMED = 3
+
+
+def measure_speed(
+    teacher: Any,
+    spec: ModelSpec,
+    largest: Callable[[Any], Any],
+    workers: Workers,
+    threads: int,
+    *,
+    device: str,
+    sequence_length: int = SEQUENCE_LENGTH,
+    checkpointing: bool = False,
+    sizes: Sequence[int] = (1,),
+) -> tuple[Speed, dict[int, float]]:
+    """Times the teacher's forward and training steps of the largest student, on random tokens.
+
+    Args:
+        teacher: The teacher in float32; the student may share its weights, so the caller must not use it again.
+        spec: The teacher's shape.
+        largest: Makes the largest student in the space of the teacher.
+        workers: Threads and precision of a worker.
+        threads: All of the machine's threads.
+        device: Where to measure: on this machine.
+        sequence_length: Tokens of a sequence.
+        checkpointing: Whether a step computes activations twice.
+        sizes: Sequences that each process trains on in a step, in one pass; ascending.
+
+    Returns:
+        The speed, with steps of the first size; and training tokens per second by size, up to the first that is not
+        worth it or that memory does not hold.
+    """
+    model = teacher.to(device)
+    tokens = pass_tokens(model, device)
+    on_cpu = device == "cpu"
+    together = 1 if on_cpu else max(1, tokens // sequence_length)
+    ids = np.random.default_rng(0).integers(0, spec.vocabulary, (max(together, *sizes), sequence_length))
+    passes = _Passes(model, torch.from_numpy(ids).to(device), tokens, device, workers)
+    torch.set_num_threads(threads)
+    cache = passes.rate(threads if on_cpu else together, workers.bf16)
+    full = passes.rate(threads if on_cpu else together, False)
+    passes.model = model = largest(teacher).to(device)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    # All workers that share its memory's bandwidth at once, as they will be.
+    beside = workers.beside
+    torch.set_num_threads(beside * workers.threads)
+    worker_score = passes.rate(beside * workers.threads if on_cpu else together, False) / beside
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.set_num_threads(workers.threads)
+    rates = _growing(passes.train_rate, sizes)
+    torch.set_num_threads(threads)
+    speed = Speed(cache=cache, score=full, worker_train=rates[sizes[0]], worker_score=worker_score)
+    return speed, rates
+
+
+class _Passes:
+    """Passes of a model over the same random tokens, timed after a first time that does not count.
+
+    Args:
+        model: On `device`.
+        ids: [sequences, length], as many as any pass reads.
+        tokens: Of a forward pass, at the most; one sequence at least.
+        device: Where model and tokens lie.
+        workers: Threads and precision of a worker.
+    """
+
+    def __init__(self, model: Any, ids: Tensor, tokens: int, device: str, workers: Workers) -> None:
+        self.model = model
+        self._ids = ids
+        self._tokens = tokens
+        self._device = device
+        self._workers = workers
+
+    def rate(self, sequences: int, bf16: bool) -> float:
+        """Tokens per second of the forward pass and the head, without gradients."""
+        length = self._ids.shape[1]
+
+        def work(batch: range) -> int:
+            with torch.no_grad(), torch.autocast(self._device, dtype=torch.bfloat16, enabled=bf16):
+                ids = self._ids[: len(batch)]
+                hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+                head = self.model.get_output_embeddings()
+                for rows in hidden.split(logit_rows(head.weight.shape[0])):
+                    head(rows)
+            return len(batch)
+
+        def seconds(tokens: int) -> tuple[float, int]:
+            began = time.perf_counter()
+            largest = max(map_batches(work, sequences, by_length([length] * sequences), tokens, self._device))
+            _wait(self._device)
+            return time.perf_counter() - began, largest
+
+        # How many sequences memory holds at once is known after the first time.
+        _, largest = seconds(self._tokens)
+        return sequences * length / seconds(largest * length)[0]
+
+    def train_rate(self, size: int) -> float:
+        """Tokens per second of forward and backward passes over `size` sequences, by all workers beside each other."""
+
+        def step(index: int) -> None:
+            with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._workers.bf16):
+                logits = self.model(input_ids=self._ids[:size], use_cache=False).logits
+            logits.float().square().mean().backward()
+
+        def seconds() -> float:
+            began = time.perf_counter()
+            list(pool.map(step, range(self._workers.beside)))
+            _wait(self._device)
+            return time.perf_counter() - began
+
+        with ThreadPoolExecutor(self._workers.beside) as pool:
+            seconds()
+            fastest = min(seconds() for _ in range(1 if self._device == "cpu" else _TIMED))
+        # Each process of a trial trains on sequences of its own.
+        return self._workers.processes * size * self._ids.shape[1] / fastest
+
+
+def _growing(rate: Callable[[int], float], sizes: Sequence[int]) -> dict[int, float]:
+    """The rate of each size, up to the first that is not worth it, or before one that memory does not hold."""
+    found: dict[int, float] = {}
+    for size in sizes:
+        try:
+            found[size] = rate(size)
+        except RuntimeError as error:
+            if not found or not is_out_of_memory(error):
+                raise
+        if size not in found:
+            # Outside of the handler, whose traceback holds on to the tensors of the failed step.
+            give_back_memory()
+            return found
+        before, last = (0.0, *found.values())[-2:]
+        if last < WORTH * before:
+            return found
+    return found
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,123 @@
+"""The optimiser step of a plan: one sequence on a CPU, and on an accelerator what was measured, or is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autodistill.hardware import Gpu, Machine
+from autodistill.search.checked import check_request
+from autodistill.search.loading import Loaded, Place, load
+from autodistill.search.measuring import _sizes, plan_from_measurement
+from autodistill.search.plan import ENOUGH_STEPS, Speed
+from autodistill.search.request import SearchRequest
+from autodistill.search.share import Share
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.units import Budget
+
+LENGTH = 16
+SPEED = Speed(cache=1e5, score=1e5, worker_train=1e3, worker_score=1e5)
+GPU = Machine(cpus=2, memory_bytes=10**11, gpus=(Gpu(name="made up", memory_bytes=10**11),))
+# Four are worth it, eight are not.
+RATES = {1: 1e3, 2: 1.9e3, 4: 3e3, 8: 3.2e3}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_teacher(folder / "teacher", layers=5)
+    tiny_text(folder / "text", documents=60, sentences=80)
+    return folder
+
+
+@pytest.fixture
+def planned(inputs: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """A plan on a machine, at made-up rates, with the sizes that were to be timed."""
+
+    def plan(machine: Machine = GPU, rates: dict[int, float] = RATES, share: Share | None = None, **more: object):  # type: ignore[no-untyped-def]
+        fields: dict[str, object] = {"trials": 2, "tokens": 4 * LENGTH * ENOUGH_STEPS} | more
+        request = SearchRequest(
+            budget=Budget(memory_bytes=16 * 10**9, context=64),
+            teacher=str(inputs / "teacher"),
+            data=str(inputs / "text"),
+            cache=inputs / "cache",
+            sequence_length=LENGTH,
+            **fields,  # type: ignore[arg-type]
+        )
+        checked = check_request(request)
+        loaded = load(checked, Place(here=machine, machines=(machine,), share=share or Share()))
+        timed: list[int] = []
+
+        def measure(*given: object, sizes: tuple[int, ...], **options: object) -> tuple[Speed, dict[int, float]]:
+            timed.extend(sizes)
+            return SPEED, {size: rate for size, rate in rates.items() if size in sizes}
+
+        monkeypatch.setattr("autodistill.search.measuring.measure_speed", measure)
+        monkeypatch.setattr(Loaded, "load_teacher", lambda self, device="cpu": None)
+        return *plan_from_measurement(checked, loaded, 0.0), timed
+
+    return plan
+
+
+def test_on_a_cpu_a_step_has_one_sequence(planned) -> None:  # type: ignore[no-untyped-def]
+    plan, speed, timed = planned(replace(GPU, gpus=()))
+    assert (plan.batch_tokens, plan.micro_batch, timed, speed) == (LENGTH, 1, [1], SPEED)
+    assert not any("optimiser step has" in note for note in plan.notes)
+
+
+def test_on_an_accelerator_a_step_has_as_many_as_are_worth_it(planned) -> None:  # type: ignore[no-untyped-def]
+    plan, speed, timed = planned(tokens=100 * LENGTH * ENOUGH_STEPS)
+    assert timed == [1, 2, 4, 8, 16, 32, 64]
+    assert (plan.batch_tokens, plan.micro_batch, speed.worker_train) == (4 * LENGTH, 4, 3e3)
+    (note,) = (note for note in plan.notes if "optimiser step has" in note)
+    assert note.startswith(
+        "an optimiser step has 4 sequences for each process of a trial: training ran at 1,000 tokens"
+    )
+    two = replace(GPU, gpus=2 * GPU.gpus)
+    processes, _, _ = planned(two, tokens=200 * LENGTH * ENOUGH_STEPS, share=Share(processes=2))
+    assert (processes.batch_tokens, processes.micro_batch) == (8 * LENGTH, 4)
+
+
+def test_few_tokens_have_small_steps(planned) -> None:  # type: ignore[no-untyped-def]
+    plan, speed, timed = planned(tokens=3 * LENGTH * ENOUGH_STEPS)
+    assert (plan.batch_tokens, speed.worker_train, timed) == (2 * LENGTH, 1.9e3, [1, 2])
+    plan, speed, timed = planned(tokens=LENGTH * ENOUGH_STEPS)
+    assert (plan.batch_tokens, speed.worker_train, timed) == (LENGTH, 1e3, [1])
+
+
+def test_a_short_box_has_small_steps(planned) -> None:  # type: ignore[no-untyped-def]
+    boxes = (45.0, 300.0)
+    plans = [planned(trials=None, tokens=None, time_seconds=box, runner="inline")[0] for box in boxes]
+    assert plans[0].batch_tokens < plans[1].batch_tokens == 4 * LENGTH
+    for plan in plans:
+        assert plan.batch_tokens == LENGTH or plan.tokens // plan.batch_tokens >= ENOUGH_STEPS
+
+
+def test_what_is_asked_for_is_kept_and_planned_at_its_own_rate(planned) -> None:  # type: ignore[no-untyped-def]
+    plan, speed, timed = planned(step_tokens=8 * LENGTH)
+    assert (plan.batch_tokens, plan.micro_batch, speed.worker_train, timed) == (8 * LENGTH, 8, 3.2e3, [1, 8])
+    # Memory did not hold them in one pass: what it held is what is known.
+    plan, speed, _ = planned(rates={1: 1e3}, step_tokens=8 * LENGTH)
+    assert (plan.batch_tokens, speed.worker_train) == (8 * LENGTH, 1e3)
+    one = planned(step_tokens=LENGTH)
+    assert (one[0].batch_tokens, one[2]) == (LENGTH, [1])
+
+
+def test_no_more_sequences_are_timed_than_memory_is_predicted_to_hold(planned, inputs: Path) -> None:  # type: ignore[no-untyped-def]
+    request = SearchRequest(
+        budget=Budget(memory_bytes=16 * 10**9, context=64),
+        teacher=str(inputs / "teacher"),
+        data=str(inputs / "text"),
+        cache=inputs / "cache",
+        sequence_length=LENGTH,
+        trials=1,
+        tokens=10**6,
+    )
+    checked = check_request(request)
+    place = Place(here=GPU, machines=(GPU,), share=Share())
+    loaded = load(checked, place)
+    need = loaded.fit_step(4 * LENGTH).estimate.total_bytes
+    small = replace(GPU, gpus=(replace(GPU.gpus[0], memory_bytes=need),))
+    assert _sizes(checked, load(checked, replace(place, machines=(small,)))) == (1, 2, 4)
