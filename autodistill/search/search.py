@@ -203,7 +203,7 @@ def _search(
     earlier = run.events.read()
     planned = plan_run(checked, place, run, clock, observer)
     # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
-    runner = _start_runner(request, place, joined)
+    runner = _start_runner(request, place, joined, lambda: _to_go_on(request, run))
     if storage is not None:
         keep(run.search_file, storage)
     run.events.append({"event": "session", "time": time.time()})
@@ -283,7 +283,7 @@ def _pages(run: RunFolder) -> None:
 
 
 def _start_runner(
-    request: SearchRequest, place: Place, joined: Cluster | None
+    request: SearchRequest, place: Place, joined: Cluster | None, to_go_on: Callable[[], str]
 ) -> Callable[[Campaign, TrialSetting, float | None], None]:
     """The function that drives a campaign; Ray starts in the background while teacher and data are loaded."""
     if request.runner == "inline":
@@ -291,7 +291,9 @@ def _start_runner(
     from autodistill.search.cluster import LocalRay
     from autodistill.search.ray_runner import run_ray
 
-    return partial(run_ray, joined or LocalRay(place.here))
+    cluster = joined or LocalRay(place.here)
+    cluster.to_go_on = to_go_on
+    return partial(run_ray, cluster)
 
 
 def _deadline(request: SearchRequest, plan: Plan, earlier: list[dict[str, Any]]) -> float | None:
