@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -140,10 +141,13 @@ def _after_room(request: SearchRequest, run: RunFolder) -> str:
 
 
 def _to_go_on(request: SearchRequest, run: RunFolder) -> str:
+    return f"every finished trial is kept. To go on: {_resuming(request, run)}"
+
+
+def _resuming(request: SearchRequest, run: RunFolder) -> str:
+    """The command line that goes on with a run."""
     resume = request.command if request.resume else f"{request.command} --resume"
-    if request.name is None:
-        resume += f" --name {run.name}"
-    return f"every finished trial is kept. To go on: {resume}"
+    return resume if request.name is not None else f"{resume} --name {run.name}"
 
 
 def _folder(checked: Checked) -> RunFolder:
@@ -327,7 +331,8 @@ def _result(
     """The search's one JSON document."""
     ranked = rank(rows, checked.metric, checked.direction)
     trials = campaign.trials.values()
-    notes = [*templates.values(), *plan.notes, *finished.notes, *_fell_short(campaign, plan)]
+    short = _short_of_the_end(finished.best, checked.request, run, plan)
+    notes = [*templates.values(), *plan.notes, *short, *finished.notes, *_fell_short(campaign, plan)]
     return {
         "name": run.name,
         "best": finished.best.to_json(),
@@ -358,6 +363,20 @@ def _result(
         "notes": notes,
         "paths": {"run": str(run.path), **{name: str(path) for name, path in finished.paths.items()}},
     }
+
+
+def _short_of_the_end(best: Row, request: SearchRequest, run: RunFolder, plan: Plan) -> list[str]:
+    """That the best student is one which a rung judged, and how it is trained on."""
+    if best.full:
+        return []
+    note = (
+        f"no trial reached the end of the plan: the best student is exported as it is after {best.fidelity:.0%} of the "
+        f"plan's tokens ({best.train_tokens:,} of {plan.tokens:,})"
+    )
+    if plan.box_seconds is None and request.time_seconds is None:
+        return [note]
+    again = "" if request.time_seconds is not None else f" --time {math.ceil(plan.box_seconds or 0)}s"
+    return [f"{note}; to train on for as long again: {_resuming(request, run)}{again}"]
 
 
 def _fell_short(campaign: Campaign, plan: Plan) -> list[str]:
