@@ -124,6 +124,7 @@ def rolling(
     pieces = [(place, *span) for place, tokens in enumerate(texts) for span in windows(len(tokens), window, stride)]
 
     def work(index: int) -> Tensor:
+        """Negative log-likelihoods in nats, float64 [counted], of the tokens that one window counts."""
         place, start, end, count = pieces[index]
         ids = torch.tensor(texts[place][start:end], device=device)
         count = min(count, len(ids) - 1)  # nothing predicts a window's first token

@@ -66,6 +66,7 @@ def _score(
     """The scores, the most likely tokens, and what `keep` takes of logits [rows, vocab] and their logsumexp [rows]."""
 
     def work(logits: Tensor, labels: Tensor, rows: slice) -> list[Tensor]:
+        """Of each row: nats of its label, likeliest token, its probability, divergence in nats, and what is kept."""
         total = torch.logsumexp(logits, dim=1)
         chosen = logits.gather(1, labels[:, None])[:, 0]
         largest, token = logits.max(dim=1)
@@ -155,6 +156,7 @@ def _over_rows(
     starts = np.cumsum([0, *counted[:, 1:].sum(axis=1)])
 
     def sequence(index: int) -> list[Tensor]:
+        """What `work` gives of one sequence's predicted tokens, joined: tensors [predicted, ...], on the CPU."""
         ids = torch.from_numpy(np.array(data.tokens[index], dtype=np.int64)).to(device)
         chosen = torch.from_numpy(np.flatnonzero(counted[index, 1:])).to(device)
         with torch.no_grad():

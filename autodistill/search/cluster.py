@@ -369,6 +369,7 @@ def _probe(markers: list[str]) -> tuple[Machine, ...]:
 
     # Nested, so that it travels by value: a node may have no AutoDistill to import it from.
     def look(files: list[str]) -> dict[str, Any]:
+        """What a node is (memory in bytes), and which of the files it does not see; little without the package."""
         import importlib.metadata
         import os
         import platform
