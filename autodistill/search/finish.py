@@ -433,7 +433,9 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
     )
     notes += _on_device(best, question.budget)
     teachers = [row for row in rows if row.kind == "teacher" and row.feasible]
-    first = rank([best, *teachers], metric, question.direction)[0].row
+    # A student short of the plan's end is one for a person to judge by its metric, as any other.
+    whole = best if best.full else replace(best, fidelity=1.0)
+    first = rank([whole, *teachers], metric, question.direction)[0].row
     if first.kind == "teacher":
         notes.append(
             f"quantising the teacher beats distilling it here: the teacher as {first.deployment_name} has {metric} "

@@ -254,6 +254,10 @@ def test_where_no_trial_reaches_the_end_the_best_of_the_furthest_rung_is_exporte
     assert f"after {best.fidelity:.0%} of the plan's tokens ({best.train_tokens:,} of {plan['tokens']:,})" in said
     assert said.endswith("to train on for as long again: autodistill search --resume")
     run = RunFolder.open(tmp_path / "runs", "run")
+    assert f"{best.fidelity:.0%} of the plan's tokens only" in (run.path / "report.md").read_text()
+    teachers = [row.accuracy or 0.0 for row in outcome.rows if row.kind == "teacher"]
+    assert (best.accuracy or 0.0) > max(teachers), "the tiny teacher is random"
+    assert not any("quantising the teacher beats" in note for note in outcome.document["notes"])
     assert f"for {best.fidelity:.0%} of the tokens" in (run.student("huggingface") / "README.md").read_text()
     assert said in search_summary(outcome.document, *leaderboard_of(run), 120).replace("No trial", "no trial")
     assert explain(run).describe()
