@@ -163,6 +163,7 @@ def _prepare_conversations(
                 questions[name][split] = json.dumps(asking)
 
     def add(temporary: Path) -> None:
+        """Writes into the folder what is no token: the tokenizer, other renderings' texts and ends, and questions."""
         renderer.tokenizer.save_pretrained(temporary / TOKENIZER)
         for name, texts in questions.items():
             if name:

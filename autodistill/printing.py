@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 from autodistill.calls import Boards
 from autodistill.console import leaderboard_table
-from autodistill.errors import AutoDistillError
+from autodistill.errors import AutoDistillError, InterruptedSearchError
 from autodistill.options import Format
 from autodistill.records.json_files import strict_json
+from autodistill.reply import replying
 from autodistill.streams import stdout_reserved
 
 T = TypeVar("T")
@@ -19,16 +20,25 @@ T = TypeVar("T")
 
 def show(output: Format, work: Callable[[], T], document: Callable[[T], Any], text: Callable[[T], str]) -> T:
     """Does the work with stdout held free, and prints its result there; with JSON also the error that ended it."""
-    try:
-        with stdout_reserved():
-            result = work()
-            shown = _dumps(document(result)) if output is Format.JSON else text(result)
-    except AutoDistillError as error:
-        if output is Format.JSON:
-            print(_dumps({"error": str(error), "exit_code": error.exit_code}), flush=True)
-        raise
-    print(shown, flush=True)
+    with replying(output is Format.JSON) as reply:
+        try:
+            with stdout_reserved():
+                result = work()
+                shown = _dumps(document(result)) if output is Format.JSON else text(result)
+        except (Exception, KeyboardInterrupt) as error:
+            reply.give_error(*_told(error))
+            raise
+        reply.give(shown)
     return result
+
+
+def _told(error: BaseException) -> tuple[str, int]:
+    """What ended the work, and the exit code that it leads to; what nobody foresaw has its traceback on stderr."""
+    if isinstance(error, AutoDistillError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped", InterruptedSearchError.exit_code
+    return f"{type(error).__name__}: {error}", AutoDistillError.exit_code
 
 
 def _dumps(document: Any) -> str:

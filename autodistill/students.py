@@ -5,31 +5,45 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from autodistill.records.row import Row
 from autodistill.storage import Storage
 from autodistill.templates import copy_text
 
 
-def student_folder(trial: Path) -> Path:
-    """Where a trial at full fidelity keeps its float32 student."""
-    return trial / "student"
+def kept_after(row: Row) -> int | None:
+    """The tokens after which the student of a row would have been kept; None at full fidelity."""
+    return None if row.full else row.train_tokens
 
 
-def student_key(trial: Path) -> str:
+def student_folder(trial: Path, tokens: int | None = None) -> Path:
+    """Where a trial keeps its float32 student: of full fidelity, or as a rung judged it after so many tokens."""
+    return trial / ("student" if tokens is None else f"student-{tokens}")
+
+
+def student_key(trial: Path, tokens: int | None = None) -> str:
     """Where a storage keeps it."""
-    return f"students/{trial.name}"
+    return f"students/{trial.name}" + ("" if tokens is None else f"-{tokens}")
 
 
-def trained_student(trial: Path, storage: Storage | None) -> Path:
-    """The folder of a student at full fidelity, fetched where another node trained it; it may not be there."""
-    folder = student_folder(trial)
-    if storage is not None and not folder.is_dir() and has_student(trial, storage):
-        storage.fetch_folder(student_key(trial), folder)
+def trained_student(trial: Path, storage: Storage | None, tokens: int | None = None) -> Path:
+    """The folder of a student, fetched where another node trained it; it may not be there.
+
+    Args:
+        trial: The trial's folder.
+        storage: Of the run, or None.
+        tokens: See `student_folder`.
+    """
+    folder = student_folder(trial, tokens)
+    if storage is not None and not folder.is_dir() and has_student(trial, storage, tokens):
+        storage.fetch_folder(student_key(trial, tokens), folder)
     return folder
 
 
-def has_student(trial: Path, storage: Storage | None) -> bool:
+def has_student(trial: Path, storage: Storage | None, tokens: int | None = None) -> bool:
     """Whether a trial's student was kept, here or on the storage."""
-    return student_folder(trial).is_dir() or (storage is not None and storage.has_folder(student_key(trial)))
+    if student_folder(trial, tokens).is_dir():
+        return True
+    return storage is not None and storage.has_folder(student_key(trial, tokens))
 
 
 def save_student(model: Any, text: Path, folder: Path) -> None:

@@ -214,6 +214,7 @@ def _maker(metric: str, template: Mapping[str, Any], labels: bool, where: str) -
     choices = template.get("choices")
 
     def make(record: Mapping[str, Any], place: str, number: int) -> Example:
+        """Raises `InputError` where a text is blank, choices are too few, or the gold one is not among them."""
         if metric == "perplexity":
             text = _filled(texts["text"], record, place)
             if not text.strip():

@@ -139,24 +139,29 @@ class Trial:
         self._stages = open_stages(bench.setting.checkpoints, bench.setting.storage)
         self._stage = task.stage or task.id
 
-    def run(self, rung: int) -> RungReport | None:
+    def run(self, rung: int, *, keep: bool = False) -> RungReport | None:
         """Trains to a rung and evaluates there, from the furthest checkpoint of its stage, whoever trained it.
 
         Of several processes the first one alone evaluates and reports.
+
+        Args:
+            rung: Index of the rung.
+            keep: Whether its student is kept, as that of the last rung is. At a rung that was reached before, its decay
+                is trained once more, to the same bits.
 
         Raises:
             TrialFailedError: NaN, out of memory, or another error of this trial alone.
             TooManyAtOnce: Of several processes, which are to begin again with fewer sequences at once.
         """
         try:
-            return self._run(rung)
+            return self._run(rung, keep)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             said = str(error).splitlines()
             raise TrialFailedError("out-of-memory", said[0] if said else "the machine's memory is full") from error
 
-    def _run(self, rung: int) -> RungReport | None:
+    def _run(self, rung: int, keep: bool) -> RungReport | None:
         plan = self._bench.setting.plan
         sharding = self._bench.sharding
         began = time.perf_counter()
@@ -189,8 +194,8 @@ class Trial:
         if model is None:
             return None
         model.to(self._bench.setting.device)
-        if last:
-            self._save_student(model, scales)
+        if last or keep:
+            self._save_student(model, scales, None if last else target)
         kept = time.perf_counter()
         probe, finishing = self._task.probe, self._task.strategy.finishing
         evaluation = self._evaluate(
@@ -365,20 +370,22 @@ class Trial:
             target, grids.get, on_grid_after=finishing.start, learned=finishing.scales == "learned"
         )
 
-    def _save_student(self, model: Any, scales: Mapping[str, Scales]) -> None:
+    def _save_student(self, model: Any, scales: Mapping[str, Scales], tokens: int | None) -> None:
         """Writes the trained master weights as a folder that transformers loads, whole or not at all.
 
-        What scales were learned lie beside them: rounded weights would not give these scales back.
+        What scales were learned lie beside them: rounded weights would not give these scales back. A student of full
+        fidelity, that of no `tokens`, takes the place of what was kept of the trial before.
         """
-        temporary, folder = self._folder / ".student.partial", student_folder(self._folder)
+        temporary, folder = self._folder / ".student.partial", student_folder(self._folder, tokens)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             save_student(model, self._bench.setting.text(self._task.strategy.init), temporary)
             if self._task.strategy.finishing is not None:
                 write_scales(temporary, self._task.strategy.finishing, scales)
-            shutil.rmtree(folder, ignore_errors=True)
+            for before in (folder, *(self._folder.glob("student-*") if tokens is None else ())):
+                shutil.rmtree(before, ignore_errors=True)
             os.replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         if (storage := self._bench.setting.storage) is not None:
-            storage.send_folder(folder, student_key(self._folder))
+            storage.send_folder(folder, student_key(self._folder, tokens))

@@ -120,6 +120,7 @@ def _core() -> tuple[float, float]:
     matrix, vector, square = torch.ones(2**14, 4096), torch.ones(4096), torch.ones(1024, 1024)
 
     def best(work: Callable[[], Any]) -> float:
+        """The least CPU seconds of eight runs, after one that is not counted."""
         work()
         times = []
         for _ in range(8):

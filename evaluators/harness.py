@@ -188,6 +188,7 @@ def _adapter(student: SimulatedStudent) -> Any:
             raise InputError(f"the task {_ROLLING}")
 
         def generate_until(self, requests: list[Any]) -> list[str]:
+            """Greedy answers in the order of the requests; raises `InputError` for a task that draws its answers."""
             answers: dict[int, str] = {}
             groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
             for place, request in enumerate(requests):

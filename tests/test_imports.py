@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = (
     "errors",
     "units",
+    "reply",
     "process_memory",
     "bench_output",
     "remote",

@@ -260,6 +260,27 @@ def test_a_rung_told_again_after_a_kill_is_the_same(lab, tmp_path):
     assert [step.tokens for step in again.steps] == [448, 512]
 
 
+def test_what_a_rung_judged_is_kept_where_that_is_asked_for_until_the_end_is_reached(lab, tmp_path):
+    setting = lab.setting(tmp_path)
+    trial = Trial(Workbench(setting), _task())
+    for rung in (0, 1):
+        judged = trial.run(rung)
+    before = _kept(tmp_path, "t000")
+    kept = trial.run(1, keep=True)
+    assert kept.evaluation == judged.evaluation
+    assert kept.trained == 128, "its decay alone is trained again"
+    assert _kept(tmp_path, "t000") == before
+    folder = student_folder(tmp_path / "t000", 512)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    data = load_split(lab.data.folder, "validation").head(256)
+    reference = TeacherReference.load(lab.reference).head(data.tokens[:, 1:].size)
+    spec = student_spec(STRATEGY, setting.teacher_spec)
+    again, _ = evaluate(model, spec, Q4, data, reference, budget=setting.budget, evaluators=setting.evaluators)
+    assert again == judged.evaluation
+    trial.run(2)
+    assert [path.name for path in (tmp_path / "t000").iterdir()] == ["student"]
+
+
 def test_straight_to_the_last_rung_is_the_same_student(lab, tmp_path):
     bench = Workbench(lab.setting(tmp_path))
     straight = Trial(bench, _task(id="straight", straight=True)).run(2)

@@ -144,6 +144,7 @@ def rolling(
     lengths = [pieces[piece][2] - pieces[piece][1] for piece in order]
 
     def work(batch: range) -> list[Tensor]:
+        """Negative log-likelihoods in nats, float64 [counted], of the tokens that each of some windows counts."""
         chosen = [pieces[order[index]] for index in batch]
         rows = [torch.tensor(texts[place][start:end]) for place, start, end, _ in chosen]
         # Nothing predicts a window's first token.

@@ -66,6 +66,7 @@ def _score(
     """The scores, the most likely tokens, and what `keep` takes of logits [rows, vocab] and their logsumexp [rows]."""
 
     def work(logits: Tensor, labels: Tensor, rows: slice) -> list[Tensor]:
+        """Of each row: nats of its label, likeliest token, its probability, divergence in nats, and what is kept."""
         total = torch.logsumexp(logits, dim=1)
         chosen = logits.gather(1, labels[:, None])[:, 0]
         largest, token = logits.max(dim=1)
@@ -157,6 +158,7 @@ def _over_rows(
     sequences, length = data.tokens.shape
 
     def pass_over(batch: range) -> list[Tensor]:
+        """What `work` gives of the predicted tokens of some sequences, joined: tensors [predicted, ...], on the CPU."""
         part = slice(batch.start, batch.stop)
         ids = torch.from_numpy(np.array(data.tokens[part], dtype=np.int64)).to(device)
         row, column = np.nonzero(counted[part, 1:])

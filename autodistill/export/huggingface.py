@@ -60,6 +60,8 @@ def model_card(
     made = f"Distilled from {teacher} on {data_name} by AutoDistill, under strategy `{content_hash(strategy)}`."
     if not strategy:
         made = f"{teacher} itself, packed by AutoDistill without training; measured on {data_name}."
+    elif (fidelity := rows[0].get("fidelity")) is not None and fidelity < 1 - 1e-9:
+        made += f" It was trained for {fidelity:.0%} of the tokens that were planned."
     recipe = ["", "## Strategy", "", "```json", json.dumps(strategy, indent=2), "```"] if strategy else []
     return "\n".join(
         [

@@ -164,8 +164,8 @@ def _answer(search: Mapping[str, Any], ranked: Sequence[Ranked], metric: str) ->
             parts.append(
                 f"{format_bytes(first.memory_bytes)} of memory ({first.memory_source or 'source not recorded'})"
             )
-        if not first.full:
-            parts.append(f"after {first.figure('fidelity') or 0:.0%} of the plan's tokens only")
+        if short := _short(first):
+            parts.append(short)
         tied = sum(one.tied for one in ranked)
         tie = f" It is the smallest of {tied} rows that {metric} cannot tell apart." if tied else ""
         return "## Answer\n\n" + ", ".join(parts) + "." + tie + _undistilled(first, rows, metric)
@@ -183,10 +183,14 @@ def _undistilled(first: Row, rows: Sequence[Row], metric: str) -> str:
     student = next((row for row in rows if row.kind in DISTILLED and row.feasible and row.figure(metric)), None)
     if student is None:
         return " It was not distilled, and no distilled student fits."
-    return (
-        f" It was not distilled: the first distilled student is {_text(student.name)} as {student.deployment_name}, "
-        f"{metric} {_figure(student, metric)}."
-    )
+    parts = [f"{_text(student.name)} as {student.deployment_name}", f"{metric} {_figure(student, metric)}"]
+    said = ", ".join(filter(None, [*parts, _short(student)]))
+    return f" It was not distilled: the first distilled student is {said}."
+
+
+def _short(row: Row) -> str:
+    """How much of the plan a row was trained for, where that is not all of it."""
+    return "" if row.full else f"after {row.figure('fidelity') or 0:.0%} of the plan's tokens only"
 
 
 def _leaderboard(ranked: Sequence[Ranked], metric: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -25,6 +25,9 @@ from autodistill.units import format_duration
 _REJECTIONS_IN_A_ROW = 200
 # log(need / memory) of a training that ran out of memory, as the sampler is told it: nobody knows by how much.
 _TOO_MUCH = 0.1
+
+# What is reserved for the first trial to reach the end, in what that is expected to take.
+_SPARE = 1.1
 
 
 class Agenda:
@@ -74,7 +77,7 @@ class Agenda:
 
         Training comes first. Once nothing is left to be trained, trained students are evaluated under the deployments
         that their rungs were not judged on, the best student first: small pieces, which keep every worker busy while
-        the last trial trains.
+        the last trial trains. Where no trial reaches the end, the best one is kept as its last rung judged it.
         """
         assignment = (
             self._interrupted()
@@ -87,12 +90,14 @@ class Agenda:
         if assignment is None and self._box.deadline is not None:
             # Time is left in the box: trials beyond the plan's number may go on.
             assignment = self._promotion(extra=True)
-        return assignment or self._evaluation()
+        return assignment or self._evaluation() or self._early()
 
     def _interrupted(self) -> Assignment | None:
         """A trial that was proposed but has not reached its first rung: its worker, or the whole search, was killed."""
         for trial in self._trials.values():
-            if trial.status is None and not trial.running and trial.rung < 0 and self._affordable(trial):
+            waits = trial.status is None and not trial.running and trial.rung < 0
+            # One that goes straight to the end is itself on its way there.
+            if waits and self._affordable(trial, reserved=0.0 if trial.task.straight else self._reserve()):
                 return self._assign(trial)
         return None
 
@@ -100,8 +105,10 @@ class Agenda:
         for trial_id, (name, strategy) in self._baselines():
             if trial_id in self._trials or trial_id in self._left_out:
                 continue
-            # A new search was refused where its box does not hold them; of a resumed one too little may be left.
-            if self.resumed and not self._box.holds(self._box.whole()):
+            # A new search was refused where its box does not hold them; of a resumed one too little may be left, and
+            # the machine may have become slower since the first of them began.
+            begun = self.resumed or any(trial.kind == "baseline" for trial in self._trials.values())
+            if begun and not self._box.holds(self._box.whole()):
                 self._left_out.add(trial_id)
                 takes, left = (format_duration(max(0.0, time)) for time in (self._box.whole(), self._box.left()))
                 self._notify(
@@ -134,12 +141,54 @@ class Agenda:
         if trial_id is None:
             return None
         trial = self._trials[trial_id]
+        first = self._first()
+        if first is not None and first.rung > trial.rung and not self._affordable(trial, reserved=self._reserve()):
+            trial = first
         if self._stages.busy(trial, self._trials.values()):
             return None
         # What is trained beyond the plan must leave time for what the best student's rows are read for.
-        if not self._affordable(trial, reserved=self._seconds_of_best() if extra else 0.0):
+        if not self._affordable(trial, reserved=self._seconds_of_best() if extra and first is None else 0.0):
             return None
         return self._assign(trial)
+
+    def _first(self) -> TrialState | None:
+        """While no trial has reached the end, or is on its way there: the one that is to, the nearest to it."""
+        running = [trial for trial in self._trials.values() if trial.running]
+        last = len(self._question.plan.rungs) - 1
+        if self._trained() or any(self._assign(trial).rung == last for trial in running):
+            return None
+        trial_id = self._scheduler.furthest(self.in_flight())
+        return None if trial_id is None else self._trials[trial_id]
+
+    def _reserve(self) -> float:
+        """Seconds that this trial takes to the end, or else to the highest rung that the box still holds it up to.
+
+        On a machine that became slower the plan may no longer hold; nothing else begins that would take this time.
+        """
+        first = self._first()
+        if first is None:
+            return 0.0
+        above = range(first.rung + 1, len(self._question.plan.rungs))
+        needs = (self._box.up_to(first.task, first.rung, rung) for rung in reversed(above))
+        return next((_SPARE * seconds for seconds in needs if self._box.holds(seconds)), 0.0)
+
+    def _early(self) -> Assignment | None:
+        """Where no trial reaches the end, and nothing else is left: the best, to be kept as its last rung judged it.
+
+        Its decay is trained once more, since decayed weights of rungs are not kept. Where none was judged, one that was
+        to go straight to the end is judged at the furthest rung that it passed.
+        """
+        trials = self._trials.values()
+        if self._trained() or any(trial.running or trial.kept for trial in trials):
+            return None
+        left = [trial for trial in trials if trial.status is None and trial.kept is None and trial.task.length == 1]
+        left = [trial for trial in left if trial.kind != CONFIRMATION]
+        judged = [(trial, trial.rung) for trial in self._best_first(left)]
+        passed = [(trial, rung) for rung in reversed(range(len(self._question.plan.rungs) - 1)) for trial in left]
+        for trial, rung in (*judged, *((trial, rung) for trial, rung in passed if trial.rung < 0)):
+            if self._stages.branched(trial, rung):
+                return Assignment(task=trial.task, rung=rung, keep=True)
+        return None
 
     def _longer(self) -> Assignment | None:
         """The best few and the best baseline trained on, where the space asks for that, once all others have ended."""
@@ -205,10 +254,13 @@ class Agenda:
 
     def _trained(self) -> list[TrialState]:
         """Trials at full fidelity, the best first."""
+        return self._best_first(trial for trial in self._trials.values() if trial.status is Status.COMPLETED)
+
+    def _best_first(self, trials: Iterable[TrialState]) -> list[TrialState]:
+        """Those that have a value, from the highest rung downwards, and of a rung the best first."""
         sign = -1.0 if self._question.direction == "max" else 1.0
-        valued = [(trial.value, trial) for trial in self._trials.values() if trial.status is Status.COMPLETED]
-        ranked = sorted((sign * value, trial.task.id) for value, trial in valued if value is not None)
-        return [self._trials[trial_id] for _, trial_id in ranked]
+        ranked = sorted((-t.rung, sign * t.value, t.task.id) for t in trials if t.value is not None)
+        return [self._trials[trial_id] for _, _, trial_id in ranked]
 
     def _seconds_of_best(self) -> float:
         """Expected seconds, all workers at it, of what is to be evaluated of the best student."""
@@ -239,7 +291,7 @@ class Agenda:
         return self.exhausted or counted >= self._question.plan.trials
 
     def _proposals_over(self) -> bool:
-        return self._all_proposed() or not self._box.holds(self._box.first_stretch())
+        return self._all_proposed() or not self._box.holds(self._box.first_stretch() + self._reserve())
 
     def in_flight(self) -> set[str]:
         """Ids of the trials that a worker takes to a rung."""
@@ -251,9 +303,10 @@ class Agenda:
         extra = self._box.deadline is not None
         waiting = self._scheduler.next_to_promote(self.in_flight(), True, extra=extra)
         untouched = [t for t in self._trials.values() if t.status is None and t.rung < 0]
-        affordable = [t for t in (*untouched, *([self._trials[waiting]] if waiting else [])) if self._affordable(t)]
+        paused = [self._trials[waiting], self._first() or self._trials[waiting]] if waiting else []
+        affordable = [t for t in (*untouched, *paused) if self._affordable(t)]
         over = started and self._proposals_over() and not affordable
-        return over and self._evaluation() is None
+        return over and self._evaluation() is None and self._early() is None
 
     def _assign(self, trial: TrialState) -> Assignment:
         last = len(self._question.plan.rungs) - 1

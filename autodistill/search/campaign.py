@@ -122,7 +122,8 @@ class Campaign:
     def report(self, assignment: Assignment, report: RungReport) -> Decision:
         """Records what a worker found and says what becomes of the trial."""
         trial, plan = self.trials[assignment.task.id], self.question.plan
-        self.box.learn(assignment, trial.rung, sum(report.seconds.values()), report.trained)
+        if not assignment.keep:
+            self.box.learn(assignment, trial.rung, sum(report.seconds.values()), report.trained)
         for phase in self._worker_seconds:
             self._worker_seconds[phase] += report.seconds[phase]
         trial.train_seconds += report.seconds["train"]
@@ -138,6 +139,13 @@ class Campaign:
             self._notify(f"{trial.task.id} as {row.deployment_name}: {shown}")
             return Decision.STOP
         trial.running = False
+        if assignment.keep:
+            trial.kept = row.feasible and value is not None
+            self._notify(
+                f"no trial has reached the end: {trial.task.id} is kept as it is after {report.tokens:,} tokens, "
+                f"{shown}"
+            )
+            return Decision.STOP
         trial.rung = report.rung
         trial.value = value if row.feasible else None
         trial.further = tuple(row.figure(objective.figure) for objective in self.question.further)
@@ -190,6 +198,11 @@ class Campaign:
             trial.running = False
         else:
             self._evaluating -= 1
+        if assignment.keep:
+            # Where it stands as it did, and another may be kept.
+            trial.kept = False
+            self._notify(f"{trial.task.id} could not be kept ({cause}): {message}")
+            return
         if cause in RETRIED and (assignment.rung, name) not in trial.retried:
             event = {"event": "retry", "trial": trial.task.id, "rung": assignment.rung, "deployment": name}
             self._write({**event, "cause": cause, "reason": message})
@@ -226,6 +239,8 @@ class Campaign:
         else:
             self._evaluating -= 1
             trial.settled.discard(assignment.deployment.name)
+        if assignment.keep:
+            trial.kept = False
         self.box.close()
 
     def close(self) -> None:

@@ -15,12 +15,13 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import psutil
 
-from autodistill.errors import AutoDistillError, InputError
+from autodistill.errors import AutoDistillError, InputError, LostClusterError
 from autodistill.hardware import Gpu, Machine
+from autodistill.reply import end_process
 
 _DISTRIBUTION = "autodistill-search"
 # Read by Ray when it is imported or started; a person's own settings go before.
@@ -57,9 +58,11 @@ class Cluster(Protocol):
 
     Attributes:
         machines: Of its nodes.
+        to_go_on: What a person is told to do where Ray has ended, and this process is ended for that.
     """
 
     machines: tuple[Machine, ...]
+    to_go_on: Callable[[], str]
 
     def wait(self) -> None:
         """Until Ray is up."""
@@ -80,6 +83,7 @@ class _Watched:
     look_seconds = _LOOK_SECONDS
 
     def __init__(self) -> None:
+        self.to_go_on: Callable[[], str] = lambda: "start the search again"
         self._leaving = threading.Event()
 
     def ended(self) -> str | None:
@@ -95,12 +99,8 @@ class _Watched:
             # Ray may end this process at any moment from here on.
             print(f"{said}: this search ends, and goes on with --resume", file=sys.stderr, flush=True)
             if not self._leaving.wait(_STUCK_SECONDS):
-                _end(said)
-
-
-def _end(said: str) -> NoReturn:
-    print(f"error: {said}; every finished trial is kept: go on with --resume", file=sys.stderr, flush=True)
-    os._exit(AutoDistillError.exit_code)
+                end_process(f"{said}; {self.to_go_on()}", LostClusterError.exit_code)
+                return
 
 
 class LocalRay(_Watched):
@@ -369,6 +369,7 @@ def _probe(markers: list[str]) -> tuple[Machine, ...]:
 
     # Nested, so that it travels by value: a node may have no AutoDistill to import it from.
     def look(files: list[str]) -> dict[str, Any]:
+        """What a node is (memory in bytes), and which of the files it does not see; little without the package."""
         import importlib.metadata
         import os
         import platform

@@ -20,6 +20,7 @@ def step_guard(deadline: float | None, sharding: Sharding | None = None) -> Call
     """
 
     def guard(record: StepRecord) -> None:
+        """Raises `OutOfTime` where this step, or that of any process, ended past the deadline."""
         if deadline is None:
             return
         late = time.time() > deadline

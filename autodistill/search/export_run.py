@@ -14,7 +14,7 @@ from autodistill.records.leaderboard import DISTILLED, best_student, rank, rows_
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
 from autodistill.strategy import Deployment
-from autodistill.students import student_folder
+from autodistill.students import kept_after, student_folder
 
 
 def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], out: Path) -> dict[str, Path]:
@@ -41,7 +41,9 @@ def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], ou
     asked = read_json(run.search_file)
     rows = [row for row in rows_of(run.events.read()) if row.split != "test"]
     ranked = [one.row for one in rank(rows, asked["metric"], asked["direction"])]
-    best = best_student(rows, asked["metric"], asked["direction"])
+    # Of students short of the end few are kept, and the best of these need not be the best of all.
+    having = [row for row in rows if row.kind not in DISTILLED or row.full or _folder(run, row).is_dir()]
+    best = best_student(having, asked["metric"], asked["direction"])
     row = _find(run, ranked, row_id or (best.row_id if best else None))
     student = _student(run, row)
     deployments = {name: _deployment(name, row, ranked) for name in containers}
@@ -76,7 +78,7 @@ def _find(run: RunFolder, ranked: Sequence[Row], row_id: str | None) -> Row:
 
 
 def _folder(run: RunFolder, row: Row) -> Path:
-    return student_folder(run.checkpoints / row.trial)
+    return student_folder(run.checkpoints / row.trial, kept_after(row))
 
 
 def _student(run: RunFolder, row: Row) -> Path:

@@ -1,4 +1,4 @@
-"""Which student is exported: those that were trained to the end, the best first, less what breaks the budget."""
+"""Which student is exported: of those trained to the end, or else furthest, the best that keeps to the budget."""
 
 from __future__ import annotations
 
@@ -22,6 +22,18 @@ def trained_rows(rows: Sequence[Row], metric: str, kept: Callable[[Row], bool]) 
     """
     full = (row for row in rows if row.kind in DISTILLED and row.full and row.figure(metric) is not None)
     return [row for row in full if kept(row)]
+
+
+def candidates(rows: Sequence[Row], metric: str, kept: Callable[[Row], bool]) -> list[Row]:
+    """The rows of students that may be exported, where they fit: see `trained_rows`.
+
+    Where none of these fits, those of students that were kept short of the end are among them.
+    """
+    full = trained_rows(rows, metric, kept)
+    if any(row.feasible for row in full):
+        return full
+    short = (row for row in rows if row.kind in DISTILLED and not row.full and row.figure(metric) is not None)
+    return [*full, *(row for row in short if row.feasible and kept(row))]
 
 
 def exportable(rows: Sequence[Row], confirmed: Sequence[Confirmation], question: Question) -> list[Row]:

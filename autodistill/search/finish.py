@@ -40,11 +40,11 @@ from autodistill.records.leaderboard import (
 from autodistill.records.openings import record_test_opening, recorded_test_openings
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
-from autodistill.search.exportable import exportable, next_candidate, passed_over, trained_rows
+from autodistill.search.exportable import candidates, exportable, next_candidate, passed_over, trained_rows
 from autodistill.search.rows import make_row
 from autodistill.search.trials import Question
 from autodistill.strategy import Deployment, Strategy
-from autodistill.students import has_student, trained_student
+from autodistill.students import has_student, kept_after, trained_student
 from autodistill.token_sets import Prepared, load_split
 from autodistill.trial_data import TrialSetting
 from autodistill.units import Budget, format_bytes, format_duration
@@ -99,11 +99,11 @@ class Finisher:
 
     def student(self, row: Row) -> Path:
         """Folder of the float32 student of a row."""
-        return trained_student(self.run.checkpoints / row.trial, self.setting.storage)
+        return trained_student(self.run.checkpoints / row.trial, self.setting.storage, kept_after(row))
 
     def has(self, row: Row) -> bool:
         """Whether its student was kept."""
-        return has_student(self.run.checkpoints / row.trial, self.setting.storage)
+        return has_student(self.run.checkpoints / row.trial, self.setting.storage, kept_after(row))
 
     def load(self, row: Row) -> Any:
         """The float32 student of a row."""
@@ -122,12 +122,12 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         finisher: What the steps share.
 
     Raises:
-        NothingFitsError: No student at full fidelity fits the budget.
+        NothingFitsError: No student that was kept, at full fidelity or short of it, fits the budget.
         VerificationError: An artefact is not what was evaluated.
     """
     question, phases = finisher.question, finisher.phases
     torch.set_num_threads(finisher.threads)
-    students = trained_rows(rows, question.metric, finisher.has)
+    students = candidates(rows, question.metric, finisher.has)
     confirmed = confirmations(rows, question.metric, question.direction)
     others = [row for row in rows if row.kind not in DISTILLED]
     ranked = exportable([*students, *others], confirmed, question)
@@ -284,7 +284,7 @@ def _nothing(rows: Sequence[Row], finisher: Finisher) -> str:
     needs = {f"{row.name} as {row.deployment_name}": {name: row.figure(name) for name in limits} for row in rows}
     closest = nearest(needs, limits)
     if closest is None:
-        return "nothing was trained to the end within the box: give it more --time, or fewer --tokens"
+        return "nothing was trained as far as a rung: go on with --resume and more --time, or start with fewer --tokens"
     return f"nothing fits the budget: the nearest, {closest.candidate}, {closest.describe()}; raise --budget"
 
 
@@ -433,7 +433,9 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
     )
     notes += _on_device(best, question.budget)
     teachers = [row for row in rows if row.kind == "teacher" and row.feasible]
-    first = rank([best, *teachers], metric, question.direction)[0].row
+    # A student short of the plan's end is one for a person to judge by its metric, as any other.
+    whole = best if best.full else replace(best, fidelity=1.0)
+    first = rank([whole, *teachers], metric, question.direction)[0].row
     if first.kind == "teacher":
         notes.append(
             f"quantising the teacher beats distilling it here: the teacher as {first.deployment_name} has {metric} "
@@ -446,6 +448,6 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
             f"the best student was trained for {best.fidelity:.0%} of the plan's tokens ({best.train_tokens:,}); those "
             "at 100% are compared with each other, and its baseline is the one of as many tokens where there is one"
         )
-    if best.kind == "baseline" and question.space.dimensions:
+    if best.kind == "baseline" and best.full and question.space.dimensions:
         notes.append("no searched strategy beat the baseline")
     return tuple(notes)

@@ -115,8 +115,10 @@ class SuccessiveHalving:
             chosen = self._candidate(rung, in_flight, closed)
             if chosen is not None:
                 return chosen
-        if not extra or not all_proposed:
-            return None
+        return self.furthest(in_flight) if extra and all_proposed else None
+
+    def furthest(self, in_flight: Collection[str]) -> str | None:
+        """The best of the trials that wait at the highest rung of those where any does, or None."""
         waiting = (self._waiting(rung, in_flight) for rung in reversed(range(self.last)))
         return next((trials[0] for trials in waiting if trials), None)
 

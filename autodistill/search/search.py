@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -141,10 +142,13 @@ def _after_room(request: SearchRequest, run: RunFolder) -> str:
 
 
 def _to_go_on(request: SearchRequest, run: RunFolder) -> str:
+    return f"every finished trial is kept. To go on: {_resuming(request, run)}"
+
+
+def _resuming(request: SearchRequest, run: RunFolder) -> str:
+    """The command line that goes on with a run."""
     resume = request.command if request.resume else f"{request.command} --resume"
-    if request.name is None:
-        resume += f" --name {run.name}"
-    return f"every finished trial is kept. To go on: {resume}"
+    return resume if request.name is not None else f"{resume} --name {run.name}"
 
 
 def _folder(checked: Checked) -> RunFolder:
@@ -204,7 +208,7 @@ def _search(
     earlier = run.events.read()
     planned = plan_run(checked, place, run, clock, observer)
     # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
-    runner = _start_runner(request, place, joined)
+    runner = _start_runner(request, place, joined, lambda: _to_go_on(request, run))
     if storage is not None:
         keep(run.search_file, storage)
     run.events.append({"event": "session", "time": time.time()})
@@ -284,7 +288,7 @@ def _pages(run: RunFolder) -> None:
 
 
 def _start_runner(
-    request: SearchRequest, place: Place, joined: Cluster | None
+    request: SearchRequest, place: Place, joined: Cluster | None, to_go_on: Callable[[], str]
 ) -> Callable[[Campaign, TrialSetting, float | None], None]:
     """The function that drives a campaign; Ray starts in the background while teacher and data are loaded."""
     if request.runner == "inline":
@@ -292,7 +296,9 @@ def _start_runner(
     from autodistill.search.cluster import LocalRay
     from autodistill.search.ray_runner import run_ray
 
-    return partial(run_ray, joined or LocalRay(place.here))
+    cluster = joined or LocalRay(place.here)
+    cluster.to_go_on = to_go_on
+    return partial(run_ray, cluster)
 
 
 def _deadline(request: SearchRequest, plan: Plan, earlier: list[dict[str, Any]]) -> float | None:
@@ -326,7 +332,8 @@ def _result(
     """The search's one JSON document."""
     ranked = rank(rows, checked.metric, checked.direction)
     trials = campaign.trials.values()
-    notes = [*templates.values(), *plan.notes, *finished.notes, *_fell_short(campaign, plan)]
+    short = _short_of_the_end(finished.best, checked.request, run, plan)
+    notes = [*templates.values(), *plan.notes, *short, *finished.notes, *_fell_short(campaign, plan)]
     return {
         "name": run.name,
         "best": finished.best.to_json(),
@@ -357,6 +364,20 @@ def _result(
         "notes": notes,
         "paths": {"run": str(run.path), **{name: str(path) for name, path in finished.paths.items()}},
     }
+
+
+def _short_of_the_end(best: Row, request: SearchRequest, run: RunFolder, plan: Plan) -> list[str]:
+    """That the best student is one which a rung judged, and how it is trained on."""
+    if best.full:
+        return []
+    note = (
+        f"no trial reached the end of the plan: the best student is exported as it is after {best.fidelity:.0%} of the "
+        f"plan's tokens ({best.train_tokens:,} of {plan.tokens:,})"
+    )
+    if plan.box_seconds is None and request.time_seconds is None:
+        return [note]
+    again = "" if request.time_seconds is not None else f" --time {math.ceil(plan.box_seconds or 0)}s"
+    return [f"{note}; to train on for as long again: {_resuming(request, run)}{again}"]
 
 
 def _fell_short(campaign: Campaign, plan: Plan) -> list[str]:

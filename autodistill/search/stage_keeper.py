@@ -46,6 +46,11 @@ class StageKeeper:
         """Whether others may go on from the trial's stage: it was saved at a rung, and is kept."""
         return trial.rung >= 0 and bool(trial.task.stage) and trial.task.stage not in self._gone
 
+    def branched(self, trial: TrialState, rung: int) -> bool:
+        """Whether the checkpoint is kept that the decay of a rung, below the last, branches off."""
+        branch = branch_point(self._plan.rungs[rung], self._plan.decay, self._plan.batch_tokens)
+        return self._stages.holds(trial.task.stage or trial.task.id, branch)
+
     def busy(self, trial: TrialState, trials: Iterable[TrialState]) -> bool:
         """Whether another trial is training the stretch of this trial's stage that would be next.
 

@@ -8,6 +8,7 @@ import time
 from autodistill.distillation.schedule import branch_point
 from autodistill.search.plan import evaluation_seconds, trial_seconds
 from autodistill.search.trials import Assignment, Question
+from autodistill.trial_data import TrialTask
 
 
 class TimeBox:
@@ -50,33 +51,35 @@ class TimeBox:
             return self.evaluation()
         last = work.rung == len(plan.rungs) - 1
         target, length = plan.rungs[work.rung], work.task.length
-        start = plan.rungs[reached] if reached >= 0 else 0
+        # It goes on from where the decay to that rung branched off.
+        start = branch_point(plan.rungs[reached], plan.decay, plan.batch_tokens) if reached >= 0 else 0
         if length > 1:
-            # It goes on from where the decay to the plan's tokens branched off, if it shares that stage.
+            # Likewise of the plan's tokens, if it shares that stage.
             start = branch_point(target, plan.decay, plan.batch_tokens) if work.task.stage else 0
             target = plan.tokens_of(length)
-        return self._stretch(
-            target - start,
-            plan.eval_tokens if last else plan.rung_eval_tokens,
-            judged=not last,
-        )
+        return self._stretch(target - start, plan.eval_tokens if last else plan.rung_eval_tokens)
+
+    def up_to(self, task: TrialTask, reached: int, rung: int) -> float:
+        """Seconds that a trial, which stands at rung `reached`, is expected to take a worker up to another rung."""
+        steps = range(reached + 1, rung + 1)
+        return sum(self.expected(Assignment(task=task, rung=step), step - 1) for step in steps)
 
     def _expected_of(self, work: Assignment, reached: int, trained: int) -> float:
         if not trained or work.deployment is not None:
             return self.expected(work, reached)
         plan = self._question.plan
         last = work.rung == len(plan.rungs) - 1
-        return self._stretch(trained, plan.eval_tokens if last else plan.rung_eval_tokens, judged=False)
+        return self._stretch(trained, plan.eval_tokens if last else plan.rung_eval_tokens)
 
     def first_stretch(self) -> float:
         """Expected seconds of a new trial up to its first rung."""
         plan = self._question.plan
-        return self._stretch(plan.rungs[0], plan.rung_eval_tokens, judged=len(plan.rungs) > 1)
+        return self._stretch(plan.rungs[0], plan.rung_eval_tokens)
 
     def whole(self) -> float:
         """Expected seconds of a trial that goes straight to the plan's end, as a baseline does."""
         plan = self._question.plan
-        return self._stretch(plan.tokens, plan.eval_tokens, judged=False)
+        return self._stretch(plan.tokens, plan.eval_tokens)
 
     def evaluation(self) -> float:
         """Expected seconds of one deployment of a trained student."""
@@ -95,6 +98,6 @@ class TimeBox:
         ratio = seconds / self._expected_of(work, reached, trained)
         self._slowness = max(ratio, 0.8 * self._slowness + 0.2 * ratio)
 
-    def _stretch(self, tokens: int, eval_tokens: int, *, judged: bool) -> float:
+    def _stretch(self, tokens: int, eval_tokens: int) -> float:
         question = self._question
-        return trial_seconds(tokens, eval_tokens, question.teacher_spec.parameters, question.speed, judged=judged)
+        return trial_seconds(tokens, eval_tokens, question.teacher_spec.parameters, question.speed, judged=False)

@@ -60,11 +60,13 @@ class Assignment:
         task: Which trial.
         rung: To be reached, or that the student stands at.
         deployment: To be evaluated; None where the trial is trained.
+        keep: Whether the student is kept as this rung judges it, which is done where no trial reaches the end.
     """
 
     task: TrialTask
     rung: int
     deployment: Deployment | None = None
+    keep: bool = False
 
 
 def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord], None]) -> RungReport | None:
@@ -76,12 +78,13 @@ def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord
         TooManyAtOnce: Several processes are to begin again with fewer sequences at once.
     """
     try:
-        trial = Trial(bench, assignment.task, on_step)
+        # What is kept at the end of a time box is all that there is, and is not given back for its end.
+        trial = Trial(bench, assignment.task, (lambda _: None) if assignment.keep else on_step)
         if bench.sharding is not None and bench.sharding.rank > 0:
-            return trial.run(assignment.rung) if assignment.deployment is None else None
+            return trial.run(assignment.rung, keep=assignment.keep) if assignment.deployment is None else None
         if assignment.deployment is not None:
             return trial.evaluate(assignment.deployment)
-        return trial.run(assignment.rung)
+        return trial.run(assignment.rung, keep=assignment.keep)
     except (OutOfTime, TooManyAtOnce):
         raise
     except Exception as error:  # a fault of one trial never ends a search
@@ -122,6 +125,7 @@ class TrialState:
         retried: Pieces of work that failed once: to which rung, and of an evaluation the deployment's name.
         trained_tokens, train_seconds: What its own training took so far.
         parameters: Weights of its student; None where the teacher has no such student.
+        kept: Whether its student was kept short of the end, and may be exported; None where nobody tried.
     """
 
     task: TrialTask
@@ -142,6 +146,7 @@ class TrialState:
     settled: set[str] = field(default_factory=set)
     retried: set[tuple[int, str | None]] = field(default_factory=set)
     parameters: int | None = None
+    kept: bool | None = None
 
     @property
     def unseen(self) -> list[Deployment]:

@@ -277,6 +277,138 @@ def test_a_resumed_search_trains_no_baseline_that_its_box_cannot_hold_and_says_s
     assert assignment.task.id == "b000"
 
 
+class Slow:
+    """A clock that stands still but for work, which takes a worker so many times longer than expected.
+
+    Like a worker in this process, it gives back what the end of the box interrupts.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, folder: Path, slowness: float) -> None:
+        self.now, self.slowness, self.answer = 0.0, slowness, keeping(folder)
+        patch.setattr("autodistill.search.time_box.time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def drive(self, search: Campaign) -> list[Assignment]:
+        """Runs a search; gives what was trained, in order."""
+        done = []
+        while (assignment := search.next()) is not None:
+            report = self.answer(assignment)
+            took = self.slowness * (search.box.evaluation() if assignment.deployment else 1.1 * report.trained / 100)
+            self.now += took
+            if assignment.deployment is None:
+                done.append(assignment)
+            if self.now > (search.box.deadline or math.inf) and not assignment.keep:
+                search.abandon(assignment)
+            else:
+                search.report(assignment, replace(report, seconds={"train": took, "evaluate": 0.0, "other": 0.0}))
+        assert search.finished
+        search.close()
+        return done
+
+
+def slow_question(baselines: bool = True) -> Question:
+    """Of 9,216 tokens a trial at 100 a second: some 20 s to the first rung, and 100 to the end."""
+    asked = replace(question(), speed=Speed(cache=1e6, score=1e6, worker_train=100.0, worker_score=1e6))
+    return asked if baselines else replace(asked, space=replace(asked.space, baselines={}))
+
+
+@pytest.mark.parametrize(("slowness", "most"), [(1.0, 9), (3.0, 7), (4.0, 5), (5.0, 2)])
+def test_on_a_slower_machine_fewer_trials_begin_and_one_reaches_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slowness: float, most: int
+) -> None:
+    """A box of nine trials, without a baseline, of which four are to see the second rung and two the end."""
+    search = campaign(tmp_path, slow_question(baselines=False), deadline=600.0)
+    done = Slow(monkeypatch, tmp_path, slowness).drive(search)
+    assert any(trial.status is Status.COMPLETED for trial in search.trials.values())
+    assert sum(assignment.rung == 0 for assignment in done) <= most
+    assert not any(assignment.keep for assignment in done)
+
+
+def test_a_box_that_no_trial_reaches_the_end_of_takes_one_as_far_as_it_holds_and_keeps_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = campaign(tmp_path, slow_question(baselines=False), deadline=150.0)
+    done = Slow(monkeypatch, tmp_path, 3.0).drive(search)
+    assert not any(trial.status is Status.COMPLETED for trial in search.trials.values())
+    judged = {(one.task.id, one.rung) for one in done[:-1]}
+    assert max(rung for _, rung in judged) == 1
+    kept = done[-1]
+    assert (kept.keep, kept.rung) == (True, 1)
+    best = max((search.trials[trial].value or 0.0, trial) for trial, rung in judged if rung == 1)[1]
+    assert kept.task.id == best
+    # The log has the row once more, and nothing else of it: what is resumed stands where it stood.
+    log = EventLog(tmp_path / "trials.jsonl").read()
+    assert len([event for event in log if event["event"] == "rung"]) == len(judged)
+    again = campaign(tmp_path, slow_question(baselines=False))
+    again.replay(log)
+    assert again.trials[kept.task.id].rung == 1
+    done = Slow(monkeypatch, tmp_path, 1.0).drive(again)
+    assert not any(one.keep for one in done)
+    assert any(trial.status is Status.COMPLETED for trial in again.trials.values())
+
+
+def test_where_one_cannot_be_kept_the_next_best_is(tmp_path: Path) -> None:
+    search = campaign(tmp_path, slow_question(baselines=False), deadline=time.monotonic() + 1000)
+    answer = keeping(tmp_path)
+    kept = []
+    while (assignment := search.next()) is not None:
+        if assignment.keep:
+            kept.append(assignment.task.id)
+            if len(kept) == 1:
+                search.fail(assignment, "worker-died", "it ended")
+                continue
+        search.report(assignment, answer(assignment))
+        if len(search.trials) == 2:
+            search.box.close()
+    values = {trial.task.id: trial.value or 0.0 for trial in search.trials.values()}
+    assert kept == sorted(values, key=lambda trial: -values[trial])
+    assert search.trials[kept[0]].status is None, "what it was judged by stands"
+    assert search.finished
+
+
+def test_a_baseline_that_the_box_ended_before_is_judged_where_it_got_to(tmp_path: Path) -> None:
+    search = campaign(tmp_path, slow_question(), deadline=time.monotonic() + 1000)
+    first = search.next()
+    assert first is not None
+    assert (first.task.id, first.task.straight) == ("b000", True)
+    # It left checkpoints where the decays of two rungs branch off.
+    store = open_stages(tmp_path / "checkpoints")
+    for tokens in PLAN.rungs[:2]:
+        point = branch_point(tokens, PLAN.decay, PLAN.batch_tokens)
+        store.save(first.task.stage, point, lambda path: path.write_bytes(b"x" * 100) and None)
+    search.abandon(first)
+    kept = search.next()
+    assert kept is not None
+    assert (kept.task.id, kept.rung, kept.keep) == ("b000", 1, True)
+    search.report(kept, worker(kept))
+    assert search.next() is None
+    search.close()
+    (row,) = rows_of(EventLog(tmp_path / "trials.jsonl").read())
+    assert (row.kind, row.train_tokens, row.full) == ("baseline", 3072, False)
+
+
+def test_without_a_checkpoint_nothing_is_kept(tmp_path: Path) -> None:
+    search = campaign(tmp_path, slow_question(baselines=False), deadline=time.monotonic() + 100)
+    assignment = search.next()
+    assert assignment is not None
+    search.abandon(assignment)
+    assert search.next() is None
+    assert search.finished
+
+
+def test_a_second_baseline_begins_where_the_box_still_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = slow_question()
+    (strategy,) = asked.space.baselines.values()
+    other = replace(strategy, init=replace(strategy.init, depth=0.5))
+    asked = replace(asked, space=replace(asked.space, baselines={"one": strategy, "other": other}))
+    search = campaign(tmp_path, asked, deadline=250.0)
+    done = Slow(monkeypatch, tmp_path, 2.0).drive(search)
+    assert [one.task.id for one in done if one.task.straight] == ["b000"]
+    assert search.untrained_baselines() == ["other"]
+
+
 def test_trained_students_are_evaluated_under_every_deployment_the_best_first(tmp_path: Path) -> None:
     search = campaign(tmp_path, question())
     later = []

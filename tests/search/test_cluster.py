@@ -60,7 +60,7 @@ def test_a_joined_cluster_has_ended_once_one_of_its_processes_takes_no_connectio
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("autodistill.search.cluster._SILENT_SECONDS", 0.0)
-    monkeypatch.setattr("autodistill.search.cluster._end", lambda said: None)  # which ends this process
+    monkeypatch.setattr("autodistill.search.cluster.end_process", lambda said, code: None)
     with socket.create_server(("127.0.0.1", 0)) as gcs:
         with socket.create_server(("127.0.0.1", 0)) as raylet:
             port = raylet.getsockname()[1]
@@ -75,22 +75,18 @@ def test_a_ray_of_this_machine_has_ended_once_one_of_its_processes_has(
 ) -> None:
     """Said at once, since Ray may end this process before it can leave."""
     monkeypatch.setattr("autodistill.search.cluster._STUCK_SECONDS", 0.0)
-    ends: list[str] = []
-
-    def end(said: str) -> None:
-        ends.append(said)
-        local._leaving.set()
-
-    monkeypatch.setattr("autodistill.search.cluster._end", end)
+    ends: list[tuple[str, int]] = []
+    monkeypatch.setattr("autodistill.search.cluster.end_process", lambda said, code: ends.append((said, code)))
     monkeypatch.setattr(LocalRay, "_start", lambda self: None)
     local = LocalRay(Machine(cpus=1, memory_bytes=10**9, gpus=()))
+    local.to_go_on = lambda: "go on with --resume"
     with subprocess.Popen(["sleep", "60"]) as raylet, subprocess.Popen(["sleep", "60"]) as agent:
         local._processes = {"raylet": psutil.Process(raylet.pid), "ray::DashboardAgent": psutil.Process(agent.pid)}
         assert local.ended() is None
         agent.kill()
         local._watch()
         raylet.kill()
-    assert ends == ["Ray's DashboardAgent has ended (killed, or out of memory?)"]
+    assert ends == [("Ray's DashboardAgent has ended (killed, or out of memory?); go on with --resume", 1)]
     assert "goes on with --resume" in capfd.readouterr().err
 
 

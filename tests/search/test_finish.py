@@ -14,7 +14,7 @@ from autodistill.contracts import Direction, Measurement
 from autodistill.estimate import spec_from_config
 from autodistill.records.confirmation import KIND, confirmations
 from autodistill.records.row import Row
-from autodistill.search.exportable import exportable, next_candidate, passed_over, trained_rows
+from autodistill.search.exportable import candidates, exportable, next_candidate, passed_over, trained_rows
 from autodistill.search.finish import _first_that_fits, _with_measured
 from autodistill.search.plan import Speed
 from autodistill.search.trials import Question
@@ -91,6 +91,29 @@ def test_only_students_at_full_fidelity_that_are_on_disk_and_fit() -> None:
     students = trained_rows(rows, "accuracy", lambda one: one.trial != "gone")
     assert [one.trial for one in students] == ["over", "b000"]
     assert [one.trial for one in exportable(students, [], question("accuracy", "max"))] == ["b000"]
+
+
+def test_where_none_that_reached_the_end_fits_those_that_came_furthest_are_exported() -> None:
+    rows = [
+        row("t000", "accuracy", 0.9, fidelity=1 / 9),
+        row("t001", "accuracy", 0.3, fidelity=1 / 3),
+        row("t002", "accuracy", 0.4, fidelity=1 / 3),
+        row("t003", "accuracy", 0.5, fidelity=1 / 3, feasible=False),
+        row("gone", "accuracy", 0.6, fidelity=1 / 3),
+        row("t004", "accuracy", None, fidelity=1 / 3),
+        row("over", "accuracy", 0.9, feasible=False),
+        row("teacher", "accuracy", 0.9, kind="teacher", fidelity=None),
+    ]
+    asked = question("accuracy", "max")
+
+    def found(rows: list[Row]) -> list[str]:
+        students = candidates(rows, "accuracy", lambda one: one.trial != "gone")
+        others = [one for one in rows if one.kind == "teacher"]
+        return [one.trial for one in exportable([*students, *others], [], asked)]
+
+    assert found(rows) == ["t002", "t001", "t000"]
+    assert found([*rows, row("b000", "accuracy", 0.1, kind="baseline")]) == ["b000"]
+    assert found(rows[-2:]) == []
 
 
 def test_what_is_best_on_several_seeds_goes_first_in_its_best_deployment() -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from autodistill.evaluators.memory import Memory
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.budget import DeviceBudget
-from autodistill.contracts import Measurement, Subject
+from autodistill.contracts import Decision, Measurement, Subject
 from autodistill.devices import devices, find_device
 from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
 from autodistill.estimate import spec_from_config
@@ -24,13 +25,18 @@ from autodistill.records.openings import recorded_test_openings
 from autodistill.records.row import Row, read_parquet
 from autodistill.records.store import RunFolder
 from autodistill.roofline import speed
+from autodistill.search.campaign import Campaign
 from autodistill.search.checked import check_request
+from autodistill.search.explain import explain
+from autodistill.search.export_run import export_run
 from autodistill.search.progress import Observer
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import Outcome, plan_search, search
+from autodistill.search.trials import Assignment
 from autodistill.strategy import Deployment
 from autodistill.summary import leaderboard_of, search_summary
 from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.trial_data import RungReport
 from autodistill.units import Budget, parse_bytes, parse_latency
 
 TIMES = ("time", "seconds", "train_seconds", "steps", "latency_ms", "tokens_per_second", "answer_ms")
@@ -203,6 +209,73 @@ def test_what_was_trained_is_reported_where_nothing_fits_once_measured(
     assert len(students) == 8
     assert not any(row.feasible for row in students)
     assert sum(row.memory_source == "measured" for row in students) == 3
+
+
+WITHOUT_BASELINE = """
+name: small
+dimensions:
+  init.depth: {low: 0.5, high: 0.75, step: 0.25}
+  distillation.learning_rate: {low: 1e-3, high: 3e-3, log: true}
+  finishing: {choices: {none: null, q8_0: {format: gguf-q8_0, bits: 8, group_size: 32}}}
+deployments:
+  - {runtime: llama.cpp, format: gguf-f16, bits: 16, group_size: 0}
+  - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
+"""
+
+
+def test_where_no_trial_reaches_the_end_the_best_of_the_furthest_rung_is_exported(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine that becomes so slow that the box ends after two trials; a longer one goes on with them."""
+    report = Campaign.report
+
+    def last(self: Campaign, assignment: Assignment, found: RungReport) -> Decision:
+        decision = report(self, assignment, found)
+        if sum(trial.rung >= 0 for trial in self.trials.values()) == 2:
+            self.box.close()
+        return decision
+
+    (tmp_path / "space.yaml").write_text(WITHOUT_BASELINE)
+    asked = request(
+        inputs, tmp_path / "runs", space=str(tmp_path / "space.yaml"), time_seconds=3600.0, command="autodistill search"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(Campaign, "report", last)
+        outcome = search(asked)
+    best, plan = outcome.finish.best, outcome.document["plan"]
+    judged = [row for row in outcome.rows if row.kind == "student"]
+    assert len(judged) == 2
+    assert (best.full, best.train_tokens) == (False, plan["rungs"][0])
+    assert best.accuracy == max(row.accuracy or 0.0 for row in judged)
+    assert set(outcome.finish.paths) == {"gguf", "huggingface"}
+    assert [row.kind for row in outcome.finish.test] == ["teacher"] * 2 + ["initial", "student"]
+    assert outcome.finish.gain is None
+    (said,) = (note for note in outcome.document["notes"] if note.startswith("no trial reached the end"))
+    assert f"after {best.fidelity:.0%} of the plan's tokens ({best.train_tokens:,} of {plan['tokens']:,})" in said
+    assert said.endswith("to train on for as long again: autodistill search --resume")
+    run = RunFolder.open(tmp_path / "runs", "run")
+    assert f"{best.fidelity:.0%} of the plan's tokens only" in (run.path / "report.md").read_text()
+    teachers = [row.accuracy or 0.0 for row in outcome.rows if row.kind == "teacher"]
+    assert (best.accuracy or 0.0) > max(teachers), "the tiny teacher is random"
+    assert not any("quantising the teacher beats" in note for note in outcome.document["notes"])
+    assert f"for {best.fidelity:.0%} of the tokens" in (run.student("huggingface") / "README.md").read_text()
+    assert said in search_summary(outcome.document, *leaderboard_of(run), 120).replace("No trial", "no trial")
+    assert explain(run).describe()
+    # Another packing of the same student, which is held to the evaluated weights.
+    again = export_run(run, None, ["huggingface"], tmp_path / "again")["huggingface"]
+    weights = [load_file(path / "model.safetensors") for path in (again, outcome.finish.paths["huggingface"])]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    longer = search(replace(asked, resume=True))
+    assert longer.finish.best.full
+    assert not any("no trial reached the end" in note for note in longer.document["notes"])
+
+
+def test_a_box_in_which_nothing_is_trained_says_how_to_go_on(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Campaign, "next", lambda self: None)
+    with pytest.raises(NothingFitsError, match=r"nothing was trained as far as a rung: go on with --resume and more"):
+        search(request(inputs, tmp_path))
 
 
 def test_one_strategy_alone_is_distilled(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:

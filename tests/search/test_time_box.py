@@ -59,14 +59,22 @@ def box(seconds: float) -> TimeBox:
 
 def test_what_work_is_expected_to_take() -> None:
     found = box(1000)
-    # A tenth more than the tokens, a fifth of them again for the decay of a rung that trains on, and the evaluation.
-    assert found.expected(Assignment(task=TASK, rung=0), -1) == pytest.approx(1.1 * 10 * 1.2 + 5, rel=1e-3)
-    assert found.expected(Assignment(task=TASK, rung=1), 0) == pytest.approx(1.1 * 20 * 1.2 + 5, rel=1e-3)
-    assert found.expected(Assignment(task=TASK, rung=2), 1) == pytest.approx(1.1 * 60 + 10, rel=1e-3)
+    # A tenth more than the tokens, from where the decay to the rung before branched off, and the evaluation.
+    assert found.expected(Assignment(task=TASK, rung=0), -1) == pytest.approx(1.1 * 10 + 5, rel=1e-3)
+    assert found.expected(Assignment(task=TASK, rung=1), 0) == pytest.approx(1.1 * (30 - 5.12) + 5, rel=1e-3)
+    assert found.expected(Assignment(task=TASK, rung=2), 1) == pytest.approx(1.1 * (90 - 23.04) + 10, rel=1e-3)
     assert found.expected(Assignment(task=TASK, rung=2), -1) == pytest.approx(1.1 * 90 + 10, rel=1e-3)
     later = Assignment(task=TASK, rung=2, deployment=TASK.deployments[1])
     assert found.expected(later, 2) == found.evaluation() == pytest.approx(10, rel=1e-3)
     assert found.first_stretch() == found.expected(Assignment(task=TASK, rung=0), -1)
+
+
+def test_the_way_to_a_rung_is_its_stretches() -> None:
+    found = box(1000)
+    stretches = [found.expected(Assignment(task=TASK, rung=rung), rung - 1) for rung in range(3)]
+    assert found.up_to(TASK, -1, 2) == pytest.approx(sum(stretches))
+    assert found.up_to(TASK, 0, 1) == stretches[1]
+    assert found.up_to(TASK, 1, 1) == 0
 
 
 def test_a_longer_trial_is_expected_to_go_on_from_its_stage() -> None:

@@ -1,0 +1,164 @@
+"""The same teacher, text and processor time: what this search finds, and what Model Optimizer and Olive make of it.
+
+    pip install nvidia-modelopt==0.47.0 olive-ai==0.13.0
+    python benchmarks/peers.py [--budget 210MB] [--box 10m] [--time 60m]
+
+Every arm is a process of its own, with two threads. The search has its time box; what trains elsewhere has the same
+number of cores for as long, all of it included. Each result is scored as its own tool computes it in torch, in float32,
+on test text that none has seen, and its weights are counted as they are served. What was made is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+import peers_arms
+import report
+import torch
+from curves import difference
+from kept import Kept
+
+from autodistill.data import prepare
+from autodistill.distillation.scoring import score
+from autodistill.distillation.teacher import load_model, materialise, resolve_teacher, tokenizer_fingerprint
+from autodistill.documents import resolve_data
+from autodistill.records.store import default_cache
+from autodistill.statistics import clustered_mean, per_document
+from autodistill.strategy import content_hash
+from autodistill.token_sets import load_split
+from autodistill.units import format_bytes, parse_duration
+
+THREADS, TEST_TOKENS, SEQUENCE = 2, 16384, 256
+PACKAGES = {"modelopt": "nvidia-modelopt", "olive": "olive-ai"}
+MINE = "AutoDistill, search"
+MAX, AWQ = "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "INT4_AWQ_CFG"
+ARMS = {
+    "teacher, 16 bits": partial(peers_arms.as_it_is),
+    "Olive, RTN": partial(peers_arms.olive, kind="Rtn"),
+    "Olive, RTN, embeddings too": partial(peers_arms.olive, kind="Rtn", whole=True),
+    "Olive, GPTQ": partial(peers_arms.olive, kind="Gptq"),
+    "Model Optimizer, INT4": partial(peers_arms.modelopt, preset=MAX),
+    "Model Optimizer, INT4 AWQ": partial(peers_arms.modelopt, preset=AWQ),
+    "Model Optimizer, QAT": partial(peers_arms.modelopt, preset=AWQ, loss="labels"),
+    "Model Optimizer, QAD": partial(peers_arms.modelopt, preset=AWQ, loss="teacher"),
+    # What our default space's start knows: its rate, and a quarter of the loss for the teacher.
+    "Model Optimizer, QAD told our rate and weight": partial(peers_arms.modelopt, preset=AWQ, loss="both", rate=1e-4),
+}
+
+HEAD = f"""SmolLM2-135M and Python's own documentation; {TEST_TOKENS:,} test tokens that none has seen, each result
+as its own tool computes it in torch. This search: `autodistill search --budget {{budget}}` with a time
+box of {{box:.0f}} s on {THREADS} cores, everything included, its student read back from the exported
+file. The others: Model Optimizer {{modelopt}} and Olive {{olive}}, weights in 4 bits, groups of
+{peers_arms.GROUP} (their own 128 does not divide this model's rows), calibrated on
+{peers_arms.CALIBRATION} sequences of the training text; what trains has {{seconds:.0f}} s of processor
+time, as much as the search may use."""
+NOTES = """QAT is Model Optimizer's training on labels, QAD on the live teacher's probabilities, both from its AWQ
+and by its documents' rate of 1e-5, warm-up and cosine; its guide says that QAD gives back what rounding
+took and teaches no new text. The last arm is told what our default space's start has: ten times the rate,
+and three quarters of the loss for the labels. Steps are of one sequence of 256 tokens everywhere. Olive
+trains nothing. Differences are in points, paired and bootstrapped by document."""
+LIMITS = """## Limits
+
+One small model, one text, one seed, and no GPU, for which both tools are made and where their kernels would train
+faster. Neither searches: the settings are ours. The search pays for trials that it drops, for choosing on validation
+and for an export that is run and measured; the others for none of these."""
+
+
+def main() -> None:
+    """Makes what is missing and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--budget", default="210MB", help="of the search")
+    parser.add_argument("--box", type=parse_duration, default=600.0, help="of the search, on two cores")
+    parser.add_argument("--time", type=parse_duration, default=float("inf"), help="an arm that is begun is ended")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.arm:
+        print(json.dumps(made(arguments.arm, arguments.budget, arguments.box)))
+        return
+    versions = {name: importlib.metadata.version(package) for name, package in PACKAGES.items()}
+    kept = Kept("peers", content_hash([arguments.budget, arguments.box, versions]), arguments.time)
+    found = {}
+    for name in (*ARMS, MINE):
+        command = [sys.executable, __file__, "--arm", name, "--budget", arguments.budget, "--box", f"{arguments.box}s"]
+        found[name] = kept.get(name, partial(_child, command))
+        print(f"{name}: {found[name]['accuracy'][0]:.4f}", file=sys.stderr, flush=True)
+    title = "The same teacher, text and processor time, in this search and in other tools"
+    print(report.write("peers", title, sections(found, versions, arguments)))
+
+
+def _child(command: list[str]) -> dict[str, Any]:
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def made(name: str, budget: str, box: float) -> dict[str, Any]:
+    """What an arm makes: its accuracy and error on test, bytes, seconds of wall-clock and processor, tokens."""
+    torch.set_num_threads(THREADS)
+    cache = default_cache()
+    teacher = materialise(resolve_teacher("smollm2"), cache).folder
+    data = prepare(resolve_data("pydoc"), teacher, tokenizer_fingerprint(teacher), SEQUENCE, cache).folder
+    began = time.monotonic()
+    train = load_split(data, "train")
+    one = searched(budget, box) if name == MINE else ARMS[name](teacher, train, THREADS * box)
+    wall, processor = time.monotonic() - began, time.process_time()
+    scores, _ = score(one.model.eval(), load_split(data, "test").head(TEST_TOKENS))
+    return {
+        "accuracy": clustered_mean(scores.correct, scores.documents),
+        "documents": per_document(scores.correct, scores.documents),
+        "perplexity": float(np.exp(scores.nll.mean())),
+        "size": one.size,
+        "tokens": one.tokens,
+        "seconds": wall,
+        "processor": processor,
+    }
+
+
+def searched(budget: str, box: float) -> peers_arms.Made:
+    """The student that the command exports, read back from its file."""
+    with tempfile.TemporaryDirectory() as out:
+        command = ["autodistill", "search", "--budget", budget, "--time", f"{box}s", "--out", out, "--format", "json"]
+        done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, check=True, text=True)
+        file = Path(json.loads(done.stdout)["paths"]["gguf"])
+        folder = materialise(resolve_teacher(str(file)), Path(out)).folder
+        return peers_arms.Made(model=load_model(folder, torch.float32), size=file.stat().st_size)
+
+
+def sections(found: Mapping[str, Mapping[str, Any]], versions: Mapping[str, str], asked: Any) -> list[str]:
+    """The report's parts."""
+    mine, seconds = found[MINE], THREADS * asked.box
+    given = {**vars(asked), **versions, "seconds": seconds}
+    rows = []
+    for name in (MINE, *ARMS):
+        one = found[name]
+        accuracy, error = one["accuracy"]
+        rows.append(
+            [
+                name,
+                f"{100 * accuracy:.2f} ± {100 * error:.2f}",
+                "" if name == MINE else difference([mine["documents"]], one["documents"], "sum", "count"),
+                f"{one['perplexity']:.2f}",
+                format_bytes(one["size"]),
+                f"{one['tokens']:,}" if one["tokens"] else "",
+                f"{one['seconds']:.0f}",
+                f"{one['processor']:.0f}" if name != MINE else "",
+            ]
+        )
+    titles = ["tool", "next token, %", "this search is better by", "perplexity", "weights", "trained on", "s", "core s"]
+    return [HEAD.format(**given), report.table(titles, rows), NOTES, LIMITS]
+
+
+if __name__ == "__main__":
+    main()
