@@ -209,7 +209,9 @@ def write(
     top_p: Annotated[float, option("--top-p", "Draw from the likeliest tokens of this probability.", "P")] = 1.0,
     seed: Annotated[int, option("--seed", "Of the draws.", "N", min=0)] = 0,
     top_k: Annotated[int, option("--top-k", "Log-probabilities to ask the endpoint for at each token.", "N")] = 0,
-    batch: Annotated[int, option("--batch", "Answers written at once.", "N")] = 8,
+    batch: Annotated[
+        int | None, option("--batch", "Answers written at once; 8 at an endpoint, what suits the device here.", "N")
+    ] = None,
     timeout: Annotated[str, option("--timeout", "After which a request to the endpoint is given up.", "TIME")] = "5m",
     cache: CacheOption = None,
     output: FormatOption = Format.TABLE,

@@ -44,7 +44,7 @@ class WriteRequest:
         max_tokens: Tokens of an answer, at most.
         sampling: How tokens are chosen.
         top_k: Log-probabilities of so many tokens are asked of the endpoint for each place.
-        batch: Answers written at once.
+        batch: Answers written at once; None for 8 at an endpoint, and here for what suits the device.
         cache: Folder of converted teachers.
         timeout: Seconds after which a request is given up.
     """
@@ -58,8 +58,12 @@ class WriteRequest:
     max_tokens: int = 256
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     top_k: int = 0
-    batch: int = 8
+    batch: int | None = None
     timeout: float = 300.0
+
+
+# Requests to an endpoint that are under way together.
+_ASKED_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def check(request: WriteRequest) -> None:
     """
     sampling = request.sampling
     for name, value in (("--max-tokens", request.max_tokens), ("--batch", request.batch)):
-        if value < 1:
+        if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
     if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
         raise InputError(f"--temperature must be 0 (the most likely token) or more, not {sampling.temperature}")
@@ -213,7 +217,7 @@ def _from_endpoint(request: WriteRequest, endpoint: Endpoint) -> tuple[str, _Ans
 
     def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer]]:
         """Answers with the places of their prompts, as they are written."""
-        with ThreadPoolExecutor(request.batch, thread_name_prefix="endpoint") as pool:
+        with ThreadPoolExecutor(request.batch or _ASKED_AT_ONCE, thread_name_prefix="endpoint") as pool:
             places = {pool.submit(ask, prompt): place for place, prompt in enumerate(prompts)}
             left = set(places)
             failure: EndpointError | None = None

@@ -52,7 +52,6 @@ ARMS = {
     "Olive, GPTQ": partial(peers_arms.olive, kind="Gptq"),
     "Model Optimizer, INT4": partial(peers_arms.modelopt, preset=MAX),
     "Model Optimizer, INT4 AWQ": partial(peers_arms.modelopt, preset=AWQ),
-    "Model Optimizer, QAT": partial(peers_arms.modelopt, preset=AWQ, loss="labels"),
     "Model Optimizer, QAD": partial(peers_arms.modelopt, preset=AWQ, loss="teacher"),
     # What our default space's start knows: its rate, and a quarter of the loss for the teacher.
     "Model Optimizer, QAD told our rate and weight": partial(peers_arms.modelopt, preset=AWQ, loss="both", rate=1e-4),
@@ -63,13 +62,13 @@ as its own tool computes it in torch. This search: `autodistill search --budget 
 box of {{box:.0f}} s on {THREADS} cores, everything included, its student read back from the exported
 file. The others: Model Optimizer {{modelopt}} and Olive {{olive}}, weights in 4 bits, groups of
 {peers_arms.GROUP} (their own 128 does not divide this model's rows), calibrated on
-{peers_arms.CALIBRATION} sequences of the training text; what trains has {{seconds:.0f}} s of processor
-time, as much as the search may use."""
-NOTES = """QAT is Model Optimizer's training on labels, QAD on the live teacher's probabilities, both from its AWQ
-and by its documents' rate of 1e-5, warm-up and cosine; its guide says that QAD gives back what rounding
-took and teaches no new text. The last arm is told what our default space's start has: ten times the rate,
-and three quarters of the loss for the labels. Steps are of one sequence of 256 tokens everywhere. Olive
-trains nothing. Differences are in points, paired and bootstrapped by document."""
+{peers_arms.CALIBRATION} sequences of the training text ({peers_arms.FOR_AWQ} for AWQ); what trains has
+{{seconds:.0f}} s of processor time, as much as the search may use."""
+NOTES = """QAD is Model Optimizer's quantisation-aware distillation from the live teacher's probabilities, which begins
+with its AWQ, by its documents' rate of 1e-5, warm-up and cosine; its guide says that it gives back what rounding took
+and teaches no new text. The last arm is told what our default space's start has: ten times the rate, and three quarters
+of the loss for the labels. Steps are of one sequence of 256 tokens everywhere. Olive trains nothing. Differences are in
+points, paired and bootstrapped by document."""
 LIMITS = """## Limits
 
 One small model, one text, one seed, and no GPU, for which both tools are made and where their kernels would train

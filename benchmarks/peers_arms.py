@@ -22,7 +22,8 @@ from autodistill.token_sets import TokenSet
 
 # Of rows of 576 weights, which the tools' own 128 does not divide.
 GROUP = 64
-CALIBRATION = 64  # sequences
+# Sequences: AWQ's search of scales takes some 20 s of a core for each, of which 64 had no end in 40 minutes.
+CALIBRATION, FOR_AWQ = 64, 8
 _WARMUP = 0.05  # of the processor time
 
 
@@ -51,7 +52,7 @@ def modelopt(
         train: Training data.
         seconds: Processor time of all threads, everything included.
         preset: Of its configurations, whose groups become `GROUP`.
-        loss: "" for none, "labels" (its QAT), "teacher" (its QAD), or "both" with a quarter for the teacher.
+        loss: "" for none, "teacher" (its QAD), or "both" with a quarter for the teacher and the rest for the labels.
         rate: Peak learning rate; warm-up and cosine, as in its example.
     """
     import modelopt.torch.quantization as mtq
@@ -61,9 +62,8 @@ def modelopt(
     for entry in settings["quant_cfg"]:
         if "block_sizes" in entry.get("cfg", {}):
             entry["cfg"]["block_sizes"][-1] = GROUP
-    model = mtq.quantize(
-        _load(teacher), settings, lambda model: _read(model, train.tokens[:CALIBRATION]) if "AWQ" in preset else None
-    )
+    read = train.tokens[:FOR_AWQ]
+    model = mtq.quantize(_load(teacher), settings, lambda model: _read(model, read) if "AWQ" in preset else None)
     tokens = 0
     if loss:
         model, tokens = _modelopt_trained(model, teacher, train, seconds, loss, rate)
@@ -78,8 +78,6 @@ def _modelopt_trained(
 ) -> tuple[Any, int]:
     import modelopt.torch.distill as mtd
 
-    if loss == "labels":
-        return model, _train(model, train, seconds, rate, lambda ids: model(input_ids=ids, labels=ids).loss)
     balancer = mtd.StaticLossBalancer(kd_loss_weight=0.25) if loss == "both" else None
     criterion = _OfLogits(mtd.LogitsDistillationLoss(reduction="none"))
     settings = {"teacher_model": _load(teacher), "criterion": criterion, "loss_balancer": balancer}

@@ -16,8 +16,9 @@ from autodistill.distillation.parallel import map_batches, pass_tokens
 from autodistill.tasks import marker
 from autodistill.token_sets import Questions
 
-# Prompts answered at once: on an accelerator a token of many takes hardly longer than one of few.
-_BATCH, _ACCELERATED = 16, 64
+_BATCH = 16  # prompts answered at once on a CPU
+BATCH_ON_ACCELERATOR = 64
+"""Prompts answered at once there, where a token of many takes hardly longer than one of few."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +97,10 @@ def write(
             for part in parts:
                 yield from work(part)
         else:
-            take = _at_most([len(prompts[place]) + max_tokens for place in order], pass_tokens(model, device))
-            for found in map_batches(work, len(order), take, batch or _ACCELERATED, device):
+            rows, lengths = batch or BATCH_ON_ACCELERATOR, [len(prompts[place]) + max_tokens for place in order]
+            # All that is held of them bounds how many there are, and not what a pass is best made of.
+            tokens = pass_tokens(model, device, most=rows * max(lengths, default=1))
+            for found in map_batches(work, len(order), _at_most(lengths, tokens), rows, device):
                 yield from found
     finally:
         model.generation_config = before

@@ -104,8 +104,8 @@ def by_length(lengths: Sequence[int]) -> Callable[[int, int], int]:
     return take
 
 
-def pass_tokens(model: Any, device: str) -> int:
-    """Tokens of a forward pass: a single sequence on a CPU; `PASS_TOKENS` on an accelerator, or what its memory holds.
+def pass_tokens(model: Any, device: str, most: int = PASS_TOKENS) -> int:
+    """Tokens of a forward pass: a single sequence on a CPU; `most` on an accelerator, or what its memory holds.
 
     Counted are a layer's activations and all layers' keys and values in float32, and not what is made of logits, which
     are computed for `logit_rows` at a time.
@@ -113,16 +113,17 @@ def pass_tokens(model: Any, device: str) -> int:
     Args:
         model: A causal language model of transformers on `device`.
         device: Where it lies.
+        most: More than these are of no use.
     """
     if device == "cpu":
         return 1
     free = free_bytes(device)
     if free is None:
-        return PASS_TOKENS
+        return most
     spec = spec_from_config(model.config.to_dict())
     layer = 8 * spec.width + 4 * spec.ffn_width
     each = 4 * (layer + 2 * spec.layers * spec.kv_heads * spec.head_dim)
-    return max(1, min(PASS_TOKENS, int(_SHARE * free) // each))
+    return max(1, min(most, int(_SHARE * free) // each))
 
 
 def logit_rows(vocabulary: int) -> int:

@@ -273,6 +273,27 @@ def ensure_cache(
         return _write(root, f"{key}-{sequences}", sequences, settings, batches)
 
 
+def writing_rate(model: Any, data: TokenSet, settings: CacheSettings, root: Path, device: str) -> float:
+    """Tokens per second at which outputs are computed and written, after a first time that does not count.
+
+    Args:
+        model: The teacher, which is left on `device`.
+        data: Sequences enough for a pass or two.
+        settings: What is kept.
+        root: Folder of all caches, where nothing of this stays.
+        device: Where the teacher runs.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    seconds = 0.0
+    with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=root) as folder:
+        for name in ("first", "second"):
+            began = time.perf_counter()
+            batches = _teacher_batches(model, data, settings, device, lambda done, total: None)
+            _write(Path(folder), name, len(data.tokens), settings, batches)
+            seconds = time.perf_counter() - began
+    return float(data.tokens.size / seconds)
+
+
 def _is_whole(folder: Path) -> bool:
     """Whether both files are, byte for byte, what was once written."""
     try:

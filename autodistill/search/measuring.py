@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from autodistill.contracts import Plan
+from autodistill.contracts import Measurement, Plan
+from autodistill.distillation.generation import BATCH_ON_ACCELERATOR
 from autodistill.distillation.parallel import PASS_TOKENS
 from autodistill.distillation.student import cut_student
 from autodistill.distillation.teacher import load_model
@@ -18,9 +19,11 @@ from autodistill.estimate import cannot_hold, fits, holdable
 from autodistill.evaluation import evaluate
 from autodistill.search.checked import Checked
 from autodistill.search.loading import Loaded
+from autodistill.search.outputs_pace import time_outputs
 from autodistill.search.pace import measure_speed
 from autodistill.search.plan import ENOUGH_STEPS, Demand, Speed, check_box, make_plan, step_sequences
 from autodistill.search.possible import by_size
+from autodistill.search.teacher_outputs import most_cached
 from autodistill.strategy import Deployment
 from autodistill.token_sets import load_split
 
@@ -39,7 +42,10 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         InputError: A time box that holds no training at all, or a task or command that cannot be used.
     """
     request = checked.request
+    all_tokens = loaded.data.splits["train"].sequences * checked.sequence_length
+    train_tokens = all_tokens if request.tokens else min(all_tokens, most_cached(checked, loaded))
     teacher = loaded.load_teacher()
+    outputs = None if loaded.device == "cpu" else time_outputs(checked, loaded, teacher)
     students = by_size(checked.space, loaded.spec)
     init = students[-1][0].init
 
@@ -58,9 +64,11 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         device=loaded.device,
         sequence_length=checked.sequence_length,
         checkpointing=loaded.fit.checkpointing,
-        sizes=_sizes(checked, loaded),
+        sizes=_sizes(checked, loaded, train_tokens),
     )
-    if checked.asked.written:
+    if outputs is not None:
+        speed = outputs.into(speed)
+    elif checked.asked.written:
         # Answering the questions of so many tokens takes about as long again as scoring them.
         speed = replace(speed, score=speed.score / 2, worker_score=speed.worker_score / 2)
     box = request.time_seconds
@@ -80,7 +88,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
             sum(fit.slack <= 0 for fit in fits(student, holdable(student, checked.space.deployments), request.budget))
             for _, student in students
         ),
-        train_tokens=splits["train"].sequences * checked.sequence_length,
+        train_tokens=train_tokens,
         validation_tokens=splits["validation"].sequences * checked.sequence_length,
         test_tokens=splits["test"].sequences * checked.sequence_length,
         parameters=loaded.spec.parameters,
@@ -94,6 +102,8 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
     demand, speed, stepped = _with_step(checked, loaded, demand, speed, rates)
     check_box(demand, speed, loaded.workers)
     plan = make_plan(demand, speed, loaded.workers)
+    if train_tokens < all_tokens and plan.tokens > train_tokens - demand.step_tokens:
+        notes = (*notes, "the teacher's outputs for more tokens of a trial would not fit --cache-limit")
     fit = loaded.fit_step(plan.batch_tokens)
     models = (loaded.spec, *(student for _, student in students))
     left_out = [cannot_hold(model, deployment) for model in models for deployment in checked.space.deployments]
@@ -109,20 +119,30 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
     return plan, speed
 
 
-def _sizes(checked: Checked, loaded: Loaded) -> tuple[int, ...]:
+def _sizes(checked: Checked, loaded: Loaded, train_tokens: int) -> tuple[int, ...]:
     """Sequences of the training steps that are timed: 1 alone on a CPU, where more train no faster.
 
-    On an accelerator, up to as many as memory holds in a pass by prediction, and as can leave a trial enough steps.
+    On an accelerator, up to as many as memory holds in a pass by prediction, with some to spare, and as can leave a
+    trial enough steps of so many training tokens.
     """
     if "cpu" in (loaded.device, loaded.workers.device):
         return (1,)
     if checked.request.step_tokens:
-        return tuple(sorted({1, loaded.fit.micro_batch}))
-    length = checked.sequence_length
-    tokens = checked.request.tokens or loaded.data.splits["train"].sequences * length
-    most = min(PASS_TOKENS // length, tokens // (ENOUGH_STEPS * loaded.step_tokens))
-    doubled = [2**power for power in range(max(1, most).bit_length())]
-    return tuple(size for size in doubled if loaded.fit_step(size * loaded.step_tokens).micro_batch == size)
+        # Past the size from which more is not worth it, the rate is that of all.
+        return tuple(sorted({*_doubled(loaded.fit.micro_batch), loaded.fit.micro_batch}))
+    tokens = checked.request.tokens or train_tokens
+    most = min(PASS_TOKENS // checked.sequence_length, tokens // (ENOUGH_STEPS * loaded.step_tokens))
+
+    def held(size: int) -> bool:
+        spare = size + size // 4
+        return loaded.fit_step(spare * loaded.step_tokens).micro_batch == spare
+
+    return tuple(size for size in _doubled(max(1, most)) if size == 1 or held(size))
+
+
+def _doubled(most: int) -> list[int]:
+    """1, 2, 4, ... up to `most`."""
+    return [2**power for power in range(most.bit_length())]
 
 
 def _with_step(
@@ -143,9 +163,11 @@ def _with_step(
 
     size = step_sequences(rates, steps)
     measured = ", ".join(f"{rate:,.0f} tokens a second with {count}" for count, rate in rates.items())
+    few = size < step_sequences(rates, lambda _: ENOUGH_STEPS)
+    why = ", and a trial has too few tokens for larger ones" if few else ""
     note = (
         f"an optimiser step has {size} sequence{'s' if size > 1 else ''} for each process of a trial: training ran at "
-        f"{measured}; --step-tokens sets another size"
+        f"{measured}{why}; --step-tokens sets another size"
     )
     return *stepping(size), (note,)
 
@@ -171,23 +193,32 @@ def _time_asked(
     torch.set_num_threads(loaded.workers.threads)
     fixed = scaled = 0.0
     notes = []
+
+    def timed(item: Any, share: float) -> tuple[float, list[Measurement]]:
+        """Seconds that it takes on so much of its examples, and what it finds."""
+        began = time.perf_counter()
+        evaluation, _ = evaluate(
+            model,
+            loaded.spec,
+            full,
+            data,
+            None,
+            budget=checked.request.budget,
+            evaluators=(item,),
+            device=loaded.device,
+            share=share,
+            tokenizer=loaded.teacher.folder,
+        )
+        return time.perf_counter() - began, list(evaluation.measurements.values())
+
     try:
         for item in asking:
-            began = time.perf_counter()
-            evaluation, _ = evaluate(
-                model,
-                loaded.spec,
-                full,
-                data,
-                None,
-                budget=checked.request.budget,
-                evaluators=(item,),
-                device=loaded.device,
-                share=0.0,
-                tokenizer=loaded.teacher.folder,
-            )
-            seconds = time.perf_counter() - began
-            for measurement in evaluation.measurements.values():
+            seconds, found = timed(item, 0.0)
+            counts = [one.detail["of"] for one in found if "of" in one.detail]
+            if counts and loaded.device != "cpu":
+                # There a whole batch takes about as long as the few.
+                seconds, found = timed(item, min(1.0, BATCH_ON_ACCELERATOR / max(counts)))
+            for measurement in found:
                 read, all_of = measurement.detail.get("examples"), measurement.detail.get("of")
                 if all_of is None:
                     fixed += seconds

@@ -21,7 +21,7 @@ from autodistill.search.plan import Speed, extend, more_trials
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.teacher_outputs import check_cache_limit, teacher_phase
 from autodistill.search.trials import Question
-from autodistill.search.warm_start import WarmStart, check_fingerprints, warm_start
+from autodistill.search.warm_start import WarmStart, check_fingerprints, steps_differ, warm_start
 from autodistill.trial_data import TrialSetting
 from autodistill.units import CONTEXT
 
@@ -73,6 +73,9 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
         check_cache_limit(checked, loaded)
         with clock.phase("plan", "measuring this machine"):
             plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.request.started)
+        plan = replace(
+            plan, notes=(*plan.notes, *steps_differ(checked.request.out, checked.warm_start, plan.batch_tokens))
+        )
         loaded = loaded.stepping(plan.batch_tokens)
     document = _describe(checked, loaded, plan, speed)
     write_json(run.search_file, document)

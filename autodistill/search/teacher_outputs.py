@@ -96,6 +96,29 @@ def check_cache_limit(checked: Checked, loaded: Loaded) -> None:
         )
 
 
+def most_cached(checked: Checked, loaded: Loaded) -> int:
+    """Training tokens of a trial of which the limit holds the teacher's outputs; all there are where none are cached.
+
+    On an accelerator, whose trials may read so many, layers that a calibration chooses are counted too: it is made here
+    where the states of all layers would not do. Elsewhere those are found missing, if ever, once the cache is made.
+    """
+    request, space, spec = checked.request, checked.space, loaded.spec
+    length, sequences = checked.sequence_length, loaded.data.splits["train"].sequences
+    settings = cache_settings(space, spec, loaded.workers.bf16, None)
+    if settings.empty:
+        return sequences * length
+
+    def held(settings: CacheSettings) -> int:
+        one = settings.bytes_of(1, length, spec.vocabulary, spec.width)
+        return min(sequences, request.cache_limit_bytes // one)
+
+    if settings.states and "cpu" not in (loaded.device, loaded.workers.device):
+        every = replace(settings, states=tuple(range(spec.layers)))
+        known = held(every) == sequences
+        settings = every if known else cache_settings(space, spec, settings.bf16, calibration_file(checked, loaded))
+    return int(held(settings) * length / max(space.lengths))
+
+
 def teacher_phase(
     checked: Checked,
     loaded: Loaded,

@@ -114,6 +114,22 @@ def check_fingerprints(out: Path, runs: Sequence[str], fingerprints: Mapping[str
                 )
 
 
+def steps_differ(out: Path, runs: Sequence[str], step_tokens: int) -> tuple[str, ...]:
+    """A note for each run whose optimiser steps have another size: what it found of learning rates may not hold here.
+
+    Args:
+        out, runs: As checked by `check_space` and `check_fingerprints`.
+        step_tokens: Of this search's steps.
+    """
+    theirs = {name: read_json(RunFolder.open(out, name).search_file)["plan"]["batch_tokens"] for name in runs}
+    return tuple(
+        f"the run {name!r} trained in steps of {tokens:,} tokens, this search in {step_tokens:,}: what it found of "
+        f"learning rates may not hold here; --step-tokens {tokens} makes them equal"
+        for name, tokens in theirs.items()
+        if tokens != step_tokens
+    )
+
+
 def warm_start(out: Path, runs: Sequence[str], question: Question) -> WarmStart:
     """Reads the logs of earlier runs, finished or not, as this search would have seen their trials.
 

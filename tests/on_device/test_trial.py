@@ -1,6 +1,7 @@
 """A trial, and all that reads a model, on a device that is not the CPU: what they report is what they do on the CPU."""
 
 import json
+import math
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from autodistill.distillation.likelihood import continuations, rolling
 from autodistill.distillation.scoring import choices, refer, score
 from autodistill.distillation.student import cut_student
 from autodistill.distillation.teacher import load_model
-from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
+from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache, writing_rate
 from autodistill.documents import resolve_data
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import deployed_weights, evaluate
@@ -406,6 +407,13 @@ def test_a_batched_cache_is_the_unbatched_one(teacher, data, tmp_path, device, m
         for one, two in zip(found[0], other, strict=True):
             # The step of float16, in which states are kept.
             torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-4)
+
+
+def test_the_writing_of_a_cache_is_timed_and_leaves_nothing(teacher, data, tmp_path, device):
+    some = load_split(data.folder, "train").head(8 * LENGTH)
+    rate = writing_rate(load_model(teacher, torch.float32), some, CacheSettings(top_k=4), tmp_path / "root", device)
+    assert 0 < rate < math.inf
+    assert not list((tmp_path / "root").iterdir())
 
 
 def test_batched_scores_are_those_of_one_sequence_at_a_time(teacher, data, device, monkeypatch):

@@ -11,6 +11,7 @@ from autodistill.hardware import Gpu, Machine
 from autodistill.search.checked import check_request
 from autodistill.search.loading import Loaded, Place, load
 from autodistill.search.measuring import _sizes, plan_from_measurement
+from autodistill.search.outputs_pace import OutputsPace
 from autodistill.search.plan import ENOUGH_STEPS, Speed
 from autodistill.search.request import SearchRequest
 from autodistill.search.share import Share
@@ -55,6 +56,8 @@ def planned(inputs: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-u
             return SPEED, {size: rate for size, rate in rates.items() if size in sizes}
 
         monkeypatch.setattr("autodistill.search.measuring.measure_speed", measure)
+        none = OutputsPace(cache=None, answering=0.0)
+        monkeypatch.setattr("autodistill.search.measuring.time_outputs", lambda *given: none)
         monkeypatch.setattr(Loaded, "load_teacher", lambda self, device="cpu": None)
         return *plan_from_measurement(checked, loaded, 0.0), timed
 
@@ -97,7 +100,7 @@ def test_a_short_box_has_small_steps(planned) -> None:  # type: ignore[no-untype
 
 def test_what_is_asked_for_is_kept_and_planned_at_its_own_rate(planned) -> None:  # type: ignore[no-untyped-def]
     plan, speed, timed = planned(step_tokens=8 * LENGTH)
-    assert (plan.batch_tokens, plan.micro_batch, speed.worker_train, timed) == (8 * LENGTH, 8, 3.2e3, [1, 8])
+    assert (plan.batch_tokens, plan.micro_batch, speed.worker_train, timed) == (8 * LENGTH, 8, 3.2e3, [1, 2, 4, 8])
     # Memory did not hold them in one pass: what it held is what is known.
     plan, speed, _ = planned(rates={1: 1e3}, step_tokens=8 * LENGTH)
     assert (plan.batch_tokens, speed.worker_train) == (8 * LENGTH, 1e3)
@@ -118,6 +121,29 @@ def test_no_more_sequences_are_timed_than_memory_is_predicted_to_hold(planned, i
     checked = check_request(request)
     place = Place(here=GPU, machines=(GPU,), share=Share())
     loaded = load(checked, place)
-    need = loaded.fit_step(4 * LENGTH).estimate.total_bytes
-    small = replace(GPU, gpus=(replace(GPU.gpus[0], memory_bytes=need),))
-    assert _sizes(checked, load(checked, replace(place, machines=(small,)))) == (1, 2, 4)
+    # A quarter is left to spare of what predictions may be wrong by.
+    for held, sizes in ((4, (1, 2)), (5, (1, 2, 4))):
+        need = loaded.fit_step(held * LENGTH).estimate.total_bytes
+        small = replace(GPU, gpus=(replace(GPU.gpus[0], memory_bytes=need),))
+        assert _sizes(checked, load(checked, replace(place, machines=(small,))), 10**6) == sizes
+
+
+def test_a_trial_reads_no_more_tokens_than_the_cache_may_hold(planned, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("autodistill.search.teacher_outputs.calibration_file", lambda *given: None)
+    fast = {size: 1e3 * rate for size, rate in RATES.items()}
+    free, _, _ = planned(trials=1, tokens=None, time_seconds=600.0, runner="inline", rates=fast)
+    limit = 60 * 1000  # bytes for each of 16 tokens' outputs are more than 1,000 in all
+    held, _, timed = planned(
+        trials=1, tokens=None, time_seconds=600.0, runner="inline", rates=fast, cache_limit_bytes=limit
+    )
+    assert held.tokens < free.tokens
+    assert timed == [1]
+    assert any("--cache-limit" in note for note in held.notes)
+    assert not any("--cache-limit" in note for note in free.notes)
+
+
+def test_what_outputs_take_is_in_the_speed() -> None:
+    """Of 100,000 tokens scored in a second, each waits ten times as long for its answers: a rate of 1 / (1 + 10)."""
+    speed = OutputsPace(cache=5e3, answering=1e-4).into(SPEED)
+    assert speed == replace(SPEED, cache=5e3, score=pytest.approx(1e5 / 11), worker_score=pytest.approx(1e5 / 11))
+    assert OutputsPace(cache=None, answering=0.0).into(SPEED).cache == SPEED.cache

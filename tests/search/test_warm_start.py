@@ -24,7 +24,14 @@ from autodistill.search.plan import Speed
 from autodistill.search.request import SearchRequest
 from autodistill.search.sampler import Sampler
 from autodistill.search.trials import Assignment, Question
-from autodistill.search.warm_start import WarmStart, check_fingerprints, check_space, parse_runs, warm_start
+from autodistill.search.warm_start import (
+    WarmStart,
+    check_fingerprints,
+    check_space,
+    parse_runs,
+    steps_differ,
+    warm_start,
+)
 from autodistill.serving_memory import memory
 from autodistill.space import load_space
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
@@ -233,6 +240,14 @@ def test_another_space_teacher_or_data_is_refused_by_name(tmp_path: Path) -> Non
     for part, now in (("teacher", {"teacher": "x", "data": "d"}), ("data", {"teacher": "t", "data": "x"})):
         with pytest.raises(InputError, match=rf"its {part} is another one \({part}, {part[0]}, here x\)"):
             check_fingerprints(tmp_path, ["run"], now)
+
+
+def test_steps_of_another_size_are_told(tmp_path: Path) -> None:
+    for name, tokens in (("same", 256), ("other", 512)):
+        earlier(tmp_path, name, plan={"batch_tokens": tokens})
+    (note,) = steps_differ(tmp_path, ["same", "other"], 256)
+    assert "'other' trained in steps of 512 tokens, this search in 256" in note
+    assert note.endswith("--step-tokens 512 makes them equal")
 
 
 @pytest.mark.parametrize("text", ["", "a,,b", "a,b,a"])
