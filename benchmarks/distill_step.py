@@ -33,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autodistill.contracts import Plan
 from autodistill.data import prepare
+from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.divergence import divergence_of
 from autodistill.distillation.logit_loss import logit_loss
 from autodistill.distillation.memory import keep_freed_memory
@@ -40,7 +41,7 @@ from autodistill.distillation.signals import LiveTeacher
 from autodistill.distillation.student import build_student, decoder_layers
 from autodistill.distillation.target import FullTarget, TopTarget
 from autodistill.distillation.teacher import Teacher, load_model, materialise, resolve_teacher, tokenizer_fingerprint
-from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache
+from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
 from autodistill.distillation.trainer import Trainer
 from autodistill.documents import resolve_data
 from autodistill.formats import get_format

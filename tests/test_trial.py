@@ -23,6 +23,7 @@ from autodistill.codes import deployed
 from autodistill.contracts import Answers, TeacherReference
 from autodistill.data import prepare
 from autodistill.distillation import signals
+from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.held import load_held
 from autodistill.distillation.quantization import fake_quantize_learned
@@ -30,7 +31,7 @@ from autodistill.distillation.schedule import branch_point
 from autodistill.distillation.scoring import refer, score
 from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import load_model
-from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
+from autodistill.distillation.teacher_cache import CacheSettings
 from autodistill.documents import resolve_data
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import holdable, spec_from_config

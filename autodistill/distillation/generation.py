@@ -74,9 +74,10 @@ def write(
     before, model.generation_config = model.generation_config, chosen
 
     def work(part: range) -> list[tuple[int, list[int]]]:
+        """Places and answers of some prompts, which are padded on the left and written together."""
         places = order[part.start : part.stop]
         rows = [torch.tensor(prompts[place]) for place in places]
-        # Padded on the left, where the mask hides it and positions do not count it.
+        # Where the mask hides the padding, and positions do not count it.
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=stops[0], padding_side="left")
         mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]

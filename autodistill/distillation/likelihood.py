@@ -65,6 +65,7 @@ def _of_equal_length(prompts: Sequence[Tokens], sizes: Sequence[Sequence[int]]) 
     """
 
     def take(start: int, tokens: int) -> int:
+        """Where the batch that begins with a prompt ends: at one of another length, at the latest."""
         rows = widest = 0
         for place in range(start, len(prompts)):
             rows, widest = rows + len(sizes[place]), max(widest, *sizes[place])

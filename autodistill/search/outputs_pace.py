@@ -9,9 +9,9 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+from autodistill.distillation.cache_making import writing_rate
 from autodistill.distillation.generation import answer
 from autodistill.distillation.parallel import pass_tokens
-from autodistill.distillation.teacher_cache import writing_rate
 from autodistill.search.checked import Checked
 from autodistill.search.loading import Loaded
 from autodistill.search.plan import Speed

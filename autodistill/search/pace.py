@@ -98,6 +98,7 @@ class _Passes:
         length = self._ids.shape[1]
 
         def work(batch: range) -> int:
+            """Reads so many sequences, and says how many."""
             with torch.no_grad(), torch.autocast(self._device, dtype=torch.bfloat16, enabled=bf16):
                 ids = self._ids[: len(batch)]
                 hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)

@@ -13,10 +13,11 @@ from autodistill.contracts import Evaluator, ModelSpec, Plan, Status, TeacherRef
 from autodistill.devices import Device
 from autodistill.distillation.alignment import layer_map
 from autodistill.distillation.attention import teacher_layer
+from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.calibration import Calibration, ensure_calibration
 from autodistill.distillation.scoring import refer
 from autodistill.distillation.student import kept_layers
-from autodistill.distillation.teacher_cache import META, CacheSettings, ensure_cache
+from autodistill.distillation.teacher_cache import META, CacheSettings
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import holdable
 from autodistill.evaluation import evaluate

@@ -6,10 +6,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from autodistill.distillation import parallel
+from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.likelihood import rolling
 from autodistill.distillation.parallel import by_length, map_batches, pass_tokens
 from autodistill.distillation.scoring import choices, score
-from autodistill.distillation.teacher_cache import CacheSettings, ensure_cache
+from autodistill.distillation.teacher_cache import CacheSettings
 
 DEVICE = "an accelerator"
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from autodistill.distillation import teacher_cache
+from autodistill.distillation import cache_making
+from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.teacher import load_model
-from autodistill.distillation.teacher_cache import META, CacheSettings, TeacherCache, ensure_cache
+from autodistill.distillation.teacher_cache import META, CacheSettings, TeacherCache
 from autodistill.distillation.temperature import GRID
 from autodistill.errors import InputError
 from autodistill.records.store import RunFolder
@@ -121,7 +122,7 @@ def test_draws_are_unbiased(dense):
     p = torch.softmax(logits[0].double(), dim=0)
     times, draws = 4000, 12
     offset = torch.rand(times, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    counts, ids, _ = teacher_cache._draw(shifted.expand(times, -1), draws, offset)
+    counts, ids, _ = cache_making._draw(shifted.expand(times, -1), draws, offset)
     assert counts.sum() == len(ids)
     mean = torch.zeros(300, dtype=torch.float64)
     mean.scatter_add_(0, ids, (p[ids] / (draws * p[ids]).clamp(max=1)) / times)

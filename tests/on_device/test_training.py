@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from autodistill.applied import student_spec
+from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.calibration import calibrate
 from autodistill.distillation.teacher import load_model
-from autodistill.distillation.teacher_cache import TeacherCache, ensure_cache
+from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.estimate import spec_from_config
 from autodistill.formats import Grid
 from autodistill.search.teacher_outputs import cache_settings

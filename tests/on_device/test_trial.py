@@ -12,6 +12,7 @@ import torch
 from autodistill.applied import probe_deployment
 from autodistill.data import prepare
 from autodistill.distillation import parallel
+from autodistill.distillation.cache_making import ensure_cache, writing_rate
 from autodistill.distillation.calibration import calibrate
 from autodistill.distillation.generation import Sampling, write
 from autodistill.distillation.held import load_held
@@ -19,7 +20,7 @@ from autodistill.distillation.likelihood import continuations, rolling
 from autodistill.distillation.scoring import choices, refer, score
 from autodistill.distillation.student import cut_student
 from autodistill.distillation.teacher import load_model
-from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache, ensure_cache, writing_rate
+from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
 from autodistill.documents import resolve_data
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import deployed_weights, evaluate
