@@ -25,7 +25,7 @@ def show(output: Format, work: Callable[[], T], document: Callable[[T], Any], te
             with stdout_reserved():
                 result = work()
                 shown = _dumps(document(result)) if output is Format.JSON else text(result)
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
             reply.give_error(*_told(error))
             raise
         reply.give(shown)
@@ -38,6 +38,8 @@ def _told(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "stopped", InterruptedSearchError.exit_code
+    if isinstance(error, SystemExit):
+        return str(error), error.code if isinstance(error.code, int) else AutoDistillError.exit_code
     return f"{type(error).__name__}: {error}", AutoDistillError.exit_code
 
 

@@ -55,6 +55,7 @@ class Reply:
 
     def close(self) -> None:
         """Gives the real stdout up, once the reply was given."""
+        self._taken.acquire(blocking=False)
         os.close(self._stdout)
 
 

@@ -178,7 +178,7 @@ class Trial:
                 steps.append(record)
                 self._on_step(record)
             # Nobody but this trial continues a stage of its own, and after the last rung it does not go on.
-            if self._task.stage or not last:
+            if self._task.stage or not (last and point == self._branches(rung)[-1]):
                 stable = time.perf_counter()
                 unsaved = self._save(trainer, shared) or unsaved
                 saving += time.perf_counter() - stable
@@ -225,10 +225,12 @@ class Trial:
     def _points(self, rung: int, start: int) -> list[int]:
         """Tokens beyond `start` at which decays branch off, up to that of a rung.
 
-        A trial that passes rungs without stopping leaves a checkpoint at each, from which others are judged there.
+        A trial that passes rungs without stopping leaves a checkpoint at each, from which others, or it itself where
+        its time ends, are judged there.
         """
+        passes = self._task.stage or (self._task.straight and self._task.length == 1)
         branches = self._branches(rung)
-        return [point for point in (branches if self._task.stage else branches[-1:]) if point > start]
+        return [point for point in (branches if passes else branches[-1:]) if point > start]
 
     def _targets(self, rung: int) -> tuple[int, ...]:
         """Tokens of the rungs up to one; a longer trial ends beyond the last."""

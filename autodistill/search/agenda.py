@@ -28,6 +28,8 @@ _TOO_MUCH = 0.1
 
 # What is reserved for the first trial to reach the end, in what that is expected to take.
 _SPARE = 1.1
+# Students short of the end that could not be kept: a disk that is full, say, holds the next no better.
+_TRIED = 3
 
 
 class Agenda:
@@ -107,7 +109,7 @@ class Agenda:
                 continue
             # A new search was refused where its box does not hold them; of a resumed one too little may be left, and
             # the machine may have become slower since the first of them began.
-            begun = self.resumed or any(trial.kind == "baseline" for trial in self._trials.values())
+            begun = self.resumed or any(t.kind == "baseline" and not t.running for t in self._trials.values())
             if begun and not self._box.holds(self._box.whole()):
                 self._left_out.add(trial_id)
                 takes, left = (format_duration(max(0.0, time)) for time in (self._box.whole(), self._box.left()))
@@ -158,7 +160,11 @@ class Agenda:
         if self._trained() or any(self._assign(trial).rung == last for trial in running):
             return None
         trial_id = self._scheduler.furthest(self.in_flight())
-        return None if trial_id is None else self._trials[trial_id]
+        if trial_id is None:
+            return None
+        waiting = self._trials[trial_id]
+        # What is on its way further than this has a worker, and is the one to get there.
+        return None if any(self._assign(trial).rung > waiting.rung + 1 for trial in running) else waiting
 
     def _reserve(self) -> float:
         """Seconds that this trial takes to the end, or else to the highest rung that the box still holds it up to.
@@ -180,6 +186,8 @@ class Agenda:
         """
         trials = self._trials.values()
         if self._trained() or any(trial.running or trial.kept for trial in trials):
+            return None
+        if sum(trial.kept is False for trial in trials) >= _TRIED:
             return None
         left = [trial for trial in trials if trial.status is None and trial.kept is None and trial.task.length == 1]
         left = [trial for trial in left if trial.kind != CONFIRMATION]

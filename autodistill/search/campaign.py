@@ -28,6 +28,9 @@ from autodistill.storage import Storage
 from autodistill.strategy import Strategy
 from autodistill.trial_data import RungReport
 
+# Of a piece of work that keeps a student short of the end, among those that failed once.
+_KEPT = "kept"
+
 
 class Campaign:
     """Proposes, schedules, judges and records; knows neither processes nor models, and is driven by a runner.
@@ -199,8 +202,10 @@ class Campaign:
         else:
             self._evaluating -= 1
         if assignment.keep:
-            # Where it stands as it did, and another may be kept.
-            trial.kept = False
+            # Where it stands as it did, it may be tried once more, or another be kept.
+            again = cause in RETRIED and (assignment.rung, _KEPT) not in trial.retried
+            trial.retried.add((assignment.rung, _KEPT))
+            trial.kept = None if again else False
             self._notify(f"{trial.task.id} could not be kept ({cause}): {message}")
             return
         if cause in RETRIED and (assignment.rung, name) not in trial.retried:

@@ -138,7 +138,8 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     for row in passed_over(ranked, rejected, question.budget.memory_bytes):
         finisher.write("row", row)
     if best is None:
-        raise NothingFitsError(_nothing(rejected or students, finisher))
+        judged = any(row.kind in DISTILLED for row in rows)
+        raise NothingFitsError(_nothing(rejected or students, judged, finisher))
     if "gguf" not in paths:
         ggufs = [row for row in ranked if get_format(row.deployment["format"]).container == "gguf"]
         _first_that_fits(ggufs, rejected, finisher, paths, checks)
@@ -279,10 +280,12 @@ def _too_late(measured: Mapping[str, Measurement], fields: Mapping[str, Any], fi
     return too_late(times, "measured")
 
 
-def _nothing(rows: Sequence[Row], finisher: Finisher) -> str:
+def _nothing(rows: Sequence[Row], judged: bool, finisher: Finisher) -> str:
     limits = limits_of(finisher.question.budget)
     needs = {f"{row.name} as {row.deployment_name}": {name: row.figure(name) for name in limits} for row in rows}
     closest = nearest(needs, limits)
+    if closest is None and judged:
+        return "no student that was judged is there to be exported: go on with --resume and more --time"
     if closest is None:
         return "nothing was trained as far as a rung: go on with --resume and more --time, or start with fewer --tokens"
     return f"nothing fits the budget: the nearest, {closest.candidate}, {closest.describe()}; raise --budget"

@@ -92,9 +92,11 @@ class StageKeeper:
         return found
 
     def spare(self, trials: Collection[TrialState]) -> list[Checkpoint]:
-        """What a search that has ended has no use for: all but the best few, which a longer one may fork."""
+        """What a search that has ended has no use for: all but the best few, which a longer one may fork, and what a
+        student that was kept short of the end is trained on from.
+        """
         held = self._stages.checkpoints()
-        safe = self._safe(held, trials, ())
+        safe = self._safe(held, trials, {trial.task.id for trial in trials if trial.kept})
         return [checkpoint for checkpoint in held if checkpoint not in safe]
 
     def left_without(self, removed: Sequence[Checkpoint]) -> list[str]:

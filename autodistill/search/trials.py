@@ -122,7 +122,8 @@ class TrialState:
         running: Whether a worker trains it.
         status, reason, cause: Once it has ended; the cause is that of a failure.
         settled: Deployments that were evaluated at full fidelity, are being, or cannot be.
-        retried: Pieces of work that failed once: to which rung, and of an evaluation the deployment's name.
+        retried: Pieces of work that failed once: to which rung, and of an evaluation the deployment's name, or "kept"
+            where a student was to be kept.
         trained_tokens, train_seconds: What its own training took so far.
         parameters: Weights of its student; None where the teacher has no such student.
         kept: Whether its student was kept short of the end, and may be exported; None where nobody tried.

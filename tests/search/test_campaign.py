@@ -356,14 +356,16 @@ def test_where_one_cannot_be_kept_the_next_best_is(tmp_path: Path) -> None:
     while (assignment := search.next()) is not None:
         if assignment.keep:
             kept.append(assignment.task.id)
-            if len(kept) == 1:
+            if len(kept) <= 2:
                 search.fail(assignment, "worker-died", "it ended")
                 continue
         search.report(assignment, answer(assignment))
         if len(search.trials) == 2:
             search.box.close()
     values = {trial.task.id: trial.value or 0.0 for trial in search.trials.values()}
-    assert kept == sorted(values, key=lambda trial: -values[trial])
+    # A worker's death may be no fault of the student: it is tried once more.
+    best, next_best = sorted(values, key=lambda trial: -values[trial])
+    assert kept == [best, best, next_best]
     assert search.trials[kept[0]].status is None, "what it was judged by stands"
     assert search.finished
 
@@ -387,6 +389,9 @@ def test_a_baseline_that_the_box_ended_before_is_judged_where_it_got_to(tmp_path
     search.close()
     (row,) = rows_of(EventLog(tmp_path / "trials.jsonl").read())
     assert (row.kind, row.train_tokens, row.full) == ("baseline", 3072, False)
+    # A longer search goes on from the further one.
+    (left,) = store.checkpoints()
+    assert left.tokens == branch_point(PLAN.rungs[1], PLAN.decay, PLAN.batch_tokens)
 
 
 def test_without_a_checkpoint_nothing_is_kept(tmp_path: Path) -> None:
