@@ -104,7 +104,7 @@ def by_length(lengths: Sequence[int]) -> Callable[[int, int], int]:
     return take
 
 
-def pass_tokens(model: Any, device: str, most: int = PASS_TOKENS) -> int:
+def pass_tokens(model: Any, device: str, most: int | None = None) -> int:
     """Tokens of a forward pass: a single sequence on a CPU; `most` on an accelerator, or what its memory holds.
 
     Counted are a layer's activations and all layers' keys and values in float32, and not what is made of logits, which
@@ -113,10 +113,11 @@ def pass_tokens(model: Any, device: str, most: int = PASS_TOKENS) -> int:
     Args:
         model: A causal language model of transformers on `device`.
         device: Where it lies.
-        most: More than these are of no use.
+        most: More than these are of no use; `PASS_TOKENS` by default.
     """
     if device == "cpu":
         return 1
+    most = PASS_TOKENS if most is None else most
     free = free_bytes(device)
     if free is None:
         return most
