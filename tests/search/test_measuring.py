@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from autodistill.hardware import Gpu, Machine
-from autodistill.search.checked import check_request
+from autodistill.search.checked import Checked, check_request
 from autodistill.search.loading import Loaded, Place, load
 from autodistill.search.measuring import _sizes, plan_from_measurement
 from autodistill.search.outputs_pace import OutputsPace
@@ -33,13 +33,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def planned(inputs: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """A plan on a machine, at made-up rates, with the sizes that were to be timed."""
-
-    def plan(machine: Machine = GPU, rates: dict[int, float] = RATES, share: Share | None = None, **more: object):  # type: ignore[no-untyped-def]
-        fields: dict[str, object] = {"trials": 2, "tokens": 4 * LENGTH * ENOUGH_STEPS} | more
-        request = SearchRequest(
+def _checked(inputs: Path, **fields: object) -> Checked:
+    return check_request(
+        SearchRequest(
             budget=Budget(memory_bytes=16 * 10**9, context=64),
             teacher=str(inputs / "teacher"),
             data=str(inputs / "text"),
@@ -47,7 +43,16 @@ def planned(inputs: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-u
             sequence_length=LENGTH,
             **fields,  # type: ignore[arg-type]
         )
-        checked = check_request(request)
+    )
+
+
+@pytest.fixture
+def planned(inputs: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """A plan on a machine, at made-up rates, with the sizes that were to be timed."""
+
+    def plan(machine: Machine = GPU, rates: dict[int, float] = RATES, share: Share | None = None, **more: object):  # type: ignore[no-untyped-def]
+        fields: dict[str, object] = {"trials": 2, "tokens": 4 * LENGTH * ENOUGH_STEPS} | more
+        checked = _checked(inputs, **fields)
         loaded = load(checked, Place(here=machine, machines=(machine,), share=share or Share()))
         timed: list[int] = []
 
@@ -109,16 +114,7 @@ def test_what_is_asked_for_is_kept_and_planned_at_its_own_rate(planned) -> None:
 
 
 def test_no_more_sequences_are_timed_than_memory_is_predicted_to_hold(planned, inputs: Path) -> None:  # type: ignore[no-untyped-def]
-    request = SearchRequest(
-        budget=Budget(memory_bytes=16 * 10**9, context=64),
-        teacher=str(inputs / "teacher"),
-        data=str(inputs / "text"),
-        cache=inputs / "cache",
-        sequence_length=LENGTH,
-        trials=1,
-        tokens=10**6,
-    )
-    checked = check_request(request)
+    checked = _checked(inputs, trials=1, tokens=10**6)
     place = Place(here=GPU, machines=(GPU,), share=Share())
     loaded = load(checked, place)
     # A quarter is left to spare of what predictions may be wrong by.
