@@ -62,6 +62,7 @@ def search_request(given: Mapping[str, Any], verb: str, command: str, started: f
         sequence_length=given["sequence_length"],
         step_tokens=given["step_tokens"],
         time_seconds=seconds,
+        explore=given.get("explore"),
         confirm=given.get("confirm"),
         seed=given["seed"],
         name=given["name"],

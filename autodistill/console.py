@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # rich is imported where something is drawn: most commands print plain text, and end sooner than it is imported.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
-_SECONDS_BETWEEN_LINES = 5.0
+_SECONDS_BETWEEN_LINES = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)

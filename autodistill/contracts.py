@@ -388,7 +388,10 @@ class Plan:
         micro_batch: Sequences of one forward and backward pass; their gradients add up to the step's.
         checkpointing: Whether the backward pass computes each layer's activations again instead of keeping them.
         optimizer_state: What AdamW's two moments are held in.
-        lengths: Multiples of `tokens` that trials may be trained on to, 1 first; their data are shared by all trials.
+        lengths: Multiples of `tokens` that trials may be trained on to, 1 first.
+        longest: Multiple that the best are trained on to at most, in what the time box has left for it; 1 for none.
+        alone: CPU threads of a worker that trains with nothing beside it; 0 where that is never done.
+        data_tokens: Of the text that all trials draw from, in passes; 0 for as many as the longest of `lengths` has.
         decay: Share of a rung's tokens that the final decay takes; finishing happens in it.
         rung_eval_tokens, eval_tokens, test_tokens: Tokens an evaluation reads: at a rung, at full fidelity, on test.
         workers: Trials that train at once.
@@ -429,6 +432,9 @@ class Plan:
     gpus: float = 1.0
     example_share: float = 1.0
     lengths: tuple[float, ...] = (1.0,)
+    longest: float = 1.0
+    alone: int = 0
+    data_tokens: int = 0
 
     def tokens_of(self, length: float) -> int:
         """Training tokens of a trial of so many times the plan's, in whole steps."""
@@ -436,8 +442,8 @@ class Plan:
 
     @property
     def most_tokens(self) -> int:
-        """Training tokens of the longest trials, whose data are those that every trial draws from."""
-        return self.tokens_of(max(self.lengths))
+        """Training tokens of the text that every trial draws from."""
+        return self.data_tokens or self.tokens_of(max(self.lengths))
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""

@@ -131,6 +131,14 @@ ContextOption = Annotated[
     option("--context", "That the memory is stated at; 2048 by default, or less where models read less.", "TOKENS"),
 ]
 BatchOption = Annotated[int, option("--batch", "Sequences decoded at once.", "N")]
+ExploreOption = Annotated[
+    float | None,
+    option(
+        "--explore",
+        "Share of a time box's training that goes to trials; in the rest the best are trained on. 0.5 by default.",
+        "SHARE",
+    ),
+]
 ConfirmOption = Annotated[
     int | None,
     option(

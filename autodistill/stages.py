@@ -24,7 +24,8 @@ def stage_key(strategy: Strategy, seed: int, plan: Plan, device: str) -> str:
     """Content address of the stable part of a training, within a run: its teacher, data and cache are the run's own.
 
     Two trainings with one address have the same bits at the same tokens. Rungs, evaluation and decay, which say how far
-    the stable part is followed and what branches off it, are none of it.
+    the stable part is followed and what branches off it, are none of it. Past the plan's tokens it may have more
+    threads, and only what trains the best on goes on from there.
 
     Args:
         strategy: Its finishing is left out.

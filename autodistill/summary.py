@@ -75,6 +75,7 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         "trials": f"{plan['trials']} proposed, the space's baselines besides",
         "rungs": f"{', '.join(rungs)} tokens, reached by {', '.join(map(str, survivors))} of them",
         "tokens": f"{plan['tokens']:,} a trial at full fidelity, {plan['batch_tokens']:,} an optimiser step",
+        **_trained_on(plan),
         "workers": f"{plan['workers']} with {plan['threads']} threads each, {'bf16' if plan['bf16'] else 'float32'}",
         "memory": f"{format_bytes(total)} to train the largest student, {means}: {parts}",
         "evaluation": f"{plan['rung_eval_tokens']:,} tokens at a rung, {plan['eval_tokens']:,} at the end, "
@@ -87,6 +88,15 @@ def plan_summary(document: Mapping[str, Any]) -> str:
     width = max(map(len, lines))
     notes = [f"{note[:1].upper()}{note[1:]}." for note in plan["notes"]]
     return "\n".join([*(f"{name.ljust(width)}  {words}" for name, words in lines.items()), *notes])
+
+
+def _trained_on(plan: Mapping[str, Any]) -> dict[str, str]:
+    """What becomes of the best after the trials, where the plan leaves them something."""
+    if plan["longest"] <= 1:
+        return {}
+    threads = f", alone on {plan['alone']} threads" if plan["alone"] else ""
+    time = format_duration(plan["seconds"]["longer"])
+    return {"the best": f"trained on for {time}{threads}, to {plan['longest']:.3g} times those tokens at most"}
 
 
 def _hours(document: Mapping[str, Any]) -> str:
@@ -140,7 +150,9 @@ def _confirmed(document: Mapping[str, Any]) -> str:
 
 
 def _test(document: Mapping[str, Any]) -> str:
-    """The test split: found student, baseline, undistilled student, teacher, quantised teacher, and the gain."""
+    """The test split: found student, also as it was before it was trained on, baseline, undistilled student, teacher,
+    quantised teacher, and the gain.
+    """
     rows = [Row.from_json(data) for data in document["test"]]
     if not rows:
         return ""
@@ -166,13 +178,16 @@ def _test(document: Mapping[str, Any]) -> str:
 
 
 _FOUND, _BASELINE, _INITIAL = "found student", "baseline", "undistilled student"
+_BEFORE = "found, at 100%"
 _TEACHER, _QUANTISED = "teacher", "quantised teacher"
-_ORDER = (_FOUND, _BASELINE, _INITIAL, _TEACHER, _QUANTISED)
+_ORDER = (_FOUND, _BEFORE, _BASELINE, _INITIAL, _TEACHER, _QUANTISED)
 
 
 def _title(row: Row, best: Mapping[str, Any]) -> str:
+    if row.kind in DISTILLED and row.trial == best["trial"]:
+        return _FOUND
     if row.kind in DISTILLED:
-        return _FOUND if row.trial == best["trial"] else _BASELINE
+        return _BASELINE if row.kind == "baseline" else _BEFORE
     if row.kind == "teacher":
         return _TEACHER if row.deployment["bits"] == 16 else _QUANTISED
     return _INITIAL

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from autodistill.distillation.checkpoint import read_metadata
 from autodistill.distillation.grid_scales import read_scales, write_scales
 from autodistill.distillation.held import load_held
 from autodistill.distillation.memory import is_out_of_memory, keep_freed_memory
-from autodistill.distillation.schedule import branch_point
+from autodistill.distillation.schedule import branch_point, end_of
 from autodistill.distillation.sharding import Sharding, whole_model
 from autodistill.distillation.signals import LiveTeacher, check_told
 from autodistill.distillation.teacher import load_model
@@ -35,6 +36,13 @@ from autodistill.strategy import Deployment, Init, Strategy
 from autodistill.students import save_student, student_folder, student_key, trained_student
 from autodistill.token_sets import TokenSet, load_split
 from autodistill.trial_data import RungReport, TrialSetting, TrialTask
+
+# How much longer than the steps before a decay may take: for noise, and for its steps on a grid, which are slower.
+_SPARE, _ON_GRID = 1.1, 1.25
+# Steps by which the time of those to come is told, the first of a worker aside, which is slow.
+_FEW_STEPS, _MANY_STEPS = 3, 100
+# Seconds of training that a kill costs at most.
+_SAVED_EVERY = 600.0
 
 
 @dataclass
@@ -139,7 +147,7 @@ class Trial:
         self._stages = open_stages(bench.setting.checkpoints, bench.setting.storage)
         self._stage = task.stage or task.id
 
-    def run(self, rung: int, *, keep: bool = False) -> RungReport | None:
+    def run(self, rung: int, *, keep: bool = False, until: float | None = None) -> RungReport | None:
         """Trains to a rung and evaluates there, from the furthest checkpoint of its stage, whoever trained it.
 
         Of several processes the first one alone evaluates and reports.
@@ -148,20 +156,22 @@ class Trial:
             rung: Index of the rung.
             keep: Whether its student is kept, as that of the last rung is. At a rung that was reached before, its decay
                 is trained once more, to the same bits.
+            until: `time.time()` by which the student is to be trained, with fewer tokens than it would have where need
+                be: its decay then begins sooner, and is not given back for the end of the box.
 
         Raises:
             TrialFailedError: NaN, out of memory, or another error of this trial alone.
             TooManyAtOnce: Of several processes, which are to begin again with fewer sequences at once.
         """
         try:
-            return self._run(rung, keep)
+            return self._run(rung, keep, until)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             said = str(error).splitlines()
             raise TrialFailedError("out-of-memory", said[0] if said else "the machine's memory is full") from error
 
-    def _run(self, rung: int, keep: bool) -> RungReport | None:
+    def _run(self, rung: int, keep: bool, until: float | None) -> RungReport | None:
         plan = self._bench.setting.plan
         sharding = self._bench.sharding
         began = time.perf_counter()
@@ -172,19 +182,34 @@ class Trial:
         ready = time.perf_counter()
         steps: list[StepRecord] = []
         saving, unsaved = 0.0, None
+        # The checkpoint between two points that others go on from, and when the last one was written.
+        between, saved = (start if self._is_between(start) else None), ready
         self._folder.mkdir(parents=True, exist_ok=True)
         for point in self._points(rung, start):
             for record in trainer.train_stable(point):
                 steps.append(record)
                 self._on_step(record)
+                if until is not None and self._is_time(until, steps):
+                    target = end_of(trainer.tokens, plan.decay, plan.batch_tokens)
+                    break
+                if self._agreed(time.perf_counter() - saved > _SAVED_EVERY) and trainer.tokens < point:
+                    stable = time.perf_counter()
+                    failed = self._save(trainer, shared, in_place_of=between)
+                    between, unsaved = between if failed else trainer.tokens, failed or unsaved
+                    saved = time.perf_counter()
+                    saving += saved - stable
             # Nobody but this trial continues a stage of its own, and after the last rung it does not go on.
             if self._task.stage or not (last and point == self._branches(rung)[-1]):
                 stable = time.perf_counter()
-                unsaved = self._save(trainer, shared) or unsaved
-                saving += time.perf_counter() - stable
+                unsaved = self._save(trainer, shared, in_place_of=between) or unsaved
+                between, saved = None, time.perf_counter()
+                saving += saved - stable
+            if trainer.tokens < point:
+                break
         for record in self._decay(trainer, target):
             steps.append(record)
-            self._on_step(record)
+            if until is None:
+                self._on_step(record)
         trained = time.perf_counter()
         model, scales = trainer.model, trainer.scales
         if sharding is not None:
@@ -222,6 +247,30 @@ class Trial:
             unsaved=unsaved,
         )
 
+    def _is_time(self, until: float, steps: Sequence[StepRecord]) -> bool:
+        """Whether the decay must begin to end in time, by what the steps so far took; of several processes the first's.
+
+        Never before the student has more tokens than the plan's.
+
+        Args:
+            until: `time.time()` at which it is to end.
+            steps: Of this stretch, all of them so far.
+        """
+        plan, tokens = self._bench.setting.plan, steps[-1].tokens
+        if len(steps) <= _FEW_STEPS or end_of(tokens, plan.decay, plan.batch_tokens) <= plan.tokens:
+            return False
+        took = [plan.batch_tokens / step.tokens_per_second for step in steps[-_MANY_STEPS:]]
+        # The machine may have become slower.
+        each = max(fmean(took[1:]), median(took[-_FEW_STEPS:]))
+        left = (end_of(tokens + plan.batch_tokens, plan.decay, plan.batch_tokens) - tokens) // plan.batch_tokens
+        slower = _ON_GRID if self._task.strategy.finishing else 1.0
+        return self._agreed(time.time() + _SPARE * slower * left * each > until)
+
+    def _agreed(self, own: bool) -> bool:
+        """What the first of several processes finds, in each."""
+        sharding = self._bench.sharding
+        return bool(sharding.first(int(own))) if sharding is not None else own
+
     def _points(self, rung: int, start: int) -> list[int]:
         """Tokens beyond `start` at which decays branch off, up to that of a rung.
 
@@ -231,6 +280,12 @@ class Trial:
         passes = self._task.stage or (self._task.straight and self._task.length == 1)
         branches = self._branches(rung)
         return [point for point in (branches if passes else branches[-1:]) if point > start]
+
+    def _is_between(self, tokens: int) -> bool:
+        """Whether a checkpoint at so many tokens is none from which a decay branches off."""
+        plan = self._bench.setting.plan
+        targets = (*plan.rungs, *(plan.tokens_of(length) for length in (*plan.lengths, self._task.length)))
+        return tokens not in (0, *(branch_point(target, plan.decay, plan.batch_tokens) for target in targets))
 
     def _targets(self, rung: int) -> tuple[int, ...]:
         """Tokens of the rungs up to one; a longer trial ends beyond the last."""
@@ -282,10 +337,15 @@ class Trial:
             raise FileNotFoundError(f"this node has no checkpoint of {self._stage} at {chosen} tokens")
         return found
 
-    def _save(self, trainer: Trainer, shared: int) -> str | None:
+    def _save(self, trainer: Trainer, shared: int, in_place_of: int | None) -> str | None:
         """Keeps the stable part for whoever goes on from it; gives the reason where that is impossible.
 
         Without it the trial goes on all the same, and a later stretch trains again what was lost.
+
+        Args:
+            trainer: At the point that is kept.
+            shared: Tokens of this stretch that others had trained.
+            in_place_of: Tokens of the checkpoint that is of no use any more then, or None.
         """
         sharding = self._bench.sharding
         held = self._stages.holds(self._stage, trainer.tokens)
@@ -299,6 +359,9 @@ class Trial:
             self._stages.save(self._stage, trainer.tokens, lambda path: trainer.save(path, notes))
         except (OSError, SafetensorError) as error:
             return f"the checkpoint at {trainer.tokens:,} tokens could not be written: {error}"
+        for checkpoint in self._stages.checkpoints() if in_place_of else ():
+            if (checkpoint.stage, checkpoint.tokens) == (self._stage, in_place_of):
+                self._stages.remove(checkpoint)
         return None
 
     def evaluate(self, deployment: Deployment) -> RungReport:

@@ -43,7 +43,9 @@ from autodistill.units import format_bytes, parse_duration
 
 THREADS, TEST_TOKENS, SEQUENCE = 2, 16384, 256
 PACKAGES = {"modelopt": "nvidia-modelopt", "olive": "olive-ai"}
-MINE = "AutoDistill, search"
+MINE, TRIALS = "AutoDistill, search", "AutoDistill, all of the box for trials"
+# Share of the training that goes to trials.
+EXPLORED = {MINE: 0.5, TRIALS: 1.0}
 MAX, AWQ = "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "INT4_AWQ_CFG"
 ARMS = {
     "teacher, 16 bits": partial(peers_arms.as_it_is),
@@ -90,7 +92,7 @@ def main() -> None:
     versions = {name: importlib.metadata.version(package) for name, package in PACKAGES.items()}
     kept = Kept("peers", content_hash([arguments.budget, arguments.box, versions]), arguments.time)
     found = {}
-    for name in (*ARMS, MINE):
+    for name in (*ARMS, *EXPLORED):
         command = [sys.executable, __file__, "--arm", name, "--budget", arguments.budget, "--box", f"{arguments.box}s"]
         found[name] = kept.get(name, partial(_child, command))
         print(f"{name}: {found[name]['accuracy'][0]:.4f}", file=sys.stderr, flush=True)
@@ -111,7 +113,8 @@ def made(name: str, budget: str, box: float) -> dict[str, Any]:
     data = prepare(resolve_data("pydoc"), teacher, tokenizer_fingerprint(teacher), SEQUENCE, cache).folder
     began = time.monotonic()
     train = load_split(data, "train")
-    one = searched(budget, box) if name == MINE else ARMS[name](teacher, train, THREADS * box)
+    own = name in EXPLORED
+    one = searched(budget, box, EXPLORED[name]) if own else ARMS[name](teacher, train, THREADS * box)
     wall, processor = time.monotonic() - began, time.process_time()
     scores, _ = score(one.model.eval(), load_split(data, "test").head(TEST_TOKENS))
     return {
@@ -125,14 +128,18 @@ def made(name: str, budget: str, box: float) -> dict[str, Any]:
     }
 
 
-def searched(budget: str, box: float) -> peers_arms.Made:
-    """The student that the command exports, read back from its file."""
-    with tempfile.TemporaryDirectory() as out:
-        command = ["autodistill", "search", "--budget", budget, "--time", f"{box}s", "--out", out, "--format", "json"]
-        done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, check=True, text=True)
-        file = Path(json.loads(done.stdout)["paths"]["gguf"])
-        folder = materialise(resolve_teacher(str(file)), Path(out)).folder
-        return peers_arms.Made(model=load_model(folder, torch.float32), size=file.stat().st_size)
+def searched(budget: str, box: float, explore: float) -> peers_arms.Made:
+    """The student that the command exports, read back from its file; the run is left for whoever wants to see it."""
+    out = default_cache() / "benchmarks" / "peers-runs"
+    command = ["autodistill", "search", "--budget", budget, "--time", f"{box}s", "--explore", f"{explore:g}"]
+    command += ["--out", str(out), "--format", "json"]
+    done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, check=True, text=True)
+    document = json.loads(done.stdout)
+    file, tokens = Path(document["paths"]["gguf"]), document["best"]["train_tokens"]
+    with tempfile.TemporaryDirectory() as unpacked:
+        folder = materialise(resolve_teacher(str(file)), Path(unpacked)).folder
+        model = load_model(folder, torch.float32)
+    return peers_arms.Made(model=model, size=file.stat().st_size, tokens=tokens)
 
 
 def sections(found: Mapping[str, Mapping[str, Any]], versions: Mapping[str, str], asked: Any) -> list[str]:
@@ -140,7 +147,7 @@ def sections(found: Mapping[str, Mapping[str, Any]], versions: Mapping[str, str]
     mine, seconds = found[MINE], THREADS * asked.box
     given = {**vars(asked), **versions, "seconds": seconds}
     rows = []
-    for name in (MINE, *ARMS):
+    for name in (*EXPLORED, *ARMS):
         one = found[name]
         accuracy, error = one["accuracy"]
         rows.append(
@@ -152,7 +159,7 @@ def sections(found: Mapping[str, Mapping[str, Any]], versions: Mapping[str, str]
                 format_bytes(one["size"]),
                 f"{one['tokens']:,}" if one["tokens"] else "",
                 f"{one['seconds']:.0f}",
-                f"{one['processor']:.0f}" if name != MINE else "",
+                f"{one['processor']:.0f}" if name not in EXPLORED else "",
             ]
         )
     titles = ["tool", "next token, %", "this search is better by", "perplexity", "weights", "trained on", "s", "core s"]

@@ -145,6 +145,8 @@ BAD = [
     (f"{GOOD} --data reasoning-gym:chain_som", ["no task 'chain_som'", "chain_sum"]),
     (f"{GOOD} --trials 0", ["--trials", "at least 1"]),
     (f"{GOOD} --trials -3", ["--trials", "at least 1"]),
+    (f"{GOOD} --explore 0", ["--explore is a share from 0.1 to 1"]),
+    (f"{GOOD} --explore half", ["--explore"]),
     (f"{GOOD} --trials many", ["--trials"]),
     (f"{GOOD} --tokens 0", ["--tokens", "at least 1"]),
     (f"{GOOD} --tokens -256", ["--tokens", "at least 1"]),
@@ -436,6 +438,9 @@ def test_a_plan_stops_before_the_first_trial(inputs: Path, tmp_path: Path, capfd
     assert code == 0
     assert document["plan"]["box_seconds"] == 40
     assert document["cache_bytes"] > 0
+    assert document["plan"]["longest"] > 1
+    code, out, _ = run(capfd, f"{GOOD} --runner inline --time 40s --explore 1 --plan --format json", inputs, tmp_path)
+    assert (code, json.loads(out)["plan"]["longest"]) == (0, 1.0)
     assert not (tmp_path / "runs").exists()
 
 

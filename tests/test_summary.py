@@ -85,6 +85,16 @@ def test_the_test_split_names_the_five_that_are_compared() -> None:
     assert table[0][3:5] == ["31.25", "0.6100"]
 
 
+def test_a_student_that_was_trained_on_is_shown_as_it_was_before_too() -> None:
+    before = row("t003", "student", accuracy=0.39, split="test")
+    best = row("t003x", "student", accuracy=0.42, fidelity=4.0, split="test")
+    test = [one.to_json() for one in (*TEST[:3], best, TEST[4], before)]
+    lines = search_summary(DOCUMENT | {"best": best.to_json(), "test": test}, RANKED, "accuracy").splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("test split"))
+    titles = [re.split(r"  +", line)[0] for line in lines[start + 1 : start + 7]]
+    assert titles[:3] == ["found student", "found, at 100%", "baseline"]
+
+
 def test_memory_on_the_test_split_is_what_was_measured_of_the_exported_student_and_else_marked_as_predicted() -> None:
     predicted = [replace(one, memory_bytes=22_500_000, memory_source="predicted").to_json() for one in TEST]
     best = DOCUMENT["best"] | {"memory_bytes": 42_600_000, "memory_source": "measured"}
@@ -131,6 +141,8 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
         "micro_batch": 1,
         "checkpointing": True,
         "optimizer_state": "int8",
+        "longest": 1.0,
+        "alone": 0,
         "notes": ["the box holds 9 trials; 12 are usual: give it more --time"],
     }
     memory = {"weights_bytes": 2e9, "gradients_bytes": 1e9, "total_bytes": 3e9}
@@ -156,6 +168,10 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
         "The box holds 9 trials; 12 are usual: give it more --time.",
     ):
         assert words in text
+    assert "the best" not in text
+    further = plan | {"longest": 4.25, "alone": 2, "seconds": plan["seconds"] | {"longer": 150.0}}
+    text = plan_summary(document | hours | {"plan": further})
+    assert "the best    trained on for 2m 30s, alone on 2 threads, to 4.25 times those tokens at most\n" in text
 
 
 def test_what_was_confirmed_is_shown_with_means_and_differences() -> None:

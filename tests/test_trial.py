@@ -1,5 +1,6 @@
 """A trial from rung to rung on a tiny teacher: what it reports, leaves on disk and restores, and how it fails."""
 
+import itertools
 import json
 import pickle
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.held import load_held
 from autodistill.distillation.quantization import fake_quantize_learned
-from autodistill.distillation.schedule import branch_point
+from autodistill.distillation.schedule import branch_point, end_of
 from autodistill.distillation.scoring import refer, score
 from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import load_model
@@ -630,6 +632,69 @@ def test_a_longer_trial_goes_on_past_the_plan_and_is_that_which_trained_all_of_i
     ends = {step.tokens: step for step in shared.steps}
     assert ends[704].learning_rate == RECIPE.learning_rate
     assert ends[960].learning_rate < RECIPE.learning_rate / 2
+
+
+def test_what_is_trained_on_until_a_time_is_the_same_as_what_was_planned_to_end_there(lab, tmp_path, monkeypatch):
+    """On a clock whose second is a step, the decay, a quarter of all steps, begins so that it ends in time."""
+    plan = replace(lab.plan, longest=4.0, data_tokens=960)
+    steps, ticks = [], itertools.count()
+
+    def run(folder, length, until):
+        bench = Workbench(lab.setting(tmp_path / folder, plan=plan))
+        Trial(bench, _task(straight=True, stage="stage")).run(2)
+        steps.clear()
+        task = _task(id="t000x", straight=True, length=length, stage="stage")
+        return Trial(bench, task, steps.append).run(2, until=until)
+
+    class Late(Exception):
+        pass
+
+    def late(record):
+        raise Late
+
+    with monkeypatch.context() as patch:
+        clock = SimpleNamespace(time=lambda: float(len(steps)), perf_counter=lambda: 0.0)
+        patch.setattr("autodistill.trial.time", clock)
+        patch.setattr("autodistill.distillation.trainer.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+        cut = run("cut", 4.0, 18.0)
+        # Too late from the start: it goes on past the plan's tokens, and for the steps that tell how long one takes.
+        least = run("least", 4.0, 0.0)
+    # By hand, from the parent's branch at step 9: at step 17 another step and the 6 of its decay would end at
+    # 8 + 1.1 * 1.25 * 7 < 18, as steps on a grid are slower; at step 18 they would end at 9 + 1.1 * 1.25 * 7 > 18.
+    assert (cut.tokens, cut.trained) == (24 * 64, (24 - 9) * 64)
+    assert _kept(tmp_path / "cut", "stage") == [192, 384, 576, 18 * 64]
+    assert least.tokens == end_of((9 + 4) * 64, 0.25, 64) > plan.tokens
+    planned = run("planned", cut.tokens / plan.tokens, None)
+    assert (planned.tokens, planned.trained, planned.evaluation) == (cut.tokens, cut.trained, cut.evaluation)
+    # The end of the box interrupts what is trained until it, but no decay that has begun: nothing would be left of it.
+    with pytest.raises(Late):
+        Trial(Workbench(lab.setting(tmp_path / "late", plan=plan)), _task(straight=True, length=2.0), late).run(2)
+    bench = Workbench(lab.setting(tmp_path / "least", plan=plan))
+    again = Trial(bench, _task(id="t000x", straight=True, length=least.tokens / plan.tokens, stage="stage"), late)
+    assert again.run(2, until=0.0).evaluation == least.evaluation
+
+
+def test_a_long_stretch_is_saved_now_and_then_and_a_kill_costs_no_more(lab, tmp_path, monkeypatch):
+    expected = Trial(Workbench(lab.setting(tmp_path / "whole")), _task()).run(0)
+    monkeypatch.setattr(trial_module, "_SAVED_EVERY", 0.0)
+
+    class Killed(Exception):
+        pass
+
+    def kill(record):
+        if record.tokens == 192:
+            raise Killed
+
+    bench = Workbench(lab.setting(tmp_path / "cut"))
+    with pytest.raises(Killed):
+        Trial(bench, _task(), kill).run(0)
+    # The last one took the place of the one before it.
+    assert _kept(tmp_path / "cut", "t000") == [128]
+    trained = []
+    report = Trial(bench, _task(), trained.append).run(0)
+    assert [record.tokens for record in trained] == [192, 256]
+    assert (report.evaluation, report.trained) == (expected.evaluation, 128)
+    assert _kept(tmp_path / "cut", "t000") == [192]
 
 
 def test_a_trial_that_passes_rungs_leaves_a_checkpoint_at_each_for_others(lab, tmp_path):

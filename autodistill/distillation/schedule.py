@@ -17,3 +17,13 @@ def branch_point(target: int, decay: float, batch_tokens: int) -> int:
     """Tokens, in whole steps, at which the decay of a run to `target` tokens begins; one step at least decays."""
     steps = target // batch_tokens
     return (steps - max(1, round(steps * decay))) * batch_tokens
+
+
+def end_of(branch: int, decay: float, batch_tokens: int) -> int:
+    """The fewest tokens, in whole steps, whose run has its decay begin after `branch` tokens."""
+    steps = branch // batch_tokens
+    # From just below the answer: rounding moves it by a step at most.
+    target = max(steps + 1, int(steps / (1 - decay)) - 2) * batch_tokens
+    while branch_point(target, decay, batch_tokens) < branch:
+        target += batch_tokens
+    return target

@@ -18,7 +18,8 @@ class Difference:
 
     Attributes:
         metric: The figure.
-        to: What the other row is: "teacher", "quantised teacher", "baseline" or "undistilled student".
+        to: What the other row is: "teacher", "quantised teacher", "baseline" or "undistilled student"; one of other
+            tokens than the found student's says its share of a trial's, like "baseline at 100%".
         difference, stderr: In `unit`; the error is bootstrapped by document, and None for a single document.
         unit: "" is the figure's own; of a perplexity it is that of its logarithm, nats.
         documents: Number of them.
@@ -55,7 +56,7 @@ def differences(rows: Sequence[Row]) -> list[Difference]:
     if found is None or found.documents is None:
         return []
     metrics = [found.documents.get("metric", "accuracy"), *found.documents.get("others", {})]
-    others = [(_title(row), row) for row in rows if row is not found]
+    others = [(_title(row, found), row) for row in rows if row is not found]
     made = (_difference(metric, title, found, row) for metric in metrics for title, row in others)
     return [item for item in made if item is not None]
 
@@ -77,10 +78,12 @@ def _difference(metric: str, title: str, found: Row, other: Row) -> Difference |
     )
 
 
-def _title(row: Row) -> str:
+def _title(row: Row, found: Row) -> str:
     if row.kind == "teacher":
         return "teacher" if row.deployment["bits"] == 16 else "quantised teacher"
-    return "undistilled student" if row.kind == "initial" else row.kind
+    if row.kind == "initial":
+        return "undistilled student"
+    return row.kind if row.train_tokens == found.train_tokens else f"{row.kind} at {row.fidelity or 0.0:.0%}"
 
 
 def shown(items: Iterable[Difference]) -> list[list[str]]:

@@ -260,13 +260,14 @@ def _test(events: Iterable[Mapping[str, Any]], metric: str, openings: Mapping[st
             _TITLES.get(row.kind, row.kind),
             row.name,
             row.deployment_name,
+            _shown(row.fidelity, "{:.0%}"),
             _figure(row, metric),
             _shown(row.retention, "{:.1%}"),
             _shown(row.perplexity, "{:.2f}"),
         ]
         for row in rows
     ]
-    titles = ["what", "name", "deployment", metric, "retention", "perplexity"]
+    titles = ["what", "name", "deployment", "fidelity", metric, "retention", "perplexity"]
     if not lines:
         return ""
     compared = shown(differences(rows))

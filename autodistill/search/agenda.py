@@ -10,7 +10,7 @@ from autodistill.contracts import Status
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.confirmation import confirming
 from autodistill.search.admission import describe
-from autodistill.search.longer import lengthened, next_longer
+from autodistill.search.longer import TrainingOn, lengthened, next_longer, trained_on
 from autodistill.search.plan import CONFIRMED
 from autodistill.search.sampler import Sampler
 from autodistill.search.scheduler import SuccessiveHalving
@@ -67,6 +67,7 @@ class Agenda:
         self._question = question
         self._trials = trials
         self._box = box
+        self._rest = TrainingOn(question, trials, box, stages.checkpoints)
         self._sampler = sampler
         self._scheduler = scheduler
         self._stages = stages
@@ -79,27 +80,38 @@ class Agenda:
 
         Training comes first. Once nothing is left to be trained, trained students are evaluated under the deployments
         that their rungs were not judged on, the best student first: small pieces, which keep every worker busy while
-        the last trial trains. Where no trial reaches the end, the best one is kept as its last rung judged it.
+        the last trial trains. Where no trial reaches the end, the best one is kept as its last rung judged it. Beside a
+        trial that has all threads nothing runs.
         """
+        if any(trial.running and self._rest.threads(trial.task) for trial in self._trials.values()):
+            return None
         assignment = (
             self._interrupted()
             or self._baseline()
             or self._promotion(extra=False)
             or self._proposal()
+            # Where the space has no more, rungs are closed that were not.
+            or self._promotion(extra=False)
             or self._longer()
+            or self._training_on()
             or self._confirmation()
         )
         if assignment is None and self._box.deadline is not None:
-            # Time is left in the box: trials beyond the plan's number may go on.
-            assignment = self._promotion(extra=True)
+            # Time is left in the box: trials beyond the plan's number may go on, if it is not for the best.
+            idle = not any(trial.running for trial in self._trials.values())
+            if idle or not self._rest.sets_aside(self._trained()):
+                assignment = self._promotion(extra=True)
         return assignment or self._evaluation() or self._early()
 
     def _interrupted(self) -> Assignment | None:
         """A trial that was proposed but has not reached its first rung: its worker, or the whole search, was killed."""
         for trial in self._trials.values():
             waits = trial.status is None and not trial.running and trial.rung < 0
+            if not waits or self._rest.is_one(trial.task):
+                continue
             # One that goes straight to the end is itself on its way there.
-            if waits and self._affordable(trial, reserved=0.0 if trial.task.straight else self._reserve()):
+            straight = trial.task.straight
+            if self._affordable(trial, reserved=0.0 if straight else self._reserve(), whole=straight):
                 return self._assign(trial)
         return None
 
@@ -110,7 +122,8 @@ class Agenda:
             # A new search was refused where its box does not hold them; of a resumed one too little may be left, and
             # the machine may have become slower since the first of them began.
             begun = self.resumed or any(t.kind == "baseline" and not t.running for t in self._trials.values())
-            if begun and not self._box.holds(self._box.whole()):
+            known = any(t.kind == "baseline" and t.status is Status.COMPLETED for t in self._trials.values())
+            if begun and not self._holds(self._box.whole(), whole=not known):
                 self._left_out.add(trial_id)
                 takes, left = (format_duration(max(0.0, time)) for time in (self._box.whole(), self._box.left()))
                 self._notify(
@@ -144,20 +157,23 @@ class Agenda:
             return None
         trial = self._trials[trial_id]
         first = self._first()
-        if first is not None and first.rung > trial.rung and not self._affordable(trial, reserved=self._reserve()):
-            trial = first
+        if first is not None and first.rung > trial.rung:
+            beside = self._affordable(trial) and self._affordable(trial, self._reserve(), whole=True)
+            trial = trial if beside else first
         if self._stages.busy(trial, self._trials.values()):
             return None
         # What is trained beyond the plan must leave time for what the best student's rows are read for.
-        if not self._affordable(trial, reserved=self._seconds_of_best() if extra and first is None else 0.0):
+        reserved = self._rest.rows() if extra and first is None else 0.0
+        if not self._affordable(trial, reserved, whole=trial is first or extra):
             return None
         return self._assign(trial)
 
     def _first(self) -> TrialState | None:
-        """While no trial has reached the end, or is on its way there: the one that is to, the nearest to it."""
-        running = [trial for trial in self._trials.values() if trial.running]
+        """While no student has reached the end, or is on its way there: the one that is to, the nearest to it."""
+        running = [trial for trial in self._trials.values() if trial.running and trial.kind == "student"]
         last = len(self._question.plan.rungs) - 1
-        if self._trained() or any(self._assign(trial).rung == last for trial in running):
+        ended = any(trial.kind == "student" for trial in self._trained())
+        if ended or any(self._assign(trial).rung == last for trial in running):
             return None
         trial_id = self._scheduler.furthest(self.in_flight())
         if trial_id is None:
@@ -176,7 +192,7 @@ class Agenda:
             return 0.0
         above = range(first.rung + 1, len(self._question.plan.rungs))
         needs = (self._box.up_to(first.task, first.rung, rung) for rung in reversed(above))
-        return next((_SPARE * seconds for seconds in needs if self._box.holds(seconds)), 0.0)
+        return next((_SPARE * seconds for seconds in needs if self._box.holds(seconds, whole=True)), 0.0)
 
     def _early(self) -> Assignment | None:
         """Where no trial reaches the end, and nothing else is left: the best, to be kept as its last rung judged it.
@@ -221,6 +237,33 @@ class Agenda:
         )
         return self._assign(trial)
 
+    def _training_on(self) -> Assignment | None:
+        """The best trained on for what the box has left, once all others have ended: alone on all threads of a machine
+        without an accelerator, elsewhere with the next best beside it.
+        """
+        plan, first = self._question.plan, self._first()
+        if plan.longest <= 1 or not self._proposals_over() or (first and self._affordable(first, whole=True)):
+            return None
+        running = [trial for trial in self._trials.values() if trial.running]
+        if any(plan.alone or trial.task.length == 1 for trial in running):
+            return None
+        found = self._rest.next(self._trained(), {trial.task.stage for trial in running} - {""})
+        if found is None:
+            return None
+        original, assignment = found
+        trial_id, length = trained_on(original.task.id), assignment.task.length
+        # One that was begun before the search was killed goes on.
+        trial = self._trials.get(trial_id) or self._enter(
+            original.task.strategy,
+            trial_id=trial_id,
+            number=None,
+            kind=original.kind,
+            name=original.name,
+            point=None,
+            length=length,
+        )
+        return replace(assignment, task=replace(trial.task, length=length))
+
     def _confirmation(self) -> Assignment | None:
         """The best few and the best baseline on further seeds, once the trials of the plan have ended."""
         seeds = range(self._question.plan.seed + 1, self._question.plan.seed + 1 + self._question.confirm)
@@ -253,7 +296,7 @@ class Agenda:
 
     def _evaluation(self) -> Assignment | None:
         """A deployment of a trained student that nobody has looked at, of the best student first."""
-        if not self._box.holds(self._box.evaluation()):
+        if not self._box.holds(self._box.evaluation(), whole=True):
             return None
         for trial in self._trained():
             for deployment in trial.unseen:
@@ -269,11 +312,6 @@ class Agenda:
         sign = -1.0 if self._question.direction == "max" else 1.0
         ranked = sorted((-t.rung, sign * t.value, t.task.id) for t in trials if t.value is not None)
         return [self._trials[trial_id] for _, _, trial_id in ranked]
-
-    def _seconds_of_best(self) -> float:
-        """Expected seconds, all workers at it, of what is to be evaluated of the best student."""
-        count = max(1, *(len(trial.task.deployments) for trial in self._trials.values())) - 1
-        return count * self._box.evaluation() / self._question.plan.workers
 
     def _proposal(self) -> Assignment | None:
         for _ in range(_REJECTIONS_IN_A_ROW):
@@ -299,7 +337,16 @@ class Agenda:
         return self.exhausted or counted >= self._question.plan.trials
 
     def _proposals_over(self) -> bool:
-        return self._all_proposed() or not self._box.holds(self._box.first_stretch() + self._reserve())
+        first, reserve = self._box.first_stretch(), self._reserve()
+        return self._all_proposed() or not (self._holds(first) and self._box.holds(first + reserve, whole=True))
+
+    def _holds(self, seconds: float, *, whole: bool = False) -> bool:
+        """Whether the box holds so many seconds of work, all of it or without what is set aside for the best."""
+        if whole or self._rest.sets_aside(self._trained()):
+            return self._box.holds(seconds, whole=whole)
+        # Once the best was trained on, its rows have what it left.
+        after = self._rest.rows() if any(self._rest.is_one(trial.task) for trial in self._trials.values()) else 0.0
+        return self._box.holds(seconds + after, whole=True)
 
     def in_flight(self) -> set[str]:
         """Ids of the trials that a worker takes to a rung."""
@@ -311,17 +358,19 @@ class Agenda:
         extra = self._box.deadline is not None
         waiting = self._scheduler.next_to_promote(self.in_flight(), True, extra=extra)
         untouched = [t for t in self._trials.values() if t.status is None and t.rung < 0]
+        untouched = [t for t in untouched if not self._rest.is_one(t.task)]
         paused = [self._trials[waiting], self._first() or self._trials[waiting]] if waiting else []
         affordable = [t for t in (*untouched, *paused) if self._affordable(t)]
         over = started and self._proposals_over() and not affordable
+        over = over and self._rest.next(self._trained(), ()) is None
         return over and self._evaluation() is None and self._early() is None
 
     def _assign(self, trial: TrialState) -> Assignment:
         last = len(self._question.plan.rungs) - 1
         return Assignment(task=trial.task, rung=last if trial.task.straight else trial.rung + 1)
 
-    def _affordable(self, trial: TrialState, reserved: float = 0.0) -> bool:
-        return self._box.holds(self._box.expected(self._assign(trial), trial.rung) + reserved)
+    def _affordable(self, trial: TrialState, reserved: float = 0.0, *, whole: bool = False) -> bool:
+        return self._holds(self._box.expected(self._assign(trial), trial.rung) + reserved, whole=whole)
 
     def _observations(self) -> list[Observation]:
         return [

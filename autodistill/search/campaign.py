@@ -127,8 +127,10 @@ class Campaign:
         trial, plan = self.trials[assignment.task.id], self.question.plan
         if not assignment.keep:
             self.box.learn(assignment, trial.rung, sum(report.seconds.values()), report.trained)
+        # Beside one that has all threads no other worker does anything.
+        share = plan.workers if assignment.threads else 1
         for phase in self._worker_seconds:
-            self._worker_seconds[phase] += report.seconds[phase]
+            self._worker_seconds[phase] += share * report.seconds[phase]
         trial.train_seconds += report.seconds["train"]
         trial.trained_tokens += report.trained
         last = report.rung == len(plan.rungs) - 1
@@ -150,6 +152,7 @@ class Campaign:
             )
             return Decision.STOP
         trial.rung = report.rung
+        self._ended_at(trial, report.tokens)
         trial.value = value if row.feasible else None
         trial.further = tuple(row.figure(objective.figure) for objective in self.question.further)
         trial.settled = {row.deployment_name}
@@ -186,6 +189,11 @@ class Campaign:
         if trial.task.straight:
             return Decision.STOP
         return self._scheduler.report(trial.task.id, trial.rung, trial.value, further=trial.further)
+
+    def _ended_at(self, trial: TrialState, tokens: int) -> None:
+        """What was trained on for as long as the box had time is as long as it became."""
+        if trial.task.length > 1:
+            trial.task = replace(trial.task, length=tokens / self.question.plan.tokens)
 
     def _hold(self, trial: TrialState, steps: Sequence[Mapping[str, Any]]) -> None:
         """Where memory ran out, the trial goes on with as many sequences at once as its last step had."""
@@ -304,6 +312,7 @@ class Campaign:
             elif event["event"] == "rung":
                 trial = self.trials[event["trial"]]
                 trial.rung, trial.value, trial.further = event["rung"], event["value"], tuple(event.get("further", ()))
+                self._ended_at(trial, event["tokens"])
                 trial.train_seconds += event["seconds"]["train"]
                 trial.trained_tokens += event.get("trained", 0)
                 trial.settled = {row.deployment_name for row in rows if row.trial == event["trial"]}

@@ -26,6 +26,7 @@ from autodistill.records.objectives import Objective, objectives_of
 from autodistill.records.store import RunFolder
 from autodistill.records.stored_run import check_free, pull
 from autodistill.search.asked import Asked, ask
+from autodistill.search.plan import EXPLORE
 from autodistill.search.possible import check_teacher, narrowed, shortest_context
 from autodistill.search.request import (
     DEFAULT_DATA,
@@ -43,6 +44,7 @@ from autodistill.units import Budget
 
 _SEEDS = 2**32
 _MANY = 10_000
+_LEAST_EXPLORED = 0.1
 _SHORTEST = 8  # tokens of a sequence: fewer give a model nothing to predict from
 
 
@@ -65,6 +67,7 @@ class Checked:
     sampler: str
     sequence_length: int
     warm_start: tuple[str, ...]
+    explore: float
     confirm: int
     seed: int
     spec: ModelSpec
@@ -146,6 +149,7 @@ def check_request(request: SearchRequest) -> Checked:
         sampler=sampler,
         sequence_length=length,
         warm_start=parse_runs(request.warm_start) if request.warm_start is not None else _warmed_by(known),
+        explore=_explore(request, known, space),
         confirm=request.confirm if request.confirm is not None else known.get("confirm", 0),
         seed=request.seed if request.seed is not None else known.get("seed", 0),
         spec=spec,
@@ -166,6 +170,41 @@ def check_request(request: SearchRequest) -> Checked:
 def _first(*given: str | None) -> str:
     """What is asked, or was before, or is the default; an empty text is asked too, and refused for what it is."""
     return next(one for one in given if one is not None)
+
+
+def _explore(request: SearchRequest, known: Mapping[str, Any], space: Space) -> float:
+    """Share of the time for training that goes to trials, on resuming as before; all of it where nothing is left of the
+    box for training the best on.
+    """
+    asked = request.explore
+    if asked is not None and not _LEAST_EXPLORED <= asked <= 1:
+        raise InputError(f"--explore is a share from {_LEAST_EXPLORED:g} to 1, which trains nothing on, not {asked:g}")
+    if known:
+        before = known.get("explore", 1.0)
+        if asked not in (None, before):
+            raise InputError(
+                f"the run {request.name!r} was planned with --explore {before:g}, not {asked:g}: resume it without it, "
+                "or start a new run under another --name"
+            )
+        if known.get("plan", {}).get("longest", 1.0) > 1 and request.confirm:
+            raise InputError(
+                f"the run {request.name!r} trained its best on in the rest of its box, so that --confirm, which trains "
+                "again what the plan's tokens gave, would not compare the same: start a new run with --confirm"
+            )
+        return float(before)
+    taken = {
+        "--confirm trains the best again on further seeds": bool(request.confirm),
+        f"the space {space.name} says how far the best are trained on (lengths)": len(space.lengths) > 1,
+        "--trials and --tokens fix the work, and there is no time box": bool(
+            request.trials and request.tokens and request.time_seconds is None
+        ),
+    }
+    why = next((reason for reason, holds in taken.items() if holds), None)
+    if why is not None and asked is not None and asked < 1:
+        raise InputError(f"--explore {asked:g} leaves time for training the best on, but {why}: leave one of them out")
+    if why is not None or request.strategy is not None:
+        return 1.0
+    return EXPLORE if asked is None else asked
 
 
 def _at_context(request: SearchRequest, known: Mapping[str, Any], spec: ModelSpec, space: Space) -> SearchRequest:

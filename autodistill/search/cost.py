@@ -28,7 +28,7 @@ def cost(plan: Plan, machines: Sequence[Machine], price: Price | None) -> dict[s
     held = [machine for machine in machines if machine.gpus] if gpus else machines
     hours = {
         "machine_hours": len(held) * whole,
-        "worker_hours": plan.workers * plan.seconds.get("trials", 0.0) / 3600,
+        "worker_hours": plan.workers * sum(plan.seconds.get(phase, 0.0) for phase in ("trials", "longer")) / 3600,
         "gpu_hours": gpus * whole,
     }
     if price is None:

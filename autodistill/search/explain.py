@@ -37,7 +37,8 @@ class Explanation:
             of values at the first rung, which every trial reports. Empty where there were too few.
         results: Trials with such a value.
         rejected: How many proposals were rejected, by reason.
-        stopped: How many trials ended at each rung, by its tokens; the last are those at full fidelity.
+        stopped: How many trials ended at each rung, by its tokens; those at full fidelity, and
+            what was trained on, come last.
         failed: How many trials failed, by cause.
         retried: How many pieces of work failed once and were given out again, by cause.
         tokens_trained: Training tokens of all trials up to where each ended, those of shared stages counted once.

@@ -348,13 +348,8 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
     initial, _ = initial_student(setting, strategy.init, question.plan.seed)
     add(initial.to(setting.device), None, "initial", "undistilled student", deployment, strategy)
     del initial
-    add(finisher.load(best), best, best.kind, best.name, deployment, strategy)
-    baseline = _best_baseline(rows, finisher, best)
-    if baseline is not None and baseline.trial != best.trial:
-        packing = Deployment.from_json(baseline.deployment)
-        add(
-            finisher.load(baseline), baseline, "baseline", baseline.name, packing, Strategy.from_json(baseline.strategy)
-        )
+    for row, packing in ((best, deployment), *_compared(best, rows, finisher)):
+        add(finisher.load(row), row, row.kind, row.name, packing, Strategy.from_json(row.strategy))
     return tuple(results)
 
 
@@ -371,21 +366,43 @@ def _spent(finisher: Finisher) -> tuple[str, ...]:
     )
 
 
-def _best_baseline(rows: Sequence[Row], finisher: Finisher, best: Row) -> Row | None:
-    """The best baseline of as many tokens as the best student; of any where none was trained so far."""
-    metric = finisher.question.metric
-    baselines = [row for row in trained_rows(rows, metric, finisher.has) if row.kind == "baseline"]
-    baselines = [row for row in baselines if row.train_tokens == best.train_tokens] or baselines
-    ranked = rank(baselines, metric, finisher.question.direction)
-    return ranked[0].row if ranked else None
+def _compared(best: Row, rows: Sequence[Row], finisher: Finisher) -> list[tuple[Row, Deployment]]:
+    """What the best student is held to: the best baseline of as many tokens, under the deployment that suits it best.
+
+    Where there is none, as the best was trained on, the best of those that had as many as it had before: and the best
+    student as it was then, packed as it is now.
+    """
+    question = finisher.question
+    trained = trained_rows(rows, question.metric, finisher.has)
+    if best.kind == "baseline":
+        return []
+
+    def first(tokens: int | None = None) -> list[tuple[Row, Deployment]]:
+        """The best baseline, of so many tokens."""
+        found = [row for row in trained if row.kind == "baseline" and tokens in (None, row.train_tokens)]
+        ranked = rank(found, question.metric, question.direction)[:1]
+        return [(one.row, Deployment.from_json(one.row.deployment)) for one in ranked]
+
+    if baseline := first(best.train_tokens):
+        return baseline
+    same = [row for row in trained if row.kind == best.kind and (row.strategy, row.seed) == (best.strategy, best.seed)]
+    for row in sorted(same, key=lambda row: row.train_tokens or 0, reverse=True):
+        if row.train_tokens != best.train_tokens and (baseline := first(row.train_tokens)):
+            return [*baseline, (row, Deployment.from_json(best.deployment))]
+    return first()
 
 
 def _gain(test: Sequence[Row], direction: Direction) -> tuple[float, float] | None:
-    """By how much the found student is better than the baseline, paired by document, and its standard error."""
-    pair = {row.kind: row for row in test if row.kind in DISTILLED}
-    if len(pair) < 2:
+    """By how much the found student is better than the baseline, paired by document, and its standard error.
+
+    Where the best was trained on further than the baseline, it is the one of as many tokens that is compared.
+    """
+    students, baselines = ([row for row in test if row.kind == kind] for kind in ("student", "baseline"))
+    pairs = [(one, other) for one in students for other in baselines if one.train_tokens == other.train_tokens]
+    pairs = pairs or [(one, other) for one in students for other in baselines]
+    if not pairs:
         return None
-    found, baseline = pair["student"].documents, pair["baseline"].documents
+    found, baseline = (row.documents for row in pairs[0])
     assert found is not None
     assert baseline is not None
     sign = 1 if direction == "max" else -1
@@ -448,8 +465,8 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
         )
     if best.fidelity is not None and best.fidelity > 1 + 1e-9:
         notes.append(
-            f"the best student was trained for {best.fidelity:.0%} of the plan's tokens ({best.train_tokens:,}); those "
-            "at 100% are compared with each other, and its baseline is the one of as many tokens where there is one"
+            f"the best student was trained for {best.fidelity:.0%} of a trial's tokens ({best.train_tokens:,}); the "
+            "gain over the baseline is of students of equal tokens where both were trained to as many"
         )
     if best.kind == "baseline" and best.full and question.space.dimensions:
         notes.append("no searched strategy beat the baseline")

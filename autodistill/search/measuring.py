@@ -43,7 +43,9 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
     """
     request = checked.request
     all_tokens = loaded.data.splits["train"].sequences * checked.sequence_length
-    train_tokens = all_tokens if request.tokens else min(all_tokens, most_cached(checked, loaded))
+    # How many tokens a trial may have is not asked where that is fixed and nothing is trained on.
+    cached = all_tokens if request.tokens and checked.explore == 1 else most_cached(checked, loaded)
+    train_tokens = all_tokens if request.tokens else min(all_tokens, cached)
     teacher = loaded.load_teacher()
     outputs = None if loaded.device == "cpu" else time_outputs(checked, loaded, teacher)
     students = by_size(checked.space, loaded.spec)
@@ -65,6 +67,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         sequence_length=checked.sequence_length,
         checkpointing=loaded.fit.checkpointing,
         sizes=_sizes(checked, loaded, train_tokens),
+        alone=checked.explore < 1,
     )
     if outputs is not None:
         speed = outputs.into(speed)
@@ -98,6 +101,8 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         step_tokens=loaded.step_tokens,
         confirm=checked.confirm,
         longest=max(checked.space.lengths),
+        explore=checked.explore,
+        cached_tokens=cached,
     )
     demand, speed, stepped = _with_step(checked, loaded, demand, speed, rates)
     check_box(demand, speed, loaded.workers)

@@ -32,6 +32,7 @@ def measure_speed(
     sequence_length: int = SEQUENCE_LENGTH,
     checkpointing: bool = False,
     sizes: Sequence[int] = (1,),
+    alone: bool = False,
 ) -> tuple[Speed, dict[int, float]]:
     """Times the teacher's forward and training steps of the largest student, on random tokens.
 
@@ -45,6 +46,7 @@ def measure_speed(
         sequence_length: Tokens of a sequence.
         checkpointing: Whether a step computes activations twice.
         sizes: Sequences that each process trains on in a step, in one pass; ascending.
+        alone: Whether a worker may train with nothing beside it, so that this is timed too.
 
     Returns:
         The speed, with steps of the first size; and training tokens per second by size, up to the first that is not
@@ -70,8 +72,12 @@ def measure_speed(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.set_num_threads(workers.threads)
     rates = _growing(passes.train_rate, sizes)
+    whole = 0.0
+    if alone and workers.alone:
+        torch.set_num_threads(workers.alone)
+        whole = passes.train_rate(sizes[0], beside=1)
     torch.set_num_threads(threads)
-    speed = Speed(cache=cache, score=full, worker_train=rates[sizes[0]], worker_score=worker_score)
+    speed = Speed(cache=cache, score=full, worker_train=rates[sizes[0]], worker_score=worker_score, alone=whole)
     return speed, rates
 
 
@@ -117,8 +123,9 @@ class _Passes:
         _, largest = seconds(self._tokens)
         return sequences * length / seconds(largest * length)[0]
 
-    def train_rate(self, size: int) -> float:
+    def train_rate(self, size: int, beside: int | None = None) -> float:
         """Tokens per second of forward and backward passes over `size` sequences, by all workers beside each other."""
+        beside = self._workers.beside if beside is None else beside
 
         def step(index: int) -> None:
             with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._workers.bf16):
@@ -127,11 +134,11 @@ class _Passes:
 
         def seconds() -> float:
             began = time.perf_counter()
-            list(pool.map(step, range(self._workers.beside)))
+            list(pool.map(step, range(beside)))
             _wait(self._device)
             return time.perf_counter() - began
 
-        with ThreadPoolExecutor(self._workers.beside) as pool:
+        with ThreadPoolExecutor(beside) as pool:
             seconds()
             fastest = min(seconds() for _ in range(1 if self._device == "cpu" else _TIMED))
         # Each process of a trial trains on sequences of its own.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from autodistill.contracts import SEQUENCE_LENGTH, Plan
+from autodistill.distillation.schedule import branch_point
 from autodistill.errors import InputError
 from autodistill.search.share import Workers
 from autodistill.units import format_duration
@@ -28,6 +29,17 @@ _FINALISTS = 2
 CONFIRMED = 3  # students that are trained on further seeds, where that is asked for
 # Share of the box that is planned; the rest absorbs a machine that slows down.
 _PLANNED_SHARE = 0.93
+EXPLORE = 0.5
+"""Share of the time for training that goes to trials, by default; in the rest the best are trained on."""
+WORTHWHILE = 1.25
+"""Nothing is trained on to fewer than so many times the plan's tokens: more than half would go into a second decay."""
+# Passes over the data up to which repeating it teaches about as much as new text (Muennighoff et al., 2023,
+# arXiv:2305.16264).
+_PASSES = 4
+FURTHER = 2.0
+"""So many times as far as planned the best may be trained on, where trials leave more of the box than was expected."""
+# What caching and training take beyond what was timed: writing, the optimiser, reading.
+_CACHING, _TRAINING = 1.4, 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +51,7 @@ class Speed:
         score: Teacher forward in float32, on all threads.
         worker_train: A training step of the largest student, as large as the plan's are, on one of all busy workers.
         worker_score: Its forward in float32, likewise.
+        alone: A training step of one worker on all threads, with nothing beside it; 0 where that was not timed.
         asked: Seconds, not a rate: what is measured beside the scores takes so long for each evaluation, on a worker.
     """
 
@@ -47,6 +60,12 @@ class Speed:
     worker_train: float
     worker_score: float
     asked: float = 0.0
+    alone: float = 0.0
+
+    @property
+    def train_on(self) -> float:
+        """Of a worker that trains the best on."""
+        return max(self.alone, self.worker_train)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +80,16 @@ class Demand:
         teacher_deployments: That the teacher is evaluated under.
         deployments: That a student at full fidelity is evaluated under, at most.
         train_tokens, validation_tokens, test_tokens: Tokens there are.
+        cached_tokens: Training tokens of which the teacher's outputs may be kept, as many as of a trial at least.
         parameters: Of the teacher.
         seed: Of the search.
         ray: Whether workers are processes of their own.
         sequence_length: Tokens of a sequence.
         step_tokens: Of an optimiser step, whole sequences.
         confirm: Further seeds that the best few and the best baseline are trained on.
-        longest: How many times a trial's tokens the best are trained on to; their time is what the box has left.
+        longest: How many times a trial's tokens the best are trained on to, as the space asks for; their time is what
+            the box has left.
+        explore: Share of the time for training that goes to trials; in the rest the best are trained on.
     """
 
     box_seconds: float | None
@@ -87,6 +109,8 @@ class Demand:
     step_tokens: int = SEQUENCE_LENGTH
     confirm: int = 0
     longest: float = 1.0
+    explore: float = 1.0
+    cached_tokens: float = math.inf
 
 
 def step_sequences(rates: Mapping[int, float], steps: Callable[[int], int]) -> int:
@@ -126,7 +150,7 @@ def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
         _, evaluated, _ = _eval_tokens(asked, speed)
         rounds = max(1, math.ceil(demand.baselines / workers.count))
         training = rounds * trial_seconds(tokens, evaluated, demand.parameters, speed, judged=False)
-        return sum(_fixed_seconds(asked, speed, tokens).values()) + training <= box
+        return sum(_fixed_seconds(asked, speed, int(demand.longest * tokens)).values()) + training <= box
 
     if demand.box_seconds is None or holds(demand.box_seconds):
         return
@@ -149,8 +173,9 @@ def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
 def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
     """Fixes trials, rungs and tokens; `Plan.notes` says what the box could not hold.
 
-    Baseline, evaluation and export are reserved first. What is left goes to trials: as many tokens at full fidelity as
-    the box holds for a dozen trials, at most one pass over the data; then more trials.
+    Baseline, evaluation and export are reserved first, and of what is left a share for training the best on. The rest
+    goes to trials: as many tokens at full fidelity as it holds for a dozen trials, at most one pass over the data; then
+    more trials.
     """
     notes = []
     batch = demand.step_tokens
@@ -172,14 +197,23 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
         while demand.trials is None and tokens < _FEWEST_STEPS * batch and trials > 3:
             trials -= 1
             tokens = _most_tokens(demand, speed, workers, trials)
-        if demand.trials is None and tokens > most:
-            trials = _most_trials(demand, speed, workers, most)
+        # Trials too short to choose by would leave nothing that is worth training on.
+        least = _FEWEST_STEPS // 2 * batch
+        if tokens < least:
+            tokens = max(tokens, min(least, _most_tokens(replace(demand, explore=1.0), speed, workers, trials)))
+        # Data, or one trial's way to the end, may bound its tokens: then there is time for more trials.
+        path, shared = _path(demand, speed, trials, tokens), _shared(demand, speed, trials, tokens)
+        if demand.trials is None and (tokens > most or path > shared / workers.count):
+            trials = max(trials, _most_trials(demand, speed, workers, min(tokens, most)))
         tokens = max(fewest_tokens(batch), min(tokens, most))
         if trials < _TRIALS and demand.trials is None:
             notes.append(f"the box holds {trials} trials; {_TRIALS} are usual: give it more --time")
         if tokens < _FEWEST_STEPS * batch:
             notes.append(f"{tokens // batch} optimiser steps a trial hardly tell strategies apart: give it more --time")
     plan = _build(demand, speed, workers, trials, tokens, tuple(notes))
+    if demand.explore < 1 and plan.longest == 1:
+        # What would be set aside is of no use to the best: trials have all of it.
+        return make_plan(replace(demand, explore=1.0), speed, workers)
     expected = sum(plan.seconds.values())
     if demand.box_seconds is not None and expected > demand.box_seconds:
         short = format_duration(expected - demand.box_seconds)
@@ -198,9 +232,13 @@ def extend(plan: Plan, trials: int) -> Plan:
     return replace(plan, trials=trials, keep=_keep(trials, len(plan.rungs)))
 
 
-def more_trials(plan: Plan, parameters: int, speed: Speed, seconds: float) -> int:
-    """How many more trials so many further seconds hold, export and test left out."""
+def more_trials(plan: Plan, parameters: int, speed: Speed, seconds: float, explore: float = 1.0) -> int:
+    """How many more trials so many further seconds hold, export and test left out.
+
+    What is not their share goes to training the best on, as long as was planned at most.
+    """
     usable = seconds * _PLANNED_SHARE - sum(plan.seconds.get(phase, 0.0) for phase in ("workers", "export", "test"))
+    usable -= min((1 - explore) * usable, plan.seconds.get("longer", 0.0))
     per_trial = 0.0
     # Of a good many trials the shares that go past each rung are those of `_keep`.
     shares = (1.0, *(kept / 900 for kept in _keep(900, len(plan.rungs))))
@@ -247,7 +285,10 @@ def _eval_tokens(demand: Demand, speed: Speed) -> tuple[int, int, int]:
 def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int, notes: tuple[str, ...]) -> Plan:
     rungs = rung_tokens(tokens, demand.step_tokens)
     rung_eval, full_eval, test = _eval_tokens(demand, speed)
-    fixed = _fixed_seconds(demand, speed, tokens)
+    longest, longer = _rest(demand, speed, workers, trials, tokens)
+    data = _data_tokens(demand, tokens, longest)
+    fixed = _fixed_seconds(demand, speed, data)
+    seconds = {**fixed, "trials": _trial_seconds(demand, speed, workers, trials, tokens)}
     return Plan(
         trials=trials,
         tokens=tokens,
@@ -267,24 +308,78 @@ def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: 
         bf16=workers.bf16,
         seed=demand.seed,
         box_seconds=demand.box_seconds,
-        seconds={**fixed, "trials": _trial_seconds(demand, speed, workers, trials, tokens)},
+        seconds=seconds | ({"longer": longer} if longer else {}),
         notes=notes,
+        longest=min(FURTHER * longest, _most_passes(demand)) / tokens if longer else 1.0,
+        alone=workers.alone if longer and speed.alone > speed.worker_train else 0,
+        data_tokens=data if longer else 0,
     )
 
 
-def _fixed_seconds(demand: Demand, speed: Speed, tokens: int) -> Mapping[str, float]:
-    """Expected seconds of all phases but the trials."""
+def _longer(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> tuple[int, float]:
+    """Tokens that the best is trained on to in its share of the time for training, and expected seconds of that."""
+    if demand.box_seconds is None or demand.explore == 1:
+        return tokens, 0.0
+    share = (1 - demand.explore) / demand.explore
+    return _trained_on(demand, speed, tokens, share * _trial_seconds(demand, speed, workers, trials, tokens))
+
+
+def _rest(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> tuple[int, float]:
+    """The same in all that a plan of these trials leaves of the box, as they and their tokens are whole numbers."""
+    if demand.box_seconds is None or demand.explore == 1:
+        return tokens, 0.0
+    fixed = sum(_fixed_seconds(demand, speed, tokens).values())
+    free = demand.box_seconds * _PLANNED_SHARE - fixed - _trial_seconds(demand, speed, workers, trials, tokens)
+    # Every further token is cached as well, once, as far as there are any.
+    caching, training = _CACHING / speed.cache, _TRAINING / speed.train_on
+    most, seconds = _trained_on(demand, speed, tokens, free * training / (training + caching))
+    data = _data_tokens(demand, tokens, most)
+    if most <= data:
+        return most, seconds
+    return _trained_on(demand, speed, tokens, free - caching * (data - tokens))
+
+
+def _data_tokens(demand: Demand, tokens: int, longest: int) -> int:
+    """Training tokens of the text of a search whose trials have `tokens`, and whose best is trained on to `longest`."""
+    held = int(min(longest, demand.train_tokens, demand.cached_tokens)) // demand.step_tokens * demand.step_tokens
+    return max(tokens, int(demand.longest * tokens), held)
+
+
+def _most_passes(demand: Demand) -> int:
+    """Training tokens beyond which the text has been seen as often as is of use, in whole steps."""
+    text = min(demand.train_tokens, max(demand.tokens or 0, demand.cached_tokens))
+    return int(_PASSES * text) // demand.step_tokens * demand.step_tokens
+
+
+def _trained_on(demand: Demand, speed: Speed, tokens: int, seconds: float) -> tuple[int, float]:
+    """Tokens that a student of so many is trained on to in so many seconds of a worker, and what that takes.
+
+    Its own tokens and 0.0 where that is not worth it.
+    """
+    _, evaluated, _ = _eval_tokens(demand, speed)
+    branch = branch_point(tokens, _DECAY, demand.step_tokens)
+    held = branch + trained_in(seconds, evaluated, demand.parameters, speed.train_on, speed)
+    held = min(held // demand.step_tokens * demand.step_tokens, _most_passes(demand))
+    if held < WORTHWHILE * tokens:
+        return tokens, 0.0
+    evaluation = evaluation_seconds(evaluated, demand.parameters, speed)
+    return held, _TRAINING * (held - branch) / speed.train_on + evaluation
+
+
+def _fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, float]:
+    """Expected seconds of all phases but training, with the teacher's outputs for so many tokens."""
     _, full_eval, test = _eval_tokens(demand, speed)
     # Packing, writing, reading back and running a student: seconds a weight, measured on one core of a server.
     per_weight = 1.6e-7
     return {
         "load": demand.spent_seconds,
-        "cache": min(demand.longest * tokens, demand.train_tokens) / speed.cache * 1.4 + full_eval / speed.score,
+        "cache": min(cached, demand.train_tokens) / speed.cache * _CACHING + full_eval / speed.score,
         "teacher": demand.teacher_deployments * (full_eval / speed.score + 8e-9 * demand.parameters + speed.asked),
         "workers": 15.0 if demand.ray else 0.0,
         "export": 12.0 + per_weight * demand.parameters,
-        # The teacher up to three times, the undistilled student, the found one and the baseline.
-        "test": 6 * (test / speed.score + 1e-8 * demand.parameters + speed.asked),
+        # The teacher up to three times, the undistilled student, the found one, that as it was after a trial's tokens
+        # if it was trained on, and the baseline; each is loaded and packed.
+        "test": (6 if demand.explore == 1 else 7) * (test / speed.score + 3e-8 * demand.parameters + speed.asked),
     }
 
 
@@ -299,7 +394,12 @@ def trial_seconds(tokens: int, eval_tokens: int, parameters: int, speed: Speed, 
         judged: Whether the stretch ends at a rung that trains on afterwards, so that its decay is extra work.
     """
     train = tokens * (1 + (_DECAY if judged else 0)) / speed.worker_train
-    return 1.1 * train + evaluation_seconds(eval_tokens, parameters, speed)
+    return _TRAINING * train + evaluation_seconds(eval_tokens, parameters, speed)
+
+
+def trained_in(seconds: float, eval_tokens: int, parameters: int, rate: float, speed: Speed) -> int:
+    """Tokens that a worker trains on in so many seconds, of `rate` a second as timed, with an evaluation at the end."""
+    return int((seconds - evaluation_seconds(eval_tokens, parameters, speed)) * rate / _TRAINING)
 
 
 def evaluation_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float:
@@ -308,7 +408,33 @@ def evaluation_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float
 
 
 def _trial_seconds(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:
-    """Expected seconds of all trials, and of the best one's other deployments, shared out over the workers."""
+    """Expected seconds of all trials, and of the best one's other deployments.
+
+    Shared out over the workers, but never less than one trial takes to the end, and what follows it.
+    """
+    rows = _rows(demand, speed) / workers.count
+    return max(_shared(demand, speed, trials, tokens) / workers.count, _path(demand, speed, trials, tokens) + rows)
+
+
+def _rows(demand: Demand, speed: Speed) -> float:
+    """Expected seconds of the best one's other deployments, one after another."""
+    _, full_eval, _ = _eval_tokens(demand, speed)
+    return (demand.deployments - 1) * evaluation_seconds(full_eval, demand.parameters, speed)
+
+
+def _path(demand: Demand, speed: Speed, trials: int, tokens: int) -> float:
+    """Expected seconds of one trial that passes every rung, or of a baseline where nothing else is trained."""
+    rungs = rung_tokens(tokens, demand.step_tokens) if trials else (tokens,)
+    rung_eval, full_eval, _ = _eval_tokens(demand, speed)
+    stretches = [(rung - reached, rung == tokens) for rung, reached in zip(rungs, (0, *rungs), strict=False)]
+    return sum(
+        trial_seconds(stretch, full_eval if last else rung_eval, demand.parameters, speed, judged=not last)
+        for stretch, last in stretches
+    )
+
+
+def _shared(demand: Demand, speed: Speed, trials: int, tokens: int) -> float:
+    """Expected seconds of all trials, and of the best one's other deployments, one after another."""
     rungs = rung_tokens(tokens, demand.step_tokens)
     keep = _keep(trials, len(rungs))
     rung_eval, full_eval, _ = _eval_tokens(demand, speed)
@@ -319,14 +445,15 @@ def _trial_seconds(demand: Demand, speed: Speed, workers: Workers, trials: int, 
         last = rung == tokens
         eval_tokens = full_eval if last else rung_eval
         total += count * trial_seconds(rung - reached, eval_tokens, demand.parameters, speed, judged=not last)
-    total += (demand.deployments - 1) * evaluation_seconds(full_eval, demand.parameters, speed)
-    return total / workers.count
+    return total + _rows(demand, speed)
 
 
 def _left(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:
     assert demand.box_seconds is not None
-    fixed = sum(_fixed_seconds(demand, speed, tokens).values())
-    return demand.box_seconds * _PLANNED_SHARE - fixed - _trial_seconds(demand, speed, workers, trials, tokens)
+    longest, longer = _longer(demand, speed, workers, trials, tokens)
+    fixed = sum(_fixed_seconds(demand, speed, _data_tokens(demand, tokens, longest)).values())
+    training = _trial_seconds(demand, speed, workers, trials, tokens) + longer
+    return demand.box_seconds * _PLANNED_SHARE - fixed - training
 
 
 def _most_tokens(demand: Demand, speed: Speed, workers: Workers, trials: int) -> int:

@@ -100,6 +100,7 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
         teacher_accuracy=setting.teacher_accuracy,
         metric=checked.metric,
         direction=checked.direction,
+        explore=checked.explore,
         confirm=checked.confirm,
         further=checked.objectives[1:],
         served_on=checked.device,
@@ -121,7 +122,7 @@ def _extended(checked: Checked, plan: Plan, spec: ModelSpec, speed: Speed) -> Pl
     assert checked.stored is not None
     trials = request.trials or plan.trials
     if request.trials is None and request.time_seconds is not None and "seconds" in checked.stored:
-        trials += more_trials(plan, spec.parameters, speed, request.time_seconds)
+        trials += more_trials(plan, spec.parameters, speed, request.time_seconds, checked.explore)
     return extend(plan, trials)
 
 
@@ -137,7 +138,13 @@ def _here(plan: Plan, loaded: Loaded) -> Plan:
             f"the run's trials are trained by {plan.processes} processes each, not {workers.processes}: resume it with "
             "the same --gpus-per-trial, or --cpus-per-trial"
         )
-    return replace(plan, workers=workers.count, gpus=workers.gpus, threads=min(plan.threads, workers.threads))
+    return replace(
+        plan,
+        workers=workers.count,
+        gpus=workers.gpus,
+        threads=min(plan.threads, workers.threads),
+        alone=workers.alone if plan.alone else 0,
+    )
 
 
 def _check_fingerprints(checked: Checked, loaded: Loaded) -> None:
@@ -194,6 +201,7 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "directions": {one.name: one.direction for one in checked.objectives if one.trained},
         "asked": dict(checked.asked.record),
         "sampler": checked.sampler,
+        "explore": checked.explore,
         "confirm": checked.confirm,
         "warm_start": {"runs": list(checked.warm_start)},
         "seed": checked.seed,

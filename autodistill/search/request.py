@@ -39,6 +39,8 @@ class SearchRequest:
         step_tokens: Training tokens of an optimiser step, whole sequences; one sequence by default, and on an
             accelerator as many as make it fast.
         time_seconds: The time box; on resuming a finished search, of what it is extended by.
+        explore: Share of a time box's training that goes to trials; in the rest the best are trained on. By default
+            half, and all of it where the space has lengths of its own or `confirm` takes the rest.
         confirm: Further seeds on which the best few are trained before one is chosen; none by default.
         seed: Of data order, projections and proposals.
         name: Of the run; a date and time by default.
@@ -82,6 +84,7 @@ class SearchRequest:
     step_tokens: int | None = None
     warm_start: str | None = None
     time_seconds: float | None = None
+    explore: float | None = None
     confirm: int | None = None
     seed: int | None = None
     name: str | None = None

@@ -40,6 +40,7 @@ class Workers:
         processes: Of one trial.
         gpus: Of each process.
         side_by_side: Processes that share a GPU, or a machine's cores; all by default.
+        alone: CPU threads of a worker that trains with no other beside it; 0 where it could have no more.
     """
 
     count: int
@@ -49,6 +50,7 @@ class Workers:
     processes: int = 1
     gpus: float = 1.0
     side_by_side: int | None = None
+    alone: int = 0
 
     @property
     def beside(self) -> int:
@@ -160,6 +162,7 @@ def share_out(machines: Sequence[Machine], training_bytes: int, runner: str, sha
         device="cpu",
         processes=share.processes,
         side_by_side=max(places),
+        alone=places[0] * threads if len(places) == 1 and places[0] > 1 and share.processes == 1 else 0,
     )
 
 

@@ -51,6 +51,11 @@ class StageKeeper:
         branch = branch_point(self._plan.rungs[rung], self._plan.decay, self._plan.batch_tokens)
         return self._stages.holds(trial.task.stage or trial.task.id, branch)
 
+    def checkpoints(self, trial: TrialState) -> list[int]:
+        """Tokens of the checkpoints that a trial may go on from, the furthest first."""
+        stage = trial.task.stage or trial.task.id
+        return sorted((one.tokens for one in self._stages.checkpoints() if one.stage == stage), reverse=True)
+
     def busy(self, trial: TrialState, trials: Iterable[TrialState]) -> bool:
         """Whether another trial is training the stretch of this trial's stage that would be next.
 
@@ -128,7 +133,11 @@ class StageKeeper:
     def _best(self, trials: Collection[TrialState]) -> list[TrialState]:
         usable = [trial for trial in trials if trial.task.stage and self._value(trial) > -math.inf]
         usable = [trial for trial in usable if trial.status is not Status.FAILED]
-        return sorted(usable, key=lambda trial: (-self._value(trial), trial.task.id))[:FEW]
+        best: dict[str, TrialState] = {}
+        for trial in sorted(usable, key=lambda trial: (-self._value(trial), trial.task.id)):
+            # What is trained on further has the stage of that which it goes on from.
+            best.setdefault(trial.task.stage, trial)
+        return list(best.values())[:FEW]
 
     def _worth(self, trials: Iterable[TrialState]) -> dict[str, tuple[int, float]]:
         worth: dict[str, tuple[int, float]] = {}

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 from autodistill.distillation.schedule import branch_point
-from autodistill.search.plan import evaluation_seconds, trial_seconds
+from autodistill.search.plan import evaluation_seconds, trained_in, trial_seconds
 from autodistill.search.trials import Assignment, Question
 from autodistill.trial_data import TrialTask
 
 
 class TimeBox:
     """The time that is left for trials.
+
+    Some of it is set aside for training the best on, and nothing else takes it; less than planned where less is left
+    when the trials begin than was expected.
 
     Args:
         question: Has the plan and the measured speed.
@@ -21,24 +25,65 @@ class TimeBox:
 
     def __init__(self, question: Question, deadline: float | None) -> None:
         self.deadline = deadline
+        self._aside = 0.0
+        if deadline is not None and question.plan.longest > 1:
+            share = (1 - question.explore) * max(0.0, deadline - time.monotonic())
+            self._aside = min(question.plan.seconds["longer"], share)
         self._question = question
         self._slowness = 1.0
+        # Seconds that work took, and was expected to take, of late.
+        self._took = self._expected = 0.0
         self._closed = False
 
-    def holds(self, seconds: float) -> bool:
-        """Whether work that is expected to take so many seconds still ends in time."""
-        return seconds <= self.left()
+    def holds(self, seconds: float, *, whole: bool = False) -> bool:
+        """Whether work that is expected to take so many seconds still ends in time.
 
-    def left(self) -> float:
+        Args:
+            seconds: Of a worker.
+            whole: Whether it may take what is set aside.
+        """
+        return seconds <= self.left(whole=whole)
+
+    def left(self, *, whole: bool = False) -> float:
         """Seconds of work, as it is expected, that still end in time; infinite without a box."""
         if self._closed:
             return -math.inf
         if self.deadline is None:
             return math.inf
-        # What follows the trials will be as slow as they are.
+        aside = 0.0 if whole else self._aside
+        return (self.deadline - self._after() - aside - time.monotonic()) / self._slowness
+
+    def trained_in(self, after: float, *, alone: bool) -> int:
+        """Tokens that a worker may train on before an evaluation and `after` seconds more, in all that is left.
+
+        0 without a box, or where nothing is to start any more.
+
+        Args:
+            after: Seconds of work that is to follow.
+            alone: Whether it trains on all threads.
+        """
+        question, speed = self._question, self._question.speed
+        rate = speed.train_on if alone else speed.worker_train
+        if self._closed or self.deadline is None:
+            return 0
+        seconds = (self.deadline - self._after() - time.monotonic()) / self._usual() - after
+        return max(0, trained_in(seconds, question.plan.eval_tokens, question.teacher_spec.parameters, rate, speed))
+
+    def until(self, seconds: float) -> float | None:
+        """`time.time()` after which so many seconds of work, as expected, no longer end in time; None without a box."""
+        if self.deadline is None:
+            return None
+        return time.time() + self.deadline - self._after() - seconds * self._usual() - time.monotonic()
+
+    def _after(self) -> float:
+        """Seconds that what follows the trials is expected to take longer than planned, being as slow as they are."""
         planned = self._question.plan.seconds
         after = sum(planned.get(phase, 0.0) for phase in ("export", "test"))
-        return (self.deadline - time.monotonic() - after * max(0.0, self._slowness - 1)) / self._slowness
+        return after * (self._usual() - 1)
+
+    def _usual(self) -> float:
+        """How many times as long as expected work took of late, all of it together: short work is often far slower."""
+        return max(1.0, self._took / self._expected) if self._expected else 1.0
 
     def close(self) -> None:
         """Nothing is to start any more."""
@@ -57,7 +102,7 @@ class TimeBox:
             # Likewise of the plan's tokens, if it shares that stage.
             start = branch_point(target, plan.decay, plan.batch_tokens) if work.task.stage else 0
             target = plan.tokens_of(length)
-        return self._stretch(target - start, plan.eval_tokens if last else plan.rung_eval_tokens)
+        return self._stretch(target - start, plan.eval_tokens if last else plan.rung_eval_tokens, bool(work.threads))
 
     def up_to(self, task: TrialTask, reached: int, rung: int) -> float:
         """Seconds that a trial, which stands at rung `reached`, is expected to take a worker up to another rung."""
@@ -69,7 +114,7 @@ class TimeBox:
             return self.expected(work, reached)
         plan = self._question.plan
         last = work.rung == len(plan.rungs) - 1
-        return self._stretch(trained, plan.eval_tokens if last else plan.rung_eval_tokens)
+        return self._stretch(trained, plan.eval_tokens if last else plan.rung_eval_tokens, bool(work.threads))
 
     def first_stretch(self) -> float:
         """Expected seconds of a new trial up to its first rung."""
@@ -89,15 +134,22 @@ class TimeBox:
     def learn(self, work: Assignment, reached: int, seconds: float, trained: int = 0) -> None:
         """Follows how much longer than measured at first work takes: upwards at once, downwards slowly.
 
+        What follows the trials, and is of another kind, is told by all of it together.
+
         Args:
             work: What was done.
             reached: Rung at which its trial stood before.
             seconds: What it took.
             trained: Tokens that it trained on, fewer than expected where a stage was shared; 0 where that is unknown.
         """
-        ratio = seconds / self._expected_of(work, reached, trained)
+        expected = self._expected_of(work, reached, trained)
+        ratio = seconds / expected
         self._slowness = max(ratio, 0.8 * self._slowness + 0.2 * ratio)
+        self._took = 0.8 * self._took + seconds
+        self._expected = 0.8 * self._expected + expected
 
-    def _stretch(self, tokens: int, eval_tokens: int) -> float:
-        question = self._question
-        return trial_seconds(tokens, eval_tokens, question.teacher_spec.parameters, question.speed, judged=False)
+    def _stretch(self, tokens: int, eval_tokens: int, alone: bool = False) -> float:
+        question, speed = self._question, self._question.speed
+        if alone:
+            speed = replace(speed, worker_train=speed.train_on)
+        return trial_seconds(tokens, eval_tokens, question.teacher_spec.parameters, speed, judged=False)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from autodistill.contracts import Direction, ModelSpec, Plan, Status
 from autodistill.devices import Device
@@ -27,6 +30,7 @@ from autodistill.units import Budget
 class Question:
     """What a campaign searches for; all of it fixed by `search.json`. `confirm` counts further seeds for the best.
 
+    `explore` is the share of the time for training that goes to trials; in the rest the best are trained on.
     `further` are objectives beside the metric; latencies are predicted on `served_on`, where one of them is a latency.
     `sharing` is off where it is to be measured what sharing stages is worth: every trial then trains all of its own.
     """
@@ -40,6 +44,7 @@ class Question:
     teacher_accuracy: float
     metric: str
     direction: Direction
+    explore: float = 1.0
     confirm: int = 0
     further: tuple[Objective, ...] = ()
     served_on: Device | None = None
@@ -61,12 +66,17 @@ class Assignment:
         rung: To be reached, or that the student stands at.
         deployment: To be evaluated; None where the trial is trained.
         keep: Whether the student is kept as this rung judges it, which is done where no trial reaches the end.
+        until: `time.time()` by which a trial that is trained on past the plan is to be trained: it then ends short of
+            its length. None for all of its length.
+        threads: CPU threads that the worker has for this, where nothing else runs; 0 for as many as ever.
     """
 
     task: TrialTask
     rung: int
     deployment: Deployment | None = None
     keep: bool = False
+    until: float | None = None
+    threads: int = 0
 
 
 def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord], None]) -> RungReport | None:
@@ -80,15 +90,26 @@ def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord
     try:
         # What is kept at the end of a time box is all that there is, and is not given back for its end.
         trial = Trial(bench, assignment.task, (lambda _: None) if assignment.keep else on_step)
-        if bench.sharding is not None and bench.sharding.rank > 0:
-            return trial.run(assignment.rung, keep=assignment.keep) if assignment.deployment is None else None
         if assignment.deployment is not None:
-            return trial.evaluate(assignment.deployment)
-        return trial.run(assignment.rung, keep=assignment.keep)
+            first = bench.sharding is None or bench.sharding.rank == 0
+            return trial.evaluate(assignment.deployment) if first else None
+        with _threads(assignment.threads):
+            return trial.run(assignment.rung, keep=assignment.keep, until=assignment.until)
     except (OutOfTime, TooManyAtOnce):
         raise
     except Exception as error:  # a fault of one trial never ends a search
         raise explained(error) from error
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many CPU threads in this process, for a while; as many as before where that is 0."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def attempt(work: Callable[[], RungReport | None]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from autodistill.codes import deployed
 from autodistill.distillation import trainer as trainer_module
 from autodistill.distillation.checkpoint import read_metadata
 from autodistill.distillation.memory import TooManyAtOnce
-from autodistill.distillation.schedule import branch_point, decayed, stable_rate
+from autodistill.distillation.schedule import branch_point, decayed, end_of, stable_rate
 from autodistill.distillation.step_loss import StepLoss
 from autodistill.errors import TrialFailedError
 from autodistill.formats import Q4_0, Q8_0
@@ -56,6 +56,11 @@ def test_rates_by_hand():
     assert stable_rate(2.0, 64, 0) == 2.0
     assert [decayed(tokens, 100, 300) for tokens in (100, 150, 200, 300)] == [1.0, 0.75, 0.5, 0.0]
     assert [branch_point(target, 0.25, 64) for target in (512, 640, 128, 64)] == [384, 512, 64, 0]
+    # From any step a decay may branch off, of as large a share as a step allows.
+    for steps in range(1, 200):
+        end = end_of(steps * 64, 0.2, 64)
+        assert branch_point(end, 0.2, 64) == steps * 64
+        assert abs((end - steps * 64) - 0.2 * end) <= 64
 
 
 def test_the_schedule_is_a_function_of_absolute_tokens(workshop):

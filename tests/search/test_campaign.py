@@ -290,6 +290,8 @@ class Slow:
     def monotonic(self) -> float:
         return self.now
 
+    time = monotonic
+
     def drive(self, search: Campaign) -> list[Assignment]:
         """Runs a search; gives what was trained, in order."""
         done = []
@@ -920,3 +922,211 @@ def test_without_lengths_nothing_is_trained_beyond_the_plan(tmp_path: Path) -> N
     drive(search)
     assert {state.task.length for state in search.trials.values()} == {1.0}
     assert max(row.fidelity or 0.0 for row in rows_of(events(tmp_path, "row"))) == 1.0
+
+
+def resting(alone: int = 2, workers: int = 2) -> Question:
+    """A box at 100 tokens a second of which half, 300 s at most, is for training the best on, up to four times."""
+    asked = slow_question()
+    plan = replace(PLAN, longest=4.0, alone=alone, workers=workers, seconds={**PLAN.seconds, "longer": 300.0})
+    return replace(asked, plan=plan, explore=0.5)
+
+
+def lasting(clock: Slow, folder: Path) -> Worker:
+    """A worker that trains on until it is time, in whole steps, and finds that it has helped."""
+    answer = keeping(folder)
+
+    def work(assignment: Assignment) -> RungReport:
+        report = answer(assignment)
+        if assignment.task.length > 1:
+            found = measured(assignment.deployment or assignment.task.probe, 0.4)
+            report = replace(report, evaluation=found)
+        if assignment.until is None:
+            return report
+        trained = int((assignment.until - clock.now) / clock.slowness * 100 / 1.1) // 256 * 256
+        parent = branch_point(PLAN.tokens, PLAN.decay, PLAN.batch_tokens)
+        tokens = min(parent + trained, PLAN.tokens * 4)
+        return replace(report, tokens=tokens, trained=tokens - parent)
+
+    return work
+
+
+def test_the_best_is_trained_on_alone_for_what_the_box_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Slow(monkeypatch, tmp_path, 1.0)
+    clock.answer = lasting(clock, tmp_path)
+    search = campaign(tmp_path, resting(), deadline=700.0)
+    done = clock.drive(search)
+    longer = [one for one in done if one.task.length > 1]
+    plain = [state for state in search.trials.values() if state.task.length == 1]
+    best = max(plain, key=lambda state: (state.rung, state.value or 0.0))
+    first = longer[0]
+    assert done[-len(longer) :] == longer
+    assert first.task.id == f"{best.task.id}x"
+    assert (first.task.strategy, first.task.stage, first.threads) == (best.task.strategy, best.task.stage, 2)
+    assert all(one.threads == 0 for one in done if one.task.length == 1)
+    # It is as long as it became, and its rows are of so many tokens; no result of the point at the plan's.
+    trial = search.trials[first.task.id]
+    rows = [row for row in rows_of(events(tmp_path, "row")) if row.trial == first.task.id]
+    assert 2.0 < trial.task.length < 4.0
+    assert {row.train_tokens for row in rows} == {round(trial.task.length * PLAN.tokens)}
+    assert len(rows) == len(trial.task.deployments), "time was left for each of them"
+    assert trial.point is None
+    assert clock.now <= 700.0
+    again = campaign(tmp_path, resting())
+    again.replay(EventLog(tmp_path / "trials.jsonl").read())
+    assert again.trials[first.task.id].task == trial.task
+
+
+@pytest.mark.parametrize(("slowness", "least"), [(1.5, 2.0), (2.0, 1.25), (3.0, None)])
+def test_on_a_slower_machine_a_student_reaches_the_end_and_has_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slowness: float, least: float | None
+) -> None:
+    clock = Slow(monkeypatch, tmp_path, slowness)
+    clock.answer = lasting(clock, tmp_path)
+    search = campaign(tmp_path, resting(), deadline=900.0)
+    done = clock.drive(search)
+    whole = [state for state in search.trials.values() if state.status is Status.COMPLETED]
+    assert any(state.kind == "student" for state in whole)
+    longer = [state for state in whole if state.task.length > 1]
+    assert [state.kind for state in longer] == ["student"] * len(longer)
+    if least is not None:
+        assert longer[0].task.length > least
+    assert sum(one.rung == 0 for one in done) < 9
+    assert clock.now <= 900.0
+
+
+def test_beside_a_trial_that_has_all_threads_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for alone, count in ((2, 1), (0, 3)):
+        folder = tmp_path / str(alone)
+        clock = Slow(monkeypatch, folder, 1.0)
+        search = campaign(folder, resting(alone, workers=4), deadline=900.0)
+        answer = keeping(folder)
+        while (assignment := search.next()) is not None and assignment.task.length == 1:
+            search.report(assignment, answer(assignment))
+        begun = [assignment]
+        while len(begun) < 4 and (assignment := search.next()) is not None:
+            begun.append(assignment)
+        trained = [one for one in begun if one is not None and one.task.length > 1]
+        assert len(trained) == count
+        # Elsewhere the next best go on beside it, no two of a stage at once.
+        assert len({one.task.stage for one in trained}) == count
+        assert clock.now == 0
+
+
+def until_the_best(search: Campaign, answer: Worker) -> Assignment:
+    """Runs a search up to where the best is to be trained on, and gives that."""
+    while (assignment := search.next()) is not None and assignment.task.length == 1:
+        search.report(assignment, answer(assignment))
+    assert assignment is not None
+    return assignment
+
+
+def test_what_was_being_trained_on_goes_on_for_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Slow(monkeypatch, tmp_path, 1.0)
+    clock.answer = lasting(clock, tmp_path)
+    search = campaign(tmp_path, resting(), deadline=900.0)
+    killed = until_the_best(search, clock.answer)
+    clock.now, log = 0.0, EventLog(tmp_path / "trials.jsonl").read()
+
+    def resumed(deadline: float) -> Assignment | None:
+        folder = tmp_path / f"{deadline:g}"
+        shutil.copytree(tmp_path / "checkpoints", folder / "checkpoints")
+        again = campaign(folder, resting(), deadline=deadline)
+        again.replay(log)
+        while (found := again.next()) is not None and found.deployment is not None:
+            again.report(found, worker(found))
+        assert found is not None or again.finished
+        return found
+
+    found = resumed(200.0)
+    assert found is not None
+    assert (found.task.id, found.threads, found.task.stage) == (killed.task.id, 2, killed.task.stage)
+    assert found.until is not None
+    assert found.until < 200.0
+    assert resumed(30.0) is None
+    # It had a checkpoint after 2.5 times the plan's tokens: its decay, a quarter of as many again, takes 64 seconds, in
+    # which nobody would get from the plan's end to a quarter more.
+    far = 256 * 90
+    open_stages(tmp_path / "checkpoints").save(killed.task.stage, far, lambda path: path.write_bytes(b"x") and None)
+    found = resumed(70.0)
+    assert found is not None
+    assert branch_point(PLAN.tokens_of(found.task.length), PLAN.decay, PLAN.batch_tokens) >= far
+    # With less time than that it is not gone on from.
+    found = resumed(60.0)
+    assert found is not None
+    assert branch_point(PLAN.tokens_of(found.task.length), PLAN.decay, PLAN.batch_tokens) < far
+
+
+def test_where_the_end_of_the_box_interrupts_the_best_it_stands_as_it_stood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Slow(monkeypatch, tmp_path, 1.0)
+    search = campaign(tmp_path, resting(), deadline=900.0)
+    assignment = until_the_best(search, clock.answer)
+    search.abandon(assignment)
+    assert search.next() is None
+    assert search.finished
+    search.close()
+    assert search.trials[assignment.task.id].status is Status.STOPPED
+    assert search.trials[assignment.task.id.removesuffix("x")].status is Status.COMPLETED
+
+
+def test_what_fails_while_it_is_trained_on_leaves_the_box_to_the_next_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Slow(monkeypatch, tmp_path, 1.0)
+    clock.answer = lasting(clock, tmp_path)
+    search = campaign(tmp_path, resting(), deadline=900.0)
+    first = until_the_best(search, clock.answer)
+    search.fail(first, "nan", "not finite")
+    second = search.next()
+    assert second is not None
+    assert second.task.length > 1
+    assert second.task.id != first.task.id
+    search.report(second, clock.answer(second))
+    clock.drive(search)
+    assert search.trials[first.task.id].status is Status.FAILED
+
+
+def test_of_one_stage_one_trial_is_trained_on_at_once_and_others_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two trials whose training is one, finished on different grids, and a third."""
+    clock = Slow(monkeypatch, tmp_path, 1.0)
+    search = campaign(tmp_path, resting(alone=0, workers=4), deadline=900.0)
+    first = until_the_best(search, clock.answer)
+    whole = [state for state in search.trials.values() if state.status is Status.COMPLETED and state.task.length == 1]
+    others = [state for state in whole if state.task.id != first.task.id.removesuffix("x")]
+    second = max(others, key=lambda state: state.value or 0.0)
+    second.task = replace(second.task, stage=first.task.stage)
+    begun = [search.next() for _ in range(2)]
+    longer = [one.task.id for one in begun if one is not None and one.task.length > 1]
+    assert longer
+    assert f"{second.task.id}x" not in longer
+
+
+def test_a_space_that_has_no_more_closes_its_rungs_before_the_best_is_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Slow(monkeypatch, tmp_path, 1.0)
+    clock.answer = lasting(clock, tmp_path)
+    asked = resting()
+    few = replace(asked.space, dimensions=asked.space.dimensions, baselines={})
+    search = campaign(tmp_path, replace(asked, space=few), deadline=900.0)
+    proposed = iter(range(5))
+    propose = search._agenda._sampler.propose
+    search._agenda._sampler.propose = lambda number, seen: (  # type: ignore[method-assign]
+        propose(number, seen) if next(proposed, None) is not None else None
+    )
+    done = clock.drive(search)
+    assert sum(one.rung == 0 for one in done) == 5
+    plain = [one for one in done if one.task.length == 1]
+    assert sum(one.rung == 2 for one in plain) == PLAN.keep[-1]
+    assert done.index(next(one for one in done if one.task.length > 1)) == len(plain)
+
+
+def test_nothing_is_trained_on_where_all_of_the_box_was_for_trials(tmp_path: Path) -> None:
+    search = campaign(tmp_path, slow_question(), deadline=time.monotonic() + 10**6)
+    drive(search)
+    assert {state.task.length for state in search.trials.values()} == {1.0}

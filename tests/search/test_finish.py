@@ -15,7 +15,7 @@ from autodistill.estimate import spec_from_config
 from autodistill.records.confirmation import KIND, confirmations
 from autodistill.records.row import Row
 from autodistill.search.exportable import candidates, exportable, next_candidate, passed_over, trained_rows
-from autodistill.search.finish import _first_that_fits, _with_measured
+from autodistill.search.finish import _compared, _first_that_fits, _gain, _with_measured
 from autodistill.search.plan import Speed
 from autodistill.search.trials import Question
 from autodistill.space import load_space
@@ -209,3 +209,41 @@ def test_what_was_predicted_stays_beside_a_measurement_that_is_made_again() -> N
     again = _with_measured(first, twice, finisher)  # type: ignore[arg-type]
     assert (first.figure("memory_bytes_predicted"), first.memory_bytes) == (100, 150)
     assert (again.figure("memory_bytes_predicted"), again.memory_bytes) == (100, 155)
+
+
+def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_after_as_many_tokens() -> None:
+    """The gain is one of equal tokens; where the baseline was trained as far, it is of those."""
+    strategy = {"name": "a"}
+    plain = row("t000", "accuracy", 0.5, "q8_0", strategy=strategy, train_tokens=100)
+    other = row("t001", "accuracy", 0.6, strategy={"name": "b"}, train_tokens=100)
+    best = row("t000x", "accuracy", 0.7, strategy=strategy, train_tokens=400)
+    baseline = row("b000", "accuracy", 0.4, kind="baseline", strategy={"name": "c"}, train_tokens=100)
+    worse = row("b001", "accuracy", 0.3, kind="baseline", strategy={"name": "d"}, train_tokens=100)
+    further = row("b000x", "accuracy", 0.45, kind="baseline", strategy={"name": "c"}, train_tokens=350)
+    as_far = replace(further, row_id="far", train_tokens=400)
+    finisher = SimpleNamespace(question=question("accuracy", "max"), has=lambda row: True)
+
+    def compared(*rows: Row, of: Row = best) -> list[tuple[str, str]]:
+        return [(one.trial, packing.name) for one, packing in _compared(of, rows, finisher)]  # type: ignore[arg-type]
+
+    # Packed as the best is, under which nobody has looked at it so far.
+    pair = [("b000", "gguf-f16"), ("t000", "gguf-f16")]
+    assert compared(plain, other, best, baseline, worse) == pair
+    assert compared(plain, other, best, baseline, further) == pair, "that one has neither as many tokens nor a pair"
+    assert compared(plain, other, best, baseline, as_far) == [("b000x", "gguf-f16")]
+    assert compared(best, baseline) == [("b000", "gguf-f16")]
+    assert compared(plain, best) == []
+    assert compared(baseline, further, of=further) == []
+    assert compared(plain, other, baseline, of=other) == [("b000", "gguf-f16")]
+
+    def tested(one: Row, right: list[int]) -> Row:
+        return replace(one, documents={"ids": [1, 2], "count": [100, 100], "sum": right})
+
+    rows = [tested(best, [70, 72]), tested(baseline, [40, 41]), tested(plain, [50, 50])]
+    gain = _gain(rows, "max")
+    assert gain is not None
+    assert gain[0] == pytest.approx(0.095)
+    gain = _gain([rows[0], tested(as_far, [60, 60]), rows[2]], "max")
+    assert gain is not None
+    assert gain[0] == pytest.approx(0.11)
+    assert _gain([rows[0], rows[2]], "max") is None

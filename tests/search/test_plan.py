@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autodistill.contracts import Plan
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.search.loading import _lora
@@ -108,8 +110,8 @@ def test_what_a_short_box_cannot_hold_is_said() -> None:
 
 def test_a_box_that_does_not_hold_the_baselines_training_is_refused_with_one_that_does() -> None:
     """By hand at these speeds, 768 tokens: caching 1.8 s and scoring 2.6 s, eight teachers' rows 8 * (2.6 + 1.1) s,
-    workers 15 s, export 12 + 21 s, test 6 * (5.1 + 1.3) s, training 4.7 + 3.1 + 5.4 s, and 15 s that are spent."""
-    least = 15 + 1.8 + 2.6 + 8 * 3.7 + 15 + 33.4 + 6 * 6.5 + 13.2
+    workers 15 s, export 12 + 21 s, test 6 * (5.1 + 4.0) s, training 4.7 + 3.1 + 5.4 s, and 15 s that are spent."""
+    least = 15 + 1.8 + 2.6 + 8 * 3.7 + 15 + 33.4 + 6 * 9.1 + 13.2
     for box in (1.0, 0.98 * least):
         with pytest.raises(InputError, match="does not hold the training of the baseline") as caught:
             check_box(replace(DEMAND, box_seconds=box), SPEED, WORKERS)
@@ -200,3 +202,103 @@ def test_more_time_holds_as_many_more_trials_as_their_shares_of_the_rungs_cost()
     each = (1.1 * 12 + 5) + (1.1 * 24 + 5) / 2 + (1.1 * 60 + 10) / 6
     assert more_trials(plan, 1, speed, 1000.0) == int((0.93 * 1000 - 60) * 2 / each)
     assert more_trials(plan, 1, speed, 30.0) == 0
+
+
+def shared(box: float, explore: float = 0.5, **changes: Any) -> tuple[Plan, Plan]:
+    """A plan that trains its best on, and one that does not, on workers of which one alone is half as fast again."""
+    asked = replace(DEMAND, box_seconds=box, **changes)
+    workers, speed = replace(WORKERS, alone=2), replace(SPEED, alone=270.0)
+    return make_plan(replace(asked, explore=explore), speed, workers), make_plan(asked, speed, workers)
+
+
+@pytest.mark.parametrize("box", [600.0, 1200.0, 1800.0])
+def test_half_of_the_time_for_training_is_for_the_best(box: float) -> None:
+    plan, without = shared(box, train_tokens=10**6)
+    assert without.longest == 1
+    assert without.alone == 0
+    assert "longer" not in without.seconds
+    assert plan.alone == 2
+    assert plan.tokens <= without.tokens
+    assert sum(plan.seconds.values()) <= 0.93 * box
+    # Whole trials and steps leave some more.
+    assert 0.9 * plan.seconds["trials"] <= plan.seconds["longer"] <= 1.3 * plan.seconds["trials"]
+    # By hand: from where the decay branched off, at the rate of one worker alone, and one evaluation.
+    seconds = plan.seconds["longer"] - plan.eval_tokens / 330.0 - 4e-8 * 134e6
+    branch = (plan.tokens // 256 - round(plan.tokens // 256 * plan.decay)) * 256
+    expected = branch + seconds * 270.0 / 1.1
+    assert plan.most_tokens == pytest.approx(expected, abs=1)
+    assert plan.most_tokens > 1.1 * without.tokens
+    # Where trials leave more of the box, the text is read again.
+    assert plan.longest * plan.tokens == pytest.approx(2 * expected, abs=1)
+
+
+def test_the_teachers_outputs_are_cached_as_far_as_the_best_may_get() -> None:
+    plan, _ = shared(600.0)
+    assert plan.seconds["cache"] == pytest.approx(1.4 * plan.most_tokens / 600 + plan.eval_tokens / 400)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_repeated_data_are_read_four_times_at_most() -> None:
+    plan, without = shared(36_000.0, train_tokens=20_000)
+    assert plan.tokens == without.tokens == 20_000 // 256 * 256
+    assert plan.most_tokens == plan.tokens
+    assert 3.9 < plan.longest <= 4.01
+    assert plan.seconds["longer"] < 0.05 * plan.seconds["trials"]
+    assert plan.trials > 0.9 * without.trials
+
+
+def test_a_box_too_short_to_choose_in_is_all_for_trials() -> None:
+    plan, without = shared(290.0)
+    assert plan == replace(without, seconds=plan.seconds)
+
+
+def test_of_what_the_cache_may_hold_the_text_is_read_and_read_again() -> None:
+    free, _ = shared(1800.0)
+    held, _ = shared(1800.0, train_tokens=30_000, cached_tokens=30_000)
+    assert free.most_tokens > 40_000
+    assert held.most_tokens == 30_000 // 256 * 256
+    assert held.most_tokens < held.longest * held.tokens < 4 * 30_000
+    # Trials whose tokens were asked for have theirs, and the best no more text than is held.
+    asked, _ = shared(1800.0, tokens=10_240, cached_tokens=5_000)
+    assert asked.most_tokens == asked.tokens == 10_240
+    assert asked.longest > 1.25
+
+
+def test_all_threads_are_no_use_where_they_train_no_faster() -> None:
+    plan = make_plan(replace(DEMAND, explore=0.5), replace(SPEED, alone=170.0), replace(WORKERS, alone=2))
+    assert plan.longest > 1
+    assert plan.alone == 0
+
+
+@pytest.mark.parametrize("explore", [0.2, 0.8])
+def test_the_share_of_trials_is_what_was_asked_for(explore: float) -> None:
+    plan, _ = shared(7200.0, explore, train_tokens=10**6)
+    share = plan.seconds["trials"] / (plan.seconds["trials"] + plan.seconds["longer"])
+    assert share == pytest.approx(explore, abs=0.06)
+
+
+def test_without_a_box_nothing_is_left_for_the_best() -> None:
+    plan = make_plan(replace(DEMAND, box_seconds=None, trials=4, tokens=4864, explore=0.5), SPEED, WORKERS)
+    assert (plan.longest, plan.most_tokens) == (1, 4864)
+
+
+def test_with_many_workers_one_trials_way_to_the_end_bounds_its_tokens_and_more_are_tried() -> None:
+    few, many = (make_plan(DEMAND, SPEED, replace(WORKERS, count=count, device="cuda")) for count in (2, 16))
+    assert few.trials == 12
+    assert many.trials > 24
+    # By hand: the way past each rung with its decay, at a tenth more than measured.
+    stretches = zip(many.rungs, (0, *many.rungs), strict=False)
+    trained = sum((rung - before) * (1.0 if rung == many.tokens else 1.2) for rung, before in stretches)
+    assert 1.1 * trained / 180.0 < many.seconds["trials"]
+    assert sum(many.seconds.values()) <= 600
+
+
+def test_a_search_that_is_extended_leaves_the_best_as_long_as_was_planned_at_most() -> None:
+    plan, _ = shared(1800.0)
+
+    def more(seconds: float, explore: float) -> int:
+        return more_trials(plan, DEMAND.parameters, SPEED, seconds, explore)
+
+    assert more(1000.0, 0.5) == pytest.approx(more(1000.0, 1.0) / 2, abs=1)
+    longer = plan.seconds["longer"]
+    assert more(20_000.0, 0.5) == pytest.approx(more(20_000.0 - longer / 0.93, 1.0), abs=1)

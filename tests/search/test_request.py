@@ -33,6 +33,7 @@ deployments: [{runtime: transformers, format: huggingface, bits: 16, group_size:
 def asked(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "two.yaml").write_text(SPACE)
+    (folder / "longer.yaml").write_text(f"{SPACE}lengths: [1, 2]\n")
     (folder / "file").write_text("no folder")
     return SearchRequest(
         budget=Budget(memory_bytes=16 * 10**9, context=256),
@@ -93,6 +94,10 @@ def stored_run(asked: SearchRequest) -> dict[str, Any]:
         ({"trials": 3, "space": "two.yaml"}, ["--trials 3", "2 strategies", "another --space"]),
         ({"trials": 0}, ["--trials must be at least 1"]),
         ({"seed": 2**32 - 2, "confirm": 2}, ["seeds lie between 0 and 4294967295", "--confirm"]),
+        ({"explore": 0.0}, ["--explore is a share from 0.1 to 1", "not 0"]),
+        ({"explore": 0.5, "confirm": 2}, ["--explore 0.5", "--confirm", "leave one of them out"]),
+        ({"explore": 0.5, "space": "longer.yaml"}, ["--explore 0.5", "(lengths)", "leave one of them out"]),
+        ({"explore": 0.5, "trials": 2, "tokens": 512}, ["--explore 0.5", "no time box", "leave one of them out"]),
         ({"baselines": ("full_recipe", "./full_recipe.yaml")}, ["there is no strategy file ./full_recipe.yaml"]),
         ({"baselines": ("gkd", "gkd")}, ["--baseline needs a name of its own", "gkd, gkd"]),
         ({"warm_start": "nobody"}, ["no run 'nobody'"]),
@@ -221,3 +226,38 @@ def test_a_warm_start_is_as_before_when_a_run_goes_on(asked: SearchRequest, tmp_
     assert check_request(again).warm_start == ("gone",)
     with pytest.raises(InputError, match="another warm start"):
         check_request(replace(again, warm_start="other"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [
+        ({}, 0.5),
+        ({"explore": 0.8}, 0.8),
+        ({"confirm": 2}, 1.0),
+        ({"confirm": 2, "explore": 1.0}, 1.0),
+        ({"trials": 3, "tokens": 512}, 1.0),
+        ({"trials": 3, "tokens": 512, "time_seconds": 60.0}, 0.5),
+        ({"space": "longer.yaml"}, 1.0),
+        ({"strategy": "logit_kd"}, 1.0),
+    ],
+)
+def test_half_of_a_box_is_for_the_best_unless_something_else_has_the_rest(
+    asked: SearchRequest, changes: dict[str, Any], share: float
+) -> None:
+    if "space" in changes:
+        changes = changes | {"space": str(asked.out.parent / changes["space"])}
+    assert check_request(replace(asked, **changes)).explore == share
+
+
+def test_a_resumed_run_shares_its_box_as_before(asked: SearchRequest, tmp_path: Path) -> None:
+    for name, before in (("half", {"explore": 0.5}), ("older", {})):
+        with RunFolder.create(tmp_path, name) as run:
+            stored = stored_run(asked)
+            plan = stored["plan"] | ({"longest": 4.0} if before else {})
+            write_json(run.search_file, {**stored, **before, "plan": plan})
+    half, older = (replace(asked, out=tmp_path, name=name, resume=True) for name in ("half", "older"))
+    assert (check_request(half).explore, check_request(older).explore) == (0.5, 1.0)
+    with pytest.raises(InputError, match=r"planned with --explore 0\.5, not 0\.7: resume it without"):
+        check_request(replace(half, explore=0.7))
+    with pytest.raises(InputError, match=r"trained its best on in the rest of its box.*start a new run with --confirm"):
+        check_request(replace(half, confirm=2))

@@ -35,6 +35,23 @@ def test_a_machine_is_shared_out_by_cores_memory_or_gpus() -> None:
     assert (inline.count, inline.threads) == (1, 4)
 
 
+@pytest.mark.parametrize(
+    ("machines", "share", "alone"),
+    [
+        (cores(4), Share(), 4),
+        (cores(8), Share(threads=3), 6),
+        # Nothing is beside the only worker; what one has of several machines, or of a GPU, is not known to be faster.
+        (cores(1), Share(), 0),
+        (cores(2, 4), Share(), 0),
+        (cards(2), Share(), 0),
+        (cores(4), Share(processes=2, threads=1), 0),
+    ],
+)
+def test_a_worker_with_nothing_beside_it_has_all_threads(machines: list[Machine], share: Share, alone: int) -> None:
+    assert share_out(machines, GB, "ray", share).alone == alone
+    assert share_out(machines, GB, "inline", Share()).alone == 0
+
+
 def test_gpus_have_a_worker_each() -> None:
     workers = share_out(cards(2), GB, "ray")
     assert (workers.count, workers.threads, workers.device) == (2, 8, "cuda")
