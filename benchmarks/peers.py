@@ -66,11 +66,12 @@ file. The others: Model Optimizer {{modelopt}} and Olive {{olive}}, weights in 4
 {peers_arms.GROUP} (their own 128 does not divide this model's rows), calibrated on
 {peers_arms.CALIBRATION} sequences of the training text ({peers_arms.FOR_AWQ} for AWQ); what trains has
 {{seconds:.0f}} s of processor time, as much as the search may use."""
-NOTES = """QAD is Model Optimizer's quantisation-aware distillation from the live teacher's probabilities, which begins
-with its AWQ, by its documents' rate of 1e-5, warm-up and cosine; its guide says that it gives back what rounding took
-and teaches no new text. The last arm is told what our default space's start has: ten times the rate, and three quarters
-of the loss for the labels. Steps are of one sequence of 256 tokens everywhere. Olive trains nothing. Differences are in
-points, paired and bootstrapped by document."""
+NOTES = """Half of the training of a search is for the best student, trained on in the rest of the box; where all of the
+box is for trials (`--explore 1`) none is. QAD is Model Optimizer's quantisation-aware distillation from the live
+teacher's probabilities, which begins with its AWQ, by its documents' rate of 1e-5, warm-up and cosine; its guide says
+that it gives back what rounding took and teaches no new text. The last arm is told what our default space's start has:
+ten times the rate, and three quarters of the loss for the labels. Steps are of one sequence of 256 tokens everywhere.
+Olive trains nothing. Differences are in points, paired and bootstrapped by document."""
 LIMITS = """## Limits
 
 One small model, one text, one seed, and no GPU, for which both tools are made and where their kernels would train

@@ -17,6 +17,7 @@ from autodistill.distillation.teacher import load_model
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import cannot_hold, fits, holdable
 from autodistill.evaluation import evaluate
+from autodistill.formats import get_format
 from autodistill.search.checked import Checked
 from autodistill.search.loading import Loaded
 from autodistill.search.outputs_pace import time_outputs
@@ -80,6 +81,14 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
     speed, share, notes = _time_asked(checked, loaded, speed, box)
     splits = loaded.data.splits
     deployments = holdable(loaded.spec, checked.space.deployments)
+    allowed = [
+        [
+            fit.deployment
+            for fit in fits(student, holdable(student, checked.space.deployments), request.budget)
+            if fit.slack <= 0
+        ]
+        for _, student in students
+    ]
     demand = Demand(
         box_seconds=box,
         spent_seconds=spent,
@@ -87,10 +96,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         tokens=request.tokens,
         baselines=len(checked.space.baselines),
         teacher_deployments=len(deployments),
-        deployments=max(
-            sum(fit.slack <= 0 for fit in fits(student, holdable(student, checked.space.deployments), request.budget))
-            for _, student in students
-        ),
+        deployments=max(map(len, allowed)),
         train_tokens=train_tokens,
         validation_tokens=splits["validation"].sequences * checked.sequence_length,
         test_tokens=splits["test"].sequences * checked.sequence_length,
@@ -103,6 +109,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         longest=max(checked.space.lengths),
         explore=checked.explore,
         cached_tokens=cached,
+        exports=max(1, len({get_format(one.format).container == "gguf" for every in allowed for one in every})),
     )
     demand, speed, stepped = _with_step(checked, loaded, demand, speed, rates)
     check_box(demand, speed, loaded.workers)

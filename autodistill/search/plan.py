@@ -90,6 +90,7 @@ class Demand:
         longest: How many times a trial's tokens the best are trained on to, as the space asks for; their time is what
             the box has left.
         explore: Share of the time for training that goes to trials; in the rest the best are trained on.
+        exports: Kinds of files that are written and measured: of the best student, and as GGUF where it is another.
     """
 
     box_seconds: float | None
@@ -111,6 +112,7 @@ class Demand:
     longest: float = 1.0
     explore: float = 1.0
     cached_tokens: float = math.inf
+    exports: int = 1
 
 
 def step_sequences(rates: Mapping[int, float], steps: Callable[[int], int]) -> int:
@@ -376,7 +378,7 @@ def _fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, fl
         "cache": min(cached, demand.train_tokens) / speed.cache * _CACHING + full_eval / speed.score,
         "teacher": demand.teacher_deployments * (full_eval / speed.score + 8e-9 * demand.parameters + speed.asked),
         "workers": 15.0 if demand.ray else 0.0,
-        "export": 12.0 + per_weight * demand.parameters,
+        "export": demand.exports * (12.0 + per_weight * demand.parameters),
         # The teacher up to three times, the undistilled student, the found one, that as it was after a trial's tokens
         # if it was trained on, and the baseline; each is loaded and packed.
         "test": (6 if demand.explore == 1 else 7) * (test / speed.score + 3e-8 * demand.parameters + speed.asked),

@@ -87,6 +87,13 @@ def test_a_larger_box_holds_more_of_the_same() -> None:
     assert days.trials > 100
 
 
+def test_what_is_exported_twice_takes_twice_as_long() -> None:
+    once, twice = (make_plan(replace(DEMAND, exports=count), SPEED, WORKERS) for count in (1, 2))
+    assert twice.seconds["export"] == 2 * once.seconds["export"] == pytest.approx(2 * (12 + 1.6e-7 * 134e6))
+    assert twice.tokens < once.tokens
+    assert sum(twice.seconds.values()) <= 600
+
+
 def test_a_budget_that_leaves_few_deployments_leaves_more_for_training() -> None:
     tight, loose = (make_plan(replace(DEMAND, deployments=count), SPEED, WORKERS) for count in (2, 8))
     assert tight.tokens > loose.tokens
