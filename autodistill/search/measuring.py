@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from autodistill.contracts import Measurement, Plan
+from autodistill.contracts import Measurement, ModelSpec, Plan
 from autodistill.distillation.generation import BATCH_ON_ACCELERATOR
 from autodistill.distillation.parallel import PASS_TOKENS
 from autodistill.distillation.student import cut_student
@@ -25,7 +25,7 @@ from autodistill.search.pace import measure_speed
 from autodistill.search.plan import ENOUGH_STEPS, Demand, Speed, check_box, make_plan, step_sequences
 from autodistill.search.possible import by_size
 from autodistill.search.teacher_outputs import most_cached
-from autodistill.strategy import Deployment
+from autodistill.strategy import Deployment, Strategy
 from autodistill.token_sets import load_split
 
 # Share of the time box that one evaluation's tasks may take on a worker, beside the scores of its tokens.
@@ -79,38 +79,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
     if box is None and not ((request.trials or request.strategy) and request.tokens):
         box = BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
     speed, share, notes = _time_asked(checked, loaded, speed, box)
-    splits = loaded.data.splits
-    deployments = holdable(loaded.spec, checked.space.deployments)
-    allowed = [
-        [
-            fit.deployment
-            for fit in fits(student, holdable(student, checked.space.deployments), request.budget)
-            if fit.slack <= 0
-        ]
-        for _, student in students
-    ]
-    demand = Demand(
-        box_seconds=box,
-        spent_seconds=spent,
-        trials=0 if request.strategy else request.trials,
-        tokens=request.tokens,
-        baselines=len(checked.space.baselines),
-        teacher_deployments=len(deployments),
-        deployments=max(map(len, allowed)),
-        train_tokens=train_tokens,
-        validation_tokens=splits["validation"].sequences * checked.sequence_length,
-        test_tokens=splits["test"].sequences * checked.sequence_length,
-        parameters=loaded.spec.parameters,
-        seed=checked.seed,
-        ray=request.runner == "ray",
-        sequence_length=checked.sequence_length,
-        step_tokens=loaded.step_tokens,
-        confirm=checked.confirm,
-        longest=max(checked.space.lengths),
-        explore=checked.explore,
-        cached_tokens=cached,
-        exports=max(1, len({get_format(one.format).container == "gguf" for every in allowed for one in every})),
-    )
+    demand = _demand(checked, loaded, students, box_seconds=box, spent=spent, train_tokens=train_tokens, cached=cached)
     demand, speed, stepped = _with_step(checked, loaded, demand, speed, rates)
     check_box(demand, speed, loaded.workers)
     plan = make_plan(demand, speed, loaded.workers)
@@ -129,6 +98,60 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         lengths=checked.space.lengths,
     )
     return plan, speed
+
+
+def _demand(
+    checked: Checked,
+    loaded: Loaded,
+    students: Sequence[tuple[Strategy, ModelSpec]],
+    *,
+    box_seconds: float | None,
+    spent: float,
+    train_tokens: int,
+    cached: int,
+) -> Demand:
+    """What a plan is made for.
+
+    Args:
+        checked: The request.
+        loaded: Teacher and data.
+        students: Of the space, with their shapes.
+        box_seconds: Time box, or None.
+        spent: Seconds of it that are gone.
+        train_tokens: That a trial may have.
+        cached: Training tokens of which the teacher's outputs may be kept.
+    """
+    splits = loaded.data.splits
+    allowed = [
+        [
+            fit.deployment
+            for fit in fits(student, holdable(student, checked.space.deployments), checked.request.budget)
+            if fit.slack <= 0
+        ]
+        for _, student in students
+    ]
+    return Demand(
+        box_seconds=box_seconds,
+        spent_seconds=spent,
+        trials=0 if checked.request.strategy else checked.request.trials,
+        tokens=checked.request.tokens,
+        baselines=len(checked.space.baselines),
+        teacher_deployments=len(holdable(loaded.spec, checked.space.deployments)),
+        deployments=max(map(len, allowed)),
+        train_tokens=train_tokens,
+        validation_tokens=splits["validation"].sequences * checked.sequence_length,
+        test_tokens=splits["test"].sequences * checked.sequence_length,
+        parameters=loaded.spec.parameters,
+        seed=checked.seed,
+        ray=checked.request.runner == "ray",
+        sequence_length=checked.sequence_length,
+        step_tokens=loaded.step_tokens,
+        confirm=checked.confirm,
+        longest=max(checked.space.lengths),
+        explore=checked.explore,
+        cached_tokens=cached,
+        exports=max(1, len({get_format(one.format).container == "gguf" for every in allowed for one in every})),
+    )
 
 
 def _sizes(checked: Checked, loaded: Loaded, train_tokens: int) -> tuple[int, ...]:
