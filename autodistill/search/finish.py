@@ -24,7 +24,7 @@ from autodistill.distillation.scoring import choices, refer
 from autodistill.distillation.teacher import Teacher, load_model
 from autodistill.errors import NothingFitsError
 from autodistill.estimate import fits, holdable, too_late
-from autodistill.evaluation import deployed_weights, evaluate
+from autodistill.evaluation import Evaluation, deployed_weights, evaluate
 from autodistill.export.huggingface import model_card
 from autodistill.export.verify import CLEAR_SHARE, MIN_POSITIONS, RuntimeCheck, verify, verify_runtime
 from autodistill.formats import get_format
@@ -303,13 +303,11 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
     full = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
     results: list[Row] = []
 
-    def add(model: Any, row: Row | None, kind: str, name: str, packing: Deployment, strategy: Strategy | None) -> None:
-        """Scores one model on test and writes its row."""
-        spec = student_spec(strategy, setting.teacher_spec) if strategy else setting.teacher_spec
+    def score(model: Any, row: Row | None, packing: Deployment, strategy: Strategy | None) -> Evaluation:
         init = strategy.init if strategy else None
-        evaluation, _ = evaluate(
+        return evaluate(
             model,
-            spec,
+            student_spec(strategy, setting.teacher_spec) if strategy else setting.teacher_spec,
             packing,
             load_split(finisher.data.folder, "test", setting.rendering(init)).head(question.plan.test_tokens),
             reference,
@@ -321,14 +319,16 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
             split="test",
             share=setting.plan.example_share,
             tokenizer=setting.text(init),
-        )
+        )[0]
+
+    def write(evaluation: Evaluation, row: Row | None, kind: str, name: str, strategy: Strategy | None) -> None:
         made = make_row(
             evaluation,
             trial=row.trial if row else kind,
             kind=kind,
             name=name,
             strategy=strategy,
-            spec=spec,
+            spec=student_spec(strategy, setting.teacher_spec) if strategy else setting.teacher_spec,
             status=Status.COMPLETED,
             split="test",
             teacher_accuracy=accuracy,
@@ -342,14 +342,19 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
         results.append(made)
 
     for packing in dict.fromkeys((full, deployment)):
-        add(teacher, None, "teacher", "teacher", packing, None)
+        evaluation = score(teacher, None, packing, None)
+        write(evaluation, None, "teacher", "teacher", None)
     del teacher
     strategy = Strategy.from_json(best.strategy)
-    initial, _ = initial_student(setting, strategy.init, question.plan.seed)
-    add(initial.to(setting.device), None, "initial", "undistilled student", deployment, strategy)
-    del initial
+    if strategy.init.source != "teacher" or student_spec(strategy, setting.teacher_spec) != setting.teacher_spec:
+        initial, _ = initial_student(setting, strategy.init, question.plan.seed)
+        evaluation = score(initial.to(setting.device), None, deployment, strategy)
+        del initial
+    # Else it begins as the teacher, which was scored under that deployment last.
+    write(evaluation, None, "initial", "undistilled student", strategy)
     for row, packing in ((best, deployment), *_compared(best, rows, finisher)):
-        add(finisher.load(row), row, row.kind, row.name, packing, Strategy.from_json(row.strategy))
+        strategy = Strategy.from_json(row.strategy)
+        write(score(finisher.load(row), row, packing, strategy), row, row.kind, row.name, strategy)
     return tuple(results)
 
 

@@ -40,6 +40,9 @@ FURTHER = 2.0
 """So many times as far as planned the best may be trained on, where trials leave more of the box than was expected."""
 # What caching and training take beyond what was timed: writing, the optimiser, reading.
 _CACHING, _TRAINING = 1.4, 1.1
+# Seconds a weight of the teacher, of a core of the two servers that this was read off: a trained student is loaded and
+# packed; beside that, one is built, restored and saved for each stretch of training.
+_PACKED, _BUILT = 1.5e-8, 2.5e-8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,8 +367,7 @@ def _trained_on(demand: Demand, speed: Speed, tokens: int, seconds: float) -> tu
     held = min(held // demand.step_tokens * demand.step_tokens, _most_passes(demand))
     if held < WORTHWHILE * tokens:
         return tokens, 0.0
-    evaluation = evaluation_seconds(evaluated, demand.parameters, speed)
-    return held, _TRAINING * (held - branch) / speed.train_on + evaluation
+    return held, _TRAINING * (held - branch) / speed.train_on + _beside_seconds(evaluated, demand.parameters, speed)
 
 
 def _fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, float]:
@@ -396,17 +398,22 @@ def trial_seconds(tokens: int, eval_tokens: int, parameters: int, speed: Speed, 
         judged: Whether the stretch ends at a rung that trains on afterwards, so that its decay is extra work.
     """
     train = tokens * (1 + (_DECAY if judged else 0)) / speed.worker_train
-    return _TRAINING * train + evaluation_seconds(eval_tokens, parameters, speed)
+    return _TRAINING * train + _beside_seconds(eval_tokens, parameters, speed)
 
 
 def trained_in(seconds: float, eval_tokens: int, parameters: int, rate: float, speed: Speed) -> int:
     """Tokens that a worker trains on in so many seconds, of `rate` a second as timed, with an evaluation at the end."""
-    return int((seconds - evaluation_seconds(eval_tokens, parameters, speed)) * rate / _TRAINING)
+    return int((seconds - _beside_seconds(eval_tokens, parameters, speed)) * rate / _TRAINING)
 
 
 def evaluation_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float:
     """Expected seconds on one worker of one deployment: the student is loaded, packed and scored."""
-    return eval_tokens / speed.worker_score + 4e-8 * parameters + speed.asked
+    return eval_tokens / speed.worker_score + _PACKED * parameters + speed.asked
+
+
+def _beside_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float:
+    """Expected seconds of a stretch of training but for its steps."""
+    return evaluation_seconds(eval_tokens, parameters, speed) + _BUILT * parameters
 
 
 def _trial_seconds(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:

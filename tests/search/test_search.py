@@ -25,6 +25,7 @@ from autodistill.records.openings import recorded_test_openings
 from autodistill.records.row import Row, read_parquet
 from autodistill.records.store import RunFolder
 from autodistill.roofline import speed
+from autodistill.search import finish
 from autodistill.search.campaign import Campaign
 from autodistill.search.checked import check_request
 from autodistill.search.explain import explain
@@ -221,6 +222,28 @@ deployments:
   - {runtime: llama.cpp, format: gguf-f16, bits: 16, group_size: 0}
   - {runtime: llama.cpp, format: gguf-q8_0, bits: 8, group_size: 32}
 """
+
+
+def test_a_student_that_begins_as_the_teacher_is_not_scored_again_undistilled(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    build = finish.initial_student
+    monkeypatch.setattr(finish, "initial_student", lambda *given: made.append(given) or build(*given))
+    found = {}
+    for depth in ("1.0", "0.8"):
+        shape = f"{{choices: {{only: {depth}}}}}"
+        (tmp_path / "space.yaml").write_text(WITHOUT_BASELINE.replace("{low: 0.5, high: 0.75, step: 0.25}", shape))
+        out = tmp_path / depth
+        outcome = search(request(inputs, out, space=str(tmp_path / "space.yaml"), trials=1, tokens=None))
+        _, quantised, initial, student = outcome.finish.test
+        assert initial.deployment == quantised.deployment == student.deployment
+        assert initial.strategy == student.strategy
+        found[depth] = [(row.accuracy, row.perplexity, row.agreement) for row in (initial, quantised)]
+    whole, cut = found.values()
+    assert whole[0] == whole[1]
+    assert cut[0] != cut[1]
+    assert len(made) == 1
 
 
 def test_where_no_trial_reaches_the_end_the_best_of_the_furthest_rung_is_exported(
