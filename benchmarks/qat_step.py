@@ -4,7 +4,7 @@
         [--scales absmax learned] [--before quantization.py]
 
 The plain step is a cross-entropy step with the embedding frozen, the cheapest there is, and of several sequences each
-has a pass of its own, in which the weights are put on their grid anew: no share is larger than here.
+has a pass of its own: no share is larger than that of a step of one.
 CPU time is what is compared, so that other work on the machine counts little. `--before` names the module as it was
 (`git show REVISION:autodistill/distillation/quantization.py`), whose steps are taken by turns with those of today's;
 what it imports is today's.
@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -139,6 +140,8 @@ def measure(
         for name in sorted(variants, reverse=number % 2 == 1):
             storage_of, learned, module = variants[name]
             training.quantized_training = module.quantized_training
+            # A module of before weights were kept from pass to pass has no such thing.
+            training.one_step = getattr(module, "one_step", lambda weights: nullcontext())
             records = trainer.train_decay(trainer.tokens + 2 * batch, storage_of, learned=learned)
             next(records)
             began = time.process_time()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -89,14 +89,19 @@ class _StraightThrough(torch.autograd.Function):
         if not saved:
             return gradient.float(), None, None
         out = torch.empty(gradient.shape, dtype=torch.float32, device=gradient.device)
-        # As bytes the mask converts to float several times faster than as booleans.
-        mask = saved[0].view(torch.int8)
-        size = gradient.shape[1]
-        (buffer,) = buffers_of(gradient, size, 1)
-        for _, arriving, kept, target in chunks(size, gradient, mask, out):
-            target.copy_(arriving)
-            target.mul_(buffer[: len(kept)].copy_(kept))
+        _stop_clipped(gradient, saved[0], out)
         return out, None, None
+
+
+def _stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
+    """Writes the gradient of a weight into `out`, which may be the incoming one: 0 where it was clipped."""
+    # As bytes the mask converts to float several times faster than as booleans.
+    mask = inside.view(torch.int8)
+    size = gradient.shape[1]
+    (buffer,) = buffers_of(gradient, size, 1)
+    for _, arriving, kept, target in chunks(size, gradient, mask, out):
+        target.copy_(arriving)
+        target.mul_(buffer[: len(kept)].copy_(kept))
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -112,34 +117,107 @@ class _LearnedStep(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        """Gradients of weights and scales, some groups at a time.
-
-        With z the zero point, q the code less z, x the weight in steps, so that v = x + z, g the incoming gradient and
-        h that of the weight (g where v lies within the codes, else 0), a group's scale gets the sum of g q - h x: where
-        h is g that is round(v) - v times g, elsewhere q times g.
-        """
+        """Gradients of weights and scales."""
         weight, scale, offset = ctx.saved_tensors
-        grid: Grid = ctx.grid
-        size = grid.group(weight.shape[1])
-        given = given_scales(scale, offset, grid)
-        zero_points = given.offsets if grid.offset == "zero_point" else None
-        weight_gradient, scale_gradient = torch.empty_like(weight), torch.empty_like(scale)
-        sums, ones = scale_gradient.view(-1), torch.ones(size, device=weight.device)
-        low, high = next_beyond(grid)
-        buffers = buffers_of(weight, size, 3)
-        for part, groups, incoming, target in chunks(size, weight, gradient, weight_gradient):
-            step, code, arriving = buffers[:, : len(groups)]
-            arriving.copy_(incoming)
-            given_steps(groups, given.part(part), grid, step)
-            torch.ops.aten.hardtanh_backward.grad_input(arriving, step, low, high, grad_input=target)
-            torch.clamp(step, grid.qmin, grid.qmax, out=code).round_()
-            if zero_points is not None:
-                code.sub_(zero_points[part])
-                step.sub_(zero_points[part])
-            code.mul_(arriving).addcmul_(target, step, value=-1)
-            # As a product: a sum over groups this short takes a third longer.
-            torch.mv(code, ones, out=sums[part])
-        return weight_gradient, scale_gradient.mul_(1 / math.sqrt(size * grid.levels)), None, None, None
+        weight_gradient = torch.empty_like(weight)
+        scale_gradient = _learned_gradients(weight, gradient, scale, offset, ctx.grid, weight_gradient)
+        return weight_gradient, scale_gradient, None, None, None
+
+
+def _learned_gradients(
+    weight: Tensor, gradient: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, out: Tensor
+) -> Tensor:
+    """Writes the gradient of a weight into `out`, which may be the incoming one, and gives that of its scales.
+
+    With z the zero point, q the code less z, x the weight in steps, so that v = x + z, g the incoming gradient and h
+    that of the weight (g where v lies within the codes, else 0), a group's scale gets the sum of g q - h x: where h is
+    g that is round(v) - v times g, elsewhere q times g. Some groups at a time.
+    """
+    size = grid.group(weight.shape[1])
+    given = given_scales(scale, offset, grid)
+    zero_points = given.offsets if grid.offset == "zero_point" else None
+    scale_gradient = torch.empty_like(scale)
+    sums, ones = scale_gradient.view(-1), torch.ones(size, device=weight.device)
+    low, high = next_beyond(grid)
+    buffers = buffers_of(weight, size, 3)
+    for part, groups, incoming, target in chunks(size, weight, gradient, out):
+        step, code, arriving = buffers[:, : len(groups)]
+        arriving.copy_(incoming)
+        given_steps(groups, given.part(part), grid, step)
+        torch.ops.aten.hardtanh_backward.grad_input(arriving, step, low, high, grad_input=target)
+        torch.clamp(step, grid.qmin, grid.qmax, out=code).round_()
+        if zero_points is not None:
+            code.sub_(zero_points[part])
+            step.sub_(zero_points[part])
+        code.mul_(arriving).addcmul_(target, step, value=-1)
+        # As a product: a sum over groups this short takes a third longer.
+        torch.mv(code, ones, out=sums[part])
+    return scale_gradient.mul_(1 / math.sqrt(size * grid.levels))
+
+
+class _Passing(torch.autograd.Function):
+    """Given values, whose gradient arrives at the weight that they stand for as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.float(), None
+
+
+class _Step:
+    """One weight in the passes of a step: put on its grid once, and the sum of its gradients through the grid once.
+
+    What a grid makes of a gradient is linear in it, so that it may be done to the sum.
+
+    Args:
+        weight: What is to be rounded, float32 [out, in]; a leaf, or with the graph of what it was made from.
+        grid: The grid.
+        scale: Learned scales, or None.
+        offset: Stored beside them, on an asymmetric grid.
+    """
+
+    def __init__(self, weight: Tensor, grid: Grid, scale: nn.Parameter | None, offset: Tensor | None) -> None:
+        self._weight = weight
+        # Where the gradients of all passes are added up.
+        self._leaf = weight if weight.is_leaf else weight.detach().requires_grad_()
+        self._grid, self._scale, self._offset = grid, scale, offset
+        self._inside: Tensor | None = None
+        self._values: dict[torch.dtype, Tensor] = {}
+
+    def __call__(self, dtype: torch.dtype) -> Tensor:
+        """The quantised weight, with its gradient on its way to the sum."""
+        if dtype not in self._values:
+            self._values[dtype] = self._rounded(dtype)
+        shown: Tensor = _Passing.apply(self._leaf, self._values[dtype])
+        return shown
+
+    @torch.no_grad()
+    def _rounded(self, dtype: torch.dtype) -> Tensor:
+        leaf, grid = self._leaf, self._grid
+        if self._scale is not None:
+            return given_values(leaf, given_scales(self._scale, self._offset, grid), grid, dtype)
+        if self._inside is None and clips(grid):
+            self._inside = torch.empty(leaf.shape, dtype=torch.bool, device=leaf.device)
+        return fitted_values(leaf, grid, self._inside, dtype)
+
+    def end(self) -> None:
+        """Makes the gradients of the weight, and of what it was made from and its scales, of the sum."""
+        gradient = self._leaf.grad
+        if gradient is None:
+            return
+        with torch.no_grad():
+            if self._scale is not None:
+                self._scale.grad = _learned_gradients(
+                    self._leaf, gradient, self._scale, self._offset, self._grid, gradient
+                )
+            elif self._inside is not None:
+                _stop_clipped(gradient, self._inside, gradient)
+        if self._weight is not self._leaf:
+            self._weight.backward(gradient)
 
 
 class FakeQuantized:
@@ -169,6 +247,8 @@ class FakeQuantized:
         self.scale: nn.Parameter | None = None
         self._offset: Tensor | None = None
         self._kept: tuple[tuple[int, int], Tensor] | None = None
+        self._held_over = False
+        self._step: _Step | None = None
         if learned and (master.requires_grad or change is not None):
             scales, self._offset = fitted_scales(self._values(whole(master.detach())), grid)
             self.scale = nn.Parameter(scales)
@@ -181,6 +261,11 @@ class FakeQuantized:
             dtype: What it is computed with, and so given in.
         """
         held = self.master if held is None else held
+        if self._held_over and (self.master.requires_grad or self._change is not None):
+            if self._step is None:
+                with torch.enable_grad():
+                    self._step = _Step(self._values(held), self.grid, self.scale, self._offset)
+            return self._step(dtype)
         if self.scale is not None:
             return fake_quantize_learned(self._values(held), self.scale, self._offset, self.grid, dtype)
         if self.master.requires_grad or self._change is not None:
@@ -195,6 +280,21 @@ class FakeQuantized:
                 self._kept = (state, deploy_tensor(self.master, self.grid))
         return self._kept[1]
 
+    @contextmanager
+    def one_step(self) -> Iterator[None]:
+        """Within the context, in which master and scales stay as they are, each is quantised and passed through once.
+
+        The gradients of a trained master or change, and of learned scales, are whole when it ends: those of the passes
+        in it, which must be the only ones, nothing being left of a step before. It is not for a master that is sharded.
+        """
+        self._held_over = True
+        try:
+            yield
+            if self._step is not None:
+                self._step.end()
+        finally:
+            self._held_over, self._step = False, None
+
     def _values(self, held: Tensor) -> Tensor:
         return held if self._change is None else self._change(held)
 
@@ -205,6 +305,15 @@ class FakeQuantized:
         stored = given_scales(self.scale.detach(), None, self.grid).scales
         offset = None if self._offset is None else self._offset.cpu().numpy()
         return Scales(stored.view_as(self.scale).cpu().numpy(), offset)
+
+
+@contextmanager
+def one_step(weights: Collection[FakeQuantized]) -> Iterator[None]:
+    """Within the context all of these weights are in the passes of one step: see `FakeQuantized.one_step`."""
+    with ExitStack() as stack:
+        for weight in weights:
+            stack.enter_context(weight.one_step())
+        yield
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from autodistill.distillation.interpolation import Interpolation
 from autodistill.distillation.lora import Adapters
 from autodistill.distillation.memory import TooManyAtOnce, give_back_memory, is_out_of_memory
 from autodistill.distillation.positions import Learnt, learnt_tokens
-from autodistill.distillation.quantization import FakeQuantized, quantized_training
+from autodistill.distillation.quantization import FakeQuantized, one_step, quantized_training
 from autodistill.distillation.schedule import decayed, stable_rate
 from autodistill.distillation.sharding import Sharding, clip_sharded
 from autodistill.distillation.signals import LiveTeacher
@@ -136,6 +136,7 @@ class Trainer:
         self._failures = 0
         self.scales: dict[str, Scales] = {}
         self._learned: list[nn.Parameter] = []
+        self._on_grid: Mapping[str, FakeQuantized] = {}
         lora = self._recipe.lora
         spec = spec_from_config(model.config.to_dict())
         self._adapters = Adapters(model, spec, lora, seed) if lora else None
@@ -251,12 +252,13 @@ class Trainer:
         until: int,
         rate: Callable[[int], float],
         storage_of: Callable[[str], Grid | None] | None,
-        merged: Collection[str] = (),
+        on_grid: Mapping[str, FakeQuantized] | None = None,
     ) -> Iterator[StepRecord]:
-        """Steps until `until` tokens; the weights in `merged` are shown with their low-rank changes already."""
+        """Steps until `until` tokens; the weights that are on a grid are shown with their low-rank changes already."""
         self.model.train()
+        self._on_grid = on_grid or {}
         self._loss.hold_head(storage_of)
-        with self._adapters.added(self.model, merged) if self._adapters else nullcontext():
+        with self._adapters.added(self.model, self._on_grid) if self._adapters else nullcontext():
             while self.tokens < until:
                 yield self._step(rate(self.tokens))
 
@@ -347,19 +349,22 @@ class Trainer:
         sharding, processes = self._sharding, 1
         if sharding is not None:
             indices, processes = sharding.share(indices), sharding.count
-        for start in range(0, len(indices), self._micro_batch):
-            part = indices[start : start + self._micro_batch]
-            learnt = self._learnt(part, self._device)
-            share = learnt.size / max(1, total)
-            if share == 0:
-                # Beside passes that count in other processes: they gather every block together.
-                if sharding is not None and total > 0:
-                    self._loss.of_nothing(part).backward()
-                continue
-            loss, terms = self._loss.of(part, learnt, at)
-            # Their gradients are averaged, where those of the step's parts add up.
-            (loss * (share * processes)).backward()
-            found.append((share, terms))
+        parts = [indices[start : start + self._micro_batch] for start in range(0, len(indices), self._micro_batch)]
+        # Where memory is short, or weights are gathered for each pass, they are not kept from pass to pass.
+        kept = len(parts) > 1 and sharding is None and not self._plan.checkpointing
+        with one_step(self._on_grid.values() if kept else ()):
+            for part in parts:
+                learnt = self._learnt(part, self._device)
+                share = learnt.size / max(1, total)
+                if share == 0:
+                    # Beside passes that count in other processes: they gather every block together.
+                    if sharding is not None and total > 0:
+                        self._loss.of_nothing(part).backward()
+                    continue
+                loss, terms = self._loss.of(part, learnt, at)
+                # Their gradients are averaged, where those of the step's parts add up.
+                (loss * (share * processes)).backward()
+                found.append((share, terms))
         # Read once a step: with each reading this process waits for the GPU, which then waits for work.
         read = torch.stack([terms for _, terms in found]).tolist() if found else []
         for (share, _), values in zip(found, read, strict=True):

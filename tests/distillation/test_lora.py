@@ -133,6 +133,19 @@ def test_on_a_grid_the_merged_weight_is_rounded_and_the_change_has_its_gradient(
     assert master.grad is None
     if learned:
         torch.testing.assert_close(shown.scale.grad, plain.scale.grad)
+    # In two passes of a step, each of half the gradient.
+    expected = [adapter.up.grad, adapter.down.grad, shown.scale.grad if learned else None]
+    adapter.up.grad = adapter.down.grad = None
+    if learned:
+        shown.scale.grad = None
+    with shown.one_step():
+        for _ in range(2):
+            with torch.no_grad():
+                shown()
+            (shown() * (outer / 2)).sum().backward()
+    found = [adapter.up.grad, adapter.down.grad, shown.scale.grad if learned else None]
+    torch.testing.assert_close(found[: 2 + learned], expected[: 2 + learned])
+    assert master.grad is None
 
 
 @pytest.mark.parametrize("learned", [False, True])

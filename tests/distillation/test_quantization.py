@@ -18,6 +18,7 @@ from autodistill.distillation.quantization import (
     FakeQuantized,
     fake_quantize,
     fake_quantize_learned,
+    one_step,
     quantized_training,
 )
 from autodistill.errors import InputError
@@ -348,6 +349,82 @@ def test_a_frozen_weight_is_quantised_again_only_when_it_changes(monkeypatch):
     weight.data = torch.ones(4, 32)
     np.testing.assert_array_equal(shown().numpy(), deployed(np.ones((4, 32), np.float32), Q8_0))
     assert len(calls) == 3
+
+
+@by_grid
+@pytest.mark.parametrize("learned", [False, True], ids=["absmax", "learned"])
+def test_several_passes_of_a_step_have_the_gradients_of_one_over_all(grid, learned):
+    """By the closed forms above, float64: the sum of what arrives, through the grid."""
+    random = torch.Generator().manual_seed(0)
+    master = nn.Parameter(torch.from_numpy(WEIGHTS["normal"]).clone())
+    shown = FakeQuantized(master, grid, learned=learned)
+    if learned:
+        with torch.no_grad():
+            shown.scale.mul_(0.7)
+    arriving = torch.randn(3, *master.shape[::-1], generator=random).mT
+    with shown.one_step():
+        for gradient in arriving:
+            (shown() * gradient).sum().backward()
+        assert torch.equal(shown(), FakeQuantized.__call__(shown))
+    total = arriving.double().sum(0)
+    if not learned:
+        expected = np.where(_inside(WEIGHTS["normal"], grid), total.numpy(), 0)
+        np.testing.assert_allclose(master.grad.numpy(), expected, atol=1e-6)
+        return
+    stored = shown.stored()
+    dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[grid.scale_dtype]
+    scale = shown.scale.detach().to(dtype).double().requires_grad_()
+    weight = master.detach().double().requires_grad_()
+    offset = None if stored.offsets is None else torch.from_numpy(stored.offsets).double()
+    references = torch.autograd.grad(_published(weight, scale, offset, grid), (weight, scale), total)
+    for found, reference in zip((master.grad, shown.scale.grad), references, strict=True):
+        assert (found.double() - reference).norm() / reference.norm() < 1e-5
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["absmax", "learned"])
+def test_a_tied_weight_is_quantised_once_a_step_for_each_type_it_is_read_in(learned, model, monkeypatch):
+    calls = []
+    for name in ("fitted_values", "given_values"):
+        made = getattr(grid_values, name)
+        monkeypatch.setattr(quantization, name, lambda *args, made=made: calls.append(args[0]) or made(*args))
+    with quantized_training(model, _storage_of, learned=learned) as shown:
+        expected = {}
+        for part in TOKENS:
+            with torch.autocast("cpu", torch.bfloat16):
+                model(part[None], labels=part[None]).loss.backward()
+        for name, weight in shown.items():
+            expected[name] = [t.grad.clone() for t in (weight.master, weight.scale) if t is not None]
+            weight.master.grad = None
+            if learned:
+                weight.scale.grad = None
+        passes = len(calls)
+        with one_step(shown.values()):
+            for part in TOKENS:
+                with torch.autocast("cpu", torch.bfloat16):
+                    model(part[None], labels=part[None]).loss.backward()
+        # Its table and its head, in float32 and in bfloat16: two of one weight, of each of the others one.
+        assert len(calls) - passes == len(shown) + 1 == passes / 2
+        for name, weight in shown.items():
+            for tensor, reference in zip((weight.master, weight.scale), expected[name], strict=False):
+                assert reference.abs().max() > 0
+                torch.testing.assert_close(tensor.grad, reference, rtol=1e-4, atol=1e-6)
+        # The next step sees the weights as they are by then.
+        with torch.no_grad():
+            model.lm_head.weight.mul_(0.5)
+        with one_step(shown.values()):
+            seen = shown["model.embed_tokens.weight"]()
+        assert len(calls) - passes == len(shown) + 2
+        assert not torch.equal(seen, calls[-2])
+
+
+def test_a_step_that_fails_leaves_nothing_of_its_weights():
+    master = nn.Parameter(torch.randn(4, 32))
+    shown = FakeQuantized(master, Q4_0)
+    with pytest.raises(RuntimeError), shown.one_step():
+        functional.linear(torch.randn(2, 31), shown())
+    with torch.no_grad():
+        master.copy_(torch.randn(4, 32))
+    np.testing.assert_array_equal(shown().detach().numpy(), deployed(master.detach().numpy(), Q4_0))
 
 
 def test_masters_come_back_when_a_forward_pass_fails():

@@ -120,24 +120,28 @@ def test_continues_to_the_last_bit(workshop, tmp_path, strategy, plan):
     _same(_weights(second), _weights(whole))
 
 
-def _gradients(trainer, grid=None):
+def _gradients(trainer, grid=None, learned=False):
     """The gradients of the first step, before clipping, and its record's terms."""
     kept = {}
 
     def keep(*arguments):
         kept.update({name: p.grad.clone() for name, p in trainer._trained()})
+        kept.update({f"scale {index}": scale.grad.clone() for index, scale in enumerate(trainer._learned)})
         return 0.0
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "_clip", keep)
-        (record,) = trainer.train_decay(64, grid) if grid else trainer.train_stable(64)
+        (record,) = trainer.train_decay(64, grid, learned=learned) if grid else trainer.train_stable(64)
     return kept, record
 
 
-@pytest.mark.parametrize("grid", [None, _grid], ids=["plain", "on a grid"])
-def test_sequences_one_by_one_add_up_to_the_step(workshop, grid):
+@pytest.mark.parametrize(
+    ("grid", "learned"), [(None, False), (_grid, False), (_grid, True)], ids=["plain", "on a grid", "learned scales"]
+)
+def test_sequences_one_by_one_add_up_to_the_step(workshop, grid, learned):
     whole, parts = workshop.trainer(ALIGNED), workshop.trainer(ALIGNED, micro_batch=1)
-    (expected, one), (found, other) = _gradients(whole, grid), _gradients(parts, grid)
+    (expected, one), (found, other) = _gradients(whole, grid, learned), _gradients(parts, grid, learned)
+    assert learned == any(name.startswith("scale") for name in found)
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
     for term in ("loss", "divergence", "cross_entropy", "alignment"):
