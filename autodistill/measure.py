@@ -212,7 +212,7 @@ def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> 
         how="autodistill",
         threads=threads,
         prompt=alone.prompt,
-        context=alone.prompt + len(alone.step_ms) // len(alone.first_ms) // 2,
+        context=alone.behind,
         ttft_ms=first,
         tpot_ms=alone.tpot_ms(50),
         tpot_p95_ms=alone.tpot_ms(95),

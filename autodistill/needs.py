@@ -14,7 +14,7 @@ from autodistill.records.candidates import Candidate
 from autodistill.records.measurements import Correction, Measured, correction
 from autodistill.records.recalibration import Overhead, Place, overhead_of
 from autodistill.records.row import Row
-from autodistill.roofline import limit_seconds
+from autodistill.roofline import PROMPT_TOKENS, limit_seconds
 from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment
 from autodistill.units import CONTEXT, LatencyLimit
@@ -178,26 +178,37 @@ def _latency(
 ) -> tuple[float, str] | None:
     """Seconds, and how they are known.
 
-    A measurement of the row in its runtime on the device itself goes before any prediction; one of another machine or
-    runtime is never used.
+    A measurement of the row in its runtime on the device itself goes before any other prediction; one of another
+    machine or runtime is never used. Where it is of a shorter prompt, or of less context behind a step, it is scaled by
+    what is predicted of both loads.
     """
     device = wanted.device
     if device is None:
         raise InputError("a limit of latency holds on a device: name it with --device")
-    if row.latency_source == "measured" and row.machine == device.name and row.context == context:
-        milliseconds = _timed(row, limit)
-        if milliseconds is not None:
-            return milliseconds / 1e3, "measured"
+    timed = _timed(row, limit) if row.latency_source == "measured" and row.machine == device.name else None
+    limited = context if limit.quantity == "tpot" else min(PROMPT_TOKENS, context)
+    if timed is not None and timed[1] == limited:
+        return timed[0], "measured"
     if spec is None:
         return None
+    seconds = limit_seconds(spec, deployment, device, limit, context=context)
+    if timed is not None:
+        return timed[0] * seconds / limit_seconds(spec, deployment, device, limit, context=timed[1]), "corrected"
     known = wanted.correction(deployment.runtime)
     scale = known.decode if limit.quantity == "tpot" else known.prefill
-    seconds = limit_seconds(spec, deployment, device, limit, context=context)
     return seconds * scale, "corrected" if known.count else "predicted"
 
 
-def _timed(row: Row, limit: LatencyLimit) -> float | None:
-    """The percentile that the row's own timing has, at the limit's streams."""
+def _timed(row: Row, limit: LatencyLimit) -> tuple[float, int] | None:
+    """Seconds of the percentile in the row's own timing at the limit's streams, and the tokens it is of.
+
+    Those of the prompt whose first token was timed, or behind a step after it.
+    """
     loads = (row.other.get("latency_detail") or {}).get("loads", ())
     name = f"{limit.quantity}_p{limit.percentile}_ms"
-    return next((load[name] for load in loads if load["streams"] == limit.streams and name in load), None)
+    for load in loads:
+        if load["streams"] == limit.streams and name in load:
+            prompt = load["prompt_tokens"]
+            # Rows of earlier versions lack what lay behind a step, which the prompt is most of.
+            return load[name] / 1e3, prompt if limit.quantity == "ttft" else load.get("behind_tokens", prompt)
+    return None

@@ -120,6 +120,11 @@ class Streams:
         return self.streams * 1e3 / float(np.mean(self.step_ms))
 
     @property
+    def behind(self) -> int:
+        """Tokens that a decoding step has behind it on average: the prompt, and half of the answer."""
+        return self.prompt + len(self.step_ms) // len(self.first_ms) // 2
+
+    @property
     def answer_ms(self) -> float:
         """Median time of a whole answer: its first token and all that follow in its round."""
         steps = np.array(self.step_ms).reshape(len(self.first_ms), -1).sum(axis=1)
@@ -133,6 +138,7 @@ class Streams:
             "streams": self.streams,
             "prompt_tokens": self.prompt,
             "decoded_tokens": len(self.step_ms),
+            "behind_tokens": self.behind,
             "tokens_per_second": self.tokens_per_second,
             "answer_ms": self.answer_ms,
             "spread": self.spread,

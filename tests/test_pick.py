@@ -68,6 +68,12 @@ def row(name: str, accuracy: float, megabytes: float, **fields: Any) -> Row:
     return Row(**least | fields)
 
 
+def timing(prompt: int, behind: int) -> dict[str, Any]:
+    """A row's own timing at one stream: 7 ms a token and 90 ms to the first."""
+    load = {"streams": 1, "prompt_tokens": prompt, "behind_tokens": behind, "tpot_p95_ms": 7.0, "ttft_p95_ms": 90.0}
+    return {"latency_source": "measured", "other": {"latency_detail": {"loads": [load]}}}
+
+
 def candidate(found: Row, spec: ModelSpec | None = SPEC) -> Candidate:
     shaped = replace(found, shape=None if spec is None else config_of(spec))
     return Candidate.of(shaped, "run", "accuracy", "max")
@@ -323,21 +329,58 @@ def test_what_was_not_measured_is_never_picked(
 
 def test_a_row_measured_on_the_device_is_held_to_that_and_one_of_another_is_not() -> None:
     device = find_device("pi 4", devices())
-    loads = [{"streams": 1, "tpot_p95_ms": 7.0, "ttft_p95_ms": 90.0}]
-    timed = {"latency_source": "measured", "other": {"latency_detail": {"loads": loads}}}
+    timed = timing(512, 1500)
     here = candidate(row("a", 0.5, 400, machine=device.name, **timed))
-    wanted = Wanted(memory_bytes=10**9, device=device, latency=parse_latency("tpot_p95=1s"))
+    wanted = Wanted(memory_bytes=10**9, context=1500, device=device, latency=parse_latency("tpot_p95=1s,ttft_p95=1s"))
     found = solve(here, wanted)
     assert found is not None
-    assert (found.needs["tpot_p95=1.0s@streams=1"], found.sources["tpot_p95=1.0s@streams=1"]) == (0.007, "measured")
+    names = ("tpot_p95=1.0s@streams=1", "ttft_p95=1.0s@streams=1")
+    assert [(found.needs[name], found.sources[name]) for name in names] == [(0.007, "measured"), (0.09, "measured")]
     elsewhere = solve(candidate(row("a", 0.5, 400, machine="another", **timed)), wanted)
     assert elsewhere is not None
-    guess = speed(SPEC, DEPLOYMENT, device, context=2048)
+    guess = speed(SPEC, DEPLOYMENT, device, context=1500)
     assert elsewhere.needs["tpot_p95=1.0s@streams=1"] == pytest.approx(guess.decode_ms_high / 1e3)
     # Of several streams it was not timed, so that is predicted even here.
     several = solve(here, replace(wanted, latency=parse_latency("tpot_p95=1s@streams=4")))
     assert several is not None
     assert several.sources["tpot_p95=1.0s@streams=4"] == "predicted"
+
+
+def test_a_measurement_of_a_lighter_load_is_scaled_to_the_one_that_is_asked() -> None:
+    device = find_device("pi 4", devices())
+    timed = timing(64, 88)
+    wanted = Wanted(memory_bytes=10**9, context=8192, device=device, latency=parse_latency("tpot_p95=9s,ttft_p95=9s"))
+    found = solve(candidate(row("a", 0.5, 400, context=8192, machine=device.name, **timed)), wanted)
+    assert found is not None
+    assert set(found.sources.values()) == {"predicted", "corrected"}
+    # By hand, at the slow end: a step reads the matrices, 34 bytes for 32 weights, and for each token behind it
+    # 16-bit keys and values of 4 heads of 64 in 12 layers, or waits for its products and the attention of 8 heads; a
+    # prompt waits for them. A layer costs 100 us more.
+    layers, head = 12 * (2 * 512 * 512 + 2 * 256 * 512 + 3 * 512 * 1024), 8000 * 512
+    bandwidth, rate = 0.30 * device.bandwidth, 0.10 * device.rate("fp32")
+
+    def step(behind: int) -> float:
+        reading = ((layers + head) * 34 / 32 + 12 * 2 * 4 * 64 * 2 * behind) / bandwidth
+        return max(reading, (2 * (layers + head) + 12 * 4 * 8 * 64 * behind) / rate) + 12e-4
+
+    def first(tokens: int) -> float:
+        return (2 * (tokens * layers + head) + 12 * 4 * 8 * 64 * tokens * tokens / 2) / rate + 12e-4
+
+    assert found.needs["tpot_p95=9.0s@streams=1"] == pytest.approx(0.007 * step(8192) / step(88), rel=1e-3)
+    assert found.needs["ttft_p95=9.0s@streams=1"] == pytest.approx(0.09 * first(512) / first(64), rel=1e-3)
+    # Without a shape nothing can be scaled.
+    assert solve(candidate(row("a", 0.5, 400, context=8192, machine=device.name, **timed), None), wanted) is None
+
+
+def test_rows_without_what_lay_behind_a_step_are_scaled_from_their_prompt() -> None:
+    device = find_device("pi 4", devices())
+    loads = [{"streams": 1, "prompt_tokens": 64, "tpot_p50_ms": 7.0}]
+    old = {"latency_source": "measured", "machine": device.name, "other": {"latency_detail": {"loads": loads}}}
+    wanted = Wanted(memory_bytes=10**9, device=device, latency=parse_latency("tpot_p50=9s"))
+    found = solve(candidate(row("a", 0.5, 400, **old)), wanted)
+    long, short = (speed(SPEC, DEPLOYMENT, device, context=behind).decode_ms for behind in (2048, 64))
+    assert found is not None
+    assert found.needs["tpot_p50=9.0s@streams=1"] == pytest.approx(0.007 * long / short)
 
 
 def test_predictions_are_corrected_by_what_was_measured_on_the_device() -> None:

@@ -55,6 +55,8 @@ def test_percentiles_are_of_all_rounds_but_the_one_that_warms_up(monkeypatch: py
     one, three = found.loads
     assert one.first_ms == (32.0, 32.0)
     assert len(one.step_ms) == 80
+    # The first of 40 steps has the prompt of 32 and the first token behind it, the last one 72.
+    assert one.behind == one.to_json()["behind_tokens"] == 52
     assert three.tpot_ms(50) == pytest.approx(3 * np.percentile([1, 2, 3, 4] * 20, 50))
     assert three.tokens_per_second == pytest.approx(3 * 1000 / (3 * 2.5))
     assert one.answer_ms == pytest.approx(32 + 40 * 2.5)
