@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from autodistill.described import Described
@@ -12,10 +12,13 @@ from autodistill.errors import InputError
 from autodistill.estimate import training_memory
 from autodistill.families import FAMILIES
 from autodistill.records.recalibration import Overhead, Place, overhead_of
-from autodistill.roofline import speed
+from autodistill.roofline import Speed, speed
 from autodistill.serving_memory import BASIS, memory
 from autodistill.strategy import Deployment
 from autodistill.units import CONTEXT
+
+_MEMORY_ALONE = "onnxruntime"  # takes graphs that are exported from any packing; how fast it runs them is not predicted
+_NO_SPEED: Mapping[str, None] = dict.fromkeys(field.name for field in fields(Speed))
 
 
 def appraise(
@@ -37,21 +40,26 @@ def appraise(
         model: What is served.
         deployment: How; a GGUF file's own tensors count where the model has them.
         context: Tokens of each sequence; 2048 by default, or the model's if that is less.
-        batch, kv_type, runtime, prompt: As `memory` and `speed` take them.
+        batch, kv_type, prompt: As `memory` and `speed` take them.
+        runtime: Another engine that serves the deployment, or "onnxruntime", of which memory alone is predicted; the
+            deployment's own by default.
         devices: One, whose speed and overhead are then the document's own, or several.
         overheads: By what predicted memory is changed, by class of devices and runtime.
         training: Tokens of a forward and backward pass; the memory of training the model with them is told too.
 
     Returns:
         Plain data: the parts of the memory, what measured students change (`memory_overhead`) and the sum, runtime,
-        context, batch, `tokens_per_second` and `time_to_first_token_ms` (None without a device), the devices, and
-        under `training` the parts of its memory with all activations kept and with checkpointing (None where it is
+        context, batch, `tokens_per_second` and `time_to_first_token_ms` (None without a device or a predicted speed),
+        the devices, and under `training` the parts of its memory with all activations kept and with checkpointing (None where it is
         not asked for).
 
     Raises:
-        InputError: As `memory`, a context beyond the model's, or a model that cannot be trained here.
+        InputError: As `memory`, a runtime that does not serve the deployment, a context beyond the model's, or a model
+            that cannot be trained here.
     """
     spec = model.spec
+    if runtime not in (None, _MEMORY_ALONE):
+        deployment = replace(deployment, runtime=runtime)
     context = min(CONTEXT, spec.max_context) if context is None else context
     if context > spec.max_context:
         raise InputError(
@@ -76,19 +84,21 @@ def appraise(
         change = overhead_of(overheads or {}, need.runtime)
     rows = []
     for device, own in zip(devices, changes, strict=True):
-        fast = speed(
-            spec,
-            deployment,
-            device,
-            context=context,
-            batch=batch,
-            prompt=prompt,
-            kv_type=kv_type,
-            weights=model.weights_bytes,
-        )
+        fast: Mapping[str, Any] = _NO_SPEED
+        if need.runtime != _MEMORY_ALONE:
+            fast = speed(
+                spec,
+                deployment,
+                device,
+                context=context,
+                batch=batch,
+                prompt=prompt,
+                kv_type=kv_type,
+                weights=model.weights_bytes,
+            ).to_json()
         total = need.total_bytes + own.total_bytes
         known = {"device": device.name, "fits": total <= device.usable_bytes, "usable_bytes": device.usable_bytes}
-        rows.append({**known, "total_bytes": total, **fast.to_json()})
+        rows.append({**known, "total_bytes": total, **fast})
     one = rows[0] if len(rows) == 1 else {}
     return {
         "model": model.name,

@@ -298,7 +298,7 @@ def estimate(
         str | None, option("--format-name", "Like gguf-q4_0; a GGUF file's own types, else gguf-q8_0.", "NAME")
     ] = None,
     runtime: Annotated[
-        str | None, option("--runtime", "llama.cpp, transformers, vllm or onnxruntime; the format's own.", "NAME")
+        str | None, option("--runtime", "Another that serves the format; or onnxruntime, its memory alone.", "NAME")
     ] = None,
     context: ContextOption = None,
     batch: BatchOption = 1,

@@ -49,23 +49,29 @@ def appraisal_text(document: Mapping[str, Any]) -> str:
     if document["devices"]:
         head = ("device", "fits", "usable", "tokens/s", "band", "first token", "waits for")
         rows = [
-            (
-                one["device"],
-                "yes" if one["fits"] else "no",
-                format_bytes(one["usable_bytes"]),
-                f"{one['tokens_per_second']:,.3g}",
-                f"{one['tokens_per_second_low']:,.3g}-{one['tokens_per_second_high']:,.3g}",
-                format_duration(one["time_to_first_token_ms"] / 1e3),
-                one["bound"],
-            )
+            (one["device"], "yes" if one["fits"] else "no", format_bytes(one["usable_bytes"]), *_speed(one))
             for one in document["devices"]
         ]
         prompt = document["devices"][0]["prompt"]
         note = f"Speeds are predicted by a roofline at a full context; the first token follows a prompt of {prompt}."
+        if prompt is None:
+            note = f"No speed is predicted of {document['runtime']}."
         sections.append(f"{table([head, *rows], left=2)}\n{note}")
     if document["training"]:
         sections.append(_training(document["training"]))
     return "\n\n".join(sections)
+
+
+def _speed(one: Mapping[str, Any]) -> tuple[str, ...]:
+    """A device's speed: tokens a second, their band, the first token, and what a token waits for."""
+    if one["tokens_per_second"] is None:
+        return ("-",) * 4
+    return (
+        f"{one['tokens_per_second']:,.3g}",
+        f"{one['tokens_per_second_low']:,.3g}-{one['tokens_per_second_high']:,.3g}",
+        format_duration(one["time_to_first_token_ms"] / 1e3),
+        one["bound"],
+    )
 
 
 def _training(found: Mapping[str, Any]) -> str:

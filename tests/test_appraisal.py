@@ -28,6 +28,40 @@ def test_the_document_has_the_parts_and_one_device_s_speed() -> None:
     assert document["time_to_first_token_ms"] > 0
 
 
+def test_another_runtime_is_held_to_its_own_bytes_and_one_that_cannot_serve_the_format_is_refused() -> None:
+    sizes = {"layers": 32, "width": 4096, "heads": 32, "ffn": 11008, "vocab": 32000}
+    big, device = shape(sizes), find_device("4090", KNOWN)
+    packed = deployment_named("compressed-tensors-int4-g64")
+    # transformers holds them in 16 bits: 6.6e9 weights that a token reads, all but the table, at 1008 GB/s.
+    read = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096)
+    dense = appraise(big, packed, devices=[device], runtime="transformers", context=1)
+    assert dense["runtime"] == "transformers"
+    assert dense["weights_bytes"] == pytest.approx(read + 2 * 32000 * 4096, rel=1e-3)
+    assert dense["devices"][0]["tokens_per_second_high"] < 1008e9 / read
+    same = appraise(big, deployment_named("huggingface"), devices=[device], context=1)
+    assert dense["tokens_per_second"] == pytest.approx(same["tokens_per_second"], rel=1e-3)
+    assert appraise(big, packed, devices=[device], context=1)["tokens_per_second"] > 2 * dense["tokens_per_second"]
+    for name, runtime, said in (
+        ("gguf-q4_0", "transformers", "the runtime of gguf-q4_0 is 'transformers'; it can be llama.cpp"),
+        ("gguf-q4_0", "vllm", "it can be llama.cpp"),
+        ("huggingface", "llama.cpp", "it can be transformers, vllm"),
+        ("compressed-tensors-int3-g32", "vllm", "it can be transformers"),
+        ("huggingface", "mlx", "it can be transformers, vllm"),
+    ):
+        with pytest.raises(InputError, match=said):
+            appraise(big, deployment_named(name), runtime=runtime)
+
+
+def test_of_onnx_runtime_memory_alone_is_predicted() -> None:
+    document = appraise(MODEL, Q4, devices=KNOWN[:2], runtime="onnxruntime")
+    assert document["runtime"] == "onnxruntime"
+    assert document["devices"][0]["total_bytes"] == document["total_bytes"]
+    assert [one["tokens_per_second"] for one in document["devices"]] == [None, None]
+    text = appraisal_text(document)
+    assert "No speed is predicted of onnxruntime." in text
+    assert "None" not in text
+
+
 def test_without_one_device_the_speed_is_left_open_and_all_are_listed() -> None:
     assert appraise(MODEL, Q4)["tokens_per_second"] is None
     document = appraise(MODEL, Q4, devices=KNOWN)
