@@ -33,6 +33,10 @@ _FILLERS = {
 }
 
 
+# Words that make another product of a name, which nobody means who leaves them out.
+_PRODUCTS = {"ti", "super", "xt", "xtx", "max", "pro", "ultra", "ada", "laptop", "nvl", "pcie"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Range:
     """A low, typical and high value."""
@@ -308,7 +312,8 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
     """Looks a device up by a person's spelling: "4090", "rtx 4060 ti 16gb", "A100-80GB".
 
     Case, blanks, hyphens and makers' names do not matter, and words may be left out where one device alone has the
-    others. The amount of memory may be said although a name does not hold it.
+    others, but for those that make another product, as "Ti" does. The amount of memory may be said although a name does
+    not hold it.
 
     Raises:
         InputError: No device or several are called so; the message lists the near ones.
@@ -323,11 +328,15 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
         if same and form(text):
             return same[0]
     having: dict[str, tuple[int, int]] = {}
+    others = []
     makers = set(_split(text)) & _FILLERS
     for device, name in named:
         words, all_words = _words(name), set(_split(name))
         # A maker's name alone asks for all of its devices, and beside other words for those of them that have it.
         if asked <= words | _memory_words(device) or asked <= all_words & _FILLERS:
+            if (words - asked) & _PRODUCTS:
+                others.append(device.name)
+                continue
             far = (len(makers - all_words), len(words - asked))
             having[device.name] = min(having.get(device.name, far), far)
     if having:
@@ -338,7 +347,7 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
         raise InputError(f"{text!r} can be {', '.join(device.name for device in closest)}: name one of them")
     names = {_joined(name): device.name for device, name in named} | {_bare(name): dev.name for dev, name in named}
     near = difflib.get_close_matches(_bare(text) or _joined(text), names, n=5, cutoff=0.5)
-    shown = ", ".join(dict.fromkeys(names[key] for key in near))
+    shown = ", ".join(list(dict.fromkeys([*others, *(names[key] for key in near)]))[:5])
     hint = f"near to it are {shown}" if shown else "autodistill devices lists them"
     raise InputError(f"there is no device {text!r}; {hint}")
 
