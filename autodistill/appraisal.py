@@ -50,8 +50,8 @@ def appraise(
     Returns:
         Plain data: the parts of the memory, what measured students change (`memory_overhead`) and the sum, runtime,
         context, batch, `tokens_per_second` and `time_to_first_token_ms` (None without a device or a predicted speed),
-        the devices, and under `training` the parts of its memory with all activations kept and with checkpointing (None where it is
-        not asked for).
+        the devices, and under `training` the parts of its memory with all activations kept and with checkpointing
+        (None where it is not asked for).
 
     Raises:
         InputError: As `memory`, a runtime that does not serve the deployment, a context beyond the model's, or a model

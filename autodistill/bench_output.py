@@ -59,7 +59,9 @@ class BoardResult:
 
     Attributes:
         student: SHA-256 of the file that was run.
-        machine: As the board calls itself; its GPU where llama.cpp used one.
+        machine: What ran it: the GPU where llama.cpp used one, else the board.
+        board: The board or its processor, as its system calls it.
+        memory_bytes: That its system has, or None where it does not tell.
         system: Kernel and architecture.
         build: Of llama.cpp.
         threads, cores: CPU threads used, and cores there.
@@ -76,6 +78,8 @@ class BoardResult:
 
     student: str
     machine: str
+    board: str
+    memory_bytes: int | None
     system: str
     build: str
     threads: int
@@ -117,10 +121,14 @@ def parse_result(text: str, where: str) -> BoardResult:
         raise InputError(f"{where}: llama-bench timed no prompt or no decoding")
     steps = tuple(time / decoded for time in times)
     watts = _watts(facts)
+    board = facts.get("machine", "") or "an unnamed board"
+    memory = _number(facts, "memory_kb")
     seconds = float(np.mean(steps)) / 1e3
     return BoardResult(
         student=facts.get("student", ""),
-        machine=str(decode.get("gpu_info") or "").strip() or facts.get("machine", "") or "an unnamed board",
+        machine=str(decode.get("gpu_info") or "").strip() or board,
+        board=board,
+        memory_bytes=int(1024 * memory) if memory else None,
         system=facts.get("system", ""),
         build=f"{decode.get('build_commit', '?')} ({decode.get('build_number', '?')})",
         threads=int(_number(facts, "threads") or 1),

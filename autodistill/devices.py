@@ -33,6 +33,18 @@ _FILLERS = {
 }
 
 
+ONE_CHIP = ("unified", "board", "phone")
+"""Classes whose memory, and whose GPU, are those of the whole machine."""
+
+# What a system adds to a product's name: the revision of a board, the make of a processor.
+_SYSTEM_WORDS = re.compile(
+    r"\((?:r|tm)\)|\bmodel b\b|\brev [\d.]+|\b(?:engineering reference )?developer kit\b|\b\d+(?:st|nd|rd|th) gen\b"
+    r"|\b\d+-core processor\b|(?:\bcpu *)?@ *[\d.]+ *ghz|\bw/ radeon.*",
+    re.IGNORECASE,
+)
+_MODE = re.compile(r"\d+W(?:[-_](?:AI|CPU))?|MAXN")  # of a Jetson, as nvpmodel has it
+# A system reports less than is built in, and more than a maker's GB where those are of 2^30 bytes.
+_REPORTED_MEMORY = (0.75, 1.1)
 # Words that make another product of a name, which nobody means who leaves them out.
 _PRODUCTS = {"ti", "super", "xt", "xtx", "max", "pro", "ultra", "ada", "laptop", "nvl", "pcie"}
 
@@ -350,6 +362,38 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
     shown = ", ".join(list(dict.fromkeys([*others, *(names[key] for key in near)]))[:5])
     hint = f"near to it are {shown}" if shown else "autodistill devices lists them"
     raise InputError(f"there is no device {text!r}; {hint}")
+
+
+def device_of_system(
+    name: str,
+    known: Iterable[Device],
+    *,
+    memory_bytes: int | None = None,
+    cores: int | None = None,
+    mode: str = "",
+) -> Device | None:
+    """The device that a machine is, by what its system says; None where that is no known one, or may be several.
+
+    Args:
+        name: Of its board, processor or GPU, like "Raspberry Pi 5 Model B Rev 1.0".
+        known: Devices.
+        memory_bytes: That the system has, which tells boards of one name apart.
+        cores: That the system has: fewer than the processor's name says are a share of it, and another device.
+        mode: Power mode of a Jetson, as nvpmodel has it.
+    """
+    built = re.search(r"\b(\d+)-core\b", name, re.IGNORECASE)
+    if built and cores is not None and cores < int(built[1]):
+        return None
+    low, high = _REPORTED_MEMORY
+    fitting = [
+        device
+        for device in known
+        if memory_bytes is None or device.kind.name not in ONE_CHIP or low <= memory_bytes / device.memory_bytes <= high
+    ]
+    try:
+        return find_device(" ".join((_SYSTEM_WORDS.sub(" ", name), *_MODE.findall(mode))), fitting)
+    except InputError:
+        return None
 
 
 def _split(text: str) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from autodistill.bench_output import Bench, BoardResult, parse_result
 from autodistill.described import Described, deployment_named, describe
-from autodistill.devices import Device, devices, find_device
+from autodistill.devices import ONE_CHIP, Device, device_of_system, devices, find_device
 from autodistill.errors import InputError
 from autodistill.estimate import config_of
 from autodistill.hardware import detect
@@ -52,7 +52,7 @@ class MeasureRequest:
         script: Where a script for a board without ssh is written; nothing is measured then.
         result: What that script printed.
         bench: Path of llama-bench on the board.
-        device: What the board is among the known devices; None where its own name says so.
+        device: What the board is among the known devices; None where its system's name says so.
         own: Files of devices of a person's own.
         ssh_config: As `remote.Board` takes it.
         context: Of a measurement here: tokens of each stream; 2048 by default, or what the student reads.
@@ -107,8 +107,9 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
     """Measures a student, keeps what was found, and gives it with what was predicted.
 
     Returns:
-        Plain data: the measurement under "measured", the predictions for a known device under "predicted", and where
-        it was kept; or, for a script, where that was written.
+        Plain data: the measurement under "measured", the known device that it is of under "device" (None where it is of
+        none, so that nothing is corrected by it), the predictions for that under "predicted", and where it was kept;
+        or, for a script, where that was written.
 
     Raises:
         InputError: A student that is damaged or of no known architecture, a context beyond its own, a result of
@@ -262,7 +263,7 @@ def _of_board(request: MeasureRequest, found: BoardResult, model: Described, dep
     }
     return Measured(
         **_common(request, model, deployment),
-        machine=_device_name(request, found.machine),
+        machine=_device_name(request, found),
         how=f"llama-bench {found.build}",
         threads=found.threads,
         prompt=found.prompt,
@@ -274,7 +275,7 @@ def _of_board(request: MeasureRequest, found: BoardResult, model: Described, dep
         tokens_per_second=1e3 / float(np.mean(steps)),
         prompt_tokens_per_second=1e3 * found.prompt / float(np.mean(found.prompt_ms)),
         peak_bytes=found.peak_bytes,
-        board=facts | {"machine": found.machine, "load_average": found.load_average},
+        board=facts | {"machine": found.board, "memory_bytes": found.memory_bytes, "load_average": found.load_average},
         doubts=tuple(doubts),
     )
 
@@ -291,15 +292,18 @@ def _common(request: MeasureRequest, model: Described, deployment: Deployment) -
     }
 
 
-def _device_name(request: MeasureRequest, machine: str) -> str:
-    """The known device that a board is, by what a person says or by its own name; else its own name."""
+def _device_name(request: MeasureRequest, found: BoardResult) -> str:
+    """The known device that a board is, by what a person says or by what its system does; else its own name."""
     known = devices(*request.own)
     if request.device is not None:
         return find_device(request.device, known).name
-    try:
-        return find_device(machine, known).name
-    except InputError:
-        return machine
+    device = device_of_system(
+        found.board, known, memory_bytes=found.memory_bytes, cores=found.cores, mode=found.power_mode
+    )
+    # A GPU of its own is the device, whatever machine it sits in; that of a board says less than the board.
+    if found.machine != found.board and (device is None or device.kind.name not in ONE_CHIP):
+        device = device_of_system(found.machine, known)
+    return found.machine if device is None else device.name
 
 
 def _kept(request: MeasureRequest, measured: Measured, model: Described, deployment: Deployment) -> dict[str, Any]:
@@ -325,4 +329,5 @@ def _kept(request: MeasureRequest, measured: Measured, model: Described, deploym
             weights=model.weights_bytes,
         )
         predicted |= {"tpot_ms": step.decode_ms, "ttft_ms": read.time_to_first_token_ms}
-    return {"measured": measured.to_json(), "predicted": predicted, "kept_in": str(path)}
+    name = None if device is None else device.name
+    return {"measured": measured.to_json(), "device": name, "predicted": predicted, "kept_in": str(path)}

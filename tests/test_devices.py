@@ -13,7 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autodistill import devices as module
-from autodistill.devices import BUILT_IN, PRECISIONS, Device, device_classes, devices, find_device, read_devices
+from autodistill.devices import (
+    BUILT_IN,
+    PRECISIONS,
+    Device,
+    device_classes,
+    device_of_system,
+    devices,
+    find_device,
+    read_devices,
+)
 from autodistill.errors import InputError
 
 TABLE = devices()
@@ -149,6 +158,57 @@ def test_a_person_s_spelling(text: str, name: str) -> None:
 def test_what_names_none_or_several_says_which_are_near(text: str, said: str) -> None:
     with pytest.raises(InputError, match=re.escape(said)):
         find_device(text, TABLE)
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_kb", "mode", "device"),
+    [
+        # As /proc/device-tree/model, MemTotal, nvpmodel and /proc/cpuinfo have them.
+        ("Raspberry Pi 5 Model B Rev 1.0", 8_245_148, "ondemand", "Raspberry Pi 5 8GB"),
+        ("Raspberry Pi 5 Model B Rev 1.0", 4_140_000, "ondemand", "Raspberry Pi 5 4GB"),
+        ("Raspberry Pi 5 Model B Rev 1.1", 16_600_000, "ondemand", None),
+        ("Raspberry Pi 4 Model B Rev 1.4", 7_999_932, "ondemand", "Raspberry Pi 4B 8GB"),
+        ("Raspberry Pi 4 Model B Rev 1.2", 3_884_320, "ondemand", "Raspberry Pi 4B 4GB"),
+        ("Raspberry Pi 4 Model B Rev 1.2", 1_890_000, "ondemand", None),
+        ("Raspberry Pi 3 Model B Plus Rev 1.3", 900_000, "ondemand", None),
+        ("NVIDIA Jetson Orin Nano Developer Kit", 7_802_188, "15W", "Jetson Orin Nano 8GB"),
+        ("NVIDIA Jetson Orin Nano Developer Kit", 7_802_188, "7W", "Jetson Orin Nano 8GB 7W"),
+        (
+            "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super",
+            7_727_104,
+            "MAXN_SUPER",
+            "Jetson Orin Nano Super 8GB",
+        ),
+        (
+            "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super",
+            7_727_104,
+            "25W",
+            "Jetson Orin Nano Super 8GB 25W",
+        ),
+        ("NVIDIA Jetson AGX Orin Developer Kit", 64_349_184, "MODE_30W", "Jetson AGX Orin 64GB 30W"),
+        ("NVIDIA Jetson AGX Orin Developer Kit", 31_500_000, "MAXN", "Jetson AGX Orin 32GB"),
+        ("12th Gen Intel(R) Core(TM) i5-12400", 65_000_000, "powersave", "Intel Core i5-12400 DDR4-3200 2 channels"),
+        ("Intel(R) Xeon(R) Platinum 8380 CPU @ 2.30GHz", None, "", "Intel Xeon Platinum 8380 DDR4-3200 8 channels"),
+        ("AMD Ryzen 7 5800X 8-Core Processor", None, "", "AMD Ryzen 7 5800X DDR4-3200 2 channels"),
+        ("AMD EPYC 7763 64-Core Processor", None, "", "AMD EPYC 7763 DDR4-3200 8 channels"),
+        ("AMD RYZEN AI MAX+ 395 w/ Radeon 8060S", 128_000_000, "", "AMD Ryzen AI Max+ 395 128GB"),
+        ("NVIDIA GeForce RTX 3060", None, "", "NVIDIA GeForce RTX 3060 12GB"),
+        ("NVIDIA GeForce RTX 4060 Ti", None, "", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, "", None),
+        ("Intel(R) Xeon(R) CPU @ 2.20GHz", None, "", None),
+        ("Orin", None, "", None),
+        ("x86_64", None, "", None),
+    ],
+)
+def test_a_device_is_known_by_what_its_system_calls_it(
+    name: str, memory_kb: int | None, mode: str, device: str | None
+) -> None:
+    found = device_of_system(name, TABLE, memory_bytes=memory_kb and 1024 * memory_kb, cores=128, mode=mode)
+    assert (found and found.name) == device
+
+
+def test_a_share_of_a_processor_is_not_the_processor() -> None:
+    assert device_of_system("AMD EPYC 7763 64-Core Processor", TABLE, cores=2) is None
 
 
 @given(text=st.text(max_size=40))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from autodistill.devices import devices, find_device
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.export.gguf import GgufExporter
+from autodistill.hardware_summary import measured_text
 from autodistill.measure import MeasureRequest, fingerprint, measure
 from autodistill.quiet import Noise
 from autodistill.records.measurements import correction, read_measured
@@ -98,6 +100,35 @@ def test_a_script_that_was_carried_brings_back_a_measurement(student: Path, tmp_
     assert (measured["machine"], measured["student"]) == (PI.name, fingerprint(student))
     assert (measured["ttft_ms"], measured["tpot_ms"], measured["tokens_per_second"]) == (32.0, 2.0, 500.0)
     assert measured["how"].startswith("llama-bench 8cf427ff")
+
+
+@pytest.mark.parametrize(
+    ("system", "gpu", "device"),
+    [
+        (("Raspberry Pi 5 Model B Rev 1.0", 4, 8_245_148, "ondemand"), "", PI.name),
+        (("NVIDIA Jetson Orin Nano Developer Kit", 6, 7_802_188, "7W"), "Orin", "Jetson Orin Nano 8GB 7W"),
+        (("12th Gen Intel(R) Core(TM) i5-12400", 12, 32_000_000, ""), "NVIDIA GeForce RTX 4090", "4090"),
+        (("AMD EPYC 7763 64-Core Processor", 2, 8_000_000, ""), "", None),
+        (("Radxa ROCK 5B", 8, 16_000_000, ""), "", None),
+    ],
+)
+def test_a_board_is_the_device_that_its_system_calls_it_or_one_that_is_to_be_named(
+    system: tuple[str, int, int, str], gpu: str, device: str | None, student: Path, tmp_path: Path, llama_bench: Path
+) -> None:
+    script, result = tmp_path / "bench.sh", tmp_path / "result.txt"
+    measure(request(student, tmp_path, script=script))
+    said = subprocess.run(["sh", script, student, llama_bench], capture_output=True, text=True, check=True).stdout
+    facts = dict(zip(("machine", "cores", "memory_kb", "power_mode"), system, strict=True))
+    for name, value in facts.items():
+        said = re.sub(rf"^{name}=.*$", f"{name}={value}", said, flags=re.MULTILINE)
+    result.write_text(said.replace('"gpu_info": ""', f'"gpu_info": "{gpu}"'), encoding="utf-8")
+    found = measure(request(student, tmp_path, result=result))
+    expected = device and find_device(device, devices()).name
+    assert found["device"] == expected
+    assert found["measured"]["machine"] == (expected or system[0])
+    assert found["measured"]["board"]["machine"] == system[0]
+    hint = f"No known device is called {system[0]}, so that pick does not use this: say which of autodistill devices"
+    assert (hint in measured_text(found)) == (device is None)
 
 
 def test_what_was_measured_corrects_what_is_predicted_there_and_nowhere_else(
