@@ -229,10 +229,12 @@ def test_each_tier_has_its_own_row() -> None:
     assert picked == [None, "c", "a"]
 
 
-def run_folder(out: Path, name: str, rows: list[Row], metric: str = "accuracy") -> None:
+DATA = {"data": {"name": "text", "fingerprint": "1"}, "teacher": {"name": "big", "fingerprint": "2"}}
+
+
+def run_folder(out: Path, name: str, rows: list[Row], metric: str = "accuracy", **changes: Any) -> None:
     (out / name).mkdir(parents=True)
-    asked = {"metric": metric, "direction": "max"}
-    write_json(out / name / "search.json", asked)
+    write_json(out / name / "search.json", {"metric": metric, "direction": "max"} | DATA | changes)
     to_parquet(rows, out / name / "leaderboard.parquet")
 
 
@@ -259,6 +261,46 @@ def test_rows_are_read_from_the_leaderboards_of_runs(tmp_path: Path) -> None:
         stored(tmp_path / "runs")
     with pytest.raises(InputError, match="no student that was trained to the end"):
         pick([], Wanted(memory_bytes=1))
+
+
+@pytest.mark.parametrize(
+    ("metric", "first", "second", "refused"),
+    [
+        ("accuracy", {}, {"data": {"name": "sums", "fingerprint": "3"}}, "a on text 1, b on sums 3"),
+        ("accuracy", {}, {"teacher": {"name": "bigger", "fingerprint": "4"}}, None),
+        (
+            "agreement",
+            {},
+            {"teacher": {"name": "bigger", "fingerprint": "4"}},
+            "a on text 1 of big 2, b on text 1 of bigger 4",
+        ),
+        ("lm-eval:arc", {}, {"data": {"name": "sums", "fingerprint": "3"}}, None),
+        (
+            "task:quiz",
+            {"asked": {"fingerprints": {"quiz": "5"}}},
+            {"asked": {"fingerprints": {"quiz": "5"}}, "data": {"name": "sums", "fingerprint": "3"}},
+            None,
+        ),
+        (
+            "task:quiz",
+            {"asked": {"fingerprints": {"quiz": "5"}}},
+            {"asked": {"fingerprints": {"quiz": "6"}}},
+            "a on quiz 5, b on quiz 6",
+        ),
+    ],
+)
+def test_runs_are_compared_where_their_metric_is_of_the_same_data(
+    metric: str, first: dict[str, Any], second: dict[str, Any], refused: str | None, tmp_path: Path
+) -> None:
+    for name, value, changes in (("a", 0.45, first), ("b", 0.93, second)):
+        figure = {"other": {metric: value}} if ":" in metric else {metric: value}
+        run_folder(tmp_path, name, [replace(row(name, 0.5, 400), **figure)], metric, **changes)
+    if refused is None:
+        assert {one.run for one in stored(tmp_path)} == {"a", "b"}
+        return
+    with pytest.raises(InputError, match=rf"different data cannot be compared \({refused}\): name those of one"):
+        stored(tmp_path)
+    assert [one.value for one in stored(tmp_path, ["a"])] == [0.45]
 
 
 @settings(deadline=None, max_examples=30)
@@ -316,7 +358,7 @@ def test_what_was_not_measured_is_never_picked(
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    write_json(folder / "search.json", {"metric": metric, "direction": direction})
+    write_json(folder / "search.json", {"metric": metric, "direction": direction} | DATA)
     whole = [row("a", 0.5, 400), row("b", 0.4, 300)]
     broken = [row("broken", 0.0, 1), row("weightless", 0.5, 1, memory_bytes=None)]
     rows = [replace(one, **{"accuracy": None, metric: one.accuracy}) for one in (*whole, broken[1])]

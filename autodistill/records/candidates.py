@@ -27,6 +27,7 @@ _COLUMNS = (
     *("latency_ms", "latency_source", "machine", "context", "batch", "fidelity", "other"),
 )
 _NESTED = ("deployment", "other")
+_BESIDE_TEACHER = ("agreement", "kl")  # metrics that compare a student with its teacher
 
 
 class Shape:
@@ -117,22 +118,41 @@ def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
         runs: Names; all by default.
 
     Raises:
-        InputError: No such run, none at all, or runs that ranked by different metrics.
+        InputError: No such run, none at all, or runs that ranked by different metrics, or on different data.
     """
     names = list(dict.fromkeys(runs or known_runs(out)))
     if not names:
         raise InputError(f"there are no runs in {out}: make one with autodistill search, or name another --out")
     found: list[Candidate] = []
-    metrics = {}
+    metrics, sources = {}, {}
     for name in names:
         run = RunFolder.open(out, name)
         asked = read_json(run.search_file)
-        metrics[name] = (asked["metric"], asked["direction"])
+        metrics[name], sources[name] = (asked["metric"], asked["direction"]), _measured_on(asked)
         found += _candidates(run, *metrics[name])
     if len(set(metrics.values())) > 1:
         told = ", ".join(f"{name} by {metric}" for name, (metric, _) in metrics.items())
         raise InputError(f"runs that rank by different metrics cannot be compared ({told}): name those of one")
+    if len({tuple(source.values()) for source in sources.values()}) > 1:
+        told = ", ".join(f"{name} on {' of '.join(map(' '.join, source.items()))}" for name, source in sources.items())
+        raise InputError(f"runs that were measured on different data cannot be compared ({told}): name those of one")
     return found
+
+
+def _measured_on(asked: Mapping[str, Any]) -> dict[str, str]:
+    """Names and fingerprints of what a run's metric was measured on: a task's questions, or the tokens of its data.
+
+    Args:
+        asked: Its `search.json`.
+    """
+    kind, _, task = asked["metric"].partition(":")
+    if kind == "task":
+        return {task: asked["asked"]["fingerprints"][task]}
+    if task:
+        # The questions of an installed task go with its name.
+        return {}
+    parts = ("data", "teacher") if kind in _BESIDE_TEACHER else ("data",)
+    return {asked[part]["name"]: asked[part]["fingerprint"] for part in parts}
 
 
 def recalibrated(out: Path) -> dict[Place, Overhead]:
