@@ -77,10 +77,15 @@ power() {
 energy() {
     cat /sys/class/powercap/intel-rapl:[0-9]/energy_uj 2>/dev/null | awk '{ sum += $1 } END { if (NR) printf "%.0f", sum }'
 }
+# What slows the board down: a Raspberry Pi's firmware knows, elsewhere states of cooling, of which a fan slows nothing.
 throttled() {
-    vcgencmd get_throttled 2>/dev/null
-    cat /sys/class/thermal/cooling_device*/cur_state /sys/devices/system/cpu/cpu[0-9]*/thermal_throttle/core_throttle_count \
-        2>/dev/null | awk '{ sum += $1 } END { if (NR) print sum }'
+    vcgencmd get_throttled 2>/dev/null && return
+    {
+        for cooling in /sys/class/thermal/cooling_device*; do
+            case $(cat "$cooling/type" 2>/dev/null) in *[Ff]an* | *FAN*) ;; *) cat "$cooling/cur_state" ;; esac
+        done
+        cat /sys/devices/system/cpu/cpu[0-9]*/thermal_throttle/core_throttle_count
+    } 2>/dev/null | awk '{ sum += $1 } END { if (NR) print sum }'
 }
 seconds() { cut -d' ' -f1 /proc/uptime 2>/dev/null || date +%s; }
 

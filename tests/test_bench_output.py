@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -56,6 +57,40 @@ def test_the_script_leaves_nothing_behind(
     monkeypatch.setenv("TMPDIR", str(scratch))
     assert "end=ok" in run(bench(student).script(), str(student), str(llama_bench))
     assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("fan", ["pwm-fan", "Fan", "gpio_fan"])
+@pytest.mark.parametrize("firmware", ["", "throttled=0x0", "throttled=0x4"])
+@pytest.mark.parametrize("slowed", [False, True])
+def test_a_fan_that_turns_is_no_throttling(
+    student: Path,
+    llama_bench: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fan: str,
+    firmware: str,
+    slowed: bool,
+) -> None:
+    thermal, programs = tmp_path / "thermal", tmp_path / "programs"
+    for index, kind in enumerate((fan, "cpufreq-cpu0")):
+        device = thermal / f"cooling_device{index}"
+        device.mkdir(parents=True)
+        (device / "type").write_text(f"{kind}\n", encoding="utf-8")
+        (device / "cur_state").write_text("0\n", encoding="utf-8")
+    programs.mkdir()
+    turned = f"echo 3 > {thermal}/cooling_device0/cur_state\n"
+    hot = f"echo 1 > {thermal}/cooling_device1/cur_state\n" if slowed else ""
+    for name, body in {
+        "llama-bench": f'{turned}{hot}exec {llama_bench} "$@"\n',
+        "vcgencmd": f'[ "$1" = get_throttled ] && [ -n "{firmware}" ] && echo {firmware}\n',
+    }.items():
+        (programs / name).write_text(f"#!/bin/sh\n{body}", encoding="utf-8")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    script = bench(student).script().replace("/sys/class/thermal", str(thermal)).replace("/sys/devices", str(tmp_path))
+    found = parse_result(run(script, str(student), str(programs / "llama-bench")), "x")
+    # Where the firmware answers it is gone by alone.
+    assert found.throttled == (firmware == "throttled=0x4" if firmware else slowed)
 
 
 @pytest.mark.parametrize("shell", ["dash", "busybox", "bash"])
