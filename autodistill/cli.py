@@ -295,7 +295,7 @@ def estimate(
         str | None, typer.Argument(help="A folder, a .gguf file, smollm2, or a hub id.", metavar="[MODEL]")
     ] = None,
     format_name: Annotated[
-        str | None, option("--format-name", "Like gguf-q4_0; a GGUF file's own types, else gguf-q8_0.", "NAME")
+        str | None, option("--format-name", "Like gguf-q4_0; that of a packed MODEL itself, else gguf-q8_0.", "NAME")
     ] = None,
     runtime: Annotated[
         str | None, option("--runtime", "Another that serves the format; or onnxruntime, its memory alone.", "NAME")

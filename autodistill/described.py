@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from gguf import GGMLQuantizationType
@@ -38,7 +39,8 @@ class Described:
         name: For a person.
         spec: Its shape.
         weights_bytes: Of a GGUF file's own tensors; None where a format decides.
-        format_name: The format that most of these bytes are in, where it is one of `FORMATS`.
+        format_name: The format that most of a GGUF file's bytes are in, or that a config says its folder is packed in,
+            where it is one that is held here.
     """
 
     name: str
@@ -59,9 +61,9 @@ def describe(reference: str) -> Described:
     kind, path = locate(reference)
     if kind == "folder":
         check_weights(path)
-        return Described(name=path.name, spec=spec_of(read_config(path)))
-    if kind == "hub":
-        return Described(name=reference, spec=spec_of(hub_config(reference)))
+    if kind != "gguf":
+        name, config = (path.name, read_config(path)) if kind == "folder" else (reference, hub_config(reference))
+        return Described(name=name, spec=spec_of(config), format_name=_stated_format(config))
     file = read_gguf(path)
     spec = spec_of(file.outline())
     _check_tensors(file, spec)
@@ -89,6 +91,19 @@ def _main_format(file: GgufFile) -> str | None:
         sizes[tensor.type] += tensor.size
     name = f"gguf-{GGMLQuantizationType(sizes.most_common(1)[0][0]).name.lower()}"
     return name if name in FORMATS else None
+
+
+def _stated_format(config: Mapping[str, Any]) -> str | None:
+    """What a folder's config says of its packed weights; None where they are not packed, or in no format of ours."""
+    stated = config.get("quantization_config") or {}
+    groups = list((stated.get("config_groups") or {}).values())
+    if stated.get("format") != "pack-quantized" or len(groups) != 1:
+        return None
+    weights = groups[0].get("weights") or {}
+    grid = (weights.get("num_bits"), weights.get("group_size") or 0, weights.get("symmetric", True))
+    known = _packings().items()
+    held = (name for name, one in known if one.format == "compressed-tensors" and _grid(one) == grid)
+    return next(held, None)
 
 
 def spec_of(config: Mapping[str, Any]) -> ModelSpec:
@@ -184,12 +199,7 @@ def deployment_named(name: str, runtime: str | None = None) -> Deployment:
     Raises:
         InputError: There is none of that name, or it is not served by the runtime; the message lists those that are.
     """
-    known = {}
-    for form in FORMATS.values():
-        for storage in form.linears:
-            grid = (16, 0, True) if isinstance(storage, str) else (storage.bits, storage.group_size, storage.symmetric)
-            packing = Packing(format=form.name, bits=grid[0], group_size=grid[1], symmetric=grid[2])
-            known[packing.name] = packing
+    known = _packings()
     if name not in known:
         raise InputError(f"there is no format {name!r}; there are {', '.join(known)}")
     packing = known[name]
@@ -200,3 +210,19 @@ def deployment_named(name: str, runtime: str | None = None) -> Deployment:
         group_size=packing.group_size,
         symmetric=packing.symmetric,
     )
+
+
+@cache
+def _packings() -> Mapping[str, Packing]:
+    """Every packing that a format holds, with nothing kept off its grid, by name."""
+    known = {}
+    for form in FORMATS.values():
+        for storage in form.linears:
+            grid = (16, 0, True) if isinstance(storage, str) else (storage.bits, storage.group_size, storage.symmetric)
+            packing = Packing(format=form.name, bits=grid[0], group_size=grid[1], symmetric=grid[2])
+            known[packing.name] = packing
+    return known
+
+
+def _grid(packing: Packing) -> tuple[int, int, bool]:
+    return packing.bits, packing.group_size, packing.symmetric

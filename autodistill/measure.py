@@ -176,7 +176,7 @@ def _described(path: Path) -> tuple[Described, Deployment]:
     if path.is_dir():
         if not list(path.glob("*.safetensors")):
             raise InputError(f"{path} has no safetensors: give an exported student, or a .gguf file")
-        return model, Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
+        return model, deployment_named(model.format_name or "huggingface", "transformers")
     return model, deployment_named(model.format_name or "gguf-q8_0")
 
 
@@ -193,7 +193,8 @@ def _context(request: MeasureRequest, model: Described) -> int:
 def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> Measured:
     context = _context(request, model)
     load = _load(request, context)
-    threads = request.threads or detect().cpus
+    cores = detect().cpus
+    threads = request.threads or cores
     seen = look(threads)
     if seen.doubts and not request.busy:
         raise InputError(f"this machine is busy ({seen.doubts[0]}): stop other work, or accept it with --busy")
@@ -220,7 +221,7 @@ def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> 
         tokens_per_second=alone.tokens_per_second,
         prompt_tokens_per_second=1e3 * alone.prompt / first,
         peak_bytes=timed.peak_bytes,
-        board=_own_facts(timed),
+        board=_own_facts(timed, cores),
         loads=tuple(one.to_json() for one in timed.loads),
         doubts=timed.doubts,
     )
@@ -245,9 +246,9 @@ def _load(request: MeasureRequest, context: int) -> Load:
     return load
 
 
-def _own_facts(timed: Timed) -> dict[str, Any]:
+def _own_facts(timed: Timed, cores: int) -> dict[str, Any]:
     first = {str(prompt): float(np.median(times)) for prompt, times in timed.first_ms.items()}
-    return {"ttft_ms_by_prompt": first, "context": timed.context, **asdict(timed.noise)}
+    return {"cores": cores, "ttft_ms_by_prompt": first, "context": timed.context, **asdict(timed.noise)}
 
 
 def _of_board(request: MeasureRequest, found: BoardResult, model: Described, deployment: Deployment) -> Measured:

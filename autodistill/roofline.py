@@ -220,7 +220,8 @@ def work(
             head += count
         else:
             multiplied += count * (chosen if expert else 1)
-    if weights is not None:
+    # What is stored says nothing of weights that are held in 16 bits.
+    if weights is not None and not dense:
         read *= weights / weights_bytes(spec.tensors, deployment)
     seen = min(behind, spec.window) if spec.window else behind
     wide, narrow = spec.layers - spec.windowed_layers, spec.windowed_layers

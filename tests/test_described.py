@@ -15,6 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from autodistill.described import deployment_named, describe, shape, spec_of
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
+from autodistill.export.compressed_tensors import CompressedTensorsExporter
 from autodistill.export.gguf import GgufExporter
 from autodistill.formats import FORMATS
 from autodistill.testing import save_tiny_teacher
@@ -169,3 +170,31 @@ def test_a_hub_that_gives_no_config_is_said(error: Exception, said: str, monkeyp
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(InputError, match=said):
         describe("somebody/mixture")
+
+
+@pytest.mark.parametrize(
+    "name", ["compressed-tensors-int4-g32", "compressed-tensors-int8-row", "compressed-tensors-int4-g32-asym"]
+)
+def test_a_packed_folder_says_its_format(name: str, tmp_path: Path) -> None:
+    plain = save_tiny_teacher(tmp_path / "plain")
+    assert describe(str(plain)).format_name is None
+    packed = CompressedTensorsExporter().export(plain, deployment_named(name), tmp_path / "packed").path
+    assert describe(str(packed)).format_name == name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"format": "float-quantized"},
+        {"config_groups": {}},
+        {"config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 16, "symmetric": True}}}},
+        {"config_groups": {"group_0": {"weights": None}}},
+    ],
+)
+def test_a_packing_of_others_is_no_format_of_ours(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_tiny_teacher(tmp_path / "plain")
+    found = json.loads((folder / "config.json").read_text())
+    stated = {"format": "pack-quantized", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}}
+    for told, name in ((stated, "compressed-tensors-int8-row"), (stated | changes, None)):
+        (folder / "config.json").write_text(json.dumps(found | {"quantization_config": told}))
+        assert describe(str(folder)).format_name == name

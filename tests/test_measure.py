@@ -14,6 +14,7 @@ from autodistill import measure as module
 from autodistill.devices import devices, find_device
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
+from autodistill.export.compressed_tensors import CompressedTensorsExporter
 from autodistill.export.gguf import GgufExporter
 from autodistill.hardware_summary import measured_text
 from autodistill.measure import MeasureRequest, fingerprint, measure
@@ -61,6 +62,16 @@ def test_here_it_is_timed_in_its_own_runtime(
     assert kept.to_json() == json.loads(json.dumps(measured))
     config = json.loads((folder / "config.json").read_text())
     assert spec_from_config(kept.shape).tensors == spec_from_config(config).tensors
+
+
+def test_a_packed_folder_is_measured_as_what_it_is_packed_in(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "look", lambda threads: QUIET)
+    packed = Deployment(runtime="transformers", format="compressed-tensors", bits=4, group_size=32)
+    exported = CompressedTensorsExporter().export(folder, packed, tmp_path / "packed").path
+    measured = measure(request(exported, tmp_path))["measured"]
+    assert Deployment.from_json(measured["deployment"]) == packed
 
 
 def test_the_default_context_is_what_the_student_reads_and_an_asked_one_is_not_lowered(

@@ -35,7 +35,7 @@ class Measured:
             over repetitions, since it times no single step.
         tokens_per_second, prompt_tokens_per_second: At one stream.
         peak_bytes: The most memory of the runtime's process, or None.
-        board: Temperature, throttling, power mode, watts, joules per token, as far as they are known.
+        board: Cores, temperature, throttling, power mode, watts, joules per token, as far as they are known.
         loads: Of several numbers of streams, as `timing.Streams` gives them.
         doubts: Why the figures are doubtful; none where nothing was seen.
         time: When, in ISO 8601.
@@ -67,6 +67,11 @@ class Measured:
         """The engine."""
         return str(self.deployment["runtime"])
 
+    @property
+    def apart(self) -> int:
+        """By how many its threads differ from the machine's cores, as far as these are known."""
+        return abs(int(self.board.get("cores", self.threads)) - self.threads)
+
     def to_json(self) -> dict[str, Any]:
         """The measurement as plain data."""
         return asdict(self) | {"loads": [dict(load) for load in self.loads], "doubts": list(self.doubts)}
@@ -81,7 +86,9 @@ def store_measured(out: Path, measured: Measured) -> Path:
 
 
 def read_measured(out: Path) -> list[Measured]:
-    """The measurements beside the runs, a later one of the same student, machine and runtime in an earlier one's place.
+    """The measurements beside the runs, the last one of each student, machine, runtime and number of threads.
+
+    A doubtful one is that only where all of them are.
 
     Raises:
         InputError: One lacks a figure.
@@ -89,12 +96,14 @@ def read_measured(out: Path) -> list[Measured]:
     path = out / FILE
     if not path.is_file():
         return []
-    latest: dict[tuple[str, str, str], Measured] = {}
+    latest: dict[tuple[str, str, str, int], Measured] = {}
     for event in EventLog(path).read():
         fields = {name: event[name] for name in Measured.__dataclass_fields__ if name in event}
         try:
             found = Measured(**fields)
-            latest[found.student, found.machine, found.runtime] = found
+            key = (found.student, found.machine, found.runtime, found.threads)
+            if not found.doubts or key not in latest or latest[key].doubts:
+                latest[key] = found
         except (TypeError, KeyError) as error:
             raise InputError(f"{path} has a measurement that is not whole ({error}): remove its line") from None
     return list(latest.values())
@@ -117,10 +126,12 @@ class Correction:
 def correction(measured: Iterable[Measured], device: Device, runtime: str) -> Correction:
     """Learns from what was measured on a device by how much its predictions are to be scaled.
 
-    Doubtful measurements are left out unless there are no others.
+    What is predicted is of all cores, so that of the measurements those count whose threads come nearest to them. The
+    doubtful ones are left out unless there are no others.
     """
     own = [one for one in measured if one.machine == device.name and one.runtime == runtime]
-    used = [one for one in own if not one.doubts] or own
+    whole = [one for one in own if one.apart == min(other.apart for other in own)]
+    used = [one for one in whole if not one.doubts] or whole
     decodes, firsts = [], []
     for one in used:
         spec, deployment = spec_from_config(one.shape), Deployment.from_json(one.deployment)
