@@ -33,6 +33,8 @@ _KINDS = (
 )
 _TEXTS = ("text", "content")
 _USABLE = f"{', '.join(_TEXTS)}, {'|'.join(PROMPTS)} with {'|'.join(ANSWERS)}, {MESSAGES}"
+# JSON may name one of the two halves that UTF-16 has of a character; alone it is no text, and has no tokens.
+_HALF = re.compile("[\ud800-\udfff]")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 Document = str | Conversation
@@ -201,6 +203,11 @@ def _read_jsonl(path: Path) -> list[tuple[str, Record]]:
             raise InputError(f"line {number} of {path} is not JSON ({error}): correct or remove it") from error
         if not isinstance(record, dict):
             raise InputError(f'line {number} of {path} is not a JSON object with fields, like {{"text": "..."}}')
+        if "\\ud" in line.lower() and (half := _HALF.search(json.dumps(record, ensure_ascii=False))):
+            raise InputError(
+                f"line {number} of {path} has half of a character, \\u{ord(half[0]):04x}: write the other half too, or "
+                "\\ufffd, or remove the record"
+            )
         records.append((f"line {number}", record))
     return records
 

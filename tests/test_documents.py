@@ -171,6 +171,8 @@ def _bad(tmp_path: Path) -> None:
         "unanswered.jsonl": '{"prompt": "x", "score": 3}',
         "answers.jsonl": '{"prompt": "x", "answer": "y"}\n{"prompt": "x"}',
         "choices.jsonl": '{"prompt": "x", "answer": ["y"]}',
+        "half.jsonl": '{"text": "whole \\ud83d\\ude00"}\n{"text": "document \\uD83D and more"}',
+        "half-chat.jsonl": '{"messages": [{"role": "user", "content": "\\ude00"}]}',
         "broken.parquet": b"PAR1 and no more",
     }
     for name, data in files.items():
@@ -205,6 +207,8 @@ def _bad(tmp_path: Path) -> None:
         ("unanswered.jsonl", ["no field with usable text", "prompt, score"]),
         ("answers.jsonl", ["line 2", "lacks the field answer"]),
         ("choices.jsonl", ["line 1", "answer that is not text"]),
+        ("half.jsonl", ["line 2", "half of a character", r"\ud83d"]),
+        ("half-chat.jsonl", ["line 1", "half of a character", r"\ude00"]),
         ("broken.parquet", ["cannot read", "Parquet"]),
         ("empty.parquet", ["no field with usable text"]),
         ("code", ["holds no .txt, .md, .rst file"]),
@@ -218,6 +222,11 @@ def test_each_fault_is_said_in_one_line(tmp_path: Path, name: str, said: list[st
     assert "\n" not in message
     for part in [*said, name]:
         assert part in message
+
+
+def test_both_halves_of_a_character_are_that_character(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(r'{"text": "a \ud83d\ude00 b"}' + "\n" + r'{"text": "a \\ud83d b"}')
+    assert resolve_data(str(tmp_path / "a.jsonl")).documents == ("a \N{GRINNING FACE} b", r"a \ud83d b")
 
 
 def test_an_unknown_field_is_refused_with_those_found(tmp_path: Path) -> None:
