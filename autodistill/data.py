@@ -1,7 +1,8 @@
 """Reference to tokenised, packed, fingerprinted train, validation and test sets, kept in Arrow.
 
 Documents are split before they are packed, so no document is in two splits, and no prompt of a conversation. One long
-text is cut into three contiguous blocks, with a gap of one sequence between them.
+text is cut into three contiguous blocks, with a gap of one sequence between them. Where the tokenizer begins every text
+with a token, so does each sequence of text: it is the first, which nothing predicts, so that it is never scored.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from autodistill.token_sets import (
     questions_file,
     rendering_folder,
 )
+from autodistill.tokenising import beginning, encode, load_tokenizer
 
 if TYPE_CHECKING:
     import pyarrow
@@ -80,10 +82,13 @@ def prepare(
         raise InputError(f"a sequence needs at least 2 tokens to predict one from another, not {sequence_length}")
     conversations = source.conversations
     renderer = Renderer(tokenizer_folder) if conversations else None
+    tokenizer = renderer.tokenizer if renderer is not None else load_tokenizer(tokenizer_folder)
     parts = [source.fingerprint, tokenizer_fingerprint, sequence_length, seed, _RULE]
     own = {template.name: Renderer(tokenizer_folder, template) for template in templates if conversations}
     if renderer is not None:
         parts += [renderer.rule, source.task, *([sorted(own)] if own else [])]
+    else:
+        parts += _further_rules(_texts(source), tokenizer)
     fingerprint = content_hash(parts, digits=16)
     folder = cache / "data" / fingerprint
     with alone(folder):
@@ -92,23 +97,41 @@ def prepare(
         if renderer is not None:
             renderers = {"": renderer} | {name: own[name] for name in sorted(own)}
             return _prepare_conversations(folder, source, renderers, tokenizer_folder, sequence_length, seed)
-        return _prepare_texts(folder, source, tokenizer_folder, sequence_length, seed)
+        return _prepare_texts(folder, source, tokenizer, sequence_length, seed)
 
 
-def _prepare_texts(folder: Path, source: Source, tokenizer_folder: Path, sequence_length: int, seed: int) -> Prepared:
-    """Splits documents of plain text, or one long text into blocks where there are too few."""
-    texts = tuple(text for text in source.documents if isinstance(text, str))
-    documents = _tokenise(texts, tokenizer_folder)
+def _texts(source: Source) -> tuple[str, ...]:
+    return tuple(text for text in source.documents if isinstance(text, str))
+
+
+def _is_one_text(places: Sequence[int]) -> bool:
+    """Whether there are too few distinct documents for a split each, by the place of the first equal one."""
+    return len(set(places)) < len(SPLITS)
+
+
+def _further_rules(texts: Sequence[str], tokenizer: Any) -> list[str]:
+    """What is done with some texts and tokenizers alone; the fingerprint of all other data does not name it."""
     places = first_places(texts)
-    if len(set(places)) < len(SPLITS):
-        packed = contiguous(np.concatenate(documents), sequence_length)
+    rules = [] if beginning(tokenizer) is None else ["sequences begin as texts do"]
+    return rules + (["without copies"] if _is_one_text(places) and len(set(places)) < len(places) else [])
+
+
+def _prepare_texts(folder: Path, source: Source, tokenizer: Any, sequence_length: int, seed: int) -> Prepared:
+    """Splits documents of plain text, or one long text into blocks where there are too few."""
+    texts, begin = _texts(source), beginning(tokenizer)
+    documents, places = _tokenise(texts, tokenizer), first_places(texts)
+    length = sequence_length - (begin is not None)
+    if _is_one_text(places):
+        # A copy of what one block holds would stand in another.
+        packed = contiguous(np.concatenate([documents[place] for place in sorted(set(places))]), length)
     else:
-        packed = join(documents, places, assign(texts, documents, places, sequence_length, seed))
+        packed = join(documents, places, assign(texts, documents, places, length, seed))
     tables = {}
     for split, (tokens, owners) in packed.items():
-        columns = {"tokens": tokens, "documents": owners}
-        whole = {name: _sequences(values, sequence_length) for name, values in columns.items()}
-        tables[split] = _table(whole, seed)
+        rows, of = _sequences(tokens, length), _sequences(owners, length)
+        if begin is not None:
+            rows, of = np.insert(rows, 0, begin, axis=1), np.concatenate([of[:, :1], of], axis=1)
+        tables[split] = _table({"tokens": rows, "documents": of}, seed)
     return _write(folder, source, sequence_length, tables)
 
 
@@ -127,8 +150,9 @@ def _prepare_conversations(
         if name:  # what was told of an answer's tokens is read beside the teacher's
             whole[name] = other.render([replace(one, told=None) for one in conversations])
     records, notes = _kept(whole, [one.end for one in renderers.values()], length)
-    openings = [conversations[place].opening for place in records]
-    owners = dict(zip(records, (list(records)[first] for first in first_places(openings)), strict=True))
+    places = list(records)
+    openings = [conversations[place].opening for place in places]
+    owners = {place: places[first] for place, first in zip(places, first_places(openings), strict=True)}
     tokens = [record[0].tokens for record in records.values()]
     texts = {place: conversations[place].opening for place in owners.values()}
     chosen = assign(texts, tokens, list(owners.values()), length, seed)
@@ -261,17 +285,14 @@ def _question(place: int, conversation: Conversation, record: Rendered, renderer
     )
 
 
-def _tokenise(documents: tuple[str, ...], folder: Path) -> list[Tokens]:
+def _tokenise(documents: Sequence[str], tokenizer: Any) -> list[Tokens]:
     """Token ids of each document, each ended by EOS, or by BOS where the tokenizer has no EOS."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     end = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if end is None:
-        raise InputError(f"the tokenizer in {folder} has neither an EOS nor a BOS token to put between documents")
-    # Not verbose: the model never sees a document longer than a sequence.
-    encoded = tokenizer(list(documents), add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return [np.array([*ids, end], dtype=np.int32) for ids in encoded["input_ids"]]
+        raise InputError(
+            f"the tokenizer in {tokenizer.name_or_path} has neither an EOS nor a BOS token to put between documents"
+        )
+    return [np.append(ids, np.int32(end)) for ids in encode(tokenizer, documents)]
 
 
 def _sequences(values: Tokens, length: int) -> Tokens:

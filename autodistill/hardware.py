@@ -48,7 +48,12 @@ class Machine:
 
 def detect() -> Machine:
     """Looks at this machine; imports torch to see its GPUs."""
-    return Machine(cpus=_cpus(_CGROUP), memory_bytes=_memory(_CGROUP), gpus=_gpus())
+    return Machine(cpus=_cpus(_CGROUP), memory_bytes=memory_bytes(), gpus=_gpus())
+
+
+def memory_bytes() -> int:
+    """Main memory that this process may use, after a container's limit."""
+    return _memory(_CGROUP)
 
 
 def detect_for_training() -> Machine:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from autodistill.conversations import ANSWERING, Conversation, Likeliest, Told, Turn, asked
 from autodistill.errors import InputError
+from autodistill.tokenising import beginning, groups, load_tokenizer
 
 # Where the chat template alone decides it, an answer ends where that of any conversation does.
 _PROBE = asked("a", "b")
@@ -104,7 +105,8 @@ class _Span(NamedTuple):
 class Renderer:
     """Renders by the chat template of a tokenizer, or by another one in that tokenizer's tokens.
 
-    Where there is none, each turn stands on its own line, without its role, and each answer is ended by EOS.
+    Where there is none, each turn stands on its own line, without its role, each answer is ended by EOS, and what the
+    tokenizer begins every text with begins the first; a template says by itself whether anything does.
     Answers that the template drops or rewrites once others follow (as Qwen3 does with thoughts) are not learnt.
 
     Args:
@@ -116,9 +118,7 @@ class Renderer:
     """
 
     def __init__(self, folder: Path, template: Template | None = None) -> None:
-        from transformers import AutoTokenizer
-
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        self.tokenizer = load_tokenizer(folder)
         if template is not None:
             template.put_on(self.tokenizer)
         if self.tokenizer.eos_token_id is None:
@@ -127,13 +127,15 @@ class Renderer:
             raise InputError(f"the tokenizer in {folder} cannot tell answers from prompts: save it as tokenizer.json")
         self._template = self.tokenizer.get_chat_template() if self.tokenizer.chat_template else None
         added = self.tokenizer.added_tokens_decoder
+        begun = self._template is None and beginning(self.tokenizer) is not None
+        self._beginning = str(self.tokenizer.bos_token) if begun else ""
         self._special = {token for token, entry in added.items() if entry.special} | {self.tokenizer.eos_token_id}
 
     @property
     def rule(self) -> str:
         """Identifies how conversations are rendered."""
         if self._template is None:
-            return "plain lines"
+            return f"plain lines after {self._beginning}" if self._beginning else "plain lines"
         return f"chat template {hashlib.sha256(self._template.encode()).hexdigest()[:16]}"
 
     @property
@@ -167,15 +169,17 @@ class Renderer:
             InputError: The chat template refuses one of them.
         """
         texts, spans = zip(*(self._spans(one.turns) for one in conversations), strict=True)
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        rows = zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
-        rendered = [self._masked(ids, np.array(offsets).reshape(-1, 2), found) for ids, offsets, found in rows]
+        rendered: list[Rendered] = []
+        for group in groups([len(text) for text in texts]):
+            encoded = self.tokenizer(
+                list(texts[group]),
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+            rows = zip(encoded["input_ids"], encoded["offset_mapping"], spans[group], strict=True)
+            rendered += (self._masked(ids, np.array(offsets).reshape(-1, 2), found) for ids, offsets, found in rows)
         if all(one.told is None for one in conversations):
             return rendered
         own, count = self.vocabulary, len(self.tokenizer)
@@ -236,7 +240,7 @@ class Renderer:
         return whole, spans
 
     def _lines(self, turns: Sequence[Turn]) -> tuple[str, list[_Span]]:
-        text, spans = "", []
+        text, spans = self._beginning, []
         for place, turn in enumerate(turns):
             if turn.role == ANSWERING and place:
                 blank = len(turn.content) - len(turn.content.lstrip())

@@ -49,16 +49,17 @@ def tiny_text(folder: Path, documents: int = 24, sentences: int = 40, seed: int 
     return folder
 
 
-def tiny_tokenizer(vocabulary: int = 300) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(vocabulary: int = 300, *, begins: bool = False) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that can write any text, trained on a few sentences.
 
     Args:
         vocabulary: Number of entries: 3 special ones (`<s>`, `</s>`, `<pad>`), 256 bytes, the rest merges.
+        begins: Whether it begins every text with `<s>`, as Gemma's and Llama 3's do with theirs.
 
     Raises:
         ValueError: A vocabulary too small for the bytes, or larger than the sentences give.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     dice = random.Random(0)
@@ -74,6 +75,8 @@ def tiny_tokenizer(vocabulary: int = 300) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator([_sentence(dice) for _ in range(200)], trainer)
     if tokenizer.get_vocab_size() != vocabulary:
         raise ValueError(f"a tiny tokenizer cannot have {vocabulary} entries, but {tokenizer.get_vocab_size()}")
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=512
     )

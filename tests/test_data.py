@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from autodistill import data as data_module
 from autodistill.conversations import Conversation, asked
 from autodistill.data import prepare
 from autodistill.documents import Source, resolve_data
@@ -174,9 +177,63 @@ def test_a_harmed_copy_is_found_and_made_again(source: Source, tokenizer: Path, 
     assert load_split(again.folder, "train").tokens.tolist() == tokens
 
 
-def test_prepared_data_are_used_again_without_the_tokenizer(source: Source, prepared: Prepared, tmp_path: Path) -> None:
-    again = prepare(source, tmp_path / "no tokenizer here", "tiny", LENGTH, prepared.folder.parent.parent)
+def test_prepared_data_are_used_again(
+    source: Source, prepared: Prepared, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_module, "encode", None)  # no text is tokenised again
+    again = prepare(source, tokenizer, "tiny", LENGTH, prepared.folder.parent.parent)
     assert again == prepared == open_prepared(prepared.folder)
+
+
+@pytest.fixture(scope="module")
+def beginning(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer that begins every text with BOS."""
+    folder = tmp_path_factory.mktemp("beginning")
+    tiny_tokenizer(begins=True).save_pretrained(folder)
+    return folder
+
+
+def test_sequences_begin_as_the_tokenizer_begins_texts(
+    source: Source, tokenizer: Path, beginning: Path, tmp_path: Path
+) -> None:
+    begun = prepare(source, beginning, "tiny", LENGTH + 1, tmp_path)
+    bare = prepare(source, tokenizer, "tiny", LENGTH, tmp_path)
+    assert begun.fingerprint != prepare(source, tokenizer, "tiny", LENGTH + 1, tmp_path).fingerprint
+    for split in SPLITS:
+        ours, theirs = load_split(begun.folder, split), load_split(bare.folder, split)
+        assert set(ours.tokens[:, 0].tolist()) == {tiny_tokenizer().bos_token_id}
+        # All that is predicted is the text, in which nothing is left out.
+        assert np.array_equal(ours.tokens[:, 1:], theirs.tokens)
+        assert np.array_equal(ours.documents[:, 1:], theirs.documents)
+        assert np.array_equal(ours.documents[:, 0], theirs.documents[:, 0])
+        assert ours.predicted == theirs.tokens.size
+        assert begun.splits[split].documents == bare.splits[split].documents
+
+
+def test_a_begun_sequence_is_what_the_tokenizer_makes_of_its_text(beginning: Path, tmp_path: Path) -> None:
+    source, _ = _long_text(tmp_path, beginning, 12)
+    train = load_split(prepare(source, beginning, "tiny", LENGTH, tmp_path / "cache").folder, "train")
+    first = train.tokens[train.documents[:, 0] == 0][0]
+    expected = tiny_tokenizer(begins=True)(source.documents[0], verbose=False)["input_ids"][:LENGTH]
+    assert first.tolist() == expected
+
+
+@pytest.mark.parametrize("distinct", [1, 2])
+def test_copies_of_one_long_text_bring_no_block_into_another(tokenizer: Path, tmp_path: Path, distinct: int) -> None:
+    texts = [" ".join(f"Apple {name}{number}." for number in range(1000)) for name in "ab"[:distinct]]
+    data = {}
+    for name, copies in (("alone", 1), ("copied", 3)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for place, text in enumerate(texts * copies):
+            (folder / f"{place}.md").write_text(text + " " * place)
+        data[name] = prepare(resolve_data(str(folder)), tokenizer, "tiny", LENGTH, tmp_path / "cache")
+    seen = {split: {tuple(row) for row in load_split(data["copied"].folder, split).tokens.tolist()} for split in SPLITS}
+    assert not seen["train"] & (seen["validation"] | seen["test"])
+    # As if the copies, which end in other blanks, were not there.
+    alone, copied = (load_split(data[name].folder, "train").tokens for name in ("alone", "copied"))
+    assert np.array_equal(alone, copied)
+    assert data["alone"].fingerprint != data["copied"].fingerprint
 
 
 def test_too_little_text_says_how_much_is_needed(tokenizer: Path, tmp_path: Path) -> None:
@@ -256,6 +313,31 @@ def test_conversations_stay_whole_and_their_answers_are_marked(tokenizer: Path, 
         assert len({split for split, _ in parts}) == 1
         expected = {f"Answer {place}.", f"Or {place}."} if place < 3 else {f"Answer {place}."}
         assert {one for _, said in parts for one in said.split("</s>") if one} == expected
+
+
+def test_the_records_are_gone_through_no_more_often_where_there_are_more(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counted(dict[int, Any]):
+        """Counts how often it is gone through."""
+
+        passes = 0
+
+        def __iter__(self) -> Iterator[int]:
+            Counted.passes += 1
+            return super().__iter__()
+
+    def kept(*given: Any) -> tuple[Counted, tuple[str, ...]]:
+        records, notes = genuine(*given)
+        return Counted(records), notes
+
+    genuine, passes = data_module._kept, []
+    monkeypatch.setattr(data_module, "_kept", kept)
+    for count in (60, 120):
+        Counted.passes = 0
+        prepare(_source(_chats(count)), tokenizer, "tiny", 64, tmp_path)
+        passes.append(Counted.passes)
+    assert passes[0] == passes[1] > 0
 
 
 def test_questions_are_kept_of_the_splits_that_are_held_out(tokenizer: Path, tmp_path: Path) -> None:

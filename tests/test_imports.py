@@ -55,6 +55,7 @@ ROOMS = (
     "tasks",
     "documents",
     "task_files",
+    "tokenising",
     "rendering",
     "templates",
     "packing",

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from autodistill import rendering
 from autodistill.conversations import Conversation, Told, Turn, asked, told_of
 from autodistill.errors import InputError
 from autodistill.rendering import Rendered, Renderer
 from autodistill.testing import tiny_tokenizer
+from autodistill.tokenising import groups
 
 HEAD = "{% for message in messages %}<s>{{ message.role }}\n"
 TAIL = "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
@@ -85,6 +89,48 @@ def test_without_a_template_turns_are_lines_and_answers_end_with_eos(tmp_path: P
     assert tokenizer.decode(rendered.tokens[rendered.answers]) == "answer</s>"
     (rendered,) = renderer.render([LONG])
     assert tokenizer.decode(rendered.tokens[rendered.answers]) == " The miller.\n\nNear the river </s>Two apples.</s>"
+
+
+def test_lines_begin_as_the_tokenizer_begins_texts_and_templates_by_themselves(tmp_path: Path) -> None:
+    def saved(name: str, template: str | None) -> Renderer:
+        tokenizer = tiny_tokenizer(begins=True)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / name)
+        return Renderer(tmp_path / name)
+
+    encode, one = tiny_tokenizer(begins=True), asked("question", "answer")
+    plain = saved("plain", None)
+    (rendered,) = plain.render([one])
+    assert rendered.tokens.tolist() == encode("question\nanswer</s>")["input_ids"]
+    assert encode.decode(rendered.tokens[rendered.answers]) == "answer</s>"
+    assert plain.prompt(one.prompt) == encode("question\n")["input_ids"]
+    bare = _renderer(tmp_path / "bare", None)
+    assert plain.rule != bare.rule == "plain lines"
+    assert rendered.last_answer == bare.render([one])[0].last_answer
+    for name, template in (("with", "{{ bos_token }}" + TEMPLATE), ("without", TEMPLATE)):
+        expected = encode.apply_chat_template(_messages(one), chat_template=template, return_dict=False)
+        (rendered,) = saved(name, template).render([one])
+        assert rendered.tokens.tolist() == expected
+        # Its turns begin with the same token.
+        assert expected.count(encode.bos_token_id) == len(one.turns) + (name == "with")
+
+
+def test_conversations_are_tokenised_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer, many = _renderer(tmp_path, TEMPLATE), [asked(f"question {n}", "answer " * n) for n in range(1, 30)]
+    expected, given, genuine = renderer.render(many), [], renderer.tokenizer
+
+    def counting(texts: list[str], **options: Any) -> Any:
+        given.append(sum(map(len, texts)))
+        return genuine(texts, **options)
+
+    counting.apply_chat_template, counting.eos_token_id = genuine.apply_chat_template, genuine.eos_token_id
+    renderer.tokenizer = counting
+    monkeypatch.setattr(rendering, "groups", partial(groups, at_once=400))
+    found = renderer.render(many)
+    assert max(given) <= 400 < sum(given)
+    for one, other in zip(found, expected, strict=True):
+        for name in ("tokens", "answers", "spots"):
+            assert np.array_equal(getattr(one, name), getattr(other, name))
 
 
 def test_an_answer_without_an_end_is_given_one(tmp_path: Path) -> None:

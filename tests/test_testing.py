@@ -27,6 +27,7 @@ def test_the_tokenizer_writes_any_text(tmp_path: Path) -> None:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
     text = "The fox — Füchse 狐 \n\t 42"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tiny_tokenizer(280, begins=True)(text)["input_ids"] == [0, *tokenizer(text)["input_ids"]]
     with pytest.raises(ValueError, match="cannot have 100 entries"):
         tiny_tokenizer(100)
 

@@ -120,7 +120,13 @@ def _by_rows(model: Any, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tenso
 
 
 def rolling(
-    model: Any, texts: Sequence[Tokens], *, window: int, stride: int, device: str = "cpu"
+    model: Any,
+    texts: Sequence[Tokens],
+    *,
+    window: int,
+    stride: int,
+    begin: int | None = None,
+    device: str = "cpu",
 ) -> list[npt.NDArray[np.float64]]:
     """The negative log-likelihood in nats of every token of each text but its first.
 
@@ -128,28 +134,36 @@ def rolling(
     that all but the first have at least `window - stride` tokens of context (Hugging Face's "Perplexity of fixed-length
     models"). With a stride as large as the window, the first token of a window has no context and is not predicted.
 
+    Where something begins all texts of a model, it is the first token of every window, and predicts the text's first
+    one too; the stride is then `window - 1` at the most.
+
     Args:
         model: Causal language model in float32 on `device`.
-        texts: Token ids.
+        texts: Token ids, without what begins them.
         window: At least 2.
         stride: 1 to `window`.
+        begin: The token that begins every text; None where nothing does.
         device: Where the model lies.
 
     Returns:
         For each text float64 [tokens predicted].
     """
     model.eval()
-    pieces = [(place, *span) for place, tokens in enumerate(texts) for span in windows(len(tokens), window, stride)]
+    begun = [] if begin is None else [begin]
+    own = window - len(begun)
+    spans = ((place, *span) for place, text in enumerate(texts) for span in windows(len(text), own, min(stride, own)))
+    # Nothing predicts a token that stands alone.
+    pieces = [(place, start, end, count) for place, start, end, count in spans if len(begun) + end - start > 1]
     # What is padded to one length runs together: nothing sees what stands behind its end.
     order = sorted(range(len(pieces)), key=lambda piece: pieces[piece][1] - pieces[piece][2])
-    lengths = [pieces[piece][2] - pieces[piece][1] for piece in order]
+    lengths = [len(begun) + pieces[piece][2] - pieces[piece][1] for piece in order]
 
     def work(batch: range) -> list[Tensor]:
         """Negative log-likelihoods in nats, float64 [counted], of the tokens that each of some windows counts."""
         chosen = [pieces[order[index]] for index in batch]
-        rows = [torch.tensor(texts[place][start:end]) for place, start, end, _ in chosen]
+        rows = [torch.tensor([*begun, *texts[place][start:end]]) for place, start, end, _ in chosen]
         # Nothing predicts a window's first token.
-        counts = [min(count, end - start - 1) for _, start, end, count in chosen]
+        counts = [min(count, len(row) - 1) for (*_, count), row in zip(chosen, rows, strict=True)]
         longest = lengths[batch.start]
         ends = [index * longest + len(row) for index, row in enumerate(rows)]
         predicted = torch.cat([torch.arange(end - count, end) for end, count in zip(ends, counts, strict=True)]).to(
@@ -177,7 +191,7 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, i
     reached = 0
     for start in range(0, length, stride):
         end = min(start + window, length)
-        if end - start > 1 and end > reached:
+        if end > reached:
             yield start, end, end - reached
         reached = end
         if end == length:

@@ -19,11 +19,15 @@ from autodistill.distillation.likelihood import continuations, rolling
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.rendering import Renderer
 from autodistill.token_sets import TokenSet
+from autodistill.tokenising import beginning, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PackedStudent:
     """What `contracts.SimulatedStudent` promises, of a model that holds packed weights for the time being.
+
+    What its tokenizer begins every text with begins every prompt and window, also where the context is too short for
+    all of it: without, models that learnt it so write nonsense.
 
     Attributes:
         model, device, tokenizer, split, share, context: As promised.
@@ -64,13 +68,15 @@ class PackedStudent:
         tokens = []
         for (prompt, rest), ids in zip(moved, whole, strict=True):
             count = min(len(begun[prompt]), len(ids) - 1)
+            # What begins the text is no part of the continuation, even of an empty one.
+            count = max(count, len(self._begun))
             before, after = ids[:count] or [self._beginning], ids[count:]
             if not after or len(after) >= self.context:
                 raise InputError(
                     f"the continuation {rest[:40]!r} has {len(after)} tokens, with a context of {self.context}: give "
                     "one that it holds"
                 )
-            tokens.append((before[-(self.context - len(after)) :], after))
+            tokens.append((self._shortened(before, self.context - len(after)), after))
         found = continuations(self.model, tokens, batch_tokens=self.batch_tokens, device=self.device)
         if not all(math.isfinite(one.log_likelihood) for one in found):
             raise TrialFailedError("nan", "the student's likelihoods are not finite")
@@ -78,7 +84,10 @@ class PackedStudent:
 
     def rolling(self, texts: Sequence[str], window: int, stride: int) -> list[npt.NDArray[np.float64]]:
         """Negative log-likelihoods in strided windows; see `likelihood.rolling`."""
-        found = rolling(self.model, self._encode(texts), window=window, stride=stride, device=self.device)
+        begun = self._begun
+        tokens = [ids[len(begun) :] for ids in self._encode(texts)]
+        begin = begun[0] if begun else None
+        found = rolling(self.model, tokens, window=window, stride=stride, begin=begin, device=self.device)
         if not all(np.isfinite(part).all() for part in found):
             raise TrialFailedError("nan", "the student's likelihoods are not finite")
         return found
@@ -96,7 +105,7 @@ class PackedStudent:
             raise InputError(f"an answer of {max_tokens} tokens does not fit a context of {self.context}: ask for less")
         answers: dict[int, str] = {}
         stopping = dict.fromkeys((*ends, *_holding(self.tokenizer, tuple(stops))))
-        cut = [ids[-room:] for ids in tokens]
+        cut = [self._shortened(ids, room) for ids in tokens]
         for place, ids in write(self.model, cut, stops=list(stopping), max_tokens=max_tokens, device=self.device):
             text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
             answers[place] = text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
@@ -114,21 +123,35 @@ class PackedStudent:
                 {"id": place, "document": one.document, "prompt": self._text(one.prompt), "answer": one.answer}
                 for place, one in enumerate(questions.entries)
             ]
+        # Whoever tokenises the text will begin it again.
         return [
-            {"id": place, "text": self._text(tokens.tolist()), "tokens": tokens.tolist()}
-            for place, tokens in enumerate(self.data.tokens)
+            {"id": place, "text": self._text(tokens[len(self._begun) :]), "tokens": tokens}
+            for place, tokens in enumerate(self.data.tokens.tolist())
         ]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids, begun as the tokenizer begins texts; a chat template may have done so already."""
         if not texts:
             return []
-        ids: list[list[int]] = self._tokenizer(
+        rows: list[list[int]] = self._tokenizer(
             list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
-        return ids
+        begun = self._begun
+        return [row if row[: len(begun)] == begun else [*begun, *row] for row in rows]
+
+    def _shortened(self, tokens: list[int], room: int) -> list[int]:
+        """The last of a text's tokens, as many as there is room for, after what begins it."""
+        begun, kept = self._begun, room - len(self._begun)
+        return [*begun, *tokens[len(begun) :][-kept:]] if kept else begun
 
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens)))
+
+    @cached_property
+    def _begun(self) -> list[int]:
+        """What the tokenizer begins every text with: a token or none."""
+        begin = beginning(self._tokenizer)
+        return [] if begin is None else [begin]
 
     @property
     def _end(self) -> int:
@@ -144,9 +167,7 @@ class PackedStudent:
 # A worker asks one student after another, all with the teacher's tokenizer.
 @lru_cache(maxsize=4)
 def _tokenizer_of(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return load_tokenizer(folder)
 
 
 @lru_cache(maxsize=16)

@@ -17,6 +17,7 @@ from gguf import GGUFWriter, TokenType
 
 from autodistill.errors import InputError
 from autodistill.export.student_files import read_json
+from autodistill.tokenising import beginning
 
 INHERITED = "gguf_tokenizer.json"
 """A file beside the tokenizer of a teacher that was a GGUF file: that file's scalar `tokenizer.ggml.*` keys, without
@@ -157,10 +158,9 @@ def _as_sentencepiece(
 
 def _scalars(tokenizer: Any) -> dict[str, Any]:
     ids = {f"{key}_token_id": getattr(tokenizer, name) for key, name in _IDS.items()}
-    begins = tokenizer("a")["input_ids"][:1]
     return {
         "add_space_prefix": False,
-        "add_bos_token": begins == [tokenizer.bos_token_id],
+        "add_bos_token": beginning(tokenizer) is not None,
         **{key: value for key, value in ids.items() if value is not None},
     }
 

@@ -94,6 +94,24 @@ def test_windows_are_those_of_hugging_faces_guide(model, window, stride):
         assert counted == len(tokens) - 1  # every token but the first, once
 
 
+@pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 15), (16, 8), (16, 1), (200, 200), (2, 1), (34, 33)])
+def test_what_begins_texts_begins_every_window(model, window, stride):
+    """Each token of the text once, after BOS and the window's own before it, by transformers' loss."""
+    tokens, nll = np.random.default_rng(2).integers(3, 300, 100).tolist(), []
+    for begin in range(0, len(tokens), min(stride, window - 1)):
+        end = min(begin + window - 1, len(tokens))
+        ids = torch.tensor([[0, *tokens[begin:end]]])
+        with torch.no_grad():
+            losses = -model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        nll += losses[len(nll) - begin :].tolist()
+        if end == len(tokens):
+            break
+    found, single = rolling(model, [tokens, tokens[:1]], window=window, stride=stride, begin=0)
+    assert len(found) == len(tokens)
+    np.testing.assert_allclose(found, nll, rtol=0, atol=1e-4)
+    assert single == pytest.approx(nll[:1], abs=1e-4)
+
+
 def test_more_context_of_a_window_is_the_whole_texts(model):
     texts = [np.random.default_rng(seed).integers(3, 300, size).tolist() for seed, size in ((0, 50), (1, 2), (2, 1))]
     whole, pair, single = rolling(model, texts, window=64, stride=32)

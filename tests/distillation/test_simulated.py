@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from autodistill.contracts import Subject
 from autodistill.distillation.simulated import PackedStudent
 from autodistill.errors import InputError, TrialFailedError
-from autodistill.testing import tiny_subject
+from autodistill.testing import tiny_subject, tiny_tokenizer
 from autodistill.token_sets import Question, Questions
 
 PAIRS = [
@@ -46,6 +46,63 @@ def test_likelihoods_are_lm_evals(student: PackedStudent) -> None:
     ):
         assert mine.log_likelihood == pytest.approx(expected, abs=1e-4)
         assert mine.greedy == greedy
+
+
+@pytest.fixture(scope="module")
+def begun(student: PackedStudent, tmp_path_factory: pytest.TempPathFactory) -> PackedStudent:
+    """The student with a tokenizer that begins every text with BOS."""
+    folder = tmp_path_factory.mktemp("begun")
+    tiny_tokenizer(begins=True).save_pretrained(folder)
+    return replace(student, tokenizer=folder)
+
+
+def test_what_begins_texts_begins_prompts_as_lm_eval_has_it(begun: PackedStudent) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = AutoTokenizer.from_pretrained(begun.tokenizer)
+    theirs = HFLM(pretrained=begun.model, tokenizer=tokenizer, device="cpu", batch_size=1, add_bos_token=True)
+    requests = [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(PAIRS)]
+    found = begun.likelihoods(PAIRS)
+    for mine, (expected, greedy) in zip(found, theirs.loglikelihood(requests, disable_tqdm=True), strict=True):
+        assert mine.log_likelihood == pytest.approx(expected, abs=1e-4)
+        assert mine.greedy == greedy
+    text = "The miller carries the wooden boat near the river."
+    (nll,) = begun.rolling([text], window=512, stride=256)
+    # There BOS begins whole texts in any case, and twice where it begins all others too.
+    theirs.add_bos_token = False
+    (total,) = theirs.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
+    assert -nll.sum() == pytest.approx(total, abs=1e-4)
+    with pytest.raises(InputError, match="has 0 tokens"):
+        begun.likelihoods([("", "")])
+
+
+def test_what_begins_texts_is_kept_where_the_context_is_short_and_not_put_twice(begun: PackedStudent) -> None:
+    tokenizer, short = AutoTokenizer.from_pretrained(begun.tokenizer), replace(begun, context=8)
+    prompt, rest = "The miller carries the wooden boat near the river", " in"
+    (found,) = short.likelihoods([(prompt, rest)])
+    last = tokenizer(prompt + rest, add_special_tokens=False)["input_ids"][-7:]
+    ids = torch.tensor([[tokenizer.bos_token_id, *last]])
+    with torch.no_grad():
+        logits = begun.model(ids).logits[0, :-1].log_softmax(-1)
+    chosen = logits.gather(1, ids[0, 1:, None])[:, 0]
+    assert found.log_likelihood == pytest.approx(float(chosen[-found.tokens :].sum()), abs=1e-4)
+    for asking in (prompt, f"<s>{prompt}"):
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"][-4:]]])
+        output = begun.model.generate(ids, max_new_tokens=3, do_sample=False)[0, 5:]
+        assert short.write([asking], max_tokens=3) == [tokenizer.decode(output, skip_special_tokens=True)]
+    ids = torch.tensor([[tokenizer.bos_token_id]])
+    output = begun.model.generate(ids, max_new_tokens=7, do_sample=False)[0, 1:]
+    assert short.write([prompt], max_tokens=7) == [tokenizer.decode(output, skip_special_tokens=True)]
+
+
+def test_a_command_is_given_the_text_without_what_begins_it(begun: PackedStudent) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(begun.tokenizer)
+    tokens = np.array([tokenizer("The miller carries two apples")["input_ids"]], dtype=np.int32)
+    (one,) = replace(begun, data=replace(begun.data, tokens=tokens)).examples()
+    assert one["text"] == "The miller carries two apples"
+    assert one["tokens"] == tokens[0].tolist() == tokenizer(one["text"])["input_ids"]
 
 
 @pytest.mark.parametrize("batch", [1, 7, 4096])

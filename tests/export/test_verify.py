@@ -18,8 +18,9 @@ from autodistill.export.compressed_tensors import CompressedTensorsExporter
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.huggingface import HuggingFaceExporter
 from autodistill.export.verify import verify, verify_runtime
+from autodistill.llama_cpp import LlamaServer
 from autodistill.strategy import Deployment
-from autodistill.testing import save_tiny_teacher
+from autodistill.testing import save_tiny_teacher, tiny_tokenizer
 
 CASES = [
     (GgufExporter(), Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)),
@@ -38,12 +39,15 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_teacher(tmp_path_factory.mktemp("student"), layers=2)
 
 
-def simulated(student: Path, weights: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def simulated(
+    student: Path, weights: dict[str, np.ndarray], sequences: np.ndarray = SEQUENCES
+) -> tuple[np.ndarray, np.ndarray]:
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     model.load_state_dict({name: torch.from_numpy(np.array(values)) for name, values in weights.items()}, strict=False)
     with torch.inference_mode():
-        best, second = model(torch.from_numpy(SEQUENCES.astype(np.int64))).logits.topk(2).values.unbind(-1)
-        return model(torch.from_numpy(SEQUENCES.astype(np.int64))).logits.argmax(-1).numpy(), (best - second).numpy()
+        logits = model(torch.from_numpy(sequences.astype(np.int64))).logits
+        best, second = logits.topk(2).values.unbind(-1)
+        return logits.argmax(-1).numpy(), (best - second).numpy()
 
 
 @pytest.mark.parametrize(("exporter", "deployment"), CASES, ids=IDS)
@@ -130,3 +134,18 @@ def test_a_folder_that_does_not_load_says_so(tmp_path: Path, student: Path) -> N
     (broken / "model.safetensors").unlink()
     with pytest.raises(VerificationError, match="could not load"):
         verify_runtime(Artefact(path=broken, size_bytes=0), deployment, ANYTHING, SEQUENCES, 1)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_sequences_that_begin_with_bos_are_read_as_they_are(tmp_path: Path, architecture: str) -> None:
+    """llama.cpp begins texts with BOS where the file says so, and tokens with no second one."""
+    folder = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, layers=3)
+    tiny_tokenizer(begins=True).save_pretrained(folder)
+    exporter, deployment = CASES[0]
+    artefact = exporter.export(folder, deployment, tmp_path / "out")
+    sequences = np.insert(SEQUENCES[:, 1:], 0, tiny_tokenizer().bos_token_id, axis=1)
+    expected = simulated(folder, dict(exporter.unpack(artefact.path)), sequences)
+    check = verify_runtime(artefact, deployment, expected, sequences, 1)
+    assert check.agreement >= 0.97
+    with LlamaServer(artefact.path, 64, 1) as server:
+        assert list(server.tokenize("two apples")) == tiny_tokenizer(begins=True)("two apples")["input_ids"]

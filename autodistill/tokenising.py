@@ -1,0 +1,117 @@
+"""Texts to tokens, some at a time, as of a whole text at once; and the token that a tokenizer begins texts with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autodistill.errors import InputError
+from autodistill.hardware import memory_bytes
+from autodistill.units import format_bytes
+
+AT_ONCE = 1_000_000
+"""Characters tokenised at once."""
+_BYTES = 100  # that a tokenizer takes of memory for each character of them: 400 a token
+_LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
+_TRIED = 8  # line ends at which a long text may be cut, before it is left whole
+_AROUND = 2_000  # characters on each side of a cut that are tokenised to see whether it changes a token
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, without its own code and the network."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def beginning(tokenizer: Any) -> int | None:
+    """The token that a tokenizer begins every text with; None where it adds none.
+
+    Models that learnt it so (Gemma, Llama 3) read badly without, and what serves them adds it to every text.
+    """
+    begin = tokenizer.bos_token_id
+    return None if begin is None or tokenizer("a")["input_ids"][:1] != [begin] else int(begin)
+
+
+def groups(sizes: Sequence[int], at_once: int = AT_ONCE) -> Iterator[slice]:
+    """Slices of as many in a row as have `at_once` characters together; a longer one is alone.
+
+    Args:
+        sizes: Characters of each.
+        at_once: The most of a group.
+    """
+    start = total = 0
+    for place, size in enumerate(sizes):
+        if place > start and total + size > at_once:
+            yield slice(start, place)
+            start, total = place, 0
+        total += size
+    if start < len(sizes):
+        yield slice(start, len(sizes))
+
+
+def encode(tokenizer: Any, texts: Sequence[str], at_once: int = AT_ONCE) -> list[npt.NDArray[np.int32]]:
+    """Token ids of each text, int32 [tokens], without what the tokenizer would begin or end it with.
+
+    A longer text is cut at ends of lines, as far as this changes no token.
+
+    Args:
+        tokenizer: Of transformers.
+        texts: None of which is cut below `at_once` characters.
+        at_once: About the characters tokenised at once.
+
+    Raises:
+        InputError: A text that cannot be cut, and that memory does not hold as a whole while it is tokenised.
+    """
+    pieces = [(place, part) for place, text in enumerate(texts) for part in _parts(tokenizer, text, at_once)]
+    found: list[list[npt.NDArray[np.int32]]] = [[] for _ in texts]
+    for group in groups([part.stop - part.start for _, part in pieces], at_once):
+        chosen = pieces[group]
+        rows = _ids(tokenizer, [texts[place][part] for place, part in chosen])
+        for (place, _), row in zip(chosen, rows, strict=True):
+            found[place].append(np.array(row, dtype=np.int32))
+    return [np.concatenate(parts) for parts in found]
+
+
+def _parts(tokenizer: Any, text: str, at_once: int) -> Iterator[slice]:
+    """Where a text is cut: each part but the last ends with the first good line end behind `at_once` characters."""
+    start = 0
+    while len(text) - start > at_once:
+        ends = (match.end() for match in islice(_LINE_END.finditer(text, start + at_once), _TRIED))
+        cut = next((end for end in ends if _changes_nothing(tokenizer, text, end)), None)
+        if cut is None:
+            break
+        yield slice(start, cut)
+        start = cut
+    needed = (len(text) - start) * _BYTES
+    if len(text) - start > at_once and needed > memory_bytes():
+        raise InputError(
+            f"a text of {len(text) - start:,} characters takes {format_bytes(needed)} of memory to tokenise, of "
+            f"{format_bytes(memory_bytes())}, and with this tokenizer it cannot be done in parts: divide the text into "
+            "several documents"
+        )
+    yield slice(start, len(text))
+
+
+def _changes_nothing(tokenizer: Any, text: str, cut: int) -> bool:
+    """Whether a text has the same tokens in two parts as in one.
+
+    What is further away is not looked at: a tokenizer cuts words first, or joins what lies side by side.
+    """
+    before, after = text[max(0, cut - _AROUND) : cut], text[cut : cut + _AROUND]
+    whole, first, second = _ids(tokenizer, [before + after, before, after])
+    return whole == first + second
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    # Not verbose: the model never sees a text longer than a sequence.
+    found: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
+    return found
