@@ -218,11 +218,13 @@ class Answers:
         texts: The answers, in the order of the questions, without special tokens.
         marks: float64 [n], 1 for a right answer; a task may give a part to a wrong one.
         documents: int32 [n], the document of each question.
+        unasked: How many of them do not fit the context with the answer expected: their text is "", their mark 0.
     """
 
     texts: tuple[str, ...]
     marks: npt.NDArray[np.float64]
     documents: npt.NDArray[np.int32]
+    unasked: int = 0
 
 
 class Likelihood(NamedTuple):
@@ -271,7 +273,9 @@ class SimulatedStudent(Protocol):
         ...
 
     def rolling(self, texts: Sequence[str], window: int, stride: int) -> list[npt.NDArray[np.float64]]:
-        """Negative log-likelihood in nats of every token of each text but its first, in strided windows."""
+        """Negative log-likelihood in nats of each text's tokens in strided windows; of the first only after one that
+        the tokenizer begins all texts with.
+        """
         ...
 
     def chats(self, prompts: Sequence[str]) -> list[str]:

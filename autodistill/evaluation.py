@@ -94,6 +94,7 @@ class _Simulation:
     data: TokenSet
     reference: TeacherReference | None
     device: str
+    context: int
     student: PackedStudent | None
 
     def scores(self, asking: str) -> TokenScores:
@@ -102,7 +103,7 @@ class _Simulation:
     def answers(self, asking: str) -> Answers:
         if self.data.questions is None:
             raise InputError(f"{asking} needs questions with answers: {ASKING_DATA}")
-        return answer(self.model, self.data.questions, device=self.device)
+        return answer(self.model, self.data.questions, context=self.context, device=self.device)
 
     def asked(self, asking: str) -> PackedStudent:
         if self.student is None:
@@ -142,7 +143,7 @@ def evaluate(
         deployment: How it is packed.
         data: Held-out sequences, as the model reads them.
         reference: The teacher's for them, or None for the teacher itself.
-        budget: Context and batch for the memory estimate.
+        budget: Context and batch for the memory estimate; what is asked, and answered, fits its context.
         evaluators: Names, or evaluators themselves.
         metric: That ranks, whose documents are compared.
         device: Where the model lies.
@@ -168,7 +169,14 @@ def evaluate(
             data=data,
             saver=partial(_save_packed, model, tokenizer),
         )
-        simulation = _Simulation(model=model, data=data, reference=reference, device=device, student=student or None)
+        simulation = _Simulation(
+            model=model,
+            data=data,
+            reference=reference,
+            device=device,
+            context=budget.context,
+            student=student or None,
+        )
         asking = {item.needs: item.name for item in reversed(chosen) if item.needs in _PROVIDERS}
         parts = {need: _PROVIDERS[need](simulation, name) for need, name in asking.items()}
         scores = parts.get("scores") or simulation.scores("accuracy")

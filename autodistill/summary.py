@@ -132,6 +132,10 @@ def written_summary(counts: Mapping[str, Any]) -> str:
     ]
     if counts["unfinished"]:
         lines.append(f"{counts['unfinished']} answers reached --max-tokens and are not learnt: raise it to use them.")
+    if counts["too_long"]:
+        lines.append(
+            f"{counts['too_long']} prompts are not answered: the teacher does not read them and --max-tokens more."
+        )
     if counts["top-k"]:
         lines.append(f"{counts['top-k']} answers have the teacher's log-probabilities, {counts['text']} text alone.")
     return "\n".join(lines)

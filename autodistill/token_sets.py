@@ -131,6 +131,10 @@ class Questions:
     tokenizer: Path
     entries: tuple[Question, ...]
 
+    def within(self, context: int) -> list[int]:
+        """The places of the questions that fit so many tokens with the answer expected."""
+        return [place for place, one in enumerate(self.entries) if len(one.prompt) + one.answer_tokens <= context]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenSet:

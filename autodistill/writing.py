@@ -107,8 +107,9 @@ def write_data(request: WriteRequest, progress: Progress = lambda done, total: N
     An answer that reached the limit of tokens is kept, so that it is not paid for again, but not as something to learn.
 
     Returns:
-        Counts: prompts, those kept from before, written, unfinished, tokens of prompts and answers written, and how
-        many of the answers come with log-probabilities ("top-k") and without ("text").
+        Counts: prompts, those kept from before, written, unfinished, too long for a local teacher to read with an
+        answer of `max_tokens`, tokens of prompts and answers written, and how many of the answers come with
+        log-probabilities ("top-k") and without ("text").
 
     Raises:
         InputError: Bad options, prompts or teacher, or a file that cannot be written or read.
@@ -135,9 +136,13 @@ def write_data(request: WriteRequest, progress: Progress = lambda done, total: N
     keys = [content_hash({"settings": settings, "prompt": prompt}, digits=16) for prompt in prompts]
     missing = [place for place, key in enumerate(keys) if key not in known]
     counts = {"prompts": len(prompts), "kept": len(prompts) - len(missing), "written": 0, "unfinished": 0}
+    counts["too_long"] = 0
     counts |= {"prompt_tokens": 0, "answer_tokens": 0, "top-k": 0, "text": 0}
     try:
         for place, answer in answers([prompts[place] for place in missing]):
+            if answer is None:
+                counts["too_long"] += 1
+                continue
             log.append(_record(keys[missing[place]], settings, prompts[missing[place]], answer))
             signal = "text" if answer.told is None else "top-k"
             counts["written"] += 1
@@ -164,7 +169,8 @@ def _record(key: str, settings: Mapping[str, Any], prompt: Sequence[Turn], answe
     return {**learnt, **signal, **used, "key": key, "settings": dict(settings)}
 
 
-_Answers = Callable[[Sequence[Sequence[Turn]]], Iterator[tuple[int, _Answer]]]
+# Places of prompts and their answers; None where the model does not read prompt and answer.
+_Answers = Callable[[Sequence[Sequence[Turn]]], Iterator[tuple[int, _Answer | None]]]
 
 
 def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
@@ -173,25 +179,29 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
     spec = spec_from_config(read_config(teacher.folder))
     fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=SEQUENCE_LENGTH, machine=detect())
 
-    def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer]]:
-        """Answers with the places of their prompts, as they are written."""
+    def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer | None]]:
+        """Answers with the places of their prompts, as they are written; first those that get none."""
         if not prompts:
             return
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         renderer = Renderer(teacher.folder)
-        ids = [renderer.prompt(prompt) for prompt in prompts]
-        for place, written in write(
+        ids = {place: renderer.prompt(prompt) for place, prompt in enumerate(prompts)}
+        read = [place for place, one in ids.items() if len(one) + request.max_tokens <= spec.max_context]
+        yield from ((place, None) for place in ids.keys() - set(read))
+        if not read:
+            return
+        for number, written in write(
             load_held(teacher.folder, fit.held, device),
-            ids,
+            [ids[place] for place in read],
             stops=renderer.stops,
             max_tokens=request.max_tokens,
             sampling=request.sampling,
             batch=request.batch,
             device=device,
         ):
-            text = str(renderer.tokenizer.decode(written, skip_special_tokens=True))
+            place, text = read[number], str(renderer.tokenizer.decode(written, skip_special_tokens=True))
             yield place, _Answer(text, written[-1] in renderer.stops, len(ids[place]), len(written))
 
     return f"{teacher.name} {fit.of(teacher.fingerprint)}", answers

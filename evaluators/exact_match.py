@@ -33,7 +33,10 @@ class FullMarks(evaluate.Metric):
 
 
 class ExactMatch:
-    """Measures "exact_match", a fraction; a task marks by its own rules, which may give a wrong answer a part."""
+    """Measures "exact_match", a fraction; a task marks by its own rules, which may give a wrong answer a part.
+
+    A question that does not fit the budget's context with its answer counts as not answered.
+    """
 
     name = "exact_match"
     needs: Needs = "answers"
@@ -53,7 +56,12 @@ class ExactMatch:
                 direction="max",
                 source="simulated",
                 stderr=result["stderr"],
-                detail={"split": subject.split, "questions": answers.marks.size, "mean_mark": result["mean_mark"]},
+                detail={
+                    "split": subject.split,
+                    "questions": answers.marks.size,
+                    "unasked": answers.unasked,
+                    "mean_mark": result["mean_mark"],
+                },
                 documents=per_document(answers.marks >= 1, answers.documents),
             ),
         )

@@ -39,6 +39,7 @@ from autodistill.search.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.space import load_strategy
 from autodistill.strategy import Deployment, Init, Strategy
+from autodistill.summary import written_summary
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_tokenizer
 from autodistill.token_sets import load_split
 from autodistill.units import Budget
@@ -113,11 +114,36 @@ def test_a_local_teacher_writes_what_it_holds_for_likeliest(request_: WriteReque
         "kept": 0,
         "written": 3,
         "unfinished": 3,
+        "too_long": 0,
         "prompt_tokens": total,
         "answer_tokens": 24,
         "top-k": 0,
         "text": 3,
     }
+
+
+def test_what_the_teacher_does_not_read_is_counted_and_the_rest_written(request_: WriteRequest, teacher: Path) -> None:
+    config = json.loads((teacher / "config.json").read_text())
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHATML
+
+    def tokens(prompt: str) -> int:
+        messages = [{"role": "user", "content": prompt}]
+        return len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+    # With the longest answer one fills what is read, and one has a token more.
+    words = "x" * (config["max_position_embeddings"] - request_.max_tokens - tokens(""))
+    fits, longer = words, words + "x"
+    assert tokens(fits) + 8 == config["max_position_embeddings"] == tokens(longer) + 7
+    Path(request_.prompts).write_text("\n".join([longer, "a fox", fits]))
+    counts = write_data(request_)
+    assert (counts["prompts"], counts["written"], counts["too_long"]) == (3, 2, 1)
+    assert {record["asked"][0]["content"] for record in _records(request_.out)} == {"a fox", fits}
+    assert "1 prompts are not answered: the teacher" in written_summary(counts)
+    again = write_data(request_)
+    assert (again["kept"], again["written"], again["too_long"]) == (2, 0, 1)
+    fewer = write_data(replace(request_, max_tokens=7))
+    assert (fewer["written"], fewer["too_long"]) == (3, 0)
 
 
 def _canned(monkeypatch: pytest.MonkeyPatch, replies: dict[str, Any]) -> list[dict[str, Any]]:

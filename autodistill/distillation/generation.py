@@ -15,6 +15,7 @@ from autodistill.contracts import Answers
 from autodistill.distillation.parallel import map_batches, pass_tokens
 from autodistill.tasks import marker
 from autodistill.token_sets import Questions
+from autodistill.tokenising import load_tokenizer
 
 _BATCH = 16  # prompts answered at once on a CPU
 BATCH_ON_ACCELERATOR = 64
@@ -146,28 +147,31 @@ def _seed(prompt: Tensor, seed: int) -> int:
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
-def answer(model: Any, questions: Questions, *, device: str = "cpu") -> Answers:
+def answer(model: Any, questions: Questions, *, context: int, device: str = "cpu") -> Answers:
     """What a model writes to questions, greedily, and the marks it gets.
 
-    An answer may be half as long again as the longest one expected.
+    An answer may be half as long again as the longest one expected, as far as the context has room for it. A question
+    that does not fit the context with the answer expected is not asked, and counts as not answered.
 
     Args:
         model: Causal language model on `device`.
         questions: At least one.
+        context: Tokens that a prompt and its answer may have together.
         device: Where the model lies.
     """
-    from transformers import AutoTokenizer
-
-    entries = questions.entries
-    limit = max(entry.answer_tokens for entry in entries) * 3 // 2
-    prompts = [entry.prompt for entry in entries]
-    written = dict(write(model, prompts, stops=questions.stops, max_tokens=limit, device=device))
-    decoder = AutoTokenizer.from_pretrained(questions.tokenizer, local_files_only=True, trust_remote_code=False)
-    texts = tuple(str(decoder.decode(written[place], skip_special_tokens=True)) for place in range(len(entries)))
-    mark = marker(questions.task)
-    marks = [mark(text, entry.answer, entry.item) for text, entry in zip(texts, entries, strict=True)]
+    entries, asked = questions.entries, questions.within(context)
+    texts, marks = [""] * len(entries), np.zeros(len(entries))
+    decoder, mark = load_tokenizer(questions.tokenizer), marker(questions.task)
+    prompts = [entries[place].prompt for place in asked]
+    limit = max((entries[place].answer_tokens for place in asked), default=0) * 3 // 2
+    written = write(model, prompts, stops=questions.stops, max_tokens=limit, device=device) if asked else ()
+    for number, tokens in written:
+        place, room = asked[number], context - len(prompts[number])
+        texts[place] = str(decoder.decode(tokens[:room], skip_special_tokens=True))
+        marks[place] = mark(texts[place], entries[place].answer, entries[place].item)
     return Answers(
-        texts=texts,
-        marks=np.array(marks, dtype=np.float64),
+        texts=tuple(texts),
+        marks=marks,
         documents=np.array([entry.document for entry in entries], dtype=np.int32),
+        unasked=len(entries) - len(asked),
     )

@@ -63,6 +63,6 @@ def time_outputs(checked: Checked, loaded: Loaded, teacher: Any) -> OutputsPace:
         asked = load_split(loaded.data.folder, "validation").head(_ANSWERED * checked.sequence_length)
         if asked.questions is not None:
             began = time.perf_counter()
-            answer(teacher, asked.questions, device=loaded.device)
+            answer(teacher, asked.questions, context=checked.request.budget.context, device=loaded.device)
             answering = (time.perf_counter() - began) / asked.tokens.size
     return OutputsPace(cache=cache, answering=answering)

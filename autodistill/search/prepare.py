@@ -22,6 +22,7 @@ from autodistill.search.progress import Clock, Observer
 from autodistill.search.teacher_outputs import check_cache_limit, teacher_phase
 from autodistill.search.trials import Question
 from autodistill.search.warm_start import WarmStart, check_fingerprints, steps_differ, warm_start
+from autodistill.token_sets import load_split
 from autodistill.trial_data import TrialSetting
 from autodistill.units import CONTEXT
 
@@ -82,7 +83,7 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
     context = checked.request.budget.context
     if checked.stored is None and checked.request.context_by_default and context < CONTEXT:
         observer.line(f"the budget is stated at a context of {context} tokens: a model of this search reads no more")
-    for note in (*loaded.data.notes, *loaded.templates.values(), *plan.notes):
+    for note in (*loaded.data.notes, *_unasked(checked, loaded), *loaded.templates.values(), *plan.notes):
         observer.line(note)
     return Planned(loaded=loaded, plan=plan, speed=speed, document=document)
 
@@ -114,6 +115,23 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
         write_json(run.search_file, document)
     warm = WarmStart.from_json(document["warm_start"])
     return Ready(question=question, setting=setting, warm=warm, document=document)
+
+
+def _unasked(checked: Checked, loaded: Loaded) -> tuple[str, ...]:
+    """What a person must know of questions that are too long to be asked, where answers are marked.
+
+    Raises:
+        InputError: That is all of them.
+    """
+    questions = load_split(loaded.data.folder, "validation").questions if checked.asked.written else None
+    if questions is None:
+        return ()
+    context, count = checked.request.budget.context, len(questions.entries)
+    left = count - len(questions.within(context))
+    said = f"{left} of {count} questions of the validation split do not fit a context of {context} with their answers"
+    if left == count:
+        raise InputError(f"{said}: give a larger --context or shorter prompts")
+    return (f"{said}, and count as not answered",) if left else ()
 
 
 def _extended(checked: Checked, plan: Plan, spec: ModelSpec, speed: Speed) -> Plan:

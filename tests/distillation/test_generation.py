@@ -101,7 +101,28 @@ def test_answers_are_marked_as_text_without_their_end(model: torch.nn.Module, fo
         Question(document=place + 10, prompt=tuple(prompt), answer=said, answer_tokens=6, item=None)
         for place, (prompt, said) in enumerate([(PROMPTS[3], text), (PROMPTS[2], "something else")])
     )
-    answers = answer(model, Questions(task=None, stops=STOPS, tokenizer=folder, entries=entries))
+    answers = answer(model, Questions(task=None, stops=STOPS, tokenizer=folder, entries=entries), context=512)
     assert answers.texts[0] == text
     assert answers.marks.tolist() == [1.0, 0.0]
     assert answers.documents.tolist() == [10, 11]
+    assert answers.unasked == 0
+
+
+def test_a_question_is_asked_where_it_fits_the_context_with_its_answer(model: torch.nn.Module, folder: Path) -> None:
+    sizes = [(6, 10), (18, 2), (19, 2), (6, 15)]  # of prompt and answer; 20 are there for both
+    prompts = [np.random.default_rng(place).integers(3, 300, size).tolist() for place, (size, _) in enumerate(sizes)]
+    # The longest answer that is asked for has 10 tokens: 15 may be written, of which two prompts leave room for fewer.
+    room = [14, 2]
+    written = [_alone(model, prompt, count, STOPS) for prompt, count in zip(prompts, room, strict=False)]
+    expected = [tiny_tokenizer().decode(tokens, skip_special_tokens=True) for tokens in written]
+    entries = tuple(
+        Question(document=place, prompt=tuple(prompt), answer=said, answer_tokens=tokens, item=None)
+        for place, (prompt, said, (_, tokens)) in enumerate(zip(prompts, [*expected, "", ""], sizes, strict=True))
+    )
+    questions = Questions(task=None, stops=STOPS, tokenizer=folder, entries=entries)
+    answers = answer(model, questions, context=20)
+    assert answers.texts == (*expected, "", "")
+    assert answers.marks.tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert answers.documents.tolist() == [0, 1, 2, 3]
+    assert answers.unasked == 2
+    assert answer(model, questions, context=7).unasked == 4
