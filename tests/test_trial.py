@@ -794,7 +794,8 @@ def test_a_packed_model_answers_with_its_packed_weights(quiz, tmp_path, monkeypa
     model, seen = load_model(quiz.teacher, torch.float32), []
     right = {}
 
-    def answering(given, questions, *, device):
+    def answering(given, questions, *, context, device):
+        assert context == 300  # the budget's, and not the 512 tokens that the model reads
         seen.append(given.model.layers[0].mlp.up_proj.weight.detach().clone())
         right.update({entry.document: entry.answer for entry in questions.entries})
         marks = np.arange(len(questions.entries)) % 2 == 0
@@ -803,7 +804,7 @@ def test_a_packed_model_answers_with_its_packed_weights(quiz, tmp_path, monkeypa
 
     monkeypatch.setattr(evaluation_module, "answer", answering)
     data = load_split(quiz.data.folder, "validation").head(512)
-    budget = Budget(memory_bytes=10**9)
+    budget = Budget(memory_bytes=10**9, context=300)
     evaluation, _ = evaluate(model, spec, Q4, data, None, budget=budget, evaluators=("exact_match",))
     master = load_file(quiz.teacher / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     storage = Q4.storage(next(tensor for tensor in spec.tensors if tensor.name == "model.layers.0.mlp.up_proj.weight"))
