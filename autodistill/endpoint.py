@@ -14,12 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autodistill.errors import EndpointError, InputError
+from autodistill.errors import EndpointError, InputError, RefusedPromptError
 
 KEY_VARIABLE = "AUTODISTILL_API_KEY"
 MOST_LOGPROBS = 20  # that the protocol allows for each token
 # Statuses of a server that is busy, restarting or behind a gateway that is.
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
+# Statuses that are of what was sent, such as a prompt that is too long or filtered.
+_OF_THE_PROMPT = (400, 413, 422)
 _LONGEST_PAUSE = 60.0
 _SHOWN = 200  # characters of what a server says
 
@@ -38,7 +40,7 @@ class Reply:
     """What an endpoint answered.
 
     Attributes:
-        text: The answer.
+        text: The answer; empty where the model wrote none, as one that reaches the limit while it still reasons.
         finished: Whether it ended by itself, not at the limit of tokens.
         prompt_tokens, answer_tokens: What the server counts, and bills.
         tokens: The answer's tokens, each with the most likely ones in its place; empty where the server tells none.
@@ -66,17 +68,18 @@ class Endpoint:
         pause: Seconds before the second one.
 
     Raises:
-        InputError: No http(s) URL.
+        InputError: No http(s) URL, or a key that no header can hold.
     """
 
     def __init__(self, url: str, model: str, *, timeout: float = 300.0, attempts: int = 6, pause: float = 1.0) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        if not _is_base(url):
             raise InputError("--endpoint is the base of an API, like http://localhost:8000/v1, without key or query")
         self.url = url.rstrip("/")
         self.model = model
         self._timeout, self._attempts, self._pause = timeout, attempts, pause
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise InputError(f"{KEY_VARIABLE} is not one line of printable ASCII: set it to the key alone")
         # A server that never answered is not there: waiting for it would hide a wrong address.
         self._reached = threading.Event()
 
@@ -92,6 +95,7 @@ class Endpoint:
             options: Further fields of the request, such as temperature, top_p and seed.
 
         Raises:
+            RefusedPromptError: These messages were refused; others may be answered.
             EndpointError: Unreachable, refused, or without a proper answer after all attempts.
         """
         body = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, **options}
@@ -106,9 +110,8 @@ class Endpoint:
                 said = self._said(error)
                 self._reached.set()
                 if error.code not in _PASSING:
-                    raise EndpointError(
-                        f"{self.url} refused ({error.code}): {said}{self._advice(error.code)}"
-                    ) from None
+                    kind = RefusedPromptError if error.code in _OF_THE_PROMPT else EndpointError
+                    raise kind(f"{self.url} refused ({error.code}): {said}{self._advice(error.code)}") from None
                 trouble = f"answered {error.code}: {said}"
                 wait = max(wait, _retry_after(error))
             except TimeoutError:
@@ -118,14 +121,15 @@ class Endpoint:
                 if isinstance(reason, TimeoutError):
                     trouble = f"gave no answer in {self._timeout:g} seconds"
                 elif not self._reached.is_set():
+                    said = self._shown(reason)
                     raise EndpointError(
-                        f"{self.url} cannot be reached ({reason}): start the server, or correct --endpoint"
+                        f"{self.url} cannot be reached ({said}): start the server, or correct --endpoint"
                     ) from None
                 else:
-                    trouble = f"broke off ({reason or type(error).__name__})"
+                    trouble = f"broke off ({self._shown(reason) or type(error).__name__})"
             except ValueError as error:
                 self._reached.set()
-                trouble = f"answered nonsense ({error})"
+                trouble = f"answered nonsense ({self._shown(error)})"
             if attempt + 1 < self._attempts:
                 time.sleep(min(wait, _LONGEST_PAUSE))
         raise EndpointError(f"{self.url} {trouble}, {self._attempts} times: try again later")
@@ -144,7 +148,7 @@ class Endpoint:
         return json.loads(data)
 
     def _said(self, error: urllib.error.HTTPError) -> str:
-        """What the server says is wrong, in one line, without the key, which some servers repeat."""
+        """What the server says is wrong."""
         try:
             text = error.read().decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
@@ -153,15 +157,31 @@ class Endpoint:
             message = json.loads(text)["error"]
             text = message["message"] if isinstance(message, dict) else str(message)
         except (ValueError, KeyError, TypeError):
-            text = text or str(error.reason)
+            text = text or error.reason
+        return self._shown(text)
+
+    def _shown(self, trouble: object) -> str:
+        """What is wrong in one line, without the key, which some servers repeat."""
+        text = str(trouble)
         if self._key:
             text = text.replace(self._key, "***")
-        return " ".join(str(text).split())[:_SHOWN]
+        return " ".join(text.split())[:_SHOWN]
 
     def _advice(self, status: int) -> str:
         if status in (401, 403):
             return f"; set {KEY_VARIABLE} to a key of this endpoint"
         return "; correct --endpoint or --model" if status == 404 else ""
+
+
+def _is_base(url: str) -> bool:
+    """Whether paths can be put behind it, and nothing in it is secret."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port
+    except ValueError:  # brackets without an end, or a port that is none
+        return False
+    plain = parts.path.isascii() and "@" not in parts.netloc and not parts.query and port != 0
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and plain
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float:
@@ -179,7 +199,9 @@ def _reply(answer: Any) -> Reply:
     """
     try:
         (choice, *_) = answer["choices"]
-        text, usage = choice["message"]["content"], answer.get("usage") or {}
+        text, usage = choice["message"].get("content"), answer.get("usage") or {}
+        if text is None and choice.get("finish_reason"):
+            text = ""  # written by null, or left out: the tokens went into reasoning, or a filter took them
         if not isinstance(text, str):
             raise ValueError("no text in its message")
         # Servers that tell no log-probabilities leave them out, or give null.

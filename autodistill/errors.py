@@ -61,6 +61,10 @@ class EndpointError(AutoDistillError):
     """An endpoint was not reached, refused, or answered nonsense; answers that it gave before are kept."""
 
 
+class RefusedPromptError(EndpointError):
+    """An endpoint refused one prompt, as one that is too long for it; others may be answered."""
+
+
 class RemoteError(AutoDistillError):
     """A board was not reached, refused, or took too long; nothing is left behind on it where it still answers."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from autodistill.endpoint import Choice, Endpoint
-from autodistill.errors import EndpointError, InputError
+from autodistill.errors import EndpointError, InputError, RefusedPromptError
 
 ASK = [{"role": "user", "content": "hi"}]
 GOOD = {
@@ -116,6 +116,20 @@ def test_a_chat_completion_is_asked_for_and_read(serve: Callable[..., Server]) -
 
 
 @pytest.mark.parametrize(
+    "message", [{"content": None}, {"content": None, "reasoning_content": "so"}, {}, {"content": ""}]
+)
+@pytest.mark.parametrize(("reason", "finished"), [("length", False), ("stop", True)])
+def test_an_answer_without_a_word_is_one_that_was_paid_for(
+    serve: Callable[..., Server], message: dict[str, Any], reason: str, finished: bool
+) -> None:
+    choice = {"message": {"role": "assistant", **message}, "finish_reason": reason}
+    server = serve(send(200, GOOD | {"choices": [choice]}))
+    reply = client(server).ask(ASK, max_tokens=9)
+    assert (reply.text, reply.finished, reply.answer_tokens) == ("", finished, 2)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
     "trouble",
     [send(429, {}), send(500, b"oops"), send(503, {}), hang_up, torn, send(200, b"<html>"), send(200, {"no": 1})],
 )
@@ -144,13 +158,27 @@ def test_what_does_not_pass_is_said(serve: Callable[..., Server], script: Any, s
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("status", "advice"), [(400, "too long"), (401, "AUTODISTILL_API_KEY"), (404, "--model")])
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [(401, "AUTODISTILL_API_KEY"), (402, "no more"), (403, "AUTODISTILL_API_KEY"), (404, "--model")],
+)
 def test_what_cannot_pass_is_said_at_once(serve: Callable[..., Server], status: int, advice: str) -> None:
-    server = serve(send(status, {"error": {"message": "too long"}}))
-    with pytest.raises(EndpointError, match=rf"refused \({status}\): too long.*") as caught:
+    server = serve(send(status, {"error": {"message": "no more"}}))
+    with pytest.raises(EndpointError, match=rf"refused \({status}\): no more.*") as caught:
         client(server).ask(ASK, max_tokens=9)
+    assert not isinstance(caught.value, RefusedPromptError)
     assert advice in str(caught.value)
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_what_is_wrong_with_one_prompt_is_told_apart(serve: Callable[..., Server], status: int) -> None:
+    server = serve(send(status, {"error": {"message": "too long"}}), send(200, GOOD))
+    asker = client(server)
+    with pytest.raises(RefusedPromptError, match=rf"refused \({status}\): too long$"):
+        asker.ask(ASK, max_tokens=9)
+    assert asker.ask(ASK, max_tokens=9).text == "ho"
+    assert len(server.requests) == 2
 
 
 def test_a_slow_server_is_given_up(serve: Callable[..., Server]) -> None:
@@ -196,7 +224,43 @@ def test_the_key_goes_to_the_endpoint_alone_and_is_never_shown(
     assert "wrong key ***" in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "file:///etc/passwd", "http://", "https://me:secret@host/v1", ""])
+@pytest.mark.parametrize("repeat", ["nonsense", "status"])
+def test_a_key_that_a_broken_answer_repeats_is_not_shown(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, repeat: str
+) -> None:
+    monkeypatch.setenv("AUTODISTILL_API_KEY", "sk-very-secret\n")
+
+    def script(handler: BaseHTTPRequestHandler) -> None:
+        key = handler.headers["Authorization"].removeprefix("Bearer ")
+        if repeat == "status":
+            handler.wfile.write(f"{key}\r\n\r\n".encode())
+            handler.close_connection = True
+            return
+        entry = {"token": "ho", "logprob": key}
+        send(200, GOOD | {"choices": [GOOD["choices"][0] | {"logprobs": {"content": [entry]}}]})(handler)
+
+    with pytest.raises(EndpointError, match=r"\*\*\*") as caught:
+        client(serve(send(503, {}), script)).ask(ASK, max_tokens=9)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["sk-secret-1\nsk-secret-2", "sk-secret-\u20ac", "sk-secret-\xe9", "sk-secret\x7f"])
+def test_a_key_that_no_header_holds_is_refused_before_anything_is_asked(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("AUTODISTILL_API_KEY", key)
+    server = serve(send(200, GOOD))
+    with pytest.raises(InputError, match="AUTODISTILL_API_KEY is not one line of printable ASCII") as caught:
+        client(server)
+    assert "secret" not in str(caught.value)
+    assert not server.requests
+
+
+URLS = ["localhost:8000", "file:///etc/passwd", "http://", "https://me:secret@host/v1", "https://:secret@host/v1", ""]
+URLS += ["http://[::1/v1", "http://localhost:eight/v1", "http://localhost:99999/v1", "http://localhost/v1/\xe9"]
+
+
+@pytest.mark.parametrize("url", URLS)
 def test_only_a_plain_base_is_taken(url: str) -> None:
     with pytest.raises(InputError, match="http://localhost:8000/v1") as caught:
         Endpoint(url, "big")
