@@ -132,9 +132,9 @@ def written(given: Mapping[str, Any]) -> dict[str, Any]:
     with open_view() as view:
 
         def progress(done: int, total: int) -> None:
-            # About ten lines, however many answers there are.
+            # About ten lines, however many prompts there are.
             if done == total or done % max(1, total // 10) == 0:
-                view.log(f"{done} of {total} answers")
+                view.log(f"{done} of {total} prompts")
 
         return write_data(request, progress)
 

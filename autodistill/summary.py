@@ -136,6 +136,14 @@ def written_summary(counts: Mapping[str, Any]) -> str:
         lines.append(
             f"{counts['too_long']} prompts are not answered: the teacher does not read them and --max-tokens more."
         )
+    if counts["blank"]:
+        lines.append(f"{counts['blank']} answers are blank and are not learnt.")
+    if counts["refused"]:
+        first = counts["refused"][0]
+        lines.append(
+            f"{len(counts['refused'])} prompts were refused, and are asked again by the same command. The first, "
+            f'"{first["prompt"]}": {first["said"]}'
+        )
     if counts["top-k"]:
         lines.append(f"{counts['top-k']} answers have the teacher's log-probabilities, {counts['text']} text alone.")
     return "\n".join(lines)

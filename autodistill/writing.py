@@ -20,7 +20,7 @@ from autodistill.distillation.held import load_held
 from autodistill.distillation.teacher import materialise, read_config, resolve_teacher, stored_type
 from autodistill.documents import resolve_prompts
 from autodistill.endpoint import MOST_LOGPROBS, Endpoint, Reply
-from autodistill.errors import EndpointError, InputError
+from autodistill.errors import EndpointError, InputError, RefusedPromptError
 from autodistill.estimate import spec_from_config
 from autodistill.hardware import detect
 from autodistill.records.event_log import EventLog
@@ -64,6 +64,7 @@ class WriteRequest:
 
 # Requests to an endpoint that are under way together.
 _ASKED_AT_ONCE = 8
+_SHOWN = 60  # characters of a prompt that was refused
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,17 @@ def write_data(request: WriteRequest, progress: Progress = lambda done, total: N
     """Writes an answer to each prompt that the file has none for yet; each is synced to the disk before the next.
 
     An answer that reached the limit of tokens is kept, so that it is not paid for again, but not as something to learn.
+    A prompt that the endpoint refuses is left out, and is asked again by the same command.
 
     Returns:
-        Counts: prompts, those kept from before, written, unfinished, too long for a local teacher to read with an
+        Counts: prompts, those kept from before, written, unfinished, blank, too long for a local teacher to read with an
         answer of `max_tokens`, tokens of prompts and answers written, and how many of the answers come with
-        log-probabilities ("top-k") and without ("text").
+        log-probabilities ("top-k") and without ("text"). In "refused" the refused prompts, each with its beginning
+        ("prompt") and the reason ("said").
 
     Raises:
         InputError: Bad options, prompts or teacher, or a file that cannot be written or read.
-        EndpointError: The endpoint failed; the message says how many answers are kept.
+        EndpointError: The endpoint failed, or refused every prompt; the message says how many answers are kept.
     """
     check(request)
     endpoint = None
@@ -126,37 +129,49 @@ def write_data(request: WriteRequest, progress: Progress = lambda done, total: N
     except OSError as error:
         raise InputError(f"cannot write {request.out}: {error.strerror or error}") from error
     known = {record.get("key") for record in log.read()}
-    writer, answers = _from_endpoint(request, endpoint) if endpoint else _from_teacher(request)
+    matcher = _Matcher(materialise(resolve_teacher(request.teacher), request.cache).folder) if request.top_k else None
+    writer, answers = _from_endpoint(request, endpoint, matcher) if endpoint else _from_teacher(request)
     settings = {
         "writer": writer,
         "max_tokens": request.max_tokens,
         "top_k": request.top_k,
         **dataclasses.asdict(request.sampling),
     }
+    if matcher:
+        # What an answer has kept of its log-probabilities is what these tokens matched.
+        settings["vocabulary"] = matcher.vocabulary
     keys = [content_hash({"settings": settings, "prompt": prompt}, digits=16) for prompt in prompts]
     missing = [place for place, key in enumerate(keys) if key not in known]
     counts = {"prompts": len(prompts), "kept": len(prompts) - len(missing), "written": 0, "unfinished": 0}
-    counts["too_long"] = 0
+    counts |= {"blank": 0, "too_long": 0}
     counts |= {"prompt_tokens": 0, "answer_tokens": 0, "top-k": 0, "text": 0}
+    refused: list[dict[str, str]] = []
     try:
         for place, answer in answers([prompts[place] for place in missing]):
+            prompt = prompts[missing[place]]
             if answer is None:
                 counts["too_long"] += 1
-                continue
-            log.append(_record(keys[missing[place]], settings, prompts[missing[place]], answer))
-            signal = "text" if answer.told is None else "top-k"
-            counts["written"] += 1
-            counts["unfinished"] += not answer.finished
-            counts["prompt_tokens"] += answer.prompt_tokens
-            counts["answer_tokens"] += answer.answer_tokens
-            counts[signal] += 1
-            progress(counts["kept"] + counts["written"], len(prompts))
+            elif isinstance(answer, RefusedPromptError):
+                refused.append({"prompt": " ".join(prompt[-1].content.split())[:_SHOWN], "said": str(answer)})
+            else:
+                log.append(_record(keys[missing[place]], settings, prompt, answer))
+                signal = "text" if answer.told is None else "top-k"
+                counts["written"] += 1
+                counts["unfinished"] += not answer.finished
+                counts["blank"] += answer.finished and not answer.text.strip()
+                counts["prompt_tokens"] += answer.prompt_tokens
+                counts["answer_tokens"] += answer.answer_tokens
+                counts[signal] += 1
+            progress(sum(counts[name] for name in ("kept", "written", "too_long")) + len(refused), len(prompts))
     except EndpointError as error:
         kept = counts["kept"] + counts["written"]
         raise EndpointError(
             f"{error}; {kept} of {len(prompts)} answers are in {request.out}, the same command goes on with the rest"
         ) from error
-    return {"out": str(request.out), **counts}
+    if len(refused) == len(prompts):
+        # It is rather the options, or the model, than each of the prompts.
+        raise EndpointError(f"none of {len(prompts)} prompts was answered: {refused[0]['said']}")
+    return {"out": str(request.out), **counts, "refused": refused}
 
 
 def _record(key: str, settings: Mapping[str, Any], prompt: Sequence[Turn], answer: _Answer) -> dict[str, Any]:
@@ -170,7 +185,7 @@ def _record(key: str, settings: Mapping[str, Any], prompt: Sequence[Turn], answe
 
 
 # Places of prompts and their answers; None where the model does not read prompt and answer.
-_Answers = Callable[[Sequence[Sequence[Turn]]], Iterator[tuple[int, _Answer | None]]]
+_Answers = Callable[[Sequence[Sequence[Turn]]], Iterator[tuple[int, _Answer | RefusedPromptError | None]]]
 
 
 def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
@@ -207,11 +222,8 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
     return f"{teacher.name} {fit.of(teacher.fingerprint)}", answers
 
 
-def _from_endpoint(request: WriteRequest, endpoint: Endpoint) -> tuple[str, _Answers]:
+def _from_endpoint(request: WriteRequest, endpoint: Endpoint, matcher: _Matcher | None) -> tuple[str, _Answers]:
     """The endpoint's name for its model, and what asks it, several prompts at once."""
-    matcher = None
-    if request.top_k:
-        matcher = _Matcher(materialise(resolve_teacher(request.teacher), request.cache).folder)
     options = {name: getattr(request.sampling, name) for name in ("temperature", "top_p", "seed")}
 
     def ask(prompt: Sequence[Turn]) -> _Answer:
@@ -225,8 +237,8 @@ def _from_endpoint(request: WriteRequest, endpoint: Endpoint) -> tuple[str, _Ans
         told = matcher.match(reply) if matcher else None
         return _Answer(reply.text, reply.finished, reply.prompt_tokens, reply.answer_tokens, told)
 
-    def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer]]:
-        """Answers with the places of their prompts, as they are written."""
+    def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer | RefusedPromptError]]:
+        """Answers, or refusals, with the places of their prompts, as they come."""
         with ThreadPoolExecutor(request.batch or _ASKED_AT_ONCE, thread_name_prefix="endpoint") as pool:
             places = {pool.submit(ask, prompt): place for place, prompt in enumerate(prompts)}
             left = set(places)
@@ -237,6 +249,8 @@ def _from_endpoint(request: WriteRequest, endpoint: Endpoint) -> tuple[str, _Ans
                     for future in sorted(done, key=places.__getitem__):
                         try:
                             yield places[future], future.result()
+                        except RefusedPromptError as error:
+                            yield places[future], error
                         except EndpointError as error:
                             # What is under way has been paid for: it is waited for, and kept. What is not begun is
                             # taken out here, since nobody is told of a future that was cancelled before it ran.
@@ -254,11 +268,14 @@ class _Matcher:
     """Finds an endpoint's tokens in a local tokenizer.
 
     They match where the answer's text has the same tokens here, by name, and by id where the server tells ids.
+
+    Attributes:
+        vocabulary: See `Told`.
     """
 
     def __init__(self, folder: Path) -> None:
         renderer = Renderer(folder)
-        self._vocabulary, tokenizer = renderer.vocabulary, renderer.tokenizer
+        self.vocabulary, tokenizer = renderer.vocabulary, renderer.tokenizer
         self._encode = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         names: dict[str, list[int]] = {}
         self._names = [str(tokenizer.decode([token])) for token in range(len(tokenizer))]
@@ -282,4 +299,4 @@ class _Matcher:
         for _, likeliest in told:
             found = [(one.id if by_id else self._ids.get(one.text), one.logprob) for one in likeliest]
             top.append([(token, logprob) for token, logprob in found if token is not None and token < len(self._names)])
-        return told_of(self._vocabulary, ids, top)
+        return told_of(self.vocabulary, ids, top)

@@ -11,8 +11,9 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +115,13 @@ def test_a_local_teacher_writes_what_it_holds_for_likeliest(request_: WriteReque
         "kept": 0,
         "written": 3,
         "unfinished": 3,
+        "blank": 0,
         "too_long": 0,
         "prompt_tokens": total,
         "answer_tokens": 24,
         "top-k": 0,
         "text": 3,
+        "refused": [],
     }
 
 
@@ -226,6 +229,129 @@ def test_what_was_not_begun_when_one_failed_is_not_waited_for(
     for _ in range(50):
         with pytest.raises(EndpointError, match="0 of 3 answers"):
             write_data(replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", batch=1))
+
+
+Answers = Callable[[str], tuple[int, Any]]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answers], tuple[str, list[str]]]]:
+    """Serves chat completions on loopback: a status and a message or an error for each prompt; keeps what was asked."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("AUTODISTILL_API_KEY", raising=False)
+    started: list[ThreadingHTTPServer] = []
+
+    def start(answers: Answers) -> tuple[str, list[str]]:
+        seen: list[str] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                seen.append(body["messages"][-1]["content"])
+                status, said = answers(seen[-1])
+                usage = {"prompt_tokens": 5, "completion_tokens": 2}
+                reply = {"choices": [said], "usage": usage} if status == 200 else {"error": {"message": said}}
+                data = json.dumps(reply).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        started.append(http)
+        threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return f"http://127.0.0.1:{http.server_address[1]}/v1", seen
+
+    yield start
+    for http in started:
+        http.shutdown()
+        http.server_close()
+
+
+def _choice(content: str | None, reason: str = "stop", **fields: Any) -> dict[str, Any]:
+    return {"message": {"role": "assistant", "content": content}, "finish_reason": reason, **fields}
+
+
+def test_a_prompt_that_is_refused_stops_no_other_and_is_told(
+    request_: WriteRequest, served: Callable[[Answers], tuple[str, list[str]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [f"p{number:02d}" for number in range(30)]
+    Path(request_.prompts).write_text("\n".join(prompts))
+    wrong = {"p03": (400, "the prompt is too long"), "p11": (422, "filtered")}
+    url, seen = served(lambda prompt: wrong.get(prompt) or (200, _choice(f"to {prompt}")))
+    line = f"write --prompts {request_.prompts} --out {request_.out} --endpoint {url} --model big --format json"
+    assert main(line.split()) == 0
+    counts = json.loads(capfd.readouterr().out)
+    assert (counts["prompts"], counts["written"], counts["kept"]) == (30, 28, 0)
+    assert sorted((one["prompt"], one["said"]) for one in counts["refused"]) == [
+        ("p03", f"{url} refused (400): the prompt is too long"),
+        ("p11", f"{url} refused (422): filtered"),
+    ]
+    answered = {record["messages"][0]["content"]: record["messages"][1]["content"] for record in _records(request_.out)}
+    assert answered == {prompt: f"to {prompt}" for prompt in prompts if prompt not in wrong}
+    assert sorted(seen) == prompts
+    # The others are not asked again; what was refused is, since a server may be given more room.
+    assert main(line.removesuffix(" --format json").split()) == 0
+    printed = capfd.readouterr().out
+    assert "0 answers written, 28 kept from before, of 30 prompts" in printed
+    assert '2 prompts were refused, and are asked again by the same command. The first, "p' in printed
+    assert sorted(seen[30:]) == ["p03", "p11"]
+    del wrong["p03"]
+    assert write_data(replace(request_, endpoint=url, model="big", max_tokens=256))["written"] == 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 404])
+def test_where_no_prompt_is_answered_it_is_no_prompts_fault(
+    request_: WriteRequest, served: Callable[[Answers], tuple[str, list[str]]], status: int
+) -> None:
+    url, _ = served(lambda prompt: (status, "no logprobs here"))
+    with pytest.raises(EndpointError, match=rf"refused \({status}\): no logprobs here"):
+        write_data(replace(request_, endpoint=url, model="big"))
+
+
+def test_an_answer_without_a_word_is_kept_and_not_asked_for_again(
+    request_: WriteRequest, served: Callable[[Answers], tuple[str, list[str]]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = {PROMPTS[0]: _choice(None, "length"), PROMPTS[1]: _choice(None), PROMPTS[2]: _choice("repairs")}
+    url, seen = served(lambda prompt: (200, said[prompt]))
+    line = f"write --prompts {request_.prompts} --out {request_.out} --endpoint {url} --model big"
+    assert main(line.split()) == 0
+    printed = capfd.readouterr().out
+    assert "3 answers written" in printed
+    assert "1 answers reached --max-tokens and are not learnt" in printed
+    assert "1 answers are blank and are not learnt" in printed
+    assert list(resolve_data(str(request_.out)).documents) == [asked(PROMPTS[2], "repairs")]
+    assert main(line.split()) == 0
+    assert "0 answers written, 3 kept" in capfd.readouterr().out
+    assert sorted(seen) == sorted(PROMPTS)
+
+
+def test_answers_that_were_matched_with_another_vocabulary_are_asked_for_again(
+    request_: WriteRequest, served: Callable[[Answers], tuple[str, list[str]]], tmp_path: Path
+) -> None:
+    tokenizer = tiny_tokenizer()
+
+    def answer(prompt: str) -> tuple[int, Any]:
+        places = [{"token": tokenizer.decode([token]), "logprob": -0.5} for token in tokenizer("paints")["input_ids"]]
+        told = [place | {"top_logprobs": [place]} for place in places]
+        return 200, _choice("paints", logprobs={"content": told})
+
+    url, seen = served(answer)
+    other = save_tiny_teacher(tmp_path / "other", vocabulary=280)
+    remote = replace(request_, endpoint=url, model="big", top_k=2)
+    wrong = write_data(replace(remote, teacher=str(other)))
+    assert (wrong["top-k"], wrong["text"]) == (0, 3)
+    right = write_data(remote)
+    assert (right["kept"], right["written"], right["top-k"]) == (0, 3, 3)
+    assert write_data(remote)["kept"] == 3
+    assert len(seen) == 6
+    # Text alone is matched with nothing.
+    text = replace(remote, top_k=0)
+    assert write_data(text)["written"] == 3
+    assert write_data(replace(text, teacher=str(other)))["kept"] == 3
 
 
 def _told(text: str, ids: list[int | None] | None = None, end: bool = True) -> Reply:

@@ -73,7 +73,8 @@ def check_told(recipes: Iterable[Distillation], told: bool) -> None:
     if not told and any(recipe.weighs_teacher and recipe.signal == "written" for recipe in recipes):
         raise InputError(
             'the signal "written" needs answers with their writer\'s log-probabilities, and these data have none of '
-            "this teacher's tokens: give what `autodistill write --endpoint ... --top-k ...` wrote with this --teacher"
+            "this teacher's tokens: give what `autodistill write --endpoint ... --top-k ...` wrote with this --teacher "
+            "to a file of its own"
         )
 
 
