@@ -130,13 +130,7 @@ def written(given: Mapping[str, Any]) -> dict[str, Any]:
     )
 
     with open_view() as view:
-
-        def progress(done: int, total: int) -> None:
-            # About ten lines, however many prompts there are.
-            if done == total or done % max(1, total // 10) == 0:
-                view.log(f"{done} of {total} prompts")
-
-        return write_data(request, progress)
+        return write_data(request, view.log)
 
 
 _SIZES = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "experts", "active_experts", "window")

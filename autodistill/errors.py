@@ -35,6 +35,12 @@ class InterruptedSearchError(AutoDistillError):
     exit_code = 130
 
 
+class InterruptedWritingError(AutoDistillError):
+    """Writing was stopped by Ctrl-C; all answers that came are kept, and the same command goes on with the rest."""
+
+    exit_code = 130
+
+
 class LostClusterError(AutoDistillError):
     """Ray itself ended under a search; everything finished is kept, and the message holds the command that resumes."""
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from autodistill.contracts import SEQUENCE_LENGTH
@@ -20,7 +24,7 @@ from autodistill.distillation.held import load_held
 from autodistill.distillation.teacher import materialise, read_config, resolve_teacher, stored_type
 from autodistill.documents import resolve_prompts
 from autodistill.endpoint import MOST_LOGPROBS, Endpoint, Reply
-from autodistill.errors import EndpointError, InputError, RefusedPromptError
+from autodistill.errors import EndpointError, InputError, InterruptedWritingError, RefusedPromptError
 from autodistill.estimate import spec_from_config
 from autodistill.hardware import detect
 from autodistill.records.event_log import EventLog
@@ -28,7 +32,7 @@ from autodistill.rendering import Renderer
 from autodistill.strategy import content_hash
 from autodistill.training_fit import fit_teacher
 
-Progress = Callable[[int, int], None]
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +106,15 @@ def check(request: WriteRequest) -> None:
         raise InputError(f"--out is a .jsonl file, not {request.out}")
 
 
-def write_data(request: WriteRequest, progress: Progress = lambda done, total: None) -> dict[str, Any]:
+def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[str, Any]:
     """Writes an answer to each prompt that the file has none for yet; each is synced to the disk before the next.
 
     An answer that reached the limit of tokens is kept, so that it is not paid for again, but not as something to learn.
     A prompt that the endpoint refuses is left out, and is asked again by the same command.
+
+    Args:
+        request: What is to be written.
+        tell: Shows a line to a person; about ten times, however many prompts there are.
 
     Returns:
         Counts: prompts, those kept from before, written, unfinished, blank, too long for a local teacher to read with an
@@ -117,6 +125,8 @@ def write_data(request: WriteRequest, progress: Progress = lambda done, total: N
     Raises:
         InputError: Bad options, prompts or teacher, or a file that cannot be written or read.
         EndpointError: The endpoint failed, or refused every prompt; the message says how many answers are kept.
+        InterruptedWritingError: Ctrl-C at an endpoint, once the answers under way are kept too; a second one is a
+            KeyboardInterrupt at once.
     """
     check(request)
     endpoint = None
@@ -130,7 +140,7 @@ def write_data(request: WriteRequest, progress: Progress = lambda done, total: N
         raise InputError(f"cannot write {request.out}: {error.strerror or error}") from error
     known = {record.get("key") for record in log.read()}
     matcher = _Matcher(materialise(resolve_teacher(request.teacher), request.cache).folder) if request.top_k else None
-    writer, answers = _from_endpoint(request, endpoint, matcher) if endpoint else _from_teacher(request)
+    writer, answers = _from_endpoint(request, endpoint, matcher, tell) if endpoint else _from_teacher(request)
     settings = {
         "writer": writer,
         "max_tokens": request.max_tokens,
@@ -162,10 +172,12 @@ def write_data(request: WriteRequest, progress: Progress = lambda done, total: N
                 counts["prompt_tokens"] += answer.prompt_tokens
                 counts["answer_tokens"] += answer.answer_tokens
                 counts[signal] += 1
-            progress(sum(counts[name] for name in ("kept", "written", "too_long")) + len(refused), len(prompts))
-    except EndpointError as error:
+            done = sum(counts[name] for name in ("kept", "written", "too_long")) + len(refused)
+            if done == len(prompts) or done % max(1, len(prompts) // 10) == 0:
+                tell(f"{done} of {len(prompts)} prompts")
+    except (EndpointError, InterruptedWritingError) as error:
         kept = counts["kept"] + counts["written"]
-        raise EndpointError(
+        raise type(error)(
             f"{error}; {kept} of {len(prompts)} answers are in {request.out}, the same command goes on with the rest"
         ) from error
     if len(refused) == len(prompts):
@@ -222,7 +234,9 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
     return f"{teacher.name} {fit.of(teacher.fingerprint)}", answers
 
 
-def _from_endpoint(request: WriteRequest, endpoint: Endpoint, matcher: _Matcher | None) -> tuple[str, _Answers]:
+def _from_endpoint(
+    request: WriteRequest, endpoint: Endpoint, matcher: _Matcher | None, tell: Tell
+) -> tuple[str, _Answers]:
     """The endpoint's name for its model, and what asks it, several prompts at once."""
     options = {name: getattr(request.sampling, name) for name in ("temperature", "top_p", "seed")}
 
@@ -239,29 +253,72 @@ def _from_endpoint(request: WriteRequest, endpoint: Endpoint, matcher: _Matcher 
 
     def answers(prompts: Sequence[Sequence[Turn]]) -> Iterator[tuple[int, _Answer | RefusedPromptError]]:
         """Answers, or refusals, with the places of their prompts, as they come."""
-        with ThreadPoolExecutor(request.batch or _ASKED_AT_ONCE, thread_name_prefix="endpoint") as pool:
-            places = {pool.submit(ask, prompt): place for place, prompt in enumerate(prompts)}
-            left = set(places)
-            failure: EndpointError | None = None
+        left = deque(enumerate(prompts))
+        came: SimpleQueue[tuple[int, _Answer | RefusedPromptError] | Exception | None] = SimpleQueue()
+
+        def work() -> None:
+            """Asks until nothing is left, which None says."""
+            with suppress(IndexError):
+                while True:
+                    place, prompt = left.popleft()
+                    try:
+                        came.put((place, ask(prompt)))
+                    except RefusedPromptError as error:
+                        came.put((place, error))
+                    except Exception as error:
+                        came.put(error)
+            came.put(None)
+
+        working = min(request.batch or _ASKED_AT_ONCE, len(prompts))
+        failure: Exception | None = None
+        with _first_interrupt(lambda: came.put(InterruptedWritingError("stopped"))):
             try:
-                while left:
-                    done, left = wait(left, return_when=FIRST_COMPLETED)
-                    for future in sorted(done, key=places.__getitem__):
-                        try:
-                            yield places[future], future.result()
-                        except RefusedPromptError as error:
-                            yield places[future], error
-                        except EndpointError as error:
-                            # What is under way has been paid for: it is waited for, and kept. What is not begun is
-                            # taken out here, since nobody is told of a future that was cancelled before it ran.
-                            failure = failure or error
-                            left = {future for future in left if not future.cancel()}
+                for _ in range(working):
+                    # A pool's threads would be waited for at the process's end, also after a second Ctrl-C.
+                    threading.Thread(target=work, name="endpoint", daemon=True).start()
+                while working:
+                    found = came.get()
+                    if found is None:
+                        working -= 1
+                    elif isinstance(found, Exception):
+                        # What is under way has been paid for: it is waited for, and kept.
+                        left.clear()
+                        failure = failure or found
+                        if isinstance(found, InterruptedWritingError):
+                            tell("stopping: the answers under way are waited for; Ctrl-C again ends at once")
+                    else:
+                        yield found
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-            if failure is not None:
-                raise failure
+                left.clear()
+        if failure is not None:
+            raise failure
 
     return f"{endpoint.model} at {endpoint.url}", answers
+
+
+@contextmanager
+def _first_interrupt(meet: Callable[[], None]) -> Iterator[None]:
+    """Has the first Ctrl-C in the block call `meet`; the next one is a KeyboardInterrupt again.
+
+    Other threads than the main one meet none, and a Ctrl-C that is ignored, or met by another, stays so.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def restore() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def first(*_: object) -> None:
+        restore()
+        meet()
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        restore()
 
 
 class _Matcher:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,7 +35,7 @@ from autodistill.distillation.student import build_student
 from autodistill.distillation.trainer import Trainer
 from autodistill.documents import resolve_data
 from autodistill.endpoint import Choice, Reply
-from autodistill.errors import EndpointError, InputError
+from autodistill.errors import EndpointError, InputError, InterruptedWritingError
 from autodistill.export.gguf import GgufExporter
 from autodistill.rendering import Renderer
 from autodistill.search.request import SearchRequest
@@ -255,7 +257,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answers], tupl
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(data)
+                with suppress(ConnectionError):  # nobody may be waiting any more
+                    self.wfile.write(data)
 
             def log_message(self, *args: object) -> None:
                 pass
@@ -327,6 +330,79 @@ def test_an_answer_without_a_word_is_kept_and_not_asked_for_again(
     assert main(line.split()) == 0
     assert "0 answers written, 3 kept" in capfd.readouterr().out
     assert sorted(seen) == sorted(PROMPTS)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as a terminal's process has it, also where these tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_what_was_under_way_at_a_ctrl_c_is_kept_and_nothing_else_is_asked(
+    request_: WriteRequest, served: Callable[[Answers], tuple[str, list[str]]]
+) -> None:
+    under_way, told, lines = threading.Barrier(2), threading.Event(), list[str]()
+
+    def answer(prompt: str) -> tuple[int, Any]:
+        if not told.is_set() and under_way.wait(30) == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        told.wait(30)
+        return 200, _choice("slow")
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        if "Ctrl-C again" in line:
+            told.set()
+
+    url, seen = served(answer)
+    remote = replace(request_, endpoint=url, model="big", batch=2)
+    with pytest.raises(InterruptedWritingError, match=r"^stopped; 2 of 3 answers are in .* goes on") as caught:
+        write_data(remote, tell)
+    assert caught.value.exit_code == 130
+    assert lines == [
+        "stopping: the answers under way are waited for; Ctrl-C again ends at once",
+        "1 of 3 prompts",
+        "2 of 3 prompts",
+    ]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(_records(request_.out)) == len(seen) == 2
+    assert write_data(remote, tell)["kept"] == 2
+    assert lines[3:] == ["3 of 3 prompts"]
+    assert sorted(seen) == sorted(PROMPTS)
+
+
+def test_a_second_ctrl_c_waits_for_nobody(
+    request_: WriteRequest, served: Callable[[Answers], tuple[str, list[str]]]
+) -> None:
+    ended, asked_for = threading.Event(), threading.Semaphore(0)
+
+    def answer(prompt: str) -> tuple[int, Any]:
+        asked_for.release()
+        ended.wait(120)
+        return 200, _choice("late")
+
+    url, _ = served(answer)
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from autodistill.cli import main; sys.exit(main())"
+    )
+    line = f"write --prompts {request_.prompts} --out {request_.out} --endpoint {url} --model big"
+    with subprocess.Popen([sys.executable, "-c", program, *line.split()], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            assert asked_for.acquire(timeout=120)
+            process.send_signal(signal.SIGINT)
+            assert "Ctrl-C again ends at once" in process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+            assert "error: stopped" in process.stderr.read()
+        finally:
+            process.kill()
+            ended.set()
+    assert not request_.out.exists()
 
 
 def test_answers_that_were_matched_with_another_vocabulary_are_asked_for_again(
