@@ -30,12 +30,14 @@ def stage_key(strategy: Strategy, seed: int, plan: Plan, device: str) -> str:
     Args:
         strategy: Its finishing is left out.
         seed: Of data order, projections and draws.
-        plan: Steps, schedule, precision and the order of sums.
-        device: Where it is trained.
+        plan: Steps, schedule, precision and, on a CPU, the threads that order sums.
+        device: Where it is trained: "cpu" or "cuda".
     """
-    names = ("tokens", "most_tokens", "sequence_length", "batch_tokens", "warmup_tokens", "bf16", "threads")
+    names = ("tokens", "most_tokens", "sequence_length", "batch_tokens", "warmup_tokens", "bf16")
     means = ("micro_batch", "checkpointing", "optimizer_state", "processes")
-    settings = {name: getattr(plan, name) for name in (*names, *means)}
+    # A GPU sums the same whatever cores its machine has for it, which of another machine may be fewer.
+    threads = ("threads",) if device == "cpu" else ()
+    settings = {name: getattr(plan, name) for name in (*names, *means, *threads)}
     return content_hash({"stage": strategy.stable_id, "seed": seed, "device": device, "settings": settings}, 16)
 
 

@@ -49,6 +49,15 @@ def test_an_address_holds_all_that_its_bits_depend_on() -> None:
     assert len({address(), *others}) == len(others) + 1
 
 
+def test_runs_that_are_stored_find_their_checkpoints() -> None:
+    """Under the addresses of version 0.1 on a CPU, where threads order sums."""
+    assert (address(), address(threads=4)) == ("340f0e1e4abee012", "8c23ed5921598288")
+
+
+def test_on_a_gpu_a_machine_of_fewer_cores_finds_what_another_trained() -> None:
+    assert address(device="cuda", threads=12) == address(device="cuda", threads=3) != address(threads=3)
+
+
 def put(store: StageStore, stage: str, tokens: int, text: str = "x") -> None:
     store.save(stage, tokens, lambda path: path.write_text(text) and None)
 

@@ -105,7 +105,7 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
         confirm=checked.confirm,
         further=checked.objectives[1:],
         served_on=checked.device,
-        device=setting.device,
+        device=planned.loaded.workers.device,
         sharing=checked.request.sharing,
     )
     document = dict(planned.document)

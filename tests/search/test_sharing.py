@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from autodistill.distillation.schedule import branch_point
 from autodistill.records.row import rows_of
 from autodistill.records.saved import saved
 from autodistill.records.store import RunFolder
+from autodistill.search.admission import admit
 from autodistill.search.campaign import Campaign
-from autodistill.search.checked import check_request
+from autodistill.search.checked import Checked, check_request
 from autodistill.search.explain import explain
 from autodistill.search.inline_runner import run_inline
 from autodistill.search.loading import Place
@@ -26,7 +27,7 @@ from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest
 from autodistill.search.sampler import Sampler
-from autodistill.stages import open_stages
+from autodistill.stages import open_stages, stage_key
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import Budget
 
@@ -84,9 +85,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def searched(inputs: Path, out: Path, limit: int | None = None, **changes: object) -> Searched:
-    """Trials one after another in this process, as `search` runs them; nothing is exported."""
-    torch.set_num_threads(1)
+def asked(inputs: Path, out: Path, **changes: object) -> Checked:
+    """A search of four short trials in this process."""
     fields: dict[str, Any] = {
         "budget": Budget(memory_bytes=16 * 10**9, context=256),
         "teacher": str(inputs / "teacher"),
@@ -99,7 +99,13 @@ def searched(inputs: Path, out: Path, limit: int | None = None, **changes: objec
         "name": "run",
         "cache": inputs / "cache",
     }
-    checked = check_request(SearchRequest(**(fields | changes)))
+    return check_request(SearchRequest(**(fields | changes)))
+
+
+def searched(inputs: Path, out: Path, limit: int | None = None, **changes: object) -> Searched:
+    """Trials one after another in this process, as `search` runs them; nothing is exported."""
+    torch.set_num_threads(1)
+    checked = asked(inputs, out, **changes)
     clock = Clock(time.monotonic(), lambda phase: None)
     with RunFolder.create(out, "run") as run:
         planned = plan_run(checked, Place.alone(), run, clock, Observer())
@@ -165,3 +171,16 @@ def test_without_sharing_and_forking_nothing_is_reused(inputs: Path, tmp_path: P
     found = searched(inputs, tmp_path, sharing=False, forking=False)
     assert saved(found.events, found.plan).shared_tokens == 0
     assert json.loads(found.run.search_file.read_text())["sharing"] is False
+
+
+def test_stages_are_those_of_the_machines_that_train_whichever_drives(inputs: Path, tmp_path: Path) -> None:
+    """Driven from a node of a cluster without GPUs, a trial's checkpoints lie where one with GPUs finds them."""
+    checked, clock = asked(inputs, tmp_path), Clock(time.monotonic(), lambda phase: None)
+    with RunFolder.create(tmp_path, "run") as run:
+        planned = plan_run(checked, Place.alone(), run, clock, Observer())
+        workers = replace(planned.loaded.workers, device="cuda")
+        elsewhere = replace(planned, loaded=replace(planned.loaded, device="cpu", workers=workers))
+        question = prepare_trials(checked, elsewhere, run, clock).question
+    strategy = checked.space.baselines["logit_kd"]
+    trial = admit(question, strategy, trial_id="b000", number=None, kind="baseline", name="logit_kd", point=None)
+    assert trial.task.stage == stage_key(strategy, 0, planned.plan, "cuda")
