@@ -245,22 +245,35 @@ class StoredFiles:
         Raises:
             OSError: It cannot be written.
         """
+        self._drop_removed()
         self._storage.put(file, key)
-        self._scratch.mkdir(parents=True, exist_ok=True)
         os.replace(file, self._scratch / key)
 
     def get(self, key: str) -> Path | None:
-        """This machine's copy, fetched where it has none; None where there is no such file."""
+        """This machine's copy, fetched once however many processes ask for it; None where there is no such file."""
         path = self._scratch / key
         if not self._storage.has(key):
             path.unlink(missing_ok=True)
             return None
-        if not path.is_file():
-            try:
-                self._storage.get(key, path)
-            except FileNotFoundError:
-                return None
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_name(f".{key}.lock")):
+            if not path.is_file():
+                self._drop_removed()
+                try:
+                    self._storage.get(key, path)
+                except FileNotFoundError:
+                    return None
         return path
+
+    def _drop_removed(self) -> None:
+        """Makes room for another copy: what other machines have removed is of no use here either."""
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        # Looked at first, since a copy is here only after its file is on the storage.
+        copies = [path for path in self._scratch.iterdir() if path.is_file() and not path.name.startswith(".")]
+        kept = self._storage.list()
+        for path in copies:
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
 
     def list(self) -> dict[str, int]:
         """Bytes of each file, by key."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,52 @@ def test_a_checkpoint_written_on_one_node_is_read_on_another(storage: Storage, t
     one.remove("key")
     assert other.get("key") is None
     assert other.list() == {}
+
+
+def copies(node: Path) -> list[str]:
+    return sorted(path.name for path in node.iterdir() if not path.name.startswith("."))
+
+
+def test_a_node_keeps_no_copy_of_what_another_machine_removed(storage: Storage, tmp_path: Path) -> None:
+    """The disk limit is held on the storage, by a machine that sees the copies of no other."""
+    driver, node = StoredFiles(storage, tmp_path / "driver"), StoredFiles(storage, tmp_path / "node")
+
+    def put(files: StoredFiles, key: str) -> None:
+        (tmp_path / "file").write_text(key)
+        files.put(tmp_path / "file", key)
+
+    for number in range(5):
+        put(node, f"own{number}")
+    for number in range(4):
+        driver.remove(f"own{number}")
+    put(node, "next")
+    assert copies(tmp_path / "node") == ["next", "own4"]
+    driver.remove("own4")
+    put(driver, "others")
+    found = node.get("others")
+    assert found is not None
+    assert found.read_text() == "others"
+    assert copies(tmp_path / "node") == ["next", "others"]
+
+
+def test_processes_of_a_node_that_ask_at_once_fetch_once(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(1000))
+    StoredFiles(storage, tmp_path / "other").put(tmp_path / "file", "key")
+    fetched, get = [], Storage.get
+
+    def slow(self: Storage, key: str, file: Path) -> None:
+        fetched.append(key)
+        time.sleep(0.2)
+        get(self, key, file)
+
+    monkeypatch.setattr(Storage, "get", slow)
+    with ThreadPoolExecutor(8) as ranks:
+        found = list(ranks.map(lambda _: StoredFiles(storage, tmp_path / "node").get("key"), range(8)))
+    assert found == [tmp_path / "node" / "key"] * 8
+    assert (tmp_path / "node" / "key").read_bytes() == bytes(1000)
+    assert fetched == ["key"]
 
 
 @pytest.mark.parametrize(
