@@ -21,7 +21,7 @@ from autodistill.errors import InputError
 # Objects that are read at once: each costs a round trip.
 _READERS = 16
 _CHUNK = 2**22
-# Of a folder that has been sent whole, beside its files.
+# Beside the files of a folder that has been sent whole: nothing, or which of those that replace each other it is.
 _WHOLE = ".whole"
 FETCHING = ".fetch-"
 """What names of folders begin with that are being filled."""
@@ -162,13 +162,25 @@ class Storage:
 
     def send_folder(self, folder: Path, key: str) -> None:
         """Sends the files of a folder, or one file, whose content never changes, unless they were sent before."""
-        if self.has_folder(key):
-            return
+        if not self.has_folder(key):
+            self._send(folder, key, b"")
+
+    def replace_folder(self, folder: Path, key: str) -> None:
+        """Sends the files of a folder in the place of any that the key had, copies of which are not used any more."""
+        mark = uuid.uuid4().hex.encode()
+        self.remove(f"{key}/{_WHOLE}")
+        for name in self.list(key):
+            self.remove(name)
+        (folder / _WHOLE).write_bytes(mark)
+        self._send(folder, key, mark)
+
+    def _send(self, folder: Path, key: str, mark: bytes) -> None:
         root = folder if folder.is_dir() else folder.parent
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if folder.is_dir() else [folder]
+        found = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
+        files = [path for path in found if path.is_file() and path.name != _WHOLE]
         with ThreadPoolExecutor(_READERS) as pool:
             list(pool.map(lambda path: self.put(path, f"{key}/{path.relative_to(root).as_posix()}"), files))
-        self.write(f"{key}/{_WHOLE}", b"")
+        self.write(f"{key}/{_WHOLE}", mark)
 
     def has_folder(self, key: str) -> bool:
         """Whether a folder was sent whole."""
@@ -177,21 +189,27 @@ class Storage:
     def fetch_folder(self, key: str, folder: Path) -> Path:
         """A local copy of a folder that was sent whole, fetched once however many processes ask for it.
 
+        One of what has been replaced since is fetched anew.
+
         Raises:
             FileNotFoundError: It was never sent whole.
         """
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_name(f".{folder.name}.lock")):
+            try:
+                mark = self.read(f"{key}/{_WHOLE}")
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{self.uri} has no {key}") from None
             if folder.exists():
-                return folder
-            if not self.has_folder(key):
-                raise FileNotFoundError(f"{self.uri} has no {key}")
+                if _mark(folder) == mark:
+                    return folder
+                shutil.rmtree(folder)
             with tempfile.TemporaryDirectory(prefix=FETCHING, dir=folder.parent) as temporary:
                 partial = Path(temporary) / folder.name
                 partial.mkdir()
                 for name in self.list(key):
                     inside = name.removeprefix(f"{key}/")
-                    if inside != _WHOLE:
+                    if mark or inside != _WHOLE:
                         self.get(name, partial / inside)
                 os.replace(partial, folder)
         return folder
@@ -214,6 +232,14 @@ class Storage:
             os.replace(partial, path)
         finally:
             Path(partial).unlink(missing_ok=True)
+
+
+def _mark(folder: Path) -> bytes:
+    """Which of those that replace each other a local folder is; nothing where it is none of them."""
+    try:
+        return (folder / _WHOLE).read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 @contextmanager

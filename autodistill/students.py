@@ -25,8 +25,19 @@ def student_key(trial: Path, tokens: int | None = None) -> str:
     return f"students/{trial.name}" + ("" if tokens is None else f"-{tokens}")
 
 
+def send_student(trial: Path, storage: Storage, tokens: int | None = None) -> None:
+    """Sends a trial's student in the place of one that another try of it sent, which may be of other tokens or bits.
+
+    Args:
+        trial: The trial's folder.
+        storage: Of the run.
+        tokens: See `student_folder`.
+    """
+    storage.replace_folder(student_folder(trial, tokens), student_key(trial, tokens))
+
+
 def trained_student(trial: Path, storage: Storage | None, tokens: int | None = None) -> Path:
-    """The folder of a student, fetched where another node trained it; it may not be there.
+    """The folder of a student, fetched where another node trained it, or trained it again; it may not be there.
 
     Args:
         trial: The trial's folder.
@@ -34,7 +45,7 @@ def trained_student(trial: Path, storage: Storage | None, tokens: int | None = N
         tokens: See `student_folder`.
     """
     folder = student_folder(trial, tokens)
-    if storage is not None and not folder.is_dir() and has_student(trial, storage, tokens):
+    if storage is not None and storage.has_folder(student_key(trial, tokens)):
         storage.fetch_folder(student_key(trial, tokens), folder)
     return folder
 

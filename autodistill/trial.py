@@ -33,7 +33,7 @@ from autodistill.evaluation import Evaluation, evaluate
 from autodistill.formats import Grid, Scales
 from autodistill.stages import Checkpoint, open_stages
 from autodistill.strategy import Deployment, Init, Strategy
-from autodistill.students import save_student, student_folder, student_key, trained_student
+from autodistill.students import save_student, send_student, student_folder, trained_student
 from autodistill.token_sets import TokenSet, load_split
 from autodistill.trial_data import RungReport, TrialSetting, TrialTask
 
@@ -453,4 +453,4 @@ class Trial:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         if (storage := self._bench.setting.storage) is not None:
-            storage.send_folder(folder, student_key(self._folder, tokens))
+            send_student(self._folder, storage, tokens)

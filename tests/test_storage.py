@@ -64,6 +64,51 @@ def test_a_folder_is_there_once_it_was_sent_whole(storage: Storage, tmp_path: Pa
     assert (storage.fetch_folder("alone", tmp_path / "alone") / "x.json").read_text() == "x"
 
 
+def test_a_folder_in_the_place_of_another_is_fetched_also_where_that_one_was(storage: Storage, tmp_path: Path) -> None:
+    def made(text: str, *names: str) -> Path:
+        folder = tmp_path / text
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text(text)
+        return folder
+
+    def fetched(copy: str) -> dict[str, str]:
+        folder = storage.fetch_folder("key", tmp_path / copy)
+        return {path.name: path.read_text() for path in folder.iterdir() if path.name != ".whole"}
+
+    # Students of runs that are stored already may have been sent so.
+    storage.send_folder(made("first", "a", "b"), "key")
+    assert fetched("early") == {"a": "first", "b": "first"}
+    for text in ("second", "third"):
+        storage.replace_folder(made(text, "a", "c"), "key")
+        expected = {"a": text, "c": text}
+        assert fetched("early") == fetched("late" + text) == fetched(text) == expected
+    assert (tmp_path / "third").stat().st_ino == storage.fetch_folder("key", tmp_path / "third").stat().st_ino
+    assert fetched("second") == expected, "what its own writer has is another's now"
+
+
+def test_a_folder_that_is_not_sent_whole_takes_the_place_of_none(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    storage.replace_folder(tmp_path / "one", "key")
+
+    def killed(self: Storage, file: Path, key: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "put", killed)
+        with pytest.raises(KeyboardInterrupt):
+            storage.replace_folder(tmp_path / "two", "key")
+    assert not storage.has_folder("key")
+    with pytest.raises(FileNotFoundError):
+        storage.fetch_folder("key", tmp_path / "copy")
+    storage.replace_folder(tmp_path / "two", "key")
+    assert (storage.fetch_folder("key", tmp_path / "copy") / "file").read_text() == "two"
+
+
 def test_events_are_read_in_their_order_on_another_machine(storage: Storage, tmp_path: Path) -> None:
     here, there = StoredLog(tmp_path / "here.jsonl", storage), StoredLog(tmp_path / "there.jsonl", storage)
     for number in range(20):

@@ -44,8 +44,9 @@ from autodistill.plugins import load
 from autodistill.space import load_strategy
 from autodistill.stages import open_stages
 from autodistill.statistics import per_document
+from autodistill.storage import Storage
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Init, Lora, Strategy
-from autodistill.students import save_student, student_folder
+from autodistill.students import save_student, student_folder, trained_student
 from autodistill.token_sets import load_split
 from autodistill.trial import Trial, Workbench
 from autodistill.trial_data import TrialTask
@@ -282,6 +283,21 @@ def test_what_a_rung_judged_is_kept_where_that_is_asked_for_until_the_end_is_rea
     assert again == judged.evaluation
     trial.run(2)
     assert [path.name for path in (tmp_path / "t000").iterdir()] == ["student"]
+
+
+def test_of_two_tries_of_a_trial_the_second_ones_student_is_that_of_the_search(lab, tmp_path):
+    """The first one's node died in the evaluation, after it had sent its student; the second decayed otherwise."""
+    storage = Storage(f"file://{tmp_path}/there")
+    first, second = (
+        Trial(Workbench(lab.setting(tmp_path / name, storage=storage)), _task(strategy, straight=True, probe=Q4))
+        for name, strategy in (("first", STRATEGY), ("second", replace(STRATEGY, finishing=None)))
+    )
+    first.run(2)
+    report = second.run(2)
+    own = load_file(student_folder(tmp_path / "second" / "t000") / "model.safetensors")
+    found = load_file(trained_student(tmp_path / "driver" / "t000", storage) / "model.safetensors")
+    assert all(torch.equal(found[name], own[name]) for name in own)
+    assert first.evaluate(report.evaluation.deployment).evaluation == report.evaluation
 
 
 def test_straight_to_the_last_rung_is_the_same_student(lab, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from autodistill.search.supplies import absolute, fetch, send
 from autodistill.storage import Storage
 from autodistill.strategy import Init
-from autodistill.students import has_student, trained_student
+from autodistill.students import has_student, send_student, trained_student
 from autodistill.trial_data import TrialSetting
 
 
@@ -140,3 +140,23 @@ def test_a_student_is_found_where_another_node_trained_it(tmp_path: Path) -> Non
     assert has_student(trial, storage)
     assert not has_student(trial, None)
     assert (trained_student(trial, storage) / "config.json").read_text() == "{}"
+
+
+def test_of_a_trial_that_was_tried_again_the_second_student_is_found_on_every_node(tmp_path: Path) -> None:
+    """A node died in the evaluation of the first one, which it had sent; another had fetched that meanwhile."""
+    storage = Storage(f"file://{tmp_path}/shared")
+    first, other, driver = (tmp_path / name / "t001x" for name in ("first", "other", "driver"))
+
+    def train(trial: Path, weights: str) -> None:
+        (trial / "student").mkdir(parents=True)
+        (trial / "student" / "weights").write_text(weights)
+        send_student(trial, storage)
+
+    def read(trial: Path) -> str:
+        return (trained_student(trial, storage) / "weights").read_text()
+
+    train(first, "of 400 tokens")
+    assert read(driver) == "of 400 tokens"
+    train(other, "of 380 tokens")
+    for trial in (first, other, driver, tmp_path / "late" / "t001x"):
+        assert read(trial) == "of 380 tokens"
