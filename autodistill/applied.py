@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from autodistill.contracts import ModelSpec
@@ -42,13 +43,18 @@ def with_own(strategy: Strategy, deployments: tuple[Deployment, ...]) -> tuple[D
     return (*deployments, Deployment(runtime=serving(packing)[0], **asdict(packing)))
 
 
-def student_spec(strategy: Strategy, teacher: ModelSpec) -> ModelSpec:
+def student_spec(strategy: Strategy, teacher: ModelSpec, pretrained: Path | None = None) -> ModelSpec:
     """Shape of the student that a strategy makes of a teacher.
+
+    Args:
+        strategy: How the student is made.
+        teacher: The teacher's shape.
+        pretrained: As `init_spec` takes it.
 
     Raises:
         InputError: The teacher has no student of these proportions.
     """
-    return init_spec(strategy.init, teacher)
+    return init_spec(strategy.init, teacher, pretrained)
 
 
 def initial_student(setting: TrialSetting, init: Init, seed: int) -> tuple[Any, tuple[int, ...]]:

@@ -142,9 +142,11 @@ class Trial:
         self._bench = bench
         self._task = task
         self._on_step = on_step
-        self._spec = student_spec(task.strategy, bench.setting.teacher_spec)
-        self._folder = bench.setting.checkpoints / task.id
-        self._stages = open_stages(bench.setting.checkpoints, bench.setting.storage)
+        setting = bench.setting
+        pretrained = setting.pretrained.get(task.strategy.init.model)
+        self._spec = student_spec(task.strategy, setting.teacher_spec, pretrained)
+        self._folder = setting.checkpoints / task.id
+        self._stages = open_stages(setting.checkpoints, setting.storage)
         self._stage = task.stage or task.id
 
     def run(self, rung: int, *, keep: bool = False, until: float | None = None) -> RungReport | None:

@@ -28,6 +28,7 @@ from autodistill.distillation import signals
 from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.held import load_held
+from autodistill.distillation.pretrained import pretrained_spec
 from autodistill.distillation.quantization import fake_quantize_learned
 from autodistill.distillation.schedule import branch_point, end_of
 from autodistill.distillation.scoring import refer, score
@@ -47,6 +48,7 @@ from autodistill.statistics import per_document
 from autodistill.storage import Storage
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Init, Lora, Strategy
 from autodistill.students import save_student, student_folder, trained_student
+from autodistill.testing import save_tiny_teacher
 from autodistill.token_sets import load_split
 from autodistill.trial import Trial, Workbench
 from autodistill.trial_data import TrialTask
@@ -283,6 +285,23 @@ def test_what_a_rung_judged_is_kept_where_that_is_asked_for_until_the_end_is_rea
     assert again == judged.evaluation
     trial.run(2)
     assert [path.name for path in (tmp_path / "t000").iterdir()] == ["student"]
+
+
+def test_a_pretrained_student_is_trained_where_nothing_lies_at_its_reference(lab, tmp_path, monkeypatch):
+    """As on a node that has a copy of the storage's: the reference was relative to another folder of another machine."""
+    small, model = save_tiny_teacher(tmp_path / "small", layers=2, seed=5), "./small"
+    strategy = replace(STRATEGY, init=Init(source="pretrained", model=model, depth=1.0))
+
+    def run(folder):
+        setting = lab.setting(tmp_path / folder, pretrained={model: small})
+        return Trial(Workbench(setting), _task(strategy)).run(0)
+
+    monkeypatch.chdir(tmp_path)
+    expected = run("here")
+    pretrained_spec.cache_clear()
+    monkeypatch.chdir(tmp_path / "here")
+    assert _facts(run("there")) == _facts(expected)
+    assert expected.params == sum(tensor.numel() for tensor in load_file(small / "model.safetensors").values())
 
 
 def test_of_two_tries_of_a_trial_the_second_ones_student_is_that_of_the_search(lab, tmp_path):

@@ -20,14 +20,20 @@ from autodistill.shapes import cut_spec, layer_choices, student_depth
 from autodistill.strategy import Init
 
 
-def init_spec(init: Init, teacher: ModelSpec) -> ModelSpec:
+def init_spec(init: Init, teacher: ModelSpec, pretrained: Path | None = None) -> ModelSpec:
     """Shape of the student that `init` makes of a teacher; its table always has the teacher's tokens.
+
+    Args:
+        init: How the student begins.
+        teacher: The teacher's shape.
+        pretrained: Folder of the model that `init.model` refers to; None where it is to be found by that reference.
 
     Raises:
         InputError: As `shapes.cut_spec`, or a pretrained model that is not found.
     """
     if init.source == "pretrained":
-        return resized(pretrained_spec(init.model), vocabulary=teacher.vocabulary)
+        spec = pretrained_spec(init.model) if pretrained is None else spec_from_config(read_config(pretrained))
+        return resized(spec, vocabulary=teacher.vocabulary)
     return cut_spec(init, teacher)
 
 
@@ -214,11 +220,13 @@ def build_student(
     if init.source == "teacher":
         # In the folder's own type: what is kept becomes float32, the rest need not.
         return cut_student(load_model(teacher, getattr(torch, stored_type(teacher))), init, calibration)
-    layers = kept_layers(init, spec_from_config(read_config(teacher)).layers)
+    teacher_layers = spec_from_config(read_config(teacher)).layers
     if init.source == "scratch":
-        return new_student(teacher, init, seed), layers
+        return new_student(teacher, init, seed), kept_layers(init, teacher_layers)
+    # By its folder, since a machine that trains may have nothing at the reference.
     assert pretrained is not None
-    return load_pretrained(pretrained, teacher), layers
+    layers = spec_from_config(read_config(pretrained)).layers
+    return load_pretrained(pretrained, teacher), same_depth(layers, teacher_layers)
 
 
 def cut_student(model: Any, init: Init, calibration: Calibration | None) -> tuple[Any, tuple[int, ...]]:
