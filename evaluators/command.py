@@ -42,7 +42,8 @@ def parse_command(text: str, direction: Direction = "max", seconds: float = 600.
         raise InputError(f"the metric command has no program {words[0] if words else ''!r}: give one that can be run")
     if not any(_STUDENT in word for word in words):
         raise InputError(f"the metric command never names {_STUDENT}, the folder of the student to be scored")
-    return Command(words=(os.path.expanduser(words[0]), *words[1:]), direction=direction, seconds=seconds)
+    words[0] = os.path.expanduser(words[0])
+    return Command(words=tuple(words), folder=Path.cwd(), direction=direction, seconds=seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class Command:
 
     Attributes:
         words: Of the command.
+        folder: Where it was typed, and is run; a machine without it runs what it finds by name.
         direction: Whether more or less is better.
         seconds: After which it, and what it started, is ended.
         expected: Examples that it was given for the teacher and scores that it printed, once that is known: for as many
@@ -64,6 +66,7 @@ class Command:
     """
 
     words: tuple[str, ...]
+    folder: Path
     direction: Direction = "max"
     seconds: float = 600.0
     expected: tuple[int, int] | None = None
@@ -73,6 +76,12 @@ class Command:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "measures", {NAME: Quantity("score", self.direction)})
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Those that its words name, which each machine that runs it must have there."""
+        # os.path takes words for paths that pathlib raises on, a program among them.
+        return tuple(self.folder / word for word in self.words if os.path.isfile(self.folder / word))
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Runs the command.
@@ -87,7 +96,7 @@ class Command:
             lines = [json.dumps(example) + "\n" for example in student.examples()]
             data.write_text("".join(lines), encoding="utf-8")
             filled = [word.replace(_STUDENT, str(folder)).replace(_DATA, str(data)) for word in self.words]
-            printed = _run(filled, self.seconds)
+            printed = _run(filled, self.folder, self.seconds)
         ids, scores = _scores(printed)
         given, printed_before = self.expected or (len(lines), scores.size)
         due = printed_before if given == len(lines) else len(lines)
@@ -112,11 +121,12 @@ class Command:
         return True
 
 
-def _run(words: Sequence[str], seconds: float) -> str:
+def _run(words: Sequence[str], folder: Path, seconds: float) -> str:
     """What the command prints. It is the leader of its own processes, which all end with it."""
     try:
         process = subprocess.Popen(
             words,
+            cwd=folder if folder.is_dir() else None,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -40,6 +40,8 @@ def find_task(reference: str) -> Harness:
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingDependencyError(f"--metric {reference} needs lm-eval: {_INSTALL}")
     task, _, metric = reference.removeprefix(PREFIX).partition(":")
+    if _is_file(task):
+        task = str(Path(task).absolute())  # a worker may run in another folder
     directions = _metrics(task, reference)
     chosen = metric or next((name for name in _PREFERRED if name in directions), next(iter(directions), ""))
     if chosen not in directions:
@@ -56,7 +58,7 @@ class Harness:
     validation and the odd ones for test.
 
     Attributes:
-        task: Its name, or a YAML file of it.
+        task: Its name, or the path of a YAML file of it.
         metric: Of the task.
         direction: Of the metric.
         name: As it was asked for.
@@ -71,6 +73,11 @@ class Harness:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "measures", {self.name: Quantity("score", self.direction)})
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The YAML file, which each machine that evaluates must have there, with what it names."""
+        return (Path(self.task),) if _is_file(self.task) else ()
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Runs the task's documents of the split.
@@ -128,6 +135,10 @@ class Harness:
         return True
 
 
+def _is_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
+
+
 def _metrics(task: str, reference: str) -> dict[str, Direction]:
     """The metrics of a task and their directions."""
     found = _load(task, reference)
@@ -146,7 +157,7 @@ def _load(task: str, reference: str) -> dict[str, Any]:
     with _quiet():
         from lm_eval.tasks import TaskManager
 
-        own = task.endswith((".yaml", ".yml"))
+        own = _is_file(task)
         if own and not Path(task).is_file():
             raise InputError(f"{reference}: there is no file {task}")
         manager = TaskManager(include_defaults=not own)

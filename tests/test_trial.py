@@ -288,7 +288,7 @@ def test_what_a_rung_judged_is_kept_where_that_is_asked_for_until_the_end_is_rea
 
 
 def test_a_pretrained_student_is_trained_where_nothing_lies_at_its_reference(lab, tmp_path, monkeypatch):
-    """As on a node that has a copy of the storage's: the reference was relative to another folder of another machine."""
+    """As on a node that has a copy of the storage's: the reference was relative to a folder of another machine."""
     small, model = save_tiny_teacher(tmp_path / "small", layers=2, seed=5), "./small"
     strategy = replace(STRATEGY, init=Init(source="pretrained", model=model, depth=1.0))
 

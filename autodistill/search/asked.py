@@ -11,8 +11,8 @@ from autodistill import plugins
 from autodistill.contracts import Evaluator
 from autodistill.errors import InputError
 from autodistill.evaluators.command import NAME as COMMAND
-from autodistill.evaluators.command import parse_command
-from autodistill.evaluators.harness import PREFIX, find_task
+from autodistill.evaluators.command import Command, parse_command
+from autodistill.evaluators.harness import PREFIX, Harness, find_task
 from autodistill.evaluators.task import evaluator_of
 from autodistill.records.objectives import OBJECTIVES, Objective, objectives_of, parse_objectives
 from autodistill.search.request import DEFAULT_METRIC, SearchRequest
@@ -35,6 +35,11 @@ class Asked:
     evaluators: tuple[str | Evaluator, ...]
     written: str
     record: Mapping[str, Any]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files that whatever evaluates a student reads, or runs, by their paths on this machine."""
+        return tuple(file for item in self.evaluators if isinstance(item, Command | Harness) for file in item.files)
 
 
 def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[Objective, ...]]:

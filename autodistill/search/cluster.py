@@ -250,16 +250,17 @@ def check_address(address: str) -> None:
         ) from error
 
 
-def join(address: str, folders: Sequence[Path]) -> JoinedRay:
+def join(address: str, folders: Sequence[Path], files: Sequence[Path] = ()) -> JoinedRay:
     """Joins a running cluster, from one of its nodes.
 
     Args:
         address: "auto", or host:port of its head.
         folders: Those that every node must see, as this one does.
+        files: Those that every node must have under the same path, though not the same ones.
 
     Raises:
-        InputError: Nobody answers, another Ray, Python or AutoDistill runs there, or a node lacks a folder; before any
-            work is spent.
+        InputError: Nobody answers, another Ray, Python or AutoDistill runs there, or a node lacks a folder or a file;
+            before any work is spent.
     """
     check_address(address)
     _set_environment()
@@ -269,8 +270,9 @@ def join(address: str, folders: Sequence[Path]) -> JoinedRay:
     import ray
 
     try:
+        lacking = {str(file): f"has no {file}, which the metric needs: put it there too" for file in files}
         with _markers(folders) as markers:
-            return JoinedRay(_probe(markers), _essential())
+            return JoinedRay(_probe(markers | lacking), _essential())
     except BaseException:
         ray.shutdown()
         raise
@@ -340,8 +342,8 @@ def _why(error: BaseException) -> str:
 
 
 @contextmanager
-def _markers(folders: Sequence[Path]) -> Iterator[list[str]]:
-    """A file in each folder, that a node which shares the folder must see."""
+def _markers(folders: Sequence[Path]) -> Iterator[dict[str, str]]:
+    """A file in each folder, that a node which shares the folder must see; and what is said of one that does not."""
     files: list[Path] = []
     try:
         for folder in folders:
@@ -352,14 +354,18 @@ def _markers(folders: Sequence[Path]) -> Iterator[list[str]]:
             except OSError as error:
                 raise InputError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
             files.append(file)
-        yield [str(file) for file in files]
+        remedy = "put --out and --cache on a disk that all nodes share, or give --storage"
+        yield {str(file): f"does not see the folder {file.parent}: {remedy}" for file in files}
     finally:
         for file in files:
             file.unlink(missing_ok=True)
 
 
-def _probe(markers: list[str]) -> tuple[Machine, ...]:
-    """One tiny task on each node: its versions, the folders it sees, and what it has.
+def _probe(needed: Mapping[str, str]) -> tuple[Machine, ...]:
+    """One tiny task on each node: its versions, the files it sees, and what it has.
+
+    Args:
+        needed: Files that it must see, each with what is said of a node that does not.
 
     Raises:
         InputError: A node that cannot serve; the message names it.
@@ -395,7 +401,7 @@ def _probe(markers: list[str]) -> tuple[Machine, ...]:
         node["NodeManagerAddress"] + f" ({node['NodeID'][:6]})": (
             node,
             task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                markers
+                list(needed)
             ),
         )
         for node in nodes
@@ -411,12 +417,12 @@ def _probe(markers: list[str]) -> tuple[Machine, ...]:
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[-1]
             raise InputError(f"node {name} of the Ray cluster cannot run AutoDistill ({reason}): repair it") from error
-        machines.append(_machine(name, node["Resources"], said))
+        machines.append(_machine(name, node["Resources"], said, needed))
     return tuple(machine for machine in machines if machine.cpus or machine.gpus)
 
 
-def _machine(name: str, resources: dict[str, float], said: dict[str, Any]) -> Machine:
-    """What a node offers, of which Ray knows how much it may give away."""
+def _machine(name: str, resources: dict[str, float], said: dict[str, Any], needed: Mapping[str, str]) -> Machine:
+    """What a node offers, of which Ray knows how much it may give away; `needed` is as `_probe` takes it."""
     ours = (platform.python_version(), importlib.metadata.version(_DISTRIBUTION))
     if not said["package"]:
         raise InputError(
@@ -429,10 +435,7 @@ def _machine(name: str, resources: dict[str, float], said: dict[str, Any]) -> Ma
             f"process {ours[1]} on Python {ours[0]}: the two must be the same"
         )
     if said["unseen"]:
-        raise InputError(
-            f"node {name} of the Ray cluster does not see the folder {Path(said['unseen'][0]).parent}: put --out and "
-            "--cache on a disk that all nodes share, or give --storage"
-        )
+        raise InputError(f"node {name} of the Ray cluster {needed[said['unseen'][0]]}")
     gpus = tuple(Gpu(name=kind, memory_bytes=size) for kind, size in said["gpus"])
     memory = min(said["memory_bytes"], int(resources.get("memory", said["memory_bytes"])))
     return Machine(cpus=int(resources.get("CPU", 0)), memory_bytes=memory, gpus=gpus[: int(resources.get("GPU", 0))])

@@ -183,7 +183,8 @@ def _workplace(checked: Checked) -> Iterator[tuple[Place, Cluster | None]]:
         from autodistill.search.cluster import join
 
         # What is kept on a storage is fetched to each node.
-        joined = join(request.ray_address, [] if checked.storage else [request.out, request.cache])
+        folders = [] if checked.storage else [request.out, request.cache]
+        joined = join(request.ray_address, folders, checked.asked.files)
     try:
         here = detect_for_training()
         machines = joined.machines if joined else (here,)

@@ -52,6 +52,22 @@ def test_it_scores_the_students_own_weights_on_the_split(tmp_path: Path, subject
     assert (found.name, found.direction, found.detail["examples"]) == ("command", "min", 6)
 
 
+def test_a_worker_runs_it_where_it_was_typed(tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose own folder is another, as on a cluster that somebody else started; without that folder names still do."""
+    (tmp_path / "score.py").write_text("print(open('scores.json').read())")
+    (tmp_path / "scores.json").write_text("[0.25, 0.75]")
+    monkeypatch.chdir(tmp_path)
+    relative = parse_command(f"{sys.executable} score.py {{student}}")
+    named = parse_command(f"{sys.executable} -c 'print([0.5] * 2); {'#' * 300}' {{student}}")
+    assert relative.files == (Path(sys.executable), tmp_path / "score.py")
+    assert named.files == (Path(sys.executable),)
+    monkeypatch.chdir("/")
+    (found,) = relative.evaluate(subject)
+    assert found.value == 0.5
+    (found,) = replace(named, folder=tmp_path / "gone").evaluate(subject)
+    assert found.value == 0.5
+
+
 def test_words_are_never_run_by_a_shell(tmp_path: Path, subject: Subject) -> None:
     source = "import json, sys; print(json.dumps([len(sys.argv[1]), len(sys.argv) == 5 and sys.argv[4] == '$(x);|'] ))"
     with pytest.raises(TrialFailedError, match="item 1"):  # true is no number

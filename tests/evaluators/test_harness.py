@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from autodistill.evaluators.harness import find_task
+from autodistill.evaluators.harness import _load, find_task
 
 from autodistill.contracts import Subject
 from autodistill.distillation.simulated import PackedStudent
@@ -99,11 +99,26 @@ def test_written_answers(tmp_path: Path, subject: Subject) -> None:
 
 
 @needs_lm_eval
+def test_a_worker_in_another_folder_finds_the_file_that_was_named(
+    tmp_path: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    task = find_task("lm-eval:fox.yaml")
+    (expected,) = task.evaluate(subject)
+    _load.cache_clear()  # as in another process
+    monkeypatch.chdir("/")
+    (found,) = task.evaluate(subject)
+    assert found == expected
+    assert (found.name, task.files) == ("lm-eval:fox.yaml", (tmp_path / "fox.yaml",))
+
+
+@needs_lm_eval
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
         ("lm-eval:hellaswagg", "knows no task 'hellaswagg'; similar ones are .*hellaswag"),
-        ("lm-eval:none.yaml", "there is no file none.yaml"),
+        ("lm-eval:none.yaml", "lm-eval:none.yaml: there is no file /.*/none.yaml"),
         ("lm-eval:", "knows no task ''"),
     ],
 )

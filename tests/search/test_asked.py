@@ -156,6 +156,30 @@ def test_a_command_ranks_by_its_own_direction(base: SearchRequest) -> None:
     assert (stored["metric"], stored["direction"], stored["asked"]["command_direction"]) == ("command", "min", "min")
 
 
+def test_every_node_is_asked_for_the_files_of_a_command(base: SearchRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded; folders go by the storage, which has no files of a metric."""
+
+    class Joined(Exception):
+        pass
+
+    def join(*given: object) -> None:
+        raise Joined(*given)
+
+    monkeypatch.setattr("autodistill.search.cluster.join", join)
+    monkeypatch.chdir(base.out.parent)
+    asked = replace(
+        base,
+        runner="ray",
+        ray_address="10.0.0.1:6379",
+        storage=f"file://{base.out}-there",
+        metric_command="./score.py {student} {data}",
+    )
+    (base.out.parent / "score.py").chmod(0o755)
+    with pytest.raises(Joined) as joined:
+        plan_search(asked)
+    assert joined.value.args == ("10.0.0.1:6379", [], (base.out.parent / "score.py",))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -115,7 +115,10 @@ def test_nodes_that_differ_are_refused_and_the_cluster_lives_on(
         patch.setattr(importlib.metadata, "version", lambda name: "9.9" if name == "autodistill-search" else real(name))
         with pytest.raises(InputError, match=rf"runs autodistill-search {real('autodistill-search')} on Python"):
             join(cluster.address, [])
-    joined = join(cluster.address, [tmp_path / "out"])
+    with pytest.raises(InputError, match=r"node \S+ \(\w+\) of the Ray cluster has no /\S+/score.py, which the metric"):
+        join(cluster.address, [], [tmp_path / "score.py"])
+    (tmp_path / "score.py").touch()
+    joined = join(cluster.address, [tmp_path / "out"], [tmp_path / "score.py"])
     assert [machine.cpus for machine in joined.machines] == [1, 1]
     assert list((tmp_path / "out").iterdir()) == []
     joined.leave()
