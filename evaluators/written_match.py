@@ -12,8 +12,14 @@ from autodistill.evaluators.marks import TaskEvaluator
 
 from autodistill.contracts import Measurement, Subject
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation.replace("-", ""))
+# An article stands before another word: the last word, an "A" of its own, is none.
+_ARTICLE = re.compile(r"(?<![\w-])(?:a|an|the)\s+(?=\S*\w)")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+# Signs that make another number or name: -5, x>=5, 1/2, 2^n, c++, c#.
+_SIGNS = "+-<>=/^#"
+_WRITING = re.escape("".join(mark for mark in string.punctuation if mark not in _SIGNS))
+# Between digits any mark may do so (3.5, 10:30, 1,2), and a point before one (.5).
+_PUNCTUATION = re.compile(rf"[{_WRITING}](?!\d)|(?<!\d)(?!\.)[{_WRITING}]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +39,12 @@ class WrittenMatch(TaskEvaluator):
 
 
 def normalised(text: str) -> str:
-    """The text without case, punctuation but for minus and decimal point, articles and further spaces.
+    """The text without case, articles, further spaces, and punctuation but for what belongs to a number or a name.
 
     After SQuAD's evaluation (Rajpurkar et al., 2016, arXiv 1606.05250), whose removal of all punctuation would make
-    "-5" of 5 and "3.5" of 35.
+    "-5" of 5, "1/2" of 12 and "C++" of C, and whose removal of all articles an empty text of the answer "A". A text of
+    nothing else stays as it is, so that only a blank one is the same as no answer.
     """
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    plain = re.sub(r"(?<=\d)\.(?=\d)", "\0", plain)  # a decimal point, kept
-    plain = plain.translate(_PUNCTUATION).replace("\0", ".")
-    return " ".join(_ARTICLES.sub(" ", plain).split())
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    kept = _PUNCTUATION.sub("", _THOUSANDS.sub("", _ARTICLE.sub("", plain)))
+    return " ".join(kept.split()) or plain

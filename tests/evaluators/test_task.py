@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import string
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,7 +154,59 @@ def test_a_perplexity_is_the_exponential_of_its_windows_mean(tmp_path: Path, sub
         ("Ｆｉｖｅ!", "five", True),
         ("theory", "ory", False),
         ("$1,000", "1000", True),
+        ("1,000,000", "1000000", True),
+        ("A.", "a", True),
+        ("the A", "A", True),
+        ("vitamin A", "vitamin", False),
+        ("A", "the", False),
+        ("A", "", False),
+        ("A, B", "B", False),
+        ("type-a person", "type-person", False),
+        ("...", "", False),
+        ("%", "$", False),
+        (" \n", "", True),
+        ("C++", "C", False),
+        ("C#", "C", False),
+        ("1/2", "12", False),
+        ("10:30", "1030", False),
+        ("1,2", "12", False),
+        (".5", "5", False),
+        ("$.50", ".50", True),
+        ("<5", ">5", False),
+        ("x >= 5", "x > 5", False),
+        ("2^n", "2n", False),
+        ("Answer: 5", "answer 5", True),
+        ("**5**", "5", True),
+        ("5%", "5", True),
     ],
 )
 def test_normalisation(one: str, other: str, same: bool) -> None:
     assert (normalised(one) == normalised(other)) == same
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The Mona Lisa.",
+        '"The Great Gatsby", a novel (1925)',
+        "an apple and the pear",
+        "U.S. Army",
+        "It's O'Brien!",
+        "Washington, D.C.",
+        "$1,000 for a ticket",
+        "a  an the end",
+        "What? Nobody; nothing: none.",
+    ],
+)
+def test_words_are_normalised_as_by_squad(text: str) -> None:
+    """Its evaluation script, version 1.1: lower case, no punctuation, no articles, single spaces."""
+    bare = "".join(letter for letter in text.lower() if letter not in set(string.punctuation))
+    assert normalised(text) == " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+
+
+@pytest.mark.parametrize(("gold", "written", "share"), [("A", "", 0.0), ("A", "a.", 1.0), ("...", "", 0.0)])
+def test_no_answer_is_never_right(tmp_path: Path, subject: Subject, gold: str, written: str, share: float) -> None:
+    records = [{"question": f"q{number}", "answer": gold} for number in range(30)]
+    task = make(tmp_path, records, metric="exact_match", template={"prompt": "{question}", "answer": "{answer}"})
+    student = SimpleNamespace(split="validation", share=1.0, write=lambda prompts, **_: [written] * len(prompts))
+    assert measure(task, replace(subject, student=student)).value == share  # type: ignore[arg-type]
