@@ -7,11 +7,12 @@ import math
 import os
 import re
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from autodistill.conversations import Record
 from autodistill.documents import read_records
 from autodistill.errors import InputError
 from autodistill.plain_yaml import read_yaml
@@ -99,8 +100,9 @@ def read_tasks(path: Path) -> tuple[TaskFile, ...]:
     - `limit`: the most examples of a split that are read; all by default.
     - `metric` and `template`, in which "{field}" stands for a field of a record (a brace is written twice):
       `multiple_choice` with `prompt`, `choices` (a list of templates, or one "{field}" that is a list, or text with a
-      choice a line) and `answer` (the right choice's text, its label, or its place from 0); `exact_match` with `prompt`
-      and `answer` ("{field}" may be a list, of which any counts); `perplexity` with `text`.
+      choice a line) and `answer` (the right choice's text, its label, or its place from 0: numbers are the texts of
+      choices where all of the task's are among their choices, else places); `exact_match` with `prompt` and `answer`
+      ("{field}" may be a list, of which any counts); `perplexity` with `text`.
     - `labels: true` takes labels such as "A. " off the choices; text is then split at its labels, not at its lines.
     - `chat: true` puts the prompt into the chat template of the tokenizer.
     - `max_tokens` (32) and `stop` (a line break) of a written answer; `window` (512) and `stride` (256) of a text.
@@ -143,10 +145,12 @@ def _task(entry: Any, where: str, folder: Path) -> TaskFile:
     parts = _TEMPLATES[metric]
     if not isinstance(template, Mapping) or set(template) != set(parts):
         raise InputError(f"{where} needs a template with exactly {', '.join(parts)}")
-    make = _maker(metric, template, bool(options.get("labels")), where)
-    first = list(_examples(_paths(entry, "files", where, folder), make))
-    if "test_files" in entry:
-        validation, test = first, list(_examples(_paths(entry, "test_files", where, folder), make))
+    records = _records(_paths(entry, "files", where, folder))
+    further = _records(_paths(entry, "test_files", where, folder)) if "test_files" in entry else []
+    make = _maker(metric, template, bool(options.get("labels")), where, [*records, *further])
+    first = list(_examples(records, make))
+    if further:
+        validation, test = first, list(_examples(further, make))
     else:
         validation = [example for example in first if _digest(example)[0] % 2 == 0]
         test = [example for example in first if _digest(example)[0] % 2]
@@ -189,29 +193,50 @@ def _paths(entry: Mapping[Any, Any], key: str, where: str, folder: Path) -> list
 Maker = Callable[[Mapping[str, Any], str, int], Example]
 
 
-def _examples(paths: Sequence[Path], make: Maker) -> Iterator[Example]:
-    """An example of each record; records with the same prompt share the number of the first."""
-    first: dict[str, int] = {}
-    number = 0
+def _records(paths: Sequence[Path]) -> list[tuple[str, Record]]:
+    """The records of some files, each with its place, like "line 3 of q.jsonl"."""
+    found: list[tuple[str, Record]] = []
     for path in paths:
         records = read_records(path)
         if not records:
             raise InputError(f"{path} holds no record: give a file with some")
-        for where, record in records:
-            example = make(record, f"{where} of {path}", number)
-            document = first.setdefault(example.prompt, number)
-            yield example if document == number else replace(example, document=document)
-            number += 1
+        found += [(f"{where} of {path}", record) for where, record in records]
+    return found
+
+
+def _examples(records: Iterable[tuple[str, Record]], make: Maker) -> Iterator[Example]:
+    """An example of each record; records with the same prompt share the number of the first."""
+    first: dict[str, int] = {}
+    for number, (place, record) in enumerate(records):
+        example = make(record, place, number)
+        document = first.setdefault(example.prompt, number)
+        yield example if document == number else replace(example, document=document)
 
 
 def _digest(example: Example) -> bytes:
     return hashlib.sha256(example.prompt.encode("utf-8", "surrogatepass")).digest()
 
 
-def _maker(metric: str, template: Mapping[str, Any], labels: bool, where: str) -> Maker:
-    """The function that makes an example of a record, its place and its number."""
+def _maker(
+    metric: str, template: Mapping[str, Any], labels: bool, where: str, records: Iterable[tuple[str, Record]]
+) -> Maker:
+    """The function that makes an example of a record, its place and its number; `records` are all of the task's."""
     texts = {part: _template(value, f"{part} of {where}", part) for part, value in template.items()}
     choices = template.get("choices")
+
+    def asked(record: Mapping[str, Any], place: str) -> _Asked:
+        """Raises `InputError` where choices are blank or too few."""
+        found = (
+            [_filled(one, record, place) for one in texts["choices"]]
+            if isinstance(choices, list)
+            else _listed(texts["choices"], record, place, labels)
+        )
+        plain = tuple(_unlabelled(one) if labels else one.strip() for one in found)
+        if len(plain) < 2 or not all(plain):
+            raise InputError(f"{place} has {len(plain)} choices, or a blank one: give two or more")
+        return _Asked(place=place, raw=_value(texts["answer"], record, place), found=found, plain=plain)
+
+    by_text = metric == "multiple_choice" and _numbers_are_texts(asked(record, place) for place, record in records)
 
     def make(record: Mapping[str, Any], place: str, number: int) -> Example:
         """Raises `InputError` where a text is blank, choices are too few, or the gold one is not among them."""
@@ -225,24 +250,47 @@ def _maker(metric: str, template: Mapping[str, Any], labels: bool, where: str) -
             raise InputError(f"{place} has a blank prompt: remove the record")
         if metric == "exact_match":
             return Example(document=number, prompt=prompt, answers=_answers(texts["answer"], record, place))
-        found = (
-            [_filled(one, record, place) for one in texts["choices"]]
-            if isinstance(choices, list)
-            else _listed(texts["choices"], record, place, labels)
-        )
-        raw = _value(texts["answer"], record, place)
-        plain = tuple(_unlabelled(one) if labels else one.strip() for one in found)
-        if len(plain) < 2 or not all(plain):
-            raise InputError(f"{place} has {len(plain)} choices, or a blank one: give two or more")
-        gold = _gold(raw, found, plain, labels)
+        one = asked(record, place)
+        gold = _gold(str(one.raw) if by_text and isinstance(one.raw, int) else one.raw, one.found, one.plain, labels)
         if gold is None:
-            raise InputError(
-                f"{place}: the gold answer {str(raw)[:60]!r} is not among its choices "
-                f"({'; '.join(one[:30] for one in plain[:6])})"
-            )
-        return Example(document=number, prompt=prompt, choices=plain, gold=gold)
+            raise InputError(f"{place}: the gold answer {str(one.raw)[:60]!r} is not among its choices ({one.told})")
+        return Example(document=number, prompt=prompt, choices=one.plain, gold=gold)
 
     return make
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """The gold answer and the choices of a record, as they stand, and its choices without labels."""
+
+    place: str
+    raw: Any
+    found: Sequence[str]
+    plain: tuple[str, ...]
+
+    @property
+    def told(self) -> str:
+        """The choices, for a message."""
+        return "; ".join(" ".join(one.split())[:30] for one in self.plain[:6])
+
+
+def _numbers_are_texts(records: Iterable[_Asked]) -> bool:
+    """Whether the whole numbers among a task's gold answers are texts of choices; else they are places.
+
+    Raises:
+        InputError: They could be either, and would name different choices.
+    """
+    numbers = [one for one in records if isinstance(one.raw, int)]
+    if not all(str(one.raw) in one.plain for one in numbers):
+        return False
+    if all(0 <= one.raw < len(one.plain) for one in numbers):
+        for one in numbers:
+            if one.plain[one.raw] != str(one.raw):
+                raise InputError(
+                    f"{one.place}: the gold answer {one.raw} is one of its choices ({one.told}), and the place from 0 "
+                    f'of another: write texts, like "{one.raw}", or labels, like "A"'
+                )
+    return True
 
 
 # A template, parsed: pieces of literal text, each followed by the name of a field or None.

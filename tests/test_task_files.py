@@ -106,6 +106,56 @@ def test_choices_and_gold_in_every_form(
     assert {(found.choices, found.gold) for found in task.validation} == {(choices, gold)}
 
 
+def numbered(options: list[list[Any]], answers: list[int]) -> list[dict[str, Any]]:
+    return [
+        {"question": f"q{number}", "options": options[number % len(options)], "answer": answers[number % len(answers)]}
+        for number in range(24)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "answers", "golds"),
+    [
+        # A 4 is no place among four, so these are the choices themselves.
+        ([[1, 2, 3, 4]], [1, 2, 4], {1: 0, 2: 1, 4: 3}),
+        ([["1", "2", "3", "4"]], [1, 2, 4], {1: 0, 2: 1, 4: 3}),
+        # Places, as answers that are none of the choices show, also where choices are numbers.
+        ([["x", "y", "z"], ["1", "2", "3"]], [0, 1, 2], {0: 0, 1: 1, 2: 2}),
+        ([[0.5, 1, 2]], [0, 1], {0: 0, 1: 1}),
+        ([[0, 1, 2]], [0, 2], {0: 0, 2: 2}),
+    ],
+)
+def test_whole_numbers_are_all_choices_or_all_places(
+    tmp_path: Path, options: list[list[Any]], answers: list[int], golds: dict[int, int]
+) -> None:
+    lines = numbered(options, answers)
+    task = one(write(tmp_path, choice(labels=None), lines))
+    given = {f"Q: {line['question']}\nA:": line["answer"] for line in lines}
+    found = {given[example.prompt]: example.gold for example in (*task.validation, *task.test)}
+    assert found == golds
+
+
+def test_the_test_file_too_says_what_whole_numbers_are(tmp_path: Path) -> None:
+    lines = numbered([[1, 2, 3, 4]], [1, 2])
+    path = write(tmp_path, choice(labels=None, test_files="t.jsonl"), lines)
+    (tmp_path / "t.jsonl").write_text(json.dumps(lines[0] | {"answer": 4}))
+    task = one(path)
+    assert {example.gold for example in task.validation} == {0, 1}
+    assert [example.gold for example in task.test] == [3]
+
+
+@pytest.mark.parametrize("written", ["2", "B"])
+def test_a_number_that_may_be_a_choice_or_a_place_is_refused(tmp_path: Path, written: str) -> None:
+    lines = numbered([[1, 2, 3, 4]], [2])
+    path = write(tmp_path, choice(labels=None), lines)
+    with pytest.raises(
+        InputError, match=r"line 1 of .*gold answer 2 is one of its choices \(1; 2; 3; 4\), and the place"
+    ):
+        read_tasks(path)
+    task = one(write(tmp_path, choice(labels=None), [line | {"answer": written} for line in lines]))
+    assert {example.gold for example in task.validation} == {1}, "as the message advises"
+
+
 def test_a_written_answer_may_be_any_of_several_and_a_brace_is_written_twice(tmp_path: Path) -> None:
     lines = [{"question": f"q{number}", "answer": ["five", "5"]} for number in range(10)]
     template = {"prompt": "{{x}} {question}", "answer": "{answer}"}
