@@ -47,8 +47,9 @@ class Evaluation:
     Attributes:
         deployment: How it is packed.
         measurements: By name.
-        documents: Ids, counts and sums of each document, for paired comparisons: of the metric that ranks, whose name
-            is under "metric", and under "others" those of the other measurements that are means, by name.
+        documents: Ids, counts and sums of each document, for paired comparisons: of the metric that ranks, or of
+            accuracy where that is no mean, whose name is under "metric", and under "others" those of the other
+            measurements that are means, by name.
     """
 
     deployment: Deployment
@@ -185,8 +186,9 @@ def evaluate(
         subject = Subject(spec=spec, deployment=deployment, budget=budget, split=split, **{**parts, "scores": scores})
         measurements = {item.name: item for evaluator in chosen for item in evaluator.evaluate(subject)}
     paired = {name: dict(item.documents) for name, item in measurements.items() if item.documents}
-    own = paired.pop(metric, None) or per_document(scores.correct, scores.documents)
-    documents = {**own, "metric": metric if metric in measurements else "accuracy", "others": paired}
+    summed = metric if metric in paired else "accuracy"
+    own = paired.pop(summed, None) or per_document(scores.correct, scores.documents)
+    documents = {**own, "metric": summed, "others": paired}
     return Evaluation(deployment=deployment, measurements=measurements, documents=documents), scores
 
 

@@ -44,7 +44,7 @@ def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric
     sections = [
         board + (f"\n{more} more rows: autodistill leaderboard {document['name']}" if more > 0 else ""),
         _confirmed(document),
-        _test(document),
+        _test(document, metric),
         "\n".join(f"{note[:1].upper()}{note[1:]}." for note in document["notes"]),
         "\n".join(f"{sentence}." for sentence in Saved(**document["saved"]).describe()),
         _seconds(document["seconds"]),
@@ -161,7 +161,7 @@ def _confirmed(document: Mapping[str, Any]) -> str:
     return table(lines, left=1)
 
 
-def _test(document: Mapping[str, Any]) -> str:
+def _test(document: Mapping[str, Any], metric: str) -> str:
     """The test split: found student, also as it was before it was trained on, baseline, undistilled student, teacher,
     quantised teacher, and the gain.
     """
@@ -176,7 +176,6 @@ def _test(document: Mapping[str, Any]) -> str:
     titled = sorted(((_title(row, best), row) for row in rows), key=lambda pair: _ORDER.index(pair[0]))
     header = ("test split", "deployment", "accuracy", "perplexity", "agreement", "memory")
     cells = [header, *(_cells(title, row) for title, row in titled)]
-    metric = (rows[0].documents or {}).get("metric", "accuracy")
     if metric != "accuracy":
         shown = (_figure(row.figure(metric), row.figure(f"{metric}_stderr")) for _, row in titled)
         cells = [(*line, figure) for line, figure in zip(cells, (metric, *shown), strict=True)]

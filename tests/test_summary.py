@@ -115,6 +115,18 @@ def test_a_baseline_that_won_is_the_found_student_and_has_no_gain() -> None:
     assert "Gain" not in text
 
 
+def test_a_metric_that_is_no_mean_is_shown_of_the_test_split_without_a_gain() -> None:
+    documents = {"ids": [1], "count": [100], "sum": [40], "metric": "accuracy"}
+    rows = [replace(one, documents=documents, other={"ece": 0.1 + index / 100}) for index, one in enumerate(TEST)]
+    document = DOCUMENT | {"test": [one.to_json() for one in rows], "gain_on_test": None}
+    lines = search_summary(document, RANKED, "ece").splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("test split"))
+    table = [re.split(r"  +", line) for line in lines[start : start + 6]]
+    # The student, the baseline, the undistilled student and the teachers: the order is not that of the rows.
+    assert [cells[-1] for cells in table] == ["ece", "0.1300", "0.1400", "0.1200", "0.1000", "0.1100"]
+    assert "Gain" not in "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     ("paths", "line"),
     [({"compressed-tensors": "c"}, "Serve it: vllm serve c"), ({"huggingface": "h"}, "huggingface  h")],

@@ -42,6 +42,7 @@ from autodistill.evaluation import deployed_weights, evaluate
 from autodistill.export.verify import verify
 from autodistill.formats import Grid, get_format
 from autodistill.plugins import load
+from autodistill.records.leaderboard import Row, rank
 from autodistill.space import load_strategy
 from autodistill.stages import open_stages
 from autodistill.statistics import per_document
@@ -200,6 +201,41 @@ def test_masters_come_back_where_packing_fails_half_way(lab, monkeypatch):
     with pytest.raises(MemoryError), deployed_weights(model, spec, Q4):
         pass
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_metric_that_is_no_mean_ranks_by_its_figure_alone(lab):
+    """The documents of such an evaluation are those of accuracy, of which fewer right tokens are not a better ECE."""
+    setting = lab.setting(Path())
+    evaluation, scores = evaluate(
+        load_model(lab.teacher, torch.float32),
+        setting.teacher_spec,
+        F16,
+        load_split(lab.data.folder, "validation"),
+        TeacherReference.load(lab.reference),
+        budget=setting.budget,
+        evaluators=("accuracy", "perplexity", "calibration"),
+        metric="ece",
+    )
+    means = per_document(scores.correct, scores.documents)
+    documents = evaluation.documents
+    assert documents == means | {"metric": "accuracy", "others": {"perplexity": documents["others"]["perplexity"]}}
+    better, worse = (
+        Row(
+            row_id=deployment.name,
+            trial="t000",
+            kind="student",
+            name="a",
+            deployment=deployment.to_json(),
+            status="completed",
+            feasible=True,
+            fidelity=1.0,
+            memory_bytes=deployment.bits,
+            documents=documents | {"sum": [right * count for count in documents["count"]]},
+            other={"ece": ece},
+        )
+        for deployment, right, ece in ((F16, 1, 0.02), (Q4, 0, 0.30))
+    )
+    assert [(one.row, one.tied) for one in rank([worse, better], "ece", "min")] == [(better, False), (worse, False)]
 
 
 def test_documents_count_tokens_and_hits(lab):

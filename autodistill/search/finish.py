@@ -30,6 +30,7 @@ from autodistill.export.verify import CLEAR_SHARE, MIN_POSITIONS, RuntimeCheck, 
 from autodistill.formats import get_format
 from autodistill.quiet import free_cores
 from autodistill.records.confirmation import Confirmation, confirmations
+from autodistill.records.differences import paired
 from autodistill.records.leaderboard import (
     DISTILLED,
     limits_of,
@@ -163,7 +164,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         paths=paths,
         checks=checks,
         test=test,
-        gain=_gain(test, question.direction),
+        gain=_gain(test, question.metric, question.direction),
         confirmed=tuple(confirmed),
         notes=(*_notes(best, rows, finisher), *_spent(finisher)),
     )
@@ -397,19 +398,20 @@ def _compared(best: Row, rows: Sequence[Row], finisher: Finisher) -> list[tuple[
     return first()
 
 
-def _gain(test: Sequence[Row], direction: Direction) -> tuple[float, float] | None:
+def _gain(test: Sequence[Row], metric: str, direction: Direction) -> tuple[float, float] | None:
     """By how much the found student is better than the baseline, paired by document, and its standard error.
 
-    Where the best was trained on further than the baseline, it is the one of as many tokens that is compared.
+    Where the best was trained on further than the baseline, it is the one of as many tokens that is compared. None
+    without a baseline, and of a metric that is no mean, of which nothing can be paired.
     """
     students, baselines = ([row for row in test if row.kind == kind] for kind in ("student", "baseline"))
     pairs = [(one, other) for one in students for other in baselines if one.train_tokens == other.train_tokens]
     pairs = pairs or [(one, other) for one in students for other in baselines]
     if not pairs:
         return None
-    found, baseline = (row.documents for row in pairs[0])
-    assert found is not None
-    assert baseline is not None
+    found, baseline = (paired(row, metric) for row in pairs[0])
+    if found is None or baseline is None:
+        return None
     sign = 1 if direction == "max" else -1
     gaps = [sign * (mine - theirs) for mine, theirs in zip(found["sum"], baseline["sum"], strict=True)]
     differences, errors = paired_bootstrap(np.asarray([gaps], np.float64), np.asarray(found["count"], np.float64), 0)

@@ -240,10 +240,11 @@ def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_af
         return replace(one, documents={"ids": [1, 2], "count": [100, 100], "sum": right})
 
     rows = [tested(best, [70, 72]), tested(baseline, [40, 41]), tested(plain, [50, 50])]
-    gain = _gain(rows, "max")
+    gain = _gain(rows, "accuracy", "max")
     assert gain is not None
     assert gain[0] == pytest.approx(0.095)
-    gain = _gain([rows[0], tested(as_far, [60, 60]), rows[2]], "max")
+    gain = _gain([rows[0], tested(as_far, [60, 60]), rows[2]], "accuracy", "max")
     assert gain is not None
     assert gain[0] == pytest.approx(0.11)
-    assert _gain([rows[0], rows[2]], "max") is None
+    assert _gain([rows[0], rows[2]], "accuracy", "max") is None
+    assert _gain(rows, "ece", "min") is None, "these are sums of accuracy, of which fewer are not better"
