@@ -37,7 +37,7 @@ def search_request(given: Mapping[str, Any], verb: str, command: str, started: f
     price = None if given["price"] is None else parse_price(given["price"])
     if price is not None and not given["plan"]:
         raise InputError("--price is for what a plan would cost: give it with --plan")
-    quiet_libraries(given["teacher"], given["data"])
+    quiet_libraries(given["teacher"], given["data"], *_further(given))
     from autodistill.search.request import SearchRequest
 
     return SearchRequest(
@@ -80,6 +80,22 @@ def search_request(given: Mapping[str, Any], verb: str, command: str, started: f
         command=command,
         started=started,
     )
+
+
+def _further(given: Mapping[str, Any]) -> Iterator[str]:
+    """What a request names beside teacher and data that may lie on a hub: tasks of lm-eval, and models that students
+    may begin from.
+    """
+    from autodistill.evaluators.harness import PREFIX
+    from autodistill.space import load_space, load_strategy
+
+    for text in (given["metric"], given.get("objectives")):
+        yield from (name for name in map(str.strip, (text or "").split(",")) if name.startswith(PREFIX))
+    if given.get("space") is not None:
+        yield from load_space(given["space"]).models
+    strategies = (given.get("strategy"), *(given.get("baseline") or ()))
+    models = (load_strategy(reference).init.model for reference in strategies if reference is not None)
+    yield from filter(None, models)
 
 
 def _budget(given: Mapping[str, Any], verb: str) -> Budget:

@@ -172,6 +172,11 @@ class Space:
         points = self.points(lambda item: item.domain.corners if item.path in branching else item.domain.corners[:1])
         return (*map(self.strategy, points if self.dimensions else ()), *self.baselines.values())
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """References of the pretrained models that a student may begin from."""
+        return tuple(dict.fromkeys(found.init.model for found in self.extremes() if found.init.model))
+
     def alignment_cases(self, teacher_layers: int) -> tuple[tuple[Init, Alignment], ...]:
         """Every way of keeping layers and choosing aligned ones that the space and its baselines hold.
 

@@ -34,7 +34,8 @@ def quiet_libraries(*references: str | None) -> None:
     """Silences warnings and progress bars of the libraries; called before they are imported.
 
     Args:
-        references: Of teacher and data, None for a default. Where none of them names a hub, no hub is asked anything.
+        references: Of all that will be read, None for a default. Where none of them may lie on a hub, no hub is asked
+            anything.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)

@@ -99,8 +99,7 @@ def load(checked: Checked, place: Place) -> Loaded:
     teacher = materialise(checked.teacher, request.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     length = checked.sequence_length
-    models = dict.fromkeys(strategy.init.model for strategy in checked.space.extremes() if strategy.init.model)
-    pretrained = {model: materialise(resolve_teacher(model), request.cache).folder for model in models}
+    pretrained = {model: materialise(resolve_teacher(model), request.cache).folder for model in checked.space.models}
     for folder in pretrained.values():
         token_rows(folder, teacher.folder)
     own, refused = _own_templates(checked, teacher.folder, pretrained)
