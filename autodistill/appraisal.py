@@ -118,13 +118,16 @@ def appraise(
 
 
 def _training(model: Described, tokens: int) -> dict[str, Any]:
-    """Parts of the memory of training all weights by AdamW in float32, in bytes, by what is kept of a pass."""
+    """Parts of the memory of training all weights by AdamW in float32, in bytes, by what is kept of a step's one pass.
+
+    Products are computed in bfloat16, as on a GPU.
+    """
     if tokens < 1:
         raise InputError(f"--training must be at least 1 token, not {tokens}")
     if model.spec.experts or model.spec.architecture not in FAMILIES:
         raise InputError(f"{model.name} cannot be trained here: these families can: {', '.join(FAMILIES)}")
     found: dict[str, Any] = {"tokens": tokens}
     for name, checkpointing in (("all_kept", False), ("checkpointing", True)):
-        estimate = training_memory(model.spec, tokens=tokens, checkpointing=checkpointing)
-        found[name] = {**asdict(estimate), "total_bytes": estimate.total_bytes}
+        estimate = training_memory(model.spec, tokens=tokens, checkpointing=checkpointing, bf16=True)
+        found[name] = {**estimate.parts, "total_bytes": estimate.total_bytes}
     return found

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from autodistill.budget import DeviceBudget
 from autodistill.contracts import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec, OptimizerState
@@ -322,32 +322,59 @@ class TrainingEstimate:
     Attributes:
         weights_bytes: Master weights in float32.
         gradients_bytes, optimizer_bytes: Of the trained weights: one, and AdamW's two, float32 numbers each.
+        shown_bytes: The weights that products compute with where these are not the masters: rounded to bfloat16, or on
+            a grid.
         activations_bytes: What the forward pass keeps for the backward one.
         logits_bytes: Logits, and the loss's gradient of them.
         alignment_bytes: What alignments add: projections with their gradients and optimiser states, aligned states, the
             sides of attention matrices, and the teacher's layer.
         overhead_bytes: What the process takes beyond those.
+        passes: Forward and backward passes of a step.
     """
 
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
+    shown_bytes: int
     activations_bytes: int
     logits_bytes: int
     alignment_bytes: int
     overhead_bytes: int
+    passes: int = 1
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The parts by name."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name.endswith("_bytes")}
 
     @property
     def total_bytes(self) -> int:
-        """The sum of the parts."""
-        return sum(getattr(self, name) for name in self.__dataclass_fields__)
+        """What is held at the moment when it is most.
+
+        A step of several passes holds all gradients beside what its last pass keeps. In a step of one they come as what
+        was kept goes, and the larger of the two counts.
+        """
+        kept = self.shown_bytes + self.activations_bytes + self.logits_bytes + self.alignment_bytes
+        held = kept + self.gradients_bytes if self.passes > 1 else max(kept, self.gradients_bytes)
+        return self.weights_bytes + self.optimizer_bytes + held + self.overhead_bytes
 
 
-# Values kept of a token in a layer, by transformers' `model_type`: widths, times queries and keys, and FFN widths.
+class _Kept(NamedTuple):
+    """Bytes that are kept of a token in a layer for each of its width, its queries and keys, and its FFN's width."""
+
+    width: int
+    attended: int
+    ffn: int
+
+
+# By transformers' `model_type`, in float32 and under bfloat16 autocast.
 _KEPT = {
-    "qwen3": (6.0, 4.0, 4.0),  # the norms of queries and keys
-    "gemma3_text": (10.0, 4.0, 4.0),  # these, and input and normalised value of two norms before the residual
-    "gpt_neox": (3.0, 3.5, 2.0),  # LayerNorm keeps one input for both; fused projections, rotated copies; no gate
+    "llama": (_Kept(24, 8, 16), _Kept(26, 4, 8)),
+    "qwen3": (_Kept(24, 16, 16), _Kept(26, 10, 8)),  # the norms of queries and keys
+    # These, and input and normalised value of two norms before the residual.
+    "gemma3_text": (_Kept(40, 16, 16), _Kept(42, 12, 8)),
+    # LayerNorm keeps one input for both; fused projections, rotated copies; no gate.
+    "gpt_neox": (_Kept(12, 14, 8), _Kept(8, 7, 4)),
 }
 
 
@@ -375,13 +402,16 @@ def training_memory(
     alignment: Alignment | None = None,
     attention: Attention | None = None,
     lora: Lora | None = None,
+    bf16: bool = False,
+    on_grid: bool = False,
+    passes: int = 1,
 ) -> TrainingEstimate:
     """Predicts the memory that a trial's training takes: float32 weights and AdamW.
 
     Kept of each token in each layer, in float32: both norms' inputs, normalised and scaled values (6 widths); queries,
     keys and values as the attention takes them, and its output; and gate, its activation, up and product of the FFN
-    (read off the tensors that transformers' modules save for the backward pass). `_KEPT` has what differs.
-    bfloat16 autocast halves most of them but adds a copy of the weights; the difference is not counted.
+    (read off the tensors that transformers' modules save for the backward pass). Under bfloat16 autocast the norms
+    keep theirs, and each product has its input and the weight rounded anew. `_KEPT` has what differs by family.
 
     Args:
         spec: The student.
@@ -393,9 +423,12 @@ def training_memory(
         alignment, attention: What is aligned to it.
         lora: Low-rank changes that are trained in place of the weights; what they compute within is kept, and so is
             what the frozen weights' gradients would have been computed from.
+        bf16: Whether products are computed in bfloat16.
+        on_grid: Whether the weights of products and the table are shown on a grid, at the end of the training.
+        passes: Forward and backward passes of an optimiser step.
     """
     teacher = teacher or spec
-    widths, attended, ffn = _KEPT.get(spec.architecture, (6.0, 2.0, 4.0))
+    width, attended, ffn = _KEPT.get(spec.architecture, _KEPT["llama"])[bf16]
     frozen = 0 if train_embeddings else spec.vocabulary * spec.width
     trained = spec.parameters - frozen
     adapters = ranks = 0
@@ -404,18 +437,26 @@ def training_memory(
         adapters, ranks = lora.rank * sum(map(sum, shapes)), lora.rank * len(shapes)
         trained = adapters + spec.vocabulary * spec.width - frozen
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    layer = widths * spec.width + attended * (queries + keys) + ffn * spec.ffn_width
-    layer += ranks / spec.layers
-    kept = spec.layers * spec.width + layer if checkpointing else spec.layers * layer
+    layer = width * spec.width + attended * (queries + keys) + ffn * spec.ffn_width
+    layer += (2 if bf16 else 4) * ranks // spec.layers
+    kept = 4 * spec.layers * spec.width + layer if checkpointing else spec.layers * layer
+    # Checkpointed layers show theirs one after another; a head is shown by the loss.
+    table = spec.vocabulary * spec.width
+    linear = sum(math.prod(tensor.shape) for tensor in spec.tensors if tensor.role is Role.LINEAR) // (
+        spec.layers if checkpointing else 1
+    )
+    shown = (2 if bf16 else 4 if on_grid else 0) * (linear + table) + (4 * table if on_grid and bf16 else 0)
     return TrainingEstimate(
         weights_bytes=4 * (spec.parameters + adapters),
         gradients_bytes=4 * trained,
         optimizer_bytes=8 * trained if optimizer_state == "float32" else 2 * trained + 2 * 4 * trained // 256,
-        activations_bytes=int(4 * tokens * kept),
-        logits_bytes=2 * 4 * tokens * spec.vocabulary,
+        shown_bytes=shown,
+        activations_bytes=tokens * kept,
+        logits_bytes=2 * (2 if bf16 else 4) * tokens * spec.vocabulary,
         alignment_bytes=(_states_bytes(spec, teacher, alignment, tokens) if alignment else 0)
         + (_attention_bytes(spec, teacher, attention, tokens) if attention else 0),
         overhead_bytes=TRANSFORMERS_PROCESS_BYTES,
+        passes=passes,
     )
 
 

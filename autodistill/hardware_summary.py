@@ -81,7 +81,10 @@ def _training(found: Mapping[str, Any]) -> str:
     parts = [name for name in found["all_kept"] if name != "alignment_bytes"]
     lines = [(name.removesuffix("_bytes"), *(format_bytes(found[way][name]) for way in ways)) for name in parts]
     head = ("training", *(way.replace("_", " ") for way in ways))
-    note = f"All weights by AdamW in float32, {count_of(found['tokens'], 'token')} a pass."
+    note = (
+        f"All weights by AdamW in float32, products in bfloat16, {count_of(found['tokens'], 'token')} a step of one "
+        "pass. Gradients come as what was kept goes: of the two sums the larger counts in the total."
+    )
     return f"{table([head, *lines], left=1)}\n{note}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
@@ -46,11 +47,14 @@ def training_fits(
     lora: Lora | None = None,
     train_embeddings: bool = True,
     processes: int = 1,
+    bf16: bool = False,
+    on_grid: bool = False,
 ) -> Iterator[TrainingFit]:
-    """Ways to compute a step of so many sequences, from the fastest to the smallest.
+    """Ways to compute a step of so many sequences, from the fastest to the smallest, each smaller than those before.
 
     Halving the micro-batch costs nearly nothing, checkpointing a third more operations; 8-bit states come last because
-    they alone change the figures.
+    they alone change the figures. A second pass finds the first one's gradients there, which may be more than half of
+    what a pass keeps: ways that are no smaller are left out.
 
     Args:
         spec: The student.
@@ -61,15 +65,15 @@ def training_fits(
         lora: Where every trial trains low-rank changes, the largest of them.
         train_embeddings: Whether a trial may train the embedding table.
         processes: That train it together, each with its share of the sequences and of the weights.
+        bf16: Whether products are computed in bfloat16.
+        on_grid: Whether a trial may be trained on a grid.
     """
-    ways: list[tuple[int, bool, OptimizerState]] = []
-    micro_batch = max(1, sequences // processes)
-    while micro_batch > 1:
-        ways.append((micro_batch, False, "float32"))
-        micro_batch = -(-micro_batch // 2)
-    ways += [(1, False, "float32"), (1, True, "float32")]
-    ways.append((1, True, "int8"))
-    for micro_batch, checkpointing, state in ways:
+    sizes = [max(1, sequences // processes)]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    means: list[tuple[bool, OptimizerState]] = [(False, "float32"), (True, "float32"), (True, "int8")]
+    least = math.inf
+    for (checkpointing, state), micro_batch in itertools.product(means, sizes):
         estimates = (
             training_memory(
                 spec,
@@ -81,15 +85,18 @@ def training_fits(
                 attention=attention,
                 lora=lora,
                 train_embeddings=train_embeddings,
+                bf16=bf16,
+                on_grid=on_grid,
+                passes=-(-sequences // (processes * micro_batch)),
             )
             for alignment, attention in alignments or [(None, None)]
         )
-        yield TrainingFit(
-            micro_batch=micro_batch,
-            checkpointing=checkpointing,
-            optimizer_state=state,
-            estimate=_sharded(max(estimates, key=lambda estimate: estimate.total_bytes), spec, processes),
-        )
+        estimate = _sharded(max(estimates, key=lambda estimate: estimate.total_bytes), spec, processes)
+        if estimate.total_bytes < least:
+            least = estimate.total_bytes
+            yield TrainingFit(
+                micro_batch=micro_batch, checkpointing=checkpointing, optimizer_state=state, estimate=estimate
+            )
 
 
 def _sharded(estimate: TrainingEstimate, spec: ModelSpec, processes: int) -> TrainingEstimate:
@@ -123,6 +130,8 @@ def fit_training(
     lora: Lora | None = None,
     train_embeddings: bool = True,
     processes: int = 1,
+    bf16: bool = False,
+    on_grid: bool = False,
 ) -> TrainingFit:
     """The fastest way to train a student that a memory holds.
 
@@ -136,6 +145,8 @@ def fit_training(
         lora: Where every trial trains low-rank changes, the largest of them.
         train_embeddings: Whether a trial may train the embedding table.
         processes: That train it together, each on a device of so much memory.
+        bf16: Whether products are computed in bfloat16.
+        on_grid: Whether a trial may be trained on a grid.
 
     Raises:
         InputError: None does; says what the smallest takes.
@@ -151,6 +162,8 @@ def fit_training(
         lora=lora,
         train_embeddings=train_embeddings,
         processes=processes,
+        bf16=bf16,
+        on_grid=on_grid,
     ):
         smallest = way
         if way.estimate.total_bytes > limit_bytes:

@@ -3,7 +3,7 @@
     python benchmarks/training_memory.py
 
 The arithmetic is that of a search's plan (`autodistill.training_fit`). Its parts are held against the peak of resident
-memory of real training steps of a smaller student, each in a process of its own, in float32 on the CPU.
+memory of real training steps of a smaller student, each in a process of its own, on the CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import report
 from autodistill.contracts import HeldType, ModelSpec, Plan
 from autodistill.estimate import TrainingEstimate, spec_from_config, training_memory
 from autodistill.hardware import Gpu, Machine
-from autodistill.strategy import Distillation, Init, Lora, Strategy
+from autodistill.formats import Grid
+from autodistill.strategy import Distillation, Finishing, Init, Lora, Strategy
 from autodistill.training_fit import fit_teacher, training_fits
 from autodistill.units import format_bytes
 
@@ -62,7 +63,7 @@ MEASURED = STUDENT | {
 LORA = Lora(rank=16)
 GIVING_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """glibc's settings under which every larger block goes back to the system when it is freed."""
-PARTS = tuple(field.name for field in fields(TrainingEstimate))
+PARTS = tuple(field.name for field in fields(TrainingEstimate) if field.name.endswith("_bytes"))
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Mode:
     optimizer_state: Any = "float32"
     lora: Lora | None = None
     train_embeddings: bool = False
+    bf16: bool = False
+    on_grid: bool = False
 
     def estimate(self, spec: ModelSpec) -> TrainingEstimate:
         """What the step is predicted to take."""
@@ -84,6 +87,9 @@ class Mode:
             optimizer_state=self.optimizer_state,
             lora=self.lora,
             train_embeddings=self.train_embeddings,
+            bf16=self.bf16,
+            on_grid=self.on_grid,
+            passes=4 // self.micro_batch,
         )
 
 
@@ -94,6 +100,15 @@ MODES = {
     "4, checkpointing": Mode(checkpointing=True),
     "4, 8-bit states": Mode(optimizer_state="int8"),
     "4, low-rank changes": Mode(lora=LORA),
+    "4, on a grid": Mode(on_grid=True),
+    "1, on a grid": Mode(micro_batch=1, on_grid=True),
+    "4, bfloat16": Mode(bf16=True),
+    "1, bfloat16": Mode(micro_batch=1, bf16=True),
+    "4, bfloat16, embeddings trained": Mode(bf16=True, train_embeddings=True),
+    "4, bfloat16, checkpointing": Mode(bf16=True, checkpointing=True),
+    "4, bfloat16, low-rank changes": Mode(bf16=True, lora=LORA),
+    "4, bfloat16, on a grid": Mode(bf16=True, on_grid=True),
+    "1, bfloat16, on a grid": Mode(micro_batch=1, bf16=True, on_grid=True),
 }
 
 
@@ -137,7 +152,7 @@ def train(mode: Mode, config: dict[str, Any]) -> None:
         test_tokens=0,
         workers=1,
         threads=1,
-        bf16=False,
+        bf16=mode.bf16,
         seed=0,
         box_seconds=None,
         seconds={},
@@ -160,7 +175,13 @@ def train(mode: Mode, config: dict[str, Any]) -> None:
         cache=None,
         seed=0,
     )
-    list(trainer.train_stable(plan.tokens))
+    if not mode.on_grid:
+        list(trainer.train_stable(plan.tokens))
+        return
+    finishing = Finishing(format="gguf-q4_0", bits=4, group_size=32)
+    storages = {tensor.name: finishing.storage(tensor) for tensor in spec_from_config(model.config.to_dict()).tensors}
+    grids = {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
+    list(trainer.train_decay(plan.tokens, grids.get, learned=True))
 
 
 def parts(estimate: TrainingEstimate, held: Sequence[str] = PARTS) -> list[str]:
@@ -219,9 +240,9 @@ def measured_lines() -> Iterator[list[str]]:
     own = [name for name in PARTS if name not in ("overhead_bytes", "alignment_bytes")]
     for name, mode in MODES.items():
         estimate = mode.estimate(spec)
-        predicted = sum(getattr(estimate, part) for part in own)
+        predicted = estimate.total_bytes - estimate.overhead_bytes
         line = [name, *parts(estimate, own), format_bytes(predicted)]
-        for setting in ({}, GIVING_BACK):
+        for setting in (GIVING_BACK, {}):
             grown = growth(name, setting)
             line += [format_bytes(grown), f"{predicted / grown:.2f}"]
         print(*line, sep=" | ", flush=True)
@@ -249,17 +270,18 @@ def main() -> None:
         "A teacher that is run in the trial (`online`) lies beside the student in bfloat16: "
         f"{format_bytes(2 * teacher.parameters)}, which leaves {format_bytes(LIMIT - 2 * teacher.parameters)}.",
         f"## Measured\n\nA student of {small.parameters:,} weights ({small.layers} layers, width {small.width}, "
-        f"vocabulary {small.vocabulary:,}), three steps in float32 on one core by cross-entropy. Growth is the peak of "
-        "resident memory less that before the model was made, as glibc keeps freed blocks, and with all of them given "
-        "back (MALLOC_MMAP_THRESHOLD_=65536). A ratio above 1 is a prediction on the safe side.\n\n"
+        f"vocabulary {small.vocabulary:,}), three steps on one core by cross-entropy, in float32 where nothing else is "
+        "said; the grid is that of Q4_0, with learned scales. Growth is the peak of resident memory less that before "
+        "the model was made: with every freed block given back (MALLOC_MMAP_THRESHOLD_=65536), which is what tensors "
+        "hold, and as glibc keeps freed blocks. A ratio above 1 is a prediction on the safe side.\n\n"
         + report.table(
             [
                 "step",
                 *(name for name in names if name not in ("overhead", "alignment")),
                 "predicted",
-                "grown",
+                "held",
                 "ratio",
-                "given back",
+                "with what glibc keeps",
                 "ratio",
             ],
             measured_lines(),

@@ -368,25 +368,48 @@ def test_deployments_whose_groups_do_not_divide_the_rows_are_left_out() -> None:
         fits(spec, [INT4], Budget(memory_bytes=10**9))
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_training_keeps_what_torch_keeps(architecture: str) -> None:
-    described, tokens = config(architecture), 256
+def test_training_keeps_what_torch_keeps(architecture: str, bf16: bool) -> None:
+    # A number of tokens that no matrix has for a size.
+    described, tokens = config(architecture), 250
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described))
+    model.float()
     owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, torch.UntypedStorage] = {}
+    saved: dict[int, tuple[torch.UntypedStorage, torch.Size]] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        saved.setdefault(storage.data_ptr(), storage)
+        saved.setdefault(storage.data_ptr(), (storage, tensor.shape))
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
         logits = model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False).logits
-    kept = sum(storage.nbytes() for address, storage in saved.items() if address not in owned)
-    estimate = training_memory(spec_from_config(described), tokens=tokens)
-    assert estimate.activations_bytes == pytest.approx(kept, rel=0.1)
+    kept = {address: found for address, found in saved.items() if address not in owned}
+    shown = sum(storage.nbytes() for storage, shape in kept.values() if len(shape) == 2 and tokens not in shape)
+    estimate = training_memory(spec_from_config(described), tokens=tokens, bf16=bf16)
+    assert estimate.shown_bytes == pytest.approx(shown, rel=1e-6)
+    total = sum(storage.nbytes() for storage, _ in kept.values())
+    assert estimate.activations_bytes == pytest.approx(total - shown, rel=0.1)
     assert estimate.logits_bytes == 2 * logits.nbytes
     assert estimate.weights_bytes == sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_gradients_come_as_what_was_kept_goes_in_a_step_of_one_pass() -> None:
+    spec = spec_from_config(config())
+    one, several = (training_memory(spec, tokens=256, passes=passes) for passes in (1, 4))
+    kept = one.activations_bytes + one.logits_bytes
+    fixed = one.weights_bytes + one.optimizer_bytes + one.overhead_bytes
+    assert one.total_bytes == fixed + max(kept, one.gradients_bytes)
+    assert several.total_bytes == fixed + kept + one.gradients_bytes
+    assert sum(one.parts.values()) == several.total_bytes
+    on_grid = training_memory(spec, tokens=256, on_grid=True)
+    matrices = sum(math.prod(tensor.shape) for tensor in spec.tensors if len(tensor.shape) == 2)
+    tied = not any("lm_head" in tensor.name for tensor in spec.tensors)
+    assert on_grid.shown_bytes == 4 * matrices - (0 if tied else 4 * spec.vocabulary * spec.width)
 
 
 def _kept(run: Callable[[], object]) -> dict[int, int]:

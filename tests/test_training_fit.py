@@ -34,13 +34,13 @@ def spec() -> ModelSpec:
 
 def test_each_way_is_smaller_than_the_one_before() -> None:
     ways = list(training_fits(spec(), sequence_length=256, sequences=5))
+    # 3 and 2 at once hold 6.2 GB of gradients beside more than the 7.0 GB that 5 keep, less 2.3 GB; with checkpointing
+    # the 5 keep no more than the gradients take.
     assert [(way.micro_batch, way.checkpointing, way.optimizer_state) for way in ways] == [
         (5, False, "float32"),
-        (3, False, "float32"),
-        (2, False, "float32"),
         (1, False, "float32"),
-        (1, True, "float32"),
-        (1, True, "int8"),
+        (5, True, "float32"),
+        (5, True, "int8"),
     ]
     assert all(one.estimate.total_bytes > other.estimate.total_bytes for one, other in pairwise(ways))
 
@@ -124,18 +124,19 @@ def test_a_7_6b_teachers_bytes_by_hand() -> None:
 def test_several_processes_share_weights_and_sequences_but_not_what_is_whole_for_a_moment() -> None:
     alone = list(training_fits(spec(), sequence_length=256, sequences=8))
     together = list(training_fits(spec(), sequence_length=256, sequences=8, processes=4))
-    assert [(way.micro_batch, way.optimizer_state) for way in together] == [
-        (2, "float32"),
-        (1, "float32"),
-        (1, "float32"),
-        (1, "int8"),
+    assert [(way.micro_batch, way.checkpointing, way.optimizer_state) for way in together] == [
+        (2, False, "float32"),
+        (1, False, "float32"),
+        (2, True, "float32"),
+        (2, True, "int8"),
     ]
     weights, table = 1_543_714_304, 233_373_696
     layer = (weights - table) // 28
     least = together[-2].estimate
     assert least.weights_bytes == weights + 4 * (2 * table + 3 * layer)
     assert (least.gradients_bytes, least.optimizer_bytes) == (weights, 2 * weights)
-    assert least.activations_bytes == alone[-1].estimate.activations_bytes
+    # Of two sequences each has what all eight take alone, over four.
+    assert 4 * together[2].estimate.activations_bytes == alone[-1].estimate.activations_bytes
     # Two bytes a weight, and two scales of four in each block of 256.
     assert together[-1].estimate.optimizer_bytes == (2 * weights + 2 * 4 * weights // 256) // 4
     # A student that one GPU of 24 GB cannot train in float32 states is trained by four.
