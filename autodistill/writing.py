@@ -117,8 +117,8 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
         tell: Shows a line to a person; about ten times, however many prompts there are.
 
     Returns:
-        Counts: prompts, those kept from before, written, unfinished, blank, too long for a local teacher to read with an
-        answer of `max_tokens`, tokens of prompts and answers written, and how many of the answers come with
+        Counts: prompts, those kept from before, written, unfinished, blank, too long for a local teacher to read with
+        an answer of `max_tokens`, tokens of prompts and answers written, and how many of the answers come with
         log-probabilities ("top-k") and without ("text"). In "refused" the refused prompts, each with its beginning
         ("prompt") and the reason ("said").
 
