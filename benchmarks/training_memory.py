@@ -23,8 +23,8 @@ import report
 
 from autodistill.contracts import HeldType, ModelSpec, Plan
 from autodistill.estimate import TrainingEstimate, spec_from_config, training_memory
-from autodistill.hardware import Gpu, Machine
 from autodistill.formats import Grid
+from autodistill.hardware import Gpu, Machine
 from autodistill.strategy import Distillation, Finishing, Init, Lora, Strategy
 from autodistill.training_fit import fit_teacher, training_fits
 from autodistill.units import format_bytes
