@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from autodistill.contracts import Measurement, ModelSpec, Plan
 from autodistill.distillation.generation import BATCH_ON_ACCELERATOR
+from autodistill.distillation.memory import give_back_memory, is_out_of_memory
 from autodistill.distillation.parallel import PASS_TOKENS
 from autodistill.distillation.student import cut_student
 from autodistill.distillation.teacher import load_model
@@ -27,6 +29,7 @@ from autodistill.search.possible import by_size
 from autodistill.search.teacher_outputs import most_cached
 from autodistill.strategy import Deployment, Strategy
 from autodistill.token_sets import load_split
+from autodistill.units import format_bytes
 
 # Share of the time box that one evaluation's tasks may take on a worker, beside the scores of its tokens.
 _ASKED_SHARE = 0.02
@@ -40,17 +43,19 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
     On an accelerator an optimiser step has as many sequences as `step_sequences` finds, unless its size was asked for.
 
     Raises:
-        InputError: A time box that holds no training at all, or a task or command that cannot be used.
+        InputError: A time box that holds no training at all, a task or command that cannot be used, or memory that
+            holds no pass of the teacher, or no step of the largest student.
     """
     request = checked.request
     all_tokens = loaded.data.splits["train"].sequences * checked.sequence_length
     # How many tokens a trial may have is not asked where that is fixed and nothing is trained on.
     cached = all_tokens if request.tokens and checked.explore == 1 else most_cached(checked, loaded)
     train_tokens = all_tokens if request.tokens else min(all_tokens, cached)
-    teacher = loaded.load_teacher()
-    outputs = None if loaded.device == "cpu" else time_outputs(checked, loaded, teacher)
     students = by_size(checked.space, loaded.spec)
     init = students[-1][0].init
+    box = request.time_seconds
+    if box is None and not ((request.trials or request.strategy) and request.tokens):
+        box = BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
 
     def largest(model: Any) -> Any:
         if init.model:
@@ -58,27 +63,27 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         # Which layers and neurons are kept does not bear on speed.
         return cut_student(model, replace(init, layers="even"), None)[0]
 
-    speed, rates = measure_speed(
-        teacher,
-        loaded.spec,
-        largest,
-        loaded.workers,
-        loaded.threads,
-        device=loaded.device,
-        sequence_length=checked.sequence_length,
-        checkpointing=loaded.fit.checkpointing,
-        sizes=_sizes(checked, loaded, train_tokens),
-        alone=checked.explore < 1,
-    )
-    if outputs is not None:
-        speed = outputs.into(speed)
-    elif checked.asked.written:
-        # Answering the questions of so many tokens takes about as long again as scoring them.
-        speed = replace(speed, score=speed.score / 2, worker_score=speed.worker_score / 2)
-    box = request.time_seconds
-    if box is None and not ((request.trials or request.strategy) and request.tokens):
-        box = BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
-    speed, share, notes = _time_asked(checked, loaded, speed, box)
+    with _enough_memory(loaded):
+        teacher = loaded.load_teacher()
+        outputs = None if loaded.device == "cpu" else time_outputs(checked, loaded, teacher)
+        speed, rates = measure_speed(
+            teacher,
+            loaded.spec,
+            largest,
+            loaded.workers,
+            loaded.threads,
+            device=loaded.device,
+            sequence_length=checked.sequence_length,
+            checkpointing=loaded.fit.checkpointing,
+            sizes=_sizes(checked, loaded, train_tokens),
+            alone=checked.explore < 1,
+        )
+        if outputs is not None:
+            speed = outputs.into(speed)
+        elif checked.asked.written:
+            # Answering the questions of so many tokens takes about as long again as scoring them.
+            speed = replace(speed, score=speed.score / 2, worker_score=speed.worker_score / 2)
+        speed, share, notes = _time_asked(checked, loaded, teacher, speed, box)
     demand = _demand(checked, loaded, students, box_seconds=box, spent=spent, train_tokens=train_tokens, cached=cached)
     demand, speed, stepped = _with_step(checked, loaded, demand, speed, rates)
     check_box(demand, speed, loaded.workers)
@@ -98,6 +103,27 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         lengths=checked.space.lengths,
     )
     return plan, speed
+
+
+@contextmanager
+def _enough_memory(loaded: Loaded) -> Iterator[None]:
+    """Says what teacher and training take, where memory runs out in either.
+
+    Raises:
+        InputError: It has.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        where, more = ("memory", "") if loaded.device == "cpu" else ("the GPU's memory", "a larger --gpus-per-trial, ")
+        raise InputError(
+            f"{where} ran out when this machine was measured: by prediction the teacher takes "
+            f"{format_bytes(loaded.teacher_fit.total_bytes)}, and training the largest student then "
+            f"{format_bytes(loaded.fit.estimate.total_bytes)}: end what else uses it, or choose {more}a lower "
+            "--sequence-length, a smaller teacher, or a space with smaller students"
+        ) from error
 
 
 def _demand(
@@ -208,7 +234,7 @@ def _with_step(
 
 
 def _time_asked(
-    checked: Checked, loaded: Loaded, speed: Speed, box: float | None
+    checked: Checked, loaded: Loaded, teacher: Any, speed: Speed, box: float | None
 ) -> tuple[Speed, float, tuple[str, ...]]:
     """Asks the teacher a few examples of each task, and says how many of them the box pays for at an evaluation.
 
@@ -221,7 +247,8 @@ def _time_asked(
     asking = [item for item in checked.asked.evaluators if not isinstance(item, str)]
     if not asking:
         return speed, 1.0, ()
-    model = loaded.load_teacher(loaded.device)
+    give_back_memory()
+    model = teacher.to(loaded.device)
     data = load_split(loaded.data.folder, "validation").head(checked.sequence_length)
     full = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
     threads = torch.get_num_threads()

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec
 from autodistill.distillation.memory import give_back_memory, is_out_of_memory
 from autodistill.distillation.parallel import by_length, logit_rows, map_batches, pass_tokens
+from autodistill.distillation.student import decoder_layers
 from autodistill.search.plan import WORTH, Speed
 from autodistill.search.share import Workers
 
@@ -37,7 +38,7 @@ def measure_speed(
     """Times the teacher's forward and training steps of the largest student, on random tokens.
 
     Args:
-        teacher: The teacher in float32; the student may share its weights, so the caller must not use it again.
+        teacher: The teacher, computing in float32; it is left in main memory, whose weights the student may share.
         spec: The teacher's shape.
         largest: Makes the largest student in the space of the teacher.
         workers: Threads and precision of a worker.
@@ -52,24 +53,26 @@ def measure_speed(
         The speed, with steps of the first size; and training tokens per second by size, up to the first that is not
         worth it or that memory does not hold.
     """
-    model = teacher.to(device)
-    tokens = pass_tokens(model, device)
+    tokens = pass_tokens(teacher.to(device), device)
     on_cpu = device == "cpu"
     together = 1 if on_cpu else max(1, tokens // sequence_length)
     ids = np.random.default_rng(0).integers(0, spec.vocabulary, (max(together, *sizes), sequence_length))
-    passes = _Passes(model, torch.from_numpy(ids).to(device), tokens, device, workers)
+    passes = _Passes(teacher, torch.from_numpy(ids).to(device), tokens, device, workers)
     torch.set_num_threads(threads)
     cache = passes.rate(threads if on_cpu else together, workers.bf16)
     full = passes.rate(threads if on_cpu else together, False)
-    passes.model = model = largest(teacher).to(device)
-    model.get_input_embeddings().weight.requires_grad_(False)
+    # Cut in main memory, and alone on the device: one that holds either need not hold both.
+    student = largest(teacher.to("cpu"))
+    give_back_memory()
+    passes.take(student)
+    student.get_input_embeddings().weight.requires_grad_(False)
     # All workers that share its memory's bandwidth at once, as they will be.
     beside = workers.beside
     torch.set_num_threads(beside * workers.threads)
     worker_score = passes.rate(beside * workers.threads if on_cpu else together, False) / beside
     if checkpointing:
-        model.train()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        student.train()
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.set_num_threads(workers.threads)
     rates = _growing(passes.train_rate, sizes)
     whole = 0.0
@@ -98,6 +101,34 @@ class _Passes:
         self._tokens = tokens
         self._device = device
         self._workers = workers
+        self._left_out = 0
+
+    def take(self, student: Any) -> None:
+        """Puts a student in the model's place; of one that several processes share, as many layers as lie in each.
+
+        It may be that memory holds no more of it. Nor need an accelerator hold the gradients: a trial of several
+        processes, or of low-rank changes, has not all of them.
+        """
+        layers = decoder_layers(student)
+        student.base_model.layers = layers[: -(-len(layers) // self._workers.processes)]
+        self._left_out = len(layers) - len(student.base_model.layers)
+        self.model = student.to(self._device)
+        if self._device != "cpu":
+            for parameter in student.parameters():
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+
+    def of_all_layers(self, seconds: Callable[[], float]) -> float:
+        """What something takes with all layers, where one that is left out takes as long as one that is there."""
+        some = seconds()
+        if not self._left_out:
+            return some
+        body = self.model.base_model
+        layers, body.layers = body.layers, nn.ModuleList()
+        try:
+            none = seconds()
+        finally:
+            body.layers = layers
+        return some + self._left_out / len(layers) * max(0.0, some - none)
 
     def rate(self, sequences: int, bf16: bool) -> float:
         """Tokens per second of the forward pass and the head, without gradients."""
@@ -121,7 +152,7 @@ class _Passes:
 
         # How many sequences memory holds at once is known after the first time.
         _, largest = seconds(self._tokens)
-        return sequences * length / seconds(largest * length)[0]
+        return sequences * length / self.of_all_layers(lambda: seconds(largest * length)[0])
 
     def train_rate(self, size: int, beside: int | None = None) -> float:
         """Tokens per second of forward and backward passes over `size` sequences, by all workers beside each other."""
@@ -138,11 +169,14 @@ class _Passes:
             _wait(self._device)
             return time.perf_counter() - began
 
+        def fastest() -> float:
+            return min(seconds() for _ in range(1 if self._device == "cpu" else _TIMED))
+
         with ThreadPoolExecutor(beside) as pool:
             seconds()
-            fastest = min(seconds() for _ in range(1 if self._device == "cpu" else _TIMED))
+            taken = self.of_all_layers(fastest)
         # Each process of a trial trains on sequences of its own.
-        return self._workers.processes * size * self._ids.shape[1] / fastest
+        return self._workers.processes * size * self._ids.shape[1] / taken
 
 
 def _growing(rate: Callable[[int], float], sizes: Sequence[int]) -> dict[int, float]:
@@ -162,6 +196,10 @@ def _growing(rate: Callable[[int], float], sizes: Sequence[int]) -> dict[int, fl
         if last < WORTH * before:
             return found
     return found
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _wait(device: str) -> None:

@@ -320,11 +320,15 @@ def test_a_packed_teacher_is_evaluated_as_on_the_cpu(teacher, validation, device
     assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
-def _measure(teacher, device, **more):
+def _half(model):
+    return cut_student(model, Init(depth=0.5), None)[0]
+
+
+def _measure(teacher, device, largest=_half, **more):
     return measure_speed(
         load_model(teacher, torch.float32),
         _spec(teacher),
-        lambda model: cut_student(model, Init(depth=0.5), None)[0],
+        largest,
         Workers(count=1, threads=1, bf16=True, device=device),
         1,
         device=device,
@@ -338,6 +342,31 @@ def test_the_machine_is_measured(teacher, device):
     speed, rates = _measure(teacher, device)
     assert min(speed.cache, speed.score, speed.worker_train, speed.worker_score) > 0
     assert rates == {1: speed.worker_train}
+
+
+def test_a_device_holds_the_teacher_or_the_student_when_it_is_measured(teacher, device, monkeypatch):
+    models, together, gradients = [], [], []
+    forward = torch.nn.Embedding.forward
+
+    def cut(model):
+        models.extend([model, _half(model)])
+        return models[1]
+
+    def watched(module, ids):
+        lying = [{weight.device.type for weight in model.parameters()} for model in models]
+        together.append((lying, torch.is_grad_enabled()))
+        if torch.is_grad_enabled():
+            gradients.extend(weight.grad for weight in models[1].parameters())
+        return forward(module, ids)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", watched)
+    _measure(teacher, device, cut, sizes=(1, 2))
+    assert ([{"cpu"}, {device}], True) in together
+    assert {tuple(map(frozenset, lying)) for lying, _ in together if lying} == {
+        (frozenset({"cpu"}), frozenset({device}))
+    }
+    # Of a step no gradient is left to the next.
+    assert set(gradients) == {None}
 
 
 def test_steps_of_more_sequences_are_timed_as_far_as_memory_holds_them(teacher, device, monkeypatch):

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
+from autodistill.errors import InputError
 from autodistill.hardware import Gpu, Machine
 from autodistill.search.checked import Checked, check_request
 from autodistill.search.loading import Loaded, Place, load
@@ -50,7 +55,13 @@ def _checked(inputs: Path, **fields: object) -> Checked:
 def planned(inputs: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     """A plan on a machine, at made-up rates, with the sizes that were to be timed."""
 
-    def plan(machine: Machine = GPU, rates: dict[int, float] = RATES, share: Share | None = None, **more: object):  # type: ignore[no-untyped-def]
+    def plan(
+        machine: Machine = GPU,
+        rates: dict[int, float] = RATES,
+        share: Share | None = None,
+        fails: Any = None,
+        **more: object,
+    ):  # type: ignore[no-untyped-def]
         fields: dict[str, object] = {"trials": 2, "tokens": 4 * LENGTH * ENOUGH_STEPS} | more
         checked = _checked(inputs, **fields)
         loaded = load(checked, Place(here=machine, machines=(machine,), share=share or Share()))
@@ -64,6 +75,9 @@ def planned(inputs: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-u
         none = OutputsPace(cache=None, answering=0.0)
         monkeypatch.setattr("autodistill.search.measuring.time_outputs", lambda *given: none)
         monkeypatch.setattr(Loaded, "load_teacher", lambda self, device="cpu": None)
+        if fails is not None:
+            name, error = fails
+            monkeypatch.setattr(f"autodistill.search.measuring.{name}", mock.Mock(side_effect=error))
         return *plan_from_measurement(checked, loaded, 0.0), timed
 
     return plan
@@ -143,3 +157,47 @@ def test_what_outputs_take_is_in_the_speed() -> None:
     speed = OutputsPace(cache=5e3, answering=1e-4).into(SPEED)
     assert speed == replace(SPEED, cache=5e3, score=pytest.approx(1e5 / 11), worker_score=pytest.approx(1e5 / 11))
     assert OutputsPace(cache=None, answering=0.0).into(SPEED).cache == SPEED.cache
+
+
+def test_the_teacher_that_was_timed_is_asked_too(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = inputs / "tasks.yaml"
+    lines = [f'{{"q": "The miller {one}", "choices": ["carries", "paints"], "gold": 1}}\n' for one in range(20)]
+    (inputs / "q.jsonl").write_text("".join(lines))
+    questions.write_text(
+        "tasks: [{name: miller, files: q.jsonl, metric: multiple_choice, "
+        "template: {prompt: '{q}', choices: '{choices}', answer: '{gold}'}}]"
+    )
+    checked = _checked(inputs, trials=1, tokens=10**4, tasks=(questions,))
+    here = replace(GPU, gpus=())
+    loaded = load(checked, Place(here=here, machines=(here,), share=Share()))
+    timed, asked, load_teacher = [], [], Loaded.load_teacher
+
+    def measure(teacher: Any, *given: object, **options: object) -> tuple[Speed, dict[int, float]]:
+        timed.append(teacher)
+        return SPEED, {1: 1e3}
+
+    def evaluate(model: Any, *given: object, **options: object) -> tuple[Any, None]:
+        asked.append(model)
+        return SimpleNamespace(measurements={}), None
+
+    def loading(self: Loaded, device: str = "cpu") -> Any:
+        assert not timed, "one teacher is enough"
+        return load_teacher(self, device)
+
+    monkeypatch.setattr("autodistill.search.measuring.measure_speed", measure)
+    monkeypatch.setattr("autodistill.search.measuring.evaluate", evaluate)
+    monkeypatch.setattr(Loaded, "load_teacher", loading)
+    plan_from_measurement(checked, loaded, 0.0)
+    assert asked == timed
+    assert len(timed) == 1
+
+
+@pytest.mark.parametrize("full", ["time_outputs", "measure_speed", "_time_asked"])
+def test_memory_that_runs_out_in_measuring_is_told_with_what_is_needed(planned, full: str) -> None:  # type: ignore[no-untyped-def]
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    said = r"the GPU's memory ran out .* the teacher takes 40\d MB, and training .* 40\d MB.*--sequence-length"
+    with pytest.raises(InputError, match=said) as told:
+        planned(fails=(full, error))
+    assert told.value.__cause__ is error
+    with pytest.raises(RuntimeError, match="a bug"):
+        planned(fails=(full, RuntimeError("a bug")))

@@ -1,11 +1,21 @@
-"""Which sizes of a step are timed: doubled while that is worth it and memory holds it."""
+"""Which sizes of a step are timed: doubled while that is worth it and memory holds it; and with which layers."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from autodistill.search.pace import _growing
+from autodistill.distillation.student import cut_student, decoder_layers
+from autodistill.distillation.teacher import load_model
+from autodistill.estimate import spec_from_config
+from autodistill.search.pace import _growing, _Passes, measure_speed
+from autodistill.search.share import Workers
+from autodistill.strategy import Init
+from autodistill.testing import save_tiny_teacher
+
+LAYERS = 5
 
 
 @pytest.mark.parametrize(
@@ -37,3 +47,68 @@ def test_a_first_step_that_fails_is_told(error: RuntimeError) -> None:
 
     with pytest.raises(type(error), match=str(error)):
         _growing(fail, (1, 2))
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt_neox", "gemma3_text"])
+def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_teacher(tmp_path_factory.mktemp("teacher"), layers=LAYERS, architecture=request.param)
+
+
+def _workers(processes: int) -> Workers:
+    return Workers(count=1, threads=1, bf16=False, device="cpu", processes=processes)
+
+
+@pytest.mark.parametrize(("processes", "held"), [(1, 5), (2, 3), (4, 2), (8, 1)])
+def test_of_a_student_that_several_processes_share_no_more_layers_are_run_than_lie_in_one(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch, processes: int, held: int
+) -> None:
+    model = load_model(teacher, torch.float32)
+    block, run = type(decoder_layers(model)[0]), 0
+    forward, passes = block.forward, []
+
+    def counting(*given: object, **options: object) -> object:
+        nonlocal run
+        run += 1
+        return forward(*given, **options)
+
+    body = type(model.base_model)
+    whole = body.forward
+
+    def counted(*given: object, **options: object) -> object:
+        nonlocal run
+        run = 0
+        found = whole(*given, **options)
+        passes.append((run, torch.is_grad_enabled()))
+        return found
+
+    monkeypatch.setattr(block, "forward", counting)
+    monkeypatch.setattr(body, "forward", counted)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    speed, rates = measure_speed(
+        model,
+        spec_from_config(model.config.to_dict()),
+        lambda given: cut_student(given, Init(depth=1.0), None)[0],
+        _workers(processes),
+        1,
+        device="cpu",
+        sequence_length=8,
+    )
+    assert {count for count, training in passes if training} == ({held} if processes == 1 else {held, 0})
+    assert min(speed.worker_train, speed.worker_score, *rates.values()) > 0
+    # The teacher is as it was, and can be asked.
+    assert len(decoder_layers(model)) == LAYERS
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_layers_that_are_left_out_take_as_long_as_those_that_are_there(tmp_path: Path, processes: int) -> None:
+    model = load_model(save_tiny_teacher(tmp_path, layers=LAYERS), torch.float32)
+    passes = _Passes(model, torch.zeros(1, 8, dtype=torch.long), 1, "cpu", _workers(processes))
+    passes.take(model)
+    # 30 ms for the head, and 10 for each layer.
+    taken = passes.of_all_layers(lambda: 0.03 + 0.01 * len(decoder_layers(model)))
+    assert taken == pytest.approx(0.03 + 0.01 * LAYERS)
+    assert 1 <= len(decoder_layers(model)) <= LAYERS
+    # Noise by which nothing takes longer than something is not taken for speed.
+    assert passes.of_all_layers(lambda: 0.03 - 0.001 * len(decoder_layers(model))) > 0
