@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from autodistill import plugins
 from autodistill.distillation.teacher import resolve_teacher
 from autodistill.errors import InputError
-from autodistill.hardware import Machine, computes_bf16, detect
+from autodistill.hardware import Machine, detect
 from autodistill.storage import Storage
 from autodistill.units import format_bytes
 
@@ -163,14 +163,7 @@ def _hardware(machine: Machine) -> Iterator[Finding]:
     yield Finding(name="memory", ok=enough, detail=format_bytes(machine.memory_bytes), remedy=more)
     gpus = ", ".join(f"{gpu.name} ({format_bytes(gpu.memory_bytes)})" for gpu in machine.gpus)
     yield Finding(name="gpu", ok=True, detail=gpus or "none: searches train on the CPU", needed=False)
-    bf16 = _bf16(machine)
-    yield Finding(name="bf16", ok=True, detail="yes" if bf16 else "no: searches train in float32", needed=False)
-
-
-def _bf16(machine: Machine) -> bool:
-    import torch
-
-    return computes_bf16("cuda" if machine.gpus and torch.cuda.is_available() else "cpu")
+    yield Finding(name="bf16", ok=True, detail="yes" if machine.bf16 else "no: searches train in float32", needed=False)
 
 
 def _storage(uri: str) -> Finding:

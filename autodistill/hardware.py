@@ -34,11 +34,13 @@ class Machine:
         cpus: Cores, after affinity and a container's quota.
         memory_bytes: Main memory, after a container's limit.
         gpus: CUDA or ROCm devices that this process sees, or Apple's one.
+        bf16: Whether what trains here, the first CUDA or ROCm device or else the CPU, computes in bfloat16 itself.
     """
 
     cpus: int
     memory_bytes: int
     gpus: tuple[Gpu, ...] = ()
+    bf16: bool = False
 
     @property
     def accelerator(self) -> bool:
@@ -48,7 +50,10 @@ class Machine:
 
 def detect() -> Machine:
     """Looks at this machine; imports torch to see its GPUs."""
-    return Machine(cpus=_cpus(_CGROUP), memory_bytes=memory_bytes(), gpus=_gpus())
+    import torch
+
+    bf16 = computes_bf16("cuda" if torch.cuda.is_available() else "cpu")
+    return Machine(cpus=_cpus(_CGROUP), memory_bytes=memory_bytes(), gpus=_gpus(), bf16=bf16)
 
 
 def memory_bytes() -> int:

@@ -40,7 +40,6 @@ from autodistill.estimate import spec_from_config
 from autodistill.formats import Grid
 from autodistill.hardware import detect
 from autodistill.records.store import default_cache
-from autodistill.search.share import supports_bf16
 from autodistill.strategy import Distillation, Finishing, Init, Strategy
 from autodistill.token_sets import TokenSet
 
@@ -162,7 +161,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="the module as it was, to be compared with")
     parser.add_argument("--batch", type=int, nargs="+", default=[LENGTH, 4 * LENGTH], help="tokens of a step")
     arguments = parser.parse_args()
-    if arguments.bf16 and not supports_bf16(detect()):
+    if arguments.bf16 and not detect().bf16:
         parser.error("this machine computes in bfloat16 more slowly than in float32: leave --bf16 out")
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()

@@ -384,7 +384,7 @@ def _probe(needed: Mapping[str, str]) -> tuple[Machine, ...]:
             package = importlib.metadata.version("autodistill-search")
         except importlib.metadata.PackageNotFoundError:
             return {"package": "", "python": platform.python_version()}
-        from autodistill.hardware import detect
+        from autodistill.hardware import computes_bf16, detect
 
         machine = detect()
         return {
@@ -393,6 +393,7 @@ def _probe(needed: Mapping[str, str]) -> tuple[Machine, ...]:
             "unseen": [file for file in files if not os.path.exists(file)],
             "memory_bytes": machine.memory_bytes,
             "gpus": [(gpu.name, gpu.memory_bytes) for gpu in machine.gpus],
+            "bf16": {kind: computes_bf16(kind) for kind in ("cuda", "cpu")},
         }
 
     task = ray.remote(num_cpus=0, max_retries=0)(look)
@@ -436,6 +437,8 @@ def _machine(name: str, resources: dict[str, float], said: dict[str, Any], neede
         )
     if said["unseen"]:
         raise InputError(f"node {name} of the Ray cluster {needed[said['unseen'][0]]}")
-    gpus = tuple(Gpu(name=kind, memory_bytes=size) for kind, size in said["gpus"])
+    seen = tuple(Gpu(name=kind, memory_bytes=size) for kind, size in said["gpus"])
+    gpus = seen[: int(resources.get("GPU", 0))]
     memory = min(said["memory_bytes"], int(resources.get("memory", said["memory_bytes"])))
-    return Machine(cpus=int(resources.get("CPU", 0)), memory_bytes=memory, gpus=gpus[: int(resources.get("GPU", 0))])
+    bf16 = said["bf16"]["cuda" if gpus else "cpu"]
+    return Machine(cpus=int(resources.get("CPU", 0)), memory_bytes=memory, gpus=gpus, bf16=bf16)

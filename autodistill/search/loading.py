@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from autodistill.records.json_files import read_json
 from autodistill.rendering import Template
 from autodistill.search.checked import Checked
 from autodistill.search.possible import by_size
-from autodistill.search.share import Share, Workers, share_out, supports_bf16
+from autodistill.search.share import Share, Workers, share_out, train_in_bf16
 from autodistill.space import Space
 from autodistill.strategy import Alignment, Attention, Distillation, Lora
 from autodistill.templates import own_template
@@ -36,8 +36,9 @@ class Loaded:
 
     `renderings` are as `TrialSetting` has them; `templates` says of each model that has a chat template of its own what
     becomes of it, by the model's reference. `device` is where this process runs models, which of a cluster may be
-    another than its trials' one. `fit_step` says of tokens how an optimiser step of them is trained, and `fit` that of
-    `step_tokens`: what was asked for, is stored, or is the least, until a measurement chooses.
+    another than its trials' one, and `bf16` whether that computes in bfloat16 itself. `fit_step` says of tokens how an
+    optimiser step of them is trained, and `fit` that of `step_tokens`: what was asked for, is stored, or is the least,
+    until a measurement chooses.
     """
 
     teacher: Teacher
@@ -45,6 +46,7 @@ class Loaded:
     spec: ModelSpec
     workers: Workers
     device: str
+    bf16: bool
     threads: int
     step_tokens: int
     fit: TrainingFit
@@ -123,6 +125,7 @@ def load(checked: Checked, place: Place) -> Loaded:
         spec=spec,
         workers=share_out(place.machines, fit.estimate.total_bytes, request.runner, place.share),
         device="cuda" if place.here.gpus else "cpu",
+        bf16=place.here.bf16,
         threads=place.here.cpus,
         step_tokens=step_tokens,
         fit=fit,
@@ -175,7 +178,7 @@ def _training(
         sequence_length=length,
         sequences=step_tokens // length,
         # Run in the trial, the teacher lies beside the student.
-        limit_bytes=_trial_memory(place) - (_online_bytes(spec, place.machines[0], teacher_fit) if online else 0),
+        limit_bytes=_trial_memory(place) - (_online_bytes(spec, place.machines, teacher_fit) if online else 0),
         processes=processes,
     )
 
@@ -243,9 +246,9 @@ def _trial_memory(place: Place) -> int:
     return int(min(gpus) * min(1.0, place.share.gpus))
 
 
-def _online_bytes(spec: ModelSpec, machine: Machine, fit: TeacherFit) -> int:
-    """Of the teacher's weights in a trial, which computes in bfloat16 where the machine does."""
-    return 2 * spec.parameters if supports_bf16(machine) else fit.held_bytes
+def _online_bytes(spec: ModelSpec, machines: Sequence[Machine], fit: TeacherFit) -> int:
+    """Of the teacher's weights in a trial, which computes in bfloat16 where the machines do."""
+    return 2 * spec.parameters if train_in_bf16(machines) else fit.held_bytes
 
 
 def _recipes(space: Space, spec: ModelSpec, *fields: str) -> Iterator[Distillation]:

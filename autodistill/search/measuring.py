@@ -70,7 +70,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
             teacher,
             loaded.spec,
             largest,
-            loaded.workers,
+            replace(loaded.workers, bf16=loaded.workers.bf16 and loaded.bf16),
             loaded.threads,
             device=loaded.device,
             sequence_length=checked.sequence_length,
@@ -95,7 +95,13 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
     left_out = [cannot_hold(model, deployment) for model in models for deployment in checked.space.deployments]
     plan = replace(
         plan,
-        notes=(*plan.notes, *stepped, *notes, *filter(None, dict.fromkeys([loaded.teacher_fit.note, *left_out]))),
+        notes=(
+            *plan.notes,
+            *_planned_elsewhere(loaded),
+            *stepped,
+            *notes,
+            *filter(None, dict.fromkeys([loaded.teacher_fit.note, *left_out])),
+        ),
         example_share=share,
         micro_batch=fit.micro_batch,
         checkpointing=fit.checkpointing,
@@ -124,6 +130,17 @@ def _enough_memory(loaded: Loaded) -> Iterator[None]:
             f"{format_bytes(loaded.fit.estimate.total_bytes)}: end what else uses it, or choose {more}a lower "
             "--sequence-length, a smaller teacher, or a space with smaller students"
         ) from error
+
+
+def _planned_elsewhere(loaded: Loaded) -> tuple[str, ...]:
+    """That the plan, and the teacher, are of another kind of device than trials train on, if that is so."""
+    if loaded.device == loaded.workers.device:
+        return ()
+    here, there = ("CPU", "GPUs") if loaded.device == "cpu" else ("GPU", "CPUs")
+    return (
+        f"trials train on the {there} of other machines, but were planned at the speed of this one's {here}, which "
+        "runs the teacher too: start the search on a machine that has what they have, or fix --trials and --tokens",
+    )
 
 
 def _demand(

@@ -53,7 +53,7 @@ def time_outputs(checked: Checked, loaded: Loaded, teacher: Any) -> OutputsPace:
         teacher: The model, which is left on that device.
     """
     teacher.to(loaded.device)
-    settings = cache_settings(checked.space, loaded.spec, loaded.workers.bf16, None)
+    settings = cache_settings(checked.space, loaded.spec, loaded.workers.bf16 and loaded.bf16, None)
     cache, answering = None, 0.0
     if not settings.empty:
         some = load_split(loaded.data.folder, "train").head(pass_tokens(teacher, loaded.device))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autodistill.errors import InputError
-from autodistill.hardware import Machine, computes_bf16
+from autodistill.hardware import Machine
 
 # On a CPU more workers than this were not seen to train more tokens in all.
 _MOST_WORKERS = 8
@@ -58,9 +58,9 @@ class Workers:
         return self.count if self.side_by_side is None else self.side_by_side
 
 
-def supports_bf16(machine: Machine) -> bool:
-    """Whether training computes in bfloat16 on the machine's GPU, or on its CPU where there is none."""
-    return computes_bf16("cuda" if machine.gpus else "cpu")
+def train_in_bf16(machines: Sequence[Machine]) -> bool:
+    """Whether trials compute in bfloat16: if all machines that train do so themselves, those with GPUs if any has."""
+    return all(machine.bf16 for machine in [one for one in machines if one.gpus] or machines)
 
 
 def check_share(
@@ -132,7 +132,7 @@ def share_out(machines: Sequence[Machine], training_bytes: int, runner: str, sha
         runner: "inline" has one worker.
         share: What a trial is given.
     """
-    share = share or Share()
+    share, bf16 = share or Share(), train_in_bf16(machines)
     graphic = [machine for machine in machines if machine.gpus]
     if graphic:
         each = int(1 / share.gpus) if share.processes == 1 else 1
@@ -144,13 +144,12 @@ def share_out(machines: Sequence[Machine], training_bytes: int, runner: str, sha
         return Workers(
             count=count,
             threads=threads,
-            bf16=supports_bf16(graphic[0]),
+            bf16=bf16,
             device="cuda",
             processes=share.processes,
             gpus=share.gpus,
             side_by_side=1 if runner == "inline" else each,
         )
-    bf16 = supports_bf16(machines[0])
     if runner == "inline":
         return Workers(count=1, threads=share.threads or machines[0].cpus, bf16=bf16, device="cpu")
     places = [_places(machine, training_bytes, share.threads) for machine in machines]

@@ -134,7 +134,8 @@ def teacher_phase(
     validation = load_split(loaded.data.folder, "validation").head(plan.eval_tokens)
     with clock.phase("cache", "calibration"):
         calibration = calibration_file(checked, loaded)
-    settings = cache_settings(checked.space, loaded.spec, plan.bf16, calibration)
+    # A machine that only emulates bfloat16, which may take many times as long, makes them in float32 for any trials.
+    settings = cache_settings(checked.space, loaded.spec, plan.bf16 and loaded.bf16, calibration)
     cache = None
     if not settings.empty:
         with clock.phase("cache", "teacher cache"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 import socket
 import subprocess
 import threading
@@ -18,10 +19,10 @@ import yaml
 
 from autodistill.contracts import ModelSpec, Status
 from autodistill.errors import InputError
-from autodistill.hardware import Machine
+from autodistill.hardware import Machine, detect
 from autodistill.records.event_log import EventLog
 from autodistill.records.row import rows_of
-from autodistill.search.cluster import JoinedRay, LocalRay, check_address, join
+from autodistill.search.cluster import JoinedRay, LocalRay, _machine, check_address, join
 from autodistill.search.progress import Observer
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import search
@@ -90,6 +91,20 @@ def test_a_ray_of_this_machine_has_ended_once_one_of_its_processes_has(
     assert "goes on with --resume" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("resources", "bf16"), [({"CPU": 4, "GPU": 2}, True), ({"CPU": 4}, False)])
+def test_a_node_computes_in_bfloat16_as_what_ray_gives_of_it_does(resources: dict[str, float], bf16: bool) -> None:
+    said = {
+        "python": platform.python_version(),
+        "package": importlib.metadata.version("autodistill-search"),
+        "unseen": [],
+        "memory_bytes": 8,
+        "gpus": [("a", 24), ("a", 24), ("a", 24)],
+        "bf16": {"cuda": True, "cpu": False},
+    }
+    machine = _machine("node", resources, said)
+    assert (machine.bf16, len(machine.gpus)) == (bf16, resources.get("GPU", 0))
+
+
 @pytest.mark.slow
 def test_what_is_no_cluster_is_given_up_after_a_short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autodistill.search.cluster._JOIN_SECONDS", 3.0)
@@ -120,6 +135,7 @@ def test_nodes_that_differ_are_refused_and_the_cluster_lives_on(
     (tmp_path / "score.py").touch()
     joined = join(cluster.address, [tmp_path / "out"], [tmp_path / "score.py"])
     assert [machine.cpus for machine in joined.machines] == [1, 1]
+    assert {machine.bf16 for machine in joined.machines} == {detect().bf16}
     assert list((tmp_path / "out").iterdir()) == []
     joined.leave()
     join(cluster.address, []).leave()

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
+from autodistill.distillation.teacher_cache import CacheSettings
 from autodistill.errors import InputError
 from autodistill.hardware import Gpu, Machine
 from autodistill.search.checked import Checked, check_request
@@ -18,8 +19,10 @@ from autodistill.search.loading import Loaded, Place, load
 from autodistill.search.measuring import _sizes, plan_from_measurement
 from autodistill.search.outputs_pace import OutputsPace
 from autodistill.search.plan import ENOUGH_STEPS, Speed
+from autodistill.search.progress import Clock
 from autodistill.search.request import SearchRequest
 from autodistill.search.share import Share
+from autodistill.search.teacher_outputs import teacher_phase
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import Budget
 
@@ -58,16 +61,18 @@ def planned(inputs: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-u
     def plan(
         machine: Machine = GPU,
         rates: dict[int, float] = RATES,
+        here: Machine | None = None,
         share: Share | None = None,
         fails: Any = None,
         **more: object,
     ):  # type: ignore[no-untyped-def]
         fields: dict[str, object] = {"trials": 2, "tokens": 4 * LENGTH * ENOUGH_STEPS} | more
         checked = _checked(inputs, **fields)
-        loaded = load(checked, Place(here=machine, machines=(machine,), share=share or Share()))
+        loaded = load(checked, Place(here=here or machine, machines=(machine,), share=share or Share()))
         timed: list[int] = []
 
-        def measure(*given: object, sizes: tuple[int, ...], **options: object) -> tuple[Speed, dict[int, float]]:
+        def measure(*given: Any, sizes: tuple[int, ...], **options: object) -> tuple[Speed, dict[int, float]]:
+            assert given[3].bf16 <= loaded.bf16, "nothing is emulated"
             timed.extend(sizes)
             return SPEED, {size: rate for size, rate in rates.items() if size in sizes}
 
@@ -100,6 +105,42 @@ def test_on_an_accelerator_a_step_has_as_many_as_are_worth_it(planned) -> None: 
     two = replace(GPU, gpus=2 * GPU.gpus)
     processes, _, _ = planned(two, tokens=200 * LENGTH * ENOUGH_STEPS, share=Share(processes=2))
     assert (processes.batch_tokens, processes.micro_batch) == (8 * LENGTH, 4)
+
+
+def test_a_plan_that_another_kind_of_device_is_measured_for_says_so(planned) -> None:  # type: ignore[no-untyped-def]
+    fast, slow = replace(GPU, bf16=True), replace(GPU, gpus=())
+    for machine, here, said in (
+        (fast, slow, "trials train on the GPUs of other machines, but were planned at the speed of this one's CPU"),
+        (slow, fast, "trials train on the CPUs of other machines, but were planned at the speed of this one's GPU"),
+        (fast, fast, None),
+        (slow, slow, None),
+    ):
+        plan, _, timed = planned(machine, here=here)
+        notes = [note for note in plan.notes if "of other machines" in note]
+        assert notes == [] if said is None else notes[0].startswith(said)
+        assert plan.bf16 is machine.bf16
+        assert timed == [1] or said is None
+
+
+@pytest.mark.parametrize(("trials", "here"), [(True, True), (True, False), (False, True)])
+def test_the_teachers_outputs_are_made_in_bfloat16_where_that_is_not_emulated(
+    planned: Any, inputs: Path, monkeypatch: pytest.MonkeyPatch, trials: bool, here: bool
+) -> None:
+    class Made(Exception):
+        pass
+
+    def make(*given: object, settings: CacheSettings, **options: object) -> None:
+        assert settings.bf16 is (trials and here)
+        raise Made
+
+    machine = replace(GPU, bf16=trials)
+    plan, _, _ = planned(machine)
+    checked = _checked(inputs, trials=2)
+    loaded = load(checked, Place(here=replace(GPU, bf16=here), machines=(machine,), share=Share()))
+    monkeypatch.setattr("autodistill.search.teacher_outputs.calibration_file", lambda *given: None)
+    monkeypatch.setattr("autodistill.search.teacher_outputs.ensure_cache", make)
+    with pytest.raises(Made):
+        teacher_phase(checked, loaded, plan, mock.Mock(), Clock(0.0, lambda name: None), [])
 
 
 def test_few_tokens_have_small_steps(planned) -> None:  # type: ignore[no-untyped-def]

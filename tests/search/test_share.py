@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,11 +21,6 @@ def cores(*counts: int) -> list[Machine]:
 def cards(*counts: int) -> list[Machine]:
     gpu = Gpu(name="a", memory_bytes=24 * GB)
     return [Machine(cpus=16, memory_bytes=100 * GB, gpus=(gpu,) * count) for count in counts]
-
-
-@pytest.fixture(autouse=True)
-def bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
 
 
 def test_a_machine_is_shared_out_by_cores_memory_or_gpus() -> None:
@@ -62,6 +58,22 @@ def test_the_nodes_of_a_cluster_add_up() -> None:
     assert (workers.count, workers.threads, workers.beside) == (6, 1, 4)
     workers = share_out([*cores(8), *cards(2, 1)], GB, "ray")
     assert (workers.count, workers.device, workers.beside) == (3, "cuda", 1)
+
+
+@pytest.mark.parametrize("runner", ["ray", "inline"])
+def test_trials_compute_in_bfloat16_where_all_machines_that_train_do(runner: str) -> None:
+    """Whatever this one does, on which the tests run: it may train nothing."""
+    (card,), (core,) = cards(1), cores(8)
+    for machines, bf16 in (
+        ([core], False),
+        ([replace(core, bf16=True), core], False),
+        ([replace(card, bf16=True), core], True),
+        ([core, replace(card, bf16=True)], True),
+        ([replace(core, bf16=True), card], False),
+        ([replace(card, bf16=True), card], False),
+        ([replace(card, bf16=True)] * 2, True),
+    ):
+        assert share_out(machines, GB, runner).bf16 is bf16
 
 
 @pytest.mark.parametrize(
