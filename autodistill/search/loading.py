@@ -23,6 +23,7 @@ from autodistill.rendering import Template
 from autodistill.search.checked import Checked
 from autodistill.search.possible import by_size
 from autodistill.search.share import Share, Workers, share_out, train_in_bf16
+from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
 from autodistill.space import Space
 from autodistill.strategy import Alignment, Attention, Distillation, Lora
 from autodistill.templates import own_template
@@ -123,7 +124,9 @@ def load(checked: Checked, place: Place) -> Loaded:
         teacher=teacher,
         data=data,
         spec=spec,
-        workers=share_out(place.machines, fit.estimate.total_bytes, request.runner, place.share),
+        workers=share_out(
+            place.machines, _main_bytes(checked, place, spec, teacher_fit, fit), request.runner, place.share
+        ),
         device="cuda" if place.here.gpus else "cpu",
         bf16=place.here.bf16,
         threads=place.here.cpus,
@@ -244,6 +247,15 @@ def _trial_memory(place: Place) -> int:
     if not gpus:
         return min(machine.memory_bytes for machine in place.machines)
     return int(min(gpus) * min(1.0, place.share.gpus))
+
+
+def _main_bytes(checked: Checked, place: Place, spec: ModelSpec, teacher_fit: TeacherFit, fit: TrainingFit) -> int:
+    """Main memory of a process of a trial: of its training, or beside a GPU of the teacher and what is cut from it."""
+    if not any(machine.gpus for machine in place.machines):
+        return fit.estimate.total_bytes
+    _, largest = by_size(checked.space, spec)[-1]
+    stored = (4 if teacher_fit.stored == "float32" else 2) * spec.parameters
+    return stored + 4 * largest.parameters + TRANSFORMERS_PROCESS_BYTES
 
 
 def _online_bytes(spec: ModelSpec, machines: Sequence[Machine], fit: TeacherFit) -> int:

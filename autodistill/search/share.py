@@ -96,8 +96,15 @@ def check_share(
         raise InputError(f"--gpus-per-trial {asked:g}: there are {graphic} GPUs; ask for no more")
     if asked > 1:
         _check_runner(asked, runner, "--gpus-per-trial")
-        return Share(processes=int(asked), threads=cpus_per_trial)
-    return Share(gpus=asked, threads=cpus_per_trial)
+    share = Share(processes=max(1, int(asked)), gpus=min(1.0, asked), threads=cpus_per_trial)
+    threads = share.threads or 1
+    held = sum(_beside_gpus(machine, share, threads) for machine in machines)
+    if runner != "inline" and held < share.processes:
+        raise InputError(
+            f"a trial takes {share.processes} x {threads} cores, each {threads} beside a GPU of one machine, and here "
+            f"are {held} x {threads} of that kind: lower --gpus-per-trial, or --cpus-per-trial"
+        )
+    return share
 
 
 def _share_of_cores(machines: Sequence[Machine], asked: int | None, runner: str) -> Share:
@@ -121,26 +128,26 @@ def _check_runner(asked: float, runner: str, option: str) -> None:
         raise InputError(f"{option} {asked:g} takes several processes, which --runner inline has not: use --runner ray")
 
 
-def share_out(machines: Sequence[Machine], training_bytes: int, runner: str, share: Share | None = None) -> Workers:
-    """Workers for machines: one a GPU or as many as share it, or one a core where the memory holds that many trials.
+def share_out(machines: Sequence[Machine], main_bytes: int, runner: str, share: Share | None = None) -> Workers:
+    """Workers for machines: one a GPU or as many as share it, or one a core; as many as cores and main memory hold.
 
     On CPUs, single-threaded workers side by side train more tokens in all than one trial over all cores.
 
     Args:
         machines: Cores, memory and GPUs of each.
-        training_bytes: Memory that one process of a trial takes.
+        main_bytes: Main memory that one process of a trial takes.
         runner: "inline" has one worker.
         share: What a trial is given.
     """
     share, bf16 = share or Share(), train_in_bf16(machines)
     graphic = [machine for machine in machines if machine.gpus]
     if graphic:
-        each = int(1 / share.gpus) if share.processes == 1 else 1
-        held = sum(len(machine.gpus) for machine in graphic) * each
-        count = 1 if runner == "inline" else held // share.processes
+        each = _each(share)
         # Processes of the machine that has least cores for each.
         dense = min(machine.cpus // (len(machine.gpus) * each) for machine in graphic)
         threads = share.threads or max(1, graphic[0].cpus if runner == "inline" else dense)
+        held = sum(min(_beside_gpus(one, share, threads), _held(one, main_bytes)) for one in graphic)
+        count = 1 if runner == "inline" else max(1, held // share.processes)
         return Workers(
             count=count,
             threads=threads,
@@ -148,11 +155,11 @@ def share_out(machines: Sequence[Machine], training_bytes: int, runner: str, sha
             device="cuda",
             processes=share.processes,
             gpus=share.gpus,
-            side_by_side=1 if runner == "inline" else each,
+            side_by_side=min(each, count),
         )
     if runner == "inline":
         return Workers(count=1, threads=share.threads or machines[0].cpus, bf16=bf16, device="cpu")
-    places = [_places(machine, training_bytes, share.threads) for machine in machines]
+    places = [_places(machine, main_bytes, share.threads) for machine in machines]
     threads = share.threads or min(machine.cpus // place for machine, place in zip(machines, places, strict=True))
     return Workers(
         count=max(1, sum(places) // share.processes),
@@ -165,9 +172,24 @@ def share_out(machines: Sequence[Machine], training_bytes: int, runner: str, sha
     )
 
 
-def _places(machine: Machine, training_bytes: int, threads: int | None) -> int:
+def _each(share: Share) -> int:
+    """Processes that share a GPU."""
+    return int(1 / share.gpus) if share.processes == 1 else 1
+
+
+def _beside_gpus(machine: Machine, share: Share, threads: int) -> int:
+    """Processes that have their part of a machine's GPUs, and cores of it, at once."""
+    return min(len(machine.gpus) * _each(share), machine.cpus // threads)
+
+
+def _held(machine: Machine, main_bytes: int) -> int:
+    """Processes that a machine's main memory holds at once, with some to spare."""
+    return max(1, int(0.8 * machine.memory_bytes // main_bytes))
+
+
+def _places(machine: Machine, main_bytes: int, threads: int | None) -> int:
     """Processes that train on a machine's cores at once."""
-    held = max(1, int(0.8 * machine.memory_bytes // training_bytes))
+    held = _held(machine, main_bytes)
     if threads is not None:
         return min(machine.cpus // threads, held)
     return min(machine.cpus, held, _MOST_WORKERS)

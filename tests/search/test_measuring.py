@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from autodistill.distillation.teacher_cache import CacheSettings
 from autodistill.errors import InputError
@@ -23,6 +24,7 @@ from autodistill.search.progress import Clock
 from autodistill.search.request import SearchRequest
 from autodistill.search.share import Share
 from autodistill.search.teacher_outputs import teacher_phase
+from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import Budget
 
@@ -242,3 +244,14 @@ def test_memory_that_runs_out_in_measuring_is_told_with_what_is_needed(planned, 
     assert told.value.__cause__ is error
     with pytest.raises(RuntimeError, match="a bug"):
         planned(fails=(full, RuntimeError("a bug")))
+
+
+def test_beside_a_gpu_a_process_has_the_teacher_and_its_student_in_main_memory(inputs: Path) -> None:
+    """The teacher of 32-bit weights, and the largest student of them all; of which machines hold one, two or three."""
+    checked = _checked(inputs, trials=1, tokens=10**4)
+    tensors = load_file(inputs / "teacher" / "model.safetensors").values()
+    need = 2 * 4 * sum(tensor.numel() for tensor in tensors) + TRANSFORMERS_PROCESS_BYTES
+    for held in (1, 2, 3):
+        machine = replace(GPU, cpus=8, memory_bytes=int(1.01 * held * need / 0.8))
+        place = Place(here=machine, machines=(machine,), share=Share(gpus=0.25))
+        assert load(checked, place).workers.count == held

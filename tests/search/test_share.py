@@ -18,9 +18,9 @@ def cores(*counts: int) -> list[Machine]:
     return [Machine(cpus=count, memory_bytes=100 * GB) for count in counts]
 
 
-def cards(*counts: int) -> list[Machine]:
+def cards(*counts: int, cpus: int = 16) -> list[Machine]:
     gpu = Gpu(name="a", memory_bytes=24 * GB)
-    return [Machine(cpus=16, memory_bytes=100 * GB, gpus=(gpu,) * count) for count in counts]
+    return [Machine(cpus=cpus, memory_bytes=100 * GB, gpus=(gpu,) * count) for count in counts]
 
 
 def test_a_machine_is_shared_out_by_cores_memory_or_gpus() -> None:
@@ -53,6 +53,19 @@ def test_gpus_have_a_worker_each() -> None:
     assert (workers.count, workers.threads, workers.device) == (2, 8, "cuda")
 
 
+@pytest.mark.parametrize(("need", "gpus", "count", "beside"), [(19, 0.25, 4, 4), (21, 0.25, 3, 3), (90, 0.25, 1, 1)])
+def test_main_memory_holds_what_trains_on_a_gpu_too(need: int, gpus: float, count: int, beside: int) -> None:
+    """Four fifths of 100 GB: four times 19 GB, three times 21, and one at least."""
+    workers = share_out(cards(1), need * GB, "ray", Share(gpus=gpus))
+    assert (workers.count, workers.beside) == (count, beside)
+
+
+def test_one_process_has_no_bundles_to_place() -> None:
+    assert check_share(cards(1, cpus=1), 0.5, None, "inline") == Share(gpus=0.5)
+    workers = share_out(cards(2), GB, "inline", Share(gpus=0.5))
+    assert (workers.count, workers.threads, workers.beside) == (1, 16, 1)
+
+
 def test_the_nodes_of_a_cluster_add_up() -> None:
     workers = share_out(cores(2, 4), GB, "ray")
     assert (workers.count, workers.threads, workers.beside) == (6, 1, 4)
@@ -83,6 +96,12 @@ def test_trials_compute_in_bfloat16_where_all_machines_that_train_do(runner: str
         (cards(2), 0.3, 1, Share(gpus=0.3, threads=1), 6, 1),
         (cards(2, 2), 2, None, Share(processes=2), 2, 8),
         (cards(2, 1), 3, None, Share(processes=3), 1, 8),
+        # Cores are what these have least of: 3 x 32 of 96, one of 2 for each of two, and each machine's for itself.
+        (cards(8, cpus=96), None, 32, Share(threads=32), 3, 32),
+        (cards(1, cpus=2), 0.25, None, Share(gpus=0.25), 2, 1),
+        (cards(8, cpus=96), 2, 32, Share(processes=2, threads=32), 1, 32),
+        (cards(4, 4, cpus=6), 2, 4, Share(processes=2, threads=4), 1, 4),
+        ([*cards(4, cpus=2), *cores(64)], None, None, Share(), 2, 1),
         (cores(4), None, 2, Share(threads=2), 2, 2),
         # Three cores are left over, since each of these has one of two.
         (cores(3, 3), None, 2, Share(threads=2), 2, 2),
@@ -113,6 +132,9 @@ def test_a_trial_is_given_what_was_asked_for(
         (cards(2), float("nan"), None, "ray", "a fraction of one, or a whole number"),
         (cards(2), 2, None, "inline", "use --runner ray"),
         (cards(2), None, 17, "ray", "no machine has more than 16 cores"),
+        (cards(8, cpus=96), 2, 64, "ray", "takes 2 x 64 cores.* here are 1 x 64"),
+        (cards(8, cpus=4), 8, None, "ray", "takes 8 x 1 cores.* here are 4 x 1"),
+        ([*cards(1, cpus=4), *cores(16)], None, 8, "ray", "takes 1 x 8 cores.* here are 0 x 8"),
         (cores(2), 1, None, "ray", "there is no GPU here"),
         (cores(2, 2), None, 5, "ray", "there are 4 cores"),
         (cores(2, 2), None, 0, "ray", "at least 1"),
