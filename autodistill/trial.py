@@ -64,9 +64,6 @@ class Workbench:
 
     def __post_init__(self) -> None:
         torch.set_num_threads(self.setting.plan.threads)
-        if self.setting.device == "cuda" and self.setting.plan.gpus < 1:
-            # Of workers that share a GPU each keeps to its share.
-            torch.cuda.set_per_process_memory_fraction(self.setting.plan.gpus)
         keep_freed_memory()
         self.cache = TeacherCache(self.setting.cache) if self.setting.cache else None
         setting = self.setting

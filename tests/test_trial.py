@@ -368,6 +368,13 @@ def test_straight_to_the_last_rung_is_the_same_student(lab, tmp_path):
     assert _kept(tmp_path, "straight") == [branch_point(target, 0.25, 64) for target in (256, 512)]
 
 
+def test_a_bench_binds_no_process_to_a_share_of_a_gpu(lab, tmp_path, monkeypatch):
+    """It may be the search's own, which exports and opens the test split there too."""
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", lambda share: pytest.fail("bound"))
+    setting = lab.setting(tmp_path)
+    Workbench(replace(setting, device="cuda", plan=replace(setting.plan, gpus=0.5)))
+
+
 def test_the_saved_student_is_what_was_evaluated(lab, tmp_path):
     setting = lab.setting(tmp_path)
     trial = Trial(Workbench(setting), _task(straight=True))

@@ -11,6 +11,8 @@ import torch
 # Of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 * 2**20
+# Of a GPU, what a process takes outside of torch's allocator: CUDA's context, and the kernels that were loaded.
+_CONTEXT_BYTES = 600 * 10**6
 
 
 def keep_freed_memory() -> None:
@@ -32,13 +34,32 @@ def give_back_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def share_bytes(total: int, share: float) -> int:
+    """Bytes of a GPU that each of the processes which share it may allocate.
+
+    The contexts of all of them, and that of the search itself, which stays, find room beside that.
+
+    Args:
+        total: All of the GPU's.
+        share: Of a process, below 1.
+    """
+    return max(0, int(share * total - (1 + share) * _CONTEXT_BYTES))
+
+
+def keep_to_share(share: float) -> None:
+    """Lets this process allocate no more than its share of its GPU: memory is out where the others' would begin."""
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(share_bytes(total, share) / total)
+
+
 def free_bytes(device: str) -> int | None:
     """Memory of a GPU that this process may still allocate; None of other devices, which do not say."""
     if torch.device(device).type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info()
     # What torch keeps of freed memory is free for its next tensors.
-    return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+    most = min(free + torch.cuda.memory_reserved(), torch.cuda.get_per_process_memory_fraction() * total)
+    return max(0, int(most - torch.cuda.memory_allocated()))
 
 
 class TooManyAtOnce(Exception):

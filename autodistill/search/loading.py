@@ -12,6 +12,7 @@ from autodistill.applied import check_rendering
 from autodistill.contracts import ModelSpec
 from autodistill.data import prepare
 from autodistill.distillation.held import load_held
+from autodistill.distillation.memory import share_bytes
 from autodistill.distillation.pretrained import token_rows
 from autodistill.distillation.signals import check_told
 from autodistill.distillation.teacher import Teacher, materialise, resolve_teacher, stored_type, tokenizer_fingerprint
@@ -246,7 +247,7 @@ def _trial_memory(place: Place) -> int:
     gpus = [gpu.memory_bytes for machine in place.machines for gpu in machine.gpus]
     if not gpus:
         return min(machine.memory_bytes for machine in place.machines)
-    return int(min(gpus) * min(1.0, place.share.gpus))
+    return min(gpus) if place.share.gpus == 1 else share_bytes(min(gpus), place.share.gpus)
 
 
 def _main_bytes(checked: Checked, place: Place, spec: ModelSpec, teacher_fit: TeacherFit, fit: TrainingFit) -> int:

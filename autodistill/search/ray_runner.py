@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
+from autodistill.distillation.memory import keep_to_share
 from autodistill.errors import LostClusterError
 from autodistill.search.campaign import Campaign
 from autodistill.search.cluster import Cluster
@@ -78,6 +79,8 @@ def _worker(setting: TrialSetting, deadline: float | None) -> Work:
     """What a worker process does its assignments by; made once in each."""
     if setting.plan.processes > 1:
         return Group(setting, deadline).work
+    if setting.device == "cuda" and setting.plan.gpus < 1:
+        keep_to_share(setting.plan.gpus)
     bench, guard = Workbench(fetch(setting)), step_guard(deadline)
     return lambda assignment: attempt(partial(work, bench, assignment, guard))
 

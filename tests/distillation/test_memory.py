@@ -70,3 +70,39 @@ def test_other_errors_are_not_taken_for_full_memory():
 
 def test_nothing_is_asked_of_a_gpu_that_is_not_there():
     memory.give_back_memory()
+
+
+@pytest.mark.parametrize("total", [8 * 10**9, 24 * 10**9, 80 * 2**30])
+@pytest.mark.parametrize("share", [0.5, 0.3, 0.25, 0.1])
+def test_shares_of_a_gpu_leave_room_for_every_context(total, share):
+    each, processes = memory.share_bytes(total, share), int(1 / share)
+    # A context takes some 600 MB: one for each process, and the one of the search.
+    assert processes * each + (processes + 1) * 600e6 <= total
+    assert each == 0 or each >= share * total - 1e9
+
+
+class Gpu:
+    """What torch says of a GPU of 24 GB, of which other processes have 10, and this one reserves 4 and uses 3."""
+
+    def __init__(self, monkeypatch):
+        self.fraction = 1.0
+        told = {"memory_reserved": 4 * 10**9, "memory_allocated": 3 * 10**9, "mem_get_info": (10**10, 24 * 10**9)}
+        for name, value in told.items():
+            monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: self.fraction)
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", self.set)
+
+    def set(self, fraction):
+        self.fraction = fraction
+
+
+def test_a_process_that_keeps_to_its_share_has_what_that_leaves_free(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    assert memory.free_bytes("cuda") == 11 * 10**9
+    memory.keep_to_share(0.5)
+    # 12 GB, less its own context and half of the search's.
+    assert gpu.fraction * 24e9 == pytest.approx(11.1e9)
+    assert memory.free_bytes("cuda") == pytest.approx(8.1e9, abs=1)
+    memory.keep_to_share(0.01)
+    assert (gpu.fraction, memory.free_bytes("cuda")) == (0, 0)
+    assert memory.free_bytes("cpu") is None

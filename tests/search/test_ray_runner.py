@@ -9,6 +9,8 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -17,7 +19,10 @@ from autodistill.contracts import Status
 from autodistill.errors import AutoDistillError
 from autodistill.records.event_log import EventLog
 from autodistill.records.row import rows_of
+from autodistill.search.campaign import Campaign
+from autodistill.search.inline_runner import run_inline
 from autodistill.search.progress import Observer
+from autodistill.search.ray_runner import _worker
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.testing import save_tiny_teacher, tiny_text
@@ -50,6 +55,27 @@ class Killer(Observer):
                         found = True
             self._times -= found
             time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "processes", "expected"),
+    [("cuda", 0.25, 1, [0.25]), ("cuda", 1.0, 1, []), ("cuda", 1.0, 2, []), ("cpu", 0.25, 1, [])],
+)
+def test_workers_that_share_a_gpu_keep_to_their_shares_and_the_search_itself_does_not(
+    monkeypatch: pytest.MonkeyPatch, device: str, gpus: float, processes: int, expected: list[float]
+) -> None:
+    kept: list[float] = []
+    monkeypatch.setattr("autodistill.search.ray_runner.keep_to_share", kept.append)
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", kept.append)
+    for runner in ("ray_runner", "inline_runner"):
+        monkeypatch.setattr(f"autodistill.search.{runner}.Workbench", lambda setting: None)
+    monkeypatch.setattr("autodistill.search.ray_runner.fetch", lambda setting: setting)
+    plan = SimpleNamespace(gpus=gpus, processes=processes)
+    setting: Any = SimpleNamespace(device=device, plan=plan)
+    run_inline(cast("Campaign", SimpleNamespace(next=lambda: None)), setting, None)
+    assert kept == []
+    _worker(setting, None)
+    assert kept == expected
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
