@@ -184,6 +184,8 @@ def _training(
         # Run in the trial, the teacher lies beside the student.
         limit_bytes=_trial_memory(place) - (_online_bytes(spec, place.machines, teacher_fit) if online else 0),
         processes=processes,
+        bf16=train_in_bf16(place.machines),
+        on_grid=_on_grid(checked.space, spec),
     )
 
 
@@ -270,6 +272,12 @@ def _recipes(space: Space, spec: ModelSpec, *fields: str) -> Iterator[Distillati
     # Without dimensions nothing is proposed, and the baselines are all there is.
     strategies = space.cases(paths, spec.layers) if space.dimensions else iter(space.baselines.values())
     return (strategy.distillation for strategy in strategies)
+
+
+def _on_grid(space: Space, spec: ModelSpec) -> bool:
+    """Whether a trial of the space may be trained on a grid."""
+    strategies = space.cases({"finishing"}, spec.layers) if space.dimensions else space.baselines.values()
+    return any(strategy.finishing is not None for strategy in strategies)
 
 
 def _lora(space: Space, spec: ModelSpec, student: ModelSpec) -> Lora | None:
