@@ -63,6 +63,8 @@ def deployed_weights(
 ) -> Iterator[None]:
     """Puts the values that the runtime will see into the model, and the master weights back at the end.
 
+    Of a model on an accelerator the masters wait in this machine's memory: beside them it would hold the weights twice.
+
     Args:
         model: In float32, or held in 16 bits, where scales are not for it.
         spec: Its shape.
@@ -78,13 +80,14 @@ def deployed_weights(
     try:
         for tensor in spec.tensors:
             parameter = parameters[tensor.name]
-            masters[tensor.name] = parameter.data
             learned = (scales or {}).get(tensor.name)
-            parameter.data = deploy_tensor(parameter.data, deployment.storage(tensor), learned)
+            packed = deploy_tensor(parameter.data, deployment.storage(tensor), learned)
+            masters[tensor.name] = parameter.data.cpu()
+            parameter.data = packed
         yield
     finally:
         for name, master in masters.items():
-            parameters[name].data = master
+            parameters[name].data = master.to(parameters[name].device)
 
 
 @dataclass(frozen=True, kw_only=True)

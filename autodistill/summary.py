@@ -77,7 +77,8 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         "tokens": f"{plan['tokens']:,} a trial at full fidelity, {plan['batch_tokens']:,} an optimiser step",
         **_trained_on(plan),
         "workers": f"{plan['workers']} with {plan['threads']} threads each, {'bf16' if plan['bf16'] else 'float32'}",
-        "memory": f"{format_bytes(total)} to train the largest student, {means}: {parts}",
+        "memory": f"{format_bytes(total)} to train the largest student, {means}: {parts}; "
+        f"{format_bytes(document['evaluation_bytes'])} to evaluate it",
         "evaluation": f"{plan['rung_eval_tokens']:,} tokens at a rung, {plan['eval_tokens']:,} at the end, "
         f"{plan['test_tokens']:,} on the test split",
         "cache": f"{format_bytes(document['cache_bytes'])} of disk for the teacher's outputs",

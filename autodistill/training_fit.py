@@ -29,12 +29,19 @@ class TrainingFit:
         checkpointing: Whether the backward pass computes each layer's activations again instead of keeping them.
         optimizer_state: What AdamW's two moments are held in.
         estimate: Memory that this takes.
+        evaluation_bytes: What the trained student then takes while it is scored, whole and in one process.
     """
 
     micro_batch: int
     checkpointing: bool
     optimizer_state: OptimizerState
     estimate: TrainingEstimate = field(repr=False)
+    evaluation_bytes: int = field(repr=False)
+
+    @property
+    def total_bytes(self) -> int:
+        """What the memory must hold: of training and evaluation, which come one after the other, the larger."""
+        return max(self.estimate.total_bytes, self.evaluation_bytes)
 
 
 def training_fits(
@@ -49,6 +56,8 @@ def training_fits(
     processes: int = 1,
     bf16: bool = False,
     on_grid: bool = False,
+    device: str = "cpu",
+    threads: int = 1,
 ) -> Iterator[TrainingFit]:
     """Ways to compute a step of so many sequences, from the fastest to the smallest, each smaller than those before.
 
@@ -67,11 +76,14 @@ def training_fits(
         processes: That train it together, each with its share of the sequences and of the weights.
         bf16: Whether products are computed in bfloat16.
         on_grid: Whether a trial may be trained on a grid.
+        device: Where trials run: "cpu", or an accelerator.
+        threads: Of a process; on a CPU each scores a sequence of its own.
     """
     sizes = [max(1, sequences // processes)]
     while sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
     means: list[tuple[bool, OptimizerState]] = [(False, "float32"), (True, "float32"), (True, "int8")]
+    evaluation_bytes = _evaluation_bytes(spec, sequence_length, device, threads)
     least = math.inf
     for (checkpointing, state), micro_batch in itertools.product(means, sizes):
         estimates = (
@@ -95,8 +107,30 @@ def training_fits(
         if estimate.total_bytes < least:
             least = estimate.total_bytes
             yield TrainingFit(
-                micro_batch=micro_batch, checkpointing=checkpointing, optimizer_state=state, estimate=estimate
+                micro_batch=micro_batch,
+                checkpointing=checkpointing,
+                optimizer_state=state,
+                estimate=estimate,
+                evaluation_bytes=evaluation_bytes,
             )
+
+
+def _evaluation_bytes(spec: ModelSpec, sequence_length: int, device: str, threads: int) -> int:
+    """What scoring a student under a deployment takes.
+
+    On a CPU its packed values lie beside the float32 weights. On an accelerator these wait in the machine's memory, and
+    one tensor after the other lies there with its packed values.
+    """
+    cpu = device == "cpu"
+    beside = spec.parameters if cpu else max(math.prod(tensor.shape) for tensor in spec.tensors)
+    return 4 * (spec.parameters + beside) + _pass_bytes(spec, sequence_length, threads if cpu else 1)
+
+
+def _pass_bytes(spec: ModelSpec, sequence_length: int, threads: int) -> int:
+    """What a process takes beside weights to run a model over one sequence on each thread."""
+    logits = 3 * 4 * sequence_length * spec.vocabulary
+    activations = 4 * sequence_length * (4 * spec.width + 3 * spec.ffn_width)
+    return threads * (activations + logits) + TRANSFORMERS_PROCESS_BYTES
 
 
 def _sharded(estimate: TrainingEstimate, spec: ModelSpec, processes: int) -> TrainingEstimate:
@@ -132,8 +166,10 @@ def fit_training(
     processes: int = 1,
     bf16: bool = False,
     on_grid: bool = False,
+    device: str = "cpu",
+    threads: int = 1,
 ) -> TrainingFit:
-    """The fastest way to train a student that a memory holds.
+    """The fastest way to train a student that a memory holds, if it holds its evaluation too.
 
     Args:
         spec: The largest student of a space.
@@ -147,9 +183,10 @@ def fit_training(
         processes: That train it together, each on a device of so much memory.
         bf16: Whether products are computed in bfloat16.
         on_grid: Whether a trial may be trained on a grid.
+        device, threads: As for `training_fits`.
 
     Raises:
-        InputError: None does; says what the smallest takes.
+        InputError: None does; says what the smallest takes, or the evaluation.
         MissingDependencyError: Only 8-bit optimiser states fit, and their package is not installed.
     """
     smallest = None
@@ -164,9 +201,11 @@ def fit_training(
         processes=processes,
         bf16=bf16,
         on_grid=on_grid,
+        device=device,
+        threads=threads,
     ):
         smallest = way
-        if way.estimate.total_bytes > limit_bytes:
+        if way.total_bytes > limit_bytes:
             continue
         if way.optimizer_state == "int8" and importlib.util.find_spec("bitsandbytes") is None:
             raise MissingDependencyError(
@@ -175,11 +214,14 @@ def fit_training(
             )
         return way
     assert smallest is not None
-    means = "with checkpointing and 8-bit optimiser states" + (f" over {processes} processes" if processes > 1 else "")
+    if smallest.evaluation_bytes > smallest.estimate.total_bytes:
+        what, means = "evaluating", "in one process, as a trained student is"
+    else:
+        what, means = "training", "even one sequence at a time, with checkpointing and 8-bit optimiser states"
+        means += f" over {processes} processes" if processes > 1 else ""
     raise InputError(
-        f"training a student of {spec.layers} layers takes {format_bytes(smallest.estimate.total_bytes)} even one "
-        f"sequence at a time, {means}, and this machine has {format_bytes(limit_bytes)}: choose a smaller teacher, "
-        "or a space with smaller students"
+        f"{what} a student of {spec.layers} layers takes {format_bytes(smallest.total_bytes)} {means}, and this "
+        f"machine has {format_bytes(limit_bytes)}: choose a smaller teacher, or a space with smaller students"
     )
 
 
@@ -238,6 +280,7 @@ def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, mach
     """How a teacher is held: in float32 where memory takes that, which is fastest on a CPU, else in 16 bits.
 
     Float32 needs the weights twice: while the teacher is scored under a deployment, its packed values lie beside them.
+    On a GPU, where the weights wait in the machine's memory meanwhile, that half is room for what runs beside it.
     In 16 bits matrices are held once, in the type that they are stored in, and cast to float32, or packed, part by
     part when they are read. Weights stored in float32 are then rounded to bfloat16.
 
@@ -253,14 +296,12 @@ def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, mach
     """
     limit_bytes = min([machine.memory_bytes, *(gpu.memory_bytes for gpu in machine.gpus[:1])])
     threads = 1 if machine.gpus else machine.cpus
-    logits = 3 * 4 * sequence_length * spec.vocabulary
-    activations = 4 * sequence_length * (4 * spec.width + 3 * spec.ffn_width)
     matrices = sum(math.prod(tensor.shape) for tensor in spec.tensors if len(tensor.shape) == 2)
     whole = TeacherFit(
         held="float32",
         stored=stored,
         weights_bytes=2 * 4 * spec.parameters,
-        pass_bytes=threads * (activations + logits) + TRANSFORMERS_PROCESS_BYTES,
+        pass_bytes=_pass_bytes(spec, sequence_length, threads),
     )
     if whole.total_bytes <= limit_bytes:
         return whole

@@ -159,6 +159,7 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
     }
     memory = {"weights_bytes": 2e9, "gradients_bytes": 1e9, "total_bytes": 3e9}
     document = {"plan": plan, "cache_bytes": 3.5e6, "expected_seconds": 420.0, "training_bytes": memory}
+    document["evaluation_bytes"] = 1.5e9
     document["budget"] = DOCUMENT["budget"]
     hours = {"machine_hours": 0.1167, "worker_hours": 0.2222, "gpu_hours": 0.0}
     text = plan_summary(document | hours)
@@ -174,7 +175,7 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
         "2 with 1 threads each, bf16",
         "3.50 MB of disk",
         "3.00 GB to train the largest student, 1 sequence at a time, checkpointing, 8-bit optimiser states: "
-        "weights 2.00 GB, gradients 1.00 GB",
+        "weights 2.00 GB, gradients 1.00 GB; 1.50 GB to evaluate it",
         "7m 00s expected, time box 10m 00s",
         "load 20.0s, trials 6m 40s",
         "The box holds 9 trials; 12 are usual: give it more --time.",

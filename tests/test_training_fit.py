@@ -11,8 +11,9 @@ from autodistill.contracts import HeldType, ModelSpec
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.estimate import spec_from_config
 from autodistill.hardware import Gpu, Machine
+from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
 from autodistill.strategy import Lora
-from autodistill.training_fit import fit_teacher, fit_training, training_fits
+from autodistill.training_fit import TrainingFit, fit_teacher, fit_training, training_fits
 
 QWEN_1_5B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -139,12 +140,52 @@ def test_several_processes_share_weights_and_sequences_but_not_what_is_whole_for
     assert 4 * together[2].estimate.activations_bytes == alone[-1].estimate.activations_bytes
     # Two bytes a weight, and two scales of four in each block of 256.
     assert together[-1].estimate.optimizer_bytes == (2 * weights + 2 * 4 * weights // 256) // 4
+
     # A student that one GPU of 24 GB cannot train in float32 states is trained by four.
-    assert fit_training(spec(), sequence_length=256, sequences=8, limit_bytes=24 * 10**9, processes=4).micro_batch == 2
-    with pytest.raises(InputError, match="over 4 processes"):
-        fit_training(spec(), sequence_length=256, sequences=8, limit_bytes=6 * 10**9, processes=4)
-    fit = fit_training(spec(), sequence_length=256, sequences=8, limit_bytes=8 * 10**9, processes=4)
-    assert fit.optimizer_state == "int8"
+    def fit(gigabytes: float, processes: int) -> TrainingFit:
+        return fit_training(
+            spec(),
+            sequence_length=256,
+            sequences=8,
+            limit_bytes=int(gigabytes * 1e9),
+            processes=processes,
+            device="cuda",
+        )
+
+    assert fit(24, 4).micro_batch == 2
+    assert fit(8.1, 4).optimizer_state == "int8"
+    with pytest.raises(InputError, match=r"training a student of 28 layers takes .* over 2 processes"):
+        fit(9, 2)
+    # Trained by any number of processes, it is evaluated by one.
+    with pytest.raises(InputError, match=r"evaluating a student of 28 layers takes 8\.01 GB in one process"):
+        fit(7, 4)
+
+
+def test_an_evaluation_takes_the_weights_and_packed_values_which_on_a_gpu_lie_there_once() -> None:
+    weights, table = 1_543_714_304, 233_373_696
+    # A sequence's logits three times over, and a layer's activations of it, beside the process itself.
+    read = 4 * 256 * (3 * 151936 + 4 * 1536 + 3 * 8960)
+    lora = Lora(rank=16)
+
+    def way(device: str, threads: int = 1, processes: int = 1) -> TrainingFit:
+        more = {"sequence_length": 256, "sequences": 8, "lora": lora, "train_embeddings": False}
+        *_, last = training_fits(spec(), device=device, threads=threads, processes=processes, **more)  # type: ignore[arg-type]
+        return last
+
+    assert way("cpu").evaluation_bytes == 8 * weights + read + TRANSFORMERS_PROCESS_BYTES
+    assert way("cpu", threads=4).evaluation_bytes == 8 * weights + 4 * read + TRANSFORMERS_PROCESS_BYTES
+    # Tensor by tensor is packed there, the table being the largest.
+    expected = 4 * (weights + table) + read + TRANSFORMERS_PROCESS_BYTES
+    for processes in (1, 4):
+        assert way("cuda", threads=4, processes=processes).evaluation_bytes == expected
+    # Low-rank changes take less to train than to evaluate on a CPU, which must hold both.
+    low = way("cpu")
+    assert low.estimate.total_bytes < low.evaluation_bytes == low.total_bytes
+    most = next(training_fits(spec(), sequence_length=256, sequences=8))
+    assert most.total_bytes == most.estimate.total_bytes > most.evaluation_bytes
+    limit = (low.estimate.total_bytes + low.evaluation_bytes) // 2
+    with pytest.raises(InputError, match=r"evaluating a student of 28 layers takes 13\.3 GB in one process"):
+        fit_training(spec(), sequence_length=256, sequences=8, limit_bytes=limit, lora=lora, train_embeddings=False)
 
 
 def test_several_processes_each_have_all_of_the_low_rank_changes() -> None:

@@ -186,6 +186,8 @@ def _training(
         processes=processes,
         bf16=train_in_bf16(place.machines),
         on_grid=_on_grid(checked.space, spec),
+        device="cuda" if any(machine.gpus for machine in place.machines) else "cpu",
+        threads=place.share.threads or 1,
     )
 
 
@@ -255,7 +257,7 @@ def _trial_memory(place: Place) -> int:
 def _main_bytes(checked: Checked, place: Place, spec: ModelSpec, teacher_fit: TeacherFit, fit: TrainingFit) -> int:
     """Main memory of a process of a trial: of its training, or beside a GPU of the teacher and what is cut from it."""
     if not any(machine.gpus for machine in place.machines):
-        return fit.estimate.total_bytes
+        return fit.total_bytes
     _, largest = by_size(checked.space, spec)[-1]
     stored = (4 if teacher_fit.stored == "float32" else 2) * spec.parameters
     return stored + 4 * largest.parameters + TRANSFORMERS_PROCESS_BYTES

@@ -89,6 +89,7 @@ def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
         "speed": asdict(speed),
         "cache_bytes": tokens * per_token,
         "training_bytes": {**asdict(loaded.fit.estimate), "total_bytes": loaded.fit.estimate.total_bytes},
+        "evaluation_bytes": loaded.fit.evaluation_bytes,
         "budget": request.budget.to_json(),
         "expected_seconds": sum(plan.seconds.values()),
         **cost(plan, place.machines, request.price),

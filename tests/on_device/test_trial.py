@@ -304,6 +304,7 @@ def test_a_packed_teacher_is_evaluated_as_on_the_cpu(teacher, validation, device
     spec, found = _spec(teacher), []
     for kind in ("cpu", device):
         model = load_held(teacher, held, kind)
+        before = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
         evaluation, _ = evaluate(
             model,
             spec,
@@ -317,6 +318,9 @@ def test_a_packed_teacher_is_evaluated_as_on_the_cpu(teacher, validation, device
         found.append({name: one.value for name, one in evaluation.measurements.items()})
         with deployed_weights(model, spec, deployment):
             assert {parameter.device.type for parameter in model.parameters()} == {kind}
+        for name, parameter in model.named_parameters():
+            assert parameter.device.type == kind
+            assert torch.equal(parameter.detach().cpu(), before[name])
     assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
