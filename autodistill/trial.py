@@ -21,7 +21,7 @@ from autodistill.distillation.attention import TeacherBlock, teacher_layer
 from autodistill.distillation.checkpoint import read_metadata
 from autodistill.distillation.grid_scales import read_scales, write_scales
 from autodistill.distillation.held import load_held
-from autodistill.distillation.memory import is_out_of_memory, keep_freed_memory
+from autodistill.distillation.memory import give_back_memory, is_out_of_memory, keep_freed_memory
 from autodistill.distillation.schedule import branch_point, end_of
 from autodistill.distillation.sharding import Sharding, whole_model
 from autodistill.distillation.signals import LiveTeacher, check_told
@@ -211,10 +211,12 @@ class Trial:
                 self._on_step(record)
         trained = time.perf_counter()
         model, scales = trainer.model, trainer.scales
+        # The optimiser makes room for the evaluation, and so do shards.
+        del trainer
         if sharding is not None:
             model = whole_model(sharding, model)
-            # Shards and optimiser make room for the whole model.
-            del trainer
+            # A sharded module is part of cycles, which would keep its shards into the next trial.
+            give_back_memory()
         if model is None:
             return None
         model.to(self._bench.setting.device)
@@ -350,12 +352,12 @@ class Trial:
         held = self._stages.holds(self._stage, trainer.tokens)
         if sharding.first(held) if sharding else held:
             return None
-        notes = {"trial": self._task.id, "shared": str(shared)}
-        if sharding is not None and sharding.rank > 0:
-            trainer.save(self._folder / "unwritten", notes)  # gives its shards
+        # Before anything can fail in the first process alone: each gives its shards.
+        write = trainer.checkpoint({"trial": self._task.id, "shared": str(shared)})
+        if write is None:
             return None
         try:
-            self._stages.save(self._stage, trainer.tokens, lambda path: trainer.save(path, notes))
+            self._stages.save(self._stage, trainer.tokens, write)
         except (OSError, SafetensorError) as error:
             return f"the checkpoint at {trainer.tokens:,} tokens could not be written: {error}"
         for checkpoint in self._stages.checkpoints() if in_place_of else ():
@@ -408,7 +410,7 @@ class Trial:
         attention = task.strategy.distillation.attention
         layers, plan = setting.teacher_spec.layers, setting.plan
         return Trainer(
-            model.to(setting.device),
+            model.to(setting.device) if self._bench.sharding is None else model,
             kept=kept,
             teacher_layers=layers,
             teacher_width=setting.teacher_spec.width,

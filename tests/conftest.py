@@ -101,7 +101,7 @@ class Workshop:
         if attention is not None:
             block = TeacherBlock(load_model(self.teacher, torch.float32), teacher_layer(attention, LAYERS), device)
         return Trainer(
-            model.to(device),
+            model.to(device) if sharding is None else model,
             kept=kept,
             teacher_layers=LAYERS,
             teacher_width=WIDTH,

@@ -1,12 +1,16 @@
 """A trial from rung to rung on a tiny teacher: what it reports, leaves on disk and restores, and how it fails."""
 
+import gc
 import itertools
 import json
+import os
 import pickle
 import re
 import resource
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +19,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import multiprocessing
+from torch.distributed.fsdp import FSDPModule
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill import evaluation as evaluation_module
@@ -32,6 +39,7 @@ from autodistill.distillation.pretrained import pretrained_spec
 from autodistill.distillation.quantization import fake_quantize_learned
 from autodistill.distillation.schedule import branch_point, end_of
 from autodistill.distillation.scoring import refer, score
+from autodistill.distillation.sharding import Sharding
 from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings
@@ -182,6 +190,23 @@ def test_masters_come_back_whatever_happens(lab, deployment):
         assert p is parameter
         assert p.data_ptr() == memory
         assert torch.equal(p, values)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_on_an_accelerator_packed_values_take_the_place_of_the_masters(lab, monkeypatch):
+    """A copy in the place of `cpu` is what it is there: the model's own memory is then free."""
+    spec = student_spec(STRATEGY, lab.setting(Path()).teacher_spec)
+    model, _ = build_student(lab.teacher, STRATEGY.init)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    packed = {t.name for t in spec.tensors if Q4.storage(t) != "f32"}
+    memory = {name: StorageWeakRef(p.untyped_storage()) for name, p in model.named_parameters()}
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
+    with deployed_weights(model, spec, Q4):
+        assert {name for name, storage in memory.items() if storage.expired()} == packed
+        for name, p in model.named_parameters():
+            storage = next(Q4.storage(t) for t in spec.tensors if t.name == name)
+            assert np.array_equal(p.detach().numpy(), deployed(before[name].numpy().copy(), storage))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -825,6 +850,70 @@ def test_a_damaged_checkpoint_is_trained_again(lab, tmp_path):
     assert again.evaluation == expected.evaluation
     assert again.trained == 512
     assert _kept(tmp_path, "t000") == [384]
+
+
+def _member(rank, port, setting, task, folder):
+    """One of two processes of a trial; writes its report, and how many sharded modules were left whenever one looks."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    gc.disable()  # so that nothing is collected by chance
+    bench, evaluating, left = Workbench(setting, Sharding("cpu")), trial_module.evaluate, []
+
+    def look():
+        left.append(sum(issubclass(type(one), FSDPModule) for one in gc.get_objects()))
+
+    def evaluate_and_look(*args, **more):
+        look()
+        return evaluating(*args, **more)
+
+    trial_module.evaluate = evaluate_and_look
+    report = Trial(bench, task).run(0)
+    look()
+    (folder / str(rank)).write_bytes(pickle.dumps((report, left)))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_go_on_where_the_first_cannot_write_a_checkpoint_and_leave_no_shards(lab, tmp_path):
+    plan = replace(lab.plan, tokens=1024, rungs=(512, 1024), keep=(1,), batch_tokens=128, micro_batch=2)
+    expected = Trial(Workbench(lab.setting(tmp_path / "alone", plan=plan)), _task()).run(0)
+    setting = lab.setting(tmp_path / "together", plan=replace(plan, processes=2))
+    # A file where the first process makes the folder that it writes in.
+    (setting.checkpoints / "stages").mkdir(parents=True)
+    (setting.checkpoints / "stages" / ".partial").touch()
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    processes = multiprocessing.spawn(_member, (port, setting, _task(), tmp_path), nprocs=2, join=False)
+    ends = time.monotonic() + 400
+    try:
+        while not processes.join(timeout=5):
+            assert time.monotonic() < ends, "one waits for the other"
+    finally:
+        for process in processes.processes:
+            process.kill()
+    (report, left), (nothing, others) = (pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in (0, 1))
+    assert nothing is None
+    assert "checkpoint at 384 tokens could not be written: " in report.unsaved
+    perplexities = [one.evaluation.measurements["perplexity"].value for one in (report, expected)]
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-3)
+    assert (left, others) == ([0, 0], [0])
+
+
+def test_processes_take_their_shards_of_a_student_on_the_cpu(lab, tmp_path, monkeypatch):
+    given = []
+
+    class Made(Exception):
+        pass
+
+    def make(model, **more):
+        given.append({parameter.device.type for parameter in model.parameters()})
+        raise Made
+
+    monkeypatch.setattr(trial_module, "Trainer", make)
+    for sharding in (None, SimpleNamespace(rank=0, count=2)):
+        with pytest.raises(Made):
+            Trial(Workbench(lab.setting(tmp_path, device="meta"), sharding), _task()).run(0)
+    assert given == [{"meta"}, {"cpu"}]
 
 
 @pytest.fixture(scope="module")

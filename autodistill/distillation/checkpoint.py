@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,32 @@ from autodistill.errors import TrialFailedError
 Named = Sequence[tuple[str, nn.Parameter]]
 
 
-def gathered(trained: Named, optimizer: Any) -> dict[str, Tensor]:
-    """Weights and optimiser states by name, whole: of several processes each gives its shards.
+def gathered(trained: Named, optimizer: Any, *, keep: bool) -> dict[str, Tensor]:
+    """Weights and optimiser states by name, whole and on the CPU: of several processes each gives its shards.
+
+    One tensor after the other: all of them whole would take several times what a GPU holds of the shards.
 
     Args:
         trained: Names and weights.
         optimizer: AdamW over them, of torch or bitsandbytes.
+        keep: Whether this process is given them; else it gives its shards alone, and has nothing.
     """
-    tensors = {f"weight.{name}": whole(parameter.detach()) for name, parameter in trained}
+    tensors = {}
+    for name, tensor in _one_by_one(trained, optimizer):
+        if keep:
+            tensors[name] = tensor.cpu()
+        del tensor  # before the next one is whole
+    return tensors
+
+
+def _one_by_one(trained: Named, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in trained:
+        yield f"weight.{name}", whole(parameter.detach())
     for name, parameter in trained:
         for key, value in whole_states(parameter, optimizer.state.get(parameter, {})).items():
             # The 8-bit optimiser counts in int, and shares its code books, of which safetensors wants one a name.
             shared = not isinstance(value, Tensor) or key.startswith("qmap")
-            tensors[f"{key}.{name}"] = torch.as_tensor(value).clone() if shared else whole(value)
-    return tensors
+            yield f"{key}.{name}", torch.as_tensor(value).clone() if shared else whole(value)
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from autodistill.errors import InputError
+
+# How long a process may wait for another in a collective. While one sends a checkpoint to a storage, or fetches it, the
+# others do: over a slow line a hundred gigabytes take hours. Whoever holds the group sees that one of them ended.
+_LONGEST_WAIT = timedelta(hours=6)
 
 
 class Sharding:
@@ -29,12 +34,14 @@ class Sharding:
 
     def __init__(self, device: str = "cuda") -> None:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
         )
-        self._accelerator = Accelerator(cpu=device == "cpu", fsdp_plugin=plugin)
+        self._accelerator = Accelerator(
+            cpu=device == "cpu", fsdp_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)]
+        )
         if device == "cpu":
             # Accelerate shards over accelerators alone, though FSDP2 itself works over gloo as well.
             self._accelerator.state.distributed_type = DistributedType.FSDP
@@ -43,7 +50,12 @@ class Sharding:
         self.count: int = self._accelerator.num_processes
 
     def shard(self, model: Any) -> None:
-        """Cuts a model's weights up, in place and block by block: its parameters become sharded ones."""
+        """Cuts a model's weights up, in place and block by block: its parameters become sharded ones.
+
+        Args:
+            model: On the CPU. Each block goes to the device and leaves its shard there, so that nowhere a device has to
+                hold all of the weights.
+        """
         from accelerate.utils import fsdp2_prepare_model
 
         fsdp2_prepare_model(self._accelerator, model)
@@ -100,6 +112,7 @@ class Sharding:
 
 def whole_model(sharding: Sharding, model: Any) -> Any | None:
     """A plain model with the whole weights on the CPU, in the first process; None in the others, which give shards."""
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     weights = {}
@@ -109,10 +122,12 @@ def whole_model(sharding: Sharding, model: Any) -> Any | None:
             weights[name] = gathered.cpu()
     if sharding.rank > 0:
         return None
-    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-    # Ties and buffers follow from the config.
-    _, unknown = plain.load_state_dict(weights, strict=False)
+    # Buffers follow from the config; no weights are made only to be replaced.
+    with init_empty_weights(include_buffers=False):
+        plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    _, unknown = plain.load_state_dict(weights, strict=False, assign=True)
     assert not unknown
+    plain.tie_weights()
     plain.generation_config = model.generation_config
     return plain
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Trainer:
     reached by a decay that branches off the stable part. Training goes on from a checkpoint taken at the branch.
 
     Args:
-        model: The student, in float32 on `device`.
+        model: The student, in float32 on `device`; with a `sharding` on the CPU, where each process takes its shards.
         kept: Teacher layer that each student layer is, or stands for.
         teacher_layers, teacher_width: The teacher's.
         strategy: What is trained.
@@ -94,7 +95,7 @@ class Trainer:
         cache: The teacher's outputs for them; None where the strategy reads none.
         teacher_block: The layer of the teacher whose attention is followed; None where the strategy follows none.
         seed: Of data order and projections.
-        device: Where the student lies.
+        device: Where the student is trained.
         teacher: For the signals "states" and "online".
         sharding: The processes that train it together, each of which makes a trainer; None for this one alone.
 
@@ -139,7 +140,7 @@ class Trainer:
         self._on_grid: Mapping[str, FakeQuantized] = {}
         lora = self._recipe.lora
         spec = spec_from_config(model.config.to_dict())
-        self._adapters = Adapters(model, spec, lora, seed) if lora else None
+        self._adapters = Adapters(model, spec, lora, seed).to(device) if lora else None
         model.get_input_embeddings().weight.requires_grad_(self._recipe.train_embeddings)
         if sharding is not None:
             sharding.shard(model)
@@ -381,23 +382,32 @@ class Trainer:
         return learnt_tokens(self._data, indices, self._recipe.positions == "all", device)
 
     def save(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
-        """Writes the trained weights, the optimiser and the place in the schedule, whole or not at all.
-
-        `notes` are written beside them, and read by nothing here.
-
-        Frozen weights are not written: they are the teacher's, and the student is built from it before `load`. Of
-        several processes each gives its shards and the first one writes: any number of them may go on from it.
-        """
-        extra = {} if self._interpolation is None else {"interpolation": json.dumps(asdict(self._interpolation))}
-        extra["processes"] = "1" if self._sharding is None else str(self._sharding.count)
-        tensors = gathered(self._trained(), self._optimizer)
+        """Writes a checkpoint, whole or not at all; see `checkpoint`. Of several processes none goes on before."""
+        write = self.checkpoint(notes)
         try:
-            if self._sharding is None or self._sharding.rank == 0:
-                metadata = {**(notes or {}), **self._identity(), "tokens": str(self.tokens), **extra}
-                write_checkpoint(path, tensors, metadata)
+            if write is not None:
+                write(path)
         finally:
             if self._sharding is not None:
                 self._sharding.wait()
+
+    def checkpoint(self, notes: Mapping[str, str] | None = None) -> Callable[[Path], None] | None:
+        """Gathers the trained weights, the optimiser and the place in the schedule; gives what writes them to a path.
+
+        `notes` are written beside them, and read by nothing here. It is to be written before the next step.
+
+        Frozen weights are no part of it: they are the teacher's, and the student is built from it before `load`. Of
+        several processes each gives its shards, and the first one alone has what to write: any number of them may go on
+        from it.
+        """
+        first = self._sharding is None or self._sharding.rank == 0
+        tensors = gathered(self._trained(), self._optimizer, keep=first)
+        if not first:
+            return None
+        extra = {} if self._interpolation is None else {"interpolation": json.dumps(asdict(self._interpolation))}
+        extra["processes"] = "1" if self._sharding is None else str(self._sharding.count)
+        metadata = {**(notes or {}), **self._identity(), "tokens": str(self.tokens), **extra}
+        return partial(write_checkpoint, tensors=tensors, metadata=metadata)
 
     def load(self, path: Path) -> None:
         """Continues from what `save` wrote, to the last bit on the CPU.

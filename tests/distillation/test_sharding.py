@@ -1,6 +1,9 @@
 """Two gloo processes against one: gradients, a step's weights, and a trial that goes on in another number of them."""
 
+import json
+import os
 import socket
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import multiprocessing
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from autodistill.distillation import checkpoint
 from autodistill.distillation.checkpoint import read_metadata
 from autodistill.distillation.sharding import Sharding, whole_model
 from autodistill.distillation.teacher_cache import TeacherCache
@@ -73,14 +79,23 @@ def run(task, sharding=None):
     return [(record.loss, record.divergence, record.gradient_norm) for record in records]
 
 
-def work(rank, port, tasks, results):
-    import os
-
+def joined(rank, port):
+    """This process as one of two."""
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    sharding = Sharding("cpu")
+    return Sharding("cpu")
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def work(rank, port, tasks, results):
+    sharding = joined(rank, port)
     for index, task in enumerate(tasks):
         np.save(results / f"{index}.{rank}.npy", run(task, sharding))
     torch.distributed.destroy_process_group()
@@ -88,10 +103,7 @@ def work(rank, port, tasks, results):
 
 def together(tasks, results):
     """Runs tasks in two processes, and gives the records of each, which are the same in both."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    multiprocessing.spawn(work, (port, tasks, results), nprocs=2)
+    multiprocessing.spawn(work, (free_port(), tasks, results), nprocs=2)
     files = [[np.load(results / f"{index}.{rank}.npy") for rank in (0, 1)] for index in range(len(tasks))]
     for one, other in files:
         np.testing.assert_array_equal(one, other)
@@ -219,6 +231,50 @@ def eight_bit(workshop, tmp_path_factory):
     run(task("back", begin="two"))
     run(task("back whole", begin="whole"))
     return folder
+
+
+def watch(rank, port, workshop, results):
+    """Notes how many tensors were whole at once while a checkpoint was gathered, whether there is one to write then,
+    and for how many seconds the process would wait for another.
+    """
+    sharding, whole, alive, most = joined(rank, port), checkpoint.whole, [], 0
+    trainer = workshop.trainer(PLAIN, cache=TeacherCache(workshop.folder), batch_tokens=STEP, sharding=sharding)
+    list(trainer.train_stable(STEP))
+
+    def held():
+        return sum(not one.expired() for one in alive)
+
+    def watched(tensor):
+        nonlocal most
+        # Threads of gloo let go of what they gathered a moment later.
+        while held() and time.monotonic() < ends:
+            time.sleep(0.01)
+        found = whole(tensor)
+        if isinstance(tensor, DTensor):
+            alive.append(StorageWeakRef(found.untyped_storage()))
+            most = max(most, held())
+        return found
+
+    ends = time.monotonic() + 20
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "whole", watched)
+        # As on a GPU, where it is a copy in the machine's memory.
+        patch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
+        write = trainer.checkpoint()
+    seconds = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    (results / str(rank)).write_text(json.dumps([len(alive), most, write is not None, seconds]))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_checkpoint_is_gathered_tensor_by_tensor_and_a_slow_storage_waited_for(workshop, tmp_path):
+    multiprocessing.spawn(watch, (free_port(), replace(workshop, cache=None), tmp_path), nprocs=2)
+    weights = len(list(workshop.trainer(PLAIN).model.parameters()))
+    for rank in (0, 1):
+        gathered, most, writes, seconds = json.loads((tmp_path / str(rank)).read_text())
+        assert (gathered, most, writes) == (3 * weights, 1, rank == 0)
+        # A hundred gigabytes at 10 MB a second.
+        assert seconds > 100e9 / 10e6
 
 
 def test_eight_bit_states_over_two_processes_are_the_moments_and_any_number_goes_on(eight_bit):

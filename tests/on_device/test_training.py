@@ -11,6 +11,7 @@ import torch
 from autodistill.applied import student_spec
 from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.calibration import calibrate
+from autodistill.distillation.sharding import Sharding
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.estimate import spec_from_config
@@ -118,6 +119,40 @@ TWINNED = {
         divergence_weight=0.5, learning_rate=1e-3, signal="online", signal_tokens=0, standardise=True, lora=Lora(rank=4)
     ),
 }
+
+
+class _OneProcess(Sharding):
+    """All of the processes of a trial: it holds the whole student on the device, where FSDP2 has its shards."""
+
+    def __init__(self, device):
+        self.rank, self.count, self._device = 0, 1, device
+
+    def shard(self, model):
+        model.to(self._device)
+        model.forward = model.base_model.forward
+
+    def sum(self, values):
+        return values
+
+    def average(self, parameters):
+        pass
+
+    def norm(self, gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+
+
+def test_what_lies_beside_a_sharded_student_is_where_its_shards_are(workshop, device):
+    recipe = Distillation(
+        learning_rate=1e-3,
+        lora=Lora(rank=4),
+        alignment=Alignment(layers="even", count=2, projection="low-rank", rank=8, weight=0.3),
+    )
+    found = []
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for sharding in (None, _OneProcess(device)):
+            trainer = workshop.trainer(Strategy(distillation=recipe), tokens=4 * STEP, device=device, sharding=sharding)
+            found.append([(record.loss, record.gradient_norm) for record in trainer.train_stable(2 * STEP)])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
 
 
 def _twinned(workshop):
