@@ -8,12 +8,14 @@ from typing import Any
 
 from autodistill.devices import Device
 from autodistill.errors import InputError
-from autodistill.units import Budget, LatencyLimit
+from autodistill.units import Budget, LatencyLimit, format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceBudget(Budget):
     """A budget on a device, whose limits of latency are held to it.
+
+    A limit at several streams wants the memory of as many: `batch` is raised to the most that one has.
 
     Attributes:
         device: What serves the student.
@@ -22,6 +24,10 @@ class DeviceBudget(Budget):
 
     device: Device
     latency: tuple[LatencyLimit, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "batch", max([self.batch, *(limit.streams for limit in self.latency)]))
 
     def describe(self) -> str:
         """All limits in words."""
@@ -32,6 +38,20 @@ class DeviceBudget(Budget):
         """The budget as plain data."""
         limits = [asdict(limit) for limit in self.latency]
         return super().to_json() | {"device": self.device.to_json(), "latency": limits}
+
+
+def memory_on(device: Device, asked: int | None) -> int:
+    """Bytes that a student may take on a device: what is asked for, or else what is usable of its memory.
+
+    Raises:
+        InputError: The device has less than is asked for.
+    """
+    if asked is not None and asked > device.memory_bytes:
+        raise InputError(
+            f"a budget of {format_bytes(asked)} is more than the {format_bytes(device.memory_bytes)} that "
+            f"{device.name} has, of which {format_bytes(device.usable_bytes)} are usable: lower --budget"
+        )
+    return device.usable_bytes if asked is None else asked
 
 
 def limits_as(budget: Budget, before: Budget) -> Budget:

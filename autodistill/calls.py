@@ -109,13 +109,13 @@ def _budget(given: Mapping[str, Any], verb: str) -> Budget:
     Budget(memory_bytes=1, context=context, batch=batch)
     if given["device"] is None and not limits:
         return Budget(memory_bytes=memory or NO_LIMIT, context=context, batch=batch)
-    from autodistill.budget import DeviceBudget
+    from autodistill.budget import DeviceBudget, memory_on
     from autodistill.local_device import LOCAL, choose_device
 
     named = LOCAL if given["device"] is None else given["device"]
     device = choose_device(named, given["cache"] or default_cache(), given["own"] or ())
     return DeviceBudget(
-        memory_bytes=memory or device.usable_bytes, context=context, batch=batch, device=device, latency=limits
+        memory_bytes=memory_on(device, memory), context=context, batch=batch, device=device, latency=limits
     )
 
 
@@ -180,6 +180,7 @@ def appraised(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def picked(given: Mapping[str, Any]) -> dict[str, Any]:
     """The best stored student for the hardware that is named."""
+    from autodistill.budget import memory_on
     from autodistill.local_device import LOCAL, choose_device
     from autodistill.needs import Wanted
     from autodistill.pick import pick, pick_tiers
@@ -197,7 +198,8 @@ def picked(given: Mapping[str, Any]) -> dict[str, Any]:
         named = LOCAL
     found = None if named is None else choose_device(named, cache, given["own"] or ())
     asked = Wanted(
-        memory_bytes=memory or (found.usable_bytes if found else 1),
+        # With tiers each of them is the memory.
+        memory_bytes=memory_on(found, memory) if found else memory or 1,
         context=given["context"],
         streams=given["streams"],
         device=found,

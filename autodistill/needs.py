@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autodistill.contracts import ModelSpec
@@ -27,7 +27,7 @@ class Wanted:
     Attributes:
         memory_bytes: Limit of memory.
         context: Tokens of each stream; by default 2048, or what the student reads where that is less.
-        streams: At once.
+        streams: At once; as many as a limit of latency has, where that is more.
         device: For limits of latency; None where memory alone is limited.
         latency: The limits.
         measured: What was measured of students anywhere; on the device it corrects what is predicted there.
@@ -52,6 +52,12 @@ class Wanted:
                 raise InputError(f"--{name} must be at least 1, not {asked}")
         if self.least is not None and not 0 <= self.least <= 1:
             raise InputError(f"--min-accuracy must be between 0 and 1, not {self.least}")
+        object.__setattr__(self, "streams", max([self.streams, *(limit.streams for limit in self.latency)]))
+
+    def with_streams(self, most: int) -> Wanted:
+        """The same with so many streams at most, also those of limits of latency."""
+        limits = tuple(replace(limit, streams=min(limit.streams, most)) for limit in self.latency)
+        return replace(self, streams=min(self.streams, most), latency=limits)
 
     def context_of(self, candidate: Candidate) -> int:
         """Tokens of each stream of this student."""

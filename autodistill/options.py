@@ -36,7 +36,12 @@ SearchDeviceOption = Annotated[
 ]
 LatencyOption = Annotated[
     str | None,
-    option("--latency", "Limits, like 50ms or ttft_p95=300ms,tpot_p99=50ms@streams=16, on --device or here.", "LIMITS"),
+    option(
+        "--latency",
+        "Limits, like 50ms or ttft_p95=300ms,tpot_p99=50ms@streams=16, on --device or here; memory is then that of as "
+        "many streams.",
+        "LIMITS",
+    ),
 ]
 AnyBudgetOption = Annotated[str | None, option("--budget", f"{BUDGET_HELP}; no limit by default.", "SIZE")]
 TeacherOption = Annotated[

@@ -165,9 +165,10 @@ def _changes(nearest: Solved, wanted: Wanted) -> Iterator[str]:
     candidate = nearest.candidate
     broken = [name for name, excess in nearest.excess.items() if excess > 0]
     if "accuracy" not in broken:
-        fewer = _most(candidate, lambda count: replace(wanted, streams=count), wanted.streams - 1)
+        fewer = _most(candidate, wanted.with_streams, wanted.streams - 1)
         if fewer:
-            yield f"--streams {fewer} would do"
+            # They may have been asked for by --streams or by a limit of latency.
+            yield f"{count_of(fewer, 'stream')} would do"
         cells = _most(candidate, lambda count: replace(wanted, context=_CELLS * count), (nearest.context - 1) // _CELLS)
         if cells:
             yield f"--context {_CELLS * cells} would do"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autodistill.budget import DeviceBudget, read_budget
+from autodistill.budget import DeviceBudget, memory_on, read_budget
 from autodistill.described import deployment_named, shape
 from autodistill.devices import devices, find_device
 from autodistill.errors import InputError
@@ -40,6 +40,23 @@ def test_a_budget_without_limits_of_latency_is_one_of_memory() -> None:
     placed = DeviceBudget(memory_bytes=10**8, device=PI)
     assert fits(SPEC, FORMS, placed) == fits(SPEC, FORMS, plain)
     assert latencies(SPEC, FORMS[0], placed) == latencies(SPEC, FORMS[0], plain) == {}
+
+
+def test_the_memory_is_that_of_as_many_streams_as_a_limit_has() -> None:
+    budget = DeviceBudget(memory_bytes=10**9, device=PI, batch=2, latency=parse_latency("ttft_p95=9s,9s@streams=16"))
+    assert budget.batch == 16
+    assert "batch 16" in budget.describe()
+    # A key and a value of 16 bits, 4 heads of 64 of 12 layers, for 2048 tokens of each stream.
+    assert fits(SPEC, FORMS[:1], budget)[0].estimate.kv_cache_bytes == 16 * 2048 * 12 * 2 * 4 * 64 * 2
+    assert replace(budget, batch=20).batch == 20
+    assert DeviceBudget(memory_bytes=10**9, device=PI, batch=2).batch == 2
+
+
+def test_a_device_holds_no_more_than_it_has() -> None:
+    assert memory_on(PI, None) == PI.usable_bytes < PI.memory_bytes
+    assert memory_on(PI, PI.memory_bytes) == PI.memory_bytes
+    with pytest.raises(InputError, match=r"24\.0 GB is more than the 8\.59 GB that Raspberry Pi 4B 8GB has"):
+        memory_on(PI, 24 * 10**9)
 
 
 def test_the_first_token_at_several_streams_is_that_of_the_last_prompt() -> None:

@@ -182,7 +182,6 @@ def test_nothing_fits_names_the_nearest_and_the_change_that_would_do() -> None:
 
 
 READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "--streams": ("streams", int),
     "--context": ("context", int),
     "--min-accuracy": ("least", float),
     "a budget of": ("memory_bytes", parse_bytes),
@@ -213,9 +212,26 @@ def test_each_change_that_would_do_does(accuracy, limit, microseconds, streams, 
     for change in str(failure.value).split("; ")[1].split(" or "):
         changed = wanted
         for part in change.removesuffix(" would do").split(" and "):
+            if part.removesuffix("s").endswith(" stream"):
+                changed = changed.with_streams(int(part.split()[0]))
+                continue
             name, value = part.rsplit(" ", 1) if " " in part else ("latency", part)
             changed = replace(changed, **{READERS[name][0]: READERS[name][1](value)})
         assert pick(board, changed)["pick"]["row_id"] == "a"
+
+
+def test_memory_is_held_at_the_streams_of_a_limit_of_latency() -> None:
+    device = find_device("4090", devices())
+    alone, many = (memory(SPEC, DEPLOYMENT, context=2048, batch=count).total_bytes for count in (1, 16))
+    board = [candidate(row("a", 0.5, alone / 1e6))]
+    wanted = Wanted(memory_bytes=many, device=device, latency=parse_latency("9s@streams=16"))
+    answer = pick(board, wanted)
+    assert (answer["pick"]["memory_bytes"], answer["streams"]) == (many, 16)
+    with pytest.raises(NothingFitsError, match="; 15 streams would do"):
+        pick(board, replace(wanted, memory_bytes=many - 1))
+    # More that are asked for stay as many, and the limit's are its own.
+    more = replace(wanted, streams=20)
+    assert (more.streams, [limit.streams for limit in more.latency]) == (20, [16])
 
 
 def test_a_context_that_no_student_reads_is_said() -> None:

@@ -81,7 +81,7 @@ def _check_budget(spec: ModelSpec, space: Space, budget: Budget) -> None:
         remedy = (
             "--latency, or name a faster --device"
             if smallest(held[least]).late
-            else "--budget, or lower --context" + (" or --batch" if budget.batch > 1 else "")
+            else "--budget, or lower --context" + (" or the streams (--batch, @streams)" if budget.batch > 1 else "")
         )
         raise NothingFitsError(
             f"nothing fits: of the student that needs least ({least.init.describe()}), {reason}; raise {remedy}"
