@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from autodistill.devices import Device
@@ -52,6 +52,25 @@ def memory_on(device: Device, asked: int | None) -> int:
             f"{device.name} has, of which {format_bytes(device.usable_bytes)} are usable: lower --budget"
         )
     return device.usable_bytes if asked is None else asked
+
+
+def with_device_of(budget: Budget, before: Budget, *, by_default: bool = False) -> Budget:
+    """A budget on a stored one's device, with the figures that it had, where it is on the same.
+
+    A device is another as soon as it is measured again, and what a run has predicted must compare with what it will.
+
+    Args:
+        budget: As it is asked for now.
+        before: As the run stored it.
+        by_default: Whether nobody asked for the device, so that it is as before whatever its name.
+    """
+    if not (isinstance(budget, DeviceBudget) and isinstance(before, DeviceBudget)):
+        return budget
+    if not by_default and budget.device.name != before.device.name:
+        return budget
+    taken = budget.memory_bytes == budget.device.usable_bytes
+    memory = before.device.usable_bytes if taken else budget.memory_bytes
+    return replace(budget, device=before.device, memory_bytes=memory)
 
 
 def limits_as(budget: Budget, before: Budget) -> Budget:

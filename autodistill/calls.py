@@ -43,6 +43,7 @@ def search_request(given: Mapping[str, Any], verb: str, command: str, started: f
     return SearchRequest(
         budget=budget,
         context_by_default=given["context"] is None,
+        device_by_default=given["device"] is None,
         teacher=given["teacher"],
         data=given["data"],
         space=given.get("space"),

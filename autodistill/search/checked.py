@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.applied import check_strategy
-from autodistill.budget import DeviceBudget, limits_as, read_budget
+from autodistill.budget import DeviceBudget, limits_as, read_budget, with_device_of
 from autodistill.contracts import SEQUENCE_LENGTH, Direction, ModelSpec
 from autodistill.devices import Device
 from autodistill.distillation.teacher import TeacherRef, resolve_teacher
@@ -130,7 +130,7 @@ def check_request(request: SearchRequest) -> Checked:
         space = single(space, request.strategy)
     _check_cache(request.cache)
     spec = spec_from_config(teacher.config)
-    request = _at_context(request, known, spec, space)
+    request = _on_device(_at_context(request, known, spec, space), known)
     space = _under_budget(space, spec, request.budget, known)
     _check_possible(space, request)
     checked = Checked(
@@ -215,6 +215,14 @@ def _at_context(request: SearchRequest, known: Mapping[str, Any], spec: ModelSpe
     return replace(request, budget=replace(request.budget, context=context))
 
 
+def _on_device(request: SearchRequest, known: Mapping[str, Any]) -> SearchRequest:
+    """The request with the device of its budget as it was, where a run goes on."""
+    if "budget" not in known:
+        return request
+    before = read_budget(known["budget"])
+    return replace(request, budget=with_device_of(request.budget, before, by_default=request.device_by_default))
+
+
 def _under_budget(space: Space, spec: ModelSpec, budget: Budget, known: Mapping[str, Any]) -> Space:
     """The space that this budget is searched in, on resuming that which it was."""
     if known:
@@ -255,11 +263,14 @@ def _device(request: SearchRequest, known: Mapping[str, Any], objectives: tuple[
     """Where latencies are predicted, if they are: on resuming the device as it was, with the figures it had."""
     if all(one.name != "latency" for one in objectives):
         return None
+    before = Device.from_json(known["device"]) if known.get("device") else None
     if isinstance(request.budget, DeviceBudget):
-        return request.budget.device
-    if request.device is None and known.get("device"):
-        return Device.from_json(known["device"])
-    return choose_device(request.device or LOCAL, request.cache)
+        found = request.budget.device
+    elif request.device is None and before is not None:
+        return before
+    else:
+        found = choose_device(request.device or LOCAL, request.cache)
+    return before if before is not None and before.name == found.name else found
 
 
 def _warmed_by(stored: Mapping[str, Any]) -> tuple[str, ...]:

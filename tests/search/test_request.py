@@ -169,6 +169,33 @@ def test_a_run_that_was_stored_before_there_were_limits_of_latency_has_none(
             check_request(replace(again, budget=other))
 
 
+def test_a_run_goes_on_with_its_device_as_it_was(asked: SearchRequest, tmp_path: Path) -> None:
+    """Measured again, a device has other figures, and perhaps other usable memory, but it is the same device."""
+    pi = find_device("pi 5", devices())
+    limits = parse_latency("10s")
+    before = DeviceBudget(memory_bytes=pi.usable_bytes, context=256, device=pi, latency=limits)
+    with RunFolder.create(tmp_path, "run") as run:
+        judged = {"objectives": ["accuracy", "latency"], "device": pi.to_json()}
+        write_json(run.search_file, stored_run(asked) | judged | {"budget": before.to_json()})
+    again = replace(asked, out=tmp_path, name="run", resume=True)
+    measured = replace(pi, bandwidth=0.9 * pi.bandwidth, usable_bytes=pi.usable_bytes - 1, sources={})
+    now = replace(before, device=measured, memory_bytes=measured.usable_bytes)
+    found = check_request(replace(again, budget=now))
+    assert (found.request.budget, found.device) == (before, pi)
+    other = find_device("pi 4", devices())
+    for changed, what in (
+        (replace(now, latency=parse_latency("11s")), "budget"),
+        (replace(now, memory_bytes=10**9), "budget"),
+        (replace(now, batch=2), "budget"),
+        (replace(now, device=other), "device"),
+    ):
+        with pytest.raises(InputError, match=f"another {what}"):
+            check_request(replace(again, budget=changed))
+    # Where nobody named one, another machine goes on with the run's.
+    elsewhere = replace(before, device=other)
+    assert check_request(replace(again, budget=elsewhere, device_by_default=True)).request.budget == before
+
+
 def test_a_context_that_nobody_asked_for_is_what_teacher_and_pretrained_models_read(
     asked: SearchRequest, tmp_path: Path
 ) -> None:
