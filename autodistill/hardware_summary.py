@@ -161,11 +161,12 @@ def measured_text(document: Mapping[str, Any]) -> str:
     lines += [("throttled", "yes" if board["throttled"] else "no", "")] if board.get("throttled") is not None else []
     title = f"{found['name']} on {found['machine']}, {found['threads']} threads, by {found['how']}"
     doubts = "".join(f"\nDoubtful: {doubt}." for doubt in found["doubts"])
+    left = f"\n{document['left']}." if document["left"] else ""
     unknown = ""
     if document["device"] is None:
         remedy = "" if found["how"] == "autodistill" else ": say which of autodistill devices it is with --device"
         unknown = f"\nNo known device is called {found['machine']}, so that pick does not use this{remedy}."
-    return f"{title}\n{table(lines, left=1)}\nKept in {document['kept_in']}.{doubts}{unknown}"
+    return f"{title}\n{table(lines, left=1)}\nKept in {document['kept_in']}.{doubts}{unknown}{left}"
 
 
 def _picked(one: Mapping[str, Any] | None) -> tuple[str, ...]:

@@ -108,8 +108,8 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
 
     Returns:
         Plain data: the measurement under "measured", the known device that it is of under "device" (None where it is of
-        none, so that nothing is corrected by it), the predictions for that under "predicted", and where it was kept;
-        or, for a script, where that was written.
+        none, so that nothing is corrected by it), the predictions for that under "predicted", where it was kept, and
+        what may be left on a board, in words, under "left" (None otherwise); or, for a script, where that was written.
 
     Raises:
         InputError: A student that is damaged or of no known architecture, a context beyond its own, a result of
@@ -143,8 +143,10 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
         except OSError as error:
             raise InputError(f"cannot write {request.script}: {error.strerror}") from None
         return {"script": str(request.script), "student": bench.student}
+    left = None
     if board is not None:
-        said, where = run_on(board, bench.script(), request.student, request.bench, request.timeout), board.name
+        said, left = run_on(board, bench.script(), request.student, request.bench, request.timeout)
+        where = board.name
     else:
         assert request.result is not None
         where = str(request.result)
@@ -155,7 +157,7 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
     found = parse_result(said, where)
     if found.student != bench.student:
         raise InputError(f"{where} is of another student than {request.student}: give the file that was measured")
-    return _kept(request, _of_board(request, found, model, deployment), model, deployment)
+    return _kept(request, _of_board(request, found, model, deployment), model, deployment) | {"left": left}
 
 
 def fingerprint(path: Path) -> str:
@@ -331,4 +333,5 @@ def _kept(request: MeasureRequest, measured: Measured, model: Described, deploym
         )
         predicted |= {"tpot_ms": step.decode_ms, "ttft_ms": read.time_to_first_token_ms}
     name = None if device is None else device.name
-    return {"measured": measured.to_json(), "device": name, "predicted": predicted, "kept_in": str(path)}
+    document = {"measured": measured.to_json(), "device": name, "predicted": predicted}
+    return document | {"kept_in": str(path), "left": None}

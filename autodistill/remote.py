@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,6 +16,7 @@ from autodistill.errors import InputError, MissingDependencyError, RemoteError
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,252}|[0-9a-fA-F:]+(?:%[\w.]+)?", re.ASCII)
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", re.ASCII)
 _CONNECT_SECONDS = 15
+_TIDY_SECONDS = 30.0
 _SSH_FAILED = 255  # ssh's own exit code; any other is the remote command's
 _ADVICE = (
     ("Permission denied", "give the board your key (ssh-copy-id), or name it in an --ssh-config"),
@@ -84,8 +86,8 @@ def parse_board(text: str, config: Path | None = None) -> Board:
     return Board(host=host, user=parts.username, port=port, config=config)
 
 
-def run_on(board: Board, script: str, student: Path, bench: str | None, timeout: float) -> str:
-    """Runs a script on a board with the student's file as its argument, and gives what it printed.
+def run_on(board: Board, script: str, student: Path, bench: str | None, timeout: float) -> tuple[str, str | None]:
+    """Runs a script on a board with the student's file as its argument; one that is given up is ended there.
 
     Args:
         board: Where.
@@ -93,6 +95,9 @@ def run_on(board: Board, script: str, student: Path, bench: str | None, timeout:
         student: Copied into a folder of its own on the board, which is removed afterwards.
         bench: Path of a program on the board.
         timeout: Seconds that copying and running may each take.
+
+    Returns:
+        What it printed; and why the folder may still be on the board, None where it is removed.
 
     Raises:
         MissingDependencyError: There is no ssh.
@@ -109,9 +114,18 @@ def run_on(board: Board, script: str, student: Path, bench: str | None, timeout:
             _finished(board, f"cat > {quoted}/student.gguf", file, timeout)
         arguments = f" {shlex.quote(bench)}" if bench else ""
         # What the script says of a failure is in what it prints.
-        return _ask(board, f"sh -s {quoted}/student.gguf{arguments}", script, timeout, failing=True)
-    finally:
-        _ask(board, f"rm -rf {quoted}", "", timeout, failing=True)
+        run = f"echo $$ > {quoted}/pid; exec sh -s {quoted}/student.gguf{arguments}"
+        said = _ask(board, run, script, timeout, failing=True)
+    except BaseException:
+        # The end of ssh here ends nothing there. What went wrong before is what is to be told.
+        with suppress(RemoteError):
+            _ask(board, f"kill $(cat {quoted}/pid); rm -rf {quoted}", "", _TIDY_SECONDS, failing=True)
+        raise
+    try:
+        _ask(board, f"rm -rf {quoted}", "", _TIDY_SECONDS)
+    except RemoteError as error:
+        return said, f"{folder} may still be on the board, as it could not be removed: {error}"
+    return said, None
 
 
 def _ask(board: Board, remote: str, given: str, timeout: float, *, failing: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""What several tests share: a tiny teacher with its data and cache, storages, llama-bench's stand-in, an ssh server."""
+"""What several tests share: a tiny teacher with data and cache, storages, stand-ins of llama-bench and ssh, and sshd."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -316,3 +317,31 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
     finally:
         server.terminate()
         server.wait()
+
+
+# What ssh does: the command runs in a session of its own, which does not end with ssh, and nothing else holds ssh's own
+# output. Unlike it, this one loses the connection for every command with the word that is named.
+_SSH = """#!{python}
+import os, subprocess, sys
+if os.environ["LOST"] in sys.argv[-1]:
+    print("Connection closed by remote host", file=sys.stderr)
+    sys.exit(255)
+there = subprocess.Popen(["sh", "-c", sys.argv[-1]], stdout=subprocess.PIPE, start_new_session=True)
+sys.stdout.buffer.write(there.communicate()[0])
+sys.stdout.flush()
+sys.exit(there.returncode)
+"""
+
+
+@pytest.fixture
+def near(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
+    """A board that is this machine, without an ssh server; its temporary files lie in a folder of the test's."""
+    program = tmp_path / "bin" / "ssh"
+    program.parent.mkdir()
+    program.write_text(_SSH.format(python=sys.executable), encoding="utf-8")
+    program.chmod(0o755)
+    (tmp_path / "there").mkdir()
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "there"))
+    monkeypatch.setenv("LOST", "nothing")
+    return Board(host="near")

@@ -166,6 +166,20 @@ def test_over_ssh_it_is_the_same(board: Board, student: Path, tmp_path: Path, ll
         measure(request(student, tmp_path, on=board.name, ssh_config=board.config, bench="/nowhere"))
 
 
+def test_what_may_be_left_on_a_board_is_said(
+    near: Board, student: Path, tmp_path: Path, llama_bench: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(student, tmp_path, on=near.name, bench=str(llama_bench), device="pi 5")
+    whole = measure(asked)
+    assert whole["left"] is None
+    monkeypatch.setenv("LOST", "rm -rf")
+    found = measure(asked)
+    assert found["measured"]["tokens_per_second"] == 500.0
+    assert measured_text(found).splitlines()[-1] == f"{found['left']}."
+    assert "may still be on the board" in found["left"]
+    assert "None" not in measured_text(whole)
+
+
 def test_what_cannot_be_measured_is_said_before_anything_runs(
     folder: Path, student: Path, tmp_path: Path, llama_bench: Path
 ) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autodistill.bench_output import Bench
 from autodistill.errors import InputError, RemoteError
 from autodistill.remote import Board, parse_board, run_on
 
@@ -25,7 +28,9 @@ def student(tmp_path: Path) -> Path:
 
 def test_a_script_runs_there_with_the_file_and_nothing_stays(board: Board, student: Path) -> None:
     script = 'echo "$0 $2"; wc -c < "$1"; cksum < "$1"; dirname "$1"; exit 3'
-    said = run_on(board, script, student, "a path/with blanks", 60).splitlines()
+    printed, left = run_on(board, script, student, "a path/with blanks", 60)
+    assert left is None
+    said = printed.splitlines()
     assert said[0] == "sh a path/with blanks"
     assert int(said[1]) == 256 * 5000
     local = subprocess.run(["cksum"], stdin=student.open("rb"), capture_output=True, text=True, check=True)
@@ -37,6 +42,49 @@ def test_a_script_runs_there_with_the_file_and_nothing_stays(board: Board, stude
 def test_a_board_that_takes_too_long_is_given_up(board: Board, student: Path) -> None:
     with pytest.raises(RemoteError, match="took longer than 4 s: raise --timeout"):
         run_on(board, "sleep 30", student, None, 4)
+
+
+def test_a_measurement_outlives_a_folder_that_cannot_be_removed(
+    near: Board, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_on(near, "echo found", student, None, 60) == ("found\n", None)
+    assert list((tmp_path / "there").iterdir()) == []
+    monkeypatch.setenv("LOST", "rm -rf")
+    said, left = run_on(near, "echo found", student, None, 60)
+    (folder,) = (tmp_path / "there").iterdir()
+    assert said == "found\n"
+    assert left is not None
+    assert left.startswith(f"{folder} may still be on the board")
+    assert "ssh://near cannot be reached" in left
+    # Of two failures the first is told.
+    with pytest.raises(RemoteError, match="took longer than 1 s: raise --timeout"):
+        run_on(near, "sleep 3", student, None, 1)
+
+
+def test_a_bench_that_is_given_up_is_ended_there(near: Board, student: Path, tmp_path: Path) -> None:
+    note, bench = tmp_path / "note", tmp_path / "llama-bench"
+    bench.write_text(f"#!/bin/sh\necho $PPID $$ > {note}\nexec sleep 600\n", encoding="utf-8")
+    bench.chmod(0o755)
+    script = Bench(student="abc", student_bytes=student.stat().st_size, threads=1).script()
+    with pytest.raises(RemoteError, match="took longer than 4 s"):
+        run_on(near, script, student, str(bench), 4)
+    still = [process for process in map(int, note.read_text().split()) if _runs(process)]
+    for process in still:
+        os.kill(process, 9)
+    assert not still
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def _runs(process: int) -> bool:
+    """Whether it still does after ten seconds; one that was not waited for has ended too."""
+    for _ in range(200):
+        try:
+            if Path(f"/proc/{process}/stat").read_text().split()[2] == "Z":
+                return False
+        except FileNotFoundError:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def test_a_wrong_key_a_strange_host_and_a_closed_port_are_told_apart(
