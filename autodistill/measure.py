@@ -319,6 +319,10 @@ def _kept(request: MeasureRequest, measured: Measured, model: Described, deploym
     predicted: dict[str, Any] = {}
     if measured.how == "autodistill":
         context, batch = _context(request, model), max(1, *request.streams)
+        if deployment.runtime == "transformers":
+            # It holds what was read, where llama.cpp makes room for all of the context.
+            load = _load(request, context)
+            context = load.prompt + load.decoded - 1
         need = memory(model.spec, deployment, context=context, batch=batch, weights=model.weights_bytes)
         predicted["memory_bytes"] = need.total_bytes
     if device is not None:

@@ -1,4 +1,4 @@
-"""What several tests share: a tiny teacher with data and cache, storages, stand-ins of llama-bench and ssh, and sshd."""
+"""What several tests share: a tiny teacher with data and cache, storages, stand-ins of llama-bench and ssh, sshd."""
 
 from __future__ import annotations
 
