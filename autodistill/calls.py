@@ -107,6 +107,7 @@ def _budget(given: Mapping[str, Any], verb: str) -> Budget:
     # Numbers are read before a device is looked for, since that may measure this machine.
     memory = None if given["budget"] is None else parse_bytes(given["budget"])
     limits = () if given["latency"] is None else parse_latency(given["latency"])
+    own = _own(given, given["device"] is not None)
     Budget(memory_bytes=1, context=context, batch=batch)
     if given["device"] is None and not limits:
         return Budget(memory_bytes=memory or NO_LIMIT, context=context, batch=batch)
@@ -114,10 +115,17 @@ def _budget(given: Mapping[str, Any], verb: str) -> Budget:
     from autodistill.local_device import LOCAL, choose_device
 
     named = LOCAL if given["device"] is None else given["device"]
-    device = choose_device(named, given["cache"] or default_cache(), given["own"] or ())
+    device = choose_device(named, given["cache"] or default_cache(), own)
     return DeviceBudget(
         memory_bytes=memory_on(device, memory), context=context, batch=batch, device=device, latency=limits
     )
+
+
+def _own(given: Mapping[str, Any], named: bool) -> Sequence[Path]:
+    """Files of a person's own devices, which are read where a device is asked for."""
+    if given["own"] and not named:
+        raise InputError("--devices describes devices, and none is asked for: name one with --device")
+    return given["own"] or ()
 
 
 def searched(request: SearchRequest) -> Outcome:
@@ -167,7 +175,10 @@ def appraised(given: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError("--tied is of a shape in numbers, and a MODEL says itself whether its head is tied")
     if given["device"] is not None and given["all_devices"]:
         raise InputError("--device names one device and --all-devices all of them: give one of the two")
-    own, cache = given["own"] or (), given["cache"] or default_cache()
+    asked = given["device"] is not None or given["all_devices"]
+    if given["prompt"] is not None and not asked:
+        raise InputError("--prompt is of the first token's time, which is a device's: name one with --device")
+    own, cache = _own(given, asked), given["cache"] or default_cache()
     found = known_devices(own) if given["all_devices"] else ()
     if given["device"] is not None:
         found = (choose_device(given["device"], cache, own),)
@@ -194,10 +205,10 @@ def picked(given: Mapping[str, Any]) -> dict[str, Any]:
     # Numbers are read before a device is looked for, since that may measure this machine.
     memory = None if given["budget"] is None else parse_bytes(given["budget"])
     limits = () if given["latency"] is None else parse_latency(given["latency"], given["streams"])
-    cache = given["cache"] or default_cache()
+    own, cache = _own(given, named is not None), given["cache"] or default_cache()
     if named is None and limits:
         named = LOCAL
-    found = None if named is None else choose_device(named, cache, given["own"] or ())
+    found = None if named is None else choose_device(named, cache, own)
     asked = Wanted(
         # With tiers each of them is the memory.
         memory_bytes=memory_on(found, memory) if found else memory or 1,
@@ -234,7 +245,7 @@ def measured(given: Mapping[str, Any]) -> dict[str, Any]:
     words = [word.strip() for word in given["streams"].split(",")]
     if not all(word.isascii() and word.isdigit() and len(word) < 6 for word in words):
         raise InputError(f"--streams {given['streams']!r} must be numbers parted by commas, like 1,4,16")
-    timeout = parse_duration(given["timeout"])
+    timeout = None if given["timeout"] is None else parse_duration(given["timeout"])
     quiet_libraries(str(given["student"]))
     from autodistill.measure import MeasureRequest, measure
 

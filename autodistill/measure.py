@@ -28,6 +28,8 @@ from autodistill.timing import Load, Timed, time_serving
 from autodistill.units import CONTEXT
 
 _PROMPT, _DECODED = 512, 64  # tokens
+_ROUNDS = 3
+_BOARD_SECONDS = 1800.0
 # Where an option means something, of those that do not everywhere.
 _PLACES = {
     "bench": ("--on",),
@@ -38,6 +40,9 @@ _PLACES = {
     "busy": ("here",),
     "prompt": ("here", "--on", "--script"),
     "decoded": ("here", "--on", "--script"),
+    "rounds": ("here", "--on", "--script"),
+    "threads": ("here", "--on", "--script"),
+    "timeout": ("--on",),
 }
 
 
@@ -58,10 +63,10 @@ class MeasureRequest:
         context: Of a measurement here: tokens of each stream; 2048 by default, or what the student reads.
         streams: Of a measurement here: numbers of streams.
         prompt, decoded: Tokens; by default 512 and 64, or what the context holds of them.
-        rounds: How many times.
+        rounds: How many times; 3 by default.
         threads: CPU threads; 0 is as many as there are cores.
         cache: Folder where this machine's own bandwidth is kept.
-        timeout: Seconds that a board may take.
+        timeout: Seconds that a board may take; half an hour by default.
         busy: Whether a busy machine is measured all the same, and the figures marked.
     """
 
@@ -78,10 +83,10 @@ class MeasureRequest:
     streams: tuple[int, ...] = (1,)
     prompt: int | None = None
     decoded: int | None = None
-    rounds: int = 3
+    rounds: int | None = None
     threads: int = 0
     cache: Path | None = None
-    timeout: float = 1800.0
+    timeout: float | None = None
     busy: bool = False
 
     def __post_init__(self) -> None:
@@ -113,7 +118,7 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
 
     Raises:
         InputError: A student that is damaged or of no known architecture, a context beyond its own, a result of
-            another student, or a machine that is busy.
+            another student, a machine that is busy, or more threads than it has cores.
         RemoteError: A board that is not reached, or fails.
     """
     model, deployment = _described(request.student)
@@ -134,7 +139,7 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
         student_bytes=request.student.stat().st_size,
         prompt=request.prompt or _PROMPT,
         decoded=request.decoded or _DECODED,
-        repetitions=request.rounds,
+        repetitions=request.rounds or _ROUNDS,
         threads=request.threads,
     )
     if request.script is not None:
@@ -145,7 +150,8 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
         return {"script": str(request.script), "student": bench.student}
     left = None
     if board is not None:
-        said, left = run_on(board, bench.script(), request.student, request.bench, request.timeout)
+        timeout = request.timeout or _BOARD_SECONDS
+        said, left = run_on(board, bench.script(), request.student, request.bench, timeout)
         where = board.name
     else:
         assert request.result is not None
@@ -196,6 +202,8 @@ def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> 
     context = _context(request, model)
     load = _load(request, context)
     cores = detect().cpus
+    if request.threads > cores:
+        raise InputError(f"--threads {request.threads} is more than the cores here, {cores}: give {cores} or less")
     threads = request.threads or cores
     seen = look(threads)
     if seen.doubts and not request.busy:
@@ -237,7 +245,7 @@ def _load(request: MeasureRequest, context: int) -> Load:
         prompt=prompt,
         decoded=decoded,
         streams=tuple(sorted({1, *request.streams})),
-        rounds=request.rounds,
+        rounds=request.rounds or _ROUNDS,
     ).within(context)
     for name, asked, held in (("decoded", request.decoded, load.decoded), ("prompt", request.prompt, load.prompt)):
         if asked is not None and held < asked:
@@ -258,7 +266,9 @@ def _of_board(request: MeasureRequest, found: BoardResult, model: Described, dep
     doubts = []
     if found.throttled:
         doubts.append("the board slowed itself down meanwhile: cool it, or power it better")
-    if found.load_average is not None and found.load_average + found.threads > found.cores + 0.5:
+    if found.threads > found.cores:
+        doubts.append(f"{found.threads} threads shared the board's {found.cores} cores: give fewer --threads")
+    elif found.load_average is not None and found.load_average + found.threads > found.cores + 0.5:
         doubts.append(f"the board was busy: a load of {found.load_average:.1f} on {found.cores} cores")
     facts = {
         name: getattr(found, name)

@@ -43,8 +43,7 @@ def student(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def request(student: Path, out: Path, **changes: Any) -> MeasureRequest:
-    small: dict[str, Any] = {"rounds": 2, "threads": 1}
-    small |= {} if "result" in changes else {"prompt": 16, "decoded": 4}
+    small: dict[str, Any] = {} if "result" in changes else {"prompt": 16, "decoded": 4, "rounds": 2, "threads": 1}
     small |= {} if {"on", "script", "result"} & changes.keys() else {"context": 64}
     return MeasureRequest(student=student, out=out, **(small | changes))
 
@@ -102,6 +101,21 @@ def test_a_busy_machine_is_refused_unless_that_is_accepted(
     with pytest.raises(InputError, match=r"is busy .other work took 2\.0 of 2 cores.: .* or accept it with --busy"):
         measure(request(student, tmp_path))
     assert measure(request(student, tmp_path, busy=True))["measured"]["tpot_ms"] > 0
+
+
+def test_more_threads_than_cores_are_refused_for_what_they_are(
+    student: Path, tmp_path: Path, llama_bench: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "look", lambda threads: QUIET)
+    with pytest.raises(InputError, match=f"--threads {10**4} is more than the cores here, .*: give .* or less"):
+        measure(request(student, tmp_path, threads=10**4, busy=True))
+    script, result = tmp_path / "bench.sh", tmp_path / "result.txt"
+    measure(request(student, tmp_path, script=script, threads=10**4))
+    said = subprocess.run(["sh", script, student, llama_bench], capture_output=True, text=True, check=True)
+    result.write_text(said.stdout, encoding="utf-8")
+    doubts = measure(request(student, tmp_path, result=result))["measured"]["doubts"]
+    assert [doubt for doubt in doubts if "10000 threads shared the board's" in doubt]
+    assert not [doubt for doubt in doubts if "busy" in doubt]
 
 
 def carried(student: Path, tmp_path: Path, llama_bench: Path, **changes: Any) -> dict[str, Any]:
@@ -214,6 +228,11 @@ def test_what_cannot_be_measured_is_said_before_anything_runs(
         ((student, {"result": result, "prompt": 16}), "--prompt changes nothing of a measurement by --result"),
         ((student, {"device": "pi 5"}), "--device changes nothing of a measurement here"),
         ((student, {"ssh_config": result}), "--ssh-config changes nothing of a measurement here"),
+        ((student, {"result": result, "rounds": 10}), "--rounds changes nothing of a measurement by --result"),
+        ((student, {"result": result, "threads": 4}), "--threads changes nothing of a measurement by --result"),
+        ((student, {"result": result, "timeout": 9.0}), "--timeout changes nothing of a measurement by --result"),
+        ((student, {"script": result, "timeout": 9.0}), "--timeout changes nothing of a measurement by --script"),
+        ((student, {"timeout": 9.0}), "--timeout changes nothing of a measurement here"),
         ((student, {"streams": (0,)}), "--streams must be"),
         ((student, {"context": 1}), "--context must be at least 2"),
         ((student, {"prompt": 0}), "--prompt must be at least 1"),
