@@ -11,6 +11,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,14 +137,15 @@ def _run(words: Sequence[str], folder: Path, seconds: float) -> str:
         )
     except OSError as error:
         raise TrialFailedError("command", f"{words[0]} could not be started: {error.strerror}") from error
-    try:
-        out, said = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired as error:
-        raise TrialFailedError("command", f"it did not end within {seconds:g} seconds") from error
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+    with process:
+        try:
+            out, said = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired as error:
+            raise TrialFailedError("command", f"it did not end within {seconds:g} seconds") from error
+        finally:
+            # Also where it has ended itself: what it started may not have.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         raise TrialFailedError("command", f"it ended with {process.returncode}: {_last(said) or _last(out)}")
     return out

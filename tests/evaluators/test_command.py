@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -109,12 +110,31 @@ def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path, s
     )
     with pytest.raises(TrialFailedError, match="did not end within"):
         parse_command(program(tmp_path, source), seconds=8.0).evaluate(subject)
-    child = int(note.read_text())
+    check_ended(int(note.read_text()))
+
+
+@pytest.mark.parametrize(("output", "outcome"), [("&", "did not end within"), ("> /dev/null 2>&1 &", None)])
+def test_what_a_command_started_ends_where_it_has_ended_itself(
+    tmp_path: Path, subject: Subject, output: str, outcome: str | None
+) -> None:
+    """Whether that holds the command's output open, for which it is waited, or not."""
+    note = tmp_path / "child"
+    shell = f"sleep 600 {output} echo $! > {note}; echo [0.5]; : {{student}}"
+    command = parse_command(f"sh -c {shlex.quote(shell)}", seconds=2.0)
+    if outcome is None:
+        assert command.evaluate(subject)[0].value == 0.5
+    else:
+        with pytest.raises(TrialFailedError, match=outcome):
+            command.evaluate(subject)
+    check_ended(int(note.read_text()))
+
+
+def check_ended(process: int) -> None:
     for _ in range(200):
-        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
+        if not Path(f"/proc/{process}").exists() or "Z" in Path(f"/proc/{process}/stat").read_text().split()[2]:
             return
         time.sleep(0.05)
-    os.kill(child, 9)
+    os.kill(process, 9)
     pytest.fail("what the command started is still there")
 
 
