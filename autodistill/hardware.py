@@ -19,7 +19,7 @@ class Gpu:
 
     Attributes:
         name: As its driver gives it.
-        memory_bytes: All of its memory.
+        memory_bytes: All of its memory; of Apple's, which shares the machine's, what Metal lets a process have of it.
     """
 
     name: str

@@ -43,16 +43,20 @@ def local_device(cache: Path, machine: Machine | None = None) -> Device:
     with alone(path):
         figures = _kept(path) or _measured(kind, machine.cpus, path)
     found = device_classes()[{"cpu": "cpu", "cuda": "discrete-gpu", "mps": "unified"}[kind]]
+    usable, reference = max(memory // 2, int(memory * found.share) - found.reserve_bytes), found.reference
+    if kind == "mps":
+        # What the class's share stands for: here Metal itself says it.
+        usable, reference = machine.gpus[0].memory_bytes, "reported by Metal as the working set of a process"
     text = f"measured on this machine with {machine.cpus} cores, load average {figures['load']:.1f}"
     return Device(
         name=name,
         aliases=(LOCAL,),
         kind=found,
         memory_bytes=memory,
-        usable_bytes=max(memory // 2, int(memory * found.share) - found.reserve_bytes),
+        usable_bytes=usable,
         bandwidth=figures["bandwidth"],
         rates=figures["rates"],
-        sources={"memory": "reported by the system", "usable": found.reference, "bandwidth": text, "rates": text},
+        sources={"memory": "reported by the system", "usable": reference, "bandwidth": text, "rates": text},
         measured=True,
     )
 
@@ -82,8 +86,9 @@ def _identity(machine: Machine) -> tuple[str, str, int]:
         return "cpu", machine_name(machine), machine.memory_bytes
     import torch
 
-    kind = "cuda" if torch.cuda.is_available() else "mps"
-    return kind, machine_name(machine), machine.gpus[0].memory_bytes
+    if torch.cuda.is_available():
+        return "cuda", machine_name(machine), machine.gpus[0].memory_bytes
+    return "mps", machine_name(machine), machine.memory_bytes
 
 
 def _kept(path: Path) -> dict[str, Any] | None:

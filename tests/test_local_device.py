@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from autodistill import local_device as module
-from autodistill.hardware import Machine, computes_bf16
+from autodistill.devices import devices, find_device
+from autodistill.hardware import Gpu, Machine, computes_bf16
 from autodistill.local_device import choose_device, known_devices, local_device
 
 BOX = Machine(cpus=1, memory_bytes=8 * 10**9)
@@ -46,6 +47,18 @@ def test_a_damaged_measurement_is_made_anew(text: str, cache: Path, monkeypatch:
     monkeypatch.setattr(module, "_measured", lambda *_: {"bandwidth": 7e9, "rates": {"fp32": 1e9}, "load": 0.0})
     assert local_device(cache, BOX).bandwidth == 7e9
     path.write_text(whole)
+
+
+def test_of_apples_memory_metal_itself_says_what_is_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of the described one, whose usable memory is three quarters of its 64 GiB."""
+    described = find_device("m1 max 64gb", devices())
+    mac = Machine(cpus=10, memory_bytes=2**36, gpus=(Gpu(name="Apple GPU", memory_bytes=3 * 2**34),))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(module, "_measured", lambda *_: {"bandwidth": 4e11, "rates": {"fp16": 1e13}, "load": 0.0})
+    device = local_device(tmp_path, mac)
+    assert (device.memory_bytes, device.usable_bytes) == (2**36, 3 * 2**34)
+    assert (described.memory_bytes, described.usable_bytes) == (2**36, 3 * 2**34)
+    assert "Metal" in device.sources["usable"]
 
 
 def test_this_machine_is_chosen_as_local(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
