@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -272,6 +273,15 @@ def test_rows_are_read_from_the_leaderboards_of_runs(tmp_path: Path) -> None:
     (logged,) = stored(tmp_path / "runs", ["two"])
     assert logged.row.accuracy == 0.5
     assert logged.spec == SPEC
+    # One that was gone on with has more in its log than in its table, until it ends again.
+    log, table = (tmp_path / "runs" / "one" / name for name in ("trials.jsonl", "leaderboard.parquet"))
+    for name, accuracy in (("a", 0.5), ("b", 0.6)):
+        one = replace(whole, row_id=name, accuracy=accuracy, memory_source="measured")
+        EventLog(log).append({"event": "row", "row": one.to_json()})
+    for ends, accuracies in ((2, [0.5, 0.6]), (0, [0.5])):
+        os.utime(log, (ends, ends))
+        os.utime(table, (1, 1))
+        assert [one.row.accuracy for one in stored(tmp_path / "runs", ["one"])] == accuracies
     run_folder(tmp_path / "runs", "three", [whole], metric="agreement")
     with pytest.raises(InputError, match="three by agreement"):
         stored(tmp_path / "runs")

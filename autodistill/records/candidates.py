@@ -167,7 +167,7 @@ def recalibrated_by(candidates: Iterable[Candidate]) -> dict[Place, Overhead]:
 
 def _candidates(run: RunFolder, metric: str, direction: str) -> Iterator[Candidate]:
     """The students of a run that were trained to the end and have the metric, of its validation split."""
-    if not run.leaderboard_file.is_file():
+    if not run.tabled:
         for row in rows_of(run.events.read()):
             if row.kind in DISTILLED and row.split != "test" and row.full and row.figure(metric) is not None:
                 yield Candidate.of(row, run.name, metric, direction)
@@ -190,7 +190,7 @@ def _candidates(run: RunFolder, metric: str, direction: str) -> Iterator[Candida
 
 def _measured(run: RunFolder) -> Iterator[Row]:
     """The rows of a run whose memory was measured."""
-    if not run.leaderboard_file.is_file():
+    if not run.tabled:
         yield from (row for row in rows_of(run.events.read()) if row.memory_source == "measured")
         return
     columns = _columns(run)

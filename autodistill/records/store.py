@@ -115,6 +115,14 @@ class RunFolder:
         return self.path / "leaderboard.parquet"
 
     @property
+    def tabled(self) -> bool:
+        """Whether `leaderboard_file` has all that the log has: not in a run that is under way, or was gone on with."""
+        if not self.leaderboard_file.is_file():
+            return False
+        log = self._log.path
+        return not log.is_file() or log.stat().st_mtime_ns <= self.leaderboard_file.stat().st_mtime_ns
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of trained weights."""
         return self.path / "checkpoints"
