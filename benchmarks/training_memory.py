@@ -190,7 +190,7 @@ def parts(estimate: TrainingEstimate, held: Sequence[str] = PARTS) -> list[str]:
 
 
 def ladder(sequences: int) -> Iterator[list[str]]:
-    """Lines of the ways to train the 1.5B student on a step of so many sequences, and which is taken."""
+    """Lines of the ways to train the 1.5B student on a step of so many sequences on a GPU, and which is taken."""
     spec = spec_from_config(STUDENT)
     for title, lora, table in (
         ("all weights", None, True),
@@ -198,13 +198,24 @@ def ladder(sequences: int) -> Iterator[list[str]]:
         ("LoRA, rank 16", LORA, False),
     ):
         taken = False
-        for way in training_fits(spec, sequence_length=LENGTH, sequences=sequences, lora=lora, train_embeddings=table):
-            fits = way.estimate.total_bytes <= LIMIT
+        ways = training_fits(
+            spec,
+            sequence_length=LENGTH,
+            sequences=sequences,
+            lora=lora,
+            train_embeddings=table,
+            bf16=True,
+            on_grid=True,
+            device="cuda",
+        )
+        for way in ways:
+            fits = way.total_bytes <= LIMIT
             means = f"{way.micro_batch}" + (", checkpointing" if way.checkpointing else "")
             means += ", 8-bit states" if way.optimizer_state == "int8" else ""
             verdict = "taken" if fits and not taken else "fits" if fits else "no"
             taken = taken or fits
-            yield [title, means, *parts(way.estimate), format_bytes(way.estimate.total_bytes), verdict]
+            total, judged = format_bytes(way.estimate.total_bytes), format_bytes(way.evaluation_bytes)
+            yield [title, means, *parts(way.estimate), total, judged, verdict]
 
 
 def teacher_lines() -> Iterator[list[str]]:
@@ -264,9 +275,11 @@ def main() -> None:
         + report.table(
             ["machine", "files", "held", "rounded", "weights", "passes and process", "total"], teacher_lines()
         ),
-        f"## The student\n\n{student.parameters:,} weights, steps of 4 sequences of {LENGTH} tokens, from the fastest "
-        f"way to the smallest; the first that fits {format_bytes(LIMIT)} is taken.\n\n"
-        + report.table(["trained", "sequences at once", *names, "total", "verdict"], ladder(4)),
+        f"## The student\n\n{student.parameters:,} weights, steps of 4 sequences of {LENGTH} tokens, products in "
+        "bfloat16, as on a GPU, the last of them on a grid; from the fastest way to the smallest, and the first that "
+        f"fits {format_bytes(LIMIT)} is taken. Of a step of one pass the larger counts of gradients and of what is kept "
+        "for them. The evaluation comes after the training, in its place.\n\n"
+        + report.table(["trained", "sequences at once", *names, "total", "evaluation", "verdict"], ladder(4)),
         "A teacher that is run in the trial (`online`) lies beside the student in bfloat16: "
         f"{format_bytes(2 * teacher.parameters)}, which leaves {format_bytes(LIMIT - 2 * teacher.parameters)}.",
         f"## Measured\n\nA student of {small.parameters:,} weights ({small.layers} layers, width {small.width}, "
