@@ -9,12 +9,12 @@ from typing import Any
 from autodistill.described import Described
 from autodistill.devices import Device
 from autodistill.errors import InputError
-from autodistill.estimate import training_memory
 from autodistill.families import FAMILIES
 from autodistill.records.recalibration import Overhead, Place, overhead_of
 from autodistill.roofline import Speed, speed
 from autodistill.serving_memory import BASIS, memory
 from autodistill.strategy import Deployment
+from autodistill.training_memory import training_memory
 from autodistill.units import CONTEXT
 
 _MEMORY_ALONE = "onnxruntime"  # takes graphs that are exported from any packing; how fast it runs them is not predicted

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 
 from autodistill.contracts import HeldType, ModelSpec, OptimizerState
 from autodistill.errors import InputError, MissingDependencyError
-from autodistill.estimate import TrainingEstimate, training_memory
 from autodistill.hardware import Machine
 from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
 from autodistill.strategy import Alignment, Attention, Lora
+from autodistill.training_memory import TrainingEstimate, training_memory
 from autodistill.units import format_bytes
 
 Aligned = tuple[Alignment | None, Attention | None]

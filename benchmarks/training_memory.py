@@ -22,7 +22,8 @@ from typing import Any
 import report
 
 from autodistill.contracts import HeldType, ModelSpec, Plan
-from autodistill.estimate import TrainingEstimate, spec_from_config, training_memory
+from autodistill.estimate import spec_from_config
+from autodistill.training_memory import TrainingEstimate, training_memory
 from autodistill.formats import Grid
 from autodistill.hardware import Gpu, Machine
 from autodistill.strategy import Distillation, Finishing, Init, Lora, Strategy
@@ -277,7 +278,7 @@ def main() -> None:
         ),
         f"## The student\n\n{student.parameters:,} weights, steps of 4 sequences of {LENGTH} tokens, products in "
         "bfloat16, as on a GPU, the last of them on a grid; from the fastest way to the smallest, and the first that "
-        f"fits {format_bytes(LIMIT)} is taken. Of a step of one pass the larger counts of gradients and of what is kept "
+        f"fits {format_bytes(LIMIT)} is taken. Of a step of one pass the larger counts of gradients and what is kept "
         "for them. The evaluation comes after the training, in its place.\n\n"
         + report.table(["trained", "sequences at once", *names, "total", "evaluation", "verdict"], ladder(4)),
         "A teacher that is run in the trial (`online`) lies beside the student in bfloat16: "

@@ -47,6 +47,7 @@ ROOMS = (
     "serving_memory",
     "roofline",
     "estimate",
+    "training_memory",
     "shapes",
     "training_fit",
     "records",

@@ -14,8 +14,8 @@ from torch.nn import functional
 from autodistill.contracts import ModelSpec
 from autodistill.distillation.sharding import like, whole
 from autodistill.errors import InputError
-from autodistill.estimate import adapted_tensors
 from autodistill.strategy import Lora
+from autodistill.training_memory import adapted_tensors
 
 
 def check_lora(lora: Lora, spec: ModelSpec) -> None:

@@ -17,7 +17,7 @@ from autodistill.distillation.pretrained import token_rows
 from autodistill.distillation.signals import check_told
 from autodistill.distillation.teacher import Teacher, materialise, resolve_teacher, stored_type, tokenizer_fingerprint
 from autodistill.errors import InputError
-from autodistill.estimate import adapted_tensors, spec_from_config
+from autodistill.estimate import spec_from_config
 from autodistill.hardware import Machine, detect_for_training
 from autodistill.records.json_files import read_json
 from autodistill.rendering import Template
@@ -30,6 +30,7 @@ from autodistill.strategy import Alignment, Attention, Distillation, Lora
 from autodistill.templates import own_template
 from autodistill.token_sets import Prepared, RenderingInfo
 from autodistill.training_fit import TeacherFit, TrainingFit, fit_teacher, fit_training
+from autodistill.training_memory import adapted_tensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from autodistill.distillation.grid_values import deploy_tensor
 from autodistill.distillation.lora import Adapter, check_lora
 from autodistill.distillation.quantization import FakeQuantized, quantized_training
 from autodistill.errors import InputError
-from autodistill.estimate import spec_from_config, training_memory
+from autodistill.estimate import spec_from_config
+from autodistill.training_memory import training_memory
 from autodistill.formats import Q4_0
 from autodistill.strategy import Distillation, Init, Lora, Strategy
 

@@ -1,0 +1,149 @@
+"""The memory of training by parts, against what torch keeps for the backward pass and what AdamW holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from autodistill.distillation.alignment import alignment_loss, projection
+from autodistill.distillation.attention import TeacherBlock, attention_loss, watch
+from autodistill.distillation.student import decoder_layers
+from autodistill.estimate import ARCHITECTURES, spec_from_config
+from autodistill.strategy import Alignment, Attention
+from autodistill.training_memory import training_memory
+
+
+def config(architecture: str = "llama", **changes: Any) -> dict[str, Any]:
+    sizes = {
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 192,
+        "vocab_size": 256,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    }
+    return transformers.AutoConfig.for_model(architecture, **(sizes | changes)).to_dict()
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_keeps_what_torch_keeps(architecture: str, bf16: bool) -> None:
+    # A number of tokens that no matrix has for a size.
+    described, tokens = config(architecture), 250
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described))
+    model.float()
+    owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, tuple[torch.UntypedStorage, torch.Size]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved.setdefault(storage.data_ptr(), (storage, tensor.shape))
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        logits = model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False).logits
+    kept = {address: found for address, found in saved.items() if address not in owned}
+    shown = sum(storage.nbytes() for storage, shape in kept.values() if len(shape) == 2 and tokens not in shape)
+    estimate = training_memory(spec_from_config(described), tokens=tokens, bf16=bf16)
+    assert estimate.shown_bytes == pytest.approx(shown, rel=1e-6)
+    total = sum(storage.nbytes() for storage, _ in kept.values())
+    assert estimate.activations_bytes == pytest.approx(total - shown, rel=0.1)
+    assert estimate.logits_bytes == 2 * logits.nbytes
+    assert estimate.weights_bytes == sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_gradients_come_as_what_was_kept_goes_in_a_step_of_one_pass() -> None:
+    spec = spec_from_config(config())
+    one, several = (training_memory(spec, tokens=256, passes=passes) for passes in (1, 4))
+    kept = one.activations_bytes + one.logits_bytes
+    fixed = one.weights_bytes + one.optimizer_bytes + one.overhead_bytes
+    assert one.total_bytes == fixed + max(kept, one.gradients_bytes)
+    assert several.total_bytes == fixed + kept + one.gradients_bytes
+    assert sum(one.parts.values()) == several.total_bytes
+    on_grid = training_memory(spec, tokens=256, on_grid=True)
+    matrices = sum(math.prod(tensor.shape) for tensor in spec.tensors if len(tensor.shape) == 2)
+    tied = not any("lm_head" in tensor.name for tensor in spec.tensors)
+    assert on_grid.shown_bytes == 4 * matrices - (0 if tied else 4 * spec.vocabulary * spec.width)
+
+
+def _kept(run: Callable[[], object]) -> dict[int, int]:
+    """Bytes by address of the storages that autograd keeps of `run`."""
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return {address: storage.nbytes() for address, storage in saved.items()}
+
+
+@pytest.mark.parametrize("kind", ["linear", "low-rank", "mlp"])
+def test_alignment_keeps_what_torch_keeps(kind: str) -> None:
+    tokens, student, teacher = 256, spec_from_config(config(hidden_size=128)), spec_from_config(config())
+    alignment = Alignment(layers="even", count=2, projection=kind, rank=24 if kind == "low-rank" else 0)
+    projections = [projection(alignment, 128, teacher.width, seed) for seed in (0, 1)]
+    weights = {p.data_ptr(): p.nbytes for project in projections for p in project.parameters()}
+    target = torch.zeros(tokens, teacher.width, dtype=torch.float16)
+    states = [torch.randn(tokens, 128).requires_grad_() for _ in projections]
+
+    def run() -> list[torch.Tensor]:
+        pairs = zip(projections, states, strict=True)
+        return [alignment_loss(project(rows), target) for project, rows in pairs]
+
+    kept = sum(nbytes for address, nbytes in _kept(run).items() if address not in weights)
+    estimate = training_memory(student, tokens=tokens, teacher=teacher, alignment=alignment)
+    # Weight, gradient and two moments of each projection.
+    assert estimate.alignment_bytes == pytest.approx(kept + 4 * sum(weights.values()), rel=0.05)
+    assert training_memory(student, tokens=tokens).alignment_bytes == 0
+    everywhere = training_memory(
+        student, tokens=tokens, teacher=teacher, alignment=replace(alignment, layers="all", count=1)
+    )
+    assert everywhere.alignment_bytes == student.layers / 2 * estimate.alignment_bytes
+
+
+@pytest.mark.parametrize("attention", [Attention(), Attention(kind="relations", relation_heads=8)])
+def test_attention_keeps_its_sides_their_gradients_and_a_layer(attention: Attention) -> None:
+    tokens, described = 256, config()
+    spec = spec_from_config(described)
+    make = transformers.AutoConfig.for_model
+    model, teacher = (transformers.AutoModelForCausalLM.from_config(make(**described)) for _ in range(2))
+    with watch(model, attention) as ours:
+        model.model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+    block = TeacherBlock(teacher, 1)
+    target = block.heads(torch.randn(1, tokens, spec.width), attention)
+    gradients = sum(_kept(lambda: attention_loss(ours, target)).values())
+    sides = {
+        side.untyped_storage().data_ptr(): side.untyped_storage().nbytes()
+        for heads in (*ours, *target)
+        for side in (heads.left, heads.right)
+    }
+    layer = sum(p.nbytes for p in decoder_layers(block._model)[0].parameters())
+    estimate = training_memory(spec, tokens=tokens, teacher=spec, attention=attention)
+    assert estimate.alignment_bytes == pytest.approx(gradients + sum(sides.values()) + layer, rel=0.01)
+
+
+def test_adamw_takes_sixteen_bytes_a_weight_and_four_where_frozen() -> None:
+    sizes = {"num_hidden_layers": 30, "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}
+    spec = spec_from_config(config(**sizes, head_dim=64, intermediate_size=1536, vocab_size=49152))
+    table = 49152 * 576
+
+    def held(train_embeddings: bool) -> int:
+        estimate = training_memory(spec, tokens=1024, train_embeddings=train_embeddings)
+        return estimate.weights_bytes + estimate.gradients_bytes + estimate.optimizer_bytes
+
+    assert held(True) == 16 * spec.parameters
+    assert held(False) == 16 * spec.parameters - 12 * table
