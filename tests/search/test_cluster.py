@@ -101,7 +101,7 @@ def test_a_node_computes_in_bfloat16_as_what_ray_gives_of_it_does(resources: dic
         "gpus": [("a", 24), ("a", 24), ("a", 24)],
         "bf16": {"cuda": True, "cpu": False},
     }
-    machine = _machine("node", resources, said)
+    machine = _machine("node", resources, said, {})
     assert (machine.bf16, len(machine.gpus)) == (bf16, resources.get("GPU", 0))
 
 
