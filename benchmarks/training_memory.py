@@ -23,11 +23,11 @@ import report
 
 from autodistill.contracts import HeldType, ModelSpec, Plan
 from autodistill.estimate import spec_from_config
-from autodistill.training_memory import TrainingEstimate, training_memory
 from autodistill.formats import Grid
 from autodistill.hardware import Gpu, Machine
 from autodistill.strategy import Distillation, Finishing, Init, Lora, Strategy
 from autodistill.training_fit import fit_teacher, training_fits
+from autodistill.training_memory import TrainingEstimate, training_memory
 from autodistill.units import format_bytes
 
 LIMIT = 24 * 10**9

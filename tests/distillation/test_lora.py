@@ -11,9 +11,9 @@ from autodistill.distillation.lora import Adapter, check_lora
 from autodistill.distillation.quantization import FakeQuantized, quantized_training
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
-from autodistill.training_memory import training_memory
 from autodistill.formats import Q4_0
 from autodistill.strategy import Distillation, Init, Lora, Strategy
+from autodistill.training_memory import training_memory
 
 LORA = Lora(rank=4, alpha=8.0)
 WHOLE = Init(depth=1.0)
