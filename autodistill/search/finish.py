@@ -305,6 +305,7 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
     results: list[Row] = []
 
     def score(model: Any, row: Row | None, packing: Deployment, strategy: Strategy | None) -> Evaluation:
+        """What one model is on test, under one deployment."""
         init = strategy.init if strategy else None
         return evaluate(
             model,
@@ -323,6 +324,7 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
         )[0]
 
     def write(evaluation: Evaluation, row: Row | None, kind: str, name: str, strategy: Strategy | None) -> None:
+        """Makes a row of it, and writes that down."""
         made = make_row(
             evaluation,
             trial=row.trial if row else kind,
