@@ -235,7 +235,7 @@ def test_a_student_that_begins_as_the_teacher_is_not_scored_again_undistilled(
         shape = f"{{choices: {{only: {depth}}}}}"
         (tmp_path / "space.yaml").write_text(WITHOUT_BASELINE.replace("{low: 0.5, high: 0.75, step: 0.25}", shape))
         out = tmp_path / depth
-        outcome = search(request(inputs, out, space=str(tmp_path / "space.yaml"), trials=1, tokens=None))
+        outcome = search(request(inputs, out, space=str(tmp_path / "space.yaml"), trials=1))
         _, quantised, initial, student = outcome.finish.test
         assert initial.deployment == quantised.deployment == student.deployment
         assert initial.strategy == student.strategy
