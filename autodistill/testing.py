@@ -82,6 +82,30 @@ def tiny_tokenizer(vocabulary: int = 300, *, begins: bool = False) -> PreTrained
     )
 
 
+def tiny_config(architecture: str = "llama", **changes: Any) -> dict[str, Any]:
+    """The config of a tiny model as plain data, with whatever else transformers' config of its kind has.
+
+    Args:
+        architecture: transformers' `model_type`.
+        changes: Fields of the config.
+    """
+    from transformers import AutoConfig
+
+    sizes = {
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 192,
+        "vocab_size": 256,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    }
+    config: dict[str, Any] = AutoConfig.for_model(architecture, **(sizes | changes)).to_dict()
+    return config
+
+
 def save_tiny_teacher(
     folder: Path,
     *,

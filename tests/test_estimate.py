@@ -37,6 +37,7 @@ from autodistill.formats import Grid, Role
 from autodistill.llama_cpp import LlamaServer
 from autodistill.serving_memory import memory, tightest_budget
 from autodistill.strategy import Deployment
+from autodistill.testing import tiny_config as config
 from autodistill.units import Budget
 
 F16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
@@ -46,21 +47,6 @@ INT4 = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_siz
 HUGGING_FACE = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
 WIDE = {"num_hidden_layers": 3, "hidden_size": 256, "head_dim": 64, "intermediate_size": 768}
 ALL = (F16, Q8_0, Q4_0, INT4, HUGGING_FACE)
-
-
-def config(architecture: str = "llama", **changes: Any) -> dict[str, Any]:
-    sizes = {
-        "num_hidden_layers": 4,
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "intermediate_size": 192,
-        "vocab_size": 256,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-    }
-    return transformers.AutoConfig.for_model(architecture, **(sizes | changes)).to_dict()
 
 
 def smollm2() -> ModelSpec:

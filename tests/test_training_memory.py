@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -16,22 +15,8 @@ from autodistill.distillation.attention import TeacherBlock, attention_loss, wat
 from autodistill.distillation.student import decoder_layers
 from autodistill.estimate import ARCHITECTURES, spec_from_config
 from autodistill.strategy import Alignment, Attention
+from autodistill.testing import tiny_config as config
 from autodistill.training_memory import training_memory
-
-
-def config(architecture: str = "llama", **changes: Any) -> dict[str, Any]:
-    sizes = {
-        "num_hidden_layers": 4,
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "intermediate_size": 192,
-        "vocab_size": 256,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-    }
-    return transformers.AutoConfig.for_model(architecture, **(sizes | changes)).to_dict()
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
