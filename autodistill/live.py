@@ -9,8 +9,8 @@ from dataclasses import replace
 from autodistill.console import Progress, View
 from autodistill.contracts import Status
 from autodistill.search.campaign import Campaign
-from autodistill.search.plan import confirmed
 from autodistill.search.progress import Observer
+from autodistill.search.rungs import confirmed
 from autodistill.search.trials import TrialState
 
 

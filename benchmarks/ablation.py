@@ -35,7 +35,7 @@ from simulate import TRIALS, Table, Worker, default_rungs, load_table, plan, sim
 from autodistill.applied import initial_student
 from autodistill.distillation.trainer import Trainer
 from autodistill.records.store import default_cache
-from autodistill.search.plan import _keep
+from autodistill.search.rungs import kept_at_rungs
 from autodistill.strategy import Strategy
 from autodistill.trial import Workbench
 from autodistill.units import parse_duration
@@ -53,7 +53,7 @@ STEPS = 12
 
 def one(table: Table, case: str, seed: int) -> dict[str, Any]:
     """What a search spends and finds."""
-    made = plan(TRIALS, default_rungs(), _keep(TRIALS, 3))
+    made = plan(TRIALS, default_rungs(), kept_at_rungs(TRIALS, 3))
     spent, campaign = simulate(table, made, seed=seed, **CASES[case])
     rejected = sum(trial.status == "rejected" for trial in campaign.trials.values())
     return {
@@ -68,10 +68,10 @@ def one(table: Table, case: str, seed: int) -> dict[str, Any]:
 
 def warm(table: Table, seed: int, warmed: bool) -> dict[str, Any]:
     """A search of half the trials, begun with what one of another seed has observed, or cold."""
-    made = plan(TRIALS // 2, default_rungs(), _keep(TRIALS // 2, 3))
+    made = plan(TRIALS // 2, default_rungs(), kept_at_rungs(TRIALS // 2, 3))
     hints: dict[str, Any] = {}
     if warmed:
-        spent, before = simulate(table, plan(TRIALS, default_rungs(), _keep(TRIALS, 3)), seed=1000 + seed)
+        spent, before = simulate(table, plan(TRIALS, default_rungs(), kept_at_rungs(TRIALS, 3)), seed=1000 + seed)
         told = [replace(item, repeatable=item.fidelity < 1) for item in before._agenda._observations()]
         hints = {"earlier": told, "first": [table.space.point(Strategy.from_json(table.lines[spent.best[3]].strategy))]}
     spent, _ = simulate(table, made, seed=seed, **hints)

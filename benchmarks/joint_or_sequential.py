@@ -32,7 +32,7 @@ from simulate import SEED, TRIALS, Remembering, Table, Worker, default_rungs, lo
 from autodistill.applied import student_spec
 from autodistill.evaluation import evaluate
 from autodistill.records.store import default_cache
-from autodistill.search.plan import _keep
+from autodistill.search.rungs import kept_at_rungs
 from autodistill.space import Point
 from autodistill.strategy import Strategy
 from autodistill.trial import Workbench
@@ -44,7 +44,7 @@ PRUNING = (0.3, 0.5)
 
 def joint(table: Table, seed: int) -> dict[str, Any]:
     """One search of everything."""
-    spent, _ = simulate(table, plan(TRIALS, default_rungs(), _keep(TRIALS, 3)), seed=seed)
+    spent, _ = simulate(table, plan(TRIALS, default_rungs(), kept_at_rungs(TRIALS, 3)), seed=seed)
     return {"tokens": spent.trained, "best": spent.best[2], "strategy": spent.best[3]}
 
 
@@ -139,7 +139,7 @@ class Turns:
         space = Remembering.from_json({**data, "baselines": {}})
         best: tuple[int, Strategy] | None = None
         for trials in range(2, len(allowed) + 1, 2):
-            keep = tuple(min(trials, kept) for kept in _keep(trials, 3))
+            keep = tuple(min(trials, kept) for kept in kept_at_rungs(trials, 3))
             spent, _ = simulate(self._table, plan(trials, default_rungs(), keep), seed=seed, space=space)
             if best is not None and spent.trained > tokens:
                 break

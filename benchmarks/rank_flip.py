@@ -25,11 +25,11 @@ from math_table import RUNGS
 from prepared import Costs
 from simulate import TRIALS, Table, load_table, plan
 
-from autodistill.search.plan import _keep
+from autodistill.search.rungs import kept_at_rungs
 from autodistill.strategy import Strategy
 
 SHARES = {rung: f"1/{round(TOKENS / rung)}" if rung < TOKENS else "1" for rung in RUNGS}
-OWN = ((1, 2), _keep(TRIALS, 3))
+OWN = ((1, 2), kept_at_rungs(TRIALS, 3))
 # Rungs below the last, by their place among the recorded ones, and how many of 12 go past each.
 SCHEDULES = (
     OWN,

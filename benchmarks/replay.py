@@ -24,7 +24,7 @@ from kept import Kept, mean
 from math_search import TOKENS
 from simulate import Table, default_rungs, load_table, plan, simulate
 
-from autodistill.search.plan import _keep
+from autodistill.search.rungs import kept_at_rungs
 from autodistill.search.sampler import SAMPLERS
 from autodistill.units import parse_duration
 
@@ -48,7 +48,7 @@ def one(table: Table, scheduler: str, sampler: str, seed: int, trials: int, limi
         made = plan(len(table.recorded) if limit else trials, (TOKENS,), ())
     else:
         count = len(table.recorded) if scheduler.startswith("stops") and limit else trials
-        keep = _keep(count, 3)
+        keep = kept_at_rungs(count, 3)
         made = plan(count, default_rungs(), (keep[0], 3) if scheduler.endswith("three to the end") else keep)
     spent, _ = simulate(table, made, sampler=sampler, seed=seed, limit=limit, **SCHEDULERS[scheduler])
     return {"curve": [[step[0], step[2]] for step in spent.curve], "total": spent.operations}

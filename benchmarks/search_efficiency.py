@@ -41,7 +41,7 @@ from autodistill.evaluation import evaluate
 from autodistill.records.store import default_cache
 from autodistill.search.campaign import Campaign
 from autodistill.search.inline_runner import run_inline
-from autodistill.search.plan import _keep
+from autodistill.search.rungs import kept_at_rungs
 from autodistill.search.sampler import Sampler
 from autodistill.space import Point, Space
 from autodistill.statistics import per_document
@@ -57,7 +57,7 @@ ASKED = 300
 
 def search(table: Table, seed: int) -> list[Known]:
     """(a): this search with its defaults, to the end of its plan."""
-    spent, _ = simulate(table, plan(TRIALS, default_rungs(), _keep(TRIALS, 3)), seed=seed)
+    spent, _ = simulate(table, plan(TRIALS, default_rungs(), kept_at_rungs(TRIALS, 3)), seed=seed)
     return [
         Known(operations=one[0], value=one[2], strategy=one[3], seed=SEED, deployment=one[4]) for one in spent.curve
     ]
@@ -185,7 +185,7 @@ class Judge:
 
 def real(table: Table, prepared: Prepared, seed: int) -> dict[str, int]:
     """A search that trains, compared value by value with the same search looked up."""
-    made = replace(prepared.setting.plan, trials=TRIALS, rungs=default_rungs(), keep=_keep(TRIALS, 3))
+    made = replace(prepared.setting.plan, trials=TRIALS, rungs=default_rungs(), keep=kept_at_rungs(TRIALS, 3))
     question = replace(prepared.question, plan=made, space=table.space)
     setting = replace(prepared.setting, plan=made, evaluators=(METRIC, "memory", "size"))
     sampler = Sampler(table.space, seed=seed)

@@ -25,7 +25,8 @@ from autodistill.evaluation import Evaluation
 from autodistill.plain_yaml import read_yaml
 from autodistill.records.event_log import EventLog
 from autodistill.search.campaign import Campaign
-from autodistill.search.plan import Speed, rung_tokens
+from autodistill.search.expected import Speed
+from autodistill.search.rungs import rung_tokens
 from autodistill.search.sampler import Sampler
 from autodistill.search.scheduler import SuccessiveHalving
 from autodistill.search.trials import Assignment, Question, TrialState

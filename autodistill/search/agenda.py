@@ -11,7 +11,7 @@ from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.confirmation import confirming
 from autodistill.search.admission import describe
 from autodistill.search.longer import TrainingOn, lengthened, next_longer, trained_on
-from autodistill.search.plan import CONFIRMED
+from autodistill.search.rungs import CONFIRMED
 from autodistill.search.sampler import Sampler
 from autodistill.search.scheduler import SuccessiveHalving
 from autodistill.search.stage_keeper import StageKeeper

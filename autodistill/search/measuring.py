@@ -21,10 +21,11 @@ from autodistill.estimate import cannot_hold, fits, holdable
 from autodistill.evaluation import evaluate
 from autodistill.formats import get_format
 from autodistill.search.checked import Checked
+from autodistill.search.expected import Demand, Speed
 from autodistill.search.loading import Loaded
 from autodistill.search.outputs_pace import time_outputs
 from autodistill.search.pace import measure_speed
-from autodistill.search.plan import ENOUGH_STEPS, Demand, Speed, check_box, make_plan, step_sequences
+from autodistill.search.plan import ENOUGH_STEPS, check_box, make_plan, step_sequences
 from autodistill.search.possible import by_size
 from autodistill.search.teacher_outputs import most_cached
 from autodistill.strategy import Deployment, Strategy

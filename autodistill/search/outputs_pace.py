@@ -13,8 +13,8 @@ from autodistill.distillation.cache_making import writing_rate
 from autodistill.distillation.generation import answer
 from autodistill.distillation.parallel import pass_tokens
 from autodistill.search.checked import Checked
+from autodistill.search.expected import Speed
 from autodistill.search.loading import Loaded
-from autodistill.search.plan import Speed
 from autodistill.search.teacher_outputs import cache_settings
 from autodistill.token_sets import load_split
 

@@ -15,7 +15,8 @@ from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec
 from autodistill.distillation.memory import give_back_memory, is_out_of_memory
 from autodistill.distillation.parallel import by_length, logit_rows, map_batches, pass_tokens
 from autodistill.distillation.student import decoder_layers
-from autodistill.search.plan import WORTH, Speed
+from autodistill.search.expected import Speed
+from autodistill.search.plan import WORTH
 from autodistill.search.share import Workers
 
 # Steps that are timed on an accelerator, of which the fastest counts: each takes some hundredths of a second.

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 
-from autodistill.contracts import SEQUENCE_LENGTH, Plan
+from autodistill.contracts import Plan
 from autodistill.distillation.schedule import branch_point
 from autodistill.errors import InputError
+from autodistill.search.expected import (
+    CACHING,
+    TRAINING,
+    Demand,
+    Speed,
+    beside_seconds,
+    evaluated_tokens,
+    fixed_seconds,
+    path_seconds,
+    shared_seconds,
+    trained_in,
+    trial_seconds,
+    trials_seconds,
+)
+from autodistill.search.rungs import DECAY, REDUCTION, kept_at_rungs, rung_tokens
 from autodistill.search.share import Workers
 from autodistill.units import format_duration
 
-_REDUCTION = 3
-_DECAY = 0.2
 # With fewer optimiser steps than this at full fidelity, strategies cannot be told apart.
 _FEWEST_STEPS = 24
 # The first rung, a ninth of these, then still has those.
-ENOUGH_STEPS = _FEWEST_STEPS * _REDUCTION**2
+ENOUGH_STEPS = _FEWEST_STEPS * REDUCTION**2
 """Optimiser steps that a trial at full fidelity must keep where steps are made larger for speed."""
 WORTH = 1.15
 """A step of twice as many sequences is worth it where it trains so many times the tokens in a second."""
 _LEAST_STEPS = 3
-_LEAST_EVALUATED = 1024  # tokens: the standard error of an accuracy of one half is then about 0.016
 _TRIALS = 12
-_FINALISTS = 2
-CONFIRMED = 3  # students that are trained on further seeds, where that is asked for
 # Share of the box that is planned; the rest absorbs a machine that slows down.
 _PLANNED_SHARE = 0.93
 EXPLORE = 0.5
@@ -38,84 +48,6 @@ WORTHWHILE = 1.25
 _PASSES = 4
 FURTHER = 2.0
 """So many times as far as planned the best may be trained on, where trials leave more of the box than was expected."""
-# What caching and training take beyond what was timed: writing, the optimiser, reading.
-_CACHING, _TRAINING = 1.4, 1.1
-# Seconds a weight of the teacher, of a core of the two servers that this was read off: a trained student is loaded and
-# packed; beside that, one is built, restored and saved for each stretch of training.
-_PACKED, _BUILT = 1.5e-8, 2.5e-8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """What the short measurement found, in tokens per second.
-
-    Attributes:
-        cache: Teacher forward in the cache's precision, on all threads.
-        score: Teacher forward in float32, on all threads.
-        worker_train: A training step of the largest student, as large as the plan's are, on one of all busy workers.
-        worker_score: Its forward in float32, likewise.
-        alone: A training step of one worker on all threads, with nothing beside it; 0 where that was not timed.
-        asked: Seconds, not a rate: what is measured beside the scores takes so long for each evaluation, on a worker.
-    """
-
-    cache: float
-    score: float
-    worker_train: float
-    worker_score: float
-    asked: float = 0.0
-    alone: float = 0.0
-
-    @property
-    def train_on(self) -> float:
-        """Of a worker that trains the best on."""
-        return max(self.alone, self.worker_train)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demand:
-    """What a plan is made for.
-
-    Attributes:
-        box_seconds: Time box, or None.
-        spent_seconds: Of the box, before planning.
-        trials, tokens: Fixed by the user, or None.
-        baselines: Strategies that run first, to the full plan.
-        teacher_deployments: That the teacher is evaluated under.
-        deployments: That a student at full fidelity is evaluated under, at most.
-        train_tokens, validation_tokens, test_tokens: Tokens there are.
-        cached_tokens: Training tokens of which the teacher's outputs may be kept, as many as of a trial at least.
-        parameters: Of the teacher.
-        seed: Of the search.
-        ray: Whether workers are processes of their own.
-        sequence_length: Tokens of a sequence.
-        step_tokens: Of an optimiser step, whole sequences.
-        confirm: Further seeds that the best few and the best baseline are trained on.
-        longest: How many times a trial's tokens the best are trained on to, as the space asks for; their time is what
-            the box has left.
-        explore: Share of the time for training that goes to trials; in the rest the best are trained on.
-        exports: Kinds of files that are written and measured: of the best student, and as GGUF where it is another.
-    """
-
-    box_seconds: float | None
-    spent_seconds: float
-    trials: int | None
-    tokens: int | None
-    baselines: int
-    teacher_deployments: int
-    deployments: int
-    train_tokens: int
-    validation_tokens: int
-    test_tokens: int
-    parameters: int
-    seed: int
-    ray: bool
-    sequence_length: int = SEQUENCE_LENGTH
-    step_tokens: int = SEQUENCE_LENGTH
-    confirm: int = 0
-    longest: float = 1.0
-    explore: float = 1.0
-    cached_tokens: float = math.inf
-    exports: int = 1
 
 
 def step_sequences(rates: Mapping[int, float], steps: Callable[[int], int]) -> int:
@@ -152,10 +84,10 @@ def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
     def holds(box: float) -> bool:
         asked = replace(demand, box_seconds=box)
         tokens = fewest_tokens(demand.step_tokens, demand.tokens)
-        _, evaluated, _ = _eval_tokens(asked, speed)
+        _, evaluated, _ = evaluated_tokens(asked, speed)
         rounds = max(1, math.ceil(demand.baselines / workers.count))
         training = rounds * trial_seconds(tokens, evaluated, demand.parameters, speed, judged=False)
-        return sum(_fixed_seconds(asked, speed, int(demand.longest * tokens)).values()) + training <= box
+        return sum(fixed_seconds(asked, speed, int(demand.longest * tokens)).values()) + training <= box
 
     if demand.box_seconds is None or holds(demand.box_seconds):
         return
@@ -207,7 +139,7 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
         if tokens < least:
             tokens = max(tokens, min(least, _most_tokens(replace(demand, explore=1.0), speed, workers, trials)))
         # Data, or one trial's way to the end, may bound its tokens: then there is time for more trials.
-        path, shared = _path(demand, speed, trials, tokens), _shared(demand, speed, trials, tokens)
+        path, shared = path_seconds(demand, speed, trials, tokens), shared_seconds(demand, speed, trials, tokens)
         if demand.trials is None and (tokens > most or path > shared / workers.count):
             trials = max(trials, _most_trials(demand, speed, workers, min(tokens, most)))
         tokens = max(fewest_tokens(batch), min(tokens, most))
@@ -227,14 +159,9 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
     return plan
 
 
-def confirmed(trials: int, keep: Sequence[int], baselines: int) -> int:
-    """How many strategies are trained on each further seed: the best few and the best baseline."""
-    return min(CONFIRMED, keep[-1] if keep else trials) + min(1, baselines)
-
-
 def extend(plan: Plan, trials: int) -> Plan:
     """The plan with another number of trials; tokens and rungs stay, so that all of its trials can be compared."""
-    return replace(plan, trials=trials, keep=_keep(trials, len(plan.rungs)))
+    return replace(plan, trials=trials, keep=kept_at_rungs(trials, len(plan.rungs)))
 
 
 def more_trials(plan: Plan, parameters: int, speed: Speed, seconds: float, explore: float = 1.0) -> int:
@@ -245,8 +172,8 @@ def more_trials(plan: Plan, parameters: int, speed: Speed, seconds: float, explo
     usable = seconds * _PLANNED_SHARE - sum(plan.seconds.get(phase, 0.0) for phase in ("workers", "export", "test"))
     usable -= min((1 - explore) * usable, plan.seconds.get("longer", 0.0))
     per_trial = 0.0
-    # Of a good many trials the shares that go past each rung are those of `_keep`.
-    shares = (1.0, *(kept / 900 for kept in _keep(900, len(plan.rungs))))
+    # Of a good many trials the shares that go past each rung are those of `kept_at_rungs`.
+    shares = (1.0, *(kept / 900 for kept in kept_at_rungs(900, len(plan.rungs))))
     for rung, reached, share in zip(plan.rungs, (0, *plan.rungs), shares, strict=False):
         last = rung == plan.tokens
         eval_tokens = plan.eval_tokens if last else plan.rung_eval_tokens
@@ -254,55 +181,22 @@ def more_trials(plan: Plan, parameters: int, speed: Speed, seconds: float, explo
     return max(0, int(usable * plan.workers / per_trial))
 
 
-def rung_tokens(tokens: int, batch: int) -> tuple[int, ...]:
-    """Geometric rungs, each a whole number of steps: a ninth, a third and all of the tokens."""
-    rungs = {max(2, round(tokens / batch / _REDUCTION**level)) * batch for level in (2, 1)}
-    return (*sorted(rung for rung in rungs if rung < tokens), tokens)
-
-
-def _keep(trials: int, rungs: int) -> tuple[int, ...]:
-    """How many trials go past each rung: half of them past the first, two at least to the end."""
-    keep = []
-    left = trials
-    for level in range(rungs - 1):
-        left = -(-left // (2 if level == 0 else _REDUCTION))
-        keep.append(min(trials, max(left, _FINALISTS)))
-    return tuple(keep)
-
-
-def _eval_tokens(demand: Demand, speed: Speed) -> tuple[int, int, int]:
-    """Tokens read at a rung, at full fidelity and on test: what the box can pay, at least 4 sequences and 1,024."""
-    if demand.box_seconds is None:
-        return min(demand.validation_tokens, 2048), min(demand.validation_tokens, 4096), min(demand.test_tokens, 8192)
-    # One forward over the validation tokens by the teacher takes this share of the box, whole sequences of it.
-    length = demand.sequence_length
-    affordable = int(0.007 * demand.box_seconds * speed.score) // length * length
-    least = max(4 * length, -(-_LEAST_EVALUATED // length) * length)
-    full = max(least, affordable)
-    rung = max(least, affordable // 2 // length * length)
-    return (
-        min(demand.validation_tokens, rung),
-        min(demand.validation_tokens, full),
-        min(demand.test_tokens, 2 * full),
-    )
-
-
 def _build(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int, notes: tuple[str, ...]) -> Plan:
     rungs = rung_tokens(tokens, demand.step_tokens)
-    rung_eval, full_eval, test = _eval_tokens(demand, speed)
+    rung_eval, full_eval, test = evaluated_tokens(demand, speed)
     longest, longer = _rest(demand, speed, workers, trials, tokens)
     data = _data_tokens(demand, tokens, longest)
-    fixed = _fixed_seconds(demand, speed, data)
-    seconds = {**fixed, "trials": _trial_seconds(demand, speed, workers, trials, tokens)}
+    fixed = fixed_seconds(demand, speed, data)
+    seconds = {**fixed, "trials": trials_seconds(demand, speed, workers, trials, tokens)}
     return Plan(
         trials=trials,
         tokens=tokens,
         rungs=rungs,
-        keep=_keep(trials, len(rungs)),
+        keep=kept_at_rungs(trials, len(rungs)),
         sequence_length=demand.sequence_length,
         batch_tokens=demand.step_tokens,
         warmup_tokens=min(8 * demand.step_tokens, tokens // 8),
-        decay=_DECAY,
+        decay=DECAY,
         rung_eval_tokens=rung_eval,
         eval_tokens=full_eval,
         test_tokens=test,
@@ -326,17 +220,17 @@ def _longer(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens:
     if demand.box_seconds is None or demand.explore == 1:
         return tokens, 0.0
     share = (1 - demand.explore) / demand.explore
-    return _trained_on(demand, speed, tokens, share * _trial_seconds(demand, speed, workers, trials, tokens))
+    return _trained_on(demand, speed, tokens, share * trials_seconds(demand, speed, workers, trials, tokens))
 
 
 def _rest(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> tuple[int, float]:
     """The same in all that a plan of these trials leaves of the box, as they and their tokens are whole numbers."""
     if demand.box_seconds is None or demand.explore == 1:
         return tokens, 0.0
-    fixed = sum(_fixed_seconds(demand, speed, tokens).values())
-    free = demand.box_seconds * _PLANNED_SHARE - fixed - _trial_seconds(demand, speed, workers, trials, tokens)
+    fixed = sum(fixed_seconds(demand, speed, tokens).values())
+    free = demand.box_seconds * _PLANNED_SHARE - fixed - trials_seconds(demand, speed, workers, trials, tokens)
     # Every further token is cached as well, once, as far as there are any.
-    caching, training = _CACHING / speed.cache, _TRAINING / speed.train_on
+    caching, training = CACHING / speed.cache, TRAINING / speed.train_on
     most, seconds = _trained_on(demand, speed, tokens, free * training / (training + caching))
     data = _data_tokens(demand, tokens, most)
     if most <= data:
@@ -361,107 +255,20 @@ def _trained_on(demand: Demand, speed: Speed, tokens: int, seconds: float) -> tu
 
     Its own tokens and 0.0 where that is not worth it.
     """
-    _, evaluated, _ = _eval_tokens(demand, speed)
-    branch = branch_point(tokens, _DECAY, demand.step_tokens)
+    _, evaluated, _ = evaluated_tokens(demand, speed)
+    branch = branch_point(tokens, DECAY, demand.step_tokens)
     held = branch + trained_in(seconds, evaluated, demand.parameters, speed.train_on, speed)
     held = min(held // demand.step_tokens * demand.step_tokens, _most_passes(demand))
     if held < WORTHWHILE * tokens:
         return tokens, 0.0
-    return held, _TRAINING * (held - branch) / speed.train_on + _beside_seconds(evaluated, demand.parameters, speed)
-
-
-def _fixed_seconds(demand: Demand, speed: Speed, cached: int) -> Mapping[str, float]:
-    """Expected seconds of all phases but training, with the teacher's outputs for so many tokens."""
-    _, full_eval, test = _eval_tokens(demand, speed)
-    # Packing, writing, reading back and running a student: seconds a weight, measured on one core of a server.
-    per_weight = 1.6e-7
-    return {
-        "load": demand.spent_seconds,
-        "cache": min(cached, demand.train_tokens) / speed.cache * _CACHING + full_eval / speed.score,
-        "teacher": demand.teacher_deployments * (full_eval / speed.score + 8e-9 * demand.parameters + speed.asked),
-        "workers": 15.0 if demand.ray else 0.0,
-        "export": demand.exports * (12.0 + per_weight * demand.parameters),
-        # The teacher up to three times, the undistilled student, the found one, that as it was after a trial's tokens
-        # if it was trained on, and the baseline; each is loaded and packed.
-        "test": (6 if demand.explore == 1 else 7) * (test / speed.score + 3e-8 * demand.parameters + speed.asked),
-    }
-
-
-def trial_seconds(tokens: int, eval_tokens: int, parameters: int, speed: Speed, *, judged: bool) -> float:
-    """Expected seconds on one worker of a stretch of training and the evaluation of one deployment at its end.
-
-    Args:
-        tokens: Training tokens of the stretch.
-        eval_tokens: Tokens that the evaluation reads.
-        parameters: Of the teacher.
-        speed: As measured.
-        judged: Whether the stretch ends at a rung that trains on afterwards, so that its decay is extra work.
-    """
-    train = tokens * (1 + (_DECAY if judged else 0)) / speed.worker_train
-    return _TRAINING * train + _beside_seconds(eval_tokens, parameters, speed)
-
-
-def trained_in(seconds: float, eval_tokens: int, parameters: int, rate: float, speed: Speed) -> int:
-    """Tokens that a worker trains on in so many seconds, of `rate` a second as timed, with an evaluation at the end."""
-    return int((seconds - _beside_seconds(eval_tokens, parameters, speed)) * rate / _TRAINING)
-
-
-def evaluation_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float:
-    """Expected seconds on one worker of one deployment: the student is loaded, packed and scored."""
-    return eval_tokens / speed.worker_score + _PACKED * parameters + speed.asked
-
-
-def _beside_seconds(eval_tokens: int, parameters: int, speed: Speed) -> float:
-    """Expected seconds of a stretch of training but for its steps."""
-    return evaluation_seconds(eval_tokens, parameters, speed) + _BUILT * parameters
-
-
-def _trial_seconds(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:
-    """Expected seconds of all trials, and of the best one's other deployments.
-
-    Shared out over the workers, but never less than one trial takes to the end, and what follows it.
-    """
-    rows = _rows(demand, speed) / workers.count
-    return max(_shared(demand, speed, trials, tokens) / workers.count, _path(demand, speed, trials, tokens) + rows)
-
-
-def _rows(demand: Demand, speed: Speed) -> float:
-    """Expected seconds of the best one's other deployments, one after another."""
-    _, full_eval, _ = _eval_tokens(demand, speed)
-    return (demand.deployments - 1) * evaluation_seconds(full_eval, demand.parameters, speed)
-
-
-def _path(demand: Demand, speed: Speed, trials: int, tokens: int) -> float:
-    """Expected seconds of one trial that passes every rung, or of a baseline where nothing else is trained."""
-    rungs = rung_tokens(tokens, demand.step_tokens) if trials else (tokens,)
-    rung_eval, full_eval, _ = _eval_tokens(demand, speed)
-    stretches = [(rung - reached, rung == tokens) for rung, reached in zip(rungs, (0, *rungs), strict=False)]
-    return sum(
-        trial_seconds(stretch, full_eval if last else rung_eval, demand.parameters, speed, judged=not last)
-        for stretch, last in stretches
-    )
-
-
-def _shared(demand: Demand, speed: Speed, trials: int, tokens: int) -> float:
-    """Expected seconds of all trials, and of the best one's other deployments, one after another."""
-    rungs = rung_tokens(tokens, demand.step_tokens)
-    keep = _keep(trials, len(rungs))
-    rung_eval, full_eval, _ = _eval_tokens(demand, speed)
-    straight = trial_seconds(tokens, full_eval, demand.parameters, speed, judged=False)
-    further = demand.confirm * confirmed(trials, keep, demand.baselines)
-    total = (demand.baselines + further) * straight
-    for rung, reached, count in zip(rungs, (0, *rungs), (trials, *keep), strict=False):
-        last = rung == tokens
-        eval_tokens = full_eval if last else rung_eval
-        total += count * trial_seconds(rung - reached, eval_tokens, demand.parameters, speed, judged=not last)
-    return total + _rows(demand, speed)
+    return held, TRAINING * (held - branch) / speed.train_on + beside_seconds(evaluated, demand.parameters, speed)
 
 
 def _left(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:
     assert demand.box_seconds is not None
     longest, longer = _longer(demand, speed, workers, trials, tokens)
-    fixed = sum(_fixed_seconds(demand, speed, _data_tokens(demand, tokens, longest)).values())
-    training = _trial_seconds(demand, speed, workers, trials, tokens) + longer
+    fixed = sum(fixed_seconds(demand, speed, _data_tokens(demand, tokens, longest)).values())
+    training = trials_seconds(demand, speed, workers, trials, tokens) + longer
     return demand.box_seconds * _PLANNED_SHARE - fixed - training
 
 

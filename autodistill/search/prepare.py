@@ -15,9 +15,10 @@ from autodistill.errors import InputError
 from autodistill.records.json_files import write_json
 from autodistill.records.store import RunFolder
 from autodistill.search.checked import Checked
+from autodistill.search.expected import Speed
 from autodistill.search.loading import Loaded, Place, load
 from autodistill.search.measuring import plan_from_measurement
-from autodistill.search.plan import Speed, extend, more_trials
+from autodistill.search.plan import extend, more_trials
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.teacher_outputs import check_cache_limit, teacher_phase
 from autodistill.search.trials import Question

@@ -34,10 +34,10 @@ from autodistill.search.finish import Finish, Finisher, finish
 from autodistill.search.inline_runner import run_inline
 from autodistill.search.loading import Place, load, trainable
 from autodistill.search.measuring import plan_from_measurement
-from autodistill.search.plan import confirmed
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest
+from autodistill.search.rungs import confirmed
 from autodistill.search.sampler import Sampler
 from autodistill.search.share import check_share
 from autodistill.search.supplies import send

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 from autodistill.distillation.schedule import branch_point
-from autodistill.search.plan import evaluation_seconds, trained_in, trial_seconds
+from autodistill.search.expected import evaluation_seconds, trained_in, trial_seconds
 from autodistill.search.trials import Assignment, Question
 from autodistill.trial_data import TrialTask
 

@@ -17,8 +17,8 @@ from autodistill.errors import TrialFailedError
 from autodistill.estimate import Fit
 from autodistill.records.objectives import Objective
 from autodistill.search.deadline import OutOfTime
+from autodistill.search.expected import Speed
 from autodistill.search.failures import explained
-from autodistill.search.plan import Speed
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment
 from autodistill.trial import Trial, Workbench

@@ -26,7 +26,7 @@ from autodistill.records.objectives import OBJECTIVES
 from autodistill.records.row import rows_of
 from autodistill.records.saved import saved
 from autodistill.search.campaign import Campaign
-from autodistill.search.plan import Speed
+from autodistill.search.expected import Speed
 from autodistill.search.sampler import Sampler
 from autodistill.search.study import Observation
 from autodistill.search.trials import Assignment, Question

@@ -14,9 +14,9 @@ from autodistill.contracts import Direction, Measurement
 from autodistill.estimate import spec_from_config
 from autodistill.records.confirmation import KIND, confirmations
 from autodistill.records.row import Row
+from autodistill.search.expected import Speed
 from autodistill.search.exportable import candidates, exportable, next_candidate, passed_over, trained_rows
 from autodistill.search.finish import _compared, _first_that_fits, _gain, _with_measured
-from autodistill.search.plan import Speed
 from autodistill.search.trials import Question
 from autodistill.space import load_space
 from autodistill.testing import small_plan

@@ -16,10 +16,11 @@ from autodistill.distillation.teacher_cache import CacheSettings
 from autodistill.errors import InputError
 from autodistill.hardware import Gpu, Machine
 from autodistill.search.checked import Checked, check_request
+from autodistill.search.expected import Speed
 from autodistill.search.loading import Loaded, Place, _trial_memory, load
 from autodistill.search.measuring import _sizes, plan_from_measurement
 from autodistill.search.outputs_pace import OutputsPace
-from autodistill.search.plan import ENOUGH_STEPS, Speed
+from autodistill.search.plan import ENOUGH_STEPS
 from autodistill.search.progress import Clock
 from autodistill.search.request import SearchRequest
 from autodistill.search.share import Share

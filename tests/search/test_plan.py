@@ -13,21 +13,10 @@ from hypothesis import strategies as st
 from autodistill.contracts import Plan
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
+from autodistill.search.expected import Demand, Speed, evaluation_seconds, trained_in, trial_seconds
 from autodistill.search.loading import _lora
-from autodistill.search.plan import (
-    ENOUGH_STEPS,
-    Demand,
-    Speed,
-    check_box,
-    evaluation_seconds,
-    extend,
-    make_plan,
-    more_trials,
-    rung_tokens,
-    step_sequences,
-    trained_in,
-    trial_seconds,
-)
+from autodistill.search.plan import ENOUGH_STEPS, check_box, extend, make_plan, more_trials, step_sequences
+from autodistill.search.rungs import rung_tokens
 from autodistill.search.share import Workers
 from autodistill.space import load_space, load_strategy
 from autodistill.strategy import Lora

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from autodistill.estimate import spec_from_config
-from autodistill.search.plan import Speed
+from autodistill.search.expected import Speed
 from autodistill.search.time_box import TimeBox
 from autodistill.search.trials import Assignment, Question
 from autodistill.space import load_space

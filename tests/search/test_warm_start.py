@@ -20,7 +20,7 @@ from autodistill.records.objectives import OBJECTIVES
 from autodistill.records.store import RunFolder
 from autodistill.search.campaign import Campaign
 from autodistill.search.checked import check_request
-from autodistill.search.plan import Speed
+from autodistill.search.expected import Speed
 from autodistill.search.request import SearchRequest
 from autodistill.search.sampler import Sampler
 from autodistill.search.trials import Assignment, Question

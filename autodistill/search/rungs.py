@@ -1,0 +1,33 @@
+"""Where the trials of a plan are judged, and how many of them go on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+REDUCTION = 3
+"""Each rung has so many times the tokens of the one below."""
+DECAY = 0.2
+"""Share of a rung's tokens over which the learning rate falls before it is judged."""
+_FINALISTS = 2
+CONFIRMED = 3  # students that are trained on further seeds, where that is asked for
+
+
+def rung_tokens(tokens: int, batch: int) -> tuple[int, ...]:
+    """Geometric rungs, each a whole number of steps: a ninth, a third and all of the tokens."""
+    rungs = {max(2, round(tokens / batch / REDUCTION**level)) * batch for level in (2, 1)}
+    return (*sorted(rung for rung in rungs if rung < tokens), tokens)
+
+
+def kept_at_rungs(trials: int, rungs: int) -> tuple[int, ...]:
+    """How many trials go past each rung: half of them past the first, two at least to the end."""
+    keep = []
+    left = trials
+    for level in range(rungs - 1):
+        left = -(-left // (2 if level == 0 else REDUCTION))
+        keep.append(min(trials, max(left, _FINALISTS)))
+    return tuple(keep)
+
+
+def confirmed(trials: int, keep: Sequence[int], baselines: int) -> int:
+    """How many strategies are trained on each further seed: the best few and the best baseline."""
+    return min(CONFIRMED, keep[-1] if keep else trials) + min(1, baselines)
