@@ -23,7 +23,7 @@ class TrainingEstimate:
         shown_bytes: The weights that products compute with where these are not the masters: rounded to bfloat16, or on
             a grid.
         activations_bytes: What the forward pass keeps for the backward one.
-        logits_bytes: Logits, and the loss's gradient of them.
+        logits_bytes: Logits, whose place the loss's gradient of them takes.
         alignment_bytes: What alignments add: projections with their gradients and optimiser states, aligned states, the
             sides of attention matrices, and the teacher's layer.
         overhead_bytes: What the process takes beyond those.
@@ -150,7 +150,7 @@ def training_memory(
         optimizer_bytes=8 * trained if optimizer_state == "float32" else 2 * trained + 2 * 4 * trained // 256,
         shown_bytes=shown,
         activations_bytes=tokens * kept,
-        logits_bytes=2 * (2 if bf16 else 4) * tokens * spec.vocabulary,
+        logits_bytes=(2 if bf16 else 4) * tokens * spec.vocabulary,
         alignment_bytes=(_states_bytes(spec, teacher, alignment, tokens) if alignment else 0)
         + (_attention_bytes(spec, teacher, attention, tokens) if attention else 0),
         overhead_bytes=TRANSFORMERS_PROCESS_BYTES,

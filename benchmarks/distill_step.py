@@ -149,7 +149,7 @@ def memory_lines(rows: int, width: int = 576) -> Iterator[list[str]]:
         jsd = divergence_of("jsd", 0.5)
 
         def ours(target: Any, weight: float, *divergence: Any, logits: Tensor = logits, labels: Tensor = labels) -> int:
-            leaf = logits.detach().requires_grad_()
+            leaf = logits.clone().requires_grad_()
             return peak_bytes(lambda: logit_loss(leaf, labels, target, weight, *divergence).total.backward())
 
         def published(logits: Tensor = logits, states: Tensor = states, head: Tensor = head) -> int:

@@ -45,7 +45,7 @@ def test_training_keeps_what_torch_keeps(architecture: str, bf16: bool) -> None:
     assert estimate.shown_bytes == pytest.approx(shown, rel=1e-6)
     total = sum(storage.nbytes() for storage, _ in kept.values())
     assert estimate.activations_bytes == pytest.approx(total - shown, rel=0.1)
-    assert estimate.logits_bytes == 2 * logits.nbytes
+    assert estimate.logits_bytes == logits.nbytes
     assert estimate.weights_bytes == sum(parameter.nbytes for parameter in model.parameters())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ def logit_loss(
     target: Target | None,
     divergence_weight: float,
     divergence: Divergence = forward_kl,
+    *,
+    heard: int | None = None,
 ) -> LogitLoss:
     """weight * T^2 * divergence + (1 - weight) * cross-entropy, averaged over rows; 0 where there are none.
 
@@ -41,62 +44,52 @@ def logit_loss(
     (arXiv 2403.01427) a row's temperature is T times the standard deviation of its logits, which is differentiated
     as well.
 
-    The gradient is computed with the value and kept in the logits' type: beside the logits there is one tensor of
-    their size, and working memory for a few rows.
+    The gradient is computed with the value, and takes the place of the logits, in their type: beside them there is
+    working memory for a few rows and nothing of their size.
 
     Args:
-        logits: [n, vocab], of the student; they stay as they are.
+        logits: [n, vocab], of the student; written over.
         labels: int64 [n], the true next tokens.
         target: Of the teacher, or None where `divergence_weight` is 0.
         divergence_weight: 0 to 1.
         divergence: From the teacher's distribution to the student's.
+        heard: How many of the rows, from the first on, the target is of; None for all.
     """
     if divergence_weight > 0 and target is None:
         raise ValueError("a divergence needs the teacher's outputs")
-    return LogitLoss(*_LogitLoss.apply(logits, labels, target, divergence_weight, divergence))
-
-
-def partly_heard(
-    logits: Tensor,
-    labels: Tensor,
-    target: Target | None,
-    heard: int,
-    divergence_weight: float,
-    divergence: Divergence = forward_kl,
-) -> LogitLoss:
-    """As `logit_loss`, of rows of which the target has the first `heard` alone: the others are cross-entropy."""
-    if divergence_weight == 0 or heard == len(labels):
-        return logit_loss(logits, labels, target, divergence_weight, divergence)
-    counts, share = [heard, len(labels) - heard], heard / len(labels)
-    (ours, others), (own, rest) = logits.split(counts), labels.split(counts)
-    terms = zip(
-        logit_loss(ours, own, target, divergence_weight, divergence), logit_loss(others, rest, None, 0.0), strict=True
-    )
-    return LogitLoss(*(share * with_teacher + (1 - share) * alone for with_teacher, alone in terms))
+    heard = len(labels) if heard is None else heard
+    return LogitLoss(*_LogitLoss.apply(logits, labels, target, heard, divergence_weight, divergence))
 
 
 class _LogitLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, target: Target | None, weight: float, divergence: Divergence
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        target: Target | None,
+        heard: int,
+        weight: float,
+        divergence: Divergence,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, divergence and cross-entropy, and the gradient at once, rows at a time."""
         rows = logits.shape[0]
         work = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        gradient = torch.empty_like(logits)
+        # Each part of the logits is read before its gradient is written there, and nothing needs them afterwards.
+        gradient = logits.detach()
         distance = torch.zeros((), dtype=work, device=logits.device)
         cross_entropy = torch.zeros((), dtype=work, device=logits.device)
         learnt = torch.zeros((), dtype=work, device=logits.device)
         step = max(1, (_CPU_CHUNK if logits.device.type == "cpu" else _CHUNK) // logits.shape[1])
-        used = target if weight > 0 else None
-        for part, outputs in used.parts(step) if used else ((part, None) for part in parts_of(rows, step)):
+        used = target if weight > 0 and heard else None
+        for part, outputs in _parts(used, heard if used else 0, rows, step):
             # A copy, shifted by the maximum, so that no exponential overflows at any temperature.
             shifted = logits[part] - logits[part].amax(dim=1, keepdim=True).to(work)
             label = labels[part, None]
             label_logit = shifted.gather(1, label)
             chunk_gradient: Tensor | None = None
-            # The share of cross-entropy: a number, or where some rows are not heard, [rows, 1].
-            share: float | Tensor = 1 - weight
+            # Of cross-entropy: a number, or [rows, 1] where the target knows of some of these rows nothing.
+            share: float | Tensor = 1 - weight if outputs else 1.0
             if used and isinstance(outputs, TopTarget | SampledTarget) and used.temperature == 1:
                 terms = _at_one(shifted, label, label_logit, outputs, divergence, weight, rows)
                 value, gradient[part], surprise = terms
@@ -129,9 +122,17 @@ class _LogitLoss(torch.autograd.Function):
         return loss, distance, cross_entropy
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(upstream[0].to(gradient.dtype)), None, None, None, None
+        return gradient.mul_(upstream[0].to(gradient.dtype)), None, None, None, None, None
+
+
+def _parts(target: Target | None, heard: int, rows: int, step: int) -> Iterator[tuple[slice, Outputs | None]]:
+    """The rows in order, a few at a time: those that the target is of with its outputs, and then the others."""
+    if target:
+        yield from target.parts(step)
+    for part in parts_of(rows - heard, step):
+        yield slice(heard + part.start, heard + part.stop), None
 
 
 def _at_one(

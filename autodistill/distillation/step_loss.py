@@ -15,7 +15,7 @@ from autodistill.distillation.alignment import Pair, alignment_loss, balance_fac
 from autodistill.distillation.attention import Heads, TeacherBlock, attention_loss, watch
 from autodistill.distillation.divergence import divergence_of
 from autodistill.distillation.grid_values import deploy_tensor
-from autodistill.distillation.logit_loss import partly_heard
+from autodistill.distillation.logit_loss import logit_loss
 from autodistill.distillation.positions import Learnt, uncertain_rows
 from autodistill.distillation.signals import LiveTeacher, target_source
 from autodistill.distillation.student import decoder_layers
@@ -149,9 +149,8 @@ class StepLoss:
         if chosen is not None:
             known = chosen[chosen < heard]
             labels, heard, target = labels[chosen], len(known), target.take(known) if target else None
-        logit_terms = partly_heard(
-            logits, labels, target, heard, at.weight, divergence_of(recipe.divergence, at.mixture)
-        )
+        divergence = divergence_of(recipe.divergence, at.mixture)
+        logit_terms = logit_loss(logits, labels, target, at.weight, divergence, heard=heard)
         loss = logit_terms.total
         aligned, attended = (torch.zeros((), device=self._device) for _ in range(2))
         if alignment := recipe.alignment:
