@@ -20,6 +20,7 @@ import torch
 
 from autodistill.distillation.memory import keep_to_share
 from autodistill.errors import LostClusterError
+from autodistill.search.bell import Bell, Rest
 from autodistill.search.campaign import Campaign
 from autodistill.search.cluster import Cluster
 from autodistill.search.deadline import step_guard
@@ -169,18 +170,28 @@ def _searcher(source: Source, workers: int, check: Callable[[], None]) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self._work: dict[str, Assignment] = {}
+            self._resting: set[str] = set()
+            # Processes there should be: as many as had work at once.
+            self._started = 0
+            self._bell = Bell()
             self._failures: dict[str, tuple[str, str]] = {}
 
         def suggest(self, trial_id: str) -> Any:
-            """Hands out the next assignment, None while there is none, or FINISHED."""
-            if len(self._work) >= workers:
+            """Hands out the next assignment, rest to a worker that has none, None while there is none, or FINISHED."""
+            if len(self._work) + len(self._resting) >= workers:
                 return None
             assignment = source.next()
-            if assignment is None:
+            if assignment is not None:
+                self._work[trial_id] = assignment
+                self._started = max(self._started, len(self._work))
+                return {"assignment": _Opaque(assignment)}
+            if not self._work:
                 # With nothing running there is nothing that could still make work.
-                return None if self._work else Searcher.FINISHED
-            self._work[trial_id] = assignment
-            return {"assignment": _Opaque(assignment)}
+                return Searcher.FINISHED
+            if len(self._work) + len(self._resting) >= self._started:
+                return None
+            self._resting.add(trial_id)
+            return {"assignment": _Opaque(self._bell.rest())}
 
         def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
             """A stretch reports at its end; if it is not done then, its worker ends, which says nothing of why."""
@@ -193,9 +204,15 @@ def _searcher(source: Source, workers: int, check: Callable[[], None]) -> Any:
             """Takes the report, or the failure, of an assignment back."""
             if error:
                 check()
+            if trial_id in self._resting:
+                self._resting.remove(trial_id)
+                # Its process is gone, and is started again where there is work for it.
+                self._started -= error
+                return
             died = ("worker-died", "its worker process could not start, or ended: out of memory, or its node was lost?")
             outcome = {"failure": self._failures.pop(trial_id, died)} if error or result is None else result
             source.take(self._work.pop(trial_id), outcome)
+            self._bell.ring()
 
         def __reduce__(self) -> tuple[type[object], tuple[()]]:
             # Tune keeps a pickle of its searcher to restore from. Ours holds a live view, and is restored from the log.
@@ -216,7 +233,7 @@ def _searcher(source: Source, workers: int, check: Callable[[], None]) -> Any:
 class _Opaque:
     """Keeps Tune from looking into an assignment, which it would copy, flatten and write out."""
 
-    def __init__(self, assignment: Assignment) -> None:
+    def __init__(self, assignment: Assignment | Rest) -> None:
         self.assignment = assignment
 
     def __deepcopy__(self, memo: Any) -> _Opaque:
@@ -230,10 +247,10 @@ def _stretch_class() -> Any:
     """Tune's trainable: one step takes one trial to one rung; the worker and its workbench stay for the next."""
     from ray import tune
 
-    # The class goes to the workers by value, before they know where this package lies: it names none of its functions.
+    # The class goes to the workers by value, before they know where this package lies: it names nothing of it.
     class Stretch(tune.Trainable):  # type: ignore[misc, unused-ignore]
         def setup(self, config: dict[str, Any], make: Callable[[], Work]) -> None:  # type: ignore[override]
-            self._assignment: Assignment = config["assignment"].assignment
+            self._assignment: Assignment | Rest = config["assignment"].assignment
             self._work = make()
             self._suspect = False
 
@@ -246,8 +263,14 @@ def _stretch_class() -> Any:
 
         def step(self) -> dict[str, Any]:
             """Does the assignment; what goes wrong in it is a result too."""
+            # By now it is known where the package lies.
+            from autodistill.search.bell import Rest
+
             if self._suspect:
                 raise RuntimeError("this process is not used again")
+            if isinstance(self._assignment, Rest):
+                self._assignment.wait()
+                return {"done": True}
             outcome = self._work(self._assignment)
             # What another process might do better is not given to this one again: Tune drops a worker that raises.
             self._suspect = "failure" in outcome and outcome["failure"][0] in RETRIED

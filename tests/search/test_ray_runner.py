@@ -17,12 +17,15 @@ import pytest
 
 from autodistill.contracts import Status
 from autodistill.errors import AutoDistillError
+from autodistill.hardware import detect
 from autodistill.records.event_log import EventLog
 from autodistill.records.row import rows_of
 from autodistill.search.campaign import Campaign
 from autodistill.search.inline_runner import run_inline
 from autodistill.search.progress import Observer
+from autodistill.search.cluster import LocalRay
 from autodistill.search.ray_runner import _worker
+from autodistill.search.ray_runner import drive as run_pieces
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.testing import save_tiny_teacher, tiny_text
@@ -172,3 +175,53 @@ def test_a_log_that_cannot_be_written_ends_a_search_through_ray_with_what_to_do(
     rungs = [(event["trial"], event["rung"]) for event in EventLog(log).read() if event["event"] == "rung"]
     assert len(set(rungs)) == len(rungs)
     assert outcome.finish.best.feasible
+
+
+class Tail:
+    """Two pieces of work that two processes begin, then one that has them to itself, then short ones."""
+
+    def __init__(self) -> None:
+        self._left = [("first", 0.0)] * 2 + [("long", 1.0)] + [("short", 0.4)] * 8
+        self._running: list[tuple[str, float]] = []
+        self.processes: dict[str, list[int]] = {"first": [], "long": [], "short": []}
+
+    def next(self) -> Any:
+        """The next piece; none beside the long one, nor is that begun beside another."""
+        kinds = {kind for kind, _ in self._running}
+        if not self._left or "long" in kinds or (self._left[0][0] == "long" and kinds):
+            return None
+        self._running.append(self._left.pop(0))
+        return self._running[-1]
+
+    def take(self, assignment: Any, outcome: Any) -> None:
+        """Keeps which process did it."""
+        self._running.remove(assignment)
+        assert "process" in outcome, outcome
+        self.processes[assignment[0]].append(outcome["process"])
+
+
+def test_a_worker_with_nothing_to_do_keeps_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def make() -> Any:
+        def do(piece: tuple[str, float]) -> dict[str, Any]:
+            if piece[0] == "first":
+                (tmp_path / str(os.getpid())).touch()
+                while len(list(tmp_path.glob("[0-9]*"))) < 2:
+                    time.sleep(0.05)
+            time.sleep(piece[1])
+            return {"process": os.getpid()}
+
+        return do
+
+    cluster, source = LocalRay(replace(detect(), cpus=2)), Tail()
+    cluster.wait()
+    try:
+        run_pieces(source, 2, [{"CPU": 1.0}], make, cluster.ended)
+    finally:
+        cluster.leave()
+    began, long, short = source.processes.values()
+    assert len(set(began)) == 2
+    assert set(long) <= set(began)
+    assert len(short) == 8
+    assert set(short) == set(began)
