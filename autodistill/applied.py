@@ -21,13 +21,24 @@ from autodistill.strategy import Deployment, Init, Strategy, serving
 from autodistill.trial_data import TrialSetting
 
 
-def probe_deployment(strategy: Strategy, deployments: tuple[Deployment, ...]) -> Deployment:
-    """The deployment a rung is judged on: the finishing stage's own grid where it is allowed, else the widest one."""
-    finishing = strategy.finishing
+def probe_deployment(
+    strategy: Strategy, deployments: tuple[Deployment, ...], *, own_first: bool = False
+) -> Deployment:
+    """The deployment a rung is judged on: the widest, as what a trial is worth is what its best deployment is.
+
+    Of those of as many bits it is the finishing stage's own grid.
+
+    Args:
+        strategy: Of the trial.
+        deployments: Allowed ones, at least one.
+        own_first: Whether the finishing's own grid is taken before wider ones, as where less memory counts too.
+    """
+    widest, finishing = max(deployments, key=_width), strategy.finishing
     for deployment in deployments:
-        if finishing and deployment.packing == finishing.packing:
+        own = finishing is not None and deployment.packing == finishing.packing
+        if own and (own_first or deployment.bits >= widest.bits):
             return deployment
-    return max(deployments, key=_width)
+    return widest
 
 
 def _width(deployment: Deployment) -> tuple[int, bool, float, str]:

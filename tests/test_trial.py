@@ -81,7 +81,7 @@ STRATEGY = Strategy(
 
 def _task(strategy=STRATEGY, **changes):
     task = TrialTask(
-        id="t000", strategy=strategy, seed=0, deployments=ALL, probe=probe_deployment(strategy, ALL), straight=False
+        id="t000", strategy=strategy, seed=0, deployments=ALL, probe=probe_deployment(strategy, ALL, own_first=True), straight=False
     )
     return replace(task, **changes)
 
@@ -97,15 +97,18 @@ def _kept(folder, stage):
     return [checkpoint.tokens for checkpoint in open_stages(folder).checkpoints(stage)]
 
 
-def test_probe_is_the_finishing_grid_or_the_widest():
+def test_probe_is_the_widest_and_of_those_the_finishing_grid():
     plain = replace(STRATEGY, finishing=None)
-    assert probe_deployment(STRATEGY, ALL) == Q4
+    assert probe_deployment(STRATEGY, (Q4, INT4, INT4_64)) == probe_deployment(STRATEGY, (INT4_64, INT4, Q4)) == Q4
+    assert probe_deployment(STRATEGY, ALL) == probe_deployment(plain, ALL)
+    assert probe_deployment(STRATEGY, ALL).bits > Q4.bits
+    assert probe_deployment(STRATEGY, ALL, own_first=True) == Q4
     assert probe_deployment(STRATEGY, (Q8, INT4)) == Q8
     assert probe_deployment(plain, (INT4_64, Q4, Q8)) == Q8
     assert probe_deployment(plain, (INT4_64, INT4)) == INT4
     assert probe_deployment(plain, ALL) == probe_deployment(plain, ALL[::-1])
     grouped = replace(STRATEGY, finishing=Finishing(format="compressed-tensors", bits=4, group_size=64))
-    assert probe_deployment(grouped, ALL) == INT4_64
+    assert probe_deployment(grouped, (Q4, INT4, INT4_64)) == INT4_64
 
 
 def test_what_a_teacher_cannot_be_distilled_by_is_refused_before_loading(lab):
@@ -467,7 +470,7 @@ def test_the_export_holds_the_weights_that_a_learned_grid_was_trained_on(lab, tm
     deployments = with_own(strategy, ALL)
     assert deployments[: len(ALL)] == ALL
     own = deployments[-1]
-    probe = probe_deployment(strategy, deployments)
+    probe = probe_deployment(strategy, deployments, own_first=True)
     assert probe.packing == finishing.packing
     task = _task(strategy, deployments=deployments, probe=probe, straight=True)
     shown = {}
@@ -526,7 +529,7 @@ def test_named_finishings_run(lab, tmp_path, name):
     setting = lab.setting(tmp_path)
     check_strategy(strategy, setting.teacher_spec)
     deployments = holdable(student_spec(strategy, setting.teacher_spec), with_own(strategy, ALL))
-    probe = probe_deployment(strategy, deployments)
+    probe = probe_deployment(strategy, deployments, own_first=True)
     assert strategy.finishing is not None
     assert probe.packing == strategy.finishing.packing
     report = Trial(Workbench(setting), _task(strategy, deployments=deployments, probe=probe, straight=True)).run(2)
@@ -555,7 +558,7 @@ def test_the_metric_of_training_gets_better(lab, tmp_path):
     trial = Trial(Workbench(lab.setting(tmp_path, plan=plan)), _task(strategy))
     first, last = trial.run(0), trial.run(1)
     before, after = (report.evaluation.measurements["perplexity"].value for report in (first, last))
-    assert last.evaluation.deployment == probe_deployment(strategy, ALL)
+    assert last.evaluation.deployment == probe_deployment(strategy, ALL, own_first=True)
     assert after < before
 
 

@@ -38,7 +38,9 @@ def admit(
     allowed = tuple(fit.deployment for fit in fitting if fit.slack <= 0)
     if reason is None and not allowed:
         reason = shortfall(fitting, question.budget)
-    probe = probe_deployment(strategy, allowed or question.deployments)
+    # Of several objectives a narrower grid serves the others; where nothing is proposed, a strategy has no rival.
+    own_first = bool(question.further) or not question.space.dimensions
+    probe = probe_deployment(strategy, allowed or question.deployments, own_first=own_first)
     seed = question.plan.seed if seed is None else seed
     # Nobody goes on from a further seed, nor from anything where nothing is proposed.
     shares = question.sharing and kind != CONFIRMATION and bool(question.space.dimensions)
