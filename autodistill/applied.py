@@ -21,9 +21,7 @@ from autodistill.strategy import Deployment, Init, Strategy, serving
 from autodistill.trial_data import TrialSetting
 
 
-def probe_deployment(
-    strategy: Strategy, deployments: tuple[Deployment, ...], *, own_first: bool = False
-) -> Deployment:
+def probe_deployment(strategy: Strategy, deployments: tuple[Deployment, ...], *, own_first: bool = False) -> Deployment:
     """The deployment a rung is judged on: the widest, as what a trial is worth is what its best deployment is.
 
     Of those of as many bits it is the finishing stage's own grid.

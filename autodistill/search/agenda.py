@@ -299,6 +299,10 @@ class Agenda:
         if not self._box.holds(self._box.evaluation(), whole=True):
             return None
         for trial in self._trained():
+            further = self._trials.get(trained_on(trial.task.id))
+            if further and further.status is Status.COMPLETED and not self._question.further:
+                # What it became after more training stands for it, under each deployment.
+                continue
             for deployment in trial.unseen:
                 return Assignment(task=trial.task, rung=trial.rung, deployment=deployment)
         return None

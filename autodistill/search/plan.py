@@ -36,7 +36,7 @@ ENOUGH_STEPS = _FEWEST_STEPS * REDUCTION**2
 WORTH = 1.15
 """A step of twice as many sequences is worth it where it trains so many times the tokens in a second."""
 _LEAST_STEPS = 3
-_TRIALS = 12
+_TRIALS, _FEWEST_TRIALS = 12, 3
 # Share of the box that is planned; the rest absorbs a machine that slows down.
 _PLANNED_SHARE = 0.93
 EXPLORE = 0.5
@@ -130,12 +130,9 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
     elif demand.box_seconds is None:
         tokens = min(most, 64 * batch)
     else:
-        tokens = _most_tokens(demand, speed, workers, trials)
-        while demand.trials is None and tokens < _FEWEST_STEPS * batch and trials > 3:
-            trials -= 1
-            tokens = _most_tokens(demand, speed, workers, trials)
         # Trials too short to choose by would leave nothing that is worth training on.
         least = _FEWEST_STEPS // 2 * batch
+        trials, tokens = _held(demand, speed, workers)
         if tokens < least:
             tokens = max(tokens, min(least, _most_tokens(replace(demand, explore=1.0), speed, workers, trials)))
         # Data, or one trial's way to the end, may bound its tokens: then there is time for more trials.
@@ -262,6 +259,21 @@ def _trained_on(demand: Demand, speed: Speed, tokens: int, seconds: float) -> tu
     if held < WORTHWHILE * tokens:
         return tokens, 0.0
     return held, TRAINING * (held - branch) / speed.train_on + beside_seconds(evaluated, demand.parameters, speed)
+
+
+def _held(demand: Demand, speed: Speed, workers: Workers) -> tuple[int, int]:
+    """How many trials the box holds, a dozen at most, and their tokens.
+
+    As many as can be told apart; where not even the fewest trials can, as many as have half of the steps for it.
+    """
+    if demand.trials is not None:
+        return demand.trials, _most_tokens(demand, speed, workers, demand.trials)
+    held = [(trials, _most_tokens(demand, speed, workers, trials)) for trials in range(_TRIALS, _FEWEST_TRIALS - 1, -1)]
+    for steps in (_FEWEST_STEPS, _FEWEST_STEPS // 2):
+        enough = [item for item in held if item[1] >= steps * demand.step_tokens]
+        if enough:
+            return enough[0]
+    return held[-1]
 
 
 def _left(demand: Demand, speed: Speed, workers: Workers, trials: int, tokens: int) -> float:

@@ -9,21 +9,24 @@ REDUCTION = 3
 DECAY = 0.2
 """Share of a rung's tokens over which the learning rate falls before it is judged."""
 _FINALISTS = 2
+# A rung of fewer optimiser steps takes longer beside its training than in it, and its order says little.
+_LEAST_STEPS = 3
 CONFIRMED = 3  # students that are trained on further seeds, where that is asked for
 
 
 def rung_tokens(tokens: int, batch: int) -> tuple[int, ...]:
-    """Geometric rungs, each a whole number of steps: a ninth, a third and all of the tokens."""
-    rungs = {max(2, round(tokens / batch / REDUCTION**level)) * batch for level in (2, 1)}
-    return (*sorted(rung for rung in rungs if rung < tokens), tokens)
+    """Geometric rungs, each a whole number of steps: a ninth, if that is three of them, a third and all of the tokens."""
+    ninth, third = (max(2, round(tokens / batch / REDUCTION**level)) * batch for level in (2, 1))
+    inner = {third} | ({ninth} if ninth >= _LEAST_STEPS * batch else set())
+    return (*sorted(rung for rung in inner if rung < tokens), tokens)
 
 
 def kept_at_rungs(trials: int, rungs: int) -> tuple[int, ...]:
-    """How many trials go past each rung: half of them past the first, two at least to the end."""
+    """How many trials go past each rung: half of them past a ninth, a third past a third; two at least to the end."""
     keep = []
     left = trials
     for level in range(rungs - 1):
-        left = -(-left // (2 if level == 0 else REDUCTION))
+        left = -(-left // (REDUCTION if level == rungs - 2 else 2))
         keep.append(min(trials, max(left, _FINALISTS)))
     return tuple(keep)
 

@@ -94,7 +94,7 @@ def test_a_budget_that_leaves_few_deployments_leaves_more_for_training() -> None
 def test_fixed_trials_and_tokens_are_kept_and_need_no_box() -> None:
     plan = make_plan(replace(DEMAND, box_seconds=None, trials=4, tokens=5000), SPEED, WORKERS)
     assert (plan.trials, plan.tokens, plan.box_seconds) == (4, 4864, None)
-    assert plan.rungs == (512, 1536, 4864)
+    assert plan.rungs == (1536, 4864)
     alone = make_plan(replace(DEMAND, box_seconds=None, trials=0, tokens=5000), SPEED, WORKERS)
     assert alone.trials == 0
     assert "has 4,864 tokens and not the 5,000 that were asked for: whole optimiser steps of 256" in alone.notes[0]
@@ -132,6 +132,9 @@ def test_tokens_that_were_asked_for_are_those_that_a_box_must_hold() -> None:
 def test_rungs_are_a_ninth_a_third_and_all() -> None:
     assert rung_tokens(9 * 2560, 256) == (2560, 7680, 23040)
     assert rung_tokens(768, 256) == (512, 768)
+    # Of two steps, one of them decay, a ninth says little.
+    assert rung_tokens(13 * 256, 256) == (4 * 256, 13 * 256)
+    assert rung_tokens(24 * 256, 256) == (3 * 256, 8 * 256, 24 * 256)
 
 
 PLENTY = 1000 * ENOUGH_STEPS
@@ -254,8 +257,17 @@ def test_repeated_data_are_read_four_times_at_most() -> None:
     assert plan.trials > 0.9 * without.trials
 
 
+def test_where_not_even_three_trials_have_enough_steps_as_many_run_as_have_half_of_them() -> None:
+    plan, _ = shared(440.0)
+    assert 12 <= plan.tokens // 256 < 24
+    assert 3 < plan.trials < 12
+    three, _ = shared(440.0, trials=3)
+    assert plan.tokens < three.tokens < 24 * 256
+    assert any("hardly tell strategies apart" in note for note in plan.notes)
+
+
 def test_a_box_too_short_to_choose_in_is_all_for_trials() -> None:
-    plan, without = shared(290.0)
+    plan, without = shared(260.0)
     assert plan == replace(without, seconds=plan.seconds)
 
 
