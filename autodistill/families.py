@@ -61,6 +61,7 @@ class Family:
         heads_divide_width: Whether transformers asks the number of heads to divide the width.
         head_dim: Where a config leaves it out; 0 is the width's even share.
         tied: Whether the head is the embedding table where a config does not say.
+        scaled_embeddings: Whether the model multiplies embeddings by the root of the width.
         norm_role: Whether norms multiply by their weights, or by these plus 1.
         windows: Tokens of a sliding window, and that every so many-th layer has none, where a config does not say.
         gguf: llama.cpp's name of the graph that computes this family.
@@ -80,6 +81,7 @@ class Family:
     heads_divide_width: bool = False
     head_dim: int = 0
     tied: bool = False
+    scaled_embeddings: bool = False
     norm_role: Role = Role.NORM
     windows: tuple[int, int] = (0, 0)
     gguf: str
@@ -228,6 +230,7 @@ FAMILIES: Mapping[str, Family] = {
         heads_divide_width=True,
         head_dim=256,
         tied=True,
+        scaled_embeddings=True,
         norm_role=Role.NORM_ABOVE_ONE,
         windows=(4096, 6),
         gguf="gemma3",

@@ -202,7 +202,7 @@ def _keep_layer(model: Any, layer: int) -> None:
         model.config.layer_types = [model.config.layer_types[layer]]
 
 
-def attention_loss(student: list[Heads], teacher: list[Heads]) -> Tensor:
+def attention_loss(student: list[Heads], teacher: list[Heads], counted: Tensor | None = None) -> Tensor:
     """KL(teacher || student) of attention matrices, a mean over kinds, sequences, heads and tokens.
 
     MiniLMv2 (arXiv 2012.15828) sums over the kinds (queries, keys, values); as a mean it is of the size of a map's.
@@ -210,6 +210,8 @@ def attention_loss(student: list[Heads], teacher: list[Heads]) -> Tensor:
     Args:
         student: Of n tokens or more.
         teacher: The same kinds, of n tokens.
+        counted: bool [sequences, n or more], the tokens whose attention counts: all but padding. It comes after all
+            others, so that none of them attends to it. None for all.
     """
     losses = []
     for theirs, target in zip(student, teacher, strict=True):
@@ -219,7 +221,8 @@ def attention_loss(student: list[Heads], teacher: list[Heads]) -> Tensor:
         for mask in (ours.visible, target.visible):
             # Where windows differ, the tokens that both see are compared.
             visible = visible if mask is None else visible & mask
-        losses.append(_SoftmaxKL.apply(ours.left, ours.right, ours.scale, target.ungrouped(), visible))
+        rows = None if counted is None else counted[:, :tokens]
+        losses.append(_SoftmaxKL.apply(ours.left, ours.right, ours.scale, target.ungrouped(), visible, rows))
     return torch.stack(losses).mean()
 
 
@@ -230,13 +233,17 @@ class _SoftmaxKL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor, scale: float, target: Heads, visible: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, left: Tensor, right: Tensor, scale: float, target: Heads, visible: Tensor, counted: Tensor | None
+    ) -> Tensor:
         """The loss, and both gradients at once, a few matrices at a time."""
         sequences, heads, tokens, _ = left.shape
         work = torch.promote_types(left.dtype, torch.float32)
         total = torch.zeros((), dtype=work, device=left.device)
         gradients = [torch.empty_like(side, memory_format=torch.contiguous_format) for side in (left, right)]
         step = max(1, (_CPU_CHUNK if left.device.type == "cpu" else _CHUNK) // tokens**2)
+        # A tensor, so that nobody waits for a GPU to know how many tokens count.
+        weight = 1 / (heads * (sequences * tokens if counted is None else counted.sum().clamp_min(1).to(work)))
         for sequence in range(sequences):
             hidden = ~visible[min(sequence, len(visible) - 1)]
             for start in range(0, heads, step):
@@ -245,18 +252,23 @@ class _SoftmaxKL(torch.autograd.Function):
                 log_q = _log_softmax(a, b, scale, hidden)
                 log_p = _log_softmax(target.left[part].to(work), target.right[part].to(work), target.scale, hidden)
                 p = log_p.exp()
-                total += (p * log_p.sub_(log_q)).sum()
-                slope = log_q.exp_().sub_(p).mul_(scale / (sequences * heads * tokens))
+                distance = log_p.sub_(log_q).mul_(p)
+                slope = log_q.exp_().sub_(p).mul_(scale * weight)
+                if counted is not None:
+                    row = counted[sequence, :, None]
+                    distance.mul_(row)
+                    slope.mul_(row)
+                total += distance.sum()
                 gradients[0][part] = slope @ b
                 gradients[1][part] = slope.mT @ a
         ctx.save_for_backward(*gradients)
-        return total / (sequences * heads * tokens)
+        return total * weight
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         left, right = (gradient * upstream.to(gradient.dtype) for gradient in ctx.saved_tensors)
-        return left, right, None, None, None
+        return left, right, None, None, None, None
 
 
 def _log_softmax(left: Tensor, right: Tensor, scale: float, hidden: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ class StepLoss:
             factor = balance_factor(aligned, logit_terms.total) if alignment.balance else 1.0
             loss = loss + alignment.weight * factor * aligned
         if attention := recipe.attention:
-            attended = attention_loss(heads, self._teacher_heads(indices, attention))
+            attended = attention_loss(heads, self._teacher_heads(indices, attention), self._text(indices))
             factor = balance_factor(attended, logit_terms.total) if attention.balance else 1.0
             loss = loss + attention.weight * factor * attended
         terms = (loss, logit_terms.divergence, logit_terms.cross_entropy, aligned, attended)
@@ -170,6 +170,12 @@ class StepLoss:
             hidden = self._body(input_ids=self._ids(indices), use_cache=False).last_hidden_state
             logits: Tensor = self._model.get_output_embeddings()(hidden[:, :1])
         return 0.0 * logits.sum()
+
+    def _text(self, indices: list[int]) -> Tensor | None:
+        """Which tokens are no padding, bool [sequences, tokens]; None for all."""
+        if self._data.answers is None:
+            return None
+        return torch.from_numpy(self._data.documents[indices] >= 0).to(self._device)
 
     def _ids(self, indices: list[int]) -> Tensor:
         return torch.from_numpy(np.asarray(self._data.tokens[indices], dtype=np.int64)).to(self._device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from autodistill.distillation.teacher import load_model, model_from_weights, rea
 from autodistill.errors import InputError
 from autodistill.estimate import resized, spec_from_config
 from autodistill.families import Axis, get_family
+from autodistill.formats import Role
 from autodistill.shapes import cut_spec, layer_choices, student_depth
 from autodistill.strategy import Init
 
@@ -163,7 +165,23 @@ def cut(model: Any, spec: ModelSpec, selection: Selection) -> Any:
             if indices is not None:
                 weight = weight.index_select(dimension, indices.to(weight.device))
         weights[tensor.name] = weight.float()
+    if family.scaled_embeddings and selection.channels is not None:
+        _keep_scale(weights, spec, math.sqrt(model.config.hidden_size / spec.width))
     return model_from_weights(model, _config_changes(model.config, spec, selection.layers), weights)
+
+
+def _keep_scale(weights: dict[str, Tensor], spec: ModelSpec, factor: float) -> None:
+    """Makes the table so much larger as the model's own factor, the root of the width, is now smaller.
+
+    The stream then begins at the teacher's scale, to which its blocks add at theirs. A tied head would be larger as
+    well: the final norm makes up for it, so that logits stay what they are.
+    """
+    family = get_family(spec.architecture)
+    table, norm = (f"{family.body}.{name}.weight" for name in (family.embedding, family.final_norm))
+    weights[table] = weights[table] * factor
+    if spec.tied:
+        above = 1.0 if family.norm_role is Role.NORM_ABOVE_ONE else 0.0
+        weights[norm] = (weights[norm] + above) / factor - above
 
 
 def _config_changes(config: Any, spec: ModelSpec, layers: tuple[int, ...]) -> dict[str, Any]:

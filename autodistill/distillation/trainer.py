@@ -351,8 +351,10 @@ class Trainer:
         if sharding is not None:
             indices, processes = sharding.share(indices), sharding.count
         parts = [indices[start : start + self._micro_batch] for start in range(0, len(indices), self._micro_batch)]
+        # What is uncertain is chosen by the head, a few rows at a time, each of which would put it on its grid anew.
+        repeated = len(parts) > 1 or self._recipe.positions == "uncertain"
         # Where memory is short, or weights are gathered for each pass, they are not kept from pass to pass.
-        kept = len(parts) > 1 and sharding is None and not self._plan.checkpointing
+        kept = repeated and sharding is None and not self._plan.checkpointing
         with one_step(self._on_grid.values() if kept else ()):
             for part in parts:
                 learnt = self._learnt(part, self._device)

@@ -190,6 +190,26 @@ def test_loss_and_gradient_by_definition(monkeypatch, windows, chunk):
         assert not gradient[:, :, tokens].any()
 
 
+@pytest.mark.parametrize("chunk", [1, 2**20])
+def test_padding_does_not_count(monkeypatch, chunk):
+    """Of two sequences of 7 and 4 tokens: the mean over their tokens as if each were alone."""
+    monkeypatch.setattr(attention_module, "_CPU_CHUNK", chunk)
+    left, right = (side.requires_grad_() for side in _sides(4, 7, 6, 0))
+    their_left, their_right = _sides(4, 7, 10, 1)
+    lengths = [7, 4, *([0] * (len(left) - 2))]
+    counted = torch.arange(7) < torch.tensor(lengths)[:, None]
+    loss = attention_loss([Heads(left, right, 0.7)], [Heads(their_left, their_right, 0.3)], counted)
+    actual = torch.autograd.grad(loss, (left, right))
+    expected = 0.0
+    for place, length in enumerate(lengths[:2]):
+        part = (slice(place, place + 1), slice(None), slice(length))
+        ours, theirs = (left[part], right[part], 0.7), (their_left[part], their_right[part], 0.3)
+        expected = expected + length / sum(lengths) * _divergence(ours, theirs, (99, 99))
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    for gradient, summed in zip(actual, torch.autograd.grad(expected, (left, right)), strict=True):
+        torch.testing.assert_close(gradient, summed, rtol=1e-9, atol=1e-14)
+
+
 def test_relations_of_a_side_with_itself_and_the_mean_over_kinds():
     sides = [_sides(2, 5, channels, seed)[0].requires_grad_() for seed, channels in enumerate((4, 2, 2))]
     theirs = [_sides(2, 5, channels, seed)[0] for seed, channels in enumerate((8, 4, 4), start=3)]

@@ -114,9 +114,6 @@ def silence_channels(model, importance, kind):
     for name in norms:
         parent, _, last = name.rpartition(".")
         setattr(body.get_submodule(parent), last, NormOfKept(body.get_submodule(name), gone, kind, eps))
-    if kind == "gemma3_text":
-        # transformers scales embeddings by the root of the width.
-        body.embed_tokens.embed_scale.fill_(64**0.5)
 
 
 @pytest.mark.parametrize("part", ["ffn", "heads", "width", "all"])

@@ -149,6 +149,22 @@ def test_sequences_one_by_one_add_up_to_the_step(workshop, grid, learned):
     assert (one.micro_batch, other.micro_batch) == (2, 1)
 
 
+def test_choosing_uncertain_positions_puts_the_head_on_its_grid_once(workshop, monkeypatch):
+    from autodistill.distillation import positions, quantization
+
+    monkeypatch.setattr(positions, "_CPU_CHUNK_ROWS", 8)
+    distillation = replace(PLAIN.distillation, positions="uncertain", uncertain_share=0.5, train_embeddings=True)
+    trainer = workshop.trainer(replace(PLAIN, distillation=distillation))
+    rounded = []
+    values = quantization.fitted_values
+    monkeypatch.setattr(
+        quantization, "fitted_values", lambda weight, *rest: rounded.append(weight.shape) or values(weight, *rest)
+    )
+    _gradients(trainer, _grid)
+    table = trainer.model.get_output_embeddings().weight.shape
+    assert rounded.count(table) == 1
+
+
 @pytest.mark.parametrize("grid", [None, _grid], ids=["plain", "on a grid"])
 @pytest.mark.parametrize("attention", [None, Attention(), Attention(kind="relations", relation_heads=4)])
 def test_checkpointing_changes_no_gradient(workshop, grid, attention):
