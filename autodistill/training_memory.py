@@ -143,7 +143,10 @@ def training_memory(
     linear = sum(math.prod(tensor.shape) for tensor in spec.tensors if tensor.role is Role.LINEAR) // (
         spec.layers if checkpointing else 1
     )
-    shown = (2 if bf16 else 4 if on_grid else 0) * (linear + table) + (4 * table if on_grid and bf16 else 0)
+    shown = (2 if bf16 else 4 if on_grid else 0) * (linear + table)
+    if on_grid and bf16 and train_embeddings:
+        # Looked up in float32; of a frozen table the rows alone that are looked up are put on the grid.
+        shown += 4 * table
     return TrainingEstimate(
         weights_bytes=4 * (spec.parameters + adapters),
         gradients_bytes=4 * trained,

@@ -253,6 +253,11 @@ class FakeQuantized:
             scales, self._offset = fitted_scales(self._values(whole(master.detach())), grid)
             self.scale = nn.Parameter(scales)
 
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of it is trained."""
+        return not self.master.requires_grad and self._change is None
+
     def __call__(self, held: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """The quantised weight; that of a frozen master is computed once, until the master's values change.
 
@@ -261,14 +266,14 @@ class FakeQuantized:
             dtype: What it is computed with, and so given in.
         """
         held = self.master if held is None else held
-        if self._held_over and (self.master.requires_grad or self._change is not None):
+        if self._held_over and not self.frozen:
             if self._step is None:
                 with torch.enable_grad():
                     self._step = _Step(self._values(held), self.grid, self.scale, self._offset)
             return self._step(dtype)
         if self.scale is not None:
             return fake_quantize_learned(self._values(held), self.scale, self._offset, self.grid, dtype)
-        if self.master.requires_grad or self._change is not None:
+        if not self.frozen:
             self._kept = None
             return fake_quantize(self._values(held), self.grid, dtype)
         if held is not self.master:
@@ -360,8 +365,30 @@ def quantized_training(
                             f"{path}.{name} cannot be trained on a grid: only linear and embedding layers can, "
                             f"not {type(module).__name__}; leave the finishing stage out"
                         )
-                    _attach(module, quantized[id(parameter)], hooks)
+                    frozen = isinstance(module, nn.Embedding) and quantized[id(parameter)].frozen
+                    (_attach_rows if frozen else _attach)(module, quantized[id(parameter)], hooks)
         yield shown
+
+
+def _attach_rows(module: nn.Module, weight: FakeQuantized, hooks: ExitStack) -> None:
+    """Shows a frozen embedding the rows alone that are looked up: groups never cross a row, and a table is large."""
+    parameters: dict[str, Any] = module._parameters
+    held: list[Any] = []
+
+    def show(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        held.append((parameters["weight"], module.padding_idx))
+        found, places = inputs[0].unique(return_inverse=True)
+        parameters["weight"] = deploy_tensor(held[-1][0].detach()[found], weight.grid)
+        # Its row is elsewhere now; it matters to gradients alone.
+        module.padding_idx = None  # type: ignore[assignment]
+        return (places, *inputs[1:])
+
+    def hide(module: nn.Module, inputs: Any, output: Any) -> None:
+        if held:
+            parameters["weight"], module.padding_idx = held.pop()
+
+    hooks.callback(module.register_forward_pre_hook(show).remove)
+    hooks.callback(module.register_forward_hook(hide, always_call=True).remove)
 
 
 def _attach(module: nn.Module, weight: FakeQuantized, hooks: ExitStack) -> None:

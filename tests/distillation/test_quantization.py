@@ -461,3 +461,26 @@ def test_what_cannot_be_trained_on_a_grid_is_refused_by_name():
     ):
         pass
     assert not model[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("grid", [Q4_0, Q4_1], ids=["symmetric", "asymmetric"])
+def test_of_a_frozen_embedding_the_rows_that_are_looked_up_are_put_on_the_grid(grid, monkeypatch):
+    model = nn.Sequential(nn.Embedding(50, 32, padding_idx=49), nn.Linear(32, 8, bias=False))
+    model[0].weight.requires_grad_(False)
+    whole, rows = torch.from_numpy(deployed(model[0].weight.numpy(), grid)), []
+    monkeypatch.setattr(
+        quantization, "deploy_tensor", lambda weight, *rest: rows.append(len(weight)) or deploy_tensor(weight, *rest)
+    )
+    ids = torch.tensor([[3, 49, 3], [7, 0, 49]])
+    seen = []
+    handle = model[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with quantized_training(model, lambda name: grid if name == "0.weight" else None):
+        model(ids).sum().backward()
+        with pytest.raises(IndexError):
+            model(torch.tensor([50]))
+        assert model[0].weight.shape == (50, 32)
+    handle.remove()
+    assert torch.equal(seen[0], whole[ids])
+    assert rows == [4]
+    assert model[0].padding_idx == 49
+    assert model[0].weight.grad is None
