@@ -81,7 +81,12 @@ STRATEGY = Strategy(
 
 def _task(strategy=STRATEGY, **changes):
     task = TrialTask(
-        id="t000", strategy=strategy, seed=0, deployments=ALL, probe=probe_deployment(strategy, ALL, own_first=True), straight=False
+        id="t000",
+        strategy=strategy,
+        seed=0,
+        deployments=ALL,
+        probe=probe_deployment(strategy, ALL, own_first=True),
+        straight=False,
     )
     return replace(task, **changes)
 

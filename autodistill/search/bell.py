@@ -9,7 +9,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-
 _MOMENT = 1.0  # second, so that a worker whose bell is lost does not ask again and again
 
 

@@ -15,7 +15,7 @@ CONFIRMED = 3  # students that are trained on further seeds, where that is asked
 
 
 def rung_tokens(tokens: int, batch: int) -> tuple[int, ...]:
-    """Geometric rungs, each a whole number of steps: a ninth, if that is three of them, a third and all of the tokens."""
+    """Geometric rungs in whole steps: a ninth of the tokens, if that is three steps, a third and all of them."""
     ninth, third = (max(2, round(tokens / batch / REDUCTION**level)) * batch for level in (2, 1))
     inner = {third} | ({ninth} if ninth >= _LEAST_STEPS * batch else set())
     return (*sorted(rung for rung in inner if rung < tokens), tokens)

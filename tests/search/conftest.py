@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-
-from autodistill.contracts import Measurement, Subject
 from autodistill.evaluators.latency import Latency
 from autodistill.evaluators.memory import Memory
+
+from autodistill.contracts import Measurement, Subject
 from autodistill.search import finish
 from autodistill.strategy import Deployment
 

@@ -21,9 +21,9 @@ from autodistill.hardware import detect
 from autodistill.records.event_log import EventLog
 from autodistill.records.row import rows_of
 from autodistill.search.campaign import Campaign
+from autodistill.search.cluster import LocalRay
 from autodistill.search.inline_runner import run_inline
 from autodistill.search.progress import Observer
-from autodistill.search.cluster import LocalRay
 from autodistill.search.ray_runner import _worker
 from autodistill.search.ray_runner import drive as run_pieces
 from autodistill.search.request import SearchRequest

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from autodistill.evaluators.memory import Memory
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +20,6 @@ from autodistill.contracts import Decision, Measurement, Subject
 from autodistill.devices import devices, find_device
 from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
 from autodistill.estimate import spec_from_config
-from autodistill.evaluators.memory import Memory
 from autodistill.hardware import detect, machine_name
 from autodistill.records.openings import recorded_test_openings
 from autodistill.records.row import Row, read_parquet
