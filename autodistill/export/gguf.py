@@ -13,8 +13,9 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
 
 from autodistill.codes import unpack
 from autodistill.contracts import Artefact, ModelSpec
-from autodistill.errors import VerificationError
+from autodistill.errors import InputError, VerificationError
 from autodistill.estimate import check_holds
+from autodistill.export.gguf_text import cannot_cut
 from autodistill.export.gguf_tokenizer import add_tokenizer
 from autodistill.export.student_files import StudentFiles, replacing
 from autodistill.families import FAMILIES, GGUF_FAMILIES, get_family
@@ -62,6 +63,8 @@ class GgufExporter:
             writer = GGUFWriter(os.fspath(partial / FILE), get_family(files.spec.architecture).gguf)
             try:
                 check_holds(files.spec, deployment)
+                if reason := cannot_cut(student):
+                    raise InputError(reason)
                 add_metadata(writer, files.spec, files.config, _FILE_TYPES[deployment.format])
                 add_tokenizer(writer, student, files.spec.vocabulary)
                 _write_tensors(writer, files, deployment)

@@ -1,15 +1,18 @@
-"""Turns a BPE tokenizer of transformers into the metadata that llama.cpp reads.
+"""Turns a BPE tokenizer of transformers into the metadata that llama.cpp reads, or says why it cannot.
 
-Byte-level BPE is GPT-2's kind: text is cut by a pattern, and bytes are merged in the order of a list. SentencePiece's
-kind, as Gemma's, merges characters of whole texts, spaces being "▁"; llama.cpp has no list for it, but joins whatever
-two neighbours make a token, the token of the highest score first. That is the same where every pair that makes a token
-stands in the list, those of one token after each other, which is checked.
+Byte-level BPE is GPT-2's kind: text is cut in one of the ways that llama.cpp knows by name, and bytes are merged in the
+order of a list. SentencePiece's kind, as Gemma's, merges characters of whole texts, spaces being "▁"; llama.cpp has no
+list for it, but joins whatever two neighbours make a token, the token of the highest score first. That is the same
+where every pair that makes a token stands in the list, those of one token after each other, which is checked.
+
+What counts is the tokenizer that transformers makes of a folder: for some classes it builds one of its own kind from
+the tokens and merges, whatever else tokenizer.json says.
 """
 
 from __future__ import annotations
 
 import json
-import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,69 +20,117 @@ from gguf import GGUFWriter, TokenType
 
 from autodistill.errors import InputError
 from autodistill.export.student_files import read_json
-from autodistill.tokenising import beginning
+from autodistill.gguf_cuts import CUTS, Cut, cuts_like
+from autodistill.tokenising import beginning, load_tokenizer
 
 INHERITED = "gguf_tokenizer.json"
 """A file beside the tokenizer of a teacher that was a GGUF file: that file's scalar `tokenizer.ggml.*` keys, without
 the prefix, like {"pre": "smollm"}."""
 
 _IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unknown": "unk_token_id", "padding": "pad_token_id"}
-_logger = logging.getLogger(__name__)
 
 
 def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
-    """Writes tokens, types, merges, special ids and chat template.
+    """Writes tokens, types, merges, special ids and chat template of a tokenizer that `refusal` has nothing against.
 
-    What a GGUF teacher said of its own tokenizer holds before what is worked out here.
+    What a GGUF teacher said of its own tokenizer holds before what is worked out here. Of several chat templates the
+    one is written that training uses.
 
     Args:
         writer: Receives the metadata.
-        folder: Holds tokenizer.json and the files beside it.
+        folder: Holds the tokenizer's files.
         vocabulary: Rows of the embedding table; those beyond the tokenizer's are named as unused.
 
     Raises:
-        InputError: There is no tokenizer.json, or llama.cpp would cut text otherwise than it.
+        InputError: The tokenizer cannot be read, or has more tokens than the table has rows.
     """
-    from transformers import AutoTokenizer
-
-    path = folder / "tokenizer.json"
-    description = read_json(path)
-    model = description.get("model") or {}
-    kinds = {part["type"] for part in _parts(description.get("decoder"))}
-    byte_level = "ByteLevel" in kinds
-    if model.get("type") != "BPE" or not (byte_level or model.get("byte_fallback")):
-        raise InputError(
-            f"GGUF export knows byte-level BPE tokenizers and SentencePiece's kind with bytes, and {path} is another "
-            "kind: export to huggingface or compressed-tensors instead"
-        )
+    tokenizer, description = _read(folder)
     names, types = _tokens(description, vocabulary)
-    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-    missing = _other_normalizer(description) if byte_level else _no_sentencepiece(description, merges)
-    if missing:
-        raise InputError(
-            f"llama.cpp would cut text into other tokens than {path} does: {missing}; export to huggingface or "
-            "compressed-tensors instead"
-        )
-    if byte_level:
-        own = {"model": "gpt2", "pre": guess_pre_tokenizer(description.get("pre_tokenizer"))}
+    merges = _merges(description)
+    if _is_byte_level(description):
+        cut = _cut(description)
+        own: dict[str, Any] = {"model": "gpt2", "pre": cut.names[0] if cut else "default", "add_space_prefix": False}
         writer.add_token_merges([" ".join(pair) for pair in merges])
     else:
-        own = {"model": "llama", "pre": "default"}
+        own = {"model": "llama", "pre": "default", "add_space_prefix": _begins_with_space(description)}
         names, types, scores = _as_sentencepiece(names, types, merges)
         writer.add_token_scores(scores)
     writer.add_token_list(names)
     writer.add_token_types(types)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    scalars = own | _scalars(tokenizer)
-    if (folder / INHERITED).is_file():
-        scalars |= read_json(folder / INHERITED)
-    for key, value in scalars.items():
+    for key, value in (own | _scalars(tokenizer) | _inherited(folder)).items():
         _add_scalar(writer, f"tokenizer.ggml.{key}", value)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    templates = tokenizer.chat_template
+    if templates and (isinstance(templates, str) or "default" in templates):
+        writer.add_chat_template(tokenizer.get_chat_template())
 
 
-def _tokens(description: dict[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
+def refusal(folder: Path) -> str:
+    """Why GGUF cannot have a folder's tokenizer, as far as its description says, or nothing.
+
+    Raises:
+        InputError: The tokenizer cannot be read.
+    """
+    _, description = _read(folder)
+    model = description.get("model") or {}
+    byte_level = _is_byte_level(description)
+    if model.get("type") != "BPE" or not (byte_level or model.get("byte_fallback")):
+        return (
+            "GGUF export knows byte-level BPE tokenizers and SentencePiece's kind with bytes, and that in "
+            f"{folder} is another kind"
+        )
+    missing = _no_byte_level(description, _inherited(folder)) if byte_level else _no_sentencepiece(description)
+    return (
+        f"llama.cpp would cut text into other tokens than the tokenizer in {folder} does: {missing}" if missing else ""
+    )
+
+
+def is_certain(folder: Path) -> bool:
+    """Whether llama.cpp's cut is known to be the tokenizer's where `refusal` has nothing against it.
+
+    Otherwise only llama.cpp itself can show it: where it is to put a space before texts, or a GGUF teacher's file names
+    a way to cut them that is not known to be that of the tokenizer which transformers made of it.
+    """
+    _, description = _read(folder)
+    inherited = _inherited(folder)
+    if not _is_byte_level(description):
+        return not _begins_with_space(description) and not inherited.get("add_space_prefix", False)
+    cut = _cut(description)
+    return cut is not None and inherited.get("pre", cut.names[0]) in cut.names
+
+
+def _read(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The tokenizer that transformers makes of a folder, and its description, as tokenizer.json would have it.
+
+    Added tokens are those of the file: some classes bring one of their own, for which a model has no row.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = load_tokenizer(folder)
+        description: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise InputError(
+            f"the tokenizer in {folder} cannot be read ({error}): save it there as tokenizer.json"
+        ) from error
+    if path.is_file():
+        description["added_tokens"] = read_json(path).get("added_tokens")
+    return tokenizer, description
+
+
+def _inherited(folder: Path) -> dict[str, Any]:
+    path = folder / INHERITED
+    return read_json(path) if path.is_file() else {}
+
+
+def _is_byte_level(description: Mapping[str, Any]) -> bool:
+    return "ByteLevel" in {part["type"] for part in _parts(description.get("decoder"))}
+
+
+def _merges(description: Mapping[str, Any]) -> list[_Pair]:
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in description["model"]["merges"])
+    return [(first, second) for first, second in pairs]
+
+
+def _tokens(description: Mapping[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:
     names = {index: f"[PAD{index}]" for index in range(vocabulary)}
     kinds = dict.fromkeys(names, TokenType.UNUSED)
     for name, index in description["model"]["vocab"].items():
@@ -92,28 +143,73 @@ def _tokens(description: dict[str, Any], vocabulary: int) -> tuple[list[str], li
     return [names[index] for index in range(vocabulary)], [int(kinds[index]) for index in range(vocabulary)]
 
 
-def _other_normalizer(description: dict[str, Any]) -> str:
-    """What is changed in texts before they are cut that llama.cpp does not do, or nothing.
+def _no_byte_level(description: Mapping[str, Any], inherited: Mapping[str, Any]) -> str:
+    """Why llama.cpp's byte-level BPE is another than this tokenizer's, or nothing.
 
     Composing characters (NFC) passes: texts are mostly composed, and llama.cpp's own files of such models leave it out.
     """
     others = [part["type"] for part in _parts(description.get("normalizer")) if part["type"] != "NFC"]
-    return f"its normalizer {others[0]} is not known there" if others else ""
+    if others:
+        return f"its normalizer {others[0]} is not known there"
+    cut = _cut(description)
+    if cut is None:
+        # What a GGUF teacher's file names is known to llama.cpp, which can be asked.
+        known = ", ".join(cut.names[0] for cut in CUTS)
+        return "" if "pre" in inherited else f"its pre_tokenizer is none of those that are known there ({known})"
+    if cut.whole_words != bool(description["model"].get("ignore_merges")):
+        unmade = _unmade(description)
+        if unmade is not None:
+            return f"its merges do not make the token {unmade!r} of that word, on which ignore_merges decides"
+    return ""
 
 
-_Pair = tuple[str, ...]
+def _cut(description: Mapping[str, Any]) -> Cut | None:
+    """The tokenizer's way to cut text, where llama.cpp knows it: that which takes words alike, if there is one."""
+    found = cuts_like(_parts(description.get("pre_tokenizer")))
+    whole_words = bool(description["model"].get("ignore_merges"))
+    return next((cut for cut in found if cut.whole_words == whole_words), found[0] if found else None)
+
+
+def _unmade(description: Mapping[str, Any]) -> str | None:
+    """A token that is a word of its own, and that the merges do not make of that word; None where there is none."""
+    from tokenizers.models import BPE
+
+    added = {token["content"] for token in description.get("added_tokens") or ()}
+    vocab = description["model"]["vocab"]
+    model = BPE(vocab=vocab, merges=_merges(description))
+    words = (name for name in vocab if name not in added)
+    return next((name for name in words if [token.value for token in model.tokenize(name)] != [name]), None)
+
+
+_Pair = tuple[str, str]
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _SPACE = "\u2581"
+_WRITTEN = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+_BEGUN = {"type": "Prepend", "prepend": _SPACE}
 
 
-def _no_sentencepiece(description: dict[str, Any], merges: list[_Pair]) -> str:
+def _begins_with_space(description: Mapping[str, Any]) -> bool:
+    """Whether each piece of a text, which special tokens part, is begun with a space."""
+    return _BEGUN in _parts(description.get("normalizer"))
+
+
+def _no_sentencepiece(description: Mapping[str, Any]) -> str:
     """Why llama.cpp's way to merge by scores is another than this tokenizer's, or nothing."""
-    model = description["model"]
-    space = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    if _parts(description.get("normalizer")) != [space]:
-        return f"its normalizer does more, or less, than to write spaces as {_SPACE}"
+    model, merges = description["model"], _merges(description)
     before = _parts(description.get("pre_tokenizer"))
-    if any(part["type"] != "Split" or part["pattern"] != {"String": " "} for part in before):
+    spaces = [part for part in before if part["type"] == "Metaspace"]
+    if any(part.get("prepend_scheme", "always") != "never" for part in spaces):
+        return (
+            f"its Metaspace begins texts with {_SPACE} where llama.cpp does not, or not where it does: behind special "
+            "tokens, or before a space (the model's own GGUF file is a teacher whose text is cut as there)"
+        )
+    if any(part.get("split", True) or part["replacement"] != _SPACE for part in spaces):
+        return "its pre_tokenizer cuts text into words"
+    normalizer = _parts(description.get("normalizer"))
+    if normalizer not in ([_WRITTEN], [_BEGUN, _WRITTEN]) and not (spaces and not normalizer):
+        return f"its normalizer does more, or less, than to write spaces as {_SPACE}"
+    cutting = [part for part in before if part["type"] != "Metaspace"]
+    if any(part["type"] != "Split" or part["pattern"] != {"String": " "} for part in cutting):
         return "its pre_tokenizer cuts text into words"
     if model.get("ignore_merges") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return "its model has words, prefixes or suffixes of its own"
@@ -129,10 +225,14 @@ def _no_sentencepiece(description: dict[str, Any], merges: list[_Pair]) -> str:
             return f"its merges that make {token!r} do not follow each other"
         ranks.setdefault(token, rank)
         last = token
+    # Special tokens are found in texts before anything is merged, and made of nothing.
+    added = {token["content"]: token["special"] for token in description.get("added_tokens") or ()}
     for token in vocab:
-        for cut in range(1, len(token)):
+        # Of all others llama.cpp joins characters too that are no tokens.
+        alone = 0 if token in added else 1
+        for cut in range(1, 0 if added.get(token) else len(token)):
             pair = (token[:cut], token[cut:])
-            if pair[0] in vocab and pair[1] in vocab and pair not in known:
+            if pair not in known and all(part in vocab or len(part) <= alone for part in pair):
                 return f"its merges lack {pair[0]!r} and {pair[1]!r}, which make the token {token!r}"
     return ""
 
@@ -159,35 +259,12 @@ def _as_sentencepiece(
 def _scalars(tokenizer: Any) -> dict[str, Any]:
     ids = {f"{key}_token_id": getattr(tokenizer, name) for key, name in _IDS.items()}
     return {
-        "add_space_prefix": False,
         "add_bos_token": beginning(tokenizer) is not None,
         **{key: value for key, value in ids.items() if value is not None},
     }
 
 
-def guess_pre_tokenizer(description: dict[str, Any] | None) -> str:
-    """llama.cpp's name for the way that tokenizer.json's `pre_tokenizer` cuts text before the merges.
-
-    llama.cpp knows these ways by name alone; one that it does not know becomes "default", with a warning.
-    """
-    parts = _parts(description)
-    kinds = {part["type"] for part in parts}
-    patterns = json.dumps([part.get("pattern") for part in parts], ensure_ascii=False)
-    if "Digits" in kinds:
-        return "smollm"
-    if "Split" not in kinds:
-        return "gpt-2"
-    if r"\\p{N}{1,3}" in patterns:
-        return "llama-bpe"
-    if r"|\\p{N}|" in patterns:
-        return "qwen2"
-    _logger.warning(
-        "llama.cpp may cut text into tokens otherwise than this tokenizer does: its pattern %s is not known", patterns
-    )
-    return "default"
-
-
-def _parts(description: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _parts(description: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """A step of the tokenizer, or the steps of a sequence of them."""
     if description is None:
         return []
@@ -195,7 +272,7 @@ def _parts(description: dict[str, Any] | None) -> list[dict[str, Any]]:
         if name in description:
             steps: list[dict[str, Any]] = description[name]
             return steps
-    return [description]
+    return [dict(description)]
 
 
 def _add_scalar(writer: GGUFWriter, key: str, value: Any) -> None:

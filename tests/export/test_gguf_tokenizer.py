@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import logging
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -14,7 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from autodistill.distillation.teacher import materialise, resolve_teacher
 from autodistill.errors import InputError
 from autodistill.export.gguf import GgufExporter
-from autodistill.export.gguf_tokenizer import add_tokenizer, guess_pre_tokenizer
+from autodistill.export.gguf_text import cannot_cut
+from autodistill.export.gguf_tokenizer import add_tokenizer, is_certain, refusal
 from autodistill.llama_cpp import LlamaServer
 from autodistill.strategy import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_tokenizer
@@ -33,9 +37,6 @@ TEXTS = [
     ),
     *("don't we'll I'M 3.14", "the river" + " " * 40 + "end", "near the river near the river"),
 ]
-
-LLAMA3 = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
-QWEN2 = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
 
 
 def written(folder: Path, path: Path, vocabulary: int = 300) -> dict[str, object]:
@@ -88,38 +89,84 @@ def test_the_chat_template_is_taken_along(folder: Path, tmp_path: Path) -> None:
     assert written(folder, tmp_path / "t.gguf")["tokenizer.chat_template"] == template
 
 
-@pytest.mark.parametrize(
-    ("description", "name"),
-    [
-        (None, "gpt-2"),
-        ({"type": "ByteLevel", "use_regex": True}, "gpt-2"),
-        ({"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]}, "smollm"),
-        (
-            {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": LLAMA3}}]},
-            "llama-bpe",
-        ),
-        ({"type": "Split", "pattern": {"Regex": QWEN2}}, "qwen2"),
-    ],
-)
-def test_known_ways_to_cut_text(description: dict[str, object] | None, name: str) -> None:
-    assert guess_pre_tokenizer(description) == name
+def test_of_several_chat_templates_the_one_that_training_uses_is_taken(folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = {"tool_use": "{{ 'tools' }}", "default": "{{ messages[0]['content'] }}"}
+    tokenizer.save_pretrained(folder)
+    assert written(folder, tmp_path / "t.gguf")["tokenizer.chat_template"] == "{{ messages[0]['content'] }}"
+    tokenizer.chat_template = {"tool_use": "{{ 'tools' }}"}
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
+    assert "tokenizer.chat_template" not in written(folder, tmp_path / "u.gguf")
 
 
-def test_an_unknown_way_to_cut_text_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        assert guess_pre_tokenizer({"type": "Split", "pattern": {"Regex": r"\w+"}}) == "default"
-    assert "not known" in caplog.text
+def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The folder, whose tokenizer.json was changed."""
+    path = folder / "tokenizer.json"
+    description = json.loads(path.read_text())
+    change(description)
+    path.write_text(json.dumps(description))
+    return folder
+
+
+def test_an_unknown_way_to_cut_text_is_refused(folder: Path) -> None:
+    for unknown in (
+        {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        {"type": "Digits", "individual_digits": False},
+        None,
+    ):
+        changed(folder, lambda description, step=unknown: description.update(pre_tokenizer=step))
+        assert "its pre_tokenizer is none of those that are known there (gpt-2, smollm, " in refusal(folder)
+        assert cannot_cut(folder).endswith("export to huggingface or compressed-tensors instead")
+
+
+def test_words_that_the_merges_do_not_make_are_known_by_name(folder: Path) -> None:
+    """llama.cpp takes words that are tokens as they are under some names, and merges them under others."""
+    changed(folder, lambda description: description["model"].update(ignore_merges=True))
+    assert refusal(folder) == ""  # the merges make every token of its word, so that it is all one
+    changed(folder, lambda description: description["model"]["merges"].pop())
+    assert "its merges do not make the token" in refusal(folder)
+    changed(folder, lambda description: description["model"].update(ignore_merges=False))
+    assert refusal(folder) == ""
+
+
+def test_what_a_gguf_teacher_calls_its_cut_is_asked_of_llama_cpp(folder: Path) -> None:
+    """tiny_tokenizer cuts text as GPT-2 does, which has other names too; Llama 3's way cuts numbers into threes."""
+
+    def merge_digits(description: dict[str, Any]) -> None:
+        description["model"]["vocab"]["34"] = 300
+        description["model"]["merges"].append(["3", "4"])
+
+    changed(folder, merge_digits)
+    for name, certain, right in (("gpt-2", True, True), ("olmo", True, True), ("exaone4", False, True)):
+        (folder / "gguf_tokenizer.json").write_text(json.dumps({"pre": name}))
+        assert (is_certain(folder), cannot_cut(folder) == "") == (certain, right)
+    (folder / "gguf_tokenizer.json").write_text(json.dumps({"pre": "llama-bpe"}))
+    assert "would cut text into other tokens" in cannot_cut(folder)
+    (folder / "gguf_tokenizer.json").write_text(json.dumps({"pre": "unheard-of"}))
+    assert "unknown pre-tokenizer type: 'unheard-of'" in cannot_cut(folder)
+
+
+def test_what_transformers_makes_of_the_files_counts(folder: Path) -> None:
+    """It builds tokenizers of some classes anew, whatever way to cut text their tokenizer.json has."""
+    changed(folder, lambda description: description.update(pre_tokenizer={"type": "Whitespace"}))
+    assert "none of those that are known" in refusal(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}))
+    assert refusal(folder) == ""
 
 
 def test_other_kinds_of_tokenizer_are_refused(tmp_path: Path) -> None:
     teacher = save_tiny_teacher(tmp_path / "teacher", layers=1)
-    path = teacher / "tokenizer.json"
-    description = json.loads(path.read_text())
-    description["decoder"] = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}]}
-    path.write_text(json.dumps(description))
+    decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}]}
+    changed(teacher, lambda description: description.update(decoder=decoder))
     with pytest.raises(InputError, match="byte-level BPE tokenizers and SentencePiece's kind"):
-        written(teacher, tmp_path / "t.gguf")
-    path.unlink()
+        GgufExporter().export(teacher, F16, tmp_path / "out")
+    (teacher / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        GgufExporter().export(teacher, F16, tmp_path / "out")
     with pytest.raises(InputError, match=r"tokenizer\.json"):
         written(teacher, tmp_path / "t.gguf")
 
@@ -166,8 +213,32 @@ def neox_like(folder: Path) -> Path:
     return folder
 
 
+def make_the_twice(model: dict[str, Any]) -> None:
+    """Gives "the", which is "t" and "he", another merge behind all others."""
+    model["vocab"]["th"] = 390
+    model["merges"] += [["t", "h"], ["th", "e"]]
+
+
+def llama2_like(folder: Path) -> Path:
+    """A tokenizer of Llama 2's kind: Gemma's, in which each piece of a text begins with a space."""
+
+    def begin_with_space(description: dict[str, Any]) -> None:
+        description["normalizer"] = {"type": "Sequence", "normalizers": [PREPEND, description["normalizer"]]}
+        description["pre_tokenizer"] = None
+        # Llama 2 has no plain tokens that are looked for in texts, nor those that only so are found.
+        description["added_tokens"] = [token for token in description["added_tokens"] if token["special"]]
+        del description["model"]["vocab"]["\n\n"]
+
+    return changed(gemma_like(folder), begin_with_space)
+
+
+PREPEND = {"type": "Prepend", "prepend": "\u2581"}
+
+
 @pytest.mark.parametrize(
-    ("architecture", "made"), [("gemma3_text", gemma_like), ("gpt_neox", neox_like)], ids=["gemma", "neox"]
+    ("architecture", "made"),
+    [("gemma3_text", gemma_like), ("gpt_neox", neox_like), ("llama", llama2_like)],
+    ids=["gemma", "neox", "llama2"],
 )
 def test_llama_cpp_cuts_texts_as_transformers_does(tmp_path: Path, architecture: str, made: object) -> None:
     teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, layers=1, tied=False, vocabulary=390)
@@ -189,8 +260,9 @@ def test_llama_cpp_cuts_texts_as_transformers_does(tmp_path: Path, architecture:
     ("harm", "said"),
     [
         (lambda model: model["merges"].pop(), "merges lack"),
-        (lambda model: model["merges"].append(model["merges"][0]), "do not follow each other"),
+        (make_the_twice, "do not follow each other"),
         (lambda model: model["vocab"].pop("<0x41>"), "lacks <0x41>"),
+        (lambda model: model["vocab"].update({"#%": 390}), "merges lack '#' and '%'"),
         (lambda model: model.update(ignore_merges=True), "words, prefixes or suffixes"),
     ],
 )
@@ -199,13 +271,40 @@ def test_what_llama_cpp_would_merge_otherwise_is_refused(tmp_path: Path, harm: o
     description = json.loads(path.read_text())
     harm(description["model"])  # type: ignore[operator]
     path.write_text(json.dumps(description))
-    with pytest.raises(InputError, match=f"would cut text into other tokens.*{said}"):
-        written(tmp_path, tmp_path / "t.gguf", vocabulary=400)
+    assert re.search(f"would cut text into other tokens.*{said}", refusal(tmp_path))
 
 
-def test_a_normalizer_that_llama_cpp_lacks_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_normalizer_that_llama_cpp_lacks_is_refused(folder: Path) -> None:
     path = folder / "tokenizer.json"
     description = json.loads(path.read_text()) | {"normalizer": {"type": "Lowercase"}}
     path.write_text(json.dumps(description))
-    with pytest.raises(InputError, match="its normalizer Lowercase is not known there"):
-        written(folder, tmp_path / "t.gguf")
+    assert "its normalizer Lowercase is not known there" in refusal(folder)
+
+
+def metaspace(scheme: str, *, split: bool = False) -> dict[str, object]:
+    return {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": split}
+
+
+def test_metaspace_passes_where_it_puts_no_space_before_texts(tmp_path: Path) -> None:
+    folder = changed(
+        gemma_like(tmp_path), lambda description: description.update(normalizer=None, pre_tokenizer=metaspace("never"))
+    )
+    assert (is_certain(folder), refusal(folder)) == (True, "")
+    for other, said in (
+        (metaspace("first"), "its Metaspace begins texts"),
+        (metaspace("always"), "its Metaspace begins texts"),
+        (metaspace("never", split=True), "cuts text into words"),
+    ):
+        changed(folder, lambda description, step=other: description.update(pre_tokenizer=step))
+        assert said in refusal(folder)
+
+
+def test_a_space_before_texts_is_only_believed_when_llama_cpp_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = llama2_like(tmp_path)
+    assert (refusal(folder), is_certain(folder), cannot_cut(folder)) == ("", False, "")
+    (folder / "gguf_tokenizer.json").write_text(json.dumps({"add_space_prefix": False}))
+    assert re.search(r"would cut text into other tokens .*: behind \[\] it has", cannot_cut(folder))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install xllamacpp" in cannot_cut(folder)

@@ -1,0 +1,98 @@
+"""How byte-level tokenizers cut text before the merges: llama.cpp's names of it, and tokenizer.json's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+_DIGITS = {"type": "Digits", "individual_digits": True}
+_ALL = r"|\s+"  # how patterns end that leave no character over
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_BEFORE, _UPPER, _LOWER = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O = (
+    rf"{_BEFORE}{_UPPER}*{_LOWER}+{_SUFFIX}|{_BEFORE}{_UPPER}+{_LOWER}*{_SUFFIX}|\p{{N}}{{1,3}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A way to cut text.
+
+    Attributes:
+        names: llama.cpp's, the one to be written first.
+        steps: Of tokenizer.json, the bytes' included.
+        whole_words: Whether a word that is a token is taken as it is, whatever the merges make of it (`ignore_merges`).
+    """
+
+    names: tuple[str, ...]
+    steps: tuple[Mapping[str, Any], ...]
+    whole_words: bool = False
+
+    @property
+    def pre_tokenizer(self) -> dict[str, Any]:
+        """As tokenizer.json has it."""
+        return {"type": "Sequence", "pretokenizers": [dict(step) for step in self.steps]}
+
+
+CUTS = (
+    Cut(names=("gpt-2", "phi-2", "mpt", "olmo"), steps=(_split(_GPT2), _BYTES)),
+    Cut(names=("smollm", "starcoder", "refact", "command-r", "codeshell"), steps=(_DIGITS, _split(_GPT2), _BYTES)),
+    Cut(names=("llama-bpe", "llama3", "llama-v3", "falcon3"), steps=(_split(_LLAMA3), _BYTES), whole_words=True),
+    Cut(names=("dbrx", "smaug-bpe"), steps=(_split(_LLAMA3), _BYTES)),
+    Cut(names=("qwen2", "deepseek-r1-qwen", "megrez"), steps=(_split(_QWEN2), _BYTES)),
+    Cut(names=("tekken",), steps=(_split(_TEKKEN), _BYTES), whole_words=True),
+    Cut(names=("gpt-4o", "llama4"), steps=(_split(_GPT4O), _BYTES)),
+    Cut(
+        names=("deepseek-coder",),
+        steps=(
+            *map(_split, ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+")),
+            _DIGITS,
+            _BYTES,
+        ),
+    ),
+)
+"""Patterns as the models' own tokenizer.json have them, names as in llama.cpp's `llama-vocab.cpp`; a test holds the one
+to the other. Of tekken and gpt-4o llama.cpp knows case in ASCII alone, and no combining marks."""
+
+
+def cut_named(name: object) -> Cut | None:
+    """The cut that llama.cpp knows by a name, or None for one that is not in the table."""
+    return next((cut for cut in CUTS if name in cut.names), None)
+
+
+def cuts_like(steps: Sequence[Mapping[str, Any]]) -> tuple[Cut, ...]:
+    """The cuts of the table that do what the steps of a tokenizer.json's `pre_tokenizer` do."""
+    wanted = _essence(steps)
+    return tuple(cut for cut in CUTS if _essence(cut.steps) == wanted)
+
+
+def _essence(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The steps without what changes no token, and written one way where there are two."""
+    found: list[dict[str, Any]] = []
+    for step in steps:
+        own = {key: value for key, value in step.items() if key != "trim_offsets"}
+        if own["type"] == "ByteLevel" and own.pop("use_regex", True):
+            found.append(_split(_GPT2))
+        pattern = str(own.get("pattern", {}).get("Regex", ""))
+        if (own.get("behavior"), own.get("invert")) == ("Removed", True) and pattern.endswith(_ALL):
+            # What the pattern leaves over is removed, and it leaves nothing over.
+            own |= {"behavior": "Isolated", "invert": False}
+        found.append(own)
+    return found
