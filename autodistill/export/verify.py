@@ -14,10 +14,12 @@ import torch
 
 from autodistill.contracts import Artefact, Exporter
 from autodistill.errors import VerificationError
+from autodistill.export.gguf_text import agreement
 from autodistill.export.student_files import StudentFiles
 from autodistill.formats import Floats
 from autodistill.llama_cpp import LlamaServer
 from autodistill.strategy import Deployment
+from autodistill.tokenising import load_tokenizer
 
 MIN_AGREEMENT = 0.97
 """Least share of the clear positions at which the runtime must choose the simulation's token."""
@@ -26,6 +28,10 @@ CLEAR_SHARE = 0.8
 activations on CPUs, so that near-ties fall either way by design: they are reported, and prove nothing."""
 MIN_POSITIONS = 500
 """Least number of clear positions."""
+MIN_SAME_CUT = 0.99
+"""Least share of the tokens of validation text that the runtime cuts it into as the tokenizer does. Of rare characters
+llama.cpp's tables may differ (of tekken's, capitals beyond ASCII), which proves nothing; a wrong kind of cut shows in
+every sentence."""
 
 _PROMPT_TOKENS = 8
 _WRITTEN_TOKENS = 16
@@ -53,12 +59,15 @@ class RuntimeCheck:
         raw_agreement: The same over all positions, near-ties included.
         positions: Number of clear positions.
         text: What it wrote after the first tokens of the first sequence.
+        same_cut: Share of the tokens of these sequences' text that it cuts as the student's tokenizer does, which
+            transformers runs itself.
     """
 
     agreement: float
     raw_agreement: float
     positions: int
     text: str
+    same_cut: float = 1.0
 
 
 def verify(exporter: Exporter, artefact: Artefact, student: Path, deployment: Deployment) -> Verification:
@@ -104,6 +113,7 @@ def verify_runtime(
     simulated: tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.floating[Any]]],
     sequences: npt.NDArray[np.integer[Any]],
     threads: int,
+    student: Path,
 ) -> RuntimeCheck:
     """Loads an artefact in its runtime, compares its choices with the simulation's, and lets it write.
 
@@ -114,10 +124,11 @@ def verify_runtime(
             the lead of its logit, computed in float32 from the packed weights.
         sequences: int [sequences, tokens].
         threads: CPU threads of the runtime. Beside other work, one is the fastest in llama.cpp.
+        student: The folder that the artefact was made of; it has the tokenizer.
 
     Raises:
-        VerificationError: Fewer than 500 clear positions, less than 97% agreement there, or a runtime that does not
-            load the student or does not write.
+        VerificationError: Fewer than 500 clear positions, less than 97% agreement there, a runtime that does not load
+            the student or does not write, or one that cuts text into other tokens.
     """
     expected, leads = simulated
     clear = leads >= np.quantile(leads, 1 - CLEAR_SHARE)
@@ -127,7 +138,7 @@ def verify_runtime(
             f"of {list(sequences.shape)} and {list(expected.shape)}"
         )
     run = _run_llama_cpp if deployment.runtime == "llama.cpp" else _run_transformers
-    top1, text = run(artefact.path, sequences, threads)
+    top1, text, same_cut = run(artefact.path, sequences, threads, student)
     same = top1 == expected
     agreement = float(same[clear].mean())
     if agreement < MIN_AGREEMENT:
@@ -135,24 +146,42 @@ def verify_runtime(
             f"{artefact.path} chose the evaluated student's token in {agreement:.1%} of {int(clear.sum())} clear "
             f"positions in {deployment.runtime}; {MIN_AGREEMENT:.0%} is the least"
         )
-    return RuntimeCheck(agreement=agreement, raw_agreement=float(same.mean()), positions=int(clear.sum()), text=text)
+    return RuntimeCheck(
+        agreement=agreement,
+        raw_agreement=float(same.mean()),
+        positions=int(clear.sum()),
+        text=text,
+        same_cut=same_cut,
+    )
 
 
-_Run = tuple[npt.NDArray[np.int64], str]
+_Run = tuple[npt.NDArray[np.int64], str, float]
 
 
-def _run_llama_cpp(path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int) -> _Run:
+def _run_llama_cpp(path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int, student: Path) -> _Run:
     with LlamaServer(path, sequences.shape[1] + _WRITTEN_TOKENS, threads, whole_cache=True) as server:
         # Each prompt is the one before and a token more, so that only that token is computed.
         top1 = [[server.next_token(row[: end + 1]) for end in range(len(row))] for row in sequences.tolist()]
         written = server.complete(sequences[0, :_PROMPT_TOKENS].tolist(), _WRITTEN_TOKENS, ignore_end=True)
+        same_cut = _check_cut(path, server, sequences, student)
     _check_written(path, len(written.tokens))
-    return np.array(top1), written.text
+    return np.array(top1), written.text, same_cut
 
 
-def _run_transformers(path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int) -> _Run:
-    from transformers import AutoTokenizer
+def _check_cut(path: Path, server: LlamaServer, sequences: npt.NDArray[np.integer[Any]], student: Path) -> float:
+    """The share of the text's tokens that are cut as the student's tokenizer does, if it is large enough."""
+    tokenizer = load_tokenizer(student)
+    texts = [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in sequences.tolist()]
+    found = agreement(tokenizer, server, texts)
+    if found.share < MIN_SAME_CUT:
+        raise VerificationError(
+            f"llama.cpp cuts the text of {path} into other tokens than the student's tokenizer does, of which only "
+            f"{found.share:.1%} are the same: {found.first}; export to huggingface or compressed-tensors instead"
+        )
+    return found.share
 
+
+def _run_transformers(path: Path, sequences: npt.NDArray[np.integer[Any]], threads: int, student: Path) -> _Run:
     tokens = torch.from_numpy(sequences.astype(np.int64))
     with _torch_threads(threads), torch.inference_mode():
         model = load_in_transformers(path)
@@ -167,8 +196,8 @@ def _run_transformers(path: Path, sequences: npt.NDArray[np.integer[Any]], threa
         )
     written = output[0, prompt.shape[1] :]
     _check_written(path, len(written))
-    text = AutoTokenizer.from_pretrained(path, local_files_only=True).decode(written, skip_special_tokens=True)
-    return top1.numpy(), str(text)
+    text = load_tokenizer(path).decode(written, skip_special_tokens=True)
+    return top1.numpy(), str(text), 1.0
 
 
 def load_in_transformers(path: Path) -> Any:

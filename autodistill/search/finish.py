@@ -22,7 +22,7 @@ from autodistill.distillation.held import load_held
 from autodistill.distillation.memory import give_back_memory
 from autodistill.distillation.scoring import choices, refer
 from autodistill.distillation.teacher import Teacher, load_model
-from autodistill.errors import NothingFitsError
+from autodistill.errors import InputError, NothingFitsError, VerificationError
 from autodistill.estimate import fits, holdable, too_late
 from autodistill.evaluation import Evaluation, deployed_weights, evaluate
 from autodistill.export.huggingface import model_card
@@ -141,9 +141,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     if best is None:
         judged = any(row.kind in DISTILLED for row in rows)
         raise NothingFitsError(_nothing(rejected or students, judged, finisher))
-    if "gguf" not in paths:
-        ggufs = [row for row in ranked if get_format(row.deployment["format"]).container == "gguf"]
-        _first_that_fits(ggufs, rejected, finisher, paths, checks)
+    notes = () if "gguf" in paths else _gguf_beside(ranked, rejected, finisher, paths, checks)
     if "huggingface" not in paths:
         plain = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
         with phases.phase("export", "exporting the 16-bit folder"):
@@ -166,7 +164,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         test=test,
         gain=_gain(test, question.metric, question.direction),
         confirmed=tuple(confirmed),
-        notes=(*_notes(best, rows, finisher), *_spent(finisher)),
+        notes=(*notes, *_notes(best, rows, finisher), *_spent(finisher)),
     )
 
 
@@ -192,6 +190,29 @@ def _first_that_fits(
         shutil.rmtree(finisher.run.student(container))
         finisher.line(f"{found.name} as {found.deployment_name} does not fit once measured: {found.reason}")
     return None
+
+
+def _gguf_beside(
+    ranked: Sequence[Row],
+    rejected: list[Row],
+    finisher: Finisher,
+    paths: dict[str, Path],
+    checks: dict[str, RuntimeCheck],
+) -> tuple[str, ...]:
+    """Exports the best GGUF file beside a best student of another kind, which stands whatever becomes of it.
+
+    Returns:
+        Why there is no such file, where it could not be written or was not what was evaluated.
+    """
+    ggufs = [row for row in ranked if get_format(row.deployment["format"]).container == "gguf"]
+    try:
+        _first_that_fits(ggufs, rejected, finisher, paths, checks)
+    except (InputError, VerificationError) as error:
+        for kept in (paths, checks):
+            kept.pop("gguf", None)
+        shutil.rmtree(finisher.run.student("gguf"), ignore_errors=True)
+        return (f"there is no GGUF file beside the best student: {error}",)
+    return ()
 
 
 def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artefact, str]:
@@ -220,7 +241,9 @@ def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[s
         del model
         give_back_memory()
         threads = free_cores(finisher.threads)
-        checks[container] = verify_runtime(artefact, deployment, simulated, data.tokens[:, :-1], threads)
+        checks[container] = verify_runtime(
+            artefact, deployment, simulated, data.tokens[:, :-1], threads, finisher.student(row)
+        )
         paths[container] = artefact.path
     subject = Subject(
         spec=spec,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_the_runtime_chooses_the_simulations_tokens(tmp_path: Path, student: Pat
     artefact = exporter.export(student, deployment, tmp_path)
     top1, leads = simulated(student, dict(exporter.unpack(artefact.path)))
     threads = torch.get_num_threads()
-    check = verify_runtime(artefact, deployment, (top1, leads), SEQUENCES, 1)
+    check = verify_runtime(artefact, deployment, (top1, leads), SEQUENCES, 1, student)
     assert check.positions == pytest.approx(0.8 * 6 * 128, abs=1)
     assert check.agreement >= 0.97
     assert check.raw_agreement <= check.agreement
@@ -107,19 +108,32 @@ def test_the_runtime_chooses_the_simulations_tokens(tmp_path: Path, student: Pat
     wrong = top1.copy()
     wrong[leads > np.quantile(leads, 15 / 16)] += 1
     with pytest.raises(VerificationError, match=r"9[0-4]\.\d% of 61[45] clear positions"):
-        verify_runtime(artefact, deployment, (wrong, leads), SEQUENCES, 1)
+        verify_runtime(artefact, deployment, (wrong, leads), SEQUENCES, 1, student)
     # and wrong ones at the narrowest sixteenth, which are near-ties, must not.
     wrong = top1.copy()
     wrong[leads < np.quantile(leads, 1 / 16)] += 1
-    assert verify_runtime(artefact, deployment, (wrong, leads), SEQUENCES, 1).agreement == check.agreement
+    assert verify_runtime(artefact, deployment, (wrong, leads), SEQUENCES, 1, student).agreement == check.agreement
+
+
+def test_a_runtime_that_cuts_text_otherwise_is_found(tmp_path: Path, student: Path) -> None:
+    exporter, deployment = CASES[0]
+    artefact = exporter.export(student, deployment, tmp_path / "out")
+    expected = simulated(student, dict(exporter.unpack(artefact.path)))
+    assert verify_runtime(artefact, deployment, expected, SEQUENCES, 1, student).same_cut == 1
+    other = shutil.copytree(student, tmp_path / "other")
+    description = json.loads((other / "tokenizer.json").read_text())
+    description["model"]["merges"] = description["model"]["merges"][:20]
+    (other / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(VerificationError, match=r"only [4-9]\d\.\d% are the same: behind .* it has .* instead of"):
+        verify_runtime(artefact, deployment, expected, SEQUENCES, 1, other)
 
 
 def test_too_few_positions_prove_nothing(tmp_path: Path) -> None:
     artefact = Artefact(path=tmp_path, size_bytes=0)
     with pytest.raises(VerificationError, match="500 clear positions"):
-        verify_runtime(artefact, CASES[0][1], (SEQUENCES[:3], ANYTHING[1][:3]), SEQUENCES[:3], 1)
+        verify_runtime(artefact, CASES[0][1], (SEQUENCES[:3], ANYTHING[1][:3]), SEQUENCES[:3], 1, tmp_path)
     with pytest.raises(VerificationError, match="the same sequences"):
-        verify_runtime(artefact, CASES[0][1], ANYTHING, SEQUENCES[:, 1:], 1)
+        verify_runtime(artefact, CASES[0][1], ANYTHING, SEQUENCES[:, 1:], 1, tmp_path)
 
 
 def test_a_folder_that_does_not_load_says_so(tmp_path: Path, student: Path) -> None:
@@ -130,10 +144,10 @@ def test_a_folder_that_does_not_load_says_so(tmp_path: Path, student: Path) -> N
     del stored["model.norm.weight"]
     save_file(stored, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(VerificationError, match="missing_keys"):
-        verify_runtime(Artefact(path=broken, size_bytes=0), deployment, ANYTHING, SEQUENCES, 1)
+        verify_runtime(Artefact(path=broken, size_bytes=0), deployment, ANYTHING, SEQUENCES, 1, student)
     (broken / "model.safetensors").unlink()
     with pytest.raises(VerificationError, match="could not load"):
-        verify_runtime(Artefact(path=broken, size_bytes=0), deployment, ANYTHING, SEQUENCES, 1)
+        verify_runtime(Artefact(path=broken, size_bytes=0), deployment, ANYTHING, SEQUENCES, 1, student)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
@@ -145,7 +159,7 @@ def test_sequences_that_begin_with_bos_are_read_as_they_are(tmp_path: Path, arch
     artefact = exporter.export(folder, deployment, tmp_path / "out")
     sequences = np.insert(SEQUENCES[:, 1:], 0, tiny_tokenizer().bos_token_id, axis=1)
     expected = simulated(folder, dict(exporter.unpack(artefact.path)), sequences)
-    check = verify_runtime(artefact, deployment, expected, sequences, 1)
+    check = verify_runtime(artefact, deployment, expected, sequences, 1, folder)
     assert check.agreement >= 0.97
     with LlamaServer(artefact.path, 64, 1) as server:
         assert list(server.tokenize("two apples")) == tiny_tokenizer(begins=True)("two apples")["input_ids"]

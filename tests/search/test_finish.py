@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from autodistill.contracts import Direction, Measurement
+from autodistill.errors import InputError, VerificationError
 from autodistill.estimate import spec_from_config
 from autodistill.records.confirmation import KIND, confirmations
 from autodistill.records.row import Row
+from autodistill.search import finish
 from autodistill.search.expected import Speed
 from autodistill.search.exportable import candidates, exportable, next_candidate, passed_over, trained_rows
-from autodistill.search.finish import _compared, _first_that_fits, _gain, _with_measured
+from autodistill.search.finish import _compared, _first_that_fits, _gain, _gguf_beside, _with_measured
 from autodistill.search.trials import Question
 from autodistill.space import load_space
 from autodistill.testing import small_plan
@@ -197,6 +199,26 @@ def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
     paths.clear()
     assert _first_that_fits(students[:4], [], finisher, paths, {}) is None  # type: ignore[arg-type]
     assert (paths, list(tmp_path.iterdir())) == ({}, [])
+
+
+@pytest.mark.parametrize("failure", [InputError("no such cut"), VerificationError("another weight")])
+def test_a_gguf_file_that_fails_does_not_end_what_has_a_verified_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    folder = tmp_path / "gguf"
+    finisher = SimpleNamespace(question=question("accuracy", "max"), run=SimpleNamespace(student=lambda name: folder))
+    paths, checks = {"compressed-tensors": tmp_path}, {"compressed-tensors": "verified"}
+
+    def export(row: Row, finisher: object, paths: dict[str, Any], checks: dict[str, Any]) -> Row:
+        folder.mkdir()
+        paths["gguf"] = checks["gguf"] = folder
+        raise failure
+
+    monkeypatch.setattr(finish, "_export", export)
+    notes = _gguf_beside([row("t000", "accuracy", 0.5)], [], finisher, paths, checks)  # type: ignore[arg-type]
+    assert notes == (f"there is no GGUF file beside the best student: {failure}",)
+    assert list(paths) == list(checks) == ["compressed-tensors"]
+    assert not folder.exists()
 
 
 def test_what_was_predicted_stays_beside_a_measurement_that_is_made_again() -> None:
