@@ -105,6 +105,7 @@ class ModelSpec:
             there is one FFN.
         latent: Values of a token and layer that latent attention caches for all heads; 0 where keys and values are.
         not_in_gguf: What the config asks for that llama.cpp's graph of the architecture does not compute, in words.
+        text_not_in_gguf: Why llama.cpp would not cut text as the model's tokenizer does, where that is known, in words.
     """
 
     architecture: str
@@ -124,6 +125,7 @@ class ModelSpec:
     active_experts: int = 0
     latent: int = 0
     not_in_gguf: str = ""
+    text_not_in_gguf: str = ""
 
     @property
     def windowed_layers(self) -> int:

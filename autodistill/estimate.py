@@ -90,7 +90,7 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
         "mlp_bias": "mlp.up_proj.bias" in names,
         "sliding_window": spec.window or None,
         "layer_types": [SLIDING if layer in spec.windowed else FULL for layer in range(spec.layers)],
-        "not_in_gguf": spec.not_in_gguf,
+        "not_in_gguf": spec.not_in_gguf or spec.text_not_in_gguf,
     }
 
 
@@ -172,7 +172,7 @@ def _layout(
     return tuple(kinds), Layout(found)
 
 
-def resized(spec: ModelSpec, layers: Sequence[int] | None = None, **sizes: int) -> ModelSpec:
+def resized(spec: ModelSpec, layers: Sequence[int] | None = None, **sizes: int | str) -> ModelSpec:
     """The same model with other sizes.
 
     Args:

@@ -89,9 +89,9 @@ def rotary_dims(config: Mapping[str, Any], head_dim: int) -> int:
 
 
 def cannot_run(spec: ModelSpec) -> str:
-    """Why llama.cpp cannot run a model of this shape, or nothing where it can."""
-    if spec.not_in_gguf:
-        return spec.not_in_gguf
+    """Why llama.cpp cannot run a model of this shape and its tokenizer, or nothing where it can."""
+    if spec.not_in_gguf or spec.text_not_in_gguf:
+        return spec.not_in_gguf or spec.text_not_in_gguf
     graph = get_family(spec.architecture).gguf
     biases = any(tensor.role is Role.BIAS and ".attention." in tensor.name for tensor in spec.tensors)
     if graph == "gptneox":

@@ -23,7 +23,7 @@ from autodistill.strategy import Init
 
 
 def init_spec(init: Init, teacher: ModelSpec, pretrained: Path | None = None) -> ModelSpec:
-    """Shape of the student that `init` makes of a teacher; its table always has the teacher's tokens.
+    """Shape of the student that `init` makes of a teacher; its table, and text, always have the teacher's tokens.
 
     Args:
         init: How the student begins.
@@ -35,7 +35,7 @@ def init_spec(init: Init, teacher: ModelSpec, pretrained: Path | None = None) ->
     """
     if init.source == "pretrained":
         spec = pretrained_spec(init.model) if pretrained is None else spec_from_config(read_config(pretrained))
-        return resized(spec, vocabulary=teacher.vocabulary)
+        return resized(spec, vocabulary=teacher.vocabulary, text_not_in_gguf=teacher.text_not_in_gguf)
     return cut_spec(init, teacher)
 
 

@@ -160,11 +160,20 @@ def check_request(request: SearchRequest) -> Checked:
         _check_same(checked, stored)
     else:
         check_space(request.out, checked.warm_start, space)
-    if request.strategy is not None or baselines is not None:
-        for strategy in space.baselines.values():
-            check_strategy(strategy, spec)
-    check_teacher(spec, space, checked.request.budget, length)
+    check_students(checked, spec)
     return checked
+
+
+def check_students(checked: Checked, spec: ModelSpec) -> None:
+    """Refuses strategies that were asked for by name, and a budget, that a teacher of this shape does not allow.
+
+    Raises:
+        InputError, NothingFitsError: As `check_strategy` and `check_teacher`.
+    """
+    if checked.request.strategy is not None or checked.baselines is not None:
+        for strategy in checked.space.baselines.values():
+            check_strategy(strategy, spec)
+    check_teacher(spec, checked.space, checked.request.budget, checked.sequence_length)
 
 
 def _first(*given: str | None) -> str:

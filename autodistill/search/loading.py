@@ -18,10 +18,11 @@ from autodistill.distillation.signals import check_told
 from autodistill.distillation.teacher import Teacher, materialise, resolve_teacher, stored_type, tokenizer_fingerprint
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
+from autodistill.export.gguf_text import cannot_cut
 from autodistill.hardware import Machine, detect_for_training
 from autodistill.records.json_files import read_json
 from autodistill.rendering import Template
-from autodistill.search.checked import Checked
+from autodistill.search.checked import Checked, check_students
 from autodistill.search.possible import by_size
 from autodistill.search.share import Share, Workers, share_out, train_in_bf16
 from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
@@ -98,11 +99,16 @@ def load(checked: Checked, place: Place) -> Loaded:
     """Teacher and data on this machine's disk, and how the machines are shared out.
 
     Raises:
-        InputError: Data too short, a pretrained model of other tokens, or training that cannot be made to fit.
+        InputError: Data too short, a pretrained model of other tokens, training that cannot be made to fit, or no
+            deployment that can hold a student with the teacher's tokenizer.
+        NothingFitsError: None of those that can fits the budget.
     """
     request = checked.request
     teacher = materialise(checked.teacher, request.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
+    if reason := cannot_cut(teacher.folder):
+        spec = replace(spec, text_not_in_gguf=reason)
+        check_students(checked, spec)
     length = checked.sequence_length
     pretrained = {model: materialise(resolve_teacher(model), request.cache).folder for model in checked.space.models}
     for folder in pretrained.values():

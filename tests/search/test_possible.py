@@ -1,23 +1,27 @@
-"""What a budget and a machine leave of a space: the teacher's own shape where it fits, and can be trained."""
+"""What a budget, a tokenizer and a machine leave of a space, as of students of the teacher's own shape."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from autodistill.applied import student_spec
 from autodistill.contracts import ModelSpec
-from autodistill.estimate import fits, spec_from_config
+from autodistill.errors import InputError, NothingFitsError
+from autodistill.estimate import config_of, fits, holdable, spec_from_config
 from autodistill.hardware import Machine
 from autodistill.records.json_files import write_json
 from autodistill.records.store import RunFolder
 from autodistill.search.checked import Checked, check_request
-from autodistill.search.loading import Place, trainable
+from autodistill.search.loading import Place, load, trainable
 from autodistill.search.possible import narrowed
 from autodistill.search.request import SearchRequest
 from autodistill.search.share import Share
 from autodistill.space import Space, load_space
+from autodistill.strategy import Init
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import Budget
 
@@ -123,3 +127,66 @@ def test_it_is_left_out_where_its_training_fits_no_machine(asked: SearchRequest)
     assert "64.0 GB" in line
     tight = checked_below(asked)
     assert trainable(tight, place(10**9), said.append) is tight
+
+
+UNKNOWN = {"type": "Split", "pattern": {"Regex": r"\w+|\W"}, "behavior": "Isolated", "invert": False}
+LISTED = {
+    "gguf": {"runtime": "llama.cpp", "format": "gguf-f16", "bits": 16, "group_size": 0},
+    "folder": {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0},
+}
+
+
+def uncut(tmp_path: Path, *deployments: str, **changes: object) -> Checked:
+    """A request for a teacher whose text llama.cpp would cut otherwise, in a space of such deployments."""
+    teacher = save_tiny_teacher(tmp_path / "teacher", layers=4)
+    path = teacher / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": UNKNOWN}))
+    space = SPACE.to_json() | {"deployments": [LISTED[name] for name in deployments]}
+    write_json(tmp_path / "space.yaml", space)
+    fields = {
+        "budget": Budget(memory_bytes=16 * 10**9, context=256),
+        "teacher": str(teacher),
+        "data": str(tiny_text(tmp_path / "text", documents=30, sentences=80)),
+        "space": str(tmp_path / "space.yaml"),
+        "out": tmp_path / "runs",
+        "cache": tmp_path / "cache",
+    }
+    return check_request(SearchRequest(**(fields | changes)))  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_that_llama_cpp_lacks_leaves_gguf_out_before_anything_is_trained(tmp_path: Path) -> None:
+    checked = uncut(tmp_path, "gguf", "folder")
+    loaded = load(checked, Place.alone())
+    assert "its pre_tokenizer is none of those that are known there" in loaded.spec.text_not_in_gguf
+    for strategy in checked.space.baselines.values():
+        if strategy.finishing is None:
+            student = student_spec(strategy, loaded.spec)
+            held = holdable(student, checked.space.deployments)
+            assert [deployment.format for deployment in held] == ["huggingface"]
+            # And so says what a row keeps of it.
+            assert holdable(spec_from_config(config_of(student)), checked.space.deployments) == held
+
+
+def test_a_pretrained_student_has_the_teachers_tokenizer(tmp_path: Path) -> None:
+    teacher = replace(spec_from_config(SMALL), text_not_in_gguf="no such cut", not_in_gguf="no such scaling")
+    small = save_tiny_teacher(tmp_path / "small", layers=1)
+    strategy = next(iter(SPACE.baselines.values()))
+    strategy = replace(strategy, init=Init(source="pretrained", model=str(small), depth=1.0))
+    student = student_spec(strategy, teacher)
+    assert (student.text_not_in_gguf, student.not_in_gguf) == ("no such cut", "")
+    assert {deployment.container for deployment in holdable(student, SPACE.deployments)} == {
+        "compressed-tensors",
+        "huggingface",
+    }
+
+
+def test_a_space_of_gguf_alone_is_refused_for_such_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="would cut text into other tokens"):
+        load(uncut(tmp_path, "gguf"), Place.alone())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_left_must_fit_the_budget(tmp_path: Path) -> None:
+    narrow = Budget(memory_bytes=40 * 10**6, context=256)
+    with pytest.raises(NothingFitsError, match="nothing fits"):
+        load(uncut(tmp_path, "gguf", "folder", budget=narrow), Place.alone())
