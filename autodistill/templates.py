@@ -24,6 +24,8 @@ from autodistill.errors import InputError
 from autodistill.rendering import Rendered, Renderer, Template
 
 # What a student takes from its teacher's folder: by suffix, but for the files that describe the teacher's own weights.
+MORE_TEMPLATES = "additional_chat_templates"
+"""The folder of a tokenizer's chat templates beside its default one, which is what conversations are rendered by."""
 _TEXT_FILES = (".json", ".jinja", ".model", ".txt")
 _OWN_FILES = ("config.json", "model.safetensors.index.json", "teacher.json")
 # Of those the ones that say what a template of the student's own says otherwise.
@@ -39,6 +41,8 @@ def copy_text(teacher: Path, folder: Path) -> None:
     for path in teacher.iterdir():
         if path.is_file() and path.suffix in _TEXT_FILES and path.name not in _OWN_FILES:
             shutil.copyfile(path, folder / path.name)
+    if (teacher / MORE_TEMPLATES).is_dir():
+        shutil.copytree(teacher / MORE_TEMPLATES, folder / MORE_TEMPLATES, dirs_exist_ok=True)
 
 
 def write_text(teacher: Path, renderer: Renderer, folder: Path) -> None:
@@ -50,6 +54,7 @@ def write_text(teacher: Path, renderer: Renderer, folder: Path) -> None:
     copy_text(teacher, folder)
     for name in _RENAMED:
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / MORE_TEMPLATES, ignore_errors=True)
     tokenizer = renderer.tokenizer
     tokenizer.save_pretrained(folder)
     generation, gguf = folder / _GENERATION, folder / _GGUF

@@ -26,7 +26,7 @@ from autodistill.distillation.trainer import Trainer
 from autodistill.documents import resolve_data
 from autodistill.rendering import Renderer, Template
 from autodistill.strategy import Alignment, Distillation, Init, Strategy
-from autodistill.templates import own_template, share, write_text
+from autodistill.templates import copy_text, own_template, share, write_text
 from autodistill.testing import save_tiny_teacher
 from autodistill.token_sets import Prepared, load_split, rendering_folder
 
@@ -336,6 +336,21 @@ def test_what_describes_text_has_the_template_and_its_ends_and_else_is_the_teach
     loaded, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "text", teacher))
     assert loaded.get_vocab() == theirs.get_vocab()
     assert (loaded.chat_template, theirs.chat_template) == (LINES, CHAT)
+
+
+def test_templates_beside_the_default_one_come_along_where_the_template_is_the_teachers(
+    pair: Pair, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(pair.teacher, teacher)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.chat_template = {"default": CHAT, "tool_use": "{{ 'tools' }}"}
+    tokenizer.save_pretrained(teacher)
+    (tmp_path / "copy").mkdir()
+    copy_text(teacher, tmp_path / "copy")
+    assert AutoTokenizer.from_pretrained(tmp_path / "copy").chat_template == tokenizer.chat_template
+    write_text(teacher, Renderer(teacher, pair.template), tmp_path / "text")
+    assert AutoTokenizer.from_pretrained(tmp_path / "text").chat_template == LINES
 
 
 def test_a_template_is_used_where_it_renders_otherwise_and_can_be_written(pair: Pair, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES, get_family
 from autodistill.formats import Floats, Packing, Scales
+from autodistill.templates import MORE_TEMPLATES
 
 WEIGHTS = "model.safetensors"
 _HEAD = "lm_head.weight"
@@ -155,6 +156,8 @@ def replacing(out: Path) -> Iterator[Path]:
     try:
         yield partial
         for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+            if file.is_dir():
+                shutil.rmtree(out / file.name, ignore_errors=True)  # a folder replaces none that holds something
             os.replace(file, out / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -174,6 +177,8 @@ def write_folder(out: Path, student: Path, config: Mapping[str, Any], tensors: M
         for name in _COMPANIONS:
             if (student / name).is_file():
                 shutil.copyfile(student / name, partial / name)
+        if (student / MORE_TEMPLATES).is_dir():
+            shutil.copytree(student / MORE_TEMPLATES, partial / MORE_TEMPLATES)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return Artefact(path=out, size_bytes=(out / WEIGHTS).stat().st_size)
 
