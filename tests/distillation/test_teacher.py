@@ -6,6 +6,8 @@ import importlib.util
 import json
 import shutil
 import socket
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.distillation.gguf_file import read_gguf
-from autodistill.distillation.teacher import load_model, materialise, resolve_teacher, tokenizer_fingerprint
+from autodistill.distillation.teacher import (
+    load_model,
+    materialise,
+    resolve_teacher,
+    stored_type,
+    tokenizer_fingerprint,
+)
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.export.gguf import GgufExporter
+from autodistill.gguf_cuts import CUTS
+from autodistill.llama_cpp import LlamaServer
 from autodistill.strategy import Deployment
 from autodistill.testing import save_tiny_teacher
 
@@ -453,6 +463,70 @@ def test_a_hub_model_is_downloaded_as_safetensors_only(
     teacher = materialise(resolve_teacher("somebody/model"), tmp_path)
     assert (teacher.name, teacher.licence, teacher.folder) == ("somebody/model", "mit", folder)
     assert not any(pattern.endswith(("bin", "pt", "pth", "*")) for pattern in asked)
+
+
+def test_weights_that_a_repository_has_twice_are_taken_once(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    """Mistral's have them a second time in consolidated.safetensors, which transformers does not read."""
+    import huggingface_hub
+
+    both = shutil.copytree(folder, tmp_path / "both")
+    before = materialise(resolve_teacher(str(both)), tmp_path).fingerprint
+    weights = {name: values.bfloat16() for name, values in load_file(both / "model.safetensors").items()}
+    save_file(weights, both / "consolidated.safetensors")
+    teacher = materialise(resolve_teacher(str(both)), tmp_path)
+    assert (teacher.fingerprint, stored_type(both)) == (before, "float32")
+    (both / "consolidated.safetensors").write_bytes(b"half a downl")
+    assert resolve_teacher(str(both)).kind == "folder"
+    asked: list[str] = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda ref, allow_patterns: asked.extend(allow_patterns) or str(folder)
+    )
+    materialise(replace(resolve_teacher(str(folder)), kind="hub", path=None), tmp_path)
+    shards = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    taken = [name for name in (*shards, "consolidated.safetensors") if any(fnmatch(name, one) for one in asked)]
+    assert taken == shards
+
+
+def test_shards_are_known_by_their_index(folder: Path, tmp_path: Path) -> None:
+    sharded = shutil.copytree(folder, tmp_path / "sharded")
+    stored = load_file(sharded / "model.safetensors")
+    (sharded / "model.safetensors").unlink()
+    names = sorted(stored)
+    for shard, chosen in (("one", names[::2]), ("two", names[1::2])):
+        save_file({name: stored[name] for name in chosen}, sharded / f"model-{shard}.safetensors")
+    places = {name: f"model-{'one' if place % 2 == 0 else 'two'}.safetensors" for place, name in enumerate(names)}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    first = materialise(resolve_teacher(str(sharded)), tmp_path).fingerprint
+    (sharded / "consolidated.safetensors").write_bytes(b"anything")
+    assert materialise(resolve_teacher(str(sharded)), tmp_path).fingerprint == first
+    stored[names[1]] += 1
+    save_file({name: stored[name] for name in names[1::2]}, sharded / "model-two.safetensors")
+    assert materialise(resolve_teacher(str(sharded)), tmp_path).fingerprint != first
+
+
+@pytest.mark.parametrize(("pre", "pieces"), [("smollm", ["Ġ", "3", "4"]), ("gpt-2", ["Ġ34"])])
+def test_a_gguf_files_text_is_cut_as_llama_cpp_cuts_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pre: str, pieces: list[str]
+) -> None:
+    """transformers goes by the architecture, and takes a Llama's numbers for words."""
+    teacher = save_tiny_teacher(tmp_path / "teacher", layers=1, vocabulary=302)
+    description = json.loads((teacher / "tokenizer.json").read_text())
+    vocab, merges = description["model"]["vocab"], description["model"]["merges"]
+    for name in list(vocab)[-2:]:
+        del vocab[name]
+    vocab |= {"34": 300, "Ġ34": 301}
+    description["model"]["merges"] = [*merges[:-2], ["3", "4"], ["Ġ", "34"]]
+    description["pre_tokenizer"] = next(cut.pre_tokenizer for cut in CUTS if pre in cut.names)
+    (teacher / "tokenizer.json").write_text(json.dumps(description))
+    artefact = GgufExporter().export(
+        teacher, Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0), tmp_path / "out"
+    )
+    read = AutoTokenizer.from_pretrained(materialise(resolve_teacher(str(artefact.path)), tmp_path / "cache").folder)
+    assert read.tokenize(" 34") == pieces
+    with LlamaServer(artefact.path, 64, 1) as server:
+        assert list(server.tokenize(" 34")) == read(" 34")["input_ids"]
 
 
 @pytest.mark.slow
