@@ -50,6 +50,16 @@ def test_config_tokenizer_and_generation_config_come_along(tmp_path: Path) -> No
     assert (out / "generation_config.json").read_text() == (student / "generation_config.json").read_text()
 
 
+def test_all_chat_templates_come_along(tmp_path: Path) -> None:
+    student = save_tiny_teacher(tmp_path / "student", layers=1)
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(student)
+    for _ in range(2):  # into the same folder again
+        out = HuggingFaceExporter().export(student, PLAIN, tmp_path / "out").path
+        assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
+
+
 def test_shards_are_read(tmp_path: Path) -> None:
     student = save_tiny_teacher(tmp_path / "student")
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
