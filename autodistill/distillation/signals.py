@@ -14,7 +14,7 @@ from autodistill.contracts import HeldType
 from autodistill.conversations import Likeliest
 from autodistill.distillation.held import load_held
 from autodistill.distillation.target import FullTarget, Target, WrittenTarget
-from autodistill.distillation.teacher import load_model
+from autodistill.distillation.teacher import load_head, load_model
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.errors import InputError
 from autodistill.strategy import Distillation
@@ -44,9 +44,9 @@ class LiveTeacher:
 
     @cached_property
     def head(self) -> Tensor:
-        """[vocab, width]; read alone, the rest of the model is let go."""
-        model = self.__dict__.get("_model") or load_held(self._folder, self._held)
-        weight: Tensor = model.get_output_embeddings().weight.detach()
+        """[vocab, width]; of a model that is not loaded nothing else is read."""
+        model = self.__dict__.get("_model")
+        weight: Tensor = load_head(self._folder) if model is None else model.get_output_embeddings().weight.detach()
         return weight.to(self._device, self._type)
 
     def final(self, ids: Tensor) -> Tensor:

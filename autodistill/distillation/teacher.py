@@ -17,7 +17,8 @@ from autodistill.contracts import HeldType
 from autodistill.distillation.gguf_conversion import convert, is_whole, sha256
 from autodistill.distillation.gguf_file import read_gguf
 from autodistill.errors import InputError, MissingDependencyError
-from autodistill.families import FAMILIES
+from autodistill.estimate import spec_from_config
+from autodistill.families import FAMILIES, get_family
 from autodistill.records.locks import alone
 from autodistill.strategy import content_hash
 
@@ -376,6 +377,27 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrai
     model.to(device)
     model.eval()
     return cast("PreTrainedModel", model)
+
+
+def load_head(folder: Path) -> torch.Tensor:
+    """The table [vocab, width] that a model's logits are products with, in its stored type, and nothing else of it.
+
+    Args:
+        folder: Of transformers.
+
+    Raises:
+        InputError: None of its files has it.
+    """
+    from safetensors import safe_open
+
+    spec = spec_from_config(read_config(folder))
+    family = get_family(spec.architecture)
+    name = f"{family.body}.{family.embedding}" if spec.tied else family.stored_head
+    for path in _weight_files(folder):
+        with safe_open(path, "pt") as file:
+            if f"{name}.weight" in file.keys():  # noqa: SIM118 - the file is no mapping
+                return cast("torch.Tensor", file.get_tensor(f"{name}.weight"))
+    raise InputError(f"{folder} has no {name}.weight: get its safetensors files again")
 
 
 def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Any:

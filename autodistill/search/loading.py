@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -179,7 +179,7 @@ def _training(
     """
     length, processes = checked.sequence_length, place.share.processes
     _, largest = by_size(checked.space, spec)[-1]
-    online = any(recipe.weighs_teacher and recipe.signal == "online" for recipe in checked.space.signal_cases())
+    signals = {recipe.signal for recipe in checked.space.signal_cases() if recipe.weighs_teacher}
     return fit_training(
         largest,
         teacher=spec,
@@ -188,8 +188,7 @@ def _training(
         train_embeddings=any(recipe.train_embeddings for recipe in _recipes(checked.space, spec, "train_embeddings")),
         sequence_length=length,
         sequences=step_tokens // length,
-        # Run in the trial, the teacher lies beside the student.
-        limit_bytes=_trial_memory(place) - (_online_bytes(spec, place.machines, teacher_fit) if online else 0),
+        limit_bytes=_trial_memory(place) - _beside_bytes(spec, place.machines, teacher_fit, signals),
         processes=processes,
         bf16=train_in_bf16(place.machines),
         on_grid=_on_grid(checked.space, spec),
@@ -270,9 +269,12 @@ def _main_bytes(checked: Checked, place: Place, spec: ModelSpec, teacher_fit: Te
     return stored + 4 * largest.parameters + TRANSFORMERS_PROCESS_BYTES
 
 
-def _online_bytes(spec: ModelSpec, machines: Sequence[Machine], fit: TeacherFit) -> int:
-    """Of the teacher's weights in a trial, which computes in bfloat16 where the machines do."""
-    return 2 * spec.parameters if train_in_bf16(machines) else fit.held_bytes
+def _beside_bytes(spec: ModelSpec, machines: Sequence[Machine], fit: TeacherFit, signals: Collection[str]) -> int:
+    """Of the teacher in a trial, which lies beside the student: all of it, its head, or nothing."""
+    bf16 = train_in_bf16(machines)
+    if "online" in signals:
+        return 2 * spec.parameters if bf16 else fit.held_bytes
+    return (2 if bf16 else 4) * spec.vocabulary * spec.width if "states" in signals else 0
 
 
 def _recipes(space: Space, spec: ModelSpec, *fields: str) -> Iterator[Distillation]:

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from autodistill.distillation.signals import LiveTeacher
 from autodistill.distillation.student import build_student
+from autodistill.distillation.teacher import load_model
 from autodistill.errors import TrialFailedError
 from autodistill.strategy import Distillation, Init, Strategy, Temperature
+from autodistill.testing import save_tiny_teacher
 
 INIT = Init(depth=0.5)
 ALL = 256  # every token of the tiny data in one step
@@ -199,6 +201,19 @@ def test_a_live_teacher_is_loaded_once_and_only_if_asked(workshop, monkeypatch):
         assert teacher.head.shape == (300, 64)
     assert loads == [1]
     assert not teacher.head.requires_grad
+
+
+@pytest.mark.parametrize(("architecture", "tied"), [("llama", True), ("qwen3", False), ("gpt_neox", False)])
+def test_a_head_that_is_read_alone_is_the_models(tmp_path, monkeypatch, architecture, tied):
+    from autodistill.distillation import signals
+
+    folder = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, tied=tied)
+    expected = load_model(folder, torch.float32).get_output_embeddings().weight
+    for name in ("load_held", "load_model"):
+        monkeypatch.setattr(signals, name, lambda *rest: pytest.fail("all of the teacher was loaded"))
+    head = LiveTeacher(folder).head
+    assert head.dtype == torch.float32
+    assert torch.equal(head, expected)
 
 
 def test_bfloat16_is_close(workshop):
