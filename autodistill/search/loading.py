@@ -8,6 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from autodistill.applied import check_rendering
 from autodistill.contracts import ModelSpec
 from autodistill.data import prepare
@@ -29,7 +32,7 @@ from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
 from autodistill.space import Space
 from autodistill.strategy import Alignment, Attention, Distillation, Lora
 from autodistill.templates import own_template
-from autodistill.token_sets import Prepared, RenderingInfo
+from autodistill.token_sets import Prepared, RenderingInfo, load_split
 from autodistill.training_fit import TeacherFit, TrainingFit, fit_teacher, fit_training
 from autodistill.training_memory import adapted_tensors
 
@@ -111,8 +114,7 @@ def load(checked: Checked, place: Place) -> Loaded:
         check_students(checked, spec)
     length = checked.sequence_length
     pretrained = {model: materialise(resolve_teacher(model), request.cache).folder for model in checked.space.models}
-    for folder in pretrained.values():
-        token_rows(folder, teacher.folder)
+    rows = {model: token_rows(folder, teacher.folder).numpy() for model, folder in pretrained.items()}
     own, refused = _own_templates(checked, teacher.folder, pretrained)
     renderings = {model: template.name for model, template in own.items()}
     data = prepare(
@@ -124,6 +126,7 @@ def load(checked: Checked, place: Place) -> Loaded:
         templates=tuple(own.values()),
     )
     check_told(checked.space.signal_cases(), data.splits["train"].told > 0)
+    _check_sayable(checked, teacher.folder, data, rows, renderings)
     teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=place.here)
     fit_step = partial(_training, checked, place, spec, teacher_fit)
     step_tokens = _step_tokens(checked, place)
@@ -239,6 +242,44 @@ def _own_templates(
         for strategy in checked.space.cases(paths, 1) if checked.space.dimensions else checked.space.baselines.values():
             check_rendering(strategy, own)
     return own, refused
+
+
+def _check_sayable(
+    checked: Checked,
+    teacher: Path,
+    data: Prepared,
+    rows: Mapping[str, npt.NDArray[np.int64]],
+    renderings: Mapping[str, str],
+) -> None:
+    """Refuses a pretrained student that is to learn answers with tokens that its frozen table has no rows of.
+
+    Args:
+        checked: Has the space.
+        teacher: Folder of the teacher, whose tokens all are.
+        data: Its answers are learnt.
+        rows: Of each model its row of each of the teacher's tokens, -1 for none.
+        renderings: Of the models that read another one.
+
+    Raises:
+        InputError: Names such a token.
+    """
+    paths = {"init", "init.model", "distillation", "distillation.train_embeddings"}
+    strategies = checked.space.cases(paths, 1) if checked.space.dimensions else checked.space.baselines.values()
+    frozen = {one.init.model for one in strategies if one.init.model and not one.distillation.train_embeddings}
+    for model in sorted(frozen):
+        train = load_split(data.folder, "train", renderings.get(model, ""))
+        if train.answers is None or (rows[model] >= 0).all():
+            continue
+        learnt = np.bincount(train.tokens[train.answers], minlength=len(rows[model]))
+        lacking = np.flatnonzero((rows[model] < 0) & (learnt > 0))
+        if len(lacking):
+            from transformers import AutoTokenizer
+
+            token = AutoTokenizer.from_pretrained(teacher).convert_ids_to_tokens(int(lacking[0]))
+            raise InputError(
+                f"{model} has no {token!r}, which the answers to learn hold {learnt[lacking[0]]:,} times, and with a "
+                "frozen table it could never say it: set distillation.train_embeddings, or choose a model that has it"
+            )
 
 
 def _told_of(model: str, info: RenderingInfo) -> str:

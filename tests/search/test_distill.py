@@ -152,6 +152,27 @@ def chatty(folder: Path, template: str, eos: str = "</s>", **sizes: int) -> Path
     return folder
 
 
+def test_a_pretrained_student_that_cannot_say_how_answers_end_is_refused(inputs, tmp_path: Path) -> None:
+    ended = "{% for m in messages %}{{ m.role }}\n{{ m.content }}<pad>\n{% endfor %}"
+    prompt = "{% if add_generation_prompt %}assistant\n{% endif %}"
+    teacher = chatty(tmp_path / "teacher", ended + prompt, "<pad>", layers=4)
+    student = save_tiny_teacher(tmp_path / "student", layers=2, width=64)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (student / name).write_text((student / name).read_text().replace("<pad>", "<other>"))
+    records = ({"prompt": f"Is {n} near the river?", "answer": f"the river, {n % 7}"} for n in range(150))
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+
+    def asked(name: str, **distillation: object) -> SearchRequest:
+        strategy = tmp_path / f"{name}.yaml"
+        init = {"source": "pretrained", "model": str(student), "depth": 1.0}
+        strategy.write_text(yaml.safe_dump({"init": init, "distillation": distillation}))
+        return request(inputs, tmp_path / name, strategy, teacher=str(teacher), data=str(tmp_path / "chats.jsonl"))
+
+    with pytest.raises(InputError, match=r"has no '<pad>', .* set distillation.train_embeddings"):
+        plan_search(asked("frozen"))
+    assert plan_search(asked("trained", train_embeddings=True))["plan"]["tokens"] == 1024
+
+
 def test_a_pretrained_student_learns_and_keeps_its_own_chat_template(inputs, tmp_path: Path) -> None:
     roles = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
     lines = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
