@@ -163,6 +163,7 @@ class TokenScores:
         divergence: float64 [n], KL(teacher || student) in nats over the outcomes of the reference; None without one.
         window: Tokens of the sequences that were read, each on its own: context and stride of a window are its length.
         outcomes: Over how many outcomes the divergence goes: the teacher's likeliest tokens, and the rest as one.
+        teacher_correct: bool [n], whether the teacher's most likely token is the true one; None without a reference.
     """
 
     nll: npt.NDArray[np.float64]
@@ -173,6 +174,7 @@ class TokenScores:
     divergence: npt.NDArray[np.float64] | None = None
     window: int | None = None
     outcomes: int | None = None
+    teacher_correct: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -50,11 +50,13 @@ class Evaluation:
         documents: Ids, counts and sums of each document, for paired comparisons: of the metric that ranks, or of
             accuracy where that is no mean, whose name is under "metric", and under "others" those of the other
             measurements that are means, by name.
+        teacher_accuracy: Of the unquantised teacher on the same tokens; None where there was nothing of it.
     """
 
     deployment: Deployment
     measurements: dict[str, Measurement]
     documents: dict[str, Any]
+    teacher_accuracy: float | None = None
 
 
 @contextmanager
@@ -160,8 +162,8 @@ def evaluate(
     Raises:
         InputError: An evaluator needs answers, and the data have no questions.
     """
-    found = (load("evaluators", item) if isinstance(item, str) else item for item in evaluators)
-    chosen = [item for item in found if item.needs != "artefact" and item.supports(deployment)]
+    loaded = (load("evaluators", item) if isinstance(item, str) else item for item in evaluators)
+    chosen = [item for item in loaded if item.needs != "artefact" and item.supports(deployment)]
     with deployed_weights(model, spec, deployment, scales):
         student = tokenizer and PackedStudent(
             model=model,
@@ -192,7 +194,9 @@ def evaluate(
     summed = metric if metric in paired else "accuracy"
     own = paired.pop(summed, None) or per_document(scores.correct, scores.documents)
     documents = {**own, "metric": summed, "others": paired}
-    return Evaluation(deployment=deployment, measurements=measurements, documents=documents), scores
+    theirs = None if scores.teacher_correct is None else float(scores.teacher_correct.mean())
+    found = Evaluation(deployment=deployment, measurements=measurements, documents=documents, teacher_accuracy=theirs)
+    return found, scores
 
 
 def _save_packed(model: Any, text: Path, folder: Path) -> None:

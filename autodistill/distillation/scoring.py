@@ -92,6 +92,7 @@ def _score(
         divergence=divergence,
         window=data.tokens.shape[1],
         outcomes=None if reference is None else _outcomes(reference, model),
+        teacher_correct=None if reference is None else reference.top1 == labels_all,
     )
     return scores, [predicted, *kept]
 

@@ -392,7 +392,6 @@ class Campaign:
             spec=student_spec(trial.task.strategy, self.question.teacher_spec),
             status=status,
             split="validation",
-            teacher_accuracy=self.question.teacher_accuracy,
             budget=self.question.budget,
             plan=self.question.plan,
             train_tokens=report.tokens,

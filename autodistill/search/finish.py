@@ -322,8 +322,7 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
     data = load_split(finisher.data.folder, "test").head(question.plan.test_tokens)
     deployment = Deployment.from_json(best.deployment)
     teacher = load_held(finisher.teacher.folder, setting.held, setting.device)
-    scores, reference = refer(teacher, data, device=setting.device)
-    accuracy = float(scores.correct.mean())
+    _, reference = refer(teacher, data, device=setting.device)
     full = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
     results: list[Row] = []
 
@@ -357,7 +356,6 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
             spec=student_spec(strategy, setting.teacher_spec) if strategy else setting.teacher_spec,
             status=Status.COMPLETED,
             split="test",
-            teacher_accuracy=accuracy,
             budget=question.budget,
             plan=question.plan,
             train_tokens=row.train_tokens or 0 if row else 0,

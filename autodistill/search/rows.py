@@ -31,7 +31,6 @@ def make_row(
     spec: ModelSpec,
     status: Status,
     split: str,
-    teacher_accuracy: float,
     budget: Budget,
     plan: Plan,
     train_tokens: int,
@@ -48,7 +47,6 @@ def make_row(
         spec: Shape of the student.
         status: Of the trial at this moment.
         split: What was read.
-        teacher_accuracy: Of the teacher on the same examples, at full precision.
         budget: Limits it is held to; on a device its latency is predicted.
         plan: Gives the fidelity.
         train_tokens, train_seconds: What training took so far.
@@ -62,7 +60,7 @@ def make_row(
     figures |= {limit.name: 1e3 * seconds for limit, seconds in times.items()}
     figures |= _latency(spec, evaluation.deployment, budget, device)
     fields, others = _by_field(figures)
-    errors = _errors(evaluation)
+    errors, theirs = _errors(evaluation), evaluation.teacher_accuracy
     accuracy, memory = fields.get("accuracy"), evaluation.measurements.get("memory_bytes")
     return Row(
         row_id=f"{trial}-{evaluation.deployment.name}" + ("" if split == "validation" else f"-{split}"),
@@ -77,7 +75,7 @@ def make_row(
         strategy=strategy.to_json() if strategy else None,
         split=split,
         accuracy_stderr=errors.pop("accuracy_stderr", None),
-        retention=accuracy / teacher_accuracy if accuracy is not None and teacher_accuracy > 0 else None,
+        retention=accuracy / theirs if accuracy is not None and theirs else None,
         memory_source=memory.source if memory else None,
         latency_source="predicted" if "latency_ms" in fields else None,
         machine=budget.device.name if isinstance(budget, DeviceBudget) else None,

@@ -195,9 +195,7 @@ def teacher_phase(
             model = model or loaded.load_teacher(device)
             reference = TeacherReference.load(reference_file)
             try:
-                row = teacher_row(
-                    model, deployment, setting, "validation", validation, reference, accuracy, checked.device
-                )
+                row = teacher_row(model, deployment, setting, "validation", validation, reference, checked.device)
             except TrialFailedError as error:
                 name = deployment.name
                 raise InputError(f"the teacher as {name} cannot be measured ({error.cause}): {error}") from error
@@ -231,7 +229,6 @@ def teacher_row(
     split: str,
     data: Any,
     reference: TeacherReference,
-    accuracy: float,
     served_on: Device | None = None,
 ) -> Row:
     """The unmodified teacher under one deployment."""
@@ -258,7 +255,6 @@ def teacher_row(
         spec=setting.teacher_spec,
         status=Status.COMPLETED,
         split=split,
-        teacher_accuracy=accuracy,
         budget=setting.budget,
         plan=setting.plan,
         train_tokens=0,
