@@ -14,6 +14,7 @@ from autodistill.budget import DeviceBudget
 from autodistill.contracts import Direction
 from autodistill.errors import InputError
 from autodistill.records.row import Row, read_parquet, rows_of, to_parquet
+from autodistill.statistics import resampled
 from autodistill.units import Budget, format_bytes, format_duration
 
 __all__ = [
@@ -171,7 +172,9 @@ def _differences(rows: Sequence[Row], metric: str, direction: Direction, seed: i
             gaps.append(sums - other[2] if direction == "max" else other[2] - sums)
     estimates, errors = paired_bootstrap(np.array(gaps), counts, seed)
     for index, estimate, error in zip(paired, estimates, errors, strict=True):
-        result[index] = (float(estimate), float(error))
+        # Of one document nobody knows how certain a difference is; what is equal ties all the same.
+        if math.isfinite(error) or estimate:
+            result[index] = (float(estimate), float(error))
     return result
 
 
@@ -193,7 +196,8 @@ def paired_bootstrap(
     """Mean difference per token of several pairs, and its standard error over documents drawn with replacement.
 
     The paired bootstrap of Efron and Tibshirani (1993), chapter 6, with the document as the unit that is drawn, since
-    tokens of one document depend on each other. All pairs see the same draws.
+    tokens of one document depend on each other; for few documents corrected as `statistics.resampled` says. All pairs
+    see the same draws.
 
     Args:
         gaps: [pairs, documents], difference of the summed metric in each document.
@@ -201,7 +205,8 @@ def paired_bootstrap(
         seed: Of the draws.
 
     Returns:
-        The differences [pairs] and their standard errors [pairs], in the metric's unit.
+        The differences [pairs] and their standard errors [pairs], in the metric's unit; the errors are NaN where there
+        is but one document.
     """
     documents = len(counts)
     generator = np.random.default_rng(seed)
@@ -211,7 +216,8 @@ def paired_bootstrap(
         ((weights @ gaps[start : start + _CHUNK].T) / tokens[:, None]).std(axis=0, ddof=1)
         for start in range(0, len(gaps), _CHUNK)
     ]
-    return gaps.sum(axis=1) / counts.sum(), np.concatenate(errors)
+    factor = resampled(documents) if documents > 1 else math.nan
+    return gaps.sum(axis=1) / counts.sum(), factor * np.concatenate(errors)
 
 
 def best(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max", seed: int = 0) -> Row | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -128,7 +129,7 @@ def test_splits_are_not_mixed() -> None:
 
 def test_the_smallest_of_the_tied_wins_and_the_rest_sort_by_the_metric() -> None:
     # Differences to the best per document: "near" +4, -4, +4, -3 of 100 tokens, mean 0.0025 and standard error
-    # sqrt(mean of squared deviations / 4) = 0.0188; "far" always 10 worse, mean 0.1 and standard error 0.
+    # sqrt(sum of squared deviations / 3 / 4) = 0.0217, widened for four documents 1.197 times; "far" always 10 worse, mean 0.1 and standard error 0.
     top = [50.0, 60.0, 40.0, 50.0]
     near = [46.0, 64.0, 36.0, 53.0]
     far = [s - 10 for s in top]
@@ -146,7 +147,7 @@ def test_the_smallest_of_the_tied_wins_and_the_rest_sort_by_the_metric() -> None
     assert [one.tied for one in ranking] == [True, True, True, True, False]
     assert [one.place for one in ranking] == [1, 2, 3, 4, 5]
     assert ranking[0].difference == pytest.approx(0.0025)
-    assert ranking[0].difference_stderr == pytest.approx(0.0188, rel=0.1)
+    assert ranking[0].difference_stderr == pytest.approx(0.0217 * 1.197, rel=0.1)
     assert ranking[4].difference == pytest.approx(0.1)
     assert ranking[4].difference_stderr == pytest.approx(0, abs=1e-12)
 
@@ -215,6 +216,17 @@ def test_without_documents_only_equal_figures_tie() -> None:
     assert [(one.row.name, one.tied) for one in rank(rows)] == [("b", True), ("a", True), ("c", False)]
 
 
+def test_of_one_document_only_equal_figures_tie() -> None:
+    rows = [
+        row("a", accuracy=0.5, memory_bytes=2, documents=documents([50.0])),
+        row("b", accuracy=0.5, memory_bytes=1, documents=documents([50.0])),
+        row("c", accuracy=0.49, memory_bytes=1, documents=documents([49.0])),
+    ]
+    ranking = rank(rows)
+    assert [(one.row.name, one.tied) for one in ranking] == [("b", True), ("a", True), ("c", False)]
+    assert (ranking[2].difference, ranking[2].difference_stderr) == (pytest.approx(0.01), None)
+
+
 def test_ties_of_a_minimised_metric() -> None:
     rows = [
         row("a", perplexity=10.0, memory_bytes=2, documents=documents([230.0, 228.0, 233.0], metric="perplexity")),
@@ -222,14 +234,16 @@ def test_ties_of_a_minimised_metric() -> None:
         row("c", perplexity=12.0, memory_bytes=1, documents=documents([248.0, 246.0, 252.0], metric="perplexity")),
     ]
     ranking = rank(rows, "perplexity", "min")
-    # Differences of b: 2, -0.5, 0 over 300 tokens: 0.005 with standard error sqrt(mean squared deviation / 3) = 0.0062.
+    # Differences of b: 2, -0.5, 0 over 300 tokens: 0.005, and standard error
+    # sqrt(sum of squared deviations / 2 / 3) = 0.0076, widened for three documents 1.321 times.
     assert [(one.row.name, one.tied) for one in ranking] == [("b", True), ("a", True), ("c", False)]
     assert ranking[0].difference == pytest.approx(0.005)
-    assert ranking[0].difference_stderr == pytest.approx(0.0062, rel=0.1)
+    assert ranking[0].difference_stderr == pytest.approx(0.0076 * 1.321, rel=0.1)
 
 
 def test_the_bootstrap_agrees_with_brute_force_and_with_the_closed_form() -> None:
     generator = np.random.default_rng(7)
+    few = math.sqrt(30 / 29) * scipy.stats.t.ppf(scipy.stats.norm.cdf(1), 29)
     counts = generator.integers(20, 200, 30).astype(float)
     gaps = generator.normal(1, 8, (3, 30))
     estimates, errors = paired_bootstrap(gaps, counts)
@@ -239,10 +253,10 @@ def test_the_bootstrap_agrees_with_brute_force_and_with_the_closed_form() -> Non
             picked = [generator.integers(30) for _ in range(30)]
             draws.append(sum(gap[p] for p in picked) / sum(counts[p] for p in picked))
         assert estimate == pytest.approx(sum(gap) / sum(counts))
-        assert error == pytest.approx(np.std(draws, ddof=1), rel=0.1)
-    # For documents of one length the standard error of the mean is sqrt(population variance / n).
+        assert error == pytest.approx(few * np.std(draws, ddof=1), rel=0.1)
+    # For documents of one length the standard error of the mean is sqrt(population variance / n) and what few make up.
     _, equal = paired_bootstrap(gaps, np.full(30, 50.0))
-    assert equal == pytest.approx(gaps.std(axis=1) / 50 / math.sqrt(30), rel=0.1)
+    assert equal == pytest.approx(few * gaps.std(axis=1) / 50 / math.sqrt(30), rel=0.1)
 
 
 def test_the_bootstrap_does_not_depend_on_what_else_is_compared() -> None:
