@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from autodistill.contracts import Direction
+from autodistill.records.leaderboard import smallness
 from autodistill.records.row import Row
 
 KIND = "confirmation"
@@ -32,7 +33,7 @@ class Confirmation:
     Attributes:
         trial, name: Of the trial on the search's own seed.
         row_id: Of its row.
-        seeds, values: Of the metric, by seed; the search's own first.
+        seeds, values: Of the metric, by seed: the further ones, and where that is a single one the search's own first.
         mean, stderr: Over seeds; the error is None for a single one.
         difference, difference_stderr: Mean to the best's, paired by seed, at or below 0 for all but the best, and its
             standard error; None where seeds differ or there is one alone.
@@ -56,11 +57,12 @@ class Confirmation:
 
 
 def confirmations(rows: Sequence[Row], metric: str, direction: Direction) -> list[Confirmation]:
-    """Every strategy that was trained on further seeds, the chosen one first, then by mean.
+    """The strategies that were trained on further seeds, the chosen one first, then by mean.
 
-    Chosen is the best mean, or of those whose difference to it, paired by seed, is within one standard error the one
-    that needs least memory. A seed that gave no value for one of them counts in none of them, so that all means are of
-    the same seeds.
+    Chosen is the best mean, or of those whose difference to it, paired by seed, is within one standard error the
+    smallest. All means are of the same seeds: where a training failed or came too late, either its strategy or its seed
+    is left out, whichever leaves more to compare. The search's own seed is the one that these strategies were selected
+    on, whose luck would stay in their means: it counts only where there is a single further one.
 
     Args:
         rows: Of the validation split.
@@ -77,25 +79,45 @@ def confirmations(rows: Sequence[Row], metric: str, direction: Direction) -> lis
     candidates = []
     for key, further in values.items():
         original = originals[key]
-        value = original.figure(metric)
-        if value is not None and original.seed is not None and original.feasible:
-            candidates.append((original, {original.seed: value} | further))
-    if not candidates:
+        if original.figure(metric) is not None and original.seed is not None and original.feasible:
+            candidates.append((original, further))
+    compared, seeds = _comparable(candidates)
+    if not compared:
         return []
-    common = set.intersection(*(set(by_seed) for _, by_seed in candidates))
-    found = [
-        _confirmation(original, {seed: value for seed, value in by_seed.items() if seed in common})
-        for original, by_seed in candidates
-    ]
+    found = [_confirmation(original, metric, {seed: further[seed] for seed in seeds}) for original, further in compared]
+    sizes = {original.row_id: smallness(original) for original, _ in compared}
     best = max(found, key=lambda item: (sign * item.mean, item.trial))
-    compared = [_against(item, best) for item in found]
-    tied = [item for item in compared if _tied(item, best, sign)]
-    chosen = min(tied, key=lambda item: (item.memory_bytes, -sign * item.mean, item.trial))
-    others = sorted((item for item in compared if item != chosen), key=lambda item: (-sign * item.mean, item.trial))
+    found = [_against(item, best) for item in found]
+    tied = [item for item in found if _tied(item, best, sign)]
+    chosen = min(tied, key=lambda item: (sizes[item.row_id], -sign * item.mean, item.trial))
+    others = sorted((item for item in found if item != chosen), key=lambda item: (-sign * item.mean, item.trial))
     return [chosen, *others]
 
 
-def _confirmation(row: Row, values: Mapping[int, float]) -> Confirmation:
+_Trained = tuple[Row, Mapping[int, float]]
+
+
+def _comparable(candidates: Iterable[_Trained]) -> tuple[list[_Trained], list[int]]:
+    """Strategies with the further seeds that all of these have, so that most pairs of trainings can be compared.
+
+    One late training would else take its strategy's missing seeds from everybody. Of as many pairs those of more seeds,
+    which say how much seeds differ; a strategy in several deployments counts once.
+    """
+    ordered = sorted(candidates, key=lambda pair: (-len(pair[1]), pair[0].row_id))
+    best: tuple[tuple[int, int, int], list[_Trained], list[int]] = ((-1, 0, 0), [], [])
+    for count in range(1, len(ordered) + 1):
+        first = ordered[:count]
+        seeds = sorted(set.intersection(*(set(further) for _, further in first)))
+        pairs = (len({row.trial for row, _ in first}) - 1) * len(seeds)
+        if seeds and (worth := (pairs, len(seeds), count)) > best[0]:
+            best = worth, first, seeds
+    return best[1], best[2]
+
+
+def _confirmation(row: Row, metric: str, values: Mapping[int, float]) -> Confirmation:
+    own = row.figure(metric)
+    if len(values) < 2 and row.seed is not None and own is not None:
+        values = {row.seed: own, **values}
     numbers = np.array(list(values.values()))
     return Confirmation(
         trial=row.trial,

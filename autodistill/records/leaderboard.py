@@ -34,6 +34,7 @@ __all__ = [
     "rank_students",
     "read_parquet",
     "rows_of",
+    "smallness",
     "to_parquet",
 ]
 
@@ -98,10 +99,10 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
     places = list(range(len(ordered)))
     if tied:
         # Of equally small rows `min` takes the first, which is the best of them by the metric.
-        winner = min(sorted(tied), key=lambda index: _smallness(ordered[index]))
+        winner = min(sorted(tied), key=lambda index: smallness(ordered[index]))
         # A better row that is no larger may stand outside of the set, where its difference to the best is more certain.
-        limit = _smallness(ordered[winner])
-        winner = next(index for index in range(len(comparable)) if _smallness(ordered[index]) <= limit)
+        limit = smallness(ordered[winner])
+        winner = next(index for index in range(len(comparable)) if smallness(ordered[index]) <= limit)
         places.insert(0, places.pop(winner))
     differences += [(math.nan, math.nan)] * (len(ordered) - len(comparable))
     return [
@@ -138,10 +139,11 @@ def _order(row: Row, metric: str, direction: Direction) -> tuple[Any, ...]:
     value = row.figure(metric)
     worse = math.inf if value is None else -value if direction == "max" else value
     fidelity = 1.0 if row.full else row.figure("fidelity") or 0.0
-    return (value is None, not row.feasible, -fidelity, worse, *_smallness(row), row.row_id)
+    return (value is None, not row.feasible, -fidelity, worse, *smallness(row), row.row_id)
 
 
-def _smallness(row: Row) -> tuple[float, float]:
+def smallness(row: Row) -> tuple[float, float]:
+    """What decides between tied rows: bytes of memory, then of size, predicted where that is known; less is better."""
     # Like is compared with like: one row that was measured among predicted ones would be the larger for that alone.
     figures = []
     for name, value in (("memory_bytes", row.memory_bytes), ("size_bytes", row.size_bytes)):
