@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from autodistill.records.confirmation import KIND as CONFIRMATION
-from autodistill.records.leaderboard import Ranked
+from autodistill.records.leaderboard import Ranked, rests_on
 from autodistill.records.objectives import PREDICTED_LATENCY
 from autodistill.records.row import Row
 from autodistill.strategy import Init
@@ -223,7 +223,7 @@ def leaderboard_table(ranked: Sequence[Ranked], metric: str = "accuracy", width:
         "! over the budget": any(not one.row.feasible for one in ranked),
     }
     note = "; ".join(text for text, needed in notes.items() if needed)
-    return "\n".join([*body, *filter(None, [note])])
+    return "\n".join([*body, *filter(None, [note, rests_on([one.row for one in ranked])])])
 
 
 def _aligned(cell: str, width: int, column: int) -> str:

@@ -47,7 +47,7 @@ def _within(angle: float, degrees: int) -> float:
 
 
 def widening(clusters: int) -> float:
-    """By how much an error that scatters itself, being one of few clusters, must be widened to hold as often as it says.
+    """By how much an error of few clusters, which scatters itself, must be widened to hold as often as it says.
 
     The quantile of Student's t for `clusters` - 1 over the normal one, which is 1, for the 68% of one standard error:
     1.84 for two clusters, 1.20 for four, 1.03 for twenty.
@@ -65,8 +65,8 @@ def clustered_mean(
 
         variance = G / (G - 1) * sum over clusters of (sum of e in the cluster)^2 / n^2
 
-    Below 20 clusters this is too uncertain, and often far too small. It is widened there by the quantile of Student's t,
-    and is never less than the error of independent values, since dependence hardly makes a mean more certain. Values
+    Below 20 clusters this is too uncertain, and often far too small. It is widened there by the quantile of Student's
+    t, and is never less than the error of independent values, since dependence hardly makes a mean more certain. Values
     each of which is a cluster of its own have their ordinary error, however few they are.
 
     Args:
@@ -123,8 +123,8 @@ def clustered_bootstrap(
 def resampled(clusters: int) -> float:
     """What a bootstrapped error is multiplied by for being one of few clusters.
 
-    Draws scatter about the clusters' own mean, for which sqrt(G / (G - 1)) of G clusters makes up, and what they scatter
-    by is uncertain: see `widening`.
+    Draws scatter about the clusters' own mean, for which sqrt(G / (G - 1)) of G clusters makes up, and what they
+    scatter by is uncertain: see `widening`.
     """
     return math.sqrt(clusters / (clusters - 1)) * widening(clusters)
 

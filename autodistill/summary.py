@@ -8,8 +8,9 @@ from typing import Any
 
 from autodistill.budget import read_budget
 from autodistill.console import leaderboard_table, memory_cell
+from autodistill.records.choice import contenders
 from autodistill.records.json_files import read_json
-from autodistill.records.leaderboard import DISTILLED, Ranked, rank, rows_of
+from autodistill.records.leaderboard import DISTILLED, Ranked, rank, rests_on, rows_of
 from autodistill.records.objectives import objectives_of, with_front
 from autodistill.records.row import Row
 from autodistill.records.saved import Saved
@@ -26,7 +27,7 @@ def leaderboard_of(run: RunFolder) -> tuple[list[Ranked], str]:
         InputError: Its records cannot be read.
     """
     asked = read_json(run.search_file)
-    rows = [row for row in rows_of(run.events.read()) if row.split != "test"]
+    rows = contenders(rows_of(run.events.read()))
     return with_front(rank(rows, asked["metric"], asked["direction"]), objectives_of(asked)), asked["metric"]
 
 
@@ -185,7 +186,9 @@ def _test(document: Mapping[str, Any], metric: str) -> str:
     if gain is not None:
         unit = (rows[0].documents or {}).get("unit")
         what = f"{metric}, in {unit}" if unit else metric
-        lines.append(f"Gain over the baseline on the test split: {gain[0]:+.4f} ± {gain[1]:.4f} of {what}.")
+        error = "" if gain[1] is None else f" ± {gain[1]:.4f}"
+        lines.append(f"Gain over the baseline on the test split: {gain[0]:+.4f}{error} of {what}.")
+    lines += filter(None, [rests_on(rows)])
     return "\n".join(lines)
 
 

@@ -70,6 +70,8 @@ def confirmations(rows: Sequence[Row], metric: str, direction: Direction) -> lis
         direction: Whether more or less of it is better.
     """
     sign = 1.0 if direction == "max" else -1.0
+    if not any(row.kind == KIND for row in rows):
+        return []
     originals = {(row.trial, row.deployment_name): row for row in rows if row.kind != KIND and row.full}
     values: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows:

@@ -24,7 +24,6 @@ __all__ = [
     "Ranked",
     "Row",
     "best",
-    "best_student",
     "check_comparable",
     "limits_of",
     "nearest",
@@ -33,6 +32,7 @@ __all__ = [
     "rank",
     "rank_students",
     "read_parquet",
+    "rests_on",
     "rows_of",
     "smallness",
     "to_parquet",
@@ -43,6 +43,7 @@ SPEEDS = ("latency_ms", "ttft_ms", "tokens_per_second", "answer_ms")
 """Figures that hold on one machine, in one runtime."""
 
 _RESAMPLES = 1000
+_FEW_DOCUMENTS = 10
 _CHUNK = 256
 
 
@@ -115,6 +116,21 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
         )
         for place, index in enumerate(places, start=1)
     ]
+
+
+def rests_on(rows: Sequence[Row]) -> str:
+    """Of how many documents the errors of some rows are, in a sentence that warns where these are few.
+
+    Of a task each question is a document. Empty where no row says.
+    """
+    counts = [sum(count > 0 for count in row.documents["count"]) for row in rows if row.documents is not None]
+    least, most = min(counts, default=0), max(counts, default=0)
+    if not most:
+        return ""
+    said = f"± is of {least} to {most} documents" if least < most else f"± is of {most} document{'s' * (most > 1)}"
+    if least >= _FEW_DOCUMENTS:
+        return f"{said}."
+    return f"{said}: fewer than {_FEW_DOCUMENTS} say little of others, and errors and ties are uncertain themselves."
 
 
 def check_comparable(rows: Sequence[Row], metric: str) -> None:
@@ -229,14 +245,6 @@ def best(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
     """
     ranking = rank(rows, metric, direction, seed)
     first = ranking[0].row if ranking else None
-    return first if first is not None and first.feasible and first.figure(metric) is not None else None
-
-
-def best_student(
-    rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max", seed: int = 0
-) -> Row | None:
-    """The best of the distilled students, baselines included, or None where none is feasible and has the metric."""
-    first = next(iter(rank_students(rows, metric, direction, seed)), None)
     return first if first is not None and first.feasible and first.figure(metric) is not None else None
 
 

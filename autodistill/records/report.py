@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from autodistill.budget import read_budget
 from autodistill.errors import MissingDependencyError
+from autodistill.records.choice import chosen, contenders
+from autodistill.records.confirmation import KIND, Confirmation, confirmations
 from autodistill.records.differences import differences, shown
 from autodistill.records.json_files import read_json, replacing
-from autodistill.records.leaderboard import DISTILLED, Ranked, limits_of, nearest, pareto, rank, rows_of
+from autodistill.records.leaderboard import DISTILLED, Ranked, limits_of, nearest, pareto, rank, rests_on, rows_of
 from autodistill.records.objectives import Objective, front, objectives_of
 from autodistill.records.openings import opened, openings_of
 from autodistill.records.row import Row
@@ -40,18 +42,23 @@ def report_markdown(
             known `teacher`, `data`, `space`, `plan`, `seconds` (by phase), `saved`, `licences` (name to licence),
             `versions`, `notes`. A mapping under `teacher` or `data` is written as its fields.
         ranked: The leaderboard.
-        events: The log. Of it are read "status" events (`trial`, `status`, `reason`), and the rows of the test split.
+        events: The log. Of it are read "status" events (`trial`, `status`, `reason`), and the rows of the test split
+            and of further seeds.
         picture: Path of the plot beside the page, or None where it could not be drawn.
         openings: How often each run beside this one opened the test split of the same data; none by default.
     """
     events = list(events)
-    metric = str(search.get("metric", "accuracy"))
+    metric, direction = str(search.get("metric", "accuracy")), search.get("direction", "max")
+    further = [row for row in rows_of(events) if row.kind == KIND and row.split != "test"]
+    rows = [*(one.row for one in ranked), *further]
+    confirmed = confirmations(rows, metric, direction)
     sections = [
         f"# {_text(search.get('name', 'A search'))}",
         _asked(search),
-        _answer(search, ranked, metric),
+        _answer(search, ranked, metric, chosen(rows, metric, direction), confirmed),
         "## Leaderboard\n\n" + _leaderboard(ranked, metric),
         f"![{metric} against memory]({picture})" if picture else f"For a plot of this table: `{INSTALL_PLOTS}`",
+        _confirmed(confirmed, ranked),
         _front(search, ranked),
         _lost(events),
         _spared(search),
@@ -76,7 +83,7 @@ def write_report(run: RunFolder) -> tuple[str, ...]:
     search = read_json(run.search_file)
     events = run.events.read()
     metric, direction = search.get("metric", "accuracy"), search.get("direction", "max")
-    ranked = rank([row for row in rows_of(events) if row.split != "test"], metric, direction)
+    ranked = rank(contenders(rows_of(events)), metric, direction)
     try:
         drawing = figure(ranked, metric, direction)
     except MissingDependencyError:
@@ -151,9 +158,20 @@ def _asked(search: Mapping[str, Any]) -> str:
     return "\n\n".join([_pairs("What was asked", facts), *(f"- {_text(note)}" for note in notes)])
 
 
-def _answer(search: Mapping[str, Any], ranked: Sequence[Ranked], metric: str) -> str:
+def _answer(
+    search: Mapping[str, Any],
+    ranked: Sequence[Ranked],
+    metric: str,
+    student: Row | None,
+    confirmed: Sequence[Confirmation],
+) -> str:
+    """What ranks first, or what was chosen on further seeds where the teacher does not rank before that."""
     rows = [one.row for one in ranked]
-    first = rows[0] if rows and rows[0].feasible and rows[0].figure(metric) is not None else None
+    beside = rows
+    if student is not None and confirmed:
+        beside = [student, *(row for row in rows if row.kind not in DISTILLED)]
+        beside = [one.row for one in rank(beside, metric, search.get("direction", "max"))]
+    first = beside[0] if beside and beside[0].feasible and beside[0].figure(metric) is not None else None
     if first is not None:
         parts = [
             f"**{_text(first.name)}** ({first.kind}) as {first.deployment_name}: {metric} {_figure(first, metric)}"
@@ -167,8 +185,10 @@ def _answer(search: Mapping[str, Any], ranked: Sequence[Ranked], metric: str) ->
         if short := _short(first):
             parts.append(short)
         tied = sum(one.tied for one in ranked)
-        tie = f" It is the smallest of {tied} rows that {metric} cannot tell apart." if tied else ""
-        return "## Answer\n\n" + ", ".join(parts) + "." + tie + _undistilled(first, rows, metric)
+        why = f" It is the smallest of {tied} rows that {metric} cannot tell apart." if tied else ""
+        if confirmed:
+            why = f" It was chosen by its mean on {len(confirmed[0].seeds)} seeds." if first == student else ""
+        return "## Answer\n\n" + ", ".join(parts) + "." + why + _undistilled(first, student, metric)
     limits = limits_of(read_budget(search["budget"])) if "budget" in search else {}
     needs = {f"{row.name} as {row.deployment_name}": {n: row.figure(n) for n in limits} for row in rows}
     closest = nearest(needs, limits)
@@ -176,11 +196,34 @@ def _answer(search: Mapping[str, Any], ranked: Sequence[Ranked], metric: str) ->
     return "## Answer\n\nNothing fits the budget." + reason
 
 
-def _undistilled(first: Row, rows: Sequence[Row], metric: str) -> str:
+def _confirmed(confirmed: Sequence[Confirmation], ranked: Sequence[Ranked]) -> str:
+    """Means over seeds, the chosen strategy first."""
+    if not confirmed:
+        return ""
+    packed = {one.row.row_id: one.row.deployment_name for one in ranked}
+    lines = [
+        [
+            item.trial,
+            item.name,
+            packed.get(item.row_id, "-"),
+            _with_error("{:.4f}", item.mean, item.stderr),
+            _with_error("{:+.4f}", item.difference, item.difference_stderr),
+        ]
+        for item in confirmed
+    ]
+    note = (
+        f"Means over the seeds {', '.join(map(str, confirmed[0].seeds))}, of which the first was chosen: the best, or "
+        "the smallest of those within one standard error of it, paired by seed."
+    )
+    return (
+        "## On further seeds\n\n" + _table(["trial", "name", "deployment", "mean", "less best"], lines) + "\n\n" + note
+    )
+
+
+def _undistilled(first: Row, student: Row | None, metric: str) -> str:
     """Says so plainly where the first row was not distilled, and what distilling reached."""
     if first.kind in DISTILLED:
         return ""
-    student = next((row for row in rows if row.kind in DISTILLED and row.feasible and row.figure(metric)), None)
     if student is None:
         return " It was not distilled, and no distilled student fits."
     parts = [f"{_text(student.name)} as {student.deployment_name}", f"{metric} {_figure(student, metric)}"]
@@ -213,7 +256,8 @@ def _leaderboard(ranked: Sequence[Ranked], metric: str) -> str:
         for one in ranked
     ]
     note = "`=`: tied with the best by the metric, within one standard error of the difference paired by document."
-    return _table([*titles, "fidelity", "limits"], lines) + "\n\n" + note
+    rest = rests_on([one.row for one in ranked])
+    return _table([*titles, "fidelity", "limits"], lines) + "\n\n" + " ".join(filter(None, [note, rest]))
 
 
 def _front(search: Mapping[str, Any], ranked: Sequence[Ranked]) -> str:
@@ -275,7 +319,7 @@ def _test(events: Iterable[Mapping[str, Any]], metric: str, openings: Mapping[st
         "\n\nPaired by document, each with its bootstrapped standard error; of a perplexity, that of its logarithm:\n\n"
     )
     more = note + _table(compared[0], compared[1:]) if compared else ""
-
+    more = "\n\n".join(filter(None, [more, rests_on(rows)]))
     ledger = f"\n\n{_text(opened(openings))}" if openings else ""
     return "## Test split, opened once at the end\n\n" + _table(titles, lines) + more + ledger
 
@@ -287,10 +331,11 @@ def _command(search: Mapping[str, Any]) -> str:
 
 
 def _figure(row: Row, metric: str) -> str:
-    value, error = row.figure(metric), row.figure(f"{metric}_stderr")
-    if value is None:
-        return "-"
-    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    return _with_error("{:.4f}", row.figure(metric), row.figure(f"{metric}_stderr"))
+
+
+def _with_error(form: str, value: float | None, error: float | None) -> str:
+    return _shown(value, form) + ("" if value is None or error is None else f" ± {error:.4f}")
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -11,8 +11,9 @@ from autodistill.budget import read_budget
 from autodistill.contracts import Plan, Status
 from autodistill.errors import InputError
 from autodistill.estimate import fits, holdable, spec_from_config
+from autodistill.records.choice import chosen, contenders
 from autodistill.records.json_files import read_json
-from autodistill.records.leaderboard import DISTILLED, rank
+from autodistill.records.leaderboard import DISTILLED
 from autodistill.records.openings import opened, openings_of
 from autodistill.records.recalibration import corrected, least_beyond
 from autodistill.records.row import Row, rows_of
@@ -144,13 +145,16 @@ def _reasons(ends: Mapping[str, Mapping[str, Any]], status: Status) -> dict[str,
 def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:
     """Which limit the best row is near to, and which better row is how far beyond it."""
     limit = asked["budget"]["memory_bytes"]
-    full = [row for row in rows if row.split == "validation" and row.full and row.memory_bytes]
+    judged = [row for row in rows if row.split == "validation" and row.full and row.memory_bytes]
+    full = contenders(judged)
     beyond = least_beyond(full)
     students = [row for row in full if row.kind in DISTILLED]
-    ranked = [one.row for one in rank(students, asked["metric"], asked["direction"]) if one.row.feasible]
-    # What was found of one student in its runtime, once exported, holds for those that were only predicted.
-    ranked = [row for row in ranked if corrected(row, beyond) <= limit]
-    if not ranked:
+    best = chosen(judged, asked["metric"], asked["direction"])
+    if best is not None and corrected(best, beyond) > limit:
+        # What was found of one student in its runtime, once exported, holds for those that were only predicted.
+        fitting = [row for row in judged if row.kind not in DISTILLED or corrected(row, beyond) <= limit]
+        best = chosen(fitting, asked["metric"], asked["direction"])
+    if best is None:
         if not students:
             return "No student has been trained to the end yet.", ()
         least = min(students, key=lambda row: corrected(row, beyond))
@@ -158,7 +162,6 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
         if short <= 0:
             return f"Nothing fits: {least.name} as {least.deployment_name} is kept out ({least.reason}).", ()
         return f"Nothing fits {format_bytes(limit)}: the nearest needs {format_bytes(short)} more.", ()
-    best = ranked[0]
     used = corrected(best, beyond) / limit
     binding = (
         f"The best, {best.name} as {best.deployment_name}, needs {format_bytes(corrected(best, beyond))} of "
@@ -175,7 +178,8 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
         and sign * value > sign * best_value
     ]
     nearest = sorted(beaten, key=lambda row: corrected(row, beyond))[:3]
-    if any(corrected(row, beyond) <= limit for row in beaten):
+    # One that was passed over for memory may fit by what another student has taken since.
+    if any(corrected(row, beyond) <= limit and (row.reason or "").startswith("latency") for row in beaten):
         binding += " A limit of latency binds."
     better = [
         f"{_wanting(row, corrected(row, beyond) - limit)} {row.name} as {row.deployment_name}: {asked['metric']} "

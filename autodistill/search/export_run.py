@@ -9,8 +9,9 @@ from autodistill import plugins
 from autodistill.errors import InputError
 from autodistill.export.verify import verify
 from autodistill.formats import get_format
+from autodistill.records.choice import chosen, contenders
 from autodistill.records.json_files import read_json
-from autodistill.records.leaderboard import DISTILLED, best_student, rank, rows_of
+from autodistill.records.leaderboard import DISTILLED, rank, rows_of
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
 from autodistill.strategy import Deployment
@@ -40,10 +41,10 @@ def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], ou
     _check_containers(containers)
     asked = read_json(run.search_file)
     rows = [row for row in rows_of(run.events.read()) if row.split != "test"]
-    ranked = [one.row for one in rank(rows, asked["metric"], asked["direction"])]
+    ranked = [one.row for one in rank(contenders(rows), asked["metric"], asked["direction"])]
     # Of students short of the end few are kept, and the best of these need not be the best of all.
     having = [row for row in rows if row.kind not in DISTILLED or row.full or _folder(run, row).is_dir()]
-    best = best_student(having, asked["metric"], asked["direction"])
+    best = chosen(having, asked["metric"], asked["direction"])
     row = _find(run, ranked, row_id or (best.row_id if best else None))
     student = _student(run, row)
     deployments = {name: _deployment(name, row, ranked) for name in containers}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from autodistill.records.confirmation import Confirmation
-from autodistill.records.leaderboard import DISTILLED, rank_students
+from autodistill.formats import get_format
+from autodistill.records.choice import in_order
+from autodistill.records.leaderboard import DISTILLED
 from autodistill.records.recalibration import corrected, least_beyond
 from autodistill.records.row import Row
 from autodistill.search.trials import Question
@@ -36,38 +37,35 @@ def candidates(rows: Sequence[Row], metric: str, kept: Callable[[Row], bool]) ->
     return [*full, *(row for row in short if row.feasible and kept(row))]
 
 
-def exportable(rows: Sequence[Row], confirmed: Sequence[Confirmation], question: Question) -> list[Row]:
-    """What may be exported, the best first: the students that keep to the budget, as they rank beside all rows.
+def next_candidate(
+    rows: Sequence[Row], rejected: Sequence[Row], question: Question, container: str | None = None
+) -> Row | None:
+    """The student to export: the chosen one of those that may keep to the budget when measured, given what did not.
 
-    What is best on several seeds goes first, in the best of its deployments.
-    """
-    ranked = [row for row in rank_students(rows, question.metric, question.direction) if row.feasible]
-    if not confirmed:
-        return ranked
-    own = [row for row in rows if row.trial == confirmed[0].trial]
-    first = [row for row in rank_students(own, question.metric, question.direction) if row.feasible]
-    return [*first, *(row for row in ranked if row.trial != confirmed[0].trial)]
-
-
-def next_candidate(ranked: Sequence[Row], rejected: Sequence[Row], limit: int) -> Row | None:
-    """The best row that may keep to the budget when it is measured, given those that did not.
-
-    A runtime takes about as much more than predicted for one student as for another: see `passed_over`.
+    A runtime takes about as much more than predicted for one student as for another: see `passed_over`. It is chosen as
+    whoever reads the log later will choose, where those rows do not fit.
 
     Args:
-        ranked: Rows that keep to the budget so far, the best first.
+        rows: Students that may be exported, and whatever they rank beside.
         rejected: Rows as they were measured.
-        limit: Bytes of memory.
+        question: What was asked.
+        container: Its deployment's; any by default.
     """
-    out = {row.row_id for row in (*rejected, *passed_over(ranked, rejected, limit))}
-    return next((row for row in ranked if row.row_id not in out), None)
+    out = {row.row_id: row for row in (*passed_over(rows, rejected, question.budget.memory_bytes), *rejected)}
+    ranked = in_order([out.get(row.row_id, row) for row in rows], question.metric, question.direction)
+    return next((row for row in ranked if container in (None, container_of(row))), None)
 
 
-def passed_over(ranked: Sequence[Row], rejected: Sequence[Row], limit: int) -> list[Row]:
+def container_of(row: Row) -> str:
+    """What its student is written as."""
+    return get_format(row.deployment["format"]).container
+
+
+def passed_over(rows: Sequence[Row], rejected: Sequence[Row], limit: int) -> list[Row]:
     """The rows that would break the limit with the least that their runtime took beyond the predictions so far.
 
     Args:
-        ranked: Rows that keep to the budget so far.
+        rows: Of students, and of what they rank beside, which is not among what is returned.
         rejected: Rows as they were measured; these are not among what is returned.
         limit: Bytes of memory.
 
@@ -77,9 +75,10 @@ def passed_over(ranked: Sequence[Row], rejected: Sequence[Row], limit: int) -> l
     beyond = least_beyond(rejected)
     tried = {row.row_id for row in rejected}
     found = []
-    for row in ranked:
+    for row in rows:
         need, runtime = corrected(row, beyond), row.deployment["runtime"]
-        if row.row_id not in tried and need > limit:
+        student = row.kind in DISTILLED and row.feasible
+        if student and row.row_id not in tried and need > limit:
             reason = (
                 f"memory: {row.memory_bytes} bytes predicted, {need} with what {runtime} took beyond that for another "
                 f"student, {need - limit} over the budget of {limit}"

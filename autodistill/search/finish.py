@@ -41,7 +41,7 @@ from autodistill.records.leaderboard import (
 from autodistill.records.openings import record_test_opening, recorded_test_openings
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
-from autodistill.search.exportable import candidates, exportable, next_candidate, passed_over, trained_rows
+from autodistill.search.exportable import candidates, container_of, next_candidate, passed_over, trained_rows
 from autodistill.search.rows import make_row
 from autodistill.search.trials import Question
 from autodistill.strategy import Deployment, Strategy
@@ -72,7 +72,8 @@ class Finish:
         checks: Agreement of runtime and simulation by container.
         test: Rows on the test split.
         confirmed: What was trained on further seeds, the chosen one first.
-        gain: Best less baseline on test, paired by document, and its standard error; None where there is none.
+        gain: Best less baseline on test, paired by document, and its standard error, None of a single document; None
+            where there is none.
         notes: What a reader must know, in sentences.
     """
 
@@ -80,7 +81,7 @@ class Finish:
     paths: Mapping[str, Path]
     checks: Mapping[str, RuntimeCheck]
     test: tuple[Row, ...]
-    gain: tuple[float, float] | None
+    gain: tuple[float, float | None] | None
     confirmed: tuple[Confirmation, ...]
     notes: tuple[str, ...]
 
@@ -131,17 +132,17 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     students = candidates(rows, question.metric, finisher.has)
     confirmed = confirmations(rows, question.metric, question.direction)
     others = [row for row in rows if row.kind not in DISTILLED]
-    ranked = exportable([*students, *others], confirmed, question)
+    choice = [*students, *others]
     paths: dict[str, Path] = {}
     checks: dict[str, RuntimeCheck] = {}
     rejected: list[Row] = []
-    best = _first_that_fits(ranked, rejected, finisher, paths, checks)
-    for row in passed_over(ranked, rejected, question.budget.memory_bytes):
+    best = _first_that_fits(choice, rejected, finisher, paths, checks)
+    for row in passed_over(choice, rejected, question.budget.memory_bytes):
         finisher.write("row", row)
     if best is None:
         judged = any(row.kind in DISTILLED for row in rows)
         raise NothingFitsError(_nothing(rejected or students, judged, finisher))
-    notes = () if "gguf" in paths else _gguf_beside(ranked, rejected, finisher, paths, checks)
+    notes = () if "gguf" in paths else _gguf_beside(choice, rejected, finisher, paths, checks)
     if "huggingface" not in paths:
         plain = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
         with phases.phase("export", "exporting the 16-bit folder"):
@@ -169,31 +170,32 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
 
 
 def _first_that_fits(
-    ranked: Sequence[Row],
+    rows: Sequence[Row],
     rejected: list[Row],
     finisher: Finisher,
     paths: dict[str, Path],
     checks: dict[str, RuntimeCheck],
+    container: str | None = None,
 ) -> Row | None:
     """Exports the best row that keeps to the budget when its runtime is measured; those that do not are `rejected`."""
     for _ in range(_CANDIDATES):
-        candidate = next_candidate(ranked, rejected, finisher.question.budget.memory_bytes)
+        candidate = next_candidate(rows, rejected, finisher.question, container)
         if candidate is None:
             return None
         found = _export(candidate, finisher, paths, checks)
         if found.feasible:
             return found
         rejected.append(found)
-        container = get_format(found.deployment["format"]).container
+        written = container_of(found)
         # Nobody is to serve what breaks the budget.
-        del paths[container], checks[container]
-        shutil.rmtree(finisher.run.student(container))
+        del paths[written], checks[written]
+        shutil.rmtree(finisher.run.student(written))
         finisher.line(f"{found.name} as {found.deployment_name} does not fit once measured: {found.reason}")
     return None
 
 
 def _gguf_beside(
-    ranked: Sequence[Row],
+    choice: Sequence[Row],
     rejected: list[Row],
     finisher: Finisher,
     paths: dict[str, Path],
@@ -204,9 +206,8 @@ def _gguf_beside(
     Returns:
         Why there is no such file, where it could not be written or was not what was evaluated.
     """
-    ggufs = [row for row in ranked if get_format(row.deployment["format"]).container == "gguf"]
     try:
-        _first_that_fits(ggufs, rejected, finisher, paths, checks)
+        _first_that_fits(choice, rejected, finisher, paths, checks, "gguf")
     except (InputError, VerificationError) as error:
         for kept in (paths, checks):
             kept.pop("gguf", None)
@@ -421,7 +422,7 @@ def _compared(best: Row, rows: Sequence[Row], finisher: Finisher) -> list[tuple[
     return first()
 
 
-def _gain(test: Sequence[Row], metric: str, direction: Direction) -> tuple[float, float] | None:
+def _gain(test: Sequence[Row], metric: str, direction: Direction) -> tuple[float, float | None] | None:
     """By how much the found student is better than the baseline, paired by document, and its standard error.
 
     Where the best was trained on further than the baseline, it is the one of as many tokens that is compared. None
@@ -438,7 +439,7 @@ def _gain(test: Sequence[Row], metric: str, direction: Direction) -> tuple[float
     sign = 1 if direction == "max" else -1
     gaps = [sign * (mine - theirs) for mine, theirs in zip(found["sum"], baseline["sum"], strict=True)]
     differences, errors = paired_bootstrap(np.asarray([gaps], np.float64), np.asarray(found["count"], np.float64), 0)
-    return float(differences[0]), float(errors[0])
+    return float(differences[0]), float(errors[0]) if math.isfinite(errors[0]) else None
 
 
 def _on_device(best: Row, budget: Budget) -> list[str]:
@@ -487,8 +488,10 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
     whole = best if best.full else replace(best, fidelity=1.0)
     first = rank([whole, *teachers], metric, question.direction)[0].row
     if first.kind == "teacher":
+        packed = first.deployment["bits"] < 16
+        beats = "quantising the teacher beats distilling it here" if packed else "the teacher itself is better here"
         notes.append(
-            f"quantising the teacher beats distilling it here: the teacher as {first.deployment_name} has {metric} "
+            f"{beats}: the teacher as {first.deployment_name} has {metric} "
             f"{first.figure(metric):.4f} in {format_bytes(first.memory_bytes or 0)}, the best student "
             f"{best.figure(metric):.4f} in {format_bytes(memory)}; of what is equal within one standard error, the "
             "smaller is better"

@@ -15,6 +15,7 @@ from autodistill.contracts import Plan, Status
 from autodistill.distillation.memory import give_back_memory
 from autodistill.errors import AutoDistillError, InterruptedSearchError, LostClusterError, NothingFitsError
 from autodistill.hardware import detect_for_training
+from autodistill.records.choice import contenders
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.differences import differences
 from autodistill.records.json_files import write_json
@@ -332,7 +333,7 @@ def _result(
     templates: Mapping[str, str],
 ) -> dict[str, Any]:
     """The search's one JSON document."""
-    ranked = rank(rows, checked.metric, checked.direction)
+    ranked = rank(contenders(rows), checked.metric, checked.direction)
     trials = campaign.trials.values()
     short = _short_of_the_end(finished.best, checked.request, run, plan)
     notes = [*templates.values(), *plan.notes, *short, *finished.notes, *_fell_short(campaign, plan)]

@@ -17,13 +17,13 @@ from autodistill.errors import InputError
 from autodistill.records.leaderboard import (
     Row,
     best,
-    best_student,
     limits_of,
     nearest,
     paired_bootstrap,
     pareto,
     rank,
     rank_students,
+    rests_on,
 )
 from autodistill.units import parse_latency
 
@@ -95,8 +95,6 @@ def test_the_teacher_competes_but_is_no_student() -> None:
     ]
     assert names(rows) == ["teacher", "initial", "baseline", "student"]
     assert best(rows) is rows[0]
-    assert best_student(rows) is rows[2]
-    assert best_student(rows[:2]) is None
     assert best([row("x", accuracy=1.0, feasible=False)]) is None
 
 
@@ -117,7 +115,6 @@ def test_what_is_first_beside_the_teacher_is_the_best_student() -> None:
     rows = [other, teacher, large, small]
     assert names(rows)[0] == "small"
     assert [one.name for one in rank_students(rows)] == ["small", "large", "other"]
-    assert best_student(rows) is small
     assert [one.name for one in rank_students([other, large, small])] == ["large", "small", "other"]
     assert rank_students([teacher]) == []
 
@@ -129,7 +126,8 @@ def test_splits_are_not_mixed() -> None:
 
 def test_the_smallest_of_the_tied_wins_and_the_rest_sort_by_the_metric() -> None:
     # Differences to the best per document: "near" +4, -4, +4, -3 of 100 tokens, mean 0.0025 and standard error
-    # sqrt(sum of squared deviations / 3 / 4) = 0.0217, widened for four documents 1.197 times; "far" always 10 worse, mean 0.1 and standard error 0.
+    # sqrt(sum of squared deviations / 3 / 4) = 0.0217, widened for four documents 1.197 times; "far"
+    # always 10 worse, mean 0.1 and standard error 0.
     top = [50.0, 60.0, 40.0, 50.0]
     near = [46.0, 64.0, 36.0, 53.0]
     far = [s - 10 for s in top]
@@ -225,6 +223,17 @@ def test_of_one_document_only_equal_figures_tie() -> None:
     ranking = rank(rows)
     assert [(one.row.name, one.tied) for one in ranking] == [("b", True), ("a", True), ("c", False)]
     assert (ranking[2].difference, ranking[2].difference_stderr) == (pytest.approx(0.01), None)
+
+
+def test_a_page_says_of_how_many_documents_its_errors_are_and_warns_of_few() -> None:
+    many = row("a", documents={"ids": list(range(12)), "count": [5] * 11 + [0], "sum": [1] * 12})
+    some = row("b", documents=documents([1.0] * 40))
+    assert rests_on([row("c"), many]) == "± is of 11 documents."
+    assert rests_on([many, some]) == "± is of 11 to 40 documents."
+    few = rests_on([row("d", documents=documents([1.0] * 4))])
+    assert few.startswith("± is of 4 documents: fewer than 10 say little of others")
+    assert rests_on([row("e", documents=documents([1.0]))]).startswith("± is of 1 document: fewer")
+    assert rests_on([row("c")]) == rests_on([]) == ""
 
 
 def test_ties_of_a_minimised_metric() -> None:

@@ -131,6 +131,16 @@ def test_where_nothing_fits_the_nearest_and_its_limit_are_named() -> None:
     )
 
 
+def test_the_page_says_of_how_many_documents_its_errors_are() -> None:
+    documents = {"ids": [1, 2, 3], "count": [5, 5, 5], "sum": [1, 2, 3]}
+    rows = [row("t001", accuracy=0.4, documents=documents)]
+    events = [{"event": "test", "row": row("t001", split="test", documents=documents).to_json()}]
+    page = report.report_markdown(SEARCH, rank(rows), events)
+    board, test = page.split("## Test split")
+    assert "± is of 3 documents: fewer than 10" in board
+    assert "± is of 3 documents: fewer than 10" in test
+
+
 def test_an_empty_run_has_a_page() -> None:
     assert "Nothing fits the budget." in report.report_markdown({"name": "empty"}, [], [])
 

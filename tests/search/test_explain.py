@@ -195,3 +195,18 @@ def test_the_best_is_told_what_a_wider_packing_of_it_lacks(tmp_path: Path, needs
     binding, (sentence,) = told(tmp_path, wide - 2_100_000, best)
     assert "as gguf-q4_0" in binding
     assert sentence == "2.10 MB more would hold the best as gguf-q8_0, which was not evaluated for want of it."
+
+
+def test_a_limit_of_latency_binds_only_what_was_kept_out_by_one(tmp_path: Path) -> None:
+    """What was passed over for the 15 MB that A took beyond its prediction would fit with the 10 MB that C took."""
+    more = {"memory_source": "measured"}
+    first = replace(row("A", 215_000_000, 0.45, False), other={"memory_bytes_predicted": 200_000_000}, **more)
+    passed = replace(
+        row("B", 198_000_000, 0.40, False), reason="memory: 198000000 bytes predicted, 213000000 with what"
+    )
+    third = replace(row("C", 190_000_000, 0.35, True), other={"memory_bytes_predicted": 180_000_000}, **more)
+    binding, _ = told(tmp_path / "memory", 210_000_000, first, passed, third)
+    assert "latency" not in binding
+    late = replace(passed, reason="latency: tpot_p95 is predicted 80.0ms, over 50.0ms")
+    binding, _ = told(tmp_path / "latency", 210_000_000, first, late, third)
+    assert binding.endswith("A limit of latency binds.")

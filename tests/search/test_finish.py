@@ -13,12 +13,12 @@ import pytest
 from autodistill.contracts import Direction, Measurement
 from autodistill.errors import InputError, VerificationError
 from autodistill.estimate import spec_from_config
-from autodistill.records.confirmation import KIND, confirmations
+from autodistill.records.choice import in_order
 from autodistill.records.row import Row
 from autodistill.search import finish
 from autodistill.search.expected import Speed
-from autodistill.search.exportable import candidates, exportable, next_candidate, passed_over, trained_rows
-from autodistill.search.finish import _compared, _first_that_fits, _gain, _gguf_beside, _with_measured
+from autodistill.search.exportable import candidates, next_candidate, passed_over, trained_rows
+from autodistill.search.finish import _compared, _first_that_fits, _gain, _gguf_beside, _notes, _with_measured
 from autodistill.search.trials import Question
 from autodistill.space import load_space
 from autodistill.testing import small_plan
@@ -36,6 +36,7 @@ CONFIG = {
 FORMATS = {
     "f16": {"runtime": "llama.cpp", "format": "gguf-f16", "bits": 16, "group_size": 0},
     "q8_0": {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32},
+    "vllm": {"runtime": "vllm", "format": "huggingface", "bits": 16, "group_size": 0},
 }
 
 
@@ -76,10 +77,10 @@ def row(trial: str, metric: str, value: float | None, packing: str = "f16", **fi
 @pytest.mark.parametrize("missing", [None, math.nan, math.inf, -math.inf])
 def test_what_was_not_measured_is_never_exported(metric: str, direction: Direction, missing: float | None) -> None:
     rows = [row("t000", metric, 0.5), row("t001", metric, missing), row("t002", metric, 0.4)]
-    found = exportable(trained_rows(rows, metric, lambda _: True), [], question(metric, direction))
+    found = in_order(trained_rows(rows, metric, lambda _: True), metric, direction)
     assert [one.trial for one in found] == (["t000", "t002"] if direction == "max" else ["t002", "t000"])
-    alone = trained_rows(rows[1:2], metric, lambda _: True)
-    assert exportable(alone, [], question(metric, direction)) == []
+    assert trained_rows(rows[1:2], metric, lambda _: True) == []
+    assert in_order(rows[1:2], metric, direction) == []
 
 
 def test_only_students_at_full_fidelity_that_are_on_disk_and_fit() -> None:
@@ -92,7 +93,7 @@ def test_only_students_at_full_fidelity_that_are_on_disk_and_fit() -> None:
     ]
     students = trained_rows(rows, "accuracy", lambda one: one.trial != "gone")
     assert [one.trial for one in students] == ["over", "b000"]
-    assert [one.trial for one in exportable(students, [], question("accuracy", "max"))] == ["b000"]
+    assert [one.trial for one in in_order(students, "accuracy", "max")] == ["b000"]
 
 
 def test_where_none_that_reached_the_end_fits_those_that_came_furthest_are_exported() -> None:
@@ -106,30 +107,15 @@ def test_where_none_that_reached_the_end_fits_those_that_came_furthest_are_expor
         row("over", "accuracy", 0.9, feasible=False),
         row("teacher", "accuracy", 0.9, kind="teacher", fidelity=None),
     ]
-    asked = question("accuracy", "max")
 
     def found(rows: list[Row]) -> list[str]:
         students = candidates(rows, "accuracy", lambda one: one.trial != "gone")
         others = [one for one in rows if one.kind == "teacher"]
-        return [one.trial for one in exportable([*students, *others], [], asked)]
+        return [one.trial for one in in_order([*students, *others], "accuracy", "max")]
 
     assert found(rows) == ["t002", "t001", "t000"]
     assert found([*rows, row("b000", "accuracy", 0.1, kind="baseline")]) == ["b000"]
     assert found(rows[-2:]) == []
-
-
-def test_what_is_best_on_several_seeds_goes_first_in_its_best_deployment() -> None:
-    rows = [
-        row("t000", "accuracy", 0.60),
-        row("t001", "accuracy", 0.55),
-        row("t001", "accuracy", 0.56, "q8_0"),
-        row("t000s1", "accuracy", 0.40, kind=KIND, seed=1),
-        row("t001s1", "accuracy", 0.55, kind=KIND, seed=1),
-    ]
-    asked = question("accuracy", "max")
-    confirmed = confirmations(rows, "accuracy", "max")
-    found = exportable(trained_rows(rows, "accuracy", lambda _: True), confirmed, asked)
-    assert [one.row_id for one in found] == ["t001-q8_0", "t001-f16", "t000-f16"]
 
 
 def measured(one: Row, more: int) -> Row:
@@ -147,12 +133,13 @@ def test_a_row_that_would_break_the_limit_as_those_before_it_did_is_passed_over(
         row("t000", "accuracy", 0.5, memory_bytes=990),
         row("t001", "accuracy", 0.4, memory_bytes=960),
         row("t002", "accuracy", 0.3, memory_bytes=949),
-        row("t003", "accuracy", 0.2, memory_bytes=980, deployment={**FORMATS["f16"], "runtime": "vllm"}),
+        row("t003", "accuracy", 0.2, memory_bytes=980, deployment=FORMATS["vllm"]),
     ]
-    assert next_candidate(ranked, [], LIMIT) == ranked[0]
+    asked = replace(question("accuracy", "max"), budget=Budget(memory_bytes=LIMIT))
+    assert next_candidate(ranked, [], asked) == ranked[0]
     # In llama.cpp it took 50 bytes more than predicted, and 999 are the most that would do.
     rejected = [measured(ranked[0], 50)]
-    assert next_candidate(ranked, rejected, LIMIT) == ranked[2]
+    assert next_candidate(ranked, rejected, asked) == ranked[2]
     rejected.append(measured(ranked[2], 60))
     (over,) = passed_over(ranked, rejected[:1], LIMIT)
     assert (over.trial, over.feasible, over.memory_bytes) == ("t001", False, 960)
@@ -161,12 +148,12 @@ def test_a_row_that_would_break_the_limit_as_those_before_it_did_is_passed_over(
         "budget of 1000"
     )
     # What llama.cpp takes says nothing of another runtime.
-    assert next_candidate(ranked, rejected, LIMIT) == ranked[3]
+    assert next_candidate(ranked, rejected, asked) == ranked[3]
     rejected.append(measured(ranked[3], 21))
-    assert next_candidate(ranked, rejected, LIMIT) is None
+    assert next_candidate(ranked, rejected, asked) is None
     # A row that was measured itself is known, and not predicted.
     known = measured(row("t004", "accuracy", 0.1, memory_bytes=900), 90)
-    assert next_candidate([*ranked, known], rejected, LIMIT) == known
+    assert next_candidate([*ranked, known], rejected, asked) == known
 
 
 def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
@@ -268,5 +255,24 @@ def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_af
     gain = _gain([rows[0], tested(as_far, [60, 60]), rows[2]], "accuracy", "max")
     assert gain is not None
     assert gain[0] == pytest.approx(0.11)
+    single = [replace(one, documents={"ids": [1], "count": [100], "sum": [50 + n]}) for n, one in enumerate(rows[:2])]
+    assert _gain(single, "accuracy", "max") == (pytest.approx(-0.01), None), "of one document nobody knows the error"
     assert _gain([rows[0], rows[2]], "accuracy", "max") is None
     assert _gain(rows, "ece", "min") is None, "these are sums of accuracy, of which fewer are not better"
+
+
+@pytest.mark.parametrize(
+    ("packing", "said"),
+    [
+        ("q8_0", "quantising the teacher beats distilling it here: the teacher as gguf-q8_0 has accuracy 0.6"),
+        ("f16", "the teacher itself is better here: the teacher as gguf-f16 has accuracy 0.6"),
+    ],
+)
+def test_a_teacher_that_is_not_quantised_is_not_said_to_be(packing: str, said: str) -> None:
+    finisher: Any = SimpleNamespace(
+        question=question("accuracy", "max"), setting=SimpleNamespace(teacher_spec=spec_from_config(CONFIG))
+    )
+    best = row("t000", "accuracy", 0.5, memory_source="predicted")
+    teacher = row("teacher", "accuracy", 0.6, packing, kind="teacher", fidelity=None)
+    (note,) = (note for note in _notes(best, [best, teacher], finisher) if "has accuracy" in note)
+    assert note.startswith(said)

@@ -1,0 +1,143 @@
+"""What is chosen, and that all who say which student is the best say the same one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autodistill.records import report
+from autodistill.records.choice import chosen, contenders, in_order
+from autodistill.records.confirmation import KIND
+from autodistill.records.json_files import write_json
+from autodistill.records.leaderboard import rank
+from autodistill.records.row import Row
+from autodistill.records.store import RunFolder
+from autodistill.search import export_run
+from autodistill.search.exportable import next_candidate, trained_rows
+from autodistill.search.explain import explain
+from autodistill.space import Space
+from autodistill.summary import leaderboard_of
+from autodistill.testing import small_plan
+from autodistill.units import Budget
+
+PACKINGS: dict[str, dict[str, Any]] = {
+    "f16": {"runtime": "llama.cpp", "format": "gguf-f16", "bits": 16, "group_size": 0},
+    "q8_0": {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32},
+}
+
+
+def row(trial: str, accuracy: float, packing: str = "f16", **fields: Any) -> Row:
+    least: dict[str, Any] = {
+        "row_id": f"{trial}-{packing}",
+        "trial": trial,
+        "kind": "student",
+        "name": trial,
+        "deployment": PACKINGS[packing],
+        "status": "completed",
+        "feasible": True,
+        "split": "validation",
+        "fidelity": 1.0,
+        "accuracy": accuracy,
+        "memory_bytes": 100,
+        "memory_source": "predicted",
+        "seed": 0,
+    }
+    return Row(**least | fields)
+
+
+def on_seeds(trial: str, *accuracies: float, **fields: Any) -> list[Row]:
+    """A student on the search's seed, and on further ones."""
+    again = [row(f"{trial}s{seed}", one, kind=KIND, seed=seed) for seed, one in enumerate(accuracies) if seed]
+    return [row(trial, accuracies[0], **fields), *again]
+
+
+def test_without_further_seeds_it_is_the_student_that_ranks_first_beside_the_teacher() -> None:
+    teacher = row("teacher", 0.9, kind="teacher")
+    rows = [teacher, row("t000", 0.4), row("b000", 0.5, kind="baseline"), row("t001", 0.6, feasible=False)]
+    assert [one.trial for one in in_order(rows, "accuracy", "max")] == ["b000", "t000"]
+    assert chosen([teacher, rows[3], row("t002", float("nan"))], "accuracy", "max") is None
+
+
+def test_what_is_best_on_several_seeds_goes_first_in_its_best_deployment() -> None:
+    rows = [*on_seeds("t000", 0.60, 0.40), *on_seeds("t001", 0.55, 0.55), row("t001", 0.56, "q8_0")]
+    assert [one.row_id for one in in_order(rows, "accuracy", "max")] == ["t001-q8_0", "t001-f16", "t000-f16"]
+
+
+def test_a_lucky_seed_is_no_row_of_its_own() -> None:
+    rows = on_seeds("t000", 0.4, 0.9, 0.3)
+    assert contenders([*rows, row("t000", 0.4, split="test")]) == rows[:1]
+
+
+# The luckiest on the search's own seed, the best, and one that was luckier still on a further seed.
+LUCKY = on_seeds("t001", 0.55, 0.40, 0.41)
+BEST = on_seeds("t002", 0.53, 0.52, 0.53)
+ROWS = [*LUCKY, *BEST, *on_seeds("b000", 0.30, 0.29, 0.70, kind="baseline")]
+SPACE = Space.from_json({"dimensions": {"init.depth": {"low": 0.2, "high": 0.8}}, "deployments": [PACKINGS["f16"]]})
+
+
+def test_what_breaks_the_budget_once_measured_is_followed_by_what_a_later_reader_of_the_log_would_choose() -> None:
+    """The second best mean, not the luckiest on the search's seed; the baseline's mean is between these two."""
+    rows = [*LUCKY, *BEST, *on_seeds("t003", 0.51, 0.50, 0.51)]
+    asked: Any = type("Asked", (), {"metric": "accuracy", "direction": "max", "budget": Budget(memory_bytes=1000)})
+    assert next_candidate(rows, [], asked) == BEST[0]
+    over = row("t002", 0.53, memory_bytes=1001, memory_source="measured", feasible=False)
+    logged = [over if one.row_id == over.row_id else one for one in rows]
+    again = next_candidate(rows, [over], asked)
+    assert again is not None
+    assert again.trial == "t003"
+    assert again == chosen(logged, "accuracy", "max")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    asked = {"name": "run", "plan": small_plan().to_json(), "space_definition": SPACE.to_json(), "metric": "accuracy"}
+    with RunFolder.create(tmp_path, "run") as folder:
+        write_json(folder.search_file, {**asked, "direction": "max", "budget": {"memory_bytes": 200}})
+        folder.events.append({"event": "trial", "trial": "t000", "point": None})
+        for one in ROWS:
+            folder.events.append({"event": "row", "row": one.to_json()})
+            (folder.checkpoints / one.trial / "student").mkdir(parents=True)
+    return folder
+
+
+def test_all_who_name_the_best_student_name_the_same_one(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Any = type("Asked", (), {"metric": "accuracy", "direction": "max", "budget": Budget(memory_bytes=200)})
+    others = [one for one in ROWS if one.kind == KIND]
+    at_the_end = next_candidate([*trained_rows(ROWS, "accuracy", lambda _: True), *others], [], asked)
+    assert at_the_end == BEST[0]
+    monkeypatch.setattr(export_run, "_pack", lambda student, deployment, out: student)
+    assert export_run.export_run(run, None, ["gguf"], tmp_path / "out")["gguf"].parent.name == "t002"
+    assert explain(run).binding.startswith("The best, t002 as gguf-f16, ")
+    report.write_report(run)
+    page = (run.path / "report.md").read_text()
+    answer = page.split("## Answer")[1].split("##")[0]
+    assert "**t002** (student) as gguf-f16: accuracy 0.5300" in answer
+    assert "chosen by its mean on 2 seeds" in answer
+    assert "not distilled" not in answer
+    board, _ = leaderboard_of(run)
+    assert [one.row.trial for one in board] == ["t001", "t002", "b000"]
+
+
+def test_the_page_has_the_means_and_their_differences(run: RunFolder) -> None:
+    report.write_report(run)
+    page = (run.path / "report.md").read_text()
+    table = page.split("## On further seeds")[1].split("\n##")[0]
+    # The means of 0.52 and 0.53, of 0.29 and 0.70, and of 0.40 and 0.41; their errors are half of each difference.
+    assert "| t002 | t002 | gguf-f16 | 0.5250 ± 0.0050 | +0.0000 ± 0.0000 |" in table
+    assert "| t001 | t001 | gguf-f16 | 0.4050 ± 0.0050 | -0.1200 ± 0.0000 |" in table
+    assert "seeds 1, 2" in table
+    assert "t001s1" not in page
+
+
+def test_a_teacher_that_is_better_than_the_chosen_student_is_the_answer() -> None:
+    """It is worse than the luckiest student's row, which nobody is to have."""
+    teacher = row("teacher", 0.54, kind="teacher", fidelity=None)
+    rows = [teacher, *ROWS]
+    events = [{"event": "row", "row": one.to_json()} for one in rows]
+    page = report.report_markdown({"name": "run"}, rank(contenders(rows)), events)
+    assert "**teacher** (teacher)" in page
+    assert "It was not distilled: the first distilled student is t002 as gguf-f16, accuracy 0.5300" in page
