@@ -19,7 +19,8 @@ class Difference:
     Attributes:
         metric: The figure.
         to: What the other row is: "teacher", "quantised teacher", "baseline" or "undistilled student"; one of other
-            tokens than the found student's says its share of a trial's, like "baseline at 100%".
+            tokens than the found student's says its share of a trial's, like "baseline at 100%", and where two would
+            have one name each says its deployment, like "teacher as gguf-f16".
         difference, stderr: In `unit`; the error is bootstrapped by document, and None for a single document.
         unit: "" is the figure's own; of a perplexity it is that of its logarithm, nats.
         documents: Number of them.
@@ -56,7 +57,7 @@ def differences(rows: Sequence[Row]) -> list[Difference]:
     if found is None or found.documents is None:
         return []
     metrics = [found.documents.get("metric", "accuracy"), *found.documents.get("others", {})]
-    others = [(_title(row, found), row) for row in rows if row is not found]
+    others = _titled([row for row in rows if row is not found], found)
     made = (_difference(metric, title, found, row) for metric in metrics for title, row in others)
     return [item for item in made if item is not None]
 
@@ -76,6 +77,15 @@ def _difference(metric: str, title: str, found: Row, other: Row) -> Difference |
         unit=str(mine.get("unit", "")),
         documents=len(counts),
     )
+
+
+def _titled(rows: Sequence[Row], found: Row) -> list[tuple[str, Row]]:
+    """Rows with what each is, told apart by their deployments where two are the same."""
+    titles = [_title(row, found) for row in rows]
+    return [
+        (f"{title} as {row.deployment_name}" if titles.count(title) > 1 else title, row)
+        for title, row in zip(titles, rows, strict=True)
+    ]
 
 
 def _title(row: Row, found: Row) -> str:
