@@ -22,7 +22,7 @@ from autodistill.strategy import Strategy
 from autodistill.units import format_duration
 
 # A space of which nearly nothing fits must not keep the sampler proposing for ever.
-_REJECTIONS_IN_A_ROW = 200
+REJECTIONS_IN_A_ROW = 200
 # log(need / memory) of a training that ran out of memory, as the sampler is told it: nobody knows by how much.
 _TOO_MUCH = 0.1
 
@@ -318,7 +318,7 @@ class Agenda:
         return [self._trials[trial_id] for _, _, trial_id in ranked]
 
     def _proposal(self) -> Assignment | None:
-        for _ in range(_REJECTIONS_IN_A_ROW):
+        for _ in range(REJECTIONS_IN_A_ROW):
             if self._proposals_over():
                 return None
             number = sum(trial.number is not None for trial in self._trials.values())

@@ -16,7 +16,6 @@ from autodistill.distillation.memory import give_back_memory
 from autodistill.errors import AutoDistillError, InterruptedSearchError, LostClusterError, NothingFitsError
 from autodistill.hardware import detect_for_training
 from autodistill.records.choice import contenders
-from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.differences import differences
 from autodistill.records.json_files import write_json
 from autodistill.records.leaderboard import rank, rows_of, to_parquet
@@ -38,9 +37,9 @@ from autodistill.search.measuring import plan_from_measurement
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest
-from autodistill.search.rungs import confirmed
 from autodistill.search.sampler import Sampler
 from autodistill.search.share import check_share
+from autodistill.search.shortfall import shortfall
 from autodistill.search.supplies import send
 from autodistill.search.teacher_outputs import cache_settings, calibration_file, check_cache_limit
 from autodistill.stages import default_limit
@@ -336,7 +335,7 @@ def _result(
     ranked = rank(contenders(rows), checked.metric, checked.direction)
     trials = campaign.trials.values()
     short = _short_of_the_end(finished.best, checked.request, run, plan)
-    notes = [*templates.values(), *plan.notes, *short, *finished.notes, *_fell_short(campaign, plan)]
+    notes = [*templates.values(), *plan.notes, *short, *finished.notes, *shortfall(campaign, plan)]
     return {
         "name": run.name,
         "best": finished.best.to_json(),
@@ -381,25 +380,3 @@ def _short_of_the_end(best: Row, request: SearchRequest, run: RunFolder, plan: P
         return [note]
     again = "" if request.time_seconds is not None else f" --time {math.ceil(plan.box_seconds or 0)}s"
     return [f"{note}; to train on for as long again: {_resuming(request, run)}{again}"]
-
-
-def _fell_short(campaign: Campaign, plan: Plan) -> list[str]:
-    """What the plan held and the box did not, in sentences."""
-    proposed = sum(trial.number is not None and trial.rung >= 0 for trial in campaign.trials.values())
-    students = [trial for trial in campaign.trials.values() if trial.kind == "student" and trial.task.length == 1]
-    whole = sum(trial.status is Status.COMPLETED for trial in students)
-    planned = plan.keep[-1] if plan.keep else plan.trials
-    notes = []
-    if proposed < plan.trials and not campaign.exhausted:
-        notes.append(f"the box held {proposed} of the {plan.trials} planned trials: give it more --time")
-    if whole < min(planned, plan.trials):
-        notes.append(f"the box took {whole} of {planned} trials to full fidelity: give it more --time")
-    notes += [
-        f"the box did not hold the baseline {name}, so that no gain over it is known: give it more --time"
-        for name in campaign.untrained_baselines()
-    ]
-    again = sum(trial.kind == CONFIRMATION and trial.status is not None for trial in campaign.trials.values())
-    wanted = campaign.question.confirm * confirmed(plan.trials, plan.keep, len(campaign.question.space.baselines))
-    if again < wanted and whole:
-        notes.append(f"the box held {again} of the {wanted} trainings on further seeds: give it more --time")
-    return notes

@@ -1,0 +1,74 @@
+"""What a plan held and its search did not come to, in sentences that say why."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+
+from autodistill.contracts import Plan, Status
+from autodistill.records.confirmation import KIND as CONFIRMATION
+from autodistill.search.agenda import REJECTIONS_IN_A_ROW
+from autodistill.search.campaign import Campaign
+from autodistill.search.rungs import confirmed
+from autodistill.search.trials import TrialState
+
+_MORE = "give it more --time"
+
+
+def shortfall(campaign: Campaign, plan: Plan) -> list[str]:
+    """What was left undone of a plan: for want of time where there is a box, or of strategies that fit.
+
+    What failed or did not fit counts as tried, as it does for the agenda; the search says so elsewhere.
+
+    Args:
+        campaign: As it was closed.
+        plan: What it followed.
+    """
+    trials = list(campaign.trials.values())
+    proposed = [trial for trial in trials if trial.number is not None]
+    tried = sum(trial.status is not Status.REJECTED and not _unbegun(trial) for trial in proposed)
+    if campaign.exhausted and tried < plan.trials:
+        return [_exhausted(proposed, tried, plan), *_box(campaign, plan, trials)]
+    if campaign.box.deadline is not None and tried < plan.trials:
+        return [f"the box held {tried} of the {plan.trials} planned trials: {_MORE}", *_box(campaign, plan, trials)]
+    return _box(campaign, plan, trials)
+
+
+def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
+    """Why no more was proposed, though the plan held more."""
+    rejected = sum(1 for _ in takewhile(lambda trial: trial.status is Status.REJECTED, reversed(proposed)))
+    held = f"{tried} of the {plan.trials} planned trials"
+    if rejected >= REJECTIONS_IN_A_ROW:
+        return (
+            f"the last {rejected} strategies that were proposed did not fit, so that the search tried {held}: raise "
+            "--budget, or name a --space of smaller students"
+        )
+    return f"the space holds no more strategies, so that the search tried {held}: widen it with --space"
+
+
+def _box(campaign: Campaign, plan: Plan, trials: list[TrialState]) -> list[str]:
+    """What the time box ended before."""
+    if campaign.box.deadline is None:
+        return []
+    notes = []
+    students = [trial for trial in trials if trial.kind == "student" and trial.task.length == 1]
+    whole = sum(trial.status is Status.COMPLETED for trial in students)
+    waiting = sum(trial.status is Status.STOPPED and (_unbegun(trial) or trial.value is not None) for trial in students)
+    planned = min(plan.keep[-1] if plan.keep else plan.trials, whole + waiting)
+    if whole < planned:
+        notes.append(f"the box took {whole} of {planned} trials to full fidelity: {_MORE}")
+    notes += [
+        f"the box did not hold the baseline {name}, so that no gain over it is known: {_MORE}"
+        for name in campaign.untrained_baselines()
+    ]
+    completed = [trial.kind for trial in trials if trial.status is Status.COMPLETED]
+    again = [trial for trial in trials if trial.kind == CONFIRMATION and not _unbegun(trial)]
+    few = confirmed(completed.count("student"), (), completed.count("baseline"))
+    wanted = campaign.question.confirm * few
+    if len(again) < wanted:
+        notes.append(f"the box held {len(again)} of the {wanted} trainings on further seeds: {_MORE}")
+    return notes
+
+
+def _unbegun(trial: TrialState) -> bool:
+    """Whether a trial never came to its first rung, though nothing was wrong with it."""
+    return trial.rung < 0 and trial.status in (None, Status.STOPPED)
