@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-
 FEW_CLUSTERS = 20
 """Below so many, sums over clusters say little of how far they scatter."""
 _ONE_ERROR = math.erf(1 / math.sqrt(2))  # how often a normal variate lies within one standard error

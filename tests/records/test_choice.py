@@ -15,8 +15,8 @@ from autodistill.records.leaderboard import rank
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
 from autodistill.search import export_run
-from autodistill.search.exportable import next_candidate, trained_rows
 from autodistill.search.explain import explain
+from autodistill.search.exportable import next_candidate, trained_rows
 from autodistill.space import Space
 from autodistill.summary import leaderboard_of
 from autodistill.testing import small_plan
