@@ -260,7 +260,14 @@ def test_where_no_trial_reaches_the_end_the_best_of_the_furthest_rung_is_exporte
 
     (tmp_path / "space.yaml").write_text(WITHOUT_BASELINE)
     asked = request(
-        inputs, tmp_path / "runs", space=str(tmp_path / "space.yaml"), time_seconds=3600.0, command="autodistill search"
+        inputs,
+        tmp_path / "runs",
+        space=str(tmp_path / "space.yaml"),
+        time_seconds=3600.0,
+        trials=3,
+        tokens=4608,
+        explore=1.0,
+        command="autodistill search",
     )
     with monkeypatch.context() as patch:
         patch.setattr(Campaign, "report", last)
