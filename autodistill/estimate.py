@@ -22,6 +22,7 @@ from autodistill.units import Budget, LatencyLimit, format_bytes, format_duratio
 
 ARCHITECTURES = tuple(FAMILIES)
 """transformers' `model_type`s that can be described."""
+_MAX_WINDOW_LAYERS = 28  # transformers' own default for the families that have the field
 
 
 def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
@@ -123,15 +124,19 @@ def _not_in_gguf(config: Mapping[str, Any], spec: ModelSpec) -> str:
 
 
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, tuple[int, ...]]:
-    """The sliding window of a config, and the layers that have one; Qwen's counts where `use_sliding_window` says."""
-    usual, period = get_family(str(config["model_type"])).windows
+    """The sliding window of a config, and the layers that have one, as transformers has them."""
+    family, kinds = get_family(str(config["model_type"])), config.get("layer_types")
+    usual, period = family.windows
     window = config.get("sliding_window", usual)
-    if not window or config.get("use_sliding_window") is False:
+    # What a row keeps of a model tells layers apart, and has no switch.
+    used = config.get("use_sliding_window", bool(kinds) or not family.late_windows)
+    if not window or not used:
         return 0, ()
-    kinds = config.get("layer_types")
     period = int(config.get("sliding_window_pattern") or period)
     if kinds:
         windowed = [layer for layer, kind in enumerate(kinds[:layers]) if kind == SLIDING]
+    elif family.late_windows:
+        windowed = list(range(int(config.get("max_window_layers", _MAX_WINDOW_LAYERS)), layers))
     else:
         windowed = [layer for layer in range(layers) if not period or (layer + 1) % period]
     return (int(window), tuple(windowed)) if windowed else (0, ())

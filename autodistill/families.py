@@ -64,6 +64,8 @@ class Family:
         scaled_embeddings: Whether the model multiplies embeddings by the root of the width.
         norm_role: Whether norms multiply by their weights, or by these plus 1.
         windows: Tokens of a sliding window, and that every so many-th layer has none, where a config does not say.
+        late_windows: Whether a config's window counts only where `use_sliding_window` is true, and where layers are not
+            told apart one by one, from layer `max_window_layers` on.
         gguf: llama.cpp's name of the graph that computes this family.
         gguf_names: GGUF's names of a block's tensors that differ from the usual ones.
         off: Fields of a config that must be false or absent, for what they turn on is not supported.
@@ -84,6 +86,7 @@ class Family:
     scaled_embeddings: bool = False
     norm_role: Role = Role.NORM
     windows: tuple[int, int] = (0, 0)
+    late_windows: bool = False
     gguf: str
     gguf_names: Mapping[str, str] = field(default_factory=dict)
     off: tuple[str, ...] = ()
@@ -215,12 +218,20 @@ FAMILIES: Mapping[str, Family] = {
     ),
     # llama.cpp's own converter writes Mistral as "llama": the same graph.
     "mistral": Family(linears=_attention(False, False) + _gated(False), norms=_PRE_NORMS, gguf="llama"),
-    "qwen2": Family(linears=_attention(True, False) + _gated(False), norms=_PRE_NORMS, gguf="qwen2"),
+    "qwen2": Family(
+        linears=_attention(True, False) + _gated(False),
+        norms=_PRE_NORMS,
+        windows=(4096, 0),
+        late_windows=True,
+        gguf="qwen2",
+    ),
     "qwen3": Family(
         linears=_attention(_ATTENTION_BIAS, _ATTENTION_BIAS) + _gated(False),
         norms=_PRE_NORMS,
         head_norms=_QK_NORMS,
         head_dim=128,
+        windows=(4096, 0),
+        late_windows=True,
         gguf="qwen3",
     ),
     "gemma3_text": Family(

@@ -47,6 +47,7 @@ INT4 = Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_siz
 HUGGING_FACE = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
 WIDE = {"num_hidden_layers": 3, "hidden_size": 256, "head_dim": 64, "intermediate_size": 768}
 ALL = (F16, Q8_0, Q4_0, INT4, HUGGING_FACE)
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def smollm2() -> ModelSpec:
@@ -109,6 +110,32 @@ def test_tensors_are_those_of_transformers(architecture: str, tied: bool) -> Non
         assert (tensor.role is Role.BIAS) == tensor.name.endswith("bias")
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sliding_window": 64},
+        {"sliding_window": 64, "use_sliding_window": False, "max_window_layers": 1},
+        {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1},
+        {"use_sliding_window": True, "max_window_layers": 2},
+        {"sliding_window": 64, "use_sliding_window": True},
+        {"use_sliding_window": True, "num_hidden_layers": 30},
+        {"sliding_window": None, "use_sliding_window": True, "max_window_layers": 1},
+        {"sliding_window": 64, "use_sliding_window": True, "layer_types": [SLIDING, FULL, FULL, SLIDING]},
+    ],
+)
+def test_windows_of_qwen_are_those_of_transformers(architecture: str, changes: dict[str, Any]) -> None:
+    described = config(architecture, **({"num_hidden_layers": 4} | changes))
+    theirs = transformers.AutoConfig.for_model(**described)
+    windowed = tuple(layer for layer, kind in enumerate(theirs.layer_types) if kind == SLIDING)
+    for written in (described, theirs.to_dict()):
+        spec = spec_from_config(written)
+        assert (spec.window, spec.windowed) == ((theirs.sliding_window, windowed) if windowed else (0, ()))
+        again = spec_from_config(config_of(spec))
+        assert (again.window, again.windowed) == (spec.window, spec.windowed)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kinds_count_each_tensor_once(architecture: str) -> None:
     """Of tensors that were never looked at, against counting them; heads as wide as the model make shapes coincide."""
@@ -153,7 +180,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @pytest.mark.parametrize(
