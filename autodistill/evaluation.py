@@ -36,8 +36,6 @@ from autodistill.token_sets import TokenSet
 from autodistill.units import Budget
 
 ASKING_DATA = "give --data with a prompt and an answer in each record, or reasoning-gym:TASK"
-# Tokens that an evaluator's own prompts may have; a model of a long context would otherwise set no limit.
-_MOST_CONTEXT = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +147,8 @@ def evaluate(
         deployment: How it is packed.
         data: Held-out sequences, as the model reads them.
         reference: The teacher's for them, or None for the teacher itself.
-        budget: Context and batch for the memory estimate; what is asked, and answered, fits its context.
+        budget: Context and batch for the memory estimate. What is asked, and answered, fits its context, as it must
+            where the student is deployed: longer prompts of the evaluators' own lose their beginning.
         evaluators: Names, or evaluators themselves.
         metric: That ranks, whose documents are compared.
         device: Where the model lies.
@@ -171,7 +170,7 @@ def evaluate(
             tokenizer=tokenizer,
             split=split,
             share=share,
-            context=min(spec.max_context, _MOST_CONTEXT),
+            context=min(budget.context, spec.max_context),
             data=data,
             saver=partial(_save_packed, model, tokenizer),
         )

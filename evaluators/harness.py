@@ -124,6 +124,7 @@ class Harness:
                     "split": student.split,
                     "examples": scores.size,
                     "of": len(range(student.split == "test", count, 2)),
+                    "context": student.context,
                     "lm-eval": lm_eval.__version__,
                 },
                 documents=per_document(scores, documents),

@@ -92,5 +92,6 @@ class TaskEvaluator:
             "split": student.split,
             "examples": len(examples),
             "of": len(self.task.examples(student.split)),
+            "context": student.context,
             "task": self.task.fingerprint,
         }

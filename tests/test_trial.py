@@ -236,6 +236,37 @@ def test_masters_come_back_where_packing_fails_half_way(lab, monkeypatch):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("context", [8, 512, 10**6])
+def test_the_student_is_asked_in_the_budgets_context(lab, context):
+    """A prompt beyond it counts for nothing, as where the student is deployed."""
+    setting, seen = lab.setting(Path()), []
+
+    class Asking:
+        name, needs = "asking", "student"
+
+        def supports(self, deployment):
+            return True
+
+        def evaluate(self, subject):
+            student = subject.student
+            seen.append(student.context)
+            long, short = (student.likelihoods([("the river " * count, "boat")])[0] for count in (20, 12))
+            assert (long.log_likelihood == short.log_likelihood) == (context == 8)
+            return ()
+
+    evaluate(
+        load_model(lab.teacher, torch.float32),
+        setting.teacher_spec,
+        F16,
+        load_split(lab.data.folder, "validation"),
+        None,
+        budget=replace(setting.budget, context=context),
+        evaluators=(Asking(),),
+        tokenizer=lab.teacher,
+    )
+    assert seen == [min(context, setting.teacher_spec.max_context)]
+
+
 def test_a_metric_that_is_no_mean_ranks_by_its_figure_alone(lab):
     """The documents of such an evaluation are those of accuracy, of which fewer right tokens are not a better ECE."""
     setting = lab.setting(Path())

@@ -124,7 +124,7 @@ def test_chat_puts_the_prompt_into_the_template(tmp_path: Path, quiz: TaskFile, 
         asked.extend(pairs)
         return student.likelihoods(pairs)
 
-    listening = SimpleNamespace(split="validation", share=1.0, chats=chatting.chats, likelihoods=listen)
+    listening = SimpleNamespace(split="validation", share=1.0, context=512, chats=chatting.chats, likelihoods=listen)
     measure(replace(quiz, chat=True), replace(subject, student=listening))  # type: ignore[arg-type]
     first = quiz.validation[0]
     assert asked[0] == (f"[user]{first.prompt}</s>[assistant]", "runs")
