@@ -20,6 +20,8 @@ from autodistill.tokenising import load_tokenizer
 _BATCH = 16  # prompts answered at once on a CPU
 BATCH_ON_ACCELERATOR = 64
 """Prompts answered at once there, where a token of many takes hardly longer than one of few."""
+LOOKED = 8
+"""Tokens that are written between two looks at whether an answer needs no more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ def write(
     sampling: Sampling = GREEDY,
     batch: int | None = None,
     device: str = "cpu",
+    enough: Callable[[list[int]], bool] | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Yields the place of each prompt and the tokens written after it, prompts of like length together.
 
@@ -63,6 +66,8 @@ def write(
         sampling: How tokens are chosen.
         batch: Prompts answered at once, fewer where an accelerator's memory runs out; None for what suits the device.
         device: Where the model lies.
+        enough: Whether an answer that begins with these tokens needs no more of them; asked every `LOOKED` tokens, so
+            that the answer ends there.
     """
     from transformers import GenerationConfig
 
@@ -82,14 +87,19 @@ def write(
         lengths = torch.tensor([len(row) for row in rows])
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=stops[0], padding_side="left")
         mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
+        look = None if enough is None else _Look(enough, ids.shape[1])
         with torch.inference_mode():
             output = model.generate(
                 ids.to(device),
                 attention_mask=mask.long().to(device),
                 logits_processor=[_Draw(sampling, rows)] if sampling.temperature > 0 else [],
+                stopping_criteria=[] if look is None else [look],
             )
         found = output[:, ids.shape[1] :].tolist()
         ends = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in found]
+        if look is not None:
+            # Behind them the row is filled up, until the last of the batch ends.
+            ends = [min(end, look.ends.get(row, end)) for row, end in enumerate(ends)]
         return [(place, row[:end]) for place, row, end in zip(places, found, ends, strict=True)]
 
     try:
@@ -118,6 +128,25 @@ def _at_most(lengths: Sequence[int], tokens: int) -> Callable[[int, int], int]:
         return stop
 
     return take
+
+
+class _Look:
+    """Ends the rows that need no more tokens, as one of transformers' stopping criteria.
+
+    Attributes:
+        ends: Tokens that were written of each such row.
+    """
+
+    def __init__(self, enough: Callable[[list[int]], bool], start: int) -> None:
+        self._enough, self._start = enough, start
+        self.ends: dict[int, int] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        written = input_ids.shape[1] - self._start
+        if written % LOOKED == 0:
+            rows = enumerate(input_ids[:, self._start :].tolist())
+            self.ends |= {row: written for row, ids in rows if row not in self.ends and self._enough(ids)}
+        return torch.tensor([row in self.ends for row in range(len(input_ids))], device=input_ids.device)
 
 
 class _Draw:

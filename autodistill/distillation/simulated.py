@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from autodistill.contracts import Likelihood
 from autodistill.conversations import Turn
-from autodistill.distillation.generation import write
+from autodistill.distillation.generation import LOOKED, write
 from autodistill.distillation.likelihood import continuations, rolling
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.rendering import Renderer
@@ -74,7 +74,7 @@ class PackedStudent:
             if not after or len(after) >= self.context:
                 raise InputError(
                     f"the continuation {rest[:40]!r} has {len(after)} tokens, with a context of {self.context}: give "
-                    "one that it holds"
+                    "a larger --context, or shorter ones"
                 )
             tokens.append((self._shortened(before, self.context - len(after)), after))
         found = continuations(self.model, tokens, batch_tokens=self.batch_tokens, device=self.device)
@@ -97,16 +97,31 @@ class PackedStudent:
         return [self._renderer.asking([Turn("user", prompt)]) for prompt in prompts]
 
     def write(self, prompts: Sequence[str], *, max_tokens: int, stops: Sequence[str] = ()) -> list[str]:
-        """What it writes, greedily, after each prompt; a stop ends it with the first token that has it in its text."""
+        """What it writes, greedily, after each prompt, up to the first stop.
+
+        Writing ends with the first token that has a stop in its text, and a few tokens behind a stop that is made of
+        several.
+        """
         tokens = [ids or [self._beginning] for ids in self._encode(prompts)]
         ends = self._renderer.stops if self._tokenizer.chat_template else (self._end,)
         room = self.context - max_tokens
         if room < 1:
-            raise InputError(f"an answer of {max_tokens} tokens does not fit a context of {self.context}: ask for less")
+            raise InputError(
+                f"an answer of {max_tokens} tokens does not fit a context of {self.context}: give a "
+                "larger --context, or ask for less"
+            )
         answers: dict[int, str] = {}
         stopping = dict.fromkeys((*ends, *_holding(self.tokenizer, tuple(stops))))
         cut = [self._shortened(ids, room) for ids in tokens]
-        for place, ids in write(self.model, cut, stops=list(stopping), max_tokens=max_tokens, device=self.device):
+        written = write(
+            self.model,
+            cut,
+            stops=list(stopping),
+            max_tokens=max_tokens,
+            device=self.device,
+            enough=self._enough(stops) if stops else None,
+        )
+        for place, ids in written:
             text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
             answers[place] = text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
         return [answers[place] for place in range(len(prompts))]
@@ -128,6 +143,19 @@ class PackedStudent:
             {"id": place, "text": self._text(tokens[len(self._begun) :]), "tokens": tokens}
             for place, tokens in enumerate(self.data.tokens.tolist())
         ]
+
+    def _enough(self, stops: Sequence[str]) -> Callable[[list[int]], bool]:
+        """Whether tokens hold a stop at which the answer will be cut, whatever follows."""
+        # A token with text has a byte of it at least; one more, for what a decoder strips from the first.
+        reach = max(len(stop.encode()) for stop in stops) + LOOKED + 1
+
+        def enough(ids: list[int]) -> bool:
+            tail = self._tokenizer.decode(ids[-reach:], skip_special_tokens=True)
+            return any(stop in tail for stop in stops) and _settled(
+                str(self._tokenizer.decode(ids, skip_special_tokens=True)), stops
+            )
+
+        return enough
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids, begun as the tokenizer begins texts; a chat template may have done so already."""
@@ -168,6 +196,14 @@ class PackedStudent:
 @lru_cache(maxsize=4)
 def _tokenizer_of(folder: Path) -> Any:
     return load_tokenizer(folder)
+
+
+def _settled(text: str, stops: Sequence[str]) -> bool:
+    """Whether a text has a stop, and no other one has begun before it that may still be completed."""
+    cut = min((text.find(stop) for stop in stops if stop in text), default=-1)
+    whole = text.rstrip("\ufffd")  # the last character's bytes may not all be there
+    begun = (whole[start:] for start in range(max(0, len(whole) - max(map(len, stops))), min(cut, len(whole))))
+    return cut >= 0 and not any(stop.startswith(rest) for rest in begun for stop in stops)
 
 
 @lru_cache(maxsize=16)

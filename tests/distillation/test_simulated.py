@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.contracts import Subject
+from autodistill.distillation import simulated
 from autodistill.distillation.simulated import PackedStudent
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.testing import tiny_subject, tiny_tokenizer
@@ -137,6 +138,46 @@ def test_writes_what_transformers_does_up_to_a_stop(student: PackedStudent) -> N
         assert text == tokenizer.decode(output, skip_special_tokens=True)
         for stop in filter(None, {text[3:4], text[2:5]}):
             assert student.write([prompt], max_tokens=12, stops=[stop]) == [text[: text.find(stop)]]
+
+
+def _written(student: PackedStudent, prompts: list[str], stops: list[str]) -> tuple[list[str], int]:
+    """Answers of up to 60 tokens, and how often the model was called for them."""
+    calls: list[None] = []
+    hook = student.model.register_forward_pre_hook(lambda *_: calls.append(None))
+    try:
+        return student.write(prompts, max_tokens=60, stops=stops), len(calls)
+    finally:
+        hook.remove()
+
+
+def test_a_stop_of_several_tokens_ends_an_answer_where_it_would_be_cut(student: PackedStudent) -> None:
+    prompts = ["The miller", "A fox forgets the north", "", "The river runs"]
+    free, calls = _written(student, prompts, [])
+    assert calls == 60
+    for prompt, text in zip(prompts, free, strict=True):
+        for stop in (text[4:11], text[20:26]):
+            alone, fewer = _written(student, [prompt], [stop])
+            assert alone == [text.partition(stop)[0]]
+            assert fewer < 30
+            assert _written(student, prompts, [stop])[0] == [one.partition(stop)[0] for one in free]
+    # One that begins before another, and ends far behind it, comes first.
+    short, long = free[0][12:15], free[0][10:40]
+    assert _written(student, prompts[:1], [short, long])[0] == [free[0][: min(map(free[0].find, (short, long)))]]
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "settled"),
+    [
+        ("one two", ["three"], False),
+        ("one two", ["one", "x"], True),
+        ("one two", ["two", "one two three"], False),
+        ("one two!", ["two", "one two three"], True),
+        ("one two\ufffd", ["two", "one two é"], False),
+        ("", ["a"], False),
+    ],
+)
+def test_a_stop_counts_once_none_can_come_before_it(text: str, stops: list[str], settled: bool) -> None:
+    assert simulated._settled(text, stops) is settled
 
 
 def test_long_texts_are_read_in_windows(student: PackedStudent) -> None:
