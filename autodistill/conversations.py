@@ -19,6 +19,7 @@ ANSWERS = ("answer", "response", "completion", "output")
 # What some records put beside an instruction: the text it is about.
 _CONTEXTS = ("context", "input")
 
+_THOUGHTS = ("<think>", "</think>")  # the marks of Qwen3, DeepSeek-R1 and what was distilled from them
 # Log-probabilities below which a token counts as one of the rest; servers write -9999 for one that was ruled out.
 _LEAST = -80.0
 
@@ -61,6 +62,12 @@ class Told:
     vocabulary: str
     tokens: npt.NDArray[np.int32]
     likeliest: Likeliest
+
+
+def without_thoughts(answer: str) -> str:
+    """What an answer says, behind what its writer thought before; nothing where the thoughts have no end."""
+    _, ended, said = answer.rpartition(_THOUGHTS[1])
+    return said if ended or not answer.lstrip().startswith(_THOUGHTS[0]) else ""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 
 import yaml
 
-from autodistill.conversations import Conversation, asked
+from autodistill.conversations import Conversation, asked, without_thoughts
 from autodistill.errors import InputError, MissingDependencyError
 
 LICENCE = "Apache-2.0"
@@ -74,8 +74,8 @@ def read_task(ref: str) -> Task:
 def marker(task: str | None) -> Marker:
     """What marks a written answer, 0 to 1, given it, the one expected and the number of the item.
 
-    Only what stands behind the last "####" counts, where there is one. A task marks by its own rules; without a task
-    the answers must be the same.
+    Only what stands behind thoughts, and behind the last "####", counts, where there are any. A task marks by its own
+    rules; without a task the answers must be the same.
 
     Args:
         task: Reference of the task, or None.
@@ -168,4 +168,4 @@ def _chain(expression: str) -> str:
 
 
 def _final(answer: str) -> str:
-    return answer.rpartition(FINAL)[2].strip()
+    return without_thoughts(answer).rpartition(FINAL)[2].strip()

@@ -11,6 +11,7 @@ import numpy as np
 from autodistill.evaluators.marks import TaskEvaluator
 
 from autodistill.contracts import Measurement, Subject
+from autodistill.conversations import without_thoughts
 
 # An article stands before another word: the last word, an "A" of its own, is none.
 _ARTICLE = re.compile(r"(?<![\w-])(?:a|an|the)\s+(?=\S*\w)")
@@ -24,14 +25,17 @@ _PUNCTUATION = re.compile(rf"[{_WRITING}](?!\d)|(?<!\d)(?!\.)[{_WRITING}]")
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenMatch(TaskEvaluator):
-    """Measures "task:NAME", a fraction, of a task of exact match: greedy answers, any of the expected ones counts."""
+    """Measures "task:NAME", a fraction, of a task of exact match: greedy answers, any of the expected ones counts.
+
+    What was thought before an answer is no part of it.
+    """
 
     def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
         """Lets the student write an answer to every question."""
         student, examples, prompts = self.questions(subject)
         written = student.write(prompts, max_tokens=self.task.max_tokens, stops=self.task.stop)
         right = [
-            normalised(text) in {normalised(answer) for answer in example.answers}
+            normalised(without_thoughts(text)) in {normalised(answer) for answer in example.answers}
             for text, example in zip(written, examples, strict=True)
         ]
         detail = {"max_tokens": self.task.max_tokens, "normalisation": "case, articles, punctuation, spaces"}

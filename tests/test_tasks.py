@@ -61,6 +61,19 @@ def test_marks_are_the_tasks_own_for_what_stands_last() -> None:
             assert mark(text, "", number) == theirs.score_answer(text.rpartition("####")[2].strip(), item) < 1.0
 
 
+def test_thoughts_before_an_answer_are_not_marked() -> None:
+    """Of Qwen3's kind: the marks are no special tokens, so that decoding keeps them."""
+    block = "<think>\n\n</think>\n\n"
+    ref = "reasoning-gym:chain_sum?size=5&seed=3"
+    expected = str(reasoning_gym.create_dataset("chain_sum", size=5, seed=3)[1]["answer"])
+    for mark, item in ((marker(None), None), (marker(ref), 1)):
+        assert mark(expected, expected, item) == 1.0
+        assert mark(block + expected, expected, item) == 1.0
+        assert mark(f"It is {expected}0, </think> no.</think> {expected}", f"{block}{expected}", item) == 1.0
+        assert mark(f"<think>\n{expected}", expected, item) < 1.0, "thoughts without an end hold no answer"
+        assert mark(f"<think>#### {expected}</think> 1{expected}", expected, item) < 1.0
+
+
 def test_without_a_task_answers_must_be_the_same() -> None:
     mark = marker(None)
     assert mark(" Paris\n", "Paris", None) == mark("So...\n#### 7", "7", None) == 1.0
