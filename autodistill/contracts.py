@@ -269,7 +269,7 @@ class SimulatedStudent(Protocol):
 
     @property
     def context(self) -> int:
-        """Tokens that a prompt and what follows it may have in all: the budget's, or the model's where it reads less."""
+        """Tokens that a prompt and what follows it may have in all: the budget's, or the model's where that is less."""
         ...
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:

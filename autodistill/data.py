@@ -86,7 +86,8 @@ def prepare(
     parts = [source.fingerprint, tokenizer_fingerprint, sequence_length, seed, _RULE]
     own = {template.name: Renderer(tokenizer_folder, template) for template in templates if conversations}
     if renderer is not None:
-        parts += [renderer.rule, source.task, *([sorted(own)] if own else [])]
+        names = sorted(name + one.further_rule for name, one in own.items())
+        parts += [renderer.rule, source.task, *([names] if own else [])]
     else:
         parts += _further_rules(_texts(source), tokenizer)
     fingerprint = content_hash(parts, digits=16)
@@ -235,6 +236,7 @@ def _kept(
     notes = _notes([max(len(record.tokens) for record in one) for one in together], set(records), length)
     if not records:
         raise InputError(f"the data cannot be used: {notes[0]}; give shorter prompts")
+    notes += _dropped(together)
     if len(ends) == 1:
         return records, notes
     common = {place: share(short, ends) for place, short in records.items()}
@@ -275,12 +277,28 @@ def _notes(sizes: list[int], kept: set[int], length: int) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _dropped(together: Sequence[Sequence[Rendered]]) -> tuple[str, ...]:
+    """What became of answers that a template writes otherwise than the data have them."""
+    counts = [sum(record.dropped for record in records) for records in zip(*together, strict=True)]
+    whose = ("the teacher's", *["a pretrained student's"] * (len(counts) - 1))
+    return tuple(
+        f"{count:,} of the answers that others follow are not learnt: {template} chat template writes them otherwise "
+        "than the data have them, as without thoughts; records that end with each of them would teach them"
+        for count, template in zip(counts, whose, strict=True)
+        if count
+    )
+
+
 def _question(place: int, conversation: Conversation, record: Rendered, renderer: Renderer) -> Question:
+    prompt = renderer.question_tokens(conversation.prompt, conversation.answer)
+    # What the template puts before the answer's content is learnt, and given where it is asked.
+    begun = record.tokens[: len(prompt)].tolist() == prompt
+    given = max(0, len(prompt) - record.last_start) if begun else 0
     return Question(
         document=place,
-        prompt=tuple(renderer.prompt(conversation.prompt)),
+        prompt=tuple(prompt),
         answer=conversation.answer,
-        answer_tokens=record.last_answer,
+        answer_tokens=record.last_answer - given,
         item=conversation.item,
     )
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,9 @@ from autodistill.conversations import ANSWERING, Conversation, Likeliest, Told, 
 from autodistill.errors import InputError
 from autodistill.tokenising import beginning, groups, load_tokenizer
 
-# Where the chat template alone decides it, an answer ends where that of any conversation does.
-_PROBE = asked("a", "b")
+# Where the chat template alone decides it, an answer begins and ends where that of any conversation does: what two of
+# different answers have in common is the template's.
+_PROBE, _OTHER = asked("a", "b"), asked("a", "c")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,8 @@ class Rendered:
             the blanks around that, in characters; -1 for the turn of other tokens, and where the template rewrites the
             content. None where it is not known.
         shared: bool [n], the answers' tokens that every rendering of the conversation has; None where there is but one.
+        dropped: How many of the conversation's answers are not learnt, since the template writes them otherwise once
+            others follow.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -41,6 +45,7 @@ class Rendered:
     told: Likeliest | None = None
     spots: npt.NDArray[np.int32] | None = None
     shared: npt.NDArray[np.bool_] | None = None
+    dropped: int = 0
 
     @property
     def last_answer(self) -> int:
@@ -102,12 +107,27 @@ class _Span(NamedTuple):
     content: int
 
 
+class _Frame(NamedTuple):
+    """What a template writes around the last answer.
+
+    Attributes:
+        taken: What ends the prompt where an answer is to be written, and does not stand before one that is there.
+        lead: What stands between prompt and content, as Qwen3's empty thoughts; blanks alone are none.
+        end: What follows the content, without blanks at its end.
+    """
+
+    taken: str
+    lead: str
+    end: str
+
+
 class Renderer:
     """Renders by the chat template of a tokenizer, or by another one in that tokenizer's tokens.
 
     Where there is none, each turn stands on its own line, without its role, each answer is ended by EOS, and what the
     tokenizer begins every text with begins the first; a template says by itself whether anything does.
-    Answers that the template drops or rewrites once others follow (as Qwen3 does with thoughts) are not learnt.
+    Of an answer that others follow the template may leave out what it puts before the content of the last one, as Qwen3
+    does with empty thoughts. One whose content it writes otherwise, as where there were thoughts, is not learnt.
 
     Args:
         folder: A folder that transformers' AutoTokenizer can load.
@@ -136,7 +156,16 @@ class Renderer:
         """Identifies how conversations are rendered."""
         if self._template is None:
             return f"plain lines after {self._beginning}" if self._beginning else "plain lines"
-        return f"chat template {hashlib.sha256(self._template.encode()).hexdigest()[:16]}"
+        return f"chat template {hashlib.sha256(self._template.encode()).hexdigest()[:16]}{self.further_rule}"
+
+    @cached_property
+    def further_rule(self) -> str:
+        """What is done with some templates alone; what identifies all others does not name it."""
+        if self._template is None:
+            return ""
+        return (", asked as learnt" if self._frame.taken + self._frame.lead else "") + (
+            ", with earlier answers" if self._learns_more else ""
+        )
 
     @property
     def vocabulary(self) -> str:
@@ -169,6 +198,7 @@ class Renderer:
             InputError: The chat template refuses one of them.
         """
         texts, spans = zip(*(self._spans(one.turns) for one in conversations), strict=True)
+        lost = [_answers(one.turns) - len(found) for one, found in zip(conversations, spans, strict=True)]
         rendered: list[Rendered] = []
         for group in groups([len(text) for text in texts]):
             encoded = self.tokenizer(
@@ -180,6 +210,7 @@ class Renderer:
             )
             rows = zip(encoded["input_ids"], encoded["offset_mapping"], spans[group], strict=True)
             rendered += (self._masked(ids, np.array(offsets).reshape(-1, 2), found) for ids, offsets, found in rows)
+        rendered = [replace(one, dropped=count) if count else one for one, count in zip(rendered, lost, strict=True)]
         if all(one.told is None for one in conversations):
             return rendered
         own, count = self.vocabulary, len(self.tokenizer)
@@ -198,8 +229,48 @@ class Renderer:
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """The tokens after which a model is to write its answer."""
-        ids: list[int] = self.tokenizer(self.asking(turns), add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return self._ids(self.asking(turns))
+
+    def question(self, turns: Sequence[Turn], answer: str | None = None) -> str:
+        """The text after which a model that learnt from such data writes its answer.
+
+        That is where the content of an answer begins in training: behind the empty thoughts that a template puts before
+        an answer without any. `asking` leaves it to the model whether it thinks.
+
+        Args:
+            turns: Before the answer.
+            answer: The one expected; with thoughts of its own, it begins where `asking` ends. None for one without.
+        """
+        prompt = self.asking(turns)
+        if self._template is None:
+            return prompt
+        question = prompt.removesuffix(self._frame.taken) + self._frame.lead
+        if answer is None or question == prompt:
+            return question
+        return question if self._apply([*turns, Turn(ANSWERING, answer)]).startswith(question) else prompt
+
+    def question_tokens(self, turns: Sequence[Turn], answer: str | None = None) -> list[int]:
+        """Those of `question`."""
+        return self._ids(self.question(turns, answer))
+
+    @cached_property
+    def _frame(self) -> _Frame:
+        one, other = (self._apply(probe.turns).rstrip() for probe in (_PROBE, _OTHER))
+        prompt = self._apply(_PROBE.prompt, asking=True)
+        begun, end = one[: _alike(one, other)], one[len(one) - _alike(one[::-1], other[::-1]) :]
+        same = _alike(prompt, begun)
+        taken, lead = prompt[same:], begun[same:]
+        return _Frame(taken, lead, end) if (taken + lead).strip() else _Frame("", "", end)
+
+    @cached_property
+    def _learns_more(self) -> bool:
+        """Whether an answer that others follow is found by its content alone."""
+        turns = _PROBE.turns * 2
+        try:
+            whole, after = self._apply(turns), self._apply(turns[:2]).rstrip()
+        except InputError:
+            return False  # and any conversation that long
+        return not whole.startswith(after) and self._earlier(whole, turns, 1) is not None
 
     def _masked(self, ids: list[int], offsets: npt.NDArray[np.int64], spans: list[_Span]) -> Rendered:
         answers = np.zeros(len(ids), dtype=bool)
@@ -226,18 +297,34 @@ class Renderer:
         for place, turn in enumerate(turns):
             if turn.role != ANSWERING or place == 0:
                 continue
-            last = place == len(turns) - 1
-            before = self._apply(turns[:place], asking=True)
-            after = whole if last else self._apply(turns[: place + 1])
-            if last:
-                same = takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
-                bounds = len(list(same)), len(whole.rstrip())
-            elif whole.startswith(before) and whole.startswith(after):
-                bounds = len(before), len(after.rstrip())
+            if place < len(turns) - 1:
+                bounds = self._earlier(whole, turns, place)
             else:
+                before = self._apply(turns[:place], asking=True)
+                bounds = _alike(before, whole), len(whole.rstrip())
+            if bounds is None:
                 continue
-            spans.append(_Span(*bounds, place, whole.find(turn.content.strip(), *bounds)))
+            start, end = bounds
+            lead = len(self._frame.lead) if whole.startswith(self._frame.lead, start) else 0
+            spans.append(_Span(start, end, place, whole.find(turn.content.strip(), start + lead, end)))
         return whole, spans
+
+    def _earlier(self, whole: str, turns: Sequence[Turn], place: int) -> tuple[int, int] | None:
+        """Where an answer that others follow begins and ends; None where it is not there as it is written."""
+        before, after = self._apply(turns[:place], asking=True), self._apply(turns[: place + 1])
+        if whole.startswith(before) and whole.startswith(after):
+            return len(before), len(after.rstrip())
+        content, end = turns[place].content.strip(), self._frame.end.lstrip()
+        for start in (before, before.removesuffix(self._frame.taken)):
+            rest = whole.removeprefix(start).lstrip()
+            following = rest.removeprefix(content).lstrip()
+            if whole.startswith(start) and rest.startswith(content) and following.startswith(end):
+                return len(start), len(whole) - len(following) + len(end)
+        return None
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
 
     def _lines(self, turns: Sequence[Turn]) -> tuple[str, list[_Span]]:
         text, spans = self._beginning, []
@@ -261,3 +348,13 @@ class Renderer:
             roles = ", ".join(turn.role for turn in turns)
             raise InputError(f"the tokenizer's chat template refuses a conversation of {roles}: {error}") from error
         return str(text)
+
+
+def _alike(one: str, other: str) -> int:
+    """With how many characters in common two texts begin."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _answers(turns: Sequence[Turn]) -> int:
+    """How many answers are to be learnt: whoever begins by answering was asked nothing."""
+    return sum(turn.role == ANSWERING and place > 0 for place, turn in enumerate(turns))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from autodistill import data as data_module
-from autodistill.conversations import Conversation, asked
+from autodistill.conversations import Conversation, Turn, asked
 from autodistill.data import prepare
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError
@@ -358,6 +358,26 @@ def test_questions_are_kept_of_the_splits_that_are_held_out(tokenizer: Path, tmp
         assert few.questions is not None
         assert {one.document for one in few.questions.entries} == set(np.unique(few.documents).tolist()) - {-1}
         assert len(few.answers) == 1
+
+
+def test_questions_give_what_a_template_puts_before_answers_and_lost_answers_are_counted(tmp_path: Path) -> None:
+    rendered = tiny_tokenizer()
+    rendered.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n"
+        "{% endif %}{{ m.content.split('</think>')[-1] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    rendered.save_pretrained(tmp_path / "chat")
+    thought = [Turn("user", "Who?"), Turn("assistant", "<think>Hm.</think>The fox."), *asked("So?", "Go.").turns]
+    chats = (*_chats(120), Conversation(tuple(thought)))
+    data = prepare(_source(chats), tmp_path / "chat", "tiny", 128, tmp_path)
+    assert [note.partition(":")[0] for note in data.notes] == ["1 of the answers that others follow are not learnt"]
+    questions = load_split(data.folder, "validation").questions
+    assert questions is not None
+    for one in questions.entries:
+        assert rendered.decode(one.prompt).endswith("<s>assistant\n<think>\n\n</think>\n\n")
+        # All that is left to be written is the answer and its end.
+        assert one.answer_tokens == len(rendered(f"{one.answer}</s>", add_special_tokens=False)["input_ids"])
 
 
 def test_records_that_do_not_fit_are_cut_or_left_out_with_their_count(tokenizer: Path, tmp_path: Path) -> None:

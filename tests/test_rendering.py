@@ -28,6 +28,17 @@ TAGGED = (
     + "{% else %}{{ message.content }}</s>{% endif %}"
     + TAIL
 )
+# What Qwen3's template does with thoughts: the last answer has them, empty where there were none, and no other has any.
+THINKING = (
+    "{% set last = namespace(asked=0) %}{% for message in messages %}{% if message.role == 'user' %}"
+    "{% set last.asked = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% set parts = message.content.split('</think>') %}<s>{{ message.role }}\n"
+    "{% if message.role == 'assistant' and loop.index0 > last.asked %}"
+    "<think>\n{{ parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 }}\n</think>\n\n{% endif %}"
+    "{{ parts[-1].lstrip('\n') if parts | length > 1 else message.content }}</s>{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
 LONG = Conversation(
     tuple(
         Turn(*turn)
@@ -142,11 +153,72 @@ def test_an_answer_without_an_end_is_given_one(tmp_path: Path) -> None:
     assert rendered.answers[-1]
 
 
-def test_an_answer_that_the_template_rewrites_later_is_not_learnt(tmp_path: Path) -> None:
-    # As Qwen3 does: what was thought before the last answer is left out of the text.
-    template = HEAD.replace("\n", "\n{% if loop.last and message.role == 'assistant' %}<think> {% endif %}")
-    (rendered,) = _renderer(tmp_path, template + "{{ message.content }}</s>" + TAIL).render([LONG])
-    assert tiny_tokenizer().decode(rendered.tokens[rendered.answers]) == "<think> Two apples.</s>"
+def _learnt(rendered: Rendered) -> str:
+    return str(tiny_tokenizer().decode(rendered.tokens[rendered.answers]))
+
+
+def test_what_a_template_puts_before_the_last_answer_alone_parts_no_other_from_its_prompt(tmp_path: Path) -> None:
+    renderer = _renderer(tmp_path, THINKING)
+    (rendered,) = renderer.render([LONG])
+    assert _learnt(rendered) == " The miller.\n\nNear the river </s><think>\n\n</think>\n\nTwo apples.</s>"
+    assert rendered.dropped == 0
+    assert rendered.tokens.tolist() == tiny_tokenizer().apply_chat_template(
+        _messages(LONG), chat_template=THINKING, return_dict=False
+    )
+    # Each stands behind the prompt that its model would be given there.
+    for place in (2, 4):
+        start = len(renderer.prompt(LONG.turns[:place]))
+        assert rendered.answers[start]
+        assert not rendered.answers[start - 1]
+    assert renderer.rule != _renderer(tmp_path / "plain", TEMPLATE).rule
+
+
+def test_an_answer_whose_thoughts_the_template_drops_later_is_not_learnt_and_counted(tmp_path: Path) -> None:
+    turns = [
+        *(Turn("user", "Who?"), Turn("assistant", "<think>\nHm.\n</think>\n\nThe fox.")),
+        *(Turn("user", "Sure?"), Turn("assistant", "Yes.")),
+        *(Turn("user", "So?"), Turn("assistant", "<think>\nWell.\n</think>\n\nGo.")),
+    ]
+    (rendered,) = _renderer(tmp_path, THINKING).render([Conversation(tuple(turns))])
+    assert _learnt(rendered) == "Yes.</s><think>\nWell.\n</think>\n\nGo.</s>"
+    assert rendered.dropped == 1
+
+
+@pytest.mark.parametrize("answer", ["Two apples.", "think", "<think>\n\n</think>\n\nGo."])
+def test_a_question_is_asked_where_the_content_of_its_answer_begins(tmp_path: Path, answer: str) -> None:
+    renderer, turns = _renderer(tmp_path, THINKING), [Turn("user", "What?")]
+    # transformers' own way to ask a model that is not to think.
+    options = {"chat_template": THINKING, "add_generation_prompt": True, "return_dict": False}
+    expected = tiny_tokenizer().apply_chat_template(
+        [turn._asdict() for turn in turns], enable_thinking=False, **options
+    )
+    assert renderer.question_tokens(turns) == renderer.question_tokens(turns, answer) == expected
+    (rendered,) = renderer.render([asked("What?", answer)])
+    assert rendered.tokens[: len(expected)].tolist() == expected
+    spots = rendered.spots
+    assert spots is not None
+    if "<think>" not in answer:
+        assert (spots[len(expected), 1], spots[len(expected) - 1, 2]) == (0, 0)
+    # One that thinks begins with its thoughts; and `prompt` leaves it to the model.
+    thinking = tiny_tokenizer().apply_chat_template([turn._asdict() for turn in turns], **options)
+    assert renderer.prompt(turns) == thinking == renderer.question_tokens(turns, "<think>\nHm.\n</think>\n\nGo.")
+
+
+def test_a_template_that_asks_for_thoughts_and_then_drops_them_asks_as_it_is_learnt(tmp_path: Path) -> None:
+    """As DeepSeek-R1's: what ends the prompt of an answer to be written stands before none that is there."""
+    template = TEMPLATE.replace("<s>assistant\n{% endif %}", "<s>assistant\n<think>\n{% endif %}")
+    renderer = _renderer(tmp_path, template)
+    (rendered,) = renderer.render([LONG])
+    assert _learnt(rendered) == " The miller.\n\nNear the river </s>Two apples.</s>"
+    question = renderer.question_tokens(LONG.prompt, LONG.answer)
+    assert rendered.tokens[: rendered.last_start].tolist() == question != renderer.prompt(LONG.prompt)
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE, TEMPLATE.replace("{{ message.content", " {{ message.content")])
+def test_of_all_other_templates_questions_and_rule_stay(tmp_path: Path, template: str | None) -> None:
+    renderer = _renderer(tmp_path, template)
+    assert renderer.question_tokens(LONG.prompt, LONG.answer) == renderer.prompt(LONG.prompt)
+    assert renderer.further_rule == ""
 
 
 def test_an_answer_is_ended_by_what_the_template_says_and_by_eos(tmp_path: Path) -> None:

@@ -93,8 +93,10 @@ class PackedStudent:
         return found
 
     def chats(self, prompts: Sequence[str]) -> list[str]:
-        """Each prompt as a user's turn in the chat template; without one, a line of its own."""
-        return [self._renderer.asking([Turn("user", prompt)]) for prompt in prompts]
+        """Each prompt as a user's turn in the chat template, up to where the content of an answer begins in training;
+        without one, a line of its own.
+        """
+        return [self._renderer.question([Turn("user", prompt)]) for prompt in prompts]
 
     def write(self, prompts: Sequence[str], *, max_tokens: int, stops: Sequence[str] = ()) -> list[str]:
         """What it writes, greedily, after each prompt, up to the first stop.

@@ -127,6 +127,12 @@ def test_chat_puts_the_prompt_into_the_template(tmp_path: Path, quiz: TaskFile, 
     listening = SimpleNamespace(split="validation", share=1.0, context=512, chats=chatting.chats, likelihoods=listen)
     measure(replace(quiz, chat=True), replace(subject, student=listening))  # type: ignore[arg-type]
     first = quiz.validation[0]
+    # Where answers are learnt behind empty thoughts, they are asked there.
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "m['content']", "('!' if m.role == 'assistant' else '') + m['content']"
+    )
+    tokenizer.save_pretrained(tmp_path / "thinking")
+    assert replace(student, tokenizer=tmp_path / "thinking").chats(["hello"]) == ["[user]hello</s>[assistant]!"]
     assert asked[0] == (f"[user]{first.prompt}</s>[assistant]", "runs")
     assert len(asked) == 3 * len(quiz.validation)
 
@@ -208,5 +214,7 @@ def test_words_are_normalised_as_by_squad(text: str) -> None:
 def test_no_answer_is_never_right(tmp_path: Path, subject: Subject, gold: str, written: str, share: float) -> None:
     records = [{"question": f"q{number}", "answer": gold} for number in range(30)]
     task = make(tmp_path, records, metric="exact_match", template={"prompt": "{question}", "answer": "{answer}"})
-    student = SimpleNamespace(split="validation", share=1.0, write=lambda prompts, **_: [written] * len(prompts))
+    student = SimpleNamespace(
+        split="validation", share=1.0, context=512, write=lambda prompts, **_: [written] * len(prompts)
+    )
     assert measure(task, replace(subject, student=student)).value == share  # type: ignore[arg-type]
