@@ -12,14 +12,14 @@ from autodistill.space import Dimension, Point, Space
 from autodistill.strategy import Strategy
 
 EVERY = 4  # proposals of which one is a fork
-FROM = 8  # proposal before which none is: nothing is known to be good yet, and a fork takes a fresh one's place
+FROM = 11  # the first that is one, the last of a dozen: before, little is known to be good, and a fresh one says more
 FEW = 3  # best trials that are forked, and whose checkpoints are always kept
 _DRAWS = 32  # of a finishing, before another trial is taken
 
 
 def is_fork(number: int) -> bool:
     """Whether proposal `number`, counted from 0, is to be a fork where there is anything to be forked."""
-    return number >= FROM and number % EVERY == EVERY - 1
+    return number >= FROM and (number - FROM) % EVERY == 0
 
 
 def forks(

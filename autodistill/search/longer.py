@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from autodistill.contracts import Status
 from autodistill.distillation.schedule import end_of
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.search.forks import FEW
@@ -49,6 +50,9 @@ def trained_on(trial: str) -> str:
 
 class TrainingOn:
     """The best trained on for what the time box has left, where the plan sets some of it aside.
+
+    Where a finished search goes on without a box, its best trial alone is trained on, as far as another was before it, so
+    that the two can be compared.
 
     Args:
         question: Its plan says how far at most.
@@ -112,6 +116,9 @@ class TrainingOn:
     def _candidates(self, trained: Sequence[TrialState]) -> Iterator[TrialState]:
         """The best few, what they were trained on to, and the best baseline, as far as nobody goes on from them yet."""
         plain = [trial for trial in trained if trial.task.length == 1 and trial.kind != CONFIRMATION]
+        if self._box.deadline is None:
+            # Nothing would bound the others' training.
+            plain = trained = plain[:1]
         few = {trial.task.id for trial in (*plain[:FEW], *[one for one in plain if one.kind == "baseline"][:1])}
         for trial in trained:
             further = self._trials.get(trained_on(trial.task.id))
@@ -130,7 +137,9 @@ class TrainingOn:
         """
         plan = self._question.plan
         if self._box.deadline is None:
-            return plan.longest
+            before = [trial for trial in self._trials.values() if self.is_one(trial.task)]
+            ended = [trial.task.length for trial in before if trial.status is Status.COMPLETED]
+            return max(ended, default=plan.longest / FURTHER)
         trained = self._box.trained_in(self.rows(), alone=plan.alone > 0)
         most = plan.longest
         for start in (*self._checkpoints(original), 0):

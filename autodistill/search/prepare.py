@@ -136,11 +136,19 @@ def _unasked(checked: Checked, loaded: Loaded) -> tuple[str, ...]:
 
 
 def _extended(checked: Checked, plan: Plan, spec: ModelSpec, speed: Speed) -> Plan:
-    """The plan of a resumed run with the trials that were asked for, or that more time for a finished one holds."""
+    """The plan of a resumed run with the trials that were asked for, or that more time for a finished one holds.
+
+    A run of one strategy alone has no trials: its time goes to that one. Trials that a finished run is given without time
+    have no box, since it was of those that were planned.
+    """
     request = checked.request
     assert checked.stored is not None
+    if request.strategy is not None:
+        return plan
     trials = request.trials or plan.trials
-    if request.trials is None and request.time_seconds is not None and "seconds" in checked.stored:
+    if "seconds" in checked.stored and request.time_seconds is None and trials > plan.trials:
+        plan = replace(plan, box_seconds=None)
+    elif "seconds" in checked.stored and request.time_seconds is not None and request.trials is None:
         trials += more_trials(plan, spec.parameters, speed, request.time_seconds, checked.explore)
     return extend(plan, trials)
 

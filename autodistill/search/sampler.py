@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 
@@ -27,8 +28,8 @@ _DRAWS = 200  # random draws before a space is searched for its last unseen poin
 class Sampler:
     """Proposes points: the space's starts, a spread over the space, and then what a model of the results suggests.
 
-    From the ninth on every fourth proposal forks one of the best few trials, where its stage is on disk and the space
-    has another finishing for it.
+    The twelfth proposal and every fourth after it forks one of the best few trials, where its stage is on disk and the
+    space has another finishing for it.
 
     Args:
         space: What may be proposed.
@@ -71,10 +72,14 @@ class Sampler:
     def propose(self, number: int, observations: Sequence[Observation] = ()) -> Point | None:
         """The point to try as proposal `number`, counted from 0, or None where the space holds no other strategy.
 
+        A space without dimensions holds none: what is trained of it are its baselines.
+
         Args:
             number: Of the proposal.
             observations: Of all others so far, in the order of their trials.
         """
+        if not self.space.dimensions:
+            return None
         here = {self.space.strategy(observation.point).id for observation in observations}
         seen = here | {self.space.strategy(item.point).id for item in self.earlier if not item.repeatable}
         if number < len(self.first) and self.space.strategy(self.first[number]).id not in here:
@@ -90,14 +95,17 @@ class Sampler:
             start = self.space.point(list(self.space.starts.values())[place])
             assert start is not None  # a space holds its starts
             yield start
+        # Of those that are the sampler's own; below 0 where a point to begin with is known already.
+        own = place - len(self.space.starts)
         source = random.Random(f"{self.seed}/{number}")  # text seeds through SHA-512, alike in every process
         if self.forking and is_fork(number):
             yield from forks(self.space, observations, self.direction, random.Random(f"{self.seed}/{number}/fork"))
         if self.name in MODELS:
-            if self.name == "tpe" and number % 2 == 0:
-                yield from self._neighbours(number // 2, source, observations)
-            if number < _STARTUP and sum(item.values is not None for item in self.earlier) < _STARTUP:
-                yield self._spread(number)
+            if self._changes_best(own):
+                yield from self._neighbours(own // 2, source, observations)
+            known = sum(item.values is not None for item in self.earlier) >= _STARTUP
+            if own in self._spreads() and not known:
+                yield self._spread(own)
             else:
                 seed = source.getrandbits(32)
                 model = modelled(
@@ -116,26 +124,36 @@ class Sampler:
                 point[dimension.path] = dimension.domain.at(quantile(dimension))
         return point
 
-    def _spread(self, number: int) -> Point:
-        """A row of a Latin hypercube: over the first proposals each dimension visits each part of its domain once."""
+    def _changes_best(self, own: int) -> bool:
+        return self.name == "tpe" and own % 2 == 0
+
+    def _spreads(self) -> Sequence[int]:
+        """Which of the sampler's own proposals are spread: the first few, less those that have another way first."""
+        first = range(_STARTUP - len(self.first) - len(self.space.starts))
+        return [own for own in first if not self._changes_best(own)]
+
+    def _spread(self, own: int) -> Point:
+        """A row of a Latin hypercube: over all that are spread each dimension visits each part of its domain once."""
+        rows = self._spreads()
+        row = rows.index(own)
 
         def quantile(dimension: Dimension) -> float:
             source = random.Random(f"{self.seed}/{dimension.path}")
-            parts = source.sample(range(_STARTUP), _STARTUP)
+            parts = source.sample(range(len(rows)), len(rows))
             offsets = [source.random() for _ in parts]
-            return (parts[number] + offsets[number]) / _STARTUP
+            return (parts[row] + offsets[row]) / len(rows)
 
         return self._draw(quantile)
 
     def _neighbours(self, turn: int, source: random.Random, observations: Sequence[Observation]) -> Iterator[Point]:
-        """The best point so far with one dimension drawn anew, each in its turn, in the order of the space.
+        """The best point so far with one dimension drawn anew, each in its turn, as `_by_turns` orders them.
 
         A dozen trials tell a model little, and a hand-designed baseline is where they begin well.
         """
         best = self._best(turn, observations)
         if best is None:
             return
-        active = [dimension for dimension in self.space.dimensions if dimension.path in best]
+        active = _by_turns([dimension for dimension in self.space.dimensions if dimension.path in best])
         for step in range(len(active)):
             changed = active[(turn + step) % len(active)]
             value = _step(changed, best[changed.path], source)
@@ -172,6 +190,20 @@ class Sampler:
         }
         front = spread({name: costs[name] for name in fronts(costs)[0]})
         return valued[int(front[turn % len(front) if self.further else 0])].point
+
+
+def _by_turns(dimensions: Sequence[Dimension]) -> list[Dimension]:
+    """The first dimension of each part of a strategy, then the second of each, and so on.
+
+    A dozen trials change five: each part at least once, whichever has the most dimensions.
+    """
+    counts: Counter[str] = Counter()
+    places: list[int] = []
+    for dimension in dimensions:
+        part = dimension.path.split(".")[0]
+        places.append(counts[part])
+        counts[part] += 1
+    return [dimension for _, dimension in sorted(zip(places, dimensions, strict=True), key=lambda pair: pair[0])]
 
 
 def _brought_in(dimension: Dimension, source: random.Random) -> Value:

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 
+from autodistill.contracts import Plan
 from autodistill.conversations import asked
 from autodistill.data import prepare
 from autodistill.documents import Source
 from autodistill.errors import InputError
-from autodistill.search.prepare import _unasked
-from autodistill.testing import tiny_tokenizer
+from autodistill.estimate import spec_from_config
+from autodistill.search.expected import Speed
+from autodistill.search.plan import extend
+from autodistill.search.prepare import _extended, _unasked
+from autodistill.testing import small_plan, tiny_tokenizer
 from autodistill.token_sets import load_split
 
 
@@ -42,3 +46,39 @@ def test_questions_that_no_student_can_be_asked_are_counted_and_all_of_them_refu
     )
     with pytest.raises(InputError, match=f"{count} of {count} questions .* give a larger --context"):
         said(5)
+
+
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+}
+SPEED = Speed(cache=1e4, score=1e4, worker_train=1e4, worker_score=1e4)
+
+
+def extended(plan: Plan, *, finished: bool = True, strategy: str | None = None, **asked: Any) -> Plan:
+    request = SimpleNamespace(**({"trials": None, "time_seconds": None, "strategy": strategy} | asked))
+    checked: Any = SimpleNamespace(request=request, stored={"seconds": {}} if finished else {}, explore=1.0)
+    return _extended(checked, plan, spec_from_config(CONFIG), SPEED)
+
+
+def test_a_run_of_one_strategy_stays_one_however_much_time_it_is_given() -> None:
+    plan = small_plan(trials=0, keep=(0, 0))
+    assert extended(plan, strategy="logit_kd", time_seconds=600.0) == plan
+    assert extended(plan, time_seconds=600.0).trials > 0, "a search has more"
+
+
+def test_trials_that_a_finished_run_is_given_without_time_are_in_no_box() -> None:
+    """The box was of the trials that were planned, which have used it up."""
+    plan = extend(small_plan(box_seconds=600.0), 9)
+    more = extended(plan, trials=40)
+    assert (more.trials, more.box_seconds) == (40, None)
+    assert extended(more).box_seconds is None, "nor when it is interrupted and goes on"
+    # Elsewhere the box stays: nothing more is asked for, there is more time, or there is work of the plan's to be done.
+    assert extended(plan) == extended(plan, trials=plan.trials) == plan
+    assert extended(plan, trials=40, time_seconds=60.0).box_seconds == 600.0
+    assert extended(plan, finished=False, trials=40).box_seconds == 600.0

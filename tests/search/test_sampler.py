@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -109,15 +110,48 @@ def test_a_finite_space_is_used_up_and_then_ends(name):
     assert len(observations) == 2 * (1 + 3)
 
 
-def test_the_first_proposals_are_spread():
+@pytest.mark.parametrize("name", ["tpe", "gp", "nsga2"])
+@pytest.mark.parametrize("starts", [0, 1, 2])
+def test_what_is_spread_of_the_first_proposals_visits_each_part_of_a_domain_once(name: str, starts: int) -> None:
+    """Of six, without starts and neighbours: a Latin hypercube of as many rows as are left, whichever numbers have them."""
     space = space_of(
         **{
             "init.depth": {"low": 0.2, "high": 0.8},
             "distillation.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
         }
     )
-    points = [Sampler(space, seed=1).propose(number) for number in range(6)]
-    assert sorted(int((point["init.depth"] - 0.2) / 0.1 + 1e-6) for point in points) == list(range(6))
+    first = [
+        space.strategy({"init.depth": 0.3 + 0.1 * start, "distillation.learning_rate": 1e-3}) for start in range(2)
+    ]
+    space = replace(space, starts={str(place): first[place] for place in range(starts)})
+    observations = [observed(0.5, point={"init.depth": 0.5, "distillation.learning_rate": 1e-4}, value=0.5)]
+    points = []
+    for number in range(6):
+        point = Sampler(space, name=name, seed=1).propose(number, observations)
+        assert point is not None
+        observations.append(Observation(point=point, state="running"))
+        points.append(point)
+    drawn = [point for point in points[starts:] if len(set(point.items()) & set(observations[0].point.items())) == 0]
+    assert len(drawn) == ((6 - starts) // 2 if name == "tpe" else 6 - starts)
+    rates = [(math.log10(point["distillation.learning_rate"]) + 5) / 3 for point in drawn]
+    for shares in ([(point["init.depth"] - 0.2) / 0.6 for point in drawn], rates):
+        assert sorted(int(share * len(drawn)) for share in shares) == list(range(len(drawn)))
+
+
+def test_of_a_dozen_trials_one_changes_the_shape_of_the_best_and_one_its_finishing() -> None:
+    """Whichever kind of shape is best: what a default search tries is more than rates and temperatures."""
+    space = load_space("default")
+    for start in space.starts.values():
+        best = Observation(point=space.point(start) or {}, state=Status.COMPLETED, value=0.5, fidelity=1.0)
+        observations, changed = [best], []
+        for number in range(2, 12):
+            point = Sampler(space, seed=3).propose(number, observations)
+            assert point is not None
+            if number % 2 == 0:
+                differs = [path for path in {*point, *best.point} if point.get(path) != best.point.get(path)]
+                changed.append({path.split(".")[0] for path in differs})
+            observations.append(Observation(point=point, state=Status.STOPPED, value=0.1, fidelity=0.1))
+        assert [{"init"}, {"distillation"}, {"finishing"}] == changed[:3]
 
 
 def test_every_other_proposal_changes_one_dimension_of_the_best_in_turn():
@@ -131,16 +165,31 @@ def test_every_other_proposal_changes_one_dimension_of_the_best_in_turn():
         Observation(point=known, state=Status.COMPLETED, value=0.4, fidelity=1.0),
         Observation(point=other, state=Status.COMPLETED, value=0.3, fidelity=1.0),
     ]
-    paths = [dimension.path for dimension in space.dimensions if dimension.path in known]
+    paths = [
+        "init",
+        "distillation.learning_rate",
+        "finishing",
+        "init.depth",
+        "distillation.divergence_weight",
+        "init.layers",
+        "distillation.temperature.shape",
+        "distillation.temperature.start",
+        "distillation.temperature.end",
+        "distillation.alignment",
+        "distillation.alignment.projection",
+        "distillation.alignment.weight",
+    ]
+    assert sorted(paths) == sorted(known)
     for turn, path in enumerate(paths):
-        point = Sampler(space).propose(2 * turn, observations)
+        # The first two are the space's own starts.
+        point = Sampler(space).propose(2 + 2 * turn, observations)
         strange = {other for other in point if other in known and point[other] != known[other]}
         assert strange == {path}
         gone = {other for other in known if other not in point}
         new = {other for other in point if other not in known}
         # What the changed dimension makes count, or no longer count.
         assert all(path in dict(d.when) or gone | new for d in space.dimensions if d.path in gone | new)
-    falling = Sampler(space, direction="min").propose(0, observations)
+    falling = Sampler(space, direction="min").propose(2, observations)
     assert falling["distillation.learning_rate"] == 7e-4
 
 
@@ -156,8 +205,8 @@ def proposals(observations, direction="max", count=20) -> list[float]:
 
 
 def observed(weight: float, **fields) -> Observation:
-    fields = {"state": Status.COMPLETED, "fidelity": 1.0} | fields
-    return Observation(point={"distillation.divergence_weight": weight}, **fields)
+    fields = {"state": Status.COMPLETED, "fidelity": 1.0, "point": {"distillation.divergence_weight": weight}} | fields
+    return Observation(**fields)
 
 
 def mean(values) -> float:
@@ -347,3 +396,9 @@ def test_neighbours_of_several_objectives_take_the_front_in_turn():
         samplers = [Sampler(space, seed=seed, further=(MEMORY,)) for seed in range(12)]
         depths = [sampler.propose(2 * turn, observations)["init.depth"] for sampler in samplers]
         assert sum((depth < 0.5) == low for depth in depths) >= 10
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "nsga2", "random"])
+def test_a_space_without_dimensions_has_nothing_to_propose(name: str) -> None:
+    """What `distill` trains is a baseline; the default strategy is none that anybody asked for."""
+    assert Sampler(replace(space_of(**RATE), dimensions=()), name=name).propose(0) is None

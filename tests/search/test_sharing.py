@@ -72,7 +72,7 @@ def without_times(value: object) -> object:
 def forks_from_the_first() -> Iterator[None]:
     """Four trials are too few for a fork otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autodistill.search.forks.FROM", 0)
+        patch.setattr("autodistill.search.forks.FROM", 3)
         yield
 
 
