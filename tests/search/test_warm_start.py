@@ -160,6 +160,43 @@ def test_a_plan_of_other_tokens_sees_other_fidelities(tmp_path: Path) -> None:
             assert (item.value, item.fidelity) == (within[-1]["value"], pytest.approx(within[-1]["tokens"] / 4608))
 
 
+@pytest.mark.parametrize(
+    ("tokens", "level", "whole"),
+    [
+        (9216, 9216, True),
+        (8448, 9216, True),
+        (7424, 9216, True),
+        (11520, 9216, True),
+        (11776, 9216, False),
+        # The plan's end lies between two rungs, and is near neither: the one before it.
+        (7168, 3072, False),
+        (3328, 3072, True),
+        (2560, 3072, True),
+        (900, 1024, True),
+    ],
+)
+def test_what_ended_about_where_this_plan_ends_is_finished(
+    tmp_path: Path, tokens: int, level: int, whole: bool
+) -> None:
+    """Two runs of one command plan a few percent apart; neither forgets what the other finished."""
+    run = earlier(tmp_path, "run")
+    ends = {
+        event["trial"]: event["value"] for event in run.events.read() if event["event"] == "rung" and event["rung"] == 2
+    }
+    values = {
+        event["trial"]: event["value"]
+        for event in run.events.read()
+        if event["event"] == "rung" and event["trial"] in ends and event["tokens"] == level
+    }
+    found = by_trial(warm_start(tmp_path, ["run"], replace(question(), plan=small_plan(tokens=tokens))), run)
+    for trial in set(values) - {"b000"}:
+        item = found[trial]
+        assert (item.value, item.repeatable) == (values[trial], not whole)
+        assert item.state == (Status.COMPLETED if whole else Status.STOPPED)
+        assert item.fidelity == pytest.approx(min(1.0, level / tokens))
+    assert set(values) - {"b000"}
+
+
 def test_a_tighter_budget_knows_what_cannot_fit_and_values_of_what_can(tmp_path: Path) -> None:
     earlier(tmp_path, "run")
     teacher, deployments = question().teacher_spec, question().deployments
