@@ -133,6 +133,10 @@ def test_what_this_machine_lost_comes_back(storage: Storage, tmp_path: Path) -> 
     search.unlink()
     assert pull(search.parent, storage)
     assert search.read_text() == "{}"
+    # What it did not lose is replaced where another machine went on.
+    search.write_text('{"older": true}')
+    assert pull(search.parent, storage)
+    assert search.read_text() == "{}"
     with pytest.raises(InputError, match="go on with it by --resume"):
         check_free(storage)
 

@@ -1,14 +1,15 @@
-"""How often the test split of some data was opened, by which runs: a ledger beside the runs."""
+"""How often the test split of some data was opened, by which runs: a ledger beside the runs, and their own logs."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from autodistill.records.event_log import EventLog
+from autodistill.records.store import RunFolder
 
 _OPENINGS = "test_openings.jsonl"
 
@@ -31,12 +32,31 @@ def recorded_test_openings(out: Path, *, data: str | None = None) -> list[dict[s
     return [opening for opening in openings if data is None or opening["data"] == data]
 
 
+def openings_in(events: Iterable[Mapping[str, Any]]) -> int:
+    """In how many sessions of a run its test split was scored, by its log, which goes where the run goes."""
+    count, scored = 0, False
+    for event in events:
+        if event["event"] == "session":
+            scored = False
+        elif event["event"] == "test" and not scored:
+            count, scored = count + 1, True
+    return count
+
+
 def openings_of(out: Path, search: Mapping[str, Any]) -> dict[str, int]:
-    """How often each run in a folder opened the test split of the data that a search is on, from its `search.json`."""
+    """How often each run in a folder opened the test split of the data that a search is on, from its `search.json`.
+
+    The search's own openings are those of its log, where that has more.
+    """
     data = search.get("data")
     fingerprint = data.get("fingerprint") if isinstance(data, Mapping) else None
     found = recorded_test_openings(out, data=fingerprint) if fingerprint else []
-    return dict(Counter(opening["run"] for opening in found).most_common())
+    counts = Counter(opening["run"] for opening in found)
+    name = search.get("name")
+    if fingerprint and name and (log := RunFolder(out, name).events.path).exists():
+        # The ledger does not know what another machine opened.
+        counts |= Counter({name: openings_in(EventLog(log).read())})
+    return dict(counts.most_common())
 
 
 def opened(openings: Mapping[str, int]) -> str:

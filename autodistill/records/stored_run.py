@@ -96,7 +96,9 @@ def keep(search_file: Path, storage: Storage) -> None:
 
 
 def pull(folder: Path, storage: Storage) -> bool:
-    """Fetches the run's `search.json`, where this machine has none; False where the storage has none either.
+    """Fetches the run's `search.json`, in the place of this machine's; False where neither has one.
+
+    Another machine may have gone on with the run since. What the storage has not got yet is this machine's alone.
 
     Args:
         folder: Of the run.
@@ -107,10 +109,9 @@ def pull(folder: Path, storage: Storage) -> bool:
     """
     file = folder / _SEARCH
     try:
-        if not file.exists():
-            if not storage.has(_SEARCH):
-                return False
-            storage.get(_SEARCH, file)
+        if not storage.has(_SEARCH):
+            return file.exists()
+        storage.get(_SEARCH, file)
     except OSError as error:
         raise InputError(f"cannot fetch the run from {storage.uri} into {folder}: {error}") from error
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 
 from autodistill.applied import check_strategy
 from autodistill.budget import DeviceBudget, limits_as, read_budget, with_device_of
-from autodistill.contracts import SEQUENCE_LENGTH, Direction, ModelSpec
+from autodistill.contracts import SEQUENCE_LENGTH, Direction, ModelSpec, Plan
 from autodistill.devices import Device
 from autodistill.distillation.teacher import TeacherRef, resolve_teacher
 from autodistill.documents import Source, resolve_data
@@ -26,6 +27,7 @@ from autodistill.records.objectives import Objective, objectives_of
 from autodistill.records.store import RunFolder
 from autodistill.records.stored_run import check_free, pull
 from autodistill.search.asked import Asked, ask
+from autodistill.search.expected import Speed, trial_seconds
 from autodistill.search.plan import EXPLORE
 from autodistill.search.possible import check_teacher, narrowed, shortest_context
 from autodistill.search.request import (
@@ -40,7 +42,7 @@ from autodistill.search.sampler import SAMPLERS
 from autodistill.search.warm_start import check_space, parse_runs
 from autodistill.space import Space, load_space, load_strategy
 from autodistill.storage import Storage
-from autodistill.units import Budget
+from autodistill.units import Budget, format_duration
 
 _SEEDS = 2**32
 _MANY = 10_000
@@ -158,6 +160,7 @@ def check_request(request: SearchRequest) -> Checked:
     )
     if stored is not None:
         _check_same(checked, stored)
+        _check_time(checked, stored)
     else:
         check_space(request.out, checked.warm_start, space)
     check_students(checked, spec)
@@ -328,10 +331,7 @@ def _of_run(request: SearchRequest, storage: Storage | None, known: Mapping[str,
             f"the run {request.name!r} is kept on {before or 'this machine alone'}, not on {request.storage}: resume "
             "it with the same --storage, or start a new run under another --name"
         )
-    if before is not None and storage is None:
-        storage = Storage(before)
-        storage.check()
-    return storage
+    return storage if before is None or storage is not None else Storage(before)
 
 
 def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any] | None:
@@ -344,15 +344,34 @@ def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any
         return None
     if request.name is None:
         raise InputError("--resume goes on with a run: name it with --name")
+    storage = _keeping(request, storage)
     if storage is not None:
         # Refused here as well as where the lease is taken: no work may be spent before.
         check_unheld(storage.at(request.name))
         if not pull(request.out / request.name, storage.at(request.name)):
             raise InputError(
-                f"there is no run {request.name!r}, neither in {request.out} nor on {request.storage}: check --name, "
+                f"there is no run {request.name!r}, neither in {request.out} nor on {storage.uri}: check --name, "
                 "and whether it was begun with this --storage"
             )
     return read_json(RunFolder.open(request.out, request.name).search_file)
+
+
+def _keeping(request: SearchRequest, storage: Storage | None) -> Storage | None:
+    """The storage whose `search.json` counts for a run that goes on: its own, whether it is asked for or not.
+
+    None where another one is asked for, which is refused once the run is known: what has its name there is another run.
+    """
+    assert request.name is not None
+    file = RunFolder(request.out, request.name).search_file
+    if not file.exists():
+        return storage
+    before = read_json(file).get("storage")
+    if before is None or request.storage not in (None, before):
+        return None
+    if storage is None:
+        storage = Storage(before)
+        storage.check()
+    return storage
 
 
 def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
@@ -397,3 +416,24 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
                 f"the run {checked.name!r} was planned with {stored['plan'][planned]} {option}, not {asked}: resume it "
                 f"without --{option}, or start a new run under another --name"
             )
+
+
+def _check_time(checked: Checked, stored: Mapping[str, Any]) -> None:
+    """Refuses time for a finished run that its end takes before anything is trained.
+
+    One that has not finished may be given less: it is then ended with what it has.
+    """
+    given = checked.request.time_seconds
+    if given is None or "seconds" not in stored:
+        return
+    plan = Plan.from_json(stored["plan"])
+    first = trial_seconds(
+        plan.rungs[0], plan.rung_eval_tokens, checked.spec.parameters, Speed(**stored["speed"]), judged=False
+    )
+    end = sum(plan.seconds.get(phase, 0.0) for phase in ("workers", "export", "test"))
+    if given < end + first:
+        raise InputError(
+            f"--time {format_duration(given)} adds no training to the run {checked.name!r}: what begins and ends a "
+            f"search is expected to take {format_duration(end)}, and the least training {format_duration(first)}: give "
+            f"--time {math.ceil(1.1 * (end + first))}s or more"
+        )

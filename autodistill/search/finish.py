@@ -38,8 +38,8 @@ from autodistill.records.leaderboard import (
     paired_bootstrap,
     rank,
 )
-from autodistill.records.openings import record_test_opening, recorded_test_openings
-from autodistill.records.row import Row
+from autodistill.records.openings import openings_in, record_test_opening, recorded_test_openings
+from autodistill.records.row import Row, rows_of
 from autodistill.records.store import RunFolder
 from autodistill.search.exportable import candidates, container_of, next_candidate, passed_over, trained_rows
 from autodistill.search.rows import make_row
@@ -52,6 +52,8 @@ from autodistill.units import Budget, format_bytes, format_duration
 
 # Measured in the runtime, a student may turn out above the budget; this many are exported before giving up.
 _CANDIDATES = 3
+# What every student is exported as too, and the teacher is scored as beside the best student's deployment.
+_FULL = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
 
 
 class Phases(Protocol):
@@ -144,9 +146,8 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         raise NothingFitsError(_nothing(rejected or students, judged, finisher))
     notes = () if "gguf" in paths else _gguf_beside(choice, rejected, finisher, paths, checks)
     if "huggingface" not in paths:
-        plain = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
         with phases.phase("export", "exporting the 16-bit folder"):
-            paths["huggingface"] = _pack(best, plain, finisher)[0].path
+            paths["huggingface"] = _pack(best, _FULL, finisher)[0].path
     with phases.phase("evaluate", "test split"):
         test = _test(best, rows, finisher)
     card = model_card(
@@ -316,15 +317,44 @@ def _nothing(rows: Sequence[Row], judged: bool, finisher: Finisher) -> str:
     return f"nothing fits the budget: the nearest, {closest.candidate}, {closest.describe()}; raise --budget"
 
 
+def _known_on_test(best: Row, compared: Sequence[tuple[Row, Deployment]], finisher: Finisher) -> tuple[Row, ...] | None:
+    """The rows of an earlier opening of the test split, in its order, where they are of all that would be scored.
+
+    The plan, and with it what is read of the split, never changes within a run.
+    """
+    deployment = Deployment.from_json(best.deployment)
+    of_teacher = [("teacher", "teacher", packing.name, None, 0) for packing in dict.fromkeys((_FULL, deployment))]
+    of_initial = ("initial", "initial", deployment.name, best.strategy, 0)
+    of_students = [
+        (row.kind, row.trial, packing.name, row.strategy, row.train_tokens or 0)
+        for row, packing in ((best, deployment), *compared)
+    ]
+    logged = {(row.kind, row.trial, row.deployment_name): row for row in rows_of(finisher.run.events.read(), ("test",))}
+    found = []
+    for kind, trial, packing, strategy, tokens in (*of_teacher, of_initial, *of_students):
+        row = logged.get((kind, trial, packing))
+        if row is None or (row.strategy, row.train_tokens or 0) != (strategy, tokens):
+            return None
+        found.append(row)
+    return tuple(found)
+
+
 def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]:
-    """Opens the test split, once, for the student, the baseline, the undistilled student and the teacher."""
+    """Opens the test split, once, for the student, the baseline, the undistilled student and the teacher.
+
+    A search that ends once more with what it had takes their rows from its log, and opens nothing.
+    """
     question, setting = finisher.question, finisher.setting
+    compared = _compared(best, rows, finisher)
+    known = _known_on_test(best, compared, finisher)
+    if known is not None:
+        finisher.line("the test split is not opened again: what is exported has been scored on it")
+        return known
     record_test_opening(finisher.run.path.parent, run=finisher.run.name, data=finisher.data.fingerprint)
     data = load_split(finisher.data.folder, "test").head(question.plan.test_tokens)
     deployment = Deployment.from_json(best.deployment)
     teacher = load_held(finisher.teacher.folder, setting.held, setting.device)
     _, reference = refer(teacher, data, device=setting.device)
-    full = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
     results: list[Row] = []
 
     def score(model: Any, row: Row | None, packing: Deployment, strategy: Strategy | None) -> Evaluation:
@@ -366,7 +396,7 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
         finisher.write("test", made)
         results.append(made)
 
-    for packing in dict.fromkeys((full, deployment)):
+    for packing in dict.fromkeys((_FULL, deployment)):
         evaluation = score(teacher, None, packing, None)
         write(evaluation, None, "teacher", "teacher", None)
     del teacher
@@ -377,7 +407,7 @@ def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]
         del initial
     # Else it begins as the teacher, which was scored under that deployment last.
     write(evaluation, None, "initial", "undistilled student", strategy)
-    for row, packing in ((best, deployment), *_compared(best, rows, finisher)):
+    for row, packing in ((best, deployment), *compared):
         strategy = Strategy.from_json(row.strategy)
         write(score(finisher.load(row), row, packing, strategy), row, row.kind, row.name, strategy)
     return tuple(results)
@@ -387,7 +417,8 @@ def _spent(finisher: Finisher) -> tuple[str, ...]:
     """Says so where this run was scored on test before."""
     run = finisher.run
     openings = recorded_test_openings(run.path.parent, data=finisher.data.fingerprint)
-    earlier = sum(opening["run"] == run.name for opening in openings) - 1
+    here = sum(opening["run"] == run.name for opening in openings)
+    earlier = max(here, openings_in(run.events.read())) - 1
     if earlier < 1:
         return ()
     return (

@@ -51,8 +51,8 @@ def trained_on(trial: str) -> str:
 class TrainingOn:
     """The best trained on for what the time box has left, where the plan sets some of it aside.
 
-    Where a finished search goes on without a box, its best trial alone is trained on, as far as another was before it, so
-    that the two can be compared.
+    Where a finished search goes on without a box, its best trial alone is trained on, as far as another was before it,
+    so that the two can be compared.
 
     Args:
         question: Its plan says how far at most.

@@ -138,8 +138,8 @@ def _unasked(checked: Checked, loaded: Loaded) -> tuple[str, ...]:
 def _extended(checked: Checked, plan: Plan, spec: ModelSpec, speed: Speed) -> Plan:
     """The plan of a resumed run with the trials that were asked for, or that more time for a finished one holds.
 
-    A run of one strategy alone has no trials: its time goes to that one. Trials that a finished run is given without time
-    have no box, since it was of those that were planned.
+    A run of one strategy alone has no trials: its time goes to that one. Trials that a finished run is given without
+    time have no box, since it was of those that were planned.
     """
     request = checked.request
     assert checked.stored is not None

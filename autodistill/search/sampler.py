@@ -35,7 +35,8 @@ class Sampler:
         space: What may be proposed.
         name: "tpe", a tree-structured Parzen estimator by turns with neighbours of the best point; "gp", a Gaussian
             process; "nsga2", a genetic algorithm; or "random".
-        seed: Every proposal follows from it, the number asked for and the observations; nothing is kept between calls.
+        seed: Every proposal follows from it, the number asked for and the observations; nothing is kept between calls but
+            the ids of points.
         direction: Whether more or less of the metric is better.
         further: The objectives beside the metric.
         earlier: What other searches observed; every proposal follows from it too.
@@ -68,6 +69,8 @@ class Sampler:
         self.earlier = tuple(earlier)
         self.first = tuple(first)
         self.forking = forking
+        # By the text of a point: many proposals ask for those of all observations.
+        self._ids: dict[str, str] = {}
 
     def propose(self, number: int, observations: Sequence[Observation] = ()) -> Point | None:
         """The point to try as proposal `number`, counted from 0, or None where the space holds no other strategy.
@@ -80,14 +83,21 @@ class Sampler:
         """
         if not self.space.dimensions:
             return None
-        here = {self.space.strategy(observation.point).id for observation in observations}
-        seen = here | {self.space.strategy(item.point).id for item in self.earlier if not item.repeatable}
-        if number < len(self.first) and self.space.strategy(self.first[number]).id not in here:
+        here = {self._id(observation.point) for observation in observations}
+        seen = here | {self._id(item.point) for item in self.earlier if not item.repeatable}
+        if number < len(self.first) and self._id(self.first[number]) not in here:
             return dict(self.first[number])
         for point in self._candidates(number, [*self.earlier, *observations]):
-            if self.space.strategy(point).id not in seen:
+            if self._id(point) not in seen:
                 return point
         return None
+
+    def _id(self, point: Mapping[str, Value]) -> str:
+        """The id of the strategy at a point."""
+        key = str(point)
+        if key not in self._ids:
+            self._ids[key] = self.space.strategy(point).id
+        return self._ids[key]
 
     def _candidates(self, number: int, observations: Sequence[Observation]) -> Iterator[Point]:
         place = number - len(self.first)

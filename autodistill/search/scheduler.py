@@ -55,6 +55,8 @@ class SuccessiveHalving:
         # At each rung what every trial costs, or None where a value is missing.
         self._reports: list[dict[str, tuple[float, ...] | None]] = [{} for _ in rungs]
         self._discarded: set[str] = set()
+        # Of each rung, until a report or a discard changes it: each ask reads it many times.
+        self._ranks: dict[int, list[str]] = {}
 
     @property
     def last(self) -> int:
@@ -91,6 +93,7 @@ class SuccessiveHalving:
         usable = feasible and len(known) == len(self._signs)
         costs = tuple(sign * item for sign, item in zip(self._signs, known, strict=False))
         self._reports[rung][trial_id] = costs if usable else None
+        self._ranks.pop(rung, None)
         if rung == self.last:
             return Decision.STOP
         return Decision.CONTINUE if trial_id in self.exempt else Decision.PAUSE
@@ -98,6 +101,7 @@ class SuccessiveHalving:
     def discard(self, trial_id: str) -> None:
         """Takes a trial out that failed or was stopped: it is not promoted, and the place it took is free again."""
         self._discarded.add(trial_id)
+        self._ranks.clear()
 
     def next_to_promote(self, in_flight: Collection[str], all_proposed: bool, extra: bool = False) -> str | None:
         """The paused trial to take to its next rung, from the highest rung that has one, or None.
@@ -137,10 +141,13 @@ class SuccessiveHalving:
 
     def _ranked(self, rung: int) -> list[str]:
         """Usable trials at a rung, the best first, ties by name."""
-        out = self._discarded | self.exempt
-        return best_first(
-            {trial: costs for trial, costs in self._reports[rung].items() if costs is not None and trial not in out}
-        )
+        if rung not in self._ranks:
+            out = self._discarded | self.exempt
+            reports = self._reports[rung].items()
+            self._ranks[rung] = best_first(
+                {trial: costs for trial, costs in reports if costs is not None and trial not in out}
+            )
+        return self._ranks[rung]
 
     def _moved_on(self, rung: int, in_flight: Collection[str]) -> set[str]:
         """Trials that left a rung upwards, discarded ones not counted."""

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from autodistill.contracts import Plan, Status
 from autodistill.distillation.memory import give_back_memory
-from autodistill.errors import AutoDistillError, InterruptedSearchError, LostClusterError, NothingFitsError
+from autodistill.errors import AutoDistillError, InputError, InterruptedSearchError, LostClusterError, NothingFitsError
 from autodistill.hardware import detect_for_training
 from autodistill.records.choice import contenders
 from autodistill.records.differences import differences
-from autodistill.records.json_files import write_json
+from autodistill.records.json_files import read_json, write_json
 from autodistill.records.leaderboard import rank, rows_of, to_parquet
 from autodistill.records.lease import Lease
 from autodistill.records.objectives import front
@@ -25,7 +25,7 @@ from autodistill.records.report import write_report
 from autodistill.records.row import Row
 from autodistill.records.saved import saved
 from autodistill.records.store import RunFolder
-from autodistill.records.stored_run import StoredLog, check_free, keep
+from autodistill.records.stored_run import StoredLog, check_free, keep, pull
 from autodistill.search.campaign import Campaign
 from autodistill.search.checked import Checked, check_request
 from autodistill.search.cost import cost
@@ -66,7 +66,16 @@ class Outcome:
 
 
 def plan_search(request: SearchRequest, observer: Observer | None = None) -> dict[str, Any]:
-    """What a search would do, as plain data; nothing but the shared cache of teacher and data is written."""
+    """What a search would do, as plain data; nothing but the shared cache of teacher and data is written.
+
+    Raises:
+        InputError: Bad input; or a run that goes on, which has its plan.
+    """
+    if request.resume:
+        raise InputError(
+            "--plan shows what a new search would do, and a run that goes on keeps the plan in its search.json: leave "
+            "out --plan or --resume"
+        )
     checked = check_request(request)
     with _room(lambda: f"make room in {request.cache}"), _workplace(checked) as (place, _):
         told = observer or Observer()
@@ -170,6 +179,10 @@ def _stored(checked: Checked, run: RunFolder, observer: Observer) -> Iterator[St
     with Lease(storage, observer.line) as lease:
         if not checked.request.resume:
             check_free(storage)
+        if checked.stored is not None and pull(run.path, storage) and read_json(run.search_file) != checked.stored:
+            raise InputError(
+                f"another machine went on with the run {run.name!r} while this one began: give the same command again"
+            )
         log = StoredLog(run.events.path, storage, lease.check)
         log.sync()
         run.use(log)

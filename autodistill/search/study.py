@@ -129,7 +129,8 @@ def importance(space: Space, results: Sequence[Observation], direction: Directio
         return {}
     with _quiet():
         study = optuna.create_study(direction="maximize" if direction == "max" else "minimize")
-        study.add_trials([_as_trial(space, item) for item in results])
+        distributions = {dimension.path: _distribution(dimension) for dimension in space.dimensions}
+        study.add_trials([_as_trial(distributions, item) for item in results])
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         shares = optuna.importance.get_param_importances(study, evaluator=evaluator, params=sorted(varied))
     return dict(sorted(shares.items(), key=lambda item: -item[1]))
@@ -149,8 +150,9 @@ def _told(
     the other samplers, which know finished trials only, a trial that was stopped counts as finished, in what training
     decides no better than the worst that was trained to the end, since that is what it lost against.
     """
+    distributions = {dimension.path: _distribution(dimension) for dimension in space.dimensions}
     if name == "tpe" and not further:
-        yield from (_as_trial(space, observation) for observation in observations)
+        yield from (_as_trial(distributions, observation) for observation in observations)
         return
     ends = [item.values for item in observations if item.state == Status.COMPLETED and item.values is not None]
     # What follows from shape and packing is as true of a stopped trial as of any.
@@ -170,7 +172,7 @@ def _told(
             told = replace(observation, state=Status.COMPLETED, value=value, further=tuple(others), fidelity=1.0)
         elif observation.state == "running" and further:
             told = replace(observation, value=None)
-        trial = _as_trial(space, told)
+        trial = _as_trial(distributions, told)
         if name == "nsga2" and trial.state == TrialState.COMPLETE:
             # It breeds from whole generations, which it would have numbered itself.
             trial.system_attrs[NSGAIISampler._get_generation_key()] = finished // _POPULATION
@@ -187,20 +189,15 @@ def _ask(trial: optuna.Trial, space: Space) -> Point:
     return point
 
 
-def _as_trial(space: Space, observation: Observation) -> FrozenTrial:
+def _as_trial(distributions: Mapping[str, BaseDistribution], observation: Observation) -> FrozenTrial:
     """An earlier proposal as Optuna is to see it; one that was not taken to the end is pruned, at its fidelity."""
     values = observation.values
     state = _state(observation, values)
     step = round(observation.fidelity * _FIDELITY_STEPS)
-    distributions: dict[str, BaseDistribution] = {
-        dimension.path: _distribution(dimension)
-        for dimension in space.dimensions
-        if dimension.path in observation.point
-    }
     return optuna.trial.create_trial(
         state=state,
         params=dict(observation.point),
-        distributions=distributions,
+        distributions={path: domain for path, domain in distributions.items() if path in observation.point},
         values=values if state == TrialState.COMPLETE else None,
         # Optuna has none where a study has several objectives.
         intermediate_values={step: values[0]} if state == TrialState.PRUNED and values and len(values) == 1 else {},

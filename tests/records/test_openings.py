@@ -2,7 +2,14 @@
 
 from pathlib import Path
 
-from autodistill.records.openings import opened, openings_of, record_test_opening, recorded_test_openings
+from autodistill.records.openings import (
+    opened,
+    openings_in,
+    openings_of,
+    record_test_opening,
+    recorded_test_openings,
+)
+from autodistill.records.store import RunFolder
 
 
 def test_every_opening_of_a_test_split_is_on_record(tmp_path: Path) -> None:
@@ -24,3 +31,17 @@ def test_openings_are_counted_by_run(tmp_path):
     said = opened(openings_of(tmp_path, search))
     assert said == "The test split of this data has been opened 3 times here, by a 2, c 1."
     assert openings_of(tmp_path, {}) == {}
+
+
+def test_openings_by_a_run_on_another_machine_are_those_of_its_log(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, "run") as run:
+        for event in ("session", "row", "test", "test", "session", "row", "session", "test", "row", "test"):
+            run.events.append({"event": event})
+        assert openings_in(run.events.read()) == 2
+    search = {"name": "run", "data": {"fingerprint": "f1"}}
+    assert openings_of(tmp_path, search) == {"run": 2}
+    # The ledger alone knows of an opening that was killed before its first row.
+    for _ in range(3):
+        record_test_opening(tmp_path, run="run", data="f1")
+    assert openings_of(tmp_path, search) == {"run": 3}
+    assert openings_of(tmp_path, {**search, "name": "gone"}) == {"run": 3}

@@ -18,9 +18,18 @@ from autodistill.records.row import Row
 from autodistill.search import finish
 from autodistill.search.expected import Speed
 from autodistill.search.exportable import candidates, next_candidate, passed_over, trained_rows
-from autodistill.search.finish import _compared, _first_that_fits, _gain, _gguf_beside, _notes, _with_measured
+from autodistill.search.finish import (
+    _compared,
+    _first_that_fits,
+    _gain,
+    _gguf_beside,
+    _known_on_test,
+    _notes,
+    _with_measured,
+)
 from autodistill.search.trials import Question
 from autodistill.space import load_space
+from autodistill.strategy import Deployment
 from autodistill.testing import small_plan
 from autodistill.units import Budget
 
@@ -218,6 +227,37 @@ def test_what_was_predicted_stays_beside_a_measurement_that_is_made_again() -> N
     again = _with_measured(first, twice, finisher)  # type: ignore[arg-type]
     assert (first.figure("memory_bytes_predicted"), first.memory_bytes) == (100, 150)
     assert (again.figure("memory_bytes_predicted"), again.memory_bytes) == (100, 155)
+
+
+def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be_scored() -> None:
+    strategy, other = {"name": "a"}, {"name": "b"}
+    best = row("t000", "accuracy", 0.5, "q8_0", strategy=strategy, train_tokens=100)
+    baseline = row("b000", "accuracy", 0.4, kind="baseline", strategy=other, train_tokens=100)
+    compared = [(baseline, Deployment.from_json(baseline.deployment))]
+    plain = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
+    expected = [
+        row("teacher", "accuracy", 0.6, kind="teacher", deployment=plain, row_id="teacher-huggingface", train_tokens=0),
+        row("teacher", "accuracy", 0.6, "q8_0", kind="teacher", train_tokens=0),
+        row("initial", "accuracy", 0.1, "q8_0", kind="initial", strategy=strategy, train_tokens=0),
+        best,
+        baseline,
+    ]
+    expected = [replace(one, split="test", row_id=f"{one.row_id}-test") for one in expected]
+
+    def known(rows: list[Row], of: Row = best) -> tuple[Row, ...] | None:
+        events = [{"event": "test", "row": one.to_json()} for one in rows]
+        finisher: Any = SimpleNamespace(run=SimpleNamespace(events=SimpleNamespace(read=lambda: events)))
+        return _known_on_test(of, compared, finisher)
+
+    assert known(expected) == tuple(expected)
+    # Whatever else was scored in between.
+    assert known([*expected, replace(expected[3], trial="t001", row_id="t001-q8_0-test")]) == tuple(expected)
+    for missing in range(5):
+        assert known(expected[:missing] + expected[missing + 1 :]) is None, "that opening was killed"
+    assert known(expected, of=replace(best, deployment=FORMATS["f16"])) is None
+    assert known(expected, of=replace(best, trial="t001")) is None
+    assert known(expected, of=replace(best, train_tokens=200)) is None, "it was trained on since"
+    assert known(expected, of=replace(best, strategy=other)) is None
 
 
 def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_after_as_many_tokens() -> None:

@@ -16,10 +16,11 @@ from autodistill.records.json_files import write_json
 from autodistill.records.store import RunFolder
 from autodistill.records.stored_run import keep
 from autodistill.search.checked import check_request
+from autodistill.search.expected import TRAINING
 from autodistill.search.request import SearchRequest
 from autodistill.space import load_strategy
 from autodistill.storage import Storage
-from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
 from autodistill.units import Budget, parse_latency
 
 SPACE = """
@@ -242,6 +243,47 @@ def test_a_run_that_another_machine_goes_on_with_is_refused(asked: SearchRequest
     assert not (tmp_path / "here").exists()
     storage.remove("run/lease.json")
     assert check_request(again).stored is not None
+
+
+def test_a_run_goes_on_as_another_machine_left_it_and_not_as_this_one_did(asked: SearchRequest, tmp_path: Path) -> None:
+    """A begins with 9 trials, B goes on with 40 and further seeds, and A goes on once more."""
+    storage = Storage(f"file://{tmp_path}/shared")
+    stored = stored_run(asked) | {"storage": storage.uri}
+    for out, trials, more in (("here", 9, {}), ("there", 40, {"confirm": 3, "seconds": {}})):
+        with RunFolder.create(tmp_path / out, "run") as run:
+            write_json(run.search_file, {**stored, **more, "plan": small_plan(trials=trials).to_json()})
+            keep(run.search_file, storage.at("run"))
+    again = replace(asked, out=tmp_path / "here", name="run", resume=True)
+    for given in (None, storage.uri):
+        checked = check_request(replace(again, storage=given))
+        assert checked.stored is not None
+        assert (checked.stored["plan"]["trials"], checked.confirm, "seconds" in checked.stored) == (40, 3, True)
+    # A run of that name on another storage is another run.
+    other = Storage(f"file://{tmp_path}/other")
+    write_json(tmp_path / "search.json", {**stored, "storage": other.uri})
+    keep(tmp_path / "search.json", other.at("run"))
+    with pytest.raises(InputError, match=r"is kept on file://.*shared, not on file://.*other"):
+        check_request(replace(again, storage=other.uri))
+    assert json.loads((tmp_path / "here" / "run" / "search.json").read_text())["storage"] == storage.uri
+
+
+def test_time_that_holds_no_training_is_refused_where_a_run_has_finished(asked: SearchRequest, tmp_path: Path) -> None:
+    plan = small_plan(seconds={"workers": 15.0, "export": 60.0, "test": 75.0, "trials": 300.0})
+    speed = {"cache": 1e3, "score": 1e3, "worker_train": 100.0, "worker_score": 1e9}
+    for name, more in (("whole", {"seconds": {}}), ("cut", {})):
+        with RunFolder.create(tmp_path, name) as run:
+            write_json(run.search_file, stored_run(asked) | {"plan": plan.to_json(), "speed": speed, **more})
+    whole, cut = (replace(asked, out=tmp_path, name=name, resume=True) for name in ("whole", "cut"))
+    with pytest.raises(
+        InputError, match=r"--time .* adds no training to the run 'whole'.*: give --time \d+s or more"
+    ) as no:
+        check_request(replace(whole, time_seconds=160.0, trials=12))
+    # A tenth more than 150 s, and 1,024 tokens at 100 a second, which take a tenth longer than was measured.
+    least = int(str(no.value).rpartition("--time ")[2].removesuffix("s or more"))
+    assert least == pytest.approx(1.1 * (150 + 1024 / 100 * TRAINING), abs=3)
+    check_request(replace(whole, time_seconds=float(least)))
+    check_request(whole)
+    check_request(replace(cut, time_seconds=60.0))
 
 
 def test_a_warm_start_is_as_before_when_a_run_goes_on(asked: SearchRequest, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_a_finite_space_is_used_up_and_then_ends(name):
 @pytest.mark.parametrize("name", ["tpe", "gp", "nsga2"])
 @pytest.mark.parametrize("starts", [0, 1, 2])
 def test_what_is_spread_of_the_first_proposals_visits_each_part_of_a_domain_once(name: str, starts: int) -> None:
-    """Of six, without starts and neighbours: a Latin hypercube of as many rows as are left, whichever numbers have them."""
+    """Of six, without starts and neighbours: a Latin hypercube of as many rows as are left."""
     space = space_of(
         **{
             "init.depth": {"low": 0.2, "high": 0.8},
@@ -253,6 +253,18 @@ def test_it_is_quiet(caplog):
         warnings.simplefilter("error")
         Sampler(load_space("default")).propose(12, history(load_space("default")))
     assert not caplog.records
+
+
+def test_a_strategy_is_worked_out_once_for_all_proposals(monkeypatch: pytest.MonkeyPatch) -> None:
+    space = load_space("default")
+    observations = history(space, 12)
+    sampler = Sampler(space, seed=5)
+    expected = [sampler.propose(number, observations) for number in (12, 13)]
+    asked: list[dict] = []
+    real = Space.strategy
+    monkeypatch.setattr(Space, "strategy", lambda self, point: asked.append(dict(point)) or real(self, point))
+    assert [sampler.propose(number, observations) for number in (12, 13)] == expected
+    assert not [point for point in asked if point in [item.point for item in observations]]
 
 
 def test_the_starts_of_a_space_are_proposed_first_and_once():

@@ -153,6 +153,11 @@ def test_a_finished_search_is_extended_and_says_that_its_test_is_spent(
 ) -> None:
     out = tmp_path / "runs"
     shutil.copytree(outcome[1], out)
+    # Whichever is best of more, the test split is opened again: it was not scored to the end.
+    log = out / "run" / "trials.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    last = max(place for place, line in enumerate(lines) if json.loads(line)["event"] == "test")
+    log.write_text("".join(lines[:last] + lines[last + 1 :]))
     before = {row.row_id: row for row in outcome[0].rows}
     longer = search(request(inputs, out, resume=True, trials=5, confirm=1))
     proposed = {row.trial for row in longer.rows if row.kind == "student"}
@@ -345,6 +350,30 @@ def test_what_stands_in_for_a_divergence_is_in_the_record(inputs: tuple[Path, Pa
     assert {row.other["approximate"] for row in result.rows if row.kind == "baseline"} == {said}
     stored = read_parquet(tmp_path / "run" / "leaderboard.parquet")
     assert {row.other.get("approximate") for row in stored} == {said, None}
+
+
+def test_a_search_that_ends_once_more_with_what_it_had_does_not_open_the_test_split_again(
+    inputs: tuple[Path, Path, Path],
+    outcome: tuple[Outcome, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "runs"
+    shutil.copytree(outcome[1], out)
+    logged = [event for event in events(out) if event["event"] == "test"]
+    with monkeypatch.context() as patch:
+        patch.setattr("autodistill.search.finish.refer", lambda *given, **more: pytest.fail("the teacher was scored"))
+        again = search(request(inputs, out, resume=True))
+    assert [event for event in events(out) if event["event"] == "test"] == logged
+    assert [opening["run"] for opening in recorded_test_openings(out)] == ["run"]
+    assert again.document["test"] == outcome[0].document["test"]
+    assert again.document["gain_on_test"] == outcome[0].document["gain_on_test"]
+    assert not any("test split was opened before" in note for note in again.document["notes"])
+
+
+def test_a_run_that_goes_on_has_its_plan_already(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="leave out --plan or --resume"):
+        plan_search(request(inputs, tmp_path, resume=True))
 
 
 def test_a_plan_writes_no_run(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
