@@ -35,8 +35,8 @@ class Sampler:
         space: What may be proposed.
         name: "tpe", a tree-structured Parzen estimator by turns with neighbours of the best point; "gp", a Gaussian
             process; "nsga2", a genetic algorithm; or "random".
-        seed: Every proposal follows from it, the number asked for and the observations; nothing is kept between calls but
-            the ids of points.
+        seed: Every proposal follows from it, the number asked for and the observations; nothing is kept between calls
+            but the ids of points.
         direction: Whether more or less of the metric is better.
         further: The objectives beside the metric.
         earlier: What other searches observed; every proposal follows from it too.
