@@ -25,7 +25,6 @@ from autodistill.serving_memory import memory
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment, Strategy
 
-
 # A value after so many times this plan's tokens counts as one at its end: tokens follow from a timing of seconds, and
 # two runs of one command hardly ever plan the same.
 _SAME = (0.8, 1.25)
