@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from gguf import GGMLQuantizationType
 
 from autodistill import latent
 from autodistill.contracts import ModelSpec
@@ -86,10 +84,7 @@ def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
 
 
 def _main_format(file: GgufFile) -> str | None:
-    sizes: Counter[int] = Counter()
-    for tensor in file.tensors:
-        sizes[tensor.type] += tensor.size
-    name = f"gguf-{GGMLQuantizationType(sizes.most_common(1)[0][0]).name.lower()}"
+    name = f"gguf-{file.main_type().lower()}"
     return name if name in FORMATS else None
 
 

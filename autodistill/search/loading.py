@@ -68,6 +68,11 @@ class Loaded:
         """What the teacher's outputs are known by."""
         return self.teacher_fit.of(self.teacher.fingerprint)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of teacher and templates, in sentences."""
+        return (*_told_of_teacher(self.teacher), *self.templates.values())
+
     def stepping(self, tokens: int) -> Loaded:
         """The same with optimiser steps of so many tokens."""
         return replace(self, step_tokens=tokens, fit=self.fit_step(tokens))
@@ -280,6 +285,16 @@ def _check_sayable(
                 f"{model} has no {token!r}, which the answers to learn hold {learnt[lacking[0]]:,} times, and with a "
                 "frozen table it could never say it: set distillation.train_embeddings, or choose a model that has it"
             )
+
+
+def _told_of_teacher(teacher: Teacher) -> tuple[str, ...]:
+    """What a teacher's figures mean, where its own file is quantised."""
+    if teacher.quantised is None:
+        return ()
+    return (
+        f"the teacher's file is quantised ({teacher.quantised}) and was dequantised: the teacher in 16 bits is that "
+        "model, not the one it was quantised from",
+    )
 
 
 def _told_of(model: str, info: RenderingInfo) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -287,7 +287,7 @@ def _search(
         ) from None
     rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
     seconds = clock.summary()
-    result = _result(checked, campaign, rows, finished, plan, seconds, run, loaded.templates)
+    result = _result(checked, campaign, rows, finished, plan, seconds, run, loaded.notes)
     kept = {name: result[name] for name in ("notes", "saved")}
     write_json(run.search_file, {**ready.document, "seconds": seconds, **kept})
     if storage is not None:
@@ -342,13 +342,13 @@ def _result(
     plan: Plan,
     seconds: Mapping[str, float],
     run: RunFolder,
-    templates: Mapping[str, str],
+    told: Sequence[str],
 ) -> dict[str, Any]:
     """The search's one JSON document."""
     ranked = rank(contenders(rows), checked.metric, checked.direction)
     trials = campaign.trials.values()
     short = _short_of_the_end(finished.best, checked.request, run, plan)
-    notes = [*templates.values(), *plan.notes, *short, *finished.notes, *shortfall(campaign, plan)]
+    notes = [*told, *plan.notes, *short, *finished.notes, *shortfall(campaign, plan)]
     return {
         "name": run.name,
         "best": finished.best.to_json(),

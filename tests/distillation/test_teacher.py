@@ -139,6 +139,7 @@ def test_a_gguf_file_is_read_as_transformers_reads_it(
     source = save_tiny_teacher(tmp_path / "source", architecture=architecture, tied=tied, layers=2)
     path = write_gguf(source, tmp_path / "tiny.gguf", kind)
     teacher = materialise(resolve_teacher(str(path)), tmp_path / "cache")
+    assert teacher.quantised == (None if kind in (Kind.F32, Kind.F16) else kind.name)
     ours = load_model(teacher.folder, torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32).eval()
     expected = theirs.state_dict()
@@ -533,6 +534,7 @@ def test_a_gguf_files_text_is_cut_as_llama_cpp_cuts_it(
 def test_smollm2_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
     ref = resolve_teacher("smollm2")
     assert (ref.name, ref.licence, ref.config["num_hidden_layers"]) == ("SmolLM2-135M-Instruct", "Apache-2.0", 30)
+    assert ref.quantised == "Q4_1"
     assert ref.path is not None
     teacher = materialise(ref, tmp_path)
     expected = AutoModelForCausalLM.from_pretrained(ref.path.parent, gguf_file=ref.path.name, dtype=torch.float32)
