@@ -28,6 +28,7 @@ MORE_TEMPLATES = "additional_chat_templates"
 """The folder of a tokenizer's chat templates beside its default one, which is what conversations are rendered by."""
 _TEXT_FILES = (".json", ".jinja", ".model", ".txt")
 _OWN_FILES = ("config.json", "model.safetensors.index.json", "teacher.json")
+_LICENCE_FILES = ("license", "licence", "copying", "notice")  # as these names begin, in small letters
 # Of those the ones that say what a template of the student's own says otherwise.
 _GENERATION, _GGUF = "generation_config.json", "gguf_tokenizer.json"
 _RENAMED = ("chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json")
@@ -37,12 +38,20 @@ _END = -1  # in the place of the id of whatever ends an answer
 
 
 def copy_text(teacher: Path, folder: Path) -> None:
-    """Copies the tokenizer, and all else that describes a teacher's text."""
+    """Copies the tokenizer, all else that describes a teacher's text, and the text of its licence."""
     for path in teacher.iterdir():
         if path.is_file() and path.suffix in _TEXT_FILES and path.name not in _OWN_FILES:
             shutil.copyfile(path, folder / path.name)
     if (teacher / MORE_TEMPLATES).is_dir():
         shutil.copytree(teacher / MORE_TEMPLATES, folder / MORE_TEMPLATES, dirs_exist_ok=True)
+    copy_licence(teacher, folder)
+
+
+def copy_licence(model: Path, folder: Path) -> None:
+    """Copies the text of a model's licence, and the notices beside it, which go wherever the model does."""
+    for path in model.iterdir():
+        if path.is_file() and path.name.lower().startswith(_LICENCE_FILES):
+            shutil.copyfile(path, folder / path.name)
 
 
 def write_text(teacher: Path, renderer: Renderer, folder: Path) -> None:

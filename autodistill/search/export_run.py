@@ -7,6 +7,7 @@ from pathlib import Path
 
 from autodistill import plugins
 from autodistill.errors import InputError
+from autodistill.export.card import Origin, model_card
 from autodistill.export.verify import verify
 from autodistill.formats import get_format
 from autodistill.records.choice import chosen, contenders
@@ -16,10 +17,13 @@ from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
 from autodistill.strategy import Deployment
 from autodistill.students import kept_after, student_folder
+from autodistill.templates import copy_licence
 
 
 def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], out: Path) -> dict[str, Path]:
     """Packs the student of a row into each container, and holds the bytes on disk to the evaluated weights.
+
+    A model card lies beside each, and the text of the teacher's licence where its folder has one.
 
     A container other than the row's own takes the deployment that ranks best among the rows of the same trial in it;
     "huggingface" is the 16-bit folder.
@@ -40,7 +44,8 @@ def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], ou
     """
     _check_containers(containers)
     asked = read_json(run.search_file)
-    rows = [row for row in rows_of(run.events.read()) if row.split != "test"]
+    every = rows_of(run.events.read(), ("row", "test"))
+    rows = [row for row in every if row.split != "test"]
     ranked = [one.row for one in rank(contenders(rows), asked["metric"], asked["direction"])]
     # Of students short of the end few are kept, and the best of these need not be the best of all.
     having = [row for row in rows if row.kind not in DISTILLED or row.full or _folder(run, row).is_dir()]
@@ -52,7 +57,12 @@ def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], ou
         folder = out / name
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} exists and is not an empty folder: choose another one with --out")
-    return {name: _pack(student, deployment, out / name) for name, deployment in deployments.items()}
+    paths = {name: _pack(student, deployment, out / name) for name, deployment in deployments.items()}
+    for name, deployment in deployments.items():
+        card = model_card(row, deployment, every, Origin.of(asked))
+        (out / name / "README.md").write_text(card, encoding="utf-8")
+        copy_licence(student, out / name)
+    return paths
 
 
 def _check_containers(containers: Sequence[str]) -> None:

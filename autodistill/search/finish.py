@@ -25,12 +25,13 @@ from autodistill.distillation.teacher import Teacher, load_model
 from autodistill.errors import InputError, NothingFitsError, VerificationError
 from autodistill.estimate import fits, holdable, too_late
 from autodistill.evaluation import Evaluation, deployed_weights, evaluate
-from autodistill.export.huggingface import model_card
+from autodistill.export.card import Origin, model_card
 from autodistill.export.verify import CLEAR_SHARE, MIN_POSITIONS, RuntimeCheck, verify, verify_runtime
 from autodistill.formats import get_format
 from autodistill.quiet import free_cores
 from autodistill.records.confirmation import Confirmation, confirmations
 from autodistill.records.differences import paired
+from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import (
     DISTILLED,
     limits_of,
@@ -46,6 +47,7 @@ from autodistill.search.rows import make_row
 from autodistill.search.trials import Question
 from autodistill.strategy import Deployment, Strategy
 from autodistill.students import has_student, kept_after, trained_student
+from autodistill.templates import copy_licence
 from autodistill.token_sets import Prepared, load_split
 from autodistill.trial_data import TrialSetting
 from autodistill.units import Budget, format_bytes, format_duration
@@ -144,21 +146,19 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     if best is None:
         judged = any(row.kind in DISTILLED for row in rows)
         raise NothingFitsError(_nothing(rejected or students, judged, finisher))
-    notes = () if "gguf" in paths else _gguf_beside(choice, rejected, finisher, paths, checks)
+    packed = {container: (best, Deployment.from_json(best.deployment)) for container in paths}
+    notes: tuple[str, ...] = ()
+    if "gguf" not in paths:
+        beside, notes = _gguf_beside(choice, rejected, finisher, paths, checks)
+        if beside is not None:
+            packed["gguf"] = (beside, Deployment.from_json(beside.deployment))
     if "huggingface" not in paths:
         with phases.phase("export", "exporting the 16-bit folder"):
             paths["huggingface"] = _pack(best, _FULL, finisher)[0].path
+        packed["huggingface"] = (best, _FULL)
     with phases.phase("evaluate", "test split"):
         test = _test(best, rows, finisher)
-    card = model_card(
-        [best.to_json(), *(row.to_json() for row in test)],
-        best.strategy or {},
-        teacher=finisher.teacher.name,
-        data_name=finisher.data.name,
-        licence=finisher.teacher.licence,
-    )
-    for folder in {path if path.is_dir() else path.parent for path in paths.values()}:
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    _describe(packed, test, finisher)
     return Finish(
         best=best,
         paths=paths,
@@ -168,6 +168,17 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         confirmed=tuple(confirmed),
         notes=(*notes, *_notes(best, rows, finisher), *_spent(finisher)),
     )
+
+
+def _describe(packed: Mapping[str, tuple[Row, Deployment]], test: Sequence[Row], finisher: Finisher) -> None:
+    """Lays a model card beside each exported student, and the text of the licence that the teacher's folder has."""
+    run = finisher.run
+    rows = [row for row in rows_of(run.events.read()) if row.split != "test"]
+    origin = Origin.of(read_json(run.search_file))
+    for container, (row, deployment) in packed.items():
+        folder = run.student(container)
+        (folder / "README.md").write_text(model_card(row, deployment, [*rows, *test], origin), encoding="utf-8")
+        copy_licence(finisher.student(row), folder)
 
 
 def _first_that_fits(
@@ -201,20 +212,19 @@ def _gguf_beside(
     finisher: Finisher,
     paths: dict[str, Path],
     checks: dict[str, RuntimeCheck],
-) -> tuple[str, ...]:
+) -> tuple[Row | None, tuple[str, ...]]:
     """Exports the best GGUF file beside a best student of another kind, which stands whatever becomes of it.
 
     Returns:
-        Why there is no such file, where it could not be written or was not what was evaluated.
+        Its row, if any fits, and why there is no such file where it could not be written or was not what was evaluated.
     """
     try:
-        _first_that_fits(choice, rejected, finisher, paths, checks, "gguf")
+        return _first_that_fits(choice, rejected, finisher, paths, checks, "gguf"), ()
     except (InputError, VerificationError) as error:
         for kept in (paths, checks):
             kept.pop("gguf", None)
         shutil.rmtree(finisher.run.student("gguf"), ignore_errors=True)
-        return (f"there is no GGUF file beside the best student: {error}",)
-    return ()
+        return None, (f"there is no GGUF file beside the best student: {error}",)
 
 
 def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artefact, str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from autodistill.contracts import ModelSpec, Plan
 from autodistill.errors import InputError
+from autodistill.export.card import NOT_STATED
 from autodistill.records.json_files import write_json
 from autodistill.records.store import RunFolder
 from autodistill.search.checked import Checked
@@ -84,7 +85,7 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
     context = checked.request.budget.context
     if checked.stored is None and checked.request.context_by_default and context < CONTEXT:
         observer.line(f"the budget is stated at a context of {context} tokens: a model of this search reads no more")
-    for note in (*loaded.data.notes, *_unasked(checked, loaded), *loaded.templates.values(), *plan.notes):
+    for note in (*loaded.data.notes, *_unasked(checked, loaded), *loaded.notes, *plan.notes):
         observer.line(note)
     return Planned(loaded=loaded, plan=plan, speed=speed, document=document)
 
@@ -201,6 +202,7 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
             "reference": checked.teacher_reference,
             "name": loaded.teacher.name,
             "fingerprint": loaded.teacher.fingerprint,
+            "quantised": loaded.teacher.quantised,
             "parameters": loaded.spec.parameters,
             "layers": loaded.spec.layers,
             "held": loaded.teacher_fit.held,
@@ -248,4 +250,4 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
 
 def _licences(loaded: Loaded) -> dict[str, str]:
     named = {loaded.teacher.name: loaded.teacher.licence, loaded.data.name: loaded.data.licence}
-    return {name: licence or "not stated: ask its author" for name, licence in named.items()}
+    return {name: licence or NOT_STATED for name, licence in named.items()}

@@ -1,4 +1,4 @@
-"""The 16-bit folder, as transformers reads it, and the model card."""
+"""The 16-bit folder, as transformers reads it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from autodistill.export.huggingface import HuggingFaceExporter, model_card
-from autodistill.strategy import Deployment, Strategy
+from autodistill.export.huggingface import HuggingFaceExporter
+from autodistill.strategy import Deployment
 from autodistill.testing import save_tiny_teacher
 
 PLAIN = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
@@ -71,32 +70,3 @@ def test_shards_are_read(tmp_path: Path) -> None:
     whole = load_file(student / "model.safetensors")
     assert set(found) == set(whole)
     assert all(torch.equal(torch.from_numpy(found[name]), whole[name].bfloat16().float()) for name in whole)
-
-
-def test_model_card_states_what_was_measured_and_how() -> None:
-    strategy = Strategy()
-    row = {
-        "deployment": {"runtime": "llama.cpp", "format": "gguf-q4_0", "bits": 4, "group_size": 32},
-        "split": "test",
-        "accuracy": 0.41234,
-        "accuracy_stderr": 0.0051,
-        "retention": 0.91,
-        "perplexity": None,
-        "memory_bytes": 150_000_000,
-        "memory_source": "measured",
-        "latency_ms": 7.25,
-        "latency_source": "measured",
-        "size_bytes": 91_700_000,
-    }
-    card = model_card([row], strategy.to_json(), "SmolLM2-135M-Instruct", "pydoc", "Apache-2.0")
-    _, header, body = card.split("---\n", 2)
-    assert yaml.safe_load(header)["license"] == "apache-2.0"
-    assert strategy.id in body
-    assert (
-        "| gguf-q4_0 | test | 0.4123 ± 0.0051 | 0.910 | - | 150 MB (measured) | 7.2 ms (measured) | 91.7 MB |" in body
-    )
-    assert json.loads(body.split("```json\n")[1].split("```")[0]) == strategy.to_json()
-    unknown = model_card([row], {}, "SmolLM2-135M-Instruct", "pydoc", None)
-    assert "license:" not in unknown
-    assert "without training" in unknown
-    assert "unknown" in unknown

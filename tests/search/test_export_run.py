@@ -41,6 +41,13 @@ def row(trial: str, packing: str, accuracy: float, kind: str = "student", **fiel
     return Row(**least | fields)
 
 
+SEARCH = {
+    "metric": "accuracy",
+    "direction": "max",
+    "teacher": {"name": "big"},
+    "data": {"name": "text"},
+    "licences": {"big": "MIT", "text": "CC0-1.0"},
+}
 ROWS = [
     row("t000", "f16", 0.30),
     row("t000", "q8_0", 0.31),
@@ -58,11 +65,12 @@ ROWS = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run of which the students of t000 and t001 are on disk, different ones."""
     with RunFolder.create(tmp_path_factory.mktemp("runs"), "small") as made:
-        write_json(made.search_file, {"metric": "accuracy", "direction": "max"})
+        write_json(made.search_file, SEARCH)
         for one in ROWS:
             made.events.append({"event": "test" if one.split == "test" else "row", "row": one.to_json()})
         for seed, trial in enumerate(("t000", "t001")):
             save_tiny_teacher(made.checkpoints / trial / "student", layers=2, ffn=128, seed=seed)
+            (made.checkpoints / trial / "student" / "LICENSE").write_text("Do as you please.")
     return made
 
 
@@ -92,6 +100,18 @@ def test_a_container_other_than_the_rows_takes_the_best_deployment_of_its_trial(
     # bfloat16 keeps 8 significant bits.
     np.testing.assert_allclose(kept.float().numpy(), weights(run, "t000"), rtol=2**-8)
     assert "model.layers.0.mlp.up_proj.weight_packed" in load_file(paths["compressed-tensors"] / "model.safetensors")
+
+
+def test_a_card_and_the_licence_lie_beside_each(run: RunFolder, tmp_path: Path) -> None:
+    for container, path in export_run(run, "t000-q8_0", ["gguf", "huggingface"], tmp_path).items():
+        folder = tmp_path / container
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert f"packed here as {'gguf-q8_0' if container == 'gguf' else 'huggingface'}." in card
+        assert "0.3200" in card, "another packing of it"
+        assert "inherit: MIT" in card
+        assert "(text): CC0-1.0" in card
+        assert (folder / "LICENSE").read_text() == "Do as you please."
+        assert path.exists()
 
 
 def test_a_row_that_is_asked_for_is_the_one_that_is_exported(run: RunFolder, tmp_path: Path) -> None:

@@ -211,7 +211,8 @@ def test_a_gguf_file_that_fails_does_not_end_what_has_a_verified_best(
         raise failure
 
     monkeypatch.setattr(finish, "_export", export)
-    notes = _gguf_beside([row("t000", "accuracy", 0.5)], [], finisher, paths, checks)  # type: ignore[arg-type]
+    beside, notes = _gguf_beside([row("t000", "accuracy", 0.5)], [], finisher, paths, checks)  # type: ignore[arg-type]
+    assert beside is None
     assert notes == (f"there is no GGUF file beside the best student: {failure}",)
     assert list(paths) == list(checks) == ["compressed-tensors"]
     assert not folder.exists()
