@@ -11,6 +11,9 @@ from autodistill.summary import table
 from autodistill.units import CONTEXT, count_of, format_bytes, format_duration
 
 
+_PARTS = {"shown_bytes": "rounded copies"}
+
+
 def devices_table(known: Sequence[Device]) -> str:
     """Devices as a table: memory, usable memory, bandwidth, dense rates; measured ones are marked."""
     head = ("device", "class", "memory", "usable", "bandwidth", *PRECISIONS)
@@ -79,11 +82,14 @@ def _training(found: Mapping[str, Any]) -> str:
     ways = ("all_kept", "checkpointing")
     # Without a teacher nothing is aligned.
     parts = [name for name in found["all_kept"] if name != "alignment_bytes"]
-    lines = [(name.removesuffix("_bytes"), *(format_bytes(found[way][name]) for way in ways)) for name in parts]
+    lines = [
+        (_PARTS.get(name, name.removesuffix("_bytes")), *(format_bytes(found[way][name]) for way in ways))
+        for name in parts
+    ]
     head = ("training", *(way.replace("_", " ") for way in ways))
     note = (
         f"All weights by AdamW in float32, products in bfloat16, {count_of(found['tokens'], 'token')} a step of one "
-        "pass. Gradients come as what was kept goes: of the two sums the larger counts in the total."
+        "pass. What was kept is freed as gradients arrive: the total has the larger of the two sums."
     )
     return f"{table([head, *lines], left=1)}\n{note}"
 
@@ -93,6 +99,8 @@ def _overhead(change: Mapping[str, Any]) -> str:
     if not change["pairs"]:
         return ""
     more = change["correction_bytes"]
+    if not more and not change["margin_bytes"]:
+        return ""
     return (
         f"\nPredicted memory has {format_bytes(abs(more))} {'less' if more < 0 else 'more'} overhead than estimated, "
         f"and a margin of {format_bytes(change['margin_bytes'])}, by {count_of(change['pairs'], 'measured student')}."

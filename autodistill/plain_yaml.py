@@ -44,6 +44,8 @@ def read_yaml(path: Path) -> Any:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not YAML"
-        raise InputError(f"{path.name} is not YAML of plain data: {line}{problem}") from None
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
+        # What constructs values refuses tags and repeated keys; all else is syntax.
+        kind = "plain data" if isinstance(error, yaml.constructor.ConstructorError) else "valid YAML"
+        raise InputError(f"{where}: not {kind}: {problem}") from None

@@ -461,9 +461,9 @@ def load_space(ref: str | Path) -> Space:
     Raises:
         InputError: No such space or file, YAML that is not plain data, or a space that does not hold together.
     """
-    path = _resolve(ref, "space", ".")
+    data = read_yaml(_resolve(ref, "space", "."))
     try:
-        return Space.from_json(read_yaml(path))
+        return Space.from_json(data)
     except InputError as error:
         raise InputError(f"space {ref}: {error}") from None
 
@@ -474,15 +474,16 @@ def load_strategy(ref: str | Path) -> Strategy:
     Raises:
         InputError: No such strategy or file, YAML that is not plain data, or a broken rule.
     """
-    path = _resolve(ref, "strategy", "strategies")
+    data = read_yaml(_resolve(ref, "strategy", "strategies"))
     try:
-        return Strategy.from_json(read_yaml(path))
+        return Strategy.from_json(data)
     except InputError as error:
         raise InputError(f"strategy {ref}: {error}") from None
 
 
 def _resolve(ref: str | Path, what: str, folder: str) -> Path:
     if isinstance(ref, Path) or ref.endswith((".yaml", ".yml")) or "/" in ref or "\\" in ref:
+        check(not Path(ref).is_dir(), f"{ref} is a folder: give the {what}'s .yaml file")
         check(Path(ref).is_file(), f"there is no {what} file {ref}")
         return Path(ref)
     home = Path(str(files("autodistill.search_spaces"))) / folder

@@ -14,7 +14,7 @@ from autodistill.hardware import detect, machine_name
 from autodistill.llama_cpp import LlamaServer
 from autodistill.python_server import PythonServer
 from autodistill.quiet import Noise, Watch
-from autodistill.units import LatencyLimit
+from autodistill.units import LatencyLimit, count_of
 
 # By how much the medians of rounds may differ, relative to their median, before their figures are doubted.
 _SPREAD = 0.15
@@ -177,7 +177,9 @@ class Timed:
     def doubts(self) -> tuple[str, ...]:
         """Why the figures are doubtful, in words: a busy machine, or rounds that differ."""
         wide = [
-            f"rounds at {one.streams} streams differ by {one.spread:.0%}" for one in self.loads if one.spread > _SPREAD
+            f"rounds at {count_of(one.streams, 'stream')} differ by {one.spread:.0%}"
+            for one in self.loads
+            if one.spread > _SPREAD
         ]
         return (*self.noise.doubts, *wide)
 

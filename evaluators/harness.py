@@ -164,7 +164,8 @@ def _load(task: str, reference: str) -> dict[str, Any]:
         manager = TaskManager(include_defaults=not own)
         if not own and task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, 3)
-            raise InputError(f"lm-eval knows no task {task!r}; similar ones are {', '.join(near) or 'none'}")
+            similar = f"similar ones are {', '.join(near)}" if near else "none has a similar name"
+            raise InputError(f"lm-eval knows no task {task!r}; {similar}")
         try:
             found: dict[str, Any] = manager.load(task)["tasks"]
         except Exception as error:  # whatever a task's own file, its data set, and the hub's client below it raise

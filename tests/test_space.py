@@ -429,12 +429,12 @@ def test_faults_of_the_rest(change, said):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("dimensions: {}\nname: !!python/object/apply:os.system ['true']\n", "line 2"),
-        ("name: a\nname: b\n", "line 1: the key name is given twice"),
-        ("name: [1, 2\nother: {", "line 2"),
+        ("dimensions: {}\nname: !!python/object/apply:os.system ['true']\n", "line 2: not plain data"),
+        ("name: a\nname: b\n", "line 1: not plain data: the key name is given twice"),
+        ("name: [1, 2\nother: {", "bad.yaml, line 2: not valid YAML"),
         ("", "must be a mapping"),
         ("- 1\n", "must be a mapping"),
-        (b"\xff\xfe\xfa", "is not YAML of plain data"),
+        (b"\xff\xfe\xfa", "bad.yaml: not valid YAML"),
     ],
 )
 def test_files_that_are_not_plain_yaml(text, said, tmp_path):
@@ -455,6 +455,8 @@ def test_unknown_names_and_files(tmp_path):
     for missing in (tmp_path / "none.yaml", str(tmp_path / "none.yaml"), "some/folder"):
         with pytest.raises(InputError, match="there is no space file"):
             load_space(missing)
+    with pytest.raises(InputError, match=r"is a folder: give the space's \.yaml file"):
+        load_space(str(tmp_path))
 
 
 def test_a_strategy_file(tmp_path):

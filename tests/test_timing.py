@@ -73,7 +73,7 @@ def test_rounds_that_differ_are_a_doubt(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(timing, "serve", lambda *_, **__: server)
     load = Load(prompts=(8,), prompt=8, decoded=5, rounds=3)
     found = time_serving(Path("x"), "llama.cpp", load, vocabulary=100, context=512, threads=1)
-    assert any("rounds at 1 streams differ by" in doubt for doubt in found.doubts)
+    assert any("rounds at 1 stream differ by" in doubt for doubt in found.doubts)
 
 
 def test_a_load_is_shortened_to_what_a_context_holds() -> None:

@@ -64,5 +64,7 @@ def opened(openings: Mapping[str, int]) -> str:
     times = sum(openings.values())
     if not times:
         return "The test split of this data has not been opened here."
+    if times == 1:
+        return f"The test split of this data has been opened once here, by {next(iter(openings))}."
     runs = ", ".join(f"{run} {count}" for run, count in openings.items())
-    return f"The test split of this data has been opened {times} time{'s' if times > 1 else ''} here, by {runs}."
+    return f"The test split of this data has been opened {times} times here, by {runs}."

@@ -154,7 +154,8 @@ def _asked(search: Mapping[str, Any]) -> str:
     facts |= {name: plan[name] for name in ("trials", "tokens", "rungs", "workers", "threads", "seed") if name in plan}
     if plan.get("box_seconds"):
         facts["time box"] = format_duration(plan["box_seconds"])
-    notes = [*plan.get("notes", ()), *search.get("notes", ())]
+    # A search that has ended has the plan's notes among its own.
+    notes = dict.fromkeys([*plan.get("notes", ()), *search.get("notes", ())])
     return "\n\n".join([_pairs("What was asked", facts), *(f"- {_text(note)}" for note in notes)])
 
 
@@ -321,7 +322,7 @@ def _test(events: Iterable[Mapping[str, Any]], metric: str, openings: Mapping[st
     more = note + _table(compared[0], compared[1:]) if compared else ""
     more = "\n\n".join(filter(None, [more, rests_on(rows)]))
     ledger = f"\n\n{_text(opened(openings))}" if openings else ""
-    return "## Test split, opened once at the end\n\n" + _table(titles, lines) + more + ledger
+    return "## Test split\n\n" + _table(titles, lines) + more + ledger
 
 
 def _command(search: Mapping[str, Any]) -> str:
@@ -354,7 +355,9 @@ def _pairs(title: str, pairs: Mapping[str, Any]) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
+        # What is zero, false or unknown would tell a reader nothing.
+        shown = ((name.replace("_", " "), _value(item)) for name, item in value.items() if item)
+        return ", ".join(f"{name} {text}" for name, text in shown if text)
     if isinstance(value, list | tuple):
         return ", ".join(_value(item) for item in value)
     return str(value)

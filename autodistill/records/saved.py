@@ -50,7 +50,7 @@ class Saved:
             said.append(
                 f"{self.sharing} trial{'s' if self.sharing > 1 else ''} went on from stages that others had trained: "
                 f"{_amount(self.shared_tokens, self.shared_flops, self.shared_seconds)} saved, "
-                f"{self.trained_tokens:,} tokens trained"
+                f"{self.trained_tokens:,} tokens trained, decays at rungs among them"
             )
         if self.rejected:
             what = "proposals were" if self.rejected > 1 else "proposal was"

@@ -84,10 +84,11 @@ class Explanation:
         lines += [f"  {count:4d}  failed: {cause}" for cause, count in self.failed.items()]
         lines += [f"  {count:4d}  failed once and tried again: {cause}" for cause, count in self.retried.items()]
         if self.tokens_full:
-            less = 1 - (self.tokens_trained + self.saved.shared_tokens) / self.tokens_full
+            reached = self.tokens_trained + self.saved.shared_tokens
+            shared = f", {self.saved.shared_tokens:,} of them shared with others" if self.saved.shared_tokens else ""
             lines.append(
-                f"{self.tokens_trained:,} tokens were trained; all of these trials to the end would have been "
-                f"{self.tokens_full:,} ({less:.0%} saved by stopping)."
+                f"Trials reached {reached:,} of the {self.tokens_full:,} tokens that all of them to the end would be "
+                f"({1 - reached / self.tokens_full:.0%} saved by stopping){shared}."
             )
         lines += [f"{sentence}." for sentence in self.saved.describe()]
         return "\n".join([*lines, opened(self.openings), self.binding, *self.next])

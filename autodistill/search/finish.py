@@ -509,11 +509,11 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
     notes = []
     spec = finisher.setting.teacher_spec
     fitting = fits(spec, holdable(spec, question.deployments), question.budget)
-    needs = [fit.need for fit in fitting]
-    if needs and max(fit.slack for fit in fitting) <= 0:
+    if fitting and max(fit.slack for fit in fitting) <= 0:
+        most = max(fitting, key=lambda fit: fit.need)
         notes.append(
-            f"the budget of {format_bytes(limit)} does not bind: even the unquantised teacher needs only "
-            f"{format_bytes(max(needs))}"
+            f"the budget of {format_bytes(limit)} does not bind: the teacher fits in every packing, of which "
+            f"{most.deployment.name} needs most, {format_bytes(most.need)}"
         )
     memory = best.memory_bytes or 0
     if not question.space.dimensions:

@@ -107,6 +107,18 @@ def test_the_page_says_what_was_asked_found_and_lost() -> None:
     assert [line[:2] for line in by_title["what"][2:]] == [["found student", "t001"], ["teacher", "teacher"]]
 
 
+def test_what_is_zero_or_unknown_is_left_out_and_no_note_is_told_twice() -> None:
+    teacher = {"name": "big", "rounded": False, "quantised": None, "held_in": "float32"}
+    data = {"name": "text", "answers": {"train": {"tokens": 0}}}
+    plan = {"notes": ["The box is small."]}
+    search = SEARCH | {"teacher": teacher, "data": data, "plan": plan, "notes": ["The box is small.", "It is done."]}
+    page = report.report_markdown(search, rank(ROWS), EVENTS)
+    assert "| teacher | name big, held in float32 |" in page
+    assert "| data | name text |" in page
+    assert page.count("The box is small.") == 1
+    assert "- It is done." in page
+
+
 def test_every_line_of_a_table_has_as_many_cells_as_its_head() -> None:
     page = report.report_markdown(SEARCH, rank(ROWS), EVENTS)
     blocks = [block.split("\n") for block in page.strip().split("\n\n") if block.startswith("|")]

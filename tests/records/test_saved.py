@@ -41,7 +41,7 @@ def test_what_was_saved_is_what_the_log_says() -> None:
     shared, rejected = found.describe()
     assert shared == (
         "1 trial went on from stages that others had trained: 2,560 tokens (about 1.5e+07 FLOPs, 28.6s of a worker) "
-        "saved, 1,792 tokens trained"
+        "saved, 1,792 tokens trained, decays at rungs among them"
     )
     assert rejected.startswith("2 proposals were rejected without training: up to the first rung 2,048 tokens (about")
 

@@ -98,6 +98,9 @@ def test_counts_and_tokens_are_those_of_the_log(run: RunFolder) -> None:
     assert found.rejected == {"needs 7 MB too much": 2}
     assert (found.tokens_trained, found.tokens_full) == (20 * 1024 + 7 * 3072 + 3 * 9216, 30 * 9216)
     assert found.tokens_rejected == 2 * 1024
+    reached, whole = 20 * 1024 + 7 * 3072 + 3 * 9216, 30 * 9216
+    said = f"Trials reached {reached:,} of the {whole:,} tokens that all of them to the end would be"
+    assert f"{said} ({1 - reached / whole:.0%} saved by stopping)." in found.describe()
 
 
 def test_what_would_fit_next_is_what_is_better_and_how_much_it_lacks(run: RunFolder) -> None:
