@@ -40,7 +40,7 @@ CASES: dict[str, tuple[Alignment | None, Attention | None]] = {
 
 def main() -> None:
     """Trains a student for each case and seed that is missing and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=6144)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)

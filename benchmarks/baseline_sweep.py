@@ -48,7 +48,7 @@ def candidates(rates: list[float], divergence: list[float], alignment: list[floa
 
 def main() -> None:
     """Runs the sweep, shows progress and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=12544)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)

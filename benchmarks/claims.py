@@ -1,4 +1,4 @@
-"""The guide's claims on a math task: what recipes lose against their teacher, temperatures, what quantisation takes.
+"""Often-quoted figures on a math task: what recipes lose against their teacher, temperatures, what quantisation takes.
 
     python benchmarks/claims.py [--time 5m] [--seeds 5] [--sweep] [--report]
 
@@ -120,9 +120,9 @@ class Findings:
     def summary(self) -> list[str]:
         """What the tables say, in sentences."""
         sentences = [
-            f"Lost against the teacher, in points of exact match: outputs alone {self.lost('outputs')} (the guide: 8), "
-            f"the full recipe {self.lost('full recipe')} (the guide: at most 3), cross-entropy without the teacher "
-            f"{self.lost('cross-entropy')}.",
+            f"Lost against the teacher, in points of exact match: outputs alone {self.lost('outputs')} (often quoted: "
+            f"8), the full recipe {self.lost('full recipe')} (often quoted: at most 3), cross-entropy without the "
+            f"teacher {self.lost('cross-entropy')}.",
             f"The full recipe less outputs alone: {verdict(self.less('full recipe', 'outputs'))}.",
             f"The full recipe less outputs alone at the same falling temperature: "
             f"{verdict(self.less('full recipe', 'outputs, T 5 to 1'))}.",
@@ -141,7 +141,7 @@ class Findings:
                 gain = [after - before for before, after in zip(without, with_it, strict=True)]
                 sentences.append(
                     f"{bits} bits, whole rows: retention {mean(without)}% without and {mean(with_it)}% with training "
-                    f"on the grid, {verdict(gain)}{' (the guide: 72% and 89%)' if bits == 8 else ''}."
+                    f"on the grid, {verdict(gain)}{' (often quoted: 72% and 89%)' if bits == 8 else ''}."
                 )
         return sentences
 
@@ -208,16 +208,16 @@ def write_report(bench: Bench, teacher: MathTeacher) -> Path:
     temperatures = [name for name in RECIPES if name == "outputs" or name.startswith("outputs, T")]
     return report.write(
         "claims",
-        "The guide's claims, on sums",
+        "Often-quoted figures, on sums",
         [
             head,
             "## What was found\n\n" + "\n".join(f"- {sentence}" for sentence in found.summary()),
-            "## What each recipe loses\n\nThe guide: output-only distillation loses 8% of accuracy on math, the full "
-            "recipe at most 3%.",
+            "## What each recipe loses\n\nOften quoted: output-only distillation loses 8% of accuracy on math, the "
+            "full recipe at most 3%.",
             found.recipes([name for name in RECIPES if name != "outputs, T 5"], "outputs"),
-            "## Temperature\n\nThe guide: 5 falling to 1.",
+            "## Temperature\n\nOften quoted: 5 falling to 1.",
             found.recipes(temperatures, "outputs"),
-            "## Quantisation\n\nThe guide: retention after INT8 rises from 72% to 89% by quantisation-aware "
+            "## Quantisation\n\nOften quoted: retention after INT8 rises from 72% to 89% by quantisation-aware "
             f'distillation. Students of the recipe "{QUANTISED}", symmetric integers with absmax scales; with it, the '
             "decay (the last fifth of the same tokens) was trained on the grid.",
             found.quantisation(),
@@ -240,7 +240,7 @@ def make(bench: Bench, seeds: Sequence[int]) -> None:
 
 def main() -> None:
     """Makes what is missing, as far as the time box goes, and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time", type=parse_duration, default=float("inf"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sweep", action="store_true", help="only the choice of rates and weights")

@@ -286,7 +286,7 @@ def step_lines(taken: Mapping[str, list[Taken]], tokens: int) -> Iterator[list[s
 
 def main() -> None:
     """Times the arms by turns and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=4)

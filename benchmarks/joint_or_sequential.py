@@ -180,7 +180,7 @@ def unquantised(table: Table, prepared: Prepared, kept: Kept) -> dict[str, float
 
 def main() -> None:
     """Makes what is missing, and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=50)
     parser.add_argument("--time", type=parse_duration, default=float("inf"))
     arguments = parser.parse_args()

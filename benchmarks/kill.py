@@ -200,7 +200,7 @@ def kept_kills(path: Path) -> list[Kill]:
 
 def main() -> None:
     """Kills, resumes, compares and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--time", type=parse_duration, default=float("inf"))

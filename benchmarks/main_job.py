@@ -22,7 +22,7 @@ import report
 
 def main() -> None:
     """Runs the search and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time", default=None)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--fresh-cache", action="store_true", help="also convert the teacher and cache its outputs")

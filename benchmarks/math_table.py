@@ -265,7 +265,7 @@ def exhaust(records: Iterable[Any]) -> None:
 
 def main() -> None:
     """Records what is missing, as far as the time box goes."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time", type=parse_duration, default=float("inf"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)

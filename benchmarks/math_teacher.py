@@ -200,7 +200,7 @@ def _train(start: Path, folder: Path, data: TokenSet, test: TokenSet, limit_seco
 
 def main() -> None:
     """Trains the teacher and says how well it answers."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time", type=parse_duration, default=float("inf"))
     parser.add_argument("--questions", type=int, default=2000)
     arguments = parser.parse_args()

@@ -498,11 +498,11 @@ SIZES = {
     "3B": {"layers": 26, "width": 3200, "heads": 32, "ffn": 8640, "vocab": 32000},
     "7B": {"layers": 32, "width": 4096, "heads": 32, "ffn": 11008, "vocab": 32000},
 }
-CLAIMED = {"1B": "4 GB (8)", "3B": "8 GB (16)", "7B": "12 GB (24)"}
+QUOTED = {"1B": "4 GB (8)", "3B": "8 GB (16)", "7B": "12 GB (24)"}
 
 
-def claim_five() -> str:
-    """1B, 3B and 7B beside the guide's figures."""
+def quoted_sizes() -> str:
+    """1B, 3B and 7B beside figures that are often quoted."""
     forms = {"FP16": "gguf-f16", "INT8": "gguf-q8_0", "INT4": "gguf-q4_0"}
     lines = []
     for name, sizes in SIZES.items():
@@ -512,8 +512,13 @@ def claim_five() -> str:
             for form in forms.values()
             for context in (2048, 8192)
         ]
-        lines.append([name, f"{model.spec.parameters / 1e9:.2f} B", *cells, CLAIMED[name]])
-    titles = ["model", "parameters", *(f"{name}, {context}" for name in forms for context in ("2k", "8k")), "the guide"]
+        lines.append([name, f"{model.spec.parameters / 1e9:.2f} B", *cells, QUOTED[name]])
+    titles = [
+        "model",
+        "parameters",
+        *(f"{name}, {context}" for name in forms for context in ("2k", "8k")),
+        "often quoted",
+    ]
     return report.table(titles, lines)
 
 
@@ -537,7 +542,7 @@ def measure_again(runtime: str) -> Path:
 
 def main() -> None:
     """Measures every case and writes the report, or one runtime's part of the newest one."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runtime", choices=list(_RUNTIMES), help="measure it alone anew, in the newest report")
     runtime = parser.parse_args().runtime
     if runtime:
@@ -572,10 +577,10 @@ def main() -> None:
         report.table(titles, lines),
         *(part for title, table, _ in _RUNTIMES.values() for part in (title, table())),
         _VLLM,
-        "## 1B, 3B and 7B (claim 5)",
+        "## 1B, 3B and 7B beside often-quoted figures",
         "Predicted for llama.cpp with an F16 cache at one stream, of the shapes of TinyLlama-1.1B, OpenLLaMA-3B and "
-        "Llama-2-7B. The guide's figures name neither precision nor context.",
-        claim_five(),
+        "Llama-2-7B. The quoted figures name neither precision nor context.",
+        quoted_sizes(),
     ]
     print(report.write("memory-estimate", "What a student takes, predicted and allocated", sections))
 

@@ -59,7 +59,8 @@ ARMS = {
     "Model Optimizer, QAD told our rate and weight": partial(peers_arms.modelopt, preset=AWQ, loss="both", rate=1e-4),
 }
 
-HEAD = f"""SmolLM2-135M and Python's own documentation; {TEST_TOKENS:,} test tokens that none has seen, each result
+HEAD = f"""SmolLM2-135M, distributed as Q4_1 and dequantised, so that "16 bits" is that model and not the one
+before it was rounded, and Python's own documentation; {TEST_TOKENS:,} test tokens that none has seen, each result
 as its own tool computes it in torch. This search: `autodistill search --budget {{budget}}` with a time
 box of {{box:.0f}} s on {THREADS} cores, everything included, its student read back from the exported
 file. The others: Model Optimizer {{modelopt}} and Olive {{olive}}, weights in 4 bits, groups of
@@ -81,7 +82,7 @@ and for an export that is run and measured; the others for none of these."""
 
 def main() -> None:
     """Makes what is missing and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", default="210MB", help="of the search")
     parser.add_argument("--box", type=parse_duration, default=600.0, help="of the search, on two cores")
     parser.add_argument("--time", type=parse_duration, default=float("inf"), help="an arm that is begun is ended")

@@ -144,7 +144,7 @@ STORES = {
 
 def main() -> None:
     """Times every question and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="a checkout of another version, to be timed beside this one")
     before = parser.parse_args().before
     titles = ["rows", "question", "wall, s", "CPU, s", "CPU of the process, s"]

@@ -123,7 +123,7 @@ class Halving:
 
 def main() -> None:
     """Reads the table and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=2000)
     arguments = parser.parse_args()
     table = load_table()

@@ -61,7 +61,7 @@ def best_at(curve: list[list[float]], operations: float) -> float:
 
 def main() -> None:
     """Replays what is missing, and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=50)
     parser.add_argument("--samplers", nargs="+", default=SAMPLERS, choices=SAMPLERS)
     parser.add_argument("--time", type=parse_duration, default=float("inf"))

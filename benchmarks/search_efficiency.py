@@ -207,7 +207,7 @@ def _told(events: Sequence[Any]) -> Iterator[tuple[str, float]]:
 
 def main() -> None:
     """Looks up, trains what is to be trained, scores test and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=50)
     parser.add_argument("--real", type=int, default=1, help="searches that train, to hold the table to")
     parser.add_argument("--time", type=parse_duration, default=float("inf"))

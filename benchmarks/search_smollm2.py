@@ -310,7 +310,7 @@ def is_over(found: Sequence[Known], spent: float, *, box: float, follow: float, 
 
 def main() -> None:
     """Trains what is missing and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=6144)
     parser.add_argument("--time", type=parse_duration, default=float("inf"), help="an arm that is begun is ended")

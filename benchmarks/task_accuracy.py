@@ -201,7 +201,7 @@ PARTS = ("divergence", *(f"{name}:{packed}" for name in ("openbookqa", "mmlu") f
 
 def main() -> None:
     """Measures what is asked for, and writes the report of all that is there."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--questions", type=int, default=240)
     parser.add_argument("--part", choices=PARTS, action="append", help="measured anew; all by default")

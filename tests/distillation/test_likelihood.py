@@ -71,7 +71,7 @@ def test_what_greedy_decoding_writes_is_greedy(model):
 
 @pytest.mark.parametrize(("window", "stride"), [(16, 16), (16, 8), (16, 1), (16, 5), (200, 200), (64, 63)])
 def test_windows_are_those_of_hugging_faces_guide(model, window, stride):
-    """As the guide has it: labels of all but a window's new tokens are masked, and transformers computes the loss."""
+    """As Hugging Face's guide has it: all but a window's new tokens are masked, and transformers computes the loss."""
     tokens = np.random.default_rng(2).integers(3, 300, 100).tolist()
     total, counted, before = 0.0, 0, 0
     for begin in range(0, len(tokens), stride):
