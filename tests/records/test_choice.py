@@ -94,7 +94,8 @@ def test_what_breaks_the_budget_once_measured_is_followed_by_what_a_later_reader
 def run(tmp_path: Path) -> RunFolder:
     asked = {"name": "run", "plan": small_plan().to_json(), "space_definition": SPACE.to_json(), "metric": "accuracy"}
     with RunFolder.create(tmp_path, "run") as folder:
-        write_json(folder.search_file, {**asked, "direction": "max", "budget": {"memory_bytes": 200}})
+        named = {"teacher": {"name": "teacher"}, "data": {"name": "text"}, "licences": {}}
+        write_json(folder.search_file, {**asked, **named, "direction": "max", "budget": {"memory_bytes": 200}})
         folder.events.append({"event": "trial", "trial": "t000", "point": None})
         for one in ROWS:
             folder.events.append({"event": "row", "row": one.to_json()})
