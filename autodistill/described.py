@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-
 from autodistill import latent
 from autodistill.contracts import ModelSpec
 from autodistill.distillation.gguf_file import GgufFile, read_gguf

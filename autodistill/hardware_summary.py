@@ -10,7 +10,6 @@ from autodistill.devices import PRECISIONS, Device
 from autodistill.summary import table
 from autodistill.units import CONTEXT, count_of, format_bytes, format_duration
 
-
 _PARTS = {"shown_bytes": "rounded copies"}
 
 
