@@ -110,7 +110,12 @@ def test_all_who_name_the_best_student_name_the_same_one(
     others = [one for one in ROWS if one.kind == KIND]
     at_the_end = next_candidate([*trained_rows(ROWS, "accuracy", lambda _: True), *others], [], asked)
     assert at_the_end == BEST[0]
-    monkeypatch.setattr(export_run, "_pack", lambda student, deployment, out: student)
+
+    def pack(student: Path, deployment: object, out: Path) -> Path:
+        out.mkdir(parents=True, exist_ok=True)
+        return student
+
+    monkeypatch.setattr(export_run, "_pack", pack)
     assert export_run.export_run(run, None, ["gguf"], tmp_path / "out")["gguf"].parent.name == "t002"
     assert explain(run).binding.startswith("The best, t002 as gguf-f16, ")
     report.write_report(run)
