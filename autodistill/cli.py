@@ -25,6 +25,7 @@ from autodistill.calls import (
 )
 from autodistill.console import printable
 from autodistill.errors import AutoDistillError, InputError
+from autodistill.help_pages import PlainCommand, PlainGroup, SectionedCommand
 from autodistill.options import (
     BUDGET_HELP,
     AnyBudgetOption,
@@ -81,9 +82,10 @@ if TYPE_CHECKING:
     from autodistill.search.search import Outcome
 
 _RUNS = Path("results/runs")
+_SHAPE = "A shape in the place of MODEL"
 # The base of all of Typer's own complaints, which it does not export by name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=PlainGroup, add_completion=False, pretty_exceptions_enable=False)
 
 
 def _version(shown: bool) -> None:
@@ -105,35 +107,35 @@ def _root(
         raise typer.Exit(2)
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
 def search(
     ctx: typer.Context,
     budget: SearchBudgetOption = None,
     device: SearchDeviceOption = None,
     latency: LatencyOption = None,
     own: DevicesOption = None,
+    context: ContextOption = None,
+    batch: BatchOption = 1,
     teacher: TeacherOption = None,
     data: DataOption = None,
-    space: SpaceOption = None,
-    baseline: BaselineOption = None,
     metric: MetricOption = None,
     objectives: ObjectivesOption = None,
     task: TaskOption = None,
     metric_command: CommandOption = None,
     metric_direction: DirectionOption = None,
     metric_timeout: CommandTimeOption = None,
+    space: SpaceOption = None,
+    baseline: BaselineOption = None,
     sampler: SamplerOption = None,
+    time_box: TimeOption = None,
     trials: TrialsOption = None,
+    explore: ExploreOption = None,
+    confirm: ConfirmOption = None,
     warm_start: WarmStartOption = None,
+    seed: SeedOption = None,
     tokens: TokensOption = None,
     sequence_length: SequenceLengthOption = None,
     step_tokens: StepTokensOption = None,
-    time_box: TimeOption = None,
-    explore: ExploreOption = None,
-    confirm: ConfirmOption = None,
-    context: ContextOption = None,
-    batch: BatchOption = 1,
-    seed: SeedOption = None,
     name: NameOption = None,
     out: OutOption = _RUNS,
     resume: ResumeOption = False,
@@ -153,14 +155,18 @@ def search(
     _search(ctx)
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
 def distill(
     ctx: typer.Context,
-    strategy: Annotated[str, typer.Argument(help="A strategy as a YAML file, or a name.", metavar="STRATEGY.yaml")],
+    strategy: Annotated[
+        str, typer.Argument(help="A name that autodistill strategies lists, or a YAML file.", metavar="STRATEGY")
+    ],
     budget: AnyBudgetOption = None,
     device: SearchDeviceOption = None,
     latency: LatencyOption = None,
     own: DevicesOption = None,
+    context: ContextOption = None,
+    batch: BatchOption = 1,
     teacher: TeacherOption = None,
     data: DataOption = None,
     metric: MetricOption = None,
@@ -168,13 +174,11 @@ def distill(
     metric_command: CommandOption = None,
     metric_direction: DirectionOption = None,
     metric_timeout: CommandTimeOption = None,
+    time_box: TimeOption = None,
+    seed: SeedOption = None,
     tokens: TokensOption = None,
     sequence_length: SequenceLengthOption = None,
     step_tokens: StepTokensOption = None,
-    time_box: TimeOption = None,
-    context: ContextOption = None,
-    batch: BatchOption = 1,
-    seed: SeedOption = None,
     name: NameOption = None,
     out: OutOption = _RUNS,
     resume: ResumeOption = False,
@@ -194,69 +198,89 @@ def distill(
     _search(ctx)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def write(
     ctx: typer.Context,
     prompts: Annotated[
-        str, option("--prompts", "A .jsonl file, a .txt file with a prompt a line, or reasoning-gym:TASK.", "REF")
+        str,
+        option(
+            "--prompts",
+            "Prompts to answer: a .jsonl file, a .txt file with one prompt per line, or reasoning-gym:TASK.",
+            "REF",
+        ),
     ],
-    out: Annotated[Path, option("--out", "A .jsonl file; answers that it has already are kept.", "FILE")],
+    out: Annotated[Path, option("--out", "The .jsonl file to write; answers already in it are kept.", "FILE")],
     teacher: TeacherOption = None,
     endpoint: Annotated[
-        str | None, option("--endpoint", "Base of an OpenAI-compatible API, like http://localhost:8000/v1.", "URL")
+        str | None, option("--endpoint", "Address of an OpenAI-compatible API, like http://localhost:8000/v1.", "URL")
     ] = None,
-    model: Annotated[str | None, option("--model", "The model's name at the endpoint.", "NAME")] = None,
-    max_tokens: Annotated[int, option("--max-tokens", "Of an answer; one cut there is not learnt.", "N")] = 256,
-    temperature: Annotated[float, option("--temperature", "0 takes the most likely token.", "T")] = 0.0,
-    top_p: Annotated[float, option("--top-p", "Draw from the likeliest tokens of this probability.", "P")] = 1.0,
-    seed: Annotated[int, option("--seed", "Of the draws.", "N", min=0)] = 0,
-    top_k: Annotated[int, option("--top-k", "Log-probabilities to ask the endpoint for at each token.", "N")] = 0,
+    model: Annotated[str | None, option("--model", "Name of the model at the endpoint.", "NAME")] = None,
+    max_tokens: Annotated[
+        int, option("--max-tokens", "Longest answer; answers cut off here are not trained on.", "N")
+    ] = 256,
+    temperature: Annotated[
+        float, option("--temperature", "Sampling temperature; 0 takes the most likely token.", "T")
+    ] = 0.0,
+    top_p: Annotated[
+        float, option("--top-p", "Sample from the most likely tokens that add up to this probability.", "P")
+    ] = 1.0,
+    seed: Annotated[int, option("--seed", "Seed of the sampling.", "N", min=0)] = 0,
+    top_k: Annotated[
+        int, option("--top-k", "Number of log-probabilities to request from the endpoint for each token.", "N")
+    ] = 0,
     batch: Annotated[
-        int | None, option("--batch", "Answers written at once; 8 at an endpoint, what suits the device here.", "N")
+        int | None,
+        option(
+            "--batch", "Number of answers written at once (default: 8 at an endpoint, what suits the device here).", "N"
+        ),
     ] = None,
-    timeout: Annotated[str, option("--timeout", "After which a request to the endpoint is given up.", "TIME")] = "5m",
+    timeout: Annotated[str, option("--timeout", "Give up a request to the endpoint after this long.", "TIME")] = "5m",
     cache: CacheOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Let a teacher answer prompts, as data to learn from; its key at an endpoint is AUTODISTILL_API_KEY."""
+    """Let a teacher answer prompts, as training data. An endpoint's key is read from AUTODISTILL_API_KEY."""
     show(output, lambda: written(ctx.params), dict, written_summary)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def leaderboard(
-    runs: Annotated[list[str] | None, typer.Argument(help="Names of runs; all by default.", metavar="[RUN]...")] = None,
+    runs: Annotated[list[str] | None, typer.Argument(help="Names of runs (default: all).", metavar="RUN")] = None,
     out: OutOption = _RUNS,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Show the ranked rows of runs, also of one that is under way."""
+    """Show the ranked students of runs, including runs that are still going on."""
     show(output, lambda: leaderboards(runs, out), rows, tables)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def explain(
     run: Annotated[str, typer.Argument(help="Name of the run.", metavar="RUN")],
     out: OutOption = _RUNS,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Tell which dimensions of a run mattered, what was left early, which limit binds and what would fit next."""
+    """Show what mattered in a run, what was stopped early, which limit binds and what to try next."""
     show(output, lambda: explained(RunFolder.open(out, run)), dict, lambda found: found["text"])
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def export(
     run: Annotated[str, typer.Argument(help="Name of the run.", metavar="RUN")],
-    to: Annotated[str, option("--to", "Containers, parted by commas: huggingface, gguf, compressed-tensors.", "NAMES")],
-    out: Annotated[Path, option("--out", "Where to; a folder is made in it for each container.", "DIR")],
-    row: Annotated[str | None, option("--row", "Of the leaderboard; the best student by default.", "ID")] = None,
-    runs: Annotated[Path, option("--runs", "Folder of the runs.", "DIR")] = _RUNS,
+    to: Annotated[
+        str, option("--to", "Formats to write, separated by commas: huggingface, gguf, compressed-tensors.", "NAMES")
+    ],
+    out: Annotated[Path, option("--out", "Folder to write into; each format gets a folder in it.", "DIR")],
+    row: Annotated[
+        str | None, option("--row", "Row of the leaderboard to export (default: the best student).", "ID")
+    ] = None,
+    runs: Annotated[Path, option("--runs", "Folder that holds the runs.", "DIR")] = _RUNS,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Export a student of a run to other containers, and verify it."""
+    """Export a student of a run to other formats, and verify it."""
     containers = [name.strip() for name in to.split(",") if name.strip()]
     show(output, lambda: exported(RunFolder.open(runs, run), row, containers, out), dict, lines)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def doctor(
     out: OutOption = _RUNS,
     cache: CacheOption = None,
@@ -264,7 +288,7 @@ def doctor(
     ray_address: RayAddressOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Say what is installed, found and missing; exits with 2 where the default search cannot run."""
+    """Check what is installed and what is missing. Exits with 2 if the default search cannot run."""
     quiet_libraries()
     from autodistill.doctor import describe, examine, ready, to_json
 
@@ -273,14 +297,16 @@ def doctor(
         raise typer.Exit(2)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def devices(
     own: DevicesOption = None,
-    local: Annotated[bool, typer.Option("--local", help="This machine too, measured once.")] = False,
+    local: Annotated[
+        bool, typer.Option("--local", help="Include this machine; it is measured the first time.")
+    ] = False,
     cache: CacheOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """List the devices that a student may be served on: memory, bandwidth, rates."""
+    """List the known devices with their memory, bandwidth and computing rates."""
     from autodistill.hardware_summary import devices_table
     from autodistill.local_device import known_devices
 
@@ -288,61 +314,92 @@ def devices(
     show(output, lambda: known_devices(own or (), kept), lambda all: [one.to_json() for one in all], devices_table)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def estimate(
     ctx: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(help="A folder, a .gguf file, smollm2, or a hub id.", metavar="[MODEL]")
+        str | None, typer.Argument(help="A transformers folder, a .gguf file, a hub id, or smollm2.", metavar="MODEL")
     ] = None,
     format_name: Annotated[
-        str | None, option("--format-name", "Like gguf-q4_0; that of a packed MODEL itself, else gguf-q8_0.", "NAME")
+        str | None,
+        option(
+            "--format-name",
+            "Format of the weights, like gguf-q4_0 (default: that of a packed MODEL, else gguf-q8_0).",
+            "NAME",
+        ),
     ] = None,
     runtime: Annotated[
-        str | None, option("--runtime", "Another that serves the format; or onnxruntime, its memory alone.", "NAME")
+        str | None, option("--runtime", "Another runtime that serves the format, or onnxruntime (memory only).", "NAME")
     ] = None,
     context: ContextOption = None,
     batch: BatchOption = 1,
-    kv_type: Annotated[str, option("--kv-type", "Of the KV cache: f16, q8_0 or q4_0.", "TYPE")] = "f16",
-    prompt: Annotated[int | None, option("--prompt", "Tokens before the first one; 512 by default.", "TOKENS")] = None,
-    training: Annotated[
-        int | None, option("--training", "The memory of training it too, by passes of so many tokens.", "TOKENS")
+    kv_type: Annotated[str, option("--kv-type", "Type of the KV cache: f16, q8_0 or q4_0.", "TYPE")] = "f16",
+    prompt: Annotated[
+        int | None, option("--prompt", "Length of the prompt before the first token (default: 512).", "TOKENS")
     ] = None,
-    device: Annotated[str | None, option("--device", "Like 4090 or local; see devices.", "NAME")] = None,
-    all_devices: Annotated[bool, typer.Option("--all-devices", help="Every device.")] = False,
+    training: Annotated[
+        int | None,
+        option("--training", "Estimate the memory of training too, with passes of this many tokens.", "TOKENS"),
+    ] = None,
+    device: Annotated[
+        str | None, option("--device", "Device to estimate the speed on, like 4090 or local.", "NAME")
+    ] = None,
+    all_devices: Annotated[
+        bool, typer.Option("--all-devices", help="Estimate the speed on every known device.")
+    ] = False,
     own: DevicesOption = None,
-    layers: Annotated[int | None, option("--layers", "Of a shape in the place of MODEL.", "N")] = None,
-    width: Annotated[int | None, option("--width", "Of its hidden states.", "N")] = None,
-    heads: Annotated[int | None, option("--heads", "Of its attention.", "N")] = None,
-    kv_heads: Annotated[int | None, option("--kv-heads", "As many as heads by default.", "N")] = None,
-    head_dim: Annotated[int | None, option("--head-dim", "The heads' share of the width by default.", "N")] = None,
-    ffn: Annotated[int | None, option("--ffn", "Neurons of a layer, or of an expert.", "N")] = None,
-    vocab: Annotated[int | None, option("--vocab", "Entries of the vocabulary.", "N")] = None,
-    experts: Annotated[int | None, option("--experts", "Of a mixture.", "N")] = None,
-    active_experts: Annotated[int | None, option("--active-experts", "That a token takes.", "N")] = None,
-    window: Annotated[int | None, option("--window", "Of sliding attention in all layers.", "TOKENS")] = None,
-    tied: Annotated[bool, typer.Option("--tied", help="The head is the embedding table.")] = False,
+    layers: Annotated[int | None, option("--layers", "Number of layers.", "N", rich_help_panel=_SHAPE)] = None,
+    width: Annotated[int | None, option("--width", "Width of the hidden states.", "N", rich_help_panel=_SHAPE)] = None,
+    heads: Annotated[int | None, option("--heads", "Number of attention heads.", "N", rich_help_panel=_SHAPE)] = None,
+    kv_heads: Annotated[
+        int | None,
+        option("--kv-heads", "Number of key-value heads (default: as --heads).", "N", rich_help_panel=_SHAPE),
+    ] = None,
+    head_dim: Annotated[
+        int | None, option("--head-dim", "Width of each head (default: width / heads).", "N", rich_help_panel=_SHAPE)
+    ] = None,
+    ffn: Annotated[
+        int | None, option("--ffn", "Feed-forward neurons of a layer, or of an expert.", "N", rich_help_panel=_SHAPE)
+    ] = None,
+    vocab: Annotated[int | None, option("--vocab", "Size of the vocabulary.", "N", rich_help_panel=_SHAPE)] = None,
+    experts: Annotated[
+        int | None, option("--experts", "Number of experts of a mixture.", "N", rich_help_panel=_SHAPE)
+    ] = None,
+    active_experts: Annotated[
+        int | None, option("--active-experts", "Number of experts used for each token.", "N", rich_help_panel=_SHAPE)
+    ] = None,
+    window: Annotated[
+        int | None, option("--window", "Window of sliding attention in all layers.", "TOKENS", rich_help_panel=_SHAPE)
+    ] = None,
+    tied: Annotated[
+        bool, typer.Option("--tied", help="The output layer shares the embedding table.", rich_help_panel=_SHAPE)
+    ] = False,
     out: OutOption = _RUNS,
     cache: CacheOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Predict what a model takes and how fast it would run; nothing is loaded. Memory measured in --out corrects it."""
+    """Predict the memory and speed of a model without loading it. Measurements stored in --out correct it."""
     from autodistill.hardware_summary import appraisal_text
 
     quiet_libraries(model)
     show(output, lambda: appraised(ctx.params), dict, appraisal_text)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def pick(
     ctx: typer.Context,
-    runs: Annotated[list[str] | None, typer.Argument(help="Names of runs; all by default.", metavar="[RUN]...")] = None,
+    runs: Annotated[list[str] | None, typer.Argument(help="Names of runs (default: all).", metavar="RUN")] = None,
     budget: Annotated[str | None, option("--budget", f"{BUDGET_HELP}.", "SIZE")] = None,
-    device: Annotated[str | None, option("--device", "Takes the budget from it, like 4090 or local.", "NAME")] = None,
+    device: Annotated[
+        str | None, option("--device", "Device to pick for, like 4090 or local; sets the budget.", "NAME")
+    ] = None,
     context: ContextOption = None,
-    streams: Annotated[int, option("--streams", "Sequences decoded at once.", "N")] = 1,
+    streams: Annotated[int, option("--streams", "Number of sequences decoded at once.", "N")] = 1,
     latency: LatencyOption = None,
-    min_accuracy: Annotated[float | None, option("--min-accuracy", "A fraction.", "X")] = None,
-    tiers: Annotated[bool, typer.Option("--tiers", help="The best for each of 4 to 80 GB.")] = False,
+    min_accuracy: Annotated[
+        float | None, option("--min-accuracy", "Lowest acceptable score, as a fraction.", "X")
+    ] = None,
+    tiers: Annotated[bool, typer.Option("--tiers", help="Show the best for each of 4 to 80 GB instead.")] = False,
     own: DevicesOption = None,
     out: OutOption = _RUNS,
     cache: CacheOption = None,
@@ -354,32 +411,47 @@ def pick(
     show(output, lambda: picked(ctx.params), dict, pick_text)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def measure(
     ctx: typer.Context,
-    student: Annotated[Path, typer.Argument(help="A .gguf file, or a folder of transformers.", metavar="STUDENT")],
-    on: Annotated[str | None, option("--on", "A board, like ssh://pi@raspberrypi.local.", "ssh://HOST")] = None,
-    script: Annotated[Path | None, option("--script", "Write a script for a board without ssh.", "FILE")] = None,
+    student: Annotated[Path, typer.Argument(help="A .gguf file, or a transformers folder.", metavar="STUDENT")],
+    on: Annotated[
+        str | None, option("--on", "Measure on a board, like ssh://pi@raspberrypi.local.", "ssh://HOST")
+    ] = None,
+    script: Annotated[Path | None, option("--script", "Write a script to run on a board without ssh.", "FILE")] = None,
     result: Annotated[Path | None, option("--result", "Read what that script printed.", "FILE")] = None,
     bench: Annotated[str | None, option("--bench", "Path of llama-bench on the board.", "PATH")] = None,
-    device: Annotated[str | None, option("--device", "What the board is; by its own name by default.", "NAME")] = None,
-    ssh_config: Annotated[Path | None, option("--ssh-config", "In the place of your own.", "FILE")] = None,
-    context: Annotated[
-        int | None, option("--context", "Here: of each stream; 2048 by default, or what the student reads.", "TOKENS")
+    device: Annotated[
+        str | None, option("--device", "Which device the board is (default: found by its own name).", "NAME")
     ] = None,
-    streams: Annotated[str, option("--streams", "Here: numbers of sequences at once, like 1,4,16.", "N,...")] = "1",
-    prompt: Annotated[int | None, option("--prompt", "Tokens before the first one; 512 by default.", "TOKENS")] = None,
-    decoded: Annotated[int | None, option("--decoded", "Tokens of an answer; 64 by default.", "TOKENS")] = None,
-    rounds: Annotated[int | None, option("--rounds", "How many times; 3 by default.", "N")] = None,
-    threads: Annotated[int, option("--threads", "CPU threads; 0 is every core.", "N", min=0)] = 0,
-    timeout: Annotated[str | None, option("--timeout", "That a board may take; 30m by default.", "TIME")] = None,
-    busy: Annotated[bool, typer.Option("--busy", help="Measure a busy machine all the same, and mark it.")] = False,
+    ssh_config: Annotated[
+        Path | None, option("--ssh-config", "ssh configuration to use instead of your own.", "FILE")
+    ] = None,
+    context: Annotated[
+        int | None,
+        option("--context", "Measured here: context of each stream (default: 2048, or the student's limit).", "TOKENS"),
+    ] = None,
+    streams: Annotated[
+        str, option("--streams", "Measured here: numbers of sequences decoded at once, like 1,4,16.", "N,...")
+    ] = "1",
+    prompt: Annotated[
+        int | None, option("--prompt", "Length of the prompt before the first token (default: 512).", "TOKENS")
+    ] = None,
+    decoded: Annotated[int | None, option("--decoded", "Length of an answer (default: 64).", "TOKENS")] = None,
+    rounds: Annotated[int | None, option("--rounds", "Number of repetitions (default: 3).", "N")] = None,
+    threads: Annotated[int, option("--threads", "CPU threads; 0 uses every core.", "N", min=0)] = 0,
+    timeout: Annotated[
+        str | None, option("--timeout", "Stop waiting for a board after this long (default: 30m).", "TIME")
+    ] = None,
+    busy: Annotated[
+        bool, typer.Option("--busy", help="Measure even if the machine is busy, and mark the result.")
+    ] = False,
     own: DevicesOption = None,
     out: OutOption = _RUNS,
     cache: CacheOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Measure a student's speed and memory here, or on a board with llama.cpp's own bench; pick uses what was found."""
+    """Measure a student's speed and memory, here or on a board with llama-bench. pick uses the results."""
     from autodistill.hardware_summary import measured_text
 
     show(output, lambda: measured(ctx.params), dict, measured_text)

@@ -28,167 +28,204 @@ def option(name: str, text: str, metavar: str | None = None, **more: Any) -> Any
     return typer.Option(name, help=text, metavar=metavar, **more)
 
 
-BUDGET_HELP = "Memory that inference of the student may take, like 16GB or 900MiB"
+LATENCY_HELP = (
+    'Latency limit: 50ms for each token, or several in quotes, like "ttft_p95=300ms, tpot_p99=50ms @streams=16": the '
+    "95th percentile of the time to the first token, the 99th of each later one, 16 sequences at once"
+)
+BUDGET_HELP = "Memory limit for the deployed student, like 16GB or 900MiB"
 SearchBudgetOption = Annotated[str | None, option("--budget", f"{BUDGET_HELP}.", "SIZE")]
+AnyBudgetOption = Annotated[str | None, option("--budget", f"{BUDGET_HELP} (default: no limit).", "SIZE")]
 SearchDeviceOption = Annotated[
     str | None,
-    option("--device", "What serves the student, like 4090 or local: its usable memory is the budget.", "NAME"),
+    option("--device", 'Device the student will run on, like 4090, "pi 5" or local; sets the budget.', "NAME"),
 ]
 LatencyOption = Annotated[
     str | None,
-    option(
-        "--latency",
-        "Limits, like 50ms or ttft_p95=300ms,tpot_p99=50ms@streams=16, on --device or here; memory is then that of as "
-        "many streams.",
-        "LIMITS",
-    ),
+    option("--latency", f"{LATENCY_HELP}. Applies to --device, or else to this machine.", "LIMITS"),
 ]
-AnyBudgetOption = Annotated[str | None, option("--budget", f"{BUDGET_HELP}; no limit by default.", "SIZE")]
+DevicesOption = Annotated[
+    list[Path] | None, option("--devices", "YAML file that describes your own devices. Repeatable.", "FILE")
+]
+ContextOption = Annotated[
+    int | None,
+    option("--context", "Context length the memory must cover (default: 2048, or the model's limit).", "TOKENS"),
+]
+BatchOption = Annotated[int, option("--batch", "Number of sequences decoded at once.", "N")]
 TeacherOption = Annotated[
     str | None,
-    option("--teacher", "smollm2 (the default), a folder of transformers, a .gguf file, or a hub id.", "REF"),
+    option(
+        "--teacher",
+        "Teacher model: a transformers folder, a .gguf file, a hub id, or smollm2 (default).",
+        "REF",
+    ),
 ]
 DataOption = Annotated[
     str | None,
     option(
         "--data",
-        "pydoc (the default), a folder, a .txt, .jsonl or .parquet file, reasoning-gym:TASK, or a hub id.",
+        "Text to train and measure on: a folder, a .txt, .jsonl or .parquet file, reasoning-gym:TASK, a hub id, or "
+        "pydoc (default).",
         "REF",
-    ),
-]
-SpaceOption = Annotated[str | None, option("--space", "What may be tried: a name, or a YAML file.", "NAME|FILE")]
-BaselineOption = Annotated[
-    list[str] | None,
-    option(
-        "--baseline",
-        "A strategy that runs first and is to be beaten, in place of the space's: a name, or a YAML file. May be given "
-        "again.",
-        "NAME|FILE",
     ),
 ]
 MetricOption = Annotated[
     str | None,
     option(
         "--metric",
-        "What ranks: accuracy (the default), agreement, kl, ece, perplexity, exact_match, task:NAME, lm-eval:TASK, or "
-        "what another installed evaluator measures.",
+        "Score that ranks the students: accuracy (default), agreement, kl, ece, perplexity, exact_match, task:NAME, "
+        "lm-eval:TASK, or one of an evaluator that you installed.",
         "NAME",
     ),
-]
-TaskOption = Annotated[
-    list[Path] | None,
-    option("--task", "A YAML file of tasks to measure; --metric task:NAME ranks by one. May be given again.", "FILE"),
-]
-CommandOption = Annotated[
-    str | None,
-    option(
-        "--metric-command",
-        "Your own metric: run with {student}, a folder, and {data}, a JSONL file; prints scores as JSON.",
-        "CMD",
-    ),
-]
-DirectionOption = Annotated[
-    BetterIs | None, option("--metric-direction", "What is better of the command's scores; max by default.")
-]
-CommandTimeOption = Annotated[
-    str | None, option("--metric-timeout", "After which the command is ended; 10m by default.", "TIME")
 ]
 ObjectivesOption = Annotated[
     str | None,
     option(
         "--objectives",
-        "Of which to find the Pareto front, like accuracy,memory,latency; the first ranks, and is exported by.",
+        "Search for a Pareto front, like accuracy,memory,latency. The first one picks the export.",
         "NAMES",
     ),
 ]
+TaskOption = Annotated[
+    list[Path] | None,
+    option("--task", "YAML file of tasks to measure; --metric task:NAME ranks by one of them. Repeatable.", "FILE"),
+]
+CommandOption = Annotated[
+    str | None,
+    option(
+        "--metric-command",
+        "Your own metric: a command that gets {student}, a folder, and {data}, a JSONL file, and prints scores as "
+        "JSON.",
+        "CMD",
+    ),
+]
+DirectionOption = Annotated[
+    BetterIs | None,
+    option("--metric-direction", "Whether higher (max, the default) or lower (min) scores of the command are better."),
+]
+CommandTimeOption = Annotated[
+    str | None, option("--metric-timeout", "Kill the metric command after this long (default: 10m).", "TIME")
+]
+SpaceOption = Annotated[
+    str | None, option("--space", "Search space: a name that autodistill spaces lists, or a YAML file.", "NAME|FILE")
+]
+BaselineOption = Annotated[
+    list[str] | None,
+    option(
+        "--baseline",
+        "Strategy to beat (a name or a YAML file), instead of the space's own baselines. Repeatable.",
+        "NAME|FILE",
+    ),
+]
 SamplerOption = Annotated[
-    str | None, option("--sampler", "What proposes: tpe (the default), gp, nsga2 or random.", "NAME")
+    str | None, option("--sampler", "Method that proposes strategies: tpe (default), gp, nsga2 or random.", "NAME")
+]
+TimeOption = Annotated[
+    str | None,
+    option("--time", "Time for the whole run, like 45m or 1h30m (default: 10m, or 30m with an accelerator).", "TIME"),
 ]
 TrialsOption = Annotated[
     int | None,
-    option("--trials", "Strategies to try; planned from the time box by default. With --resume: in all.", "N"),
-]
-WarmStartOption = Annotated[
-    str | None,
     option(
-        "--warm-start",
-        "Earlier runs of the same space, teacher and data to learn from; the best of each is proposed first.",
-        "RUN[,RUN]",
+        "--trials",
+        "Number of strategies to try (default: what the time allows). With --resume, the new total.",
+        "N",
     ),
 ]
-TokensOption = Annotated[int | None, option("--tokens", "Training tokens of a trial; planned by default.", "T")]
-SequenceLengthOption = Annotated[
-    int | None, option("--sequence-length", "Tokens of a sequence in training and evaluation; 256 by default.", "T")
-]
-StepTokensOption = Annotated[
-    int | None,
-    option(
-        "--step-tokens",
-        "Training tokens of an optimiser step; by default one sequence, or on a GPU as many as make it fast.",
-        "T",
-    ),
-]
-TimeOption = Annotated[
-    str | None, option("--time", "Time box, like 10m, the default without an accelerator; 30m with one.", "TIME")
-]
-ContextOption = Annotated[
-    int | None,
-    option("--context", "That the memory is stated at; 2048 by default, or less where models read less.", "TOKENS"),
-]
-BatchOption = Annotated[int, option("--batch", "Sequences decoded at once.", "N")]
 ExploreOption = Annotated[
     float | None,
     option(
         "--explore",
-        "Share of a time box's training that goes to trials; in the rest the best are trained on. 0.5 by default.",
+        "Share of the training time for trying strategies; the rest trains the best (default: 0.5).",
         "SHARE",
     ),
 ]
 ConfirmOption = Annotated[
     int | None,
+    option("--confirm", "Retrain the best 3 and the baseline on N more seeds; the best mean is chosen.", "N"),
+]
+WarmStartOption = Annotated[
+    str | None,
     option(
-        "--confirm",
-        "Further seeds for the best three and the baseline; the best mean is chosen.",
-        "N",
+        "--warm-start",
+        "Learn from earlier runs of the same space, teacher and data; the best strategy of each is tried first.",
+        "RUN[,RUN]",
     ),
 ]
 SeedOption = Annotated[
-    int | None, option("--seed", "Of data order, projections and proposals; 0 by default.", "N", min=0)
+    int | None, option("--seed", "Seed of data order, projections and proposals (default: 0).", "N", min=0)
 ]
-NameOption = Annotated[str | None, option("--name", "Of the run; date and time by default.", "RUN")]
-OutOption = Annotated[Path, option("--out", "Folder of the runs.", "DIR")]
-ResumeOption = Annotated[bool, option("--resume", "Go on with the run of this --name.")]
-PlanOption = Annotated[bool, option("--plan", "Print trials, rungs, tokens, disk, time and hours, and stop.")]
+TokensOption = Annotated[
+    int | None, option("--tokens", "Training tokens of each trial (default: what the time allows).", "TOKENS")
+]
+SequenceLengthOption = Annotated[
+    int | None,
+    option("--sequence-length", "Length of the sequences in training and evaluation (default: 256).", "TOKENS"),
+]
+StepTokensOption = Annotated[
+    int | None,
+    option(
+        "--step-tokens",
+        "Training tokens of each optimiser step (default: one sequence; on a GPU, what keeps it busy).",
+        "TOKENS",
+    ),
+]
+NameOption = Annotated[str | None, option("--name", "Name of the run (default: date and time).", "RUN")]
+OutOption = Annotated[Path, option("--out", "Folder that holds the runs.", "DIR")]
+ResumeOption = Annotated[bool, option("--resume", "Continue the run given by --name, with the settings it has.")]
+PlanOption = Annotated[
+    bool, option("--plan", "Print the planned trials, tokens, disk, time and hours without training anything.")
+]
 PriceOption = Annotated[
     str | None,
-    option("--price", "With --plan: what an hour of a GPU costs, or of a machine without one, like 2.5/h.", "PRICE"),
+    option(
+        "--price", "With --plan: the price of an hour of a GPU (or of the machine if it has none), like 2.5/h.", "PRICE"
+    ),
 ]
-RunnerOption = Annotated[str, option("--runner", "ray: workers side by side; inline: this process alone.", "NAME")]
+RunnerOption = Annotated[
+    str, option("--runner", "How trials run: ray for workers side by side, inline for this process alone.", "NAME")
+]
 RayAddressOption = Annotated[
     str | None,
-    option("--ray-address", "Join a running Ray cluster, from one of its nodes: auto, or host:port.", "ADDR"),
+    option("--ray-address", "Join a running Ray cluster from one of its nodes, given as auto or as host:port.", "ADDR"),
 ]
 GpusPerTrialOption = Annotated[
-    float | None, option("--gpus-per-trial", "A fraction, like 0.25, or a whole number; 1 by default.", "X")
+    float | None,
+    option("--gpus-per-trial", "GPUs of each trial: a fraction, like 0.25, or a whole number (default: 1).", "X"),
 ]
 CpusPerTrialOption = Annotated[
-    int | None, option("--cpus-per-trial", "Cores of a trial, or of its process on each GPU; planned by default.", "N")
+    int | None,
+    option("--cpus-per-trial", "Cores of each trial, or of each GPU's process in it (default: planned).", "N"),
 ]
 StorageOption = Annotated[
     str | None,
-    option("--storage", "Keep events, checkpoints and students there too: s3://, gs:// or file:// .", "URI"),
+    option(
+        "--storage",
+        "Also keep events, checkpoints and students there: an s3://, gs:// or file:// address.",
+        "URI",
+    ),
 ]
 CacheOption = Annotated[
-    Path | None, option("--cache", "Folder of what later searches use again; ~/.cache/autodistill by default.", "DIR")
+    Path | None,
+    option("--cache", "Folder for what later runs can reuse (default: ~/.cache/autodistill).", "DIR"),
 ]
 CacheLimitOption = Annotated[
-    str, option("--cache-limit", "Disk for teacher outputs, and on each node for copies from --storage.", "SIZE")
+    str,
+    option("--cache-limit", "Disk space for teacher outputs, and for copies from --storage on each node.", "SIZE"),
 ]
 CheckpointLimitOption = Annotated[
     str | None,
-    option("--checkpoint-limit", "Disk for a run's checkpoints; a quarter of the free disk by default.", "SIZE"),
+    option("--checkpoint-limit", "Disk space for the run's checkpoints (default: a quarter of what is free).", "SIZE"),
 ]
-FormatOption = Annotated[Format, option("--format", "How the result is printed.")]
-DevicesOption = Annotated[
-    list[Path] | None, option("--devices", "YAML file of devices of your own; may be given again.", "FILE")
-]
+FormatOption = Annotated[Format, option("--format", "Print the result as a table or as JSON.")]
+SECTIONS = {
+    "Budget": ("budget", "device", "latency", "own", "context", "batch"),
+    "Model and data": ("teacher", "data"),
+    "Scores": ("metric", "objectives", "task", "metric_command", "metric_direction", "metric_timeout"),
+    "Search": ("space", "baseline", "sampler", "time_box", "trials", "explore", "confirm", "warm_start", "seed"),
+    "Training": ("tokens", "sequence_length", "step_tokens"),
+    "Run": ("name", "out", "resume", "plan", "price"),
+    "Workers": ("runner", "ray_address", "gpus_per_trial", "cpus_per_trial"),
+    "Storage": ("storage", "cache", "cache_limit", "checkpoint_limit"),
+    "Output": ("output", "help"),
+}
+"""Where the help of a command with many options shows each of them."""

@@ -16,7 +16,9 @@ import pytest
 
 from autodistill.cli import main
 from autodistill.errors import InterruptedSearchError, VerificationError
+from autodistill.options import LATENCY_HELP, SECTIONS
 from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.units import parse_latency
 
 SPACE = """
 name: small
@@ -300,6 +302,33 @@ def test_the_help_of_a_verb_names_its_options(
     code, out, err = run(capfd, f"{verb} --help", inputs)
     assert (code, err) == (0, "")
     assert [option for option in VERBS[verb].split() if not re.search(rf"{option}\b", out)] == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_fits_80_columns_and_shows_flags_without_a_value(
+    verb: str, inputs: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = run(capfd, f"{verb} --help", inputs)[1]
+    assert "…" not in out, "nothing is cut"
+    assert "<bool>" not in out
+    usage = next(line for line in out.splitlines() if "Usage:" in line)
+    assert not set("{}") & set(usage)
+    assert "[[" not in usage
+
+
+def test_the_help_of_latency_has_an_example_that_is_read() -> None:
+    (example,) = re.findall(r'"([^"]+)"', LATENCY_HELP)
+    assert [limit.streams for limit in parse_latency(example)] == [16, 16]
+
+
+def test_every_option_of_a_search_is_shown_in_a_section(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = run(capfd, "search --help", inputs)[1]
+    assert all(f"─ {name} ─" in out for name in SECTIONS)
+    assert "─ Options ─" not in out
 
 
 def test_help_is_shown_where_nothing_is_asked(inputs: Path, capfd: Any) -> None:

@@ -82,6 +82,7 @@ ROOMS = (
     "search",
     "testing",
     "options",
+    "help_pages",
     "console",
     "live",
     "summary",
@@ -181,7 +182,7 @@ def test_evaluators_import_the_contracts_the_estimate_and_what_stands_above_them
     [
         ("ray", {"search.bell", "search.cluster", "search.group", "search.ray_runner"}),
         ("optuna", {"search.study"}),
-        ("typer", {"cli", "options"}),
+        ("typer", {"cli", "help_pages", "options"}),
         ("xllamacpp", None),
     ],
 )
