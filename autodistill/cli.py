@@ -76,6 +76,7 @@ from autodistill.printing import line_width, lines, rows, show, tables
 from autodistill.records.store import RunFolder, default_cache
 from autodistill.streams import quiet_libraries
 from autodistill.summary import leaderboard_of, plan_summary, search_summary, written_summary
+from autodistill.termination import INTERRUPTED, ended_by, sigterm_as_interrupt
 
 if TYPE_CHECKING:
     from autodistill.search.request import SearchRequest
@@ -461,14 +462,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line, by default this process's own, and gives its exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     typed = shlex.join(["autodistill", *given])
-    try:
-        code = app(given, prog_name="autodistill", obj=typed, standalone_mode=False) or 0
-    except AutoDistillError as error:
-        return _fail(str(error), error.exit_code)
-    except _UsageError as error:
-        return _fail(_complaint(error), InputError.exit_code)
+    with sigterm_as_interrupt():
+        try:
+            code = app(given, prog_name="autodistill", obj=typed, standalone_mode=False) or 0
+        except AutoDistillError as error:
+            return _fail(str(error), ended_by(error.exit_code))
+        except _UsageError as error:
+            return _fail(_complaint(error), InputError.exit_code)
     # Typer turns a Ctrl-C that nobody met into this code.
-    return _fail("stopped", code) if code == 130 else int(code)
+    return _fail("stopped", ended_by(code)) if code == INTERRUPTED else int(code)
 
 
 def _fail(message: str, code: int) -> int:

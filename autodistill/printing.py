@@ -14,6 +14,7 @@ from autodistill.options import Format
 from autodistill.records.json_files import strict_json
 from autodistill.reply import replying
 from autodistill.streams import stdout_reserved
+from autodistill.termination import ended_by
 
 T = TypeVar("T")
 
@@ -35,9 +36,9 @@ def show(output: Format, work: Callable[[], T], document: Callable[[T], Any], te
 def _told(error: BaseException) -> tuple[str, int]:
     """What ended the work, and the exit code that it leads to; what nobody foresaw has its traceback on stderr."""
     if isinstance(error, AutoDistillError):
-        return str(error), error.exit_code
+        return str(error), ended_by(error.exit_code)
     if isinstance(error, KeyboardInterrupt):
-        return "stopped", InterruptedSearchError.exit_code
+        return "stopped", ended_by(InterruptedSearchError.exit_code)
     if isinstance(error, SystemExit):
         return str(error), error.code if isinstance(error.code, int) else AutoDistillError.exit_code
     return f"{type(error).__name__}: {error}", AutoDistillError.exit_code

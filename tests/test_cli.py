@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +295,26 @@ def test_how_a_search_ends_is_its_exit_code(
     assert (got, out) == (code, "")
     assert err.splitlines()[-1].startswith("error: ")
     assert words in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("output", ["table", "json"])
+def test_sigterm_ends_a_search_as_ctrl_c_does_with_exit_143(
+    output: str, inputs: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def end(*args: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise InterruptedSearchError("stopped. To go on: autodistill search --resume") from None
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("autodistill.search.search.search", end)
+    code, out, err = run(capfd, f"{GOOD} --format {output}", inputs)
+    assert code == 143
+    assert "To go on: autodistill search --resume" in err
+    assert output == "table" or json.loads(out)["exit_code"] == 143
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("verb", VERBS)

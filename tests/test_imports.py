@@ -17,6 +17,7 @@ ROOMS = (
     "errors",
     "units",
     "reply",
+    "termination",
     "process_memory",
     "bench_output",
     "remote",

@@ -22,6 +22,7 @@ import psutil
 from autodistill.errors import AutoDistillError, InputError, LostClusterError
 from autodistill.hardware import Gpu, Machine
 from autodistill.reply import end_process
+from autodistill.termination import meet_again
 
 _DISTRIBUTION = "autodistill-search"
 # Read by Ray when it is imported or started; a person's own settings go before.
@@ -148,6 +149,7 @@ class LocalRay(_Watched):
             AutoDistillError: It could not be started.
         """
         self._ready.wait()
+        meet_again()
         if self._error is not None:
             raise AutoDistillError(
                 f"Ray could not be started ({self._error}): try --runner inline, which needs no Ray"
@@ -267,6 +269,7 @@ def join(address: str, folders: Sequence[Path], files: Sequence[Path] = ()) -> J
     # Workers are to find GPUs as they are, also where a task asked for none.
     name = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
     _in_time(lambda: _init(address=address, runtime_env={"env_vars": {name: os.environ[name]}}), address)
+    meet_again()
     import ray
 
     try:
