@@ -85,7 +85,7 @@ def appraise(
     rows = []
     for device, own in zip(devices, changes, strict=True):
         fast: Mapping[str, Any] = _NO_SPEED
-        if need.runtime != _MEMORY_ALONE:
+        if need.runtime != _MEMORY_ALONE and not device.lacks(need.runtime):
             fast = speed(
                 spec,
                 deployment,
@@ -97,7 +97,13 @@ def appraise(
                 weights=model.weights_bytes,
             ).to_json()
         total = need.total_bytes + own.total_bytes
-        known = {"device": device.name, "fits": total <= device.usable_bytes, "usable_bytes": device.usable_bytes}
+        lacks = "" if need.runtime == _MEMORY_ALONE else device.lacks(need.runtime)
+        known = {
+            "device": device.name,
+            "fits": total <= device.usable_bytes and not lacks,
+            "reason": lacks or None,
+            "usable_bytes": device.usable_bytes,
+        }
         rows.append({**known, "total_bytes": total, **fast})
     one = rows[0] if len(rows) == 1 else {}
     return {

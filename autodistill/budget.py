@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from autodistill.devices import Device
 from autodistill.errors import InputError
+from autodistill.strategy import Deployment
 from autodistill.units import Budget, LatencyLimit, format_bytes
 
 
@@ -38,6 +39,13 @@ class DeviceBudget(Budget):
         """The budget as plain data."""
         limits = [asdict(limit) for limit in self.latency]
         return super().to_json() | {"device": self.device.to_json(), "latency": limits}
+
+
+def served(deployments: Iterable[Deployment], budget: Budget) -> tuple[Deployment, ...]:
+    """Those deployments whose runtime the budget's device has; all where it names no device."""
+    if not isinstance(budget, DeviceBudget):
+        return tuple(deployments)
+    return tuple(one for one in deployments if not budget.device.lacks(one.runtime))
 
 
 def memory_on(device: Device, asked: int | None) -> int:

@@ -20,7 +20,8 @@ BUILT_IN = Path(__file__).with_name("hardware.yaml")
 USER_FILE = Path("~/.config/autodistill/devices.yaml")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 _FIGURES = ("memory", "usable", "bandwidth", "rates")
-_FIELDS = ("aliases", "class", *_FIGURES, "source", "sources")
+_FIELDS = ("aliases", "class", "runtimes", *_FIGURES, "source", "sources")
+_RUNTIMES = ("llama.cpp", "vllm", "transformers")
 _SOURCE_FIELDS = ({"text"}, {"text", "read"}, {"text", "read", "unread"})
 _NAME = re.compile(r"[\w(][\w .+()/-]{0,79}", re.ASCII)
 # Beyond these an entry is a slip of the unit: a tenth of the slowest memory known, and some times the fastest parts.
@@ -64,6 +65,7 @@ class DeviceClass:
 
     Attributes:
         name: "discrete-gpu", "unified", "board", "phone" or "cpu".
+        runtimes: The engines that serve a student there.
         share, reserve_bytes: What is usable of the memory: the share of it, less the reserve.
         decode: Share of the stated bandwidth that decoding reaches.
         decode_measured: The same of a bandwidth that was measured on the device itself.
@@ -77,6 +79,7 @@ class DeviceClass:
     """
 
     name: str
+    runtimes: tuple[str, ...]
     share: float
     reserve_bytes: int
     decode: Range
@@ -102,6 +105,7 @@ class Device:
         rates: Dense operations a second, a multiply-add being two, by precision: some of `PRECISIONS`.
         sources: Where each figure comes from: of "memory", "usable", "bandwidth" and "rates".
         measured: Whether bandwidth and rates were measured on it and not stated by its maker.
+        own_runtimes: The engines that serve a student on it, where they are not those of its class.
     """
 
     name: str
@@ -113,6 +117,18 @@ class Device:
     rates: Mapping[str, float]
     sources: Mapping[str, str]
     measured: bool = False
+    own_runtimes: tuple[str, ...] = ()
+
+    @property
+    def runtimes(self) -> tuple[str, ...]:
+        """The engines that serve a student on it."""
+        return self.own_runtimes or self.kind.runtimes
+
+    def lacks(self, runtime: str) -> str:
+        """Why a student of this engine is none for the device, or nothing where it has the engine."""
+        if runtime in self.runtimes:
+            return ""
+        return f"{self.name} serves students with {' or '.join(self.runtimes)}, not {runtime}"
 
     def rate(self, *precisions: str) -> float:
         """Operations a second in the first of these precisions that it has, else in the fastest that is no 8 bits."""
@@ -128,6 +144,7 @@ class Device:
             "name": self.name,
             "aliases": list(self.aliases),
             "class": self.kind.name,
+            "runtimes": list(self.runtimes),
             "memory_bytes": self.memory_bytes,
             "usable_bytes": self.usable_bytes,
             "bandwidth_bytes_per_second": self.bandwidth,
@@ -142,7 +159,8 @@ class Device:
         same = ("name", "memory_bytes", "usable_bytes", "sources", "measured")
         return cls(
             aliases=tuple(data["aliases"]),
-            kind=device_classes()[data["class"]],
+            kind=(kind := device_classes()[data["class"]]),
+            own_runtimes=_differing(tuple(data.get("runtimes", ())), kind),
             bandwidth=data["bandwidth_bytes_per_second"],
             rates=data["operations_per_second"],
             **{name: data[name] for name in same},
@@ -186,7 +204,7 @@ def read_devices(path: Path) -> tuple[Device, ...]:
     """Reads a file of devices, of the form of the built-in `hardware.yaml`.
 
     Its `devices` map names to `class`, `memory` ("24GiB"), `bandwidth` (of a second, "1008GB") and `rates` (tera
-    operations a second by precision), and optionally `aliases`, `usable`, `source` and `sources`. Its own `sources` map
+    operations a second by precision), and optionally `aliases`, `runtimes`, `usable`, `source` and `sources`. Its own `sources` map
     short names to texts, or to `text`, `read` (the document, by its address, that the figures were held against) and
     `unread` (what of them it does not have).
 
@@ -214,6 +232,7 @@ def _classes(data: Mapping[str, Mapping[str, Any]]) -> Mapping[str, DeviceClass]
     return {
         name: DeviceClass(
             name=name,
+            runtimes=tuple(entry["runtimes"]),
             share=entry["share"],
             reserve_bytes=0 if entry["reserve"] == "0B" else parse_bytes(entry["reserve"]),
             decode=ranged(entry["decode"]),
@@ -275,7 +294,18 @@ def _device(name: Any, entry: Any, classes: Mapping[str, DeviceClass], texts: Ma
         bandwidth=float(bandwidth),
         rates=_rates(entry["rates"], where),
         sources=_sources(entry, texts, kind, where),
+        own_runtimes=_differing(_runtimes(entry.get("runtimes", list(kind.runtimes)), where), kind),
     )
+
+
+def _runtimes(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(name in _RUNTIMES for name in value):
+        raise InputError(f"{where} has runtimes {value!r}: list some of {', '.join(_RUNTIMES)}")
+    return tuple(value)
+
+
+def _differing(runtimes: tuple[str, ...], kind: DeviceClass) -> tuple[str, ...]:
+    return () if runtimes == kind.runtimes else runtimes
 
 
 def _amount(value: Any, what: str) -> int:

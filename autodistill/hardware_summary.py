@@ -11,6 +11,7 @@ from autodistill.summary import table
 from autodistill.units import CONTEXT, count_of, format_bytes, format_duration
 
 _PARTS = {"shown_bytes": "rounded copies"}
+_REASONS = 2  # that are told of devices one by one
 
 
 def devices_table(known: Sequence[Device]) -> str:
@@ -54,14 +55,23 @@ def appraisal_text(document: Mapping[str, Any]) -> str:
             (one["device"], "yes" if one["fits"] else "no", format_bytes(one["usable_bytes"]), *_speed(one))
             for one in document["devices"]
         ]
-        prompt = document["devices"][0]["prompt"]
-        note = f"Speeds are predicted by a roofline at a full context; the first token follows a prompt of {prompt}."
-        if prompt is None:
-            note = f"No speed is predicted of {document['runtime']}."
-        sections.append(f"{table([head, *rows], left=2)}\n{note}")
+        sections.append(f"{table([head, *rows], left=2)}\n{_speeds_note(document)}")
     if document["training"]:
         sections.append(_training(document["training"]))
     return "\n\n".join(sections)
+
+
+def _speeds_note(document: Mapping[str, Any]) -> str:
+    """What the speeds are, or why there are none."""
+    prompts = [one["prompt"] for one in document["devices"] if one["prompt"] is not None]
+    reasons = list(dict.fromkeys(one["reason"] for one in document["devices"] if one["reason"]))
+    notes = [f"{reason}." for reason in reasons[:_REASONS]]
+    if len(reasons) > _REASONS:
+        notes.append(f"{len(reasons) - _REASONS} more devices do not serve students with it.")
+    if prompts:
+        at = f"Speeds are predicted by a roofline at a full context; the first token follows a prompt of {prompts[0]}."
+        notes.insert(0, at)
+    return "\n".join(notes) or f"No speed is predicted of {document['runtime']}."
 
 
 def _speed(one: Mapping[str, Any]) -> tuple[str, ...]:
@@ -126,7 +136,14 @@ def pick_text(document: Mapping[str, Any]) -> str:
     sources = document["pick"]["sources"]
     times = [name for name in sources if name not in ("memory", "accuracy")]
     source = "".join(f"\n{name} is {sources[name]}." for name in times)
-    return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}{source}{kept}"
+    tied = document["tied"]
+    tie = f"\n{tied} rows are tied with the best; this is the smallest of them." if tied > 1 else ""
+    others = "".join(
+        f"\n{count_of(count, 'row')} of {name} {'is' if count == 1 else 'are'} left out: it does not run on "
+        f"{document['device']}."
+        for name, count in document["other_runtimes"].items()
+    )
+    return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}{tie}{others}{source}{kept}"
 
 
 def measured_text(document: Mapping[str, Any]) -> str:

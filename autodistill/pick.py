@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from operator import le
-from typing import Any
+from typing import Any, cast
 
+from autodistill.contracts import Direction
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.needs import Solved, Wanted, solve
-from autodistill.records.candidates import Candidate
+from autodistill.records.candidates import Candidate, with_documents
+from autodistill.records.leaderboard import rank
 from autodistill.units import CONTEXT, count_of, format_bytes, format_duration, written_bytes
 
 TIERS = tuple(size * 10**9 for size in (4, 8, 12, 16, 24, 48, 80))
 """Classes of GPUs by memory, in bytes."""
 
+_MOST_TIED = 32  # rows that are looked at for one that is smaller than the best and tied with it
 _CELLS = 256  # contexts that are named where a shorter one would do are multiples of this
 
 
@@ -68,6 +71,9 @@ def _place(candidate: Candidate) -> _Place | None:
 def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
     """The best row that meets all limits, the runner-up, the margins, and the limit that binds.
 
+    Of rows that are tied with the best, as `leaderboard.rank` has it, the smallest is picked. Rows of runtimes that the
+    device does not have are left out.
+
     What binds is the limit that the best of the better rows breaks by most; None where no better row was left out.
 
     Raises:
@@ -77,11 +83,17 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
     ranked = sorted(candidates, key=_order)
     if not ranked:
         raise InputError("there is no student that was trained to the end: run autodistill search first")
+    usable = [one for one in ranked if not _lacks(one, wanted)]
+    others = Counter(one.deployment.runtime for one in ranked if _lacks(one, wanted))
+    if not usable:
+        raise NothingFitsError(f"nothing fits: {_lacks(ranked[0], wanted)}; name another --device")
     left_out: list[Solved] = []
     chosen: list[Solved] = []
     unknown = 0
     broken = _Broken()
-    for one in ranked:
+    for one in usable:
+        if len(chosen) >= 2 and (len(chosen) == _MOST_TIED or not _may_tie(chosen[0].candidate, one)):
+            break
         place = _place(one)
         if place and broken.implies(place):
             continue
@@ -90,15 +102,14 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
             unknown += 1
         elif solved.fits:
             chosen.append(solved)
-            if len(chosen) == 2:
-                break
         else:
             if place:
                 broken.add(place, solved)
             if not chosen:
                 left_out.append(solved)
     if not chosen:
-        raise NothingFitsError(_nothing(ranked, left_out, unknown, wanted))
+        raise NothingFitsError(_nothing(usable, left_out, unknown, wanted))
+    chosen, tied = _smallest_first(chosen)
     excess = left_out[0].excess if left_out else {}
     return {
         "pick": chosen[0].to_json(),
@@ -106,11 +117,40 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
         "binds": max(excess, key=lambda name: excess[name]) if excess else None,
         "better_left_out": left_out[0].to_json() if left_out else None,
         "unknown": unknown,
+        "tied": tied,
+        "other_runtimes": dict(others),
         "context": chosen[0].context,
         "streams": wanted.streams,
         "device": wanted.device.name if wanted.device else None,
         "memory_overhead": asdict(wanted.overhead(chosen[0].candidate.row.deployment["runtime"])),
     }
+
+
+def _lacks(candidate: Candidate, wanted: Wanted) -> str:
+    """Why the device does not serve a row at all, or nothing."""
+    return wanted.device.lacks(candidate.deployment.runtime) if wanted.device else ""
+
+
+def _may_tie(best: Candidate, other: Candidate) -> bool:
+    """Whether a paired difference may lie within its error, which is no larger than the sum of both rows' own."""
+    errors = [one.row.figure(f"{best.metric}_stderr") for one in (best, other)]
+    return None not in errors and best.worth - other.worth <= sum(filter(None, errors))
+
+
+def _smallest_first(chosen: list[Solved]) -> tuple[list[Solved], int]:
+    """The rows with the one in front that the leaderboard would put there, and how many it holds to be tied."""
+    one = chosen[0].candidate
+    near = [solved for solved in chosen if _may_tie(one, solved.candidate)]
+    if len(near) < 2:
+        return chosen, 1
+    # By place, since runs may have rows of one id; of a budget each row has its own, and here all fit.
+    rows = [
+        replace(row, row_id=str(place), feasible=True)
+        for place, row in enumerate(with_documents([solved.candidate for solved in near]))
+    ]
+    order = rank(rows, one.metric, cast(Direction, one.direction))
+    first = near[int(order[0].row.row_id)]
+    return [first, *(solved for solved in chosen if solved is not first)], max(1, sum(item.tied for item in order))
 
 
 def _order(candidate: Candidate) -> tuple[float, float, str, str]:

@@ -317,3 +317,20 @@ def test_any_entry_is_a_possible_device_or_is_refused(name: str, changes: dict[s
     assert 0 < device.usable_bytes <= device.memory_bytes
     assert device.bandwidth > 0
     assert min(device.rates.values()) > 0
+
+
+def test_a_device_serves_with_the_runtimes_of_its_class_or_with_its_own(tmp_path: Path) -> None:
+    known = devices()
+    served = {name: find_device(name, known).runtimes for name in ("pi 5", "m1 max", "i9-13900k", "4090", "dgx spark")}
+    assert served["pi 5"] == ("llama.cpp",)
+    assert served["m1 max"] == served["i9-13900k"] == ("llama.cpp", "transformers")
+    assert served["4090"] == served["dgx spark"] == ("llama.cpp", "vllm", "transformers")
+    own = find_device("dgx spark", known)
+    assert Device.from_json(own.to_json()) == own
+    path = tmp_path / "own.yaml"
+    entry = "class: board, memory: 8GB, bandwidth: 50GB, rates: {fp16: 1}"
+    path.write_text(f"devices: {{My board: {{{entry}, runtimes: [llama.cpp, transformers]}}}}")
+    assert read_devices(path)[0].runtimes == ("llama.cpp", "transformers")
+    path.write_text(f"devices: {{My board: {{{entry}, runtimes: [onnx]}}}}")
+    with pytest.raises(InputError, match="list some of llama.cpp, vllm, transformers"):
+        read_devices(path)

@@ -182,6 +182,38 @@ def test_nothing_fits_names_the_nearest_and_the_change_that_would_do() -> None:
         pick(board[:1], Wanted(memory_bytes=10**9, least=0.6))
 
 
+CT = Q8 | {"runtime": "vllm", "format": "compressed-tensors"}
+
+
+def test_rows_of_a_runtime_that_the_device_lacks_are_left_out_and_counted() -> None:
+    pi = find_device("pi 5", devices())
+    board = [candidate(row("a", 0.5, 400, deployment=CT)), candidate(row("b", 0.4, 200))]
+    wanted = Wanted(memory_bytes=10**9, device=pi)
+    answer = pick(board, wanted)
+    assert (answer["pick"]["row_id"], answer["other_runtimes"]) == ("b", {"vllm": 1})
+    assert "1 row of vllm is left out: it does not run on Raspberry Pi 5" in pick_text(answer)
+    with pytest.raises(NothingFitsError, match="Raspberry Pi 5 .* serves students with llama.cpp, not vllm"):
+        pick(board[:1], wanted)
+    assert pick(board, replace(wanted, device=find_device("4090", devices())))["pick"]["row_id"] == "a"
+    assert pick(board, replace(wanted, device=None))["pick"]["row_id"] == "a"
+
+
+@pytest.mark.parametrize(("behind", "picked"), [([1, 0, 0, 1, 0, 1], "small"), ([1, 1, 1, 1, 1, 1], "large")])
+def test_of_rows_that_are_tied_the_smallest_is_picked(behind: list[int], picked: str, tmp_path: Path) -> None:
+    ids, sums = list("uvwxyz"), [50, 40, 60, 50, 45, 55]
+    fewer = [best - less + (1 if less == 0 else 0) for best, less in zip(sums, behind, strict=True)]
+
+    def scored(name: str, size: float, found: list[int], value: float) -> Row:
+        documents = {"ids": ids, "count": [100] * 6, "sum": found}
+        return row(name, value, size, accuracy_stderr=0.03, documents=documents, shape=config_of(SPEC))
+
+    rows = [scored("large", 400, sums, sum(sums) / 600), scored("small", 200, fewer, sum(fewer) / 600 - 1e-9)]
+    run_folder(tmp_path, "one", rows)
+    answer = pick(stored(tmp_path), Wanted(memory_bytes=10**9))
+    assert (answer["pick"]["row_id"], answer["tied"]) == (picked, 2 if picked == "small" else 1)
+    assert answer["runner_up"]["row_id"] == ({"small", "large"} - {picked}).pop()
+
+
 READERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--context": ("context", int),
     "--min-accuracy": ("least", float),
@@ -593,7 +625,13 @@ def test_rows_that_are_passed_over_change_nothing(
         device=find_device(device, devices()),
         latency=parse_latency(f"{quantity}={microseconds}us", streams),
     )
-    ranked = sorted(board, key=lambda one: (-one.worth, one.row.memory_bytes or 0, one.row.row_id))
+    assert wanted.device is not None
+    served = [one for one in board if not wanted.device.lacks(one.deployment.runtime)]
+    if not served:
+        with pytest.raises(NothingFitsError, match="serves students with"):
+            pick(board, wanted)
+        return
+    ranked = sorted(served, key=lambda one: (-one.worth, one.row.memory_bytes or 0, one.row.row_id))
     solved = [found for one in ranked if (found := solve(one, wanted)) is not None]
     fitting = [found for found in solved if found.fits]
     if fitting:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +66,7 @@ class Candidate:
         metric, value: What ranked in its run, and the row's own.
         direction: "max" or "min": which value is better.
         shape: The student's; None where the row has none.
+        folder: Of its run; None where it is not stored.
     """
 
     run: str
@@ -74,15 +75,24 @@ class Candidate:
     value: float | None
     direction: str
     shape: Shape | None = None
+    folder: RunFolder | None = None
 
     @classmethod
-    def of(cls, row: Row, run: str, metric: str, direction: str) -> Candidate:
+    def of(cls, row: Row, run: str, metric: str, direction: str, folder: RunFolder | None = None) -> Candidate:
         """That of a whole row."""
         fields = {name: getattr(row, name) for name in _COLUMNS if name != "shape"}
         cells = {name: value for name, value in fields.items() if value is not None}
         cells |= {name: json.dumps(cells[name]) for name in _NESTED}
         shape = None if row.shape is None else Shape(row.shape)
-        return cls(run=run, cells=cells, metric=metric, value=row.figure(metric), direction=direction, shape=shape)
+        return cls(
+            run=run,
+            cells=cells,
+            metric=metric,
+            value=row.figure(metric),
+            direction=direction,
+            shape=shape,
+            folder=folder,
+        )
 
     @cached_property
     def row(self) -> Row:
@@ -155,6 +165,30 @@ def _measured_on(asked: Mapping[str, Any]) -> dict[str, str]:
     return {asked[part]["name"]: asked[part]["fingerprint"] for part in parts}
 
 
+def with_documents(candidates: Sequence[Candidate]) -> list[Row]:
+    """Their rows, with the scores of single documents where they are stored."""
+    wanted: dict[str, set[str]] = {}
+    folders = {one.run: one.folder for one in candidates}
+    for one in candidates:
+        wanted.setdefault(one.run, set()).add(one.cells["row_id"])
+    found = {run: _documents(folder, wanted[run]) for run, folder in folders.items() if folder is not None}
+    return [replace(one.row, documents=found.get(one.run, {}).get(one.cells["row_id"])) for one in candidates]
+
+
+def _documents(run: RunFolder, ids: set[str]) -> dict[str, Any]:
+    """The scores by document of some rows of a run, by id."""
+    if not run.tabled:
+        return {row.row_id: row.documents for row in rows_of(run.events.read()) if row.row_id in ids}
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(run.leaderboard_file) as file:
+        if "documents" not in file.schema_arrow.names:
+            return {}
+        columns = file.read(columns=["row_id", "documents"], use_threads=False)
+    pairs = zip(columns.column("row_id").to_pylist(), columns.column("documents"), strict=True)
+    return {name: json.loads(text.as_py()) for name, text in pairs if name in ids and text.is_valid}
+
+
 def recalibrated(out: Path) -> dict[Place, Overhead]:
     """What predicted memory is changed by, as the measured students of a folder's runs speak for it; often nothing."""
     return overheads(row for name in known_runs(out) for row in _measured(RunFolder.open(out, name)))
@@ -170,7 +204,7 @@ def _candidates(run: RunFolder, metric: str, direction: str) -> Iterator[Candida
     if not run.tabled:
         for row in rows_of(run.events.read()):
             if row.kind in DISTILLED and row.split != "test" and row.full and row.figure(metric) is not None:
-                yield Candidate.of(row, run.name, metric, direction)
+                yield Candidate.of(row, run.name, metric, direction, run)
         return
     columns = _columns(run)
     count = len(columns["row_id"])
@@ -185,7 +219,9 @@ def _candidates(run: RunFolder, metric: str, direction: str) -> Iterator[Candida
         if value is None or fields["kind"] not in DISTILLED or fields.get("split") == "test":
             continue
         if trained_fully(fields["kind"], fields.get("fidelity")):
-            yield Candidate(run=run.name, cells=fields, metric=metric, value=value, direction=direction, shape=shape)
+            yield Candidate(
+                run=run.name, cells=fields, metric=metric, value=value, direction=direction, shape=shape, folder=run
+            )
 
 
 def _measured(run: RunFolder) -> Iterator[Row]:

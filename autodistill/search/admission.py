@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from autodistill.applied import check_strategy, probe_deployment, student_spec, with_own
+from autodistill.budget import served
 from autodistill.errors import InputError
 from autodistill.estimate import Fit, cannot_hold, fits, holdable, shortfall
 from autodistill.records.confirmation import KIND as CONFIRMATION
@@ -74,7 +75,7 @@ def _fits(question: Question, strategy: Strategy) -> tuple[tuple[Fit, ...], int 
         spec = student_spec(strategy, question.teacher_spec)
         parameters = spec.parameters
         check_strategy(strategy, question.teacher_spec)
-        deployments = with_own(strategy, question.deployments)
+        deployments = served(with_own(strategy, question.deployments), question.budget)
         fitting = fits(spec, holdable(spec, deployments), question.budget)
     except InputError as error:
         return (), parameters, str(error)

@@ -29,7 +29,7 @@ from autodistill.records.stored_run import check_free, pull
 from autodistill.search.asked import Asked, ask
 from autodistill.search.expected import Speed, trial_seconds
 from autodistill.search.plan import EXPLORE
-from autodistill.search.possible import check_teacher, narrowed, shortest_context
+from autodistill.search.possible import check_teacher, narrowed, on_its_device, shortest_context
 from autodistill.search.request import (
     DEFAULT_DATA,
     DEFAULT_SAMPLER,
@@ -238,8 +238,10 @@ def _on_device(request: SearchRequest, known: Mapping[str, Any]) -> SearchReques
 def _under_budget(space: Space, spec: ModelSpec, budget: Budget, known: Mapping[str, Any]) -> Space:
     """The space that this budget is searched in, on resuming that which it was."""
     if known:
-        return space if known.get("space_definition", {}).get("optional") else space.required()
-    return narrowed(space, spec, budget)
+        whole = space if known.get("space_definition", {}).get("optional") else space.required()
+        # Runs of earlier versions have deployments that their device does not serve.
+        return whole if whole.hash == known.get("space_hash") else on_its_device(whole, budget)
+    return narrowed(on_its_device(space, budget), spec, budget)
 
 
 def _check_possible(space: Space, request: SearchRequest) -> None:

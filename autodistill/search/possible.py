@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autodistill.applied import check_strategy, student_spec
+from autodistill.budget import DeviceBudget, served
 from autodistill.contracts import ModelSpec
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimate import cannot_hold, fits, holdable, shortfall, smallest
@@ -31,6 +34,22 @@ def check_teacher(spec: ModelSpec, space: Space, budget: Budget, sequence_length
         )
     _check_context(spec, space, budget.context)
     _check_budget(spec, space, budget)
+
+
+def on_its_device(space: Space, budget: Budget) -> Space:
+    """The space without the deployments whose runtime the budget's device does not have.
+
+    Raises:
+        InputError: None is left.
+    """
+    left = served(space.deployments, budget)
+    if not left and isinstance(budget, DeviceBudget):
+        runtime = space.deployments[0].runtime
+        raise InputError(
+            f"no deployment of the space {space.name} is for this device: {budget.device.lacks(runtime)}; name another "
+            "--device, or give a --space with other deployments"
+        )
+    return space if left == space.deployments else replace(space, deployments=left)
 
 
 def narrowed(space: Space, spec: ModelSpec, budget: Budget) -> Space:

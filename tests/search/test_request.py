@@ -330,3 +330,13 @@ def test_a_resumed_run_shares_its_box_as_before(asked: SearchRequest, tmp_path: 
         check_request(replace(half, explore=0.7))
     with pytest.raises(InputError, match=r"trained its best on in the rest of its box.*start a new run with --confirm"):
         check_request(replace(half, confirm=2))
+
+
+def test_a_search_for_a_device_leaves_out_what_the_device_does_not_serve(asked: SearchRequest) -> None:
+    def runtimes(device: str) -> set[str]:
+        placed = DeviceBudget(memory_bytes=10**9, context=256, device=find_device(device, devices()))
+        found = check_request(replace(asked, budget=placed))
+        return {deployment.runtime for deployment in found.space.deployments}
+
+    assert runtimes("pi 5") == {"llama.cpp"}
+    assert runtimes("4090") == {"llama.cpp", "vllm", "transformers"}
