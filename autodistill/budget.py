@@ -62,6 +62,30 @@ def memory_on(device: Device, asked: int | None) -> int:
     return device.usable_bytes if asked is None else asked
 
 
+def completed(budget: Budget, before: Budget, *, memory: bool, batch: bool, device: bool) -> Budget:
+    """A budget with what nobody asked for as a run stored it.
+
+    Args:
+        budget: As it is asked for now; its context is another's business.
+        before: As the run stored it.
+        memory, batch, device: Whether nobody asked for these.
+    """
+    kept = ({"memory_bytes": before.memory_bytes} if memory and device else {}) | (
+        {"batch": before.batch} if batch else {}
+    )
+    budget = replace(budget, **kept)
+    if not isinstance(before, DeviceBudget):
+        return budget
+    asked = budget if isinstance(budget, DeviceBudget) else None
+    return DeviceBudget(
+        memory_bytes=budget.memory_bytes,
+        context=budget.context,
+        batch=budget.batch,
+        device=asked.device if asked and not device else before.device,
+        latency=(asked.latency if asked else ()) or before.latency,
+    )
+
+
 def with_device_of(budget: Budget, before: Budget, *, by_default: bool = False) -> Budget:
     """A budget on a stored one's device, with the figures that it had, where it is on the same.
 

@@ -43,6 +43,8 @@ def search_request(given: Mapping[str, Any], verb: str, command: str, started: f
     return SearchRequest(
         budget=budget,
         context_by_default=given["context"] is None,
+        memory_by_default=given["budget"] is None,
+        batch_by_default=given["batch"] is None,
         device_by_default=given["device"] is None,
         teacher=given["teacher"],
         data=given["data"],
@@ -101,8 +103,10 @@ def _further(given: Mapping[str, Any]) -> Iterator[str]:
 
 def _budget(given: Mapping[str, Any], verb: str) -> Budget:
     """The limits that are typed; a device gives the memory where it is not, and is this machine where one is needed."""
-    context, batch = CONTEXT if given["context"] is None else given["context"], given["batch"]
-    if verb == "search" and given["budget"] is None and given["device"] is None:
+    context = CONTEXT if given["context"] is None else given["context"]
+    batch = 1 if given["batch"] is None else given["batch"]
+    # A run that goes on has its own.
+    if verb == "search" and given["budget"] is None and given["device"] is None and not given["resume"]:
         raise InputError("search needs the memory that the student may take: --budget like 16GB, or --device like 4090")
     # Numbers are read before a device is looked for, since that may measure this machine.
     memory = None if given["budget"] is None else parse_bytes(given["budget"])
@@ -186,7 +190,8 @@ def appraised(given: Mapping[str, Any]) -> dict[str, Any]:
     if given["format_name"]:
         described = replace(described, weights_bytes=None)
     deployment = deployment_named(given["format_name"] or described.format_name or "gguf-q8_0")
-    options = {name: given[name] for name in ("context", "batch", "kv_type", "runtime", "prompt", "training")}
+    batch = 1 if given["batch"] is None else given["batch"]
+    options: dict[str, Any] = {"batch": batch} | {name: given[name] for name in ("context", "kv_type", "runtime", "prompt", "training")}
     return appraise(described, deployment, devices=found, overheads=recalibrated(given["out"]), **options)
 
 

@@ -116,7 +116,7 @@ def search(
     latency: LatencyOption = None,
     own: DevicesOption = None,
     context: ContextOption = None,
-    batch: BatchOption = 1,
+    batch: BatchOption = None,
     teacher: TeacherOption = None,
     data: DataOption = None,
     metric: MetricOption = None,
@@ -167,7 +167,7 @@ def distill(
     latency: LatencyOption = None,
     own: DevicesOption = None,
     context: ContextOption = None,
-    batch: BatchOption = 1,
+    batch: BatchOption = None,
     teacher: TeacherOption = None,
     data: DataOption = None,
     metric: MetricOption = None,
@@ -333,7 +333,7 @@ def estimate(
         str | None, option("--runtime", "Another runtime that serves the format, or onnxruntime (memory only).", "NAME")
     ] = None,
     context: ContextOption = None,
-    batch: BatchOption = 1,
+    batch: BatchOption = None,
     kv_type: Annotated[str, option("--kv-type", "Type of the KV cache: f16, q8_0 or q4_0.", "TYPE")] = "f16",
     prompt: Annotated[
         int | None, option("--prompt", "Length of the prompt before the first token (default: 512).", "TOKENS")

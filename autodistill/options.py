@@ -50,7 +50,7 @@ ContextOption = Annotated[
     int | None,
     option("--context", "Context length the memory must cover (default: 2048, or the model's limit).", "TOKENS"),
 ]
-BatchOption = Annotated[int, option("--batch", "Number of sequences decoded at once.", "N")]
+BatchOption = Annotated[int | None, option("--batch", "Number of sequences decoded at once (default: 1).", "N")]
 TeacherOption = Annotated[
     str | None,
     option(

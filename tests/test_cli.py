@@ -20,6 +20,7 @@ import pytest
 from autodistill.cli import main
 from autodistill.errors import InterruptedSearchError, VerificationError
 from autodistill.options import LATENCY_HELP, SECTIONS
+from autodistill.search.checked import check_request
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import parse_latency
 
@@ -446,6 +447,8 @@ def test_a_search_says_what_it_does_in_plain_lines_and_no_library_joins_in(ran: 
         ("--resume --trials 1", ["trials"]),
         ("--resume --seed 9", ["another seed"]),
         ("--resume --context 256", ["another budget"]),
+        ("--resume --batch 2", ["another budget"]),
+        ("--resume --budget 2GB", ["another budget"]),
     ],
 )
 def test_a_run_that_exists_is_neither_overwritten_nor_mixed(
@@ -455,6 +458,19 @@ def test_a_run_that_exists_is_neither_overwritten_nor_mixed(
     assert (code, out) == (2, ""), err
     for word in words:
         assert word in err
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_run_that_is_resumed_has_the_budget_it_had(
+    ran: Ran, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def check(request: Any, view: Any) -> None:
+        raise InterruptedSearchError(check_request(request).request.budget.describe())
+
+    monkeypatch.setattr("autodistill.search.search.search", check)
+    code, _, err = run(capfd, "search --resume --name tiny --runner inline", inputs, ran.folder)
+    assert code == 130, err
+    assert "1.00 GB at context 512, batch 1" in err
 
 
 def test_the_leaderboard_shows_the_rows_of_the_run(ran: Ran, inputs: Path, capfd: Any) -> None:

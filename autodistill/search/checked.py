@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.applied import check_strategy
-from autodistill.budget import DeviceBudget, limits_as, read_budget, with_device_of
+from autodistill.budget import DeviceBudget, completed, limits_as, read_budget, with_device_of
 from autodistill.contracts import SEQUENCE_LENGTH, Direction, ModelSpec, Plan
 from autodistill.devices import Device
 from autodistill.distillation.teacher import TeacherRef, resolve_teacher
@@ -132,7 +132,7 @@ def check_request(request: SearchRequest) -> Checked:
         space = single(space, request.strategy)
     _check_cache(request.cache)
     spec = spec_from_config(teacher.config)
-    request = _on_device(_at_context(request, known, spec, space), known)
+    request = _budget_as_before(_at_context(request, known, spec, space), known)
     space = _under_budget(space, spec, request.budget, known)
     _check_possible(space, request)
     checked = Checked(
@@ -227,12 +227,15 @@ def _at_context(request: SearchRequest, known: Mapping[str, Any], spec: ModelSpe
     return replace(request, budget=replace(request.budget, context=context))
 
 
-def _on_device(request: SearchRequest, known: Mapping[str, Any]) -> SearchRequest:
-    """The request with the device of its budget as it was, where a run goes on."""
+def _budget_as_before(request: SearchRequest, known: Mapping[str, Any]) -> SearchRequest:
+    """The request with its budget as it was where nobody asked for another, if a run goes on."""
     if "budget" not in known:
         return request
-    before = read_budget(known["budget"])
-    return replace(request, budget=with_device_of(request.budget, before, by_default=request.device_by_default))
+    before, by_default = read_budget(known["budget"]), request.device_by_default
+    budget = completed(
+        request.budget, before, memory=request.memory_by_default, batch=request.batch_by_default, device=by_default
+    )
+    return replace(request, budget=with_device_of(budget, before, by_default=by_default))
 
 
 def _under_budget(space: Space, spec: ModelSpec, budget: Budget, known: Mapping[str, Any]) -> Space:

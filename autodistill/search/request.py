@@ -23,7 +23,8 @@ class SearchRequest:
         budget: Limits of the deployed student.
         context_by_default: Whether nobody asked for the budget's context: it is then lowered to what the teacher and
             every pretrained model read, and on resuming it is as before.
-        device_by_default: Whether nobody asked for the budget's device: on resuming it is as before.
+        memory_by_default, batch_by_default, device_by_default: Whether nobody asked for the budget's memory, its batch or
+            its device: on resuming they are as before.
         strategy: Name or file of a strategy: it alone is trained, to the plan's tokens, and nothing is searched.
         teacher, data, space, metric, sampler: References and names.
         baselines: Names or files of the strategies that run first and are to be beaten, in place of the space's.
@@ -66,6 +67,8 @@ class SearchRequest:
 
     budget: Budget
     context_by_default: bool = False
+    memory_by_default: bool = False
+    batch_by_default: bool = False
     device_by_default: bool = False
     strategy: str | None = None
     teacher: str | None = None
