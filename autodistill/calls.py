@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,10 @@ from autodistill.units import CONTEXT, NO_LIMIT, Budget, parse_bytes, parse_dura
 if TYPE_CHECKING:
     from autodistill.search.request import SearchRequest
     from autodistill.search.search import Outcome
+
+
+RUNS = Path("results/runs")
+"""Where runs are, unless a person says so."""
 
 
 def search_request(given: Mapping[str, Any], verb: str, command: str, started: float) -> SearchRequest:
@@ -191,7 +196,9 @@ def appraised(given: Mapping[str, Any]) -> dict[str, Any]:
         described = replace(described, weights_bytes=None)
     deployment = deployment_named(given["format_name"] or described.format_name or "gguf-q8_0")
     batch = 1 if given["batch"] is None else given["batch"]
-    options: dict[str, Any] = {"batch": batch} | {name: given[name] for name in ("context", "kv_type", "runtime", "prompt", "training")}
+    options: dict[str, Any] = {"batch": batch} | {
+        name: given[name] for name in ("context", "kv_type", "runtime", "prompt", "training")
+    }
     return appraise(described, deployment, devices=found, overheads=recalibrated(given["out"]), **options)
 
 
@@ -227,7 +234,23 @@ def picked(given: Mapping[str, Any]) -> dict[str, Any]:
         rows = stored(given["out"], given["runs"] or ())
         timed = tuple(read_measured(given["out"])) if found else ()
         wanted = replace(asked, overheads=recalibrated_by(rows), measured=timed)
-        return pick_tiers(rows, wanted) if given["tiers"] else pick(rows, wanted)
+        if given["tiers"]:
+            return pick_tiers(rows, wanted)
+        answer = pick(rows, wanted)
+    return answer | {"next": _to_get(answer["pick"], given["out"])}
+
+
+def _to_get(picked: Mapping[str, Any], runs: Path) -> str:
+    """How to have the student of a row that was picked as a file or a folder."""
+    from autodistill.formats import get_format
+    from autodistill.students import student_folder
+
+    run, row = RunFolder.open(runs, picked["run"]), picked["row_id"]
+    if not student_folder(run.checkpoints / picked["trial"]).is_dir():
+        return f"Its student is not on this disk ({run.checkpoints / picked['trial']}), so it cannot be exported here."
+    words = ["autodistill", "export", picked["run"], "--row", row, "--to", get_format(picked["format"]).container]
+    words += ["--out", f"students/{row}", *([] if runs == RUNS else ["--runs", str(runs)])]
+    return f"To get it: {shlex.join(words)}"
 
 
 @contextmanager
@@ -274,15 +297,16 @@ def planned(request: SearchRequest) -> dict[str, Any]:
         return plan_search(request, SearchView(view))
 
 
-Boards = list[tuple[str, tuple[Any, str]]]
+Boards = list[tuple[RunFolder, tuple[Any, str]]]
 
 
 def leaderboards(runs: Sequence[str] | None, out: Path) -> Boards:
-    """Ranked rows and their metric, by run."""
+    """Runs, each with its ranked rows and their metric."""
     names = list(dict.fromkeys(runs or known_runs(out)))
     if not names:
         raise InputError(f"there are no runs in {out}: make one with autodistill search, or name another --out")
-    return [(name, leaderboard_of(RunFolder.open(out, name))) for name in names]
+    found = [RunFolder.open(out, name) for name in names]
+    return [(run, leaderboard_of(run)) for run in found]
 
 
 def explained(run: RunFolder) -> dict[str, Any]:

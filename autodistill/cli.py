@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autodistill.calls import (
+    RUNS,
     appraised,
     explained,
     exported,
@@ -82,7 +83,6 @@ if TYPE_CHECKING:
     from autodistill.search.request import SearchRequest
     from autodistill.search.search import Outcome
 
-_RUNS = Path("results/runs")
 _SHAPE = "A shape in the place of MODEL"
 # The base of all of Typer's own complaints, which it does not export by name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -138,7 +138,7 @@ def search(
     sequence_length: SequenceLengthOption = None,
     step_tokens: StepTokensOption = None,
     name: NameOption = None,
-    out: OutOption = _RUNS,
+    out: OutOption = RUNS,
     resume: ResumeOption = False,
     plan: PlanOption = False,
     price: PriceOption = None,
@@ -181,7 +181,7 @@ def distill(
     sequence_length: SequenceLengthOption = None,
     step_tokens: StepTokensOption = None,
     name: NameOption = None,
-    out: OutOption = _RUNS,
+    out: OutOption = RUNS,
     resume: ResumeOption = False,
     plan: PlanOption = False,
     price: PriceOption = None,
@@ -246,7 +246,7 @@ def write(
 @app.command(cls=PlainCommand)
 def leaderboard(
     runs: Annotated[list[str] | None, typer.Argument(help="Names of runs (default: all).", metavar="RUN")] = None,
-    out: OutOption = _RUNS,
+    out: OutOption = RUNS,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Show the ranked students of runs, including runs that are still going on."""
@@ -256,7 +256,7 @@ def leaderboard(
 @app.command(cls=PlainCommand)
 def explain(
     run: Annotated[str, typer.Argument(help="Name of the run.", metavar="RUN")],
-    out: OutOption = _RUNS,
+    out: OutOption = RUNS,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Show what mattered in a run, what was stopped early, which limit binds and what to try next."""
@@ -273,7 +273,7 @@ def export(
     row: Annotated[
         str | None, option("--row", "Row of the leaderboard to export (default: the best student).", "ID")
     ] = None,
-    runs: Annotated[Path, option("--runs", "Folder that holds the runs.", "DIR")] = _RUNS,
+    runs: Annotated[Path, option("--runs", "Folder that holds the runs.", "DIR")] = RUNS,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """Export a student of a run to other formats, and verify it."""
@@ -283,7 +283,7 @@ def export(
 
 @app.command(cls=PlainCommand)
 def doctor(
-    out: OutOption = _RUNS,
+    out: OutOption = RUNS,
     cache: CacheOption = None,
     storage: StorageOption = None,
     ray_address: RayAddressOption = None,
@@ -375,7 +375,7 @@ def estimate(
     tied: Annotated[
         bool, typer.Option("--tied", help="The output layer shares the embedding table.", rich_help_panel=_SHAPE)
     ] = False,
-    out: OutOption = _RUNS,
+    out: OutOption = RUNS,
     cache: CacheOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
@@ -402,7 +402,7 @@ def pick(
     ] = None,
     tiers: Annotated[bool, typer.Option("--tiers", help="Show the best for each of 4 to 80 GB instead.")] = False,
     own: DevicesOption = None,
-    out: OutOption = _RUNS,
+    out: OutOption = RUNS,
     cache: CacheOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
@@ -448,7 +448,7 @@ def measure(
         bool, typer.Option("--busy", help="Measure even if the machine is busy, and mark the result.")
     ] = False,
     own: DevicesOption = None,
-    out: OutOption = _RUNS,
+    out: OutOption = RUNS,
     cache: CacheOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:

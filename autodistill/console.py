@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -198,32 +199,59 @@ def panel(progress: Progress) -> Table:
     return grid
 
 
-def leaderboard_table(ranked: Sequence[Ranked], metric: str = "accuracy", width: int = 100) -> str:
-    """The leaderboard in aligned columns of plain text.
+def leaderboard_table(
+    ranked: Sequence[Ranked], metric: str = "accuracy", width: int = 100, legend: int | None = None
+) -> str:
+    """The leaderboard in aligned columns of plain text, and below it what the strategies of its trials are.
+
+    Columns without a figure are left out, and on a narrow terminal those that matter least.
 
     Args:
         ranked: The rows in their order.
         metric: The figure that ranks.
-        width: Characters of a line; what is left of it goes to the summary of the strategy.
+        width: Characters of a line.
+        legend: Of how many trials the strategy is told, the best first; of all by default.
     """
     kept = "kept" if metric == "accuracy" else "accuracy kept"
-    titles = ["#", "deployment", metric, kept, "memory", "size", "latency", "plan"]
+    titles = ["#", "row", metric, kept, "memory", "size", "latency", "trained"]
     lines = [[printable(cell) for cell in _cells(one, metric)] for one in ranked]
-    widths = [max(map(len, column)) for column in zip(titles, *lines, strict=True)]
-    room = max(width - sum(widths) - 2 * len(widths), 8)
-    summaries = [_cut(printable(_summary(one.row)), room) for one in ranked]
-    body = [
-        "  ".join([*map(_aligned, line, widths, range(len(widths))), summary]).rstrip()
-        for line, summary in zip([titles, *lines], ["strategy", *summaries], strict=True)
-    ]
+    shown = _columns(titles, lines, width)
+    cells = [[line[index] for index in shown] for line in (titles, *lines)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    body = ["  ".join(map(_aligned, line, widths, shown)).rstrip() for line in cells]
     notes = {
         "= tied with the best: within one standard error": any(one.tied for one in ranked),
         "* on the front: no row beats it in one objective without losing in another": any(one.front for one in ranked),
         "~ predicted": any(cell.startswith("~") for line in lines for cell in line),
         "! over the budget": any(not one.row.feasible for one in ranked),
+        f"{kept}: share of the teacher's accuracy": bool(ranked) and _KEPT in shown,
+        "trained: 1x is as many tokens as the plan gives a trial": bool(ranked) and _TRAINED in shown,
     }
     note = "; ".join(text for text, needed in notes.items() if needed)
-    return "\n".join([*body, *filter(None, [note, rests_on([one.row for one in ranked])])])
+    trials = {one.row.trial: one.row for one in reversed(ranked) if one.row.strategy is not None}
+    told = [_strategy(row) for row in reversed(trials.values())]
+    strategies = [line for text in told[:legend] for line in wrapped(text, width)]
+    said = [line for text in (note, rests_on([one.row for one in ranked])) if text for line in wrapped(text, width)]
+    return "\n".join([*body, *said, *([""] if strategies else []), *strategies])
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """A text as lines of a width, those after the first indented."""
+    return textwrap.wrap(printable(text), width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+_KEPT, _SIZE, _LATENCY, _TRAINED = 3, 5, 6, 7
+
+
+def _columns(titles: Sequence[str], lines: Sequence[Sequence[str]], width: int) -> list[int]:
+    """Which columns are shown: those with figures, and of them what fits the width, by how much they matter."""
+    shown = [index for index in range(len(titles)) if index != _LATENCY or any(line[_LATENCY] != "-" for line in lines)]
+    widths = [max(map(len, column)) for column in zip(titles, *lines, strict=True)]
+    for least in (_SIZE, _KEPT, _TRAINED):
+        if sum(widths[index] + 2 for index in shown) - 2 <= width:
+            break
+        shown.remove(least)
+    return shown
 
 
 def _aligned(cell: str, width: int, column: int) -> str:
@@ -236,13 +264,13 @@ def _cells(one: Ranked, metric: str) -> list[str]:
     spread = "" if error is None else f" ± {error:.4f}"
     return [
         f"{one.place}{'=' if one.tied else ''}{'*' if one.front else ''}{'' if row.feasible else '!'}",
-        row.deployment_name.replace("compressed-tensors", "ct"),
+        row.short_id,
         "-" if value is None else f"{value:.4f}{spread}",
         "-" if row.retention is None else f"{row.retention:.1%}",
         memory_cell(row),
         _estimated(row.size_bytes, None, format_bytes),
         _estimated(*_latency(row), lambda ms: format_duration(ms / 1e3)),
-        f"{1.0 if row.fidelity is None and row.full else row.fidelity or 0.0:.0%}",
+        "-" if row.strategy is None else f"{1.0 if row.fidelity is None and row.full else row.fidelity or 0.0:.3g}x",
     ]
 
 
@@ -262,11 +290,10 @@ def _estimated(value: float | None, source: str | None, write: Callable[[float],
     return "-" if value is None else ("~" if source == "predicted" else "") + write(value)
 
 
-def _summary(row: Row) -> str:
-    """Which trial, and what sets its strategy apart, the most telling first."""
-    if row.strategy is None:
-        return row.name
-    # A proposed strategy is named by a description of itself, which the table gives in columns' width already.
+def _strategy(row: Row) -> str:
+    """A trial, and what sets its strategy apart, the most telling first."""
+    assert row.strategy is not None
+    # A proposed strategy is named by a description of itself, which is what follows.
     title = row.trial if row.kind in ("student", CONFIRMATION) else f"{row.trial} {row.name}"
     init, distillation = row.strategy["init"], row.strategy["distillation"]
     finishing, alignment, temperature = (
@@ -276,19 +303,16 @@ def _summary(row: Row) -> str:
     )
     parts = [Init.from_json(init).describe()]
     if finishing is not None:
-        parts.append(f"qat{finishing['bits']}")
+        parts.append(f"trained for {finishing['bits']} bits")
     if lora := distillation.get("lora"):
-        parts.append(f"lora {lora['rank']}")
-    parts.append(f"kd {distillation['divergence_weight']:.2g}")
-    parts.append("T " + "-".join(f"{value:g}" for value in dict.fromkeys((temperature["start"], temperature["end"]))))
+        parts.append(f"LoRA {lora['rank']}")
+    parts.append(f"KD weight {distillation['divergence_weight']:.2g}")
+    heat = "-".join(f"{value:g}" for value in dict.fromkeys((temperature["start"], temperature["end"])))
+    parts.append(f"temperature {heat}")
     if alignment is not None:
         layers = "all" if alignment["layers"] == "all" else alignment["count"]
-        parts.append(f"align {layers} {alignment['projection']}")
+        parts.append(f"aligned in {layers} layers ({alignment['projection']})")
     if attention := distillation.get("attention"):
         parts.append(f"attention {attention['kind']}")
-    parts.append(f"lr {distillation['learning_rate']:.1g}")
+    parts.append(f"learning rate {distillation['learning_rate']:.1g}")
     return f"{title}: {', '.join(parts)}"
-
-
-def _cut(text: str, room: int) -> str:
-    return text if len(text) <= room else text[: room - 1] + "…"

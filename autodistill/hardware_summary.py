@@ -143,7 +143,8 @@ def pick_text(document: Mapping[str, Any]) -> str:
         f"{document['device']}."
         for name, count in document["other_runtimes"].items()
     )
-    return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}{tie}{others}{source}{kept}"
+    then = f"\n{document['next']}" if document.get("next") else ""
+    return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}{tie}{others}{source}{kept}{then}"
 
 
 def measured_text(document: Mapping[str, Any]) -> str:

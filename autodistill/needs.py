@@ -125,6 +125,7 @@ class Solved:
             "trial": row.trial,
             "kind": row.kind,
             "deployment": row.deployment_name,
+            "format": row.deployment["format"],
             "metric": self.candidate.metric,
             "value": row.figure(self.candidate.metric),
             "stderr": row.figure(f"{self.candidate.metric}_stderr"),

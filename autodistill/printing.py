@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from autodistill.calls import Boards
-from autodistill.console import leaderboard_table
+from autodistill.console import leaderboard_table, wrapped
 from autodistill.errors import AutoDistillError, InterruptedSearchError
 from autodistill.options import Format
 from autodistill.records.json_files import strict_json
 from autodistill.reply import replying
 from autodistill.streams import stdout_reserved
+from autodistill.summary import headline
 from autodistill.termination import ended_by
 
 T = TypeVar("T")
@@ -50,15 +51,15 @@ def _dumps(document: Any) -> str:
 
 
 def line_width() -> int:
-    """Characters of a line: the terminal's, where stdout is one that is wide enough."""
-    return max(100, shutil.get_terminal_size((120, 24)).columns)
+    """Characters of a line: the terminal's where stdout is one, but no fewer than 80."""
+    return max(80, shutil.get_terminal_size((120, 24)).columns)
 
 
 def rows(boards: Boards) -> list[dict[str, Any]]:
     """Leaderboards as plain data."""
     return [
-        {"run": name, "place": one.place, "tied": one.tied, "front": one.front, **one.row.to_json()}
-        for name, (ranked, _) in boards
+        {"run": run.name, "place": one.place, "tied": one.tied, "front": one.front, **one.row.to_json()}
+        for run, (ranked, _) in boards
         for one in ranked
     ]
 
@@ -66,7 +67,8 @@ def rows(boards: Boards) -> list[dict[str, Any]]:
 def tables(boards: Boards) -> str:
     """Leaderboards for a person."""
     return "\n\n".join(
-        f"{name}\n{leaderboard_table(ranked, metric, line_width())}" for name, (ranked, metric) in boards
+        "\n".join([*wrapped(headline(run), line_width()), leaderboard_table(ranked, metric, line_width())])
+        for run, (ranked, metric) in boards
     )
 
 

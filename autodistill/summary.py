@@ -18,6 +18,7 @@ from autodistill.records.store import RunFolder
 from autodistill.units import Price, format_bytes, format_duration
 
 _SHOWN_ROWS = 15
+_SHOWN_STRATEGIES = 3
 
 
 def leaderboard_of(run: RunFolder) -> tuple[list[Ranked], str]:
@@ -31,6 +32,21 @@ def leaderboard_of(run: RunFolder) -> tuple[list[Ranked], str]:
     return with_front(rank(rows, asked["metric"], asked["direction"]), objectives_of(asked)), asked["metric"]
 
 
+def headline(run: RunFolder) -> str:
+    """A run in one line: its name, teacher, data and budget, and whether it is finished.
+
+    Raises:
+        InputError: Its records cannot be read.
+    """
+    asked = read_json(run.search_file)
+    parts = [run.name]
+    for name in ("teacher", "data"):
+        known = asked.get(name, {})
+        parts += [f"{name} {known.get('name') or known['reference']}"] if known else []
+    parts += [read_budget(asked["budget"]).describe()] if "budget" in asked else []
+    return " · ".join([*parts, run.state])
+
+
 def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric: str, width: int = 120) -> str:
     """The end of a search in some forty lines.
 
@@ -41,7 +57,7 @@ def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric
         width: Characters of a line of the leaderboard.
     """
     more = len(ranked) - _SHOWN_ROWS
-    board = leaderboard_table(ranked[:_SHOWN_ROWS], metric, width)
+    board = leaderboard_table(ranked[:_SHOWN_ROWS], metric, width, legend=_SHOWN_STRATEGIES)
     sections = [
         board + (f"\n{more} more rows: autodistill leaderboard {document['name']}" if more > 0 else ""),
         _confirmed(document),

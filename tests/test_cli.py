@@ -482,8 +482,25 @@ def test_the_leaderboard_shows_the_rows_of_the_run(ran: Ran, inputs: Path, capfd
     assert {row["run"] for row in rows} == {"tiny"}
     code, out, _ = run(capfd, f"leaderboard tiny --out {runs}", inputs)
     assert code == 0
-    assert out.splitlines()[0] == "tiny"
+    head = out.splitlines()[0]
+    assert head.startswith("tiny · teacher ")
+    assert "1.00 GB at context 512, batch 1 · finished" in " ".join(out.splitlines()[:3])
+    assert all(row["row_id"].replace("-compressed-tensors-", "-ct-") in out for row in rows)
     assert len(out.splitlines()) >= len(rows) + 2
+
+
+def test_a_pick_ends_with_the_command_that_exports_it(
+    ran: Ran, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = ran.folder / "runs"
+    code, out, err = run(capfd, f"pick --budget 1GB --out {runs}", inputs)
+    assert code == 0, err
+    words = shlex.split(out.splitlines()[-1].removeprefix("To get it: "))
+    assert words[:3] == ["autodistill", "export", "tiny"]
+    assert run(capfd, shlex.join(words[1:]), inputs)[0] == 0
+    picked = json.loads(run(capfd, f"pick --budget 1GB --out {runs} --format json", inputs)[1])
+    assert any((tmp_path / "students" / picked["pick"]["row_id"]).iterdir())
 
 
 def test_an_export_of_another_row_is_loaded_by_another_library(
@@ -494,6 +511,10 @@ def test_an_export_of_another_row_is_loaded_by_another_library(
     row = next(row for row in ran.document["rows"] if row["kind"] == "baseline" and row["deployment"]["bits"] == 8)
     line = (
         f"export tiny --runs {ran.folder / 'runs'} --row {row['row_id']} --to huggingface,gguf --out {tmp_path / 'e'}"
+    )
+    assert (
+        "no row 'nope' (autodistill leaderboard tiny shows its rows)"
+        in run(capfd, line.replace(row["row_id"], "nope"), inputs)[2]
     )
     code, out, err = run(capfd, f"{line} --format json", inputs)
     assert code == 0, err

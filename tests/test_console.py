@@ -144,41 +144,62 @@ def test_the_table_fits_a_hundred_characters_and_its_columns_align() -> None:
             latency_source="measured",
             strategy=strategy,
         ),
-        row("a teacher with a very long name that does not fit", kind="teacher", bits=8, accuracy=0.4123),
+        row("teacher-ct-int8-g64", kind="teacher", bits=8, accuracy=0.4123),
         row("t002", accuracy=0.5, feasible=False, memory_bytes=10**10),
     ]
     text = leaderboard_table(rank(rows))
-    head, *lines, notes = text.split("\n")
-    assert max(map(len, text.split("\n"))) <= 100
-    assert head.split() == ["#", "deployment", "accuracy", "kept", "memory", "size", "latency", "plan", "strategy"]
-    assert [line.split()[:2] for line in lines] == [["1=", "ct-int4-g64"], ["2=", "ct-int8-g64"], ["3!", "ct-int4-g64"]]
-    assert "0.4123 ± 0.0031  98.2%  ~15.9 GB  98.3 MB   12.3ms  100%  t001: 80% even" in lines[0]
-    assert {line.index("100%") for line in lines} == {lines[0].index("100%")}
-    assert "\u2026" in lines[1]
-    for note in ("tied", "~ predicted", "! over the budget"):
-        assert note in notes
-    wide = leaderboard_table(rank(rows), width=200)
-    assert "t001: 80% even, qat4, kd 0.5, T 5-1, align 4 low-rank, attention maps, lr 0.0003" in wide
+    assert max(map(len, text.splitlines())) <= 100
+    table, strategies = text.split("\n\n")
+    head, *lines = table.splitlines()
+    assert head.split() == ["#", "row", "accuracy", "kept", "memory", "size", "latency", "trained"]
+    assert [line.split()[:2] for line in lines[:3]] == [
+        ["1=", rows[0].short_id],
+        ["2=", rows[1].short_id],
+        ["3!", rows[2].short_id],
+    ]
+    assert re.search(r"0\.4123 ± 0\.0031 +98\.2% +~15\.9 GB +98\.3 MB +12\.3ms +1x$", lines[0])
+    for note in ("tied", "~ predicted", "! over the budget", "kept: share of the teacher's accuracy", "trained: 1x"):
+        assert note in " ".join(lines[3:])
+    assert " ".join(strategies.split()) == (
+        "t001: 80% even, trained for 4 bits, KD weight 0.5, temperature 5-1, aligned in 4 layers (low-rank), "
+        "attention maps, learning rate 0.0003"
+    )
 
 
-def test_a_strategy_is_named_by_its_trial_so_that_its_row_can_be_asked_for() -> None:
+def test_the_strategies_of_a_leaderboard_are_told_once_a_trial() -> None:
     strategy = Strategy().to_json()
     rows = [
         row("t001", name="80% even, KD 0.50 T1", strategy=strategy, accuracy=0.3),
+        row("t001", name="80% even, KD 0.50 T1", strategy=strategy, accuracy=0.29, bits=8),
         row("b000", kind="baseline", name="logit_kd", strategy=strategy, accuracy=0.2),
         row("t001s1", kind="confirmation", name="80% even, KD 0.50 T1", strategy=strategy, accuracy=0.1),
     ]
-    first, second, third = leaderboard_table(rank(rows)).splitlines()[1:4]
-    for line, trial in ((first, "t001"), (third, "t001s1")):
-        assert f"{trial}: 80% even, kd 0.5" in line
-        assert line.count("80%") == 1
-    assert "b000 logit_kd: 80% even" in second
+    lines = leaderboard_table(rank(rows)).split("\n\n")[1].splitlines()
+    assert [line.split(": 80% even")[0] for line in lines] == ["t001", "b000 logit_kd", "t001s1"]
+    assert all(line.count("80%") == 1 for line in lines)
+    assert len(leaderboard_table(rank(rows), legend=1).split("\n\n")[1].splitlines()) == 1
+
+
+def test_a_narrow_leaderboard_keeps_rows_figures_and_memory_whole() -> None:
+    found = row(
+        "t001x",
+        accuracy=0.4123,
+        accuracy_stderr=0.0031,
+        retention=0.982,
+        memory_bytes=15_930_000_000,
+        size_bytes=98_300_000,
+        latency_ms=12.34,
+        strategy=Strategy().to_json(),
+    )
+    for width in (200, 100, 80, 60):
+        text = leaderboard_table(rank([found]), width=width)
+        assert max(map(len, text.splitlines())) <= width
+        for cell in (found.short_id, "0.4123 ± 0.0031", "15.9 GB", "12.3ms", "learning", "rate"):
+            assert cell in text
 
 
 def test_an_empty_leaderboard_is_its_head() -> None:
-    assert leaderboard_table([]).split() == [
-        "#", "deployment", "accuracy", "kept", "memory", "size", "latency", "plan", "strategy"
-    ]  # fmt: skip
+    assert leaderboard_table([]).split() == ["#", "row", "accuracy", "kept", "memory", "size", "trained"]
 
 
 def test_names_cannot_smuggle_control_codes_into_the_table() -> None:

@@ -91,6 +91,11 @@ class Row:
     schema_version: int = SCHEMA_VERSION
 
     @property
+    def short_id(self) -> str:
+        """Its id as tables have it, which `export --row` reads as well."""
+        return self.row_id.replace("-compressed-tensors-", "-ct-")
+
+    @property
     def full(self) -> bool:
         """Whether its measurements were taken after all of the plan's tokens, or it needs no training at all."""
         return trained_fully(self.kind, self.fidelity)

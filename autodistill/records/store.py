@@ -18,6 +18,7 @@ from autodistill.records.json_files import unwritable
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}\Z", re.ASCII)
 _LOCK = "lock"
 _SEARCH = "search.json"
+_COPYING_SECONDS = 10
 
 
 class _TakenError(InputError):
@@ -121,6 +122,32 @@ class RunFolder:
             return False
         log = self._log.path
         return not log.is_file() or log.stat().st_mtime_ns <= self.leaderboard_file.stat().st_mtime_ns
+
+    @property
+    def state(self) -> str:
+        """ "finished", "under way", or "stopped", from where it can be resumed."""
+        try:
+            descriptor = os.open(self.path / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return self._ended_as()
+        try:
+            # Given up at once; a run takes its own lock for itself alone.
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "under way"
+        except OSError:
+            pass
+        finally:
+            os.close(descriptor)
+        return self._ended_as()
+
+    def _ended_as(self) -> str:
+        table, log = self.leaderboard_file, self._log.path
+        if not table.is_file():
+            return "stopped"
+        # The table is written last; a copy of both may have their times the other way round.
+        later = log.stat().st_mtime - table.stat().st_mtime if log.is_file() else 0.0
+        return "finished" if later < _COPYING_SECONDS else "stopped"
 
     @property
     def checkpoints(self) -> Path:

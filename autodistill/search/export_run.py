@@ -83,9 +83,11 @@ def _find(run: RunFolder, ranked: Sequence[Row], row_id: str | None) -> Row:
     if row_id is None:
         raise InputError(f"the run {run.name!r} has no student that fits its budget to export: {listed}")
     for row in ranked:
-        if row.row_id == row_id:
+        if row_id in (row.row_id, row.short_id):
             return row
-    raise InputError(f"the run {run.name!r} has no row {row_id!r}: {listed}")
+    raise InputError(
+        f"the run {run.name!r} has no row {row_id!r} (autodistill leaderboard {run.name} shows its rows); {listed}"
+    )
 
 
 def _folder(run: RunFolder, row: Row) -> Path:
