@@ -167,6 +167,22 @@ def written(given: Mapping[str, Any]) -> dict[str, Any]:
         return write_data(request, view.log)
 
 
+def listed_devices(given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The known devices, or those of a name; this machine where it is asked for."""
+    from autodistill.devices import matching
+    from autodistill.local_device import LOCAL, known_devices
+
+    text = " ".join(given["name"] or ())
+    local = given["local"] or text.strip().lower() == LOCAL
+    if given["again"] and not local:
+        raise InputError("--again measures this machine again: give it with --local")
+    cache = (given["cache"] or default_cache()) if local else None
+    known = known_devices(given["own"] or (), cache, again=given["again"])
+    if not text or given["local"]:
+        return known if not text else (*known[:1], *matching(text, known[1:]))
+    return known[:1] if local else matching(text, known)
+
+
 _SIZES = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "experts", "active_experts", "window")
 
 

@@ -17,6 +17,7 @@ from autodistill.calls import (
     explained,
     exported,
     leaderboards,
+    listed_devices,
     measured,
     picked,
     planned,
@@ -300,19 +301,22 @@ def doctor(
 
 @app.command(cls=PlainCommand)
 def devices(
+    ctx: typer.Context,
+    name: Annotated[
+        list[str] | None, typer.Argument(help="Show only devices of this name, like 4090 or apple m3.", metavar="NAME")
+    ] = None,
     own: DevicesOption = None,
     local: Annotated[
         bool, typer.Option("--local", help="Include this machine; it is measured the first time.")
     ] = False,
+    again: Annotated[bool, typer.Option("--again", help="With --local: measure this machine again.")] = False,
     cache: CacheOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """List the known devices with their memory, bandwidth and computing rates."""
     from autodistill.hardware_summary import devices_table
-    from autodistill.local_device import known_devices
 
-    kept = (cache or default_cache()) if local else None
-    show(output, lambda: known_devices(own or (), kept), lambda all: [one.to_json() for one in all], devices_table)
+    show(output, lambda: listed_devices(ctx.params), lambda all: [one.to_json() for one in all], devices_table)
 
 
 @app.command(cls=PlainCommand)

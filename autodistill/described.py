@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -25,6 +26,7 @@ _MIXTURES = {
     "qwen3_moe": ("qwen3", "moe_intermediate_size", "num_experts"),
 }
 _SHAPE = ("layers", "width", "heads", "ffn", "vocab")
+_K_QUANT = re.compile(r"\bi?q[1-8]-k(?:-[sml]|-xl)?\b|\biq[1-4]-|-k-[sml]\b")  # llama.cpp's, as "Q4_K_M"
 _UNTOLD = 0.1  # share of a GGUF file's weights, such as biases, of which its header's sizes may say nothing
 
 
@@ -195,7 +197,7 @@ def deployment_named(name: str, runtime: str | None = None) -> Deployment:
     """
     known = _packings()
     if name not in known:
-        raise InputError(f"there is no format {name!r}; there are {', '.join(known)}")
+        raise InputError(f"there is no format {name!r}; {_instead(name, known)}")
     packing = known[name]
     return Deployment(
         runtime=runtime or serving(packing)[0],
@@ -204,6 +206,18 @@ def deployment_named(name: str, runtime: str | None = None) -> Deployment:
         group_size=packing.group_size,
         symmetric=packing.symmetric,
     )
+
+
+def _instead(name: str, known: Iterable[str]) -> str:
+    """What a person may have meant by a format that there is not."""
+    asked = name.lower().replace("_", "-")
+    if _K_QUANT.search(asked):
+        return "llama.cpp's K- and I-quants are not supported: its gguf-q4_0, gguf-q8_0 and the like are"
+    plain = {form.lower().replace("_", "-"): form for form in known}
+    ends = [form for text, form in plain.items() if asked and asked in text.split("-", 1)[-1]]
+    close = [plain[text] for text in difflib.get_close_matches(asked, plain, n=3, cutoff=0.6)]
+    meant = list(dict.fromkeys([*ends[:3], *close]))[:3]
+    return f"did you mean {' or '.join(meant)}?" if meant else f"there are {', '.join(plain.values())}"
 
 
 @cache

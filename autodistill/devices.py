@@ -394,6 +394,21 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
     raise InputError(f"there is no device {text!r}; {hint}")
 
 
+def matching(text: str, known: Iterable[Device]) -> tuple[Device, ...]:
+    """The devices whose name, aliases or class have all the words that are asked for: "4090", "raspberry", "apple m3".
+
+    Raises:
+        InputError: None has; the message lists the near ones.
+    """
+    known, asked = tuple(known), set(_split(text))
+    found = tuple(
+        device
+        for device in known
+        if asked and asked <= set(_split(" ".join((device.name, *device.aliases, device.kind.name))))
+    )
+    return found or (find_device(text, known),)
+
+
 def device_of_system(
     name: str,
     known: Iterable[Device],

@@ -15,7 +15,7 @@ _REASONS = 2  # that are told of devices one by one
 
 
 def devices_table(known: Sequence[Device]) -> str:
-    """Devices as a table: memory, usable memory, bandwidth, dense rates; measured ones are marked."""
+    """Devices as a table: memory, usable memory, bandwidth, dense rates; of a single one also where they are from."""
     head = ("device", "class", "memory", "usable", "bandwidth", *PRECISIONS)
     lines = [
         (
@@ -28,7 +28,14 @@ def devices_table(known: Sequence[Device]) -> str:
         )
         for device in known
     ]
-    note = "Rates are dense, in tera operations a second; --format json has each figure's source and where it was read."
+    note = "Rates are dense, in tera operations a second"
+    if len(known) == 1:
+        (device,) = known
+        told = {"serves with": ", ".join(device.runtimes), "also called": ", ".join(device.aliases), **device.sources}
+        return f"{table([head, *lines], left=2)}\n{note}.\n" + "\n".join(
+            f"{name}: {text}" for name, text in told.items() if text
+        )
+    note += "; autodistill devices NAME tells where a device's figures are from."
     return f"{table([head, *lines], left=2)}\n{note}"
 
 

@@ -1,8 +1,8 @@
-"""This machine as a device: its memory bandwidth and matrix rate are measured once and kept."""
+"""This machine as a device: its memory bandwidth and matrix rate are measured once, while it is quiet, and kept."""
 
 from __future__ import annotations
 
-import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any
 from autodistill.devices import Device, device_classes, devices, find_device
 from autodistill.errors import InputError
 from autodistill.hardware import Machine, computes_bf16, detect, machine_name
+from autodistill.quiet import Watch
 from autodistill.records.json_files import read_json, write_json
 from autodistill.records.locks import alone
 from autodistill.strategy import content_hash
@@ -19,21 +20,26 @@ from autodistill.strategy import content_hash
 LOCAL = "local"
 """What a person calls this machine where a device is asked for."""
 
+_doubtful: dict[Path, dict[str, Any]] = {}
+"""What was measured by this process while the machine was busy, by where it would be kept."""
+
 _METHOD = 2  # of measuring: to be raised with any change of it
 _BYTES = 256 * 2**20  # read at once: beyond any cache
 _SECONDS = 0.6  # that one quantity is measured for
 _SQUARE = {"cpu": 1024, "cuda": 8192, "mps": 4096}
 
 
-def local_device(cache: Path, machine: Machine | None = None) -> Device:
+def local_device(cache: Path, machine: Machine | None = None, *, again: bool = False) -> Device:
     """This machine: its first GPU where it has one, else its CPU.
 
     Bandwidth is the best of several sums of a matrix of 256 MiB or products of it and a vector, the rate that of
-    products of square matrices, both with all cores. Where other work shares them, both come out low.
+    products of square matrices, both with all cores. Where other work shares them, both come out low: then stderr says
+    so, and they are not kept for the next time.
 
     Args:
         cache: Folder where the measurement is kept for the next time.
         machine: As `detect` finds it.
+        again: Whether to measure although a measurement is kept.
     """
     machine = machine or detect()
     kind, name, memory = _identity(machine)
@@ -41,13 +47,14 @@ def local_device(cache: Path, machine: Machine | None = None) -> Device:
     path = cache / "devices" / f"{content_hash(key)}.json"
     # Measured by one search at a time: side by side both would come out low.
     with alone(path):
-        figures = _kept(path) or _measured(kind, machine.cpus, path)
+        figures = (None if again else _kept(path) or _doubtful.get(path)) or _fresh(kind, machine.cpus, path)
     found = device_classes()[{"cpu": "cpu", "cuda": "discrete-gpu", "mps": "unified"}[kind]]
     usable, reference = max(memory // 2, int(memory * found.share) - found.reserve_bytes), found.reference
     if kind == "mps":
         # What the class's share stands for: here Metal itself says it.
         usable, reference = machine.gpus[0].memory_bytes, "reported by Metal as the working set of a process"
     text = f"measured on this machine with {machine.cpus} cores, load average {figures['load']:.1f}"
+    text += "".join(f"; {doubt}" for doubt in figures.get("doubts", ()))
     return Device(
         name=name,
         aliases=(LOCAL,),
@@ -61,13 +68,18 @@ def local_device(cache: Path, machine: Machine | None = None) -> Device:
     )
 
 
-def known_devices(files: Sequence[Path] = (), local: Path | None = None) -> tuple[Device, ...]:
+def known_devices(files: Sequence[Path] = (), local: Path | None = None, *, again: bool = False) -> tuple[Device, ...]:
     """The described devices, and before them this machine where a cache is given to keep its measurement in.
+
+    Args:
+        files: A person's own.
+        local: The cache.
+        again: See `local_device`.
 
     Raises:
         InputError: As `devices`.
     """
-    return (*([local_device(local)] if local else []), *devices(*files))
+    return (*([local_device(local, again=again)] if local else []), *devices(*files))
 
 
 def choose_device(text: str, cache: Path, files: Sequence[Path] = ()) -> Device:
@@ -105,17 +117,37 @@ def _kept(path: Path) -> dict[str, Any] | None:
     return {"bandwidth": bandwidth, "rates": rates, "load": load} if whole else None
 
 
-def _measured(kind: str, cpus: int, path: Path) -> dict[str, Any]:
+def _fresh(kind: str, cpus: int, path: Path) -> dict[str, Any]:
+    """Measures now; what a busy machine gave is warned of, and kept for this process alone."""
+    figures = _measured(kind, cpus)
+    doubts = figures.pop("doubts", ())
+    if not doubts:
+        _doubtful.pop(path, None)
+        write_json(path, figures)
+        return figures
+    print(
+        f"warning: this machine was busy while it was measured ({'; '.join(doubts)}), so its figures may be too low and "
+        "are not kept: autodistill devices --local --again measures it when it is quiet",
+        file=sys.stderr,
+        flush=True,
+    )
+    _doubtful[path] = figures | {"doubts": doubts}
+    return _doubtful[path]
+
+
+def _measured(kind: str, cpus: int) -> dict[str, Any]:
     import torch
 
-    load, before = os.getloadavg()[0], torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(cpus)
     try:
-        figures = {"bandwidth": _bandwidth(kind), "rates": _rates(kind), "load": load}
+        with Watch(cpus) as watch:
+            figures = {"bandwidth": _bandwidth(kind), "rates": _rates(kind)}
     finally:
         torch.set_num_threads(before)
-    write_json(path, figures)
-    return figures
+    # A GPU's figures do not depend on what its machine's cores do.
+    doubts = watch.noise.doubts if kind == "cpu" else ()
+    return {**figures, "load": watch.noise.load_average, "doubts": doubts}
 
 
 def _bandwidth(kind: str) -> float:

@@ -210,6 +210,8 @@ BAD = [
     ("estimate", ["either a MODEL or a shape"]),
     ("estimate @/teacher --layers 2", ["either a MODEL or a shape"]),
     ("estimate @/teacher --tied", ["--tied is of a shape"]),
+    ("devices 409", ["there is no device '409'", "RTX 4090"]),
+    ("devices --again", ["give it with --local"]),
     ("estimate @/teacher --device ''", ["'' names no device"]),
     ("estimate @/teacher --device t4 --all-devices", ["give one of the two"]),
     ("estimate @/teacher --context 513", ["context of 512"]),
@@ -525,6 +527,18 @@ def test_an_export_of_another_row_is_loaded_by_another_library(
     code, _, err = run(capfd, line, inputs)
     assert code == 2
     assert "not an empty folder" in err
+
+
+def test_devices_are_filtered_by_name_and_one_alone_tells_its_sources(inputs: Path, capfd: Any) -> None:
+    code, out, _ = run(capfd, "devices raspberry", inputs)
+    assert code == 0
+    assert len([line for line in out.splitlines() if line.startswith("Raspberry Pi")]) > 1
+    assert "GeForce" not in out
+    code, out, _ = run(capfd, "devices raspberry pi 5 8gb", inputs)
+    assert code == 0
+    assert "serves with: llama.cpp" in out
+    assert "bandwidth: " in out
+    assert [one["class"] for one in json.loads(run(capfd, "devices m1 max --format json", inputs)[1])] == ["unified"]
 
 
 def test_a_plan_stops_before_the_first_trial(inputs: Path, tmp_path: Path, capfd: Any) -> None:

@@ -103,7 +103,7 @@ def test_every_format_has_deployments_of_its_names() -> None:
     for name in ("gguf-q4_0", "huggingface", "compressed-tensors-int4-g64", "compressed-tensors-int8-row-asym"):
         assert deployment_named(name).name == name
     assert {deployment_named(name).format for name in FORMATS if name != "compressed-tensors"} <= set(FORMATS)
-    with pytest.raises(InputError, match="there is no format 'int4'; there are gguf-f16"):
+    with pytest.raises(InputError, match="there is no format 'int4'; did you mean compressed-tensors-int4-g32"):
         deployment_named("int4")
 
 
@@ -198,3 +198,20 @@ def test_a_packing_of_others_is_no_format_of_ours(changes: dict[str, Any], tmp_p
     for told, name in ((stated, "compressed-tensors-int8-row"), (stated | changes, None)):
         (folder / "config.json").write_text(json.dumps(found | {"quantization_config": told}))
         assert describe(str(folder)).format_name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("q4_0", "did you mean gguf-q4_0"),
+        ("GGUF-Q8_0", "did you mean gguf-q8_0"),
+        ("int8", "did you mean compressed-tensors-int8-g32"),
+        ("gguf-q4_k_m", "K- and I-quants are not supported"),
+        ("Q6_K", "K- and I-quants are not supported"),
+        ("iq4_xs", "K- and I-quants are not supported"),
+        ("zzz", "there are gguf-f16, gguf-q8_0"),
+    ],
+)
+def test_a_format_that_there_is_not_has_a_hint(name: str, hint: str) -> None:
+    with pytest.raises(InputError, match=hint):
+        deployment_named(name)

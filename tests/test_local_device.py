@@ -10,6 +10,7 @@ from autodistill import local_device as module
 from autodistill.devices import devices, find_device
 from autodistill.hardware import Gpu, Machine, computes_bf16
 from autodistill.local_device import choose_device, known_devices, local_device
+from autodistill.quiet import Noise
 
 BOX = Machine(cpus=1, memory_bytes=8 * 10**9)
 
@@ -17,8 +18,40 @@ BOX = Machine(cpus=1, memory_bytes=8 * 10**9)
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
-    local_device(folder, BOX)
+    with pytest.MonkeyPatch.context() as patch:
+        noisy(patch)
+        local_device(folder, BOX)
     return folder
+
+
+def noisy(patch: pytest.MonkeyPatch, *doubts: str) -> None:
+    """Lets the machine seem busy, or quiet where there are no doubts, whatever it is."""
+    found = Noise(load_average=1.0, others=0.0, steal=0.0, doubts=doubts)
+    patch.setattr(module.Watch, "__exit__", lambda self, *_: setattr(self, "noise", found))
+
+
+def test_what_a_busy_machine_gave_is_warned_of_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "_bandwidth", lambda kind: 1e9)
+    monkeypatch.setattr(module, "_rates", lambda kind: {"fp32": 1e9})
+    noisy(monkeypatch, "other work took 1.9 of 2 cores")
+    device = local_device(tmp_path, BOX)
+    assert "other work took 1.9 of 2 cores" in device.sources["bandwidth"]
+    err = capfd.readouterr().err
+    assert "other work took 1.9 of 2 cores" in err
+    assert "devices --local --again" in err
+    assert not list((tmp_path / "devices").glob("*.json"))
+    # Within the process it stays one device.
+    assert local_device(tmp_path, BOX) == device
+    assert capfd.readouterr().err == ""
+    noisy(monkeypatch)
+    monkeypatch.setattr(module, "_bandwidth", lambda kind: 2e9)
+    assert local_device(tmp_path, BOX, again=True).bandwidth == 2e9
+    assert len(list((tmp_path / "devices").glob("*.json"))) == 1
+    monkeypatch.setattr(module, "_bandwidth", lambda kind: 3e9)
+    assert local_device(tmp_path, BOX).bandwidth == 2e9
+    assert local_device(tmp_path, BOX, again=True).bandwidth == 3e9
 
 
 def test_bandwidth_and_rates_are_measured(cache: Path) -> None:
