@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,6 +182,30 @@ def listed_devices(given: Mapping[str, Any]) -> tuple[Any, ...]:
     if not text or given["local"]:
         return known if not text else (*known[:1], *matching(text, known[1:]))
     return known[:1] if local else matching(text, known)
+
+
+def packaged(what: str, name: str | None) -> dict[str, Any]:
+    """The packaged spaces or strategies with what each is, or the text of one.
+
+    Args:
+        what: "spaces" or "strategies".
+        name: Of one; all are listed without it.
+    """
+    from autodistill.space import packaged_file, packaged_files
+
+    if name is not None:
+        path = packaged_file(what, name)
+        return {"name": name, "path": str(path), "yaml": path.read_text(encoding="utf-8")}
+    return {"known": {name: _about(path.read_text(encoding="utf-8")) for name, path in packaged_files(what).items()}}
+
+
+def _about(text: str) -> str:
+    """What a YAML file says it is: its description, or the comment that it begins with."""
+    described = next((line for line in text.splitlines() if line.startswith("description: ")), None)
+    if described is not None:
+        return described.removeprefix("description: ").strip("\"'")
+    lines = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.lstrip("# ") for line in lines)
 
 
 _SIZES = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "experts", "active_experts", "window")

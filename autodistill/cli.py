@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import time
@@ -19,6 +20,7 @@ from autodistill.calls import (
     leaderboards,
     listed_devices,
     measured,
+    packaged,
     picked,
     planned,
     search_request,
@@ -74,8 +76,9 @@ from autodistill.options import (
     WarmStartOption,
     option,
 )
-from autodistill.printing import line_width, lines, rows, show, tables
+from autodistill.printing import line_width, lines, packaged_text, rows, show, tables
 from autodistill.records.store import RunFolder, default_cache
+from autodistill.reply import error_document
 from autodistill.streams import quiet_libraries
 from autodistill.summary import leaderboard_of, plan_summary, search_summary, written_summary
 from autodistill.termination import INTERRUPTED, ended_by, sigterm_as_interrupt
@@ -320,6 +323,24 @@ def devices(
 
 
 @app.command(cls=PlainCommand)
+def strategies(
+    name: Annotated[str | None, typer.Argument(help="Print this strategy's YAML.", metavar="NAME")] = None,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """List the strategies that distill and --baseline know by name, or print one."""
+    show(output, lambda: packaged("strategies", name), dict, packaged_text)
+
+
+@app.command(cls=PlainCommand)
+def spaces(
+    name: Annotated[str | None, typer.Argument(help="Print this space's YAML.", metavar="NAME")] = None,
+    output: FormatOption = Format.TABLE,
+) -> None:
+    """List the search spaces that --space knows by name, or print one, to begin your own with."""
+    show(output, lambda: packaged("spaces", name), dict, packaged_text)
+
+
+@app.command(cls=PlainCommand)
 def estimate(
     ctx: typer.Context,
     model: Annotated[
@@ -472,6 +493,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except AutoDistillError as error:
             return _fail(str(error), ended_by(error.exit_code))
         except _UsageError as error:
+            if _asks_for_json(given):
+                print(error_document(_complaint(error), InputError.exit_code), flush=True)
             return _fail(_complaint(error), InputError.exit_code)
     # Typer turns a Ctrl-C that nobody met into this code.
     return _fail("stopped", ended_by(code)) if code == INTERRUPTED else int(code)
@@ -482,9 +505,29 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _asks_for_json(words: Sequence[str]) -> bool:
+    """Whether a command line that could not be read asks for JSON, as far as can be told."""
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    return any(word == "--format=json" or (word, value) == ("--format", "json") for word, value in pairs)
+
+
+# What Typer's reader of values says, and what a person is told in its place.
+_PLAINER = {
+    "Value error, ": "",
+    "Input should be a valid integer, unable to parse string as an integer": "write a whole number",
+    "Input should be a valid number, unable to parse string as a number": "write a number",
+    "Input should be greater": "it must be greater",
+}
+
+
 def _complaint(error: Any) -> str:
     where = error.ctx.command_path if error.ctx else "autodistill"
-    return f"{error.format_message().rstrip('.')}; see {where} --help"
+    said = error.format_message().rstrip(".")
+    for theirs, ours in _PLAINER.items():
+        said = said.replace(theirs, ours)
+    if re.search(r"'--format': 'gguf|'--format': '(?:huggingface|compressed)", said):
+        said += "; --format-name names a format of weights"
+    return f"{said}; see {where} --help"
 
 
 def _search(ctx: typer.Context) -> None:

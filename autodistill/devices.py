@@ -204,9 +204,9 @@ def read_devices(path: Path) -> tuple[Device, ...]:
     """Reads a file of devices, of the form of the built-in `hardware.yaml`.
 
     Its `devices` map names to `class`, `memory` ("24GiB"), `bandwidth` (of a second, "1008GB") and `rates` (tera
-    operations a second by precision), and optionally `aliases`, `runtimes`, `usable`, `source` and `sources`. Its own `sources` map
-    short names to texts, or to `text`, `read` (the document, by its address, that the figures were held against) and
-    `unread` (what of them it does not have).
+    operations a second by precision), and optionally `aliases`, `runtimes`, `usable`, `source` and `sources`. Its own
+    `sources` map short names to texts, or to `text`, `read` (the document, by its address, that the figures were held
+    against) and `unread` (what of them it does not have).
 
     Raises:
         InputError: Not such a file, or an impossible device; the message names it.

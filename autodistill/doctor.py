@@ -21,6 +21,7 @@ from autodistill.storage import Storage
 from autodistill.units import format_bytes
 
 _DISTRIBUTION = "autodistill-search"
+_NAMESAKE = "autodistill"
 _TOOLS = ("test", "dev")  # extras of people who change the project
 # What the default search was seen to take, rounded up: one worker's training, and teacher, cache and students on disk.
 _MEMORY_BYTES = 4 * 10**9
@@ -62,6 +63,7 @@ def examine(out: Path, cache: Path, storage: str | None = None, ray_address: str
     return (
         Finding(name="python", ok=True, detail=platform.python_version()),
         *_packages(),
+        *_namesake(),
         *_plugins(),
         _teacher(),
         *_hardware(detect()),
@@ -101,6 +103,20 @@ def _packages() -> Iterator[Finding]:
         if extra in _TOOLS or (requirement.marker and extra is None and not requirement.marker.evaluate()):
             continue
         yield package(requirement, extra)
+
+
+def _namesake() -> Iterator[Finding]:
+    """The other tool that PyPI has as "autodistill", where it is installed beside this one: both own one folder."""
+    try:
+        version = importlib.metadata.version(_NAMESAKE)
+    except importlib.metadata.PackageNotFoundError:
+        return
+    yield Finding(
+        name=_NAMESAKE,
+        ok=False,
+        detail=f"{version}, another tool, whose files lie in the same folder as those of {_DISTRIBUTION}",
+        remedy=f"pip uninstall {_NAMESAKE}, then install {_DISTRIBUTION} again",
+    )
 
 
 def _extra(requirement: Requirement) -> str | None:

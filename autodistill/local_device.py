@@ -1,4 +1,4 @@
-"""This machine as a device: its memory bandwidth and matrix rate are measured once, while it is quiet, and kept."""
+"""This machine as a device: its memory bandwidth and matrix rate are measured once, and kept if it was quiet."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ def _fresh(kind: str, cpus: int, path: Path) -> dict[str, Any]:
         write_json(path, figures)
         return figures
     print(
-        f"warning: this machine was busy while it was measured ({'; '.join(doubts)}), so its figures may be too low and "
-        "are not kept: autodistill devices --local --again measures it when it is quiet",
+        f"warning: this machine was busy while it was measured ({'; '.join(doubts)}), so its figures may be too low "
+        "and are not kept: autodistill devices --local --again measures it when it is quiet",
         file=sys.stderr,
         flush=True,
     )

@@ -75,3 +75,11 @@ def tables(boards: Boards) -> str:
 def lines(paths: dict[str, str]) -> str:
     """Paths by name, one a line."""
     return "\n".join(f"{name}: {path}" for name, path in paths.items())
+
+
+def packaged_text(document: dict[str, Any]) -> str:
+    """The text of a packaged space or strategy, or all of them, each with what it is."""
+    if "yaml" in document:
+        return str(document["yaml"]).rstrip()
+    known = document["known"]
+    return "\n".join(line for name, about in known.items() for line in wrapped(f"{name}: {about}", line_width()))

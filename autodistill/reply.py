@@ -36,7 +36,7 @@ class Reply:
         """Prints the error that ended the command, if errors are replies; likewise."""
         self._take()
         if self._as_json:
-            print(_document(message, exit_code), flush=True)
+            print(error_document(message, exit_code), flush=True)
 
     def _take(self) -> None:
         if not self._taken.acquire(blocking=False):
@@ -47,7 +47,7 @@ class Reply:
         if not self._taken.acquire(blocking=False):
             return False
         if self._as_json:
-            left = f"{_document(message, exit_code)}\n".encode()
+            left = f"{error_document(message, exit_code)}\n".encode()
             with suppress(OSError):  # nobody may be reading any more
                 while left:
                     left = left[os.write(self._stdout, left) :]
@@ -59,7 +59,8 @@ class Reply:
         os.close(self._stdout)
 
 
-def _document(message: str, exit_code: int) -> str:
+def error_document(message: str, exit_code: int) -> str:
+    """An error as the JSON document that a command gives in the place of its result."""
     return json.dumps({"error": message, "exit_code": exit_code}, indent=2)
 
 

@@ -461,7 +461,7 @@ def load_space(ref: str | Path) -> Space:
     Raises:
         InputError: No such space or file, YAML that is not plain data, or a space that does not hold together.
     """
-    data = read_yaml(_resolve(ref, "space", "."))
+    data = read_yaml(_resolve(ref, "spaces"))
     try:
         return Space.from_json(data)
     except InputError as error:
@@ -474,20 +474,42 @@ def load_strategy(ref: str | Path) -> Strategy:
     Raises:
         InputError: No such strategy or file, YAML that is not plain data, or a broken rule.
     """
-    data = read_yaml(_resolve(ref, "strategy", "strategies"))
+    data = read_yaml(_resolve(ref, "strategies"))
     try:
         return Strategy.from_json(data)
     except InputError as error:
         raise InputError(f"strategy {ref}: {error}") from None
 
 
-def _resolve(ref: str | Path, what: str, folder: str) -> Path:
-    if isinstance(ref, Path) or ref.endswith((".yaml", ".yml")) or "/" in ref or "\\" in ref:
-        check(not Path(ref).is_dir(), f"{ref} is a folder: give the {what}'s .yaml file")
-        check(Path(ref).is_file(), f"there is no {what} file {ref}")
-        return Path(ref)
+def packaged_files(what: str) -> dict[str, Path]:
+    """The YAML files that come with the package, by the names they are known by.
+
+    Args:
+        what: "spaces" or "strategies".
+    """
+    folder = {"spaces": ".", "strategies": "strategies"}[what]
     home = Path(str(files("autodistill.search_spaces"))) / folder
-    known = {path.stem: path for path in sorted(home.glob("*.yaml"))}
-    if ref not in known:
-        raise InputError(f"there is no {what} {ref!r}; {near(ref, known)}; or give a .yaml file")
-    return known[ref]
+    return {path.stem: path for path in sorted(home.glob("*.yaml"))}
+
+
+def packaged_file(what: str, name: str) -> Path:
+    """One of them.
+
+    Raises:
+        InputError: There is none of that name.
+    """
+    known = packaged_files(what)
+    if name not in known:
+        raise InputError(f"there is no {_ONE[what]} {name!r}; {near(name, known)}; or give a .yaml file")
+    return known[name]
+
+
+_ONE = {"spaces": "space", "strategies": "strategy"}
+
+
+def _resolve(ref: str | Path, what: str) -> Path:
+    if isinstance(ref, Path) or ref.endswith((".yaml", ".yml")) or "/" in ref or "\\" in ref:
+        check(not Path(ref).is_dir(), f"{ref} is a folder: give a YAML file in it")
+        check(Path(ref).is_file(), f"there is no {_ONE[what]} file {ref}")
+        return Path(ref)
+    return packaged_file(what, ref)

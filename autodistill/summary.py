@@ -8,6 +8,7 @@ from typing import Any
 
 from autodistill.budget import read_budget
 from autodistill.console import leaderboard_table, memory_cell
+from autodistill.formats import get_format
 from autodistill.records.choice import contenders
 from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED, Ranked, rank, rests_on, rows_of
@@ -249,8 +250,16 @@ def _paths(document: Mapping[str, Any]) -> str:
     """Where everything lies, and the line that serves the student."""
     paths = document["paths"]
     lines = [table([(name, str(path)) for name, path in paths.items()], left=2)]
+    best = document["best"]
+    container = get_format(best["deployment"]["format"]).container
     if "gguf" in paths:
-        lines.append(f"Serve it: llama-server -m {paths['gguf']} -c {document['budget']['context']}")
+        # Where the found student is no GGUF, another student's may be the best of those.
+        what = best["row_id"] if container == "gguf" else "the GGUF (not the row whose test figures stand above)"
+        lines.append(
+            f"Serve {what} with llama.cpp's server (github.com/ggml-org/llama.cpp, or brew install llama.cpp):"
+        )
+        lines.append(f"  llama-server -m {paths['gguf']} -c {document['budget']['context']}")
     elif "compressed-tensors" in paths:
-        lines.append(f"Serve it: vllm serve {paths['compressed-tensors']}")
+        lines.append(f"Serve {best['row_id']} with vLLM (pip install vllm):")
+        lines.append(f"  vllm serve {paths['compressed-tensors']}")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from autodistill.errors import InputError
@@ -21,6 +22,9 @@ _BYTES = {
     "mib": 2**20,
     "gib": 2**30,
     "tib": 2**40,
+    # As batch systems write it; an "m" alone would be taken for minutes by some.
+    "g": 10**9,
+    "t": 10**12,
 }
 _SECONDS: dict[str, int | Fraction] = {
     "us": Fraction(1, 10**6),
@@ -32,6 +36,8 @@ _SECONDS: dict[str, int | Fraction] = {
     "d": 86400,
 }
 _TOO_LARGE = 10**30
+_PARTS = re.compile(r"(\d+) *([a-zA-Z]+)", re.ASCII)
+_COMPOUND = re.compile(r"\s*(?:\d+ *[a-zA-Z]+\s*)+\Z", re.ASCII)
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]+)\s*\Z", re.ASCII)
 
 
@@ -48,7 +54,7 @@ def _parse(text: str, units: Mapping[str, int | Fraction], what: str, examples: 
 
 
 def parse_bytes(text: str) -> int:
-    """Reads an amount of memory: GB is 10^9 bytes, GiB is 2^30.
+    """Reads an amount of memory: GB, or G, is 10^9 bytes, GiB is 2^30.
 
     Raises:
         InputError: Not a positive number with a known unit, or below one byte.
@@ -60,12 +66,20 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_duration(text: str) -> float:
-    """Reads a duration as seconds: units us, ms, s, m (or min), h, d.
+    """Reads a duration as seconds: units us, ms, s, m (or min), h, d; or several of them, like "1h30m" or "10m 00s".
 
     Raises:
-        InputError: Not a positive number with a known unit.
+        InputError: Not a positive number with a known unit, nor several of falling units.
     """
-    return float(_parse(text, _SECONDS, "a duration", "10m, 45s or 50ms"))
+    parts = _PARTS.findall(text)
+    units = [_SECONDS.get(unit.lower(), 0) for _, unit in parts]
+    falling = all(larger > smaller for larger, smaller in pairwise(units))
+    if len(parts) < 2 or not _COMPOUND.match(text) or 0 in units or not falling:
+        return float(_parse(text, _SECONDS, "a duration", "10m, 1h30m or 50ms"))
+    total = sum(int(count) * unit for (count, _), unit in zip(parts, units, strict=True))
+    if not 0 < total < _TOO_LARGE:
+        raise InputError(f"{text!r} is not a duration: it must be above zero, like 10m, 1h30m or 50ms")
+    return float(total)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from autodistill.cli import main
 from autodistill.errors import InterruptedSearchError, VerificationError
 from autodistill.options import LATENCY_HELP, SECTIONS
 from autodistill.search.checked import check_request
+from autodistill.space import load_space, load_strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import parse_latency
 
@@ -241,6 +242,49 @@ def test_bad_input_is_one_clear_line_and_exit_2(
     assert "Traceback" not in err
     for word in words:
         assert word in told[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("pick --streams abc --format json", "'--streams': write a whole number"),
+        ("search --nope --format=json", "No such option: --nope"),
+        ("distill --format json", "STRATEGY"),
+        ("serch --format json", "No such command 'serch'"),
+    ],
+)
+def test_what_cannot_be_read_is_a_json_document_too_where_that_is_asked_for(
+    line: str, words: str, inputs: Path, capfd: Any
+) -> None:
+    code, out, err = run(capfd, line, inputs)
+    assert code == 2
+    document = json.loads(out)
+    assert document["exit_code"] == 2
+    assert words in document["error"]
+    assert document["error"] in err
+
+
+def test_a_format_of_weights_given_as_a_format_of_output_is_told_where_to_go(inputs: Path, capfd: Any) -> None:
+    err = run(capfd, "estimate smollm2 --format gguf-q4_0", inputs)[2]
+    assert "Value error" not in err
+    assert "--format-name names a format of weights" in err
+
+
+@pytest.mark.parametrize(("what", "one"), [("strategies", "logit_kd"), ("spaces", "default")])
+def test_what_comes_with_the_package_is_listed_and_printed(
+    what: str, one: str, inputs: Path, tmp_path: Path, capfd: Any
+) -> None:
+    code, out, _ = run(capfd, what, inputs)
+    assert code == 0
+    assert re.search(rf"^{one}: \w+", out, re.MULTILINE)
+    known = json.loads(run(capfd, f"{what} --format json", inputs)[1])["known"]
+    for name in known:
+        text = run(capfd, f"{what} {name}", inputs)[1]
+        (tmp_path / "own.yaml").write_text(text)
+        (load_space if what == "spaces" else load_strategy)(tmp_path / "own.yaml")
+    code, _, err = run(capfd, f"{what} nosuch", inputs)
+    assert code == 2
+    assert "nosuch" in err
 
 
 def test_a_missing_default_teacher_names_the_command_that_installs_it(

@@ -149,6 +149,7 @@ def test_of_a_hub_model_its_config_alone_is_read(tmp_path: Path, monkeypatch: py
         asked.append(name)
         return str(tmp_path / name)
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, reference: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     found = describe("somebody/mixture")
     assert (found.name, found.spec.experts, asked) == ("somebody/mixture", 4, ["config.json"])
@@ -158,18 +159,35 @@ def test_of_a_hub_model_its_config_alone_is_read(tmp_path: Path, monkeypatch: py
     ("error", "said"),
     [
         (EntryNotFoundError("no"), "has no config.json on the hub"),
-        (LocalEntryNotFoundError("no"), "check the name and the connection"),
-        (OSError("no"), "check the name and the connection"),
-        (ValueError("no"), "check the name and the connection"),
+        (LocalEntryNotFoundError("no"), "check the connection and the name"),
+        (OSError("no"), "check the connection and the name"),
+        (ValueError("no"), "check the connection and the name"),
     ],
 )
 def test_a_hub_that_gives_no_config_is_said(error: Exception, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(reference: str, name: str) -> str:
-        raise error
+    def download(reference: str, name: str, local_files_only: bool = False) -> str:
+        raise LocalEntryNotFoundError("no") if local_files_only else error
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, reference: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(InputError, match=said):
         describe("somebody/mixture")
+
+
+def test_of_a_hub_that_cannot_be_reached_what_was_downloaded_before_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: object, reference: str) -> None:
+        raise OSError("no route")
+
+    def download(reference: str, name: str, local_files_only: bool = False) -> str:
+        assert local_files_only, "a dead connection is not tried again"
+        return str(tmp_path / name)
+
+    (tmp_path / "config.json").write_text(json.dumps(config("mixtral")))
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert describe("somebody/mixture").spec.experts == 4
 
 
 @pytest.mark.parametrize(

@@ -332,5 +332,5 @@ def test_a_device_serves_with_the_runtimes_of_its_class_or_with_its_own(tmp_path
     path.write_text(f"devices: {{My board: {{{entry}, runtimes: [llama.cpp, transformers]}}}}")
     assert read_devices(path)[0].runtimes == ("llama.cpp", "transformers")
     path.write_text(f"devices: {{My board: {{{entry}, runtimes: [onnx]}}}}")
-    with pytest.raises(InputError, match="list some of llama.cpp, vllm, transformers"):
+    with pytest.raises(InputError, match=r"list some of llama\.cpp, vllm, transformers"):
         read_devices(path)

@@ -114,3 +114,16 @@ def test_storage_and_cluster_are_looked_at_where_they_are_named(tmp_path: Path) 
     wrong = {item.name: item for item in examine(tmp_path, tmp_path, f"file://{tmp_path}/file/below")}["storage"]
     assert not wrong.ok
     assert "cannot write into the storage" in wrong.detail
+
+
+@pytest.mark.usefixtures("room")
+def test_the_other_tool_of_this_name_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "autodistill" not in by_name(tmp_path, tmp_path)
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "0.1.29" if name == "autodistill" else version(name)
+    )
+    found = by_name(tmp_path, tmp_path)["autodistill"]
+    assert not found.ok
+    assert "another tool" in found.detail
+    assert found.remedy.startswith("pip uninstall autodistill")

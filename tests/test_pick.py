@@ -192,7 +192,7 @@ def test_rows_of_a_runtime_that_the_device_lacks_are_left_out_and_counted() -> N
     answer = pick(board, wanted)
     assert (answer["pick"]["row_id"], answer["other_runtimes"]) == ("b", {"vllm": 1})
     assert "1 row of vllm is left out: it does not run on Raspberry Pi 5" in pick_text(answer)
-    with pytest.raises(NothingFitsError, match="Raspberry Pi 5 .* serves students with llama.cpp, not vllm"):
+    with pytest.raises(NothingFitsError, match=r"Raspberry Pi 5 .* serves students with llama\.cpp, not vllm"):
         pick(board[:1], wanted)
     assert pick(board, replace(wanted, device=find_device("4090", devices())))["pick"]["row_id"] == "a"
     assert pick(board, replace(wanted, device=None))["pick"]["row_id"] == "a"

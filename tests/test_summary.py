@@ -57,12 +57,13 @@ def test_the_summary_holds_everything_in_some_forty_lines() -> None:
     text = search_summary(DOCUMENT, RANKED, "accuracy")
     assert len(text.splitlines()) <= 45
     assert max(map(len, text.splitlines())) <= 120
-    assert text.count("-gguf-q8_0") == 15
+    assert text.count("-gguf-q8_0") == 15 + 1
     assert "5 more rows: autodistill leaderboard small" in text
     assert "The budget of 16.0 GB does not bind." in text
     assert "Gain over the baseline on the test split: +0.0200 ± 0.0042 of accuracy." in text
     assert "Seconds: load 12.3, cache 20.0, overhead 3.2; 9m 50s in all." in text
-    assert text.splitlines()[-1] == "Serve it: llama-server -m runs/small/student/gguf/student.gguf -c 1024"
+    assert text.splitlines()[-2].startswith("Serve t003-gguf-q8_0 with llama.cpp's server (")
+    assert text.splitlines()[-1] == "  llama-server -m runs/small/student/gguf/student.gguf -c 1024"
 
 
 def test_what_was_saved_is_said() -> None:
@@ -138,10 +139,15 @@ def test_a_metric_that_is_no_mean_is_shown_of_the_test_split_without_a_gain() ->
 
 @pytest.mark.parametrize(
     ("paths", "line"),
-    [({"compressed-tensors": "c"}, "Serve it: vllm serve c"), ({"huggingface": "h"}, "huggingface  h")],
+    [({"compressed-tensors": "c"}, "  vllm serve c"), ({"huggingface": "h"}, "huggingface  h")],
 )
 def test_the_last_line_serves_what_was_exported(paths: dict[str, str], line: str) -> None:
     assert search_summary(DOCUMENT | {"paths": paths}, RANKED, "accuracy").splitlines()[-1] == line
+
+
+def test_a_gguf_that_is_not_the_found_student_is_not_served_as_it() -> None:
+    text = search_summary(DOCUMENT | {"best": row("t003", "student", FULL).to_json()}, RANKED, "accuracy")
+    assert "Serve the GGUF (not the row whose test figures stand above)" in text
 
 
 def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:

@@ -87,7 +87,15 @@ def test_bytes_written_read_back_to_three_digits(count):
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("16GB", 16 * 10**9), ("16 gb", 16 * 10**9), ("16GiB", 16 * 2**30), (".5MB", 500_000), ("2.kB", 2000), ("1b", 1)],
+    [
+        ("16GB", 16 * 10**9),
+        ("16 gb", 16 * 10**9),
+        ("16GiB", 16 * 2**30),
+        (".5MB", 500_000),
+        ("2.kB", 2000),
+        ("1b", 1),
+        ("16G", 16 * 10**9),
+    ],
 )
 def test_amounts_as_people_write_them(text, count):
     assert parse_bytes(text) == count
@@ -158,7 +166,7 @@ def test_what_is_no_amount_of_memory(text):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["10", "10GB", "-5m", "0s", "ten minutes", "", "1h30m", "m"])
+@pytest.mark.parametrize("text", ["10", "10GB", "-5m", "0s", "ten minutes", "", "30m1h", "m"])
 def test_what_is_no_duration(text):
     with pytest.raises(InputError, match="is not a duration"):
         parse_duration(text)
@@ -269,3 +277,22 @@ def test_a_price_is_an_amount_an_hour(text, amount, currency, cost):
 def test_no_price(text):
     with pytest.raises(InputError, match=r"is no price.*2\.5/h"):
         parse_price(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("1h30m", 5400), ("10m 00s", 600), ("1h 05m", 3900), ("1d 2h 3m 4s", 93784), ("2m500ms", 120.5)],
+)
+def test_a_duration_of_several_units_is_their_sum(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["30m1h", "1h1h", "1h30", "0h00m", "1h 30x", "1.5h30m", "1h-30m"])
+def test_a_duration_of_several_units_has_them_in_order_and_whole(text: str) -> None:
+    with pytest.raises(InputError, match="is not a duration"):
+        parse_duration(text)
+
+
+@given(st.integers(1, 10**6))
+def test_a_duration_that_is_printed_is_read(seconds: int) -> None:
+    assert parse_duration(format_duration(seconds)) == pytest.approx(seconds, abs=60)

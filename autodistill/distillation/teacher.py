@@ -8,7 +8,7 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -129,10 +129,14 @@ def hub_config(ref: str) -> dict[str, Any]:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
+        # Asked first, because a download tries a dead connection for half a minute.
+        huggingface_hub.HfApi().model_info(ref)
         path = huggingface_hub.hf_hub_download(ref, "config.json")
     except RepositoryNotFoundError as error:
         raise InputError(f"there is no model at {ref}, neither here nor on the hub: give {_KINDS}") from error
     except Exception as error:  # whatever the hub's client, and the HTTP library below it, raise without a connection
+        with suppress(LocalEntryNotFoundError):
+            return _read_json(Path(huggingface_hub.hf_hub_download(ref, "config.json", local_files_only=True)))
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise InputError(
                 f"{ref} has no config.json on the hub: download a .gguf file of it and name that"
@@ -142,9 +146,15 @@ def hub_config(ref: str) -> dict[str, Any]:
 
 
 def _not_given(ref: str, error: Exception) -> InputError:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return InputError(
+            f"there is no model at {ref} here, and the hub refused it (HTTP status {status}): check the name and your "
+            "token, or give one that is here"
+        )
     return InputError(
-        f"there is no model at {ref} here, and the hub did not give it ({type(error).__name__}): "
-        "check the name and the connection, or give one that is here"
+        f"there is no model at {ref} here, and the hub cannot be reached: check the connection and the name, or give "
+        "one that is here"
     )
 
 

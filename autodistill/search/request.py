@@ -23,8 +23,8 @@ class SearchRequest:
         budget: Limits of the deployed student.
         context_by_default: Whether nobody asked for the budget's context: it is then lowered to what the teacher and
             every pretrained model read, and on resuming it is as before.
-        memory_by_default, batch_by_default, device_by_default: Whether nobody asked for the budget's memory, its batch or
-            its device: on resuming they are as before.
+        memory_by_default, batch_by_default, device_by_default: Whether nobody asked for the budget's memory, batch
+            or device: on resuming they are as before.
         strategy: Name or file of a strategy: it alone is trained, to the plan's tokens, and nothing is searched.
         teacher, data, space, metric, sampler: References and names.
         baselines: Names or files of the strategies that run first and are to be beaten, in place of the space's.

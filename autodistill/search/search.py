@@ -111,7 +111,8 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
     Raises:
         InputError: Bad input, before any work is spent.
         NothingFitsError: No student fits the budget.
-        InterruptedSearchError: Ctrl-C, or SIGTERM to the command; everything finished so far is kept, and the message says how to resume.
+        InterruptedSearchError: Ctrl-C, or SIGTERM to the command; everything finished so far is kept, and the message
+            says how to resume.
         LostClusterError: Ray itself ended; likewise.
         AutoDistillError: There was no room for a file of the search itself; likewise.
         VerificationError: What was exported is not what was evaluated.

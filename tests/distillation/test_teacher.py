@@ -419,7 +419,7 @@ def test_a_missing_smollm2_names_the_command(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_unreachable_hub_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="no model at somebody/model here, and the hub did not give it"):
+    with pytest.raises(InputError, match="no model at somebody/model here, and the hub cannot be reached"):
         resolve_teacher("somebody/model")
 
 
