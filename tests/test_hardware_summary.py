@@ -7,8 +7,16 @@ from autodistill.hardware_summary import devices_table
 
 
 def test_a_device_is_a_line_with_its_figures() -> None:
-    head, line, note = devices_table([find_device("4090", devices())]).splitlines()
+    known = devices()
+    head, line, _, note = devices_table([find_device("4090", known), find_device("t4", known)]).splitlines()
     figures = ["25.8", "GB", "25.2", "GB", "1.01", "TB/s", "-", "165", "165", "661", "330"]
     assert line.split() == ["NVIDIA", "GeForce", "RTX", "4090", "discrete-gpu", *figures]
     assert head.split()[:2] == ["device", "class"]
-    assert "source" in note
+    assert "autodistill devices NAME" in note
+
+
+def test_of_a_single_device_it_is_told_where_its_figures_are_from() -> None:
+    device = find_device("4090", devices())
+    text = devices_table([device])
+    assert f"serves with: {', '.join(device.runtimes)}" in text
+    assert all(source in text for source in device.sources.values())

@@ -455,7 +455,7 @@ def test_unknown_names_and_files(tmp_path):
     for missing in (tmp_path / "none.yaml", str(tmp_path / "none.yaml"), "some/folder"):
         with pytest.raises(InputError, match="there is no space file"):
             load_space(missing)
-    with pytest.raises(InputError, match=r"is a folder: give the space's \.yaml file"):
+    with pytest.raises(InputError, match=r"is a folder: give a YAML file in it"):
         load_space(str(tmp_path))
 
 
