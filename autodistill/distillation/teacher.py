@@ -7,6 +7,7 @@ import json
 import os
 import re
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -308,6 +309,17 @@ def _hub_ref(ref: str) -> TeacherRef:
     return TeacherRef(name=ref, kind="hub", path=None, config=config, licence=licence)
 
 
+def _announce(name: str) -> None:
+    """Says on stderr that a hub model is downloaded, which may take minutes, unless its weights are here already."""
+    import huggingface_hub
+
+    with suppress(Exception):
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=True))
+        if any(folder.glob("*.safetensors")):
+            return
+    print(f"downloading {name} from the hub, once", file=sys.stderr, flush=True)
+
+
 def materialise(ref: TeacherRef, cache: Path) -> Teacher:
     """Makes a plain transformers folder of a teacher.
 
@@ -320,6 +332,7 @@ def materialise(ref: TeacherRef, cache: Path) -> Teacher:
     if ref.kind == "hub":
         import huggingface_hub
 
+        _announce(ref.name)
         folder = Path(huggingface_hub.snapshot_download(ref.name, allow_patterns=_HUB_FILES))
         _folder_ref(folder)
         return Teacher(folder=folder, fingerprint=_fingerprint(folder), name=ref.name, licence=ref.licence)
