@@ -4,12 +4,15 @@ PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
 check: lint types test
 
+# A file in one process, as what its tests share is made once; more than four processes would want too much memory.
+PARALLEL = -n auto --maxprocesses 4 --dist loadfile
+
 # Without the slow tests, which pyproject.toml leaves out.
 test:
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(PARALLEL)
 
 test-all:
-	$(PYTHON) -m pytest -m ""
+	$(PYTHON) -m pytest -m "" $(PARALLEL)
 
 lint:
 	$(PYTHON) -m ruff check .
