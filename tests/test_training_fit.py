@@ -53,7 +53,7 @@ def test_the_parts_of_a_1_5b_student_by_hand() -> None:
     assert (fit.checkpointing, fit.optimizer_state) == (True, "int8")
     assert fit.estimate.weights_bytes == fit.estimate.gradients_bytes == 4 * weights
     assert fit.estimate.optimizer_bytes == 2 * weights + 8 * weights // 256
-    assert fit.estimate.logits_bytes == 2 * 4 * 256 * 151936
+    assert fit.estimate.logits_bytes == 4 * 256 * 151936
     layer = 6 * 1536 + 2 * (12 * 128 + 2 * 128) + 4 * 8960
     assert fit.estimate.activations_bytes == 4 * 256 * (28 * 1536 + layer)
 
