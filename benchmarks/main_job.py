@@ -75,7 +75,9 @@ def sections(command: str, result: dict, wall: float) -> list[str]:
     best = result["best"]
     gain_line = ""
     if gain:
-        gain_line = f"\n\nFound student less baseline on test: {gain[0]:+.4f} ± {gain[1]:.4f}, paired by document."
+        # Of a single document nobody knows the error.
+        error = "" if gain[1] is None else f" ± {gain[1]:.4f}"
+        gain_line = f"\n\nFound student less baseline on test: {gain[0]:+.4f}{error}, paired by document."
     return [
         f"`{command}`: {wall:.0f} s as a process.",
         "## Seconds by phase\n\nOf the trials' wall-clock, training, evaluation and loading count as worker-seconds "
