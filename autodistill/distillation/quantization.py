@@ -377,8 +377,10 @@ def _attach_rows(module: nn.Module, weight: FakeQuantized, hooks: ExitStack) -> 
 
     def show(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         held.append((parameters["weight"], module.padding_idx))
-        found, places = inputs[0].unique(return_inverse=True)
-        parameters["weight"] = deploy_tensor(held[-1][0].detach()[found], weight.grid)
+        # One for each token: which of them are the same, nobody could say without waiting for a GPU.
+        ids = inputs[0]
+        places = torch.arange(ids.numel(), device=ids.device).view_as(ids)
+        parameters["weight"] = deploy_tensor(held[-1][0].detach()[ids.flatten()], weight.grid)
         # Its row is elsewhere now; it matters to gradients alone.
         module.padding_idx = None  # type: ignore[assignment]
         return (places, *inputs[1:])
