@@ -376,6 +376,7 @@ def _attach_rows(module: nn.Module, weight: FakeQuantized, hooks: ExitStack) -> 
     held: list[Any] = []
 
     def show(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Puts a row for each token in the table's place, and numbers them."""
         held.append((parameters["weight"], module.padding_idx))
         # One for each token: which of them are the same, nobody could say without waiting for a GPU.
         ids = inputs[0]

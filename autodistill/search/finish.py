@@ -4,66 +4,47 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 
 from autodistill import plugins
-from autodistill.applied import initial_student, student_spec
+from autodistill.applied import student_spec
 from autodistill.budget import DeviceBudget
-from autodistill.contracts import Artefact, Direction, Measurement, Status, Subject
+from autodistill.contracts import Artefact, Measurement, Subject
 from autodistill.distillation.grid_scales import read_scales
-from autodistill.distillation.held import load_held
 from autodistill.distillation.memory import give_back_memory
-from autodistill.distillation.scoring import choices, refer
-from autodistill.distillation.teacher import Teacher, load_model
+from autodistill.distillation.scoring import choices
 from autodistill.errors import InputError, NothingFitsError, VerificationError
 from autodistill.estimate import fits, holdable, too_late
-from autodistill.evaluation import Evaluation, deployed_weights, evaluate
+from autodistill.evaluation import deployed_weights
 from autodistill.export.card import Origin, model_card
 from autodistill.export.verify import CLEAR_SHARE, MIN_POSITIONS, RuntimeCheck, verify, verify_runtime
 from autodistill.formats import get_format
 from autodistill.quiet import free_cores
 from autodistill.records.confirmation import Confirmation, confirmations
-from autodistill.records.differences import paired
 from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import (
     DISTILLED,
     limits_of,
     nearest,
-    paired_bootstrap,
     rank,
 )
-from autodistill.records.openings import openings_in, record_test_opening, recorded_test_openings
 from autodistill.records.row import Row, rows_of
-from autodistill.records.store import RunFolder
-from autodistill.search.exportable import candidates, container_of, next_candidate, passed_over, trained_rows
-from autodistill.search.rows import make_row
-from autodistill.search.trials import Question
+from autodistill.search.exportable import candidates, container_of, next_candidate, passed_over
+from autodistill.search.finisher import Finisher
+from autodistill.search.held_out import FULL, gain_on_test, score_on_test, spent
 from autodistill.strategy import Deployment, Strategy
-from autodistill.students import has_student, kept_after, trained_student
 from autodistill.templates import copy_licence
-from autodistill.token_sets import Prepared, load_split
-from autodistill.trial_data import TrialSetting
+from autodistill.token_sets import load_split
 from autodistill.units import Budget, format_bytes, format_duration
 
 # Measured in the runtime, a student may turn out above the budget; this many are exported before giving up.
 _CANDIDATES = 3
 # What every student is exported as too, and the teacher is scored as beside the best student's deployment.
-_FULL = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
-
-
-class Phases(Protocol):
-    """Times the phases of a search."""
-
-    def phase(self, name: str, shown: str) -> AbstractContextManager[None]:
-        """Times the block."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,36 +69,6 @@ class Finish:
     gain: tuple[float, float | None] | None
     confirmed: tuple[Confirmation, ...]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finisher:
-    """Everything that the steps of the end share."""
-
-    question: Question
-    setting: TrialSetting
-    run: RunFolder
-    teacher: Teacher
-    data: Prepared
-    threads: int
-    phases: Phases
-    line: Callable[[str], None]
-
-    def student(self, row: Row) -> Path:
-        """Folder of the float32 student of a row."""
-        return trained_student(self.run.checkpoints / row.trial, self.setting.storage, kept_after(row))
-
-    def has(self, row: Row) -> bool:
-        """Whether its student was kept."""
-        return has_student(self.run.checkpoints / row.trial, self.setting.storage, kept_after(row))
-
-    def load(self, row: Row) -> Any:
-        """The float32 student of a row."""
-        return load_model(self.student(row), torch.float32, self.setting.device)
-
-    def write(self, kind: str, row: Row) -> None:
-        """Appends a row to the log."""
-        self.run.events.append({"event": kind, "row": row.to_json()})
 
 
 def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
@@ -154,19 +105,19 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
             packed["gguf"] = (beside, Deployment.from_json(beside.deployment))
     if "huggingface" not in paths:
         with phases.phase("export", "exporting the 16-bit folder"):
-            paths["huggingface"] = _pack(best, _FULL, finisher)[0].path
-        packed["huggingface"] = (best, _FULL)
+            paths["huggingface"] = _pack(best, FULL, finisher)[0].path
+        packed["huggingface"] = (best, FULL)
     with phases.phase("evaluate", "test split"):
-        test = _test(best, rows, finisher)
+        test = score_on_test(best, rows, finisher)
     _describe(packed, test, finisher)
     return Finish(
         best=best,
         paths=paths,
         checks=checks,
         test=test,
-        gain=_gain(test, question.metric, question.direction),
+        gain=gain_on_test(test, question.metric, question.direction),
         confirmed=tuple(confirmed),
-        notes=(*notes, *_notes(best, rows, finisher), *_spent(finisher)),
+        notes=(*notes, *_notes(best, rows, finisher), *spent(finisher)),
     )
 
 
@@ -325,162 +276,6 @@ def _nothing(rows: Sequence[Row], judged: bool, finisher: Finisher) -> str:
     if closest is None:
         return "nothing was trained as far as a rung: go on with --resume and more --time, or start with fewer --tokens"
     return f"nothing fits the budget: the nearest, {closest.candidate}, {closest.describe()}; raise --budget"
-
-
-def _known_on_test(best: Row, compared: Sequence[tuple[Row, Deployment]], finisher: Finisher) -> tuple[Row, ...] | None:
-    """The rows of an earlier opening of the test split, in its order, where they are of all that would be scored.
-
-    The plan, and with it what is read of the split, never changes within a run.
-    """
-    deployment = Deployment.from_json(best.deployment)
-    of_teacher = [("teacher", "teacher", packing.name, None, 0) for packing in dict.fromkeys((_FULL, deployment))]
-    of_initial = ("initial", "initial", deployment.name, best.strategy, 0)
-    of_students = [
-        (row.kind, row.trial, packing.name, row.strategy, row.train_tokens or 0)
-        for row, packing in ((best, deployment), *compared)
-    ]
-    logged = {(row.kind, row.trial, row.deployment_name): row for row in rows_of(finisher.run.events.read(), ("test",))}
-    found = []
-    for kind, trial, packing, strategy, tokens in (*of_teacher, of_initial, *of_students):
-        row = logged.get((kind, trial, packing))
-        if row is None or (row.strategy, row.train_tokens or 0) != (strategy, tokens):
-            return None
-        found.append(row)
-    return tuple(found)
-
-
-def _test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[Row, ...]:
-    """Opens the test split, once, for the student, the baseline, the undistilled student and the teacher.
-
-    A search that ends once more with what it had takes their rows from its log, and opens nothing.
-    """
-    question, setting = finisher.question, finisher.setting
-    compared = _compared(best, rows, finisher)
-    known = _known_on_test(best, compared, finisher)
-    if known is not None:
-        finisher.line("the test split is not opened again: what is exported has been scored on it")
-        return known
-    record_test_opening(finisher.run.path.parent, run=finisher.run.name, data=finisher.data.fingerprint)
-    data = load_split(finisher.data.folder, "test").head(question.plan.test_tokens)
-    deployment = Deployment.from_json(best.deployment)
-    teacher = load_held(finisher.teacher.folder, setting.held, setting.device)
-    _, reference = refer(teacher, data, device=setting.device)
-    results: list[Row] = []
-
-    def score(model: Any, row: Row | None, packing: Deployment, strategy: Strategy | None) -> Evaluation:
-        """What one model is on test, under one deployment."""
-        init = strategy.init if strategy else None
-        return evaluate(
-            model,
-            student_spec(strategy, setting.teacher_spec) if strategy else setting.teacher_spec,
-            packing,
-            load_split(finisher.data.folder, "test", setting.rendering(init)).head(question.plan.test_tokens),
-            reference,
-            budget=question.budget,
-            evaluators=setting.evaluators,
-            metric=setting.metric,
-            device=setting.device,
-            scales=read_scales(finisher.student(row), packing) if row else None,
-            split="test",
-            share=setting.plan.example_share,
-            tokenizer=setting.text(init),
-        )[0]
-
-    def write(evaluation: Evaluation, row: Row | None, kind: str, name: str, strategy: Strategy | None) -> None:
-        """Makes a row of it, and writes that down."""
-        made = make_row(
-            evaluation,
-            trial=row.trial if row else kind,
-            kind=kind,
-            name=name,
-            strategy=strategy,
-            spec=student_spec(strategy, setting.teacher_spec) if strategy else setting.teacher_spec,
-            status=Status.COMPLETED,
-            split="test",
-            budget=question.budget,
-            plan=question.plan,
-            train_tokens=row.train_tokens or 0 if row else 0,
-            train_seconds=row.train_seconds or 0.0 if row else 0.0,
-            seed=question.plan.seed,
-        )
-        finisher.write("test", made)
-        results.append(made)
-
-    for packing in dict.fromkeys((_FULL, deployment)):
-        evaluation = score(teacher, None, packing, None)
-        write(evaluation, None, "teacher", "teacher", None)
-    del teacher
-    strategy = Strategy.from_json(best.strategy)
-    if strategy.init.source != "teacher" or student_spec(strategy, setting.teacher_spec) != setting.teacher_spec:
-        initial, _ = initial_student(setting, strategy.init, question.plan.seed)
-        evaluation = score(initial.to(setting.device), None, deployment, strategy)
-        del initial
-    # Else it begins as the teacher, which was scored under that deployment last.
-    write(evaluation, None, "initial", "undistilled student", strategy)
-    for row, packing in ((best, deployment), *compared):
-        strategy = Strategy.from_json(row.strategy)
-        write(score(finisher.load(row), row, packing, strategy), row, row.kind, row.name, strategy)
-    return tuple(results)
-
-
-def _spent(finisher: Finisher) -> tuple[str, ...]:
-    """Says so where this run was scored on test before."""
-    run = finisher.run
-    openings = recorded_test_openings(run.path.parent, data=finisher.data.fingerprint)
-    here = sum(opening["run"] == run.name for opening in openings)
-    earlier = max(here, openings_in(run.events.read())) - 1
-    if earlier < 1:
-        return ()
-    return (
-        f"this run's test split was opened before ({earlier} time{'s' if earlier > 1 else ''}): it is spent, and its "
-        "figures no longer say how well a choice does on unseen documents",
-    )
-
-
-def _compared(best: Row, rows: Sequence[Row], finisher: Finisher) -> list[tuple[Row, Deployment]]:
-    """What the best student is held to: the best baseline of as many tokens, under the deployment that suits it best.
-
-    Where there is none, as the best was trained on, the best of those that had as many as it had before: and the best
-    student as it was then, packed as it is now.
-    """
-    question = finisher.question
-    trained = trained_rows(rows, question.metric, finisher.has)
-    if best.kind == "baseline":
-        return []
-
-    def first(tokens: int | None = None) -> list[tuple[Row, Deployment]]:
-        """The best baseline, of so many tokens."""
-        found = [row for row in trained if row.kind == "baseline" and tokens in (None, row.train_tokens)]
-        ranked = rank(found, question.metric, question.direction)[:1]
-        return [(one.row, Deployment.from_json(one.row.deployment)) for one in ranked]
-
-    if baseline := first(best.train_tokens):
-        return baseline
-    same = [row for row in trained if row.kind == best.kind and (row.strategy, row.seed) == (best.strategy, best.seed)]
-    for row in sorted(same, key=lambda row: row.train_tokens or 0, reverse=True):
-        if row.train_tokens != best.train_tokens and (baseline := first(row.train_tokens)):
-            return [*baseline, (row, Deployment.from_json(best.deployment))]
-    return first()
-
-
-def _gain(test: Sequence[Row], metric: str, direction: Direction) -> tuple[float, float | None] | None:
-    """By how much the found student is better than the baseline, paired by document, and its standard error.
-
-    Where the best was trained on further than the baseline, it is the one of as many tokens that is compared. None
-    without a baseline, and of a metric that is no mean, of which nothing can be paired.
-    """
-    students, baselines = ([row for row in test if row.kind == kind] for kind in ("student", "baseline"))
-    pairs = [(one, other) for one in students for other in baselines if one.train_tokens == other.train_tokens]
-    pairs = pairs or [(one, other) for one in students for other in baselines]
-    if not pairs:
-        return None
-    found, baseline = (paired(row, metric) for row in pairs[0])
-    if found is None or baseline is None:
-        return None
-    sign = 1 if direction == "max" else -1
-    gaps = [sign * (mine - theirs) for mine, theirs in zip(found["sum"], baseline["sum"], strict=True)]
-    differences, errors = paired_bootstrap(np.asarray([gaps], np.float64), np.asarray(found["count"], np.float64), 0)
-    return float(differences[0]), float(errors[0]) if math.isfinite(errors[0]) else None
 
 
 def _on_device(best: Row, budget: Budget) -> list[str]:

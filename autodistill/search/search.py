@@ -30,7 +30,8 @@ from autodistill.search.campaign import Campaign
 from autodistill.search.checked import Checked, check_request
 from autodistill.search.cost import cost
 from autodistill.search.failures import is_disk_full
-from autodistill.search.finish import Finish, Finisher, finish
+from autodistill.search.finish import Finish, finish
+from autodistill.search.finisher import Finisher
 from autodistill.search.inline_runner import run_inline
 from autodistill.search.loading import Place, load, trainable
 from autodistill.search.measuring import plan_from_measurement

@@ -18,15 +18,8 @@ from autodistill.records.row import Row
 from autodistill.search import finish
 from autodistill.search.expected import Speed
 from autodistill.search.exportable import candidates, next_candidate, passed_over, trained_rows
-from autodistill.search.finish import (
-    _compared,
-    _first_that_fits,
-    _gain,
-    _gguf_beside,
-    _known_on_test,
-    _notes,
-    _with_measured,
-)
+from autodistill.search.finish import _first_that_fits, _gguf_beside, _notes, _with_measured
+from autodistill.search.held_out import compared_with, gain_on_test, known_on_test
 from autodistill.search.trials import Question
 from autodistill.space import load_space
 from autodistill.strategy import Deployment
@@ -248,7 +241,7 @@ def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be
     def known(rows: list[Row], of: Row = best) -> tuple[Row, ...] | None:
         events = [{"event": "test", "row": one.to_json()} for one in rows]
         finisher: Any = SimpleNamespace(run=SimpleNamespace(events=SimpleNamespace(read=lambda: events)))
-        return _known_on_test(of, compared, finisher)
+        return known_on_test(of, compared, finisher)
 
     assert known(expected) == tuple(expected)
     # Whatever else was scored in between.
@@ -274,7 +267,7 @@ def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_af
     finisher = SimpleNamespace(question=question("accuracy", "max"), has=lambda row: True)
 
     def compared(*rows: Row, of: Row = best) -> list[tuple[str, str]]:
-        return [(one.trial, packing.name) for one, packing in _compared(of, rows, finisher)]  # type: ignore[arg-type]
+        return [(one.trial, packing.name) for one, packing in compared_with(of, rows, finisher)]  # type: ignore[arg-type]
 
     # Packed as the best is, under which nobody has looked at it so far.
     pair = [("b000", "gguf-f16"), ("t000", "gguf-f16")]
@@ -290,16 +283,18 @@ def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_af
         return replace(one, documents={"ids": [1, 2], "count": [100, 100], "sum": right})
 
     rows = [tested(best, [70, 72]), tested(baseline, [40, 41]), tested(plain, [50, 50])]
-    gain = _gain(rows, "accuracy", "max")
+    gain = gain_on_test(rows, "accuracy", "max")
     assert gain is not None
     assert gain[0] == pytest.approx(0.095)
-    gain = _gain([rows[0], tested(as_far, [60, 60]), rows[2]], "accuracy", "max")
+    gain = gain_on_test([rows[0], tested(as_far, [60, 60]), rows[2]], "accuracy", "max")
     assert gain is not None
     assert gain[0] == pytest.approx(0.11)
     single = [replace(one, documents={"ids": [1], "count": [100], "sum": [50 + n]}) for n, one in enumerate(rows[:2])]
-    assert _gain(single, "accuracy", "max") == (pytest.approx(-0.01), None), "of one document nobody knows the error"
-    assert _gain([rows[0], rows[2]], "accuracy", "max") is None
-    assert _gain(rows, "ece", "min") is None, "these are sums of accuracy, of which fewer are not better"
+    assert gain_on_test(single, "accuracy", "max") == (pytest.approx(-0.01), None), (
+        "of one document nobody knows the error"
+    )
+    assert gain_on_test([rows[0], rows[2]], "accuracy", "max") is None
+    assert gain_on_test(rows, "ece", "min") is None, "these are sums of accuracy, of which fewer are not better"
 
 
 @pytest.mark.parametrize(

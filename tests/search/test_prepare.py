@@ -17,7 +17,7 @@ from autodistill.estimate import spec_from_config
 from autodistill.search.expected import Speed
 from autodistill.search.plan import extend
 from autodistill.search.prepare import _extended, _unasked
-from autodistill.testing import small_plan, tiny_tokenizer
+from autodistill.testing import small_plan, tiny_config, tiny_tokenizer
 from autodistill.token_sets import load_split
 
 
@@ -48,22 +48,13 @@ def test_questions_that_no_student_can_be_asked_are_counted_and_all_of_them_refu
         said(5)
 
 
-CONFIG = {
-    "model_type": "llama",
-    "num_hidden_layers": 4,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-    "vocab_size": 300,
-    "max_position_embeddings": 512,
-}
 SPEED = Speed(cache=1e4, score=1e4, worker_train=1e4, worker_score=1e4)
 
 
 def extended(plan: Plan, *, finished: bool = True, strategy: str | None = None, **asked: Any) -> Plan:
     request = SimpleNamespace(**({"trials": None, "time_seconds": None, "strategy": strategy} | asked))
     checked: Any = SimpleNamespace(request=request, stored={"seconds": {}} if finished else {}, explore=1.0)
-    return _extended(checked, plan, spec_from_config(CONFIG), SPEED)
+    return _extended(checked, plan, spec_from_config(tiny_config()), SPEED)
 
 
 def test_a_run_of_one_strategy_stays_one_however_much_time_it_is_given() -> None:

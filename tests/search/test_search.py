@@ -25,7 +25,7 @@ from autodistill.records.openings import recorded_test_openings
 from autodistill.records.row import Row, read_parquet
 from autodistill.records.store import RunFolder
 from autodistill.roofline import speed
-from autodistill.search import finish
+from autodistill.search import held_out
 from autodistill.search.campaign import Campaign
 from autodistill.search.checked import check_request
 from autodistill.search.explain import explain
@@ -233,8 +233,8 @@ def test_a_student_that_begins_as_the_teacher_is_not_scored_again_undistilled(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[object] = []
-    build = finish.initial_student
-    monkeypatch.setattr(finish, "initial_student", lambda *given: made.append(given) or build(*given))
+    build = held_out.initial_student
+    monkeypatch.setattr(held_out, "initial_student", lambda *given: made.append(given) or build(*given))
     found = {}
     for depth in ("1.0", "0.8"):
         shape = f"{{choices: {{only: {depth}}}}}"
@@ -362,7 +362,7 @@ def test_a_search_that_ends_once_more_with_what_it_had_does_not_open_the_test_sp
     shutil.copytree(outcome[1], out)
     logged = [event for event in events(out) if event["event"] == "test"]
     with monkeypatch.context() as patch:
-        patch.setattr("autodistill.search.finish.refer", lambda *given, **more: pytest.fail("the teacher was scored"))
+        patch.setattr("autodistill.search.held_out.refer", lambda *given, **more: pytest.fail("the teacher was scored"))
         again = search(request(inputs, out, resume=True))
     assert [event for event in events(out) if event["event"] == "test"] == logged
     assert [opening["run"] for opening in recorded_test_openings(out)] == ["run"]

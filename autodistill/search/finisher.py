@@ -1,0 +1,57 @@
+"""What the steps at the end of a search share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from autodistill.distillation.teacher import Teacher, load_model
+from autodistill.records.row import Row
+from autodistill.records.store import RunFolder
+from autodistill.search.trials import Question
+from autodistill.students import has_student, kept_after, trained_student
+from autodistill.token_sets import Prepared
+from autodistill.trial_data import TrialSetting
+
+
+class Phases(Protocol):
+    """Times the phases of a search."""
+
+    def phase(self, name: str, shown: str) -> AbstractContextManager[None]:
+        """Times the block."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finisher:
+    """Everything that the steps of the end share."""
+
+    question: Question
+    setting: TrialSetting
+    run: RunFolder
+    teacher: Teacher
+    data: Prepared
+    threads: int
+    phases: Phases
+    line: Callable[[str], None]
+
+    def student(self, row: Row) -> Path:
+        """Folder of the float32 student of a row."""
+        return trained_student(self.run.checkpoints / row.trial, self.setting.storage, kept_after(row))
+
+    def has(self, row: Row) -> bool:
+        """Whether its student was kept."""
+        return has_student(self.run.checkpoints / row.trial, self.setting.storage, kept_after(row))
+
+    def load(self, row: Row) -> Any:
+        """The float32 student of a row."""
+        return load_model(self.student(row), torch.float32, self.setting.device)
+
+    def write(self, kind: str, row: Row) -> None:
+        """Appends a row to the log."""
+        self.run.events.append({"event": kind, "row": row.to_json()})
