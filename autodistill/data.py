@@ -46,7 +46,7 @@ from autodistill.token_sets import (
     questions_file,
     rendering_folder,
 )
-from autodistill.tokenising import beginning, encode, load_tokenizer
+from autodistill.tokenising import beginning, encode, load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     import pyarrow
@@ -189,7 +189,7 @@ def _prepare_conversations(
 
     def add(temporary: Path) -> None:
         """Writes into the folder what is no token: the tokenizer, other renderings' texts and ends, and questions."""
-        renderer.tokenizer.save_pretrained(temporary / TOKENIZER)
+        save_tokenizer(renderer.tokenizer, temporary / TOKENIZER)
         for name, texts in questions.items():
             if name:
                 own = rendering_folder(temporary, name)

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from autodistill.conversations import ANSWERING, Conversation, Turn
 from autodistill.errors import InputError
 from autodistill.rendering import Rendered, Renderer, Template
+from autodistill.tokenising import save_tokenizer
 
 # What a student takes from its teacher's folder: by suffix, but for the files that describe the teacher's own weights.
 MORE_TEMPLATES = "additional_chat_templates"
@@ -65,7 +66,7 @@ def write_text(teacher: Path, renderer: Renderer, folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / MORE_TEMPLATES, ignore_errors=True)
     tokenizer = renderer.tokenizer
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     generation, gguf = folder / _GENERATION, folder / _GGUF
     settings = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
     settings |= {name: getattr(tokenizer, name) for name in _IDS}

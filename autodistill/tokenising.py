@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -28,6 +29,21 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes a tokenizer that cuts texts as this one does once it is loaded.
+
+    transformers leaves out `legacy`, on which its tokenizers of Llama's kind decide where texts begin with a space.
+    """
+    tokenizer.save_pretrained(folder)
+    legacy = getattr(tokenizer, "legacy", None)
+    if legacy is not None:
+        path = folder / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(
+            json.dumps({**settings, "legacy": legacy}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def beginning(tokenizer: Any) -> int | None:

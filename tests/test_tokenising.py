@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from autodistill import tokenising
 from autodistill.errors import InputError
 from autodistill.testing import tiny_tokenizer
-from autodistill.tokenising import beginning, encode, groups
+from autodistill.tokenising import beginning, encode, groups, load_tokenizer, save_tokenizer
 
 LLAMA3 = r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SENTENCES = ["The miller carries two apples.\nA fox, 42 of them!\n\nNear the river  \n and the rain\n"] * 3
@@ -109,3 +110,14 @@ def test_what_begins_texts_is_bos_where_the_tokenizer_adds_it() -> None:
     assert beginning(begins) == begins("any text")["input_ids"][0] == begins.bos_token_id == 0
     assert beginning(tiny_tokenizer()) is None
     assert beginning(TOKENIZERS["gemma"]) is None  # without BOS
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_saved_tokenizer_cuts_texts_as_it_did(tmp_path: Path, legacy: bool) -> None:
+    vocab = {name: index for index, name in enumerate(["<unk>", "<s>", "</s>", "\u2581", "a", "b"])}
+    tokenizer = LlamaTokenizer(vocab=vocab, merges=[], legacy=legacy)
+    save_tokenizer(tokenizer, tmp_path)
+    tokens = tokenizer("a</s>b")["input_ids"]
+    assert load_tokenizer(tmp_path)("a</s>b")["input_ids"] == tokens
+    # Where it is legacy, text behind a special token begins with a space too.
+    assert tokens.count(vocab["\u2581"]) == 1 + legacy

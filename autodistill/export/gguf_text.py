@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from gguf import GGUFWriter
 
 from autodistill.errors import InputError, VerificationError
-from autodistill.export.gguf_tokenizer import add_tokenizer, is_certain, refusal
+from autodistill.export.gguf_tokenizer import Spaces, add_tokenizer, is_certain, refusal, spaces
 from autodistill.llama_cpp import LlamaServer
 from autodistill.tokenising import load_tokenizer
 
@@ -86,6 +87,18 @@ def agreement(tokenizer: Any, server: LlamaServer, texts: Iterable[str]) -> Agre
     return Agreement(share=same / total, first=first)
 
 
+def comparable(text: str, tokenizer: Any, put: Spaces) -> str:
+    """A text without that of which llama.cpp's spaces are known to be others than the tokenizer's (`Spaces.caveat`)."""
+    if put.put == "first" and not put.written:
+        return f"{tokenizer.eos_token or tokenizer.bos_token or ''}{text}"
+    special = "|".join(map(re.escape, tokenizer.all_special_tokens))
+    if put.put == "first":
+        return re.sub(special, "", text).lstrip(" ") if special else text.lstrip(" ")
+    if put.put == "spaceless" and put.written:
+        return re.sub(f"({special}) +", r"\1", text).lstrip(" ") if special else text.lstrip(" ")
+    return text
+
+
 def _without(begin: int | None, tokens: Sequence[int]) -> list[int]:
     """The tokens behind those that begin a text."""
     start = next((place for place, token in enumerate(tokens) if token != begin), len(tokens))
@@ -115,8 +128,10 @@ def _cut_otherwise(folder: Path) -> str:
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "tokenizer.gguf"
         _write_model(path, folder, max(tokenizer.get_vocab().values()) + 1)
+        put = spaces(folder)
+        texts = [comparable(text, tokenizer, put) for text in _samples(tokenizer)]
         with LlamaServer(path, _CONTEXT, 1) as server:
-            found = agreement(tokenizer, server, _samples(tokenizer))
+            found = agreement(tokenizer, server, texts)
     where = f"llama.cpp would cut text into other tokens than the tokenizer in {folder} does"
     return f"{where}: {found.first}" if found.first else ""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
         own: dict[str, Any] = {"model": "gpt2", "pre": cut.names[0] if cut else "default", "add_space_prefix": False}
         writer.add_token_merges([" ".join(pair) for pair in merges])
     else:
-        own = {"model": "llama", "pre": "default", "add_space_prefix": _begins_with_space(description)}
+        own = {"model": "llama", "pre": "default", "add_space_prefix": spaces(folder).written}
         names, types, scores = _as_sentencepiece(names, types, merges)
         writer.add_token_scores(scores)
     writer.add_token_list(names)
@@ -93,9 +94,59 @@ def is_certain(folder: Path) -> bool:
     _, description = _read(folder)
     inherited = _inherited(folder)
     if not _is_byte_level(description):
-        return not _begins_with_space(description) and not inherited.get("add_space_prefix", False)
+        return spaces(folder) == Spaces(put="never", written=False)
     cut = _cut(description)
     return cut is not None and inherited.get("pre", cut.names[0]) in cut.names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spaces:
+    """Where the tokenizer and llama.cpp put a space before text.
+
+    Attributes:
+        put: By the tokenizer: "never", "each" (before each piece of a text, which special tokens part), "spaceless"
+            (before each piece that does not begin with one) or "first" (the same of the first piece alone).
+        written: Whether the file tells llama.cpp to put one before each piece, or none at all: all that it knows.
+    """
+
+    put: str
+    written: bool
+
+    @property
+    def caveat(self) -> str:
+        """What llama.cpp does otherwise, for a person; nothing where it does the same."""
+        if self.put == "first" and not self.written:
+            return (
+                "in GGUF a text that begins with a word instead of a special token, as chats do, is cut without the "
+                "space that the tokenizer puts before it"
+            )
+        if self.put in ("first", "spaceless") and self.written:
+            where = "behind special tokens, and before text that begins with one" if self.put == "first" else ""
+            return (
+                f"in GGUF a space is put {where or 'before text that begins with one'}, which the tokenizer does not "
+                "do: so do llama.cpp's own files of such models"
+            )
+        return ""
+
+
+def spaces(folder: Path) -> Spaces:
+    """Where spaces are put before texts that are cut by a folder's tokenizer, and by llama.cpp.
+
+    llama.cpp knows all pieces of a text or none. Where the tokenizer begins the first piece alone, none is right for
+    chats, whose templates begin with a special token, and all for texts without one.
+
+    Raises:
+        InputError: The tokenizer cannot be read.
+    """
+    tokenizer, description = _read(folder)
+    if _is_byte_level(description):
+        return Spaces(put="never", written=False)
+    schemes = [part.get("prepend_scheme", "always") for part in _metaspaces(description)]
+    put = {"always": "spaceless", "first": "first"}.get(schemes[0] if schemes else "", "never")
+    if _BEGUN in _parts(description.get("normalizer")):
+        put = "each"
+    written = put in ("each", "spaceless") or (put == "first" and not tokenizer.chat_template)
+    return Spaces(put=put, written=bool(_inherited(folder).get("add_space_prefix", written)))
 
 
 def _read(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -188,25 +239,18 @@ _WRITTEN = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
 _BEGUN = {"type": "Prepend", "prepend": _SPACE}
 
 
-def _begins_with_space(description: Mapping[str, Any]) -> bool:
-    """Whether each piece of a text, which special tokens part, is begun with a space."""
-    return _BEGUN in _parts(description.get("normalizer"))
+def _metaspaces(description: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [part for part in _parts(description.get("pre_tokenizer")) if part["type"] == "Metaspace"]
 
 
 def _no_sentencepiece(description: Mapping[str, Any]) -> str:
     """Why llama.cpp's way to merge by scores is another than this tokenizer's, or nothing."""
     model, merges = description["model"], _merges(description)
-    before = _parts(description.get("pre_tokenizer"))
-    spaces = [part for part in before if part["type"] == "Metaspace"]
-    if any(part.get("prepend_scheme", "always") != "never" for part in spaces):
-        return (
-            f"its Metaspace begins texts with {_SPACE} where llama.cpp does not, or not where it does: behind special "
-            "tokens, or before a space (the model's own GGUF file is a teacher whose text is cut as there)"
-        )
-    if any(part.get("split", True) or part["replacement"] != _SPACE for part in spaces):
+    before, metaspaces = _parts(description.get("pre_tokenizer")), _metaspaces(description)
+    if any(part.get("split", True) or part["replacement"] != _SPACE for part in metaspaces):
         return "its pre_tokenizer cuts text into words"
     normalizer = _parts(description.get("normalizer"))
-    if normalizer not in ([_WRITTEN], [_BEGUN, _WRITTEN]) and not (spaces and not normalizer):
+    if normalizer not in ([_WRITTEN], [_BEGUN, _WRITTEN]) and not (metaspaces and not normalizer):
         return f"its normalizer does more, or less, than to write spaces as {_SPACE}"
     cutting = [part for part in before if part["type"] != "Metaspace"]
     if any(part["type"] != "Split" or part["pattern"] != {"String": " "} for part in cutting):

@@ -14,7 +14,8 @@ import torch
 
 from autodistill.contracts import Artefact, Exporter
 from autodistill.errors import VerificationError
-from autodistill.export.gguf_text import agreement
+from autodistill.export.gguf_text import agreement, comparable
+from autodistill.export.gguf_tokenizer import spaces
 from autodistill.export.student_files import StudentFiles
 from autodistill.formats import Floats
 from autodistill.llama_cpp import LlamaServer
@@ -170,9 +171,9 @@ def _run_llama_cpp(path: Path, sequences: npt.NDArray[np.integer[Any]], threads:
 
 def _check_cut(path: Path, server: LlamaServer, sequences: npt.NDArray[np.integer[Any]], student: Path) -> float:
     """The share of the text's tokens that are cut as the student's tokenizer does, if it is large enough."""
-    tokenizer = load_tokenizer(student)
+    tokenizer, put = load_tokenizer(student), spaces(student)
     texts = [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in sequences.tolist()]
-    found = agreement(tokenizer, server, texts)
+    found = agreement(tokenizer, server, [comparable(text, tokenizer, put) for text in texts])
     if found.share < MIN_SAME_CUT:
         raise VerificationError(
             f"llama.cpp cuts the text of {path} into other tokens than the student's tokenizer does, of which only "

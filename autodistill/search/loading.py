@@ -22,6 +22,8 @@ from autodistill.distillation.teacher import Teacher, materialise, resolve_teach
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.export.gguf_text import cannot_cut
+from autodistill.export.gguf_tokenizer import spaces
+from autodistill.formats import get_format
 from autodistill.hardware import Machine, detect_for_training
 from autodistill.records.json_files import read_json
 from autodistill.rendering import Template
@@ -62,6 +64,7 @@ class Loaded:
     pretrained: Mapping[str, Path]
     renderings: Mapping[str, str]
     templates: Mapping[str, str]
+    caveat: str = ""
 
     @property
     def outputs_of(self) -> str:
@@ -71,7 +74,8 @@ class Loaded:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of teacher and templates, in sentences."""
-        return (*_told_of_teacher(self.teacher), *self.templates.values())
+        caveat = (self.caveat,) if self.caveat else ()
+        return (*_told_of_teacher(self.teacher), *caveat, *self.templates.values())
 
     def stepping(self, tokens: int) -> Loaded:
         """The same with optimiser steps of so many tokens."""
@@ -153,6 +157,7 @@ def load(checked: Checked, place: Place) -> Loaded:
         pretrained=pretrained,
         renderings=renderings,
         templates=refused | {model: _told_of(model, data.renderings[name]) for model, name in renderings.items()},
+        caveat="" if reason or not _in_gguf(checked) else spaces(teacher.folder).caveat,
     )
 
 
@@ -285,6 +290,10 @@ def _check_sayable(
                 f"{model} has no {token!r}, which the answers to learn hold {learnt[lacking[0]]:,} times, and with a "
                 "frozen table it could never say it: set distillation.train_embeddings, or choose a model that has it"
             )
+
+
+def _in_gguf(checked: Checked) -> bool:
+    return any(get_format(one.format).container == "gguf" for one in checked.space.deployments)
 
 
 def _told_of_teacher(teacher: Teacher) -> tuple[str, ...]:

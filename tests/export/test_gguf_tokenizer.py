@@ -12,13 +12,13 @@ from typing import Any
 import gguf
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from autodistill.distillation.teacher import materialise, resolve_teacher
 from autodistill.errors import InputError
 from autodistill.export.gguf import GgufExporter
-from autodistill.export.gguf_text import cannot_cut
-from autodistill.export.gguf_tokenizer import add_tokenizer, is_certain, refusal
+from autodistill.export.gguf_text import agreement, cannot_cut, comparable
+from autodistill.export.gguf_tokenizer import add_tokenizer, is_certain, refusal, spaces
 from autodistill.llama_cpp import LlamaServer
 from autodistill.strategy import Deployment
 from autodistill.testing import save_tiny_teacher, tiny_tokenizer
@@ -290,13 +290,67 @@ def test_metaspace_passes_where_it_puts_no_space_before_texts(tmp_path: Path) ->
         gemma_like(tmp_path), lambda description: description.update(normalizer=None, pre_tokenizer=metaspace("never"))
     )
     assert (is_certain(folder), refusal(folder)) == (True, "")
-    for other, said in (
-        (metaspace("first"), "its Metaspace begins texts"),
-        (metaspace("always"), "its Metaspace begins texts"),
-        (metaspace("never", split=True), "cuts text into words"),
-    ):
-        changed(folder, lambda description, step=other: description.update(pre_tokenizer=step))
-        assert said in refusal(folder)
+    changed(folder, lambda description: description.update(pre_tokenizer=metaspace("never", split=True)))
+    assert "cuts text into words" in refusal(folder)
+
+
+def llama_like(folder: Path, *, legacy: bool, template: str | None) -> Path:
+    """A folder of transformers' own `LlamaTokenizer`, as those of Llama 2, TinyLlama and Mistral 7B are."""
+    gemma_like(folder)
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    del model["vocab"]["\n\n"]  # made of nothing but itself, as Llama 2 has none
+    merges = [tuple(pair) for pair in model["merges"]]
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    tokenizer = LlamaTokenizer(
+        vocab=model["vocab"], merges=merges, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", legacy=legacy
+    )
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"legacy": legacy}))
+    return folder
+
+
+CHAT = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("legacy", "template", "alike", "unlike", "caveat"),
+    [
+        (
+            False,
+            CHAT,
+            ("<bos>the rain<eos>the river<eos> apples",),
+            ("the rain",),
+            "begins with a word instead of a special token",
+        ),
+        (False, None, ("the rain", "rain and\n the river"), ("the<eos>rain", " rain"), "behind special tokens"),
+        (True, None, ("the rain", "the<eos>rain"), (" rain", "the<eos> rain"), "before text that begins with one"),
+    ],
+    ids=["chat", "text", "legacy"],
+)
+def test_where_llama_cpp_knows_no_such_space_the_most_usual_texts_are_right_and_the_others_told(
+    tmp_path: Path, legacy: bool, template: str | None, alike: tuple[str, ...], unlike: tuple[str, ...], caveat: str
+) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher", layers=1, tied=False, vocabulary=390)
+    for file in teacher.glob("tokenizer*"):
+        file.unlink()
+    llama_like(teacher, legacy=legacy, template=template)
+    assert (is_certain(teacher), cannot_cut(teacher)) == (False, "")
+    assert caveat in spaces(teacher).caveat
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    artefact = GgufExporter().export(teacher, F16, tmp_path / "out")
+    with LlamaServer(artefact.path, 64, 1) as server:
+
+        def same(text: str) -> bool:
+            mine = tokenizer(text, add_special_tokens=text.startswith("<bos>") is False)["input_ids"]
+            return list(server.tokenize(text)) == list(mine)
+
+        assert [text for text in alike if not same(text)] == []
+        assert [text for text in unlike if same(text)] == []
+        for text in alike + unlike:
+            assert agreement(tokenizer, server, [comparable(text, tokenizer, spaces(teacher))]).share == 1
 
 
 def test_a_space_before_texts_is_only_believed_when_llama_cpp_was_asked(
