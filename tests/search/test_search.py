@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +105,24 @@ def test_the_folder_holds_what_was_promised(outcome: tuple[Outcome, Path]) -> No
     assert set(document["seconds"]) == {"load", "cache", "train", "evaluate", "export", "overhead", "total"}
     json.dumps(document, allow_nan=False)
     assert {row.row_id for row in read_parquet(run / "leaderboard.parquet")} == {row.row_id for row in outcome[0].rows}
+
+
+def test_what_docs_say_of_python_runs(
+    outcome: tuple[Outcome, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    asked: list[SearchRequest] = []
+    module = sys.modules["autodistill.search.search"]
+    monkeypatch.setattr(module, "search", lambda request: [asked.append(request), outcome[0]][1])
+    (tmp_path / "results" / "runs").mkdir(parents=True)
+    (tmp_path / "results" / "runs" / "first").symlink_to(outcome[1] / "run")
+    monkeypatch.chdir(tmp_path)
+    known: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, known)
+    assert (asked[0].time_seconds, asked[0].name) == (600, "first")
+    assert known["rows"][0].row.row_id == outcome[0].finish.best.row_id
 
 
 def test_the_best_row_is_exported_and_generates(outcome: tuple[Outcome, Path]) -> None:
