@@ -179,9 +179,11 @@ def listed_devices(given: Mapping[str, Any]) -> tuple[Any, ...]:
         raise InputError("--again measures this machine again: give it with --local")
     cache = (given["cache"] or default_cache()) if local else None
     known = known_devices(given["own"] or (), cache, again=given["again"])
-    if not text or given["local"]:
-        return known if not text else (*known[:1], *matching(text, known[1:]))
-    return known[:1] if local else matching(text, known)
+    if not text:
+        return known
+    if text.strip().lower() == LOCAL:
+        return known[:1]
+    return (*known[:1], *matching(text, known[1:])) if local else matching(text, known)
 
 
 def packaged(what: str, name: str | None) -> dict[str, Any]:

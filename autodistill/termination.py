@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,31 +10,39 @@ from contextlib import contextmanager
 
 INTERRUPTED, TERMINATED = 130, 143
 
-_met = False
 _received = False
 
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
     """Raises KeyboardInterrupt on SIGTERM within the block, where nobody else meets or ignores it."""
-    global _met, _received
+    global _received
     _received = False
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
-    _met = True
-    meet_again()
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
-        _met = False
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def meet_again() -> None:
-    """Takes SIGTERM back from a library that set a handler of its own, as Ray does, which prints a C++ trace."""
-    if _met and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
+@contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """Who meets SIGTERM before the block meets it after it, whatever a library did in it, in any thread.
+
+    Ray's C++ sets a handler of its own when it starts, which prints a trace and ends the process, and none when it is
+    shut down. Python sees neither: `signal.getsignal` gives what Python set last.
+    """
+    get, put = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+    get.argtypes, get.restype = (ctypes.c_int,), ctypes.c_void_p
+    put.argtypes, put.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    before = get(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        put(signal.SIGTERM, before)
 
 
 def _interrupt(*_: object) -> None:

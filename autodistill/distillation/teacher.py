@@ -127,14 +127,12 @@ def hub_config(ref: str) -> dict[str, Any]:
         InputError: The hub does not give it.
     """
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         # Asked first, because a download tries a dead connection for half a minute.
         huggingface_hub.HfApi().model_info(ref)
         path = huggingface_hub.hf_hub_download(ref, "config.json")
-    except RepositoryNotFoundError as error:
-        raise InputError(f"there is no model at {ref}, neither here nor on the hub: give {_KINDS}") from error
     except Exception as error:  # whatever the hub's client, and the HTTP library below it, raise without a connection
         with suppress(LocalEntryNotFoundError):
             return _read_json(Path(huggingface_hub.hf_hub_download(ref, "config.json", local_files_only=True)))
@@ -147,6 +145,19 @@ def hub_config(ref: str) -> dict[str, Any]:
 
 
 def _not_given(ref: str, error: Exception) -> InputError:
+    """Why the hub does not give a model that was not downloaded before."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return InputError(
+            f"{ref} is gated: ask for access at https://huggingface.co/{ref}, and log in with `hf auth login` or set "
+            "HF_TOKEN"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return InputError(
+            f"there is no model at {ref}, neither here nor on the hub: give {_KINDS}; a private one needs `hf auth "
+            "login` or HF_TOKEN"
+        )
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return InputError(
@@ -288,13 +299,11 @@ def stored_type(folder: Path) -> HeldType:
 def _hub_ref(ref: str) -> TeacherRef:
     """Looks at the list of files and the configuration; without a connection, at what was downloaded before."""
     import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         info = huggingface_hub.HfApi().model_info(ref)
         path = huggingface_hub.hf_hub_download(ref, "config.json")
-    except RepositoryNotFoundError as error:
-        raise InputError(f"there is no model at {ref}, neither here nor on the hub: give {_KINDS}") from error
     except Exception as error:  # whatever the hub's client, and the HTTP library below it, raise without a connection
         try:
             folder = Path(huggingface_hub.snapshot_download(ref, allow_patterns=_HUB_FILES, local_files_only=True))

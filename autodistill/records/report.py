@@ -62,7 +62,7 @@ def report_markdown(
         _front(search, ranked),
         _lost(events),
         _spared(search),
-        _test(events, metric, openings or {}),
+        _test(_tested(events, search.get("test")), metric, openings or {}),
         _pairs("Seconds by phase", {k: f"{v:.1f}" for k, v in search.get("seconds", {}).items()}),
         _command(search),
         _pairs("Versions", search.get("versions", {})),
@@ -298,8 +298,13 @@ def _spared(search: Mapping[str, Any]) -> str:
     return "## Compute saved\n\n" + "\n".join(f"- {sentence}." for sentence in said) if said else ""
 
 
-def _test(events: Iterable[Mapping[str, Any]], metric: str, openings: Mapping[str, int]) -> str:
-    rows = [row for row in rows_of(events, ("row", "test")) if row.split == "test"]
+def _tested(events: Iterable[Mapping[str, Any]], ids: Sequence[str] | None) -> list[Row]:
+    """The rows of the test split that a search ended with, in its order: one that went on has others from before."""
+    rows = {row.row_id: row for row in rows_of(events, ("row", "test")) if row.split == "test"}
+    return list(rows.values()) if ids is None else [rows[name] for name in ids if name in rows]
+
+
+def _test(rows: Sequence[Row], metric: str, openings: Mapping[str, int]) -> str:
     lines = [
         [
             _TITLES.get(row.kind, row.kind),

@@ -60,6 +60,7 @@ class Agenda:
         scheduler: SuccessiveHalving,
         stages: StageKeeper,
         enter: Callable[..., TrialState],
+        evaluating: Callable[[], bool],
         notify: Callable[[str], None],
     ) -> None:
         self.exhausted = False
@@ -72,6 +73,7 @@ class Agenda:
         self._scheduler = scheduler
         self._stages = stages
         self._enter = enter
+        self._evaluating = evaluating
         self._notify = notify
         self._left_out: set[str] = set()
 
@@ -93,9 +95,11 @@ class Agenda:
             # Where the space has no more, rungs are closed that were not.
             or self._promotion(extra=False)
             or self._longer()
-            or self._training_on()
-            or self._confirmation()
         )
+        if assignment is None and self._question.plan.alone and self._evaluating() and self._to_train_on() is not None:
+            # It begins once what is evaluated has ended; no more of that is given out.
+            return None
+        assignment = assignment or self._training_on() or self._confirmation()
         if assignment is None and self._box.deadline is not None:
             # Time is left in the box: trials beyond the plan's number may go on, if it is not for the best.
             idle = not any(trial.running for trial in self._trials.values())
@@ -237,9 +241,9 @@ class Agenda:
         )
         return self._assign(trial)
 
-    def _training_on(self) -> Assignment | None:
-        """The best trained on for what the box has left, once all others have ended: alone on all threads of a machine
-        without an accelerator, elsewhere with the next best beside it.
+    def _to_train_on(self) -> tuple[TrialState, Assignment] | None:
+        """The best, to be trained on for what the box has left once all others have ended: alone on all threads of a
+        machine without an accelerator, elsewhere with the next best beside it.
         """
         plan, first = self._question.plan, self._first()
         if plan.longest <= 1 or not self._proposals_over() or (first and self._affordable(first, whole=True)):
@@ -247,7 +251,10 @@ class Agenda:
         running = [trial for trial in self._trials.values() if trial.running]
         if any(plan.alone or trial.task.length == 1 for trial in running):
             return None
-        found = self._rest.next(self._trained(), {trial.task.stage for trial in running} - {""})
+        return self._rest.next(self._trained(), {trial.task.stage for trial in running} - {""})
+
+    def _training_on(self) -> Assignment | None:
+        found = self._to_train_on()
         if found is None:
             return None
         original, assignment = found

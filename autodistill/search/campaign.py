@@ -87,6 +87,7 @@ class Campaign:
             scheduler=self._scheduler,
             stages=self._stages,
             enter=self._enter,
+            evaluating=lambda: self._evaluating > 0,
             notify=notify,
         )
 
@@ -146,6 +147,7 @@ class Campaign:
         trial.running = False
         if assignment.keep:
             trial.kept = row.feasible and value is not None
+            self._write({"event": "kept", "trial": trial.task.id, "kept": trial.kept})
             self._notify(
                 f"no trial has reached the end: {trial.task.id} is kept as it is after {report.tokens:,} tokens, "
                 f"{shown}"
@@ -183,6 +185,11 @@ class Campaign:
             self._end(trial, Status.COMPLETED)
         self._collect(self._stages.surplus(self.trials.values(), self._scheduler.promotable(self._agenda.in_flight())))
         return decision
+
+    def _keep_none(self) -> None:
+        """Which student is the best short of the end is open again, once one was trained further."""
+        for trial in self.trials.values():
+            trial.kept = None
 
     def _judge(self, trial: TrialState) -> Decision:
         # A baseline runs straight to the end and takes nobody's place at a rung.
@@ -296,7 +303,7 @@ class Campaign:
     def replay(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Takes up the state that earlier events left; nothing is written."""
         self._agenda.resumed = bool(events)
-        rows = [row for row in rows_of(events) if row.split == "validation"]
+        judged: dict[str, str] = {}  # the deployment of each trial's latest row
         for event in events:
             if event["event"] == "trial":
                 self._admit(
@@ -315,7 +322,8 @@ class Campaign:
                 self._ended_at(trial, event["tokens"])
                 trial.train_seconds += event["seconds"]["train"]
                 trial.trained_tokens += event.get("trained", 0)
-                trial.settled = {row.deployment_name for row in rows if row.trial == event["trial"]}
+                trial.settled = {judged[event["trial"]]} if event["trial"] in judged else set()
+                self._keep_none()
                 self._stages.learn(trial, event.get("unsaved"))
                 self._hold(trial, event.get("steps", ()))
                 self._judge(trial)
@@ -325,6 +333,13 @@ class Campaign:
                 trial.cause = event.get("cause")
                 if trial.status is Status.FAILED:
                     self._scheduler.discard(event["trial"])
+            elif event["event"] == "row" and event["row"]["trial"] in self.trials:
+                (row,) = rows_of([event])
+                if row.split == "validation":
+                    judged[row.trial] = row.deployment_name
+                    self.trials[row.trial].settled.add(row.deployment_name)
+            elif event["event"] == "kept":
+                self.trials[event["trial"]].kept = event["kept"]
             elif event["event"] == "unevaluated":
                 self.trials[event["trial"]].settled.add(event["deployment"])
             elif event["event"] == "retry":

@@ -22,7 +22,7 @@ import psutil
 from autodistill.errors import AutoDistillError, InputError, LostClusterError
 from autodistill.hardware import Gpu, Machine
 from autodistill.reply import end_process
-from autodistill.termination import meet_again
+from autodistill.termination import sigterm_kept
 
 _DISTRIBUTION = "autodistill-search"
 # Read by Ray when it is imported or started; a person's own settings go before.
@@ -149,7 +149,6 @@ class LocalRay(_Watched):
             AutoDistillError: It could not be started.
         """
         self._ready.wait()
-        meet_again()
         if self._error is not None:
             raise AutoDistillError(
                 f"Ray could not be started ({self._error}): try --runner inline, which needs no Ray"
@@ -162,10 +161,8 @@ class LocalRay(_Watched):
 
     def leave(self) -> None:
         """Ends Ray and its workers."""
-        import ray
-
         self._leaving.set()
-        ray.shutdown()
+        _shut_down()
         self._over.set()
 
 
@@ -200,10 +197,8 @@ class JoinedRay(_Watched):
 
     def leave(self) -> None:
         """Disconnects; the cluster is somebody else's."""
-        import ray
-
         self._leaving.set()
-        ray.shutdown()
+        _shut_down()
 
 
 def _answers(host: str, port: int) -> bool:
@@ -269,15 +264,12 @@ def join(address: str, folders: Sequence[Path], files: Sequence[Path] = ()) -> J
     # Workers are to find GPUs as they are, also where a task asked for none.
     name = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"
     _in_time(lambda: _init(address=address, runtime_env={"env_vars": {name: os.environ[name]}}), address)
-    meet_again()
-    import ray
-
     try:
         lacking = {str(file): f"has no {file}, which the metric needs: put it there too" for file in files}
         with _markers(folders) as markers:
             return JoinedRay(_probe(markers | lacking), _essential())
     except BaseException:
-        ray.shutdown()
+        _shut_down()
         raise
 
 
@@ -306,7 +298,15 @@ def _init(**options: Any) -> None:
     # Ray would put the folder where the command was typed in front of its workers' import path, where any folder or
     # file named like a library stands in for it: in a checkout, this package without its evaluators.
     job._runtime_env_has_working_dir = lambda: True  # type: ignore[method-assign, unused-ignore]
-    ray.init(job_config=job, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True, **options)
+    with sigterm_kept():
+        ray.init(job_config=job, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True, **options)
+
+
+def _shut_down() -> None:
+    import ray
+
+    with sigterm_kept():
+        ray.shutdown()
 
 
 def _in_time(connect: Callable[[], None], address: str) -> None:

@@ -44,7 +44,6 @@ from autodistill.units import Budget, format_bytes, format_duration
 
 # Measured in the runtime, a student may turn out above the budget; this many are exported before giving up.
 _CANDIDATES = 3
-# What every student is exported as too, and the teacher is scored as beside the best student's deployment.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         NothingFitsError: No student that was kept, at full fidelity or short of it, fits the budget.
         VerificationError: An artefact is not what was evaluated.
     """
-    question, phases = finisher.question, finisher.phases
+    question, phases, run = finisher.question, finisher.phases, finisher.run
     torch.set_num_threads(finisher.threads)
     students = candidates(rows, question.metric, finisher.has)
     confirmed = confirmations(rows, question.metric, question.direction)
@@ -107,6 +106,9 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         with phases.phase("export", "exporting the 16-bit folder"):
             paths["huggingface"] = _pack(best, FULL, finisher)[0].path
         packed["huggingface"] = (best, FULL)
+    for container in set(plugins.names("exporters")) - set(paths):
+        # Of the best student that this run had before it went on, perhaps.
+        shutil.rmtree(run.student(container), ignore_errors=True)
     with phases.phase("evaluate", "test split"):
         test = score_on_test(best, rows, finisher)
     _describe(packed, test, finisher)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -54,4 +55,4 @@ class Finisher:
 
     def write(self, kind: str, row: Row) -> None:
         """Appends a row to the log."""
-        self.run.events.append({"event": kind, "row": row.to_json()})
+        self.run.events.append({"event": kind, "row": row.to_json(), "time": time.time()})

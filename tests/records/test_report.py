@@ -71,6 +71,16 @@ def test_the_page_says_what_sharing_stages_and_rejecting_saved() -> None:
     assert "Compute saved" not in report.report_markdown(SEARCH, rank(ROWS), EVENTS)
 
 
+def test_of_a_run_that_went_on_the_test_table_is_that_of_its_end() -> None:
+    later = [row("t009", accuracy=0.45, split="test"), row("teacher", kind="teacher", accuracy=0.455, split="test")]
+    events = [*EVENTS, {"event": "test", "row": later[0].to_json()}]
+    page = report.report_markdown(SEARCH | {"test": [one.row_id for one in later]}, rank(ROWS), events)
+    shown = page.split("## Test split")[1].split("##")[0]
+    assert "0.4500" in shown
+    assert "0.4000" not in shown
+    assert shown.index("0.4500") < shown.index("0.4550")
+
+
 def tables(page: str) -> list[list[list[str]]]:
     """The page's tables as cells, read as Markdown reads them: an escaped bar is no border."""
     found: list[list[list[str]]] = [[]]

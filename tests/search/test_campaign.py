@@ -346,7 +346,7 @@ def test_a_box_that_no_trial_reaches_the_end_of_takes_one_as_far_as_it_holds_and
     assert len([event for event in log if event["event"] == "rung"]) == len(judged)
     again = campaign(tmp_path, slow_question(baselines=False))
     again.replay(log)
-    assert again.trials[kept.task.id].rung == 1
+    assert (again.trials[kept.task.id].rung, again.trials[kept.task.id].kept) == (1, True)
     done = Slow(monkeypatch, tmp_path, 1.0).drive(again)
     assert not any(one.keep for one in done)
     assert any(trial.status is Status.COMPLETED for trial in again.trials.values())
@@ -455,6 +455,24 @@ def test_an_evaluation_that_fails_leaves_the_trained_student_standing(tmp_path: 
     rows = rows_of(EventLog(tmp_path / "trials.jsonl").read())
     held = {row.deployment_name for row in rows if row.trial == failed.task.id}
     assert {deployment.name for deployment in failed.task.deployments} - held == {failed.deployment.name}
+
+
+def test_an_evaluation_that_succeeded_on_its_second_try_is_not_done_again(tmp_path: Path) -> None:
+    search = campaign(tmp_path, question())
+    failed = False
+    while (assignment := search.next()) is not None:
+        if assignment.deployment is not None and not failed:
+            failed = True
+            search.fail(assignment, "worker-died", "gone")
+        else:
+            search.report(assignment, worker(assignment))
+    assert failed
+    again = campaign(tmp_path, question())
+    again.replay(EventLog(tmp_path / "trials.jsonl").read())
+    assert {name: trial.settled for name, trial in again.trials.items()} == {
+        name: trial.settled for name, trial in search.trials.items()
+    }
+    assert again.next() is None
 
 
 def test_an_evaluation_given_back_is_done_when_the_search_goes_on(tmp_path: Path) -> None:
@@ -985,6 +1003,41 @@ def test_the_best_is_trained_on_alone_for_what_the_box_has_left(
     again = campaign(tmp_path, resting())
     again.replay(EventLog(tmp_path / "trials.jsonl").read())
     assert again.trials[first.task.id].task == trial.task
+
+
+def test_what_trains_alone_waits_for_evaluations_and_no_more_are_given_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Slow(monkeypatch, tmp_path, 1.0)
+    clock.answer = lasting(clock, tmp_path)
+    search = campaign(tmp_path, resting(), deadline=700.0)
+    training: list[Assignment] = []
+    evaluation = None
+    while evaluation is None:
+        assignment = search.next()
+        if assignment is not None and assignment.deployment is not None:
+            evaluation = assignment
+        elif assignment is not None:
+            training.append(assignment)
+        # Two at a time, as two workers have them.
+        if len(training) == 2 or (assignment is None and training):
+            clock.now += 10.0
+            first = training.pop(0)
+            search.report(first, replace(clock.answer(first), seconds={"train": 10.0, "evaluate": 0.0, "other": 0.0}))
+    assert training, "the last trial trains beside it"
+    while training:
+        first = training.pop()
+        search.report(first, clock.answer(first))
+        assignment = search.next()
+        if assignment is not None:
+            assert assignment.deployment is None and assignment.task.length == 1
+            training.append(assignment)
+    assert search.next() is None
+    assert not search.finished
+    search.report(evaluation, clock.answer(evaluation))
+    longer = search.next()
+    assert longer is not None
+    assert (longer.threads, longer.task.length > 1) == (2, True)
 
 
 @pytest.mark.parametrize("better", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import threading
@@ -200,6 +201,13 @@ class Tail:
         self.processes[assignment[0]].append(outcome["process"])
 
 
+def sigterm_handler() -> int | None:
+    """What meets SIGTERM below Python."""
+    get = ctypes.pythonapi.PyOS_getsig
+    get.restype = ctypes.c_void_p
+    return get(signal.SIGTERM)
+
+
 def test_a_worker_with_nothing_to_do_keeps_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
@@ -214,12 +222,15 @@ def test_a_worker_with_nothing_to_do_keeps_its_process(tmp_path: Path, monkeypat
 
         return do
 
+    met = sigterm_handler()
     cluster, source = LocalRay(replace(detect(), cpus=2)), Tail()
     cluster.wait()
+    assert sigterm_handler() == met
     try:
         run_pieces(source, 2, [{"CPU": 1.0}], make, cluster.ended)
     finally:
         cluster.leave()
+    assert sigterm_handler() == met
     began, long, short = source.processes.values()
     assert len(set(began)) == 2
     assert set(long) <= set(began)
