@@ -380,8 +380,8 @@ def test_steps_of_more_sequences_are_timed_as_far_as_memory_holds_them(teacher, 
     def holding(module, ids):
         if torch.is_grad_enabled():
             sizes.append(len(ids))
-        if len(ids) > 3:
-            raise torch.OutOfMemoryError("out of memory")
+            if len(ids) > 3:
+                raise torch.OutOfMemoryError("out of memory")
         return forward(module, ids)
 
     monkeypatch.setattr(torch.nn.Embedding, "forward", holding)

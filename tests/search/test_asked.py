@@ -57,7 +57,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
     return SearchRequest(
         budget=Budget(memory_bytes=16 * 10**9, context=256),
         teacher=str(save_tiny_teacher(folder / "teacher", layers=3)),
-        data=str(tiny_text(folder / "text", documents=30, sentences=80)),
+        data=str(tiny_text(folder / "text", documents=30, sentences=24)),
         tasks=(folder / "tasks.yaml",),
         trials=2,
         tokens=2304,

@@ -182,7 +182,7 @@ class NodeKiller(Observer):
 def test_a_search_outlives_a_node(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     save_tiny_teacher(tmp_path / "teacher", layers=5)
-    tiny_text(tmp_path / "text", documents=30, sentences=80)
+    tiny_text(tmp_path / "text", documents=30, sentences=24)
     killer = NodeKiller(cluster, tmp_path / "runs" / "run" / "trials.jsonl")
     run_trials(
         monkeypatch,
@@ -219,7 +219,7 @@ def test_two_processes_on_two_nodes_find_what_one_finds(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny_teacher(tmp_path / "teacher", layers=5)
-    tiny_text(tmp_path / "text", documents=30, sentences=80)
+    tiny_text(tmp_path / "text", documents=30, sentences=24)
 
     def losses(name: str, **more: Any) -> dict[tuple[str, int], list[float]]:
         run_trials(
@@ -263,7 +263,7 @@ def test_a_search_over_two_nodes_with_low_rank_changes_and_eight_bit_states_find
 
     monkeypatch.setattr("autodistill.search.loading.fit_training", smallest)
     save_tiny_teacher(tmp_path / "teacher", layers=5)
-    tiny_text(tmp_path / "text", documents=30, sentences=80)
+    tiny_text(tmp_path / "text", documents=30, sentences=24)
     grid = {"format": "gguf-q4_0", "bits": 4, "group_size": 32}
     learned, changes = grid | {"scales": "learned"}, {"rank": 37, "alpha": 74.0, "layers": "ffn"}
     dimensions = {

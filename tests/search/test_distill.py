@@ -37,7 +37,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     for name, deployments in (("one", [plain]), ("two", [gguf, plain]), ("three", [gguf, packed, plain])):
         space = {"name": name, "dimensions": {"init.depth": {"choices": [0.8]}}, "deployments": deployments}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(space))
-    return teacher, tiny_text(folder / "text", documents=30, sentences=80), folder / "cache"
+    return teacher, tiny_text(folder / "text", documents=30, sentences=24), folder / "cache"
 
 
 def request(inputs: tuple[Path, Path, Path], out: Path, strategy: Path | str, **changes: object) -> SearchRequest:

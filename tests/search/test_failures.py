@@ -79,7 +79,7 @@ def test_each_error_has_a_cause(error: Exception, cause: str) -> None:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("inputs")
     teacher = save_tiny_teacher(folder / "teacher", layers=5)
-    return teacher, tiny_text(folder / "text", documents=30, sentences=80), folder / "cache"
+    return teacher, tiny_text(folder / "text", documents=30, sentences=24), folder / "cache"
 
 
 def test_a_disk_that_is_full_while_students_are_saved_costs_one_trial_at_most(

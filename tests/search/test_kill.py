@@ -25,7 +25,7 @@ Inputs = tuple[Path, Path]
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     folder = tmp_path_factory.mktemp("inputs")
-    return save_tiny_teacher(folder / "teacher", layers=5), tiny_text(folder / "text", documents=30, sentences=80)
+    return save_tiny_teacher(folder / "teacher", layers=5), tiny_text(folder / "text", documents=30, sentences=24)
 
 
 def command(inputs: Inputs, runner: str, *more: str) -> list[str]:

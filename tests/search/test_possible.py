@@ -146,7 +146,7 @@ def uncut(tmp_path: Path, *deployments: str, **changes: object) -> Checked:
     fields = {
         "budget": Budget(memory_bytes=16 * 10**9, context=256),
         "teacher": str(teacher),
-        "data": str(tiny_text(tmp_path / "text", documents=30, sentences=80)),
+        "data": str(tiny_text(tmp_path / "text", documents=30, sentences=24)),
         "space": str(tmp_path / "space.yaml"),
         "out": tmp_path / "runs",
         "cache": tmp_path / "cache",

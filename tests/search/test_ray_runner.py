@@ -94,7 +94,7 @@ def test_a_search_through_ray_survives_the_death_of_workers(
         "raise ImportError('a worker looked where the command was typed')"
     )
     save_tiny_teacher(tmp_path / "teacher", layers=5)
-    tiny_text(tmp_path / "text", documents=30, sentences=80)
+    tiny_text(tmp_path / "text", documents=30, sentences=24)
     killer = Killer(times)
     outcome = search(
         SearchRequest(
@@ -152,7 +152,7 @@ class DiskFiller(Observer):
 @pytest.mark.slow
 def test_a_log_that_cannot_be_written_ends_a_search_through_ray_with_what_to_do(tmp_path: Path) -> None:
     save_tiny_teacher(tmp_path / "teacher", layers=5)
-    tiny_text(tmp_path / "text", documents=30, sentences=80)
+    tiny_text(tmp_path / "text", documents=30, sentences=24)
     asked = SearchRequest(
         budget=Budget(memory_bytes=16 * 10**9, context=256),
         teacher=str(tmp_path / "teacher"),

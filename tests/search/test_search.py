@@ -51,7 +51,7 @@ TOLD = ("latency_detail", "latency_doubts", "memory_parts")  # of the same measu
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("inputs")
     teacher = save_tiny_teacher(folder / "teacher", layers=5)
-    return teacher, tiny_text(folder / "text", documents=30, sentences=80), folder / "cache"
+    return teacher, tiny_text(folder / "text", documents=30, sentences=24), folder / "cache"
 
 
 @pytest.fixture(autouse=True)

@@ -80,7 +80,7 @@ def forks_from_the_first() -> Iterator[None]:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     save_tiny_teacher(folder / "teacher", layers=4)
-    tiny_text(folder / "text", documents=30, sentences=80)
+    tiny_text(folder / "text", documents=30, sentences=24)
     (folder / "space.yaml").write_text(SPACE)
     return folder
 

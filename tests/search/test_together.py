@@ -23,7 +23,7 @@ SEARCHES = 10
 def test_ten_searches_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     """None is given a name, all begin in the same second or two, and each must find what it would find alone."""
     save_tiny_teacher(tmp_path / "teacher", layers=5)
-    tiny_text(tmp_path / "text", documents=30, sentences=80)
+    tiny_text(tmp_path / "text", documents=30, sentences=24)
     words = ["search", "--budget", "16GB", "--context", "256", "--teacher", "teacher", "--data", "text"]
     words += ["--trials", "1", "--tokens", "1024", "--runner", "inline", "--format", "json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
