@@ -9,6 +9,7 @@ from typing import Any
 from autodistill.described import Described
 from autodistill.devices import Device
 from autodistill.errors import InputError
+from autodistill.estimate import cannot_hold
 from autodistill.families import FAMILIES
 from autodistill.records.recalibration import Overhead, Place, overhead_of
 from autodistill.roofline import Speed, speed
@@ -48,7 +49,8 @@ def appraise(
         training: Tokens of a forward and backward pass; the memory of training the model with them is told too.
 
     Returns:
-        Plain data: the parts of the memory, what measured students change (`memory_overhead`) and the sum, runtime,
+        Plain data: why the format's container cannot hold the model (`cannot_hold`, None where it can; it then fits
+        nowhere), the parts of the memory, what measured students change (`memory_overhead`) and the sum, runtime,
         context, batch, `tokens_per_second` and `time_to_first_token_ms` (None without a device or a predicted speed),
         the devices, and under `training` the parts of its memory with all activations kept and with checkpointing
         (None where it is not asked for).
@@ -77,6 +79,7 @@ def appraise(
         weights=model.weights_bytes,
         runtime=runtime,
     )
+    not_held = _not_held(model, deployment, need.runtime)
     changes = [overhead_of(overheads or {}, need.runtime, device.kind.name) for device in devices]
     if devices:
         change = changes[0] if len(devices) == 1 else Overhead()
@@ -100,8 +103,8 @@ def appraise(
         lacks = "" if need.runtime == _MEMORY_ALONE else device.lacks(need.runtime)
         known = {
             "device": device.name,
-            "fits": total <= device.usable_bytes and not lacks,
-            "reason": lacks or None,
+            "fits": total <= device.usable_bytes and not lacks and not not_held,
+            "reason": lacks or not_held or None,
             "usable_bytes": device.usable_bytes,
         }
         rows.append({**known, "total_bytes": total, **fast})
@@ -109,6 +112,7 @@ def appraise(
     return {
         "model": model.name,
         "parameters": spec.parameters,
+        "cannot_hold": not_held or None,
         "deployment": "as stored" if model.weights_bytes is not None else deployment.name,
         **asdict(need),
         "memory_overhead": asdict(change),
@@ -121,6 +125,15 @@ def appraise(
         "devices": rows,
         "training": None if training is None else _training(model, training),
     }
+
+
+def _not_held(model: Described, deployment: Deployment, runtime: str) -> str:
+    """Why the model could not be stored so, or nothing: what is stored already can, and graphs of ONNX hold any.
+
+    Models with latent attention are estimated alone, and nothing is known of their graphs.
+    """
+    stored = model.weights_bytes is not None or runtime == _MEMORY_ALONE
+    return "" if stored or model.spec.architecture not in FAMILIES else cannot_hold(model.spec, deployment)
 
 
 def _training(model: Described, tokens: int) -> dict[str, Any]:

@@ -103,6 +103,7 @@ class ModelSpec:
         window, windowed: Tokens that a sliding window sees, 0 where there is none, and the layers that have one.
         experts, active_experts: Of a mixture of experts, each of `ffn_width`, and those that a token takes; 0 where
             there is one FFN.
+        shared_experts: Those beside them that every token takes.
         latent: Values of a token and layer that latent attention caches for all heads; 0 where keys and values are.
         not_in_gguf: What the config asks for that llama.cpp's graph of the architecture does not compute, in words.
         text_not_in_gguf: Why llama.cpp would not cut text as the model's tokenizer does, where that is known, in words.
@@ -123,6 +124,7 @@ class ModelSpec:
     windowed: tuple[int, ...] = ()
     experts: int = 0
     active_experts: int = 0
+    shared_experts: int = 0
     latent: int = 0
     not_in_gguf: str = ""
     text_not_in_gguf: str = ""

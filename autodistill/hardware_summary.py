@@ -53,9 +53,9 @@ def appraisal_text(document: Mapping[str, Any]) -> str:
     lines.append(("total", format_bytes(document["total_bytes"])))
     size = f"{document['parameters']:,} parameters, {document['deployment']} in {document['runtime']}"
     title = f"{document['model']}: {size}, context {document['context']}, batch {document['batch']}, KV cache "
-    sections = [
-        f"{title}{document['kv_type']}\n{table(lines, left=1)}\nRests on: {document['basis']}." + _overhead(change)
-    ]
+    not_held = f"\nIt fits nowhere: {document['cannot_hold']}." if document["cannot_hold"] else ""
+    rests = f"Rests on: {document['basis']}.{_overhead(change)}{not_held}"
+    sections = [f"{title}{document['kv_type']}\n{table(lines, left=1)}\n{rests}"]
     if document["devices"]:
         head = ("device", "fits", "usable", "tokens/s", "band", "first token", "waits for")
         rows = [
@@ -71,7 +71,8 @@ def appraisal_text(document: Mapping[str, Any]) -> str:
 def _speeds_note(document: Mapping[str, Any]) -> str:
     """What the speeds are, or why there are none."""
     prompts = [one["prompt"] for one in document["devices"] if one["prompt"] is not None]
-    reasons = list(dict.fromkeys(one["reason"] for one in document["devices"] if one["reason"]))
+    told = (None, document["cannot_hold"])
+    reasons = list(dict.fromkeys(one["reason"] for one in document["devices"] if one["reason"] not in told))
     notes = [f"{reason}." for reason in reasons[:_REASONS]]
     if len(reasons) > _REASONS:
         notes.append(f"{len(reasons) - _REASONS} more devices do not serve students with it.")

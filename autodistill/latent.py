@@ -58,8 +58,8 @@ def describe_latent(config: Mapping[str, Any]) -> ModelSpec:
             for name, role, shape in _tensors(config, routed, shared, tied)
         ),
         experts=routed,
-        # Shared experts are of the same width and take every token.
-        active_experts=active + shared if routed else 0,
+        active_experts=active if routed else 0,
+        shared_experts=shared if routed else 0,
         latent=rank + turned,
     )
 

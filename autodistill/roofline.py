@@ -8,7 +8,7 @@ from typing import Any
 from autodistill.contracts import ModelSpec
 from autodistill.devices import Device, Range
 from autodistill.formats import Role, TensorSpec, is_expert, tensor_bytes, weights_bytes
-from autodistill.serving_memory import kv_bytes
+from autodistill.serving_memory import kv_bytes, window_in
 from autodistill.strategy import Deployment
 from autodistill.units import LatencyLimit
 
@@ -223,8 +223,8 @@ def work(
     # What is stored says nothing of weights that are held in 16 bits.
     if weights is not None and not dense:
         read *= weights / weights_bytes(spec.tensors, deployment)
-    seen = min(behind, spec.window) if spec.window else behind
-    wide, narrow = spec.layers - spec.windowed_layers, spec.windowed_layers
+    window, narrow = window_in(spec, deployment.runtime)
+    seen, wide = min(behind, window), spec.layers - narrow
     cache = sequences * (kv_bytes(spec, wide, int(behind), kv_type) + kv_bytes(spec, narrow, int(seen), kv_type))
     attended = 4 * tokens * spec.heads * spec.head_dim * (wide * behind + narrow * seen)
     products = 2 * (tokens * multiplied + sequences * head)

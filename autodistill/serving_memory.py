@@ -21,6 +21,7 @@ _VLLM_BLOCK = 16  # tokens of a page of vLLM's KV cache
 _VLLM_BATCHED_TOKENS = 2048  # vLLM's default max_num_batched_tokens: what a step's activations are made for
 _UNGATED = ("gpt_neox",)  # families whose FFN is one matrix up and one down, and whose projections are fused
 _WINDOWED_IN_LLAMA_CPP = ("gemma3_text",)  # families whose llama.cpp graph knows the sliding window
+_WINDOWED = ("transformers", "vllm")  # runtimes that know the sliding window of every family
 
 LLAMA_CPP_PROCESS_BYTES = 20 * 2**20
 """Resident code, threads and server of a llama.cpp process beyond its buffers (measured, xllamacpp on Linux x86-64)."""
@@ -93,6 +94,7 @@ class _Serving:
     weights: int
     dense: bool
     deployment: Deployment
+    runtime: str
     context: int
     batch: int
     kv_type: str
@@ -123,8 +125,8 @@ def memory(
             by default, 1 in a step of decoding.
 
     Raises:
-        InputError: A size below 1, a type of cache that the runtime has not, a length that is not its caller's to
-            choose, or a tensor that the format cannot hold.
+        InputError: A size below 1, a type of cache that the runtime has not or whose blocks do not divide a head, a
+            length that is not its caller's to choose, or a tensor that the format cannot hold.
     """
     runtime = runtime or deployment.runtime
     if context < 1 or batch < 1:
@@ -134,6 +136,12 @@ def memory(
     if kv_type not in KV_BYTES or (kv_type != "f16" and runtime != "llama.cpp"):
         known = ", ".join(KV_BYTES) if runtime == "llama.cpp" else "f16"
         raise InputError(f"{runtime} holds no KV cache in {kv_type!r}; it can be {known}")
+    block, row = KV_BYTES[kv_type][1], spec.latent or spec.head_dim
+    if row % block:
+        raise InputError(
+            f"llama.cpp holds keys and values in {kv_type} by blocks of {block}, which do not divide the {row} of this "
+            "model: leave --kv-type out, or give f16"
+        )
     if read is not None and (runtime != "onnxruntime" or not 1 <= read <= context):
         raise InputError(f"{runtime} reads no {read} tokens of {context} in a pass of their own; leave read out")
     if weights is None:
@@ -145,6 +153,7 @@ def memory(
         weights=weights,
         dense=dense,
         deployment=deployment,
+        runtime=runtime,
         context=context,
         batch=batch,
         kv_type=kv_type,
@@ -176,13 +185,23 @@ def kv_bytes(spec: ModelSpec, layers: int, tokens: int, kv_type: str) -> int:
     return 2 * layers * tokens * spec.kv_heads * spec.head_dim * size // count
 
 
+def window_in(spec: ModelSpec, runtime: str) -> tuple[int, int]:
+    """The sliding window that a runtime computes with, in tokens, and how many layers have it; (0, 0) for none.
+
+    llama.cpp has windows in the graphs of some families alone, and in all others reads what is behind a token whole, as
+    do graphs of ONNX, whose scores are of all tokens.
+    """
+    known = runtime in _WINDOWED or (runtime == "llama.cpp" and spec.architecture in _WINDOWED_IN_LLAMA_CPP)
+    return (spec.window, spec.windowed_layers) if known and spec.window else (0, 0)
+
+
 def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
 def _active_ffn(spec: ModelSpec) -> int:
     """Neurons that a token passes through."""
-    return spec.ffn_width * max(1, spec.active_experts)
+    return spec.ffn_width * max(1, spec.active_experts + spec.shared_experts)
 
 
 def _fused(spec: ModelSpec) -> tuple[int, ...]:
@@ -191,9 +210,9 @@ def _fused(spec: ModelSpec) -> tuple[int, ...]:
 
 def _windowed_cache(serving: _Serving, full: int, windowed: int) -> int:
     """The cache where layers without a window hold `full` tokens in all, and those with one hold `windowed`."""
-    spec = serving.spec
-    wide = kv_bytes(spec, spec.layers - spec.windowed_layers, full, serving.kv_type)
-    return wide + kv_bytes(spec, spec.windowed_layers, min(full, windowed), serving.kv_type)
+    spec, narrow = serving.spec, window_in(serving.spec, serving.runtime)[1]
+    wide = kv_bytes(spec, spec.layers - narrow, full, serving.kv_type)
+    return wide + kv_bytes(spec, narrow, min(full, windowed), serving.kv_type)
 
 
 def _llama_cpp(serving: _Serving) -> tuple[int, int, int, int]:
@@ -216,8 +235,9 @@ def _llama_cpp(serving: _Serving) -> tuple[int, int, int, int]:
     compute = 4 * tokens * 5 * spec.width + peak + 2 * cells * tokens + _INPUT_BYTES * tokens
     overhead = LLAMA_CPP_PROCESS_BYTES + LLAMA_CPP_VOCABULARY_BYTES * spec.vocabulary
     cache = kv_bytes(spec, spec.layers, cells * batch, serving.kv_type)
-    if spec.window and spec.architecture in _WINDOWED_IN_LLAMA_CPP:
-        windowed = min(cells, _round_up(spec.window + tokens, _CACHE_CELLS))
+    window, _ = window_in(spec, serving.runtime)
+    if window:
+        windowed = min(cells, _round_up(window + tokens, _CACHE_CELLS))
         cache = _windowed_cache(serving, cells * batch, windowed * batch)
         compute += 2 * windowed * tokens
     return serving.weights, cache, compute + logits, overhead
@@ -237,7 +257,7 @@ def _transformers(serving: _Serving) -> tuple[int, int, int, int]:
     tokens = batch * serving.context
     ffn = _active_ffn(spec) * (2 if spec.architecture in _UNGATED else 3)
     activations = 2 * tokens * (4 * spec.width + ffn)
-    masks = 2 * serving.context**2 if 0 < spec.window < serving.context else 0
+    masks = 2 * serving.context**2 if 0 < window_in(spec, serving.runtime)[0] < serving.context else 0
     logits = (2 + 4) * batch * spec.vocabulary
     cache = kv_bytes(spec, spec.layers, tokens, serving.kv_type)
     holes = int(TRANSFORMERS_HOLES * (cache + activations))
@@ -251,7 +271,7 @@ def _vllm(serving: _Serving) -> tuple[int, int, int, int]:
     """
     spec, batch = serving.spec, serving.batch
     paged = _round_up(serving.context, _VLLM_BLOCK) * batch
-    cache = _windowed_cache(serving, paged, (spec.window + _VLLM_BATCHED_TOKENS) * batch)
+    cache = _windowed_cache(serving, paged, (window_in(spec, serving.runtime)[0] + _VLLM_BATCHED_TOKENS) * batch)
     activations = 2 * _VLLM_BATCHED_TOKENS * (4 * spec.width + 3 * _active_ffn(spec))
     logits = (2 + 4) * batch * spec.vocabulary
     return serving.weights, cache, activations + logits, VLLM_PROCESS_BYTES

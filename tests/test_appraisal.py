@@ -53,6 +53,23 @@ def test_another_runtime_is_held_to_its_own_bytes_and_one_that_cannot_serve_the_
             appraise(big, deployment_named(name), runtime=runtime)
 
 
+def test_a_model_that_the_container_cannot_hold_fits_nowhere_and_it_is_said() -> None:
+    sizes = {"layers": 4, "width": 128, "heads": 4, "ffn": 256, "vocab": 1000, "window": 512}
+    windowed, device = shape(sizes), find_device("4090", KNOWN)
+    said = "GGUF cannot hold this llama: llama.cpp has no sliding window of 512 tokens"
+    for devices_ in ((), (device,)):
+        document = appraise(windowed, Q4, devices=devices_)
+        assert document["cannot_hold"].startswith(said)
+        assert not any(one["fits"] for one in document["devices"])
+        assert appraisal_text(document).count(said) == 1
+    for other in (deployment_named("huggingface"), deployment_named("compressed-tensors-int4-g64")):
+        document = appraise(windowed, other, devices=[device])
+        assert (document["cannot_hold"], document["devices"][0]["fits"]) == (None, True)
+    # What is stored already is held.
+    stored = replace(windowed, weights_bytes=10**6)
+    assert appraise(stored, Q4, devices=[device])["devices"][0]["fits"]
+
+
 def test_of_onnx_runtime_memory_alone_is_predicted() -> None:
     document = appraise(MODEL, Q4, devices=KNOWN[:2], runtime="onnxruntime")
     assert document["runtime"] == "onnxruntime"

@@ -60,6 +60,58 @@ def test_weights_and_cache_are_those_of_transformers(name: str, changes: dict[st
     assert reads[1] - reads[0] == 2 * held
 
 
+@pytest.mark.parametrize(
+    ("published", "total", "active", "sizes"),
+    [
+        (
+            "V3's report: 671 billion weights, 37 of them for a token",
+            671e9,
+            37e9,
+            {
+                "num_hidden_layers": 61,
+                "hidden_size": 7168,
+                "num_attention_heads": 128,
+                "intermediate_size": 18432,
+                "moe_intermediate_size": 2048,
+                "n_routed_experts": 256,
+                "num_experts_per_tok": 8,
+                "first_k_dense_replace": 3,
+                "q_lora_rank": 1536,
+                "vocab_size": 129280,
+            },
+        ),
+        (
+            "V2-Lite's report: 15.7 billion weights, 2.4 of them for a token",
+            15.7e9,
+            2.4e9,
+            {
+                "num_hidden_layers": 27,
+                "hidden_size": 2048,
+                "num_attention_heads": 16,
+                "intermediate_size": 10944,
+                "moe_intermediate_size": 1408,
+                "n_routed_experts": 64,
+                "num_experts_per_tok": 6,
+                "n_shared_experts": 2,
+                "first_k_dense_replace": 1,
+                "q_lora_rank": None,
+                "vocab_size": 102400,
+            },
+        ),
+    ],
+)
+def test_a_token_passes_its_routed_experts_and_the_shared_ones_once(
+    published: str, total: float, active: float, sizes: dict[str, Any]
+) -> None:
+    heads = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    spec = spec_of(
+        {"model_type": "deepseek_v3", "max_position_embeddings": 4096, "n_shared_experts": 1} | heads | sizes
+    )
+    assert spec.parameters == pytest.approx(total, rel=0.01), published
+    one = work(spec, deployment_named("huggingface"), tokens=1, sequences=1, behind=0)
+    assert one.operations / 2 == pytest.approx(active, rel=0.03), published
+
+
 def test_a_cache_of_latents_is_smaller_than_one_of_heads_in_every_runtime() -> None:
     spec = spec_of(config("deepseek_v3").to_dict())
     for runtime in ("llama.cpp", "vllm", "onnxruntime"):

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autodistill.described import deployment_named, shape
+from autodistill.described import deployment_named, shape, spec_of
 from autodistill.devices import devices, find_device
 from autodistill.roofline import speed, work
+from autodistill.serving_memory import memory
 
 F16, Q4 = deployment_named("gguf-f16"), deployment_named("gguf-q4_0")
 SIZES = {"layers": 4, "width": 256, "heads": 8, "kv_heads": 2, "ffn": 512, "vocab": 1000}
@@ -32,11 +33,35 @@ def test_a_step_reads_each_weight_once_and_each_key_and_value() -> None:
 
 def test_a_window_and_the_type_of_the_cache_make_it_less() -> None:
     plain, windowed = (shape(SIZES | {"window": window}, family="mistral").spec for window in (None, 40))
-    reads = [work(spec, F16, tokens=1, sequences=1, behind=100).bytes for spec in (plain, windowed)]
+    served = deployment_named("huggingface", "vllm")
+    reads = [work(spec, served, tokens=1, sequences=1, behind=100).bytes for spec in (plain, windowed)]
     assert reads[0] - reads[1] == 2 * 4 * 64 * 2 * 60
     eight = work(plain, F16, tokens=1, sequences=1, behind=96, kv_type="q8_0").bytes
     sixteen = work(plain, F16, tokens=1, sequences=1, behind=96).bytes
     assert sixteen - eight == 2 * 4 * 64 * 96 * (2 - 34 / 32)
+
+
+def test_in_llama_cpp_a_window_counts_in_the_families_whose_graph_has_one() -> None:
+    """Mistral 7B as published: its cache is held whole there, and so read whole."""
+    mistral = {
+        "model_type": "mistral",
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+    }
+    spec = spec_of(mistral)
+    whole = 32 * 2 * 8 * 128 * 2 * 32768
+    reads = [work(spec, Q4, tokens=1, sequences=1, behind=behind).bytes for behind in (0, 32768)]
+    assert reads[1] - reads[0] == whole == memory(spec, Q4, context=32768, batch=1).kv_cache_bytes
+    gemma = {"sliding_window": 40, "sliding_window_pattern": 2, "num_hidden_layers": 4, "head_dim": 128}
+    spec = spec_of(mistral | gemma | {"model_type": "gemma3_text"})
+    reads = [work(spec, F16, tokens=1, sequences=1, behind=behind).bytes for behind in (0, 100)]
+    assert reads[1] - reads[0] == 2 * 8 * 128 * 2 * (2 * 100 + 2 * 40)
 
 
 def test_of_a_mixture_the_active_experts_are_read_and_computed() -> None:

@@ -160,6 +160,7 @@ def test_every_runtime_says_what_it_rests_on(runtime: str) -> None:
     ("options", "said"),
     [
         ({"kv_type": "q5_0"}, "llama.cpp holds no KV cache in 'q5_0'; it can be f16, q8_0, q4_0"),
+        ({"kv_type": "q8_0", "spec": shape(SIZES | {"head_dim": 16}).spec}, "by blocks of 32, .* the 16 of this model"),
         ({"kv_type": "q8_0", "runtime": "vllm"}, "vllm holds no KV cache in 'q8_0'; it can be f16"),
         ({"runtime": "tgi"}, "the runtimes are llama.cpp"),
         ({"context": 0}, "at least 1"),
@@ -169,7 +170,7 @@ def test_every_runtime_says_what_it_rests_on(runtime: str) -> None:
 )
 def test_what_no_runtime_does_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        memory(shape(SIZES).spec, Q8, **({"context": 512, "batch": 1} | options))
+        memory(**({"spec": shape(SIZES).spec, "deployment": Q8, "context": 512, "batch": 1} | options))
 
 
 @settings(deadline=None, max_examples=50)
