@@ -47,7 +47,8 @@ mode=$(nvpmodel -q 2>/dev/null | awk -F': ' '/NV Power Mode/ { print $2; exit }'
 [ -n "$mode" ] || mode=$(first /sys/devices/system/cpu/cpu0/cpufreq/scaling_governor)
 say power_mode "$mode"
 
-# Of the sensors that there are: the hottest zone, the largest power rail (an input rail feeds the others).
+# Of the sensors that there are: the hottest zone, the largest power rail (an input rail feeds the others). A Jetson AGX
+# Orin has no rail of its input: there three rails side by side make it up.
 hottest() {
     { cat /sys/class/thermal/thermal_zone*/temp 2>/dev/null
       vcgencmd measure_temp 2>/dev/null | awk -F"[='.]" '{ print $2 * 1000 }'; } |
@@ -59,7 +60,8 @@ power() {
             cat "$hwmon"/power*_input 2>/dev/null
             for volts in "$hwmon"/in[0-9]*_input; do
                 amps=${volts%/*}/curr${volts##*/in}
-                [ -r "$volts" ] && [ -r "$amps" ] && echo $(($(cat "$volts") * $(cat "$amps")))
+                [ -r "$volts" ] && [ -r "$amps" ] &&
+                    echo $(($(cat "$volts") * $(cat "$amps"))) "$(cat "${volts%_input}_label" 2>/dev/null)"
             done
         done
         vcgencmd pmic_read_adc 2>/dev/null | awk -F'[ =()]+' '
@@ -68,14 +70,19 @@ power() {
             END { for (name in amps) watts += amps[name] * volts[name]; if (watts) printf "%d\n", watts * 1000000 }'
         if command -v tegrastats > /dev/null 2>&1 && command -v timeout > /dev/null 2>&1; then
             timeout 2 tegrastats --interval 500 2>/dev/null | head -n 1 |
-                awk 'match($0, /(VDD_IN|VIN_SYS_5V0|POM_5V_IN) [0-9]+/) {
-                    split(substr($0, RSTART, RLENGTH), part, " "); print part[2] * 1000 }'
+                awk '{ for (place = 1; place < NF; place++)
+                    if ($place ~ /^(VDD_IN|POM_5V_IN|VDD_GPU_SOC|VDD_CPU_CV|VIN_SYS_5V0)$/)
+                        print ($(place + 1) + 0) * 1000, $place }'
         fi
-    } | awk '$1 > 0 && $1 > most { most = $1 } END { if (most) print most }'
+    } | awk '$2 ~ /^(VDD_GPU_SOC|VDD_CPU_CV|VIN_SYS_5V0)$/ { if ($1 > side[$2]) side[$2] = $1; next }
+        $1 > 0 && $1 > most { most = $1 }
+        END { for (rail in side) sum += side[rail]; if (sum > most) most = sum; if (most) printf "%.0f\n", most }'
 }
-# Energy of whole packages in microjoules, where the kernel counts it and lets us read it.
+# Energy of whole packages in microjoules, where the kernel counts it and lets us read it; psys has the packages in it.
 energy() {
-    cat /sys/class/powercap/intel-rapl:[0-9]/energy_uj 2>/dev/null | awk '{ sum += $1 } END { if (NR) printf "%.0f", sum }'
+    for zone in /sys/class/powercap/intel-rapl:[0-9]; do
+        [ "$(cat "$zone/name" 2>/dev/null)" = psys ] || cat "$zone/energy_uj" 2>/dev/null
+    done | awk '{ sum += $1 } END { if (NR) printf "%.0f", sum }'
 }
 # What slows the board down: a Raspberry Pi's firmware knows, elsewhere states of cooling, of which a fan slows nothing.
 throttled() {
@@ -104,7 +111,10 @@ run() {
     while state=$(awk '/^State/ { print $2 }' "/proc/$child/status" 2>/dev/null) && [ -n "$state" ] && [ "$state" != Z ]; do
         now=$(awk '/^VmHWM/ { print $2 }' "/proc/$child/status" 2>/dev/null)
         [ "${now:-0}" -gt "$peak" ] && peak=$now
-        echo "$(hottest) $(power)" >> "$tmp/watched"
+        # What there is no sensor for is 0, so that the other stays in its place.
+        heat=$(hottest)
+        rails=$(power)
+        echo "${heat:-0} ${rails:-0}" >> "$tmp/watched"
         sleep 0.2 2>/dev/null || sleep 1  # whole seconds are all that POSIX promises
     done
     wait "$child"
@@ -116,7 +126,7 @@ run() {
     [ "$code" = 0 ] || finish "llama-bench ended with $code: $(grep . "$tmp/err" | tail -n 1)"
     say "$name.peak_kb" "$peak"
     say "$name.temperature_mc" "$(awk '$1 > most { most = $1 } END { print most }' "$tmp/watched")"
-    say "$name.power_uw" "$(awk 'NF > 1 { sum += $2; n += 1 } END { if (n) printf "%.0f", sum / n }' "$tmp/watched")"
+    say "$name.power_uw" "$(awk '$2 > 0 { sum += $2; n += 1 } END { if (n) printf "%.0f", sum / n }' "$tmp/watched")"
     echo "$name.json"
     cat "$tmp/out"
     echo

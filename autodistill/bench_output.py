@@ -216,18 +216,28 @@ def _watts(facts: Mapping[str, str]) -> float | None:
 
 
 def _throttled(facts: Mapping[str, str]) -> bool | None:
-    """A Raspberry Pi has bits 0 to 3 for what holds now; elsewhere states and counts of cooling rise."""
+    """Whether the board says so: a Raspberry Pi by bits 0 to 3 for what holds now, and 16 to 19 for what ever held.
+
+    Once the load is gone the lower ones are clear again, but of the upper ones those that were not set before show it.
+    Elsewhere states and counts of cooling rise.
+    """
     told = False
     for test in _TESTS:
         before, after = (facts.get(f"{test}.throttled_{side}", "").split() for side in ("before", "after"))
         for old, new in zip(before, after, strict=False):
             told = True
             if new.startswith("throttled="):
-                try:
-                    if int(new.partition("=")[2], 16) & 0xF:
-                        return True
-                except ValueError:
-                    continue
+                now, earlier = _bits(new), _bits(old)
+                if now & 0xF or (now & ~earlier) >> 16 & 0xF:
+                    return True
             elif old.isdigit() and new.isdigit() and int(new) > int(old):
                 return True
     return False if told else None
+
+
+def _bits(said: str) -> int:
+    """Those of the firmware's `throttled=0x50000`; none of what is not of that form."""
+    try:
+        return int(said.partition("=")[2], 16)
+    except ValueError:
+        return 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -93,6 +95,62 @@ def test_a_fan_that_turns_is_no_throttling(
     assert found.throttled == (firmware == "throttled=0x4" if firmware else slowed)
 
 
+# tegrastats of a Jetson AGX Orin 64GB and of an Orin Nano: milliwatts now and on average.
+AGX = (
+    "RAM 3207/62780MB (lfb 1x4MB) GR3D_FREQ 99% VDD_GPU_SOC 9140mW/9140mW VDD_CPU_CV 2180mW/2180mW "
+    "VIN_SYS_5V0 4330mW/4330mW NC 0mW/0mW VDDQ_VDD2_1V8AO 1000mW/1000mW"
+)
+NANO = "RAM 2/7620MB VDD_IN 5335mW/5335mW VDD_CPU_GPU_CV 1126mW/1126mW VDD_SOC 1484mW/1484mW"
+
+
+@pytest.mark.parametrize(("said", "watts"), [(AGX, 9.14 + 2.18 + 4.33), (NANO, 5.335), ("RAM 2/7620MB", None)])
+@pytest.mark.parametrize("labels", [False, True])
+def test_the_rails_of_a_jetson_make_up_its_input(
+    student: Path,
+    llama_bench: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: str,
+    watts: Any,
+    labels: bool,
+) -> None:
+    hwmon, powercap, programs = tmp_path / "hwmon", tmp_path / "powercap", tmp_path / "programs"
+    programs.mkdir()
+    if labels:
+        # What tegrastats prints is read from sensors, that the kernel may show as well.
+        (hwmon / "hwmon0").mkdir(parents=True)
+        pairs = re.findall(r"(V\w+) (\d+)mW", said)
+        for index, (rail, milliwatts) in enumerate(pairs, start=1):
+            for name, value in (("in", 1000), ("curr", milliwatts)):
+                (hwmon / "hwmon0" / f"{name}{index}_input").write_text(f"{value}\n", encoding="utf-8")
+            (hwmon / "hwmon0" / f"in{index}_label").write_text(f"{rail}\n", encoding="utf-8")
+    else:
+        (programs / "tegrastats").write_text(f"#!/bin/sh\necho '{said}'\n", encoding="utf-8")
+        (programs / "tegrastats").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    slow = programs / "llama-bench"
+    slow.write_text(f'#!/bin/sh\nsleep 0.5\nexec {llama_bench} "$@"\n', encoding="utf-8")
+    slow.chmod(0o755)
+    script = bench(student).script()
+    for real, made in (("/sys/class/hwmon", hwmon), ("/sys/class/powercap", powercap)):
+        script = script.replace(real, str(made))
+    found = parse_result(run(script, str(student), str(slow)), "x")
+    assert found.watts == (None if watts is None else pytest.approx(watts))
+
+
+def test_the_energy_of_a_platform_is_not_added_to_that_of_its_packages(
+    student: Path, llama_bench: Path, tmp_path: Path
+) -> None:
+    for index, (name, energy) in enumerate((("package-0", 5_000_000), ("psys", 9_000_000), ("package-1", 2_000_000))):
+        zone = tmp_path / f"intel-rapl:{index}"
+        zone.mkdir()
+        (zone / "name").write_text(f"{name}\n", encoding="utf-8")
+        (zone / "energy_uj").write_text(f"{energy}\n", encoding="utf-8")
+    script = bench(student).script().replace("/sys/class/powercap", str(tmp_path))
+    said = run(script, str(student), str(llama_bench))
+    assert "decode.energy_before_uj=7000000" in said.splitlines()
+
+
 @pytest.mark.parametrize("shell", ["dash", "busybox", "bash"])
 def test_the_script_is_of_any_posix_shell(shell: str) -> None:
     if shutil.which(shell) is None:
@@ -151,6 +209,9 @@ def test_a_damaged_result_says_what_is_wrong(said: str, old: str, new: str, comp
         # A Raspberry Pi: bits 16 to 19 say what was since it booted, 0 to 3 what is.
         ({"throttled_before": "throttled=0x0", "throttled_after": "throttled=0x50005"}, {"throttled": True}),
         ({"throttled_before": "throttled=0x50000", "throttled_after": "throttled=0x50000"}, {"throttled": False}),
+        ({"throttled_before": "throttled=0x0", "throttled_after": "throttled=0x50000"}, {"throttled": True}),
+        ({"throttled_before": "throttled=0x20000", "throttled_after": "throttled=0x60000"}, {"throttled": True}),
+        ({"throttled_before": "throttled=0x0", "throttled_after": "throttled=x"}, {"throttled": False}),
         ({"throttled_before": "3", "throttled_after": "4"}, {"throttled": True}),
         ({"throttled_before": "", "throttled_after": ""}, {"throttled": None}),
         ({"temperature_mc": "61500"}, {"temperature": 61.5}),
