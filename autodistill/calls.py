@@ -122,7 +122,8 @@ def _budget(given: Mapping[str, Any], verb: str) -> Budget:
     if given["device"] is None and not limits:
         return Budget(memory_bytes=memory or NO_LIMIT, context=context, batch=batch)
     from autodistill.budget import DeviceBudget, memory_on
-    from autodistill.local_device import LOCAL, choose_device
+    from autodistill.devices import LOCAL
+    from autodistill.local_device import choose_device
 
     named = LOCAL if given["device"] is None else given["device"]
     device = choose_device(named, given["cache"] or default_cache(), own)
@@ -170,8 +171,8 @@ def written(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def listed_devices(given: Mapping[str, Any]) -> tuple[Any, ...]:
     """The known devices, or those of a name; this machine where it is asked for."""
-    from autodistill.devices import matching
-    from autodistill.local_device import LOCAL, known_devices
+    from autodistill.devices import LOCAL, matching
+    from autodistill.local_device import known_devices
 
     text = " ".join(given["name"] or ())
     local = given["local"] or text.strip().lower() == LOCAL
@@ -248,7 +249,8 @@ def appraised(given: Mapping[str, Any]) -> dict[str, Any]:
 def picked(given: Mapping[str, Any]) -> dict[str, Any]:
     """The best stored student for the hardware that is named."""
     from autodistill.budget import memory_on
-    from autodistill.local_device import LOCAL, choose_device
+    from autodistill.devices import LOCAL
+    from autodistill.local_device import choose_device
     from autodistill.needs import Wanted
     from autodistill.pick import pick, pick_tiers
     from autodistill.records.candidates import recalibrated_by, stored
@@ -257,6 +259,10 @@ def picked(given: Mapping[str, Any]) -> dict[str, Any]:
     named = given["device"]
     if given["tiers"] == (given["budget"] is not None or named is not None):
         raise InputError("pick takes --budget or --device (both: the budget on that device), or else --tiers")
+    if given["tiers"] and given["latency"] is not None:
+        raise InputError(
+            "--tiers is of memory alone, and a latency is a device's: give --latency with a --device, or leave it out"
+        )
     # Numbers are read before a device is looked for, since that may measure this machine.
     memory = None if given["budget"] is None else parse_bytes(given["budget"])
     limits = () if given["latency"] is None else parse_latency(given["latency"], given["streams"])

@@ -423,9 +423,17 @@ def pick(
     streams: Annotated[int, option("--streams", "Number of sequences decoded at once.", "N")] = 1,
     latency: LatencyOption = None,
     min_accuracy: Annotated[
-        float | None, option("--min-accuracy", "Lowest acceptable score, as a fraction.", "X")
+        float | None,
+        option(
+            "--min-accuracy",
+            "Lowest acceptable score, as a fraction: of the metric that ranked the runs if higher is better, else of "
+            "accuracy.",
+            "X",
+        ),
     ] = None,
-    tiers: Annotated[bool, typer.Option("--tiers", help="Show the best for each of 4 to 80 GB instead.")] = False,
+    tiers: Annotated[
+        bool, typer.Option("--tiers", help="Show the best for each of 4 to 80 GB instead. Not with --latency.")
+    ] = False,
     own: DevicesOption = None,
     out: OutOption = RUNS,
     cache: CacheOption = None,

@@ -19,6 +19,8 @@ from autodistill.units import parse_bytes
 BUILT_IN = Path(__file__).with_name("hardware.yaml")
 USER_FILE = Path("~/.config/autodistill/devices.yaml")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+LOCAL = "local"
+"""What a person calls this machine where a device is asked for."""
 _FIGURES = ("memory", "usable", "bandwidth", "rates")
 _FIELDS = ("aliases", "class", "runtimes", *_FIGURES, "source", "sources")
 _RUNTIMES = ("llama.cpp", "vllm", "transformers")
@@ -43,6 +45,7 @@ _SYSTEM_WORDS = re.compile(
     r"|\b\d+-core processor\b|(?:\bcpu *)?@ *[\d.]+ *ghz|\bw/ radeon.*",
     re.IGNORECASE,
 )
+_BUILT_CORES = re.compile(r"\b(\d+)-core\b", re.IGNORECASE)
 _MODE = re.compile(r"\d+W(?:[-_](?:AI|CPU))?|MAXN")  # of a Jetson, as nvpmodel has it
 # A system reports less than is built in, and more than a maker's GB where those are of 2^30 bytes.
 _REPORTED_MEMORY = (0.75, 1.1)
@@ -285,9 +288,12 @@ def _device(name: Any, entry: Any, classes: Mapping[str, DeviceClass], texts: Ma
     bandwidth = _amount(entry["bandwidth"], f"{where} has the bandwidth")
     if not _BANDWIDTHS[0] <= bandwidth <= _BANDWIDTHS[1]:
         raise InputError(f"{where} has a bandwidth of {entry['bandwidth']} a second, which no memory has: check it")
+    aliases = _aliases(entry.get("aliases", []), where)
+    if taken := [one for one in (name, *aliases) if _joined(one) in (LOCAL, "gpu", *map(_joined, classes))]:
+        raise InputError(f"{where} is called {taken[0]!r}, which asks for something else: take another name")
     return Device(
         name=name,
-        aliases=_aliases(entry.get("aliases", []), where),
+        aliases=aliases,
         kind=kind,
         memory_bytes=memory,
         usable_bytes=usable,
@@ -364,6 +370,11 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
     asked = _words(text)
     if not asked:
         raise InputError(f"{text!r} names no device: autodistill devices lists them")
+    if _joined(text) in _kinds_of_devices():
+        raise InputError(
+            f"{text!r} is a kind of devices and no device: name one that autodistill devices lists, or local for this "
+            "machine"
+        )
     named = [(device, name) for device in known for name in (device.name, *device.aliases)]
     for form in (_joined, _bare):
         same = [device for device, name in named if form(name) == form(text)]
@@ -426,7 +437,7 @@ def device_of_system(
         cores: That the system has: fewer than the processor's name says are a share of it, and another device.
         mode: Power mode of a Jetson, as nvpmodel has it.
     """
-    built = re.search(r"\b(\d+)-core\b", name, re.IGNORECASE)
+    built = _BUILT_CORES.search(name)
     if built and cores is not None and cores < int(built[1]):
         return None
     low, high = _REPORTED_MEMORY
@@ -441,6 +452,49 @@ def device_of_system(
         return None
 
 
+def is_machine(device: Device, machine: str, *, memory_bytes: int | None = None, cores: int | None = None) -> bool:
+    """Whether figures that a machine gave under its own name are the device's.
+
+    Args:
+        device: A known one, or this machine.
+        machine: The device's name, or the machine's own as `hardware.machine_name` makes it: of a GPU its driver's, of
+            a processor its system's and its cores, like "Raspberry Pi 5 Model B Rev 1.0, 4 cores".
+        memory_bytes, cores: That the machine has, where they are known and its name does not tell the cores.
+    """
+    if machine == device.name:
+        return True
+    name, told = _own_name(machine)
+    cores = told or cores
+    found = device_of_system(name, (*_built_in(), device), memory_bytes=memory_bytes, cores=cores)
+    if found is None or found.name != device.name:
+        return False
+    # Of a processor whose name does not tell its cores, a share of it cannot be told from the whole.
+    return found.kind.name != "cpu" or _BUILT_CORES.search(name) is not None
+
+
+def class_of_machine(machine: str, plain: str) -> str:
+    """The class of devices that a machine belongs to by its own name, or else a plain one.
+
+    Args:
+        machine: As `is_machine` takes it, "Apple GPU" included.
+        plain: Where no known device, or devices of several classes, are called so.
+    """
+    words = set(_split(_SYSTEM_WORDS.sub(" ", _own_name(machine)[0]))) - {"gpu"}
+    kinds = {
+        device.kind.name
+        for device in _built_in()
+        for name in (device.name, *device.aliases)
+        if words and words <= set(_split(name))
+    }
+    return kinds.pop() if len(kinds) == 1 else plain
+
+
+def _own_name(machine: str) -> tuple[str, int | None]:
+    """A machine's name, and its cores where they stand behind it."""
+    found = re.fullmatch(r"(.*), (\d+) cores", machine)
+    return (found[1], int(found[2])) if found else (machine, None)
+
+
 def _split(text: str) -> list[str]:
     plain = re.sub(r"[^a-z0-9+.]+", " ", text.lower())
     # "16 gb", "16g" and "16gib" are one word, and letters part from the number that follows them where it is a model's.
@@ -452,6 +506,12 @@ def _split(text: str) -> list[str]:
 def _words(text: str) -> set[str]:
     words = _split(text)
     return {word for word in words if word not in _FILLERS} or set(words)
+
+
+@cache
+def _kinds_of_devices() -> tuple[str, ...]:
+    """What asks for no device in particular, joined: the names of the classes, and "gpu"."""
+    return (*map(_joined, device_classes()), "gpu")
 
 
 def _joined(text: str) -> str:

@@ -9,16 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from autodistill.devices import Device, device_classes, devices, find_device
+from autodistill.devices import LOCAL, Device, device_classes, devices, find_device
 from autodistill.errors import InputError
 from autodistill.hardware import Machine, computes_bf16, detect, machine_name
 from autodistill.quiet import Watch
 from autodistill.records.json_files import read_json, write_json
 from autodistill.records.locks import alone
 from autodistill.strategy import content_hash
-
-LOCAL = "local"
-"""What a person calls this machine where a device is asked for."""
 
 _doubtful: dict[Path, dict[str, Any]] = {}
 """What was measured by this process while the machine was busy, by where it would be kept."""

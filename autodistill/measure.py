@@ -13,10 +13,10 @@ import numpy as np
 
 from autodistill.bench_output import Bench, BoardResult, parse_result
 from autodistill.described import Described, deployment_named, describe
-from autodistill.devices import ONE_CHIP, Device, device_of_system, devices, find_device
+from autodistill.devices import ONE_CHIP, device_of_system, devices, find_device
 from autodistill.errors import InputError
 from autodistill.estimate import config_of
-from autodistill.hardware import detect
+from autodistill.hardware import detect, memory_bytes
 from autodistill.local_device import local_device
 from autodistill.quiet import look
 from autodistill.records.measurements import Measured, store_measured
@@ -231,7 +231,7 @@ def _here(request: MeasureRequest, model: Described, deployment: Deployment) -> 
         tokens_per_second=alone.tokens_per_second,
         prompt_tokens_per_second=1e3 * alone.prompt / first,
         peak_bytes=timed.peak_bytes,
-        board=_own_facts(timed, cores),
+        board=_own_facts(timed, cores) | {"memory_bytes": memory_bytes()},
         loads=tuple(one.to_json() for one in timed.loads),
         doubts=timed.doubts,
     )
@@ -321,8 +321,7 @@ def _device_name(request: MeasureRequest, found: BoardResult) -> str:
 
 def _kept(request: MeasureRequest, measured: Measured, model: Described, deployment: Deployment) -> dict[str, Any]:
     path = store_measured(request.out, measured)
-    known: dict[str, Device] = {device.name: device for device in devices(*request.own)}
-    device = known.get(measured.machine)
+    device = next((one for one in devices(*request.own) if measured.is_of(one)), None)
     if device is None and measured.how == "autodistill" and request.cache is not None:
         here = local_device(request.cache)
         device = here if here.name == measured.machine else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autodistill.contracts import ModelSpec
-from autodistill.devices import Device
+from autodistill.devices import Device, is_machine
 from autodistill.errors import InputError
 from autodistill.records.candidates import Candidate
 from autodistill.records.measurements import Correction, Measured, correction
@@ -18,6 +18,8 @@ from autodistill.roofline import PROMPT_TOKENS, limit_seconds
 from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment
 from autodistill.units import CONTEXT, LatencyLimit
+
+_FAR = math.log(1e12)  # of a limit is far enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class Wanted:
         latency: The limits.
         measured: What was measured of students anywhere; on the device it corrects what is predicted there.
         overheads: By what predicted memory is changed, by class of devices and runtime.
-        least: The least of the metric, as `min_accuracy`; None for none.
+        least: The least of the metric that ranks the runs where more of it is better, else of accuracy; None for none.
     """
 
     memory_bytes: int
@@ -70,6 +72,15 @@ class Wanted:
         """What predicted memory is raised by."""
         return overhead_of(self.overheads, runtime, self.device.kind.name if self.device else None)
 
+    def is_on(self, machine: str | None) -> bool:
+        """Whether what a machine gave under its own name holds here: on the device, or anywhere where none is asked."""
+        if self.device is None:
+            return True
+        key = (id(self.device), machine)
+        if key not in self._known:
+            self._known[key] = (machine is not None and is_machine(self.device, machine), self.device)
+        return bool(self._known[key][0])
+
     def correction(self, runtime: str) -> Correction:
         """What predicted times on the device are scaled by."""
         key = (id(self.measured), id(self.device), runtime)
@@ -90,7 +101,8 @@ class Solved:
         context: Tokens of each stream.
         needs: For each limit what it needs, in bytes or seconds; for "accuracy" what it has.
         limits: The limits under the same names.
-        sources: Of each of these: "measured", "predicted", or "corrected": predicted, and scaled by measurements there.
+        sources: Of each of these: "measured", "predicted", or "corrected": predicted, and scaled by measurements there;
+            of an accuracy "simulated", or "missing" where the row has none, which meets no limit.
     """
 
     candidate: Candidate
@@ -105,6 +117,9 @@ class Solved:
         found = {}
         for name, limit in self.limits.items():
             need = self.needs[name]
+            if self.sources[name] == "missing":
+                found[name] = _FAR
+                continue
             over, under = (limit, need) if name == "accuracy" else (need, limit)
             # Of nothing any limit asks infinitely more; far beyond is far enough.
             ratio = over / under if under else (math.inf if over else 1.0)
@@ -145,7 +160,8 @@ def solve(candidate: Candidate, wanted: Wanted) -> Solved | None:
     row = candidate.row
     deployment = candidate.deployment
     context = wanted.context_of(candidate)
-    spec = candidate.spec if wanted.latency or (row.context, row.batch) != (context, wanted.streams) else None
+    there = row.memory_source != "measured" and (row.context, row.batch) == (context, wanted.streams)
+    spec = None if there and not wanted.latency else candidate.spec
     found = _memory(row, deployment, spec, wanted, context)
     if found is None:
         return None
@@ -157,27 +173,45 @@ def solve(candidate: Candidate, wanted: Wanted) -> Solved | None:
             return None
         name = limit.describe()
         (needs[name], sources[name]), limits[name] = time, limit.seconds
-    if wanted.least is not None and row.accuracy is not None:
-        needs["accuracy"], limits["accuracy"], sources["accuracy"] = row.accuracy, wanted.least, "simulated"
+    if wanted.least is not None:
+        score = row.figure(candidate.score)
+        needs["accuracy"], limits["accuracy"] = score or 0.0, wanted.least
+        sources["accuracy"] = "missing" if score is None else "simulated"
     return Solved(candidate=candidate, context=context, needs=needs, limits=limits, sources=sources)
 
 
 def _memory(
     row: Row, deployment: Deployment, spec: ModelSpec | None, wanted: Wanted, context: int
 ) -> tuple[int, str] | None:
-    """Bytes, and whether they were measured; what a measurement differed from the estimate by is kept."""
-    if (row.context, row.batch) == (context, wanted.streams) and row.memory_bytes is not None:
-        raised = 0 if row.memory_source == "measured" else wanted.overhead(deployment.runtime).total_bytes
-        return row.memory_bytes + raised, row.memory_source or "predicted"
+    """Bytes, and whether they were measured; what a measurement there differed from the estimate by is kept.
+
+    What was measured on another machine than the device says nothing of it, so that there it is predicted anew.
+    """
+    measured = row.memory_source == "measured" and wanted.is_on(_measured_on(row))
+    if (row.context, row.batch) == (context, wanted.streams):
+        if measured and row.memory_bytes is not None:
+            return row.memory_bytes, "measured"
+        guess = row.figure("memory_bytes_predicted") if row.memory_source == "measured" else row.memory_bytes
+        if guess is None and spec is None:
+            # Of a row whose shape is not known it is the best that there is.
+            guess = row.memory_bytes
+        if guess is not None:
+            return int(guess) + wanted.overhead(deployment.runtime).total_bytes, "predicted"
     if spec is None or context > spec.max_context:
         return None
     weights = row.size_bytes
     need = memory(spec, deployment, context=context, batch=wanted.streams, weights=weights).total_bytes
-    if row.memory_source == "measured" and row.memory_bytes is not None and row.context and row.batch:
+    if measured and row.memory_bytes is not None and row.context and row.batch:
         before = memory(spec, deployment, context=row.context, batch=row.batch, weights=weights).total_bytes
         need += row.memory_bytes - before
         return need, "predicted"
     return need + wanted.overhead(deployment.runtime).total_bytes, "predicted"
+
+
+def _measured_on(row: Row) -> str | None:
+    """The machine that a row's memory was measured on; earlier rows name only what they were timed on."""
+    parts = row.other.get("memory_parts") or {}
+    return parts.get("machine") or (row.machine if row.latency_source == "measured" else None)
 
 
 def _latency(
@@ -192,7 +226,7 @@ def _latency(
     device = wanted.device
     if device is None:
         raise InputError("a limit of latency holds on a device: name it with --device")
-    timed = _timed(row, limit) if row.latency_source == "measured" and row.machine == device.name else None
+    timed = _timed(row, limit) if row.latency_source == "measured" and wanted.is_on(row.machine) else None
     limited = context if limit.quantity == "tpot" else min(PROMPT_TOKENS, context)
     if timed is not None and timed[1] == limited:
         return timed[0], "measured"

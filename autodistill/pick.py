@@ -188,7 +188,9 @@ def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Solved], unknown: i
     name = max(nearest.excess, key=lambda limit: nearest.excess[limit])
     need, limit = nearest.needs[name], nearest.limits[name]
     if name == "accuracy":
-        misses = f"has an accuracy of {need:.4f}, below {limit:g}"
+        score = nearest.candidate.score
+        known = f"a value of {score} of {need:.4f}" if score != "accuracy" else f"an accuracy of {need:.4f}"
+        misses = f"has no {score}" if nearest.sources[name] == "missing" else f"has {known}, below {limit:g}"
     elif name == "memory":
         misses = f"needs {format_bytes(need)} at context {nearest.context}, {format_bytes(need - limit)} over the limit"
     else:
@@ -218,6 +220,8 @@ def _changes(nearest: Solved, wanted: Wanted) -> Iterator[str]:
         need = nearest.needs[name]
         if name == "memory":
             asked.append(f"a budget of {written_bytes(math.ceil(need))}")
+        elif name == "accuracy" and nearest.sources[name] == "missing":
+            asked.append("no --min-accuracy")
         elif name == "accuracy":
             asked.append(f"--min-accuracy {math.floor(1e4 * need) / 1e4:.4f}")
         else:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 from autodistill.contracts import Measurement, Needs, Quantity, Source, Subject
+from autodistill.devices import class_of_machine
+from autodistill.hardware import detect, machine_name
 from autodistill.llama_cpp import LlamaServer
 from autodistill.python_server import PythonServer
 from autodistill.serving_memory import MemoryEstimate, memory
@@ -72,7 +74,7 @@ def _prompt(subject: Subject, length: int) -> list[int]:
 
 
 def _measurement(parts: MemoryEstimate, source: Source, accelerated: bool = False) -> Measurement:
-    where = {"device_class": "discrete-gpu" if accelerated else "cpu"} if source == "measured" else {}
+    where = _where(accelerated) if source == "measured" else {}
     return Measurement(
         name="memory_bytes",
         value=float(parts.total_bytes),
@@ -81,3 +83,9 @@ def _measurement(parts: MemoryEstimate, source: Source, accelerated: bool = Fals
         source=source,
         detail=asdict(parts) | where,
     )
+
+
+def _where(accelerated: bool) -> dict[str, str]:
+    """The machine that a measurement is of, and its class of devices."""
+    machine = machine_name(detect(), accelerated=accelerated)
+    return {"machine": machine, "device_class": class_of_machine(machine, "discrete-gpu" if accelerated else "cpu")}

@@ -219,6 +219,8 @@ BAD = [
     ("estimate @/torn.gguf", ["torn.gguf"]),
     ("estimate @/strange", ["mamba", "llama"]),
     ("pick --tiers --device ''", ["--budget or --device"]),
+    ("pick --tiers --latency 50ms", ["--tiers is of memory alone", "--device"]),
+    ("estimate @/teacher --device cpu", ["'cpu' is a kind of devices"]),
     ("pick --budget ''", ["'' is not an amount of memory"]),
     ("pick --budget 8GB --latency ''", ["latency"]),
     ("leaderboard nobody", ["nobody"]),

@@ -17,10 +17,12 @@ from autodistill.devices import (
     BUILT_IN,
     PRECISIONS,
     Device,
+    class_of_machine,
     device_classes,
     device_of_system,
     devices,
     find_device,
+    is_machine,
     read_devices,
 )
 from autodistill.errors import InputError
@@ -205,6 +207,54 @@ def test_a_device_is_known_by_what_its_system_calls_it(
 ) -> None:
     found = device_of_system(name, TABLE, memory_bytes=memory_kb and 1024 * memory_kb, cores=128, mode=mode)
     assert (found and found.name) == device
+
+
+@pytest.mark.parametrize("text", ["cpu", "CPU", "gpu", "phone", "board", "unified", "discrete-gpu"])
+def test_a_class_is_no_device(text: str) -> None:
+    with pytest.raises(InputError, match="is a kind of devices and no device: name one that autodistill devices"):
+        find_device(text, TABLE)
+    assert find_device("orin nano 4gb 7w cpu", TABLE).name == "Jetson Orin Nano 4GB 7W CPU"
+
+
+@pytest.mark.parametrize("changes", [{"aliases": ["Local"]}, {"aliases": ["discrete gpu"]}])
+def test_a_name_that_asks_for_something_else_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="which asks for something else: take another name"):
+        read_devices(write(tmp_path / "own.yaml", box=ENTRY | changes))
+    with pytest.raises(InputError, match="'local', which asks for something else"):
+        read_devices(write(tmp_path / "own.yaml", local=ENTRY))
+
+
+@pytest.mark.parametrize(
+    ("machine", "kind"),
+    [
+        ("Tesla T4", "discrete-gpu"),
+        ("NVIDIA GB10", "unified"),
+        ("Apple GPU", "unified"),
+        ("Orin", "board"),
+        ("Raspberry Pi 5 Model B Rev 1.0, 4 cores", "board"),
+        ("AMD EPYC 7763 64-Core Processor, 2 cores", "cpu"),
+        ("NVIDIA GeForce RTX 9999", "plain"),
+        ("", "plain"),
+    ],
+)
+def test_a_machine_is_of_the_class_that_devices_of_its_name_are_of(machine: str, kind: str) -> None:
+    assert class_of_machine(machine, "plain") == kind
+
+
+@pytest.mark.parametrize(
+    ("machine", "name", "same"),
+    [
+        ("NVIDIA GeForce RTX 3060", "3060", True),
+        ("NVIDIA GeForce RTX 3060", "3060 ti", False),
+        ("Raspberry Pi 5 Model B Rev 1.0, 4 cores", "pi 5", True),
+        ("AMD EPYC 7763 64-Core Processor, 128 cores", "epyc 7763", True),
+        ("AMD EPYC 7763 64-Core Processor, 2 cores", "epyc 7763", False),
+        # Its name does not say whether this is all of it.
+        ("Intel(R) Xeon(R) Platinum 8480+, 2 cores", "xeon 8480+", False),
+    ],
+)
+def test_figures_under_a_machine_s_own_name_are_of_the_device(machine: str, name: str, same: bool) -> None:
+    assert is_machine(find_device(name, TABLE), machine) == same
 
 
 def test_a_share_of_a_processor_is_not_the_processor() -> None:

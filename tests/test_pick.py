@@ -31,7 +31,7 @@ from autodistill.records.row import Row, read_parquet, to_parquet
 from autodistill.roofline import speed
 from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment
-from autodistill.units import parse_bytes, parse_latency
+from autodistill.units import format_bytes, parse_bytes, parse_latency
 
 Q8 = {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32, "symmetric": True, "keep": []}
 DEPLOYMENT = Deployment.from_json(Q8)
@@ -444,6 +444,82 @@ def test_a_row_measured_on_the_device_is_held_to_that_and_one_of_another_is_not(
     several = solve(here, replace(wanted, latency=parse_latency("tpot_p95=1s@streams=4")))
     assert several is not None
     assert several.sources["tpot_p95=1.0s@streams=4"] == "predicted"
+
+
+@pytest.mark.parametrize(
+    ("machine", "name"),
+    [
+        ("Tesla T4", "t4"),
+        ("NVIDIA GeForce RTX 3060", "3060"),
+        ("NVIDIA GB10", "dgx spark"),
+        ("Raspberry Pi 5 Model B Rev 1.0, 4 cores", "pi 5"),
+    ],
+)
+def test_what_a_machine_gave_under_its_own_name_counts_for_the_listed_device(machine: str, name: str) -> None:
+    device = find_device(name, devices())
+    timed = candidate(row("a", 0.5, 400, machine=machine, **timing(512, 1500)))
+    wanted = Wanted(memory_bytes=10**9, context=1500, device=device, latency=parse_latency("tpot_p95=1s"))
+    found = solve(timed, wanted)
+    assert found is not None
+    assert found.sources["tpot_p95=1.0s@streams=1"] == "measured"
+    other = solve(timed, replace(wanted, device=find_device("4090", devices())))
+    assert other is not None
+    assert other.sources["tpot_p95=1.0s@streams=1"] == "predicted"
+
+
+def test_memory_is_measured_on_the_machine_it_was_measured_on_and_predicted_elsewhere() -> None:
+    guess = memory(SPEC, DEPLOYMENT, context=2048, batch=1).total_bytes
+    parts = {"memory_parts": {"machine": "Tesla T4", "device_class": "discrete-gpu"}}
+    measured = {"memory_source": "measured", "other": parts | {"memory_bytes_predicted": guess}}
+    one = candidate(row("a", 0.5, guess / 1e6 + 7, **measured))
+    overheads = {("discrete-gpu", "llama.cpp"): Overhead(correction_bytes=3_000_000, pairs=3)}
+    wanted = Wanted(memory_bytes=10**9, overheads=overheads)
+    for name, need, source in (
+        (None, guess + 7_000_000, "measured"),
+        ("t4", guess + 7_000_000, "measured"),
+        ("4090", guess + 3_000_000, "predicted"),
+        ("pi 5", guess, "predicted"),
+    ):
+        device = None if name is None else find_device(name, devices())
+        answer = pick([one], replace(wanted, device=device))
+        assert answer["pick"]["memory_bytes"] == pytest.approx(need, abs=1)
+        assert answer["pick"]["memory_source"] == source
+        assert (f"~{format_bytes(need)}" in pick_text(answer)) == (source == "predicted")
+    # Under another load, too, what it differed by stays on its own machine.
+    load = replace(wanted, context=1024)
+    more = [solve(one, replace(load, device=find_device(name, devices()))) for name in ("t4", "pi 5")]
+    assert more[0] is not None
+    assert more[1] is not None
+    assert more[0].needs["memory"] - more[1].needs["memory"] == pytest.approx(7e6, abs=2)
+    # A row that names no machine was measured on none that is asked for; where it was timed, it was measured as well.
+    old = {"memory_source": "measured", "other": {"memory_bytes_predicted": guess}}
+    wanted = replace(wanted, device=find_device("t4", devices()))
+    nowhere = solve(candidate(row("a", 0.5, 400, **old)), wanted)
+    timed = solve(candidate(row("a", 0.5, 400, machine="Tesla T4", latency_source="measured", **old)), wanted)
+    assert nowhere is not None
+    assert timed is not None
+    assert (nowhere.sources["memory"], timed.sources["memory"]) == ("predicted", "measured")
+
+
+def test_a_least_accuracy_is_of_the_metric_that_ranks_where_more_of_it_is_better() -> None:
+    def ranked(metric: str, direction: str, accuracy: float | None, **other: float) -> Candidate:
+        found = replace(row("a", 0.0, 100, other=other), accuracy=accuracy)
+        return Candidate.of(found, "run", metric, direction)
+
+    wanted = Wanted(memory_bytes=10**9, least=0.6)
+    task = ranked("task:obqa", "max", 0.42, **{"task:obqa": 0.71})
+    answer = pick([task], wanted)
+    assert answer["pick"]["needs"]["accuracy"] == 0.71
+    with pytest.raises(NothingFitsError, match=r"a value of task:obqa of 0\.7100, below 0\.8; --min-accuracy 0\.7100"):
+        pick([task], replace(wanted, least=0.8))
+    # Of what should be low the accuracy is asked, and what was not measured meets no limit.
+    assert pick([ranked("kl", "min", 0.7, kl=0.1)], wanted)["pick"]["row_id"] == "a"
+    for metric, direction in (("kl", "min"), ("task:obqa", "max")):
+        missing = ranked(metric, direction, None if metric == "kl" else 0.9, kl=0.1)
+        score = "accuracy" if metric == "kl" else metric
+        for least in (0.0, 0.99):
+            with pytest.raises(NothingFitsError, match=f"has no {score}; no --min-accuracy would do"):
+                pick([missing], replace(wanted, least=least))
 
 
 def test_a_measurement_of_a_lighter_load_is_scaled_to_the_one_that_is_asked() -> None:

@@ -105,6 +105,11 @@ class Candidate:
         return -math.inf if self.value is None else self.value if self.direction == "max" else -self.value
 
     @property
+    def score(self) -> str:
+        """What a least accuracy is asked of: the metric where more of it is better, else the accuracy."""
+        return self.metric if self.direction == "max" else "accuracy"
+
+    @property
     def deployment(self) -> Deployment:
         """How it is packed and served."""
         return _deployment(self.cells["deployment"])

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autodistill.devices import Device
+from autodistill.devices import Device, is_machine
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.records.event_log import EventLog
@@ -72,6 +72,11 @@ class Measured:
         """By how many its threads differ from the machine's cores, as far as these are known."""
         return abs(int(self.board.get("cores", self.threads)) - self.threads)
 
+    def is_of(self, device: Device) -> bool:
+        """Whether it was made on that device."""
+        facts = {name: self.board.get(name) for name in ("memory_bytes", "cores")}
+        return is_machine(device, self.machine, **facts)
+
     def to_json(self) -> dict[str, Any]:
         """The measurement as plain data."""
         return asdict(self) | {"loads": [dict(load) for load in self.loads], "doubts": list(self.doubts)}
@@ -129,7 +134,7 @@ def correction(measured: Iterable[Measured], device: Device, runtime: str) -> Co
     What is predicted is of all cores, so that of the measurements those count whose threads come nearest to them. The
     doubtful ones are left out unless there are no others.
     """
-    own = [one for one in measured if one.machine == device.name and one.runtime == runtime]
+    own = [one for one in measured if one.runtime == runtime and one.is_of(device)]
     whole = [one for one in own if one.apart == min(other.apart for other in own)]
     used = [one for one in whole if not one.doubts] or whole
     decodes, firsts = [], []

@@ -14,13 +14,13 @@ from typing import Any
 from autodistill.applied import check_strategy
 from autodistill.budget import DeviceBudget, completed, limits_as, read_budget, with_device_of
 from autodistill.contracts import SEQUENCE_LENGTH, Direction, ModelSpec, Plan
-from autodistill.devices import Device
+from autodistill.devices import LOCAL, Device
 from autodistill.distillation.teacher import TeacherRef, resolve_teacher
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import ASKING_DATA
-from autodistill.local_device import LOCAL, choose_device
+from autodistill.local_device import choose_device
 from autodistill.records.json_files import read_json
 from autodistill.records.lease import check_unheld
 from autodistill.records.objectives import Objective, objectives_of

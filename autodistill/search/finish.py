@@ -15,6 +15,7 @@ from autodistill import plugins
 from autodistill.applied import student_spec
 from autodistill.budget import DeviceBudget
 from autodistill.contracts import Artefact, Measurement, Subject
+from autodistill.devices import is_machine
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.memory import give_back_memory
 from autodistill.distillation.scoring import choices
@@ -262,7 +263,7 @@ def _too_late(measured: Mapping[str, Measurement], fields: Mapping[str, Any], fi
     Elsewhere they stay predicted: what another machine does says nothing of them.
     """
     budget = finisher.question.budget
-    if not isinstance(budget, DeviceBudget) or budget.device.name != fields["machine"]:
+    if not isinstance(budget, DeviceBudget) or not is_machine(budget.device, fields["machine"]):
         return ()
     times = {limit: measured[limit.name].value / 1e3 for limit in budget.latency}
     fields["other"].update({limit.name: 1e3 * seconds for limit, seconds in times.items()})
@@ -284,7 +285,7 @@ def _on_device(best: Row, budget: Budget) -> list[str]:
     """How the best stands to limits of latency, by what they are known, and why its latency is doubtful if it is."""
     notes = []
     if isinstance(budget, DeviceBudget) and budget.latency:
-        here = best.machine == budget.device.name and best.latency_source == "measured"
+        here = best.latency_source == "measured" and is_machine(budget.device, best.machine or "")
         source = "measured" if here else "predicted"
         told = ", ".join(
             f"{limit.name} {format_duration((best.figure(limit.name) or 0) / 1e3)} of {format_duration(limit.seconds)}"

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from autodistill.evaluators.memory import Memory
 
 from autodistill.contracts import Subject
 from autodistill.errors import VerificationError
+from autodistill.evaluators.memory import Memory
+from autodistill.hardware import detect, machine_name
 from autodistill.llama_cpp import LlamaServer
 from autodistill.strategy import Deployment
 
@@ -46,6 +47,7 @@ def test_measures_a_folder_as_the_peak_of_its_process(subject: Subject, student:
     (measured,) = Memory().evaluate(loaded)
     assert measured.source == "measured"
     parts = [measured.detail[f"{part}_bytes"] for part in ("weights", "kv_cache", "compute", "overhead")]
+    assert measured.detail["machine"] == machine_name(detect(), accelerated=False)
     assert measured.value == sum(parts) > 10**8  # torch and transformers alone take more
 
 
