@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class DeviceClass:
         name: "discrete-gpu", "unified", "board", "phone" or "cpu".
         runtimes: The engines that serve a student there.
         share, reserve_bytes: What is usable of the memory: the share of it, less the reserve.
+        small_bytes, small_share: Up to so much memory the share is another one; 0 where it is the same.
         decode: Share of the stated bandwidth that decoding reaches.
         decode_measured: The same of a bandwidth that was measured on the device itself.
         prefill: Share of the matrix rate that reading a prompt reaches.
@@ -85,6 +87,8 @@ class DeviceClass:
     runtimes: tuple[str, ...]
     share: float
     reserve_bytes: int
+    small_bytes: int
+    small_share: float
     decode: Range
     decode_measured: Range
     prefill: Range
@@ -93,6 +97,10 @@ class DeviceClass:
     attention: Range | None
     layer_seconds: float
     reference: str
+
+    def share_of(self, memory_bytes: int) -> float:
+        """The share of so much memory that is usable."""
+        return self.small_share if memory_bytes <= self.small_bytes else self.share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +244,9 @@ def _classes(data: Mapping[str, Mapping[str, Any]]) -> Mapping[str, DeviceClass]
         name: DeviceClass(
             name=name,
             runtimes=tuple(entry["runtimes"]),
-            share=entry["share"],
+            share=float(Fraction(entry["share"])),
+            small_bytes=parse_bytes(entry["small"]) if "small" in entry else 0,
+            small_share=float(Fraction(entry.get("small_share", 0))),
             reserve_bytes=0 if entry["reserve"] == "0B" else parse_bytes(entry["reserve"]),
             decode=ranged(entry["decode"]),
             decode_measured=ranged(entry.get("decode_measured", entry["decode"])),
@@ -281,7 +291,7 @@ def _device(name: Any, entry: Any, classes: Mapping[str, DeviceClass], texts: Ma
     if kind is None:
         raise InputError(f"{where} is of class {entry['class']!r}; the classes are {', '.join(classes)}")
     memory = _amount(entry["memory"], f"{where} has the memory")
-    least = max(0, int(memory * kind.share) - kind.reserve_bytes)
+    least = max(0, int(memory * kind.share_of(memory)) - kind.reserve_bytes)
     usable = _amount(entry["usable"], f"{where} has the usable memory") if "usable" in entry else least
     if not 0 < usable <= memory:
         raise InputError(f"{where} has {usable} usable of {memory} bytes of memory: give usable as a part of it")
@@ -299,7 +309,7 @@ def _device(name: Any, entry: Any, classes: Mapping[str, DeviceClass], texts: Ma
         usable_bytes=usable,
         bandwidth=float(bandwidth),
         rates=_rates(entry["rates"], where),
-        sources=_sources(entry, texts, kind, where),
+        sources=_sources(entry, texts, kind, memory, where),
         own_runtimes=_differing(_runtimes(entry.get("runtimes", list(kind.runtimes)), where), kind),
     )
 
@@ -342,7 +352,9 @@ def _rates(value: Any, where: str) -> dict[str, float]:
     return {precision: 1e12 * rate for precision, rate in value.items()}
 
 
-def _sources(entry: Mapping[str, Any], texts: Mapping[str, str], kind: DeviceClass, where: str) -> dict[str, str]:
+def _sources(
+    entry: Mapping[str, Any], texts: Mapping[str, str], kind: DeviceClass, memory: int, where: str
+) -> dict[str, str]:
     own = entry.get("sources", {})
     if not isinstance(own, Mapping) or not all(key in _FIGURES for key in own):
         raise InputError(f"{where} has sources {own!r}: map some of {', '.join(_FIGURES)} to texts")
@@ -352,7 +364,9 @@ def _sources(entry: Mapping[str, Any], texts: Mapping[str, str], kind: DeviceCla
         raise InputError(f"{where} has a source that is no text: write where its figures come from")
     named = {figure: str(texts.get(text, text)) for figure, text in given.items()}
     if "usable" not in entry:
-        named["usable"] = f"{kind.share:.0%} of the memory less {kind.reserve_bytes} bytes, as of {kind.name}"
+        named["usable"] = (
+            f"{kind.share_of(memory):.0%} of the memory less {kind.reserve_bytes} bytes, as of {kind.name}"
+        )
     return named
 
 
@@ -497,10 +511,11 @@ def _own_name(machine: str) -> tuple[str, int | None]:
 
 def _split(text: str) -> list[str]:
     plain = re.sub(r"[^a-z0-9+.]+", " ", text.lower())
+    plain = re.sub(r"\brpi(?=\d|\b)", "pi", plain)
     # "16 gb", "16g" and "16gib" are one word, and letters part from the number that follows them where it is a model's.
     plain = re.sub(r"(\d) *(?:gib|gb|g)\b", r"\1gb", plain)
     plain = re.sub(r"\b(rtx|gtx|pi|m)(?= ?\d)", lambda found: found[1] + ("" if found[1] == "m" else " "), plain)
-    return re.sub(r"(?<=\d)(ti|super)(?=\d|\b)", r" \1 ", plain).split()
+    return re.sub(r"(?<=\d)(ti|super|xtx|xt)(?=\d|\b)", r" \1 ", plain).split()
 
 
 def _words(text: str) -> set[str]:

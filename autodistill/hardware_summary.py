@@ -139,6 +139,8 @@ def pick_text(document: Mapping[str, Any]) -> str:
     lines = [(title, *_picked(document[key])) for title, key in named if document[key]]
     margins = document["pick"]["margins"]
     told = ", ".join(f"{name} {margin:.0%} below the limit" for name, margin in margins.items() if name != "accuracy")
+    if "accuracy" in margins:
+        told += f", {_score_above(document['pick'])}"
     binds = f"What binds is {document['binds']}." if document["binds"] else "Nothing binds: no better row is left out."
     kept = _overhead(document["memory_overhead"])
     sources = document["pick"]["sources"]
@@ -151,8 +153,16 @@ def pick_text(document: Mapping[str, Any]) -> str:
         f"{document['device']}."
         for name, count in document["other_runtimes"].items()
     )
+    if document["better_unknown"]:
+        others += f"\nOf {count_of(document['better_unknown'], 'better row')} it cannot be told what this load takes."
     then = f"\n{document['next']}" if document.get("next") else ""
     return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}{tie}{others}{source}{kept}{then}"
+
+
+def _score_above(picked: Mapping[str, Any]) -> str:
+    """By how much what --min-accuracy is asked of lies above it, in points of the score."""
+    above = picked["needs"]["accuracy"] - picked["limits"]["accuracy"]
+    return f"{picked['score']} {above:.4f} above the limit"
 
 
 def measured_text(document: Mapping[str, Any]) -> str:

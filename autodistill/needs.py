@@ -143,6 +143,7 @@ class Solved:
             "format": row.deployment["format"],
             "metric": self.candidate.metric,
             "value": row.figure(self.candidate.metric),
+            "score": self.candidate.score,
             "stderr": row.figure(f"{self.candidate.metric}_stderr"),
             "size_bytes": row.size_bytes,
             "context": self.context,

@@ -89,7 +89,7 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
         raise NothingFitsError(f"nothing fits: {_lacks(ranked[0], wanted)}; name another --device")
     left_out: list[Solved] = []
     chosen: list[Solved] = []
-    unknown = 0
+    unknown = better_unknown = 0
     broken = _Broken()
     for one in usable:
         if len(chosen) >= 2 and (len(chosen) == _MOST_TIED or not _may_tie(chosen[0].candidate, one)):
@@ -100,6 +100,7 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
         solved = solve(one, wanted)
         if solved is None:
             unknown += 1
+            better_unknown += not chosen
         elif solved.fits:
             chosen.append(solved)
         else:
@@ -117,6 +118,7 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
         "binds": max(excess, key=lambda name: excess[name]) if excess else None,
         "better_left_out": left_out[0].to_json() if left_out else None,
         "unknown": unknown,
+        "better_unknown": better_unknown,
         "tied": tied,
         "other_runtimes": dict(others),
         "context": chosen[0].context,

@@ -144,7 +144,10 @@ def test_a_person_s_spelling(text: str, name: str) -> None:
         ("jetson", "'jetson' can be Jetson AGX Orin 64GB, Jetson AGX Orin 32GB, Jetson Orin NX 16GB, "),
         ("orin nx 15w", "'orin nx 15w' can be Jetson Orin NX 16GB 15W, Jetson Orin NX 8GB 15W: name one"),
         ("5060 ti", "'5060 ti' can be NVIDIA GeForce RTX 5060 Ti 8GB, NVIDIA GeForce RTX 5060 Ti 16GB: name one"),
-        ("apple 16gb", "'apple 16gb' can be Apple M1 16GB, Apple M2 16GB, Apple M3 16GB, Apple M4 16GB: name one"),
+        (
+            "apple 16gb",
+            "'apple 16gb' can be Apple M1 16GB, Apple M2 16GB, Apple M3 16GB, Apple M4 16GB, Apple M5 16GB: name one",
+        ),
         ("rtx 2080", "there is no device 'rtx 2080'; near to it are NVIDIA GeForce RTX 2080 Ti"),
         ("rtx 3060 8gb", "there is no device 'rtx 3060 8gb'; near to it are NVIDIA GeForce RTX 3060 Ti"),
         ("rtx 3080 12gb", "near to it are NVIDIA GeForce RTX 3080 Ti"),
@@ -168,7 +171,7 @@ def test_what_names_none_or_several_says_which_are_near(text: str, said: str) ->
         # As /proc/device-tree/model, MemTotal, nvpmodel and /proc/cpuinfo have them.
         ("Raspberry Pi 5 Model B Rev 1.0", 8_245_148, "ondemand", "Raspberry Pi 5 8GB"),
         ("Raspberry Pi 5 Model B Rev 1.0", 4_140_000, "ondemand", "Raspberry Pi 5 4GB"),
-        ("Raspberry Pi 5 Model B Rev 1.1", 16_600_000, "ondemand", None),
+        ("Raspberry Pi 5 Model B Rev 1.1", 16_600_000, "ondemand", "Raspberry Pi 5 16GB"),
         ("Raspberry Pi 4 Model B Rev 1.4", 7_999_932, "ondemand", "Raspberry Pi 4B 8GB"),
         ("Raspberry Pi 4 Model B Rev 1.2", 3_884_320, "ondemand", "Raspberry Pi 4B 4GB"),
         ("Raspberry Pi 4 Model B Rev 1.2", 1_890_000, "ondemand", None),
@@ -207,6 +210,40 @@ def test_a_device_is_known_by_what_its_system_calls_it(
 ) -> None:
     found = device_of_system(name, TABLE, memory_bytes=memory_kb and 1024 * memory_kb, cores=128, mode=mode)
     assert (found and found.name) == device
+
+
+@pytest.mark.parametrize(
+    ("name", "usable"),
+    [
+        # llama.cpp's recommendedMaxWorkingSetSize, in MB, of Macs with 16, 24, 18 and 64 GiB.
+        ("m1", 11453.25e6),
+        ("m5", 11453.25e6),
+        ("m4 pro", 17179.89e6),
+        ("m3 pro", 12884.92e6),
+        ("m2 max", 51539.62e6),
+        # CUDA's and ROCm's free memory, in GiB.
+        ("dgx spark", 101.3 * 2**30),
+        ("strix halo", 95.8 * 2**30),
+    ],
+)
+def test_of_memory_that_is_shared_as_much_is_usable_as_drivers_report(name: str, usable: float) -> None:
+    assert find_device(name, TABLE).usable_bytes == pytest.approx(usable, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("rpi 5", "Raspberry Pi 5 8GB"),
+        ("rpi5 16gb", "Raspberry Pi 5 16GB"),
+        ("7900xtx", "AMD Radeon RX 7900 XTX"),
+        ("7900xt", "AMD Radeon RX 7900 XT"),
+        ("xeon 8480", "Intel Xeon Platinum 8480+ DDR5-4800 8 channels"),
+        ("m2 pro", "Apple M2 Pro 16GB"),
+        ("m5", "Apple M5 16GB"),
+    ],
+)
+def test_usual_spellings_are_found(text: str, name: str) -> None:
+    assert find_device(text, TABLE).name == name
 
 
 @pytest.mark.parametrize("text", ["cpu", "CPU", "gpu", "phone", "board", "unified", "discrete-gpu"])

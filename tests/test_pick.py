@@ -129,9 +129,12 @@ def test_another_load_is_solved_anew_from_the_shape() -> None:
 
 def test_a_row_whose_shape_is_not_known_holds_at_its_own_load_alone() -> None:
     board = [candidate(row("a", 0.5, 400), None), candidate(row("b", 0.4, 300))]
-    assert pick(board, Wanted(memory_bytes=10**9))["pick"]["row_id"] == "a"
+    answer = pick(board, Wanted(memory_bytes=10**9))
+    assert answer["pick"]["row_id"] == "a"
+    assert "cannot be told" not in pick_text(answer)
     answer = pick(board, Wanted(memory_bytes=10**9, context=1024))
     assert (answer["pick"]["row_id"], answer["unknown"]) == ("b", 1)
+    assert "\nOf 1 better row it cannot be told what this load takes." in pick_text(answer)
     with pytest.raises(NothingFitsError, match="of 1 rows none can be solved at context 1024"):
         pick(board[:1], Wanted(memory_bytes=10**9, context=1024))
     with pytest.raises(NothingFitsError, match="none can be solved"):
@@ -510,6 +513,7 @@ def test_a_least_accuracy_is_of_the_metric_that_ranks_where_more_of_it_is_better
     task = ranked("task:obqa", "max", 0.42, **{"task:obqa": 0.71})
     answer = pick([task], wanted)
     assert answer["pick"]["needs"]["accuracy"] == 0.71
+    assert "below the limit, task:obqa 0.1100 above the limit." in pick_text(answer)
     with pytest.raises(NothingFitsError, match=r"a value of task:obqa of 0\.7100, below 0\.8; --min-accuracy 0\.7100"):
         pick([task], replace(wanted, least=0.8))
     # Of what should be low the accuracy is asked, and what was not measured meets no limit.
