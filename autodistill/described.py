@@ -8,12 +8,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from autodistill import latent
+from autodistill.config_fields import check_config
 from autodistill.contracts import ModelSpec
 from autodistill.distillation.gguf_file import GgufFile, read_gguf
-from autodistill.distillation.teacher import check_weights, hub_config, locate, read_config
+from autodistill.distillation.teacher import check_weights, hub_config, locate, read_config, stored_weights
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES
@@ -62,7 +64,10 @@ def describe(reference: str) -> Described:
         check_weights(path)
     if kind != "gguf":
         name, config = (path.name, read_config(path)) if kind == "folder" else (reference, hub_config(reference))
-        return Described(name=name, spec=spec_of(config), format_name=_stated_format(config))
+        spec = spec_of(config)
+        if kind == "folder" and not config.get("quantization_config"):
+            _check_stored(path, spec)
+        return Described(name=name, spec=spec, format_name=_stated_format(config))
     file = read_gguf(path)
     spec = spec_of(file.outline())
     _check_tensors(file, spec)
@@ -84,6 +89,20 @@ def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
         )
 
 
+def _check_stored(folder: Path, spec: ModelSpec) -> None:
+    """Refuses a folder whose config describes another model than its weights make; one of no weights is described yet.
+
+    A head that is tied may be stored a second time, and biases need not be told.
+    """
+    stored = stored_weights(folder)
+    head = spec.vocabulary * spec.width if spec.tied else 0
+    if stored and not (1 - _UNTOLD) * spec.parameters <= stored <= (1 + _UNTOLD) * spec.parameters + head:
+        raise InputError(
+            f"{folder} has {stored:,} weights in its safetensors, where its config.json makes {spec.parameters:,}: get "
+            "the folder again"
+        )
+
+
 def _main_format(file: GgufFile) -> str | None:
     name = f"gguf-{file.main_type().lower()}"
     return name if name in FORMATS else None
@@ -95,7 +114,7 @@ def _stated_format(config: Mapping[str, Any]) -> str | None:
     groups = list((stated.get("config_groups") or {}).values())
     if stated.get("format") != "pack-quantized" or len(groups) != 1:
         return None
-    weights = groups[0].get("weights") or {}
+    weights = (groups[0] or {}).get("weights") or {}
     grid = (weights.get("num_bits"), weights.get("group_size") or 0, weights.get("symmetric", True))
     known = _packings().items()
     held = (name for name, one in known if one.format == "compressed-tensors" and _grid(one) == grid)
@@ -116,6 +135,7 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
             known = ", ".join([*FAMILIES, *_MIXTURES, *latent.ARCHITECTURES])
             raise InputError(f"the architecture {name!r} cannot be estimated; these can: {known}")
         return spec_from_config(config)
+    check_config(config)
     like, width, count = _MIXTURES[name]
     # transformers 5 writes every family's count under one name; files on the hub have the family's own.
     experts, active = config.get(count, config.get("num_local_experts")), config.get("num_experts_per_tok")

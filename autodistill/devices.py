@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -29,6 +28,7 @@ _SOURCE_FIELDS = ({"text"}, {"text", "read"}, {"text", "read", "unread"})
 _NAME = re.compile(r"[\w(][\w .+()/-]{0,79}", re.ASCII)
 # Beyond these an entry is a slip of the unit: a tenth of the slowest memory known, and some times the fastest parts.
 _BANDWIDTHS = (1e8, 1e14)
+_MOST_MEMORY = 10**14
 _TERA_RATES = (1e-4, 1e5)
 # Words of a name that a person leaves out.
 _FILLERS = {
@@ -291,6 +291,8 @@ def _device(name: Any, entry: Any, classes: Mapping[str, DeviceClass], texts: Ma
     if kind is None:
         raise InputError(f"{where} is of class {entry['class']!r}; the classes are {', '.join(classes)}")
     memory = _amount(entry["memory"], f"{where} has the memory")
+    if memory > _MOST_MEMORY:
+        raise InputError(f"{where} has a memory of {entry['memory']}, which no device has: check it")
     least = max(0, int(memory * kind.share_of(memory)) - kind.reserve_bytes)
     usable = _amount(entry["usable"], f"{where} has the usable memory") if "usable" in entry else least
     if not 0 < usable <= memory:
@@ -346,8 +348,8 @@ def _rates(value: Any, where: str) -> dict[str, float]:
             f"{where} has rates {value!r}: map some of {', '.join(PRECISIONS)} to tera operations a second"
         )
     for precision, rate in value.items():
-        number = type(rate) in (int, float) and math.isfinite(rate)
-        if not number or not _TERA_RATES[0] <= rate <= _TERA_RATES[1]:
+        # Compared before anything is computed: a whole number may be larger than any float.
+        if type(rate) not in (int, float) or not _TERA_RATES[0] <= rate <= _TERA_RATES[1]:
             raise InputError(f"{where} has {precision}: {rate!r}: give tera operations a second, like 65")
     return {precision: 1e12 * rate for precision, rate in value.items()}
 

@@ -10,6 +10,7 @@ from operator import itemgetter
 from typing import Any
 
 from autodistill.budget import DeviceBudget
+from autodistill.config_fields import check_config
 from autodistill.contracts import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
 from autodistill.errors import InputError
 from autodistill.families import FAMILIES, Axis, get_family
@@ -34,21 +35,30 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         config: Content of `config.json`, or a config's `to_dict()`.
 
     Raises:
-        InputError: An architecture that is not supported, or something it can do that is not; or a size that is missing
-            or no positive number.
+        InputError: An architecture that is not supported, or something it can do that is not; a size that is missing
+            or no positive number, or heads that do not divide what they should; or as `check_config`.
     """
+    check_config(config)
     architecture = str(config.get("model_type"))
     family = get_family(architecture)
     for name in family.off:
         if config.get(name):
             raise InputError(f"the model's config sets {name}, which is not supported for {architecture}")
     width, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    kv_heads = heads if family.heads_fill_width else _size(config, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise InputError(
+            f"the model's config has {kv_heads} heads of keys and values, which do not divide {heads} heads"
+        )
+    own = not family.heads_fill_width and (config.get("head_dim") is not None or family.head_dim)
+    if width % heads and not own:
+        raise InputError(f"the model's config has {heads} heads, which do not divide a width of {width}: check it")
     spec = ModelSpec(
         architecture=architecture,
         layers=_size(config, "num_hidden_layers"),
         width=width,
         heads=heads,
-        kv_heads=heads if family.heads_fill_width else _size(config, "num_key_value_heads", heads),
+        kv_heads=kv_heads,
         head_dim=width // heads
         if family.heads_fill_width
         else _size(config, "head_dim", family.head_dim or width // heads),
@@ -129,17 +139,22 @@ def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, tuple[int, ..
     usual, period = family.windows
     window = config.get("sliding_window", usual)
     # What a row keeps of a model tells layers apart, and has no switch.
-    used = config.get("use_sliding_window", bool(kinds) or not family.late_windows)
+    used = _given(config, "use_sliding_window", bool(kinds) or not family.late_windows)
     if not window or not used:
         return 0, ()
-    period = int(config.get("sliding_window_pattern") or period)
+    period = config.get("sliding_window_pattern") or period
     if kinds:
         windowed = [layer for layer, kind in enumerate(kinds[:layers]) if kind == SLIDING]
     elif family.late_windows:
-        windowed = list(range(int(config.get("max_window_layers", _MAX_WINDOW_LAYERS)), layers))
+        windowed = list(range(_given(config, "max_window_layers", _MAX_WINDOW_LAYERS), layers))
     else:
         windowed = [layer for layer in range(layers) if not period or (layer + 1) % period]
-    return (int(window), tuple(windowed)) if windowed else (0, ())
+    return (window, tuple(windowed)) if windowed else (0, ())
+
+
+def _given(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    value = config.get(name)
+    return default if value is None else value
 
 
 def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:

@@ -46,9 +46,13 @@ def rotary(config: Mapping[str, Any], layers: str = FULL) -> dict[str, Any]:
     else:
         own = dict(found or config.get("rope_scaling") or {})
         theta = config.get("rope_theta", config.get("rotary_emb_base", 10000.0))
+    own = {name: value for name, value in own.items() if value is not None}
     own.setdefault("rope_type", own.get("type", "default"))
     own.setdefault("rope_theta", theta)
-    own.setdefault("partial_rotary_factor", config.get("rotary_pct", 0.25 if config["model_type"] == "gpt_neox" else 1))
+    turned = config.get("rotary_pct")
+    if turned is None:
+        turned = 0.25 if config["model_type"] == "gpt_neox" else 1
+    own.setdefault("partial_rotary_factor", turned)
     return own
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from autodistill.config_fields import check_config
 from autodistill.contracts import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
 from autodistill.errors import InputError
 from autodistill.formats import Role, TensorSpec
@@ -28,8 +29,10 @@ def describe_latent(config: Mapping[str, Any]) -> ModelSpec:
     experts are one matrix each of gates, ups and downs here.
 
     Raises:
-        InputError: A size that is missing or no positive number, or more experts a token than there are.
+        InputError: A size that is missing or no positive number, more experts a token than there are, or as
+            `check_config`.
     """
+    check_config(config)
     routed = config.get("n_routed_experts") or 0
     wanted = [*_SIZES, *(_EXPERTS if routed else ())]
     wrong = [name for name in wanted if type(config.get(name)) is not int or config[name] < 1]

@@ -254,6 +254,8 @@ def _maker(
         gold = _gold(str(one.raw) if by_text and isinstance(one.raw, int) else one.raw, one.found, one.plain, labels)
         if gold is None:
             raise InputError(f"{place}: the gold answer {str(one.raw)[:60]!r} is not among its choices ({one.told})")
+        if one.plain.count(one.plain[gold]) > 1:
+            raise InputError(f"{place} has its gold answer twice among its choices ({one.told}): remove the record")
         return Example(document=number, prompt=prompt, choices=one.plain, gold=gold)
 
     return make
@@ -348,6 +350,8 @@ def _value(template: _Template, record: Mapping[str, Any], place: str) -> Any:
 
 def _answers(template: _Template, record: Mapping[str, Any], place: str) -> tuple[str, ...]:
     value = _value(template, record, place)
+    if isinstance(value, list) and not all(type(one) in (str, int, float) for one in value):
+        raise InputError(f"{place} has answers that are neither text nor numbers")
     answers = tuple(str(one).strip() for one in value) if isinstance(value, list) else (str(value).strip(),)
     if not answers or not all(answers):
         raise InputError(f"{place} has no answer, or a blank one: give one or remove the record")

@@ -119,6 +119,8 @@ LATENCY = LatencyLimit(quantity="tpot", percentile=95, seconds=math.inf, streams
 
 _LATENCY = "50ms, or ttft_p95=300ms,tpot_p99=50ms@streams=16"
 _LIMIT = re.compile(r"\s*(ttft|tpot)(?:_p([1-9]\d?))?\s*=(.*)", re.ASCII)
+_MINUTES = re.compile(r"\s*[\d.]+\s*m\s*", re.ASCII | re.IGNORECASE)
+_SHORTEST = 1e-7  # seconds; below it a limit would be written as 0
 _STREAMS = re.compile(r"\s*streams\s*=\s*([1-9]\d{0,5})\s*\Z", re.ASCII)
 
 
@@ -146,7 +148,11 @@ def parse_latency(text: str, streams: int = 1) -> tuple[LatencyLimit, ...]:
                 f"{text!r} is no limit of latency: ttft and tpot have percentiles 1 to 99; write {_LATENCY}"
             )
         quantity, percentile, duration = named.groups() if named else ("tpot", None, part)
+        if _MINUTES.fullmatch(duration):
+            raise InputError(f"{text!r} would be minutes: write ms for milliseconds, or min, like {_LATENCY}")
         seconds = float(_parse(duration, _SECONDS, "a limit of latency", _LATENCY))
+        if seconds < _SHORTEST:
+            raise InputError(f"{text!r} is shorter than any answer: write a limit like {_LATENCY}")
         parsed.append(
             LatencyLimit(quantity=quantity, percentile=int(percentile or 95), seconds=seconds, streams=streams)
         )

@@ -45,6 +45,7 @@ ROOMS = (
     "storage",
     "gguf_graphs",
     "gguf_cuts",
+    "config_fields",
     "latent",
     "serving_memory",
     "roofline",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import struct
@@ -238,6 +239,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path.parent} has no {path.name}: give a folder that transformers can load") from error
+    except RecursionError:
+        raise InputError(f"cannot read {path}: it is nested too deep") from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     if not isinstance(data, dict):
@@ -287,6 +290,24 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
         if length > path.stat().st_size - 8:
             raise ValueError("its header ends beyond the file")
         return length, json.loads(file.read(length))
+
+
+def stored_weights(folder: Path) -> int:
+    """How many weights the safetensors of a folder hold, each tensor by its shape; 0 where there are none.
+
+    Raises:
+        InputError: A header without the shapes.
+    """
+    count = 0
+    for path in _weight_files(folder):
+        for name, entry in _header(path)[1].items():
+            if name == "__metadata__":
+                continue
+            shape = entry.get("shape")
+            if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+                raise InputError(f"{path} is damaged: its tensor {name!r} has no shape: get the file again")
+            count += math.prod(shape)
+    return count
 
 
 def stored_type(folder: Path) -> HeldType:

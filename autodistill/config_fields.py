@@ -1,0 +1,123 @@
+"""The fields of a model's config.json that are read, each held to its kind before anything is computed from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from autodistill.contracts import MOST_LAYERS, MOST_OF_A_SIZE
+from autodistill.errors import InputError
+
+MOST_EXPERTS = 10_000
+"""Of a layer: more are a slip or an attack, and no mixture."""
+
+Check = Callable[[Any], bool]
+
+
+def _whole(least: int, most: int) -> Check:
+    """A whole number; to Python true and false are such, to a person they are not."""
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def _number(value: Any) -> bool:
+    # Beyond the largest float, a whole number cannot be computed with.
+    return type(value) in (int, float) and 0 < value < 1e300 and math.isfinite(value)
+
+
+def _share(value: Any) -> bool:
+    return _number(value) and value <= 1
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _switch(value: Any) -> bool:
+    return type(value) is bool or (type(value) is int and value in (0, 1))
+
+
+def _kinds(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+
+
+_SIZE = (_whole(0, MOST_OF_A_SIZE), "a whole number that is not negative")
+_SWITCH = (_switch, "true or false")
+_TEXT = (_text, "text")
+_NUMBER = (_number, "a number above 0")
+_SHARE = (_share, "a number above 0, 1 at the most")
+_MAPPING = (lambda value: isinstance(value, Mapping), "a mapping")
+_EXPERTS = (_whole(0, MOST_EXPERTS), f"a whole number, {MOST_EXPERTS:,} at the most")
+
+_FIELDS: Mapping[str, tuple[Check, str]] = {
+    "sliding_window": _SIZE,
+    "sliding_window_pattern": (_whole(0, MOST_LAYERS), "a whole number of layers"),
+    "max_window_layers": (_whole(0, MOST_LAYERS), "a whole number of layers"),
+    "layer_types": (_kinds, "a list of texts"),
+    "use_sliding_window": _SWITCH,
+    "tie_word_embeddings": _SWITCH,
+    "attention_bias": _SWITCH,
+    "mlp_bias": _SWITCH,
+    "hidden_act": _TEXT,
+    "hidden_activation": _TEXT,
+    "rope_theta": _NUMBER,
+    "rope_local_base_freq": _NUMBER,
+    "rotary_emb_base": _NUMBER,
+    "rotary_pct": _SHARE,
+    "rope_scaling": _MAPPING,
+    "rope_parameters": _MAPPING,
+    "quantization_config": _MAPPING,
+    "n_routed_experts": _EXPERTS,
+    "n_shared_experts": _EXPERTS,
+    "num_experts_per_tok": _EXPERTS,
+    "num_local_experts": _EXPERTS,
+    "num_experts": _EXPERTS,
+    "q_lora_rank": _SIZE,
+    "first_k_dense_replace": (_whole(0, MOST_LAYERS), "a whole number of layers"),
+}
+_ROTARY: Mapping[str, tuple[Check, str]] = {
+    "rope_type": _TEXT,
+    "type": _TEXT,
+    "rope_theta": _NUMBER,
+    "partial_rotary_factor": _SHARE,
+}
+_PACKED: Mapping[str, tuple[Check, str]] = {"format": _TEXT, "config_groups": _MAPPING}
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuses a config in which a field that is read is of another kind than a model's.
+
+    A field that is missing, or null, has its default; which sizes there must be is the architecture's.
+
+    Args:
+        config: Content of `config.json`.
+
+    Raises:
+        InputError: The field, and what it should be.
+    """
+    _check(config, _FIELDS, "")
+    for name in ("rope_scaling", "rope_parameters"):
+        rotary = config.get(name) or {}
+        _check(rotary, _ROTARY, f"{name}.")
+        # Gemma has those of each kind of layers under its name.
+        for kind in ("full_attention", "sliding_attention"):
+            _check(rotary, {kind: _MAPPING}, f"{name}.")
+            _check(rotary.get(kind) or {}, _ROTARY, f"{name}.{kind}.")
+    packed = config.get("quantization_config") or {}
+    _check(packed, _PACKED, "quantization_config.")
+    for name, group in (packed.get("config_groups") or {}).items():
+        where = "quantization_config.config_groups"
+        _check({name: group}, {name: _MAPPING}, f"{where}.")
+        _check(group or {}, {"weights": _MAPPING}, f"{where}.{name}.")
+
+
+def _check(found: Mapping[str, Any], fields: Mapping[str, tuple[Check, str]], where: str) -> None:
+    for name, (check, kind) in fields.items():
+        value = found.get(name)
+        if value is not None and not check(value):
+            shown = repr(value) if isinstance(value, str | float | bool) else type(value).__name__
+            if type(value) is int:
+                shown = str(value) if abs(value) < 10**12 else "a far larger number"
+            raise InputError(
+                f"the model's config must give {where}{name} as {kind}, not {shown[:60]}: check config.json"
+            )
