@@ -395,7 +395,13 @@ def estimate(
         int | None, option("--active-experts", "Number of experts used for each token.", "N", rich_help_panel=_SHAPE)
     ] = None,
     window: Annotated[
-        int | None, option("--window", "Window of sliding attention in all layers.", "TOKENS", rich_help_panel=_SHAPE)
+        int | None,
+        option(
+            "--window",
+            "Window of sliding attention in all layers, which GGUF cannot hold.",
+            "TOKENS",
+            rich_help_panel=_SHAPE,
+        ),
     ] = None,
     tied: Annotated[
         bool, typer.Option("--tied", help="The output layer shares the embedding table.", rich_help_panel=_SHAPE)

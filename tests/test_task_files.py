@@ -336,3 +336,17 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path: Path, content: str | 
     with pytest.raises(InputError) as caught:
         read_tasks(path)
     assert "\n" not in str(caught.value)
+
+
+def test_answers_that_are_lists_in_lists_are_refused(tmp_path: Path) -> None:
+    task = choice(metric="exact_match", template={"prompt": "{question}", "answer": "{answer}"}, labels=None)
+    assert one(write(tmp_path / "a", task, records(answer=["x", 3]))).validation[0].answers == ("x", "3")
+    with pytest.raises(InputError, match="answers that are neither text nor numbers"):
+        read_tasks(write(tmp_path / "b", task, records(answer=[["x"]])))
+
+
+def test_a_gold_answer_that_stands_twice_among_the_choices_is_refused(tmp_path: Path) -> None:
+    lines = records(options="A. yes\nB. no\nC. yes", answer="A. yes")
+    with pytest.raises(InputError, match="has its gold answer twice among its choices"):
+        read_tasks(write(tmp_path, choice(), lines))
+    assert one(write(tmp_path, choice(), records(options="A. yes\nB. no\nC. no", answer="A. yes")))

@@ -214,6 +214,10 @@ def test_a_limit_of_latency_names_quantity_percentile_and_load(text: str, limits
     assert [(one.quantity, one.percentile, one.seconds, one.streams) for one in found] == limits
 
 
+def test_a_limit_of_minutes_is_written_out() -> None:
+    assert parse_latency("ttft=2min")[0].seconds == 120
+
+
 def test_streams_are_the_caller_s_where_the_text_does_not_say() -> None:
     assert parse_latency("50ms", 4)[0].streams == 4
     assert parse_latency("50ms@streams=2", 4)[0].streams == 2
@@ -232,6 +236,9 @@ def test_streams_are_the_caller_s_where_the_text_does_not_say() -> None:
         ("50ms@streams=0", "after @ comes streams=N"),
         ("50ms,tpot=40ms", "limits one latency twice"),
         ("50ms,", "is not a limit of latency"),
+        ("50m", "would be minutes: write ms for milliseconds, or min"),
+        ("ttft_p95=1s,tpot=5 M", "would be minutes"),
+        ("0.0000001us", "shorter than any answer"),
     ],
 )
 def test_other_limits_of_latency_are_refused(text: str, said: str) -> None:
