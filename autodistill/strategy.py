@@ -196,7 +196,7 @@ class Alignment(Part):
             "mlp" (linear, GELU, linear).
         rank: Inner width of the low-rank projection; 0 for the others.
         weight: Factor of the alignment loss, which is of the size of 1 at the start.
-        balance: Whether the alignment loss is first brought to the size of the logit loss, step by step.
+        balance: Whether the alignment loss is first brought to the size of the logit loss, by both of the step before.
         projection_rate: Learning rate of the projections over that of the student.
     """
 
@@ -238,7 +238,7 @@ class Attention(Part):
         teacher_depth: Which layer of the teacher: the last one within this fraction of its depth. The paper takes the
             last one of 12, and 19 or 21 of 24 (0.8 or 0.88).
         weight: Factor of the attention loss.
-        balance: Whether the attention loss is first brought to the size of the logit loss, step by step.
+        balance: Whether the attention loss is first brought to the size of the logit loss, by both of the step before.
     """
 
     kind: str = "maps"
@@ -311,7 +311,7 @@ class Distillation(Part):
         positions: Predicted tokens that are learnt: "answers", those that the data mark as such, or all where they mark
             none; "all"; or "uncertain", the share of the first whose predictions by the student have the most entropy
             (alignments take all of the first).
-        uncertain_share: Share of a step's tokens that are "uncertain", below 1; 1 for other positions.
+        uncertain_share: Share of each sequence's tokens that are "uncertain", below 1; 1 for other positions.
         alignment: Hidden-state alignment, or None.
         attention: Attention alignment, or None.
         learning_rate: Peak rate of AdamW.

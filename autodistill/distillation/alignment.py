@@ -135,15 +135,15 @@ def alignment_loss(states: Tensor, target: Tensor, target_size: Tensor | None = 
 _MET = 1e-3
 
 
-def balance_factor(loss: Tensor, logit_loss: Tensor) -> Tensor:
-    """What brings a loss to the size of the logit loss: |logit_loss| / max(loss, 0.001), without a gradient.
+def balance_factor(loss: float, logit_loss: float) -> float:
+    """What brings a loss to the size of the logit loss: |logit_loss| / max(loss, 0.001).
 
     The product's gradient is that of logit_loss * log(loss): it asks for the same relative progress however small the
-    loss has become. It depends on its own step alone, so that a trial goes on from a checkpoint to the last bit. The
-    floor bounds it: below, a met target's rounding would be blown up to the size of the logit loss.
+    loss has become. The floor bounds it: below, a met target's rounding would be blown up to the size of the logit
+    loss.
 
     Args:
-        loss: Scalar, at least 0.
-        logit_loss: Scalar.
+        loss: At least 0.
+        logit_loss: Of the same tokens.
     """
-    return logit_loss.detach().abs() / loss.detach().clamp_min(_MET)
+    return abs(logit_loss) / max(loss, _MET)

@@ -19,12 +19,14 @@ _CPU_CHUNK, _CHUNK = 3 * 2**19, 2**25
 class LogitLoss(NamedTuple):
     """Means over the predicted tokens; only `total` carries a gradient.
 
-    A token that nothing of the teacher is heard of has no divergence: it counts as 0.
+    A token that nothing of the teacher is heard of has no divergence: it counts as 0, and `heard` is the share of the
+    others.
     """
 
     total: Tensor
     divergence: Tensor
     cross_entropy: Tensor
+    heard: Tensor
 
 
 def logit_loss(
@@ -71,8 +73,8 @@ class _LogitLoss(torch.autograd.Function):
         heard: int,
         weight: float,
         divergence: Divergence,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, divergence and cross-entropy, and the gradient at once, rows at a time."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, divergence, cross-entropy and share heard, and the gradient at once, rows at a time."""
         rows = logits.shape[0]
         work = torch.float64 if logits.dtype == torch.float64 else torch.float32
         # Each part of the logits is read before its gradient is written there, and nothing needs them afterwards.
@@ -80,6 +82,7 @@ class _LogitLoss(torch.autograd.Function):
         distance = torch.zeros((), dtype=work, device=logits.device)
         cross_entropy = torch.zeros((), dtype=work, device=logits.device)
         learnt = torch.zeros((), dtype=work, device=logits.device)
+        told = torch.zeros((), dtype=work, device=logits.device)
         step = max(1, (_CPU_CHUNK if logits.device.type == "cpu" else _CHUNK) // logits.shape[1])
         used = target if weight > 0 and heard else None
         for part, outputs in _parts(used, heard if used else 0, rows, step):
@@ -90,6 +93,8 @@ class _LogitLoss(torch.autograd.Function):
             chunk_gradient: Tensor | None = None
             # Of cross-entropy: a number, or [rows, 1] where the target knows of some of these rows nothing.
             share: float | Tensor = 1 - weight if outputs else 1.0
+            if outputs:
+                told += len(label) if outputs.heard is None else outputs.heard.sum()
             if used and isinstance(outputs, TopTarget | SampledTarget) and used.temperature == 1:
                 terms = _at_one(shifted, label, label_logit, outputs, divergence, weight, rows)
                 value, gradient[part], surprise = terms
@@ -117,9 +122,10 @@ class _LogitLoss(torch.autograd.Function):
         ctx.save_for_backward(gradient)
         distance /= max(rows, 1)
         cross_entropy /= max(rows, 1)
+        told /= max(rows, 1)
         loss = weight * distance + learnt / max(rows, 1)
-        ctx.mark_non_differentiable(distance, cross_entropy)
-        return loss, distance, cross_entropy
+        ctx.mark_non_differentiable(distance, cross_entropy, told)
+        return loss, distance, cross_entropy, told
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None, None]:

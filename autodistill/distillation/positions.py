@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -30,53 +30,80 @@ class Learnt(NamedTuple):
         heard: How many of them the teacher predicts too; they are the first.
         rows: Their places among the student's predicted tokens, sequence by sequence; of plain text all of them.
         teachers: The places of those heard among the teacher's predicted tokens.
+        sequences: int64 [size], which of the sequences each is of.
     """
 
     size: int
     heard: int
     rows: Tensor | slice
     teachers: Tensor | slice
+    sequences: npt.NDArray[np.int64]
 
     @property
     def shared(self) -> Tensor | slice:
         """Places of those heard among the student's predicted tokens."""
         return self.rows if isinstance(self.rows, slice) else self.rows[: self.heard]
 
+    def chosen(self, share: float) -> int:
+        """How many of them `uncertain_rows` takes."""
+        return int(_quotas(self.sequences, share).sum())
+
 
 def learnt_tokens(data: TokenSet, indices: list[int], everywhere: bool, device: str) -> Learnt:
     """What is learnt of the sequences `indices`: answers, or where `everywhere` says so all but padding."""
+    length = data.tokens.shape[1] - 1
     if data.answers is None:
-        count = len(indices) * (data.tokens.shape[1] - 1)
-        return Learnt(count, count, slice(None), slice(None))
+        count = len(indices) * length
+        return Learnt(count, count, slice(None), slice(None), np.arange(count) // length)
     # What belongs to no document is padding.
     counted = (data.documents >= 0 if everywhere else data.answers)[indices, 1:].ravel()
     if data.teacher is None:
-        rows = torch.from_numpy(np.flatnonzero(counted)).to(device)
-        return Learnt(len(rows), len(rows), rows, rows)
+        places = np.flatnonzero(counted)
+        rows = torch.from_numpy(places).to(device)
+        return Learnt(len(rows), len(rows), rows, rows, places // length)
     assert data.shared is not None
     assert data.teacher.shared is not None
     shared = data.shared[indices, 1:].ravel()
     both, theirs = np.flatnonzero(shared), np.flatnonzero(data.teacher.shared[indices, 1:])
-    rows = torch.from_numpy(np.concatenate([both, np.flatnonzero(counted & ~shared)])).to(device)
-    return Learnt(len(rows), len(both), rows, torch.from_numpy(theirs).to(device))
+    places = np.concatenate([both, np.flatnonzero(counted & ~shared)])
+    rows, heard = torch.from_numpy(places).to(device), torch.from_numpy(theirs).to(device)
+    return Learnt(len(rows), len(both), rows, heard, places // length)
 
 
-def uncertain_rows(states: Tensor, head: Callable[[Tensor], Tensor], share: float) -> Tensor:
-    """Indices, ascending, of the share of rows whose predictions have the highest entropy; one of them at least.
+def _quotas(sequences: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.int64]:
+    """The share of each sequence's rows, rounded up to whole ones."""
+    return np.ceil(share * np.bincount(sequences)).astype(np.int64)
 
-    The selection of SE-KD (arXiv 2602.01395). The entropies cost a product with the whole head for every row, which
-    no gradient follows; loss and gradient then cost those of the chosen rows alone.
+
+def uncertain_rows(
+    states: Tensor, head: Callable[[Tensor], Tensor], share: float, sequences: npt.NDArray[np.int64]
+) -> Tensor:
+    """Indices, ascending, of the share of each sequence's rows whose predictions have the highest entropy.
+
+    The selection of SE-KD (arXiv 2602.01395), within each sequence, so that it does not depend on which sequences are
+    read at once, which memory and the number of processes decide. The entropies cost a product with the whole head for
+    every row, which no gradient follows; loss and gradient then cost those of the chosen rows alone.
 
     Args:
         states: [rows, width], of the student after its final norm; they take no gradient here.
         head: From states [n, width] to logits [n, vocab].
-        share: Above 0 and at most 1, rounded up to whole rows.
+        share: Above 0 and at most 1, rounded up to whole rows of a sequence.
+        sequences: int64 [rows], which sequence each is of.
     """
+    if len(states) == 0:
+        return torch.zeros(0, dtype=torch.int64, device=states.device)
     on_cpu = states.device.type == "cpu"
     chunk, entropies = (_CPU_CHUNK_ROWS, _ENTROPY_ROWS) if on_cpu else (_CHUNK_ROWS, _CHUNK_ROWS)
     with torch.no_grad():
         found = [_entropy(few) for rows in states.detach().split(chunk) for few in head(rows).split(entropies)]
-        return torch.cat(found).topk(math.ceil(share * len(states))).indices.sort().values
+        falling = torch.cat(found).argsort(descending=True)
+        # Sequence by sequence, each from its highest entropy on: how many of each stand first follows from its length.
+        of = torch.from_numpy(sequences).to(states.device)
+        ordered = falling[of[falling].argsort(stable=True)]
+        counts, quotas = np.bincount(sequences), _quotas(sequences, share)
+        starts = counts.cumsum() - counts
+        places = np.concatenate([start + np.arange(quota) for start, quota in zip(starts, quotas, strict=True)])
+        return ordered[torch.from_numpy(places).to(states.device)].sort().values
 
 
 def _entropy(logits: Tensor) -> Tensor:

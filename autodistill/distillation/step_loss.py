@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autodistill.distillation.alignment import Pair, alignment_loss, balance_factor, layer_map, projection
+from autodistill.distillation.alignment import Pair, alignment_loss, layer_map, projection
 from autodistill.distillation.attention import Heads, TeacherBlock, attention_loss, watch
 from autodistill.distillation.divergence import divergence_of
 from autodistill.distillation.grid_values import deploy_tensor
 from autodistill.distillation.logit_loss import logit_loss
-from autodistill.distillation.positions import Learnt, uncertain_rows
+from autodistill.distillation.positions import Learnt, learnt_tokens, uncertain_rows
 from autodistill.distillation.signals import LiveTeacher, target_source
 from autodistill.distillation.student import decoder_layers
 from autodistill.distillation.target import Target
@@ -25,8 +25,26 @@ from autodistill.formats import Grid
 from autodistill.strategy import Attention, Distillation
 from autodistill.token_sets import TokenSet
 
-TERMS = ("loss", "divergence", "cross_entropy", "alignment", "attention")
-"""What is known of a step's loss: it, and its terms without their weights."""
+RECORDED = ("loss", "divergence", "cross_entropy", "alignment", "attention")
+"""A step's loss, and its terms without their weights."""
+TERMS = (*RECORDED, "logits", "heard", "shared")
+"""And the logit loss; the share of its tokens with a divergence, and of the learnt tokens with an alignment."""
+
+
+class Sizes(NamedTuple):
+    """How many tokens of some sequences the means of the logit loss, of alignments and of attention are over."""
+
+    logits: int
+    learnt: int
+    attended: int
+
+
+class Shares(NamedTuple):
+    """Of a step's `Sizes`, what some of its sequences have."""
+
+    logits: float
+    learnt: float
+    attended: float
 
 
 class Weighing(NamedTuple):
@@ -36,11 +54,14 @@ class Weighing(NamedTuple):
         temperature: Of the divergence.
         weight: Of the divergence, 0 to 1; cross-entropy has the rest.
         mixture: Of the divergence, for those that have one.
+        alignment, attention: What their losses are brought to the size of the logit loss by; 1 where they are not.
     """
 
     temperature: float
     weight: float
     mixture: float
+    alignment: float = 1.0
+    attention: float = 1.0
 
 
 class StepLoss:
@@ -111,18 +132,33 @@ class StepLoss:
         grid = storage_of(name) if storage_of else None
         return (weight.detach() if grid is None else deploy_tensor(weight, grid)).bfloat16()
 
-    def of(self, indices: list[int], learnt: Learnt, at: Weighing) -> tuple[Tensor, Tensor]:
-        """The loss that is descended, a mean over the predicted tokens, and its terms.
+    def sizes(self, indices: list[int]) -> Sizes:
+        """What the means over some sequences' tokens are over, which no pass is needed for."""
+        learnt, recipe = self._learnt(indices, "cpu"), self._recipe
+        chosen = learnt.chosen(recipe.uncertain_share) if recipe.positions == "uncertain" else learnt.size
+        if recipe.attention is None:
+            return Sizes(chosen, learnt.size, 0)
+        text = self._data.documents[indices, :-1] >= 0
+        return Sizes(chosen, learnt.size, text.size if self._data.answers is None else int(text.sum()))
+
+    def _learnt(self, indices: list[int], device: str) -> Learnt:
+        """The predicted tokens that losses are averaged over; of plain text all of them."""
+        return learnt_tokens(self._data, indices, self._recipe.positions == "all", device)
+
+    def of(self, indices: list[int], at: Weighing, step: Sizes) -> tuple[Tensor, Tensor]:
+        """What some sequences add to the loss that is descended, means over the step's tokens, and to its terms.
 
         Args:
             indices: Of the sequences.
-            learnt: Which of their tokens count; one at least.
             at: The step's place in the schedules.
+            step: Of all of the step's sequences.
 
         Returns:
             The loss, and float64 [`TERMS`] on the device, without a gradient.
         """
         ids, recipe = self._ids(indices), self._recipe
+        learnt = self._learnt(indices, self._device)
+        shares = Shares(*(own / max(1, all) for own, all in zip(self.sizes(indices), step, strict=True)))
         states: dict[int, Tensor] = {}
         with ExitStack() as stack:
             for pair in self._pairs:
@@ -138,7 +174,8 @@ class StepLoss:
                 head = self._model.get_output_embeddings()
                 head = head if frozen is None else partial(nn.functional.linear, weight=frozen)
                 uncertain = recipe.positions == "uncertain"
-                chosen = uncertain_rows(rows, head, recipe.uncertain_share) if uncertain else None
+                share = recipe.uncertain_share
+                chosen = uncertain_rows(rows, head, share, learnt.sequences) if uncertain else None
                 logits = head(rows if chosen is None else rows[chosen])
                 projected = [
                     project(states[pair.student_layer][:, :-1].flatten(0, 1)[learnt.shared])
@@ -151,18 +188,24 @@ class StepLoss:
             labels, heard, target = labels[chosen], len(known), target.take(known) if target else None
         divergence = divergence_of(recipe.divergence, at.mixture)
         logit_terms = logit_loss(logits, labels, target, at.weight, divergence, heard=heard)
-        loss = logit_terms.total
+        loss = shares.logits * logit_terms.total
         aligned, attended = (torch.zeros((), device=self._device) for _ in range(2))
         if alignment := recipe.alignment:
             aligned = self._alignment_loss(projected, indices, learnt, alignment.distance)
-            factor = balance_factor(aligned, logit_terms.total) if alignment.balance else 1.0
-            loss = loss + alignment.weight * factor * aligned
+            loss = loss + shares.learnt * alignment.weight * at.alignment * aligned
         if attention := recipe.attention:
             attended = attention_loss(heads, self._teacher_heads(indices, attention), self._text(indices))
-            factor = balance_factor(attended, logit_terms.total) if attention.balance else 1.0
-            loss = loss + attention.weight * factor * attended
-        terms = (loss, logit_terms.divergence, logit_terms.cross_entropy, aligned, attended)
-        return loss, torch.stack([term.detach().double() for term in terms])
+            loss = loss + shares.attended * attention.weight * at.attention * attended
+        terms = [loss.detach().double()]
+        for share, own in (
+            (shares.logits, (logit_terms.divergence, logit_terms.cross_entropy)),
+            (shares.learnt, (aligned,)),
+            (shares.attended, (attended,)),
+            (shares.logits, (logit_terms.total, logit_terms.heard)),
+        ):
+            terms += [share * term.detach().double() for term in own]
+        shared = shares.learnt * learnt.heard / max(1, learnt.size)
+        return loss, torch.stack([*terms, torch.full_like(terms[0], shared)])
 
     def of_nothing(self, indices: list[int]) -> Tensor:
         """A loss of 0 from a pass over sequences of which no token counts, which gathers every block and the head."""

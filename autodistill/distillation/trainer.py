@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from autodistill.contracts import OptimizerState, Plan
+from autodistill.distillation.alignment import balance_factor
 from autodistill.distillation.attention import TeacherBlock
 from autodistill.distillation.checkpoint import gathered, restore, write_checkpoint
 from autodistill.distillation.eight_bit import eight_bit_adamw
 from autodistill.distillation.interpolation import Interpolation
 from autodistill.distillation.lora import Adapters
 from autodistill.distillation.memory import TooManyAtOnce, give_back_memory, is_out_of_memory
-from autodistill.distillation.positions import Learnt, learnt_tokens
 from autodistill.distillation.quantization import FakeQuantized, one_step, quantized_training
 from autodistill.distillation.schedule import decayed, stable_rate
 from autodistill.distillation.sharding import Sharding, clip_sharded
 from autodistill.distillation.signals import LiveTeacher
-from autodistill.distillation.step_loss import TERMS, StepLoss, Weighing
+from autodistill.distillation.step_loss import RECORDED, TERMS, Sizes, StepLoss, Weighing
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.distillation.temperature import along, progress, snap, temperature_at
 from autodistill.errors import TrialFailedError
@@ -135,6 +135,8 @@ class Trainer:
         self._seed = seed
         self._device = device
         self._failures = 0
+        # What brings alignment and attention to the size of the logit loss, from the step before.
+        self._balance: tuple[float, float] | None = None
         self.scales: dict[str, Scales] = {}
         self._learned: list[nn.Parameter] = []
         self._on_grid: Mapping[str, FakeQuantized] = {}
@@ -286,14 +288,17 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         mixture = self._interpolation.share if self._interpolation else recipe.mixture
-        terms = self._gradients(self._sequences(), Weighing(temperature, weight, mixture))
+        indices = self._sequences()
+        step = self._loss.sizes(indices)
+        terms = self._gradients(indices, Weighing(temperature, weight, mixture), step)
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         norm = _clip(parameters) if self._sharding is None else clip_sharded(self._sharding, parameters, _CLIP)
-        if math.isfinite(norm) and math.isfinite(terms["loss"]):
+        if not (math.isfinite(norm) and math.isfinite(terms["loss"])):
+            self._failures += 1
+        elif step.learnt > 0:  # where no token counts nothing is known, and no good step stands between two spoilt ones
             self._optimizer.step()
             self._failures = 0
-        else:
-            self._failures += 1
+            self._balance = self._balanced(terms) if self._balancing else None
         self._optimizer.zero_grad(set_to_none=True)
         self.tokens += self._plan.batch_tokens
         if self._failures >= _PATIENCE:
@@ -301,9 +306,10 @@ class Trainer:
         share = 1.0
         if self._interpolation is not None:
             share = self._interpolation.share
-            if weight > 0:
-                reached = progress(self.tokens, self._plan.tokens)
-                self._interpolation = self._interpolation.after(terms["divergence"], recipe.mixture, reached)
+            reached = progress(self.tokens, self._plan.tokens)
+            # Of the tokens heard alone: how many they are says nothing of how far the student has come.
+            heard = terms["divergence"] / terms["heard"] if terms["heard"] > 0 else None
+            self._interpolation = self._interpolation.after(heard, recipe.mixture, reached)
         return StepRecord(
             tokens=self.tokens,
             divergence_weight=weight,
@@ -313,10 +319,10 @@ class Trainer:
             gradient_norm=norm,
             tokens_per_second=self._plan.batch_tokens / (time.perf_counter() - began),
             micro_batch=self._micro_batch,
-            **terms,
+            **{name: terms[name] for name in RECORDED},
         )
 
-    def _gradients(self, indices: list[int], at: Weighing) -> dict[str, float]:
+    def _gradients(self, indices: list[int], at: Weighing, step: Sizes) -> dict[str, float]:
         """Gradients of a whole step and the means of its terms, some sequences at a time.
 
         Where memory runs out the step begins again with half as many at a time: the effective batch stays.
@@ -327,7 +333,7 @@ class Trainer:
         processes = 1 if self._sharding is None else self._sharding.count
         while True:
             try:
-                return self._accumulate(indices, at)
+                return self._accumulate(indices, self._weighed(indices, at, step), step)
             except (RuntimeError, MemoryError) as error:
                 fewer = min(self._micro_batch, len(indices) // processes) // 2
                 if not is_out_of_memory(error) or fewer == 0:
@@ -339,14 +345,41 @@ class Trainer:
             self._micro_batch = fewer
             give_back_memory()
 
-    def _accumulate(self, indices: list[int], at: Weighing) -> dict[str, float]:
-        """Adds up the gradients of the micro-batches, each by its share of the counted tokens.
+    def _weighed(self, indices: list[int], at: Weighing, step: Sizes) -> Weighing:
+        """With what balances the terms: of the step before, or of this one where there is none before.
 
-        What is chosen or balanced within a step, as uncertain positions are, is so within each micro-batch.
+        So it is known before any gradient, and is the same however many sequences are read at once.
         """
+        if not self._balancing:
+            return at
+        if self._balance is None and step.learnt > 0:
+            with torch.no_grad():
+                self._balance = self._balanced(self._accumulate(indices, at, step))
+        alignment, attention = self._balance or (1.0, 1.0)
+        return at._replace(alignment=alignment, attention=attention)
+
+    @property
+    def _balancing(self) -> bool:
+        return any(part is not None and part.balance for part in (self._recipe.alignment, self._recipe.attention))
+
+    def _balanced(self, terms: Mapping[str, float]) -> tuple[float, float] | None:
+        """What brings a step's alignment and attention to its logit loss; what did before, where it has none."""
+        alignment, attention = self._balance or (1.0, 1.0)
+        if not all(map(math.isfinite, terms.values())):
+            return self._balance
+        if self._recipe.alignment and self._recipe.alignment.balance and terms["shared"] > 0:
+            alignment = balance_factor(terms["alignment"] / terms["shared"], terms["logits"])
+        if self._recipe.attention and self._recipe.attention.balance:
+            attention = balance_factor(terms["attention"], terms["logits"])
+        return alignment, attention
+
+    def _accumulate(self, indices: list[int], at: Weighing, step: Sizes) -> dict[str, float]:
+        """Adds up the micro-batches' parts of the step's means, and their gradients where those are enabled."""
         means = dict.fromkeys(TERMS, 0.0)
-        found: list[tuple[float, Tensor]] = []
-        total = self._learnt(indices, "cpu").size
+        if step.learnt == 0:
+            return means
+        found: list[Tensor] = []
+        learning = torch.is_grad_enabled()
         sharding, processes = self._sharding, 1
         if sharding is not None:
             indices, processes = sharding.share(indices), sharding.count
@@ -357,31 +390,28 @@ class Trainer:
         kept = repeated and sharding is None and not self._plan.checkpointing
         with one_step(self._on_grid.values() if kept else ()):
             for part in parts:
-                learnt = self._learnt(part, self._device)
-                share = learnt.size / max(1, total)
-                if share == 0:
+                if not any(self._loss.sizes(part)):
                     # Beside passes that count in other processes: they gather every block together.
-                    if sharding is not None and total > 0:
-                        self._loss.of_nothing(part).backward()
+                    if sharding is not None:
+                        nothing = self._loss.of_nothing(part)
+                        if learning:
+                            nothing.backward()
                     continue
-                loss, terms = self._loss.of(part, learnt, at)
-                # Their gradients are averaged, where those of the step's parts add up.
-                (loss * (share * processes)).backward()
-                found.append((share, terms))
+                loss, terms = self._loss.of(part, at, step)
+                if learning:
+                    # Processes' gradients are averaged, where those of the step's parts add up.
+                    (loss * processes).backward()
+                found.append(terms)
         # Read once a step: with each reading this process waits for the GPU, which then waits for work.
-        read = torch.stack([terms for _, terms in found]).tolist() if found else []
-        for (share, _), values in zip(found, read, strict=True):
+        for values in torch.stack(found).tolist() if found else []:
             for name, value in zip(TERMS, values, strict=True):
-                means[name] += share * value
-        if sharding is None or total == 0:
+                means[name] += value
+        if sharding is None:
             return means
-        changes = [] if self._adapters is None else self._adapters.parameters()
-        sharding.average([*self._projections.parameters(), *changes, *self._learned])
+        if learning:
+            changes = [] if self._adapters is None else self._adapters.parameters()
+            sharding.average([*self._projections.parameters(), *changes, *self._learned])
         return sharding.sum(means)
-
-    def _learnt(self, indices: list[int], device: str) -> Learnt:
-        """The predicted tokens that losses are averaged over; of plain text all of them."""
-        return learnt_tokens(self._data, indices, self._recipe.positions == "all", device)
 
     def save(self, path: Path, notes: Mapping[str, str] | None = None) -> None:
         """Writes a checkpoint, whole or not at all; see `checkpoint`. Of several processes none goes on before."""
@@ -407,6 +437,7 @@ class Trainer:
         if not first:
             return None
         extra = {} if self._interpolation is None else {"interpolation": json.dumps(asdict(self._interpolation))}
+        extra |= {} if self._balance is None else {"balance": json.dumps(self._balance)}
         extra["processes"] = "1" if self._sharding is None else str(self._sharding.count)
         metadata = {**(notes or {}), **self._identity(), "tokens": str(self.tokens), **extra}
         return partial(write_checkpoint, tensors=tensors, metadata=metadata)
@@ -422,6 +453,7 @@ class Trainer:
         self.tokens = int(metadata["tokens"])
         if self._interpolation is not None:
             self._interpolation = Interpolation(**json.loads(metadata["interpolation"]))
+        self._balance = tuple(json.loads(metadata["balance"])) if "balance" in metadata else None
 
     def _identity(self) -> dict[str, str]:
         return {"strategy": self._strategy.stable_id, "seed": str(self._seed)}

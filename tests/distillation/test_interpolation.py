@@ -34,6 +34,12 @@ def test_a_falling_loss_moves_it_faster():
     assert level == pytest.approx(1 - 0.6 * (1 - 2.5e-4) ** 499, rel=1e-9)
 
 
+def test_a_step_that_nothing_was_heard_in_leaves_the_pace():
+    state = Interpolation(share=0.5, momentum=0.1, loss=2.0)
+    assert state.after(None, 0.4, 0.0) == state
+    assert state.after(None, 0.4, 0.9) == Interpolation(share=pytest.approx(0.94), momentum=0.1, loss=2.0)
+
+
 def test_a_loss_that_is_not_finite_changes_nothing():
     state = Interpolation(share=0.5, momentum=0.1, loss=2.0)
     assert state.after(math.nan, 0.4, 0.9) == state

@@ -137,6 +137,36 @@ def test_taids_target_moves_from_its_start_to_the_teacher(workshop, logits):
     assert share == 1.0
 
 
+def test_taids_pace_follows_the_tokens_that_the_teacher_is_heard_of_alone(workshop):
+    """Every other step has text alone: the paper's recurrence runs over the others, by their mean over tokens told."""
+    bench = workshop.told(workshop.cache, 64)
+    untold = np.ones(bench.data.tokens.shape, dtype=bool)
+    trainer = bench.trainer(
+        _strategy(divergence="taid", mixture=0.4, signal="written", signal_tokens=0), batch_tokens=32, tokens=10**6
+    )
+    order = [int(trainer._sequences()[0])]
+    for step in range(1, 8):
+        trainer.tokens = 32 * step
+        order.append(int(trainer._sequences()[0]))
+    trainer.tokens = 0
+    untold[order[::2], ::3] = False  # of the others a third is told
+    bench.data.told.ids[untold] = -1
+    records = list(trainer.train_stable(8 * 32))
+    share, momentum, last = 0.4, 0.0, None
+    for step, record in enumerate(records):
+        assert record.teacher_share == pytest.approx(share, rel=1e-12)
+        if step % 2 == 0:
+            loss = record.divergence * 31 / (~untold[order[step], 1:]).sum()
+            if last is not None:
+                momentum = 0.99 * momentum + 0.01 * (last - loss) / (last + 1e-15)
+                share += 5e-4 / (1 + math.exp(-momentum)) * (1 - share)
+            last = loss
+        else:
+            assert record.divergence == 0
+        share = max(0.4 + 0.6 * (step + 1) * 32 / 10**6, share)
+    assert share > 0.4004  # faster than the line
+
+
 def test_taid_continues_from_a_checkpoint(workshop, tmp_path):
     whole, first = (workshop.trainer(_strategy(**TAID), tokens=10**6) for _ in range(2))
     records = list(whole.train_stable(384))
@@ -157,7 +187,8 @@ def test_the_most_uncertain_positions(workshop, logits, share):
     _, student, labels = logits
     log_q = functional.log_softmax(student, dim=1)
     entropy = -(log_q.exp() * log_q).sum(dim=1)
-    chosen = entropy.argsort(descending=True)[: math.ceil(share * 248)]
+    each = entropy.view(8, 31).topk(math.ceil(share * 31), dim=1).indices
+    chosen = (each + 31 * torch.arange(8)[:, None]).flatten()
     expected = functional.cross_entropy(student[chosen], labels[chosen])
     assert record.cross_entropy == pytest.approx(float(expected), rel=2e-5)
 
@@ -233,3 +264,22 @@ def test_nan_in_the_teachers_outputs_ends_the_trial(workshop):
     trainer = workshop.trainer(_strategy(signal="states", signal_tokens=0), cache=Spoilt())
     with pytest.raises(TrialFailedError, match="not finite"):
         list(trainer.train_stable(512))
+
+
+def test_a_step_without_answers_is_no_good_step_between_two_spoilt_ones(workshop):
+    class Spoilt:
+        def final(self, indices):
+            return workshop.cache.final(indices) * float("nan")
+
+    strategy = _strategy(signal="states", signal_tokens=0)
+    answers = np.ones(workshop.data.tokens.shape, dtype=bool)
+    bench = replace(workshop, data=replace(workshop.data, answers=answers))
+    trainer = bench.trainer(strategy, cache=Spoilt(), batch_tokens=32)
+    trainer.tokens = 64
+    answers[trainer._sequences()] = False
+    trainer.tokens = 0
+    seen = []
+    with pytest.raises(TrialFailedError, match="not finite in 3 steps in a row"):
+        seen.extend(record.loss for record in trainer.train_stable(512))
+    assert np.isnan(seen[:2]).all()
+    assert seen[2:] == [0.0]
