@@ -381,19 +381,19 @@ def test_names_of_deployments():
     assert (q4.name, int4.name) == ("gguf-q4_0", "compressed-tensors-int4-g64")
 
 
-def test_the_likeliest_tokens_are_approximate_but_for_forward_kl_up_to_temperature_1():
+def test_the_likeliest_tokens_are_approximate_and_all_tokens_and_draws_are_not():
     full = {"signal": "states", "signal_tokens": 0}
     assert Distillation(divergence="reverse_kl").approximation.startswith("reverse_kl of 64 tokens and the rest")
     warm = Distillation(temperature=Temperature(shape="linear", start=5.0, end=1.0))
     assert warm.approximation.startswith("forward_kl of 64 tokens and the rest")
     told = Distillation(signal="written", signal_tokens=0, divergence="jsd", mixture=0.5)
     assert told.approximation == "jsd of the tokens told and the rest as one outcome: a lower bound"
+    assert Distillation().approximation == "forward_kl of 64 tokens and the rest as one outcome: a lower bound"
+    assert Distillation(signal_tokens=1, temperature=Temperature(start=0.7, end=0.7)).approximation is not None
+    assert Distillation(signal="written", signal_tokens=0).approximation.startswith("forward_kl of the tokens told")
     for exact in (
-        Distillation(),
-        Distillation(temperature=Temperature(start=0.7, end=0.7)),
         Distillation(signal="sampled"),
         Distillation(divergence="reverse_kl", **full),
         Distillation(divergence="reverse_kl", divergence_weight=0.0),
-        Distillation(signal="written", signal_tokens=0),
     ):
         assert exact.approximation is None

@@ -59,9 +59,16 @@ def test_the_parts_of_a_1_5b_student_by_hand() -> None:
 
 
 def test_the_first_that_fits_is_taken() -> None:
-    ways = list(training_fits(spec(), sequence_length=256, sequences=4))
-    for way in ways:
-        assert fit_training(spec(), sequence_length=256, sequences=4, limit_bytes=way.estimate.total_bytes) == way
+    for device, more in (("cpu", 1.27), ("cuda", 1.09)):
+        ways = list(training_fits(spec(), sequence_length=256, sequences=4, device=device))
+        for way in ways:
+            limit = int(more * way.estimate.total_bytes)
+            assert fit_training(spec(), sequence_length=256, sequences=4, limit_bytes=limit, device=device) == way
+        # With nothing to spare, what takes least is the likeliest to fit.
+        for way in ways[-2:]:
+            limit = way.estimate.total_bytes
+            found = fit_training(spec(), sequence_length=256, sequences=4, limit_bytes=limit, device=device)
+            assert found == ways[-1]
     least = ways[-1].estimate.total_bytes
     with pytest.raises(InputError, match="even one sequence at a time"):
         fit_training(spec(), sequence_length=256, sequences=4, limit_bytes=least - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -192,7 +192,6 @@ def _training(
     """
     length, processes = checked.sequence_length, place.share.processes
     _, largest = by_size(checked.space, spec)[-1]
-    signals = {recipe.signal for recipe in checked.space.signal_cases() if recipe.weighs_teacher}
     return fit_training(
         largest,
         teacher=spec,
@@ -201,7 +200,7 @@ def _training(
         train_embeddings=any(recipe.train_embeddings for recipe in _recipes(checked.space, spec, "train_embeddings")),
         sequence_length=length,
         sequences=step_tokens // length,
-        limit_bytes=_trial_memory(place) - _beside_bytes(spec, place.machines, teacher_fit, signals),
+        limit_bytes=_trial_memory(place) - _beside_bytes(checked.space, spec, place.machines, teacher_fit),
         processes=processes,
         bf16=train_in_bf16(place.machines),
         on_grid=_on_grid(checked.space, spec),
@@ -326,16 +325,17 @@ def _trial_memory(place: Place) -> int:
 
 
 def _main_bytes(checked: Checked, place: Place, spec: ModelSpec, teacher_fit: TeacherFit, fit: TrainingFit) -> int:
-    """Main memory of a process of a trial: of its training, or beside a GPU of the teacher and what is cut from it."""
+    """Main memory of a process of a trial: of training and a teacher in it, or by a GPU of teacher and student."""
     if not any(machine.gpus for machine in place.machines):
-        return fit.total_bytes
+        return fit.total_bytes + _beside_bytes(checked.space, spec, place.machines, teacher_fit)
     _, largest = by_size(checked.space, spec)[-1]
     stored = (4 if teacher_fit.stored == "float32" else 2) * spec.parameters
     return stored + 4 * largest.parameters + TRANSFORMERS_PROCESS_BYTES
 
 
-def _beside_bytes(spec: ModelSpec, machines: Sequence[Machine], fit: TeacherFit, signals: Collection[str]) -> int:
+def _beside_bytes(space: Space, spec: ModelSpec, machines: Sequence[Machine], fit: TeacherFit) -> int:
     """Of the teacher in a trial, which lies beside the student: all of it, its head, or nothing."""
+    signals = {recipe.signal for recipe in space.signal_cases() if recipe.weighs_teacher}
     bf16 = train_in_bf16(machines)
     if "online" in signals:
         return 2 * spec.parameters if bf16 else fit.held_bytes
