@@ -150,7 +150,12 @@ def searched(request: SearchRequest) -> Outcome:
 
 def written(given: Mapping[str, Any]) -> dict[str, Any]:
     """Answers prompts."""
-    timeout = parse_duration(given["timeout"])
+    if given["endpoint"] is None and given["timeout"] is not None:
+        raise InputError("--timeout is of requests to an endpoint: give --endpoint, or leave it out")
+    for name in ("teacher", "cache") if given["endpoint"] is not None and not given["top_k"] else ():
+        if given[name] is not None:
+            raise InputError(f"--{name} is not used where an endpoint writes: leave it out, or ask it for --top-k")
+    timeout = parse_duration(given["timeout"] or "5m")
     quiet_libraries(given["teacher"])
     from autodistill.distillation.generation import Sampling
     from autodistill.search.request import DEFAULT_TEACHER

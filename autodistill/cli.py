@@ -239,7 +239,9 @@ def write(
             "--batch", "Number of answers written at once (default: 8 at an endpoint, what suits the device here).", "N"
         ),
     ] = None,
-    timeout: Annotated[str, option("--timeout", "Give up a request to the endpoint after this long.", "TIME")] = "5m",
+    timeout: Annotated[
+        str | None, option("--timeout", "Give up a request to the endpoint after this long (default: 5m).", "TIME")
+    ] = None,
     cache: CacheOption = None,
     output: FormatOption = Format.TABLE,
 ) -> None:

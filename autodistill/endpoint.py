@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autodistill.errors import EndpointError, InputError, RefusedPromptError
+from autodistill.whole_request import exchange
 
 KEY_VARIABLE = "AUTODISTILL_API_KEY"
 MOST_LOGPROBS = 20  # that the protocol allows for each token
@@ -63,7 +64,7 @@ class Endpoint:
     Args:
         url: Base of the API, like "http://localhost:8000/v1".
         model: Its name there.
-        timeout: Seconds after which an answer is given up.
+        timeout: Seconds after which an answer is given up, however much of it has come.
         attempts: Requests made for an answer, at most.
         pause: Seconds before the second one.
 
@@ -105,10 +106,10 @@ class Endpoint:
         for attempt in range(self._attempts):
             wait = self._pause * 2**attempt
             try:
-                return _reply(self._post(body))
+                return _reply(json.loads(self._exchange("/chat/completions", body)))
             except urllib.error.HTTPError as error:
-                said = self._said(error)
                 self._reached.set()
+                said = self._said(error)
                 if error.code not in _PASSING:
                     kind = RefusedPromptError if error.code in _OF_THE_PROMPT else EndpointError
                     raise kind(f"{self.url} refused ({error.code}): {said}{self._advice(error.code)}") from None
@@ -121,31 +122,47 @@ class Endpoint:
                 if isinstance(reason, TimeoutError):
                     trouble = f"gave no answer in {self._timeout:g} seconds"
                 elif not self._reached.is_set():
-                    said = self._shown(reason)
-                    raise EndpointError(
-                        f"{self.url} cannot be reached ({said}): start the server, or correct --endpoint"
-                    ) from None
+                    raise self._unreachable(reason) from None
                 else:
                     trouble = f"broke off ({self._shown(reason) or type(error).__name__})"
-            except ValueError as error:
-                self._reached.set()
+            except (ValueError, RecursionError) as error:
                 trouble = f"answered nonsense ({self._shown(error)})"
             if attempt + 1 < self._attempts:
                 time.sleep(min(wait, _LONGEST_PAUSE))
         raise EndpointError(f"{self.url} {trouble}, {self._attempts} times: try again later")
 
-    def _post(self, body: Mapping[str, Any]) -> Any:
+    def reach(self) -> None:
+        """Contacts the endpoint, before what would be in vain without it; whatever it answers, it is there.
+
+        Raises:
+            EndpointError: It is not, or it refuses the key.
+        """
+        try:
+            self._exchange("/models")
+        except urllib.error.HTTPError as error:
+            self._reached.set()
+            if advice := self._advice(error.code) if error.code != 404 else "":
+                raise EndpointError(f"{self.url} refused ({error.code}): {self._said(error)}{advice}") from None
+        except (OSError, http.client.HTTPException) as error:
+            if not self._reached.is_set():
+                raise self._unreachable(getattr(error, "reason", error)) from None
+
+    def _unreachable(self, reason: object) -> EndpointError:
+        said = self._shown(reason)
+        return EndpointError(f"{self.url} cannot be reached ({said}): start the server, or correct --endpoint")
+
+    def _exchange(self, path: str, body: Mapping[str, Any] | None = None) -> bytes:
+        """What the server answers to a request: to a question where there is a body."""
         request = urllib.request.Request(
-            f"{self.url}/chat/completions",
-            json.dumps(body).encode(),
+            f"{self.url}{path}",
+            None if body is None else json.dumps(body).encode(),
             {"Content-Type": "application/json", "User-Agent": "autodistill"},
         )
         if self._key:
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")
-        with urllib.request.urlopen(request, timeout=self._timeout) as response:
-            data = response.read()
-        self._reached.set()
-        return json.loads(data)
+        with exchange(request, self._timeout) as response:
+            self._reached.set()
+            return response.read()
 
     def _said(self, error: urllib.error.HTTPError) -> str:
         """What the server says is wrong."""
@@ -156,7 +173,7 @@ class Endpoint:
         try:
             message = json.loads(text)["error"]
             text = message["message"] if isinstance(message, dict) else str(message)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             text = text or error.reason
         return self._shown(text)
 
@@ -207,16 +224,21 @@ def _reply(answer: Any) -> Reply:
         # Servers that tell no log-probabilities leave them out, or give null.
         content = (choice.get("logprobs") or {}).get("content") or ()
         return Reply(
-            text=text,
+            text=_whole(text),
             finished=choice.get("finish_reason") != "length",
             prompt_tokens=int(usage.get("prompt_tokens") or 0),
             answer_tokens=int(usage.get("completion_tokens") or 0),
             tokens=tuple((_choice(one), tuple(map(_choice, one.get("top_logprobs") or ()))) for one in content),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"no chat completion: {type(error).__name__} {error}") from error
+
+
+def _whole(text: str) -> str:
+    """Text without halves of UTF-16 pairs, which JSON can spell and neither a tokenizer nor a file takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _choice(entry: Mapping[str, Any]) -> Choice:
     given = entry.get("id")
-    return Choice(str(entry["token"]), int(given) if given is not None else None, float(entry["logprob"]))
+    return Choice(_whole(str(entry["token"])), int(given) if given is not None else None, float(entry["logprob"]))

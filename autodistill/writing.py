@@ -22,6 +22,7 @@ from autodistill.conversations import ANSWERING, TOLD, Told, Turn, told_of, told
 from autodistill.distillation.generation import Sampling, write
 from autodistill.distillation.held import load_held
 from autodistill.distillation.teacher import materialise, read_config, resolve_teacher, stored_type
+from autodistill.distillation.text_files import text_files
 from autodistill.documents import resolve_prompts
 from autodistill.endpoint import MOST_LOGPROBS, Endpoint, Reply
 from autodistill.errors import EndpointError, InputError, InterruptedWritingError, RefusedPromptError
@@ -139,7 +140,13 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
     except OSError as error:
         raise InputError(f"cannot write {request.out}: {error.strerror or error}") from error
     known = {record.get("key") for record in log.read()}
-    matcher = _Matcher(materialise(resolve_teacher(request.teacher), request.cache).folder) if request.top_k else None
+    matcher = None
+    if endpoint and request.top_k:
+        teacher = resolve_teacher(request.teacher)
+        if len(known) < len(prompts):
+            endpoint.reach()
+        with text_files(teacher) as folder:
+            matcher = _Matcher(folder)
     writer, answers = _from_endpoint(request, endpoint, matcher, tell) if endpoint else _from_teacher(request)
     settings = {
         "writer": writer,
@@ -355,5 +362,6 @@ class _Matcher:
         top = []
         for _, likeliest in told:
             found = [(one.id if by_id else self._ids.get(one.text), one.logprob) for one in likeliest]
-            top.append([(token, logprob) for token, logprob in found if token is not None and token < len(self._names)])
+            known = ((token, logprob) for token, logprob in found if token is not None)
+            top.append([(token, logprob) for token, logprob in known if 0 <= token < len(self._names)])
         return told_of(self.vocabulary, ids, top)

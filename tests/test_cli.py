@@ -140,6 +140,12 @@ BAD = [
     ("estimate @/teacher --device t4 --devices @/none.yaml", ["none.yaml"]),
     ("search --budget 1GB --devices @/none.yaml", ["none is asked for", "--device"]),
     ("pick --budget 1GB --devices @/none.yaml", ["none is asked for", "--device"]),
+    ("write --prompts @/text --out @/o.jsonl --timeout 5m", ["--timeout is of requests to an endpoint"]),
+    (
+        "write --prompts @/text --out @/o.jsonl --endpoint http://a/v1 --model m --teacher smollm2",
+        ["--teacher is not used"],
+    ),
+    ("write --prompts @/text --out @/o.jsonl --endpoint http://a/v1 --model m --cache @/c", ["--cache is not used"]),
     ("measure @/teacher --timeout soon", ["'soon' is not a duration"]),
     ("measure @/teacher --timeout 1m", ["--timeout changes nothing of a measurement here"]),
     ("pick", ["--budget or --device", "--tiers"]),

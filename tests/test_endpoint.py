@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import socket
 import threading
 import time
+import urllib.error
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -66,6 +70,12 @@ def send(status: int, body: Any, **headers: str) -> Callable[[BaseHTTPRequestHan
         handler.wfile.write(data)
 
     return script
+
+
+def _telling(**fields: Any) -> dict[str, Any]:
+    """An answer with a token that is told so."""
+    entry = {"token": "ho", "logprob": -0.5, "top_logprobs": [], **fields}
+    return GOOD | {"choices": [GOOD["choices"][0] | {"logprobs": {"content": [entry]}}]}
 
 
 def stall(handler: BaseHTTPRequestHandler) -> None:
@@ -148,6 +158,11 @@ def test_what_may_pass_is_asked_again(serve: Callable[..., Server], trouble: Any
         (send(200, {"choices": []}), r"answered nonsense"),
         (send(200, {"choices": [{"message": {"content": None}}]}), r"nonsense \(no text in its message\)"),
         (send(200, [1]), r"answered nonsense \(no chat completion"),
+        (send(200, GOOD | {"usage": {"prompt_tokens": math.inf}}), r"answered nonsense \(no chat completion: Overflow"),
+        (send(200, _telling(id=math.inf)), r"answered nonsense \(no chat completion: Overflow"),
+        (send(200, _telling(logprob=10**400)), r"answered nonsense \(no chat completion: Overflow"),
+        (send(200, b"[" * 100_000), r"answered nonsense \(maximum recursion depth"),
+        (send(503, b"[" * 100_000), r"answered 503"),
     ],
 )
 def test_what_does_not_pass_is_said(serve: Callable[..., Server], script: Any, said: str) -> None:
@@ -187,12 +202,64 @@ def test_a_slow_server_is_given_up(serve: Callable[..., Server]) -> None:
         client(server, timeout=0.1).ask(ASK, max_tokens=9)
 
 
+@pytest.mark.parametrize("beginning", [b"HTTP/1.0 200 OK\r\n\r\n", b"HTTP/1.0 200 OK\r\nX-Slow: "])
+def test_a_server_that_keeps_the_line_open_is_given_up(serve: Callable[..., Server], beginning: bytes) -> None:
+    """Blanks as a gateway sends them while it queues, then the answer: each comes in time, and the whole does not."""
+
+    def drip(handler: BaseHTTPRequestHandler) -> None:
+        with suppress(OSError):
+            handler.wfile.write(beginning)
+            for _ in range(10):
+                handler.wfile.write(b" ")
+                time.sleep(0.05)
+            handler.wfile.write((b"" if beginning.endswith(b"\n") else b"\r\n\r\n") + json.dumps(GOOD).encode())
+
+    with pytest.raises(EndpointError, match=r"gave no answer in 0.2 seconds, 1 times"):
+        client(serve(drip), timeout=0.2, attempts=1).ask(ASK, max_tokens=9)
+    assert client(serve(drip), timeout=10.0).ask(ASK, max_tokens=9).text == "ho"
+
+
+def test_a_first_answer_that_is_torn_is_asked_for_again(serve: Callable[..., Server]) -> None:
+    server = serve(torn, send(200, GOOD))
+    assert client(server).ask(ASK, max_tokens=9).text == "ho"
+    assert len(server.requests) == 2
+
+
+def test_halves_of_characters_are_replaced(serve: Callable[..., Server]) -> None:
+    content = _telling(token="\ud83d")["choices"][0] | {"message": {"content": "a\ud800b \ud83d\ude00 \udc00"}}
+    reply = client(serve(send(200, GOOD | {"choices": [content]}))).ask(ASK, max_tokens=9)
+    assert reply.text == "a\ufffdb \U0001f600 \ufffd"
+    assert reply.tokens[0][0].text == "\ufffd"
+
+
+def test_whatever_a_server_answers_it_is_there(serve: Callable[..., Server]) -> None:
+    server = serve(send(200, GOOD))
+    client(server).reach()
+    assert not server.requests
+    assert server.headers
+
+
+def test_a_key_that_is_refused_is_said_before_anything_is_asked(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = urllib.error.HTTPError("", 401, "no", None, io.BytesIO(b"{}"))  # type: ignore[arg-type]
+    monkeypatch.setattr("autodistill.endpoint.exchange", lambda request, seconds: _raise(error))
+    with pytest.raises(EndpointError, match=r"refused \(401\): .*AUTODISTILL_API_KEY"):
+        client(serve(send(200, GOOD))).reach()
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
 def test_nobody_there_is_said_at_once() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(EndpointError, match=r"cannot be reached .*refused.*: start the server"):
         Endpoint(f"http://127.0.0.1:{port}/v1", "big", pause=60).ask(ASK, max_tokens=9)
+    with pytest.raises(EndpointError, match=r"cannot be reached .*refused.*: start the server"):
+        Endpoint(f"http://127.0.0.1:{port}/v1", "big").reach()
 
 
 def test_the_pause_doubles_and_is_at_least_what_the_server_asks(

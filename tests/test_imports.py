@@ -26,6 +26,7 @@ ROOMS = (
     "llama_cpp",
     "python_server_child",
     "python_server",
+    "whole_request",
     "endpoint",
     "statistics",
     "hardware",

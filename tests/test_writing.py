@@ -165,6 +165,7 @@ def _canned(monkeypatch: pytest.MonkeyPatch, replies: dict[str, Any]) -> list[di
         return Reply(text=reply, finished=True, prompt_tokens=5, answer_tokens=2, tokens=())
 
     monkeypatch.setattr(writing.Endpoint, "ask", ask)
+    monkeypatch.setattr(writing.Endpoint, "reach", lambda self: None)
     return seen
 
 
@@ -529,6 +530,26 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
     monkeypatch.setattr(writing, "load_held", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match=said):
         write_data(replace(request_, **changes))
+
+
+def test_an_endpoint_that_is_not_there_is_said_before_a_tokenizer_is_obtained(
+    request_: WriteRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "text_files", lambda *_: pytest.fail("a tokenizer was obtained"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(EndpointError, match="cannot be reached"):
+        write_data(replace(request_, endpoint=f"http://127.0.0.1:{port}/v1", model="big", top_k=2))
+
+
+def test_of_a_teacher_whose_tokens_are_matched_no_weights_are_obtained(
+    request_: WriteRequest, served: Callable[[Answers], tuple[str, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "materialise", lambda *_: pytest.fail("weights were obtained"))
+    url, _ = served(lambda prompt: (200, _choice("paints")))
+    assert write_data(replace(request_, endpoint=url, model="big", top_k=2))["written"] == 3
 
 
 SERVER = """

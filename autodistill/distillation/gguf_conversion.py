@@ -34,8 +34,7 @@ def convert(file: GgufFile, folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
     try:
-        _write_config(file, temporary)
-        _write_tokenizer(file, temporary)
+        convert_text(file, temporary)
         digests = {"model.safetensors": _write_weights(file, temporary / "model.safetensors")}
         digests |= {path.name: sha256(path) for path in temporary.iterdir() if path.name not in digests}
         (temporary / _INDEX).write_text(json.dumps(digests, indent=1, sort_keys=True), encoding="utf-8")
@@ -49,6 +48,16 @@ def convert(file: GgufFile, folder: Path) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def convert_text(file: GgufFile, folder: Path) -> None:
+    """Writes what the folder has beside weights: the configuration and the tokenizer.
+
+    Raises:
+        InputError: As `convert`.
+    """
+    _write_config(file, folder)
+    _write_tokenizer(file, folder)
 
 
 def is_whole(folder: Path) -> bool:

@@ -27,14 +27,15 @@ def pretrained_spec(reference: str) -> ModelSpec:
     return spec_from_config(resolve_teacher(reference).config)
 
 
-def token_rows(model: Path, teacher: Path) -> Tensor:
+def token_rows(model: Path, teacher: Path, name: str | None = None) -> Tensor:
     """For each row of the teacher's embedding table the row of the model's that holds the same token.
 
     Tokens are the same where their texts are. A table may have more rows than there are tokens, and the teacher special
     tokens that the model does not know: what has no counterpart is -1.
 
     Args:
-        model, teacher: Folders of transformers.
+        model, teacher: Folders of transformers; their configs and tokenizers are read.
+        name: What a person knows the model by; None for its folder.
 
     Returns:
         int64 [the teacher's vocabulary].
@@ -54,11 +55,12 @@ def token_rows(model: Path, teacher: Path) -> Tensor:
     vocabulary, special = wanted.get_vocab(), wanted.get_added_vocab()
     missing = [text for text in vocabulary if text not in own and text not in special]
     if missing:
+        name = name or str(model)
         raise InputError(
-            f"logit distillation needs one vocabulary: {model} lacks {len(missing)} of the teacher's {len(vocabulary)} "
+            f"logit distillation needs one vocabulary: {name} lacks {len(missing)} of the teacher's {len(vocabulary)} "
             f"tokens, {missing[0]!r} among them; choose a model with the teacher's tokenizer, or train this one on "
             "text that the teacher writes (sequence-level distillation): `autodistill write --prompts ... --out "
-            f"answers.jsonl`, and then `autodistill distill sequence_level --data answers.jsonl --teacher {model}`"
+            f"answers.jsonl`, and then `autodistill distill sequence_level --data answers.jsonl --teacher {name}`"
         )
     for text, row in vocabulary.items():
         if row < len(rows) and text in own:

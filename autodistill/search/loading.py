@@ -19,6 +19,7 @@ from autodistill.distillation.memory import share_bytes
 from autodistill.distillation.pretrained import token_rows
 from autodistill.distillation.signals import check_told
 from autodistill.distillation.teacher import Teacher, materialise, resolve_teacher, stored_type, tokenizer_fingerprint
+from autodistill.distillation.text_files import text_files
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.export.gguf_text import cannot_cut
@@ -116,6 +117,7 @@ def load(checked: Checked, place: Place) -> Loaded:
         NothingFitsError: None of those that can fits the budget.
     """
     request = checked.request
+    _compare_tokens(checked)
     teacher = materialise(checked.teacher, request.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
     if reason := cannot_cut(teacher.folder):
@@ -159,6 +161,21 @@ def load(checked: Checked, place: Place) -> Loaded:
         templates=refused | {model: _told_of(model, data.renderings[name]) for model, name in renderings.items()},
         caveat="" if reason or not _in_gguf(checked) else spaces(teacher.folder).caveat,
     )
+
+
+def _compare_tokens(checked: Checked) -> None:
+    """Refuses pretrained models of another tokenizer before any weight is obtained.
+
+    Raises:
+        InputError: As `token_rows`.
+    """
+    models = checked.space.models
+    if not models:
+        return
+    with text_files(checked.teacher) as teacher:
+        for model in models:
+            with text_files(resolve_teacher(model)) as folder:
+                token_rows(folder, teacher, model)
 
 
 def trainable(checked: Checked, place: Place, line: Callable[[str], None]) -> Checked:

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
-from autodistill.distillation.teacher import Teacher
+from autodistill.distillation.teacher import Teacher, resolve_teacher
+from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.hardware import Machine
-from autodistill.search.loading import Place, _main_bytes, _told_of_teacher
+from autodistill.search import loading
+from autodistill.search.loading import Place, _main_bytes, _told_of_teacher, load
 from autodistill.search.share import Share, share_out
 from autodistill.strategy import Distillation
+from autodistill.testing import save_tiny_teacher
 from autodistill.training_fit import TeacherFit
 
 
@@ -54,3 +57,15 @@ def test_workers_on_a_cpu_have_room_for_the_teacher_that_each_loads(signal: str,
     main = _main_bytes(checked, place, spec_from_config(QWEN_1_5B), teacher, fit)
     assert main == 8_500_000_000 + beside
     assert share_out([machine], main, "ray").count == workers
+
+
+def test_a_model_of_another_tokenizer_is_refused_before_any_weights_are_obtained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, model = (save_tiny_teacher(tmp_path / str(size), vocabulary=size) for size in (300, 280))
+    monkeypatch.setattr(loading, "materialise", lambda *_: pytest.fail("weights were obtained"))
+    checked: Any = SimpleNamespace(
+        teacher=resolve_teacher(str(teacher)), request=None, space=SimpleNamespace(models=(str(model),))
+    )
+    with pytest.raises(InputError, match=f"needs one vocabulary: {model} lacks"):
+        load(checked, Place(here=Machine(cpus=1, memory_bytes=1), machines=(), share=Share()))
