@@ -233,6 +233,18 @@ def open_prepared(folder: Path) -> Prepared:
     return Prepared(folder=folder, splits=splits, notes=notes, renderings=renderings, **fields)
 
 
+def fingerprint_of(folder: Path) -> str:
+    """The fingerprint of prepared data, as `Prepared` has it, without a look at their files.
+
+    Raises:
+        InputError: No prepared data in the folder.
+    """
+    try:
+        return str(json.loads((folder / INDEX).read_text(encoding="utf-8"))["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} holds no prepared data: prepare them first") from error
+
+
 def load_split(folder: Path, split: str, rendering: str = "") -> TokenSet:
     """Opens the sequences of one split, memory-mapped where they lie in one piece.
 

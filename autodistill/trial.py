@@ -34,7 +34,7 @@ from autodistill.formats import Grid, Scales
 from autodistill.stages import Checkpoint, open_stages
 from autodistill.strategy import Deployment, Init, Strategy
 from autodistill.students import save_student, send_student, student_folder, trained_student
-from autodistill.token_sets import TokenSet, load_split
+from autodistill.token_sets import TokenSet, fingerprint_of, load_split
 from autodistill.trial_data import RungReport, TrialSetting, TrialTask
 
 # How much longer than the steps before a decay may take: for noise, and for its steps on a grid, which are slower.
@@ -65,8 +65,8 @@ class Workbench:
     def __post_init__(self) -> None:
         torch.set_num_threads(self.setting.plan.threads)
         keep_freed_memory()
-        self.cache = TeacherCache(self.setting.cache) if self.setting.cache else None
         setting = self.setting
+        self.cache = TeacherCache(setting.cache, fingerprint_of(setting.data)) if setting.cache else None
         self.teacher = LiveTeacher(setting.teacher, setting.device, setting.plan.bf16, setting.held)
         # A cache over more sequences may be shared; this search trains on what its own plan needs.
         self.train = self.read("train").head(self.setting.plan.most_tokens)

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -663,6 +664,17 @@ def test_nan(lab, tmp_path):
     with pytest.raises(TrialFailedError) as caught:
         trial.run(2)
     assert caught.value.cause == "nan"
+
+
+def test_a_cache_of_other_data_is_refused(lab, workshop, tmp_path):
+    """That of another tokenizer's tokens, which would be read as these."""
+    with pytest.raises(InputError, match=f"is of the data data, and these are {lab.data.fingerprint}: of another text"):
+        Workbench(lab.setting(tmp_path, cache=workshop.folder))
+    old = shutil.copytree(lab.cache, tmp_path / "old")
+    meta = json.loads((old / "meta.json").read_text())
+    assert meta.pop("data") == lab.data.fingerprint
+    (old / "meta.json").write_text(json.dumps(meta))
+    assert Workbench(lab.setting(tmp_path, cache=old)).cache is not None
 
 
 def test_what_the_cache_lacks_is_refused_before_anything_is_trained(lab, tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def ensure_cache(
             shutil.rmtree(folder, ignore_errors=True)
         _make_room(root, limit_bytes - need)
         batches = _teacher_batches(load_teacher(), data, settings, device, progress)
-        return _write(root, f"{key}-{sequences}", sequences, settings, batches)
+        return _write(root, f"{key}-{sequences}", sequences, settings, batches, data_fingerprint)
 
 
 def writing_rate(model: Any, data: TokenSet, settings: CacheSettings, root: Path, device: str) -> float:
@@ -117,7 +117,7 @@ def writing_rate(model: Any, data: TokenSet, settings: CacheSettings, root: Path
         for name in ("first", "second"):
             began = time.perf_counter()
             batches = _teacher_batches(model, data, settings, device, lambda done, total: None)
-            _write(Path(folder), name, len(data.tokens), settings, batches)
+            _write(Path(folder), name, len(data.tokens), settings, batches, "")
             seconds = time.perf_counter() - began
     return float(data.tokens.size / seconds)
 
@@ -157,7 +157,9 @@ def _make_room(root: Path, allowed: int) -> None:
                 total -= sizes[path]
 
 
-def _write(root: Path, name: str, sequences: int, settings: CacheSettings, batches: Iterator[pa.RecordBatch]) -> Path:
+def _write(
+    root: Path, name: str, sequences: int, settings: CacheSettings, batches: Iterator[pa.RecordBatch], data: str
+) -> Path:
     temporary = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=root))
     try:
         first = next(batches)
@@ -165,7 +167,7 @@ def _write(root: Path, name: str, sequences: int, settings: CacheSettings, batch
             writer.write_batch(first)
             for batch in batches:
                 writer.write_batch(batch)
-        meta = {"sequences": sequences, "settings": asdict(settings), "sha256": _sha256(temporary / FILE)}
+        meta = {"sequences": sequences, "settings": asdict(settings), "data": data, "sha256": _sha256(temporary / FILE)}
         (temporary / META).write_text(json.dumps(meta | {"checksum": content_hash(meta)}, indent=2))
         try:
             temporary.rename(root / name)

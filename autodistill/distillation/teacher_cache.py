@@ -16,6 +16,7 @@ from torch import Tensor
 
 from autodistill.distillation.target import SampledTarget, TopTarget
 from autodistill.distillation.temperature import GRID, snap
+from autodistill.errors import InputError
 from autodistill.strategy import Distillation
 
 FILE = "outputs.arrow"
@@ -106,10 +107,23 @@ class TeacherCache:
     """Read access to one cache, memory-mapped.
 
     A cached sequence of `length` tokens has `length` - 1 predicted tokens: position i predicts token i + 1.
+
+    Args:
+        folder: That of `ensure_cache`.
+        data: Fingerprint of the data that it must be of, which covers tokenizer and sequence length; None for any.
+
+    Raises:
+        InputError: It is of other data. One from before caches said of which they are is known by its folder's name.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, data: str | None = None) -> None:
         meta = json.loads((folder / META).read_text())
+        found = meta.get("data")
+        if data is not None and found is not None and found != data:
+            raise InputError(
+                f"the teacher cache in {folder} is of the data {found}, and these are {data}: of another text, "
+                "tokenizer or sequence length; let the search make the cache of its own data"
+            )
         self.sequences: int = meta["sequences"]
         lists = {name: tuple(value) for name, value in meta["settings"].items() if isinstance(value, list)}
         self.settings = CacheSettings(**(meta["settings"] | lists))
