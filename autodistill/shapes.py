@@ -24,12 +24,18 @@ def layer_choices(init: Init, teacher_layers: int) -> tuple[tuple[int, ...], ...
 
     Kept layers ascend, and the first and the last are among them, the last alone where one is kept. "even" spreads them
     evenly; "contiguous" leaves out one block of late layers, just before the last; "influence" leaves out a block of
-    neighbouring layers, which a calibration chooses: one choice for each layer after which it may begin, in that order.
+    neighbouring layers, which a calibration chooses: one choice for each layer after which it may begin, in that order;
+    "block-influence" leaves out any layers, of which these are examples: some after the first, the others before the
+    last.
     """
     depth = student_depth(init, teacher_layers)
     if depth == 1 or init.layers == "even":
         return (spread(depth, teacher_layers),)
     dropped = teacher_layers - depth
+    if init.layers == "block-influence":
+        middle = range(1, teacher_layers - 1)
+        parts = (middle[late : late + depth - 2] for late in range(dropped + 1))
+        return tuple((0, *part, teacher_layers - 1) for part in parts)
     starts = range(1, depth) if init.layers == "influence" else (depth - 1,)
     return tuple((*range(start), *range(start + dropped, teacher_layers)) for start in starts)
 

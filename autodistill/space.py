@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.domains import Choices, Range, Value, check, check_fields, near, read_choices, read_range
+from autodistill.effects import check_effect
 from autodistill.errors import InputError
 from autodistill.plain_yaml import read_yaml
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Init, Part, Strategy, content_hash
@@ -459,11 +460,15 @@ def load_space(ref: str | Path) -> Space:
     """The space of a name in `search_spaces/`, or of a YAML file.
 
     Raises:
-        InputError: No such space or file, YAML that is not plain data, or a space that does not hold together.
+        InputError: No such space or file, YAML that is not plain data, a space that does not hold together, or a named
+            strategy of it with parts that can have no effect.
     """
     data = read_yaml(_resolve(ref, "spaces"))
     try:
-        return Space.from_json(data)
+        space = Space.from_json(data)
+        for strategy in (*space.baselines.values(), *space.starts.values()):
+            check_effect(strategy)
+        return space
     except InputError as error:
         raise InputError(f"space {ref}: {error}") from None
 
@@ -472,11 +477,14 @@ def load_strategy(ref: str | Path) -> Strategy:
     """The strategy of a name in `search_spaces/strategies/`, or of a YAML file.
 
     Raises:
-        InputError: No such strategy or file, YAML that is not plain data, or a broken rule.
+        InputError: No such strategy or file, YAML that is not plain data, a broken rule, or parts that can have no
+            effect.
     """
     data = read_yaml(_resolve(ref, "strategies"))
     try:
-        return Strategy.from_json(data)
+        strategy = Strategy.from_json(data)
+        check_effect(strategy)
+        return strategy
     except InputError as error:
         raise InputError(f"strategy {ref}: {error}") from None
 

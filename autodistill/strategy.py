@@ -97,6 +97,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
+# Choices of layers that a calibration of the teacher makes.
+_BY_INFLUENCE = ("influence", "block-influence")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Init(Part):
     """How the student's weights begin.
@@ -110,7 +114,9 @@ class Init(Part):
         depth: Fraction of the teacher's layers that are kept, rounded down, at least one layer.
         layers: "even" keeps layers spread evenly from the first to the last; "contiguous" keeps the first ones and the
             last, dropping one block of late layers; "influence" drops the block of neighbouring layers that turns the
-            hidden states least. The last two are for the teacher's own layers alone.
+            hidden states least (Gromov et al., arXiv 2403.17887); "block-influence" drops, wherever they stand between
+            the first and the last, the layers each of which turns them least (Men et al., arXiv 2403.03853). The last
+            three are for the teacher's own layers alone.
         ffn: Fraction of each layer's FFN neurons.
         heads: Fraction of each layer's attention heads, in whole groups that share keys and values.
         width: Fraction of the hidden channels.
@@ -126,7 +132,7 @@ class Init(Part):
 
     def __post_init__(self) -> None:
         _choice("init.source", self.source, ("teacher", "scratch", "pretrained"))
-        _choice("init.layers", self.layers, ("even", "contiguous", "influence"))
+        _choice("init.layers", self.layers, ("even", "contiguous", *_BY_INFLUENCE))
         _check(0 < self.depth <= 1, f"init.depth is a fraction of the teacher's layers above 0, not {self.depth}")
         for name in ("ffn", "heads", "width"):
             value = getattr(self, name)
@@ -139,10 +145,15 @@ class Init(Part):
         _check(self.source == "teacher" or not chosen, 'init.layers is "even" where they are not the teacher\'s')
 
     @property
+    def by_influence(self) -> bool:
+        """Whether it depends on the teacher's activations which layers are kept."""
+        return self.layers in _BY_INFLUENCE
+
+    @property
     def selective(self) -> bool:
         """Whether it depends on the teacher's activations what is kept."""
         whole = (self.ffn, self.heads, self.width) == (1, 1, 1)
-        return self.source == "teacher" and (not whole or self.layers == "influence")
+        return self.source == "teacher" and (not whole or self.by_influence)
 
     def describe(self) -> str:
         """The init in a few words, for a table."""

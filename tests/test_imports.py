@@ -36,6 +36,7 @@ ROOMS = (
     "codes",
     "families",
     "strategy",
+    "effects",
     "plain_yaml",
     "devices",
     "budget",

@@ -103,6 +103,7 @@ GEMMA = NEOX | {
         (Init(depth=2 / 3, layers="influence"), True),  # wherever the six are left out
         (Init(depth=13 / 18, layers="contiguous"), False),
         (Init(depth=13 / 18, layers="influence"), False),  # for some places at least
+        (Init(depth=2 / 3, layers="block-influence"), False),  # six of which none need be neighbours
         (Init(depth=2 / 3), True),  # every fourth then
         (Init(depth=13 / 18), False),
         (Init(depth=5 / 18), True),  # 1, 5, 10, 14 and 18: the last alone has full attention

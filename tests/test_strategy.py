@@ -33,7 +33,7 @@ fractions = st.floats(0, 1, exclude_min=True)
 inits = st.builds(
     Init,
     depth=fractions,
-    layers=st.sampled_from(["even", "contiguous", "influence"]),
+    layers=st.sampled_from(["even", "contiguous", "influence", "block-influence"]),
     ffn=fractions,
     heads=fractions,
     width=fractions,

@@ -43,13 +43,14 @@ def kept_layers(init: Init, teacher_layers: int, calibration: Calibration | None
     """Teacher layer that each student layer is, or stands for where it was not copied; the last one among them.
 
     Those of `shapes.layer_choices`; "influence" leaves out the block between whose input and output the hidden state
-    turns least (Gromov et al., 2024, arXiv:2403.17887). A student that is not made of the teacher's layers stands for
+    turns least (Gromov et al., 2024, arXiv:2403.17887), and "block-influence" the layers each of which turns it least,
+    by the score of Men et al. (2024, arXiv:2403.03853). A student that is not made of the teacher's layers stands for
     those of its relative depth.
 
     Args:
         init: How the student begins.
         teacher_layers: Number of the teacher's layers.
-        calibration: Of the teacher; "influence" needs it.
+        calibration: Of the teacher, where `init.by_influence`.
     """
     if init.source == "pretrained":
         return same_depth(pretrained_spec(init.model).layers, teacher_layers)
@@ -57,10 +58,13 @@ def kept_layers(init: Init, teacher_layers: int, calibration: Calibration | None
     if init.source == "scratch":
         return same_depth(depth, teacher_layers)
     choices = layer_choices(init, teacher_layers)
-    if len(choices) == 1:
+    if not init.by_influence or depth == 1:
         return choices[0]
     if calibration is None:
         raise ValueError("layers are chosen by influence from a calibration")
+    if init.layers == "block-influence":
+        alike = calibration.similarity.diagonal(1)[1:-1].argsort(descending=True, stable=True)
+        return (0, *sorted((alike[teacher_layers - depth :] + 1).tolist()), teacher_layers - 1)
     return choices[int(calibration.similarity.diagonal(teacher_layers - depth)[1:depth].argmax())]
 
 

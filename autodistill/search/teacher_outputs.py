@@ -64,7 +64,7 @@ def cache_settings(space: Space, spec: ModelSpec, bf16: bool, calibration: Path 
     cases = [
         (kept_layers(init, spec.layers, importance), item)
         for init, item in space.alignment_cases(spec.layers)
-        if importance is not None or init.layers != "influence"
+        if importance is not None or not init.by_influence
     ]
     states = {
         pair.teacher_state

@@ -41,6 +41,17 @@ def folder(request, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module", params=["gemma3_text", "gpt_neox"])
+def other(request, tmp_path_factory):
+    """Gemma 3 with a window of 8 tokens in two layers of three, and GPT-NeoX with one matrix for all three."""
+    folder = save_tiny_teacher(tmp_path_factory.mktemp(request.param) / "t", architecture=request.param, layers=3)
+    if request.param == "gemma3_text":
+        config = AutoConfig.from_pretrained(folder)
+        config.sliding_window, config.layer_types = 8, ["sliding_attention", "full_attention", "sliding_attention"]
+        config.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def ids():
     return torch.randint(0, 300, (2, TOKENS), generator=torch.Generator().manual_seed(0))
@@ -140,6 +151,33 @@ def test_a_block_of_the_teacher_computes_what_the_teacher_does(folder, ids, laye
         torch.testing.assert_close(_matrices(actual), _matrices(heads), atol=1e-5, rtol=0)
     own = sum(p.numel() for p in model.model.layers[layer].parameters())
     assert sum(p.numel() for p in block._model.parameters()) == own + 64  # the final norm stays
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_maps_and_blocks_of_gemma_and_neox_are_those_of_eager_attention(other, ids, layer):
+    model = load_model(other, torch.float32)
+    with torch.no_grad(), watch(model, MAPS, layer) as found:
+        model(ids)
+    maps, states = _eager(other, ids)
+    torch.testing.assert_close(_matrices(found[0]), maps[layer].double(), atol=2e-6, rtol=0)
+    if layer > 0:
+        (heads,) = TeacherBlock(model, layer).heads(states[layer], MAPS)
+        torch.testing.assert_close(_matrices(heads), maps[layer].double(), atol=1e-5, rtol=0)
+
+
+def test_relations_of_fused_projections_are_those_of_its_three_parts(tmp_path, ids):
+    """GPT-NeoX's matrix has the queries, keys and values of a head beneath each other."""
+    folder = save_tiny_teacher(tmp_path / "t", architecture="gpt_neox", layers=3)
+    model = load_model(folder, torch.float32)
+    with torch.no_grad(), watch(model, RELATIONS) as found:
+        model(ids)
+    layer, config = model.base_model.layers[-1], model.config
+    with torch.no_grad():
+        fused = layer.attention.query_key_value(layer.input_layernorm(_eager(folder, ids)[1][2]))
+    parts = fused.unflatten(-1, (config.num_attention_heads, 3, -1)).unbind(-2)
+    for heads, part in zip(found, parts, strict=True):
+        expected = part.flatten(-2).unflatten(-1, (8, -1)).transpose(1, 2)
+        torch.testing.assert_close(heads.left, expected, atol=1e-5, rtol=1e-5)
 
 
 def _sides(heads, tokens, channels, seed, dtype=torch.float64):

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autodistill.distillation import logit_loss as module
-from autodistill.distillation.divergence import divergence_of, forward_kl
+from autodistill.distillation.divergence import divergence_of, forward_kl, reverse_kl
 from autodistill.distillation.logit_loss import logit_loss
 from autodistill.distillation.target import FullTarget, SampledTarget, TopTarget, WrittenTarget
 from autodistill.distillation.temperature import GRID
@@ -424,15 +424,15 @@ def test_all_tokens_take_no_more_memory_than_some_rows(monkeypatch):
     assert memory.peak <= 128 * row + 9 * step * row
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_trls_generalised_jsd(beta, temperature):
-    """TRL's own function, which leaves out the factor T^2; its end at 0 is forward KL."""
+    """TRL's own function, which leaves out the factor T^2; its ends are forward and reverse KL."""
     from trl.experimental.gkd import GKDTrainer
 
     student, teacher, labels, target = _full(temperature)
     logits, reference = (student.clone().requires_grad_() for _ in range(2))
-    divergence = divergence_of("jsd", beta) if beta else forward_kl
+    divergence = {0.0: forward_kl, 1.0: reverse_kl}.get(beta) or divergence_of("jsd", beta)
     loss = logit_loss(logits, labels, target, 1.0, divergence)
     loss.total.backward()
     theirs = GKDTrainer.generalized_jsd_loss(

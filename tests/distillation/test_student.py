@@ -68,7 +68,26 @@ def test_influence_drops_the_block_that_turns_the_state_least():
     assert kept(1.0) == (0, 1, 2, 3, 4, 5)
 
 
-@pytest.mark.parametrize("how", ["even", "contiguous", "influence"])
+def test_block_influence_drops_the_layers_that_each_turn_the_state_least():
+    """One minus the cosine of what a layer is fed and what it gives; the ends stay, whatever theirs is."""
+    # By 0, 0.5, 0.1, 0.3, 0.05 and 0.
+    angles = torch.tensor([0.0, 0.0, 0.5, 0.6, 0.9, 0.95, 0.95], dtype=torch.float64)
+    calibration = _calibration((angles[:, None] - angles).cos())
+
+    def kept(depth):
+        return kept_layers(Init(depth=depth / 6, layers="block-influence"), 6, calibration)
+
+    assert [kept(depth) for depth in range(6, 0, -1)] == [
+        (0, 1, 2, 3, 4, 5),
+        (0, 1, 2, 3, 5),
+        (0, 1, 3, 5),  # no neighbours: layers 4 and 2
+        (0, 1, 5),
+        (0, 5),
+        (5,),
+    ]
+
+
+@pytest.mark.parametrize("how", ["even", "contiguous", "influence", "block-influence"])
 def test_layers_ascend_and_hold_both_ends_at_every_depth(how):
     torch.manual_seed(0)
     for layers in range(2, 40):
