@@ -35,6 +35,14 @@ ATTENDED, RELATED = (
     for attention in (Attention(kind="maps"), Attention(kind="relations", relation_heads=4))
 )
 UNCERTAIN = replace(PLAIN, distillation=replace(PLAIN.distillation, positions="uncertain", uncertain_share=0.5))
+BALANCED = replace(
+    RELATED,
+    distillation=replace(
+        RELATED.distillation,
+        attention=Attention(kind="relations", relation_heads=4, balance=True),
+        alignment=replace(ALIGNED.distillation.alignment, balance=True),
+    ),
+)
 CHANGED = replace(PLAIN, distillation=replace(PLAIN.distillation, train_embeddings=False, lora=Lora(rank=4)))
 GRID = Finishing(format="gguf-q4_0", bits=4, group_size=32).storage(
     TensorSpec(name="weight", role=Role.LINEAR, shape=(64, 64))
@@ -127,7 +135,8 @@ def test_two_processes_train_as_one_and_each_goes_on_from_the_others_checkpoint(
         "answers": {"strategy": ALIGNED, "bench": marked, "plan": (("micro_batch", 1),)},
         "attended": {"strategy": ATTENDED, "plan": (("micro_batch", 1),)},
         "related": {"strategy": RELATED, "plan": (("micro_batch", 1),)},
-        "uncertain": {"strategy": UNCERTAIN, "plan": (("micro_batch", 1),)},
+        "uncertain": {"strategy": UNCERTAIN, "bench": marked},
+        "balanced": {"strategy": BALANCED, "bench": marked},
         "grid": {"strategy": PLAIN, "learned": False},
         "frozen grid": {"strategy": ALIGNED, "learned": False, "plan": (("checkpointing", True),)},
         "learned": {"strategy": PLAIN, "learned": True},
