@@ -13,6 +13,11 @@ import pytest
 from autodistill.termination import sigterm_as_interrupt, sigterm_kept
 
 
+def _terminated() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+
+
 def test_who_meets_sigterm_before_a_library_takes_it_meets_it_afterwards() -> None:
     def library() -> None:
         with sigterm_kept():
@@ -24,5 +29,4 @@ def test_who_meets_sigterm_before_a_library_takes_it_meets_it_afterwards() -> No
         thread.start()
         thread.join()
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
+            _terminated()

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from autodistill.evaluators.memory import Memory
 
 from autodistill.contracts import Subject
 from autodistill.errors import VerificationError
-from autodistill.evaluators.memory import Memory
 from autodistill.hardware import detect, machine_name
 from autodistill.llama_cpp import LlamaServer
 from autodistill.strategy import Deployment

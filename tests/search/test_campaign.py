@@ -1030,7 +1030,8 @@ def test_what_trains_alone_waits_for_evaluations_and_no_more_are_given_out(
         search.report(first, clock.answer(first))
         assignment = search.next()
         if assignment is not None:
-            assert assignment.deployment is None and assignment.task.length == 1
+            assert assignment.deployment is None
+            assert assignment.task.length == 1
             training.append(assignment)
     assert search.next() is None
     assert not search.finished
