@@ -74,7 +74,7 @@ class Cluster(Protocol):
         ...
 
     def leave(self) -> None:
-        """Gives Ray up; what was joined runs on."""
+        """Gives Ray up, if that has not been done; what was joined runs on."""
         ...
 
 
@@ -160,8 +160,11 @@ class LocalRay(_Watched):
         return f"Ray's {gone[0].removeprefix('ray::')} has ended (killed, or out of memory?)" if gone else None
 
     def leave(self) -> None:
-        """Ends Ray and its workers."""
+        """Ends Ray and its workers, once it has started; a later Ray of this process is left alone."""
+        if self._leaving.is_set():
+            return
         self._leaving.set()
+        self._ready.wait()
         _shut_down()
         self._over.set()
 
@@ -197,6 +200,8 @@ class JoinedRay(_Watched):
 
     def leave(self) -> None:
         """Disconnects; the cluster is somebody else's."""
+        if self._leaving.is_set():
+            return
         self._leaving.set()
         _shut_down()
 

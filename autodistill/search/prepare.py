@@ -80,7 +80,7 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
             plan, notes=(*plan.notes, *steps_differ(checked.request.out, checked.warm_start, plan.batch_tokens))
         )
         loaded = loaded.stepping(plan.batch_tokens)
-    document = _describe(checked, loaded, plan, speed)
+    document = _describe(checked, loaded, plan, speed) | {"box": _box(checked, plan, clock.started_at)}
     write_json(run.search_file, document)
     context = checked.request.budget.context
     if checked.stored is None and checked.request.context_by_default and context < CONTEXT:
@@ -147,11 +147,34 @@ def _extended(checked: Checked, plan: Plan, spec: ModelSpec, speed: Speed) -> Pl
     if request.strategy is not None:
         return plan
     trials = request.trials or plan.trials
-    if "seconds" in checked.stored and request.time_seconds is None and trials > plan.trials:
+    if _extends(checked, plan.trials) and request.time_seconds is None:
         plan = replace(plan, box_seconds=None)
     elif "seconds" in checked.stored and request.time_seconds is not None and request.trials is None:
         trials += more_trials(plan, spec.parameters, speed, request.time_seconds, checked.explore)
     return extend(plan, trials)
+
+
+def _extends(checked: Checked, trials: int) -> bool:
+    """Whether a run that has finished, of so many trials, is given more of them, or more time."""
+    request, stored = checked.request, checked.stored
+    if stored is None or "seconds" not in stored:
+        return False
+    return request.time_seconds is not None or (request.trials or 0) > trials
+
+
+def _box(checked: Checked, plan: Plan, started_at: float) -> dict[str, float | None]:
+    """The run's time box, in seconds, and the `time.time()` from which sessions count for it.
+
+    One that has not finished keeps its box, or has another for all of it; what a finished one is extended by has its
+    own. It is written down, so that a kill changes neither.
+    """
+    given, stored = checked.request.time_seconds, checked.stored
+    if stored is None:
+        return {"seconds": plan.box_seconds, "since": started_at}
+    if _extends(checked, stored["plan"]["trials"]):
+        return {"seconds": given, "since": started_at}
+    before = stored.get("box", {"seconds": stored["plan"]["box_seconds"], "since": 0.0})
+    return {**before, "seconds": given or before["seconds"]}
 
 
 def _here(plan: Plan, loaded: Loaded) -> Plan:
@@ -190,7 +213,11 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
     """`search.json`: all that is needed to run the search again."""
     if checked.stored is not None:
         warm = checked.stored.get("warm_start", {"runs": []})
-        return {**checked.stored, "plan": plan.to_json(), "confirm": checked.confirm, "warm_start": warm}
+        stored = dict(checked.stored)
+        if _extends(checked, stored["plan"]["trials"]):
+            # They tell of a run that has finished, which this has not any more.
+            del stored["seconds"]
+        return {**stored, "plan": plan.to_json(), "confirm": checked.confirm, "warm_start": warm}
     packages = ("autodistill-search", "torch", "transformers", "optuna", "ray", "xllamacpp", "gguf")
     return {
         "schema_version": 1,

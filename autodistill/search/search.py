@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from autodistill.contracts import Plan, Status
 from autodistill.distillation.memory import give_back_memory
@@ -24,6 +23,7 @@ from autodistill.records.objectives import front
 from autodistill.records.report import write_report
 from autodistill.records.row import Row
 from autodistill.records.saved import saved
+from autodistill.records.sessions import SignsOfLife, by_phase, last_ended, lasted
 from autodistill.records.store import RunFolder
 from autodistill.records.stored_run import StoredLog, check_free, keep, pull
 from autodistill.search.campaign import Campaign
@@ -35,7 +35,7 @@ from autodistill.search.finisher import Finisher
 from autodistill.search.inline_runner import run_inline
 from autodistill.search.loading import Place, load, trainable
 from autodistill.search.measuring import plan_from_measurement
-from autodistill.search.prepare import plan_run, prepare_trials
+from autodistill.search.prepare import Planned, Ready, plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest
 from autodistill.search.sampler import Sampler
@@ -46,9 +46,12 @@ from autodistill.search.teacher_outputs import cache_settings, calibration_file,
 from autodistill.stages import default_limit
 from autodistill.storage import Storage
 from autodistill.trial_data import TrialSetting
+from autodistill.units import format_duration
 
 if TYPE_CHECKING:
     from autodistill.search.cluster import Cluster
+
+_Runner: TypeAlias = Callable[[Campaign, TrialSetting, float | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,20 +225,42 @@ def _search(
     request = checked.request
     clock = Clock(request.started, observer.phase)
     clock.add("load", time.monotonic() - request.started)
-    earlier = run.events.read()
     planned = plan_run(checked, place, run, clock, observer)
-    # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
-    runner = _start_runner(request, place, joined, lambda: _to_go_on(request, run))
     if storage is not None:
         keep(run.search_file, storage)
-    run.events.append({"event": "session", "time": time.time()})
+    ended = last_ended(run.events.read(), run.path, storage)
+    if ended is not None:
+        run.events.append(ended)
+    earlier = run.events.read()
+    clock.earlier = by_phase(earlier)
+    # Written down once there is a plan, it says when the session began, from where the time box counts.
+    run.events.append({"event": "session", "time": clock.started_at})
+    with SignsOfLife(run.path, storage, clock.started_at, clock.session):
+        # Ray starts while the teacher's outputs are cached: not before, since it would disturb the measurement.
+        with _runner(request, place, joined, lambda: _to_go_on(request, run)) as runner:
+            campaign, ready, setting = _trials(checked, planned, runner, run, storage, clock, earlier, observer)
+        return _end(checked, planned, ready, setting, campaign, run, storage, clock, observer)
+
+
+def _trials(
+    checked: Checked,
+    planned: Planned,
+    runner: _Runner,
+    run: RunFolder,
+    storage: Storage | None,
+    clock: Clock,
+    earlier: list[dict[str, Any]],
+    observer: Observer,
+) -> tuple[Campaign, Ready, TrialSetting]:
+    """Runs the trials; `earlier` is the log of the sessions before this one."""
+    request = checked.request
     ready = prepare_trials(checked, planned, run, clock)
     loaded, plan, question, setting = planned.loaded, planned.plan, ready.question, ready.setting
     if storage is not None:
         with clock.phase("load", "sending what trials read"):
             keep(run.search_file, storage)
             setting = send(setting, storage, request.cache_limit_bytes)
-    deadline = _deadline(request, plan, earlier)
+    deadline = _deadline(planned, earlier, clock, observer)
     campaign = Campaign(
         question,
         sampler=Sampler(
@@ -263,12 +288,32 @@ def _search(
     until = None if deadline is None else time.time() + deadline - time.monotonic() + 15
     # What the teacher took of a GPU, its trials take now.
     give_back_memory()
-    runner(campaign, replace(setting, device=loaded.workers.device), until)
-    spent = time.monotonic() - began
-    after = campaign.worker_seconds()
-    for phase, name in (("train", "train"), ("evaluate", "evaluate"), ("load", "other")):
-        clock.add(phase, min(spent, (after[name] - before[name]) / plan.workers))
+
+    def spent() -> dict[str, float]:
+        """By phase, on all workers at once."""
+        most, now = time.monotonic() - began, campaign.worker_seconds()
+        names = {"train": "train", "evaluate": "evaluate", "load": "other"}
+        return {phase: min(most, (now[name] - before[name]) / plan.workers) for phase, name in names.items()}
+
+    with clock.counting(spent):
+        runner(campaign, replace(setting, device=loaded.workers.device), until)
     campaign.close()
+    return campaign, ready, setting
+
+
+def _end(
+    checked: Checked,
+    planned: Planned,
+    ready: Ready,
+    setting: TrialSetting,
+    campaign: Campaign,
+    run: RunFolder,
+    storage: Storage | None,
+    clock: Clock,
+    observer: Observer,
+) -> Outcome:
+    """Exports the best of what was trained, and writes down what the search found."""
+    loaded, plan, question = planned.loaded, planned.plan, ready.question
     rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
     finisher = Finisher(
         question=question,
@@ -305,36 +350,40 @@ def _pages(run: RunFolder) -> None:
     write_report(run)
 
 
-def _start_runner(
+@contextmanager
+def _runner(
     request: SearchRequest, place: Place, joined: Cluster | None, to_go_on: Callable[[], str]
-) -> Callable[[Campaign, TrialSetting, float | None], None]:
-    """The function that drives a campaign; Ray starts in the background while teacher and data are loaded."""
+) -> Iterator[_Runner]:
+    """The function that drives a campaign. Ray starts in the background while the teacher's outputs are cached, and a
+    Ray of this search's own is left, whatever fails before the trials.
+    """
     if request.runner == "inline":
-        return run_inline
+        yield run_inline
+        return
     from autodistill.search.cluster import LocalRay
     from autodistill.search.ray_runner import run_ray
 
     cluster = joined or LocalRay(place.here)
     cluster.to_go_on = to_go_on
-    return partial(run_ray, cluster)
+    try:
+        yield partial(run_ray, cluster)
+    finally:
+        cluster.leave()
 
 
-def _deadline(request: SearchRequest, plan: Plan, earlier: list[dict[str, Any]]) -> float | None:
-    """`time.monotonic()` after which no trial may run, so that export and test still fit the box."""
-    box = request.time_seconds or plan.box_seconds
-    if box is None:
+def _deadline(planned: Planned, earlier: Sequence[Mapping[str, Any]], clock: Clock, observer: Observer) -> float | None:
+    """`time.monotonic()` after which no trial may run, so that export and test still fit what is left of the box."""
+    box, plan = planned.document["box"], planned.plan
+    if box["seconds"] is None:
         return None
-    if request.time_seconds is None:
-        box -= sum(_session_seconds(earlier))
-    return request.started + box - plan.seconds["export"] - plan.seconds["test"]
-
-
-def _session_seconds(events: list[dict[str, Any]]) -> Iterator[float]:
-    """How long each earlier session of the run lasted, from its start to its last event."""
-    starts = [index for index, event in enumerate(events) if event["event"] == "session"]
-    for start, end in pairwise([*starts, len(events)]):
-        times = [event["time"] for event in events[start:end] if "time" in event]
-        yield times[-1] - times[0]
+    spent = lasted(earlier, box["since"])
+    left = box["seconds"] - spent - plan.seconds["export"] - plan.seconds["test"]
+    if spent and left <= 0:
+        observer.line(
+            f"the time box of {format_duration(box['seconds'])} was used up before: {format_duration(spent)} of it, and "
+            "export and test; the run is ended with what it has, and more --time extends it then"
+        )
+    return clock.started + left
 
 
 def _result(

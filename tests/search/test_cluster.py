@@ -141,6 +141,18 @@ def test_nodes_that_differ_are_refused_and_the_cluster_lives_on(
     join(cluster.address, []).leave()
 
 
+def test_a_ray_is_ended_once_and_not_before_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a later search of this process has started by then is another one."""
+    started, ended = threading.Event(), []
+    monkeypatch.setattr("autodistill.search.cluster._init", lambda **options: started.wait(10))
+    monkeypatch.setattr("autodistill.search.cluster._shut_down", lambda: ended.append(started.is_set()))
+    local = LocalRay(Machine(cpus=1, memory_bytes=10**9, gpus=()))
+    threading.Timer(0.2, started.set).start()
+    local.leave()
+    local.leave()
+    assert ended == [True]
+
+
 class TrialsDone(Exception):
     """The trials of a search have ended; what follows them runs on no cluster, and is tested elsewhere."""
 

@@ -16,7 +16,7 @@ from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.search.expected import Speed
 from autodistill.search.plan import extend
-from autodistill.search.prepare import _extended, _unasked
+from autodistill.search.prepare import _box, _extended, _unasked
 from autodistill.testing import small_plan, tiny_config, tiny_tokenizer
 from autodistill.token_sets import load_split
 
@@ -73,3 +73,28 @@ def test_trials_that_a_finished_run_is_given_without_time_are_in_no_box() -> Non
     assert extended(plan) == extended(plan, trials=plan.trials) == plan
     assert extended(plan, trials=40, time_seconds=60.0).box_seconds == 600.0
     assert extended(plan, finished=False, trials=40).box_seconds == 600.0
+
+
+def test_a_box_is_for_the_whole_run_and_an_extension_has_its_own() -> None:
+    planned = {"plan": small_plan(box_seconds=600.0).to_json()}
+
+    def box(stored: dict[str, Any] | None, at: float, **asked: Any) -> dict[str, float | None]:
+        checked: Any = SimpleNamespace(request=SimpleNamespace(trials=None, time_seconds=None), stored=stored)
+        vars(checked.request).update(asked)
+        return _box(checked, small_plan(box_seconds=600.0), at)
+
+    first = box(None, 100.0)
+    assert first == {"seconds": 600.0, "since": 100.0}
+    killed = planned | {"box": first}
+    # The printed command has the time that was typed, plain --resume has none: both go on in the same box.
+    assert box(killed, 500.0, time_seconds=600.0) == box(killed, 500.0) == first
+    assert box(killed, 500.0, time_seconds=900.0) == {"seconds": 900.0, "since": 100.0}
+    finished = killed | {"seconds": {"total": 590.0}}
+    assert box(finished, 800.0) == first
+    longer = box(finished, 800.0, time_seconds=300.0)
+    assert longer == {"seconds": 300.0, "since": 800.0}
+    assert box(killed | {"box": longer}, 950.0) == box(killed | {"box": longer}, 950.0, time_seconds=300.0) == longer
+    assert box(finished, 800.0, trials=40) == {"seconds": None, "since": 800.0}
+    assert box(finished, 800.0, trials=1) == first
+    # Runs of earlier versions have no box of their own.
+    assert box(planned, 500.0) == {"seconds": 600.0, "since": 0.0}

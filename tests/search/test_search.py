@@ -26,6 +26,7 @@ from autodistill.estimate import spec_from_config
 from autodistill.hardware import detect, machine_name
 from autodistill.records.openings import recorded_test_openings
 from autodistill.records.row import Row, read_parquet
+from autodistill.records.sessions import by_phase
 from autodistill.records.store import RunFolder
 from autodistill.roofline import speed
 from autodistill.search import held_out
@@ -202,6 +203,63 @@ def test_a_finished_search_is_extended_and_says_that_its_test_is_spent(
         again = by_id[item["row_id"].replace(item["trial"], f"{item['trial']}s1")]
         assert (again.kind, again.seed) == ("confirmation", 1)
         assert again.perplexity != by_id[item["row_id"]].perplexity  # another order of the data
+
+
+def test_a_longer_search_that_is_killed_goes_on_as_what_it_was_extended_to(
+    inputs: tuple[Path, Path, Path],
+    outcome: tuple[Outcome, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither plain --resume nor the printed command, which has its --time again, extends it once more."""
+    out = tmp_path / "runs"
+    shutil.copytree(outcome[1], out)
+    before = outcome[0].document["seconds"]
+
+    def interrupt(campaign: Campaign, setting: object, until: float | None) -> None:
+        assert until is not None
+        raise KeyboardInterrupt
+
+    boxes, totals, plans = [], [], []
+    for time_seconds in (300.0, 300.0, None):
+        with monkeypatch.context() as patch, pytest.raises(InterruptedSearchError):
+            patch.setattr("autodistill.search.search.run_inline", interrupt)
+            search(request(inputs, out, resume=True, trials=None, tokens=None, time_seconds=time_seconds))
+        stored = json.loads((out / "run" / "search.json").read_text())
+        assert "seconds" not in stored, "it has not finished"
+        boxes.append(stored["box"])
+        plans.append(stored["plan"])
+        totals.append(json.loads((out / "run" / "alive.json").read_text())["seconds"]["total"])
+    assert boxes[0] == boxes[1] == boxes[2]
+    assert boxes[0]["seconds"] == 300.0
+    assert plans[0] == plans[1] == plans[2]
+    assert plans[0]["trials"] > outcome[0].document["plan"]["trials"]
+    log = [json.loads(line) for line in (out / "run" / "trials.jsonl").read_text().splitlines()]
+    ended = [event["seconds"]["total"] for event in log if event["event"] == "ended"]
+    assert ended == [pytest.approx(before["total"], abs=1.0), *totals[:2]]
+    assert by_phase(log)["total"] == pytest.approx(sum(ended))
+
+
+def test_a_ray_of_its_own_is_left_where_a_search_fails_before_its_trials(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[str] = []
+
+    class Local:
+        def __init__(self, machine: object) -> None:
+            left.append("started")
+
+        def leave(self) -> None:
+            left.append("left")
+
+    def interrupt(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autodistill.search.cluster.LocalRay", Local)
+    monkeypatch.setattr("autodistill.search.search.prepare_trials", interrupt)
+    with pytest.raises(InterruptedSearchError, match="To go on"):
+        search(request(inputs, tmp_path, runner="ray"))
+    assert left == ["started", "left"]
 
 
 def test_nothing_fits_is_known_before_anything_is_loaded(

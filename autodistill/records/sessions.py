@@ -1,0 +1,127 @@
+"""How long the sessions of a run lasted, and by which phases, those that were killed among them.
+
+A session's start is in the log. While it lasts, a sign of life beside the log says until when it was seen to run; the
+next session writes that into the log as the end of the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from autodistill.errors import InputError
+from autodistill.records.json_files import read_json, write_json
+from autodistill.storage import Storage
+
+_FILE = "alive.json"
+_BEAT_SECONDS = 20.0
+
+
+class SignsOfLife:
+    """Says of a session, every 20 s and at its end, how long it has lasted; a context manager.
+
+    Args:
+        folder: Of the run.
+        storage: Of the run, or None.
+        started: `time.time()` at which the session began, as its event has it.
+        seconds: By phase, as they stand when it is called.
+    """
+
+    def __init__(
+        self, folder: Path, storage: Storage | None, started: float, seconds: Callable[[], Mapping[str, float]]
+    ) -> None:
+        self._folder = folder
+        self._storage = storage
+        self._started = started
+        self._seconds = seconds
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="alive", daemon=True)
+
+    def __enter__(self) -> SignsOfLife:
+        self.give()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        self.give()
+
+    def give(self) -> None:
+        """Writes one; where that is impossible, the one before stands, and costs the next session's box some time."""
+        data = {"session": self._started, "time": time.time(), "seconds": dict(self._seconds())}
+        try:
+            write_json(self._folder / _FILE, data)
+            if self._storage is not None:
+                self._storage.write(_FILE, json.dumps(data).encode())
+        except (OSError, InputError):
+            return
+
+    def _beat(self) -> None:
+        while not self._over.wait(_BEAT_SECONDS):
+            self.give()
+
+
+def last_ended(events: Sequence[Mapping[str, Any]], folder: Path, storage: Storage | None) -> dict[str, Any] | None:
+    """The event by which the log knows when its last session ended; None where it does, or nothing tells.
+
+    Args:
+        events: The log.
+        folder, storage: As of `SignsOfLife`.
+    """
+    last = next((event for event in reversed(events) if event["event"] in ("session", "ended")), None)
+    if last is None or last["event"] == "ended":
+        return None
+    signs = [sign for sign in _signs(folder, storage) if sign.get("session") == last["time"]]
+    if not signs:
+        return None
+    latest = max(signs, key=lambda sign: float(sign["time"]))
+    return {"event": "ended", "session": last["time"], "time": latest["time"], "seconds": latest["seconds"]}
+
+
+def _signs(folder: Path, storage: Storage | None) -> Iterable[Mapping[str, Any]]:
+    """Of this machine and of the storage: whichever went on with the run last wrote the later one."""
+    if (folder / _FILE).is_file():
+        try:
+            yield read_json(folder / _FILE)
+        except InputError:
+            pass  # it only says how long something took
+    if storage is not None:
+        try:
+            yield json.loads(storage.read(_FILE))
+        except (OSError, ValueError):
+            pass
+
+
+def lasted(events: Sequence[Mapping[str, Any]], since: float = 0.0) -> float:
+    """Seconds that the sessions of a log lasted, each from its start to its last event.
+
+    Args:
+        events: The log.
+        since: `time.time()`: sessions that began earlier are left out.
+    """
+    starts = [index for index, event in enumerate(events) if event["event"] == "session"]
+    total = 0.0
+    for start, end in pairwise([*starts, len(events)]):
+        times = [event["time"] for event in events[start:end] if "time" in event]
+        if times[0] >= since:
+            total += max(times) - times[0]
+    return total
+
+
+def by_phase(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of ended sessions by phase, added up."""
+    total: Counter[str] = Counter()
+    for event in events:
+        if event["event"] == "ended":
+            total.update(event["seconds"])
+    return dict(total)
