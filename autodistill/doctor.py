@@ -70,7 +70,7 @@ def examine(out: Path, cache: Path, storage: str | None = None, ray_address: str
         _disk("runs", out, "--out"),
         _disk("cache", cache, "--cache"),
         *([_storage(storage)] if storage else []),
-        *([_cluster(ray_address, [] if storage else [out, cache])] if ray_address else []),
+        *([_cluster(ray_address, [] if storage else [out, cache], storage)] if ray_address else []),
     )
 
 
@@ -190,12 +190,12 @@ def _storage(uri: str) -> Finding:
     return Finding(name="storage", ok=True, detail=f"{uri} can be written and read")
 
 
-def _cluster(address: str, folders: Sequence[Path]) -> Finding:
-    """Whether each node of a running Ray cluster could serve a search."""
+def _cluster(address: str, folders: Sequence[Path], storage: str | None) -> Finding:
+    """Whether each node of a running Ray cluster could serve a search, and reaches its storage."""
     from autodistill.search.cluster import join
 
     try:
-        joined = join(address, folders)
+        joined = join(address, folders, storage=Storage(storage) if storage else None)
     except InputError as error:
         return Finding(name="cluster", ok=False, detail=str(error))
     joined.leave()

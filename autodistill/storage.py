@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -309,6 +310,24 @@ class StoredFiles:
         """Removes a file, and this machine's copy."""
         self._storage.remove(key)
         (self._scratch / key).unlink(missing_ok=True)
+
+
+def check_folder(folder: Path, option: str) -> None:
+    """Refuses a URI where a folder is asked for, which would be made as one of that name.
+
+    Args:
+        folder: As it was typed; a path has one slash where the URI had two.
+        option: That it was given by.
+
+    Raises:
+        InputError: It is a URI.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):
+        uri = str(folder).replace(":/", "://", 1)
+        raise InputError(
+            f"{option} takes a folder of this machine, not {uri}: --storage {uri} keeps a run, and what its trials "
+            "read, on a storage"
+        )
 
 
 def _open(uri: str) -> tuple[Any, str]:

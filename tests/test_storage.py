@@ -12,7 +12,7 @@ import pytest
 from autodistill.errors import InputError
 from autodistill.records.event_log import EventLog
 from autodistill.records.stored_run import StoredLog, check_free, keep, pull
-from autodistill.storage import Storage, StoredFiles
+from autodistill.storage import Storage, StoredFiles, check_folder
 
 
 def test_objects_are_written_read_listed_and_removed(storage: Storage, tmp_path: Path) -> None:
@@ -223,3 +223,11 @@ def test_storage_that_cannot_be_written_is_refused(tmp_path: Path, s3: str) -> N
         Storage(f"file://{tmp_path}/file/below").check()
     with pytest.raises(InputError, match="cannot write into the storage"):
         Storage(s3.replace("bucket/prefix", "no-bucket/prefix").replace("&allow_bucket_creation=true", "")).check()
+
+
+def test_an_address_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    """pathlib drops one of its slashes, and would make a folder of the name s3: here."""
+    check_folder(Path("results/runs"), "--out")
+    check_folder(tmp_path / "a:b", "--out")
+    with pytest.raises(InputError, match=r"--cache takes a folder of this machine, not s3://b/x: --storage s3://b/x"):
+        check_folder(Path("s3://b/x"), "--cache")

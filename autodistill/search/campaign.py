@@ -183,8 +183,11 @@ class Campaign:
             self._notify(f"{trial.task.id}: {report.unsaved}")
         if last:
             self._end(trial, Status.COMPLETED)
-        self._collect(self._stages.surplus(self.trials.values(), self._scheduler.promotable(self._agenda.in_flight())))
+        self._collect(self._surplus)
         return decision
+
+    def _surplus(self) -> list[Checkpoint]:
+        return self._stages.surplus(self.trials.values(), self._scheduler.promotable(self._agenda.in_flight()))
 
     def _keep_none(self) -> None:
         """Which student is the best short of the end is open again, once one was trained further."""
@@ -271,7 +274,7 @@ class Campaign:
                 self._end(
                     trial, Status.STOPPED, reason if trial.rung >= 0 else "the time box ended before its first rung"
                 )
-        self._collect(self._stages.spare(self.trials.values()))
+        self._collect(lambda: self._stages.spare(self.trials.values()))
 
     # What a person is shown.
 
@@ -388,14 +391,19 @@ class Campaign:
         event = {"event": "status", "trial": trial.task.id, "status": status.value, "reason": reason}
         self._write(event | ({"cause": cause} if cause else {}))
 
-    def _collect(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Removes checkpoints of stages, which the log says before."""
-        if checkpoints:
+    def _collect(self, chosen: Callable[[], Sequence[Checkpoint]]) -> None:
+        """Removes checkpoints of stages, which the log says before; what a storage does not let go of stays."""
+        try:
+            checkpoints = chosen()
+            if not checkpoints:
+                return
             gone = self._stages.left_without(checkpoints)
             keys = [checkpoint.key for checkpoint in checkpoints]
             size = sum(checkpoint.bytes for checkpoint in checkpoints)
             self._write({"event": "collected", "checkpoints": keys, "bytes": size, "gone": gone})
             self._stages.remove(checkpoints)
+        except OSError as error:
+            self._notify(f"no checkpoints could be collected this time: {error}")
 
     def _row(self, trial: TrialState, report: RungReport, status: Status) -> Row:
         return make_row(

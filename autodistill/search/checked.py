@@ -41,7 +41,7 @@ from autodistill.search.request import (
 from autodistill.search.sampler import SAMPLERS
 from autodistill.search.warm_start import check_space, parse_runs
 from autodistill.space import Space, load_space, load_strategy
-from autodistill.storage import Storage
+from autodistill.storage import Storage, check_folder
 from autodistill.units import Budget, format_duration
 
 _SEEDS = 2**32
@@ -104,6 +104,8 @@ def check_request(request: SearchRequest) -> Checked:
         raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
     if request.ray_address is not None and request.runner == "inline":
         raise InputError("--ray-address names a Ray cluster, which --runner inline does not use: leave one of them out")
+    for option, folder in (("--out", request.out), ("--cache", request.cache)):
+        check_folder(folder, option)
     storage = None if request.storage is None else Storage(request.storage)
     if storage is not None:
         storage.check()

@@ -22,6 +22,7 @@ import psutil
 from autodistill.errors import AutoDistillError, InputError, LostClusterError
 from autodistill.hardware import Gpu, Machine
 from autodistill.reply import end_process
+from autodistill.storage import Storage
 from autodistill.termination import sigterm_kept
 
 _DISTRIBUTION = "autodistill-search"
@@ -252,17 +253,20 @@ def check_address(address: str) -> None:
         ) from error
 
 
-def join(address: str, folders: Sequence[Path], files: Sequence[Path] = ()) -> JoinedRay:
+def join(
+    address: str, folders: Sequence[Path], files: Sequence[Path] = (), storage: Storage | None = None
+) -> JoinedRay:
     """Joins a running cluster, from one of its nodes.
 
     Args:
         address: "auto", or host:port of its head.
         folders: Those that every node must see, as this one does.
         files: Those that every node must have under the same path, though not the same ones.
+        storage: What every node must read, write and remove objects of, as this one does.
 
     Raises:
-        InputError: Nobody answers, another Ray, Python or AutoDistill runs there, or a node lacks a folder or a file;
-            before any work is spent.
+        InputError: Nobody answers, another Ray, Python or AutoDistill runs there, or a node lacks a folder, a file or
+            the storage; before any work is spent.
     """
     check_address(address)
     _set_environment()
@@ -271,8 +275,8 @@ def join(address: str, folders: Sequence[Path], files: Sequence[Path] = ()) -> J
     _in_time(lambda: _init(address=address, runtime_env={"env_vars": {name: os.environ[name]}}), address)
     try:
         lacking = {str(file): f"has no {file}, which the metric needs: put it there too" for file in files}
-        with _markers(folders) as markers:
-            return JoinedRay(_probe(markers | lacking), _essential())
+        with _markers(folders) as markers, _object(storage) as stored:
+            return JoinedRay(_probe(markers | lacking, stored), _essential())
     except BaseException:
         _shut_down()
         raise
@@ -369,11 +373,38 @@ def _markers(folders: Sequence[Path]) -> Iterator[dict[str, str]]:
             file.unlink(missing_ok=True)
 
 
-def _probe(needed: Mapping[str, str]) -> tuple[Machine, ...]:
-    """One tiny task on each node: its versions, the files it sees, and what it has.
+@contextmanager
+def _object(storage: Storage | None) -> Iterator[tuple[str, str] | None]:
+    """An object on a storage that every node must read: the storage's address, and its key."""
+    if storage is None:
+        yield None
+        return
+    key = f".probe-{uuid.uuid4().hex}"
+    try:
+        storage.write(key, b"probe")
+        yield storage.uri, key
+        storage.remove(key)
+    except OSError as error:
+        raise InputError(f"cannot write into the storage {storage.uri}: {error}") from error
+
+
+def reached(uri: str, key: str) -> str:
+    """Why this machine does not reach what another one wrote to a storage, or cannot write there; "" where it can."""
+    try:
+        storage = Storage(uri)
+        storage.read(key)
+        storage.check()
+    except (InputError, OSError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ""
+
+
+def _probe(needed: Mapping[str, str], stored: tuple[str, str] | None = None) -> tuple[Machine, ...]:
+    """One tiny task on each node: its versions, the files it sees, the storage it reaches, and what it has.
 
     Args:
         needed: Files that it must see, each with what is said of a node that does not.
+        stored: An object of a storage that it must read, as `_object` gives it.
 
     Raises:
         InputError: A node that cannot serve; the message names it.
@@ -381,9 +412,11 @@ def _probe(needed: Mapping[str, str]) -> tuple[Machine, ...]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    ours = importlib.metadata.version(_DISTRIBUTION)
+
     # Nested, so that it travels by value: a node may have no AutoDistill to import it from.
-    def look(files: list[str]) -> dict[str, Any]:
-        """What a node is (memory in bytes), and which of the files it does not see; little without the package."""
+    def look(files: list[str], stored: tuple[str, str] | None) -> dict[str, Any]:
+        """What a node is (memory in bytes), and what it does not see or reach; little without the package."""
         import importlib.metadata
         import os
         import platform
@@ -392,12 +425,17 @@ def _probe(needed: Mapping[str, str]) -> tuple[Machine, ...]:
             package = importlib.metadata.version("autodistill-search")
         except importlib.metadata.PackageNotFoundError:
             return {"package": "", "python": platform.python_version()}
+        if package != ours:
+            return {"package": package, "python": platform.python_version()}
         from autodistill.hardware import computes_bf16, detect
+
+        from autodistill.search.cluster import reached
 
         machine = detect()
         return {
             "python": platform.python_version(),
             "package": package,
+            "storage": reached(*stored) if stored else "",
             "unseen": [file for file in files if not os.path.exists(file)],
             "memory_bytes": machine.memory_bytes,
             "gpus": [(gpu.name, gpu.memory_bytes) for gpu in machine.gpus],
@@ -410,7 +448,7 @@ def _probe(needed: Mapping[str, str]) -> tuple[Machine, ...]:
         node["NodeManagerAddress"] + f" ({node['NodeID'][:6]})": (
             node,
             task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                list(needed)
+                list(needed), stored
             ),
         )
         for node in nodes
@@ -445,6 +483,11 @@ def _machine(name: str, resources: dict[str, float], said: dict[str, Any], neede
         )
     if said["unseen"]:
         raise InputError(f"node {name} of the Ray cluster {needed[said['unseen'][0]]}")
+    if said["storage"]:
+        raise InputError(
+            f"node {name} of the Ray cluster does not reach the storage ({said['storage']}): give it the credentials "
+            "and the network that this one has"
+        )
     seen = tuple(Gpu(name=kind, memory_bytes=size) for kind, size in said["gpus"])
     gpus = seen[: int(resources.get("GPU", 0))]
     memory = min(said["memory_bytes"], int(resources.get("memory", said["memory_bytes"])))

@@ -24,7 +24,7 @@ from autodistill.search.bell import Bell, Rest
 from autodistill.search.campaign import Campaign
 from autodistill.search.cluster import Cluster
 from autodistill.search.deadline import step_guard
-from autodistill.search.failures import RETRIED
+from autodistill.search.failures import RETRIED, is_disk_full
 from autodistill.search.group import Group
 from autodistill.search.supplies import absolute, fetch
 from autodistill.search.trials import Assignment, attempt, work
@@ -82,7 +82,12 @@ def _worker(setting: TrialSetting, deadline: float | None) -> Work:
         return Group(setting, deadline).work
     if setting.device == "cuda" and setting.plan.gpus < 1:
         keep_to_share(setting.plan.gpus)
-    bench, guard = Workbench(fetch(setting)), step_guard(deadline)
+    try:
+        bench, guard = Workbench(fetch(setting)), step_guard(deadline)
+    except Exception as error:
+        # Told as what became of its first assignment, since of a worker that cannot begin Tune says nothing.
+        failure = ("disk-full" if is_disk_full(error) else "worker-died", f"its worker could not begin: {error}")
+        return lambda assignment: {"failure": failure}
     return lambda assignment: attempt(partial(work, bench, assignment, guard))
 
 

@@ -134,6 +134,11 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
             raise InterruptedSearchError(f"stopped; {_to_go_on(request, run)}") from None
         except LostClusterError as error:
             raise LostClusterError(f"{error}; {_to_go_on(request, run)}") from None
+        except OSError as error:
+            if checked.storage is None or not run.search_file.exists():
+                raise
+            # One that fails while trials run is waited for; before and after them nothing goes on without it.
+            raise AutoDistillError(f"the storage failed ({error}); {_to_go_on(request, run)}") from error
         finally:
             if not request.resume:
                 run.discard()
@@ -203,7 +208,7 @@ def _workplace(checked: Checked) -> Iterator[tuple[Place, Cluster | None]]:
 
         # What is kept on a storage is fetched to each node.
         folders = [] if checked.storage else [request.out, request.cache]
-        joined = join(request.ray_address, folders, checked.asked.files)
+        joined = join(request.ray_address, folders, checked.asked.files, checked.storage)
     try:
         here = detect_for_training()
         machines = joined.machines if joined else (here,)

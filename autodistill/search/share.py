@@ -77,8 +77,13 @@ def check_share(
         runner: "inline" has one process.
 
     Raises:
-        InputError: More than there are, or a number that cannot be given.
+        InputError: More than there are, a number that cannot be given, or no machine at all.
     """
+    if not machines:
+        raise InputError(
+            "no node of the Ray cluster offers CPUs or GPUs: start workers (`ray start` without --num-cpus 0), or wait "
+            "until they are up"
+        )
     graphic = sum(len(machine.gpus) for machine in machines)
     largest = max(machine.cpus for machine in machines)
     if cpus_per_trial is not None and cpus_per_trial < 1:

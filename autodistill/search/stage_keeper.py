@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from autodistill.contracts import Direction, Plan, Status
@@ -31,6 +32,7 @@ class StageKeeper:
         self._plan = plan
         self._sign = 1.0 if direction == "max" else -1.0
         self._gone: set[str] = set()
+        self._seen: list[Checkpoint] = []
         # The driver alone holds the run, and no worker runs yet.
         stages.sweep()
 
@@ -49,12 +51,14 @@ class StageKeeper:
     def branched(self, trial: TrialState, rung: int) -> bool:
         """Whether the checkpoint is kept that the decay of a rung, below the last, branches off."""
         branch = branch_point(self._plan.rungs[rung], self._plan.decay, self._plan.batch_tokens)
-        return self._stages.holds(trial.task.stage or trial.task.id, branch)
+        return branch in self.checkpoints(trial)
 
     def checkpoints(self, trial: TrialState) -> list[int]:
         """Tokens of the checkpoints that a trial may go on from, the furthest first."""
         stage = trial.task.stage or trial.task.id
-        return sorted((one.tokens for one in self._stages.checkpoints() if one.stage == stage), reverse=True)
+        with suppress(OSError):  # of a storage that fails for a moment: then they are as they were last seen
+            self._seen = self._stages.checkpoints()
+        return sorted((one.tokens for one in self._seen if one.stage == stage), reverse=True)
 
     def busy(self, trial: TrialState, trials: Iterable[TrialState]) -> bool:
         """Whether another trial is training the stretch of this trial's stage that would be next.

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from autodistill.errors import AutoDistillError
+from autodistill.search.failures import is_disk_full
 from autodistill.search.node_copies import collect_copies, hold_copy
 from autodistill.storage import Storage
 from autodistill.strategy import content_hash
 from autodistill.trial_data import TrialSetting
 
 _MANIFEST = "supplies.json"
+# Seconds between tries to fetch, for a storage that fails for a moment.
+_WAITS = (1.0, 4.0, 15.0, 40.0)
 
 
 def send(setting: TrialSetting, storage: Storage, limit_bytes: int) -> TrialSetting:
@@ -28,14 +33,20 @@ def send(setting: TrialSetting, storage: Storage, limit_bytes: int) -> TrialSett
         The setting by which any node finds them.
 
     Raises:
-        OSError: They cannot be sent.
+        AutoDistillError: They cannot be sent.
     """
     manifest = {}
-    for name, path in _paths(setting):
-        key = f"supplies/{path.name.lstrip('.')}-{_content(path)}"
-        storage.send_folder(path, key)
-        manifest[name] = {"key": key, "file": path.name if path.is_file() else ""}
-    storage.write(_MANIFEST, json.dumps(manifest).encode())
+    try:
+        for name, path in _paths(setting):
+            key = f"supplies/{path.name.lstrip('.')}-{_content(path)}"
+            storage.send_folder(path, key)
+            manifest[name] = {"key": key, "file": path.name if path.is_file() else ""}
+        storage.write(_MANIFEST, json.dumps(manifest).encode())
+    except OSError as error:
+        raise AutoDistillError(
+            f"what trials read could not be sent to {storage.uri} ({error}): check the storage and your credentials, "
+            "and go on with --resume, which sends what is not there yet"
+        ) from error
     return replace(setting, storage=storage, copies_limit_bytes=limit_bytes)
 
 
@@ -48,18 +59,33 @@ def fetch(setting: TrialSetting) -> TrialSetting:
     """The setting with the paths of this node's copies, where the run has a storage; others make room for them.
 
     Raises:
-        OSError: They cannot be fetched.
+        OSError: They cannot be fetched, even after a minute of trying.
     """
     if setting.storage is None:
         return setting
     storage, paths = setting.storage, {}
-    for name, where in json.loads(storage.read(_MANIFEST)).items():
-        folder = storage.fetch_folder(where["key"], hold_copy(storage, where["key"]))
-        paths[name] = folder / where["file"]
+    for wait in (*_WAITS, None):
+        try:
+            paths = _fetched(storage)
+            break
+        except OSError as error:
+            if wait is None or is_disk_full(error) or isinstance(error, FileNotFoundError):
+                raise OSError(f"what trials read could not be fetched from {storage.uri}: {error}") from error
+            # Meanwhile it takes no work that a node which reaches the storage could do.
+            time.sleep(wait)
     checkpoints = hold_copy(storage, "checkpoints")
     if setting.copies_limit_bytes is not None:
         collect_copies(setting.copies_limit_bytes)
     return _with(setting, paths, checkpoints)
+
+
+def _fetched(storage: Storage) -> dict[str, Path]:
+    """This node's copies of what trials read, by name."""
+    paths = {}
+    for name, where in json.loads(storage.read(_MANIFEST)).items():
+        folder = storage.fetch_folder(where["key"], hold_copy(storage, where["key"]))
+        paths[name] = folder / where["file"]
+    return paths
 
 
 def _paths(setting: TrialSetting) -> Iterator[tuple[str, Path]]:

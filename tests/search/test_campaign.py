@@ -33,6 +33,7 @@ from autodistill.search.study import Observation
 from autodistill.search.trials import Assignment, Question
 from autodistill.space import Point, load_space
 from autodistill.stages import open_stages
+from autodistill.storage import Storage
 from autodistill.strategy import Deployment, Finishing, Strategy
 from autodistill.testing import small_plan
 from autodistill.trial_data import RungReport
@@ -1220,3 +1221,34 @@ def test_nothing_is_trained_on_where_all_of_the_box_was_for_trials(tmp_path: Pat
     search = campaign(tmp_path, slow_question(), deadline=time.monotonic() + 10**6)
     drive(search)
     assert {state.task.length for state in search.trials.values()} == {1.0}
+
+
+def test_a_storage_that_fails_for_a_moment_ends_no_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are then collected after a later rung, and what is there is taken to be what was there."""
+    shared = Storage(f"file://{tmp_path}/shared")
+    failing, said = [False], list[str]()
+    listed, removed = Storage.list, Storage.remove
+
+    def check() -> None:
+        if failing[0]:
+            raise OSError("AWS Error ACCESS_DENIED")
+
+    monkeypatch.setattr(Storage, "list", lambda self, below="": (check(), listed(self, below))[1])
+    monkeypatch.setattr(Storage, "remove", lambda self, key: (check(), removed(self, key))[1])
+    search = campaign(tmp_path, question(), limit=250, storage=shared, notify=said.append)
+    store, done = open_stages(tmp_path / "checkpoints", shared), 0
+    while (assignment := search.next()) is not None:
+        report = worker(assignment)
+        if assignment.deployment is None:
+            failing[0] = False
+            tokens = branch_point(report.tokens, PLAN.decay, PLAN.batch_tokens)
+            store.save(assignment.task.stage, tokens, lambda path: path.write_bytes(b"x" * 100) and None)
+            done += 1
+        failing[0] = done in (4, 6)
+        search.report(assignment, report)
+    failing[0] = True
+    search.close()
+    assert search.finished
+    assert sum("no checkpoints could be collected this time: AWS Error ACCESS_DENIED" in line for line in said) >= 3
+    assert sum(trial.status is Status.COMPLETED for trial in search.trials.values()) == 3
+    assert any(event["event"] == "collected" for event in EventLog(tmp_path / "trials.jsonl").read())

@@ -22,10 +22,11 @@ from autodistill.errors import InputError
 from autodistill.hardware import Machine, detect
 from autodistill.records.event_log import EventLog
 from autodistill.records.row import rows_of
-from autodistill.search.cluster import JoinedRay, LocalRay, _machine, check_address, join
+from autodistill.search.cluster import JoinedRay, LocalRay, _machine, _object, check_address, join, reached
 from autodistill.search.progress import Observer
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import search
+from autodistill.storage import Storage
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.training_fit import TrainingFit, training_fits
 from autodistill.units import Budget
@@ -97,12 +98,32 @@ def test_a_node_computes_in_bfloat16_as_what_ray_gives_of_it_does(resources: dic
         "python": platform.python_version(),
         "package": importlib.metadata.version("autodistill-search"),
         "unseen": [],
+        "storage": "",
         "memory_bytes": 8,
         "gpus": [("a", 24), ("a", 24), ("a", 24)],
         "bf16": {"cuda": True, "cpu": False},
     }
     machine = _machine("node", resources, said, {})
     assert (machine.bf16, len(machine.gpus)) == (bf16, resources.get("GPU", 0))
+
+
+def test_a_node_that_does_not_reach_the_storage_is_refused(tmp_path: Path) -> None:
+    """Also one that sees a folder of the same name which the others do not share, or one that it may only read."""
+    ours, theirs = Storage(f"file://{tmp_path}/ours"), Storage(f"file://{tmp_path}/theirs")
+    with _object(ours) as stored:
+        assert stored is not None
+        assert reached(*stored) == ""
+        assert "theirs" in reached(theirs.uri, stored[1])
+        assert "s3" in reached("s4://bucket/runs", stored[1])
+    assert ours.list() == {}
+    said = {
+        "python": platform.python_version(),
+        "package": importlib.metadata.version("autodistill-search"),
+        "unseen": [],
+        "storage": "ACCESS_DENIED",
+    }
+    with pytest.raises(InputError, match=r"node b .*does not reach the storage \(ACCESS_DENIED\): give it the cred"):
+        _machine("b", {"CPU": 1}, said, {})
 
 
 @pytest.mark.slow

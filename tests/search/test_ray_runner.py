@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import contextlib
 import ctypes
 import os
@@ -61,6 +62,9 @@ class Killer(Observer):
             time.sleep(0.01)
 
 
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.parametrize(
     ("device", "gpus", "processes", "expected"),
     [("cuda", 0.25, 1, [0.25]), ("cuda", 1.0, 1, []), ("cuda", 1.0, 2, []), ("cpu", 0.25, 1, [])],
@@ -80,6 +84,17 @@ def test_workers_that_share_a_gpu_keep_to_their_shares_and_the_search_itself_doe
     assert kept == []
     _worker(setting, None)
     assert kept == expected
+
+
+@pytest.mark.parametrize(("error", "cause"), [(OSError("ACCESS_DENIED"), "worker-died"), (FULL, "disk-full")])
+def test_a_worker_that_cannot_begin_says_why(monkeypatch: pytest.MonkeyPatch, error: OSError, cause: str) -> None:
+    def fail(setting: object) -> None:
+        raise error
+
+    monkeypatch.setattr("autodistill.search.ray_runner.fetch", fail)
+    setting: Any = SimpleNamespace(device="cpu", plan=SimpleNamespace(gpus=1.0, processes=1))
+    said = _worker(setting, None)(cast("Assignment", None))["failure"]
+    assert said == (cause, f"its worker could not begin: {error}")
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])

@@ -146,3 +146,9 @@ def test_what_cannot_be_given_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=said):
         check_share(machines, gpus, cpus, runner)
+
+
+def test_a_cluster_that_offers_nothing_is_refused() -> None:
+    """Its head without CPUs, say, while autoscaling has not begun."""
+    with pytest.raises(InputError, match="no node of the Ray cluster offers CPUs or GPUs"):
+        check_share((), None, None, "ray")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from autodistill.errors import AutoDistillError
+from autodistill.search import supplies
 from autodistill.search.supplies import absolute, fetch, send
 from autodistill.storage import Storage
 from autodistill.strategy import Init
@@ -160,3 +162,36 @@ def test_of_a_trial_that_was_tried_again_the_second_student_is_found_on_every_no
     train(other, "of 380 tokens")
     for trial in (first, other, driver, tmp_path / "late" / "t001x"):
         assert read(trial) == "of 380 tokens"
+
+
+def test_a_storage_that_fails_for_a_moment_is_asked_again(
+    setting: TrialSetting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = send(setting, Storage(f"file://{tmp_path}/shared"), 10**9)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    read, waits, failing = Storage.read, [], [True, True]
+
+    def flaky(self: Storage, key: str) -> bytes:
+        if failing and failing.pop():
+            raise OSError("AWS Error NETWORK_CONNECTION")
+        return read(self, key)
+
+    monkeypatch.setattr(Storage, "read", flaky)
+    monkeypatch.setattr(supplies.time, "sleep", waits.append)
+    assert fetch(sent).teacher.is_dir()
+    assert waits == [1.0, 4.0]
+    failing += [True] * 5
+    with pytest.raises(OSError, match=r"could not be fetched from file://\S*shared: AWS Error NETWORK_CONNECTION"):
+        fetch(sent)
+    assert sum(waits[2:]) == 60.0
+
+
+def test_what_cannot_be_sent_is_told_in_one_line(
+    setting: TrialSetting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Storage, folder: Path, key: str) -> None:
+        raise OSError("ACCESS_DENIED")
+
+    monkeypatch.setattr(Storage, "send_folder", refuse)
+    with pytest.raises(AutoDistillError, match=r"could not be sent to file://\S*shared \(ACCESS_DENIED\).*--resume"):
+        send(setting, Storage(f"file://{tmp_path}/shared"), 10**9)
