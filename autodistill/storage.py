@@ -312,6 +312,17 @@ class StoredFiles:
         (self._scratch / key).unlink(missing_ok=True)
 
 
+def reached(uri: str, key: str) -> str:
+    """Why this machine does not reach what another one wrote to a storage, or cannot write there; "" where it can."""
+    try:
+        storage = Storage(uri)
+        storage.read(key)
+        storage.check()
+    except (InputError, OSError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return ""
+
+
 def check_folder(folder: Path, option: str) -> None:
     """Refuses a URI where a folder is asked for, which would be made as one of that name.
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -91,15 +92,11 @@ def last_ended(events: Sequence[Mapping[str, Any]], folder: Path, storage: Stora
 def _signs(folder: Path, storage: Storage | None) -> Iterable[Mapping[str, Any]]:
     """Of this machine and of the storage: whichever went on with the run last wrote the later one."""
     if (folder / _FILE).is_file():
-        try:
+        with suppress(InputError):  # it only says how long something took
             yield read_json(folder / _FILE)
-        except InputError:
-            pass  # it only says how long something took
     if storage is not None:
-        try:
+        with suppress(OSError, ValueError):
             yield json.loads(storage.read(_FILE))
-        except (OSError, ValueError):
-            pass
 
 
 def lasted(events: Sequence[Mapping[str, Any]], since: float = 0.0) -> float:

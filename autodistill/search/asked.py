@@ -85,6 +85,22 @@ def ask(request: SearchRequest, known: Mapping[str, Any]) -> tuple[Asked, tuple[
     return asked, parse_objectives(text, ways)
 
 
+def content(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What an `Asked.record` measures, wherever its task files lie: the same ones may have moved."""
+    return {name: value for name, value in record.items() if name != "tasks"}
+
+
+def moved(record: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[str, ...]:
+    """A line where the same task files lie elsewhere than before.
+
+    Args:
+        record: As `Asked` has it.
+        before: As the run's `search.json` had it.
+    """
+    now, then = record["tasks"], before.get("tasks", record["tasks"])
+    return () if now == then else (f"the task files are read from {', '.join(now)}; before, from {', '.join(then)}",)
+
+
 def _own(request: SearchRequest, before: Mapping[str, Any]) -> tuple[list[Evaluator], dict[str, Any]]:
     """The evaluators of task files and of a command, and what they were made from, as `search.json` has it."""
     files = request.tasks if request.tasks is not None else tuple(map(Path, before.get("tasks", ())))
@@ -93,6 +109,11 @@ def _own(request: SearchRequest, before: Mapping[str, Any]) -> tuple[list[Evalua
     seconds = request.metric_seconds or before.get("command_seconds") or 600.0
     if command is None and (request.metric_direction or request.metric_seconds):
         raise InputError("--metric-direction and --metric-timeout are those of a command: give --metric-command")
+    gone = [file for file in files if request.tasks is None and not file.exists()]
+    if gone:
+        raise InputError(
+            f"the run's task file {gone[0]} is not on this machine: give it by --task, wherever it lies now"
+        )
     tasks = [task for file in files for task in read_tasks(file)]
     doubled = next((task.name for task in tasks if sum(other.name == task.name for other in tasks) > 1), None)
     if doubled is not None:

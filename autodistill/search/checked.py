@@ -26,7 +26,7 @@ from autodistill.records.lease import check_unheld
 from autodistill.records.objectives import Objective, objectives_of
 from autodistill.records.store import RunFolder
 from autodistill.records.stored_run import check_free, pull
-from autodistill.search.asked import Asked, ask
+from autodistill.search.asked import Asked, ask, content
 from autodistill.search.expected import Speed, trial_seconds
 from autodistill.search.plan import EXPLORE
 from autodistill.search.possible import check_teacher, narrowed, on_its_device, shortest_context
@@ -39,7 +39,7 @@ from autodistill.search.request import (
     SearchRequest,
 )
 from autodistill.search.sampler import SAMPLERS
-from autodistill.search.warm_start import check_space, parse_runs
+from autodistill.search.warm_start import check_asked, check_space, parse_runs
 from autodistill.space import Space, load_space, load_strategy
 from autodistill.storage import Storage, check_folder
 from autodistill.units import Budget, format_duration
@@ -165,6 +165,7 @@ def check_request(request: SearchRequest) -> Checked:
         _check_time(checked, stored)
     else:
         check_space(request.out, checked.warm_start, space)
+        check_asked(request.out, checked.warm_start, asked.record, [one.name for one in objectives])
     check_students(checked, spec)
     return checked
 
@@ -395,7 +396,7 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
             ",".join(one.name for one in objectives_of(stored)),
         ),
         "device": (checked.device and checked.device.name, (stored.get("device") or {}).get("name")),
-        "task or command": (checked.asked.record, stored.get("asked", checked.asked.record)),
+        "task or command": (content(checked.asked.record), content(stored.get("asked", checked.asked.record))),
         "sampler": (checked.sampler, stored["sampler"]),
         "warm start": (", ".join(checked.warm_start), ", ".join(_warmed_by(stored))),
         "seed": (checked.seed, stored["seed"]),

@@ -388,17 +388,6 @@ def _object(storage: Storage | None) -> Iterator[tuple[str, str] | None]:
         raise InputError(f"cannot write into the storage {storage.uri}: {error}") from error
 
 
-def reached(uri: str, key: str) -> str:
-    """Why this machine does not reach what another one wrote to a storage, or cannot write there; "" where it can."""
-    try:
-        storage = Storage(uri)
-        storage.read(key)
-        storage.check()
-    except (InputError, OSError) as error:
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ""
-
-
 def _probe(needed: Mapping[str, str], stored: tuple[str, str] | None = None) -> tuple[Machine, ...]:
     """One tiny task on each node: its versions, the files it sees, the storage it reaches, and what it has.
 
@@ -428,8 +417,7 @@ def _probe(needed: Mapping[str, str], stored: tuple[str, str] | None = None) -> 
         if package != ours:
             return {"package": package, "python": platform.python_version()}
         from autodistill.hardware import computes_bf16, detect
-
-        from autodistill.search.cluster import reached
+        from autodistill.storage import reached
 
         machine = detect()
         return {

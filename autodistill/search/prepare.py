@@ -15,6 +15,7 @@ from autodistill.errors import InputError
 from autodistill.export.card import NOT_STATED
 from autodistill.records.json_files import write_json
 from autodistill.records.store import RunFolder
+from autodistill.search.asked import moved
 from autodistill.search.checked import Checked
 from autodistill.search.expected import Speed
 from autodistill.search.loading import Loaded, Place, load
@@ -85,7 +86,8 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
     context = checked.request.budget.context
     if checked.stored is None and checked.request.context_by_default and context < CONTEXT:
         observer.line(f"the budget is stated at a context of {context} tokens: a model of this search reads no more")
-    for note in (*loaded.data.notes, *_unasked(checked, loaded), *loaded.notes, *plan.notes):
+    told = moved(checked.asked.record, checked.stored.get("asked", {})) if checked.stored else ()
+    for note in (*told, *loaded.data.notes, *_unasked(checked, loaded), *loaded.notes, *plan.notes):
         observer.line(note)
     return Planned(loaded=loaded, plan=plan, speed=speed, document=document)
 
@@ -217,6 +219,7 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         if _extends(checked, stored["plan"]["trials"]):
             # They tell of a run that has finished, which this has not any more.
             del stored["seconds"]
+        stored["asked"] = dict(checked.asked.record)
         return {**stored, "plan": plan.to_json(), "confirm": checked.confirm, "warm_start": warm}
     packages = ("autodistill-search", "torch", "transformers", "optuna", "ray", "xllamacpp", "gguf")
     return {

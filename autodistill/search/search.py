@@ -385,8 +385,8 @@ def _deadline(planned: Planned, earlier: Sequence[Mapping[str, Any]], clock: Clo
     left = box["seconds"] - spent - plan.seconds["export"] - plan.seconds["test"]
     if spent and left <= 0:
         observer.line(
-            f"the time box of {format_duration(box['seconds'])} was used up before: {format_duration(spent)} of it, and "
-            "export and test; the run is ended with what it has, and more --time extends it then"
+            f"the time box of {format_duration(box['seconds'])} was used up before, of which {format_duration(spent)} "
+            "have passed: the run is ended with what it has, and more --time extends it then"
         )
     return clock.started + left
 

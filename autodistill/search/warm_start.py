@@ -11,6 +11,7 @@ from typing import Any
 from autodistill.applied import probe_deployment, student_spec
 from autodistill.contracts import Status
 from autodistill.errors import InputError
+from autodistill.evaluators.command import NAME as COMMAND
 from autodistill.formats import weights_bytes
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.json_files import read_json
@@ -117,6 +118,39 @@ def check_fingerprints(out: Path, runs: Sequence[str], fingerprints: Mapping[str
                     f"the run {name!r} cannot warm-start this search: its {part} is another one "
                     f"({stored[part]['reference']}, {stored[part]['fingerprint']}, here {now}); leave it out"
                 )
+
+
+def check_asked(out: Path, runs: Sequence[str], asked: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuses runs whose figures of the same name were measured on other questions, or by another command.
+
+    Args:
+        out, runs: The folder of the runs, and names.
+        asked: What this search measures, as `search.json` has it.
+        names: Of what it is judged by.
+
+    Raises:
+        InputError: Names the run, and what differs.
+    """
+    for name in runs:
+        theirs = read_json(RunFolder.open(out, name).search_file).get("asked", {})
+        for objective in names:
+            here, there = _measured_by(objective, asked), _measured_by(objective, theirs)
+            # A run that has no figure of that name says nothing of it.
+            if there is not None and here != there:
+                raise InputError(
+                    f"the run {name!r} cannot warm-start this search: its {objective} is another one ({there}, here "
+                    f"{here}); leave it out"
+                )
+
+
+def _measured_by(objective: str, asked: Mapping[str, Any]) -> str | None:
+    """What an objective's figures were measured by, beside what its name says; None where that was not asked."""
+    kind, _, task = objective.partition(":")
+    if kind == "task":
+        return asked.get("fingerprints", {}).get(task)
+    if kind == COMMAND and asked.get("command") is not None:
+        return f"{asked['command']}, {asked.get('command_direction', 'max')}"
+    return None
 
 
 def steps_differ(out: Path, runs: Sequence[str], step_tokens: int) -> tuple[str, ...]:

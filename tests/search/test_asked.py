@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from autodistill.records.differences import differences
 from autodistill.records.leaderboard import rank
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
+from autodistill.search.asked import ask, moved
 from autodistill.search.checked import check_request
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import Outcome, plan_search, search
@@ -130,6 +132,15 @@ def test_a_run_is_resumed_with_the_same_tasks_alone(by_task: tuple[Outcome, Sear
     request = by_task[1]
     again = check_request(replace(request, resume=True, tasks=None, metric=None))
     assert again.metric == "task:miller"
+    assert moved(again.asked.record, again.asked.record) == ()
+    # The same files may lie elsewhere by now, under whatever names.
+    copy = shutil.copy((request.tasks or ())[0], tmp_path / "copy.yaml")
+    shutil.copy((request.tasks or ())[0].with_name("q.jsonl"), tmp_path)
+    elsewhere = check_request(replace(request, resume=True, tasks=(copy,)))
+    (told,) = moved(elsewhere.asked.record, again.asked.record)
+    assert told.startswith(f"the task files are read from {copy.resolve()}; before, from")
+    with pytest.raises(InputError, match=r"task file /gone/tasks.yaml is not on this machine: give it by --task"):
+        ask(replace(request, tasks=None), {"asked": {"tasks": ["/gone/tasks.yaml"]}})
     changed = yaml.safe_load((request.tasks or ())[0].read_text())
     changed["tasks"][0]["limit"] = 5
     other = (request.tasks or ())[0].with_name("other.yaml")

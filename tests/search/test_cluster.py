@@ -22,11 +22,11 @@ from autodistill.errors import InputError
 from autodistill.hardware import Machine, detect
 from autodistill.records.event_log import EventLog
 from autodistill.records.row import rows_of
-from autodistill.search.cluster import JoinedRay, LocalRay, _machine, _object, check_address, join, reached
+from autodistill.search.cluster import JoinedRay, LocalRay, _machine, _object, check_address, join
 from autodistill.search.progress import Observer
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import search
-from autodistill.storage import Storage
+from autodistill.storage import Storage, reached
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.training_fit import TrainingFit, training_fits
 from autodistill.units import Budget

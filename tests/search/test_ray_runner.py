@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import threading
@@ -93,7 +93,7 @@ def test_a_worker_that_cannot_begin_says_why(monkeypatch: pytest.MonkeyPatch, er
 
     monkeypatch.setattr("autodistill.search.ray_runner.fetch", fail)
     setting: Any = SimpleNamespace(device="cpu", plan=SimpleNamespace(gpus=1.0, processes=1))
-    said = _worker(setting, None)(cast("Assignment", None))["failure"]
+    said = _worker(setting, None)(cast("Any", None))["failure"]
     assert said == (cause, f"its worker could not begin: {error}")
 
 

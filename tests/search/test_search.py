@@ -222,9 +222,11 @@ def test_a_longer_search_that_is_killed_goes_on_as_what_it_was_extended_to(
 
     boxes, totals, plans = [], [], []
     for time_seconds in (300.0, 300.0, None):
-        with monkeypatch.context() as patch, pytest.raises(InterruptedSearchError):
+        again = request(inputs, out, resume=True, trials=None, tokens=None, time_seconds=time_seconds)
+        with monkeypatch.context() as patch:
             patch.setattr("autodistill.search.search.run_inline", interrupt)
-            search(request(inputs, out, resume=True, trials=None, tokens=None, time_seconds=time_seconds))
+            with pytest.raises(InterruptedSearchError):
+                search(again)
         stored = json.loads((out / "run" / "search.json").read_text())
         assert "seconds" not in stored, "it has not finished"
         boxes.append(stored["box"])

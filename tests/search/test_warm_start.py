@@ -26,6 +26,7 @@ from autodistill.search.sampler import Sampler
 from autodistill.search.trials import Assignment, Question
 from autodistill.search.warm_start import (
     WarmStart,
+    check_asked,
     check_fingerprints,
     check_space,
     parse_runs,
@@ -277,6 +278,36 @@ def test_another_space_teacher_or_data_is_refused_by_name(tmp_path: Path) -> Non
     for part, now in (("teacher", {"teacher": "x", "data": "d"}), ("data", {"teacher": "t", "data": "x"})):
         with pytest.raises(InputError, match=rf"its {part} is another one \({part}, {part[0]}, here x\)"):
             check_fingerprints(tmp_path, ["run"], now)
+
+
+@pytest.mark.parametrize(
+    ("names", "change", "said"),
+    [
+        (["command"], {"command": "b.sh"}, r"its command is another one \(a.sh, min, here b.sh, min\)"),
+        (["command"], {"command_direction": "max"}, r"its command is another one \(a.sh, min, here a.sh, max\)"),
+        (
+            ["accuracy", "task:miller"],
+            {"fingerprints": {"miller": "x"}},
+            r"its task:miller is another one \(m, here x\)",
+        ),
+        (["accuracy"], {"command": "b.sh", "fingerprints": {"miller": "x"}}, None),
+        (["task:other"], {"fingerprints": {"other": "x"}}, None),
+        (["command", "task:miller"], {"command_seconds": 5.0, "tasks": ["/moved/tasks.yaml"]}, None),
+    ],
+)
+def test_figures_of_one_name_that_mean_another_thing_are_refused(
+    tmp_path: Path, names: list[str], change: dict[str, Any], said: str | None
+) -> None:
+    """Scores of which less is better would otherwise count among those of which more is, the worst of them first."""
+    asked = {"tasks": ["tasks.yaml"], "fingerprints": {"miller": "m"}, "command": "a.sh", "command_direction": "min"}
+    earlier(tmp_path, "run", asked=None)
+    file = tmp_path / "run" / "search.json"
+    write_json(file, json.loads(file.read_text()) | {"asked": asked})
+    if said is None:
+        check_asked(tmp_path, ["run"], asked | change, names)
+        return
+    with pytest.raises(InputError, match=said):
+        check_asked(tmp_path, ["run"], asked | change, names)
 
 
 def test_steps_of_another_size_are_told(tmp_path: Path) -> None:
