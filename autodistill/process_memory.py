@@ -1,4 +1,4 @@
-"""The most memory that a process had at a time, as its system counts it."""
+"""What a system says of processes' memory: the most that one had at a time, and how many were ended for want of it."""
 
 from __future__ import annotations
 
@@ -22,3 +22,13 @@ def forget_peak(pid: int) -> None:
     clear = Path(f"/proc/{pid}/clear_refs")
     if clear.is_file():
         clear.write_text("5", encoding="ascii")
+
+
+def killed_for_memory() -> int:
+    """Processes that the kernel has ended for want of memory since it started; 0 where it does not count them."""
+    counts = Path("/proc/vmstat")
+    if counts.is_file():
+        for line in counts.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0

@@ -176,7 +176,7 @@ class Trial:
         began = time.perf_counter()
         trainer = self._trainer()
         target, last = self._targets(rung)[-1], rung == len(plan.rungs) - 1
-        shared = self._restore(trainer, rung)
+        shared, resumed = self._restore(trainer, rung)
         start = trainer.tokens
         ready = time.perf_counter()
         steps: list[StepRecord] = []
@@ -246,6 +246,7 @@ class Trial:
             trained=target - start,
             shared=shared,
             unsaved=unsaved,
+            resumed=resumed,
         )
 
     def _is_time(self, until: float, steps: Sequence[StepRecord]) -> bool:
@@ -298,8 +299,10 @@ class Trial:
         plan = self._bench.setting.plan
         return [branch_point(tokens, plan.decay, plan.batch_tokens) for tokens in self._targets(rung)]
 
-    def _restore(self, trainer: Trainer, rung: int) -> int:
-        """Continues from the furthest checkpoint up to a rung's branch; gives the tokens that others had trained of it.
+    def _restore(self, trainer: Trainer, rung: int) -> tuple[int, int]:
+        """Continues from the furthest checkpoint up to a rung's branch.
+
+        Gives the tokens of this stretch that others had trained, and those that this trial had, which was interrupted.
 
         A checkpoint that cannot be read, as after a power failure, is removed, and the one before it is taken.
         """
@@ -319,11 +322,14 @@ class Trial:
                 continue
             before = tokens[-2] if rung > 0 and not self._task.straight else 0
             if checkpoint.tokens <= before:
-                return 0
-            notes = read_metadata(path)
+                return 0, 0
+            notes, reached = read_metadata(path), checkpoint.tokens - before
+            if notes["trial"] != self._task.id:
+                return reached, 0
             # Its own, of this very stretch: the worker was killed between the checkpoint and the report.
-            return int(notes["shared"]) if notes["trial"] == self._task.id else checkpoint.tokens - before
-        return 0
+            shared = int(notes["shared"])
+            return shared, max(0, reached - shared)
+        return 0, 0
 
     def _furthest(self, tokens: int) -> tuple[Path, Checkpoint] | None:
         """The furthest checkpoint of the stage up to so many tokens; of several processes the first one's choice."""

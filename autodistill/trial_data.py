@@ -109,6 +109,7 @@ class RungReport:
         trained: Tokens that this stretch trained on, its decay included.
         shared: Tokens of this stretch that were not trained on, since another trial had trained the stage so far.
         unsaved: Why a checkpoint could not be written; None where all were.
+        resumed: Tokens of this stretch that earlier attempts of this trial had trained on, which were interrupted.
     """
 
     rung: int
@@ -120,3 +121,4 @@ class RungReport:
     trained: int = 0
     shared: int = 0
     unsaved: str | None = None
+    resumed: int = 0

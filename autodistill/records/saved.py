@@ -20,7 +20,9 @@ class Saved:
     Operations are estimated as six a weight and token; seconds of one worker, at the rate of what the run trained.
 
     Attributes:
-        trained_tokens, trained_flops, trained_seconds: Of all trials, decays included.
+        trained_tokens, trained_flops: Of all trials, decays included, and what failed or was interrupted as far as it
+            told, or left a checkpoint.
+        trained_seconds: Of what came to a result; of a trial that had the threads of all workers, those of each.
         sharing: Trials that went on from what another one had trained.
         shared_tokens, shared_flops, shared_seconds: Of training that was not done for that reason.
         rejected: Proposals of which no deployment fits, or that contradict the teacher.
@@ -77,16 +79,20 @@ def saved(events: Sequence[Mapping[str, Any]], plan: Plan) -> Saved:
     ends = {event["trial"]: event["status"] for event in events if event["event"] == "status"}
     rejected = [trial for trial, status in ends.items() if status == Status.REJECTED]
 
-    def flops(key: str) -> float:
-        return _FLOPS * float(sum(event.get(key, 0) * weights.get(event["trial"], 0) for event in rungs))
+    results = [*rungs, *(event for event in events if event["event"] == "kept")]
+    lost = [event for event in events if event["event"] == "lost"]
 
-    trained = flops("trained")
-    seconds = sum(event.get("seconds", {}).get("train", 0.0) for event in rungs)
-    rate = seconds / trained if trained else 0.0
-    shared = flops("shared")
+    def flops(key: str, among: Sequence[Mapping[str, Any]]) -> float:
+        return _FLOPS * float(sum(event.get(key, 0) * weights.get(event["trial"], 0) for event in among))
+
+    timed = flops("trained", results)
+    trained = timed + flops("resumed", rungs) + flops("trained", lost)
+    seconds = sum(event.get("workers", 1) * event.get("seconds", {}).get("train", 0.0) for event in results)
+    rate = seconds / timed if timed else 0.0
+    shared = flops("shared", rungs)
     avoided = _FLOPS * float(plan.rungs[0]) * sum(weights.get(trial, 0) for trial in rejected)
     return Saved(
-        trained_tokens=sum(event.get("trained", 0) for event in rungs),
+        trained_tokens=sum(event.get("trained", 0) + event.get("resumed", 0) for event in (*results, *lost)),
         trained_flops=trained,
         trained_seconds=seconds,
         sharing=len({event["trial"] for event in rungs if event.get("shared", 0)}),

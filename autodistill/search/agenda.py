@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import takewhile
 from typing import Literal
 
 from autodistill.contracts import Status
@@ -54,7 +55,7 @@ class Agenda:
         self,
         question: Question,
         *,
-        trials: Mapping[str, TrialState],
+        trials: dict[str, TrialState],
         box: TimeBox,
         sampler: Sampler,
         scheduler: SuccessiveHalving,
@@ -325,7 +326,7 @@ class Agenda:
         return [self._trials[trial_id] for _, _, trial_id in ranked]
 
     def _proposal(self) -> Assignment | None:
-        for _ in range(REJECTIONS_IN_A_ROW):
+        while self._rejected_in_a_row() < REJECTIONS_IN_A_ROW:
             if self._proposals_over():
                 return None
             number = sum(trial.number is not None for trial in self._trials.values())
@@ -341,6 +342,11 @@ class Agenda:
                 return self._assign(trial)
         self.exhausted = True
         return None
+
+    def _rejected_in_a_row(self) -> int:
+        """Of the latest proposals, those of earlier sessions among them."""
+        proposed = (trial for trial in reversed(self._trials.values()) if trial.number is not None)
+        return sum(1 for _ in takewhile(lambda trial: trial.status is Status.REJECTED, proposed))
 
     def _all_proposed(self) -> bool:
         # Rejected trials cost nothing and do not count.

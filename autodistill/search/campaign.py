@@ -11,12 +11,13 @@ from typing import Any
 from autodistill.applied import student_spec
 from autodistill.contracts import Decision, Status
 from autodistill.errors import AutoDistillError
+from autodistill.process_memory import killed_for_memory
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.event_log import EventLog
 from autodistill.records.row import Row, rows_of
 from autodistill.search.admission import admit
 from autodistill.search.agenda import Agenda
-from autodistill.search.failures import RETRIED
+from autodistill.search.failures import KILLED, OUT_OF_MEMORY, RETRIED, WORKER_DIED
 from autodistill.search.rows import make_row
 from autodistill.search.sampler import Sampler
 from autodistill.search.scheduler import SuccessiveHalving
@@ -28,8 +29,22 @@ from autodistill.storage import Storage
 from autodistill.strategy import Strategy
 from autodistill.trial_data import RungReport
 
+# How often work is begun that the search itself is killed with.
+_TRIES = 2
 # Of a piece of work that keeps a student short of the end, among those that failed once.
 _KEPT = "kept"
+
+
+def _work(assignment: Assignment) -> tuple[int, str | None]:
+    """Which of a trial's pieces of work an assignment is, as `TrialState.retried` has them."""
+    name = assignment.deployment.name if assignment.deployment is not None else None
+    return assignment.rung, _KEPT if assignment.keep else name
+
+
+def _of(assignment: Assignment) -> dict[str, Any]:
+    """The same, for the log."""
+    rung, work = _work(assignment)
+    return {"trial": assignment.task.id, "rung": rung, "work": work}
 
 
 class Campaign:
@@ -116,12 +131,24 @@ class Campaign:
 
     def take(self, assignment: Assignment, outcome: Mapping[str, Any]) -> None:
         """Takes what became of an assignment back, as `attempt` gives it."""
-        if "failure" in outcome:
-            self.fail(assignment, *outcome["failure"])
-        elif "report" in outcome:
+        if "report" in outcome:
             self.report(assignment, outcome["report"])
+            return
+        trained = outcome.get("trained", 0)
+        if "failure" in outcome:
+            self.fail(assignment, *outcome["failure"], trained=trained)
         else:
-            self.abandon(assignment)
+            self.abandon(assignment, trained=trained)
+
+    def begin(self, assignment: Assignment, kills: int) -> None:
+        """Writes down that work begins, for a runner that ends with it: what ends it twice is not begun again.
+
+        Args:
+            assignment: The work.
+            kills: Processes that the kernel has ended so far for want of memory.
+        """
+        self._write({"event": "begun", **_of(assignment), "kills": kills})
+        self.trials[assignment.task.id].begun[_work(assignment)] += 1
 
     def report(self, assignment: Assignment, report: RungReport) -> Decision:
         """Records what a worker found and says what becomes of the trial."""
@@ -132,8 +159,11 @@ class Campaign:
         share = plan.workers if assignment.threads else 1
         for phase in self._worker_seconds:
             self._worker_seconds[phase] += share * report.seconds[phase]
+        # What was lost is in the log already; of what was interrupted without a word nothing was.
+        resumed = max(0, report.resumed - trial.lost)
+        trial.begun.clear()
         trial.train_seconds += report.seconds["train"]
-        trial.trained_tokens += report.trained
+        trial.trained_tokens += report.trained + resumed
         last = report.rung == len(plan.rungs) - 1
         status = Status.COMPLETED if last else Status.STOPPED
         row = self._row(trial, report, status)
@@ -147,7 +177,8 @@ class Campaign:
         trial.running = False
         if assignment.keep:
             trial.kept = row.feasible and value is not None
-            self._write({"event": "kept", "trial": trial.task.id, "kept": trial.kept})
+            done = {"trained": report.trained, "seconds": report.seconds}
+            self._write({"event": "kept", "trial": trial.task.id, "kept": trial.kept, **done})
             self._notify(
                 f"no trial has reached the end: {trial.task.id} is kept as it is after {report.tokens:,} tokens, "
                 f"{shown}"
@@ -174,8 +205,11 @@ class Campaign:
                 "seconds": report.seconds,
                 "steps": steps,
                 **stage_facts(report),
+                **({"resumed": resumed} if resumed else {}),
+                **({"workers": share} if share > 1 else {}),
             }
         )
+        trial.lost = 0
         self._stages.learn(trial, report.unsaved)
         reused = f", {report.shared:,} of them from a shared stage" if report.shared else ""
         self._notify(f"{trial.task.id} {trial.name}: {shown} after {report.tokens:,} tokens{reused}")
@@ -187,7 +221,10 @@ class Campaign:
         return decision
 
     def _surplus(self) -> list[Checkpoint]:
-        return self._stages.surplus(self.trials.values(), self._scheduler.promotable(self._agenda.in_flight()))
+        # What was interrupted short of its first rung is begun again, from what it left.
+        waiting = {one.task.id for one in self.trials.values() if one.status is None and one.rung < 0}
+        promotable = self._scheduler.promotable(self._agenda.in_flight())
+        return self._stages.surplus(self.trials.values(), waiting | set(promotable))
 
     def _keep_none(self) -> None:
         """Which student is the best short of the end is open again, once one was trained further."""
@@ -211,9 +248,13 @@ class Campaign:
         if steps and (held := steps[-1].get("micro_batch", most)) < most:
             trial.task = replace(trial.task, micro_batch=held)
 
-    def fail(self, assignment: Assignment, cause: str, message: str) -> None:
-        """Records work that ended without a result, or gives it out once more; the search goes on."""
+    def fail(self, assignment: Assignment, cause: str, message: str, *, trained: int = 0) -> None:
+        """Records work that ended without a result after so many tokens, or gives it out once more; the search goes on.
+
+        Where memory was short twice, it is the trial that takes too much.
+        """
         trial = self.trials[assignment.task.id]
+        self._lose(assignment, trained)
         name = assignment.deployment.name if assignment.deployment is not None else None
         if name is None:
             trial.running = False
@@ -232,6 +273,7 @@ class Campaign:
             self._retry(trial, assignment.rung, name)
             self._notify(f"{trial.task.id} is tried once more ({cause}): {message}")
             return
+        cause = OUT_OF_MEMORY if cause == KILLED else cause
         if name is not None:
             # The student is trained, and stands with the deployments it was evaluated under.
             self._write(
@@ -254,9 +296,22 @@ class Campaign:
         if deployment is not None:
             trial.settled.discard(deployment)
 
-    def abandon(self, assignment: Assignment) -> None:
+    def _lose(self, assignment: Assignment, trained: int) -> None:
+        """Writes down what an attempt without a result had trained, and that it has ended."""
+        trial = self.trials[assignment.task.id]
+        if trained or trial.begun:
+            self._write({"event": "lost", **_of(assignment), "trained": trained})
+        self._lost(trial, trained)
+
+    def _lost(self, trial: TrialState, trained: int) -> None:
+        trial.begun.clear()
+        trial.lost += trained
+        trial.trained_tokens += trained
+
+    def abandon(self, assignment: Assignment, *, trained: int = 0) -> None:
         """A worker gave work back undone, because the search is stopping or out of time."""
         trial = self.trials[assignment.task.id]
+        self._lose(assignment, trained)
         if assignment.deployment is None:
             trial.running = False
         else:
@@ -304,8 +359,9 @@ class Campaign:
     # What a resumed search replays.
 
     def replay(self, events: Sequence[Mapping[str, Any]]) -> None:
-        """Takes up the state that earlier events left; nothing is written."""
+        """Takes up the state that earlier events left; what a kill left undone of the last one is done now."""
         self._agenda.resumed = bool(events)
+        kills = 0  # when work was last begun
         judged: dict[str, str] = {}  # the deployment of each trial's latest row
         for event in events:
             if event["event"] == "trial":
@@ -324,7 +380,9 @@ class Campaign:
                 trial.rung, trial.value, trial.further = event["rung"], event["value"], tuple(event.get("further", ()))
                 self._ended_at(trial, event["tokens"])
                 trial.train_seconds += event["seconds"]["train"]
-                trial.trained_tokens += event.get("trained", 0)
+                trial.trained_tokens += event.get("trained", 0) + event.get("resumed", 0)
+                trial.begun.clear()
+                trial.lost = 0
                 trial.settled = {judged[event["trial"]]} if event["trial"] in judged else set()
                 self._keep_none()
                 self._stages.learn(trial, event.get("unsaved"))
@@ -341,6 +399,15 @@ class Campaign:
                 if row.split == "validation":
                     judged[row.trial] = row.deployment_name
                     self.trials[row.trial].settled.add(row.deployment_name)
+                    # A training's is followed by its rung; all other work has ended with it.
+                    begun = self.trials[row.trial].begun
+                    for piece in [piece for piece in begun if piece[1] is not None]:
+                        del begun[piece]
+            elif event["event"] == "begun":
+                self.trials[event["trial"]].begun[event["rung"], event["work"]] += 1
+                kills = event["kills"]
+            elif event["event"] == "lost":
+                self._lost(self.trials[event["trial"]], event["trained"])
             elif event["event"] == "kept":
                 self.trials[event["trial"]].kept = event["kept"]
             elif event["event"] == "unevaluated":
@@ -356,6 +423,26 @@ class Campaign:
             # Leftovers of a closed search may be taken further by a longer one.
             if trial.status is Status.STOPPED:
                 trial.status = None
+        for trial in self.trials.values():
+            for (rung, work), times in list(trial.begun.items()):
+                if times >= _TRIES and (trial.status is None or work is not None):
+                    self._give_up(trial, rung, work, memory=killed_for_memory() > kills)
+        if events:
+            self._collect(self._surplus)
+
+    def _give_up(self, trial: TrialState, rung: int, work: str | None, *, memory: bool) -> None:
+        """Ends work that this process was ended with each time; `memory` says whether the kernel did it for that."""
+        named = next((one for one in trial.task.deployments if one.name == work), None)
+        if named is None and work not in (None, _KEPT):
+            return
+        assignment = Assignment(task=trial.task, rung=rung, deployment=named, keep=work == _KEPT)
+        trial.retried.add((rung, work))
+        if named is not None:
+            # As when it was given out.
+            self._evaluating += 1
+            trial.settled.add(named.name)
+        cause = KILLED if memory else WORKER_DIED
+        self.fail(assignment, cause, f"the search was killed {_TRIES} times while it was under way")
 
     # Trials.
 

@@ -10,7 +10,7 @@ from typing import Any
 from autodistill.distillation.sharding import Sharding
 from autodistill.search.deadline import step_guard
 from autodistill.search.supplies import fetch
-from autodistill.search.trials import Assignment, attempt, work
+from autodistill.search.trials import Assignment, attempted
 from autodistill.trial import Workbench
 from autodistill.trial_data import TrialSetting
 
@@ -53,7 +53,7 @@ class Member:
 
     def work(self, assignment: Assignment) -> dict[str, Any]:
         """Does its part of the assignment; the first process has the report."""
-        return attempt(lambda: work(self._bench, assignment, self._guard))
+        return attempted(self._bench, assignment, self._guard)
 
 
 class Group:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
+from autodistill.process_memory import killed_for_memory
 from autodistill.search.campaign import Campaign
 from autodistill.search.deadline import step_guard
-from autodistill.search.trials import attempt, work
+from autodistill.search.trials import attempted
 from autodistill.trial import Workbench
 from autodistill.trial_data import TrialSetting
 
@@ -19,6 +18,13 @@ def run_inline(campaign: Campaign, setting: TrialSetting, deadline: float | None
         setting: What all trials have in common.
         deadline: `time.time()` at which a running trial is given back, or None.
     """
-    bench = Workbench(setting)
+    bench, guard = Workbench(setting), step_guard(deadline)
     while (assignment := campaign.next()) is not None:
-        campaign.take(assignment, attempt(partial(work, bench, assignment, step_guard(deadline))))
+        # What ends this process ends the search too, which is not to begin with the same work for ever.
+        campaign.begin(assignment, killed_for_memory())
+        try:
+            outcome = attempted(bench, assignment, guard)
+        except KeyboardInterrupt:
+            campaign.abandon(assignment)
+            raise
+        campaign.take(assignment, outcome)

@@ -20,14 +20,15 @@ import torch
 
 from autodistill.distillation.memory import keep_to_share
 from autodistill.errors import LostClusterError
+from autodistill.process_memory import killed_for_memory
 from autodistill.search.bell import Bell, Rest
 from autodistill.search.campaign import Campaign
 from autodistill.search.cluster import Cluster
 from autodistill.search.deadline import step_guard
-from autodistill.search.failures import RETRIED, is_disk_full
+from autodistill.search.failures import RETRIED, WORKER_DIED, death, is_disk_full
 from autodistill.search.group import Group
 from autodistill.search.supplies import absolute, fetch
-from autodistill.search.trials import Assignment, attempt, work
+from autodistill.search.trials import Assignment, attempted
 from autodistill.trial import Workbench
 from autodistill.trial_data import TrialSetting
 
@@ -86,9 +87,9 @@ def _worker(setting: TrialSetting, deadline: float | None) -> Work:
         bench, guard = Workbench(fetch(setting)), step_guard(deadline)
     except Exception as error:
         # Told as what became of its first assignment, since of a worker that cannot begin Tune says nothing.
-        failure = ("disk-full" if is_disk_full(error) else "worker-died", f"its worker could not begin: {error}")
+        failure = ("disk-full" if is_disk_full(error) else WORKER_DIED, f"its worker could not begin: {error}")
         return lambda assignment: {"failure": failure}
-    return lambda assignment: attempt(partial(work, bench, assignment, guard))
+    return lambda assignment: attempted(bench, assignment, guard)
 
 
 class _RayEnded(BaseException):
@@ -136,11 +137,16 @@ def drive(
     trainable = tune.with_resources(
         tune.with_parameters(_stretch_class(), make=make), tune.PlacementGroupFactory(bundles, strategy="PACK")
     )
+    errors: dict[str, str] = {}
     storage = tempfile.mkdtemp(prefix="autodistill-tune-")
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_searcher(source, workers, check), num_samples=-1, reuse_actors=True, trial_name_creator=_name
+            search_alg=_searcher(source, workers, check, errors),
+            scheduler=_scheduler(errors),
+            num_samples=-1,
+            reuse_actors=True,
+            trial_name_creator=_name,
         ),
         run_config=tune.RunConfig(
             name="trials",
@@ -164,10 +170,32 @@ def _name(trial: Any) -> str:
     return f"stretch_{trial.trial_id}"
 
 
-def _searcher(source: Source, workers: int, check: Callable[[], None]) -> Any:
+def _scheduler(errors: dict[str, str]) -> Any:
+    """Tune's own scheduler, which beside that takes note of what Ray says of a worker that ended.
+
+    The searcher, which is asked next, is told nothing of it.
+    """
+    from ray.tune.schedulers import FIFOScheduler
+
+    class Noting(FIFOScheduler):  # type: ignore[misc, unused-ignore]
+        def on_trial_error(self, controller: Any, trial: Any) -> None:
+            """Before the searcher is told that the trial has ended."""
+            if trial.error_file and os.path.exists(trial.error_file):
+                with open(trial.error_file, encoding="utf-8", errors="replace") as file:
+                    errors[trial.trial_id] = file.read()
+
+        def __reduce__(self) -> tuple[type[object], tuple[()]]:
+            # As of the searcher, Tune keeps a pickle.
+            return object, ()
+
+    return Noting()
+
+
+def _searcher(source: Source, workers: int, check: Callable[[], None], errors: Mapping[str, str]) -> Any:
     """Tune's searcher: hands out the source's assignments and brings back what became of them.
 
-    `check` raises where Ray itself has ended, with which all workers end: that is no failure of what they did.
+    `check` raises where Ray itself has ended, with which all workers end: that is no failure of what they did. `errors`
+    is what Ray says of trials whose worker ended.
     """
     from ray.tune.search import Searcher
 
@@ -179,7 +207,8 @@ def _searcher(source: Source, workers: int, check: Callable[[], None]) -> Any:
             # Processes there should be: as many as had work at once.
             self._started = 0
             self._bell = Bell()
-            self._failures: dict[str, tuple[str, str]] = {}
+            self._failures: dict[str, Mapping[str, Any]] = {}
+            self._kills = killed_for_memory()
 
         def suggest(self, trial_id: str) -> Any:
             """Hands out the next assignment, rest to a worker that has none, None while there is none, or FINISHED."""
@@ -201,7 +230,7 @@ def _searcher(source: Source, workers: int, check: Callable[[], None]) -> Any:
         def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
             """A stretch reports at its end; if it is not done then, its worker ends, which says nothing of why."""
             if "failure" in result:
-                self._failures[trial_id] = result["failure"]
+                self._failures[trial_id] = {name: result[name] for name in ("failure", "trained") if name in result}
 
         def on_trial_complete(
             self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False
@@ -214,10 +243,17 @@ def _searcher(source: Source, workers: int, check: Callable[[], None]) -> Any:
                 # Its process is gone, and is started again where there is work for it.
                 self._started -= error
                 return
-            died = ("worker-died", "its worker process could not start, or ended: out of memory, or its node was lost?")
-            outcome = {"failure": self._failures.pop(trial_id, died)} if error or result is None else result
+            outcome: Mapping[str, Any]
+            if error or result is None:
+                outcome = self._failures.pop(trial_id, {}) or {"failure": self._death(trial_id)}
+            else:
+                outcome = result
             source.take(self._work.pop(trial_id), outcome)
             self._bell.ring()
+
+        def _death(self, trial_id: str) -> tuple[str, str]:
+            before, self._kills = self._kills, killed_for_memory()
+            return death(errors.get(trial_id, ""), self._kills - before)
 
         def __reduce__(self) -> tuple[type[object], tuple[()]]:
             # Tune keeps a pickle of its searcher to restore from. Ours holds a live view, and is restored from the log.

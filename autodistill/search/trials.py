@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -128,6 +129,19 @@ def attempt(work: Callable[[], RungReport | None]) -> dict[str, Any]:
         return {"failure": (error.cause, str(error))}
 
 
+def attempted(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord], None]) -> dict[str, Any]:
+    """The outcome of an assignment, as `attempt` gives it; without a report also "trained": on so many tokens."""
+    steps = 0
+
+    def count(record: StepRecord) -> None:
+        nonlocal steps
+        steps += 1
+        on_step(record)
+
+    outcome = attempt(lambda: work(bench, assignment, count))
+    return outcome if "report" in outcome else outcome | {"trained": steps * bench.setting.plan.batch_tokens}
+
+
 @dataclass
 class TrialState:
     """Where one trial stands.
@@ -145,6 +159,8 @@ class TrialState:
         settled: Deployments that were evaluated at full fidelity, are being, or cannot be.
         retried: Pieces of work that failed once: to which rung, and of an evaluation the deployment's name, or "kept"
             where a student was to be kept.
+        begun: How often work was begun, by a runner that ends with it, that has not ended since; by what `retried` has.
+        lost: Tokens that attempts which failed, or were given back, trained on since the last rung.
         trained_tokens, train_seconds: What its own training took so far.
         parameters: Weights of its student; None where the teacher has no such student.
         kept: Whether its student was kept short of the end, and may be exported; None where nobody tried.
@@ -169,6 +185,8 @@ class TrialState:
     retried: set[tuple[int, str | None]] = field(default_factory=set)
     parameters: int | None = None
     kept: bool | None = None
+    begun: Counter[tuple[int, str | None]] = field(default_factory=Counter)
+    lost: int = 0
 
     @property
     def unseen(self) -> list[Deployment]:

@@ -50,3 +50,19 @@ def test_nothing_saved_says_nothing() -> None:
     assert saved(EVENTS[:2], PLAN).describe() == ()
     old = {"event": "rung", "trial": "t000", "tokens": 1024, "seconds": {"train": 5.0}}  # before stages were shared
     assert saved([*EVENTS[:2], old], PLAN).shared_seconds == 0.0
+
+
+def test_what_failed_was_interrupted_or_had_all_threads_counts() -> None:
+    """Rates are of what came to a result, whose seconds are known; a worker on all threads takes those of four."""
+    events: list[dict[str, object]] = [
+        *EVENTS[:2],
+        {"event": "lost", "trial": "t000", "trained": 300},
+        rung("t000", 1000, 500, 10.0) | {"resumed": 200},
+        rung("t000", 1000, 0, 10.0) | {"workers": 4},
+        {"event": "kept", "trial": "t000", "kept": True, "trained": 500, "seconds": {"train": 5.0}},
+    ]
+    found = saved(events, PLAN)
+    assert found.trained_tokens == 300 + 1000 + 200 + 1000 + 500
+    assert found.trained_flops == 6 * 1000 * 3000
+    assert found.trained_seconds == 10 + 40 + 5
+    assert found.shared_seconds == pytest.approx(55 * 500 / 2500)

@@ -25,8 +25,10 @@ from autodistill.records.leaderboard import rank
 from autodistill.records.objectives import OBJECTIVES
 from autodistill.records.row import rows_of
 from autodistill.records.saved import saved
+from autodistill.search.agenda import REJECTIONS_IN_A_ROW, observation
 from autodistill.search.campaign import Campaign
 from autodistill.search.expected import Speed
+from autodistill.search.failures import KILLED
 from autodistill.search.plan import extend
 from autodistill.search.sampler import Sampler
 from autodistill.search.study import Observation
@@ -872,6 +874,37 @@ def test_forks_and_collections_are_the_same_after_a_kill(tmp_path: Path, kept: i
     assert held == expected
 
 
+@pytest.mark.usefixtures("forks_from_the_first")
+def test_what_a_kill_left_of_a_rung_is_collected_before_anything_is_proposed(tmp_path: Path) -> None:
+    """The log has the rung, and not yet what was to be removed after it; as a kill between any two events leaves it."""
+    whole = tmp_path / "whole"
+    search, log, answer = campaign(whole, question(), limit=500), EventLog(whole / "trials.jsonl"), keeping(whole)
+    cuts = 0
+    while (assignment := search.next()) is not None:
+        # What the stretch leaves on the disk is there before it is reported.
+        before, report = len(log.read()), answer(assignment)
+        cut = tmp_path / f"cut{before}"
+        shutil.copytree(whole, cut)
+        search.report(assignment, report)
+        added = log.read()[before:]
+        if added[-1]["event"] != "collected":
+            shutil.rmtree(cut)
+            continue
+        for event in added[:-1]:
+            EventLog(cut / "trials.jsonl").append(event)
+        cuts += 1
+    search.close()
+    assert cuts > 2
+    for cut in tmp_path.glob("cut*"):
+        again = campaign(cut, question(), limit=500)
+        again.replay(EventLog(cut / "trials.jsonl").read())
+        drive(again, keeping(cut))
+        kinds = ("trial", "rung", "collected", "status", "row")
+        assert [without_times(event) for event in events(cut, *kinds)] == [
+            without_times(event) for event in events(whole, *kinds)
+        ]
+
+
 def without_times(event: dict[str, Any]) -> dict[str, Any]:
     row = event.get("row")
     return {**event, "time": None, "row": row and {**row, "train_seconds": None}}
@@ -1252,3 +1285,124 @@ def test_a_storage_that_fails_for_a_moment_ends_no_search(tmp_path: Path, monkey
     assert sum("no checkpoints could be collected this time: AWS Error ACCESS_DENIED" in line for line in said) >= 3
     assert sum(trial.status is Status.COMPLETED for trial in search.trials.values()) == 3
     assert any(event["event"] == "collected" for event in EventLog(tmp_path / "trials.jsonl").read())
+
+
+def resumed(folder: Path, **more: Any) -> Campaign:
+    """As after a kill at the end of the log."""
+    search = campaign(folder, question(), **more)
+    search.replay(EventLog(folder / "trials.jsonl").read())
+    return search
+
+
+@pytest.mark.parametrize(("kills", "cause"), [(3, "worker-died"), (4, "out-of-memory")])
+def test_what_the_search_is_killed_with_twice_is_not_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, cause: str
+) -> None:
+    """In one process the kernel ends the search with the trial, which each --resume would begin with again."""
+    monkeypatch.setattr("autodistill.search.campaign.killed_for_memory", lambda: kills)
+    search = campaign(tmp_path, question())
+    for _ in range(2):
+        assignment = search.next()
+        assert assignment is not None
+        assert assignment.task.id == "b000"
+        search.begin(assignment, 3)
+        search = resumed(tmp_path)
+    assert search.trials["b000"].status is Status.FAILED
+    assert search.trials["b000"].cause == cause
+    assert "the search was killed 2 times while it was under way" in (search.trials["b000"].reason or "")
+    # It is known from then on, and the others are trained; of what has ended nothing is counted.
+    search = resumed(tmp_path)
+    while (assignment := search.next()) is not None:
+        assert assignment.task.id != "b000"
+        search.begin(assignment, 3)
+        search.report(assignment, worker(assignment))
+    assert sum(trial.status is Status.COMPLETED for trial in search.trials.values()) == 2
+    assert not any(trial.begun for trial in resumed(tmp_path).trials.values())
+
+
+def test_an_evaluation_that_the_search_is_killed_with_twice_is_left_out(tmp_path: Path) -> None:
+    search = campaign(tmp_path, question())
+    while (assignment := search.next()) is not None and assignment.deployment is None:
+        search.report(assignment, worker(assignment))
+    again = None
+    for _ in range(2):
+        assert assignment is not None
+        assert assignment.deployment is not None
+        assert again in (None, assignment.deployment.name)
+        again = assignment.deployment.name
+        search.begin(assignment, 0)
+        search = resumed(tmp_path)
+        assignment = search.next()
+    assert assignment is not None
+    assert assignment.deployment is not None
+    assert assignment.deployment.name != again
+    (left,) = [event for event in EventLog(tmp_path / "trials.jsonl").read() if event["event"] == "unevaluated"]
+    assert left["deployment"] == again
+    assert search.trials[left["trial"]].status is Status.COMPLETED
+
+
+def test_work_that_was_given_back_may_be_begun_as_often_as_one_likes(tmp_path: Path) -> None:
+    """On Ctrl-C, say."""
+    search = campaign(tmp_path, question())
+    for _ in range(4):
+        assignment = search.next()
+        assert assignment is not None
+        assert assignment.task.id == "b000"
+        search.begin(assignment, 0)
+        search.abandon(assignment, trained=256)
+        search = resumed(tmp_path)
+    assert search.trials["b000"].lost == 1024
+
+
+def test_a_trial_whose_worker_is_killed_for_memory_twice_is_out_of_memory(tmp_path: Path) -> None:
+    """The first time may be another one's fault; the sampler is told of the second."""
+    search, tries = campaign(tmp_path, question()), 0
+    while (assignment := search.next()) is not None:
+        if assignment.task.id == "t003":
+            tries += 1
+            search.take(assignment, {"failure": (KILLED, "the machine's memory was short"), "trained": 512})
+        else:
+            search.report(assignment, worker(assignment))
+    assert tries == 2
+    assert (search.trials["t003"].status, search.trials["t003"].cause) == (Status.FAILED, "out-of-memory")
+    assert observation(search.trials["t003"], search.question, forkable=False).constraint > 0
+    found = saved(EventLog(tmp_path / "trials.jsonl").read(), PLAN)
+    assert found.trained_tokens == 2 * 512
+
+
+def test_what_an_interrupted_attempt_left_is_counted_once(tmp_path: Path) -> None:
+    """A kill says nothing, so that its checkpoint does; what failed has said so already."""
+    for told, trained in ((0, 700), (600, 700), (900, 1000)):
+        folder = tmp_path / str(told)
+        search = campaign(folder, question())
+        assignment = search.next()
+        assert assignment is not None
+        if told:
+            search.take(assignment, {"failure": ("error", "so"), "trained": told})
+            assignment = search.next()
+            assert assignment is not None
+        search.report(assignment, replace(worker(assignment), trained=100, resumed=600))
+        log = EventLog(folder / "trials.jsonl").read()
+        assert saved(log, PLAN).trained_tokens == trained
+        assert search.trials["b000"].trained_tokens == resumed(folder).trials["b000"].trained_tokens == trained
+
+
+def test_a_space_of_which_nothing_fits_is_exhausted_once(tmp_path: Path) -> None:
+    """However often the search is killed, as many proposals are rejected as without."""
+    asked = question(memory=1)
+    search = campaign(tmp_path, asked)
+    for _ in range(3):
+        while (assignment := search.next()) is not None:
+            search.fail(assignment, "nan", "so")
+        rejected = [trial for trial in search.trials.values() if trial.number is not None]
+        assert (len(rejected), search.exhausted) == (REJECTIONS_IN_A_ROW, True)
+        search = campaign(tmp_path, asked)
+        search.replay(EventLog(tmp_path / "trials.jsonl").read())
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    for event in EventLog(tmp_path / "trials.jsonl").read()[:300]:
+        EventLog(cut / "trials.jsonl").append(event)
+    search = campaign(cut, asked)
+    search.replay(EventLog(cut / "trials.jsonl").read())
+    assert search.next() is None
+    assert sum(trial.number is not None for trial in search.trials.values()) == REJECTIONS_IN_A_ROW

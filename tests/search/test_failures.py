@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from autodistill.contracts import Status, TeacherReference
 from autodistill.distillation import checkpoint
 from autodistill.errors import AutoDistillError, InputError, TrialFailedError
-from autodistill.search.failures import RETRIED, explained
+from autodistill.process_memory import killed_for_memory
+from autodistill.search.failures import KILLED, RETRIED, death, explained
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.testing import save_tiny_teacher, tiny_text
@@ -160,3 +161,24 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -
         checkpoint.write_checkpoint(path, {"a": torch.ones(10**4)}, {"tokens": "2"})
     assert path.read_bytes() == before
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("said", "kills", "cause"),
+    [
+        ("The actor died unexpectedly before finishing this task.", 0, "worker-died"),
+        ("The actor died unexpectedly before finishing this task.", 1, KILLED),
+        (
+            "ray.exceptions.OutOfMemoryError: Memory on the node (IP: 10.0.0.1) was 30.5GB / 32.0GB (0.953), which "
+            "exceeds the memory usage threshold of 0.95. Ray killed this worker",
+            0,
+            KILLED,
+        ),
+        # A guess at potential causes, which Ray makes of every end of a connection.
+        ("(1) The process is killed by SIGKILL by OOM killer due to high memory usage.", 0, "worker-died"),
+    ],
+)
+def test_a_worker_that_was_ended_for_want_of_memory_is_known_by_who_ended_it(said: str, kills: int, cause: str) -> None:
+    assert death(said, kills)[0] == cause
+    assert cause in RETRIED
+    assert killed_for_memory() >= 0

@@ -24,9 +24,10 @@ from autodistill.records.event_log import EventLog
 from autodistill.records.row import rows_of
 from autodistill.search.campaign import Campaign
 from autodistill.search.cluster import LocalRay
+from autodistill.search.failures import KILLED
 from autodistill.search.inline_runner import run_inline
 from autodistill.search.progress import Observer
-from autodistill.search.ray_runner import _worker
+from autodistill.search.ray_runner import _scheduler, _searcher, _worker
 from autodistill.search.ray_runner import drive as run_pieces
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import search
@@ -95,6 +96,32 @@ def test_a_worker_that_cannot_begin_says_why(monkeypatch: pytest.MonkeyPatch, er
     setting: Any = SimpleNamespace(device="cpu", plan=SimpleNamespace(gpus=1.0, processes=1))
     said = _worker(setting, None)(cast("Any", None))["failure"]
     assert said == (cause, f"its worker could not begin: {error}")
+
+
+def test_what_ray_says_of_a_dead_worker_goes_to_whoever_gave_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Any] = []
+    work = ["first", "second", "third"]
+    source: Any = SimpleNamespace(next=lambda: work.pop(0), take=lambda given, outcome: taken.append((given, outcome)))
+    kills = iter([5, 5, 6])
+    monkeypatch.setattr("autodistill.search.ray_runner.killed_for_memory", lambda: next(kills))
+    errors: dict[str, str] = {}
+    scheduler, searcher = _scheduler(errors), _searcher(source, 3, lambda: None, errors)
+    (tmp_path / "error.txt").write_text("OutOfMemoryError: Memory on the node exceeds the memory usage threshold")
+    for name in "abc":
+        searcher.suggest(name)
+    scheduler.on_trial_error(None, SimpleNamespace(trial_id="a", error_file=str(tmp_path / "error.txt")))
+    scheduler.on_trial_error(None, SimpleNamespace(trial_id="b", error_file=None))
+    for name in "ab":
+        searcher.on_trial_complete(name, error=True)
+    searcher.on_trial_result("c", {"failure": ("error", "so"), "trained": 512})
+    searcher.on_trial_complete("c", error=True)
+    (_, by_ray), (_, by_kernel), last = taken
+    assert by_ray["failure"] == (KILLED, "its worker process was ended by Ray, since the machine's memory was short")
+    assert by_kernel["failure"][0] == KILLED
+    assert "by the kernel" in by_kernel["failure"][1]
+    assert last == ("third", {"failure": ("error", "so"), "trained": 512})
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(3, marks=pytest.mark.slow)])
