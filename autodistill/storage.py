@@ -61,6 +61,11 @@ class Storage:
         """Whether it is a folder that this machine sees as such."""
         return isinstance(self._system, fs.LocalFileSystem)
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder that it is on this machine; None of an object store."""
+        return Path(self._root) if self.local else None
+
     def check(self) -> None:
         """Writes an object, reads it back and removes it.
 
@@ -293,7 +298,10 @@ class StoredFiles:
         return path
 
     def _drop_removed(self) -> None:
-        """Makes room for another copy: what other machines have removed is of no use here either."""
+        """Makes room for another copy: what other machines have removed is of no use here either.
+
+        Where the disk does not hold another one of the largest, those longest unused go too: they can be fetched again.
+        """
         self._scratch.mkdir(parents=True, exist_ok=True)
         # Looked at first, since a copy is here only after its file is on the storage.
         copies = [path for path in self._scratch.iterdir() if path.is_file() and not path.name.startswith(".")]
@@ -301,6 +309,12 @@ class StoredFiles:
         for path in copies:
             if path.name not in kept:
                 path.unlink(missing_ok=True)
+        held = sorted((path for path in copies if path.name in kept), key=_used)
+        largest = max((kept[path.name] for path in held), default=0)
+        for path in held:
+            if shutil.disk_usage(self._scratch).free >= largest:
+                break
+            path.unlink(missing_ok=True)
 
     def list(self) -> dict[str, int]:
         """Bytes of each file, by key."""
@@ -321,6 +335,15 @@ def reached(uri: str, key: str) -> str:
     except (InputError, OSError) as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return ""
+
+
+def _used(path: Path) -> float:
+    """When a file was last read or written; one that is gone meanwhile never."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return 0.0
+    return max(stat.st_atime, stat.st_mtime)
 
 
 def check_folder(folder: Path, option: str) -> None:

@@ -100,6 +100,8 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         "evaluation": f"{plan['rung_eval_tokens']:,} tokens at a rung, {plan['eval_tokens']:,} at the end, "
         f"{plan['test_tokens']:,} on the test split",
         "cache": f"{format_bytes(document['cache_bytes'])} of disk for the teacher's outputs",
+        "students": f"{format_bytes(document['students_bytes'])} of disk at most for {document['students']} of them, "
+        "kept in float32; checkpoints besides, up to --checkpoint-limit",
         "time": f"{format_duration(document['expected_seconds'])} expected, time box {box}",
         "phases": phases,
         "hours": _hours(document),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from autodistill.stages import LocalFiles, StageStore, default_limit, open_stages, stage_key
+from autodistill.storage import Storage
 from autodistill.strategy import Distillation, Finishing, Init, Strategy
 from autodistill.testing import small_plan
 
@@ -172,6 +173,12 @@ def test_the_default_limit_counts_what_is_held_as_free(tmp_path: Path, monkeypat
     assert default_limit(folder) == 250
     LocalFiles(folder / "stages").put(_file(tmp_path, 200), "a.000000000192.safetensors")
     assert default_limit(folder) == 300
+    # The disk of a storage is the one that holds them; an object store has none.
+    shared = Storage(f"file://{tmp_path}/shared")
+    assert default_limit(folder, shared) == 250
+    shared.at("stages").put(_file(tmp_path, 400), "a.000000000192.safetensors")
+    assert default_limit(folder, shared) == 350
+    assert default_limit(folder, Storage("s3://bucket/runs?region=us-east-1")) is None
 
 
 def _file(folder: Path, size: int) -> Path:

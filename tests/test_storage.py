@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -180,6 +183,29 @@ def test_a_node_keeps_no_copy_of_what_another_machine_removed(storage: Storage, 
     assert found is not None
     assert found.read_text() == "others"
     assert copies(tmp_path / "node") == ["next", "others"]
+
+
+def test_a_node_whose_disk_is_short_drops_the_copies_longest_unused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They can be fetched again; where there is room nothing goes."""
+    scratch = tmp_path / "node"
+    files = StoredFiles(Storage(f"file://{tmp_path}/shared"), scratch)
+    free = [1000]
+
+    def usage(path: Path) -> Any:
+        return SimpleNamespace(free=free[0] - sum(file.stat().st_size for file in scratch.iterdir()))
+
+    monkeypatch.setattr("autodistill.storage.shutil.disk_usage", usage)
+    for number, name in enumerate("abcd"):
+        (tmp_path / "file").write_bytes(b"x" * 300)
+        files.put(tmp_path / "file", name)
+        os.utime(scratch / name, (number, number))
+    assert {path.name for path in scratch.iterdir() if len(path.name) == 1} == {"b", "c", "d"}
+    free[0] = 10**6
+    found = files.get("a")
+    assert found is not None
+    assert found.read_bytes() == b"x" * 300
 
 
 def test_processes_of_a_node_that_ask_at_once_fetch_once(

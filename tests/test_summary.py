@@ -175,6 +175,7 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
     memory = {"weights_bytes": 2e9, "gradients_bytes": 1e9, "total_bytes": 3e9}
     document = {"plan": plan, "cache_bytes": 3.5e6, "expected_seconds": 420.0, "training_bytes": memory}
     document["evaluation_bytes"] = 1.5e9
+    document |= {"students": 4, "students_bytes": 24e9}
     document["budget"] = DOCUMENT["budget"]
     hours = {"machine_hours": 0.1167, "worker_hours": 0.2222, "gpu_hours": 0.0}
     text = plan_summary(document | hours)
@@ -184,6 +185,7 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
     assert "2.00 GPU-hours, 0.22 worker-hours of trials; 5.00 EUR at 2.50 EUR an hour of a GPU" in dear
     for words in (
         "16.0 GB at context 1024, batch 1",
+        "24.0 GB of disk at most for 4 of them, kept in float32; checkpoints besides, up to --checkpoint-limit\n",
         "9 proposed",
         "1,024, 3,072, 9,216 tokens, reached by 9, 5, 2 of them",
         "9,216 a trial",

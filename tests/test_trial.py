@@ -867,6 +867,7 @@ def test_what_a_killed_stretch_had_reused_is_known_when_it_is_run_again(lab, tmp
     once, again = other.run(2), other.run(2)
     assert (once.shared, once.trained) == (192, 768 - 192)
     assert (again.shared, again.trained) == (192, 768 - 576)
+    assert (once.resumed, again.resumed) == (0, 576 - 192), "what it had trained itself, which nobody was told"
     assert again.evaluation == once.evaluation
 
 

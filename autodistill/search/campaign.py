@@ -159,8 +159,9 @@ class Campaign:
         share = plan.workers if assignment.threads else 1
         for phase in self._worker_seconds:
             self._worker_seconds[phase] += share * report.seconds[phase]
-        # What was lost is in the log already; of what was interrupted without a word nothing was.
-        resumed = max(0, report.resumed - trial.lost)
+        # What was lost is in the log already, as is what a student that is kept branches off from; of what was
+        # interrupted without a word nothing is.
+        resumed = 0 if assignment.keep else max(0, report.resumed - trial.lost)
         trial.begun.clear()
         trial.train_seconds += report.seconds["train"]
         trial.trained_tokens += report.trained + resumed

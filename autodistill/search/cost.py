@@ -1,4 +1,4 @@
-"""What a planned search will cost: hours of its machines, workers and GPUs, and money at a price."""
+"""What a planned search will cost: hours of its machines, workers and GPUs, money at a price, and disk for students."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import Any
 
 from autodistill.contracts import Plan
 from autodistill.hardware import Machine
+from autodistill.search.forks import FEW
+from autodistill.search.rungs import confirmed
 from autodistill.units import Price
+
+_FLOAT32 = 4
 
 
 def cost(plan: Plan, machines: Sequence[Machine], price: Price | None) -> dict[str, Any]:
@@ -41,3 +45,25 @@ def cost(plan: Plan, machines: Sequence[Machine], price: Price | None) -> dict[s
         "currency": price.currency,
         "cost_shown": price.of(paid),
     }
+
+
+def students_disk(plan: Plan, parameters: int, *, baselines: int, confirm: int) -> dict[str, int]:
+    """What the students that are trained to the end take, each of which is kept in float32.
+
+    Args:
+        plan: How many there are.
+        parameters: Weights of the largest; smaller ones take less.
+        baselines: Strategies that run first.
+        confirm: Further seeds of the best.
+
+    Returns:
+        "students", at most so many, and "students_bytes".
+    """
+    few = min(FEW, plan.keep[-1] if plan.keep else plan.trials) + min(1, baselines)
+    longer = (len(plan.lengths) - 1) * few
+    if plan.longest > 1:
+        # The best alone on the cores of one machine; elsewhere the next best, and the baseline, beside it.
+        longer += 1 if plan.alone else few
+    count = (plan.keep[-1] if plan.keep else plan.trials) + baselines + longer
+    count += confirm * confirmed(plan.trials, plan.keep, baselines)
+    return {"students": count, "students_bytes": count * parameters * _FLOAT32}

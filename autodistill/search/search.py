@@ -28,13 +28,14 @@ from autodistill.records.store import RunFolder
 from autodistill.records.stored_run import StoredLog, check_free, keep, pull
 from autodistill.search.campaign import Campaign
 from autodistill.search.checked import Checked, check_request
-from autodistill.search.cost import cost
+from autodistill.search.cost import cost, students_disk
 from autodistill.search.failures import is_disk_full
 from autodistill.search.finish import Finish, finish
 from autodistill.search.finisher import Finisher
 from autodistill.search.inline_runner import run_inline
 from autodistill.search.loading import Place, load, trainable
 from autodistill.search.measuring import plan_from_measurement
+from autodistill.search.possible import by_size
 from autodistill.search.prepare import Planned, Ready, plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest
@@ -101,6 +102,12 @@ def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
         "plan": plan.to_json(),
         "speed": asdict(speed),
         "cache_bytes": tokens * per_token,
+        **students_disk(
+            plan,
+            by_size(checked.space, loaded.spec)[-1][1].parameters,
+            baselines=len(checked.space.baselines),
+            confirm=checked.confirm,
+        ),
         "training_bytes": {**asdict(loaded.fit.estimate), "total_bytes": loaded.fit.estimate.total_bytes},
         "evaluation_bytes": loaded.fit.evaluation_bytes,
         "budget": request.budget.to_json(),
@@ -281,7 +288,7 @@ def _trials(
         log=run.events,
         checkpoints=run.checkpoints,
         storage=storage,
-        checkpoint_limit=checked.request.checkpoint_limit_bytes or default_limit(run.checkpoints),
+        checkpoint_limit=checked.request.checkpoint_limit_bytes or default_limit(run.checkpoints, storage),
         deadline=deadline,
         notify=observer.line,
     )

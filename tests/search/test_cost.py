@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from autodistill.hardware import Gpu, Machine
-from autodistill.search.cost import cost
+from autodistill.search.cost import cost, students_disk
 from autodistill.testing import small_plan
 from autodistill.units import Price
 
@@ -40,3 +42,22 @@ def test_a_price_is_of_each_gpu_or_else_of_the_machine(gpus: int, paid: float, w
     found = cost(PLAN, machines(gpus), Price(amount=2.5, currency="USD"))
     assert (found["cost"], found["price_of"], found["currency"]) == (paid, what, "USD")
     assert found["cost_shown"] == f"{paid:.2f} USD"
+
+
+@pytest.mark.parametrize(
+    ("more", "baselines", "confirm", "count"),
+    [
+        ({"keep": (4, 2)}, 1, 0, 2 + 1),
+        # The best two and the baseline again on each of two seeds.
+        ({"keep": (4, 2)}, 1, 2, 2 + 1 + 2 * 3),
+        ({"keep": (4, 2), "lengths": (1.0, 2.0)}, 0, 0, 2 + 2),
+        ({"keep": (9, 5), "longest": 4.0, "alone": 2}, 1, 0, 5 + 1 + 1),
+        ({"keep": (9, 5), "longest": 4.0}, 2, 0, 5 + 2 + 3 + 1),
+        ({"keep": (), "rungs": (9216,), "trials": 7}, 0, 0, 7),
+    ],
+)
+def test_students_that_are_trained_to_the_end_are_kept_in_float32(
+    more: dict[str, Any], baselines: int, confirm: int, count: int
+) -> None:
+    found = students_disk(small_plan(**more), 10**6, baselines=baselines, confirm=confirm)
+    assert found == {"students": count, "students_bytes": count * 4 * 10**6}
