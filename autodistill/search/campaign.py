@@ -29,8 +29,9 @@ from autodistill.storage import Storage
 from autodistill.strategy import Strategy
 from autodistill.trial_data import RungReport
 
-# How often work is begun that the search itself is killed with.
-_TRIES = 2
+# How often work is begun that the search itself is killed with: where the kernel did it for want of memory, and where it
+# may have been anybody, which must change nothing of what a search finds.
+_TRIES_IN_MEMORY, _TRIES = 2, 5
 # Of a piece of work that keeps a student short of the end, among those that failed once.
 _KEPT = "kept"
 
@@ -424,15 +425,17 @@ class Campaign:
             # Leftovers of a closed search may be taken further by a longer one.
             if trial.status is Status.STOPPED:
                 trial.status = None
+        memory = killed_for_memory() > kills
         for trial in self.trials.values():
             for (rung, work), times in list(trial.begun.items()):
-                if times >= _TRIES and (trial.status is None or work is not None):
-                    self._give_up(trial, rung, work, memory=killed_for_memory() > kills)
+                over = times >= (_TRIES_IN_MEMORY if memory else _TRIES)
+                if over and (trial.status is None or work is not None):
+                    self._give_up(trial, rung, work, times, memory=memory)
         if events:
             self._collect(self._surplus)
 
-    def _give_up(self, trial: TrialState, rung: int, work: str | None, *, memory: bool) -> None:
-        """Ends work that this process was ended with each time; `memory` says whether the kernel did it for that."""
+    def _give_up(self, trial: TrialState, rung: int, work: str | None, times: int, *, memory: bool) -> None:
+        """Ends work that the search was ended with so many times; `memory` says whether the kernel did it for that."""
         named = next((one for one in trial.task.deployments if one.name == work), None)
         if named is None and work not in (None, _KEPT):
             return
@@ -443,7 +446,7 @@ class Campaign:
             self._evaluating += 1
             trial.settled.add(named.name)
         cause = KILLED if memory else WORKER_DIED
-        self.fail(assignment, cause, f"the search was killed {_TRIES} times while it was under way")
+        self.fail(assignment, cause, f"the search was killed {times} times while it was under way")
 
     # Trials.
 

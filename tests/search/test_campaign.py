@@ -1294,14 +1294,17 @@ def resumed(folder: Path, **more: Any) -> Campaign:
     return search
 
 
-@pytest.mark.parametrize(("kills", "cause"), [(3, "worker-died"), (4, "out-of-memory")])
-def test_what_the_search_is_killed_with_twice_is_not_begun_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, cause: str
+@pytest.mark.parametrize(("kills", "times", "cause"), [(3, 5, "worker-died"), (4, 2, "out-of-memory")])
+def test_what_the_search_is_killed_with_each_time_is_not_begun_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, times: int, cause: str
 ) -> None:
-    """In one process the kernel ends the search with the trial, which each --resume would begin with again."""
+    """In one process the kernel ends the search with the trial, which each --resume would begin with again.
+
+    Twice is enough where the kernel has counted one more since; else it may have been whoever has the machine.
+    """
     monkeypatch.setattr("autodistill.search.campaign.killed_for_memory", lambda: kills)
     search = campaign(tmp_path, question())
-    for _ in range(2):
+    for _ in range(times):
         assignment = search.next()
         assert assignment is not None
         assert assignment.task.id == "b000"
@@ -1309,7 +1312,7 @@ def test_what_the_search_is_killed_with_twice_is_not_begun_again(
         search = resumed(tmp_path)
     assert search.trials["b000"].status is Status.FAILED
     assert search.trials["b000"].cause == cause
-    assert "the search was killed 2 times while it was under way" in (search.trials["b000"].reason or "")
+    assert f"the search was killed {times} times while it was under way" in (search.trials["b000"].reason or "")
     # It is known from then on, and the others are trained; of what has ended nothing is counted.
     search = resumed(tmp_path)
     while (assignment := search.next()) is not None:
@@ -1320,7 +1323,10 @@ def test_what_the_search_is_killed_with_twice_is_not_begun_again(
     assert not any(trial.begun for trial in resumed(tmp_path).trials.values())
 
 
-def test_an_evaluation_that_the_search_is_killed_with_twice_is_left_out(tmp_path: Path) -> None:
+def test_an_evaluation_that_the_search_is_killed_with_twice_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autodistill.search.campaign.killed_for_memory", lambda: 1)
     search = campaign(tmp_path, question())
     while (assignment := search.next()) is not None and assignment.deployment is None:
         search.report(assignment, worker(assignment))
@@ -1344,14 +1350,14 @@ def test_an_evaluation_that_the_search_is_killed_with_twice_is_left_out(tmp_path
 def test_work_that_was_given_back_may_be_begun_as_often_as_one_likes(tmp_path: Path) -> None:
     """On Ctrl-C, say."""
     search = campaign(tmp_path, question())
-    for _ in range(4):
+    for _ in range(6):
         assignment = search.next()
         assert assignment is not None
         assert assignment.task.id == "b000"
         search.begin(assignment, 0)
         search.abandon(assignment, trained=256)
         search = resumed(tmp_path)
-    assert search.trials["b000"].lost == 1024
+    assert search.trials["b000"].lost == 6 * 256
 
 
 def test_a_trial_whose_worker_is_killed_for_memory_twice_is_out_of_memory(tmp_path: Path) -> None:
