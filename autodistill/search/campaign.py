@@ -29,8 +29,8 @@ from autodistill.storage import Storage
 from autodistill.strategy import Strategy
 from autodistill.trial_data import RungReport
 
-# How often work is begun that the search itself is killed with: where the kernel did it for want of memory, and where it
-# may have been anybody, which must change nothing of what a search finds.
+# How often work is begun that the search is killed with: where the kernel did it for want of memory, and where it may
+# have been anybody, which must change nothing of what a search finds.
 _TRIES_IN_MEMORY, _TRIES = 2, 5
 # Of a piece of work that keeps a student short of the end, among those that failed once.
 _KEPT = "kept"
