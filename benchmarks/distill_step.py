@@ -1,9 +1,10 @@
 """One step of distillation: tokens a second by what the teacher supplies, its floor, and the memory of the loss.
 
-    python benchmarks/distill_step.py [--teacher smollm2] [--rounds 3] [--sequences 4] [--length 256] [--arms top-64]
+    python benchmarks/distill_step.py [--teacher smollm2] [--rounds 3] [--sequences 4 1] [--length 256] [--arms top-64]
 
 Every arm trains the same 15-layer student by turns, so that what else the machine does falls on all of them alike; a
-figure is the median of the arm's steps, and its ratio is taken within the round. Ratios of processor time stand beside
+figure is the median of the arm's steps, and its ratio is taken within the round. Steps of several sizes follow each
+other; the memory of the loss and the floor are those of the first. Ratios of processor time stand beside
 those of wall-clock time: where other processes share the cores, they are the steadier ones. The published loss is TRL's
 own generalised JSD of GKD, with the teacher run in each step.
 """
@@ -29,6 +30,7 @@ import report
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from autodistill.contracts import Plan
@@ -275,6 +277,30 @@ def timed(runs: Mapping[str, Callable[[], Taken]], rounds: int) -> dict[str, lis
     return taken
 
 
+# Of torch's operations, by what a reader would call them; the first that a name begins with counts.
+_KINDS = {
+    "products of matrices": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn", "aten::mkldnn"),
+    "attention": ("aten::_scaled_dot_product", "aten::_flash_attention"),
+    "copies and changes of type": ("aten::copy_", "aten::_to_copy", "aten::to", "aten::clone", "aten::cat"),
+    "softmax and its gradient": ("aten::_log_softmax", "aten::_softmax", "aten::logsumexp", "aten::exp", "aten::nll"),
+    "AdamW and the norm of gradients": ("aten::_fused_adamw", "aten::_foreach", "Optimizer", "aten::linalg_vector"),
+    "norms, activations and sums": ("aten::mul", "aten::add", "aten::sum", "aten::mean", "aten::silu", "aten::pow",
+                                    "aten::rsqrt", "aten::neg", "aten::sub", "aten::div", "aten::fill", "aten::zero"),
+}  # fmt: skip
+
+
+def spent_on(run: Callable[[], Any]) -> list[list[str]]:
+    """Where the processor time of a step goes, by kinds of torch's operations, the largest share first."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        run()
+    times: dict[str, float] = {}
+    for event in found.key_averages():
+        kind = next((kind for kind, names in _KINDS.items() if event.key.startswith(names)), "all else")
+        times[kind] = times.get(kind, 0.0) + event.self_cpu_time_total
+    whole = sum(times.values())
+    return [[kind, f"{time / whole:.0%}"] for kind, time in sorted(times.items(), key=lambda item: -item[1])]
+
+
 def step_lines(taken: Mapping[str, list[Taken]], tokens: int) -> Iterator[list[str]]:
     """Seconds, tokens a second and ratios of each arm."""
     for name, times in taken.items():
@@ -284,43 +310,63 @@ def step_lines(taken: Mapping[str, list[Taken]], tokens: int) -> Iterator[list[s
         yield [name, f"{middle:.2f}", f"{used:.2f}", f"{tokens / middle:.0f}", *ratios]
 
 
+def sized(taken: Mapping[int, Mapping[str, list[Taken]]], length: int) -> Iterator[str]:
+    """A heading and a table of the steps of each size."""
+    clocks = ["over cross-entropy", "by processor", "over the published", "by processor"]
+    for size, times in taken.items():
+        yield f"## Steps of {size} x {length} tokens"
+        lines = list(step_lines(times, size * length))
+        yield report.table(["step", "seconds", "processor seconds", "tokens/s", *clocks], lines)
+
+
 def main() -> None:
     """Times the arms by turns and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--sequences", type=int, nargs="+", default=[4, 1], help="of a step")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="beside the two compared with")
     parser.add_argument("--cache", type=Path, default=default_cache())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    length, tokens = arguments.length, arguments.sequences * arguments.length
-    memory = list(memory_lines(tokens - arguments.sequences))
+    length, sizes = arguments.length, arguments.sequences
+    rows = sizes[0] * (length - 1)
+    # The first time takes what stays with the process.
+    list(memory_lines(rows))
+    memory = list(memory_lines(rows))
     print(report.table(["vocabulary", "logits", "ours..."], memory), file=sys.stderr)
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
-        shop = workshop(arguments.teacher, arguments.cache, length, tokens, Path(folder))
+        shop = workshop(arguments.teacher, arguments.cache, length, max(sizes) * length, Path(folder))
         reading = list(cache_lines(shop.cache, shop.folder, length))
-        runs = arms(shop, length, tokens, arguments.threads)
-        runs = {name: run for name, run in runs.items() if name in (BASE, PUBLISHED, *arguments.arms)}
-        with FlopCounterMode(display=False) as counter:
-            runs[BASE]()
-        taken = timed(runs, arguments.rounds)
+        taken: dict[int, dict[str, list[Taken]]] = {}
+        for size in sizes:
+            runs = arms(shop, length, size * length, arguments.threads)
+            runs = {name: run for name, run in runs.items() if name in (BASE, PUBLISHED, *arguments.arms)}
+            taken[size] = timed(runs, arguments.rounds)
+            if size == sizes[0]:
+                with FlopCounterMode(display=False) as counter:
+                    runs[BASE]()
+                spent = spent_on(runs[BASE])
+            del runs
+            gc.collect()
     rate, flops = matrix_rate(), counter.get_total_flops()
-    floor, base = flops / rate, statistics.median(step.processor for step in taken[BASE])
-    clocks = ["over cross-entropy", "by processor", "over the published", "by processor"]
+    floor, base = flops / rate, statistics.median(step.processor for step in taken[sizes[0]][BASE])
     sections = [
         f"Teacher {shop.teacher.name} of {shop.layers} layers, student of {len(shop.kept)}, embedding table frozen, "
-        f"bfloat16 autocast, batch {arguments.sequences} x {length}, {arguments.threads} thread(s), {arguments.rounds} "
+        f"bfloat16 autocast, {arguments.threads} thread(s), {arguments.rounds} "
         "rounds by turns after one that is not counted; load average of the last five minutes "
         f"{os.getloadavg()[1]:.1f} on {os.cpu_count()} cores.",
-        report.table(["step", "seconds", "processor seconds", "tokens/s", *clocks], list(step_lines(taken, tokens))),
-        f"Floor: {flops / 1e9:.0f} GFLOP in a cross-entropy step over {rate / 1e9:.0f} GFLOP/s in bfloat16 products of "
-        f"a layer's size is {floor:.2f} s, {floor / base:.0%} of the processor time measured.",
+        *sized(taken, length),
+        "## The floor",
+        f"{flops / 1e9:.0f} GFLOP in a cross-entropy step of {sizes[0]} x {length} over {rate / 1e9:.0f} GFLOP/s in "
+        f"bfloat16 products of a layer's size is {floor:.2f} s, {floor / base:.0%} of the processor time measured. By "
+        "torch's profiler the time of such a step goes to:",
+        report.table(["operations", "share"], spent),
         "## Peak memory of loss and gradient",
-        f"Beyond the student's logits, {tokens - arguments.sequences} rows in bfloat16; the published one includes the "
+        f"Beyond the student's logits, {rows} rows in bfloat16; the published one includes the "
         "teacher's logits, and is four times that of a quarter of the rows.",
         report.table(["vocabulary", "logits", "cross-entropy", "top-64", "states, JSD", "published JSD"], memory),
         "## Cache",
