@@ -598,13 +598,13 @@ def test_a_plan_stops_before_the_first_trial(inputs: Path, tmp_path: Path, capfd
     assert code == 0, err
     for words in ("1.00 GB at context 512, batch 1", "4 proposed", "256", "2,304", "cache", "time box none"):
         assert words in out
-    code, out, _ = run(capfd, f"{GOOD} --runner inline --time 40s --plan --format json", inputs, tmp_path)
+    code, out, _ = run(capfd, f"{GOOD} --runner inline --time 3m --plan --format json", inputs, tmp_path)
     document = json.loads(out)
     assert code == 0
-    assert document["plan"]["box_seconds"] == 40
+    assert document["plan"]["box_seconds"] == 180
     assert document["cache_bytes"] > 0
     assert document["plan"]["longest"] > 1
-    code, out, _ = run(capfd, f"{GOOD} --runner inline --time 40s --explore 1 --plan --format json", inputs, tmp_path)
+    code, out, _ = run(capfd, f"{GOOD} --runner inline --time 3m --explore 1 --plan --format json", inputs, tmp_path)
     assert (code, json.loads(out)["plan"]["longest"]) == (0, 1.0)
     assert not (tmp_path / "runs").exists()
 

@@ -201,8 +201,8 @@ def _demand(
 def _sizes(checked: Checked, loaded: Loaded, train_tokens: int) -> tuple[int, ...]:
     """Sequences of the training steps that are timed: 1 alone on a CPU, where more train no faster.
 
-    On an accelerator, up to as many as memory holds in a pass by prediction, with some to spare, and as can leave a
-    trial enough steps of so many training tokens.
+    On an accelerator, up to as many as memory holds in a pass with what a fit leaves to spare, and as can leave a trial
+    enough steps of so many training tokens.
     """
     if "cpu" in (loaded.device, loaded.workers.device):
         return (1,)
@@ -213,8 +213,7 @@ def _sizes(checked: Checked, loaded: Loaded, train_tokens: int) -> tuple[int, ..
     most = min(PASS_TOKENS // checked.sequence_length, tokens // (ENOUGH_STEPS * loaded.step_tokens))
 
     def held(size: int) -> bool:
-        spare = size + size // 4
-        return loaded.fit_step(spare * loaded.step_tokens).micro_batch == spare
+        return loaded.fit_step(size * loaded.step_tokens).micro_batch == size
 
     return tuple(size for size in _doubled(max(1, most)) if size == 1 or held(size))
 

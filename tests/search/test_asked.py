@@ -188,7 +188,9 @@ def test_every_node_is_asked_for_the_files_of_a_command(base: SearchRequest, mon
     (base.out.parent / "score.py").chmod(0o755)
     with pytest.raises(Joined) as joined:
         plan_search(asked)
-    assert joined.value.args == ("10.0.0.1:6379", [], (base.out.parent / "score.py",))
+    *given, storage = joined.value.args
+    assert given == ["10.0.0.1:6379", [], (base.out.parent / "score.py",)]
+    assert storage.uri == asked.storage
 
 
 @pytest.mark.parametrize(

@@ -1397,7 +1397,7 @@ def test_a_space_of_which_nothing_fits_is_exhausted_once(tmp_path: Path) -> None
     """However often the search is killed, as many proposals are rejected as without."""
     asked = question(memory=1)
     search = campaign(tmp_path, asked)
-    for _ in range(3):
+    for _ in range(2):
         while (assignment := search.next()) is not None:
             search.fail(assignment, "nan", "so")
         rejected = [trial for trial in search.trials.values() if trial.number is not None]

@@ -175,9 +175,8 @@ def test_no_more_sequences_are_timed_than_memory_is_predicted_to_hold(planned, i
     checked = _checked(inputs, trials=1, tokens=10**6)
     place = Place(here=GPU, machines=(GPU,), share=Share())
     loaded = load(checked, place)
-    # A quarter is left to spare of what predictions may be wrong by.
-    for held, sizes in ((4, (1, 2)), (5, (1, 2, 4))):
-        need = loaded.fit_step(held * LENGTH).estimate.total_bytes
+    for held, sizes in ((3, (1, 2)), (4, (1, 2, 4))):
+        need = loaded.fit_step(held * LENGTH).safe_bytes("cuda")
         small = replace(GPU, gpus=(replace(GPU.gpus[0], memory_bytes=need),))
         assert _sizes(checked, load(checked, replace(place, machines=(small,))), 10**6) == sizes
 
