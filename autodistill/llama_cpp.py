@@ -19,6 +19,8 @@ from autodistill.process_memory import peak_memory
 
 _CHILD = Path(__file__).with_name("llama_cpp_child.py")
 _BUFFER = re.compile(r": +(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
+# The last of them.
+_COMPUTED = re.compile(r"compute buffer size")
 _TROUBLE = re.compile(r"^[\d.]+ E (?P<said>.*)|(?P<abort>.*(?:GGML_ASSERT|GGML_ABORT).*)", re.MULTILINE)
 _LOG_SECONDS = 10
 
@@ -231,17 +233,19 @@ class LlamaServer:
         """The memory that the log states.
 
         Raises:
-            VerificationError: The log names no compute buffer.
+            VerificationError: The log names no model or compute buffer.
         """
         # llama.cpp writes its log in a thread of its own, which may lag behind the model.
-        ends, before = time.monotonic() + _LOG_SECONDS, None
-        while time.monotonic() < ends:
-            found = parse_buffers(self._child.log())
-            if found.compute_bytes > 0 and found == before:
-                return found
-            before = found
+        ends, before = time.monotonic() + _LOG_SECONDS, ""
+        while (log := self._child.log()) != before or not _COMPUTED.search(log):
+            if time.monotonic() > ends:
+                break
+            before = log
             time.sleep(0.05)
-        raise VerificationError(f"llama.cpp's log names no compute buffer for {self._path.name}")
+        found = parse_buffers(log)
+        if found.compute_bytes == 0:
+            raise VerificationError(f"llama.cpp's log names no compute buffer for {self._path.name}")
+        return found
 
     def _ask(self, tokens: Sequence[int], max_tokens: int, **options: Any) -> list[dict[str, Any]]:
         prompt = [int(token) for token in tokens]

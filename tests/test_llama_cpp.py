@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,6 +102,15 @@ def test_buffers_of_a_log_with_two_devices_and_a_second_reservation() -> None:
     assert buffers.output_bytes == round(0.19 * 2**20)
     with pytest.raises(VerificationError, match="no buffer sizes"):
         parse_buffers("load_tensors: done")
+
+
+def test_a_log_that_lags_behind_the_model_is_waited_for() -> None:
+    lines = [f"x: CPU {kind} buffer size = {size}.00 MiB\n" for kind, size in (("model", 9), ("KV", 5), ("compute", 2))]
+    server = LlamaServer.__new__(LlamaServer)
+    written = iter(range(len(lines) + 1))
+    server._child = SimpleNamespace(log=lambda: "".join(lines[: next(written, len(lines))]))
+    found = server.buffers()
+    assert (found.model_bytes, found.kv_bytes, found.compute_bytes) == (9 * 2**20, 5 * 2**20, 2 * 2**20)
 
 
 @pytest.mark.parametrize(
