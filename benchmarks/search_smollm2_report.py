@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import report
@@ -30,14 +30,17 @@ class Known:
         operations, seconds: Spent so far: 6 for each weight and token trained and 2 for each read, of the teacher too;
             and the process's own time.
         value: Accuracy on validation of a student that was now trained to the end; None after other work.
+        judged: The same of one at a rung on its way.
         name: Its strategy, in a few words.
         train: Operations of training it from its beginning to its end, whoever trained parts of it.
-        test: Right tokens of each test document, and how many it has, where it was the arm's best so far.
+        test: Right tokens of each test document, and how many it has, where it was the arm's best so far, or the best
+            of those at a rung that took 40% less training than the recipe.
     """
 
     operations: float
     seconds: float
     value: float | None = None
+    judged: float | None = None
     name: str = ""
     train: float = 0.0
     test: dict[str, list[float]] | None = None
@@ -73,8 +76,12 @@ def sections(arms: dict[str, list[list[Known]]], plan: Plan, dimensions: int, as
         "## Best validation accuracy by compute, in percent\n\n" + curves(arms, box),
         f"## Compute to come as far\n\nThe recipe as it stands has {100 * untuned.value:.2f}%, tuned "
         f"{100 * target:.2f}%. Operations in trainings of the recipe, and seconds of the process's own time, at which "
-        "each seed first passes it; a dash where it never did, with what it had spent in brackets.\n\n"
-        + passing(arms, untuned.value, target, unit),
+        "each seed first passes it with a student that is trained to the end; a dash where it never did, with what it "
+        "had spent in brackets.\n\n"
+        + passing(arms, untuned.value, target, unit)
+        + "\n\nThe same where a student counts from the first rung on that judges it better. Of (a) that is after its "
+        "decay, and what a search exports that is broken off there; of the script it is a student that its pruner may "
+        "throw away.\n\n" + passing({name: early(found) for name, found in arms.items()}, untuned.value, target, unit),
         f"## Test\n\nThe best on validation at the end of the box, on {asked:,} tokens that no arm saw. "
         "Differences are paired and bootstrapped by document.\n\n" + tested(arms, box, unit),
         "## Limits\n\nShort trainings of a small teacher, and few seeds. Seconds are those of a shared machine's "
@@ -91,6 +98,12 @@ def verdicts(arms: dict[str, list[list[Known]]], untuned: float, target: float, 
             yield f"{ARMS[mine]} passes {name} at one fifth of the compute of {ARMS[theirs]}: " + speedup(
                 arms[mine], arms[theirs], value, [curve[-1].operations for curve in arms[theirs]]
             )
+    for mine, theirs in (("a", "c"), ("a, no start", "c"), ("a, no start", "c, told"), ("a", "c, told")):
+        ends = [curve[-1].operations for curve in arms[theirs]]
+        yield (
+            f"{ARMS[mine]} passes the tuned recipe at one fifth of the compute of {ARMS[theirs]}, students at rungs "
+            f"counted: {speedup(early(arms[mine]), early(arms[theirs]), target, ends)}"
+        )
     chosen = [at(curve, box) for curve in arms["a"]]
     recipe = at(arms["d"][0], box)
     points, error = gap([one.test for one in chosen if one and one.test], recipe.test, "sum", "count")  # type: ignore[union-attr, arg-type]
@@ -101,6 +114,25 @@ def verdicts(arms: dict[str, list[list[Known]]], untuned: float, target: float, 
         f"With a student trained in 40% less time than (d)'s: {'held' if saved >= 0.4 else 'not held'}, "
         f"{saved:+.0%} less operations."
     )
+    for name in ("a", "a, no start"):
+        brief = short(arms[name])
+        points, error = gap([one.test for one in brief if one.test], recipe.test, "sum", "count")  # type: ignore[union-attr, arg-type]
+        saved = 1 - np.mean([one.train for one in brief]) / recipe.train  # type: ignore[union-attr]
+        yield (
+            f"The best student of {ARMS[name]} that a rung judged after at most 60% of (d)'s training at least 1.8 "
+            f"points above (d) on test: {'held' if points >= 1.8 else 'not held'}, {points:+.2f} ± {error:.2f} points "
+            f"at {saved:.0%} less operations."
+        )
+
+
+def early(found: Sequence[Sequence[Known]]) -> list[list[Known]]:
+    """Curves on which a student counts as soon as a rung has judged it."""
+    return [[replace(one, value=one.judged if one.value is None else one.value) for one in curve] for curve in found]
+
+
+def short(found: Sequence[Sequence[Known]]) -> list[Known]:
+    """Of each curve the student that took least training, and was tested."""
+    return [one for curve in found for one in curve if one.judged is not None and one.test is not None]
 
 
 def curves(arms: dict[str, list[list[Known]]], box: float) -> str:
@@ -156,6 +188,13 @@ def tested(arms: dict[str, list[list[Known]]], box: float, unit: float) -> str:
         spent = np.mean([one.train for one in found if one is not None]) / unit
         names = "; ".join(dict.fromkeys(one.name for one in found if one is not None))
         rows.append([ARMS.get(name, "the recipe as it stands"), mean(right, 1, 2), points, f"{spent:.2f}", names])
+    for name in ("a", "a, no start"):
+        brief = short(arms[name])
+        tests = [one.test for one in brief if one.test is not None]
+        right = [100 * sum(one["sum"]) / sum(one["count"]) for one in tests]
+        points = "{:+.2f} ± {:.2f}".format(*gap(tests, recipe.test, "sum", "count"))
+        names, spent = "; ".join(dict.fromkeys(one.name for one in brief)), np.mean([one.train for one in brief]) / unit
+        rows.append([f"{ARMS[name]}, at a rung", mean(right, 1, 2), points, f"{spent:.2f}", names])
     return report.table(
         ["chosen in the box", "next token, %", "less (d), points", "operations of its training", "students"], rows
     )
