@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import tempfile
@@ -24,7 +25,7 @@ from autodistill.needs import Wanted, solve
 from autodistill.pick import pick, pick_tiers
 from autodistill.records.candidates import Candidate, recalibrated, stored
 from autodistill.records.event_log import EventLog
-from autodistill.records.json_files import write_json
+from autodistill.records.json_files import read_json, write_json
 from autodistill.records.measurements import Measured
 from autodistill.records.recalibration import Overhead
 from autodistill.records.row import Row, read_parquet, to_parquet
@@ -362,6 +363,16 @@ def test_runs_are_compared_where_their_metric_is_of_the_same_data(
     with pytest.raises(InputError, match=rf"different data cannot be compared \({refused}\): name those of one"):
         stored(tmp_path)
     assert [one.value for one in stored(tmp_path, ["a"])] == [0.45]
+
+
+def test_a_run_that_does_not_say_what_it_ranked_by_is_named_and_left_out_by_naming_others(tmp_path: Path) -> None:
+    for name in ("new", "old"):
+        run_folder(tmp_path, name, [row(name, 0.5, 400)], "accuracy")
+    described = tmp_path / "old" / "search.json"
+    described.write_text(json.dumps({key: value for key, value in read_json(described).items() if key != "data"}))
+    with pytest.raises(InputError, match=r"old was ranked by and on which data.*name the runs"):
+        stored(tmp_path)
+    assert [one.run for one in stored(tmp_path, ["new"])] == ["new"]
 
 
 @settings(deadline=None, max_examples=30)

@@ -133,7 +133,8 @@ def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
         runs: Names; all by default.
 
     Raises:
-        InputError: No such run, none at all, or runs that ranked by different metrics, or on different data.
+        InputError: No such run, none at all, one that does not say what it ranked by, or runs that ranked by different
+            metrics, or on different data.
     """
     names = list(dict.fromkeys(runs or known_runs(out)))
     if not names:
@@ -143,7 +144,13 @@ def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
     for name in names:
         run = RunFolder.open(out, name)
         asked = read_json(run.search_file)
-        metrics[name], sources[name] = (asked["metric"], asked["direction"]), _measured_on(asked)
+        try:
+            metrics[name], sources[name] = (asked["metric"], asked["direction"]), _measured_on(asked)
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{run.search_file} does not say what {name} was ranked by and on which data, as one of another "
+                "version may not: name the runs that are to be picked from"
+            ) from error
         found += _candidates(run, *metrics[name])
     if len(set(metrics.values())) > 1:
         told = ", ".join(f"{name} by {metric}" for name, (metric, _) in metrics.items())
