@@ -33,7 +33,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "to the end": {"sharing": False},
     "stops (ASHA)": {"sharing": False, "stopping": True},
     "pauses and promotes": {"sharing": False},
-    "the same, three to the end": {"sharing": False},
+    "the same, two to the end": {"sharing": False},
     "pauses, promotes, shares": {"forking": False},
     "pauses, promotes, shares, forks": {},
 }
@@ -49,7 +49,7 @@ def one(table: Table, scheduler: str, sampler: str, seed: int, trials: int, limi
     else:
         count = len(table.recorded) if scheduler.startswith("stops") and limit else trials
         keep = kept_at_rungs(count, 3)
-        made = plan(count, default_rungs(), (keep[0], 3) if scheduler.endswith("three to the end") else keep)
+        made = plan(count, default_rungs(), (keep[0], 2) if scheduler.endswith("two to the end") else keep)
     spent, _ = simulate(table, made, sampler=sampler, seed=seed, limit=limit, **SCHEDULERS[scheduler])
     return {"curve": [[step[0], step[2]] for step in spent.curve], "total": spent.operations}
 

@@ -22,11 +22,11 @@ def rung_tokens(tokens: int, batch: int) -> tuple[int, ...]:
 
 
 def kept_at_rungs(trials: int, rungs: int) -> tuple[int, ...]:
-    """How many trials go past each rung: half of them past a ninth, a third past a third; two at least to the end."""
+    """How many trials go past each rung: half of them past each of two, a third past a single one; two at least."""
     keep = []
     left = trials
-    for level in range(rungs - 1):
-        left = -(-left // (REDUCTION if level == rungs - 2 else 2))
+    for _ in range(rungs - 1):
+        left = -(-left // (REDUCTION if rungs == 2 else 2))
         keep.append(min(trials, max(left, _FINALISTS)))
     return tuple(keep)
 

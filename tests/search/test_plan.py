@@ -43,7 +43,7 @@ DEMAND = Demand(
 def test_ten_minutes_on_two_cores_hold_a_dozen_trials_of_which_six_go_past_the_first_rung() -> None:
     plan = make_plan(DEMAND, SPEED, WORKERS)
     assert plan.trials == 12
-    assert plan.keep == (6, 2)
+    assert plan.keep == (6, 3)
     assert sum(plan.seconds.values()) <= 600
     assert plan.notes == ()
 
@@ -184,7 +184,7 @@ def test_a_plan_is_extended_by_trials_that_can_be_compared_with_the_earlier_ones
     plan = make_plan(DEMAND, SPEED, WORKERS)
     longer = extend(plan, 40)
     assert (longer.tokens, longer.rungs, longer.eval_tokens) == (plan.tokens, plan.rungs, plan.eval_tokens)
-    assert (longer.trials, longer.keep) == (40, (20, 7))
+    assert (longer.trials, longer.keep) == (40, (20, 10))
     assert extend(plan, plan.trials) == plan
 
 
