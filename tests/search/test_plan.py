@@ -200,8 +200,8 @@ def test_more_time_holds_as_many_more_trials_as_their_shares_of_the_rungs_cost()
         seconds={"export": 20.0, "test": 30.0, "workers": 10.0},
     )
     speed = Speed(cache=1.0, score=1.0, worker_train=100.0, worker_score=200.0)
-    # Half of the trials pass the first rung and a third of these the second; the teacher is too small to count.
-    each = (1.1 * 12 + 5) + (1.1 * 24 + 5) / 2 + (1.1 * 60 + 10) / 6
+    # Half of the trials pass the first rung and half of these the second; the teacher is too small to count.
+    each = (1.1 * 12 + 5) + (1.1 * 24 + 5) / 2 + (1.1 * 60 + 10) / 4
     assert more_trials(plan, 1, speed, 1000.0) == int((0.93 * 1000 - 60) * 2 / each)
     assert more_trials(plan, 1, speed, 30.0) == 0
 
