@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,7 @@ class Measurement:
         detail: Plain data on how it was obtained: threads, context, parts of a sum.
         documents: What the value is the mean of, by document, for paired comparisons: as `statistics.per_document`
             gives it. Empty where it is no mean.
+        bound: What no single one of these values can be better than, such as 1 of right or wrong; None for no such.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Measurement:
     stderr: float | None = None
     detail: Mapping[str, Any] = field(default_factory=dict)
     documents: Mapping[str, Any] = field(default_factory=dict)
+    bound: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The measurement as plain data."""
@@ -195,7 +197,13 @@ class TeacherReference:
 
     def head(self, count: int) -> TeacherReference:
         """That of the first `count` predicted tokens."""
-        return TeacherReference(top1=self.top1[:count], tokens=self.tokens[:count], log_probs=self.log_probs[:count])
+        return self.part(0, count)
+
+    def part(self, start: int, stop: int) -> TeacherReference:
+        """That of some predicted tokens."""
+        return TeacherReference(
+            top1=self.top1[start:stop], tokens=self.tokens[start:stop], log_probs=self.log_probs[start:stop]
+        )
 
     def renamed(self, first: int, second: int) -> TeacherReference:
         """With two tokens in each other's place."""
@@ -329,7 +337,11 @@ class Subject:
 
 
 class Evaluator(Protocol):
-    """One measurement, or several that fall out of the same work. A plug-in: constructed without arguments."""
+    """One measurement, or several that fall out of the same work. A plug-in: constructed without arguments.
+
+    What reads scores or answers is given part of them where a rung's decision is certain by these. What asks the
+    student itself is then asked for all, unless it is `Parted` too.
+    """
 
     @property
     def name(self) -> str:
@@ -352,6 +364,18 @@ class Evaluator(Protocol):
 
     def supports(self, deployment: Deployment) -> bool:
         """Whether this evaluator can measure a student packed so."""
+        ...
+
+
+@runtime_checkable
+class Parted(Evaluator, Protocol):
+    """An evaluator that asks the student, and can be read in parts: what it is not asked for further is saved."""
+
+    def in_parts(self, subject: Subject) -> Iterator[tuple[Measurement, ...]]:
+        """What `evaluate` gives, over as many questions as are read after each part of `certainty.ends`.
+
+        Each question is asked once, and none before it is due.
+        """
         ...
 
 

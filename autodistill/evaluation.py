@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeGuard
 
 import numpy as np
 
+from autodistill.certainty import PARTS, Bar, Reading, counted, ends, expected, order
 from autodistill.contracts import (
     Answers,
     Evaluator,
     Measurement,
     ModelSpec,
     Needs,
+    Parted,
     Subject,
     TeacherReference,
     TokenScores,
 )
-from autodistill.distillation.generation import answer
+from autodistill.distillation.generation import answer, at_once
 from autodistill.distillation.grid_values import deploy_tensor
 from autodistill.distillation.held import held_as_deployed, is_held
-from autodistill.distillation.scoring import score
+from autodistill.distillation.parallel import PASS_TOKENS
+from autodistill.distillation.scoring import joined, score
 from autodistill.distillation.simulated import PackedStudent
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.formats import Scales
@@ -32,7 +36,7 @@ from autodistill.plugins import load
 from autodistill.statistics import per_document
 from autodistill.strategy import Deployment
 from autodistill.students import save_student
-from autodistill.token_sets import TokenSet
+from autodistill.token_sets import Questions, TokenSet
 from autodistill.units import Budget
 
 ASKING_DATA = "give --data with a prompt and an answer in each record, or reasoning-gym:TASK"
@@ -49,12 +53,14 @@ class Evaluation:
             accuracy where that is no mean, whose name is under "metric", and under "others" those of the other
             measurements that are means, by name.
         teacher_accuracy: Of the unquantised teacher on the same tokens; None where there was nothing of it.
+        reading: What was read, where that is done in parts; else None.
     """
 
     deployment: Deployment
     measurements: dict[str, Measurement]
     documents: dict[str, Any]
     teacher_accuracy: float | None = None
+    reading: Reading | None = None
 
 
 @contextmanager
@@ -105,9 +111,46 @@ class _Simulation:
         return score(self.model, self.data, self.reference, device=self.device)[0]
 
     def answers(self, asking: str) -> Answers:
+        return answer(self.model, self._questions(asking), context=self.context, device=self.device)
+
+    def _questions(self, asking: str) -> Questions:
         if self.data.questions is None:
             raise InputError(f"{asking} needs questions with answers: {ASKING_DATA}")
-        return answer(self.model, self.data.questions, context=self.context, device=self.device)
+        return self.data.questions
+
+    def scores_in_parts(self, asking: str) -> Iterator[TokenScores]:
+        """The scores of the first sequences, of more of them after each part, and at last of all."""
+        sequences, length = self.data.tokens.shape
+        found: list[TokenScores] = []
+        read = tokens = 0
+        for stop in ends(sequences, 1 if self.device == "cpu" else max(1, PASS_TOKENS // length)):
+            if stop > read:
+                part = self.data.part(read, stop)
+                reference = self.reference and self.reference.part(tokens, tokens + part.predicted)
+                found.append(score(self.model, part, reference, device=self.device)[0])
+                read, tokens = stop, tokens + part.predicted
+            yield joined(found)
+
+    def answers_in_parts(self, asking: str) -> Iterator[Answers]:
+        """The same of the answers to questions."""
+        questions = self._questions(asking)
+        drawn = order(len(questions.entries))
+        texts: dict[int, str] = {}
+        marks: dict[int, float] = {}
+        read = unasked = 0
+        for stop in ends(len(drawn), at_once(self.device)):
+            if stop > read:
+                places = sorted(drawn[read:stop].tolist())
+                part = answer(self.model, questions, context=self.context, device=self.device, places=places)
+                texts |= dict(zip(places, part.texts, strict=True))
+                marks |= dict(zip(places, part.marks.tolist(), strict=True))
+                read, unasked = stop, unasked + part.unasked
+            yield Answers(
+                texts=tuple(texts[place] for place in sorted(texts)),
+                marks=np.array([marks[place] for place in sorted(marks)]),
+                documents=np.array([questions.entries[place].document for place in sorted(marks)], dtype=np.int32),
+                unasked=unasked,
+            )
 
     def asked(self, asking: str) -> PackedStudent:
         if self.student is None:
@@ -120,6 +163,11 @@ _PROVIDERS: Mapping[Needs, Callable[[_Simulation, str], Any]] = {
     "scores": _Simulation.scores,
     "answers": _Simulation.answers,
     "student": _Simulation.asked,
+}
+# What makes the same of those that can be read in parts: more of it each time, until it is whole.
+_IN_PARTS: Mapping[Needs, Callable[[_Simulation, str], Iterator[Any]]] = {
+    "scores": _Simulation.scores_in_parts,
+    "answers": _Simulation.answers_in_parts,
 }
 
 
@@ -138,6 +186,8 @@ def evaluate(
     split: str = "validation",
     share: float = 1.0,
     tokenizer: Path | None = None,
+    in_parts: bool = False,
+    bar: Bar | None = None,
 ) -> tuple[Evaluation, TokenScores]:
     """Makes once what the evaluators need of the packed model, and lets every one of them read it.
 
@@ -157,6 +207,8 @@ def evaluate(
         share: Of the evaluators' own examples, how much is read.
         tokenizer: Folder whose files describe the model's text: the teacher's, or `data.rendering_folder` of a student
             that learnt another template; None where no evaluator asks in text.
+        in_parts: Whether the data are read part by part, where the evaluator of the metric can be.
+        bar: What the metric is held to after each part: once it is certain to fall short, no more is read.
 
     Raises:
         InputError: An evaluator needs answers, and the data have no questions.
@@ -182,20 +234,107 @@ def evaluate(
             context=budget.context,
             student=student or None,
         )
-        asking = {item.needs: item.name for item in reversed(chosen) if item.needs in _PROVIDERS}
-        parts = {need: _PROVIDERS[need](simulation, name) for need, name in asking.items()}
-        scores = parts.get("scores") or simulation.scores("accuracy")
-        if not np.isfinite(scores.nll).all():
-            raise TrialFailedError("nan", "the student's likelihoods are not finite")
-        subject = Subject(spec=spec, deployment=deployment, budget=budget, split=split, **{**parts, "scores": scores})
-        measurements = {item.name: item for evaluator in chosen for item in evaluator.evaluate(subject)}
+        base = Subject(spec=spec, deployment=deployment, budget=budget, split=split)
+        ranking = next((item for item in chosen if metric in item.measures), None) if in_parts else None
+        if ranking is not None and (ranking.needs in _IN_PARTS or _asks_in_parts(ranking)):
+            subject, measurements, reading = _read(simulation, chosen, base, ranking, metric, bar)
+        else:
+            parts = {need: _PROVIDERS[need](simulation, name) for need, name in _asking(chosen).items()}
+            subject = _scored(base, parts)
+            measurements, reading = _measured(chosen, subject), None
+    scores = subject.scores
+    assert scores is not None
     paired = {name: dict(item.documents) for name, item in measurements.items() if item.documents}
     summed = metric if metric in paired else "accuracy"
     own = paired.pop(summed, None) or per_document(scores.correct, scores.documents)
     documents = {**own, "metric": summed, "others": paired}
     theirs = None if scores.teacher_correct is None else float(scores.teacher_correct.mean())
-    found = Evaluation(deployment=deployment, measurements=measurements, documents=documents, teacher_accuracy=theirs)
+    found = Evaluation(
+        deployment=deployment,
+        measurements=measurements,
+        documents=documents,
+        teacher_accuracy=theirs,
+        reading=reading,
+    )
     return found, scores
+
+
+def _asking(chosen: Sequence[Evaluator]) -> dict[Needs, str]:
+    """What is needed of the model, scores always, and who needs it."""
+    needs: dict[Needs, str] = {"scores": "accuracy"}
+    return needs | {item.needs: item.name for item in reversed(chosen) if item.needs in _PROVIDERS}
+
+
+def _asks_in_parts(evaluator: Evaluator) -> TypeGuard[Parted]:
+    """Whether an evaluator asks the student itself, and can do so part by part."""
+    return evaluator.needs == "student" and isinstance(evaluator, Parted)
+
+
+def _scored(base: Subject, parts: Mapping[Needs, Any]) -> Subject:
+    """A subject with what was made of the model.
+
+    Raises:
+        TrialFailedError: Its likelihoods are no numbers.
+    """
+    subject = replace(base, **parts)  # type: ignore[arg-type]
+    assert subject.scores is not None
+    if not np.isfinite(subject.scores.nll).all():
+        raise TrialFailedError("nan", "the student's likelihoods are not finite")
+    return subject
+
+
+def _measured(
+    chosen: Sequence[Evaluator], subject: Subject, known: Mapping[str, tuple[Measurement, ...]] = MappingProxyType({})
+) -> dict[str, Measurement]:
+    """Measurements by name; of some evaluators, by name, what they gave is known."""
+    found = (known.get(evaluator.name) or evaluator.evaluate(subject) for evaluator in chosen)
+    return {item.name: item for items in found for item in items}
+
+
+def _read(
+    simulation: _Simulation,
+    chosen: Sequence[Evaluator],
+    base: Subject,
+    ranking: Evaluator,
+    metric: str,
+    bar: Bar | None,
+) -> tuple[Subject, dict[str, Measurement], Reading | None]:
+    """Reads part by part all that can be, up to where the metric is certain to fall short of a bar.
+
+    Args:
+        simulation, chosen, base: The packed model, its evaluators, and a subject without anything of the model.
+        ranking: The evaluator of the metric, which can be read in parts.
+        metric: That ranks.
+        bar: What it is held to.
+
+    Returns:
+        What was read of the model, the measurements of it by name, and how much that is: None where the metric is no
+        mean.
+    """
+    needs = _asking(chosen)
+    whole = {need: _PROVIDERS[need](simulation, name) for need, name in needs.items() if need not in _IN_PARTS}
+    growing = {need: _IN_PARTS[need](simulation, name) for need, name in needs.items() if need in _IN_PARTS}
+    own = {item.name: item.in_parts(replace(base, **whole)) for item in chosen if _asks_in_parts(item)}
+    looks: list[Mapping[str, Any]] = []
+    estimate = None
+    for look in range(PARTS):
+        subject = _scored(base, whole | {need: next(parts) for need, parts in growing.items()})
+        known = {name: next(parts) for name, parts in own.items()}
+        if ranking.name not in known:
+            known[ranking.name] = ranking.evaluate(subject)
+        judged = next(item for item in known[ranking.name] if item.name == metric)
+        looks.append(judged.documents)
+        estimate = None if bar is None else expected(judged, bar, look)
+        if estimate is not None:
+            break
+    measurements = _measured(chosen, subject, known)
+    if not judged.documents:
+        return subject, measurements, None
+    unit, read = "tokens" if ranking.needs == "scores" else "questions", counted(judged.documents)
+    if bar is None or estimate is None:
+        return subject, measurements, Reading(unit=unit, read=read, of=read, looks=tuple(looks))
+    of = counted(bar.looks[-1])
+    return subject, measurements, Reading(unit=unit, read=read, of=of, bar=bar.trial, estimate=estimate)
 
 
 def _save_packed(model: Any, text: Path, folder: Path) -> None:

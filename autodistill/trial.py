@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from autodistill.applied import check_rendering, initial_student, student_spec
+from autodistill.certainty import Bar
 from autodistill.contracts import TeacherReference
 from autodistill.distillation.alignment import layer_map
 from autodistill.distillation.attention import TeacherBlock, teacher_layer
@@ -146,7 +147,9 @@ class Trial:
         self._stages = open_stages(setting.checkpoints, setting.storage)
         self._stage = task.stage or task.id
 
-    def run(self, rung: int, *, keep: bool = False, until: float | None = None) -> RungReport | None:
+    def run(
+        self, rung: int, *, keep: bool = False, until: float | None = None, bar: Bar | None = None
+    ) -> RungReport | None:
         """Trains to a rung and evaluates there, from the furthest checkpoint of its stage, whoever trained it.
 
         Of several processes the first one alone evaluates and reports.
@@ -157,20 +160,21 @@ class Trial:
                 is trained once more, to the same bits.
             until: `time.time()` by which the student is to be trained, with fewer tokens than it would have where need
                 be: its decay then begins sooner, and is not given back for the end of the box.
+            bar: What it must reach there: once it is certain to fall short, no more of the evaluation is read.
 
         Raises:
             TrialFailedError: NaN, out of memory, or another error of this trial alone.
             TooManyAtOnce: Of several processes, which are to begin again with fewer sequences at once.
         """
         try:
-            return self._run(rung, keep, until)
+            return self._run(rung, keep, until, bar)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             said = str(error).splitlines()
             raise TrialFailedError("out-of-memory", said[0] if said else "the machine's memory is full") from error
 
-    def _run(self, rung: int, keep: bool, until: float | None) -> RungReport | None:
+    def _run(self, rung: int, keep: bool, until: float | None, bar: Bar | None) -> RungReport | None:
         plan = self._bench.setting.plan
         sharding = self._bench.sharding
         began = time.perf_counter()
@@ -229,6 +233,8 @@ class Trial:
             probe,
             plan.eval_tokens if last else plan.rung_eval_tokens,
             scales if finishing and probe.packing == finishing.packing else None,
+            in_parts=not last,
+            bar=bar,
         )
         ended = time.perf_counter()
         stride = -(-len(steps) // 20)
@@ -389,7 +395,14 @@ class Trial:
         )
 
     def _evaluate(
-        self, model: Any, deployment: Deployment, tokens: int, scales: Mapping[str, Scales] | None
+        self,
+        model: Any,
+        deployment: Deployment,
+        tokens: int,
+        scales: Mapping[str, Scales] | None,
+        *,
+        in_parts: bool = False,
+        bar: Bar | None = None,
     ) -> Evaluation:
         setting = self._bench.setting
         init = self._task.strategy.init
@@ -407,6 +420,8 @@ class Trial:
             scales=scales,
             share=setting.plan.example_share * tokens / setting.plan.eval_tokens,
             tokenizer=setting.text(init),
+            in_parts=in_parts,
+            bar=bar,
         )[0]
 
     def _trainer(self) -> Trainer:

@@ -44,6 +44,7 @@ class Divergence:
                     "outcomes": scores.outcomes,
                 },
                 documents={**per_document(scores.divergence, scores.documents), "unit": "nats"},
+                bound=0.0,
             ),
         )
 

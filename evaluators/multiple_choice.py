@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from autodistill.evaluators.marks import TaskEvaluator
+import numpy.typing as npt
+from autodistill.evaluators.marks import MarkedTask
 
-from autodistill.contracts import Measurement, Subject
+from autodistill.contracts import SimulatedStudent
+from autodistill.task_files import Example
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultipleChoice(TaskEvaluator):
+class MultipleChoice(MarkedTask):
     """Measures "task:NAME", a fraction, of a task of multiple choice.
 
     A choice's log-likelihood, behind the prompt and a space, is divided by its length in characters, as lm-eval's
     `acc_norm` does, so that a long choice is not held for unlikely. The detail also states the accuracy without that.
     """
 
-    def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
-        """Asks the student for the likelihood of every choice."""
-        student, examples, prompts = self.questions(subject)
+    def marks(
+        self, student: SimulatedStudent, examples: Sequence[Example], prompts: Sequence[str]
+    ) -> npt.NDArray[np.bool_]:
+        """Asks the student for the likelihood of every choice; whether the likeliest is right, by length and by sum."""
         # A chat template ends where the answer begins; elsewhere a space parts it from the prompt.
         gaps = ["" if self.task.chat or prompt[-1:].isspace() else " " for prompt in prompts]
         pairs = [
@@ -29,10 +34,13 @@ class MultipleChoice(TaskEvaluator):
             for choice in example.choices
         ]
         found = iter(student.likelihoods(pairs))
-        normalised, plain = [], []
+        marks = []
         for example in examples:
             sums = np.array([next(found).log_likelihood for _ in example.choices])
             lengths = np.array([len(choice) for choice in example.choices])
-            normalised.append(int(np.argmax(sums / lengths)) == example.gold)
-            plain.append(int(np.argmax(sums)) == example.gold)
-        return self.marked(student, examples, np.array(normalised), {"accuracy_by_sum": float(np.mean(plain))})
+            marks.append([int(np.argmax(one)) == example.gold for one in (sums / lengths, sums)])
+        return np.array(marks)
+
+    def detail(self, marks: npt.NDArray[np.bool_]) -> dict[str, Any]:
+        """The accuracy by sums."""
+        return {"accuracy_by_sum": float(np.mean(marks[:, 1]))}

@@ -69,6 +69,7 @@ class Perplexity:
                     "stride": scores.window,
                 },
                 documents={**per_document(scores.nll, scores.documents), "unit": "nats"},
+                bound=0.0,
             ),
         )
 

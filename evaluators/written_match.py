@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from autodistill.evaluators.marks import TaskEvaluator
+import numpy.typing as npt
+from autodistill.evaluators.marks import MarkedTask
 
-from autodistill.contracts import Measurement, Subject
+from autodistill.contracts import SimulatedStudent
 from autodistill.conversations import without_thoughts
+from autodistill.task_files import Example
 
 # An article stands before another word: the last word, an "A" of its own, is none.
 _ARTICLE = re.compile(r"(?<![\w-])(?:a|an|the)\s+(?=\S*\w)")
@@ -24,22 +28,26 @@ _PUNCTUATION = re.compile(rf"[{_WRITING}](?!\d)|(?<!\d)(?!\.)[{_WRITING}]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class WrittenMatch(TaskEvaluator):
+class WrittenMatch(MarkedTask):
     """Measures "task:NAME", a fraction, of a task of exact match: greedy answers, any of the expected ones counts.
 
     What was thought before an answer is no part of it.
     """
 
-    def evaluate(self, subject: Subject) -> tuple[Measurement, ...]:
+    def marks(
+        self, student: SimulatedStudent, examples: Sequence[Example], prompts: Sequence[str]
+    ) -> npt.NDArray[np.bool_]:
         """Lets the student write an answer to every question."""
-        student, examples, prompts = self.questions(subject)
         written = student.write(prompts, max_tokens=self.task.max_tokens, stops=self.task.stop)
         right = [
             normalised(without_thoughts(text)) in {normalised(answer) for answer in example.answers}
             for text, example in zip(written, examples, strict=True)
         ]
-        detail = {"max_tokens": self.task.max_tokens, "normalisation": "case, articles, punctuation, spaces"}
-        return self.marked(student, examples, np.array(right), detail)
+        return np.array(right)[:, None]
+
+    def detail(self, marks: npt.NDArray[np.bool_]) -> dict[str, Any]:
+        """How answers were written and compared."""
+        return {"max_tokens": self.task.max_tokens, "normalisation": "case, articles, punctuation, spaces"}
 
 
 def normalised(text: str) -> str:

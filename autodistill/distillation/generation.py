@@ -104,12 +104,12 @@ def write(
 
     try:
         if device == "cpu":
-            size = batch or _BATCH
+            size = batch or at_once(device)
             parts = (range(start, min(start + size, len(order))) for start in range(0, len(order), size))
             for part in parts:
                 yield from work(part)
         else:
-            rows, lengths = batch or BATCH_ON_ACCELERATOR, [len(prompts[place]) + max_tokens for place in order]
+            rows, lengths = batch or at_once(device), [len(prompts[place]) + max_tokens for place in order]
             # All that is held of them bounds how many there are, and not what a pass is best made of.
             tokens = pass_tokens(model, device, most=rows * max(lengths, default=1))
             for found in map_batches(work, len(order), _at_most(lengths, tokens), rows, device):
@@ -176,7 +176,14 @@ def _seed(prompt: Tensor, seed: int) -> int:
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
-def answer(model: Any, questions: Questions, *, context: int, device: str = "cpu") -> Answers:
+def at_once(device: str) -> int:
+    """Prompts that are answered together there."""
+    return _BATCH if device == "cpu" else BATCH_ON_ACCELERATOR
+
+
+def answer(
+    model: Any, questions: Questions, *, context: int, device: str = "cpu", places: Sequence[int] | None = None
+) -> Answers:
     """What a model writes to questions, greedily, and the marks it gets.
 
     An answer may be half as long again as the longest one expected, as far as the context has room for it. A question
@@ -187,12 +194,16 @@ def answer(model: Any, questions: Questions, *, context: int, device: str = "cpu
         questions: At least one.
         context: Tokens that a prompt and its answer may have together.
         device: Where the model lies.
+        places: Of the questions that are put, ascending; the answers are of these alone. All by default.
     """
-    entries, asked = questions.entries, questions.within(context)
+    fitting = set(questions.within(context))
+    limit = max((questions.entries[place].answer_tokens for place in fitting), default=0) * 3 // 2
+    put = range(len(questions.entries)) if places is None else places
+    entries = [questions.entries[place] for place in put]
+    asked = [number for number, place in enumerate(put) if place in fitting]
     texts, marks = [""] * len(entries), np.zeros(len(entries))
     decoder, mark = load_tokenizer(questions.tokenizer), marker(questions.task)
     prompts = [entries[place].prompt for place in asked]
-    limit = max((entries[place].answer_tokens for place in asked), default=0) * 3 // 2
     written = write(model, prompts, stops=questions.stops, max_tokens=limit, device=device) if asked else ()
     for number, tokens in written:
         place, room = asked[number], context - len(prompts[number])

@@ -73,10 +73,11 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
     """Ranks rows; the order does not depend on the order they come in.
 
     Rows that have the metric come before those that lack it, feasible ones before infeasible ones, those of full
-    fidelity before others, higher fidelity before lower, then the metric decides. Among feasible rows of full fidelity,
-    the best by the metric and all that are tied with it form a set, whose smallest (memory, then size) is put first: a
-    row is tied where its paired difference to the best is within one standard error, bootstrapped by document. No row
-    that is better by the metric and no larger stands behind the first.
+    fidelity before others, higher fidelity before lower, then the metric decides; of a row of which not all was read,
+    what it is taken to be over all (`Row.standing`). Among feasible rows of full fidelity, the best by the metric and
+    all that are tied with it form a set, whose smallest (memory, then size) is put first: a row is tied where its
+    paired difference to the best is within one standard error, bootstrapped by document. No row that is better by the
+    metric and no larger stands behind the first.
 
     Args:
         rows: Of one split.
@@ -152,7 +153,7 @@ def _finite(value: float) -> float | None:
 
 
 def _order(row: Row, metric: str, direction: Direction) -> tuple[Any, ...]:
-    value = row.figure(metric)
+    value = row.standing(metric)
     worse = math.inf if value is None else -value if direction == "max" else value
     fidelity = 1.0 if row.full else row.figure("fidelity") or 0.0
     return (value is None, not row.feasible, -fidelity, worse, *smallness(row), row.row_id)

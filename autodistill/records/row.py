@@ -51,6 +51,9 @@ class Row:
         train_tokens, train_seconds, fidelity: What training took; `fidelity` is the fraction of the plan's tokens.
         documents: Paired data for ties: `ids`, `count` (tokens) and `sum` (of the metric) of each document, and
             optionally `metric`, the figure the sums are of ("accuracy" where absent).
+        cut_short: Of an evaluation that ended early, as its trial was certain to fall short at the rung: `read` of `of`
+            in `unit` ("tokens" or "questions"), of which all figures are that need them; the `bar`, a trial; and the
+            `estimate` of `metric` over all, which the trial is judged by.
         other: Figures of further evaluators by name, their standard errors under `<name>_stderr`;
             `approximate` says what the loss was where it was not the divergence that the strategy names.
     """
@@ -87,6 +90,7 @@ class Row:
     fidelity: float | None = None
     seed: int | None = None
     documents: Mapping[str, Any] | None = None
+    cut_short: Mapping[str, Any] | None = None
     other: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -108,6 +112,17 @@ class Row:
     def figure(self, name: str) -> float | None:
         """A measured figure by name, or None where it is missing or not finite."""
         return finite(getattr(self, name) if is_field(name) else self.other.get(name))
+
+    def standing(self, name: str) -> float | None:
+        """The figure that a row stands by among others: where not all was read, what it is taken to be over all."""
+        cut = self.cut_short
+        return finite(cut["estimate"]) if cut is not None and cut["metric"] == name else self.figure(name)
+
+    @property
+    def partly(self) -> str:
+        """How much was read where not all was, like "256 of 1,024 tokens read"; else empty."""
+        cut = self.cut_short
+        return f"{cut['read']:,} of {cut['of']:,} {cut['unit']} read" if cut is not None else ""
 
     def to_json(self) -> dict[str, Any]:
         """The row as plain data, every field written out."""

@@ -1,9 +1,10 @@
-"""Compute that a search did not spend: tokens of stages that another trial had trained, and what was rejected."""
+"""Compute that a search did not spend: stages that another trial had trained, what was rejected, what was not read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from autodistill.contracts import Plan, Status
@@ -27,6 +28,9 @@ class Saved:
         shared_tokens, shared_flops, shared_seconds: Of training that was not done for that reason.
         rejected: Proposals of which no deployment fits, or that contradict the teacher.
         rejected_tokens, rejected_flops, rejected_seconds: Of training them to the first rung.
+        cut_short: Evaluations at rungs that ended early, as their trials were certain to fall short.
+        unread: What these did not read, by its unit: "tokens" or "questions".
+        to_read: What all evaluations at rungs were to read, of those that are read in parts.
     """
 
     trained_tokens: int
@@ -40,6 +44,9 @@ class Saved:
     rejected_tokens: int
     rejected_flops: float
     rejected_seconds: float
+    cut_short: int = 0
+    unread: Mapping[str, int] = field(default_factory=dict)
+    to_read: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -59,6 +66,12 @@ class Saved:
             said.append(
                 f"{self.rejected} {what} rejected without training: up to the first rung "
                 f"{_amount(self.rejected_tokens, self.rejected_flops, self.rejected_seconds)} saved"
+            )
+        if self.cut_short:
+            amounts = (f"{count:,} of {self.to_read[unit]:,} {unit}" for unit, count in self.unread.items() if count)
+            said.append(
+                f"{self.cut_short} evaluation{'s' if self.cut_short > 1 else ''} at rungs ended early, as it was "
+                f"certain who falls short: {' and '.join(amounts)} of all such evaluations not read"
             )
         return tuple(said)
 
@@ -90,6 +103,11 @@ def saved(events: Sequence[Mapping[str, Any]], plan: Plan) -> Saved:
     seconds = sum(event.get("workers", 1) * event.get("seconds", {}).get("train", 0.0) for event in results)
     rate = seconds / timed if timed else 0.0
     shared = flops("shared", rungs)
+    readings = [event["reading"] for event in rungs if "reading" in event]
+    to_read, read = Counter[str](), Counter[str]()
+    for reading in readings:
+        to_read[reading["unit"]] += reading["of"]
+        read[reading["unit"]] += reading["read"]
     avoided = _FLOPS * float(plan.rungs[0]) * sum(weights.get(trial, 0) for trial in rejected)
     return Saved(
         trained_tokens=sum(event.get("trained", 0) + event.get("resumed", 0) for event in (*results, *lost)),
@@ -103,4 +121,7 @@ def saved(events: Sequence[Mapping[str, Any]], plan: Plan) -> Saved:
         rejected_tokens=plan.rungs[0] * len(rejected),
         rejected_flops=avoided,
         rejected_seconds=avoided * rate,
+        cut_short=sum(reading["bar"] is not None for reading in readings),
+        unread={unit: count - read[unit] for unit, count in to_read.items()},
+        to_read=dict(to_read),
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.applied import student_spec
+from autodistill.certainty import Bar, Reading
 from autodistill.contracts import Decision, Status
 from autodistill.errors import AutoDistillError
 from autodistill.process_memory import killed_for_memory
@@ -85,6 +86,8 @@ class Campaign:
         self._notify = notify
         self.watch: Callable[[], None] = lambda: None
         self._evaluating = 0
+        # What a trial that was read whole reached at a rung below the last, as a bar for others.
+        self._reached: dict[tuple[str, int], Bar] = {}
         self._worker_seconds = {"train": 0.0, "evaluate": 0.0, "other": 0.0}
         plan = question.plan
         self._stages = StageKeeper(open_stages(checkpoints, storage), checkpoint_limit, plan, question.direction)
@@ -118,11 +121,27 @@ class Campaign:
             trial = self.trials[assignment.task.id]
             if assignment.deployment is None:
                 trial.running = True
+                assignment = replace(assignment, bar=self._bar(assignment))
             else:
                 trial.settled.add(assignment.deployment.name)
                 self._evaluating += 1
         self.watch()
         return assignment
+
+    def _bar(self, assignment: Assignment) -> Bar | None:
+        """What a trial must reach at the rung that it is taken to, as the reports stand: what the log says so far."""
+        trial = self.trials[assignment.task.id]
+        below = assignment.rung < len(self.question.plan.rungs) - 1
+        # What is kept short of the end is to be known as well as it can be; with several objectives no figure decides.
+        if not below or trial.task.straight or assignment.keep or self.question.further:
+            return None
+        last = self._scheduler.last_kept(assignment.rung)
+        return self._reached.get((last, assignment.rung)) if last is not None else None
+
+    def _note(self, trial: TrialState, reading: Reading | None) -> None:
+        """Remembers what a trial reached at its rung, if all of it was read there."""
+        if reading is not None and reading.looks and trial.value is not None:
+            self._reached[trial.task.id, trial.rung] = Bar(trial=trial.task.id, value=trial.value, looks=reading.looks)
 
     @property
     def finished(self) -> bool:
@@ -155,7 +174,9 @@ class Campaign:
         """Records what a worker found and says what becomes of the trial."""
         trial, plan = self.trials[assignment.task.id], self.question.plan
         if not assignment.keep:
-            self.box.learn(assignment, trial.rung, sum(report.seconds.values()), report.trained)
+            part = report.evaluation.reading
+            read = part.read / part.of if part is not None else 1.0
+            self.box.learn(assignment, trial.rung, sum(report.seconds.values()), report.trained, read)
         # Beside one that has all threads no other worker does anything.
         share = plan.workers if assignment.threads else 1
         for phase in self._worker_seconds:
@@ -170,7 +191,7 @@ class Campaign:
         status = Status.COMPLETED if last else Status.STOPPED
         row = self._row(trial, report, status)
         self._write({"event": "row", "row": row.to_json()})
-        value = row.figure(self.question.metric)
+        value = row.standing(self.question.metric)
         shown = "no value" if value is None else f"{self.question.metric} {value:.4f}"
         if assignment.deployment is not None:
             self._evaluating -= 1
@@ -191,6 +212,8 @@ class Campaign:
         trial.value = value if row.feasible else None
         trial.further = tuple(row.figure(objective.figure) for objective in self.question.further)
         trial.settled = {row.deployment_name}
+        reading = report.evaluation.reading
+        self._note(trial, reading)
         decision = self._judge(trial)
         steps = [asdict(step) for step in report.steps]
         self._hold(trial, steps)
@@ -209,12 +232,14 @@ class Campaign:
                 **stage_facts(report),
                 **({"resumed": resumed} if resumed else {}),
                 **({"workers": share} if share > 1 else {}),
+                **({"reading": reading.to_json()} if reading is not None else {}),
             }
         )
         trial.lost = 0
         self._stages.learn(trial, report.unsaved)
+        short = f", of {reading.read:,} of {reading.of:,} {reading.unit}" if reading and reading.bar else ""
         reused = f", {report.shared:,} of them from a shared stage" if report.shared else ""
-        self._notify(f"{trial.task.id} {trial.name}: {shown} after {report.tokens:,} tokens{reused}")
+        self._notify(f"{trial.task.id} {trial.name}: {shown} after {report.tokens:,} tokens{reused}{short}")
         if report.unsaved is not None:
             self._notify(f"{trial.task.id}: {report.unsaved}")
         if last:
@@ -389,6 +414,7 @@ class Campaign:
                 self._keep_none()
                 self._stages.learn(trial, event.get("unsaved"))
                 self._hold(trial, event.get("steps", ()))
+                self._note(trial, Reading.from_json(event["reading"]) if "reading" in event else None)
                 self._judge(trial)
             elif event["event"] == "status":
                 trial = self.trials[event["trial"]]

@@ -109,12 +109,12 @@ class TimeBox:
         steps = range(reached + 1, rung + 1)
         return sum(self.expected(Assignment(task=task, rung=step), step - 1) for step in steps)
 
-    def _expected_of(self, work: Assignment, reached: int, trained: int) -> float:
+    def _expected_of(self, work: Assignment, reached: int, trained: int, read: float) -> float:
         if not trained or work.deployment is not None:
             return self.expected(work, reached)
         plan = self._question.plan
         last = work.rung == len(plan.rungs) - 1
-        return self._stretch(trained, plan.eval_tokens if last else plan.rung_eval_tokens, bool(work.threads))
+        return self._stretch(trained, plan.eval_tokens if last else plan.rung_eval_tokens, bool(work.threads), read)
 
     def first_stretch(self) -> float:
         """Expected seconds of a new trial up to its first rung."""
@@ -131,7 +131,7 @@ class TimeBox:
         question = self._question
         return evaluation_seconds(question.plan.eval_tokens, question.teacher_spec.parameters, question.speed)
 
-    def learn(self, work: Assignment, reached: int, seconds: float, trained: int = 0) -> None:
+    def learn(self, work: Assignment, reached: int, seconds: float, trained: int = 0, read: float = 1.0) -> None:
         """Follows how much longer than measured at first work takes: upwards at once, downwards slowly.
 
         What follows the trials, and is of another kind, is told by all of it together.
@@ -141,15 +141,17 @@ class TimeBox:
             reached: Rung at which its trial stood before.
             seconds: What it took.
             trained: Tokens that it trained on, fewer than expected where a stage was shared; 0 where that is unknown.
+            read: Share of what an evaluation at a rung reads that was read.
         """
-        expected = self._expected_of(work, reached, trained)
+        expected = self._expected_of(work, reached, trained, read)
         ratio = seconds / expected
         self._slowness = max(ratio, 0.8 * self._slowness + 0.2 * ratio)
         self._took = 0.8 * self._took + seconds
         self._expected = 0.8 * self._expected + expected
 
-    def _stretch(self, tokens: int, eval_tokens: int, alone: bool = False) -> float:
+    def _stretch(self, tokens: int, eval_tokens: int, alone: bool = False, read: float = 1.0) -> float:
         question, speed = self._question, self._question.speed
         if alone:
             speed = replace(speed, worker_train=speed.train_on)
-        return trial_seconds(tokens, eval_tokens, question.teacher_spec.parameters, speed, judged=False)
+        speed = replace(speed, asked=read * speed.asked)
+        return trial_seconds(tokens, int(read * eval_tokens), question.teacher_spec.parameters, speed, judged=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from autodistill.certainty import Bar
 from autodistill.contracts import Direction, ModelSpec, Plan, Status
 from autodistill.devices import Device
 from autodistill.distillation.memory import TooManyAtOnce
@@ -70,6 +71,7 @@ class Assignment:
         until: `time.time()` by which a trial that is trained on past the plan is to be trained: it then ends short of
             its length. None for all of its length.
         threads: CPU threads that the worker has for this, where nothing else runs; 0 for as many as ever.
+        bar: What the trial must reach at the rung to go on, as those before it stand there; None for no such.
     """
 
     task: TrialTask
@@ -78,6 +80,7 @@ class Assignment:
     keep: bool = False
     until: float | None = None
     threads: int = 0
+    bar: Bar | None = None
 
 
 def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord], None]) -> RungReport | None:
@@ -95,7 +98,7 @@ def work(bench: Workbench, assignment: Assignment, on_step: Callable[[StepRecord
             first = bench.sharding is None or bench.sharding.rank == 0
             return trial.evaluate(assignment.deployment) if first else None
         with _threads(assignment.threads):
-            return trial.run(assignment.rung, keep=assignment.keep, until=assignment.until)
+            return trial.run(assignment.rung, keep=assignment.keep, until=assignment.until, bar=assignment.bar)
     except (OutOfTime, TooManyAtOnce):
         raise
     except Exception as error:  # a fault of one trial never ends a search

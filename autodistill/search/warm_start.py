@@ -232,7 +232,7 @@ def _observation(question: Question, trial: TrialState, rows: Sequence[Row], cau
     usable = [
         (row.train_tokens, Deployment.from_json(row.deployment), row)
         for row in rows
-        if row.train_tokens and row.figure(question.metric) is not None
+        if row.train_tokens and row.standing(question.metric) is not None
     ]
     usable = [item for item in usable if item[1] in trial.task.deployments]
     if not usable:
@@ -246,7 +246,7 @@ def _observation(question: Question, trial: TrialState, rows: Sequence[Row], cau
     return Observation(
         point=trial.point,
         state=Status.COMPLETED if whole else Status.STOPPED,
-        value=seen[deployment].figure(question.metric),
+        value=seen[deployment].standing(question.metric),
         fidelity=min(1.0, level / tokens),
         constraint=slack,
         further=tuple(_further(item, strategy, deployment, seen[deployment], question) for item in question.further),

@@ -50,6 +50,7 @@ FULL: dict[str, Any] = LEAST | {
     "fidelity": 1.0,
     "seed": 0,
     "documents": {"ids": [3, 9], "count": [10, 20], "sum": [4.0, 11.0]},
+    "cut_short": {"read": 256, "of": 1024, "unit": "tokens", "metric": "accuracy", "estimate": 0.45, "bar": "t000"},
     "other": {"speed": 2.0, "speed_stderr": 0.5},
     "schema_version": 1,
 }

@@ -95,6 +95,15 @@ def test_work_is_compared_with_what_was_expected_of_the_tokens_it_trained_on() -
     assert not found.holds(101)
 
 
+def test_what_was_not_read_was_not_expected_to_take_time() -> None:
+    """Twice as slow is twice as slow, however much of an evaluation was read."""
+    for read in (1.0, 0.25):
+        found = TimeBox(replace(QUESTION, speed=replace(SPEED, asked=8.0)), time.monotonic() + 100)
+        found.learn(Assignment(task=TASK, rung=0), -1, 2 * (1.1 * 10 + read * (5 + 8)), trained=1000, read=read)
+        assert found.holds(34)
+        assert not found.holds(36)
+
+
 def test_a_box_holds_what_ends_in_time_and_nothing_once_closed() -> None:
     found = box(100)
     assert found.holds(99)
