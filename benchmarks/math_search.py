@@ -38,7 +38,9 @@ def require_teacher() -> MathTeacher:
 
 
 @contextmanager
-def prepare(out: Path, name: str, *, seed: int = 0, trials: int = 1, tokens: int = TOKENS) -> Iterator[Prepared]:
+def prepare(
+    out: Path, name: str, *, seed: int = 0, trials: int = 1, tokens: int = TOKENS, metric: str = METRIC
+) -> Iterator[Prepared]:
     """Loads, plans, caches and scores as a search does, on one thread; a run that is there is gone on with.
 
     Args:
@@ -47,13 +49,14 @@ def prepare(out: Path, name: str, *, seed: int = 0, trials: int = 1, tokens: int
         seed: Of proposals, data order and projections.
         trials: Of the plan.
         tokens: Training tokens at full fidelity.
+        metric: That ranks.
     """
     request = SearchRequest(
         budget=BUDGET,
         teacher=str(require_teacher().folder),
         data=TASK,
         space=str(SPACE_FILE),
-        metric=METRIC,
+        metric=metric,
         trials=trials,
         tokens=tokens,
         step_tokens=STEP,
