@@ -1547,3 +1547,18 @@ def test_with_several_objectives_everything_is_read(tmp_path: Path) -> None:
     while (assignment := search.next()) is not None:
         assert assignment.bar is None
         search.report(assignment, asking(assignment))
+
+
+def test_where_better_ones_fail_a_trial_that_was_cut_short_has_their_place_and_is_nobodys_bar(tmp_path: Path) -> None:
+    search = campaign(tmp_path, question())
+    drive(search, asking)
+    scheduler, rows = search._scheduler, rows_of(EventLog(tmp_path / "trials.jsonl").read())
+    short = {row.trial for row in rows if row.cut_short is not None and row.train_tokens == PLAN.rungs[0]}
+    assert short
+    task = search.trials["t000"].task
+    while (last := scheduler.last_kept(0)) is not None and last not in short:
+        assert search._bar(Assignment(task=task, rung=0)) is not None
+        scheduler.discard(scheduler._ranked(0)[0])
+    assert last in short
+    assert search._bar(Assignment(task=task, rung=0)) is None
+    assert last in scheduler.promotable(())
