@@ -135,8 +135,8 @@ def main() -> None:
     titles = ["metric", "evaluations at rungs", "held to a bar", "ended early", "not read", "of those held to a bar"]
     table = report.table([*titles, "ended and would have reached it", "estimate off by, median"], lines)
     said = (
-        f"Searches of {asked.trials} trials of the math task, {asked.seeds} of each metric, {RUNG_QUESTIONS} questions at "
-        "a rung. Not read is the share of what all evaluations at rungs below the last were to read."
+        f"Searches of {asked.trials} trials of the math task, {asked.seeds} of each metric, {RUNG_QUESTIONS} questions "
+        "at a rung. Not read is the share of what all evaluations at rungs below the last were to read."
     )
     print(report.write("early-end", "What evaluations at rungs need not read", [said, table]))
 
