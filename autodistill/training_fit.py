@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from autodistill.contracts import HeldType, ModelSpec, OptimizerState
@@ -17,6 +17,10 @@ from autodistill.training_memory import TrainingEstimate, training_memory
 from autodistill.units import format_bytes
 
 Aligned = tuple[Alignment | None, Attention | None]
+Means = tuple[bool, OptimizerState]
+"""Whether activations are computed again, and what AdamW's moments are held in."""
+MEANS: tuple[Means, ...] = ((False, "float32"), (True, "float32"), (True, "int8"))
+"""All of them, from the fastest to the smallest."""
 INSTALL_8BIT = "pip install 'autodistill-search[8bit]'"
 
 # What training was measured to take over its prediction at the most, in
@@ -68,6 +72,8 @@ def training_fits(
     on_grid: bool = False,
     device: str = "cpu",
     threads: int = 1,
+    means: Sequence[Means] = MEANS,
+    at_once: int | None = None,
 ) -> Iterator[TrainingFit]:
     """Ways to compute a step of so many sequences, from the fastest to the smallest, each smaller than those before.
 
@@ -88,11 +94,12 @@ def training_fits(
         on_grid: Whether a trial may be trained on a grid.
         device: Where trials run: "cpu", or an accelerator.
         threads: Of a process; on a CPU each scores a sequence of its own.
+        means: That may be taken.
+        at_once: Sequences of a pass at the most; by default all of a process.
     """
-    sizes = [max(1, sequences // processes)]
+    sizes = [max(1, min(sequences // processes, at_once or sequences))]
     while sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
-    means: list[tuple[bool, OptimizerState]] = [(False, "float32"), (True, "float32"), (True, "int8")]
     evaluation_bytes = _evaluation_bytes(spec, sequence_length, device, threads)
     least = math.inf
     for (checkpointing, state), micro_batch in itertools.product(means, sizes):

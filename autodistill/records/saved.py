@@ -26,7 +26,7 @@ class Saved:
         trained_seconds: Of what came to a result; of a trial that had the threads of all workers, those of each.
         sharing: Trials that went on from what another one had trained.
         shared_tokens, shared_flops, shared_seconds: Of training that was not done for that reason.
-        rejected: Proposals of which no deployment fits, or that contradict the teacher.
+        rejected: Proposals of which no deployment fits, whose training does not, or that contradict the teacher.
         rejected_tokens, rejected_flops, rejected_seconds: Of training them to the first rung.
         cut_short: Evaluations at rungs that ended early, as their trials were certain to fall short.
         unread: What these did not read, by its unit: "tokens" or "questions".

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autodistill.applied import check_strategy, probe_deployment, student_spec, with_own
 from autodistill.budget import served
 from autodistill.errors import InputError
 from autodistill.estimate import Fit, cannot_hold, fits, holdable, shortfall
 from autodistill.records.confirmation import KIND as CONFIRMATION
+from autodistill.search.trial_memory import TrainingNeed
 from autodistill.search.trials import Question, TrialState
 from autodistill.space import Point
 from autodistill.stages import stage_key
@@ -25,6 +28,7 @@ def admit(
     point: Point | None,
     seed: int | None = None,
     length: float = 1.0,
+    training: TrainingNeed | None = None,
 ) -> TrialState:
     """The trial of a strategy; one that is rejected has a reason.
 
@@ -34,11 +38,20 @@ def admit(
         trial_id, number, kind, name, point: As `TrialState` takes them.
         seed: The plan's by default.
         length: How many times the plan's tokens.
+        training: What its training takes, as `training_need` found when it was proposed; None where nobody asked.
     """
     fitting, parameters, reason = _fits(question, strategy)
+    plan = question.plan
+    micro_batch = training.micro_batch if training and training.micro_batch < plan.micro_batch else None
+    # Fewer at once round otherwise, so that a stage is shared by those of as many.
+    plan = replace(plan, micro_batch=micro_batch or plan.micro_batch)
+    # What is trained again, or on, was trained before, whatever is predicted of it.
+    training = None if kind == CONFIRMATION or length > 1 else training
     allowed = tuple(fit.deployment for fit in fitting if fit.slack <= 0)
     if reason is None and not allowed:
         reason = shortfall(fitting, question.budget)
+    if reason is None and training is not None:
+        reason = training.shortfall
     # Of several objectives a narrower grid serves the others; where nothing is proposed, a strategy has no rival.
     own_first = bool(question.further) or not question.space.dimensions
     probe = probe_deployment(strategy, allowed or question.deployments, own_first=own_first)
@@ -54,7 +67,8 @@ def admit(
         probe=probe,
         straight=kind != "student" or length > 1,
         length=length,
-        stage=stage_key(strategy, seed, question.plan, question.device) if shares else "",
+        stage=stage_key(strategy, seed, plan, question.device) if shares else "",
+        micro_batch=micro_batch,
     )
     return TrialState(
         task=task,
@@ -65,7 +79,18 @@ def admit(
         fits=fitting,
         reason=reason,
         parameters=parameters,
+        training=training,
     )
+
+
+def training_need(question: Question, strategy: Strategy) -> TrainingNeed | None:
+    """What training a strategy takes of the memory that a trial has; None where nobody asks, or it has no student."""
+    if question.memory is None:
+        return None
+    try:
+        return question.memory.need(strategy, student_spec(strategy, question.teacher_spec), question.plan)
+    except InputError:
+        return None
 
 
 def _fits(question: Question, strategy: Strategy) -> tuple[tuple[Fit, ...], int | None, str | None]:

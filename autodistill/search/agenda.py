@@ -402,7 +402,7 @@ def observation(trial: TrialState, question: Question, *, forkable: bool) -> Obs
     assert trial.point is not None
     plan = question.plan
     # A strategy that contradicts this teacher is out of bounds, whatever memory it would need.
-    slack = min((fit.slack for fit in trial.fits), default=0.0)
+    slack = trial.slack
     if trial.status is Status.REJECTED:
         slack = max(1e-9, slack)
     elif trial.cause == "out-of-memory":

@@ -16,7 +16,7 @@ from autodistill.process_memory import killed_for_memory
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.event_log import EventLog
 from autodistill.records.row import Row, rows_of
-from autodistill.search.admission import admit
+from autodistill.search.admission import admit, training_need
 from autodistill.search.agenda import Agenda
 from autodistill.search.failures import KILLED, OUT_OF_MEMORY, RETRIED, WORKER_DIED
 from autodistill.search.rows import make_row
@@ -24,6 +24,7 @@ from autodistill.search.sampler import Sampler
 from autodistill.search.scheduler import SuccessiveHalving
 from autodistill.search.stage_keeper import StageKeeper, stage_facts
 from autodistill.search.time_box import TimeBox
+from autodistill.search.trial_memory import TrainingNeed
 from autodistill.search.trials import Assignment, Question, TrialState
 from autodistill.stages import Checkpoint, open_stages
 from autodistill.storage import Storage
@@ -401,6 +402,8 @@ class Campaign:
                     point=event["point"],
                     seed=event["seed"],
                     length=event.get("length", 1.0),
+                    # As it was then: what was admitted on another machine stays so.
+                    training=TrainingNeed.from_json(event.get("training")),
                 )
             elif event["event"] == "rung":
                 trial = self.trials[event["trial"]]
@@ -445,6 +448,9 @@ class Campaign:
             elif event["event"] == "collected":
                 self._stages.forget(event["gone"])
         for trial in self.trials.values():
+            # So does one between a trial and its rejection.
+            if trial.status is None and trial.reason is not None:
+                self._end(trial, Status.REJECTED, trial.reason)
             # A kill between the last rung and its status leaves the trial whole but unended.
             if trial.status is None and trial.rung == len(self.question.plan.rungs) - 1:
                 self._end(trial, Status.COMPLETED)
@@ -477,8 +483,11 @@ class Campaign:
     # Trials.
 
     def _enter(self, strategy: Strategy, **fields: Any) -> TrialState:
-        """Writes a new trial down, and its rejection where no deployment can fit."""
-        trial = self._admit(strategy, **fields)
+        """Writes a new trial down, and its rejection where no deployment, or its training, can fit."""
+        # What goes on from another one's stage is trained as that one is.
+        same = next((one for one in self.trials.values() if one.task.strategy.id == strategy.id), None)
+        training = same.training if same is not None else training_need(self.question, strategy)
+        trial = self._admit(strategy, **fields, training=training)
         self._write(
             {
                 "event": "trial",
@@ -492,6 +501,7 @@ class Campaign:
                 "strategy": strategy.to_json(),
                 "seed": trial.task.seed,
                 "length": trial.task.length,
+                "training": training and training.to_json(),
             }
         )
         if trial.reason is not None:

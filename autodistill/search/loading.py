@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,10 +30,11 @@ from autodistill.records.json_files import read_json
 from autodistill.rendering import Template
 from autodistill.search.checked import Checked, check_students
 from autodistill.search.possible import by_size
-from autodistill.search.share import Share, Workers, share_out, train_in_bf16
+from autodistill.search.share import Share, Workers, process_bytes, share_out, train_in_bf16
+from autodistill.search.trial_memory import TrialMemory, most_demanding
 from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
 from autodistill.space import Space
-from autodistill.strategy import Alignment, Attention, Distillation, Lora
+from autodistill.strategy import Alignment, Attention, Distillation, Lora, Strategy
 from autodistill.templates import own_template
 from autodistill.token_sets import Prepared, RenderingInfo, load_split
 from autodistill.training_fit import TeacherFit, TrainingFit, fit_teacher, fit_training
@@ -48,7 +49,8 @@ class Loaded:
     becomes of it, by the model's reference. `device` is where this process runs models, which of a cluster may be
     another than its trials' one, and `bf16` whether that computes in bfloat16 itself. `fit_step` says of tokens how an
     optimiser step of them is trained, and `fit` that of `step_tokens`: what was asked for, is stored, or is the least,
-    until a measurement chooses.
+    until a measurement chooses. `largest` is the student, with its strategy, that a plan is made for: of the space, or
+    where its training fits no machine here, of what can be trained, and `untrained` says so. `memory` is a trial's.
     """
 
     teacher: Teacher
@@ -61,6 +63,9 @@ class Loaded:
     step_tokens: int
     fit: TrainingFit
     fit_step: Callable[[int], TrainingFit] = field(repr=False)
+    largest: tuple[Strategy, ModelSpec]
+    memory: TrialMemory
+    untrained: str
     teacher_fit: TeacherFit
     pretrained: Mapping[str, Path]
     renderings: Mapping[str, str]
@@ -112,8 +117,8 @@ def load(checked: Checked, place: Place) -> Loaded:
     """Teacher and data on this machine's disk, and how the machines are shared out.
 
     Raises:
-        InputError: Data too short, a pretrained model of other tokens, training that cannot be made to fit, or no
-            deployment that can hold a student with the teacher's tokenizer.
+        InputError: Data too short, a pretrained model of other tokens, nothing of the space whose training can be made
+            to fit, or no deployment that can hold a student with the teacher's tokenizer.
         NothingFitsError: None of those that can fits the budget.
     """
     request = checked.request
@@ -139,22 +144,27 @@ def load(checked: Checked, place: Place) -> Loaded:
     check_told(checked.space.signal_cases(), data.splits["train"].told > 0)
     _check_sayable(checked, teacher.folder, data, rows, renderings)
     teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=place.here)
-    fit_step = partial(_training, checked, place, spec, teacher_fit)
+    whole = _memory(place, spec, teacher_fit)
     step_tokens = _step_tokens(checked, place)
+    largest, fit_step, untrained = _planned_for(checked, whole, step_tokens)
     fit = fit_step(step_tokens)
+    main_bytes = _main_bytes(checked.space, whole, largest[1], teacher_fit, fit)
     return Loaded(
         teacher=teacher,
         data=data,
         spec=spec,
-        workers=share_out(
-            place.machines, _main_bytes(checked, place, spec, teacher_fit, fit), request.runner, place.share
-        ),
+        workers=share_out(place.machines, main_bytes, request.runner, place.share),
         device="cuda" if place.here.gpus else "cpu",
         bf16=place.here.bf16,
         threads=place.here.cpus,
         step_tokens=step_tokens,
         fit=fit,
         fit_step=fit_step,
+        largest=largest,
+        memory=replace(
+            whole, share_bytes=process_bytes(place.machines, whole.limit_bytes, main_bytes, request.runner, place.share)
+        ),
+        untrained=untrained,
         teacher_fit=teacher_fit,
         pretrained=pretrained,
         renderings=renderings,
@@ -191,38 +201,63 @@ def trainable(checked: Checked, place: Place, line: Callable[[str], None]) -> Ch
         return checked
     length = checked.sequence_length
     teacher_fit = fit_teacher(checked.spec, stored="float32", sequence_length=length, machine=place.here)
+    memory, step_tokens = _memory(place, checked.spec, teacher_fit), _step_tokens(checked, place)
     try:
-        _training(checked, place, checked.spec, teacher_fit, _step_tokens(checked, place))
+        _training(checked, memory, by_size(checked.space, checked.spec)[-1][1], step_tokens)
     except InputError as error:
         line(f"the largest students are left out: {error}")
         return replace(checked, space=required)
     return checked
 
 
-def _training(
-    checked: Checked, place: Place, spec: ModelSpec, teacher_fit: TeacherFit, step_tokens: int
-) -> TrainingFit:
+def _planned_for(
+    checked: Checked, memory: TrialMemory, step_tokens: int
+) -> tuple[tuple[Strategy, ModelSpec], Callable[[int], TrainingFit], str]:
+    """The student that a plan is made for, how steps of so many tokens train it, and why larger ones are not trained.
+
+    It is the largest, with all that a trial may train it by; where that fits no machine here, it is what takes most of
+    what does, and each strategy is asked for itself once it is proposed.
+
+    Raises:
+        InputError: Nothing of the space can be trained.
+    """
+    length, largest = checked.sequence_length, by_size(checked.space, memory.teacher)[-1]
+    every = partial(_training, checked, memory, largest[1])
+    try:
+        every(step_tokens)
+    except InputError as error:
+        strategy, student = most_demanding(
+            checked.space, memory, sequence_length=length, sequences=step_tokens // length
+        )
+
+        def one(tokens: int) -> TrainingFit:
+            return memory.fit(strategy, student, sequence_length=length, sequences=tokens // length)
+
+        return (strategy, student), one, f"what cannot be trained here is rejected when it is proposed: {error}"
+    return largest, every, ""
+
+
+def _training(checked: Checked, memory: TrialMemory, largest: ModelSpec, step_tokens: int) -> TrainingFit:
     """How the largest student of the space is trained where trials run, in steps of so many tokens.
 
     Raises:
-        InputError: It cannot be, or steps do not divide over processes.
+        InputError: It cannot be.
     """
-    length, processes = checked.sequence_length, place.share.processes
-    _, largest = by_size(checked.space, spec)[-1]
+    space, spec, length = checked.space, memory.teacher, checked.sequence_length
     return fit_training(
         largest,
         teacher=spec,
-        alignments=_alignments(checked.space, spec),
-        lora=_lora(checked.space, spec, largest),
-        train_embeddings=any(recipe.train_embeddings for recipe in _recipes(checked.space, spec, "train_embeddings")),
+        alignments=_alignments(space, spec),
+        lora=_lora(space, spec, largest),
+        train_embeddings=any(recipe.train_embeddings for recipe in _recipes(space, spec, "train_embeddings")),
         sequence_length=length,
         sequences=step_tokens // length,
-        limit_bytes=_trial_memory(place) - _beside_bytes(checked.space, spec, place.machines, teacher_fit),
-        processes=processes,
-        bf16=train_in_bf16(place.machines),
-        on_grid=_on_grid(checked.space, spec),
-        device="cuda" if any(machine.gpus for machine in place.machines) else "cpu",
-        threads=place.share.threads or 1,
+        limit_bytes=memory.limit_bytes - memory.beside_bytes(space.signal_cases()),
+        processes=memory.processes,
+        bf16=memory.bf16,
+        on_grid=_on_grid(space, spec),
+        device=memory.device,
+        threads=memory.threads,
     )
 
 
@@ -333,6 +368,21 @@ def _told_of(model: str, info: RenderingInfo) -> str:
     return note if theirs == own else f"{note}; where the teacher ends an answer with {theirs}, it does with {own}"
 
 
+def _memory(place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> TrialMemory:
+    """The memory of a process of a trial while no other is beside it on a machine's cores."""
+    limit = _trial_memory(place)
+    return TrialMemory(
+        limit_bytes=limit,
+        share_bytes=limit,
+        device="cuda" if any(machine.gpus for machine in place.machines) else "cpu",
+        threads=place.share.threads or 1,
+        processes=place.share.processes,
+        bf16=train_in_bf16(place.machines),
+        teacher=spec,
+        held_bytes=teacher_fit.held_bytes,
+    )
+
+
 def _trial_memory(place: Place) -> int:
     """Bytes that a process of a trial may take: of a machine, or its share of a GPU."""
     gpus = [gpu.memory_bytes for machine in place.machines for gpu in machine.gpus]
@@ -341,22 +391,14 @@ def _trial_memory(place: Place) -> int:
     return min(gpus) if place.share.gpus == 1 else share_bytes(min(gpus), place.share.gpus)
 
 
-def _main_bytes(checked: Checked, place: Place, spec: ModelSpec, teacher_fit: TeacherFit, fit: TrainingFit) -> int:
+def _main_bytes(
+    space: Space, memory: TrialMemory, largest: ModelSpec, teacher_fit: TeacherFit, fit: TrainingFit
+) -> int:
     """Main memory of a process of a trial: of training and a teacher in it, or by a GPU of teacher and student."""
-    if not any(machine.gpus for machine in place.machines):
-        return fit.total_bytes + _beside_bytes(checked.space, spec, place.machines, teacher_fit)
-    _, largest = by_size(checked.space, spec)[-1]
-    stored = (4 if teacher_fit.stored == "float32" else 2) * spec.parameters
+    if memory.device == "cpu":
+        return fit.total_bytes + memory.beside_bytes(space.signal_cases())
+    stored = (4 if teacher_fit.stored == "float32" else 2) * memory.teacher.parameters
     return stored + 4 * largest.parameters + TRANSFORMERS_PROCESS_BYTES
-
-
-def _beside_bytes(space: Space, spec: ModelSpec, machines: Sequence[Machine], fit: TeacherFit) -> int:
-    """Of the teacher in a trial, which lies beside the student: all of it, its head, or nothing."""
-    signals = {recipe.signal for recipe in space.signal_cases() if recipe.weighs_teacher}
-    bf16 = train_in_bf16(machines)
-    if "online" in signals:
-        return 2 * spec.parameters if bf16 else fit.held_bytes
-    return (2 if bf16 else 4) * spec.vocabulary * spec.width if "states" in signals else 0
 
 
 def _recipes(space: Space, spec: ModelSpec, *fields: str) -> Iterator[Distillation]:

@@ -53,7 +53,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
     cached = all_tokens if request.tokens and checked.explore == 1 else most_cached(checked, loaded)
     train_tokens = all_tokens if request.tokens else min(all_tokens, cached)
     students = by_size(checked.space, loaded.spec)
-    init = students[-1][0].init
+    init = loaded.largest[0].init
     box = request.time_seconds
     if box is None and not ((request.trials or request.strategy) and request.tokens):
         box = BOX_CPU if loaded.workers.device == "cpu" else BOX_GPU
@@ -98,6 +98,7 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         plan,
         notes=(
             *plan.notes,
+            *([loaded.untrained] if loaded.untrained else []),
             *_planned_elsewhere(loaded),
             *stepped,
             *notes,
@@ -213,7 +214,11 @@ def _sizes(checked: Checked, loaded: Loaded, train_tokens: int) -> tuple[int, ..
     most = min(PASS_TOKENS // checked.sequence_length, tokens // (ENOUGH_STEPS * loaded.step_tokens))
 
     def held(size: int) -> bool:
-        return loaded.fit_step(size * loaded.step_tokens).micro_batch == size
+        try:
+            return loaded.fit_step(size * loaded.step_tokens).micro_batch == size
+        except InputError:
+            # A step of several passes has gradients beside what its last one keeps.
+            return False
 
     return tuple(size for size in _doubled(max(1, most)) if size == 1 or held(size))
 

@@ -111,6 +111,7 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
         served_on=checked.device,
         device=planned.loaded.workers.device,
         sharing=checked.request.sharing,
+        memory=planned.loaded.memory,
     )
     document = dict(planned.document)
     if "observations" not in document["warm_start"]:

@@ -35,7 +35,6 @@ from autodistill.search.finisher import Finisher
 from autodistill.search.inline_runner import run_inline
 from autodistill.search.loading import Place, load, trainable
 from autodistill.search.measuring import plan_from_measurement
-from autodistill.search.possible import by_size
 from autodistill.search.prepare import Planned, Ready, plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest
@@ -104,7 +103,7 @@ def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
         "cache_bytes": tokens * per_token,
         **students_disk(
             plan,
-            by_size(checked.space, loaded.spec)[-1][1].parameters,
+            loaded.largest[1].parameters,
             baselines=len(checked.space.baselines),
             confirm=checked.confirm,
         ),

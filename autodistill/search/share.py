@@ -177,6 +177,22 @@ def share_out(machines: Sequence[Machine], main_bytes: int, runner: str, share: 
     )
 
 
+def process_bytes(
+    machines: Sequence[Machine], limit_bytes: int, main_bytes: int, runner: str, share: Share | None = None
+) -> int:
+    """Memory that each process of a trial may take beside the others that `share_out` puts there.
+
+    Args:
+        machines: As `share_out` takes them.
+        limit_bytes: That it may take alone: of the smallest machine, or of a GPU, which is divided already.
+        main_bytes, runner, share: As `share_out` takes them.
+    """
+    if runner == "inline" or any(machine.gpus for machine in machines):
+        return limit_bytes
+    threads = share.threads if share else None
+    return min(machine.memory_bytes // _places(machine, main_bytes, threads) for machine in machines)
+
+
 def _each(share: Share) -> int:
     """Processes that share a GPU."""
     return int(1 / share.gpus) if share.processes == 1 else 1

@@ -21,6 +21,7 @@ from autodistill.records.objectives import Objective
 from autodistill.search.deadline import OutOfTime
 from autodistill.search.expected import Speed
 from autodistill.search.failures import explained
+from autodistill.search.trial_memory import TrainingNeed, TrialMemory
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment
 from autodistill.trial import Trial, Workbench
@@ -35,6 +36,7 @@ class Question:
     `explore` is the share of the time for training that goes to trials; in the rest the best are trained on.
     `further` are objectives beside the metric; latencies are predicted on `served_on`, where one of them is a latency.
     `sharing` is off where it is to be measured what sharing stages is worth: every trial then trains all of its own.
+    `memory` is what a trial has where it runs, which is this session's alone; None where nobody asks for it.
     """
 
     space: Space
@@ -52,6 +54,7 @@ class Question:
     served_on: Device | None = None
     device: str = "cpu"
     sharing: bool = True
+    memory: TrialMemory | None = None
 
     @property
     def best(self) -> Callable[..., float]:
@@ -167,6 +170,7 @@ class TrialState:
         trained_tokens, train_seconds: What its own training took so far.
         parameters: Weights of its student; None where the teacher has no such student.
         kept: Whether its student was kept short of the end, and may be exported; None where nobody tried.
+        training: What its training takes of the memory that a trial has, as it was asked when it was proposed.
     """
 
     task: TrialTask
@@ -190,6 +194,13 @@ class TrialState:
     kept: bool | None = None
     begun: Counter[tuple[int, str | None]] = field(default_factory=Counter)
     lost: int = 0
+    training: TrainingNeed | None = None
+
+    @property
+    def slack(self) -> float:
+        """The largest log(need / limit), of the deployment that needs least and of training; 0 where none is known."""
+        deployed = min((fit.slack for fit in self.fits), default=0.0)
+        return deployed if self.training is None else max(deployed, self.training.slack)
 
     @property
     def unseen(self) -> list[Deployment]:

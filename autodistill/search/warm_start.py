@@ -19,7 +19,7 @@ from autodistill.records.objectives import Objective
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
 from autodistill.roofline import speed
-from autodistill.search.admission import admit
+from autodistill.search.admission import admit, training_need
 from autodistill.search.study import Observation
 from autodistill.search.trials import Question, TrialState
 from autodistill.serving_memory import memory
@@ -213,7 +213,14 @@ def _observations(events: Sequence[Mapping[str, Any]], question: Question) -> It
         if point is None or strategy.id in baselines:
             continue
         trial = admit(
-            question, strategy, trial_id=event["trial"], number=None, kind="student", name=event["name"], point=point
+            question,
+            strategy,
+            trial_id=event["trial"],
+            number=None,
+            kind="student",
+            name=event["name"],
+            point=point,
+            training=training_need(question, strategy),
         )
         item = _observation(question, trial, rows.get(event["trial"], ()), causes.get(event["trial"]))
         if item is not None:
@@ -222,7 +229,7 @@ def _observations(events: Sequence[Mapping[str, Any]], question: Question) -> It
 
 def _observation(question: Question, trial: TrialState, rows: Sequence[Row], cause: str | None) -> Observation | None:
     assert trial.point is not None
-    slack = min((fit.slack for fit in trial.fits), default=0.0)
+    slack = trial.slack
     missing = (None,) * len(question.further)
     if trial.reason is not None:
         return Observation(point=trial.point, state=Status.REJECTED, constraint=max(1e-9, slack), further=missing)

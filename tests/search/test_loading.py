@@ -13,7 +13,7 @@ from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.hardware import Machine
 from autodistill.search import loading
-from autodistill.search.loading import Place, _main_bytes, _told_of_teacher, load
+from autodistill.search.loading import Place, _main_bytes, _memory, _told_of_teacher, load
 from autodistill.search.share import Share, share_out
 from autodistill.strategy import Distillation
 from autodistill.testing import save_tiny_teacher
@@ -50,11 +50,12 @@ def test_workers_on_a_cpu_have_room_for_the_teacher_that_each_loads(signal: str,
     """Four fifths of 64 GB, by 8.5 GB of training and what lies beside it in float32."""
     machine = Machine(cpus=8, memory_bytes=64 * 10**9)
     recipe = Distillation(signal=signal, signal_tokens=64 if signal == "top-k" else 0)
-    checked: Any = SimpleNamespace(space=SimpleNamespace(signal_cases=lambda: (recipe,)))
+    space: Any = SimpleNamespace(signal_cases=lambda: (recipe,))
     teacher = TeacherFit(held="float32", stored="bfloat16", weights_bytes=8 * 1_543_714_304, pass_bytes=0)
     fit: Any = SimpleNamespace(total_bytes=8_500_000_000)
     place = Place(here=machine, machines=(machine,), share=Share())
-    main = _main_bytes(checked, place, spec_from_config(QWEN_1_5B), teacher, fit)
+    spec = spec_from_config(QWEN_1_5B)
+    main = _main_bytes(space, _memory(place, spec, teacher), spec, teacher, fit)
     assert main == 8_500_000_000 + beside
     assert share_out([machine], main, "ray").count == workers
 

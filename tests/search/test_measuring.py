@@ -261,3 +261,17 @@ def test_a_trial_that_shares_a_gpu_fits_what_its_process_may_allocate() -> None:
     """A quarter of 100 GB, less a context of 600 MB and a quarter of the search's; a whole one, be it of several."""
     for share, expected in ((Share(gpus=0.25), 24.25e9), (Share(), 1e11), (Share(processes=2), 1e11)):
         assert _trial_memory(Place(here=GPU, machines=(GPU,), share=share)) == expected
+
+
+def test_a_step_that_memory_does_not_hold_is_not_timed(inputs: Path) -> None:
+    """One sequence alone has no gradients beside it that earlier passes left: two may not fit where it does."""
+    loaded = load(_checked(inputs, trials=2, tokens=4 * LENGTH * ENOUGH_STEPS), Place.alone())
+    checked = _checked(inputs, trials=2, tokens=4 * LENGTH * ENOUGH_STEPS)
+
+    def fit_step(tokens: int) -> Any:
+        if tokens > 2 * LENGTH:
+            raise InputError("no")
+        return SimpleNamespace(micro_batch=tokens // LENGTH)
+
+    on_gpu = replace(loaded, device="cuda", workers=replace(loaded.workers, device="cuda"), fit_step=fit_step)
+    assert _sizes(checked, on_gpu, 10**6) == (1, 2)

@@ -9,7 +9,7 @@ import pytest
 
 from autodistill.errors import InputError
 from autodistill.hardware import Gpu, Machine
-from autodistill.search.share import Share, check_share, share_out
+from autodistill.search.share import Share, check_share, process_bytes, share_out
 
 GB = 10**9
 
@@ -29,6 +29,17 @@ def test_a_machine_is_shared_out_by_cores_memory_or_gpus() -> None:
     assert share_out([machine], 3 * GB, "ray").count == 2
     inline = share_out([machine], GB, "inline")
     assert (inline.count, inline.threads) == (1, 4)
+
+
+def test_a_process_has_what_others_on_its_machine_leave_it() -> None:
+    large, small = Machine(cpus=4, memory_bytes=40 * GB), Machine(cpus=8, memory_bytes=10 * GB)
+    assert process_bytes([large], 40 * GB, GB, "ray") == 10 * GB
+    assert process_bytes([large], 40 * GB, GB, "inline") == 40 * GB
+    # Of four places on the one and two on the other, any may get any trial.
+    assert process_bytes([large, small], 10 * GB, 4 * GB, "ray") == 5 * GB
+    assert process_bytes([large], 40 * GB, GB, "ray", Share(threads=2)) == 20 * GB
+    # What lies on a GPU was divided before; main memory is not what bounds it.
+    assert process_bytes(cards(2), 12 * GB, GB, "ray", Share(gpus=0.5)) == 12 * GB
 
 
 @pytest.mark.parametrize(
