@@ -214,7 +214,11 @@ CacheLimitOption = Annotated[
 ]
 CheckpointLimitOption = Annotated[
     str | None,
-    option("--checkpoint-limit", "Disk space for the run's checkpoints (default: a quarter of what is free).", "SIZE"),
+    option(
+        "--checkpoint-limit",
+        "Disk space for the run's checkpoints and students (default: a quarter of what is free).",
+        "SIZE",
+    ),
 ]
 FormatOption = Annotated[Format, option("--format", "Print the result as a table or as JSON.")]
 SECTIONS = {

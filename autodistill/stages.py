@@ -202,18 +202,19 @@ def open_stages(checkpoints: Path, storage: Storage | None = None) -> StageStore
     return StageStore(files, scratch=root / ".partial")
 
 
-def default_limit(folder: Path, storage: Storage | None = None) -> int | None:
-    """Bytes that a run's checkpoints may take where nobody says: a quarter of what they and the free disk are.
+def default_limit(folder: Path, storage: Storage | None = None, students: int = 0) -> int | None:
+    """Bytes that a run's checkpoints and students may take where nobody says: a quarter of them and the free disk.
 
     The disk is that which holds them. Of an object store, which has none that could be full, there is no limit.
 
     Args:
         folder: The run's, of trained weights, on this machine.
         storage: The run's, which holds its stages then.
+        students: Bytes that its students take.
     """
     root = folder if storage is None else storage.folder
     if root is None:
         return None
     held = sum(checkpoint.bytes for checkpoint in open_stages(folder, storage).checkpoints())
     existing = next(path for path in (root, *root.parents) if path.exists())
-    return (shutil.disk_usage(existing).free + held) // _DEFAULT_SHARE
+    return (shutil.disk_usage(existing).free + held + students) // _DEFAULT_SHARE

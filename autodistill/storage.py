@@ -174,11 +174,15 @@ class Storage:
     def replace_folder(self, folder: Path, key: str) -> None:
         """Sends the files of a folder in the place of any that the key had, copies of which are not used any more."""
         mark = uuid.uuid4().hex.encode()
+        self.remove_folder(key)
+        (folder / _WHOLE).write_bytes(mark)
+        self._send(folder, key, mark)
+
+    def remove_folder(self, key: str) -> None:
+        """Removes the files of a folder that was sent, which is not whole from the first of them on."""
         self.remove(f"{key}/{_WHOLE}")
         for name in self.list(key):
             self.remove(name)
-        (folder / _WHOLE).write_bytes(mark)
-        self._send(folder, key, mark)
 
     def _send(self, folder: Path, key: str, mark: bytes) -> None:
         root = folder if folder.is_dir() else folder.parent

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +59,41 @@ def has_student(trial: Path, storage: Storage | None, tokens: int | None = None)
     if student_folder(trial, tokens).is_dir():
         return True
     return storage is not None and storage.has_folder(student_key(trial, tokens))
+
+
+def student_bytes(checkpoints: Path, storage: Storage | None) -> dict[str, int]:
+    """Bytes of each student of full fidelity in a run, by trial; those of its storage, where it has one.
+
+    Args:
+        checkpoints: The run's folder of trained weights.
+        storage: Of the run, or None.
+    """
+    if storage is not None:
+        found: Counter[str] = Counter()
+        for key, size in storage.list("students").items():
+            trial = key.split("/")[1]
+            # A student that was kept short of the end has its tokens behind a dash.
+            if "-" not in trial:
+                found[trial] += size
+        return dict(found)
+    folders = [folder for folder in checkpoints.glob("*/student") if folder.is_dir()]
+    return {folder.parent.name: sum(file.stat().st_size for file in folder.iterdir()) for folder in sorted(folders)}
+
+
+def remove_student(trial: Path, storage: Storage | None) -> None:
+    """Removes a trial's student of full fidelity, here and from the storage; half of one is never there.
+
+    Args:
+        trial: The trial's folder.
+        storage: Of the run, or None.
+    """
+    if storage is not None:
+        storage.remove_folder(student_key(trial))
+    folder, gone = student_folder(trial), trial / ".student.removed"
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def save_student(model: Any, text: Path, folder: Path) -> None:

@@ -101,7 +101,7 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         f"{plan['test_tokens']:,} on the test split",
         "cache": f"{format_bytes(document['cache_bytes'])} of disk for the teacher's outputs",
         "students": f"{format_bytes(document['students_bytes'])} of disk at most for {document['students']} of them, "
-        "kept in float32; checkpoints besides, up to --checkpoint-limit",
+        "kept in float32; checkpoints besides, and of both what --checkpoint-limit holds",
         "time": f"{format_duration(document['expected_seconds'])} expected, time box {box}",
         "phases": phases,
         "hours": _hours(document),

@@ -173,6 +173,7 @@ def test_the_default_limit_counts_what_is_held_as_free(tmp_path: Path, monkeypat
     assert default_limit(folder) == 250
     LocalFiles(folder / "stages").put(_file(tmp_path, 200), "a.000000000192.safetensors")
     assert default_limit(folder) == 300
+    assert default_limit(folder, students=400) == 400
     # The disk of a storage is the one that holds them; an object store has none.
     shared = Storage(f"file://{tmp_path}/shared")
     assert default_limit(folder, shared) == 250

@@ -185,7 +185,8 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
     assert "2.00 GPU-hours, 0.22 worker-hours of trials; 5.00 EUR at 2.50 EUR an hour of a GPU" in dear
     for words in (
         "16.0 GB at context 1024, batch 1",
-        "24.0 GB of disk at most for 4 of them, kept in float32; checkpoints besides, up to --checkpoint-limit\n",
+        "24.0 GB of disk at most for 4 of them, kept in float32; checkpoints besides, and of both what "
+        "--checkpoint-limit holds\n",
         "9 proposed",
         "1,024, 3,072, 9,216 tokens, reached by 9, 5, 2 of them",
         "9,216 a trial",

@@ -23,6 +23,7 @@ from autodistill.search.rows import make_row
 from autodistill.search.sampler import Sampler
 from autodistill.search.scheduler import SuccessiveHalving
 from autodistill.search.stage_keeper import StageKeeper, stage_facts
+from autodistill.search.student_keeper import StudentKeeper
 from autodistill.search.time_box import TimeBox
 from autodistill.search.trial_memory import TrainingNeed
 from autodistill.search.trials import Assignment, Question, TrialState
@@ -59,7 +60,8 @@ class Campaign:
         log: Where every event goes before it takes effect.
         checkpoints: Folder that holds a folder for each trial, and the store of their stages.
         storage: The run's, where it has one, which holds the stages then.
-        checkpoint_limit: Bytes that the store may take, what is in use and of the best aside; None for no limit.
+        checkpoint_limit: Bytes that the store and the trained students may take, what is in use and of the best aside;
+            None for no limit.
         deadline: `time.monotonic()` after which no trial may run, or None.
         notify: Called after each event with a line for a person.
         halving: Makes the scheduler; another one is for studies of schedulers.
@@ -86,12 +88,12 @@ class Campaign:
         self._log = log
         self._notify = notify
         self.watch: Callable[[], None] = lambda: None
-        self._evaluating = 0
         # What a trial that was read whole reached at a rung below the last, as a bar for others.
         self._reached: dict[tuple[str, int], Bar] = {}
         self._worker_seconds = {"train": 0.0, "evaluate": 0.0, "other": 0.0}
         plan = question.plan
         self._stages = StageKeeper(open_stages(checkpoints, storage), checkpoint_limit, plan, question.direction)
+        self._students = StudentKeeper(checkpoints, storage, question)
         self._scheduler = halving(
             trials=plan.trials,
             rungs=plan.rungs,
@@ -107,7 +109,7 @@ class Campaign:
             scheduler=self._scheduler,
             stages=self._stages,
             enter=self._enter,
-            evaluating=lambda: self._evaluating > 0,
+            evaluating=self._evaluating,
             notify=notify,
         )
 
@@ -125,7 +127,7 @@ class Campaign:
                 assignment = replace(assignment, bar=self._bar(assignment))
             else:
                 trial.settled.add(assignment.deployment.name)
-                self._evaluating += 1
+                trial.evaluating += 1
         self.watch()
         return assignment
 
@@ -147,8 +149,11 @@ class Campaign:
     @property
     def finished(self) -> bool:
         """Whether nothing runs and nothing will."""
-        busy = self._evaluating or any(trial.running for trial in self.trials.values())
+        busy = self._evaluating() or any(trial.running for trial in self.trials.values())
         return not busy and (self.stopping or self._agenda.idle())
+
+    def _evaluating(self) -> bool:
+        return any(trial.evaluating for trial in self.trials.values())
 
     def take(self, assignment: Assignment, outcome: Mapping[str, Any]) -> None:
         """Takes what became of an assignment back, as `attempt` gives it."""
@@ -195,8 +200,9 @@ class Campaign:
         value = row.standing(self.question.metric)
         shown = "no value" if value is None else f"{self.question.metric} {value:.4f}"
         if assignment.deployment is not None:
-            self._evaluating -= 1
+            trial.evaluating -= 1
             self._notify(f"{trial.task.id} as {row.deployment_name}: {shown}")
+            self._collect_students()
             return Decision.STOP
         trial.running = False
         if assignment.keep:
@@ -245,6 +251,7 @@ class Campaign:
             self._notify(f"{trial.task.id}: {report.unsaved}")
         if last:
             self._end(trial, Status.COMPLETED)
+        self._collect_students()
         self._collect(self._surplus)
         return decision
 
@@ -252,7 +259,8 @@ class Campaign:
         # What was interrupted short of its first rung is begun again, from what it left.
         waiting = {one.task.id for one in self.trials.values() if one.status is None and one.rung < 0}
         promotable = self._scheduler.promotable(self._agenda.in_flight())
-        return self._stages.surplus(self.trials.values(), waiting | set(promotable))
+        beside = 0 if self._stages.limit is None else sum(self._students.sizes().values())
+        return self._stages.surplus(self.trials.values(), waiting | set(promotable), beside)
 
     def _keep_none(self) -> None:
         """Which student is the best short of the end is open again, once one was trained further."""
@@ -287,7 +295,7 @@ class Campaign:
         if name is None:
             trial.running = False
         else:
-            self._evaluating -= 1
+            trial.evaluating -= 1
         if assignment.keep:
             # Where it stands as it did, it may be tried once more, or another be kept.
             again = cause in RETRIED and (assignment.rung, _KEPT) not in trial.retried
@@ -343,7 +351,7 @@ class Campaign:
         if assignment.deployment is None:
             trial.running = False
         else:
-            self._evaluating -= 1
+            trial.evaluating -= 1
             trial.settled.discard(assignment.deployment.name)
         if assignment.keep:
             trial.kept = False
@@ -358,6 +366,7 @@ class Campaign:
                     trial, Status.STOPPED, reason if trial.rung >= 0 else "the time box ended before its first rung"
                 )
         self._collect(lambda: self._stages.spare(self.trials.values()))
+        self._collect_students()
 
     # What a person is shown.
 
@@ -447,6 +456,9 @@ class Campaign:
                 self._retry(self.trials[event["trial"]], event["rung"], event["deployment"])
             elif event["event"] == "collected":
                 self._stages.forget(event["gone"])
+            elif event["event"] == "students-collected":
+                for name in event["trials"]:
+                    self.trials[name].collected = True
         for trial in self.trials.values():
             # So does one between a trial and its rejection.
             if trial.status is None and trial.reason is not None:
@@ -464,6 +476,7 @@ class Campaign:
                 if over and (trial.status is None or work is not None):
                     self._give_up(trial, rung, work, times, memory=memory)
         if events:
+            self._collect_students()
             self._collect(self._surplus)
 
     def _give_up(self, trial: TrialState, rung: int, work: str | None, times: int, *, memory: bool) -> None:
@@ -475,7 +488,7 @@ class Campaign:
         trial.retried.add((rung, work))
         if named is not None:
             # As when it was given out.
-            self._evaluating += 1
+            trial.evaluating += 1
             trial.settled.add(named.name)
         cause = KILLED if memory else WORKER_DIED
         self.fail(assignment, cause, f"the search was killed {times} times while it was under way")
@@ -531,6 +544,27 @@ class Campaign:
             self._stages.remove(checkpoints)
         except OSError as error:
             self._notify(f"no checkpoints could be collected this time: {error}")
+
+    def _collect_students(self) -> None:
+        """Removes students that nothing needs any more where the disk limit asks for it; the log says so before."""
+        if self._stages.limit is None:
+            return
+        try:
+            sizes = self._students.sizes()
+            over = self._stages.bytes() + sum(sizes.values()) - self._stages.limit
+            again = any(name in self.trials and self.trials[name].collected for name in sizes)
+            if over <= 0 and not again:
+                return
+            rows = [row for row in rows_of(self._log.read()) if row.split == "validation"]
+            names = self._students.surplus(self.trials, rows, sizes, over)
+            if not names:
+                return
+            self._write({"event": "students-collected", "trials": names, "bytes": sum(sizes[name] for name in names)})
+            for name in names:
+                self.trials[name].collected = True
+            self._students.remove(names)
+        except OSError as error:
+            self._notify(f"no students could be collected this time: {error}")
 
     def _row(self, trial: TrialState, report: RungReport, status: Status) -> Row:
         return make_row(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from autodistill import plugins
 from autodistill.errors import InputError
@@ -51,7 +53,7 @@ def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], ou
     having = [row for row in rows if row.kind not in DISTILLED or row.full or _folder(run, row).is_dir()]
     best = chosen(having, asked["metric"], asked["direction"])
     row = _find(run, ranked, row_id or (best.row_id if best else None))
-    student = _student(run, row)
+    student = _student(run, row, asked, _collected(run))
     deployments = {name: _deployment(name, row, ranked) for name in containers}
     for name in containers:
         folder = out / name
@@ -94,11 +96,23 @@ def _folder(run: RunFolder, row: Row) -> Path:
     return student_folder(run.checkpoints / row.trial, kept_after(row))
 
 
-def _student(run: RunFolder, row: Row) -> Path:
+def _collected(run: RunFolder) -> set[str]:
+    """Trials whose students the search itself removed."""
+    events = (event for event in run.events.read() if event["event"] == "students-collected")
+    return {trial for event in events for trial in event["trials"]}
+
+
+def _student(run: RunFolder, row: Row, asked: Mapping[str, Any], collected: Collection[str]) -> Path:
     """The float32 student of a row."""
     if row.kind not in DISTILLED:
         raise InputError(f"the row {row.row_id} is the unmodified teacher: choose a student's row")
     folder = _folder(run, row)
+    if not folder.is_dir() and row.full and row.trial in collected:
+        raise InputError(
+            f"the student of the row {row.row_id} was removed by the search, to hold --checkpoint-limit: choose "
+            f"another row, or make it again with {_again(row, asked)}, where FILE has the strategy of {row.trial} as "
+            f"`autodistill leaderboard {run.name} --format json` gives it"
+        )
     if not folder.is_dir():
         why = "was removed" if row.full else "was not trained to the end, so none was kept"
         raise InputError(
@@ -106,6 +120,16 @@ def _student(run: RunFolder, row: Row) -> Path:
             "run with more --time"
         )
     return folder
+
+
+def _again(row: Row, asked: Mapping[str, Any]) -> str:
+    """The command that trains a row's student once more."""
+    words = ["autodistill", "distill", "FILE"]
+    words += ["--teacher", asked["teacher"]["reference"], "--data", asked["data"]["reference"]]
+    plan = asked["plan"]
+    words += ["--tokens", str(row.train_tokens), "--step-tokens", str(plan["batch_tokens"])]
+    words += ["--sequence-length", str(plan["sequence_length"]), "--seed", str(row.seed or 0)]
+    return f"`{shlex.join(words)}`"
 
 
 def _deployment(container: str, row: Row, ranked: Sequence[Row]) -> Deployment:

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from autodistill.export.card import Origin, model_card
 from autodistill.export.verify import CLEAR_SHARE, MIN_POSITIONS, RuntimeCheck, verify, verify_runtime
 from autodistill.formats import get_format
 from autodistill.quiet import free_cores
+from autodistill.records.choice import in_order
 from autodistill.records.confirmation import Confirmation, confirmations
 from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import (
@@ -97,6 +99,7 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     if best is None:
         judged = any(row.kind in DISTILLED for row in rows)
         raise NothingFitsError(_nothing(rejected or students, judged, finisher))
+    _leave_out_removed(best, finisher)
     packed = {container: (best, Deployment.from_json(best.deployment)) for container in paths}
     notes: tuple[str, ...] = ()
     if "gguf" not in paths:
@@ -122,6 +125,20 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         confirmed=tuple(confirmed),
         notes=(*notes, *_notes(best, rows, finisher), *spent(finisher)),
     )
+
+
+def _leave_out_removed(best: Row, finisher: Finisher) -> None:
+    """Writes down that rows which would be chosen before the best are not to be had, since their student is gone.
+
+    Whoever reads the log later then chooses what was exported. It takes several students that turned out too large, or
+    that a person removed.
+    """
+    rows, question = rows_of(finisher.run.events.read()), finisher.question
+    order = in_order([row for row in rows if row.split == "validation"], question.metric, question.direction)
+    for row in takewhile(lambda one: one.row_id != best.row_id, order):
+        if row.full and not finisher.has(row):
+            reason = "its student was removed before it might have been exported"
+            finisher.write("row", replace(row, feasible=False, reason=reason))
 
 
 def _describe(packed: Mapping[str, tuple[Row, Deployment]], test: Sequence[Row], finisher: Finisher) -> None:

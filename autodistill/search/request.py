@@ -56,8 +56,8 @@ class SearchRequest:
             each of its trials, can go on from any node that reaches it; by default they lie in `out` and `cache` alone.
         cache: Folder of everything that later searches may use again.
         cache_limit_bytes: Disk that cached teacher outputs may take, and on each node the copies of what a storage has.
-        checkpoint_limit_bytes: Disk that checkpoints of stages may take in the run's folder; by default a quarter of
-            what is free.
+        checkpoint_limit_bytes: Disk that checkpoints of stages and trained students may take in the run's folder, what
+            is needed aside; by default a quarter of what is free.
         sharing, forking: Whether trials continue each other's stages, and whether proposals fork one on
             purpose; off to measure what each is worth. On resuming as before.
         price: Of an hour, for the cost of a plan.

@@ -45,6 +45,7 @@ from autodistill.search.supplies import send
 from autodistill.search.teacher_outputs import cache_settings, calibration_file, check_cache_limit
 from autodistill.stages import default_limit
 from autodistill.storage import Storage
+from autodistill.students import student_bytes
 from autodistill.trial_data import TrialSetting
 from autodistill.units import format_duration
 
@@ -287,7 +288,8 @@ def _trials(
         log=run.events,
         checkpoints=run.checkpoints,
         storage=storage,
-        checkpoint_limit=checked.request.checkpoint_limit_bytes or default_limit(run.checkpoints, storage),
+        checkpoint_limit=checked.request.checkpoint_limit_bytes
+        or default_limit(run.checkpoints, storage, sum(student_bytes(run.checkpoints, storage).values())),
         deadline=deadline,
         notify=observer.line,
     )

@@ -21,7 +21,8 @@ class StageKeeper:
 
     Args:
         stages: The run's store.
-        limit: Bytes that its checkpoints may take, those that are never removed aside; None for no limit.
+        limit: Bytes that its checkpoints, and students beside them, may take, those that are never removed aside; None
+            for no limit.
         plan: Says where stretches begin.
         direction: Whether more or less of the metric is better.
     """
@@ -73,7 +74,16 @@ class StageKeeper:
     def _next(self, trial: TrialState) -> int:
         return len(self._plan.rungs) - 1 if trial.task.straight else trial.rung + 1
 
-    def surplus(self, trials: Collection[TrialState], promotable: Collection[str]) -> list[Checkpoint]:
+    @property
+    def limit(self) -> int | None:
+        """Bytes that checkpoints, and the students beside them, may take; None for no limit."""
+        return self._limit
+
+    def bytes(self) -> int:
+        """Of all checkpoints."""
+        return sum(checkpoint.bytes for checkpoint in self._stages.checkpoints())
+
+    def surplus(self, trials: Collection[TrialState], promotable: Collection[str], beside: int = 0) -> list[Checkpoint]:
         """What is to be removed to hold the limit, the least valuable first.
 
         A stage is worth what the best trial of it is: that which went furthest, then that of the better value; one of
@@ -83,9 +93,10 @@ class StageKeeper:
         Args:
             trials: All of the search.
             promotable: Ids of the trials that wait at a rung and may go on.
+            beside: Bytes that students take of the limit.
         """
         held = self._stages.checkpoints()
-        total = sum(checkpoint.bytes for checkpoint in held)
+        total = beside + sum(checkpoint.bytes for checkpoint in held)
         if self._limit is None or total <= self._limit:
             return []
         safe = self._safe(held, trials, promotable)

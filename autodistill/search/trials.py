@@ -170,6 +170,8 @@ class TrialState:
         trained_tokens, train_seconds: What its own training took so far.
         parameters: Weights of its student; None where the teacher has no such student.
         kept: Whether its student was kept short of the end, and may be exported; None where nobody tried.
+        evaluating: Evaluations of its trained student that are under way.
+        collected: Whether its student was removed, to hold the disk limit.
         training: What its training takes of the memory that a trial has, as it was asked when it was proposed.
     """
 
@@ -195,6 +197,8 @@ class TrialState:
     begun: Counter[tuple[int, str | None]] = field(default_factory=Counter)
     lost: int = 0
     training: TrainingNeed | None = None
+    evaluating: int = 0
+    collected: bool = False
 
     @property
     def slack(self) -> float:
@@ -205,6 +209,6 @@ class TrialState:
     @property
     def unseen(self) -> list[Deployment]:
         """Deployments of the trained student that nobody has evaluated or is evaluating."""
-        if self.status is not Status.COMPLETED:
+        if self.status is not Status.COMPLETED or self.collected:
             return []
         return [deployment for deployment in self.task.deployments if deployment.name not in self.settled]

@@ -44,8 +44,9 @@ def row(trial: str, packing: str, accuracy: float, kind: str = "student", **fiel
 SEARCH = {
     "metric": "accuracy",
     "direction": "max",
-    "teacher": {"name": "big"},
-    "data": {"name": "text"},
+    "teacher": {"name": "big", "reference": "models/big one"},
+    "data": {"name": "text", "reference": "text"},
+    "plan": {"batch_tokens": 512, "sequence_length": 256},
     "licences": {"big": "MIT", "text": "CC0-1.0"},
 }
 ROWS = [
@@ -56,6 +57,7 @@ ROWS = [
     row("t001", "f16", 0.45, feasible=False),
     row("t002", "f16", 0.20, fidelity=0.5),
     row("t003", "f16", 0.10),
+    row("t004", "f16", 0.15, train_tokens=9216, seed=7),
     row("teacher", "f16", 0.50, "teacher"),
     row("t000", "f16", 0.99, row_id="t000-f16-test", split="test"),
 ]
@@ -68,6 +70,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         write_json(made.search_file, SEARCH)
         for one in ROWS:
             made.events.append({"event": "test" if one.split == "test" else "row", "row": one.to_json()})
+        made.events.append({"event": "students-collected", "trials": ["t004"], "bytes": 1})
         for seed, trial in enumerate(("t000", "t001")):
             save_tiny_teacher(made.checkpoints / trial / "student", layers=2, ffn=128, seed=seed)
             (made.checkpoints / trial / "student" / "LICENSE").write_text("Do as you please.")
@@ -127,6 +130,16 @@ def test_a_row_that_is_asked_for_is_the_one_that_is_exported(run: RunFolder, tmp
         ("t009-f16", ["gguf"], ["t009-f16", "t000-int8", "t001-q4_0"]),
         ("t000-f16-test", ["gguf"], ["no row"]),
         ("t003-f16", ["gguf"], ["t003-f16", "removed"]),
+        (
+            "t004-f16",
+            ["gguf"],
+            [
+                "removed by the search, to hold --checkpoint-limit",
+                "autodistill distill FILE --teacher 'models/big one' --data text --tokens 9216 --step-tokens 512",
+                "--sequence-length 256 --seed 7",
+                "strategy of t004",
+            ],
+        ),
         ("t002-f16", ["gguf"], ["t002-f16", "not trained to the end"]),
         ("teacher-f16", ["gguf"], ["unmodified teacher"]),
         ("t001-q4_0", ["compressed-tensors"], ["t001", "no compressed-tensors deployment"]),

@@ -14,11 +14,11 @@ from autodistill.contracts import Direction, Measurement
 from autodistill.errors import InputError, VerificationError
 from autodistill.estimate import spec_from_config
 from autodistill.records.choice import in_order
-from autodistill.records.row import Row
+from autodistill.records.row import Row, rows_of
 from autodistill.search import finish
 from autodistill.search.expected import Speed
 from autodistill.search.exportable import candidates, next_candidate, passed_over, trained_rows
-from autodistill.search.finish import _first_that_fits, _gguf_beside, _notes, _with_measured
+from autodistill.search.finish import _first_that_fits, _gguf_beside, _leave_out_removed, _notes, _with_measured
 from autodistill.search.held_out import compared_with, gain_on_test, known_on_test
 from autodistill.search.trials import Question
 from autodistill.space import load_space
@@ -221,6 +221,32 @@ def test_what_was_predicted_stays_beside_a_measurement_that_is_made_again() -> N
     again = _with_measured(first, twice, finisher)  # type: ignore[arg-type]
     assert (first.figure("memory_bytes_predicted"), first.memory_bytes) == (100, 150)
     assert (again.figure("memory_bytes_predicted"), again.memory_bytes) == (100, 155)
+
+
+def test_rows_whose_student_is_gone_are_not_chosen_by_who_reads_the_log() -> None:
+    rows = [
+        row("t000", "accuracy", 0.9),
+        row("t001", "accuracy", 0.8, packing="q8_0"),
+        row("t002", "accuracy", 0.7),
+        row("t003", "accuracy", 0.6),
+        row("early", "accuracy", 0.95, fidelity=0.5),
+        row("t004", "accuracy", 0.99, feasible=False),
+    ]
+    events: list[dict[str, Any]] = [{"event": "row", "row": one.to_json()} for one in rows]
+    finisher: Any = SimpleNamespace(
+        question=question("accuracy", "max"),
+        run=SimpleNamespace(events=SimpleNamespace(read=lambda: events)),
+        has=lambda one: one.trial in ("t000", "t002"),
+        write=lambda kind, one: events.append({"event": kind, "row": one.to_json()}),
+    )
+    _leave_out_removed(rows[0], finisher)
+    assert len(events) == len(rows)
+    _leave_out_removed(rows[2], finisher)
+    (written,) = rows_of(events[len(rows) :])
+    assert (written.trial, written.feasible, written.accuracy) == ("t001", False, 0.8)
+    assert "removed" in str(written.reason)
+    # Of what is left of the log the exported one is chosen, beside one that is there and ranked before it.
+    assert [one.trial for one in in_order(rows_of(events), "accuracy", "max")][:2] == ["t000", "t002"]
 
 
 def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be_scored() -> None:
