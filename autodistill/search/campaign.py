@@ -156,8 +156,11 @@ class Campaign:
         return any(trial.evaluating for trial in self.trials.values())
 
     def take(self, assignment: Assignment, outcome: Mapping[str, Any]) -> None:
-        """Takes what became of an assignment back, as `attempt` gives it."""
+        """Takes what became of an assignment back, as `attempted` gives it, or a group of processes."""
         if "report" in outcome:
+            if outcome.get("lost"):
+                # The group began again in between, from the last checkpoint.
+                self._lose(assignment, outcome["lost"])
             self.report(assignment, outcome["report"])
             return
         trained = outcome.get("trained", 0)

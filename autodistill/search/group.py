@@ -74,10 +74,20 @@ class Group:
 
         What ends one of them ends all, which would wait for it for ever; the next assignment finds new ones. Where a
         step ran out of memory, new ones go on with it at once, from the last checkpoint.
+
+        Returns:
+            The outcome, as `attempted` gives it, whose "trained" has the tokens of all attempts; beside a report,
+            "lost" has those of the attempts before it.
         """
+        lost = 0
         while "fewer" in (outcome := self._attempt(assignment)):
+            lost += outcome.get("trained", 0)
             assignment = replace(assignment, task=replace(assignment.task, micro_batch=outcome["fewer"]))
-        return outcome
+        if not lost:
+            return outcome
+        if "report" in outcome:
+            return outcome | {"lost": lost}
+        return outcome | {"trained": outcome.get("trained", 0) + lost}
 
     def _attempt(self, assignment: Assignment) -> dict[str, Any]:
         """The outcome of these processes, those that are to begin again among them."""

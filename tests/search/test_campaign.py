@@ -1378,6 +1378,21 @@ def test_a_trial_whose_worker_is_killed_for_memory_twice_is_out_of_memory(tmp_pa
     assert found.trained_tokens == 2 * 512
 
 
+def test_what_a_group_lost_before_it_reached_a_rung_is_counted(tmp_path: Path) -> None:
+    """Of 1,000 tokens that were trained before memory ran out, 600 had left a checkpoint, from which it went on."""
+    search = campaign(tmp_path, question())
+    assignment = search.next()
+    assert assignment is not None
+    report = replace(worker(assignment), trained=9216 - 600, resumed=600)
+    search.take(assignment, {"report": report, "lost": 1000})
+    log = EventLog(tmp_path / "trials.jsonl").read()
+    assert [event["trained"] for event in log if event["event"] == "lost"] == [1000]
+    assert saved(log, PLAN).trained_tokens == 1000 + 9216 - 600
+    assert search.trials["b000"].trained_tokens == 1000 + 9216 - 600
+    again = resumed(tmp_path)
+    assert (again.trials["b000"].trained_tokens, again.trials["b000"].status) == (1000 + 9216 - 600, Status.COMPLETED)
+
+
 def test_what_an_interrupted_attempt_left_is_counted_once(tmp_path: Path) -> None:
     """A kill says nothing, so that its checkpoint does; what failed has said so already."""
     for told, trained in ((0, 700), (600, 700), (900, 1000)):

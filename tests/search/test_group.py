@@ -106,6 +106,26 @@ def test_a_group_begins_again_with_fewer_sequences_at_once_for_as_long_as_it_is_
     assert given == [None, 2, 1]
 
 
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        ({"report": "so"}, {"report": "so", "lost": 768}),
+        ({"failure": ("nan", "so"), "trained": 128}, {"failure": ("nan", "so"), "trained": 896}),
+        ({"failure": ("worker-died", "so")}, {"failure": ("worker-died", "so"), "trained": 768}),
+        ({"trained": 0}, {"trained": 768}),
+    ],
+)
+def test_what_a_group_trained_before_it_began_again_is_told(
+    monkeypatch: pytest.MonkeyPatch, last: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    outcomes = iter([{"fewer": 2, "trained": 512}, {"fewer": 1, "trained": 256}, last])
+    monkeypatch.setattr(group.Group, "_attempt", lambda self, assignment: next(outcomes))
+    made = group.Group(None, None)  # type: ignore[arg-type]
+    assert made.work(Assignment(task=TASK, rung=0)) == expected
+    monkeypatch.setattr(group.Group, "_attempt", lambda self, assignment: last)
+    assert made.work(Assignment(task=TASK, rung=0)) == last
+
+
 @pytest.mark.slow
 def test_out_of_memory_in_one_process_goes_on_in_new_ones_with_fewer_sequences_at_once(
     ray: Any, lab: Any, tmp_path: Path
@@ -127,6 +147,7 @@ def test_out_of_memory_in_one_process_goes_on_in_new_ones_with_fewer_sequences_a
 
     (first, anew), (last, same) = work("begin", 0), work("begin", 1, 1)
     assert trained(first) == (512, [(128, 1), (256, 1), (384, 1), (512, 1)])
+    assert "lost" not in first, "it was the first step that memory did not hold"
     assert anew == same
     # To the last bit what a trial finds that began with one at a time.
     (alike, _), (alike_last, same) = work("alike", 0, 1), work("alike", 1, 1)
@@ -140,8 +161,10 @@ def test_out_of_memory_in_one_process_goes_on_in_new_ones_with_fewer_sequences_a
     # From the checkpoint before the decay, which others had reached with two at a time.
     decayed, others = work("decay", 0)
     assert trained(decayed) == (128, [(512, 1)])
+    assert decayed["lost"] == 384, "which the first processes had trained before memory ran out"
     assert not set(others) & set(anew)
     perplexities = [one["report"].evaluation.measurements["perplexity"].value for one in (decayed, first)]
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-3)
 
-    assert work("never", 0, 1) == ({"failure": ("out-of-memory", "CUDA out of memory. Tried to allocate 20 GiB.")}, [])
+    failure = ("out-of-memory", "CUDA out of memory. Tried to allocate 20 GiB.")
+    assert work("never", 0, 1) == ({"failure": failure, "trained": 0}, [])
