@@ -187,7 +187,7 @@ def test_evaluators_import_the_contracts_the_estimate_and_what_stands_above_them
 @pytest.mark.parametrize(
     ("package", "files"),
     [
-        ("ray", {"search.bell", "search.cluster", "search.group", "search.ray_runner"}),
+        ("ray", {"search.bell", "search.cluster", "search.group", "search.kills", "search.ray_runner"}),
         ("optuna", {"search.study"}),
         ("typer", {"cli", "help_pages", "options"}),
         ("xllamacpp", None),

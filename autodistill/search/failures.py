@@ -44,7 +44,7 @@ def death(said: str, kills: int) -> tuple[str, str]:
 
     Args:
         said: What Ray says of it.
-        kills: Processes of this machine that the kernel has ended for want of memory meanwhile.
+        kills: Processes of its machine that the kernel has ended for want of memory meanwhile.
     """
     if _BY_RAY.search(said) or kills > 0:
         by = "the kernel" if kills > 0 else "Ray"

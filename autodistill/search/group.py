@@ -9,6 +9,8 @@ from typing import Any
 
 from autodistill.distillation.sharding import Sharding
 from autodistill.search.deadline import step_guard
+from autodistill.search.failures import KILLED, death
+from autodistill.search.kills import Kills
 from autodistill.search.supplies import fetch
 from autodistill.search.trials import Assignment, attempted
 from autodistill.trial import Workbench
@@ -68,6 +70,7 @@ class Group:
         self._setting = setting
         self._deadline = deadline
         self._members: list[Any] = []
+        self._kills = Kills()
 
     def work(self, assignment: Assignment) -> dict[str, Any]:
         """Does an assignment in all processes.
@@ -108,9 +111,12 @@ class Group:
                     result = said
         except ray.exceptions.RayError as error:
             self._end()
+            said, count = str(error), self._setting.plan.processes
             died = isinstance(error, ray.exceptions.RayActorError)
-            reason = str(error).strip().splitlines()[0 if died else -1]
-            return {"failure": ("worker-died", f"one of its {self._setting.plan.processes} processes ended: {reason}")}
+            cause, why = death(said, self._kills.since(said) if died else 0)
+            if cause != KILLED:
+                why = said.strip().splitlines()[0 if died else -1]
+            return {"failure": (cause, f"one of its {count} processes ended: {why}")}
         return result
 
     def _meet(self) -> None:

@@ -20,13 +20,13 @@ import torch
 
 from autodistill.distillation.memory import keep_to_share
 from autodistill.errors import LostClusterError
-from autodistill.process_memory import killed_for_memory
 from autodistill.search.bell import Bell, Rest
 from autodistill.search.campaign import Campaign
 from autodistill.search.cluster import Cluster
 from autodistill.search.deadline import step_guard
 from autodistill.search.failures import RETRIED, WORKER_DIED, death, is_disk_full
 from autodistill.search.group import Group
+from autodistill.search.kills import Kills
 from autodistill.search.supplies import absolute, fetch
 from autodistill.search.trials import Assignment, attempted
 from autodistill.trial import Workbench
@@ -208,7 +208,7 @@ def _searcher(source: Source, workers: int, check: Callable[[], None], errors: M
             self._started = 0
             self._bell = Bell()
             self._failures: dict[str, Mapping[str, Any]] = {}
-            self._kills = killed_for_memory()
+            self._kills = Kills()
 
         def suggest(self, trial_id: str) -> Any:
             """Hands out the next assignment, rest to a worker that has none, None while there is none, or FINISHED."""
@@ -252,8 +252,8 @@ def _searcher(source: Source, workers: int, check: Callable[[], None], errors: M
             self._bell.ring()
 
         def _death(self, trial_id: str) -> tuple[str, str]:
-            before, self._kills = self._kills, killed_for_memory()
-            return death(errors.get(trial_id, ""), self._kills - before)
+            said = errors.get(trial_id, "")
+            return death(said, self._kills.since(said))
 
         def __reduce__(self) -> tuple[type[object], tuple[()]]:
             # Tune keeps a pickle of its searcher to restore from. Ours holds a live view, and is restored from the log.

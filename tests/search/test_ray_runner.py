@@ -105,7 +105,7 @@ def test_what_ray_says_of_a_dead_worker_goes_to_whoever_gave_the_work(
     work = ["first", "second", "third"]
     source: Any = SimpleNamespace(next=lambda: work.pop(0), take=lambda given, outcome: taken.append((given, outcome)))
     kills = iter([5, 5, 6])
-    monkeypatch.setattr("autodistill.search.ray_runner.killed_for_memory", lambda: next(kills))
+    monkeypatch.setattr("autodistill.search.kills.killed_for_memory", lambda: next(kills))
     errors: dict[str, str] = {}
     scheduler, searcher = _scheduler(errors), _searcher(source, 3, lambda: None, errors)
     (tmp_path / "error.txt").write_text("OutOfMemoryError: Memory on the node exceeds the memory usage threshold")
