@@ -1,37 +1,47 @@
 """Worker-seconds that a search spends on anything but its trials, beside a plain Ray Tune loop, in one run.
 
-    python benchmarks/orchestration.py
+    python benchmarks/orchestration.py [--trials 12] [--plain-trials 8] [--seconds 0 30] [--time 5m]
 
 Trials do nothing, or sleep for a fixed time, so that what is left is orchestration: processes that start and import,
 assignments on their way, and workers that wait for them. Ours are driven by the search's own runner with a source of
 assignments in the place of its campaign; the plain loop is a function trainable as the documentation of Ray Tune shows
 it, which imports torch and transformers as any that distils must. Both run on the same Ray and report, of each trial,
 when its work began and ended, and in which process. Processor time, of this process and all of Ray's, is that of a run
-whatever else the machine does at the time.
+whatever else the machine does at the time. A run that was measured is not measured again as long as the search's files,
+the packages and the machine are the same; a call that ends before all of them goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import importlib.metadata
 import logging
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import psutil
 import report
+from kept import Kept
 
 from autodistill.hardware import detect
+from autodistill.search import cluster
 from autodistill.search.cluster import LocalRay
 from autodistill.search.ray_runner import drive
+from autodistill.strategy import content_hash
+from autodistill.units import parse_duration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,31 +236,56 @@ TITLES = (
 )
 
 
+def source() -> str:
+    """What the figures follow from, as a hash: this program, the search's files, packages and machine."""
+    files = [Path(__file__), *sorted(Path(cluster.__file__).parent.glob("*.py"))]
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    versions = [importlib.metadata.version(name) for name in ("ray", "torch", "transformers")]
+    return content_hash([digests, versions, report.machine()])
+
+
 def main() -> None:
-    """Measures and writes the report."""
+    """Measures what is missing and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=12, help="of each run")
     parser.add_argument("--seconds", type=float, nargs="*", default=[0.0, 30.0], help="that a trial works for")
     parser.add_argument("--plain-trials", type=int, default=8, help="of each run of the plain loop")
-    options = parser.parse_args()
-    began = time.time()
-    ray = LocalRay(detect())
-    ray.wait()
-    start = time.time() - began
-    workers = ray.machines[0].cpus
-    lines = []
-    for seconds in options.seconds:
-        for name, run, count in (("ours", ours, options.trials), ("plain Ray Tune", plain, options.plain_trials)):
-            lines.append(line(name, seconds, measure(run, count, seconds, workers)))
-            print(*lines[-1], sep=" | ", flush=True)
-    ray.leave()
-    load = os.getloadavg()[1]
+    parser.add_argument("--time", type=parse_duration, default=float("inf"), help="a run that is begun is ended")
+    arguments = parser.parse_args()
+    kept = Kept("orchestration", source(), arguments.time)
+    workers = detect().cpus
+    lines, loads = [], []
+    with contextlib.ExitStack() as stack:
+
+        @cache
+        def started() -> float:
+            """Starts Ray, once and where anything is to be measured; the seconds that it took."""
+            began = time.time()
+            ray = LocalRay(detect())
+            stack.callback(ray.leave)
+            ray.wait()
+            return time.time() - began
+
+        def measured(run: Callable[[int, float, int], list[Spell]], count: int, seconds: float) -> dict[str, Any]:
+            started()
+            return {"cost": asdict(measure(run, count, seconds, workers)), "load": os.getloadavg()[1]}
+
+        start = kept.get("start", started)
+        for seconds in arguments.seconds:
+            for name, run, count in (
+                ("ours", ours, arguments.trials),
+                ("plain Ray Tune", plain, arguments.plain_trials),
+            ):
+                found = kept.get(f"{name}, {count} of {seconds:g} s", partial(measured, run, count, seconds))
+                lines.append(line(name, seconds, Cost(**found["cost"])))
+                loads.append(found["load"])
+                print(*lines[-1], sep=" | ", file=sys.stderr, flush=True)
     notes = (
         f"Ray itself took {start:.1f} s to start, once for both; a search starts it while the teacher's outputs are "
-        f"cached. Other processes shared the cores: the load of the last five minutes was {load:.1f} at the end."
+        f"cached. Other processes shared the cores: the load of the five minutes before the end of each run was "
+        f"{min(loads):.1f} to {max(loads):.1f}."
     )
-    path = report.write("orchestration", "What orchestration costs", [notes, report.table(TITLES, lines)])
-    print(path)
+    print(report.write("orchestration", "What orchestration costs", [notes, report.table(TITLES, lines)]))
 
 
 if __name__ == "__main__":

@@ -189,3 +189,52 @@ def test_differences_of_killed_searches_leave_times_out(load: Load) -> None:
     assert list(kill.differences({"a": same}, {"a": row})) == []
     assert list(kill.differences({"a": replace(row, accuracy=0.6)}, {"a": row})) == ["a: accuracy is 0.6, not 0.5"]
     assert list(kill.differences({}, {"a": row})) == ["a is missing"]
+
+
+def test_the_cost_of_orchestration_is_measured_where_it_stopped(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = load("orchestration")
+    measured: list[tuple[str, int, float]] = []
+    started: list[str] = []
+
+    class Ray:
+        def __init__(self, machine: object) -> None:
+            pass
+
+        def wait(self) -> None:
+            started.append("begun")
+
+        def leave(self) -> None:
+            started.append("left")
+
+    def measure(run: Callable[..., object], count: int, seconds: float, workers: int) -> Any:
+        measured.append((run.__name__, count, seconds))
+        if len(measured) in (3, 5):
+            raise KeyboardInterrupt
+        fields = {"wall": 2.0, "spent": 1.0, "share": 0.5, "first": 0.5, "gaps": (0.25, 0.5), "processors": 3.0}
+        return program.Cost(trials=count, workers=workers, **fields)
+
+    monkeypatch.setattr(load("kept"), "default_cache", lambda: tmp_path)
+    monkeypatch.setattr(load("report"), "REPORTS", tmp_path / "reports")
+    monkeypatch.setattr(program, "LocalRay", Ray)
+    monkeypatch.setattr(program, "measure", measure)
+    monkeypatch.setattr("sys.argv", ["orchestration.py", "--seconds", "0", "30"])
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            program.main()
+    monkeypatch.setattr("sys.argv", ["orchestration.py", "--seconds", "0", "30", "--time", "1us"])
+    with pytest.raises(SystemExit, match="the time is over with 4 results: call again for the rest"):
+        program.main()
+    monkeypatch.setattr("sys.argv", ["orchestration.py", "--seconds", "0", "30", "--time", "5m"])
+    program.main()
+    once = [("ours", 12, 0.0), ("plain", 8, 0.0), ("ours", 12, 30.0), ("plain", 8, 30.0)]
+    assert measured == [*once[:3], once[2], once[3], once[3]]
+    assert "0.38 (most 0.50)" in capsys.readouterr().err
+    (written,) = (tmp_path / "reports").glob("*.md")
+    assert written.read_text().count("plain Ray Tune") == 2
+    # Of what is known already nothing is started.
+    count = len(started)
+    program.main()
+    assert (len(started), len(measured)) == (count, 6)
+    assert started == ["begun", "left"] * (count // 2)
