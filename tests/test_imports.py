@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,38 @@ def test_a_file_imports_only_what_stands_above_it(module):
         inside = room(other) == room(module) and module != ""
         above = room(other) in ROOMS and ROOMS.index(room(other)) < place
         assert inside or above, f"autodistill.{module} imports autodistill.{other}, which stands below it"
+
+
+def listed():
+    """Modules by the row of ARCHITECTURE's table that names them, from the top; a folder's row names its files."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = text.partition("| room | its one sentence |")[2].partition("\n\n")[0]
+    found = {}
+    for place, line in enumerate(table.splitlines()):
+        names, _, sentence = line.strip("|").partition(" | ")
+        for name in re.findall(r"`([^`]+)`", names):
+            if name.endswith("/"):
+                # Beside files, sentences name what is no file: classes, say.
+                for file in re.findall(r"`([a-z_0-9]+)`", sentence):
+                    found.setdefault(f"{name[:-1]}.{file}", []).append(place)
+                found.setdefault(name[:-1], []).append(place)
+            elif name.endswith(".py"):
+                found.setdefault(name[:-3].removeprefix("__init__"), []).append(place)
+    return found
+
+
+def test_the_architecture_names_every_file_once_and_none_that_is_not_there():
+    rows = listed()
+    assert rows.keys() - SOURCES.keys() == set(), "no such file"
+    assert SOURCES.keys() - rows.keys() == set(), "in no row"
+    assert [name for name, places in rows.items() if len(places) > 1] == []
+
+
+def test_a_file_imports_only_what_stands_above_it_in_the_architecture():
+    place = {name: places[0] for name, places in listed().items()}
+    below = [(module, other) for module in SOURCES for other in own(SOURCES[module]) if place[other] > place[module]]
+    # The version, which stands beside the public names.
+    assert [pair for pair in below if pair[1] != ""] == []
 
 
 def test_nothing_imports_in_a_circle():
