@@ -50,7 +50,8 @@ class Loaded:
     another than its trials' one, and `bf16` whether that computes in bfloat16 itself. `fit_step` says of tokens how an
     optimiser step of them is trained, and `fit` that of `step_tokens`: what was asked for, is stored, or is the least,
     until a measurement chooses. `largest` is the student, with its strategy, that a plan is made for: of the space, or
-    where its training fits no machine here, of what can be trained, and `untrained` says so. `memory` is a trial's.
+    where its training fits no machine here, of what can be trained, and `untrained` says so; no student that is trained
+    has more weights than `most_parameters`. `memory` is a trial's.
     """
 
     teacher: Teacher
@@ -64,6 +65,7 @@ class Loaded:
     fit: TrainingFit
     fit_step: Callable[[int], TrainingFit] = field(repr=False)
     largest: tuple[Strategy, ModelSpec]
+    most_parameters: int
     memory: TrialMemory
     untrained: str
     teacher_fit: TeacherFit
@@ -146,9 +148,9 @@ def load(checked: Checked, place: Place) -> Loaded:
     teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=place.here)
     whole = _memory(place, spec, teacher_fit)
     step_tokens = _step_tokens(checked, place)
-    largest, fit_step, untrained = _planned_for(checked, whole, step_tokens)
+    largest, most, fit_step, untrained = _planned_for(checked, whole, step_tokens)
     fit = fit_step(step_tokens)
-    main_bytes = _main_bytes(checked.space, whole, largest[1], teacher_fit, fit)
+    main_bytes = _main_bytes(checked.space, whole, most, teacher_fit, fit)
     return Loaded(
         teacher=teacher,
         data=data,
@@ -161,6 +163,7 @@ def load(checked: Checked, place: Place) -> Loaded:
         fit=fit,
         fit_step=fit_step,
         largest=largest,
+        most_parameters=most,
         memory=replace(
             whole, share_bytes=process_bytes(place.machines, whole.limit_bytes, main_bytes, request.runner, place.share)
         ),
@@ -212,8 +215,9 @@ def trainable(checked: Checked, place: Place, line: Callable[[str], None]) -> Ch
 
 def _planned_for(
     checked: Checked, memory: TrialMemory, step_tokens: int
-) -> tuple[tuple[Strategy, ModelSpec], Callable[[int], TrainingFit], str]:
-    """The student that a plan is made for, how steps of so many tokens train it, and why larger ones are not trained.
+) -> tuple[tuple[Strategy, ModelSpec], int, Callable[[int], TrainingFit], str]:
+    """The student that a plan is made for, the most weights of any that is trained, how steps of so many tokens train
+    it, and why others are not trained.
 
     It is the largest, with all that a trial may train it by; where that fits no machine here, it is what takes most of
     what does, and each strategy is asked for itself once it is proposed.
@@ -226,15 +230,15 @@ def _planned_for(
     try:
         every(step_tokens)
     except InputError as error:
-        strategy, student = most_demanding(
+        strategy, student, most = most_demanding(
             checked.space, memory, sequence_length=length, sequences=step_tokens // length
         )
 
         def one(tokens: int) -> TrainingFit:
             return memory.fit(strategy, student, sequence_length=length, sequences=tokens // length)
 
-        return (strategy, student), one, f"what cannot be trained here is rejected when it is proposed: {error}"
-    return largest, every, ""
+        return (strategy, student), most, one, f"what cannot be trained here is rejected when it is proposed: {error}"
+    return largest, largest[1].parameters, every, ""
 
 
 def _training(checked: Checked, memory: TrialMemory, largest: ModelSpec, step_tokens: int) -> TrainingFit:
@@ -391,14 +395,15 @@ def _trial_memory(place: Place) -> int:
     return min(gpus) if place.share.gpus == 1 else share_bytes(min(gpus), place.share.gpus)
 
 
-def _main_bytes(
-    space: Space, memory: TrialMemory, largest: ModelSpec, teacher_fit: TeacherFit, fit: TrainingFit
-) -> int:
-    """Main memory of a process of a trial: of training and a teacher in it, or by a GPU of teacher and student."""
+def _main_bytes(space: Space, memory: TrialMemory, most: int, teacher_fit: TeacherFit, fit: TrainingFit) -> int:
+    """Main memory of a process of a trial: of training and a teacher in it, or by a GPU of teacher and student.
+
+    A student has no more weights than `most`.
+    """
     if memory.device == "cpu":
         return fit.total_bytes + memory.beside_bytes(space.signal_cases())
     stored = (4 if teacher_fit.stored == "float32" else 2) * memory.teacher.parameters
-    return stored + 4 * largest.parameters + TRANSFORMERS_PROCESS_BYTES
+    return stored + 4 * most + TRANSFORMERS_PROCESS_BYTES
 
 
 def _recipes(space: Space, spec: ModelSpec, *fields: str) -> Iterator[Distillation]:

@@ -104,7 +104,7 @@ def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
         "cache_bytes": tokens * per_token,
         **students_disk(
             plan,
-            loaded.largest[1].parameters,
+            loaded.most_parameters,
             baselines=len(checked.space.baselines),
             confirm=checked.confirm,
         ),

@@ -176,8 +176,10 @@ class TrialMemory:
 
 def most_demanding(
     space: Space, memory: TrialMemory, *, sequence_length: int, sequences: int
-) -> tuple[Strategy, ModelSpec]:
-    """Of what can be trained of a space where not all can, the strategy that takes most, and its student.
+) -> tuple[Strategy, ModelSpec, int]:
+    """Of what can be trained of a space where not all can, the strategy that takes most, its student, and most weights.
+
+    One that takes most may have fewer weights than another, of which low-rank changes are trained.
 
     Args:
         space: Its ends, baselines and starts are asked, and strategies drawn all over it.
@@ -201,7 +203,7 @@ def most_demanding(
             least = min(least or (need, strategy, error), (need, strategy, error), key=lambda one: one[0])
     if found:
         _, strategy, student = max(found, key=lambda one: one[0])
-        return strategy, student
+        return strategy, student, max(one.parameters for _, _, one in found)
     assert least is not None
     raise InputError(
         f"nothing of the space {space.name} can be trained here, not even what takes least "

@@ -55,7 +55,7 @@ def test_workers_on_a_cpu_have_room_for_the_teacher_that_each_loads(signal: str,
     fit: Any = SimpleNamespace(total_bytes=8_500_000_000)
     place = Place(here=machine, machines=(machine,), share=Share())
     spec = spec_from_config(QWEN_1_5B)
-    main = _main_bytes(space, _memory(place, spec, teacher), spec, teacher, fit)
+    main = _main_bytes(space, _memory(place, spec, teacher), spec.parameters, teacher, fit)
     assert main == 8_500_000_000 + beside
     assert share_out([machine], main, "ray").count == workers
 

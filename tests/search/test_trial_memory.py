@@ -29,6 +29,7 @@ from autodistill.search.share import Share
 from autodistill.search.trial_memory import TrainingNeed, TrialMemory
 from autodistill.search.trials import Question, TrialState
 from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
+from autodistill.space import Space
 from autodistill.strategy import Alignment, Distillation, Init, Lora, Strategy
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
 from autodistill.training_fit import TeacherFit, training_fits
@@ -310,7 +311,7 @@ def test_a_plan_is_for_what_takes_most_of_what_can_be_trained(wide: Checked, mon
     }
     for limit in (6e9, 8e9, 12e9):
         trial = on_gpus(80e9, limit)  # it may run on either
-        (strategy, student), step, note = _planned_for(wide, trial, 256)
+        (strategy, student), most, step, note = _planned_for(wide, trial, 256)
         # Float32 weights, two states, and gradients, of which the table's share is no more than the logits' pass.
         fitting = [
             depth
@@ -319,17 +320,29 @@ def test_a_plan_is_for_what_takes_most_of_what_can_be_trained(wide: Checked, mon
         ]
         assert strategy.init.depth == max(fitting)
         assert student == student_spec(strategy, TEACHER)
+        assert most == student.parameters
         assert step(256).total_bytes <= limit
         assert "what cannot be trained here is rejected" in note
         assert format_bytes(limit) in note
-    (strategy, _), _, note = _planned_for(wide, on_gpus(80e9), 256)
-    assert (strategy.init.depth, note) == (1.0, "")
+    (strategy, _), most, _, note = _planned_for(wide, on_gpus(80e9), 256)
+    assert (strategy.init.depth, most, note) == (1.0, TEACHER.parameters, "")
+
+
+def test_the_most_weights_may_be_of_another_than_what_takes_most_memory(wide: Checked) -> None:
+    """Of low-rank changes neither gradients nor states take much."""
+    changes = {"none": None, "changes": {"rank": 8, "alpha": 16.0, "layers": "ffn"}}
+    space = wide.space.to_json()
+    space["dimensions"]["distillation.lora"] = {"choices": changes}
+    made = replace(wide, space=Space.from_json(space))
+    (strategy, student), most, _, _ = _planned_for(made, on_gpus(9e9), 256)
+    assert strategy.distillation.lora is None
+    assert student.parameters < most == TEACHER.parameters
 
 
 def test_a_search_is_refused_where_nothing_of_its_space_can_be_trained(wide: Checked) -> None:
     with pytest.raises(InputError, match=r"nothing of the space wide can be trained here, not even what takes least"):
         _planned_for(wide, on_gpus(1e9), 256)
-    assert _planned_for(wide, on_gpus(24e9, share=0.5), 256)[2]
+    assert _planned_for(wide, on_gpus(24e9, share=0.5), 256)[3]
     assert on_gpus(24e9, share=0.5).limit_bytes < 12e9
 
 
