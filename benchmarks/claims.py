@@ -203,7 +203,7 @@ def write_report(bench: Bench, teacher: MathTeacher) -> Path:
         "student learns from, and in which order; all are asked the same test questions. So few tokens leave every "
         "student short of its teacher: the losses compare recipes at this budget, and are no limits of any of them. "
         "A row of fewer seeds is what the time allowed, and of one seed no finding. Alignments and constructions on "
-        "the 135M teacher, one seed each: the reports `alignments` and `student-init`."
+        "the 135M teacher: the reports `alignments` and `student-init`."
     )
     temperatures = [name for name in RECIPES if name == "outputs" or name.startswith("outputs, T")]
     return report.write(
