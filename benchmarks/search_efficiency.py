@@ -183,7 +183,7 @@ class Judge:
         }
 
 
-def real(table: Table, prepared: Prepared, seed: int) -> dict[str, int]:
+def real(table: Table, prepared: Prepared, seed: int) -> dict[str, float]:
     """A search that trains, compared value by value with the same search looked up."""
     made = replace(prepared.setting.plan, trials=TRIALS, rungs=default_rungs(), keep=kept_at_rungs(TRIALS, 3))
     question = replace(prepared.question, plan=made, space=table.space)
@@ -195,7 +195,8 @@ def real(table: Table, prepared: Prepared, seed: int) -> dict[str, int]:
     _, looked_up = simulate(table, made, seed=seed)
     mine, theirs = (dict(_told(events)) for events in (prepared.run.events.read(), looked_up._log.read()))
     same = sum(mine.get(key) == value for key, value in theirs.items())
-    return {"stretches": len(theirs), "same": same, "others": len(mine.keys() - theirs.keys())}
+    off = max((abs(mine[key] - value) for key, value in theirs.items() if key in mine), default=0.0)
+    return {"stretches": len(theirs), "same": same, "others": len(mine.keys() - theirs.keys()), "off": off}
 
 
 def _told(events: Sequence[Any]) -> Iterator[tuple[str, float]]:

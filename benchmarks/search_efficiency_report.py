@@ -68,7 +68,7 @@ class Outcome:
     followed: int
     chosen: dict[str, list[Known]]
     test: dict[str, list[dict[str, Any]]]
-    checks: list[dict[str, int]]
+    checks: list[dict[str, float]]
     lines: list[Line]
 
     @property
@@ -111,7 +111,8 @@ def opening(found: Outcome) -> str:
     """What was compared."""
     checked = "; ".join(
         f"of {one['stretches']} stretches of seed {seed} {one['same']} had the recorded value to the last bit"
-        + (f" and {one['others']} were others" if one["others"] else "")
+        + (f", on another processor than the table's up to {100 * one['off']:.2f} points off" if one["off"] else "")
+        + (f", and {one['others']} were others" if one["others"] else "")
         for seed, one in enumerate(found.checks)
     )
     shown = f" {checked[:1].upper()}{checked[1:]}." if checked else ""
