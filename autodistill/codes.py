@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from autodistill.errors import InputError
 from autodistill.formats import Floats, FloatType, Grid, Scales, Storage
+from autodistill.k_blocks import Block, from_bytes, to_bytes
+from autodistill.super_blocks import fitted, on_block_grid
 
 Codes: TypeAlias = npt.NDArray[np.int8]
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
@@ -54,8 +56,8 @@ def quantize(weights: Floats, grid: Grid, scales: Scales | None = None) -> tuple
     Args:
         weights: float32 [out, in], `in` a multiple of the group size.
         grid: The grid.
-        scales: Scales and offsets to use, learned ones say; by default they follow from the weights. A scale of 0 reads
-            every weight of its group as 0, or as the minimum.
+        scales: Scales and offsets to use, learned ones say, as they are stored; by default they follow from the
+            weights. A scale of 0 reads every weight of its group as 0, or as the minimum.
 
     Returns:
         Codes, int8 [out, in], and what is stored beside them.
@@ -75,6 +77,11 @@ def quantize(weights: Floats, grid: Grid, scales: Scales | None = None) -> tuple
 def _fitted(groups: Floats, grid: Grid) -> tuple[Scales, Floats]:
     """The scales and offsets of groups [out, groups, group], and the weights in steps of them."""
     offsets = None
+    if grid.block_size:
+        found, minima = fitted(groups.reshape(-1, groups.shape[-1]), grid, np)
+        shape = groups.shape[:2]
+        given = Scales(found.reshape(shape), None if minima is None else minima.reshape(shape))
+        return given, _steps(groups, given, grid)
     if grid.scale_rule == "range":
         low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
         if grid.offset == "zero_point":
@@ -156,7 +163,8 @@ def pack(weights: Floats, storage: Storage, scales: Scales | None = None) -> Arr
         scales: As for `quantize`.
 
     Returns:
-        GGUF: `data`, uint8 [out, bytes per row], in blocks of a float16 scale, perhaps a float16 minimum, and codes.
+        GGUF: `data`, uint8 [out, bytes per row], in blocks of a float16 scale, perhaps a float16 minimum, and codes; or
+        in super-blocks, for which see `k_blocks`.
         compressed-tensors: `weight_packed` int32 [out, words], `weight_scale` [out, groups], `weight_shape` int64 [2],
         and of an asymmetric grid `weight_zero_point` int32 [words, groups]. Floats: `data`. bfloat16 stands as its bits
         in uint16.
@@ -188,6 +196,8 @@ def _finite(stored: Floats, weights: Floats, name: str) -> None:
 
 def _pack_codes(codes: Codes, scales: Scales, grid: Grid) -> Arrays:
     rows, columns = codes.shape
+    if grid.block_size:
+        return {"data": _pack_blocks(codes, scales, grid)}
     if grid.container == "gguf":
         blocks = codes.reshape(rows, -1, grid.group_size)
         head = [values.astype("<f2")[..., None].view(np.uint8) for values in scales if values is not None]
@@ -201,6 +211,30 @@ def _pack_codes(codes: Codes, scales: Scales, grid: Grid) -> Arrays:
         # Packed along the rows of the matrix, not along its groups.
         arrays["weight_zero_point"] = np.ascontiguousarray(_pack_words(scales.offsets.T.astype(np.int8), grid).T)
     return arrays
+
+
+def _pack_blocks(codes: Codes, scales: Scales, grid: Grid) -> npt.NDArray[np.uint8]:
+    """Super-blocks of codes [out, in] under stored scales, uint8 [out, bytes per row]."""
+    units, multipliers = on_block_grid(scales.scales, grid, np)
+    minima = None
+    if scales.offsets is not None:
+        unit, of_minima = on_block_grid(-scales.offsets, grid, np)
+        units, minima = np.concatenate([units, unit], axis=-1), of_minima.astype(np.uint8)
+    unsigned = (codes - np.int8(grid.qmin)).view(np.uint8).reshape(-1, grid.block_size)
+    block = Block(unsigned, units.astype(np.float16), multipliers.astype(np.int8), minima)
+    return to_bytes(block, grid).reshape(len(codes), -1)
+
+
+def _unpack_blocks(data: npt.NDArray[np.uint8], grid: Grid, shape: tuple[int, ...]) -> tuple[Codes, Scales]:
+    """The inverse of `_pack_blocks`."""
+    block = from_bytes(data.reshape(shape[0] * shape[1] // grid.block_size, -1), grid)
+    units = block.units.astype(np.float32)
+    codes = (block.codes.view(np.int8) + np.int8(grid.qmin)).reshape(shape)
+    with np.errstate(invalid="ignore"):
+        scales = (units[:, :1] * block.scales).reshape(shape[0], -1)
+        if block.minima is None:
+            return codes, Scales(scales)
+        return codes, Scales(scales, -(units[:, 1:] * block.minima).reshape(shape[0], -1))
 
 
 def _gguf_codes(blocks: Codes, grid: Grid) -> list[npt.NDArray[np.uint8]]:
@@ -271,6 +305,8 @@ def unpack(arrays: Mapping[str, npt.NDArray[Any]], storage: Storage, shape: tupl
 
 
 def _unpack_codes(arrays: Mapping[str, npt.NDArray[Any]], grid: Grid, shape: tuple[int, ...]) -> tuple[Codes, Scales]:
+    if grid.block_size:
+        return _unpack_blocks(arrays["data"], grid, shape)
     if grid.container == "gguf":
         blocks = arrays["data"].reshape(shape[0], shape[1] // grid.group_size, -1)
         count = 1 if grid.symmetric else 2

@@ -122,6 +122,10 @@ class Grid:
     grid has no offset. Else it is the smallest weight, stored as the scale is ("minimum"), or the code that 0 is read
     from ("zero_point"), for which 0 counts among the group's weights.
 
+    Of a grid of super-blocks scales and minima lie on a second grid: each block has a unit in `scale_dtype` for its
+    scales, and one for its minima, and each group small whole multiples of them. Its scales, of the rule
+    "least_squares", are searched for (`super_blocks`); minima are at most 0, and stored without that sign.
+
     - "gguf": a code is the rounded product of weight (less its minimum) and 1/scale, in float32 and with scale and
       minimum *before* their rounding to `scale_dtype`; a weight is read as code * stored scale (+ stored minimum) in
       float32.
@@ -130,8 +134,8 @@ class Grid:
       bfloat16. Quantising what was read again would move it (the largest weight lies half a step off the codes):
       weights are quantised once.
 
-    Where scales are given and not derived (`Scales`), a code is in both the quotient by the stored scale (+ zero
-    point), rounded with ties to the even neighbour.
+    Where scales are given and not derived (`Scales`), and in super-blocks, a code is in both the quotient by the stored
+    scale (+ zero point), rounded with ties to the even neighbour.
 
     Attributes:
         name: Like "gguf-q4_0" or "compressed-tensors-int4-g64".
@@ -144,6 +148,15 @@ class Grid:
         rounding: Where a tie goes under a scale that is derived: "half_up" (to the larger), "half_away" (from zero) or
             "half_even".
         offset: What is stored beside the scale.
+        block_size: Weights of a super-block; 0 where each group's scale is stored by itself.
+        multiplier_bits: Width of a scale, and of a minimum, in units of its super-block; those of a symmetric grid have
+            a sign.
+        cuts: By how many steps the least and the largest code are moved inwards from the ends of a group (of a
+            symmetric grid from its largest magnitude, the second number alone) in each of the tries of
+            "least_squares". Chosen greedily among some hundred by the squared error that the best of them leaves of
+            normal weights, of Student's t with four degrees of freedom and of a trained model's.
+        fallback: The grid of a matrix whose rows the super-blocks do not divide; as llama.cpp chooses it, but that
+            what it puts on IQ4_NL goes on Q4_0.
     """
 
     name: str
@@ -153,10 +166,14 @@ class Grid:
     qmin: int
     qmax: int
     scale_dtype: Literal["f16", "bf16"]
-    scale_rule: Literal["absmax", "signed_absmax", "range"]
+    scale_rule: Literal["absmax", "signed_absmax", "range", "least_squares"]
     divisor: float
     rounding: Literal["half_up", "half_away", "half_even"]
     offset: Literal["none", "minimum", "zero_point"] = "none"
+    block_size: int = 0
+    multiplier_bits: int = 0
+    cuts: tuple[tuple[float, float], ...] = ()
+    fallback: Grid | None = None
 
     @property
     def symmetric(self) -> bool:
@@ -172,6 +189,20 @@ class Grid:
         """Weights that share a scale in a row of `columns`."""
         return self.group_size or columns
 
+    @property
+    def groups_per_block(self) -> int:
+        """Groups whose scales have a unit in common."""
+        return self.block_size // self.group_size if self.block_size else 1
+
+    @property
+    def largest_multiplier(self) -> int:
+        """Of units of a super-block."""
+        return int(2 ** (self.multiplier_bits - self.symmetric)) - 1
+
+    def divides(self, columns: int) -> bool:
+        """Whether a row of so many weights can be cut into its groups and super-blocks."""
+        return columns % (self.block_size or self.group(columns)) == 0
+
 
 FloatType: TypeAlias = Literal["f32", "f32_plus_1", "f16", "bf16"]
 """How values are stored one by one; "f32_plus_1" is float32 of the value plus 1, which a runtime uses as it is."""
@@ -183,7 +214,7 @@ class Scales(NamedTuple):
     """What stands beside the codes of a matrix.
 
     Attributes:
-        scales: float32 [out, groups], values of the grid's scale dtype.
+        scales: float32 [out, groups], values of the grid's scale dtype, or multiples of them that a super-block holds.
         offsets: float32 [out, groups], minima or zero points; None on a symmetric grid.
     """
 
@@ -202,6 +233,35 @@ Q4_1 = _gguf_grid("q4_1", 4, qmin=0, qmax=15, divisor=15.0, **_MINIMUM)
 Q5_0 = _gguf_grid("q5_0", 5, qmin=-16, qmax=15, divisor=-16.0, **_SIGNED)
 Q5_1 = _gguf_grid("q5_1", 5, qmin=0, qmax=31, divisor=31.0, **_MINIMUM)
 Q8_0 = _gguf_grid("q8_0", 8, qmin=-127, qmax=127, divisor=127.0, scale_rule="absmax", rounding="half_away")
+
+
+def _k_grid(kind: str, bits: int, group_size: int, multiplier_bits: int, fallback: Grid, **rule: Any) -> Grid:
+    """One of llama.cpp's K-quants; with `cuts` of one number a symmetric one."""
+    lowest = -(2 ** (bits - 1)) if rule.get("offset", "none") == "none" else 0
+    return Grid(
+        name=f"gguf-{kind}",
+        container="gguf",
+        bits=bits,
+        group_size=group_size,
+        qmin=lowest,
+        qmax=lowest + 2**bits - 1,
+        scale_dtype="f16",
+        scale_rule="least_squares",
+        divisor=float(lowest or 2**bits - 1),
+        rounding="half_even",
+        block_size=256,
+        multiplier_bits=multiplier_bits,
+        fallback=fallback,
+        **rule,
+    )
+
+
+_CUTS = ((0.0, 0.2), (0.4, 0.0), (-0.2, 0.4), (0.4, -0.2), (0.3, 0.3))
+Q2_K = _k_grid("q2_k", 2, 16, 4, Q4_0, offset="minimum", cuts=_CUTS)
+Q3_K = _k_grid("q3_k", 3, 16, 6, Q4_0, cuts=((0, -0.125), (0, -0.625), (0, 0.75), (0, 0.25)))
+Q4_K = _k_grid("q4_k", 4, 32, 6, Q5_0, offset="minimum", cuts=_CUTS)
+Q5_K = _k_grid("q5_k", 5, 32, 6, Q5_1, offset="minimum", cuts=_CUTS)
+Q6_K = _k_grid("q6_k", 6, 16, 8, Q8_0, cuts=((0, 0), (0, 1), (0, 2), (0, 3)))
 
 
 def _integers(bits: int, group_size: int, symmetric: bool) -> Grid:
@@ -341,7 +401,7 @@ class Packing:
         return "+".join([self.format + suffix, *self.keep])
 
     def storage(self, tensor: TensorSpec) -> Storage:
-        """What `tensor` is stored as.
+        """What `tensor` is stored as: where super-blocks do not divide its rows, on the grid that stands in for theirs.
 
         Raises:
             InputError: The tensor cannot be cut into the groups.
@@ -356,6 +416,8 @@ class Packing:
         storage = held.tables
         if tensor.role is Role.LINEAR:
             storage = held.linear(self.bits, self.group_size, self.symmetric)
+        if isinstance(storage, Grid) and storage.fallback and not storage.divides(tensor.shape[-1]):
+            storage = storage.fallback
         check_tensor(tensor, storage)
         return storage
 
@@ -363,9 +425,13 @@ class Packing:
         """Refuses a model that cannot be packed so.
 
         Raises:
-            InputError: A tensor that cannot be cut into the groups, or a part to keep that would be on no grid.
+            InputError: A tensor that cannot be cut into the groups, a part to keep that would be on no grid, or linear
+                layers of which none can be cut into the format's super-blocks.
         """
         storages = {tensor: self.storage(tensor) for tensor in tensors}
+        linear = get_format(self.format).linear(self.bits, self.group_size, self.symmetric)
+        if isinstance(linear, Grid) and linear.fallback:
+            _check_blocks(linear, [storage for tensor, storage in storages.items() if tensor.role is Role.LINEAR])
         if not self.keep:
             return
         if not any(isinstance(storage, Grid) for storage in storages.values()):
@@ -378,6 +444,16 @@ class Packing:
                 f"keep names {', '.join(unused)}, but no weight of this model that {self.format} would quantise "
                 "is called so: leave it out (a tied head is the embeddings)"
             )
+
+
+def _check_blocks(grid: Grid, storages: Sequence[Storage]) -> None:
+    """Refuses linear layers of which none is on a grid of super-blocks, but some on the one that stands in for it."""
+    if grid.fallback in storages and grid not in storages:
+        assert grid.fallback is not None
+        raise InputError(
+            f"{grid.name} holds rows in blocks of {grid.block_size} weights, and those of this model's linear layers "
+            f"are no multiples of that, so that all would be stored as {grid.fallback.name}: choose that format"
+        )
 
 
 _ROLES = {"embeddings": Role.EMBEDDING, "head": Role.HEAD}
@@ -394,16 +470,17 @@ def check_tensor(tensor: TensorSpec, storage: Storage) -> None:
     """Refuses a tensor whose rows the grid's groups do not divide, so that training it is never begun.
 
     Raises:
-        InputError: Not two-dimensional, or a row that is no multiple of the group.
+        InputError: Not two-dimensional, or a row that is no multiple of the group or super-block.
     """
     if not isinstance(storage, Grid):
         return
     if len(tensor.shape) != 2:
         raise InputError(f"{tensor.name} of shape {list(tensor.shape)} is no matrix: {storage.name} cannot hold it")
-    if tensor.shape[1] % storage.group(tensor.shape[1]):
+    if not storage.divides(tensor.shape[1]):
+        cut = f"blocks of {storage.block_size}" if storage.block_size else f"groups of {storage.group_size}"
         raise InputError(
-            f"{tensor.name} has rows of {tensor.shape[1]} weights, which the groups of {storage.group_size} of "
-            f"{storage.name} do not divide: choose a smaller group, or a format without groups"
+            f"{tensor.name} has rows of {tensor.shape[1]} weights, which the {cut} of {storage.name} do not divide: "
+            "choose a smaller group, or a format without groups"
         )
 
 
@@ -426,6 +503,8 @@ FORMATS: Mapping[str, Format] = {
         _gguf("gguf-q8_0", Q8_0, Q8_0),
         # The table stays at 8 bits: tied, it is also the output head, and llama.cpp's own Q4_0 files keep it above 4.
         *(_gguf(grid.name, grid, Q8_0) for grid in (Q5_1, Q5_0, Q4_1, Q4_0)),
+        # One grid for all linear layers, as in llama.cpp's files of types that end in _S, whose heads are of Q6_K too.
+        *(_gguf(grid.name, grid, Q6_K) for grid in (Q6_K, Q5_K, Q4_K, Q3_K, Q2_K)),
         Format(
             name="compressed-tensors",
             container="compressed-tensors",
@@ -472,7 +551,11 @@ def tensor_bytes(tensor: TensorSpec, storage: Storage) -> int:
     rows, columns = tensor.shape
     groups = columns // storage.group(columns)
     if storage.container == "gguf":
-        return count * storage.bits // 8 + rows * groups * (2 if storage.symmetric else 4)
+        values = 1 if storage.symmetric else 2
+        if storage.block_size:
+            blocks = count // storage.block_size
+            return count * storage.bits // 8 + values * (2 * blocks + rows * groups * storage.multiplier_bits // 8)
+        return count * storage.bits // 8 + rows * groups * 2 * values
     zero_points = 0 if storage.symmetric else _words(rows, storage.bits) * groups
     return rows * (_words(columns, storage.bits) + 2 * groups) + zero_points + 16
 

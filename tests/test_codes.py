@@ -15,19 +15,26 @@ from autodistill.codes import deployed, dequantize, from_bf16_bits, pack, quanti
 from autodistill.distillation.quantization import deploy_tensor
 from autodistill.errors import InputError
 from autodistill.formats import (
+    Q2_K,
+    Q3_K,
     Q4_0,
     Q4_1,
+    Q4_K,
     Q5_0,
     Q5_1,
+    Q5_K,
+    Q6_K,
     Q8_0,
     Scales,
     get_format,
 )
+from autodistill.super_blocks import stored
 
 INTEGERS = get_format("compressed-tensors").linears
 GGUF = [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0]
-GRIDS = [*GGUF, *INTEGERS]
-QTYPES = {grid.name: gguf.GGMLQuantizationType[grid.name.removeprefix("gguf-").upper()] for grid in GGUF}
+BLOCKS = [Q2_K, Q3_K, Q4_K, Q5_K, Q6_K]
+GRIDS = [*GGUF, *BLOCKS, *INTEGERS]
+QTYPES = {grid.name: gguf.GGMLQuantizationType[grid.name.removeprefix("gguf-").upper()] for grid in [*GGUF, *BLOCKS]}
 
 
 def _weights():
@@ -67,6 +74,30 @@ def test_gguf_blocks_are_those_of_gguf_quants(grid, weights):
     expected = gguf.quants.dequantize(packed, QTYPES[grid.name])
     np.testing.assert_array_equal(_bits(unpack({"data": packed}, grid, weights.shape)), _bits(expected))
     np.testing.assert_array_equal(_bits(deployed(weights, grid)), _bits(expected))
+
+
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("grid", BLOCKS, ids=lambda grid: grid.name)
+def test_super_blocks_are_read_by_gguf_as_they_were_meant(grid, weights):
+    weights = np.tile(weights, (4, 1))[:, :64].reshape(-1, 256)
+    packed = pack(weights, grid)["data"]
+    expected = gguf.quants.dequantize(packed, QTYPES[grid.name])
+    np.testing.assert_array_equal(_bits(unpack({"data": packed}, grid, weights.shape)), _bits(expected))
+    np.testing.assert_array_equal(_bits(deployed(weights, grid)), _bits(expected))
+
+
+@pytest.mark.parametrize("grid", BLOCKS, ids=lambda grid: grid.name)
+def test_any_super_block_is_read_as_gguf_reads_it(grid):
+    kind = QTYPES[grid.name]
+    random = np.random.default_rng(3)
+    packed = random.integers(0, 256, (40, 3 * gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    packed[:20] |= random.integers(0, 2, packed[:20].shape, dtype=np.uint8) * np.uint8(255)
+    expected = gguf.quants.dequantize(packed, kind)
+    # A random unit may be infinite or no number: no file has one.
+    usual = np.isfinite(expected.reshape(-1, 256)).all(axis=-1)
+    assert usual.sum() > 60
+    found = unpack({"data": packed}, grid, (40, 768))
+    np.testing.assert_array_equal(_bits(found).reshape(-1, 256)[usual], _bits(expected).reshape(-1, 256)[usual])
 
 
 def _theirs(weights, grid):
@@ -143,6 +174,21 @@ def test_given_scales_are_read_by_gguf_as_they_were_meant(grid):
     assert (np.abs(read - (codes * scales + offset)) <= np.abs(scales) * (0.5 + 1e-6)).all()
 
 
+@pytest.mark.parametrize("grid", BLOCKS, ids=lambda grid: grid.name)
+def test_given_scales_are_held_by_super_blocks_as_they_were_meant(grid):
+    weights = WEIGHTS["normal"].reshape(-1, 256).copy()
+    weights[0, 0] = 100  # far beyond the codes
+    _, found = quantize(WEIGHTS["normal"].reshape(-1, 256), grid)
+    found.scales[1, 0] = 0
+    given = Scales(stored(found.scales * np.float32(0.7), grid, np), found.offsets)
+    packed = pack(weights, grid, given)["data"]
+    read = gguf.quants.dequantize(packed, QTYPES[grid.name])
+    np.testing.assert_array_equal(_bits(read), _bits(deployed(weights, grid, given)))
+    scales, offset = (np.repeat(v, grid.group_size, axis=1).astype(np.float64) if v is not None else 0 for v in given)
+    codes = np.clip((weights - offset) / np.where(scales == 0, np.inf, scales), grid.qmin, grid.qmax)
+    assert (np.abs(read - (codes * scales + offset)) <= np.abs(scales) * (0.5 + 1e-6) + 1e-7).all()
+
+
 def test_a_row_of_odd_groups_is_no_matter_to_compressed_tensors():
     weights = WEIGHTS["odd row"]
     grids = {(grid.bits, grid.group_size): grid for grid in INTEGERS if grid.symmetric}
@@ -178,23 +224,24 @@ def test_bfloat16_covers_every_kind_of_float():
     np.testing.assert_array_equal(from_bf16_bits(to_bf16_bits(values)), expected)
 
 
-@pytest.mark.parametrize("storage", [*GGUF, "f16"], ids=str)
+@pytest.mark.parametrize("storage", [*GGUF, *BLOCKS, "f16"], ids=str)
 def test_what_float16_cannot_hold_is_refused(storage):
     with pytest.raises(InputError, match=r"cannot hold a weight of 1e\+09"):
-        pack(np.array([[1e9, *[0] * 31]], np.float32), storage)
+        pack(np.array([[1e9, *[0] * 255]], np.float32), storage)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_refused(grid, value):
-    weights = np.ones((2, 128), np.float32)
+    weights = np.ones((2, 256), np.float32)
     weights[1, 5] = value
     with pytest.raises(InputError, match="not finite cannot be packed"):
         pack(weights, grid)
 
 
 def _matrices(grid):
-    sizes = st.tuples(st.integers(1, 3), st.integers(1, 3).map(lambda groups: groups * (grid.group_size or 20)))
+    unit = grid.block_size or grid.group_size or 20
+    sizes = st.tuples(st.integers(1, 3), st.integers(1, 3).map(lambda units: units * unit))
     # Up to where float16 still holds Q4_0's scale, and a minimum.
     largest = 6e4 if grid.offset == "minimum" else 5e5
     return npst.arrays(np.float32, sizes, elements=st.floats(-largest, largest, width=32))
@@ -209,7 +256,12 @@ def test_packing_and_unpacking_are_inverse_on_the_grid(grid):
         assert codes.min() >= grid.qmin
         assert codes.max() <= grid.qmax
         on_grid = dequantize(codes, scales, grid)
-        np.testing.assert_array_equal(unpack(pack(weights, grid), grid, weights.shape), on_grid)
+        packed = pack(weights, grid)
+        np.testing.assert_array_equal(unpack(packed, grid, weights.shape), on_grid)
+        if grid.block_size:
+            # Packed again under its own scales, what was read has the same bytes.
+            np.testing.assert_array_equal(pack(on_grid, grid, scales)["data"], packed["data"])
+            return
         if grid.container == "gguf" and grid.symmetric:
             # What was read packs to bytes that read the same.
             np.testing.assert_array_equal(unpack(pack(on_grid, grid), grid, weights.shape), on_grid)

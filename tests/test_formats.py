@@ -91,9 +91,41 @@ def test_each_tensor_has_its_storage():
     assert held("gguf-q4_0", Role.EMBEDDING, 4, 32, keep=("embeddings",)) == "f16"
 
 
+K_QUANTS = {
+    # Bits, group, and of 256 weights the bytes of a super-block and of what llama.cpp stores where it divides no row.
+    "gguf-q6_k": (6, 16, True, 210, 8 * 34),
+    "gguf-q5_k": (5, 32, False, 176, 8 * 24),
+    "gguf-q4_k": (4, 32, False, 144, 8 * 22),
+    "gguf-q3_k": (3, 16, True, 110, 8 * 18),
+    "gguf-q2_k": (2, 16, False, 84, 8 * 18),
+}
+
+
+@pytest.mark.parametrize("name", K_QUANTS)
+def test_super_blocks_hold_rows_that_they_divide_and_other_grids_the_rest(name):
+    bits, group_size, symmetric, block, other = K_QUANTS[name]
+    packing = _packing(name, bits, group_size, symmetric=symmetric)
+    up = TensorSpec(name="layers.0.up.weight", role=Role.LINEAR, shape=(1536, 576))
+    down = TensorSpec(name="layers.0.down.weight", role=Role.LINEAR, shape=(576, 1536))
+    table = TensorSpec(name="embed.weight", role=Role.EMBEDDING, shape=(1000, 576))
+    wide = TensorSpec(name="lm_head.weight", role=Role.HEAD, shape=(1000, 768))
+    assert weights_bytes([down], packing) == 576 * 6 * block
+    assert weights_bytes([up], packing) == 1536 * 576 // 256 * other
+    assert weights_bytes([table], packing) == 1000 * 18 * 34
+    assert weights_bytes([wide], packing) == 1000 * 3 * 210
+    packing.check_model([up, down, table])
+    with pytest.raises(InputError, match=f"{name} holds rows in blocks of 256 .* choose that format"):
+        packing.check_model([up, table])
+    odd = TensorSpec(name="layers.0.down.weight", role=Role.LINEAR, shape=(576, 1520))
+    with pytest.raises(InputError, match="has rows of 1520 weights, which the groups of 32"):
+        packing.storage(odd)
+    with pytest.raises(InputError, match=f"{name} cannot hold {bits} bits in groups of 64"):
+        _packing(name, bits, 64, symmetric=symmetric)
+
+
 def test_names_tell_packings_apart():
     names = [packing.name for packing in PACKINGS]
-    assert len(set(names)) == len(names) == 47
+    assert len(set(names)) == len(names) == 52
     assert {"gguf-q4_0", "compressed-tensors-int4-g64", "compressed-tensors-int2-row-asym"} <= set(names)
     kept = _packing("gguf-q4_0", 4, 32, keep=("layers.0", "attention", "layers.0"))
     assert kept.name == "gguf-q4_0+attention+layers.0"

@@ -19,7 +19,22 @@ from autodistill.export.gguf_text import cannot_cut
 from autodistill.export.gguf_tokenizer import add_tokenizer
 from autodistill.export.student_files import StudentFiles, replacing
 from autodistill.families import FAMILIES, GGUF_FAMILIES, get_family
-from autodistill.formats import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Floats, Role, Storage, tensor_bytes
+from autodistill.formats import (
+    Q2_K,
+    Q3_K,
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_0,
+    Q5_1,
+    Q5_K,
+    Q6_K,
+    Q8_0,
+    Floats,
+    Role,
+    Storage,
+    tensor_bytes,
+)
 from autodistill.gguf_graphs import SLIDING, rotary, rotary_dims, row_order, window_period
 from autodistill.strategy import Deployment
 
@@ -32,6 +47,11 @@ _FILE_TYPES = {
     "gguf-q5_0": LlamaFileType.MOSTLY_Q5_0,
     "gguf-q4_1": LlamaFileType.MOSTLY_Q4_1,
     "gguf-q4_0": LlamaFileType.MOSTLY_Q4_0,
+    "gguf-q6_k": LlamaFileType.MOSTLY_Q6_K,
+    "gguf-q5_k": LlamaFileType.MOSTLY_Q5_K_S,
+    "gguf-q4_k": LlamaFileType.MOSTLY_Q4_K_S,
+    "gguf-q3_k": LlamaFileType.MOSTLY_Q3_K_S,
+    "gguf-q2_k": LlamaFileType.MOSTLY_Q2_K_S,
 }
 _TYPES: Mapping[Storage, GGMLQuantizationType] = {
     "f32": GGMLQuantizationType.F32,
@@ -42,6 +62,11 @@ _TYPES: Mapping[Storage, GGMLQuantizationType] = {
     Q5_0: GGMLQuantizationType.Q5_0,
     Q4_1: GGMLQuantizationType.Q4_1,
     Q4_0: GGMLQuantizationType.Q4_0,
+    Q6_K: GGMLQuantizationType.Q6_K,
+    Q5_K: GGMLQuantizationType.Q5_K,
+    Q4_K: GGMLQuantizationType.Q4_K,
+    Q3_K: GGMLQuantizationType.Q3_K,
+    Q2_K: GGMLQuantizationType.Q2_K,
 }
 _STORAGES: Mapping[GGMLQuantizationType, Storage] = {kind: storage for storage, kind in reversed(list(_TYPES.items()))}
 _ROPE_FACTORS = "rope_freqs.weight"

@@ -22,29 +22,44 @@ from autodistill.distillation.quantization import (
     quantized_training,
 )
 from autodistill.errors import InputError
-from autodistill.formats import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Grid, Scales, get_format
+from autodistill.formats import (
+    Q2_K,
+    Q3_K,
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_0,
+    Q5_1,
+    Q5_K,
+    Q6_K,
+    Q8_0,
+    Grid,
+    Scales,
+    get_format,
+)
 
-GRIDS = [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, *get_format("compressed-tensors").linears]
+BLOCKS = [Q2_K, Q3_K, Q4_K, Q5_K, Q6_K]
+GRIDS = [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, *BLOCKS, *get_format("compressed-tensors").linears]
 by_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
 
 
 def _weights():
     random = np.random.default_rng(0)
-    normal = random.standard_normal((24, 128)).astype(np.float32)
+    normal = random.standard_normal((16, 256)).astype(np.float32)
     # A largest magnitude of 127 gives Q8_0 a scale of 1: here are its ties of rounding, and their neighbours.
     halves = np.arange(-63.5, 64.5, dtype=np.float32)
     near = np.stack([np.nextafter(halves, np.float32(side)) for side in (-1e9, 1e9)] + [halves])
     near = np.concatenate([near.reshape(-1, 32), np.full((12, 32), -127, np.float32)], axis=1)
     near[:, 1::31] = 127
-    near = near.reshape(-1, 128)
+    near = near.reshape(-1, 256)
     return {
         "normal": normal,
         "heavy-tailed": normal**9,
-        "tied magnitudes": random.integers(-4, 5, (24, 128)).astype(np.float32),
+        "tied magnitudes": random.integers(-4, 5, (24, 256)).astype(np.float32),
         "close to ties of rounding": near,
         "all above zero": np.abs(normal) + 1,
-        "zero": np.zeros((4, 128), np.float32),
-        "negative zero": -np.zeros((4, 128), np.float32),
+        "zero": np.zeros((4, 256), np.float32),
+        "negative zero": -np.zeros((4, 256), np.float32),
         "small": normal * np.float32(1e-6),
         "subnormal": normal * np.float32(1e-39),
         "scales beyond float16": normal * np.float32(1e6),
@@ -83,9 +98,13 @@ def test_float_storage_is_deployed_too(storage):
 def _inside(weights: np.ndarray, grid: Grid) -> np.ndarray:
     """In float64: whether weight / scale is at most qmax + 1/2, and at least qmin - 1/2."""
     groups = weights.astype(np.float64).reshape(weights.shape[0], -1, grid.group_size or weights.shape[1])
-    if grid.offset == "minimum":
+    if grid.block_size:
+        _, (scales, minima) = quantize(weights, grid)
+        offset = 0 if minima is None else minima.astype(np.float64)[..., None]
+        steps = (groups - offset) / np.where(scales == 0, np.inf, scales)[..., None]
+    elif grid.offset == "minimum":
         return np.ones(weights.shape, bool)  # the least and the largest weight have the least and the largest code
-    if grid.scale_rule == "signed_absmax":
+    elif grid.scale_rule == "signed_absmax":
         index = np.abs(groups).argmax(-1, keepdims=True)
         steps = groups / (np.take_along_axis(groups, index, axis=-1) / grid.qmin)
     elif grid is Q8_0:
@@ -117,8 +136,8 @@ def test_gradient_passes_inside_and_stops_where_clipped(grid, chunk, name, monke
 @by_grid
 def test_a_linears_gradient_is_the_closed_form(grid):
     random = np.random.default_rng(3)
-    weights, inputs, incoming = (random.standard_normal(shape) for shape in ((8, 128), (5, 128), (5, 8)))
-    layer = nn.Linear(128, 8, bias=False)
+    weights, inputs, incoming = (random.standard_normal(shape) for shape in ((8, 256), (5, 256), (5, 8)))
+    layer = nn.Linear(256, 8, bias=False)
     layer.weight.data = torch.tensor(weights, dtype=torch.float32)
     master = layer.weight.detach().numpy().copy()
     x = torch.tensor(inputs, dtype=torch.float32, requires_grad=True)
@@ -171,8 +190,13 @@ def _published(weight, scale, offset, grid):
 
 
 def _learned_scales(weight, grid):
-    """Scales that clip some weights: seven tenths of those that would not, as the file holds them."""
+    """Scales that clip some weights: seven tenths of those that would not, as the file holds them.
+
+    Of those of super-blocks it is half, which these hold exactly.
+    """
     scale, offset = fitted_scales(weight, grid)
+    if grid.block_size:
+        return 0.5 * scale, offset
     dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[grid.scale_dtype]
     return (0.7 * scale).to(dtype).float(), offset
 
@@ -372,8 +396,10 @@ def test_several_passes_of_a_step_have_the_gradients_of_one_over_all(grid, learn
         np.testing.assert_allclose(master.grad.numpy(), expected, atol=1e-6)
         return
     stored = shown.stored()
-    dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[grid.scale_dtype]
-    scale = shown.scale.detach().to(dtype).double().requires_grad_()
+    if not grid.block_size:
+        dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[grid.scale_dtype]
+        np.testing.assert_array_equal(stored.scales, shown.scale.detach().to(dtype).float().numpy())
+    scale = torch.from_numpy(stored.scales).double().requires_grad_()
     weight = master.detach().double().requires_grad_()
     offset = None if stored.offsets is None else torch.from_numpy(stored.offsets).double()
     references = torch.autograd.grad(_published(weight, scale, offset, grid), (weight, scale), total)

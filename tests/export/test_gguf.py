@@ -320,3 +320,62 @@ def test_a_foreign_file_is_not_taken_for_an_export(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(VerificationError, match="ssm_a"):
         list(GgufExporter().unpack(tmp_path / "other.gguf"))
+
+
+K_QUANTS = {
+    "gguf-q6_k": (6, 16, True, "Q8_0", 18),
+    "gguf-q5_k": (5, 32, False, "Q5_1", 16),
+    "gguf-q4_k": (4, 32, False, "Q5_0", 14),
+    "gguf-q3_k": (3, 16, True, "Q4_0", 11),
+    "gguf-q2_k": (2, 16, False, "Q4_0", 21),
+}
+
+
+def k_quant(name: str, keep: tuple[str, ...] = ()) -> Deployment:
+    bits, group_size, symmetric, *_ = K_QUANTS[name]
+    packing = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "keep": keep}
+    return Deployment(runtime="llama.cpp", format=name, **packing)
+
+
+@pytest.mark.parametrize(("width", "ffn"), [(256, 512), (192, 256)])
+@pytest.mark.parametrize("keep", [(), ("attention",)], ids=["", "keep"])
+@pytest.mark.parametrize("name", K_QUANTS)
+def test_k_quants_are_in_the_file_where_rows_allow_and_run(
+    tmp_path: Path, name: str, keep: tuple[str, ...], width: int, ffn: int
+) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher", width=width, ffn=ffn, layers=2)
+    deployment = k_quant(name, keep)
+    artefact = GgufExporter().export(teacher, deployment, tmp_path / "out")
+    assert verify(GgufExporter(), artefact, teacher, deployment).tensors == 2 + 2 * 9
+    *_, fallback, file_type = K_QUANTS[name]
+    assert metadata(artefact.path)["general.file_type"] == file_type
+    wide = width % 256 == 0
+    weights = {}
+    for tensor in gguf.GGUFReader(artefact.path).tensors:
+        kind = name.removeprefix("gguf-").upper()
+        if tensor.name == "token_embd.weight":
+            kind = "Q6_K" if wide else "Q8_0"
+        elif tensor.name.endswith("norm.weight"):
+            kind = "F32"
+        elif keep and "attn" in tensor.name:
+            kind = "F16"
+        elif not wide and "ffn_down" not in tensor.name:
+            kind = fallback
+        assert tensor.tensor_type.name == kind, tensor.name
+        weights[tensor.name] = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    family = get_family("llama")
+    found = dict(GgufExporter().unpack(artefact.path))
+    for key, values in weights.items():
+        order = row_order("llama", key, 4, 2)
+        read = order.to_transformers(values) if order else values
+        np.testing.assert_array_equal(found[family.from_gguf_name(key)], read, err_msg=key)
+    tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
+    expected = choices(teacher, {key: torch.from_numpy(np.array(values)) for key, values in found.items()}, tokens)
+    # llama.cpp quantises activations too, which moves near-equal logits of random weights.
+    assert np.mean(served(artefact.path, tokens) == expected) >= 0.9
+
+
+def test_a_model_without_rows_of_whole_super_blocks_is_refused(tmp_path: Path) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher", layers=1)
+    with pytest.raises(InputError, match=r"gguf-q4_k holds rows in blocks of 256 weights.*stored as gguf-q5_0"):
+        GgufExporter().export(teacher, k_quant("gguf-q4_k"), tmp_path / "out")
