@@ -28,7 +28,8 @@ _MIXTURES = {
     "qwen3_moe": ("qwen3", "moe_intermediate_size", "num_experts"),
 }
 _SHAPE = ("layers", "width", "heads", "ffn", "vocab")
-_K_QUANT = re.compile(r"\bi?q[1-8]-k(?:-[sml]|-xl)?\b|\biq[1-4]-|-k-[sml]\b")  # llama.cpp's, as "Q4_K_M"
+_MIXTURE = re.compile(r"\b(q[2-6]-k)-(?:s|m|l|xl)\b")  # of llama.cpp's types, as "Q4_K_M"
+_I_QUANT = re.compile(r"\biq[1-4]-")
 _UNTOLD = 0.1  # share of a GGUF file's weights, such as biases, of which its header's sizes may say nothing
 
 
@@ -231,8 +232,11 @@ def deployment_named(name: str, runtime: str | None = None) -> Deployment:
 def _instead(name: str, known: Iterable[str]) -> str:
     """What a person may have meant by a format that there is not."""
     asked = name.lower().replace("_", "-")
-    if _K_QUANT.search(asked):
-        return "llama.cpp's K- and I-quants are not supported: its gguf-q4_0, gguf-q8_0 and the like are"
+    if mixture := _MIXTURE.search(asked):
+        plain_type = f"gguf-{mixture[1].replace('-', '_')}"
+        return f"llama.cpp's mixtures of types are not written: {plain_type} has all linear layers in one of them"
+    if _I_QUANT.search(asked):
+        return "llama.cpp's I-quants are not supported: its gguf-q4_k, gguf-q4_0 and the like are"
     plain = {form.lower().replace("_", "-"): form for form in known}
     ends = [form for text, form in plain.items() if asked and asked in text.split("-", 1)[-1]]
     close = [plain[text] for text in difflib.get_close_matches(asked, plain, n=3, cutoff=0.6)]

@@ -174,10 +174,8 @@ class Lab:
         return replace(setting, **changes)
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory, workshop: Workshop) -> Lab:
-    folder = tmp_path_factory.mktemp("lab")
-    teacher = save_tiny_teacher(folder / "teacher")
+def _make_lab(folder: Path, workshop: Workshop, **sizes: int) -> Lab:
+    teacher = save_tiny_teacher(folder / "teacher", **sizes)
     data = prepare(resolve_data(str(tiny_text(folder / "text"))), teacher, "tokenizer", LENGTH, folder)
     plan = workshop.plan(tokens=768, rungs=(256, 512, 768), keep=(2, 1), eval_tokens=512, rung_eval_tokens=256)
     cache = ensure_cache(
@@ -187,7 +185,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, workshop: Workshop) -> Lab:
         # More than the plan's tokens, as an earlier search may have left.
         data=load_split(data.folder, "train").head(1024),
         vocabulary=300,
-        width=64,
+        width=sizes.get("width", WIDTH),
         settings=CacheSettings(draws=(12,), final=True, states=tuple(range(6))),
         root=folder / "cache",
         limit_bytes=10**8,
@@ -195,6 +193,17 @@ def lab(tmp_path_factory: pytest.TempPathFactory, workshop: Workshop) -> Lab:
     _, reference = refer(load_model(teacher, torch.float32), load_split(data.folder, "validation"))
     reference.save(folder / "reference.npz")
     return Lab(teacher, data, cache, folder / "reference.npz", plan)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory, workshop: Workshop) -> Lab:
+    return _make_lab(tmp_path_factory.mktemp("lab"), workshop)
+
+
+@pytest.fixture(scope="module")
+def wide_lab(tmp_path_factory: pytest.TempPathFactory, workshop: Workshop) -> Lab:
+    """One whose teacher has rows of whole super-blocks in its down projections alone."""
+    return _make_lab(tmp_path_factory.mktemp("wide-lab"), workshop, width=128, ffn=256)
 
 
 # Prints what `llama-bench -o json` prints for one test, as far as we read it, with times of 2 ms a token.

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import transformers
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from autodistill.described import deployment_named, describe, shape, spec_of
+from autodistill.distillation.gguf_file import read_gguf
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.export.compressed_tensors import CompressedTensorsExporter
 from autodistill.export.gguf import GgufExporter
-from autodistill.formats import FORMATS
+from autodistill.formats import FORMATS, weights_bytes
 from autodistill.testing import save_tiny_teacher
 
 SIZES: dict[str, int | None] = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "ffn": 128, "vocab": 300}
@@ -71,6 +73,21 @@ def test_a_folder_and_a_gguf_file_are_described_by_their_headers(tmp_path: Path)
     # The file's own tensors, which are followed by no more than the padding of each to 32 bytes.
     assert file.weights_bytes is not None
     assert 0 < path.stat().st_size - file.weights_bytes < 40_000
+
+
+@pytest.mark.parametrize("name", ["gguf-q6_k", "gguf-q5_k", "gguf-q4_k", "gguf-q3_k", "gguf-q2_k"])
+def test_a_file_of_k_quants_says_its_format_and_is_read(name: str, tmp_path: Path) -> None:
+    folder = save_tiny_teacher(tmp_path / "tiny", width=256, ffn=512, layers=2)
+    deployment = deployment_named(name)
+    path = GgufExporter().export(folder, deployment, tmp_path / "gguf").path
+    described = describe(str(path))
+    assert described.format_name == deployment.name == name
+    # As the estimate counts them, before anything is packed.
+    assert described.weights_bytes == weights_bytes(describe(str(folder)).spec.tensors, deployment)
+    file, found = read_gguf(path), dict(GgufExporter().unpack(path))
+    for tensor in file.tensors:
+        stored = file.family.from_gguf_name(tensor.name)
+        np.testing.assert_array_equal(file.values(tensor), found[stored])
 
 
 def test_a_shape_in_numbers_is_a_config() -> None:
@@ -224,9 +241,10 @@ def test_a_packing_of_others_is_no_format_of_ours(changes: dict[str, Any], tmp_p
         ("q4_0", "did you mean gguf-q4_0"),
         ("GGUF-Q8_0", "did you mean gguf-q8_0"),
         ("int8", "did you mean compressed-tensors-int8-g32"),
-        ("gguf-q4_k_m", "K- and I-quants are not supported"),
-        ("Q6_K", "K- and I-quants are not supported"),
-        ("iq4_xs", "K- and I-quants are not supported"),
+        ("gguf-q4_k_m", "mixtures of types are not written: gguf-q4_k has all linear layers"),
+        ("Q3_K_XL", "mixtures of types are not written: gguf-q3_k has all linear layers"),
+        ("Q6_K", "did you mean gguf-q6_k"),
+        ("iq4_xs", "I-quants are not supported"),
         ("zzz", "there are gguf-f16, gguf-q8_0"),
     ],
 )

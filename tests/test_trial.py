@@ -495,13 +495,16 @@ LEARNED = {
     for name, bits, group, symmetric, more in (
         ("gguf-q4_0", 4, 32, True, {"keep": ("layers.1",)}),
         ("gguf-q4_1", 4, 32, False, {}),
+        ("gguf-q4_k", 4, 32, False, {"keep": ("layers.1",)}),
+        ("gguf-q6_k", 6, 16, True, {}),
         ("compressed-tensors", 3, 64, False, {"keep": ("attention",), "start": 0.5}),
     )
 }
 
 
 @pytest.mark.parametrize("finishing", LEARNED.values(), ids=LEARNED)
-def test_the_export_holds_the_weights_that_a_learned_grid_was_trained_on(lab, tmp_path, finishing):
+def test_the_export_holds_the_weights_that_a_learned_grid_was_trained_on(request, tmp_path, finishing):
+    lab = request.getfixturevalue("wide_lab" if finishing.format.endswith("_k") else "lab")
     setting = lab.setting(tmp_path)
     # A rate at which scales move within a few steps.
     strategy = replace(STRATEGY, finishing=finishing, distillation=replace(RECIPE, learning_rate=5e-3))

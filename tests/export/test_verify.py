@@ -27,6 +27,11 @@ CASES = [
     (GgufExporter(), Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)),
     (GgufExporter(), Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)),
     (GgufExporter(), Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32)),
+    (
+        GgufExporter(),
+        Deployment(runtime="llama.cpp", format="gguf-q4_k", bits=4, group_size=32, symmetric=False),
+    ),
+    (GgufExporter(), Deployment(runtime="llama.cpp", format="gguf-q6_k", bits=6, group_size=16)),
     (CompressedTensorsExporter(), Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=64)),
     (HuggingFaceExporter(), Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)),
 ]
@@ -37,7 +42,7 @@ ANYTHING = (SEQUENCES, SEQUENCES.astype(np.float32))
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_teacher(tmp_path_factory.mktemp("student"), layers=2)
+    return save_tiny_teacher(tmp_path_factory.mktemp("student"), layers=2, width=256, ffn=256)
 
 
 def simulated(
@@ -89,7 +94,7 @@ def test_missing_and_surplus_tensors_are_named(tmp_path: Path, student: Path) ->
     with pytest.raises(VerificationError, match=r"too many: projector\.weight"):
         verify(exporter, artefact, student, deployment)
     save_file(stored | {"model.norm.weight": torch.zeros(3, dtype=torch.bfloat16)}, file)
-    with pytest.raises(VerificationError, match=r"exported as \[3\], not as \[64\]"):
+    with pytest.raises(VerificationError, match=r"exported as \[3\], not as \[256\]"):
         verify(exporter, artefact, student, deployment)
 
 
@@ -137,7 +142,7 @@ def test_too_few_positions_prove_nothing(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_does_not_load_says_so(tmp_path: Path, student: Path) -> None:
-    exporter, deployment = CASES[4]
+    exporter, deployment = CASES[-1]
     artefact = exporter.export(student, deployment, tmp_path / "out")
     broken = shutil.copytree(artefact.path, tmp_path / "broken")
     stored = load_file(broken / "model.safetensors")
