@@ -233,8 +233,8 @@ def _instead(name: str, known: Iterable[str]) -> str:
     """What a person may have meant by a format that there is not."""
     asked = name.lower().replace("_", "-")
     if mixture := _MIXTURE.search(asked):
-        plain_type = f"gguf-{mixture[1].replace('-', '_')}"
-        return f"llama.cpp's mixtures of types are not written: {plain_type} has all linear layers in one of them"
+        kind = mixture[1].replace("-", "_")
+        return f"llama.cpp's mixtures of types are not written: gguf-{kind} has all linear layers in {kind.upper()}"
     if _I_QUANT.search(asked):
         return "llama.cpp's I-quants are not supported: its gguf-q4_k, gguf-q4_0 and the like are"
     plain = {form.lower().replace("_", "-"): form for form in known}

@@ -15,7 +15,8 @@ from autodistill.units import LatencyLimit
 PROMPT_TOKENS = 512
 """Of the prompt whose time to the first token is predicted, where none is given."""
 
-_INTERLEAVED = ("gguf-q4_0", "gguf-q8_0")  # llama.cpp lays their rows out anew for its CPU kernels
+# llama.cpp has CPU kernels for them that lay rows out anew, or are as fast (benchmarks/k_quants.py).
+_FAST_KERNELS = ("gguf-q4_0", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k", "gguf-q4_k", "gguf-q3_k", "gguf-q2_k")
 _PLAIN_KERNEL = 0.6  # of the rate of those, where it does not: Q5_0, as measured where the shares were
 _PLAIN = ("cpu", "board", "phone")  # classes whose runtimes compute in float32 where no faster 16 bits are stated
 
@@ -135,7 +136,7 @@ def _step_costs(spec: ModelSpec, deployment: Deployment, device: Device, end: st
     products = step.operations if kind.attention is None else step.operations - step.attended
     plain = products / (rate * getattr(_prefill(deployment, device), end))
     if kind.dequantize is not None and deployment.runtime == "llama.cpp" and deployment.bits < 16:
-        share = 1.0 if deployment.format in _INTERLEAVED else _PLAIN_KERNEL
+        share = 1.0 if deployment.format in _FAST_KERNELS else _PLAIN_KERNEL
         # Of many streams the products are a prompt's, which no longer wait for loads.
         unpacking = products / (rate * share * getattr(kind.dequantize, end))
         computing = max(unpacking, plain - reading)
@@ -162,8 +163,8 @@ def _rate(device: Device) -> float:
 
 
 def _prefill(deployment: Deployment, device: Device) -> Range:
-    interleaved = deployment.runtime == "llama.cpp" and deployment.format in _INTERLEAVED
-    return device.kind.prefill_quantized if interleaved else device.kind.prefill
+    fast = deployment.runtime == "llama.cpp" and deployment.format in _FAST_KERNELS
+    return device.kind.prefill_quantized if fast else device.kind.prefill
 
 
 def limit_seconds(

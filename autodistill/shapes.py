@@ -10,7 +10,10 @@ from autodistill.gguf_graphs import cannot_run
 from autodistill.strategy import Init
 
 MULTIPLE = 64
-"""Channels and FFN neurons are kept in multiples of this, which every group size that formats have divides."""
+"""Channels and FFN neurons are kept in multiples of this, which every group size that formats have divides.
+
+Super-blocks do not divide it: rows that are no multiples of theirs have a grid of their own (`Grid.fallback`).
+"""
 
 
 def student_depth(init: Init, teacher_layers: int) -> int:

@@ -425,8 +425,9 @@ class Finishing(Packing, Part):
     The fields of `Packing` say which grid, and which weights stay off it.
 
     Attributes:
-        scales: "absmax" derives a group's scale from its weights in every step, as its container's own tools do;
-            "learned" trains it (LSQ, arXiv:1902.08153), and the export packs with what was learned.
+        scales: "absmax" derives a group's scale from its weights in every step, as its container's own tools do, or for
+            K-quants by least squares; "learned" trains it (LSQ, arXiv:1902.08153), and the export packs with what was
+            learned.
         start: Share of the decay, 0 to below 1, after which the weights go on the grid.
     """
 

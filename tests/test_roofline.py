@@ -31,6 +31,19 @@ def test_a_step_reads_each_weight_once_and_each_key_and_value() -> None:
     assert tied == one
 
 
+def test_k_quants_are_read_by_their_blocks_at_the_rate_of_q4_0() -> None:
+    spec = shape(SIZES).spec
+    k_quant = deployment_named("gguf-q4_k")
+    # 144 bytes of 256 weights of a linear layer, 210 of the head.
+    assert work(spec, k_quant, tokens=1, sequences=1, behind=0).bytes == LINEARS // 256 * 144 + HEAD // 256 * 210
+    device = find_device("i9-13900k", KNOWN)
+    first, theirs, plain = (
+        speed(spec, form, device, context=512).time_to_first_token_ms
+        for form in (k_quant, Q4, deployment_named("gguf-q5_0"))
+    )
+    assert first == theirs < plain
+
+
 def test_a_window_and_the_type_of_the_cache_make_it_less() -> None:
     plain, windowed = (shape(SIZES | {"window": window}, family="mistral").spec for window in (None, 40))
     served = deployment_named("huggingface", "vllm")

@@ -21,6 +21,7 @@ DEPLOYMENTS = {
     "f16": Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0),
     "q8_0": Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32),
     "q4_0": Deployment(runtime="llama.cpp", format="gguf-q4_0", bits=4, group_size=32),
+    "q4_k": Deployment(runtime="llama.cpp", format="gguf-q4_k", bits=4, group_size=32, symmetric=False),
     "int8": Deployment(runtime="vllm", format="compressed-tensors", bits=8, group_size=64),
 }
 
@@ -93,6 +94,16 @@ def test_by_default_the_best_student_that_fits_is_packed_on_its_own_grid(run: Ru
     paths = export_run(run, None, ["gguf"], tmp_path)
     assert paths == {"gguf": tmp_path / "gguf" / "student.gguf"}
     assert stored(paths["gguf"])[0] == "Q4_0"
+
+
+def test_a_student_that_was_evaluated_in_super_blocks_is_exported_so(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "runs", "wide") as made:
+        write_json(made.search_file, SEARCH)
+        for packing, accuracy in (("f16", 0.3), ("q4_k", 0.2)):
+            made.events.append({"event": "row", "row": row("t000", packing, accuracy).to_json()})
+        save_tiny_teacher(made.checkpoints / "t000" / "student", layers=2, width=256)
+    paths = export_run(made, "t000-q4_k", ["gguf"], tmp_path)
+    assert stored(paths["gguf"])[0] == "Q4_K"
 
 
 def test_a_container_other_than_the_rows_takes_the_best_deployment_of_its_trial(run: RunFolder, tmp_path: Path) -> None:
