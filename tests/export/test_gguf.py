@@ -375,6 +375,20 @@ def test_k_quants_are_in_the_file_where_rows_allow_and_run(
     assert np.mean(served(artefact.path, tokens) == expected) >= 0.9
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "gemma3_text", "gpt_neox"])
+def test_k_quants_of_other_families_run(tmp_path: Path, architecture: str) -> None:
+    tied = architecture != "gpt_neox"
+    teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, width=256, layers=3, tied=tied)
+    deployment = k_quant("gguf-q5_k")
+    artefact = GgufExporter().export(teacher, deployment, tmp_path / "out")
+    verify(GgufExporter(), artefact, teacher, deployment)
+    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(artefact.path).tensors if len(tensor.shape) > 1}
+    assert kinds == {"Q5_K", "Q6_K", "Q5_1"}  # the FFN of 128 falls back
+    found = {name: torch.from_numpy(np.array(values)) for name, values in GgufExporter().unpack(artefact.path)}
+    tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
+    assert np.mean(served(artefact.path, tokens) == choices(teacher, found, tokens)) >= 0.9
+
+
 def test_a_model_without_rows_of_whole_super_blocks_is_refused(tmp_path: Path) -> None:
     teacher = save_tiny_teacher(tmp_path / "teacher", layers=1)
     with pytest.raises(InputError, match=r"gguf-q4_k holds rows in blocks of 256 weights.*stored as gguf-q5_0"):
