@@ -236,7 +236,7 @@ Q8_0 = _gguf_grid("q8_0", 8, qmin=-127, qmax=127, divisor=127.0, scale_rule="abs
 
 
 def _k_grid(kind: str, bits: int, group_size: int, multiplier_bits: int, fallback: Grid, **rule: Any) -> Grid:
-    """One of llama.cpp's K-quants; with `cuts` of one number a symmetric one."""
+    """One of llama.cpp's K-quants, symmetric where no offset is named."""
     lowest = -(2 ** (bits - 1)) if rule.get("offset", "none") == "none" else 0
     return Grid(
         name=f"gguf-{kind}",
@@ -503,7 +503,8 @@ FORMATS: Mapping[str, Format] = {
         _gguf("gguf-q8_0", Q8_0, Q8_0),
         # The table stays at 8 bits: tied, it is also the output head, and llama.cpp's own Q4_0 files keep it above 4.
         *(_gguf(grid.name, grid, Q8_0) for grid in (Q5_1, Q5_0, Q4_1, Q4_0)),
-        # One grid for all linear layers, as in llama.cpp's files of types that end in _S, whose heads are of Q6_K too.
+        # One grid for all linear layers, where llama.cpp's types that end in _S, _M and _L mix some; the tables as the
+        # heads of its files.
         *(_gguf(grid.name, grid, Q6_K) for grid in (Q6_K, Q5_K, Q4_K, Q3_K, Q2_K)),
         Format(
             name="compressed-tensors",

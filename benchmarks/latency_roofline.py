@@ -70,7 +70,7 @@ def _cpu(server: LlamaServer) -> float:
     return server.used_seconds() - time.process_time()
 
 
-def _times(case: Case, folder: Path, prompt: int) -> tuple[float, float]:
+def milliseconds(case: Case, folder: Path, prompt: int) -> tuple[float, float]:
     """Milliseconds of CPU of a decoding step, and of reading the prompt."""
     spec, path = spec_of(case.config()), folder / "model.gguf"
     write(case, spec, deployment_named(case.form), path)
@@ -92,13 +92,13 @@ def _times(case: Case, folder: Path, prompt: int) -> tuple[float, float]:
 def points(folder: Path) -> list[Point]:
     """Times every model, format and prompt; the cost of a request, that of nearly no model, is taken off."""
     found = []
-    empty = {prompt: _times(Case(family="llama", **_EMPTY), folder, prompt) for prompt in PROMPTS}
+    empty = {prompt: milliseconds(Case(family="llama", **_EMPTY), folder, prompt) for prompt in PROMPTS}
     for name, sizes in _SHAPES.items():
         for form in CALIBRATED_FORMS if name in CALIBRATED else FORMS:
             # The other core's work changes from minute to minute, and with it what this one gets of the memory.
             bandwidth, rate = _core()
             for prompt in PROMPTS:
-                step, first = _times(Case(family="llama", tied=True, form=form, **sizes), folder, prompt)
+                step, first = milliseconds(Case(family="llama", tied=True, form=form, **sizes), folder, prompt)
                 less = empty[prompt]
                 found.append(
                     Point(

@@ -17,7 +17,7 @@ import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -98,6 +98,7 @@ def measure(
     bf16: bool,
     modules: dict[str, ModuleType],
     scales: Sequence[str],
+    finishings: Mapping[str, Mapping[str, Any]] = FINISHINGS,
 ) -> dict[str, list[float]]:
     """CPU seconds of a step by variant, one figure a round; "plain" is without a grid.
 
@@ -109,6 +110,7 @@ def measure(
         bf16: Whether the forward and backward pass compute in bfloat16.
         modules: What quantises, by what is added to a variant's name.
         scales: "absmax", which follow from the weights, and "learned" ones, or one of the two.
+        finishings: The grids, by name.
     """
     model, kept = build_student(folder, INIT)
     spec = spec_from_config(model.config.to_dict())
@@ -127,7 +129,7 @@ def measure(
     variants: dict[str, tuple[Callable[[str], Grid | None] | None, bool, ModuleType]] = {
         "plain": (None, False, quantization)
     }
-    for name, fields in FINISHINGS.items():
+    for name, fields in finishings.items():
         finishing = Finishing(**fields)
         storages = {tensor.name: finishing.storage(tensor) for tensor in spec.tensors}
         grids = {key: storage for key, storage in storages.items() if isinstance(storage, Grid)}

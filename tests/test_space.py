@@ -67,6 +67,17 @@ def test_the_default_space_searches_what_the_project_is_known_by():
     assert {deployment.container for deployment in space.deployments} == {held.container for held in FORMATS.values()}
 
 
+def test_the_documents_space_of_k_quants_is_one(tmp_path: Path):
+    document = (Path(__file__).parents[1] / "docs" / "spaces.md").read_text(encoding="utf-8")
+    _, _, rest = document.partition("## K-quants")
+    (tmp_path / "space.yaml").write_text("dimensions:\n" + rest.partition("```yaml\n")[2].partition("```")[0])
+    space = load_space(tmp_path / "space.yaml")
+    assert [one.name for one in space.deployments] == [f"gguf-q{bits}_k" for bits in (6, 5, 4, 3, 2)]
+    finishings = {space.strategy(point).finishing for point in space.points(lambda dimension: dimension.domain.grid)}
+    trained = Finishing(format="gguf-q4_k", bits=4, group_size=32, symmetric=False, scales="learned")
+    assert finishings == {None, trained}
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_a_point_and_its_strategy_go_both_ways(seed):
     space = load_space("default")

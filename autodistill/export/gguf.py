@@ -40,6 +40,7 @@ from autodistill.strategy import Deployment
 
 FILE = "student.gguf"
 
+# Of llama.cpp's types of K-quants, which are mixtures by layer but for Q6_K, those that mix least.
 _FILE_TYPES = {
     "gguf-f16": LlamaFileType.MOSTLY_F16,
     "gguf-q8_0": LlamaFileType.MOSTLY_Q8_0,
