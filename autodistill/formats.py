@@ -451,8 +451,8 @@ def _check_blocks(grid: Grid, storages: Sequence[Storage]) -> None:
     if grid.fallback in storages and grid not in storages:
         assert grid.fallback is not None
         raise InputError(
-            f"{grid.name} holds rows in blocks of {grid.block_size} weights, and those of this model's linear layers "
-            f"are no multiples of that, so that all would be stored as {grid.fallback.name}: choose that format"
+            f"rows in {grid.name} are of whole blocks of {grid.block_size} weights, and those of none of this model's "
+            f"linear layers are: all would be stored as {grid.fallback.name}, so choose that format"
         )
 
 

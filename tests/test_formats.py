@@ -114,7 +114,7 @@ def test_super_blocks_hold_rows_that_they_divide_and_other_grids_the_rest(name):
     assert weights_bytes([table], packing) == 1000 * 18 * 34
     assert weights_bytes([wide], packing) == 1000 * 3 * 210
     packing.check_model([up, down, table])
-    with pytest.raises(InputError, match=f"{name} holds rows in blocks of 256 .* choose that format"):
+    with pytest.raises(InputError, match=f"rows in {name} are of whole blocks of 256 .* choose that format"):
         packing.check_model([up, table])
     odd = TensorSpec(name="layers.0.down.weight", role=Role.LINEAR, shape=(576, 1520))
     with pytest.raises(InputError, match="has rows of 1520 weights, which the groups of 32"):

@@ -391,5 +391,5 @@ def test_k_quants_of_other_families_run(tmp_path: Path, architecture: str) -> No
 
 def test_a_model_without_rows_of_whole_super_blocks_is_refused(tmp_path: Path) -> None:
     teacher = save_tiny_teacher(tmp_path / "teacher", layers=1)
-    with pytest.raises(InputError, match=r"gguf-q4_k holds rows in blocks of 256 weights.*stored as gguf-q5_0"):
+    with pytest.raises(InputError, match=r"rows in gguf-q4_k are of whole blocks of 256 weights.*stored as gguf-q5_0"):
         GgufExporter().export(teacher, k_quant("gguf-q4_k"), tmp_path / "out")
