@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from autodistill.formats import Grid
 
-# Weights handled at once by one core: they and two buffers of their size stay in its cache.
-AT_ONCE = 2**15
+# Weights handled at once: of powers of two the least at which the beginning of an operation costs little beside it.
+AT_ONCE = 2**18
 
 
 class _Sums(NamedTuple):

@@ -47,7 +47,7 @@ WEIGHTS = _weights()
 
 @by_grid
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
-@pytest.mark.parametrize("at_once", [256, 2**15])
+@pytest.mark.parametrize("at_once", [256, 2**18])
 def test_torch_finds_the_scales_of_numpy(grid, weights, at_once):
     groups = weights.reshape(-1, grid.group_size)
     theirs = fitted(torch.from_numpy(groups), grid, torch)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +18,8 @@ from autodistill.formats import Grid, Scales, Storage
 # tenth of a nanosecond a weight, and memory is read and written once; of powers of two around it this was the fastest.
 # Elsewhere a buffer has 128 MB at the most, which a table of 150,000 tokens would take several times.
 _CPU_CHUNK, _CHUNK = 2**18, 2**25
+# The same for scales that are searched for, in many short operations, to begin which takes torch longer than numpy.
+_SEARCHED = 2**19
 # The largest float32 below a half: x + this, with the sign of x, cut to an integer rounds halves away from 0. With 0.5
 # the sum itself could be rounded up.
 _BELOW_HALF = 0.5 - 2.0**-25
@@ -81,7 +82,9 @@ def fitted_scales(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """The stored scales, and offsets, that follow from the weights: float32 [out, groups] each."""
     shape = (len(weight), -1)
     if grid.block_size:
-        searched, minima = _searched(weight, grid)
+        groups = weight.contiguous().view(-1, grid.group_size)
+        at_once = _SEARCHED if weight.device.type == "cpu" else _CHUNK
+        searched, minima = super_blocks.fitted(groups, grid, torch, at_once)
         return searched.view(shape), None if minima is None else minima.view(shape)
     size = grid.group(weight.shape[1])
     found = [_fitted_steps(groups, grid, torch.empty_like(groups)) for _, groups in chunks(size, weight)]
@@ -159,16 +162,6 @@ def given_values(
         elif not exact:
             values.copy_(step)
     return out
-
-
-def _searched(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """As `super_blocks.fitted`: on a CPU by numpy, which begins an operation in less than half the time."""
-    groups = weight.contiguous().view(-1, grid.group_size)
-    if weight.device.type != "cpu":
-        return super_blocks.fitted(groups, grid, torch, _CHUNK)
-    with np.errstate(all="ignore"):
-        scales, minima = super_blocks.fitted(groups.numpy(), grid, np)
-    return torch.from_numpy(scales), None if minima is None else torch.from_numpy(minima)
 
 
 def chunks(size: int, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
