@@ -117,8 +117,10 @@ def expected(found: Measurement, bar: Bar, look: int) -> float | None:
     if not (_out_of_reach(found, whole, sign) or _below(gaps, counts, WRONG / (len(bar.looks) - 1))):
         return None
     gap = sign * float(gaps.sum() / counts.sum())
-    # A perplexity's documents are of its logarithm.
-    return bar.value * math.exp(gap) if found.unit == "perplexity" else bar.value + gap
+    if found.unit == "perplexity":  # whose documents are of its logarithm
+        return bar.value * math.exp(gap)
+    # Where the part read is one that the bar's trial did better in than in the rest, no share is below 0.
+    return max(0.0, bar.value + gap) if found.unit == "fraction" else bar.value + gap
 
 
 def _out_of_reach(found: Measurement, whole: Mapping[str, Any], sign: float) -> bool:

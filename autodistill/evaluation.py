@@ -27,7 +27,7 @@ from autodistill.contracts import (
 from autodistill.distillation.generation import answer, at_once
 from autodistill.distillation.grid_values import deploy_tensor
 from autodistill.distillation.held import held_as_deployed, is_held
-from autodistill.distillation.parallel import PASS_TOKENS
+from autodistill.distillation.parallel import sequences_at_once
 from autodistill.distillation.scoring import joined, score
 from autodistill.distillation.simulated import PackedStudent
 from autodistill.errors import InputError, TrialFailedError
@@ -123,7 +123,7 @@ class _Simulation:
         sequences, length = self.data.tokens.shape
         found: list[TokenScores] = []
         read = tokens = 0
-        for stop in ends(sequences, 1 if self.device == "cpu" else max(1, PASS_TOKENS // length)):
+        for stop in ends(sequences, sequences_at_once(length, self.device)):
             if stop > read:
                 part = self.data.part(read, stop)
                 reference = self.reference and self.reference.part(tokens, tokens + part.predicted)
@@ -320,6 +320,11 @@ def _read(
     for look in range(PARTS):
         subject = _scored(base, whole | {need: next(parts) for need, parts in growing.items()})
         known = {name: next(parts) for name, parts in own.items()}
+        assert subject.scores is not None
+        if len(subject.scores.nll) == 0 and look < PARTS - 1:
+            # Nothing that counts has been read yet.
+            looks.append({})
+            continue
         if ranking.name not in known:
             known[ranking.name] = ranking.evaluate(subject)
         judged = next(item for item in known[ranking.name] if item.name == metric)

@@ -29,8 +29,8 @@ from autodistill import evaluation as evaluation_module
 from autodistill import plugins
 from autodistill import trial as trial_module
 from autodistill.applied import check_strategy, probe_deployment, student_spec, with_own
-from autodistill.codes import deployed
 from autodistill.certainty import Bar
+from autodistill.codes import deployed
 from autodistill.contracts import Answers, Measurement, Quantity, TeacherReference
 from autodistill.data import prepare
 from autodistill.distillation import signals

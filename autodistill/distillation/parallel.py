@@ -54,6 +54,11 @@ def map_sequences(work: Callable[[int], Result], count: int, device: str) -> Ite
         torch.set_num_threads(threads)
 
 
+def sequences_at_once(length: int, device: str) -> int:
+    """Sequences of so many tokens that are read together: on a CPU side by side, a thread each."""
+    return torch.get_num_threads() if device == "cpu" else max(1, PASS_TOKENS // length)
+
+
 def map_batches(
     work: Callable[[range], Result], count: int, take: Callable[[int, int], int], limit: int, device: str
 ) -> Iterator[Result]:

@@ -21,6 +21,10 @@ SCHEMA_VERSION = 1
 KINDS = ("student", "baseline", "confirmation", "teacher", "initial")
 
 
+REMOVED = "its student was removed before it might have been exported"
+"""The reason of a row that would be chosen, were its student there."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """Trial x deployment: one line of the leaderboard. Fields are None where nothing was measured.
@@ -114,9 +118,14 @@ class Row:
         return finite(getattr(self, name) if is_field(name) else self.other.get(name))
 
     def standing(self, name: str) -> float | None:
-        """The figure that a row stands by among others: where not all was read, what it is taken to be over all."""
+        """The figure that a row stands by among others: where not all was read, what it is taken to be over all.
+
+        None of another figure than the one that the reading ended by, which is of that part alone.
+        """
         cut = self.cut_short
-        return finite(cut["estimate"]) if cut is not None and cut["metric"] == name else self.figure(name)
+        if cut is None:
+            return self.figure(name)
+        return finite(cut["estimate"]) if cut["metric"] == name else None
 
     @property
     def partly(self) -> str:

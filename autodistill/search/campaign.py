@@ -247,7 +247,7 @@ class Campaign:
         )
         trial.lost = 0
         self._stages.learn(trial, report.unsaved)
-        short = f", of {reading.read:,} of {reading.of:,} {reading.unit}" if reading and reading.bar else ""
+        short = f", an estimate by {row.partly}" if row.partly else ""
         reused = f", {report.shared:,} of them from a shared stage" if report.shared else ""
         self._notify(f"{trial.task.id} {trial.name}: {shown} after {report.tokens:,} tokens{reused}{short}")
         if report.unsaved is not None:
@@ -463,8 +463,8 @@ class Campaign:
                 for name in event["trials"]:
                     self.trials[name].collected = True
         for trial in self.trials.values():
-            # So does one between a trial and its rejection.
-            if trial.status is None and trial.reason is not None:
+            # So does one between a trial and its rejection. What was begun had been admitted, by whatever estimate.
+            if trial.status is None and trial.reason is not None and trial.rung < 0 and not trial.begun:
                 self._end(trial, Status.REJECTED, trial.reason)
             # A kill between the last rung and its status leaves the trial whole but unended.
             if trial.status is None and trial.rung == len(self.question.plan.rungs) - 1:
@@ -566,6 +566,7 @@ class Campaign:
             for name in names:
                 self.trials[name].collected = True
             self._students.remove(names)
+            self._notify(f"removed the trained students of {', '.join(names)}, to hold the disk limit for checkpoints")
         except OSError as error:
             self._notify(f"no students could be collected this time: {error}")
 

@@ -16,7 +16,7 @@ from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED
 from autodistill.records.openings import opened, openings_of
 from autodistill.records.recalibration import corrected, least_beyond
-from autodistill.records.row import Row, rows_of
+from autodistill.records.row import REMOVED, Row, rows_of
 from autodistill.records.saved import Saved, saved
 from autodistill.records.store import RunFolder
 from autodistill.search.study import Observation, importance
@@ -170,7 +170,7 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
     )
     sign = 1 if asked["direction"] == "max" else -1
     best_value = best.figure(asked["metric"])
-    out = [row for row in full if not row.feasible or corrected(row, beyond) > limit]
+    out = [row for row in full if not (row.feasible or row.reason == REMOVED) or corrected(row, beyond) > limit]
     beaten = [
         row
         for row in out

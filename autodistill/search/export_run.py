@@ -110,8 +110,8 @@ def _student(run: RunFolder, row: Row, asked: Mapping[str, Any], collected: Coll
     if not folder.is_dir() and row.full and row.trial in collected:
         raise InputError(
             f"the student of the row {row.row_id} was removed by the search, to hold --checkpoint-limit: choose "
-            f"another row, or make it again with {_again(row, asked)}, where FILE has the strategy of {row.trial} as "
-            f"`autodistill leaderboard {run.name} --format json` gives it"
+            f"another row, or make one like it with {_again(row, asked)}, where FILE has the strategy of {row.trial} "
+            f"as `autodistill leaderboard {run.name} --format json` gives it"
         )
     if not folder.is_dir():
         why = "was removed" if row.full else "was not trained to the end, so none was kept"
@@ -123,7 +123,7 @@ def _student(run: RunFolder, row: Row, asked: Mapping[str, Any], collected: Coll
 
 
 def _again(row: Row, asked: Mapping[str, Any]) -> str:
-    """The command that trains a row's student once more."""
+    """A command that trains a student of a row's strategy, tokens and seed."""
     words = ["autodistill", "distill", "FILE"]
     words += ["--teacher", asked["teacher"]["reference"], "--data", asked["data"]["reference"]]
     plan = asked["plan"]

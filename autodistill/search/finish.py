@@ -36,7 +36,7 @@ from autodistill.records.leaderboard import (
     nearest,
     rank,
 )
-from autodistill.records.row import Row, rows_of
+from autodistill.records.row import REMOVED, Row, rows_of
 from autodistill.search.exportable import candidates, container_of, next_candidate, passed_over
 from autodistill.search.finisher import Finisher
 from autodistill.search.held_out import FULL, gain_on_test, score_on_test, spent
@@ -98,7 +98,10 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
         finisher.write("row", row)
     if best is None:
         judged = any(row.kind in DISTILLED for row in rows)
-        raise NothingFitsError(_nothing(rejected or students, judged, finisher))
+        distilled = [row for row in rows if row.kind in DISTILLED]
+        # Students of which none fits are removed first where disk is short.
+        missing = [] if any(row.feasible for row in distilled) else distilled
+        raise NothingFitsError(_nothing(rejected or students or missing, judged, finisher))
     _leave_out_removed(best, finisher)
     packed = {container: (best, Deployment.from_json(best.deployment)) for container in paths}
     notes: tuple[str, ...] = ()
@@ -131,14 +134,13 @@ def _leave_out_removed(best: Row, finisher: Finisher) -> None:
     """Writes down that rows which would be chosen before the best are not to be had, since their student is gone.
 
     Whoever reads the log later then chooses what was exported. It takes several students that turned out too large, or
-    that a person removed.
+    one that a person removed.
     """
     rows, question = rows_of(finisher.run.events.read()), finisher.question
     order = in_order([row for row in rows if row.split == "validation"], question.metric, question.direction)
     for row in takewhile(lambda one: one.row_id != best.row_id, order):
         if row.full and not finisher.has(row):
-            reason = "its student was removed before it might have been exported"
-            finisher.write("row", replace(row, feasible=False, reason=reason))
+            finisher.write("row", replace(row, feasible=False, reason=REMOVED))
 
 
 def _describe(packed: Mapping[str, tuple[Row, Deployment]], test: Sequence[Row], finisher: Finisher) -> None:

@@ -157,7 +157,12 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
 
 
 def extend(plan: Plan, trials: int) -> Plan:
-    """The plan with another number of trials; tokens and rungs stay, so that all of its trials can be compared."""
+    """The plan with another number of trials; tokens and rungs stay, so that all of its trials can be compared.
+
+    Of as many trials it is the very plan, whatever share of them another version let pass its rungs.
+    """
+    if trials == plan.trials:
+        return plan
     return replace(plan, trials=trials, keep=kept_at_rungs(trials, len(plan.rungs)))
 
 

@@ -38,6 +38,12 @@ def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
     rejected = sum(1 for _ in takewhile(lambda trial: trial.status is Status.REJECTED, reversed(proposed)))
     held = f"{tried} of the {plan.trials} planned trials"
     if rejected >= REJECTIONS_IN_A_ROW:
+        training = proposed[-1].training
+        if training is not None and training.shortfall is not None:
+            return (
+                f"the last {rejected} strategies that were proposed cannot be trained here or do not fit, so that the "
+                f"search tried {held}; of the last one: {training.shortfall}"
+            )
         return (
             f"the last {rejected} strategies that were proposed did not fit, so that the search tried {held}: raise "
             "--budget, or name a --space of smaller students"

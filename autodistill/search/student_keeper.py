@@ -8,13 +8,16 @@ from pathlib import Path
 from autodistill.contracts import Status
 from autodistill.formats import get_format
 from autodistill.records.choice import contenders, in_order
+from autodistill.records.confirmation import KIND as CONFIRMATION
+from autodistill.records.confirmation import confirmed_trial
 from autodistill.records.leaderboard import DISTILLED, pareto, rank, smallness
 from autodistill.records.row import Row
+from autodistill.search.rungs import CONFIRMED
 from autodistill.search.trials import Question, TrialState
 from autodistill.storage import Storage
 from autodistill.students import remove_student, student_bytes
 
-# The end of a search exports so many students of a container before it gives up; as many are trained on further seeds.
+# The end of a search exports so many students of a container before it gives up.
 _FIRST = 3
 
 
@@ -84,8 +87,8 @@ def needed(trials: Collection[TrialState], rows: Sequence[Row], question: Questi
 
     Those that a worker has, that have not ended, or lack rows; of what may be exported the first few, overall and in
     each container, whatever cannot be told apart from the best, the smallest in each container, for when others turn
-    out larger than predicted, and with several objectives the front; and what these are compared with on test: the best
-    baselines, and what was trained on as it was before.
+    out larger than predicted, and with several objectives the front; whatever further seeds choose among; and what
+    these are compared with on test: the best baselines, and what was trained on as it was before.
 
     Args:
         trials: All of the search.
@@ -101,7 +104,8 @@ def needed(trials: Collection[TrialState], rows: Sequence[Row], question: Questi
     whole = [row for row in contenders(rows) if row.full and row.figure(metric) is not None]
     usable = [row for row in whole if row.kind in DISTILLED and row.feasible]
     order = [row for row in in_order(rows, metric, direction) if row.full]
-    kept = {one.row.trial for one in rank(whole, metric, direction) if one.tied}
+    kept = {one.row.trial for one in rank(usable, metric, direction) if one.tied}
+    kept |= _confirmed(trials, rows, question)
     by_container: dict[str, list[Row]] = {}
     for row in order:
         by_container.setdefault(get_format(row.deployment["format"]).container, []).append(row)
@@ -116,3 +120,14 @@ def needed(trials: Collection[TrialState], rows: Sequence[Row], question: Questi
         kept.add(rank(equal, metric, direction)[0].row.trial)
     made = {(str(row.strategy), row.seed) for row in whole if row.trial in kept}
     return busy | kept | {row.trial for row in usable if (str(row.strategy), row.seed) in made}
+
+
+def _confirmed(trials: Collection[TrialState], rows: Sequence[Row], question: Question) -> set[str]:
+    """Trials that are trained on further seeds, or will be: of the students the best few, as the agenda takes them."""
+    begun = {confirmed_trial(row) for row in rows if row.kind == CONFIRMATION}
+    if not question.confirm:
+        return begun
+    sign = -1.0 if question.direction == "max" else 1.0
+    students = [one for one in trials if one.kind == "student" and one.status is Status.COMPLETED]
+    valued = sorted((sign * one.value, one.task.id) for one in students if one.value is not None)
+    return begun | {name for _, name in valued[:CONFIRMED]}

@@ -153,5 +153,5 @@ class TimeBox:
         question, speed = self._question, self._question.speed
         if alone:
             speed = replace(speed, worker_train=speed.train_on)
-        speed = replace(speed, asked=read * speed.asked)
+        # What asks the student itself may be read whole beside a metric that is not.
         return trial_seconds(tokens, int(read * eval_tokens), question.teacher_spec.parameters, speed, judged=False)

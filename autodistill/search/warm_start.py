@@ -275,7 +275,7 @@ def _further(
 ) -> float | None:
     """What is known of a trained student alone is the row's; the rest is worked out for this search's budget."""
     if objective.trained:
-        return row.figure(objective.figure)
+        return row.standing(objective.figure)
     spec, budget = student_spec(strategy, question.teacher_spec), question.budget
     if objective.name == "memory":
         return float(memory(spec, deployment, context=budget.context, batch=budget.batch).total_bytes)

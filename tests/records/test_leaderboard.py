@@ -351,6 +351,6 @@ def test_a_row_of_which_not_all_was_read_stands_by_what_that_says_of_all() -> No
         row("end", accuracy=0.20, perplexity=20.0),
     ]
     assert names(rows) == ["end", "kept", "early", "worse"]
-    assert names(rows, "perplexity", "min") == ["end", "early", "kept", "worse"]
+    assert names(rows, "perplexity", "min") == ["end", "kept", "worse", "early"]
     assert rows[0].figure("accuracy") == 0.60
     assert rows[0].partly == "100 of 400 tokens read"

@@ -1501,6 +1501,33 @@ def test_a_trial_is_held_to_the_last_that_has_a_place_at_its_rung(tmp_path: Path
     assert held > 3
 
 
+def test_what_was_trained_is_not_rejected_by_another_estimate(tmp_path: Path) -> None:
+    """As of another version, which may find that it needs more."""
+    drive(campaign(tmp_path, question()), asking)
+    events = EventLog(tmp_path / "trials.jsonl").read()
+    rung = next(place for place, event in enumerate(events) if event["event"] == "rung" and event["trial"] == "t001")
+    asked = question()
+    small = replace(asked, budget=replace(asked.budget, memory_bytes=1))
+    again = campaign(tmp_path / "again", small)
+    again.replay(events[: rung + 1])
+    assert again.trials["t001"].reason is not None
+    assert again.trials["t001"].status is None
+
+
+def test_a_figure_that_is_an_estimate_is_told_as_one(tmp_path: Path) -> None:
+    told: list[str] = []
+    search = campaign(tmp_path, question(), notify=told.append)
+    drive(search, asking)
+    rows = rows_of(EventLog(tmp_path / "trials.jsonl").read())
+    short = {(row.trial, row.train_tokens): row for row in rows if row.cut_short is not None}
+    lines = [line for line in told if "an estimate by" in line]
+    assert len(lines) == len(short) > 0
+    for (trial, tokens), row in short.items():
+        value = row.standing("accuracy")
+        said = f"accuracy {value:.4f} after {tokens:,} tokens, an estimate by {row.partly}"
+        assert any(line.startswith(trial) and line.endswith(said) for line in lines)
+
+
 def test_those_that_go_on_are_those_that_would_were_everything_read(tmp_path: Path) -> None:
     """And none whose evaluation ended early stands before one of them, though what it was asked was easy."""
     early, whole = campaign(tmp_path / "early", question()), campaign(tmp_path / "whole", question())

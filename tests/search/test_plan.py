@@ -186,6 +186,9 @@ def test_a_plan_is_extended_by_trials_that_can_be_compared_with_the_earlier_ones
     assert (longer.tokens, longer.rungs, longer.eval_tokens) == (plan.tokens, plan.rungs, plan.eval_tokens)
     assert (longer.trials, longer.keep) == (40, (20, 10))
     assert extend(plan, plan.trials) == plan
+    # As another version made it: a run that goes on as it is stays as it was.
+    earlier = replace(plan, keep=(6, 2))
+    assert extend(earlier, plan.trials) == earlier
 
 
 def test_more_time_holds_as_many_more_trials_as_their_shares_of_the_rungs_cost() -> None:

@@ -12,6 +12,7 @@ import pytest
 from autodistill.contracts import Status
 from autodistill.records.choice import chosen
 from autodistill.records.confirmation import KIND as CONFIRMATION
+from autodistill.records.confirmation import confirming
 from autodistill.records.event_log import EventLog
 from autodistill.records.objectives import OBJECTIVES
 from autodistill.records.row import Row, rows_of
@@ -194,8 +195,23 @@ def test_what_cannot_be_told_from_the_best_is_needed() -> None:
         replace(ROWS[0], accuracy=0.555, documents=documents((91, 20))),
     ]
     assert safe(rows) >= {"t007", "t000"}
+    # A teacher that is clearly better is no student.
+    teacher = row("teacher", 0.9, kind="teacher", strategy=None, documents=documents((90, 90)))
+    assert safe([*rows, teacher]) >= {"t007", "t000"}
     rows[-1] = replace(rows[-1], documents=documents((55, 56)))
     assert "t000" not in safe(rows)
+
+
+def test_what_further_seeds_choose_among_is_needed_before_and_after_they_are_trained() -> None:
+    baseline = row("b000", 0.9, kind="baseline")
+    trials = states("b000", kind="baseline")
+    for one in ROWS:
+        trials |= states(one.trial, value=one.accuracy)
+    assert "t005" not in safe([baseline, *ROWS], trials)
+    assert safe([baseline, *ROWS], trials, confirm=2) == {"b000", "t007", "t006", "t005"}
+    worst = min(ROWS, key=lambda one: one.accuracy or 0.0)
+    again = replace(worst, row_id="t000s1-f16", trial=confirming("t000", 1), kind=CONFIRMATION, seed=1)
+    assert "t000" in safe([*ROWS, again])
 
 
 def test_what_is_in_use_is_needed() -> None:

@@ -96,10 +96,10 @@ def test_work_is_compared_with_what_was_expected_of_the_tokens_it_trained_on() -
 
 
 def test_what_was_not_read_was_not_expected_to_take_time() -> None:
-    """Twice as slow is twice as slow, however much of an evaluation was read."""
+    """Twice as slow is twice as slow, however much was read; what asks the student may have been read whole."""
     for read in (1.0, 0.25):
         found = TimeBox(replace(QUESTION, speed=replace(SPEED, asked=8.0)), time.monotonic() + 100)
-        found.learn(Assignment(task=TASK, rung=0), -1, 2 * (1.1 * 10 + read * (5 + 8)), trained=1000, read=read)
+        found.learn(Assignment(task=TASK, rung=0), -1, 2 * (1.1 * 10 + read * 5 + 8), trained=1000, read=read)
         assert found.holds(34)
         assert not found.holds(36)
 
