@@ -154,7 +154,8 @@ class Grid:
         cuts: By how many steps the least and the largest code are moved inwards from the ends of a group (of a
             symmetric grid from its largest magnitude, the second number alone) in each of the tries of
             "least_squares". Chosen greedily among some hundred by the squared error that the best of them leaves of
-            normal weights, of Student's t with four degrees of freedom and of a trained model's.
+            normal weights, of Student's t with four degrees of freedom and of a trained model's; but for one of Q4_K
+            and Q5_K, by which weights that lie on a grid of as many levels, or one fewer, stay where they are.
         fallback: The grid of a matrix whose rows the super-blocks do not divide; as llama.cpp chooses it, but that
             what it puts on IQ4_NL goes on Q4_0.
     """
@@ -256,11 +257,19 @@ def _k_grid(kind: str, bits: int, group_size: int, multiplier_bits: int, fallbac
     )
 
 
-_CUTS = ((0.0, 0.2), (0.4, 0.0), (-0.2, 0.4), (0.4, -0.2), (0.3, 0.3))
-Q2_K = _k_grid("q2_k", 2, 16, 4, Q4_0, offset="minimum", cuts=_CUTS)
+def _cuts(fourth: tuple[float, float]) -> tuple[tuple[float, float], ...]:
+    return ((0.0, 0.2), (0.4, 0.0), (-0.2, 0.4), fourth, (0.3, 0.3))
+
+
+def _one_code_fewer(divisor: int) -> tuple[float, float]:
+    """The cut that gives codes from the least to the one before the largest: that of weights on such a grid already."""
+    return (0.0, -divisor / (divisor - 1))
+
+
+Q2_K = _k_grid("q2_k", 2, 16, 4, Q4_0, offset="minimum", cuts=_cuts((0.4, -0.2)))
 Q3_K = _k_grid("q3_k", 3, 16, 6, Q4_0, cuts=((0, -0.125), (0, -0.625), (0, 0.75), (0, 0.25)))
-Q4_K = _k_grid("q4_k", 4, 32, 6, Q5_0, offset="minimum", cuts=_CUTS)
-Q5_K = _k_grid("q5_k", 5, 32, 6, Q5_1, offset="minimum", cuts=_CUTS)
+Q4_K = _k_grid("q4_k", 4, 32, 6, Q5_0, offset="minimum", cuts=_cuts(_one_code_fewer(15)))
+Q5_K = _k_grid("q5_k", 5, 32, 6, Q5_1, offset="minimum", cuts=_cuts(_one_code_fewer(31)))
 Q6_K = _k_grid("q6_k", 6, 16, 8, Q8_0, cuts=((0, 0), (0, 1), (0, 2), (0, 3)))
 
 
@@ -417,7 +426,8 @@ class Packing:
         if tensor.role is Role.LINEAR:
             storage = held.linear(self.bits, self.group_size, self.symmetric)
         if isinstance(storage, Grid) and storage.fallback and not storage.divides(tensor.shape[-1]):
-            storage = storage.fallback
+            # Where that does not divide them either, the grid that was asked for is named.
+            storage = storage.fallback if storage.fallback.divides(tensor.shape[-1]) else storage
         check_tensor(tensor, storage)
         return storage
 
@@ -431,7 +441,7 @@ class Packing:
         storages = {tensor: self.storage(tensor) for tensor in tensors}
         linear = get_format(self.format).linear(self.bits, self.group_size, self.symmetric)
         if isinstance(linear, Grid) and linear.fallback:
-            _check_blocks(linear, [storage for tensor, storage in storages.items() if tensor.role is Role.LINEAR])
+            self._check_blocks(linear, storages)
         if not self.keep:
             return
         if not any(isinstance(storage, Grid) for storage in storages.values()):
@@ -445,11 +455,14 @@ class Packing:
                 "is called so: leave it out (a tied head is the embeddings)"
             )
 
-
-def _check_blocks(grid: Grid, storages: Sequence[Storage]) -> None:
-    """Refuses linear layers of which none is on a grid of super-blocks, but some on the one that stands in for it."""
-    if grid.fallback in storages and grid not in storages:
+    def _check_blocks(self, grid: Grid, storages: Mapping[TensorSpec, Storage]) -> None:
+        """Refuses linear layers of which none is on a grid of super-blocks, but some on what stands in for it."""
+        linear = {tensor: storage for tensor, storage in storages.items() if tensor.role is Role.LINEAR}
+        if grid.fallback not in linear.values() or grid in linear.values():
+            return
         assert grid.fallback is not None
+        if any(grid.divides(tensor.shape[-1]) for tensor in linear):
+            raise InputError(f"keep leaves no linear layer on the grid of {grid.name}: name fewer parts")
         raise InputError(
             f"rows in {grid.name} are of whole blocks of {grid.block_size} weights, and those of none of this model's "
             f"linear layers are: all would be stored as {grid.fallback.name}, so choose that format"
@@ -478,9 +491,10 @@ def check_tensor(tensor: TensorSpec, storage: Storage) -> None:
         raise InputError(f"{tensor.name} of shape {list(tensor.shape)} is no matrix: {storage.name} cannot hold it")
     if not storage.divides(tensor.shape[1]):
         cut = f"blocks of {storage.block_size}" if storage.block_size else f"groups of {storage.group_size}"
+        instead = storage.fallback and f", nor the groups of {storage.fallback.group_size} that stand in for them,"
         raise InputError(
-            f"{tensor.name} has rows of {tensor.shape[1]} weights, which the {cut} of {storage.name} do not divide: "
-            "choose a smaller group, or a format without groups"
+            f"{tensor.name} has rows of {tensor.shape[1]} weights, which the {cut} of {storage.name}{instead or ''} do "
+            f"not divide: choose {'' if instead else 'a smaller group, or '}a format without groups"
         )
 
 

@@ -110,10 +110,12 @@ def draws(folder: Path) -> dict[str, Floats]:
     # As columns: the teacher's file holds its rows in groups of 32 on a grid of 4 bits already.
     trained = [layers[index].mlp.up_proj.weight.detach().numpy().T for index in range(0, len(layers), 6)]
     whole = [matrix[:, : matrix.shape[1] // 256 * 256] for matrix in trained]
+    gridded = [layers[index].mlp.down_proj.weight.detach().numpy() for index in range(0, len(layers), 6)]
     return {
         "normal": random.standard_normal((1024, 2048)).astype(np.float32),
         "Student's t, 4 degrees": random.standard_t(4, (1024, 2048)).astype(np.float32),
         "the model's, transposed": np.ascontiguousarray(np.concatenate(whole)),
+        "the model's, as they are: on 4 bits": np.ascontiguousarray(np.concatenate(gridded)),
     }
 
 

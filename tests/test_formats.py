@@ -117,8 +117,11 @@ def test_super_blocks_hold_rows_that_they_divide_and_other_grids_the_rest(name):
     with pytest.raises(InputError, match=f"rows in {name} are of whole blocks of 256 .* choose that format"):
         packing.check_model([up, table])
     odd = TensorSpec(name="layers.0.down.weight", role=Role.LINEAR, shape=(576, 1520))
-    with pytest.raises(InputError, match="has rows of 1520 weights, which the groups of 32"):
+    said = f"has rows of 1520 weights, which the blocks of 256 of {name}, nor the groups of 32 that stand in for them"
+    with pytest.raises(InputError, match=said):
         packing.storage(odd)
+    with pytest.raises(InputError, match="keep leaves no linear layer on the grid"):
+        _packing(name, bits, group_size, symmetric=symmetric, keep=("down",)).check_model([up, down, table])
     with pytest.raises(InputError, match=f"{name} cannot hold {bits} bits in groups of 64"):
         _packing(name, bits, 64, symmetric=symmetric)
 

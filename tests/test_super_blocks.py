@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from autodistill.codes import deployed
-from autodistill.formats import FORMATS, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
+from autodistill.formats import FORMATS, Q2_K, Q3_K, Q4_0, Q4_K, Q5_K, Q6_K
 from autodistill.super_blocks import fitted, on_block_grid, stored
 
 GRIDS = [Q2_K, Q3_K, Q4_K, Q5_K, Q6_K]
@@ -127,6 +127,22 @@ def test_weights_lose_less_than_by_plain_scales_and_by_llama_cpp(grid):
         theirs = _llama_cpp(weights, grid)
         if theirs is not None:
             assert lost < np.square(theirs - weights).mean()
+
+
+@pytest.mark.parametrize("grid", [Q4_K, Q5_K], ids=lambda grid: grid.name)
+def test_weights_that_lie_on_a_grid_of_no_more_levels_stay_near_it(grid):
+    """As those of a file that was quantised before: llama.cpp loses no less there either."""
+    normal = np.random.default_rng(5).standard_normal((64, 1024)).astype(np.float32)
+    on_fewer = deployed(normal, Q4_0)
+    lost = np.square(deployed(on_fewer, grid) - on_fewer).mean()
+    theirs = _llama_cpp(on_fewer, grid)
+    if theirs is not None:
+        assert lost < np.square(theirs - on_fewer).mean()
+    # The largest multiples of powers of two are held exactly, and so are codes of all levels but one.
+    codes = np.random.default_rng(6).integers(0, grid.qmax, (256, 32)).astype(np.float32)
+    codes[:, :2] = 0, grid.qmax - 1
+    exact = ((codes - 2) * np.float32(63 / 256)).reshape(16, 512)
+    np.testing.assert_array_equal(deployed(exact, grid), exact)
 
 
 def test_every_grid_of_super_blocks_is_tested():
