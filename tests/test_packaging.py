@@ -27,6 +27,9 @@ REQUIRED = distributions(PROJECT["project"]["dependencies"])
 EXTRAS = {name: distributions(texts) for name, texts in PROJECT["project"]["optional-dependencies"].items()}
 
 
+OWN = {*sys.stdlib_module_names, "autodistill", "tests"}
+
+
 def imported(*folders: str) -> dict[str, set[str]]:
     """Top-level packages that files import, standard library and our own left out, and the files that do."""
     found: dict[str, set[str]] = {}
@@ -36,7 +39,7 @@ def imported(*folders: str) -> dict[str, set[str]]:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for name in names:
                 found.setdefault(name.split(".")[0], set()).add(path.name)
-    return {name: where for name, where in found.items() if name not in {*sys.stdlib_module_names, "autodistill"}}
+    return {name: where for name, where in found.items() if name not in OWN}
 
 
 def providers(package: str) -> set[str]:
