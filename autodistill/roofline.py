@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from autodistill.contracts import ModelSpec
-from autodistill.devices import Device, Range
-from autodistill.formats import Role, TensorSpec, is_expert, tensor_bytes, weights_bytes
+from autodistill.devices import Device
+from autodistill.formats import Grid, Role, Storage, TensorSpec, is_expert, tensor_bytes, weights_bytes
 from autodistill.serving_memory import kv_bytes, window_in
 from autodistill.strategy import Deployment
 from autodistill.units import LatencyLimit
@@ -18,7 +18,7 @@ PROMPT_TOKENS = 512
 # llama.cpp has CPU kernels for them that lay rows out anew, or are as fast (benchmarks/k_quants.py).
 _FAST_KERNELS = ("gguf-q4_0", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k", "gguf-q4_k", "gguf-q3_k", "gguf-q2_k")
 _PLAIN_KERNEL = 0.6  # of the rate of those, where it does not: Q5_0, as measured where the shares were
-_PLAIN = ("cpu", "board", "phone")  # classes whose runtimes compute in float32 where no faster 16 bits are stated
+_FLOAT32 = ("cpu", "board", "phone")  # classes whose runtimes compute in float32 where no faster 16 bits are stated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +59,13 @@ class Work:
         bytes: Of weights and of keys and values.
         operations: All of them; a multiply-add is two.
         attended: Those of the attention alone.
+        plain: Those with linear weights that are on a grid without fast kernels, whatever the format is named after.
     """
 
     bytes: float
     operations: float
     attended: float
+    plain: float
 
 
 def speed(
@@ -134,21 +136,20 @@ def _step_costs(spec: ModelSpec, deployment: Deployment, device: Device, end: st
     kind, rate = device.kind, _rate(device)
     reading = step.bytes / _bandwidth(device, end)
     products = step.operations if kind.attention is None else step.operations - step.attended
-    plain = products / (rate * getattr(_prefill(deployment, device), end))
+    plain = _plain(deployment, step, products)
+    # Of many streams the products are a prompt's, which no longer wait for loads.
+    computing = max(0.0, _product_seconds(device, end, products, plain) - reading)
     if kind.dequantize is not None and deployment.runtime == "llama.cpp" and deployment.bits < 16:
-        share = 1.0 if deployment.format in _FAST_KERNELS else _PLAIN_KERNEL
-        # Of many streams the products are a prompt's, which no longer wait for loads.
-        unpacking = products / (rate * share * getattr(kind.dequantize, end))
-        computing = max(unpacking, plain - reading)
-    else:
-        computing = max(0.0, plain - reading)
+        unpacked = rate * getattr(kind.dequantize, end)
+        slowly = rate * _PLAIN_KERNEL * getattr(kind.dequantize, end)
+        computing = max((products - plain) / unpacked + plain / slowly, computing)
     if kind.attention is not None:
         computing += step.attended / (rate * getattr(kind.attention, end))
     return {"bandwidth": reading, "compute": computing, "launches": spec.layers * kind.layer_seconds}
 
 
 def _prompt_seconds(spec: ModelSpec, deployment: Deployment, device: Device, end: str, read: Work) -> float:
-    computing = read.operations / (_rate(device) * getattr(_prefill(deployment, device), end))
+    computing = _product_seconds(device, end, read.operations, _plain(deployment, read, read.operations))
     return float(max(read.bytes / _bandwidth(device, end), computing) + spec.layers * device.kind.layer_seconds)
 
 
@@ -159,12 +160,29 @@ def _bandwidth(device: Device, end: str) -> float:
 
 
 def _rate(device: Device) -> float:
-    return device.rate(*(("fp32", "fp16") if device.kind.name in _PLAIN else ("bf16", "fp16")))
+    return device.rate(*(("fp32", "fp16") if device.kind.name in _FLOAT32 else ("bf16", "fp16")))
 
 
-def _prefill(deployment: Deployment, device: Device) -> Range:
-    fast = deployment.runtime == "llama.cpp" and deployment.format in _FAST_KERNELS
-    return device.kind.prefill_quantized if fast else device.kind.prefill
+def _plain(deployment: Deployment, work: Work, operations: float) -> float:
+    """Of so many operations of some work, those without fast kernels.
+
+    The shares of formats were found with all operations counted alike, as the format's own kernels do them. K-quants
+    alone have linear weights on another grid than the one that they are named after: those count by that one's.
+    """
+    return work.plain if deployment.format in _FAST_KERNELS else operations
+
+
+def _product_seconds(device: Device, end: str, operations: float, plain: float) -> float:
+    """Of matrix products as a prompt makes them, at one end of the class's shares.
+
+    Args:
+        device, end: Which shares.
+        operations: All of them.
+        plain: Those of them without fast kernels.
+    """
+    rate, kind = _rate(device), device.kind
+    fast, slow = (rate * getattr(shares, end) for shares in (kind.prefill_quantized, kind.prefill))
+    return float((operations - plain) / fast + plain / slow)
 
 
 def limit_seconds(
@@ -206,7 +224,7 @@ def work(
     dense = deployment.runtime == "transformers" and deployment.container == "compressed-tensors"
     chosen = spec.active_experts / spec.experts if spec.experts else 1.0
     met = 1 - (1 - chosen) ** tokens if chosen < 1 else 1.0
-    read = multiplied = head = 0.0
+    read = multiplied = head = plain = 0.0
     # Which tensors are kept off the grid goes by their names; else those of a kind are stored alike.
     tensors = [(tensor, 1) for tensor in spec.tensors] if deployment.keep else spec.kinds
     for tensor, times in tensors:
@@ -215,12 +233,15 @@ def work(
             continue
         expert = is_expert(tensor.name)
         count = times * _count(tensor)
-        size = 2 * count if dense else times * tensor_bytes(tensor, deployment.storage(tensor))
-        read += size * (met if expert else 1)
+        stored: Storage = "bf16" if dense else deployment.storage(tensor)
+        read += times * tensor_bytes(tensor, stored) * (met if expert else 1)
         if table or tensor.role is Role.HEAD:
             head += count
-        else:
-            multiplied += count * (chosen if expert else 1)
+            continue
+        taken = count * (chosen if expert else 1)
+        multiplied += taken
+        if isinstance(stored, Grid) and stored.name not in _FAST_KERNELS:
+            plain += taken
     # What is stored says nothing of weights that are held in 16 bits.
     if weights is not None and not dense:
         read *= weights / weights_bytes(spec.tensors, deployment)
@@ -229,7 +250,7 @@ def work(
     cache = sequences * (kv_bytes(spec, wide, int(behind), kv_type) + kv_bytes(spec, narrow, int(seen), kv_type))
     attended = 4 * tokens * spec.heads * spec.head_dim * (wide * behind + narrow * seen)
     products = 2 * (tokens * multiplied + sequences * head)
-    return Work(bytes=read + cache, operations=products + attended, attended=attended)
+    return Work(bytes=read + cache, operations=products + attended, attended=attended, plain=2 * tokens * plain)
 
 
 def _count(tensor: TensorSpec) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,6 +45,51 @@ def test_k_quants_are_read_by_their_blocks_at_the_rate_of_q4_0() -> None:
         for form in (k_quant, Q4, deployment_named("gguf-q5_0"))
     )
     assert first == theirs < plain
+
+
+WIDE = SIZES | {"width": 576, "heads": 9, "kv_heads": 3, "ffn": 1536}  # of the default teacher: 256 divides FFN alone
+FALLEN = 4 * (576 * 576 * 2 + 576 * 192 * 2 + 2 * 576 * 1536)
+DOWN = 4 * 576 * 1536
+
+
+@pytest.mark.parametrize(("name", "beside"), [("gguf-q4_k", "gguf-q5_0"), ("gguf-q5_k", "gguf-q5_1")])
+def test_rows_on_the_grid_that_stands_in_for_a_k_quants_are_as_slow_as_that(name: str, beside: str) -> None:
+    spec, device = shape(WIDE).spec, find_device("i9-13900k", KNOWN)
+    k_quant = deployment_named(name)
+    prompt = work(spec, k_quant, tokens=512, sequences=1, behind=256)
+    products = 2 * (512 * (FALLEN + DOWN) + 1000 * 576)
+    assert (prompt.plain, prompt.operations - prompt.attended) == (2 * 512 * FALLEN, products)
+    fast, slow = (device.rate("fp32") * share.typical for share in (device.kind.prefill_quantized, device.kind.prefill))
+    layers = 4 * device.kind.layer_seconds
+    seconds = (prompt.operations - 2 * 512 * FALLEN) / fast + 2 * 512 * FALLEN / slow + layers
+    found, q4, theirs = (speed(spec, form, device, context=512) for form in (k_quant, Q4, deployment_named(beside)))
+    assert found.time_to_first_token_ms == pytest.approx(1e3 * seconds)
+    assert q4.time_to_first_token_ms < found.time_to_first_token_ms < theirs.time_to_first_token_ms
+    # A step waits for what it reads, and then unpacks it: Q5_0 and Q5_1 at 0.6 of the rate.
+    step = work(spec, k_quant, tokens=1, sequences=1, behind=512)
+    assert device.kind.dequantize is not None
+    assert device.kind.attention is not None
+    rates = [device.rate("fp32") * share.typical for share in (device.kind.dequantize, device.kind.attention)]
+    unpacking = (2 * (DOWN + 1000 * 576) + 2 * FALLEN / 0.6) / rates[0]
+    reading = step.bytes / (device.bandwidth * device.kind.decode.typical)
+    assert found.decode_ms == pytest.approx(1e3 * (reading + unpacking + step.attended / rates[1] + layers))
+
+
+@pytest.mark.parametrize("sizes", [SIZES, WIDE])
+@pytest.mark.parametrize(
+    ("name", "fast"),
+    [
+        *((f"gguf-{name}", True) for name in ("q4_0", "q8_0", "q6_k", "q3_k", "q2_k")),
+        *((name, False) for name in ("gguf-q5_0", "gguf-q5_1", "gguf-q4_1", "gguf-f16", "huggingface")),
+    ],
+)
+def test_of_every_other_format_all_operations_are_at_its_own_rate(name: str, fast: bool, sizes: Any) -> None:
+    spec, device, form = shape(sizes).spec, find_device("i9-13900k", KNOWN), deployment_named(name)
+    share = device.kind.prefill_quantized if fast else device.kind.prefill
+    operations = work(spec, form, tokens=512, sequences=1, behind=256).operations
+    for found in (form, replace(form, keep=("attention",)) if form.bits < 16 else form):
+        seconds = operations / (device.rate("fp32") * share.typical) + 4 * device.kind.layer_seconds
+        assert speed(spec, found, device, context=512).time_to_first_token_ms == 1e3 * seconds
 
 
 def test_a_window_and_the_type_of_the_cache_make_it_less() -> None:
