@@ -19,7 +19,7 @@ from autodistill.distillation.teacher import check_weights, hub_config, locate, 
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES
-from autodistill.formats import FORMATS, Packing, Role, TensorSpec
+from autodistill.formats import FORMATS, Grid, Packing, Role, Storage, TensorSpec
 from autodistill.strategy import Deployment, serving
 
 # transformers' names of mixtures: the dense family they are like, and the config's names of their sizes.
@@ -41,8 +41,8 @@ class Described:
         name: For a person.
         spec: Its shape.
         weights_bytes: Of a GGUF file's own tensors; None where a format decides.
-        format_name: The format that most of a GGUF file's bytes are in, or that a config says its folder is packed in,
-            where it is one that is held here.
+        format_name: The format that a GGUF file's tensors are in, or else most of its bytes, or that a config says its
+            folder is packed in, where it is one that is held here.
     """
 
     name: str
@@ -76,7 +76,7 @@ def describe(reference: str) -> Described:
         name=path.stem,
         spec=spec,
         weights_bytes=sum(tensor.size for tensor in file.tensors),
-        format_name=_main_format(file),
+        format_name=_gguf_format(file, spec),
     )
 
 
@@ -104,9 +104,44 @@ def _check_stored(folder: Path, spec: ModelSpec) -> None:
         )
 
 
-def _main_format(file: GgufFile) -> str | None:
+def _gguf_format(file: GgufFile, spec: ModelSpec) -> str | None:
+    """The format that stores each tensor as the file does; where none does, the one that most bytes are in.
+
+    Most bytes of a K-quant may be on the grid that stands in for it, of which no packing made the file. The mixtures
+    of types that llama.cpp's tools make are none of ours.
+    """
+    stored = _stored_types(file, spec)
+    for name, packing in _packings().items():
+        # Where no row is of whole super-blocks, the stand-in's own format comes before the K-quant that it equals.
+        if packing.container == "gguf" and stored and _stores(packing, stored):
+            return name
     name = f"gguf-{file.main_type().lower()}"
     return name if name in FORMATS else None
+
+
+def _stored_types(file: GgufFile, spec: ModelSpec) -> list[tuple[TensorSpec, str]]:
+    """Each tensor of a file and ggml's name of its type; none where a matrix, as one of experts, is not told apart."""
+    from gguf import GGMLQuantizationType
+
+    known, family = {tensor.name: tensor for tensor in spec.tensors}, FAMILIES[spec.architecture]
+    found = [(known.get(str(family.from_gguf_name(one.name))), one) for one in file.tensors]
+    if any(tensor is None and len(one.shape) > 1 for tensor, one in found):
+        return []
+    return [(tensor, GGMLQuantizationType(one.type).name) for tensor, one in found if tensor is not None]
+
+
+def _stores(packing: Packing, stored: Iterable[tuple[TensorSpec, str]]) -> bool:
+    """Whether a packing stores each tensor as that type."""
+    try:
+        return all(_type_name(packing.storage(tensor)) == kind for tensor, kind in stored)
+    except InputError:  # rows that its groups do not divide
+        return False
+
+
+def _type_name(storage: Storage) -> str:
+    """ggml's name of what GGUF's formats store a tensor as."""
+    name = storage.name.removeprefix("gguf-") if isinstance(storage, Grid) else storage.removesuffix("_plus_1")
+    return name.upper()
 
 
 def _stated_format(config: Mapping[str, Any]) -> str | None:

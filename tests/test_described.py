@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import huggingface_hub
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.export.compressed_tensors import CompressedTensorsExporter
 from autodistill.export.gguf import GgufExporter
-from autodistill.formats import FORMATS, weights_bytes
+from autodistill.formats import FORMATS, Grid, weights_bytes
 from autodistill.testing import save_tiny_teacher
 
 SIZES: dict[str, int | None] = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "ffn": 128, "vocab": 300}
@@ -88,6 +90,55 @@ def test_a_file_of_k_quants_says_its_format_and_is_read(name: str, tmp_path: Pat
     for tensor in file.tensors:
         stored = file.family.from_gguf_name(tensor.name)
         np.testing.assert_array_equal(file.values(tensor), found[stored])
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith("gguf-")])
+def test_a_file_says_its_format_where_most_of_its_rows_are_on_another_grid(name: str, tmp_path: Path) -> None:
+    """Of the default teacher's proportions 256 divides the rows of the down projections alone."""
+    folder = save_tiny_teacher(tmp_path / "tiny", width=96, ffn=256, layers=2)
+    deployment = deployment_named(name)
+    path = GgufExporter().export(folder, deployment, tmp_path / "gguf").path
+    most, file = FORMATS[name].linears[0], read_gguf(path)
+    if isinstance(most, Grid) and most.fallback:
+        assert f"gguf-{file.main_type().lower()}" != name
+    assert describe(str(path)).format_name == name
+
+
+def test_a_mixture_of_types_is_told_by_the_one_of_most_bytes(tmp_path: Path) -> None:
+    """As in llama.cpp's own files: one tensor of another type than any of our formats has there."""
+    folder = save_tiny_teacher(tmp_path / "tiny", width=256, ffn=512, layers=2)
+    keep = ("layers.0.self_attn.q_proj",)
+    path = GgufExporter().export(folder, replace(deployment_named("gguf-q4_k"), keep=keep), tmp_path / "gguf").path
+    file = read_gguf(path)
+    assert {tensor.type for tensor in file.tensors if "attn_q" in tensor.name} == {1, 12}  # F16 and Q4_K
+    assert describe(str(path)).format_name == f"gguf-{file.main_type().lower()}"
+
+
+def test_a_file_whose_experts_are_of_another_type_is_told_by_the_one_of_most_bytes(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "mixture.gguf", "llama")
+    for name, size in {"block_count": 1, "embedding_length": 64, "feed_forward_length": 128}.items():
+        writer.add_uint32(f"llama.{name}", size)
+    for name, size in {
+        "context_length": 64,
+        "attention.head_count": 4,
+        "expert_count": 8,
+        "expert_used_count": 2,
+    }.items():
+        writer.add_uint32(f"llama.{name}", size)
+    matrices = {"token_embd": (300, 64)} | {f"blk.0.attn_{name}": (64, 64) for name in ("q", "k", "v", "output")}
+    experts = {f"blk.0.ffn_{name}_exps": (8, 128, 64) for name in ("gate", "up")} | {
+        "blk.0.ffn_down_exps": (8, 64, 128)
+    }
+    for shapes, kind in ((matrices, "Q8_0"), (experts, "Q4_0")):
+        for name, sizes in shapes.items():
+            quantised = gguf.quants.quantize(np.zeros(sizes, np.float32), gguf.GGMLQuantizationType[kind])
+            writer.add_tensor(f"{name}.weight", quantised, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    described = describe(str(tmp_path / "mixture.gguf"))
+    assert (described.spec.experts, described.format_name) == (8, "gguf-q4_0")
 
 
 def test_a_shape_in_numbers_is_a_config() -> None:
