@@ -14,7 +14,7 @@ from autodistill.config_fields import check_config
 from autodistill.contracts import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
 from autodistill.errors import InputError
 from autodistill.families import FAMILIES, Axis, get_family
-from autodistill.formats import Layout, Packing, Tensors
+from autodistill.formats import Grid, Layout, Packing, Tensors, get_format
 from autodistill.gguf_graphs import FULL, SLIDING, cannot_run, not_computed
 from autodistill.roofline import limit_seconds
 from autodistill.serving_memory import MemoryEstimate, memory
@@ -118,13 +118,29 @@ def comparable(config: Mapping[str, Any]) -> tuple[tuple[Any, ...], tuple[int, .
     """What two models must have in common to be compared by size, and their sizes.
 
     Of two that are packed alike, one that is no smaller in any size takes no less memory, and no less time, under any
-    load on any device.
+    load on any device: if the rows of both are `in_blocks` alike. Else a narrower model of K-quants, whose rows are on
+    the grid that stands in for theirs, may take more bytes and more time than a wider one, so that whoever passes over
+    a model by its sizes compares that too.
 
     Args:
         config: As `config_of` gives it.
     """
     full = config["layer_types"].count(FULL)
     return _ALIKE(config), (*_SIZES(config), full, config["num_hidden_layers"] - full)
+
+
+def in_blocks(config: Mapping[str, Any], packing: Packing) -> tuple[bool, ...]:
+    """Of each length of rows that a model's matrices have, whether super-blocks divide it; nothing without those.
+
+    Args:
+        config: As `config_of` gives it.
+        packing: What the model is packed in.
+    """
+    grid = get_format(packing.format).linear(packing.bits, packing.group_size, packing.symmetric)
+    if not isinstance(grid, Grid) or not grid.fallback:
+        return ()
+    queries = config["num_attention_heads"] * config["head_dim"]
+    return tuple(grid.divides(length) for length in (config["hidden_size"], config["intermediate_size"], queries))
 
 
 def _not_in_gguf(config: Mapping[str, Any], spec: ModelSpec) -> str:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from autodistill.contracts import Direction
 from autodistill.errors import InputError, NothingFitsError
+from autodistill.estimate import in_blocks
 from autodistill.needs import Solved, Wanted, solve
 from autodistill.records.candidates import Candidate, with_documents
 from autodistill.records.leaderboard import rank
@@ -24,7 +25,7 @@ _CELLS = 256  # contexts that are named where a shorter one would do are multipl
 
 
 class _Broken:
-    """Rows that broke a limit: of those packed alike, one that is no smaller in any size is no nearer to it.
+    """Rows that broke a limit: of those on the same grids, one that is no smaller in any size is no nearer to it.
 
     So most rows that do not fit are passed over without being solved. It holds for needs that follow from the shape,
     and so for no row of which something was measured.
@@ -65,7 +66,8 @@ def _place(candidate: Candidate) -> _Place | None:
     if "measured" in (cells.get("memory_source"), cells.get("latency_source")):
         return None
     alike, sizes = shape.sizes
-    return (cells["deployment"], cells.get("context"), cells.get("batch"), *alike), (size, need, *sizes)
+    packed = (cells["deployment"], in_blocks(shape.config, candidate.deployment))
+    return (*packed, cells.get("context"), cells.get("batch"), *alike), (size, need, *sizes)
 
 
 def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from operator import le
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any
@@ -25,9 +26,11 @@ from autodistill.errors import InputError
 from autodistill.estimate import (
     ARCHITECTURES,
     cannot_hold,
+    comparable,
     config_of,
     fits,
     holdable,
+    in_blocks,
     shortfall,
     smallest,
     spec_from_config,
@@ -373,3 +376,27 @@ def test_deployments_whose_groups_do_not_divide_the_rows_are_left_out() -> None:
     assert holdable(spec, ALL) == (F16, Q8_0, Q4_0, HUGGING_FACE)
     with pytest.raises(InputError, match="groups of 64"):
         fits(spec, [INT4], Budget(memory_bytes=10**9))
+
+
+def test_models_of_k_quants_are_compared_by_size_where_their_rows_are_in_blocks_alike() -> None:
+    sizes = {"num_hidden_layers": 2, "num_key_value_heads": 4, "intermediate_size": 1024, "vocab_size": 512}
+    shapes = [
+        spec_from_config(
+            {"model_type": "llama", "max_position_embeddings": 512, "hidden_size": width, "num_attention_heads": heads}
+            | sizes
+            | {"head_dim": 64}
+        )
+        for width, heads in ((960, 12), (1024, 16), (1024, 12))
+    ]
+    (alike, narrow), (_, wide), (_, third) = (comparable(config_of(spec)) for spec in shapes)
+    assert {comparable(config_of(spec))[0] for spec in shapes} == {alike}
+    assert all(map(le, narrow, wide))
+    q4_k = replace(Q4_0, format="gguf-q4_k", symmetric=False)
+    needs = [[memory(spec, packed, context=64, batch=1).weights_bytes for spec in shapes] for packed in (Q4_0, q4_k)]
+    assert needs[0][0] < needs[0][1]
+    assert needs[1][0] > needs[1][1], "no smaller in any size, and less memory"
+    # Width, FFN, queries: 12 heads of 64 are three blocks.
+    assert [in_blocks(config_of(spec), q4_k) for spec in shapes] == [(False, True, True), (True,) * 3, (True,) * 3]
+    assert third < wide
+    assert needs[1][2] < needs[1][1]
+    assert in_blocks(config_of(shapes[0]), Q4_0) == in_blocks(config_of(shapes[0]), F16) == ()

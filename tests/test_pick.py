@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from operator import lt
 from pathlib import Path
 from typing import Any
 
@@ -663,7 +664,10 @@ SIZES = {
     "intermediate_size": st.sampled_from([64, 256, 1024]),
     "vocab_size": st.sampled_from([512, 4096]),
 }
-FORMS = ("gguf-f16", "gguf-q4_0", "huggingface", "compressed-tensors-int4-g32", "compressed-tensors-int8-g64")
+FORMS = (
+    *("gguf-f16", "gguf-q4_0", "gguf-q4_k", "gguf-q5_k", "huggingface"),
+    *("compressed-tensors-int4-g32", "compressed-tensors-int8-g64"),
+)
 
 
 def shaped(family: str, sizes: dict[str, Any]) -> ModelSpec:
@@ -733,6 +737,26 @@ def test_rows_that_are_passed_over_change_nothing(
         nearest = min(solved, key=lambda found: max(found.excess.values()))
         with pytest.raises(NothingFitsError, match=f"the nearest, {nearest.candidate.row.row_id} of run"):
             pick(board, wanted)
+
+
+def test_a_wider_student_is_not_passed_over_for_a_narrower_one_whose_rows_are_on_another_grid() -> None:
+    """Q5_K of 960 channels is stored as Q5_1 but for the down projections: of fewer bytes than of 1024, and slower."""
+    sizes = {"num_hidden_layers": 12, "head_dim": 64, "intermediate_size": 4096, "vocab_size": 512}
+    narrow = shaped("llama", sizes | {"hidden_size": 960, "heads": (15, 5)})
+    wide = shaped("llama", sizes | {"hidden_size": 1024, "heads": (16, 8)})
+    deployment, device = deployment_named("gguf-q5_k"), find_device("i9-13900k", devices())
+    board, times, needs = [], [], []
+    for name, accuracy, spec in (("narrow", 0.5, narrow), ("wide", 0.4, wide)):
+        need = memory(spec, deployment, context=2048, batch=1)
+        packed = {"deployment": deployment.to_json(), "size_bytes": need.weights_bytes}
+        board.append(candidate(row(name, accuracy, need.total_bytes / 1e6, **packed), spec))
+        times.append(speed(spec, deployment, device, context=2048).time_to_first_token_ms_high)
+        needs.append((need.weights_bytes, need.total_bytes))
+    assert all(map(lt, *needs))
+    assert times[0] > times[1]
+    limit = parse_latency(f"ttft_p95={sum(times) / 2:.3f}ms")
+    answer = pick(board, Wanted(memory_bytes=10**10, context=2048, device=device, latency=limit))
+    assert (answer["pick"]["row_id"], answer["better_left_out"]["row_id"]) == ("wide", "narrow")
 
 
 def test_the_pairs_of_all_runs_of_a_folder_are_learnt_from(tmp_path: Path) -> None:
