@@ -130,11 +130,16 @@ def losses(found: Mapping[str, Floats]) -> str:
             )
             kind = grid.name.removeprefix("gguf-").upper()
             lines.append(
-                [kind, name, f"{ours:.3e}", f"{theirs:.3e}", f"{ours / theirs - 1:+.1%}", f"{ours / ends - 1:+.1%}"]
+                [kind, name, f"{ours:.3e}", f"{theirs:.3e}", *(_more(ours, other) for other in (theirs, ends))]
             )
     return "## Squared error, as a share of the weights' squares\n\n" + report.table(
         ["grid", "weights", "here", "llama.cpp", "here / llama.cpp", "here / codes that span the group"], lines
     )
+
+
+def _more(ours: float, other: float) -> str:
+    """By how much an error is larger than another, which is 0 where weights lie on the other's grid."""
+    return f"{ours / other - 1:+.1%}" if other > 0 else "the other is 0"
 
 
 def seconds(millions: int) -> str:
