@@ -46,11 +46,12 @@ class Given(NamedTuple):
 def given_scales(scales: Tensor, offsets: Tensor | None, grid: Grid) -> Given:
     """What the file will hold of scales and offsets, [out, groups] each; the scales may lie between its values."""
     if grid.block_size:
-        return _given(super_blocks.stored(scales, grid, torch), offsets)
-    return _given((scales.half() if grid.scale_dtype == "f16" else scales.bfloat16()).float(), offsets)
+        return stored_scales(super_blocks.stored(scales, grid, torch), offsets)
+    return stored_scales((scales.half() if grid.scale_dtype == "f16" else scales.bfloat16()).float(), offsets)
 
 
-def _given(stored: Tensor, offsets: Tensor | None) -> Given:
+def stored_scales(stored: Tensor, offsets: Tensor | None) -> Given:
+    """Scales and offsets, [out, groups] each, that are what the file will hold."""
     stored = stored.view(-1, 1)
     return Given(stored, None if offsets is None else offsets.view(-1, 1), stored.masked_fill(stored == 0, math.inf))
 
@@ -106,7 +107,7 @@ def fitted_values(
     """
     if grid.block_size:
         scales, offsets = fitted_scales(weight, grid)
-        return given_values(weight, _given(scales, offsets), grid, dtype, inside)
+        return given_values(weight, stored_scales(scales, offsets), grid, dtype, inside)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     size = grid.group(weight.shape[1])
     exact = dtype == torch.float32

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from autodistill.contracts import HeldType
-from autodistill.distillation.grid_values import deploy_tensor
+from autodistill.distillation.grid_values import deploy_tensor, fitted_scales, given_values, stored_scales
 from autodistill.distillation.teacher import load_model
-from autodistill.formats import Storage
+from autodistill.formats import Grid, Storage
+from autodistill.super_blocks import on_block_grid
 
 # Weights shown in float32 at once: a table of 150,000 tokens would take gigabytes, for each thread that multiplies.
 _SHOWN = 2**25
@@ -45,14 +46,78 @@ def load_held(folder: Path, held: HeldType, device: str = "cpu") -> Any:
     return model.to(device)  # type: ignore[arg-type]
 
 
+class _Multiples(NamedTuple):
+    """Scales, or minima less their sign, in the memory that they take in a file.
+
+    Attributes:
+        units: float16 [out, blocks, 1].
+        multipliers: int8 [out, blocks, groups of a block].
+    """
+
+    units: Tensor
+    multipliers: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, grid: Grid) -> _Multiples:
+        """Those of stored values, float32 [out, groups]."""
+        units, multipliers = on_block_grid(values, grid, torch)
+        rows = len(values)
+        return cls(units.half().view(rows, -1, 1), multipliers.to(torch.int8).view(rows, -1, grid.groups_per_block))
+
+    def read(self, rows: slice | Tensor) -> Tensor:
+        """The values of some rows, float32 [rows, groups]."""
+        return (self.units[rows].float() * self.multipliers[rows] + 0.0).flatten(1)
+
+
+class _Deployed:
+    """How a matrix is stored in the deployment that is simulated, for all modules that are tied to it.
+
+    Scales of super-blocks take several times as long to find as a product with a few tokens takes: they are searched
+    for once, when a product first reads the matrix.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._found: tuple[_Multiples, _Multiples | None] | None = None
+
+    def search(self, weight: Tensor) -> None:
+        """Finds the scales of the matrix, [out, in], where they have to be searched for and are not known yet."""
+        grid = self._storage
+        if self._found is not None or not isinstance(grid, Grid) or not grid.block_size:
+            return
+        parts = [fitted_scales(weight[rows].float(), grid) for rows in _parts(weight)]
+        scales, minima = zip(*parts, strict=True)
+        self._found = (
+            _Multiples.of(torch.cat(scales), grid),
+            None if grid.symmetric else _Multiples.of(-torch.cat(minima), grid),
+        )
+
+    def values(self, rows: Tensor, which: slice | Tensor) -> Tensor:
+        """Some rows of the matrix, and which they are, in float32 as the runtime will see them."""
+        if self._found is None:
+            return deploy_tensor(rows, self._storage)
+        assert isinstance(self._storage, Grid)
+        scales, minima = self._found
+        # 0 less what is stored, as its search gives a minimum: 0 without a sign.
+        given = stored_scales(scales.read(which), None if minima is None else 0.0 - minima.read(which))
+        return given_values(rows.detach().float(), given, self._storage)
+
+
+def _parts(weight: Tensor) -> Iterator[slice]:
+    """Rows that are shown at once, one part after the other."""
+    rows = max(1, _SHOWN // weight.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(weight), rows))
+
+
 class _Held:
-    """How a weight is stored in the deployment that is simulated; None for the weight itself."""
+    """A module's weight in 16 bits, and the deployment that is simulated; None for the weight itself."""
 
-    deployed_as: Storage | None = None
+    weight: Tensor
+    deployed_as: _Deployed | None = None
 
-    def shown(self, rows: Tensor) -> Tensor:
-        """Some rows of the weight in float32, as the runtime will see them."""
-        return rows.float() if self.deployed_as is None else deploy_tensor(rows, self.deployed_as)
+    def shown(self, rows: Tensor, which: slice | Tensor) -> Tensor:
+        """Some rows of the weight, and which they are, in float32 as the runtime will see them."""
+        return rows.float() if self.deployed_as is None else self.deployed_as.values(rows, which)
 
 
 class _HeldLinear(nn.Linear, _Held):
@@ -66,14 +131,11 @@ class _HeldLinear(nn.Linear, _Held):
         ):
             # What autocast would round the float32 weight to.
             return functional.linear(input, weight, self.bias)
-        rows = max(1, _SHOWN // weight.shape[1])
+        if self.deployed_as is not None:
+            self.deployed_as.search(weight)
         parts = [
-            functional.linear(
-                input,
-                self.shown(weight[start : start + rows]),
-                None if self.bias is None else self.bias[start : start + rows],
-            )
-            for start in range(0, len(weight), rows)
+            functional.linear(input, self.shown(weight[rows], rows), None if self.bias is None else self.bias[rows])
+            for rows in _parts(weight)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -82,7 +144,8 @@ class _HeldEmbedding(nn.Embedding, _Held):
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Embedding`, in float32: of the rows that are read alone, since groups never cross a row."""
         rows = super().forward(input)
-        return self.shown(rows.flatten(0, -2)).view_as(rows)
+        # A table is large: its scales are searched for row by row, but where a head is tied to it and has found them.
+        return self.shown(rows.flatten(0, -2), input.flatten()).view_as(rows)
 
 
 def _widen(module: nn.Module) -> None:
@@ -111,20 +174,24 @@ def held_as_deployed(model: Any, storages: Mapping[str, Storage]) -> Iterator[No
         storages: How each tensor is stored, by name; a tied head is stored as its table.
     """
     by_id = {id(parameter): storages[name] for name, parameter in model.named_parameters()}
-    masters: list[tuple[nn.Parameter, Tensor]] = []
+    deployed = {key: _Deployed(storage) for key, storage in by_id.items()}
+    holding = [module for module in model.modules() if isinstance(module, _Held)]
+    # By identity, since a tensor is compared value by value.
+    masters: dict[int, tuple[nn.Parameter, Tensor]] = {}
     try:
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                storage = by_id[id(parameter)]
-                if isinstance(module, _Held) and name == "weight":
-                    module.deployed_as = storage
-                elif storage != "f32" and not any(parameter is other for other, _ in masters):
-                    masters.append((parameter, parameter.data))
+                storage, shown = by_id[id(parameter)], isinstance(module, _Held) and name == "weight"
+                if storage != "f32" and not shown and id(parameter) not in masters:
+                    masters[id(parameter)] = parameter, parameter.data
                     parameter.data = deploy_tensor(parameter.data, storage)
+        for module in holding:
+            # A head that is tied to a scaled table reads what was packed above, which packed again could move.
+            if id(module.weight) not in masters:
+                module.deployed_as = deployed[id(module.weight)]
         yield
     finally:
-        for parameter, master in masters:
+        for parameter, master in masters.values():
             parameter.data = master
-        for module in model.modules():
-            if isinstance(module, _Held):
-                module.deployed_as = None
+        for module in holding:
+            module.deployed_as = None

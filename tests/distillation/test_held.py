@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
+from autodistill import super_blocks
 from autodistill.distillation import held as held_module
 from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.calibration import calibrate
@@ -18,6 +20,7 @@ from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import deployed_weights
 from autodistill.families import FAMILIES
+from autodistill.formats import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 from autodistill.strategy import Deployment, Init
 from autodistill.testing import save_tiny_teacher
 
@@ -25,6 +28,16 @@ GRIDS = [
     Deployment(runtime="vllm", format="compressed-tensors", bits=4, group_size=32),
     Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0),
     Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32),
+]
+K_QUANTS = [
+    Deployment(
+        runtime="llama.cpp",
+        format=grid.name,
+        bits=grid.bits,
+        group_size=grid.group_size,
+        symmetric=grid.symmetric,
+    )
+    for grid in (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
 ]
 
 
@@ -129,15 +142,86 @@ def test_a_packed_teacher_is_that_of_float32(workshop, half, deployment):
     np.testing.assert_array_equal(score(held, workshop.data)[0].nll, before.nll)
 
 
-def test_a_scaled_table_is_packed_once(tmp_path, workshop):
-    folder = saved(tmp_path, torch.bfloat16, architecture="gemma3_text")
+@pytest.mark.parametrize("deployment", [GRIDS[0], K_QUANTS[2]], ids=lambda deployment: deployment.name)
+def test_a_scaled_table_is_packed_once(tmp_path, deployment):
+    # So many weights that in Q6_K some would move if they were packed again.
+    folder = saved(tmp_path, torch.bfloat16, architecture="gemma3_text", width=1024, ffn=256)
     held, exact = load_held(folder, "bfloat16"), load_model(folder, torch.float32)
     spec = spec_from_config(exact.config.to_dict())
     found = []
     for model in (held, exact):
-        with deployed_weights(model, spec, GRIDS[0]):
-            found.append(score(model, workshop.data)[0].nll)
-    np.testing.assert_array_equal(*found)
+        with deployed_weights(model, spec, deployment), torch.no_grad():
+            found.append(model(IDS).logits)
+    assert torch.equal(*found)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Teachers in super-blocks: a tied and an untied one."""
+    sizes = {"width": 256, "ffn": 512}
+    return {tied: saved(tmp_path_factory.mktemp("wide"), torch.bfloat16, tied=tied, **sizes) for tied in (True, False)}
+
+
+@pytest.mark.parametrize("deployment", K_QUANTS, ids=lambda deployment: deployment.name)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shown", [2**25, 2**14])
+def test_scales_of_super_blocks_are_searched_for_once(wide, deployment, tied, shown, monkeypatch):
+    """Values are those of a float32 model to the last bit, before a head knows its table's scales and afterwards."""
+    monkeypatch.setattr(held_module, "_SHOWN", shown)
+    held, exact = load_held(wide[tied], "bfloat16"), load_model(wide[tied], torch.float32)
+    spec = spec_from_config(exact.config.to_dict())
+    with deployed_weights(exact, spec, deployment), torch.no_grad():
+        expected = exact(IDS).logits
+        tables = {name: module.weight.data for name, module in exact.named_modules() if hasattr(module, "weight")}
+    searched = []
+    fitted = super_blocks.fitted
+    monkeypatch.setattr(super_blocks, "fitted", lambda groups, *args: searched.append(groups) or fitted(groups, *args))
+    with deployed_weights(held, spec, deployment), torch.no_grad():
+        for at_once in (IDS[:1], IDS[1:], IDS):
+            logits = held(at_once).logits
+        assert (
+            _numbers(searched)
+            == _numbers(
+                [m.weight for m in held.modules() if isinstance(m, nn.Linear)]
+                # Of a table the rows that are read, as long as no head knows its scales.
+                + [
+                    held.get_input_embeddings().weight[at.flatten()]
+                    for at in ((IDS[:1],) if tied else (IDS[:1], IDS[1:], IDS))
+                ]
+            )
+        )
+        if shown == 2**25:
+            assert torch.equal(logits, expected)
+        for name, module in held.named_modules():
+            if isinstance(module, nn.Linear):
+                ones = torch.eye(module.in_features)
+                assert torch.equal(module(ones).T, tables[name])
+            elif isinstance(module, nn.Embedding):
+                assert torch.equal(module(torch.arange(300)), tables[name])
+    # What was found is gone with the context, and what another deployment needs is found again.
+    searched.clear()
+    with torch.no_grad():
+        plain = held(IDS).logits
+        assert not searched
+        assert torch.equal(plain, exact(IDS).logits) or shown != 2**25
+        with deployed_weights(held, spec, K_QUANTS[0]):
+            held(IDS)
+    assert searched
+
+
+def _numbers(tensors):
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def test_the_scales_that_are_kept_take_the_memory_of_a_file(wide):
+    held = load_held(wide[True], "bfloat16")
+    spec = spec_from_config(held.config.to_dict())
+    with deployed_weights(held, spec, K_QUANTS[0]), torch.no_grad():
+        held(IDS)
+        module = held.model.layers[0].mlp.up_proj
+        parts = [tensor for part in module.deployed_as._found for tensor in part]
+        # Q2_K: a scale and a minimum, of a byte each, for 16 weights, and two units for 256.
+        assert sum(part.nbytes for part in parts) == module.weight.numel() * (2 / 16 + 4 / 256)
 
 
 def test_calibration_and_students_are_those_of_float32(workshop, half):
