@@ -170,9 +170,15 @@ def pack(weights: Floats, storage: Storage, scales: Scales | None = None) -> Arr
         in uint16.
 
     Raises:
-        InputError: A weight is not finite, or it or its scale is beyond float16.
+        InputError: A weight or a given scale is not finite, or it or its own scale is beyond float16.
     """
     if isinstance(storage, Grid):
+        if scales is not None and not np.isfinite(scales.scales).all():
+            _finite(weights, weights, storage.name)
+            raise InputError(
+                f"a learned scale is not finite, or beyond float16, and cannot be packed as {storage.name}: train the "
+                "student again with a lower learning rate, or with finishing.scales absmax"
+            )
         codes, scales = quantize(weights, storage, scales)
         _finite(scales.scales, weights, storage.name)
         if storage.offset == "minimum" and scales.offsets is not None:

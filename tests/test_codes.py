@@ -232,6 +232,20 @@ def test_what_float16_cannot_hold_is_refused(storage):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_learned_scales_that_are_not_finite_are_refused_as_such(grid, value):
+    """Weights that the format holds are not to blame; those that are not finite themselves are."""
+    weights = np.ones((2, 256), np.float32)
+    learned = quantize(weights, grid)[1]
+    learned.scales[1, 0] = value
+    with pytest.raises(InputError, match=f"a learned scale is not finite, or beyond float16, .* as {grid.name}: train"):
+        pack(weights, grid, learned)
+    weights[0, 3] = np.nan
+    with pytest.raises(InputError, match="weights that are not finite"):
+        pack(weights, grid, learned)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_refused(grid, value):
     weights = np.ones((2, 256), np.float32)
     weights[1, 5] = value
