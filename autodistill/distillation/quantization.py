@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from autodistill.distillation.grid_values import (
+    Given,
     buffers_of,
     chunks,
     clips,
@@ -26,6 +27,9 @@ from autodistill.distillation.grid_values import (
 from autodistill.distillation.sharding import whole
 from autodistill.errors import InputError
 from autodistill.formats import Grid, Role, Scales, Storage, TensorSpec, check_tensor
+
+# The least scale above 0 that a super-block holds: float16's least unit, once.
+_LEAST_SCALE = 2.0**-24
 
 
 def fake_quantize(weight: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -57,7 +61,8 @@ def fake_quantize_learned(
     one and that of the scale round(v) - v times it; elsewhere they are 0 and the clipped code (less the zero point)
     times it. The scale's are summed over its group, times 1 / sqrt(N * Q_P): N weights in a group, Q_P levels.
     Learned step size quantisation (LSQ), Esser et al., 2019, arXiv:1902.08153. That the scale is rounded to the type it
-    is stored in passes gradients straight through.
+    is stored in, or to a multiple in its super-block, passes gradients straight through: where it is that of 0, v and
+    the gradients are by the unrounded scale, which so can grow again.
 
     Args:
         weight: float32 [out, in], `in` a multiple of the group size.
@@ -135,6 +140,8 @@ def _learned_gradients(
     """
     size = grid.group(weight.shape[1])
     given = given_scales(scale, offset, grid)
+    if grid.block_size:
+        given = given._replace(divisors=_revived(given, scale, grid))
     zero_points = given.offsets if grid.offset == "zero_point" else None
     scale_gradient = torch.empty_like(scale)
     sums, ones = scale_gradient.view(-1), torch.ones(size, device=weight.device)
@@ -153,6 +160,19 @@ def _learned_gradients(
         # As a product: a sum over groups this short takes a third longer.
         torch.mv(code, ones, out=sums[part])
     return scale_gradient.mul_(1 / math.sqrt(size * grid.levels))
+
+
+def _revived(given: Given, scale: Tensor, grid: Grid) -> Tensor:
+    """The divisors of groups, [groups, 1], but where the stored scale is 0 the scale itself, or the least there is.
+
+    In steps of infinity every code is 0, and so is the gradient of the scale, which could not leave 0 any more.
+    """
+    unrounded = scale.view(-1, 1)
+    # Below the least a step could be infinite; and only on a symmetric grid a scale has a sign.
+    bounded = unrounded.clamp(min=_LEAST_SCALE)
+    if grid.symmetric:
+        bounded = torch.where(unrounded < 0, unrounded.clamp(max=-_LEAST_SCALE), bounded)
+    return torch.where(given.scales == 0, bounded, given.divisors)
 
 
 class _Passing(torch.autograd.Function):

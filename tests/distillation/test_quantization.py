@@ -248,6 +248,61 @@ def test_learned_scales_show_what_is_deployed(grid):
     np.testing.assert_array_equal(_bits(deploy_tensor(master, grid, learned).numpy()), expected)
 
 
+@pytest.mark.parametrize("grid", BLOCKS, ids=lambda grid: grid.name)
+@pytest.mark.parametrize("share", [0.4, 0, -0.4], ids=["below a unit", "zero", "negative"])
+def test_a_learned_scale_whose_multiplier_is_0_comes_back(grid, share):
+    """It grows until its group, which was read as 0 or as the minimum, is near its weights."""
+    master = nn.Parameter(torch.from_numpy(WEIGHTS["normal"]).clone())
+    shown = FakeQuantized(master, grid, learned=True)
+    unit = shown.scale.abs().amax(1) / grid.largest_multiplier
+    dead = slice(grid.group_size, 2 * grid.group_size)
+    with torch.no_grad():
+        shown.scale[:, 1] = share * unit
+    assert not shown.stored().scales[:, 1].any()
+    lost = (shown() - master).detach()[:, dead].square().sum()
+    optimiser = torch.optim.Adam([shown.scale], lr=float(shown.scale.detach().abs().mean()) / 30)
+    for _ in range(100):
+        optimiser.zero_grad()
+        (shown() - master.detach()).square().sum().backward()
+        assert shown.scale.grad.isfinite().all()
+        optimiser.step()
+    assert shown.stored().scales[:, 1].all()
+    assert (shown() - master).detach()[:, dead].square().sum() < 0.1 * lost
+
+
+@pytest.mark.parametrize("grid", BLOCKS, ids=lambda grid: grid.name)
+def test_a_scale_whose_multiplier_is_0_has_the_gradient_of_what_it_is(grid):
+    weight = torch.from_numpy(WEIGHTS["normal"]).clone().requires_grad_()
+    scale, offset = _learned_scales(weight.detach(), grid)
+    # Not the group whose scale has the largest multiplier: the others' would be rounded anew.
+    rows, dead = range(len(scale)), scale.abs().argmin(1)
+    scale[rows, dead] = 0.4 * scale.abs().amax(1) / grid.largest_multiplier
+    scale.requires_grad_()
+    incoming = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    found = torch.autograd.grad(fake_quantize_learned(weight, scale, offset, grid), (weight, scale), incoming)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (weight, scale)]
+    expected = _published(*exact, None if offset is None else offset.double(), grid)
+    references = torch.autograd.grad(expected, exact, incoming.double())
+    assert references[1][rows, dead].abs().min() > 0
+    for gradient, reference in zip(found, references, strict=True):
+        assert (gradient.double() - reference).norm() / reference.norm() < 1e-5
+
+
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS if not grid.block_size], ids=lambda grid: grid.name)
+def test_a_scale_of_0_that_is_stored_by_itself_stays(grid):
+    """Nothing is near it but float16's least numbers, or bfloat16's."""
+    weight = torch.from_numpy(WEIGHTS["normal"]).clone().requires_grad_()
+    scale, offset = fitted_scales(weight.detach(), grid)
+    scale[:, 0] = 0
+    scale.requires_grad_()
+    incoming = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    shown = fake_quantize_learned(weight, scale, offset, grid)
+    of_weight, of_scale = torch.autograd.grad(shown, (weight, scale), incoming)
+    group = grid.group(weight.shape[1])
+    assert torch.equal(of_weight[:, :group], incoming[:, :group])
+    assert not of_scale[:, 0].any()
+
+
 INTEGERS = [grid for grid in get_format("compressed-tensors").linears if grid.bits in (4, 8) and grid.group_size]
 
 
