@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -79,18 +80,22 @@ class _Deployed:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._found: tuple[_Multiples, _Multiples | None] | None = None
+        # On a CPU sequences are read by a thread each, and come to a matrix at the same time.
+        self._searching = Lock()
 
     def search(self, weight: Tensor) -> None:
         """Finds the scales of the matrix, [out, in], where they have to be searched for and are not known yet."""
         grid = self._storage
-        if self._found is not None or not isinstance(grid, Grid) or not grid.block_size:
+        if not isinstance(grid, Grid) or not grid.block_size:
             return
-        parts = [fitted_scales(weight[rows].float(), grid) for rows in _parts(weight)]
-        scales, minima = zip(*parts, strict=True)
-        self._found = (
-            _Multiples.of(torch.cat(scales), grid),
-            None if grid.symmetric else _Multiples.of(-torch.cat(minima), grid),
-        )
+        with self._searching:
+            if self._found is None:
+                parts = [fitted_scales(weight[rows].float(), grid) for rows in _parts(weight)]
+                scales, minima = zip(*parts, strict=True)
+                self._found = (
+                    _Multiples.of(torch.cat(scales), grid),
+                    None if grid.symmetric else _Multiples.of(-torch.cat(minima), grid),
+                )
 
     def values(self, rows: Tensor, which: slice | Tensor) -> Tensor:
         """Some rows of the matrix, and which they are, in float32 as the runtime will see them."""

@@ -1,5 +1,8 @@
 """A teacher held in 16 bits against the same weights in float32: logits, cache, top-1 and packed values."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -211,6 +214,27 @@ def test_scales_of_super_blocks_are_searched_for_once(wide, deployment, tied, sh
 
 def _numbers(tensors):
     return sum(tensor.numel() for tensor in tensors)
+
+
+def test_threads_that_read_a_matrix_at_once_search_for_its_scales_once(monkeypatch):
+    layer = nn.Sequential(nn.Linear(256, 8, bias=False).bfloat16())
+    layer[0].__class__ = held_module._HeldLinear
+    searched = []
+    second = threading.Barrier(2)
+    fitted = super_blocks.fitted
+
+    def waiting(groups, *args):
+        searched.append(groups)
+        with suppress(threading.BrokenBarrierError):
+            # A second search would let the first go on.
+            second.wait(timeout=0.5)
+        return fitted(groups, *args)
+
+    monkeypatch.setattr(super_blocks, "fitted", waiting)
+    with held_module.held_as_deployed(layer, {"0.weight": Q4_K}), ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(layer, [torch.eye(256)] * 2)
+    assert len(searched) == 1
+    assert torch.equal(one, other)
 
 
 def test_the_scales_that_are_kept_take_the_memory_of_a_file(wide):
