@@ -108,7 +108,7 @@ def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
             baselines=len(checked.space.baselines),
             confirm=checked.confirm,
         ),
-        "training_bytes": {**asdict(loaded.fit.estimate), "total_bytes": loaded.fit.estimate.total_bytes},
+        "training_bytes": {**loaded.fit.estimate.parts, "total_bytes": loaded.fit.estimate.total_bytes},
         "evaluation_bytes": loaded.fit.evaluation_bytes,
         "budget": request.budget.to_json(),
         "expected_seconds": sum(plan.seconds.values()),

@@ -461,6 +461,9 @@ def test_a_plan_writes_no_run(inputs: tuple[Path, Path, Path], tmp_path: Path) -
     document = plan_search(request(inputs, tmp_path))
     assert document["plan"]["trials"] == 3
     assert document["cache_bytes"] > 0
+    parts = document["training_bytes"]
+    assert {name.rpartition("_")[2] for name in parts} == {"bytes"}
+    assert max(parts.values()) == parts["total_bytes"] <= sum(parts.values()) - parts["total_bytes"]
     assert not (tmp_path / "run").exists()
 
 
