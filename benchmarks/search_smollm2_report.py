@@ -55,7 +55,7 @@ def sections(arms: dict[str, list[list[Known]]], plan: Plan, dimensions: int, as
         dimensions: Of the space.
         asked: Tokens of the test split.
     """
-    untuned = arms["d"][0][0]
+    untuned = as_it_stands(arms)
     assert untuned.value is not None
     target = max(one.value or 0.0 for one in arms["d"][0])
     unit = untuned.train
@@ -63,7 +63,7 @@ def sections(arms: dict[str, list[list[Known]]], plan: Plan, dimensions: int, as
     head = (
         f"SmolLM2-135M, the default space of {dimensions} dimensions and llama.cpp's deployments, "
         f"{plan.tokens:,} tokens at full fidelity, rungs {', '.join(f'{rung:,}' for rung in plan.rungs)}, "
-        f"{plan.trials} trials, one thread; {len(arms['a'])} seeds of (a) and (c), proposals and students alike, one "
+        f"{plan.trials} trials, one thread; {len(arms['a'])} seed{'s' if len(arms['a']) > 1 else ''} of (a) and (c), proposals and students alike, one "
         "run of (d) and (e), which choose among several seeds. Values are accuracies of the next token over "
         f"{plan.eval_tokens:,} tokens of validation. The box is what (a) spends on the mean, {box:.3g} operations: "
         f"{box / unit:.1f} times the recipe's training. The space's start is what "
@@ -125,6 +125,11 @@ def verdicts(arms: dict[str, list[list[Known]]], untuned: float, target: float, 
         )
 
 
+def as_it_stands(arms: dict[str, list[list[Known]]]) -> Known:
+    """The recipe before it was tuned, which is the first that is trained to the end."""
+    return next(one for one in arms["d"][0] if one.value is not None)
+
+
 def early(found: Sequence[Sequence[Known]]) -> list[list[Known]]:
     """Curves on which a student counts as soon as a rung has judged it."""
     return [[replace(one, value=one.judged if one.value is None else one.value) for one in curve] for curve in found]
@@ -176,7 +181,7 @@ def passing(arms: dict[str, list[list[Known]]], untuned: float, target: float, u
 def tested(arms: dict[str, list[list[Known]]], box: float, unit: float) -> str:
     """What is chosen at the end of the box, on test."""
     chosen = {name: [at(curve, box) for curve in found] for name, found in arms.items()}
-    chosen["d, untuned"] = [arms["d"][0][0]]
+    chosen["d, untuned"] = [as_it_stands(arms)]
     recipe = chosen["d"][0]
     assert recipe is not None
     assert recipe.test is not None
