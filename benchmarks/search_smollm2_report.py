@@ -60,10 +60,11 @@ def sections(arms: dict[str, list[list[Known]]], plan: Plan, dimensions: int, as
     target = max(one.value or 0.0 for one in arms["d"][0])
     unit = untuned.train
     box = float(np.mean([curve[-1].operations for curve in arms["a"]]))
+    seeds = f"{len(arms['a'])} seeds" if len(arms["a"]) > 1 else "one seed"
     head = (
         f"SmolLM2-135M, the default space of {dimensions} dimensions and llama.cpp's deployments, "
         f"{plan.tokens:,} tokens at full fidelity, rungs {', '.join(f'{rung:,}' for rung in plan.rungs)}, "
-        f"{plan.trials} trials, one thread; {len(arms['a'])} seed{'s' if len(arms['a']) > 1 else ''} of (a) and (c), proposals and students alike, one "
+        f"{plan.trials} trials, one thread; {seeds} of (a) and (c), proposals and students alike, one "
         "run of (d) and (e), which choose among several seeds. Values are accuracies of the next token over "
         f"{plan.eval_tokens:,} tokens of validation. The box is what (a) spends on the mean, {box:.3g} operations: "
         f"{box / unit:.1f} times the recipe's training. The space's start is what "
