@@ -106,42 +106,28 @@ class Bench:
         """Writes down a trained student, and scores it on test where none before it was better."""
         best = max((one.value for one in self.known if one.value is not None), default=-1.0)
         test = self._judge(strategy, model(), deployment) if value is not None and value > best else None
-        self.known.append(
-            Known(
-                operations=self._operations,
-                seconds=self._seconds,
-                value=value,
-                name=f"{describe(strategy)} as {deployment.name}",
-                train=self.costs.train(strategy, self.plan.tokens),
-                test=test,
-            )
-        )
-        self._since = time.process_time()
+        train, name = self.costs.train(strategy, self.plan.tokens), f"{describe(strategy)} as {deployment.name}"
+        self._add(value=value, name=name, train=train, test=test)
 
     def note_judged(self, value: float) -> None:
         """Writes down what a rung says of a student on its way."""
-        self.known.append(Known(operations=self._operations, seconds=self._seconds, judged=value))
-        self._since = time.process_time()
+        self._add(judged=value)
 
     def note_short(self, strategy: Strategy, value: float, tokens: int, folder: Path, deployment: Deployment) -> None:
         """Writes down, and scores on test, a student whose training ended at a rung."""
-        model = load_model(folder, torch.float32)
-        self.known.append(
-            Known(
-                operations=self._operations,
-                seconds=self._seconds,
-                judged=value,
-                name=f"{describe(strategy)} as {deployment.name}",
-                train=self.costs.train(strategy, tokens),
-                test=self._judge(strategy, model, deployment),
-            )
-        )
-        self._since = time.process_time()
+        test = self._judge(strategy, load_model(folder, torch.float32), deployment)
+        train, name = self.costs.train(strategy, tokens), f"{describe(strategy)} as {deployment.name}"
+        self._add(judged=value, name=name, train=train, test=test)
 
     def note_end(self) -> None:
         """Writes down what was spent in all."""
         self.spend(0)
-        self.known.append(Known(operations=self._operations, seconds=self._seconds))
+        self._add()
+
+    def _add(self, **known: Any) -> None:
+        """Of what was spent so far; scoring on test is not charged."""
+        self.known.append(Known(operations=self._operations, seconds=self._seconds, **known))
+        self._since = time.process_time()
 
     def _judge(self, strategy: Strategy, model: Any, deployment: Deployment) -> dict[str, list[float]]:
         spec, budget = student_spec(strategy, self.ready.setting.teacher_spec), self.ready.setting.budget

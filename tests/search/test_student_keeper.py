@@ -25,7 +25,7 @@ from autodistill.strategy import Strategy
 from autodistill.students import remove_student, send_student, student_bytes
 from autodistill.trial_data import RungReport, TrialTask
 from tests.search.test_campaign import PLAN, campaign, question, worker
-from tests.search.test_finish import FORMATS
+from tests.search.test_finish import row as finished
 
 BYTES = 100
 
@@ -136,23 +136,8 @@ def test_checkpoints_have_what_students_leave_of_the_limit(tmp_path: Path) -> No
 
 
 def row(trial: str, value: float, packing: str = "f16", **fields: Any) -> Row:
-    least: dict[str, Any] = {
-        "row_id": f"{trial}-{packing}",
-        "trial": trial,
-        "kind": "student",
-        "name": trial,
-        "deployment": FORMATS[packing],
-        "status": "completed",
-        "feasible": True,
-        "split": "validation",
-        "fidelity": 1.0,
-        "memory_bytes": 100,
-        "seed": 0,
-        "train_tokens": 1000,
-        "strategy": {"name": trial},
-        "accuracy": value,
-    }
-    return Row(**least | fields)
+    trained: dict[str, Any] = {"train_tokens": 1000, "strategy": {"name": trial}}
+    return finished(trial, "accuracy", value, packing, **trained | fields)
 
 
 def states(*names: str, **fields: Any) -> dict[str, TrialState]:
