@@ -9,7 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from autodistill.errors import InputError
-from autodistill.formats import Floats, FloatType, Grid, Scales, Storage
+from autodistill.grids import (
+    Floats,
+    FloatType,
+    Grid,
+    Scales,
+    Storage,
+)
 from autodistill.k_blocks import Block, from_bytes, to_bytes
 from autodistill.super_blocks import fitted, on_block_grid
 

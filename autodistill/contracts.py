@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.formats import Role, Tensors, TensorSpec, is_expert
+from autodistill.tensors import Role, Tensors, TensorSpec, is_expert
 from autodistill.strategy import Deployment
 from autodistill.units import Budget
 

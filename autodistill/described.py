@@ -19,7 +19,9 @@ from autodistill.distillation.teacher import check_weights, hub_config, locate, 
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES
-from autodistill.formats import FORMATS, Grid, Packing, Role, Storage, TensorSpec
+from autodistill.formats import FORMATS, Packing
+from autodistill.grids import Grid, Storage
+from autodistill.tensors import Role, TensorSpec
 from autodistill.strategy import Deployment, serving
 
 # transformers' names of mixtures: the dense family they are like, and the config's names of their sizes.

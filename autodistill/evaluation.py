@@ -31,7 +31,7 @@ from autodistill.distillation.parallel import sequences_at_once
 from autodistill.distillation.scoring import joined, score
 from autodistill.distillation.simulated import PackedStudent
 from autodistill.errors import InputError, TrialFailedError
-from autodistill.formats import Scales
+from autodistill.grids import Scales
 from autodistill.plugins import load
 from autodistill.statistics import per_document
 from autodistill.strategy import Deployment

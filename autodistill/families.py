@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from autodistill.errors import InputError
-from autodistill.formats import Role
+from autodistill.tensors import Role
 
 
 class Axis(StrEnum):

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from autodistill.contracts import ModelSpec
 from autodistill.families import get_family
-from autodistill.formats import Role
+from autodistill.tensors import Role
 
 _ACTIVATIONS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     # The field of a config, its default, and what llama.cpp computes; of GELU only its tanh form, to half precision.

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.formats import Grid
+from autodistill.grids import Grid
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 

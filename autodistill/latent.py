@@ -8,7 +8,7 @@ from typing import Any
 from autodistill.config_fields import check_config
 from autodistill.contracts import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
 from autodistill.errors import InputError
-from autodistill.formats import Role, TensorSpec
+from autodistill.tensors import Role, TensorSpec
 
 ARCHITECTURES = ("deepseek_v2", "deepseek_v3")
 """transformers' `model_type`s."""

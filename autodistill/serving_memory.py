@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from autodistill.contracts import ModelSpec
 from autodistill.errors import InputError
-from autodistill.formats import Grid, Role, weights_bytes
+from autodistill.formats import weights_bytes
+from autodistill.grids import Grid
+from autodistill.tensors import Role
 from autodistill.strategy import Deployment
 
 KV_BYTES: Mapping[str, tuple[int, int]] = {"f16": (2, 1), "q8_0": (34, 32), "q4_0": (18, 32)}

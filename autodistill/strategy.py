@@ -14,7 +14,8 @@ from functools import cache, cached_property
 from typing import Any, Self
 
 from autodistill.errors import InputError
-from autodistill.formats import Packing, TensorSpec, get_format
+from autodistill.formats import Packing, get_format
+from autodistill.tensors import TensorSpec
 
 
 def content_hash(data: Any, digits: int = 12) -> str:

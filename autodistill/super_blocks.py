@@ -11,7 +11,7 @@ import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from autodistill.formats import Grid
+from autodistill.grids import Grid
 
 # Weights handled at once: of powers of two the least at which the beginning of an operation costs little beside it.
 AT_ONCE = 2**18

@@ -31,7 +31,7 @@ from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
 from autodistill.distillation.trainer import StepRecord, Trainer
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.evaluation import Evaluation, evaluate
-from autodistill.formats import Grid, Scales
+from autodistill.grids import Grid, Scales
 from autodistill.stages import Checkpoint, open_stages
 from autodistill.strategy import Deployment, Init, Strategy
 from autodistill.students import save_student, send_student, student_folder, trained_student

@@ -39,7 +39,18 @@ from autodistill.distillation.teacher import load_model, materialise, resolve_te
 from autodistill.documents import resolve_data
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import deployed_weights
-from autodistill.formats import Q2_K, Q3_K, Q4_0, Q4_K, Q5_K, Q6_K, Floats, Grid, Role, weights_bytes
+from autodistill.formats import weights_bytes
+from autodistill.grids import (
+    Q2_K,
+    Q3_K,
+    Q4_0,
+    Q4_K,
+    Q5_K,
+    Q6_K,
+    Floats,
+    Grid,
+)
+from autodistill.tensors import Role
 from autodistill.records.json_files import read_json
 from autodistill.records.store import default_cache
 from autodistill.testing import save_tiny_teacher

@@ -23,7 +23,7 @@ from autodistill.distillation.student import build_student, init_spec, kept_laye
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
 from autodistill.distillation.trainer import Trainer
-from autodistill.formats import Grid
+from autodistill.grids import Grid
 from autodistill.records.store import default_cache
 from autodistill.strategy import Deployment, Distillation, Init, Strategy
 

@@ -37,7 +37,7 @@ from autodistill.distillation.schedule import branch_point
 from autodistill.distillation.trainer import Trainer
 from autodistill.estimate import fits, holdable
 from autodistill.evaluation import evaluate
-from autodistill.formats import Grid
+from autodistill.grids import Grid
 from autodistill.records.store import default_cache
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment, Finishing, Strategy

@@ -27,7 +27,8 @@ import transformers
 
 from autodistill.contracts import ModelSpec
 from autodistill.described import deployment_named, shape, spec_of
-from autodistill.formats import Grid, Role
+from autodistill.grids import Grid
+from autodistill.tensors import Role
 from autodistill.llama_cpp import LlamaServer
 from autodistill.python_server import PythonServer
 from autodistill.serving_memory import memory

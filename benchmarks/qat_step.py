@@ -37,7 +37,7 @@ from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher import materialise, resolve_teacher
 from autodistill.distillation.trainer import Trainer
 from autodistill.estimate import spec_from_config
-from autodistill.formats import Grid
+from autodistill.grids import Grid
 from autodistill.hardware import detect
 from autodistill.records.store import default_cache
 from autodistill.strategy import Distillation, Finishing, Init, Strategy

@@ -23,7 +23,7 @@ import report
 
 from autodistill.contracts import HeldType, ModelSpec, Plan
 from autodistill.estimate import spec_from_config
-from autodistill.formats import Grid
+from autodistill.grids import Grid
 from autodistill.hardware import Gpu, Machine
 from autodistill.strategy import Distillation, Finishing, Init, Lora, Strategy
 from autodistill.training_fit import fit_teacher, training_fits

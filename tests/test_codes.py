@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as npst
 from autodistill.codes import deployed, dequantize, from_bf16_bits, pack, quantize, to_bf16_bits, unpack
 from autodistill.distillation.quantization import deploy_tensor
 from autodistill.errors import InputError
-from autodistill.formats import (
+from autodistill.formats import get_format
+from autodistill.grids import (
     Q2_K,
     Q3_K,
     Q4_0,
@@ -26,7 +27,6 @@ from autodistill.formats import (
     Q6_K,
     Q8_0,
     Scales,
-    get_format,
 )
 from autodistill.super_blocks import stored
 

@@ -21,7 +21,8 @@ from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.export.compressed_tensors import CompressedTensorsExporter
 from autodistill.export.gguf import GgufExporter
-from autodistill.formats import FORMATS, Grid, weights_bytes
+from autodistill.formats import FORMATS, weights_bytes
+from autodistill.grids import Grid
 from autodistill.testing import save_tiny_teacher
 
 SIZES: dict[str, int | None] = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "ffn": 128, "vocab": 300}

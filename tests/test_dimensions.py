@@ -26,6 +26,7 @@ from autodistill.codes import pack
 from autodistill.distillation.student import same_depth
 from autodistill.distillation.trainer import Trainer
 from autodistill.estimate import spec_from_config, with_layers
+from autodistill.grids import Grid
 from autodistill.strategy import Alignment, Attention, Distillation, Finishing, Init, Strategy, Temperature
 
 K = 64
@@ -682,7 +683,7 @@ def test_finishing_fields(workshop, truth, tmp_path, finishing, rule):
     storages = {tensor.name: finishing.storage(tensor) for tensor in with_layers(spec, 3).tensors}
     rate = 1e-2
     trainer = _trainer(workshop, _strategy(finishing=finishing, learning_rate=rate))
-    grids = {name: storage for name, storage in storages.items() if isinstance(storage, formats.Grid)}
+    grids = {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}
     assert {original(n) for n in grids if "proj" in n} == {n for n in gridded if n[13] in "025"}
     (record,) = trainer.train_decay(ALL, grids.get, learned=finishing.scales == "learned")
 

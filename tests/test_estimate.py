@@ -36,7 +36,8 @@ from autodistill.estimate import (
     spec_from_config,
     with_layers,
 )
-from autodistill.formats import Grid, Role
+from autodistill.grids import Grid
+from autodistill.tensors import Role
 from autodistill.llama_cpp import LlamaServer
 from autodistill.serving_memory import memory, tightest_budget
 from autodistill.strategy import Deployment

@@ -7,14 +7,13 @@ from autodistill.codes import pack
 from autodistill.errors import InputError
 from autodistill.formats import (
     FORMATS,
-    Grid,
     Packing,
-    Role,
-    TensorSpec,
     get_format,
     tensor_bytes,
     weights_bytes,
 )
+from autodistill.grids import Grid
+from autodistill.tensors import Role, TensorSpec
 
 PACKINGS = [
     Packing(format=held.name, bits=grid.bits, group_size=grid.group_size, symmetric=grid.symmetric)

@@ -33,6 +33,8 @@ ROOMS = (
     "hardware",
     "quiet",
     "timing",
+    "tensors",
+    "grids",
     "formats",
     "super_blocks",
     "k_blocks",
@@ -106,6 +108,8 @@ ROOMS = (
 WITHOUT_TORCH = (
     "errors",
     "units",
+    "tensors",
+    "grids",
     "formats",
     "super_blocks",
     "k_blocks",

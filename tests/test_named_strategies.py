@@ -14,7 +14,7 @@ from autodistill.distillation.calibration import calibrate
 from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.estimate import spec_from_config
-from autodistill.formats import Grid
+from autodistill.grids import Grid
 from autodistill.search.teacher_outputs import cache_settings
 from autodistill.space import load_space, load_strategy
 

@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autodistill.errors import InputError
-from autodistill.formats import FORMATS, Grid, Role, TensorSpec
+from autodistill.formats import FORMATS
+from autodistill.grids import Grid
+from autodistill.tensors import Role, TensorSpec
 from autodistill.strategy import (
     Alignment,
     Attention,

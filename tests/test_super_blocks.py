@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from autodistill.codes import deployed
-from autodistill.formats import FORMATS, Q2_K, Q3_K, Q4_0, Q4_K, Q5_K, Q6_K
+from autodistill.formats import FORMATS
+from autodistill.grids import (
+    Q2_K,
+    Q3_K,
+    Q4_0,
+    Q4_K,
+    Q5_K,
+    Q6_K,
+)
 from autodistill.super_blocks import fitted, on_block_grid, stored
 
 GRIDS = [Q2_K, Q3_K, Q4_K, Q5_K, Q6_K]

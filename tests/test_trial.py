@@ -50,7 +50,8 @@ from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import holdable, spec_from_config
 from autodistill.evaluation import deployed_weights, evaluate
 from autodistill.export.verify import verify
-from autodistill.formats import Grid, get_format
+from autodistill.formats import get_format
+from autodistill.grids import Grid
 from autodistill.plugins import load
 from autodistill.records.leaderboard import Row, rank
 from autodistill.space import load_strategy

@@ -10,7 +10,8 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from autodistill.formats import Packing, Scales
+from autodistill.formats import Packing
+from autodistill.grids import Scales
 
 _FILE = "grid_scales.safetensors"
 

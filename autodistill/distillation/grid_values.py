@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autodistill import super_blocks
 from autodistill.codes import BF16_EPSILON
-from autodistill.formats import Grid, Scales, Storage
+from autodistill.grids import Grid, Scales, Storage
 
 # Weights handled at once: on a CPU a chunk and its buffers stay in cache, so that each of the six or so passes costs a
 # tenth of a nanosecond a weight, and memory is read and written once; of powers of two around it this was the fastest.

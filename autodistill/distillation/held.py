@@ -15,7 +15,7 @@ from torch.nn import functional
 from autodistill.contracts import HeldType
 from autodistill.distillation.grid_values import deploy_tensor, fitted_scales, given_values, stored_scales
 from autodistill.distillation.teacher import load_model
-from autodistill.formats import Grid, Storage
+from autodistill.grids import Grid, Storage
 from autodistill.super_blocks import on_block_grid
 
 # Weights shown in float32 at once: a table of 150,000 tokens would take gigabytes, for each thread that multiplies.

@@ -26,7 +26,8 @@ from autodistill.distillation.grid_values import (
 )
 from autodistill.distillation.sharding import whole
 from autodistill.errors import InputError
-from autodistill.formats import Grid, Role, Scales, Storage, TensorSpec, check_tensor
+from autodistill.grids import Grid, Scales, Storage, check_tensor
+from autodistill.tensors import Role, TensorSpec
 
 # The least scale above 0 that a super-block holds: float16's least unit, once.
 _LEAST_SCALE = 2.0**-24

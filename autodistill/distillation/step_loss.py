@@ -21,7 +21,7 @@ from autodistill.distillation.signals import LiveTeacher, target_source
 from autodistill.distillation.student import decoder_layers
 from autodistill.distillation.target import Target
 from autodistill.distillation.teacher_cache import TeacherCache
-from autodistill.formats import Grid
+from autodistill.grids import Grid
 from autodistill.strategy import Attention, Distillation
 from autodistill.token_sets import TokenSet
 

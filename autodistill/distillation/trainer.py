@@ -33,7 +33,7 @@ from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.distillation.temperature import along, progress, snap, temperature_at
 from autodistill.errors import TrialFailedError
 from autodistill.estimate import spec_from_config
-from autodistill.formats import Grid, Scales
+from autodistill.grids import Grid, Scales
 from autodistill.strategy import Strategy
 from autodistill.token_sets import TokenSet
 

@@ -22,7 +22,9 @@ from autodistill.export.student_files import (
     read_json,
     write_folder,
 )
-from autodistill.formats import Floats, Grid, Role, get_format
+from autodistill.formats import get_format
+from autodistill.grids import Floats, Grid
+from autodistill.tensors import Role
 from autodistill.strategy import Deployment
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")

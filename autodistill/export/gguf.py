@@ -19,7 +19,8 @@ from autodistill.export.gguf_text import cannot_cut
 from autodistill.export.gguf_tokenizer import add_tokenizer
 from autodistill.export.student_files import StudentFiles, replacing
 from autodistill.families import FAMILIES, GGUF_FAMILIES, get_family
-from autodistill.formats import (
+from autodistill.formats import tensor_bytes
+from autodistill.grids import (
     Q2_K,
     Q3_K,
     Q4_0,
@@ -31,10 +32,9 @@ from autodistill.formats import (
     Q6_K,
     Q8_0,
     Floats,
-    Role,
     Storage,
-    tensor_bytes,
 )
+from autodistill.tensors import Role
 from autodistill.gguf_graphs import SLIDING, rotary, rotary_dims, row_order, window_period
 from autodistill.strategy import Deployment
 

@@ -11,7 +11,7 @@ import torch
 from autodistill.codes import unpack
 from autodistill.contracts import Artefact
 from autodistill.export.student_files import WEIGHTS, StudentFiles, bf16_config, read_arrays, write_folder
-from autodistill.formats import Floats
+from autodistill.grids import Floats
 from autodistill.strategy import Deployment
 
 

@@ -21,7 +21,8 @@ from autodistill.distillation.grid_scales import read_scales
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES, get_family
-from autodistill.formats import Floats, Packing, Scales
+from autodistill.formats import Packing
+from autodistill.grids import Floats, Scales
 from autodistill.templates import MORE_TEMPLATES
 
 WEIGHTS = "model.safetensors"

@@ -17,7 +17,7 @@ from autodistill.errors import VerificationError
 from autodistill.export.gguf_text import agreement, comparable
 from autodistill.export.gguf_tokenizer import spaces
 from autodistill.export.student_files import StudentFiles
-from autodistill.formats import Floats
+from autodistill.grids import Floats
 from autodistill.llama_cpp import LlamaServer
 from autodistill.strategy import Deployment
 from autodistill.tokenising import load_tokenizer

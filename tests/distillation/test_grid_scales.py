@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from autodistill.distillation.grid_scales import read_scales, write_scales
-from autodistill.formats import Packing, Scales
+from autodistill.formats import Packing
+from autodistill.grids import Scales
 from autodistill.strategy import Deployment, Finishing
 
 INT4 = {"format": "compressed-tensors", "bits": 4, "group_size": 32, "symmetric": False}

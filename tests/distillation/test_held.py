@@ -23,7 +23,13 @@ from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import deployed_weights
 from autodistill.families import FAMILIES
-from autodistill.formats import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
+from autodistill.grids import (
+    Q2_K,
+    Q3_K,
+    Q4_K,
+    Q5_K,
+    Q6_K,
+)
 from autodistill.strategy import Deployment, Init
 from autodistill.testing import save_tiny_teacher
 

@@ -11,7 +11,7 @@ from autodistill.distillation.lora import Adapter, check_lora
 from autodistill.distillation.quantization import FakeQuantized, quantized_training
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
-from autodistill.formats import Q4_0
+from autodistill.grids import Q4_0
 from autodistill.strategy import Distillation, Init, Lora, Strategy
 from autodistill.training_memory import training_memory
 

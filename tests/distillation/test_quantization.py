@@ -22,7 +22,8 @@ from autodistill.distillation.quantization import (
     quantized_training,
 )
 from autodistill.errors import InputError
-from autodistill.formats import (
+from autodistill.formats import get_format
+from autodistill.grids import (
     Q2_K,
     Q3_K,
     Q4_0,
@@ -35,7 +36,6 @@ from autodistill.formats import (
     Q8_0,
     Grid,
     Scales,
-    get_format,
 )
 
 BLOCKS = [Q2_K, Q3_K, Q4_K, Q5_K, Q6_K]

@@ -20,7 +20,7 @@ from autodistill.distillation.checkpoint import read_metadata
 from autodistill.distillation.sharding import Sharding, whole_model
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.errors import InputError
-from autodistill.formats import Role, TensorSpec
+from autodistill.tensors import Role, TensorSpec
 from autodistill.strategy import Alignment, Attention, Distillation, Finishing, Lora, Strategy
 
 ALIGNED = Strategy(

@@ -18,7 +18,7 @@ from autodistill.distillation.memory import TooManyAtOnce
 from autodistill.distillation.schedule import branch_point, decayed, end_of, stable_rate
 from autodistill.distillation.step_loss import StepLoss
 from autodistill.errors import TrialFailedError
-from autodistill.formats import Q4_0, Q8_0
+from autodistill.grids import Q4_0, Q8_0
 from autodistill.strategy import Alignment, Attention, Distillation, Strategy
 
 PLAIN = Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3))

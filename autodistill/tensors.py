@@ -1,0 +1,99 @@
+"""The tensors of a model as far as their storage depends on them: names, roles and shapes, free of torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import overload
+
+
+class Role(StrEnum):
+    """What a tensor does in its model, as far as its storage depends on it."""
+
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    LINEAR = "linear"
+    NORM = "norm"
+    NORM_ABOVE_ONE = "norm above one"  # its factors are its weights plus 1
+    BIAS = "bias"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """One stored tensor.
+
+    Attributes:
+        name: transformers' name, like "model.layers.0.mlp.up_proj.weight".
+        role: What it does. A tied table is stored once, as the embedding.
+        shape: A linear is [out, in].
+    """
+
+    name: str
+    role: Role
+    shape: tuple[int, ...]
+
+
+class Layout:
+    """Names and roles of a family's tensors, and which of them are of one shape, whatever the shapes are.
+
+    Attributes:
+        entries: Name, role and index of the shape of each tensor.
+        kinds: The first entry of each role and index, experts' apart, and how many are like it.
+    """
+
+    def __init__(self, entries: Iterable[tuple[str, Role, int]]) -> None:
+        self.entries = tuple(entries)
+        keys = [(role, index, is_expert(name)) for name, role, index in self.entries]
+        first = dict(zip(reversed(keys), reversed(self.entries), strict=True))
+        self.kinds = tuple((first[key], count) for key, count in Counter(keys).items())
+
+
+class Tensors(Sequence[TensorSpec]):
+    """The tensors of a layout in some shapes, which are made once somebody looks at one: most sums need kinds alone.
+
+    Args:
+        layout: What there is.
+        shapes: By the layout's indices.
+    """
+
+    def __init__(self, layout: Layout, shapes: Sequence[tuple[int, ...]]) -> None:
+        self._layout = layout
+        self._shapes = tuple(shapes)
+
+    @cached_property
+    def _made(self) -> tuple[TensorSpec, ...]:
+        shapes = self._shapes
+        return tuple([TensorSpec(name=name, role=role, shape=shapes[i]) for name, role, i in self._layout.entries])
+
+    @property
+    def kinds(self) -> Iterator[tuple[TensorSpec, int]]:
+        """One tensor of each role and index of a shape, and how many there are."""
+        for (name, role, index), count in self._layout.kinds:
+            yield TensorSpec(name=name, role=role, shape=self._shapes[index]), count
+
+    @overload
+    def __getitem__(self, index: int) -> TensorSpec: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[TensorSpec, ...]: ...
+    def __getitem__(self, index: int | slice) -> TensorSpec | tuple[TensorSpec, ...]:
+        return self._made[index]
+
+    def __len__(self) -> int:
+        return len(self._layout.entries)
+
+    def __iter__(self) -> Iterator[TensorSpec]:
+        return iter(self._made)
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(other) == self._made if isinstance(other, Tensors | tuple) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._made)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a tensor is one of a mixture's experts, of which a token takes some."""
+    return ".experts." in name
