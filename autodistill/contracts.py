@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from autodistill.tensors import Role, Tensors, TensorSpec, is_expert
 from autodistill.strategy import Deployment
+from autodistill.tensors import Role, Tensors, TensorSpec, is_expert
 from autodistill.units import Budget
 
 Source = Literal["measured", "simulated", "predicted"]

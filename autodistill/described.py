@@ -21,8 +21,8 @@ from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES
 from autodistill.formats import FORMATS, Packing
 from autodistill.grids import Grid, Storage
-from autodistill.tensors import Role, TensorSpec
 from autodistill.strategy import Deployment, serving
+from autodistill.tensors import Role, TensorSpec
 
 # transformers' names of mixtures: the dense family they are like, and the config's names of their sizes.
 _MIXTURES = {

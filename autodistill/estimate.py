@@ -15,12 +15,12 @@ from autodistill.contracts import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
 from autodistill.errors import InputError
 from autodistill.families import FAMILIES, Axis, get_family
 from autodistill.formats import Packing, get_format
-from autodistill.grids import Grid
-from autodistill.tensors import Layout, Tensors
 from autodistill.gguf_graphs import FULL, SLIDING, cannot_run, not_computed
+from autodistill.grids import Grid
 from autodistill.roofline import limit_seconds
 from autodistill.serving_memory import MemoryEstimate, memory
 from autodistill.strategy import Deployment
+from autodistill.tensors import Layout, Tensors
 from autodistill.units import Budget, LatencyLimit, format_bytes, format_duration
 
 ARCHITECTURES = tuple(FAMILIES)

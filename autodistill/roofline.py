@@ -9,9 +9,9 @@ from autodistill.contracts import ModelSpec
 from autodistill.devices import Device
 from autodistill.formats import tensor_bytes, weights_bytes
 from autodistill.grids import Grid, Storage
-from autodistill.tensors import Role, TensorSpec, is_expert
 from autodistill.serving_memory import kv_bytes, window_in
 from autodistill.strategy import Deployment
+from autodistill.tensors import Role, TensorSpec, is_expert
 from autodistill.units import LatencyLimit
 
 PROMPT_TOKENS = 512

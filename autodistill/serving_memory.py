@@ -10,8 +10,8 @@ from autodistill.contracts import ModelSpec
 from autodistill.errors import InputError
 from autodistill.formats import weights_bytes
 from autodistill.grids import Grid
-from autodistill.tensors import Role
 from autodistill.strategy import Deployment
+from autodistill.tensors import Role
 
 KV_BYTES: Mapping[str, tuple[int, int]] = {"f16": (2, 1), "q8_0": (34, 32), "q4_0": (18, 32)}
 """Bytes of a block of keys or values, and how many of them it holds, by type."""

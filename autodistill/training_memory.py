@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from autodistill.contracts import ModelSpec, OptimizerState
 from autodistill.families import Axis, get_family
-from autodistill.tensors import Role, TensorSpec
 from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
 from autodistill.strategy import Alignment, Attention, Lora
+from autodistill.tensors import Role, TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,9 +50,9 @@ from autodistill.grids import (
     Floats,
     Grid,
 )
-from autodistill.tensors import Role
 from autodistill.records.json_files import read_json
 from autodistill.records.store import default_cache
+from autodistill.tensors import Role
 from autodistill.testing import save_tiny_teacher
 from autodistill.token_sets import load_split
 

@@ -28,11 +28,11 @@ import transformers
 from autodistill.contracts import ModelSpec
 from autodistill.described import deployment_named, shape, spec_of
 from autodistill.grids import Grid
-from autodistill.tensors import Role
 from autodistill.llama_cpp import LlamaServer
 from autodistill.python_server import PythonServer
 from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment
+from autodistill.tensors import Role
 from autodistill.units import format_bytes
 
 _TYPES = {"f16": gguf.GGMLQuantizationType.F16, "f32": gguf.GGMLQuantizationType.F32}

@@ -37,10 +37,10 @@ from autodistill.estimate import (
     with_layers,
 )
 from autodistill.grids import Grid
-from autodistill.tensors import Role
 from autodistill.llama_cpp import LlamaServer
 from autodistill.serving_memory import memory, tightest_budget
 from autodistill.strategy import Deployment
+from autodistill.tensors import Role
 from autodistill.testing import tiny_config as config
 from autodistill.units import Budget
 

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from autodistill.errors import InputError
 from autodistill.formats import FORMATS
 from autodistill.grids import Grid
-from autodistill.tensors import Role, TensorSpec
 from autodistill.strategy import (
     Alignment,
     Attention,
@@ -30,6 +29,7 @@ from autodistill.strategy import (
     Temperature,
     content_hash,
 )
+from autodistill.tensors import Role, TensorSpec
 
 fractions = st.floats(0, 1, exclude_min=True)
 inits = st.builds(

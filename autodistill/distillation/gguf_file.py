@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from autodistill.errors import InputError
 from autodistill.families import GGUF_FAMILIES, Family, get_family
-from autodistill.tensors import Role
 from autodistill.gguf_graphs import FULL, LAYERS_OF_27B, SLIDING, row_order
+from autodistill.tensors import Role
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9

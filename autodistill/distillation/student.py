@@ -17,9 +17,9 @@ from autodistill.distillation.teacher import load_model, model_from_weights, rea
 from autodistill.errors import InputError
 from autodistill.estimate import resized, spec_from_config
 from autodistill.families import Axis, get_family
-from autodistill.tensors import Role
 from autodistill.shapes import cut_spec, layer_choices, student_depth
 from autodistill.strategy import Init
+from autodistill.tensors import Role
 
 
 def init_spec(init: Init, teacher: ModelSpec, pretrained: Path | None = None) -> ModelSpec:

@@ -24,8 +24,8 @@ from autodistill.export.student_files import (
 )
 from autodistill.formats import get_format
 from autodistill.grids import Floats, Grid
-from autodistill.tensors import Role
 from autodistill.strategy import Deployment
+from autodistill.tensors import Role
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 

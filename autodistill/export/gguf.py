@@ -20,6 +20,7 @@ from autodistill.export.gguf_tokenizer import add_tokenizer
 from autodistill.export.student_files import StudentFiles, replacing
 from autodistill.families import FAMILIES, GGUF_FAMILIES, get_family
 from autodistill.formats import tensor_bytes
+from autodistill.gguf_graphs import SLIDING, rotary, rotary_dims, row_order, window_period
 from autodistill.grids import (
     Q2_K,
     Q3_K,
@@ -34,9 +35,8 @@ from autodistill.grids import (
     Floats,
     Storage,
 )
-from autodistill.tensors import Role
-from autodistill.gguf_graphs import SLIDING, rotary, rotary_dims, row_order, window_period
 from autodistill.strategy import Deployment
+from autodistill.tensors import Role
 
 FILE = "student.gguf"
 

@@ -20,8 +20,8 @@ from autodistill.distillation.checkpoint import read_metadata
 from autodistill.distillation.sharding import Sharding, whole_model
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.errors import InputError
-from autodistill.tensors import Role, TensorSpec
 from autodistill.strategy import Alignment, Attention, Distillation, Finishing, Lora, Strategy
+from autodistill.tensors import Role, TensorSpec
 
 ALIGNED = Strategy(
     distillation=Distillation(
