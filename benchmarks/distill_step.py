@@ -1,17 +1,19 @@
 """One step of distillation: tokens a second by what the teacher supplies, its floor, and the memory of the loss.
 
-    python benchmarks/distill_step.py [--teacher smollm2] [--rounds 3] [--sequences 4 1] [--length 256] [--arms top-64]
+    python benchmarks/distill_step.py [--teacher smollm2] [--rounds 3] [--steps 4x256 1x256 1x1024] [--arms top-64]
 
 Every arm trains the same 15-layer student by turns, so that what else the machine does falls on all of them alike; a
 figure is the median of the arm's steps, and its ratio is taken within the round. Steps of several sizes follow each
 other; the memory of the loss and the floor are those of the first. Ratios of processor time stand beside
-those of wall-clock time: where other processes share the cores, they are the steadier ones. The published loss is TRL's
+those of wall-clock time: where other processes share the cores, they are the steadier ones. "Cross-entropy" is this
+project's own; the plain one is what transformers computes where a model is given labels. The published loss is TRL's
 own generalised JSD of GKD, with the teacher run in each step.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import os
 import statistics
@@ -52,7 +54,9 @@ from autodistill.strategy import Alignment, Distillation, Init, Strategy
 from autodistill.token_sets import TokenSet, load_split
 
 DRAWS = 50
-BASE, PUBLISHED, QAT = "cross-entropy", "TRL's generalised JSD, teacher live", "top-64, on the grid of Q8_0"
+BASE, QAT = "cross-entropy", "top-64, on the grid of Q8_0"
+PLAIN, PUBLISHED = "transformers' cross-entropy", "TRL's generalised JSD, teacher live"
+COMPARED = (BASE, PLAIN, PUBLISHED)
 FULL = {"signal": "states", "signal_tokens": 0}
 ARMS = {
     BASE: Distillation(divergence_weight=0.0),
@@ -67,13 +71,24 @@ ARMS = {
 }
 
 
+def plain_step(student: Any, optimizer: Any, ids: Tensor) -> None:
+    """A training step on the cross-entropy that transformers' own models give."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = student(input_ids=ids, labels=ids, use_cache=False).loss
+    descend(student, optimizer, loss)
+
+
 def published_step(student: Any, teacher: Any, optimizer: Any, ids: Tensor, beta: float = 0.5) -> None:
     """A training step on the generalised JSD of arXiv 2306.13649 as TRL computes it."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = student(input_ids=ids, use_cache=False).logits[:, :-1]
         with torch.no_grad():
             wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1]
-    loss = published_loss(logits, wanted, beta)
+    descend(student, optimizer, published_loss(logits, wanted, beta))
+
+
+def descend(student: Any, optimizer: Any, loss: Tensor) -> None:
+    """The rest of a step, as anybody's trainer has it."""
     loss.backward()
     nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 1.0)
     optimizer.step()
@@ -128,6 +143,8 @@ def quantised_seconds(trainer: Trainer, grids: Callable[[str], Any], tokens: int
 def peak_bytes(work: Callable[[], Any]) -> int:
     """Memory that a call takes at its peak beyond what the process holds (Linux)."""
     gc.collect()
+    # What was freed and is still held would be taken again without being seen.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before, _ = _resident()
     work()
@@ -261,6 +278,7 @@ def arms(shop: Workshop, length: int, tokens: int, threads: int) -> dict[str, Ca
         name: lambda own=own: seconds(lambda: next(own)) for name, own in steps.items() if name != QAT
     }
     runs[QAT] = lambda: quantised_seconds(trainers[QAT], grids, tokens)
+    runs[PLAIN] = lambda: seconds(lambda: plain_step(shop.model, optimizer, ids))
     runs[PUBLISHED] = lambda: seconds(lambda: published_step(shop.model, wanted, optimizer, ids))
     return runs
 
@@ -306,17 +324,25 @@ def step_lines(taken: Mapping[str, list[Taken]], tokens: int) -> Iterator[list[s
     for name, times in taken.items():
         middle = statistics.median(step.wall for step in times)
         used = statistics.median(step.processor for step in times)
-        ratios = [f"{ratio(taken[other], times, clock):.2f}" for other in (BASE, PUBLISHED) for clock in Taken._fields]
+        ratios = [f"{ratio(taken[other], times, clock):.2f}" for other in COMPARED for clock in Taken._fields]
         yield [name, f"{middle:.2f}", f"{used:.2f}", f"{tokens / middle:.0f}", *ratios]
 
 
-def sized(taken: Mapping[int, Mapping[str, list[Taken]]], length: int) -> Iterator[str]:
+def sized(taken: Mapping[tuple[int, int], Mapping[str, list[Taken]]]) -> Iterator[str]:
     """A heading and a table of the steps of each size."""
-    clocks = ["over cross-entropy", "by processor", "over the published", "by processor"]
-    for size, times in taken.items():
-        yield f"## Steps of {size} x {length} tokens"
-        lines = list(step_lines(times, size * length))
+    clocks = [
+        cell for other in ("cross-entropy", "transformers' own", "TRL's") for cell in (f"over {other}", "by processor")
+    ]
+    for (sequences, length), times in taken.items():
+        yield f"## Steps of {sequences} x {length} tokens"
+        lines = list(step_lines(times, sequences * length))
         yield report.table(["step", "seconds", "processor seconds", "tokens/s", *clocks], lines)
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """ "4x256" to sequences and their length."""
+    sequences, length = text.split("x")
+    return int(sequences), int(length)
 
 
 def main() -> None:
@@ -324,29 +350,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sequences", type=int, nargs="+", default=[4, 1], help="of a step")
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--steps", type=size_of, nargs="+", default=[(4, 256), (1, 256), (1, 1024)], metavar="NxLENGTH")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="beside the two compared with")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="beside those compared with")
     parser.add_argument("--cache", type=Path, default=default_cache())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    length, sizes = arguments.length, arguments.sequences
-    rows = sizes[0] * (length - 1)
+    sizes = arguments.steps
+    first = f"{sizes[0][0]} x {sizes[0][1]}"
+    rows = sizes[0][0] * (sizes[0][1] - 1)
     # The first time takes what stays with the process.
     list(memory_lines(rows))
     memory = list(memory_lines(rows))
     print(report.table(["vocabulary", "logits", "ours..."], memory), file=sys.stderr)
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
-        shop = workshop(arguments.teacher, arguments.cache, length, max(sizes) * length, Path(folder))
-        reading = list(cache_lines(shop.cache, shop.folder, length))
-        taken: dict[int, dict[str, list[Taken]]] = {}
-        for size in sizes:
-            runs = arms(shop, length, size * length, arguments.threads)
-            runs = {name: run for name, run in runs.items() if name in (BASE, PUBLISHED, *arguments.arms)}
-            taken[size] = timed(runs, arguments.rounds)
-            if size == sizes[0]:
+        shops = {
+            length: workshop(
+                arguments.teacher,
+                arguments.cache,
+                length,
+                max(count for count, of in sizes if of == length) * length,
+                Path(folder) / str(length),
+            )
+            for _, length in sizes
+        }
+        shop = shops[sizes[0][1]]
+        reading = list(cache_lines(shop.cache, shop.folder, sizes[0][1]))
+        taken: dict[tuple[int, int], dict[str, list[Taken]]] = {}
+        for count, length in sizes:
+            runs = arms(shops[length], length, count * length, arguments.threads)
+            runs = {name: run for name, run in runs.items() if name in (*COMPARED, *arguments.arms)}
+            taken[count, length] = timed(runs, arguments.rounds)
+            if (count, length) == sizes[0]:
                 with FlopCounterMode(display=False) as counter:
                     runs[BASE]()
                 spent = spent_on(runs[BASE])
@@ -359,9 +395,9 @@ def main() -> None:
         f"bfloat16 autocast, {arguments.threads} thread(s), {arguments.rounds} "
         "rounds by turns after one that is not counted; load average of the last five minutes "
         f"{os.getloadavg()[1]:.1f} on {os.cpu_count()} cores.",
-        *sized(taken, length),
+        *sized(taken),
         "## The floor",
-        f"{flops / 1e9:.0f} GFLOP in a cross-entropy step of {sizes[0]} x {length} over {rate / 1e9:.0f} GFLOP/s in "
+        f"{flops / 1e9:.0f} GFLOP in a cross-entropy step of {first} over {rate / 1e9:.0f} GFLOP/s in "
         f"bfloat16 products of a layer's size is {floor:.2f} s, {floor / base:.0%} of the processor time measured. By "
         "torch's profiler the time of such a step goes to:",
         report.table(["operations", "share"], spent),

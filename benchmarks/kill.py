@@ -182,7 +182,9 @@ def comparable(row: Row) -> dict[str, Any]:
     if row.memory_source == "measured":
         data["memory_bytes"] = "measured"
     data["other"] = {
-        field: value for field, value in row.other.items() if not field.startswith(("latency", "memory", "ttft"))
+        field: value
+        for field, value in row.other.items()
+        if not field.startswith(("latency", "memory", "ttft", "answer_ms"))
     }
     return data
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from autodistill.token_sets import TokenSet
 
@@ -17,6 +18,8 @@ _CPU_CHUNK_ROWS, _CHUNK_ROWS = 128, 512
 # Rows of them whose entropies are taken at once on a CPU: 3 MB, which stay in the cache of a core from one pass to the
 # next.
 _ENTROPY_ROWS = 16
+# Logits that the choice leaves to the loss: more than these, at once, are made again of the chosen rows.
+_KEPT_BYTES = 2**27
 
 
 class Learnt(NamedTuple):
@@ -85,25 +88,73 @@ def uncertain_rows(
     every row, which no gradient follows; loss and gradient then cost those of the chosen rows alone.
 
     Args:
-        states: [rows, width], of the student after its final norm; they take no gradient here.
+        states: [rows, width], of the student after its final norm; one at the least. They take no gradient here.
         head: From states [n, width] to logits [n, vocab].
         share: Above 0 and at most 1, rounded up to whole rows of a sequence.
         sequences: int64 [rows], which sequence each is of.
     """
-    if len(states) == 0:
-        return torch.zeros(0, dtype=torch.int64, device=states.device)
-    on_cpu = states.device.type == "cpu"
-    chunk, entropies = (_CPU_CHUNK_ROWS, _ENTROPY_ROWS) if on_cpu else (_CHUNK_ROWS, _CHUNK_ROWS)
+    chunk = _CPU_CHUNK_ROWS if states.device.type == "cpu" else _CHUNK_ROWS
     with torch.no_grad():
-        found = [_entropy(few) for rows in states.detach().split(chunk) for few in head(rows).split(entropies)]
-        falling = torch.cat(found).argsort(descending=True)
-        # Sequence by sequence, each from its highest entropy on: how many of each stand first follows from its length.
-        of = torch.from_numpy(sequences).to(states.device)
-        ordered = falling[of[falling].argsort(stable=True)]
-        counts, quotas = np.bincount(sequences), _quotas(sequences, share)
-        starts = counts.cumsum() - counts
-        places = np.concatenate([start + np.arange(quota) for start, quota in zip(starts, quotas, strict=True)])
-        return ordered[torch.from_numpy(places).to(states.device)].sort().values
+        found = [_entropies(head(rows)) for rows in states.detach().split(chunk)]
+    return _highest(torch.cat(found), share, sequences)
+
+
+def uncertain_logits(
+    states: Tensor,
+    head: Callable[[Tensor], Tensor],
+    frozen: Tensor | None,
+    share: float,
+    sequences: npt.NDArray[np.int64],
+) -> tuple[Tensor, Tensor]:
+    """The rows of `uncertain_rows` and the logits of these, [chosen, vocab], which a gradient follows.
+
+    Those of a frozen head are what their entropies were taken of: nothing is multiplied twice.
+
+    Args:
+        states, head, share, sequences: As of `uncertain_rows`, but that the states' gradient follows.
+        frozen: The weight that the head multiplies by, [vocab, width], where it is that alone and is not trained.
+    """
+    if frozen is None or len(states) * len(frozen) * frozen.element_size() > _KEPT_BYTES:
+        chosen = uncertain_rows(states, head, share, sequences)
+        return chosen, head(states[chosen])
+    with torch.no_grad():
+        logits = head(states.detach())
+        chosen = _highest(_entropies(logits), share, sequences)
+    return chosen, _Known.apply(states[chosen], frozen, logits[chosen])
+
+
+class _Known(torch.autograd.Function):
+    """Logits that are known already, as the product of the states and the weight that they are."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype = states.dtype
+        return logits.view_as(logits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return (gradient @ weight).to(ctx.dtype), None, None
+
+
+def _highest(entropies: Tensor, share: float, sequences: npt.NDArray[np.int64]) -> Tensor:
+    """Indices, ascending, of the share of each sequence's rows that has the highest."""
+    falling = entropies.argsort(descending=True)
+    # Sequence by sequence, each from its highest entropy on: how many of each stand first follows from its length.
+    of = torch.from_numpy(sequences).to(entropies.device)
+    ordered = falling[of[falling].argsort(stable=True)]
+    counts, quotas = np.bincount(sequences), _quotas(sequences, share)
+    starts = counts.cumsum() - counts
+    places = np.concatenate([start + np.arange(quota) for start, quota in zip(starts, quotas, strict=True)])
+    return ordered[torch.from_numpy(places).to(entropies.device)].sort().values
+
+
+def _entropies(logits: Tensor) -> Tensor:
+    """Of each row of logits [rows, vocab], a few rows at a time."""
+    few = _ENTROPY_ROWS if logits.device.type == "cpu" else _CHUNK_ROWS
+    return torch.cat([_entropy(rows) for rows in logits.split(few)])
 
 
 def _entropy(logits: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from autodistill.distillation.attention import Heads, TeacherBlock, attention_lo
 from autodistill.distillation.divergence import divergence_of
 from autodistill.distillation.grid_values import deploy_tensor
 from autodistill.distillation.logit_loss import logit_loss
-from autodistill.distillation.positions import Learnt, learnt_tokens, uncertain_rows
+from autodistill.distillation.positions import Learnt, learnt_tokens, uncertain_logits
 from autodistill.distillation.signals import LiveTeacher, target_source
 from autodistill.distillation.student import decoder_layers
 from autodistill.distillation.target import Target
@@ -173,10 +173,7 @@ class StepLoss:
                 frozen = self._frozen_head
                 head = self._model.get_output_embeddings()
                 head = head if frozen is None else partial(nn.functional.linear, weight=frozen)
-                uncertain = recipe.positions == "uncertain"
-                share = recipe.uncertain_share
-                chosen = uncertain_rows(rows, head, share, learnt.sequences) if uncertain else None
-                logits = head(rows if chosen is None else rows[chosen])
+                chosen, logits = self._logits(rows, head, learnt)
                 projected = [
                     project(states[pair.student_layer][:, :-1].flatten(0, 1)[learnt.shared])
                     for pair, project in zip(self._pairs, self.projections, strict=True)
@@ -206,6 +203,14 @@ class StepLoss:
             terms += [share * term.detach().double() for term in own]
         shared = shares.learnt * learnt.heard / max(1, learnt.size)
         return loss, torch.stack([*terms, torch.full_like(terms[0], shared)])
+
+    def _logits(
+        self, states: Tensor, head: Callable[[Tensor], Tensor], learnt: Learnt
+    ) -> tuple[Tensor | None, Tensor]:
+        """Which of the learnt tokens the logit loss is taken over, None for all, and their logits."""
+        if self._recipe.positions != "uncertain" or len(states) == 0:
+            return None, head(states)
+        return uncertain_logits(states, head, self._frozen_head, self._recipe.uncertain_share, learnt.sequences)
 
     def of_nothing(self, indices: list[int]) -> Tensor:
         """A loss of 0 from a pass over sequences of which no token counts, which gathers every block and the head."""
