@@ -25,7 +25,7 @@ def _expected(states, weight, share):
     entropy = -(log_p.exp() * log_p).sum(dim=1)
     chosen = []
     for sequence in range(SEQUENCES.max() + 1):
-        places = np.flatnonzero(SEQUENCES == sequence)
+        places = np.flatnonzero(sequence == SEQUENCES)
         best = entropy[places].topk(math.ceil(share * len(places))).indices
         chosen += places[best.numpy()].tolist()
     return sorted(chosen)
