@@ -1,6 +1,6 @@
 """What students lose by a small teacher cache: drawn tokens and top-k against all logits, at equal tokens.
 
-    python benchmarks/cache_quality.py [--tokens 6144] [--seeds 3] [--workers 2] [--report]
+    python benchmarks/cache_quality.py [--tokens 6144] [--seeds 5] [--workers 2] [--report]
 
 The student is the default space's start, all layers with 70% of the FFN neurons; the loss is forward KL at temperature
 1 and nothing else, so that whatever the cache leaves out is left out of all that is learnt. "states" is exact: the
@@ -66,17 +66,20 @@ def findings(found: list[trials.Result]) -> Iterator[str]:
         said = []
         for figure, figures in measures.items():
             off = shares(figures, name)
-            lost = float(np.mean(off)) * (1 if figure == "perplexity" else -1)
-            verdict = "kept" if lost <= SHARE else "lost"
+            losses = off if figure == "perplexity" else [-one for one in off]
+            lost = float(np.mean(losses))
+            verdict = (
+                "lost" if lost > SHARE else "kept" if over_seeds.below(losses, SHARE) else "kept on the mean alone"
+            )
             said.append(f"{figure} {over_seeds.mean(off, 2, factor=100, sign=True)}% ({verdict})")
-        yield f"- {name}, {size:.0f} bytes a token: {'; '.join(said)}. Kept: no worse than by {SHARE:.1%}."
+        yield f"- {name}, {size:.0f} bytes a token: {'; '.join(said)}. Kept: no worse than by {SHARE:.1%}, chance allowed for."
 
 
 def main() -> None:
     """Trains what is missing and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=6144)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="only the report of what is there")
     arguments = parser.parse_args()

@@ -36,3 +36,8 @@ def paired(found: Mapping[int, float], base: Mapping[int, float]) -> list[float]
 def is_clear(values: Sequence[float]) -> bool:
     """Whether a mean of differences is less likely than 5% to be chance, by Student's t."""
     return len(values) > 1 and abs(float(np.mean(values))) > _CLEAR.get(len(values), 2.0) * error(values)
+
+
+def below(values: Sequence[float], bound: float) -> bool:
+    """Whether a mean lies below a bound by more than chance, as `is_clear` has it."""
+    return float(np.mean(values)) < bound and is_clear([value - bound for value in values])

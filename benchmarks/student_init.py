@@ -1,6 +1,6 @@
 """How a smaller student of the 135M teacher begins: constructions of about the same number of weights, at equal tokens.
 
-    python benchmarks/student_init.py [--tokens 6144] [--seeds 3] [--recipe logits] [--workers 2] [--report]
+    python benchmarks/student_init.py [--tokens 6144] [--seeds 5] [--recipe logits] [--workers 2] [--report]
 
 Depth 30 -> 22 by each choice of layers; every layer with 70% of its FFN neurons, with 6 of 9 heads and 85% of the
 neurons, or with two thirds of heads and channels (transformers' Llama has no other width between that 9 or 6 heads
@@ -28,9 +28,13 @@ STORE = report.REPORTS / "student-init.jsonl"
 RECIPES = {"logits": trials.LOGITS, "narrow": load_strategy("narrow").distillation}
 DEPTH = 22 / 30
 BASE = "22 layers, even"
-INITS = {f"22 layers, {layers}": Init(depth=DEPTH, layers=layers) for layers in ("even", "contiguous", "influence")}
+INITS = {
+    f"22 layers, {layers}": Init(depth=DEPTH, layers=layers)
+    for layers in ("even", "contiguous", "influence", "block-influence")
+}
 INITS |= {
     "30 layers, FFN 70%": Init(depth=1.0, ffn=0.7),
+    "26 layers, influence, FFN 80%": Init(depth=26 / 30, layers="influence", ffn=0.8),
     "30 layers, 6 of 9 heads, FFN 85%": Init(depth=1.0, heads=2 / 3, ffn=0.85),
     "30 layers, 6 of 9 heads, two thirds of the width": Init(depth=1.0, heads=2 / 3, width=2 / 3),
     "22 layers, from scratch": Init(source="scratch", depth=DEPTH),
@@ -41,7 +45,7 @@ def main() -> None:
     """Trains what is missing and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=6144)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--recipe", choices=RECIPES, default="logits")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="only the report of what is there")
