@@ -72,7 +72,8 @@ def findings(found: list[trials.Result]) -> Iterator[str]:
                 "lost" if lost > SHARE else "kept" if over_seeds.below(losses, SHARE) else "kept on the mean alone"
             )
             said.append(f"{figure} {over_seeds.mean(off, 2, factor=100, sign=True)}% ({verdict})")
-        yield f"- {name}, {size:.0f} bytes a token: {'; '.join(said)}. Kept: no worse than by {SHARE:.1%}, chance allowed for."
+        kept = f"Kept: no worse than by {SHARE:.1%}, chance allowed for."
+        yield f"- {name}, {size:.0f} bytes a token: {'; '.join(said)}. {kept}"
 
 
 def main() -> None:
