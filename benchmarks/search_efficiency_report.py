@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import report
-from curves import at, difference, gap, passes, speedup
+from curves import FIFTH, at, difference, gap, passes, speedup
 from kept import mean
 from math_search import METRIC, RECIPE, TEST_QUESTIONS
 from math_table import RUNGS, Line
+from prepared import learns_from_teacher
 from simulate import TRIALS, Table, Worker, plan
 
 from autodistill.strategy import Strategy
@@ -133,6 +134,7 @@ def verdicts(found: Outcome, time: str) -> Iterator[str]:
     points, error = gap(found.test["a"], found.test["d"][0], "answers", "asked")
     yield f"(a) passes the recipe as it stands at one fifth of the compute of (c): {ratios[0]}"
     yield f"(a) passes the tuned recipe at one fifth of the compute of (c): {ratios[1]}"
+    yield within_reach(found)
     yield f"The same for the best of the table less {100 * NEAR:g} points, which is no target: {ratios[2]}"
     yield (
         f"At the end of the box at least 1.8 points above (d) on test: {'held' if points >= 1.8 else 'not held'}, "
@@ -140,6 +142,39 @@ def verdicts(found: Outcome, time: str) -> Iterator[str]:
         "document)."
     )
     yield f"With a student trained in 40% less time than (d)'s: {time}"
+
+
+def within_reach(found: Outcome) -> str:
+    """What passing the tuned recipe takes at the least, were the student known that does, beside the target."""
+    tuned = found.values[1]
+    fifth = float(np.median([passes(curve, tuned) for curve in found.arms["c"]])) / FIFTH / found.recipe
+    least = cheapest(found.table, tuned)
+    known = "No student of the table passes it at any rung"
+    if least is not None:
+        known = (
+            f"The cheapest student of the table that passes it, at whatever rung, takes {least / found.recipe:.2f} "
+            "trainings of the recipe with the teacher's outputs for its own tokens, one evaluation and nothing else"
+        )
+    told = least is not None and least / found.recipe <= fifth
+    return (
+        f"{known}; one fifth of (c) is {fifth:.2f}. So {'one told that student' if told else 'nobody'} could, and no "
+        "search that trains the recipe first, as (a) does: that alone takes 1."
+    )
+
+
+def cheapest(table: Table, value: float) -> int | None:
+    """Operations of the cheapest student that is better than this, trained alone as far as it must be, if one is."""
+    costs = Worker(table, plan(1, RUNGS, (1,) * (len(RUNGS) - 1))).costs
+    found = []
+    for line in table.recorded:
+        strategy = Strategy.from_json(line.strategy)
+        for place, reached in enumerate((*line.decayed[: len(RUNGS) - 1], max(line.rows.values()))):
+            if reached > value:
+                tokens = RUNGS[place]
+                taught = costs.online(tokens) if learns_from_teacher(strategy) else 0
+                evaluated = costs.evaluation(strategy, costs.read_at(place))
+                found.append(costs.train(strategy, tokens) + evaluated + taught)
+    return min(found, default=None)
 
 
 def best_by_compute(found: Outcome) -> str:
