@@ -18,6 +18,7 @@ from autodistill.records.event_log import EventLog
 from autodistill.records.row import Row, rows_of
 from autodistill.search.admission import admit, training_need
 from autodistill.search.agenda import Agenda
+from autodistill.search.collector import Collector
 from autodistill.search.failures import KILLED, OUT_OF_MEMORY, RETRIED, WORKER_DIED
 from autodistill.search.rows import make_row
 from autodistill.search.sampler import Sampler
@@ -27,7 +28,7 @@ from autodistill.search.student_keeper import StudentKeeper
 from autodistill.search.time_box import TimeBox
 from autodistill.search.trial_memory import TrainingNeed
 from autodistill.search.trials import Assignment, Question, TrialState
-from autodistill.stages import Checkpoint, open_stages
+from autodistill.stages import open_stages
 from autodistill.storage import Storage
 from autodistill.strategy import Strategy
 from autodistill.trial_data import RungReport
@@ -93,7 +94,6 @@ class Campaign:
         self._worker_seconds = {"train": 0.0, "evaluate": 0.0, "other": 0.0}
         plan = question.plan
         self._stages = StageKeeper(open_stages(checkpoints, storage), checkpoint_limit, plan, question.direction)
-        self._students = StudentKeeper(checkpoints, storage, question)
         self._scheduler = halving(
             trials=plan.trials,
             rungs=plan.rungs,
@@ -110,6 +110,14 @@ class Campaign:
             stages=self._stages,
             enter=self._enter,
             evaluating=self._evaluating,
+            notify=notify,
+        )
+        self._collector = Collector(
+            self._stages,
+            StudentKeeper(checkpoints, storage, question),
+            self.trials,
+            log=log,
+            write=self._write,
             notify=notify,
         )
 
@@ -205,7 +213,7 @@ class Campaign:
         if assignment.deployment is not None:
             trial.evaluating -= 1
             self._notify(f"{trial.task.id} as {row.deployment_name}: {shown}")
-            self._collect_students()
+            self._collector.students()
             return Decision.STOP
         trial.running = False
         if assignment.keep:
@@ -254,16 +262,11 @@ class Campaign:
             self._notify(f"{trial.task.id}: {report.unsaved}")
         if last:
             self._end(trial, Status.COMPLETED)
-        self._collect_students()
-        self._collect(self._surplus)
+        self._collector.between(self._promotable())
         return decision
 
-    def _surplus(self) -> list[Checkpoint]:
-        # What was interrupted short of its first rung is begun again, from what it left.
-        waiting = {one.task.id for one in self.trials.values() if one.status is None and one.rung < 0}
-        promotable = self._scheduler.promotable(self._agenda.in_flight())
-        beside = 0 if self._stages.limit is None else sum(self._students.sizes().values())
-        return self._stages.surplus(self.trials.values(), waiting | set(promotable), beside)
+    def _promotable(self) -> set[str]:
+        return self._scheduler.promotable(self._agenda.in_flight())
 
     def _keep_none(self) -> None:
         """Which student is the best short of the end is open again, once one was trained further."""
@@ -368,8 +371,7 @@ class Campaign:
                 self._end(
                     trial, Status.STOPPED, reason if trial.rung >= 0 else "the time box ended before its first rung"
                 )
-        self._collect(lambda: self._stages.spare(self.trials.values()))
-        self._collect_students()
+        self._collector.at_the_end()
 
     # What a person is shown.
 
@@ -479,8 +481,7 @@ class Campaign:
                 if over and (trial.status is None or work is not None):
                     self._give_up(trial, rung, work, times, memory=memory)
         if events:
-            self._collect_students()
-            self._collect(self._surplus)
+            self._collector.between(self._promotable())
 
     def _give_up(self, trial: TrialState, rung: int, work: str | None, times: int, *, memory: bool) -> None:
         """Ends work that the search was ended with so many times; `memory` says whether the kernel did it for that."""
@@ -533,42 +534,6 @@ class Campaign:
         trial.status, trial.reason, trial.cause = status, reason, cause
         event = {"event": "status", "trial": trial.task.id, "status": status.value, "reason": reason}
         self._write(event | ({"cause": cause} if cause else {}))
-
-    def _collect(self, chosen: Callable[[], Sequence[Checkpoint]]) -> None:
-        """Removes checkpoints of stages, which the log says before; what a storage does not let go of stays."""
-        try:
-            checkpoints = chosen()
-            if not checkpoints:
-                return
-            gone = self._stages.left_without(checkpoints)
-            keys = [checkpoint.key for checkpoint in checkpoints]
-            size = sum(checkpoint.bytes for checkpoint in checkpoints)
-            self._write({"event": "collected", "checkpoints": keys, "bytes": size, "gone": gone})
-            self._stages.remove(checkpoints)
-        except OSError as error:
-            self._notify(f"no checkpoints could be collected this time: {error}")
-
-    def _collect_students(self) -> None:
-        """Removes students that nothing needs any more where the disk limit asks for it; the log says so before."""
-        if self._stages.limit is None:
-            return
-        try:
-            sizes = self._students.sizes()
-            over = self._stages.bytes() + sum(sizes.values()) - self._stages.limit
-            again = any(name in self.trials and self.trials[name].collected for name in sizes)
-            if over <= 0 and not again:
-                return
-            rows = [row for row in rows_of(self._log.read()) if row.split == "validation"]
-            names = self._students.surplus(self.trials, rows, sizes, over)
-            if not names:
-                return
-            self._write({"event": "students-collected", "trials": names, "bytes": sum(sizes[name] for name in names)})
-            for name in names:
-                self.trials[name].collected = True
-            self._students.remove(names)
-            self._notify(f"removed the trained students of {', '.join(names)}, to hold the disk limit for checkpoints")
-        except OSError as error:
-            self._notify(f"no students could be collected this time: {error}")
 
     def _row(self, trial: TrialState, report: RungReport, status: Status) -> Row:
         return make_row(
