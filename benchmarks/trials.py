@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import shutil
 import sys
 import tempfile
 import time
@@ -30,6 +31,7 @@ from autodistill.search.loading import Place
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest
+from autodistill.stages import open_stages
 from autodistill.strategy import Deployment, Distillation, Strategy
 from autodistill.trial import Trial, Workbench
 from autodistill.trial_data import TrialSetting, TrialTask
@@ -87,6 +89,7 @@ def _train(name: str, task: TrialTask) -> Result:
     assert _bench is not None
     plan = _bench.setting.plan
     told = Trial(_bench, task).run(len(plan.rungs) - 1)
+    forget(_bench.setting.checkpoints, task.id)
     evaluation = told.evaluation
     figures = evaluation.measurements
     return Result(
@@ -104,6 +107,14 @@ def _train(name: str, task: TrialTask) -> Result:
         train_seconds=told.seconds["train"],
         signal_bytes=signal_bytes(_bench.setting.cache, task.strategy.distillation),
     )
+
+
+def forget(checkpoints: Path, trial: str) -> None:
+    """Removes what a trial left on disk, which nothing here goes on from: with optimiser states 2 GB each."""
+    shutil.rmtree(checkpoints / trial, ignore_errors=True)
+    stages = open_stages(checkpoints)
+    for checkpoint in stages.checkpoints(trial):
+        stages.remove(checkpoint)
 
 
 def signal_bytes(cache: Path | None, recipe: Distillation) -> float:
