@@ -50,6 +50,10 @@ _BUILT_CORES = re.compile(r"\b(\d+)-core\b", re.IGNORECASE)
 _MODE = re.compile(r"\d+W(?:[-_](?:AI|CPU))?|MAXN")  # of a Jetson, as nvpmodel has it
 # A system reports less than is built in, and more than a maker's GB where those are of 2^30 bytes.
 _REPORTED_MEMORY = (0.75, 1.1)
+# A word that is an amount of memory as `_split` writes it, its unit left out or not.
+_AMOUNT = re.compile(r"(\d{1,6})((?:gb)?)")
+# As alike as a slip of a key leaves a short name; at 0.5 "4O90" is near to "A40".
+_NEAR = 0.6
 # Words that make another product of a name, which nobody means who leaves them out.
 _PRODUCTS = {"ti", "super", "xt", "xtx", "max", "pro", "ultra", "ada", "laptop", "nvl", "pcie"}
 
@@ -215,9 +219,10 @@ def read_devices(path: Path) -> tuple[Device, ...]:
     """Reads a file of devices, of the form of the built-in `hardware.yaml`.
 
     Its `devices` map names to `class`, `memory` ("24GiB"), `bandwidth` (of a second, "1008GB") and `rates` (tera
-    operations a second by precision), and optionally `aliases`, `runtimes`, `usable`, `source` and `sources`. Its own
-    `sources` map short names to texts, or to `text`, `read` (the document, by its address, that the figures were held
-    against) and `unread` (what of them it does not have).
+    operations a second by precision), and optionally `aliases`, `runtimes`, `usable`, `source` and `sources`. Where
+    `memory` lists several amounts, each is a device named with its size, and the first is also called without it. The
+    file's own `sources` map short names to texts, or to `text`, `read` (the document, by its address, that the figures
+    were held against) and `unread` (what of them it does not have).
 
     Raises:
         InputError: Not such a file, or an impossible device; the message names it.
@@ -227,7 +232,11 @@ def read_devices(path: Path) -> tuple[Device, ...]:
         raise InputError(f"{path} describes no devices: it must have a mapping `devices` of names to figures")
     texts = _texts(data.get("sources") or {}, path)
     classes = _classes(data["classes"]) if path == BUILT_IN else device_classes()
-    found = tuple(_device(name, entry, classes, texts, path) for name, entry in data["devices"].items())
+    found = tuple(
+        _device(name, entry, classes, texts, path)
+        for named, described in data["devices"].items()
+        for name, entry in _sizes(named, described, path)
+    )
     names = [key for device in found for key in {_joined(name) for name in (device.name, *device.aliases)}]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -274,6 +283,30 @@ def _texts(data: Any, path: Path) -> dict[str, str]:
         unread = f"; unread: {parts['unread']}" if "unread" in parts else ""
         found[name] = parts["text"] + (f" (read: {parts['read']}{unread})" if "read" in parts else "")
     return found
+
+
+def _sizes(name: Any, entry: Any, path: Path) -> list[tuple[Any, Any]]:
+    """The devices of an entry, each with one amount of memory, by name."""
+    amounts = entry.get("memory") if isinstance(entry, Mapping) else None
+    if not isinstance(amounts, list) or not isinstance(name, str):
+        return [(name, entry)]
+    where = f"{path.name}: the device {name!r}"
+    if not amounts or "usable" in entry:
+        problem = "lists no memory" if not amounts else "has one usable amount of several memories"
+        raise InputError(f"{where} {problem}: list what it is sold with, and let usable follow from its class")
+    called = (name, *_aliases(entry.get("aliases", []), where))
+    found = []
+    for amount in amounts:
+        size = _size(_amount(amount, f"{where} has the memory"))
+        names = [f"{one} {size}" for one in called]
+        bare = called if amount == amounts[0] else ()
+        found.append((names[0], {**entry, "memory": amount, "aliases": [*names[1:], *bare]}))
+    return found
+
+
+def _size(memory_bytes: int) -> str:
+    """An amount of memory as it stands in a device's name: "16GB" of 16 GiB and of 16 GB."""
+    return f"{memory_bytes / 2**30 if memory_bytes % 2**30 == 0 else memory_bytes / 10**9:.0f}GB"
 
 
 def _device(name: Any, entry: Any, classes: Mapping[str, DeviceClass], texts: Mapping[str, str], path: Path) -> Device:
@@ -377,10 +410,10 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
 
     Case, blanks, hyphens and makers' names do not matter, and words may be left out where one device alone has the
     others, but for those that make another product, as "Ti" does. The amount of memory may be said although a name does
-    not hold it.
+    not hold it, with or without its unit.
 
     Raises:
-        InputError: No device or several are called so; the message lists the near ones.
+        InputError: An amount of memory alone, or no device or several are called so; the message lists the near ones.
     """
     known = tuple(known)
     asked = _words(text)
@@ -391,23 +424,20 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
             f"{text!r} is a kind of devices and no device: name one that autodistill devices lists, or local for this "
             "machine"
         )
+    if _is_memory(text):
+        raise InputError(
+            f"{text!r} is an amount of memory and no device: give it as --budget, or name a device that autodistill "
+            "devices lists"
+        )
     named = [(device, name) for device in known for name in (device.name, *device.aliases)]
     for form in (_joined, _bare):
         same = [device for device, name in named if form(name) == form(text)]
         if same and form(text):
             return same[0]
-    having: dict[str, tuple[int, int]] = {}
-    others = []
-    makers = set(_split(text)) & _FILLERS
-    for device, name in named:
-        words, all_words = _words(name), set(_split(name))
-        # A maker's name alone asks for all of its devices, and beside other words for those of them that have it.
-        if asked <= words | _memory_words(device) or asked <= all_words & _FILLERS:
-            if (words - asked) & _PRODUCTS:
-                others.append(device.name)
-                continue
-            far = (len(makers - all_words), len(words - asked))
-            having[device.name] = min(having.get(device.name, far), far)
+    having, others = _having(text, named, bare_amounts=False)
+    if not having:
+        # A number is another model's before it is an amount of memory: "Pi 4" is no Pi 5 with 4 GB.
+        having, others = _having(text, named, bare_amounts=True)
     if having:
         nearest = min(having.values())
         closest = [device for device in known if having.get(device.name) == nearest]
@@ -415,10 +445,63 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
             return closest[0]
         raise InputError(f"{text!r} can be {', '.join(device.name for device in closest)}: name one of them")
     names = {_joined(name): device.name for device, name in named} | {_bare(name): dev.name for dev, name in named}
-    near = difflib.get_close_matches(_bare(text) or _joined(text), names, n=5, cutoff=0.5)
+    near = difflib.get_close_matches(_bare(text) or _joined(text), names, n=5, cutoff=_NEAR)
     shown = ", ".join(list(dict.fromkeys([*others, *(names[key] for key in near)]))[:5])
     hint = f"near to it are {shown}" if shown else "autodistill devices lists them"
     raise InputError(f"there is no device {text!r}; {hint}")
+
+
+def _having(
+    text: str, named: Iterable[tuple[Device, str]], *, bare_amounts: bool
+) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """How far the devices are that have all that is asked for, by name, and which are another product of that name."""
+    having: dict[str, tuple[int, int]] = {}
+    others = []
+    asked, makers = _words(text), set(_split(text)) & _FILLERS
+    for device, name in named:
+        words, all_words = _words(name), set(_split(name))
+        wanted = _wanted(asked, words, device, bare_amounts=bare_amounts)
+        # A maker's name alone asks for all of its devices, and beside other words for those of them that have it.
+        if wanted <= words or asked <= all_words & _FILLERS:
+            if (words - asked) & _PRODUCTS:
+                others.append(device.name)
+                continue
+            far = (len(makers - all_words), len(words - wanted))
+            having[device.name] = min(having.get(device.name, far), far)
+    return having, others
+
+
+def _wanted(asked: set[str], words: set[str], device: Device, *, bare_amounts: bool) -> set[str]:
+    """The words that are asked of a name, without the amounts of memory that the device has though it does not say so.
+
+    Args:
+        asked, words: Of what a person says, and of the name.
+        device: That is called so.
+        bare_amounts: Whether a number without a unit is an amount of memory, beside a word of the name.
+    """
+    shared = asked & words
+    wanted = set(shared)
+    for word in asked - words:
+        amount = _AMOUNT.fullmatch(word)
+        if amount is None or not (amount[2] or (bare_amounts and shared)) or not _has_memory(device, int(amount[1])):
+            wanted.add(word)
+        else:
+            wanted |= {f"{amount[1]}gb"} & words
+    return wanted
+
+
+def _is_memory(text: str) -> bool:
+    """Whether all that is said are amounts of memory, with their units."""
+    try:
+        parse_bytes(text)
+    except InputError:
+        return all((amount := _AMOUNT.fullmatch(word)) and amount[2] for word in _split(text))
+    return True
+
+
+def _has_memory(device: Device, amount: int) -> bool:
+    """Whether a person may say that the device has so many GB: as many GB or GiB, rounded, or what lies between."""
+    return round(device.memory_bytes / 2**30) <= amount <= round(device.memory_bytes / 10**9)
 
 
 def matching(text: str, known: Iterable[Device]) -> tuple[Device, ...]:
@@ -456,16 +539,28 @@ def device_of_system(
     built = _BUILT_CORES.search(name)
     if built and cores is not None and cores < int(built[1]):
         return None
-    low, high = _REPORTED_MEMORY
-    fitting = [
-        device
-        for device in known
-        if memory_bytes is None or device.kind.name not in ONE_CHIP or low <= memory_bytes / device.memory_bytes <= high
-    ]
+    fitting = list(known) if memory_bytes is None else _of_memory(memory_bytes, known)
     try:
         return find_device(" ".join((_SYSTEM_WORDS.sub(" ", name), *_MODE.findall(mode))), fitting)
     except InputError:
         return None
+
+
+def _of_memory(memory_bytes: int, known: Iterable[Device]) -> list[Device]:
+    """The devices that a system with so much memory may be: of a machine that is sold with several, the nearest."""
+    low, high = _REPORTED_MEMORY
+    found = []
+    nearest: dict[frozenset[str], tuple[float, Device]] = {}
+    for device in known:
+        share = memory_bytes / device.memory_bytes
+        if device.kind.name not in ONE_CHIP:
+            found.append(device)
+        elif low <= share <= high:
+            product = frozenset(word for word in _split(device.name) if word != _size(device.memory_bytes).lower())
+            far = abs(share - 1)
+            if product not in nearest or far < nearest[product][0]:
+                nearest[product] = (far, device)
+    return [*found, *(device for _, device in nearest.values())]
 
 
 def is_machine(device: Device, machine: str, *, memory_bytes: int | None = None, cores: int | None = None) -> bool:
@@ -516,6 +611,8 @@ def _split(text: str) -> list[str]:
     plain = re.sub(r"\brpi(?=\d|\b)", "pi", plain)
     # "16 gb", "16g" and "16gib" are one word, and letters part from the number that follows them where it is a model's.
     plain = re.sub(r"(\d) *(?:gib|gb|g)\b", r"\1gb", plain)
+    # Of a socket nobody says the generation.
+    plain = re.sub(r"\bsxm\d\b", "sxm", plain)
     plain = re.sub(r"\b(rtx|gtx|pi|m)(?= ?\d)", lambda found: found[1] + ("" if found[1] == "m" else " "), plain)
     return re.sub(r"(?<=\d)(ti|super|xtx|xt)(?=\d|\b)", r" \1 ", plain).split()
 
@@ -537,7 +634,3 @@ def _joined(text: str) -> str:
 
 def _bare(text: str) -> str:
     return "".join(word for word in _split(text) if word not in _FILLERS)
-
-
-def _memory_words(device: Device) -> set[str]:
-    return {f"{round(device.memory_bytes / unit)}gb" for unit in (10**9, 2**30)}

@@ -63,9 +63,17 @@ def test_a_source_says_where_it_was_read_or_that_it_is_quoted_from_knowledge() -
     assert all(re.search(r"\w\.(com|net|jp)/|string \w+", text) for text in read)
 
 
+def test_processors_multiply_as_many_integers_a_clock_as_their_instructions_do() -> None:
+    # VNNI: two instructions a clock of 64 multiply-adds. AMX: 16 x 16 sums of 64 (of 16 bits 32) in 16 clocks.
+    ice_lake, sapphire_rapids = find_device("xeon 8380", TABLE), find_device("xeon 8480", TABLE)
+    assert ice_lake.rates["int8"] == pytest.approx(40 * 2.3e9 * 2 * 2 * 64, rel=0.01)
+    assert sapphire_rapids.rates["int8"] == pytest.approx(56 * 2.0e9 * 2 * 16 * 16 * 64 / 16, rel=0.01)
+    assert sapphire_rapids.rates["bf16"] == pytest.approx(56 * 2.0e9 * 2 * 16 * 16 * 32 / 16, rel=0.01)
+
+
 def test_the_power_modes_of_a_board_follow_from_multiprocessors_and_clocks() -> None:
     # Online multiprocessors, GPU clock, memory's clock and its bits. In a clock a line moves two bits, and a
-    # multiprocessor does 2048 operations in 16 bits and 4096 in 8.
+    # multiprocessor does 2048 operations in either kind of 16 bits and 4096 in 8.
     for name, units, clock, memory, bits in (
         ("agx orin 64gb 15w", 6, 408e6, 2133e6, 256),
         ("agx orin 32gb 40w", 14, 816e6, 3200e6, 256),
@@ -79,7 +87,8 @@ def test_the_power_modes_of_a_board_follow_from_multiprocessors_and_clocks() -> 
         ("orin nano super 4gb", 4, 1020e6, 3199e6, 64),
     ):
         device = find_device(name, TABLE)
-        expected = {"fp16": 2048 * units * clock, "int8": 4096 * units * clock}
+        wide = 2048 * units * clock
+        expected = {"fp16": wide, "bf16": wide, "int8": 2 * wide}
         assert device.rates == pytest.approx(expected, rel=0.005), name
         assert device.bandwidth == pytest.approx(2 * memory * bits / 8, rel=0.005), name
 
@@ -127,7 +136,23 @@ def test_a_device_is_found_by_each_of_its_names(device: Device) -> None:
         ("4070 ti", "NVIDIA GeForce RTX 4070 Ti"),
         ("7900 xt", "AMD Radeon RX 7900 XT"),
         ("6000 ada", "NVIDIA RTX 6000 Ada Generation"),
-        ("a100 pcie", "NVIDIA A100 80GB PCIe"),
+        ("A100-PCIE-40GB", "NVIDIA A100-PCIE-40GB"),
+        ("a100 pcie 80gb", "NVIDIA A100 80GB PCIe"),
+        ("H200 141GB", "NVIDIA H200"),
+        ("dgx spark 128gb", "NVIDIA DGX Spark"),
+        ("A100 80", "NVIDIA A100-SXM4-80GB"),
+        ("A100 40", "NVIDIA A100-SXM4-40GB"),
+        ("a100 sxm 40", "NVIDIA A100-SXM4-40GB"),
+        ("5060ti 16", "NVIDIA GeForce RTX 5060 Ti 16GB"),
+        ("4090 24", "NVIDIA GeForce RTX 4090"),
+        ("orin agx 64", "Jetson AGX Orin 64GB"),
+        ("orin agx 32", "Jetson AGX Orin 32GB"),
+        ("orin nx 16 25w", "Jetson Orin NX 16GB 25W"),
+        ("m2 max 96gb", "Apple M2 Max 96GB"),
+        ("m4 max 128", "Apple M4 Max 128GB"),
+        ("m4 max", "Apple M4 Max 64GB"),
+        ("m3 max 36gb", "Apple M3 Max 36GB"),
+        ("m4 24gb", "Apple M4 24GB"),
     ],
 )
 def test_a_person_s_spelling(text: str, name: str) -> None:
@@ -153,7 +178,11 @@ def test_a_person_s_spelling(text: str, name: str) -> None:
         ("rtx 3080 12gb", "near to it are NVIDIA GeForce RTX 3080 Ti"),
         ("5070 16gb", "near to it are NVIDIA GeForce RTX 5070 Ti"),
         ("4070 16gb", "near to it are NVIDIA GeForce RTX 4070 Ti SUPER"),
-        ("m4 24gb", "near to it are Apple M4 Pro 24GB"),
+        ("m4 48gb", "near to it are Apple M4 Pro 48GB, Apple M4 Max 48GB"),
+        ("A100 SXM", "'A100 SXM' can be NVIDIA A100-SXM4-40GB, NVIDIA A100-SXM4-80GB: name one"),
+        ("a100 pcie", "'a100 pcie' can be NVIDIA A100 80GB PCIe, NVIDIA A100-PCIE-40GB: name one"),
+        ("10", "there is no device '10'"),
+        ("16", "there is no device '16'"),
         ("7900", "near to it are AMD Radeon RX 7900 XT, AMD Radeon RX 7900 XTX"),
         ("rtx 6000", "near to it are NVIDIA RTX 6000 Ada Generation, NVIDIA RTX PRO 6000 Blackwell"),
         ("", "'' names no device"),
@@ -163,6 +192,57 @@ def test_a_person_s_spelling(text: str, name: str) -> None:
 def test_what_names_none_or_several_says_which_are_near(text: str, said: str) -> None:
     with pytest.raises(InputError, match=re.escape(said)):
         find_device(text, TABLE)
+
+
+@pytest.mark.parametrize("text", ["10GB", "10 gb", "10GiB", "10240MiB", "0.5TB", "24g", "64GB 16GB"])
+def test_an_amount_of_memory_names_no_device(text: str) -> None:
+    with pytest.raises(InputError, match="is an amount of memory and no device: give it as --budget"):
+        find_device(text, TABLE)
+
+
+def test_a_slip_of_a_key_is_near_to_what_was_meant_alone() -> None:
+    with pytest.raises(InputError) as refusal:
+        find_device("4O90", TABLE)
+    assert str(refusal.value) == "there is no device '4O90'; near to it are NVIDIA GeForce RTX 4090"
+
+
+def test_a_mac_is_sold_with_several_memories_and_each_has_its_own_usable_share() -> None:
+    # Metal's working set is two thirds up to 32 GiB and three quarters above; fewer cores have less bandwidth.
+    for name, memory, usable, bandwidth in (
+        ("m1 8gb", 8, 8 * 2 / 3, 68.3e9),
+        ("m4 32gb", 32, 32 * 2 / 3, 120e9),
+        ("m2 max 96gb", 96, 72, 400e9),
+        ("m4 max 36gb", 36, 27, 410e9),
+        ("m3 ultra 512gb", 512, 384, 819e9),
+    ):
+        device = find_device(name, TABLE)
+        assert device.memory_bytes == memory * 2**30
+        assert device.usable_bytes == pytest.approx(usable * 2**30)
+        assert device.bandwidth == bandwidth
+
+
+def test_an_entry_with_several_memories_is_as_many_devices(tmp_path: Path) -> None:
+    several = {"memory": ["16GiB", "8GB", "96GiB"], "aliases": ["Crate"]}
+    path = write(tmp_path / "own.yaml", **{"My box": ENTRY | several})
+    known = read_devices(path)
+    assert [device.name for device in known] == ["My box 16GB", "My box 8GB", "My box 96GB"]
+    assert [device.memory_bytes for device in known] == [16 * 2**30, 8 * 10**9, 96 * 2**30]
+    assert find_device("mybox", known) is find_device("crate", known) is known[0]
+    assert find_device("crate 96gb", known) is known[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"memory": []}, "lists no memory"),
+        ({"memory": ["16GiB", 8]}, "write a number and a unit"),
+        ({"memory": ["16GiB", "8GiB"], "usable": "4GiB"}, "has one usable amount of several memories"),
+        ({"memory": ["16GiB", "16GiB"]}, "to two devices"),
+    ],
+)
+def test_impossible_lists_of_memory_are_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        read_devices(write(tmp_path / "own.yaml", box=ENTRY | changes))
 
 
 @pytest.mark.parametrize(
@@ -203,6 +283,11 @@ def test_what_names_none_or_several_says_which_are_near(text: str, said: str) ->
         ("Intel(R) Xeon(R) CPU @ 2.20GHz", None, "", None),
         ("Orin", None, "", None),
         ("x86_64", None, "", None),
+        # Three quarters of 64 GiB are no 64 GiB, where 48 are sold.
+        ("Apple M4 Max", 48 * 2**20, "", "Apple M4 Max 48GB"),
+        ("Apple M4 Max", 128 * 2**20, "", "Apple M4 Max 128GB"),
+        ("Apple M2 Max", 96 * 2**20, "", "Apple M2 Max 96GB"),
+        ("Apple M1", 8 * 2**20, "", "Apple M1 8GB"),
     ],
 )
 def test_a_device_is_known_by_what_its_system_calls_it(
@@ -400,12 +485,14 @@ def test_any_entry_is_a_possible_device_or_is_refused(name: str, changes: dict[s
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump({"devices": {name: ENTRY | changes}}), encoding="utf-8")
     try:
-        (device,) = read_devices(path)
+        found = read_devices(path)
     except InputError:
         return
-    assert 0 < device.usable_bytes <= device.memory_bytes
-    assert device.bandwidth > 0
-    assert min(device.rates.values()) > 0
+    assert found
+    for device in found:
+        assert 0 < device.usable_bytes <= device.memory_bytes
+        assert device.bandwidth > 0
+        assert min(device.rates.values()) > 0
 
 
 def test_a_device_serves_with_the_runtimes_of_its_class_or_with_its_own(tmp_path: Path) -> None:
