@@ -16,7 +16,7 @@ from autodistill.roofline import Speed, speed
 from autodistill.serving_memory import BASIS, memory
 from autodistill.strategy import Deployment
 from autodistill.training_memory import training_memory
-from autodistill.units import CONTEXT
+from autodistill.units import CONTEXT, check_streams
 
 _MEMORY_ALONE = "onnxruntime"  # takes graphs that are exported from any packing; how fast it runs them is not predicted
 _NO_SPEED: Mapping[str, None] = dict.fromkeys(field.name for field in fields(Speed))
@@ -56,10 +56,11 @@ def appraise(
         (None where it is not asked for).
 
     Raises:
-        InputError: As `memory`, a runtime that does not serve the deployment, a context beyond the model's, or a model
-            that cannot be trained here.
+        InputError: As `memory` and `check_streams`, a runtime that does not serve the deployment, a context beyond the
+            model's, or a model that cannot be trained here.
     """
     spec = model.spec
+    check_streams(batch, "--batch")
     if runtime not in (None, _MEMORY_ALONE):
         deployment = replace(deployment, runtime=runtime)
     context = min(CONTEXT, spec.max_context) if context is None else context

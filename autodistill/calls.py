@@ -16,7 +16,16 @@ from autodistill.errors import InputError
 from autodistill.records.store import RunFolder, default_cache, known_runs
 from autodistill.streams import quiet_libraries
 from autodistill.summary import leaderboard_of
-from autodistill.units import CONTEXT, NO_LIMIT, Budget, parse_bytes, parse_duration, parse_latency, parse_price
+from autodistill.units import (
+    CONTEXT,
+    NO_LIMIT,
+    Budget,
+    check_streams,
+    parse_bytes,
+    parse_duration,
+    parse_latency,
+    parse_price,
+)
 
 if TYPE_CHECKING:
     from autodistill.search.request import SearchRequest
@@ -236,6 +245,7 @@ def appraised(given: Mapping[str, Any]) -> dict[str, Any]:
     asked = given["device"] is not None or given["all_devices"]
     if given["prompt"] is not None and not asked:
         raise InputError("--prompt is of the first token's time, which is a device's: name one with --device")
+    batch = 1 if given["batch"] is None else check_streams(given["batch"], "--batch")
     own, cache = _own(given, asked), given["cache"] or default_cache()
     found = known_devices(own) if given["all_devices"] else ()
     if given["device"] is not None:
@@ -244,7 +254,6 @@ def appraised(given: Mapping[str, Any]) -> dict[str, Any]:
     if given["format_name"]:
         described = replace(described, weights_bytes=None)
     deployment = deployment_named(given["format_name"] or described.format_name or "gguf-q8_0")
-    batch = 1 if given["batch"] is None else given["batch"]
     options: dict[str, Any] = {"batch": batch} | {
         name: given[name] for name in ("context", "kv_type", "runtime", "prompt", "training")
     }
@@ -270,7 +279,8 @@ def picked(given: Mapping[str, Any]) -> dict[str, Any]:
         )
     # Numbers are read before a device is looked for, since that may measure this machine.
     memory = None if given["budget"] is None else parse_bytes(given["budget"])
-    limits = () if given["latency"] is None else parse_latency(given["latency"], given["streams"])
+    streams = check_streams(given["streams"], "--streams")
+    limits = () if given["latency"] is None else parse_latency(given["latency"], streams)
     own, cache = _own(given, named is not None), given["cache"] or default_cache()
     if named is None and limits:
         named = LOCAL
@@ -279,7 +289,7 @@ def picked(given: Mapping[str, Any]) -> dict[str, Any]:
         # With tiers each of them is the memory.
         memory_bytes=memory_on(found, memory) if found else memory or 1,
         context=given["context"],
-        streams=given["streams"],
+        streams=streams,
         device=found,
         latency=limits,
         least=given["min_accuracy"],
@@ -325,7 +335,7 @@ def _no_collection() -> Iterator[None]:
 def measured(given: Mapping[str, Any]) -> dict[str, Any]:
     """A student timed, or the script that times it."""
     words = [word.strip() for word in given["streams"].split(",")]
-    if not all(word.isascii() and word.isdigit() and len(word) < 6 for word in words):
+    if not all(word.isascii() and word.isdigit() and len(word) < 20 for word in words):
         raise InputError(f"--streams {given['streams']!r} must be numbers parted by commas, like 1,4,16")
     timeout = None if given["timeout"] is None else parse_duration(given["timeout"])
     quiet_libraries(str(given["student"]))

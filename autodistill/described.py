@@ -30,6 +30,7 @@ _MIXTURES = {
     "qwen3_moe": ("qwen3", "moe_intermediate_size", "num_experts"),
 }
 _SHAPE = ("layers", "width", "heads", "ffn", "vocab")
+_SHAPE_CONTEXT = 2**24  # tokens that a described shape reads: more than any model that is sold
 _MIXTURE = re.compile(r"\b(q[2-6]-k)-(?:s|m|l|xl)\b")  # of llama.cpp's types, as "Q4_K_M"
 _I_QUANT = re.compile(r"\biq[1-4]-")
 _UNTOLD = 0.1  # share of a GGUF file's weights, such as biases, of which its header's sizes may say nothing
@@ -230,7 +231,7 @@ def shape(sizes: Mapping[str, int | None], *, tied: bool = False, family: str = 
         "num_key_value_heads": sizes.get("kv_heads") or sizes["heads"],
         "intermediate_size": sizes["ffn"],
         "vocab_size": sizes["vocab"],
-        "max_position_embeddings": 2**31 - 1,
+        "max_position_embeddings": _SHAPE_CONTEXT,
         "tie_word_embeddings": tied,
         "sliding_window": sizes.get("window"),
     }

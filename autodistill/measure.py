@@ -25,7 +25,7 @@ from autodistill.roofline import speed
 from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment
 from autodistill.timing import Load, Timed, time_serving
-from autodistill.units import CONTEXT
+from autodistill.units import CONTEXT, check_streams
 
 _PROMPT, _DECODED = 512, 64  # tokens
 _ROUNDS = 3
@@ -99,8 +99,8 @@ class MeasureRequest:
             if getattr(self, name) not in (None, False, (1,)) and place not in allowed:
                 where = place if place == "here" else f"by {place}"
                 raise InputError(f"--{name.replace('_', '-')} changes nothing of a measurement {where}: leave it out")
-        if min(self.streams, default=0) < 1:
-            raise InputError("--streams must be numbers of at least 1, parted by commas")
+        for count in self.streams or (0,):
+            check_streams(count, "--streams")
         # An answer is a first token and one that follows it.
         for name, least in (("context", 2), ("prompt", 1), ("decoded", 2), ("rounds", 1)):
             asked = getattr(self, name)

@@ -15,7 +15,7 @@ from autodistill.estimate import in_blocks
 from autodistill.needs import Solved, Wanted, solve
 from autodistill.records.candidates import Candidate, with_documents
 from autodistill.records.leaderboard import rank
-from autodistill.units import CONTEXT, count_of, format_bytes, format_duration, written_bytes
+from autodistill.units import CONTEXT, check_streams, count_of, format_bytes, format_duration, written_bytes
 
 TIERS = tuple(size * 10**9 for size in (4, 8, 12, 16, 24, 48, 80))
 """Classes of GPUs by memory, in bytes."""
@@ -80,8 +80,9 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
 
     Raises:
         NothingFitsError: None does; the message has the nearest, and the cheapest change that would do.
-        InputError: There are no rows.
+        InputError: There are no rows, or more streams are asked for than any machine decodes.
     """
+    check_streams(wanted.streams, "--streams")
     ranked = sorted(candidates, key=_order)
     if not ranked:
         raise InputError("there is no student that was trained to the end: run autodistill search first")

@@ -82,6 +82,26 @@ def parse_duration(text: str) -> float:
     return float(total)
 
 
+MOST_STREAMS = 999_999
+"""Sequences at once; more is a slip, since no machine decodes as many."""
+
+
+def check_streams(count: int, name: str) -> int:
+    """A number of sequences decoded at once, as it was given.
+
+    Args:
+        count: Of sequences.
+        name: Of the option, like "--batch".
+
+    Raises:
+        InputError: None, or more than any machine decodes.
+    """
+    if not 1 <= count <= MOST_STREAMS:
+        wrong = "at least 1" if count < 1 else f"at most {MOST_STREAMS}"
+        raise InputError(f"{name} must be {wrong}, not {count}")
+    return count
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatencyLimit:
     """One limit of latency.
@@ -97,6 +117,9 @@ class LatencyLimit:
     percentile: int
     seconds: float
     streams: int
+
+    def __post_init__(self) -> None:
+        check_streams(self.streams, "the streams of a limit of latency")
 
     @property
     def name(self) -> str:
@@ -121,7 +144,7 @@ _LATENCY = "50ms, or ttft_p95=300ms,tpot_p99=50ms@streams=16"
 _LIMIT = re.compile(r"\s*(ttft|tpot)(?:_p([1-9]\d?))?\s*=(.*)", re.ASCII)
 _MINUTES = re.compile(r"\s*[\d.]+\s*m\s*", re.ASCII | re.IGNORECASE)
 _SHORTEST = 1e-7  # seconds; below it a limit would be written as 0
-_STREAMS = re.compile(r"\s*streams\s*=\s*([1-9]\d{0,5})\s*\Z", re.ASCII)
+_STREAMS = re.compile(rf"\s*streams\s*=\s*([1-9]\d{{0,{len(str(MOST_STREAMS)) - 1}}})\s*\Z", re.ASCII)
 
 
 def parse_latency(text: str, streams: int = 1) -> tuple[LatencyLimit, ...]:
@@ -132,8 +155,10 @@ def parse_latency(text: str, streams: int = 1) -> tuple[LatencyLimit, ...]:
         streams: Where the text does not say.
 
     Raises:
-        InputError: Another form, a quantity that is not known or limited twice, or no positive duration.
+        InputError: Another form, a quantity that is not known or limited twice, no positive duration, or streams that
+            cannot be.
     """
+    check_streams(streams, "--streams")
     limits, at, load = text.partition("@")
     if at:
         found = _STREAMS.match(load)
@@ -261,9 +286,9 @@ class Budget:
     def __post_init__(self) -> None:
         if self.memory_bytes < 1:
             raise InputError(f"a budget of {self.memory_bytes} bytes holds nothing: give an amount like 16GB")
-        for name in ("context", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.context < 1:
+            raise InputError(f"--context must be at least 1, not {self.context}")
+        check_streams(self.batch, "--batch")
 
     def describe(self) -> str:
         """Its memory in words, like "16.0 GB at context 2048, batch 1"."""

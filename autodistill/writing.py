@@ -32,6 +32,7 @@ from autodistill.records.event_log import EventLog
 from autodistill.rendering import Renderer
 from autodistill.strategy import content_hash
 from autodistill.training_fit import fit_teacher
+from autodistill.units import check_streams
 
 Tell = Callable[[str], None]
 
@@ -90,9 +91,10 @@ def check(request: WriteRequest) -> None:
         InputError: Names the option.
     """
     sampling = request.sampling
-    for name, value in (("--max-tokens", request.max_tokens), ("--batch", request.batch)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, not {value}")
+    if request.max_tokens < 1:
+        raise InputError(f"--max-tokens must be at least 1, not {request.max_tokens}")
+    if request.batch is not None:
+        check_streams(request.batch, "--batch")
     if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
         raise InputError(f"--temperature must be 0 (the most likely token) or more, not {sampling.temperature}")
     if not 0 < sampling.top_p <= 1:

@@ -29,6 +29,15 @@ def test_the_document_has_the_parts_and_one_device_s_speed() -> None:
     assert document["time_to_first_token_ms"] > 0
 
 
+def test_no_model_serves_more_streams_or_reads_more_tokens_than_any_machine_or_model_does() -> None:
+    assert appraise(MODEL, Q4, batch=999_999)["batch"] == 999_999
+    with pytest.raises(InputError, match="--batch must be at most 999999, not 1000000"):
+        appraise(MODEL, Q4, batch=10**6)
+    assert appraise(MODEL, Q4, context=2**24)["context"] == 2**24
+    with pytest.raises(InputError, match="has a context of 16777216 tokens"):
+        appraise(MODEL, Q4, context=2**24 + 1)
+
+
 def test_another_runtime_is_held_to_its_own_bytes_and_one_that_cannot_serve_the_format_is_refused() -> None:
     sizes = {"layers": 32, "width": 4096, "heads": 32, "ffn": 11008, "vocab": 32000}
     big, device = shape(sizes), find_device("4090", KNOWN)

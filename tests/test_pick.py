@@ -116,6 +116,11 @@ def test_it_is_the_choice_of_looking_at_every_row(rows: Any, limit: float, least
     assert answer["memory_bytes"] <= wanted.memory_bytes
 
 
+def test_no_student_is_picked_for_more_streams_than_any_machine_decodes() -> None:
+    with pytest.raises(InputError, match="--streams must be at most 999999"):
+        pick([candidate(row("a", 0.5, 400))], Wanted(memory_bytes=10**18, streams=10**6))
+
+
 def test_another_load_is_solved_anew_from_the_shape() -> None:
     wanted = Wanted(memory_bytes=10**9, context=4096, streams=3)
     solved = solve(candidate(row("a", 0.5, 400)), wanted)

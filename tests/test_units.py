@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -13,8 +15,11 @@ from hypothesis import strategies as st
 
 from autodistill.errors import InputError
 from autodistill.units import (
+    LATENCY,
+    MOST_STREAMS,
     Budget,
     LatencyLimit,
+    check_streams,
     format_bytes,
     format_duration,
     parse_bytes,
@@ -192,7 +197,8 @@ def test_a_budget_is_plain_data():
     [
         ({"memory_bytes": 0}, "holds nothing"),
         ({"context": 0}, "--context"),
-        ({"batch": -1}, "--batch"),
+        ({"batch": -1}, "--batch must be at least 1"),
+        ({"batch": 10**6}, "--batch must be at most 999999, not 1000000"),
     ],
 )
 def test_budgets_that_cannot_be(fields, said):
@@ -246,10 +252,31 @@ def test_other_limits_of_latency_are_refused(text: str, said: str) -> None:
         parse_latency(text)
 
 
-@given(text=st.text(alphabet="tpo_f=,@streams 0123456789.mus", max_size=40))
-def test_any_text_is_limits_of_latency_or_is_refused(text: str) -> None:
+@given(text=st.text(alphabet="tpo_f=,@streams 0123456789.mus", max_size=40), streams=st.integers(-(10**12), 10**12))
+def test_any_text_is_limits_of_latency_or_is_refused(text: str, streams: int) -> None:
     with contextlib.suppress(InputError):
-        assert all(limit.seconds > 0 and 1 <= limit.percentile <= 99 for limit in parse_latency(text))
+        for limit in parse_latency(text, streams):
+            assert limit.seconds > 0
+            assert 1 <= limit.percentile <= 99
+            assert 1 <= limit.streams <= MOST_STREAMS
+
+
+@given(count=st.integers(-(10**30), 10**30) | st.integers(-3, 3) | st.integers(MOST_STREAMS - 3, MOST_STREAMS + 3))
+def test_streams_are_as_many_wherever_they_are_given_or_refused_everywhere(count: int) -> None:
+    """The text of a limit, the caller's number, a limit made in Python and a budget agree on what can be."""
+    ways: list[Callable[[], int]] = [
+        lambda: check_streams(count, "--streams"),
+        lambda: parse_latency(f"50ms@streams={count}")[0].streams,
+        lambda: parse_latency("50ms", count)[0].streams,
+        lambda: replace(LATENCY, streams=count).streams,
+        lambda: Budget(memory_bytes=1, batch=count).batch,
+    ]
+    for way in ways:
+        if 1 <= count <= 999_999:
+            assert way() == count
+        else:
+            with pytest.raises(InputError, match=r"at least 1|at most 999999|after @ comes streams=N"):
+                way()
 
 
 @given(
