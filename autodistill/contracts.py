@@ -68,6 +68,8 @@ class Measurement:
         detail: Plain data on how it was obtained: threads, context, parts of a sum.
         documents: What the value is the mean of, by document, for paired comparisons: as `statistics.per_document`
             gives it. Empty where it is no mean.
+        bins: The same of a figure that is the sum of sizes of binned sums over all tokens, like "ece": `ids`, `count`
+            and `bins`, the sums of each document by bin. Empty for any other.
         bound: What no single one of these values can be better than, such as 1 of right or wrong; None for no such.
     """
 
@@ -79,6 +81,7 @@ class Measurement:
     stderr: float | None = None
     detail: Mapping[str, Any] = field(default_factory=dict)
     documents: Mapping[str, Any] = field(default_factory=dict)
+    bins: Mapping[str, Any] = field(default_factory=dict)
     bound: float | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -246,6 +246,9 @@ def evaluate(
     assert scores is not None
     paired = {name: dict(item.documents) for name, item in measurements.items() if item.documents}
     summed = metric if metric in paired else "accuracy"
+    if split == "test":
+        # Where differences are told: a log of searches would be made up of all documents' bins for the most part.
+        paired |= {name: dict(item.bins) for name, item in measurements.items() if item.bins}
     own = paired.pop(summed, None) or per_document(scores.correct, scores.documents)
     documents = {**own, "metric": summed, "others": paired}
     theirs = None if scores.teacher_correct is None else float(scores.teacher_correct.mean())

@@ -119,6 +119,37 @@ def clustered_bootstrap(
     return resampled(clusters) * float(statistic(weights @ parts).std(ddof=1))
 
 
+def binned_error(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Of sums [draws, bins + 1], the last of them of tokens, the sizes of the bins' sums over the tokens [draws]."""
+    errors: npt.NDArray[np.float64] = np.abs(sums[:, :-1]).sum(axis=1) / sums[:, -1]
+    return errors
+
+
+def binned_difference(
+    mine: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]
+) -> tuple[float, float | None]:
+    """By how much two `binned_error`s of the same tokens differ, and its standard error.
+
+    Both are drawn at once: a draw has the same documents of either. A pair's figures depend on nothing but the pair.
+
+    Args:
+        mine, theirs: [documents, bins], what each document adds to the bins.
+        counts: [documents], tokens of each.
+
+    Returns:
+        The difference, mine less theirs; its standard error, or None of a single document.
+    """
+    bins = mine.shape[1]
+
+    def differ(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        tokens = sums[:, -1:]
+        first, second = (np.hstack([part, tokens]) for part in (sums[:, :bins], sums[:, bins:-1]))
+        return binned_error(first) - binned_error(second)
+
+    parts = np.hstack([mine, theirs, counts[:, None]])
+    return float(differ(parts.sum(axis=0)[None])[0]), clustered_bootstrap(differ, parts)
+
+
 def resampled(clusters: int) -> float:
     """What a bootstrapped error is multiplied by for being one of few clusters.
 

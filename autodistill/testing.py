@@ -338,6 +338,17 @@ class EvaluatorConformance:
                     ]
                     assert not over, f"{one.name} is bounded by {one.bound}, and its documents {over} are beyond that"
 
+    def test_a_binned_figure_is_that_of_its_documents(self, tmp_path: Path) -> None:
+        """What is no mean, and compared by document all the same, follows from the bins of all documents."""
+        for one in self.evaluator().evaluate(self.subject(tmp_path)):
+            if one.bins:
+                ids, count, bins = (one.bins[key] for key in ("ids", "count", "bins"))
+                assert len(ids) == len(count) == len(bins) == len(set(ids))
+                assert not one.documents, f"{one.name} is a mean of documents, or made of bins, and not both"
+                made = sum(abs(math.fsum(sums)) for sums in zip(*bins, strict=True)) / sum(count)
+                same = math.isclose(made, one.value, rel_tol=1e-4, abs_tol=1e-6)
+                assert same, f"{one.name} is {one.value}, and its documents' bins have {made}"
+
     def test_it_gives_the_same_each_time(self, tmp_path: Path) -> None:
         """On the same subject, by another instance, the same figures."""
         subject = self.subject(tmp_path)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autodistill.contracts import Measurement, Needs, Quantity, Subject
-from autodistill.statistics import clustered_bootstrap
+from autodistill.statistics import binned_error, clustered_bootstrap
 from autodistill.strategy import Deployment
 
 BINS = 15
@@ -19,7 +19,8 @@ class Calibration:
 
     A bin's gap is the difference between the share of right tokens in it and their mean confidence, and the error is
     the mean of the gaps' sizes, weighted by the tokens in each bin (Guo et al., 2017, arXiv 1706.04599). Its standard
-    error is bootstrapped by document: it is no mean over tokens. Few tokens make it larger than it is, since a gap's
+    error is bootstrapped by document: it is no mean over tokens, and paired differences are those of the bins' sums by
+    document, drawn for both at once. Few tokens make it larger than it is, since a gap's
     size never averages out.
     """
 
@@ -32,21 +33,26 @@ class Calibration:
         scores = subject.scores
         if scores is None or scores.confidence is None:
             raise ValueError("calibration is read from scores with confidences, and the subject has none")
-        parts = _gaps(scores.confidence, scores.correct, scores.documents)
+        ids, parts = _gaps(scores.confidence, scores.correct, scores.documents)
         return (
             Measurement(
                 name="ece",
-                value=float(_error(parts.sum(axis=0)[None])[0]),
+                value=float(binned_error(parts.sum(axis=0)[None])[0]),
                 unit="fraction",
                 direction="min",
                 source="simulated",
-                stderr=clustered_bootstrap(_error, parts),
+                stderr=clustered_bootstrap(binned_error, parts),
                 detail={
                     "split": subject.split,
                     "tokens": scores.confidence.size,
                     "documents": len(parts),
                     "bins": BINS,
                     "mean_confidence": float(scores.confidence.mean()),
+                },
+                bins={
+                    "ids": ids.tolist(),
+                    "count": parts[:, -1].astype(int).tolist(),
+                    "bins": parts[:, :-1].round(6).tolist(),
                 },
             ),
         )
@@ -58,17 +64,13 @@ class Calibration:
 
 def _gaps(
     confidence: npt.NDArray[np.float64], correct: npt.NDArray[np.bool_], documents: npt.NDArray[np.int32]
-) -> npt.NDArray[np.float64]:
-    """[documents, bins + 1]: in each bin the right tokens less the confidences, and at the end the tokens."""
-    _, owners = np.unique(documents, return_inverse=True)
-    count = int(owners.max()) + 1
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
+    """Ids [documents], and [documents, bins + 1]: in each bin right tokens less confidences, and at the end tokens."""
+    ids, owners = np.unique(documents, return_inverse=True)
+    count = len(ids)
+    if not count:
+        raise ValueError("there is no calibration of no tokens")
     # Bins are open below and closed above, as in the paper; a confidence of 0 would belong to the first.
     bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     gaps = np.bincount(owners * BINS + bins, weights=correct - confidence, minlength=count * BINS)
-    return np.column_stack([gaps.reshape(count, BINS), np.bincount(owners)])
-
-
-def _error(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Of sums [n, bins + 1] the calibration errors [n]."""
-    errors: npt.NDArray[np.float64] = np.abs(sums[:, :-1]).sum(axis=1) / sums[:, -1]
-    return errors
+    return ids, np.column_stack([gaps.reshape(count, BINS), np.bincount(owners)])

@@ -10,6 +10,7 @@ import numpy as np
 
 from autodistill.records.leaderboard import DISTILLED, paired_bootstrap
 from autodistill.records.row import Row
+from autodistill.statistics import binned_difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,10 @@ class Difference:
 
 
 def paired(row: Row, metric: str) -> Mapping[str, Any] | None:
-    """Ids, counts and sums by document of any of a row's figures that are means; None where the row has none."""
+    """Ids, counts and sums by document of any of a row's figures; None where the row has none.
+
+    Of a mean these are `sum`, and of the test split's "ece" `bins`, as `contracts.Measurement` has them.
+    """
     data = row.documents
     if data is None:
         return None
@@ -62,20 +66,37 @@ def differences(rows: Sequence[Row]) -> list[Difference]:
     return [item for item in made if item is not None]
 
 
-def _difference(metric: str, title: str, found: Row, other: Row) -> Difference | None:
-    mine, theirs = paired(found, metric), paired(other, metric)
+def paired_difference(
+    mine: Mapping[str, Any] | None, theirs: Mapping[str, Any] | None
+) -> tuple[float, float | None] | None:
+    """By how much a figure of two rows differs, and its standard error; None where they have none of the same tokens.
+
+    Args:
+        mine, theirs: As `paired` gives them; the difference is the former's less the latter's.
+    """
     if not mine or not theirs or mine["ids"] != theirs["ids"] or mine["count"] != theirs["count"]:
         return None
     counts = np.asarray(mine["count"], np.float64)
+    if "bins" in mine:
+        return binned_difference(*(np.asarray(one["bins"], np.float64) for one in (mine, theirs)), counts)
     gaps = np.asarray(mine["sum"], np.float64) - np.asarray(theirs["sum"], np.float64)
     values, errors = paired_bootstrap(gaps[None], counts)
+    return float(values[0]), float(errors[0]) if len(counts) > 1 else None
+
+
+def _difference(metric: str, title: str, found: Row, other: Row) -> Difference | None:
+    mine = paired(found, metric)
+    made = paired_difference(mine, paired(other, metric))
+    if mine is None or made is None:
+        return None
+    value, stderr = made
     return Difference(
         metric=metric,
         to=title,
-        difference=float(values[0]),
-        stderr=float(errors[0]) if len(counts) > 1 else None,
+        difference=value,
+        stderr=stderr,
         unit=str(mine.get("unit", "")),
-        documents=len(counts),
+        documents=len(mine["count"]),
     )
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from autodistill.applied import initial_student, student_spec
 from autodistill.contracts import Direction, Status
@@ -14,11 +11,8 @@ from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.held import load_held
 from autodistill.distillation.scoring import refer
 from autodistill.evaluation import Evaluation, evaluate
-from autodistill.records.differences import paired
-from autodistill.records.leaderboard import (
-    paired_bootstrap,
-    rank,
-)
+from autodistill.records.differences import paired, paired_difference
+from autodistill.records.leaderboard import rank
 from autodistill.records.openings import openings_in, record_test_opening, recorded_test_openings
 from autodistill.records.row import Row, rows_of
 from autodistill.search.exportable import trained_rows
@@ -171,7 +165,7 @@ def gain_on_test(test: Sequence[Row], metric: str, direction: Direction) -> tupl
     """By how much the found student is better than the baseline, paired by document, and its standard error.
 
     Where the best was trained on further than the baseline, it is the one of as many tokens that is compared. None
-    without a baseline, and of a metric that is no mean, of which nothing can be paired.
+    without a baseline, and of a metric of which nothing can be paired.
     """
     students, baselines = ([row for row in test if row.kind == kind] for kind in ("student", "baseline"))
     pairs = [(one, other) for one in students for other in baselines if one.train_tokens == other.train_tokens]
@@ -179,9 +173,5 @@ def gain_on_test(test: Sequence[Row], metric: str, direction: Direction) -> tupl
     if not pairs:
         return None
     found, baseline = (paired(row, metric) for row in pairs[0])
-    if found is None or baseline is None:
-        return None
-    sign = 1 if direction == "max" else -1
-    gaps = [sign * (mine - theirs) for mine, theirs in zip(found["sum"], baseline["sum"], strict=True)]
-    differences, errors = paired_bootstrap(np.asarray([gaps], np.float64), np.asarray(found["count"], np.float64), 0)
-    return float(differences[0]), float(errors[0]) if math.isfinite(errors[0]) else None
+    made = paired_difference(found, baseline)
+    return made if made is None or direction == "max" else (-made[0], made[1])

@@ -143,6 +143,10 @@ class Fault:
         ("test_measurements_are_what_was_declared", {"source": "measured"}),
         ("test_measurements_are_what_was_declared", {"stderr": -1.0}),
         ("test_a_mean_is_that_of_its_documents", {"documents": {"ids": [1, 2], "count": [2, 2], "sum": [1, 2]}}),
+        (
+            "test_a_binned_figure_is_that_of_its_documents",
+            {"bins": {"ids": [1, 2], "count": [2, 2], "bins": [[1.0, 0.0], [-1.0, 1.0]]}},
+        ),
         ("test_one_document_has_no_standard_error", {"stderr": 0.1}),
     ],
 )

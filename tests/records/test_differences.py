@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
+from autodistill.evaluators.calibration import Calibration
 
+from autodistill.contracts import Subject, TokenScores
+from autodistill.estimate import spec_from_config
 from autodistill.records.differences import differences, shown
 from autodistill.records.row import Row
+from autodistill.search.held_out import gain_on_test
 from autodistill.statistics import widening
+from autodistill.strategy import Deployment
+from autodistill.testing import tiny_config
+from autodistill.units import Budget
 
 FULL = {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
 F16 = {"runtime": "llama.cpp", "format": "gguf-f16", "bits": 16, "group_size": 0}
 Q8 = {"runtime": "llama.cpp", "format": "gguf-q8_0", "bits": 8, "group_size": 32}
+SUBJECT = Subject(
+    spec=spec_from_config(tiny_config()),
+    deployment=Deployment(**Q8),
+    budget=Budget(memory_bytes=10**9),
+)
 
 
 def row(kind: str, deployment: dict[str, Any], right: list[int]) -> Row:
@@ -51,3 +65,55 @@ def test_two_teachers_of_16_bits_are_told_apart_and_fill_a_column_each() -> None
     assert [cell.split()[0] for cell in line[1:]] == ["-0.1000", "-0.2000"]
     found = differences([row("student", Q8, [50, 50]), teachers[0], row("teacher", Q8, [60, 60])])
     assert [item.to for item in found] == ["teacher", "quantised teacher"]
+
+
+def binned(kind: str, confidence: np.ndarray, right: np.ndarray, documents: np.ndarray) -> Row:
+    """A row whose calibration error is measured as a search does."""
+    nothing = np.zeros(len(right))
+    scores = TokenScores(nll=nothing, correct=right, agrees=right, documents=documents, confidence=confidence)
+    (ece,) = Calibration().evaluate(replace(SUBJECT, scores=scores))
+    plain = row(kind, Q8 if kind == "student" else FULL, [0] * len(ece.bins["ids"]))
+    return replace(plain, documents={**(plain.documents or {}), "others": {"ece": json.loads(json.dumps(ece.bins))}})
+
+
+def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
+    """Guo and others' sum, from tokens."""
+    inside = np.digitize(confidence, np.linspace(0, 1, 16)[1:-1], right=True)
+    found = [(inside == one).mean() * abs((right - confidence)[inside == one].mean()) for one in set(inside)]
+    return float(sum(found))
+
+
+def test_calibration_errors_differ_by_what_tokens_say_and_draws_of_documents_scatter() -> None:
+    dice = np.random.default_rng(4)
+    # Thirty documents of unlike lengths, of which some are hard for both.
+    lengths = dice.integers(20, 200, size=30)
+    documents = np.repeat(np.arange(30, dtype=np.int32), lengths)
+    hard = np.repeat(dice.uniform(-0.15, 0.15, size=30), lengths)
+    sure = [dice.uniform(0.2, 1, size=len(documents)) for _ in range(2)]
+    right = [dice.random(len(documents)) < one - lost - hard for one, lost in zip(sure, (0.05, 0.2), strict=True)]
+    rows = [binned(kind, *both, documents) for kind, both in zip(("student", "teacher"), zip(sure, right), strict=True)]
+    (found,) = (item for item in differences(rows) if item.metric == "ece")
+
+    def difference(tokens: np.ndarray) -> float:
+        mine, theirs = (calibration_error(one[tokens], hits[tokens]) for one, hits in zip(sure, right, strict=True))
+        return mine - theirs
+
+    assert found.difference == pytest.approx(difference(np.arange(len(documents))), abs=1e-6)
+    places = [np.flatnonzero(documents == one) for one in range(30)]
+    draws = [difference(np.concatenate([places[one] for one in dice.integers(0, 30, size=30)])) for _ in range(1500)]
+    assert found.stderr == pytest.approx(np.std(draws) * (30 / 29) ** 0.5 * widening(30), rel=0.1)
+    assert (found.to, found.unit, found.documents) == ("teacher", "", 30)
+    # The same of a pair, whatever else is compared.
+    more = [*rows, *(replace(rows[1], row_id=f"b{number}", kind="baseline") for number in range(3))]
+    assert [item for item in differences(more) if item.metric == "ece"][0] == found
+    assert gain_on_test([rows[0], replace(rows[1], kind="baseline")], "ece", "min") == (-found.difference, found.stderr)
+
+
+def test_calibration_of_one_document_or_of_other_ones_has_no_error_or_no_difference() -> None:
+    sure, right, one = np.array([0.5, 0.9]), np.array([True, False]), np.zeros(2, np.int32)
+    mine = binned("student", sure, right, one)
+    (found,) = (item for item in differences([mine, binned("teacher", sure, ~right, one)]) if item.metric == "ece")
+    assert found.stderr is None
+    assert found.difference == pytest.approx((abs(1 - 0.5) + abs(0 - 0.9)) / 2 - (abs(0 - 0.5) + abs(1 - 0.9)) / 2)
+    others = binned("teacher", sure, ~right, one + 1)
+    assert not [item for item in differences([mine, others]) if item.metric == "ece"]
