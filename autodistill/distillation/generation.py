@@ -13,6 +13,7 @@ from torch import Tensor
 
 from autodistill.contracts import Answers
 from autodistill.distillation.parallel import map_batches, pass_tokens
+from autodistill.errors import TrialFailedError
 from autodistill.tasks import marker
 from autodistill.token_sets import Questions
 from autodistill.tokenising import load_tokenizer
@@ -68,6 +69,9 @@ def write(
         device: Where the model lies.
         enough: Whether an answer that begins with these tokens needs no more of them; asked every `LOOKED` tokens, so
             that the answer ends there.
+
+    Raises:
+        TrialFailedError: Logits are not finite; of these some token would be the largest all the same.
     """
     from transformers import GenerationConfig
 
@@ -88,13 +92,15 @@ def write(
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=stops[0], padding_side="left")
         mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
         look = None if enough is None else _Look(enough, ids.shape[1])
+        finite = _Finite()
         with torch.inference_mode():
             output = model.generate(
                 ids.to(device),
                 attention_mask=mask.long().to(device),
-                logits_processor=[_Draw(sampling, rows)] if sampling.temperature > 0 else [],
+                logits_processor=[finite, *([_Draw(sampling, rows)] if sampling.temperature > 0 else [])],
                 stopping_criteria=[] if look is None else [look],
             )
+        finite.check()
         found = output[:, ids.shape[1] :].tolist()
         ends = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in found]
         if look is not None:
@@ -147,6 +153,27 @@ class _Look:
             rows = enumerate(input_ids[:, self._start :].tolist())
             self.ends |= {row: written for row, ids in rows if row not in self.ends and self._enough(ids)}
         return torch.tensor([row in self.ends for row in range(len(input_ids))], device=input_ids.device)
+
+
+class _Finite:
+    """Whether every token was the largest of numbers, as one of transformers' logits processors.
+
+    Looked at once, behind the last token, since an accelerator would be waited for at each.
+    """
+
+    def __init__(self) -> None:
+        self._all: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # The largest of a row with a NaN is NaN.
+        finite = scores.amax(dim=-1).isfinite().all()
+        self._all = finite if self._all is None else self._all & finite
+        return scores
+
+    def check(self) -> None:
+        """Raises where one was not."""
+        if self._all is not None and not bool(self._all):
+            raise TrialFailedError("nan", "the logits that answers are written by are not finite")
 
 
 class _Draw:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from autodistill.distillation.generation import Sampling, answer, write
+from autodistill.errors import TrialFailedError
 from autodistill.testing import save_tiny_teacher, tiny_tokenizer
 from autodistill.token_sets import Question, Questions
 
@@ -45,6 +46,19 @@ def test_greedy_answers_are_those_of_each_prompt_alone(model: torch.nn.Module, b
     expected = {place: _alone(model, prompt, 12, stops) for place, prompt in enumerate(PROMPTS)}
     assert len({len(tokens) for tokens in expected.values()}) > 1
     assert dict(write(model, PROMPTS, stops=stops, max_tokens=12, batch=batch)) == expected
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_p=0.9)])
+def test_logits_that_are_no_numbers_are_no_answer(folder: Path, sampling: Sampling) -> None:
+    broken = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # One row of the head: all other logits, and most likely the first token, stay what they were.
+    broken.get_output_embeddings().weight.data[200] = torch.nan
+    with pytest.raises(TrialFailedError, match="are not finite"):
+        list(write(broken, PROMPTS, stops=STOPS, max_tokens=3, sampling=sampling))
+    for parameter in broken.parameters():
+        parameter.data.fill_(torch.inf)
+    with pytest.raises(TrialFailedError, match="are not finite"):
+        list(write(broken, PROMPTS, stops=STOPS, max_tokens=3, sampling=sampling, batch=2))
 
 
 def test_settings_that_a_folder_brings_change_nothing_and_stay(model: torch.nn.Module) -> None:
