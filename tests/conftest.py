@@ -206,14 +206,16 @@ def wide_lab(tmp_path_factory: pytest.TempPathFactory, workshop: Workshop) -> La
     return _make_lab(tmp_path_factory.mktemp("wide-lab"), workshop, width=128, ffn=256)
 
 
-# Prints what `llama-bench -o json` prints for one test, as far as we read it, with times of 2 ms a token.
+# Prints what `llama-bench -o json` prints for one test, as far as we read it, with times of 2 ms a token. What the
+# program itself printed lies in llama_bench_11434/, named by its build.
 _LLAMA_BENCH = """#!/bin/sh
 while [ $# -gt 0 ]; do
     case $1 in -p) p=$2 ;; -n) n=$2 ;; -r) r=$2 ;; -t) t=$2 ;; -m) m=$2 ;; esac
     shift 2
 done
-[ -f "$m" ] || { echo "error: failed to load model '$m'" >&2; exit 1; }
-[ "$(cat "$m")" = broken ] && { echo "error: failed to load model '$m'" >&2; exit 1; }
+fail() { echo "["; echo "llama_bench: error: failed to load model '$m'" >&2; exit 1; }
+[ -f "$m" ] || fail
+[ "$(cat "$m")" = broken ] && fail
 samples=
 for _ in $(seq "$r"); do samples="${samples:+$samples, }$(( (p + n) * 2000000 ))"; done
 cat <<END

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -49,6 +50,38 @@ def test_the_script_brings_back_what_the_bench_and_the_board_say(said: str) -> N
     assert found.step_ms == (2.0, 2.0)
     assert found.machine
     assert found.cores >= 1
+
+
+REAL = Path(__file__).with_name("llama_bench_11434")
+"""What llama.cpp's llama-bench of build 11434 printed of a tiny student: 100 tokens read, 20 written, on one thread."""
+
+
+def test_what_the_program_itself_prints_is_read_as_it_counts(student: Path, tmp_path: Path) -> None:
+    program = tmp_path / "llama-bench"
+    shown = f"case $* in *'-p 0 '*) cat '{REAL}/decode.json' ;; *) cat '{REAL}/prompt.json' ;; esac"
+    program.write_text(f"#!/bin/sh\n{shown}", encoding="utf-8")
+    program.chmod(0o755)
+    found = parse_result(run(bench(student).script(), str(student), str(program)), "x")
+    (prompt,), (decode,) = (json.loads((REAL / f"{name}.json").read_text()) for name in ("prompt", "decode"))
+    assert found.build == "unknown (11434)"  # it was built without its repository
+    assert (found.prompt, found.decoded) == (100, 20)
+    # Its own tokens a second, of each repetition.
+    assert [100 / ms * 1e3 for ms in found.prompt_ms] == pytest.approx(prompt["samples_ts"], rel=1e-4)
+    assert [1e3 / ms for ms in found.step_ms] == pytest.approx(decode["samples_ts"], rel=1e-4)
+
+
+def test_the_stand_in_prints_what_the_program_itself_does(student: Path, llama_bench: Path) -> None:
+    asked = {"prompt": ("100", "0"), "decode": ("0", "20")}
+    for name, (prompt, decoded) in asked.items():
+        line = [str(llama_bench), "-m", str(student), "-o", "json", "-r", "3", "-t", "1", "-p", prompt, "-n", decoded]
+        (made,) = json.loads(subprocess.run(line, capture_output=True, check=True).stdout)
+        (real,) = json.loads((REAL / f"{name}.json").read_text())
+        for key, value in made.items():
+            assert type(value) is type(real[key]), key
+        assert [made[key] for key in ("n_prompt", "n_gen", "n_threads")] == [
+            real[key] for key in ("n_prompt", "n_gen", "n_threads")
+        ]
+        assert len(made["samples_ns"]) == len(real["samples_ns"]) == 3
 
 
 def test_the_script_leaves_nothing_behind(
@@ -174,7 +207,7 @@ def test_what_goes_wrong_on_the_board_is_said(student: Path, llama_bench: Path) 
         with pytest.raises(InputError, match=f"board: .*{said}"):
             parse_result(run(script, *arguments), "board")
     student.write_text("broken", encoding="utf-8")
-    with pytest.raises(InputError, match="llama-bench ended with 1: error: failed to load model"):
+    with pytest.raises(InputError, match="llama-bench ended with 1: llama_bench: error: failed to load model"):
         parse_result(run(bench(student).script(), str(student), program), "board")
 
 

@@ -78,7 +78,7 @@ def paired_difference(
         return None
     counts = np.asarray(mine["count"], np.float64)
     if "bins" in mine:
-        return binned_difference(*(np.asarray(one["bins"], np.float64) for one in (mine, theirs)), counts)
+        return binned_difference(np.asarray(mine["bins"], np.float64), np.asarray(theirs["bins"], np.float64), counts)
     gaps = np.asarray(mine["sum"], np.float64) - np.asarray(theirs["sum"], np.float64)
     values, errors = paired_bootstrap(gaps[None], counts)
     return float(values[0]), float(errors[0]) if len(counts) > 1 else None

@@ -91,7 +91,7 @@ def test_calibration_errors_differ_by_what_tokens_say_and_draws_of_documents_sca
     hard = np.repeat(dice.uniform(-0.15, 0.15, size=30), lengths)
     sure = [dice.uniform(0.2, 1, size=len(documents)) for _ in range(2)]
     right = [dice.random(len(documents)) < one - lost - hard for one, lost in zip(sure, (0.05, 0.2), strict=True)]
-    rows = [binned(kind, *both, documents) for kind, both in zip(("student", "teacher"), zip(sure, right), strict=True)]
+    rows = [binned("student", sure[0], right[0], documents), binned("teacher", sure[1], right[1], documents)]
     (found,) = (item for item in differences(rows) if item.metric == "ece")
 
     def difference(tokens: np.ndarray) -> float:
@@ -105,7 +105,7 @@ def test_calibration_errors_differ_by_what_tokens_say_and_draws_of_documents_sca
     assert (found.to, found.unit, found.documents) == ("teacher", "", 30)
     # The same of a pair, whatever else is compared.
     more = [*rows, *(replace(rows[1], row_id=f"b{number}", kind="baseline") for number in range(3))]
-    assert [item for item in differences(more) if item.metric == "ece"][0] == found
+    assert next(item for item in differences(more) if item.metric == "ece") == found
     assert gain_on_test([rows[0], replace(rows[1], kind="baseline")], "ece", "min") == (-found.difference, found.stderr)
 
 
