@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
+from autodistill.contracts import ModelSpec
 from autodistill.described import Described
 from autodistill.devices import Device
 from autodistill.errors import InputError
@@ -15,9 +16,12 @@ from autodistill.records.recalibration import Overhead, Place, overhead_of
 from autodistill.roofline import Speed, speed
 from autodistill.serving_memory import BASIS, memory
 from autodistill.strategy import Deployment
+from autodistill.training_fit import MEANS
 from autodistill.training_memory import training_memory
 from autodistill.units import CONTEXT, check_streams
 
+WAYS = ("all_kept", "checkpointing", "eight_bit_states")
+"""What the means of `training_fit.MEANS` are called."""
 _MEMORY_ALONE = "onnxruntime"  # takes graphs that are exported from any packing; how fast it runs them is not predicted
 _NO_SPEED: Mapping[str, None] = dict.fromkeys(field.name for field in fields(Speed))
 
@@ -52,14 +56,18 @@ def appraise(
         Plain data: why the format's container cannot hold the model (`cannot_hold`, None where it can; it then fits
         nowhere), the parts of the memory, what measured students change (`memory_overhead`) and the sum, runtime,
         context, batch, `tokens_per_second` and `time_to_first_token_ms` (None without a device or a predicted speed),
-        the devices, and under `training` the parts of its memory with all activations kept and with checkpointing
-        (None where it is not asked for).
+        the devices, and under `training` the parts of its memory as `training_parts` has them (None where it is not
+        asked for).
 
     Raises:
         InputError: As `memory` and `check_streams`, a runtime that does not serve the deployment, a context beyond the
             model's, or a model that cannot be trained here.
     """
     spec = model.spec
+    made = None
+    if training is not None:
+        check_trainable(model)
+        made = {"tokens": training, **training_parts(spec, training)}
     check_streams(batch, "--batch")
     if runtime not in (None, _MEMORY_ALONE):
         deployment = replace(deployment, runtime=runtime)
@@ -124,7 +132,7 @@ def appraise(
         "tokens_per_second": one.get("tokens_per_second"),
         "time_to_first_token_ms": one.get("time_to_first_token_ms"),
         "devices": rows,
-        "training": None if training is None else _training(model, training),
+        "training": made,
     }
 
 
@@ -137,17 +145,37 @@ def _not_held(model: Described, deployment: Deployment, runtime: str) -> str:
     return "" if stored or model.spec.architecture not in FAMILIES else cannot_hold(model.spec, deployment)
 
 
-def _training(model: Described, tokens: int) -> dict[str, Any]:
-    """Parts of the memory of training all weights by AdamW in float32, in bytes, by what is kept of a step's one pass.
+def check_trainable(model: Described) -> None:
+    """Refuses what can be estimated and not trained, such as a mixture of experts.
+
+    Raises:
+        InputError: Names the families that can be.
+    """
+    if model.spec.experts or model.spec.architecture not in FAMILIES:
+        raise InputError(f"{model.name} cannot be trained here: these families can: {', '.join(FAMILIES)}")
+
+
+def training_parts(spec: ModelSpec, tokens: int, **of: Any) -> dict[str, dict[str, int]]:
+    """Parts of the memory of training by AdamW in float32, in bytes, by the means that make it fit.
 
     Products are computed in bfloat16, as on a GPU.
+
+    Args:
+        spec: What is trained.
+        tokens: Of a step's one forward and backward pass.
+        of: What else `training_memory` is to know; without it all weights are trained, on no grid, and nothing is
+            aligned.
+
+    Returns:
+        By way, each with the means of those before it: all activations kept, checkpointing, and 8-bit optimiser states.
+
+    Raises:
+        InputError: Less than one token.
     """
     if tokens < 1:
         raise InputError(f"--training must be at least 1 token, not {tokens}")
-    if model.spec.experts or model.spec.architecture not in FAMILIES:
-        raise InputError(f"{model.name} cannot be trained here: these families can: {', '.join(FAMILIES)}")
-    found: dict[str, Any] = {"tokens": tokens}
-    for name, checkpointing in (("all_kept", False), ("checkpointing", True)):
-        estimate = training_memory(model.spec, tokens=tokens, checkpointing=checkpointing, bf16=True)
-        found[name] = {**estimate.parts, "total_bytes": estimate.total_bytes}
+    found = {}
+    for way, (checkpointing, state) in zip(WAYS, MEANS, strict=True):
+        made = training_memory(spec, tokens=tokens, checkpointing=checkpointing, optimizer_state=state, bf16=True, **of)
+        found[way] = {**made.parts, "total_bytes": made.total_bytes}
     return found

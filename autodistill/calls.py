@@ -28,8 +28,10 @@ from autodistill.units import (
 )
 
 if TYPE_CHECKING:
+    from autodistill.described import Described
     from autodistill.search.request import SearchRequest
     from autodistill.search.search import Outcome
+    from autodistill.strategy import Strategy
 
 
 RUNS = Path("results/runs")
@@ -229,7 +231,11 @@ _SIZES = ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "e
 
 
 def appraised(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model takes and how fast it would be."""
+    """What a model, or the student that a strategy makes of it, takes and how fast it would be."""
+    from autodistill.space import load_strategy
+
+    strategy = None if given["strategy"] is None else load_strategy(given["strategy"])
+    quiet_libraries(given["model"], *(() if strategy is None else filter(None, [strategy.init.model])))
     from autodistill.appraisal import appraise
     from autodistill.described import deployment_named, describe, shape
     from autodistill.local_device import choose_device, known_devices
@@ -251,13 +257,32 @@ def appraised(given: Mapping[str, Any]) -> dict[str, Any]:
     if given["device"] is not None:
         found = (choose_device(given["device"], cache, own),)
     described = shape(sizes, tied=given["tied"]) if given["model"] is None else describe(given["model"])
+    options: dict[str, Any] = {"batch": batch} | {
+        name: given[name] for name in ("context", "kv_type", "runtime", "prompt")
+    }
+    options |= {"devices": found, "overheads": recalibrated(given["out"])}
+    if strategy is not None:
+        return _student_appraised(given, described, strategy, options)
     if given["format_name"]:
         described = replace(described, weights_bytes=None)
     deployment = deployment_named(given["format_name"] or described.format_name or "gguf-q8_0")
-    options: dict[str, Any] = {"batch": batch} | {
-        name: given[name] for name in ("context", "kv_type", "runtime", "prompt", "training")
-    }
-    return appraise(described, deployment, devices=found, overheads=recalibrated(given["out"]), **options)
+    return appraise(described, deployment, training=given["training"], **options)
+
+
+def _student_appraised(
+    given: Mapping[str, Any], teacher: Described, strategy: Strategy, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the student that a strategy makes takes, served on its own grid or a named one, and trained."""
+    from autodistill.appraisal import appraise
+    from autodistill.described import deployment_named
+    from autodistill.training_appraisal import TOKENS, own_deployment, strategy_training, student_of
+
+    student = student_of(teacher, strategy, given["strategy"])
+    named = None if given["format_name"] is None else deployment_named(given["format_name"])
+    deployment = named or own_deployment(strategy) or deployment_named("gguf-q8_0")
+    tokens = TOKENS if given["training"] is None else given["training"]
+    training = strategy_training(teacher, student, strategy, tokens=tokens)
+    return appraise(student, deployment, **options) | {"training": training}
 
 
 def picked(given: Mapping[str, Any]) -> dict[str, Any]:

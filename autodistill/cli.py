@@ -369,6 +369,14 @@ def estimate(
         int | None,
         option("--training", "Estimate the memory of training too, with passes of this many tokens.", "TOKENS"),
     ] = None,
+    strategy: Annotated[
+        str | None,
+        option(
+            "--strategy",
+            "Estimate the student that this strategy makes of MODEL, and training it: a name, or a .yaml file.",
+            "STRATEGY",
+        ),
+    ] = None,
     device: Annotated[
         str | None, option("--device", "Device to estimate the speed on, like 4090 or local.", "NAME")
     ] = None,
@@ -415,7 +423,6 @@ def estimate(
     """Predict the memory and speed of a model without loading it. Measurements stored in --out correct it."""
     from autodistill.hardware_summary import appraisal_text
 
-    quiet_libraries(model)
     show(output, lambda: appraised(ctx.params), dict, appraisal_text)
 
 

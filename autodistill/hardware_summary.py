@@ -11,6 +11,7 @@ from autodistill.summary import table
 from autodistill.units import CONTEXT, count_of, format_bytes, format_duration
 
 _PARTS = {"shown_bytes": "rounded copies"}
+_WAYS = {"eight_bit_states": "8-bit states"}
 _REASONS = 2  # that are told of devices one by one
 
 
@@ -95,18 +96,23 @@ def _speed(one: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _training(found: Mapping[str, Any]) -> str:
-    """The memory of training by parts, with all activations kept and with checkpointing."""
-    ways = ("all_kept", "checkpointing")
-    # Without a teacher nothing is aligned.
-    parts = [name for name in found["all_kept"] if name != "alignment_bytes"]
+    """The memory of training by parts, by the means that make it fit."""
+    ways = {name: parts for name, parts in found.items() if isinstance(parts, Mapping)}
+    told = next(iter(ways.values()))
+    # What a teacher adds is told where it adds anything; the sum comes last.
+    added = [name for name in ("alignment_bytes", "teacher_bytes") if told.get(name)]
+    own = [name for name in told if name not in ("alignment_bytes", "teacher_bytes", "total_bytes")]
+    parts = [*own, *added, "total_bytes"]
     lines = [
-        (_PARTS.get(name, name.removesuffix("_bytes")), *(format_bytes(found[way][name]) for way in ways))
+        (_PARTS.get(name, name.removesuffix("_bytes")), *(format_bytes(way[name]) for way in ways.values()))
         for name in parts
     ]
-    head = ("training", *(way.replace("_", " ") for way in ways))
+    head = ("training", *(_WAYS.get(way, way.replace("_", " ")) for way in ways))
+    trained = found.get("trained", "all weights")
     note = (
-        f"All weights by AdamW in float32, products in bfloat16, {count_of(found['tokens'], 'token')} a step of one "
-        "pass. What was kept is freed as gradients arrive: the total has the larger of the two sums."
+        f"{trained[0].upper()}{trained[1:]}, by AdamW in float32, products in bfloat16, "
+        f"{count_of(found['tokens'], 'token')} a step of one pass.\nWhat was kept is freed as gradients arrive: the "
+        "total has the larger of the two sums. 8-bit states come with checkpointing."
     )
     return f"{table([head, *lines], left=1)}\n{note}"
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from autodistill.contracts import ModelSpec, OptimizerState
 from autodistill.families import Axis, get_family
 from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
-from autodistill.strategy import Alignment, Attention, Lora
+from autodistill.strategy import Alignment, Attention, Distillation, Lora
 from autodistill.tensors import Role, TensorSpec
 
 
@@ -159,6 +160,21 @@ def training_memory(
         overhead_bytes=TRANSFORMERS_PROCESS_BYTES,
         passes=passes,
     )
+
+
+def beside_bytes(recipes: Iterable[Distillation], teacher: ModelSpec, *, bf16: bool, held_bytes: int) -> int:
+    """What lies of the teacher beside a student that is trained: all of it, its head, or nothing.
+
+    Args:
+        recipes: Of which the one counts that wants most.
+        teacher: Its shape.
+        bf16: Whether products are computed in bfloat16, and its weights held so.
+        held_bytes: Of its weights where they are not.
+    """
+    signals = {recipe.signal for recipe in recipes if recipe.weighs_teacher}
+    if "online" in signals:
+        return 2 * teacher.parameters if bf16 else held_bytes
+    return (2 if bf16 else 4) * teacher.vocabulary * teacher.width if "states" in signals else 0
 
 
 def _states_bytes(spec: ModelSpec, teacher: ModelSpec, alignment: Alignment, tokens: int) -> int:

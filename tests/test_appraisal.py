@@ -137,7 +137,11 @@ def test_the_memory_of_training_is_told_by_parts() -> None:
     whole = found["all_kept"]["activations_bytes"]
     assert found["checkpointing"]["activations_bytes"] == whole // 4 + 4 * 4 * 256 * 128
     text = appraisal_text(document)
-    assert text.splitlines()[-10].split() == ["training", "all", "kept", "checkpointing"]
+    assert text.splitlines()[-11].split() == ["training", "all", "kept", "checkpointing", "8-bit", "states"]
+    # Two bytes a weight for both moments, and a float32 scale of each for 256 weights; all else is as checkpointed.
+    small, plain = found["eight_bit_states"], found["checkpointing"]
+    assert small["optimizer_bytes"] == 2 * count + 8 * count // 256
+    assert small["total_bytes"] == plain["total_bytes"] - plain["optimizer_bytes"] + small["optimizer_bytes"]
     assert "256 tokens a step of one pass" in text
 
 

@@ -233,6 +233,9 @@ BAD = [
     ("pick --tiers --device ''", ["--budget or --device"]),
     ("pick --tiers --latency 50ms", ["--tiers is of memory alone", "--device"]),
     ("estimate @/teacher --device cpu", ["'cpu' is a kind of devices"]),
+    ("estimate @/teacher --strategy hand_desgned", ["hand_desgned", "hand_designed"]),
+    ("estimate @/teacher --strategy lora --training 0", ["--training must be at least 1 token"]),
+    ("estimate @/strange --strategy lora", ["mamba", "llama"]),
     ("pick --budget ''", ["'' is not an amount of memory"]),
     ("pick --budget 8GB --latency ''", ["latency"]),
     ("leaderboard nobody", ["nobody"]),
@@ -282,6 +285,27 @@ def test_a_format_of_weights_given_as_a_format_of_output_is_told_where_to_go(inp
     err = run(capfd, "estimate smollm2 --format gguf-q4_0", inputs)[2]
     assert "Value error" not in err
     assert "--format-name names a format of weights" in err
+
+
+def test_the_training_of_a_strategy_s_student_is_estimated_without_loading_the_teacher(
+    inputs: Path, tmp_path: Path, capfd: Any
+) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "init: {depth: 0.5}\ndistillation: {train_embeddings: true}\n"
+        "finishing: {format: gguf-q4_0, bits: 4, group_size: 32}\n"
+    )
+    line = f"estimate @/teacher --strategy {tmp_path}/mine.yaml --training 128"
+    code, out, _ = run(capfd, f"{line} --format json", inputs)
+    document = json.loads(out)
+    assert (code, document["deployment"], document["training"]["tokens"]) == (0, "gguf-q4_0", 128)
+    # All weights of the student, which is smaller than its teacher.
+    assert document["training"]["all_kept"]["gradients_bytes"] == 4 * document["parameters"]
+    whole = json.loads(run(capfd, "estimate @/teacher --format json", inputs)[1])
+    assert document["parameters"] < whole["parameters"]
+    assert whole["training"] is None
+    text = run(capfd, line, inputs)[1]
+    assert "student of" in text.splitlines()[0]
+    assert "All weights, at the end on the grid of gguf-q4_0" in text
 
 
 @pytest.mark.parametrize(("what", "one"), [("strategies", "logit_kd"), ("spaces", "default")])

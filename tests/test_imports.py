@@ -86,6 +86,7 @@ ROOMS = (
     "evaluation",
     "trial_data",
     "applied",
+    "training_appraisal",
     "trial",
     "export",
     "evaluators",

@@ -14,6 +14,7 @@ from autodistill.errors import InputError
 from autodistill.space import Point, Space
 from autodistill.strategy import Distillation, Strategy
 from autodistill.training_fit import TrainingFit, fit_training, training_fits
+from autodistill.training_memory import beside_bytes
 from autodistill.units import format_bytes
 
 # Strategies that stand for all of a space: as many as say where between its ends training stops to fit.
@@ -88,10 +89,7 @@ class TrialMemory:
 
     def beside_bytes(self, recipes: Iterable[Distillation]) -> int:
         """Of the teacher in a trial, which lies beside the student: all of it, its head, or nothing."""
-        signals = {recipe.signal for recipe in recipes if recipe.weighs_teacher}
-        if "online" in signals:
-            return 2 * self.teacher.parameters if self.bf16 else self.held_bytes
-        return (2 if self.bf16 else 4) * self.teacher.vocabulary * self.teacher.width if "states" in signals else 0
+        return beside_bytes(recipes, self.teacher, bf16=self.bf16, held_bytes=self.held_bytes)
 
     def fit(self, strategy: Strategy, spec: ModelSpec, *, sequence_length: int, sequences: int) -> TrainingFit:
         """The fastest way to train one strategy alone, in steps of so many sequences.
