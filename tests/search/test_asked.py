@@ -108,11 +108,16 @@ def test_differences_to_teacher_and_baseline_are_paired(by_task: tuple[Outcome, 
     found = outcome.document["differences_on_test"]
     to = {item["to"] for item in found}
     assert {"teacher", "undistilled student"} <= to
-    assert {item["metric"] for item in found} >= {"task:miller", "accuracy", "kl", "perplexity", "task:long"}
+    assert {item["metric"] for item in found} >= {"task:miller", "accuracy", "kl", "perplexity", "task:long", "ece"}
     student, teacher = outcome.finish.best.kind, next(row for row in outcome.finish.test if row.kind == "teacher")
     mine = next(row for row in outcome.finish.test if row.kind == student)
     accuracy = next(item for item in found if item["metric"] == "accuracy" and item["to"] == "teacher")
     assert accuracy["difference"] == pytest.approx((mine.accuracy or 0) - (teacher.accuracy or 0), abs=1e-6)
+    # The calibration error is no mean, and what it is made of is kept of this split alone.
+    ece = next(item for item in found if item["metric"] == "ece" and item["to"] == "teacher")
+    assert ece["difference"] == pytest.approx(mine.figure("ece") - teacher.figure("ece"), abs=1e-5)  # type: ignore[operator]
+    assert (ece["documents"], ece["stderr"] is None) == (accuracy["documents"], accuracy["stderr"] is None)
+    assert not any("ece" in (row.documents or {})["others"] for row in outcome.rows)
     assert "found student less" in (request.out / "task" / "report.md").read_text()
     json.dumps(found, allow_nan=False)
     assert "task:miller" in search_summary(outcome.document, rank(outcome.rows, "task:miller"), "task:miller")
