@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from autodistill.appraisal import check_trainable, training_parts
 from autodistill.applied import check_strategy, student_spec
+from autodistill.appraisal import check_trainable, training_parts
 from autodistill.contracts import SEQUENCE_LENGTH
 from autodistill.described import Described, describe
 from autodistill.strategy import Deployment, Strategy, serving

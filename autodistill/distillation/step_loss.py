@@ -204,9 +204,7 @@ class StepLoss:
         shared = shares.learnt * learnt.heard / max(1, learnt.size)
         return loss, torch.stack([*terms, torch.full_like(terms[0], shared)])
 
-    def _logits(
-        self, states: Tensor, head: Callable[[Tensor], Tensor], learnt: Learnt
-    ) -> tuple[Tensor | None, Tensor]:
+    def _logits(self, states: Tensor, head: Callable[[Tensor], Tensor], learnt: Learnt) -> tuple[Tensor | None, Tensor]:
         """Which of the learnt tokens the logit loss is taken over, None for all, and their logits."""
         if self._recipe.positions != "uncertain" or len(states) == 0:
             return None, head(states)
