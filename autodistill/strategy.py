@@ -169,10 +169,12 @@ class Init(Part):
 class Temperature(Part):
     """The temperature of the divergence over the plan's tokens.
 
+    A step has that of the middle of its tokens: of N steps the first and the last are 1/(2N) of the way from the ends.
+
     Attributes:
         shape: "constant" (at `start`), "linear", "cosine" or "exponential" from `start` to `end`.
-        start: Temperature at the first token.
-        end: Temperature at the plan's last token; equal to `start` where the shape is constant.
+        start: Temperature before the first token.
+        end: Temperature at the plan's last token, and beyond; equal to `start` where the shape is constant.
     """
 
     shape: str = "constant"
@@ -311,7 +313,8 @@ class Distillation(Part):
         mixture: Between 0 and 1 for those that mix, 0 for plain KL: beta of "jsd", the teacher's share in the mixture;
             alpha of a skew KL, the share of its first distribution; where "taid" starts, the teacher's share.
         divergence_weight: Share of the divergence in the logit loss, 0 to 1; cross-entropy has the rest.
-        final_divergence_weight: The share at the plan's last token, reached linearly; None where it stays.
+        final_divergence_weight: The share at the plan's last token, reached linearly, of which a step has that in the
+            middle of its tokens; None where it stays.
         temperature: Its schedule.
         standardise: Whether each row of logits is divided by its standard deviation before the temperature.
         signal: Where the teacher's outputs come from: "top-k", its `signal_tokens` likeliest tokens from the cache;

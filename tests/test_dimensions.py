@@ -257,7 +257,7 @@ def test_temperature_shape(workshop, truth, shape, start, end):
     with torch.no_grad():
         logits = model(truth.ids).logits[:, :-1]
     for step, record in enumerate(records):
-        wanted = SHAPES[shape](start, end, step / 4)
+        wanted = SHAPES[shape](start, end, (step + 0.5) / 4)
         # Of two equally near, like 1.5 and 2 for the root of 3, the lower.
         snapped = GRID[np.abs(np.log(np.array(GRID) / wanted)).round(9).argmin()]
         assert record.temperature == snapped

@@ -13,6 +13,9 @@ _STEP, _MEMORY = 5e-4, 0.99
 class Interpolation:
     """The teacher's share in the target and what its next step follows from (arXiv 2501.16937, algorithm 1).
 
+    As there, a step has the share that the steps before it led to: the first one the start, and of N steps without a
+    falling loss the last one 1 - 1/N of the way. The teacher alone is the target from the plan's end on.
+
     Attributes:
         share: Of the teacher in the target, from its start to 1.
         momentum: Moving average of the loss's relative fall.

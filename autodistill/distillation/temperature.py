@@ -15,7 +15,7 @@ def snap(temperature: float) -> float:
     return min(GRID, key=lambda value: (round(abs(math.log(value / temperature)), 12), value))
 
 
-def progress(tokens: int, horizon: int) -> float:
+def progress(tokens: float, horizon: int) -> float:
     """Share of the horizon that `tokens` of training are, 1 beyond it."""
     return min(max(tokens / horizon, 0.0), 1.0)
 
@@ -25,12 +25,12 @@ def along(start: float, end: float | None, x: float) -> float:
     return start if end is None else start + (end - start) * x
 
 
-def temperature_at(schedule: Temperature, tokens: int, horizon: int) -> float:
+def temperature_at(schedule: Temperature, tokens: float, horizon: int) -> float:
     """Temperature after `tokens` of training, before snapping.
 
     Args:
         schedule: Shape and end points.
-        tokens: Tokens trained on so far.
+        tokens: Tokens trained on so far; a step has the temperature of the middle of its own.
         horizon: Tokens at which the schedule reaches its end; it stays there beyond.
     """
     x = progress(tokens, horizon)

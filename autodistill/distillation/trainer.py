@@ -39,7 +39,7 @@ from autodistill.token_sets import TokenSet
 
 _CLIP = 1.0
 _BETAS = (0.9, 0.95)
-# A loss that is not finite spoils its step alone; this many in a row end the trial.
+# A loss that is not finite spoils its step alone; this many in a row end the trial, checkpoints between them or not.
 _PATIENCE = 3
 
 
@@ -52,9 +52,9 @@ class StepRecord:
         loss, divergence, cross_entropy, alignment, attention: Means over the step's predicted tokens, the logit terms
             over those of the chosen positions; `loss` is what was descended, the others are its terms without their
             weights.
-        divergence_weight: Share of the divergence in the logit loss.
-        teacher_share: Of the teacher in the target; below 1 for "taid" alone.
-        temperature: Of the divergence, as snapped.
+        divergence_weight: Share of the divergence in the logit loss, of the middle of the step's tokens.
+        teacher_share: Of the teacher in the target; below 1 for "taid" alone, as the step before left it.
+        temperature: Of the divergence in the middle of the step's tokens, as snapped.
         learning_rate: Of the student.
         gradient_norm: Before clipping.
         tokens_per_second: Of this step.
@@ -282,8 +282,10 @@ class Trainer:
     def _step(self, rate: float) -> StepRecord:
         began = time.perf_counter()
         recipe = self._recipe
-        temperature = snap(temperature_at(recipe.temperature, self.tokens, self._plan.tokens))
-        passed = progress(self.tokens, self._plan.tokens)
+        # A step stands for all of its tokens: the middle of a line over them is its mean, of steps of any size.
+        middle = self.tokens + self._plan.batch_tokens / 2
+        temperature = snap(temperature_at(recipe.temperature, middle, self._plan.tokens))
+        passed = progress(middle, self._plan.tokens)
         weight = along(recipe.divergence_weight, recipe.final_divergence_weight, passed)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group["factor"]
@@ -438,6 +440,7 @@ class Trainer:
             return None
         extra = {} if self._interpolation is None else {"interpolation": json.dumps(asdict(self._interpolation))}
         extra |= {} if self._balance is None else {"balance": json.dumps(self._balance)}
+        extra |= {"failures": str(self._failures)} if self._failures else {}
         extra["processes"] = "1" if self._sharding is None else str(self._sharding.count)
         metadata = {**(notes or {}), **self._identity(), "tokens": str(self.tokens), **extra}
         return partial(write_checkpoint, tensors=tensors, metadata=metadata)
@@ -454,6 +457,7 @@ class Trainer:
         if self._interpolation is not None:
             self._interpolation = Interpolation(**json.loads(metadata["interpolation"]))
         self._balance = tuple(json.loads(metadata["balance"])) if "balance" in metadata else None
+        self._failures = int(metadata.get("failures", 0))
 
     def _identity(self) -> dict[str, str]:
         return {"strategy": self._strategy.stable_id, "seed": str(self._seed)}

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from autodistill.distillation.schedule import branch_point, decayed, end_of, sta
 from autodistill.distillation.step_loss import StepLoss
 from autodistill.errors import TrialFailedError
 from autodistill.grids import Q4_0, Q8_0
-from autodistill.strategy import Alignment, Attention, Distillation, Strategy
+from autodistill.strategy import Alignment, Attention, Distillation, Strategy, Temperature
 
 PLAIN = Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3))
 ALIGNED = Strategy(
@@ -78,6 +79,26 @@ def test_the_schedule_is_a_function_of_absolute_tokens(workshop):
     assert [record.tokens for record in records] == [64 * step for step in range(1, 9)]
     factors = [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
     np.testing.assert_allclose([record.learning_rate for record in records], np.array(factors) * 1e-3, rtol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_a_step_has_the_schedules_value_in_the_middle_of_its_tokens(workshop, steps):
+    """So lines over the plan's tokens have their mean in a plan of any number of steps, and end where its tokens do."""
+    recipe = replace(
+        PLAIN.distillation,
+        divergence_weight=0.2,
+        final_divergence_weight=0.8,
+        temperature=Temperature(shape="linear", start=5.0, end=1.0),
+    )
+    trainer = workshop.trainer(replace(PLAIN, distillation=recipe), tokens=steps * STEP)
+    records = list(trainer.train_stable((steps + 2) * STEP))
+    weights = [record.divergence_weight for record in records]
+    assert weights[:steps] == pytest.approx([0.2 + 0.6 * (2 * step + 1) / (2 * steps) for step in range(steps)])
+    assert np.mean(weights[:steps]) == pytest.approx(0.5)
+    # Of the nearest stored ones: 3; 13/3, 3 and 5/3; 14/3, 4, 10/3, 8/3, 2 and 4/3. Beyond the plan the end stays.
+    snapped = {1: [3.0], 3: [4.0, 3.0, 1.5], 6: [5.0, 4.0, 3.0, 3.0, 2.0, 1.5]}[steps]
+    assert [record.temperature for record in records] == [*snapped, 1.0, 1.0]
+    assert weights[steps:] == [0.8, 0.8]
 
 
 def test_terms_add_up(workshop):
@@ -419,6 +440,29 @@ def test_three_spoilt_steps_in_a_row_end_the_trial(workshop):
         seen.extend(record.tokens for record in trainer.train_stable(512))
     assert caught.value.cause == "nan"
     assert trainer.tokens == 256
+
+
+@pytest.mark.parametrize(("spoilt", "ends"), [({1, 2, 3}, True), ({1, 3, 4}, False)], ids=["in a row", "two of them"])
+@pytest.mark.parametrize("until", [128, 192])
+def test_three_in_a_row_are_counted_over_a_checkpoint(workshop, tmp_path, spoilt, ends, until):
+    first = workshop.trainer(PLAIN, cache=Poisoned(workshop.cache, spoilt))
+    list(first.train_stable(until))
+    first.save(tmp_path / "checkpoint")
+    rest = {step - until // STEP for step in spoilt}
+    second = workshop.trainer(PLAIN, cache=Poisoned(workshop.cache, rest))
+    second.load(tmp_path / "checkpoint")
+    with pytest.raises(TrialFailedError, match="in 3 steps in a row") if ends else nullcontext():
+        list(second.train_stable(384))
+    assert second.tokens == (256 if ends else 384)
+
+
+def test_what_was_spoilt_in_a_decay_is_no_part_of_the_stable_training(workshop, tmp_path):
+    trainer = workshop.trainer(PLAIN, cache=Poisoned(workshop.cache, {2, 3, 4}))
+    list(trainer.train_stable(128))
+    trainer.save(tmp_path / "checkpoint")
+    list(trainer.train_decay(256))
+    trainer.load(tmp_path / "checkpoint")
+    assert [np.isfinite(record.loss) for record in trainer.train_stable(256)] == [False, True]
 
 
 @pytest.mark.parametrize("bf16", [False, True])
