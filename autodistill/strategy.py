@@ -322,7 +322,7 @@ class Distillation(Part):
             from the cached last hidden states and the teacher's head; "online", all tokens, from the teacher run
             beside the student; "written", the likeliest tokens that whoever wrote the answers told with them
             (`autodistill write --top-k`), at temperature 1 alone, and cross-entropy where nothing was told.
-        signal_tokens: Above 0 for "top-k" and "sampled", 0 for the others.
+        signal_tokens: Above 0 for "top-k", where it is below the teacher's vocabulary, and "sampled"; 0 for the others.
         positions: Predicted tokens that are learnt: "answers", those that the data mark as such, or all where they mark
             none; "all"; or "uncertain", the share of the first whose predictions by the student have the most entropy
             (alignments take all of the first).
@@ -401,6 +401,21 @@ class Distillation(Part):
         _check(
             not self.standardise or self.signal in _FULL_SIGNALS,
             f"distillation.standardise needs the deviation of all logits, which {self.signal} lacks: {full}",
+        )
+
+    def check_vocabulary(self, tokens: int) -> None:
+        """Refuses as many of the likeliest tokens as there are, or more: they would be all, told as a part.
+
+        Args:
+            tokens: Of the teacher's vocabulary.
+
+        Raises:
+            InputError: Names the signals that have all tokens.
+        """
+        _check(
+            self.signal != "top-k" or not self.weighs_teacher or self.signal_tokens < tokens,
+            f"distillation.signal_tokens is {self.signal_tokens}, but must be below the teacher's {tokens} tokens "
+            f"for {self.signal}: for all tokens, which is exact, use the signal {' or '.join(_FULL_SIGNALS)}",
         )
 
     @property
