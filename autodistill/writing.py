@@ -127,9 +127,10 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
 
     Raises:
         InputError: Bad options, prompts or teacher, or a file that cannot be written or read.
-        EndpointError: The endpoint failed, or refused every prompt; the message says how many answers are kept.
-        InterruptedWritingError: Ctrl-C at an endpoint, once the answers under way are kept too; a second one is a
-            KeyboardInterrupt at once.
+        EndpointError: The endpoint failed, or refused every prompt; the message says how many answers are kept, and
+            the tokens that this command took for them.
+        InterruptedWritingError: Ctrl-C at an endpoint, once the answers under way are kept too, with the same said; a
+            second one is a KeyboardInterrupt at once.
     """
     check(request)
     endpoint = None
@@ -187,7 +188,9 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
     except (EndpointError, InterruptedWritingError) as error:
         kept = counts["kept"] + counts["written"]
         raise type(error)(
-            f"{error}; {kept} of {len(prompts)} answers are in {request.out}, the same command goes on with the rest"
+            f"{error}; {kept} of {len(prompts)} answers are in {request.out}, for which this command took "
+            f"{counts['prompt_tokens']:,} tokens of prompts and {counts['answer_tokens']:,} of answers; "
+            "the same command goes on with the rest"
         ) from error
     if len(refused) == len(prompts):
         # It is rather the options, or the model, than each of the prompts.

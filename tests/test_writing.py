@@ -190,7 +190,7 @@ def test_it_goes_on_where_it_ended_and_pays_for_nothing_twice(
 ) -> None:
     remote = replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", batch=1)
     _canned(monkeypatch, {PROMPTS[0]: "one", PROMPTS[1]: EndpointError("it is down"), PROMPTS[2]: "three"})
-    with pytest.raises(EndpointError, match=r"it is down; \d of 3 answers are in .*data.jsonl, the same command"):
+    with pytest.raises(EndpointError, match=r"it is down; \d of 3 answers are in .*data.jsonl, .* the same command"):
         write_data(remote)
     kept = len(_records(request_.out))
     with request_.out.open("a") as file:
@@ -217,9 +217,22 @@ def test_what_was_under_way_when_one_failed_is_kept(request_: WriteRequest, monk
         return Reply(text="slow", finished=True, prompt_tokens=1, answer_tokens=1, tokens=())
 
     monkeypatch.setattr(writing.Endpoint, "ask", ask)
-    with pytest.raises(EndpointError, match="2 of 3 answers"):
+    with pytest.raises(EndpointError, match=r"2 of 3 answers .* took 2 tokens of prompts and 2 of answers;"):
         write_data(replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", batch=3))
     assert len(_records(request_.out)) == 2
+
+
+def test_of_a_failure_the_tokens_that_this_command_took_are_said(
+    request_: WriteRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = replace(request_, endpoint="http://127.0.0.1:1/v1", model="big", batch=1)
+    long = Reply(text="one", finished=True, prompt_tokens=1200, answer_tokens=34, tokens=())
+    _canned(monkeypatch, {PROMPTS[0]: long, **dict.fromkeys(PROMPTS[1:], EndpointError("it is down"))})
+    with pytest.raises(EndpointError, match=r"1 of 3 answers .* took 1,200 tokens of prompts and 34 of answers;"):
+        write_data(remote)
+    # What was kept from before was paid for then.
+    with pytest.raises(EndpointError, match=r"1 of 3 answers .* took 0 tokens of prompts and 0 of answers;"):
+        write_data(remote)
 
 
 def test_what_was_not_begun_when_one_failed_is_not_waited_for(
@@ -360,7 +373,7 @@ def test_what_was_under_way_at_a_ctrl_c_is_kept_and_nothing_else_is_asked(
 
     url, seen = served(answer)
     remote = replace(request_, endpoint=url, model="big", batch=2)
-    with pytest.raises(InterruptedWritingError, match=r"^stopped; 2 of 3 answers are in .* goes on") as caught:
+    with pytest.raises(InterruptedWritingError, match=r"^stopped; 2 of 3 .* took \d+ tokens .* goes on") as caught:
         write_data(remote, tell)
     assert caught.value.exit_code == 130
     assert lines == [
