@@ -24,7 +24,8 @@ from autodistill.token_sets import TokenSet
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "search_spaces" / "strategies").glob("*.yaml"))
 STEP = 64
 # What the others have as well.
-SLOW = ("cross_entropy", "distillm", "from_scratch", "gkd", "logit_kd", "qat_int2", "reverse_kl", "sequence_level")
+SLOW = ("block_influence", "cross_entropy", "distillm", "from_scratch", "gkd", "logit_kd", "qat_int2", "reverse_kl")
+SLOW += ("sequence_level",)
 STRATEGIES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in NAMES]
 
 
