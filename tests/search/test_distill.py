@@ -9,9 +9,14 @@ import pytest
 import torch
 import yaml
 from gguf import GGUFReader
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from autodistill.codes import deployed
+from autodistill.distillation.lora import Adapters
 from autodistill.errors import InputError
+from autodistill.export.verify import load_in_transformers
+from autodistill.grids import integer_grid
 from autodistill.records.store import RunFolder
 from autodistill.search.export_run import export_run
 from autodistill.search.request import SearchRequest
@@ -110,6 +115,50 @@ def test_a_pretrained_sibling_is_the_student(inputs, tmp_path: Path) -> None:
     outcome = search(request(inputs, tmp_path / "out", strategy))
     config = student_of(outcome).config
     assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("qwen2", 64, 2)
+
+
+def test_low_rank_changes_of_a_pretrained_sibling_are_merged_before_it_is_packed(
+    inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sibling = save_tiny_teacher(tmp_path / "sibling", architecture="qwen2", layers=2, width=64, seed=9)
+    strategy = written(tmp_path, source="pretrained", model=str(sibling), depth=1.0)
+    recipe = yaml.safe_load(strategy.read_text())
+    recipe["distillation"] |= {"lora": {"rank": 4, "alpha": 8.0}, "learning_rate": 0.01}
+    recipe["finishing"] = {"format": "compressed-tensors", "bits": 6, "group_size": 32}
+    strategy.write_text(yaml.safe_dump(recipe))
+    space = yaml.safe_load((inputs[1].parent / "one.yaml").read_text())
+    space["deployments"].append(recipe["finishing"] | {"runtime": "transformers"})
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
+    changes, merge = {}, Adapters.merge
+
+    def watched(adapters: Adapters, model: torch.nn.Module) -> None:
+        changes.update({name: parameter.detach().double() for name, parameter in adapters.named()})
+        merge(adapters, model)
+
+    monkeypatch.setattr(Adapters, "merge", watched)
+    outcome = search(request(inputs, tmp_path / "out", strategy, space=str(tmp_path / "space.yaml"), tokens=4096))
+    base = load_file(sibling / "model.safetensors")
+    exact = {name: weight.double() for name, weight in base.items()}
+    for name in {name.rpartition(".")[0] for name in changes}:
+        exact[name] += 8.0 / 4 * changes[f"{name}.up"] @ changes[f"{name}.down"]
+    changed = {name for name in base if not torch.equal(exact[name], base[name].double())}
+    assert changed == {name for name in base if name.endswith("proj.weight")}
+    assert len(changed) == 2 * 7
+    # The float32 student that every deployment is packed of: W + (alpha / r) B A, and the rest as it was.
+    (folder,) = (tmp_path / "out").glob("**/student/model.safetensors")
+    trained = load_file(folder)
+    assert trained.keys() == base.keys()
+    for name, weight in trained.items():
+        if name in changed:
+            torch.testing.assert_close(weight.double(), exact[name], rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(weight, base[name]), name
+    plain = dict(student_of(outcome).named_parameters())
+    served = dict(load_in_transformers(outcome.finish.paths["compressed-tensors"]).named_parameters())
+    for name in changed:
+        assert torch.equal(plain[name], trained[name].bfloat16().float())
+        packed = torch.from_numpy(deployed(trained[name].numpy(), integer_grid(6, 32, symmetric=True)))
+        assert torch.equal(served[name].detach(), packed.to(served[name].dtype)), name
 
 
 def test_a_pretrained_model_of_other_tokens_is_refused_before_training(inputs, tmp_path: Path) -> None:
