@@ -20,7 +20,7 @@ from autodistill.units import Budget
 
 Source = Literal["measured", "simulated", "predicted"]
 Direction = Literal["max", "min"]
-OptimizerState = Literal["float32", "int8"]
+OptimizerState = Literal["float32", "bfloat16", "int8"]
 # What a teacher's matrices are held in; it computes in float32 whatever that is.
 HeldType = Literal["float32", "bfloat16", "float16"]
 # What an evaluator reads of a subject, beside its shape, deployment and budget: a field of it, but for "spec".

@@ -86,7 +86,9 @@ def plan_summary(document: Mapping[str, Any]) -> str:
     parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in memory.items())
     means = f"{plan['micro_batch']} sequence{'s' if plan['micro_batch'] > 1 else ''} at a time"
     means += ", checkpointing" if plan["checkpointing"] else ""
-    means += ", 8-bit optimiser states" if plan["optimizer_state"] == "int8" else ""
+    means += {"float32": "", "bfloat16": ", 16-bit optimiser states", "int8": ", 8-bit optimiser states"}[
+        plan["optimizer_state"]
+    ]
     phases = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in plan["seconds"].items() if seconds)
     lines = {
         "budget": read_budget(document["budget"]).describe(),

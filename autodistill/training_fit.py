@@ -19,7 +19,7 @@ from autodistill.units import format_bytes
 Aligned = tuple[Alignment | None, Attention | None]
 Means = tuple[bool, OptimizerState]
 """Whether activations are computed again, and what AdamW's moments are held in."""
-MEANS: tuple[Means, ...] = ((False, "float32"), (True, "float32"), (True, "int8"))
+MEANS: tuple[Means, ...] = ((False, "float32"), (True, "float32"), (True, "bfloat16"), (True, "int8"))
 """All of them, from the fastest to the smallest."""
 INSTALL_8BIT = "pip install 'autodistill-search[8bit]'"
 
@@ -31,7 +31,7 @@ _SPARE, _CPU_SPARE = 1.09, 1.27
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingFit:
-    """How a step is computed, none of which changes what it means but for the rounding of 8-bit states.
+    """How a step is computed, none of which changes what it means but for the rounding of 16-bit and 8-bit states.
 
     Attributes:
         micro_batch: Sequences of one forward and backward pass; their gradients add up to the step's.
@@ -77,9 +77,9 @@ def training_fits(
 ) -> Iterator[TrainingFit]:
     """Ways to compute a step of so many sequences, from the fastest to the smallest, each smaller than those before.
 
-    Halving the micro-batch costs nearly nothing, checkpointing a third more operations; 8-bit states come last because
-    they alone change the figures. A second pass finds the first one's gradients there, which may be more than half of
-    what a pass keeps: ways that are no smaller are left out.
+    Halving the micro-batch costs nearly nothing, checkpointing a third more operations; states of 16 bits, and then of
+    8, come last because they alone change the figures. A second pass finds the first one's gradients there, which may
+    be more than half of what a pass keeps: ways that are no smaller are left out.
 
     Args:
         spec: The student.

@@ -20,7 +20,7 @@ class TrainingEstimate:
 
     Attributes:
         weights_bytes: Master weights in float32.
-        gradients_bytes, optimizer_bytes: Of the trained weights: one, and AdamW's two, float32 numbers each.
+        gradients_bytes, optimizer_bytes: Of the trained weights: one float32 number each, and AdamW's two moments.
         shown_bytes: The weights that products compute with where these are not the masters: rounded to bfloat16, or on
             a grid.
         activations_bytes: What the forward pass keeps for the backward one.
@@ -117,7 +117,8 @@ def training_memory(
         tokens: Tokens of one forward and backward pass.
         train_embeddings: Whether the embedding table, and so a tied head, is trained.
         checkpointing: Whether of each layer its input alone is kept, and one layer at a time is computed again.
-        optimizer_state: What AdamW's two moments are held in; "int8" has a float32 scale for each block of 256.
+        optimizer_state: What AdamW's two moments are held in: 4, 2 or 1 byte each, and "int8" has a float32 scale for
+            each block of 256.
         teacher: The teacher, where there is an alignment.
         alignment, attention: What is aligned to it.
         lora: Low-rank changes that are trained in place of the weights; what they compute within is kept, and so is
@@ -151,7 +152,7 @@ def training_memory(
     return TrainingEstimate(
         weights_bytes=4 * (spec.parameters + adapters),
         gradients_bytes=4 * trained,
-        optimizer_bytes=8 * trained if optimizer_state == "float32" else 2 * trained + 2 * 4 * trained // 256,
+        optimizer_bytes=_moments_bytes(trained, optimizer_state),
         shown_bytes=shown,
         activations_bytes=tokens * kept,
         logits_bytes=(2 if bf16 else 4) * tokens * spec.vocabulary,
@@ -175,6 +176,11 @@ def beside_bytes(recipes: Iterable[Distillation], teacher: ModelSpec, *, bf16: b
     if "online" in signals:
         return 2 * teacher.parameters if bf16 else held_bytes
     return (2 if bf16 else 4) * teacher.vocabulary * teacher.width if "states" in signals else 0
+
+
+def _moments_bytes(trained: int, optimizer_state: OptimizerState) -> int:
+    values = {"float32": 8, "bfloat16": 4, "int8": 2}[optimizer_state] * trained
+    return values + (2 * 4 * trained // 256 if optimizer_state == "int8" else 0)
 
 
 def _states_bytes(spec: ModelSpec, teacher: ModelSpec, alignment: Alignment, tokens: int) -> int:

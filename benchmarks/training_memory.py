@@ -99,6 +99,7 @@ MODES = {
     "embeddings trained": Mode(train_embeddings=True),
     "1 sequence at once": Mode(micro_batch=1),
     "4, checkpointing": Mode(checkpointing=True),
+    "4, 16-bit states": Mode(optimizer_state="bfloat16"),
     "4, 8-bit states": Mode(optimizer_state="int8"),
     "4, low-rank changes": Mode(lora=LORA),
     "4, on a grid": Mode(on_grid=True),
@@ -212,7 +213,7 @@ def ladder(sequences: int) -> Iterator[list[str]]:
         for way in ways:
             safe, fits = way.safe_bytes("cuda") <= LIMIT, way.total_bytes <= LIMIT
             means = f"{way.micro_batch}" + (", checkpointing" if way.checkpointing else "")
-            means += ", 8-bit states" if way.optimizer_state == "int8" else ""
+            means += {"float32": "", "bfloat16": ", 16-bit states", "int8": ", 8-bit states"}[way.optimizer_state]
             verdict = "fits" if safe else "barely" if fits else "no"
             if safe and not taken:
                 verdict, taken = "taken", True

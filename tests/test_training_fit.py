@@ -41,6 +41,7 @@ def test_each_way_is_smaller_than_the_one_before() -> None:
         (5, False, "float32"),
         (1, False, "float32"),
         (5, True, "float32"),
+        (5, True, "bfloat16"),
         (5, True, "int8"),
     ]
     assert all(one.estimate.total_bytes > other.estimate.total_bytes for one, other in pairwise(ways))
@@ -76,9 +77,23 @@ def test_the_first_that_fits_is_taken() -> None:
 
 def test_eight_bit_states_without_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    least = list(training_fits(spec(), sequence_length=256, sequences=1))[-1].estimate.total_bytes
+    *_, half, least = (way.estimate.total_bytes for way in training_fits(spec(), sequence_length=256, sequences=1))
     with pytest.raises(MissingDependencyError, match="8bit"):
         fit_training(spec(), sequence_length=256, sequences=1, limit_bytes=least)
+    with pytest.raises(MissingDependencyError, match="8bit"):
+        fit_training(spec(), sequence_length=256, sequences=1, limit_bytes=half - 1)
+    # States of 16 bits need none: with the package something to spare would have been preferred.
+    fit = fit_training(spec(), sequence_length=256, sequences=1, limit_bytes=half)
+    assert (fit.checkpointing, fit.optimizer_state, fit.estimate.total_bytes) == (True, "bfloat16", half)
+
+
+def test_sixteen_bit_states_are_taken_before_eight_bit_ones_which_round_more() -> None:
+    # Of 1,543,714,304 weights: two moments of two bytes each in the place of four.
+    *_, single, half, _ = (way.estimate for way in training_fits(spec(), sequence_length=256, sequences=1))
+    assert half.optimizer_bytes == single.total_bytes - half.total_bytes == 4 * 1_543_714_304
+    for spare, state in ((1.28, "bfloat16"), (1.26, "int8")):  # on a CPU 27% is kept
+        limit = int(spare * half.total_bytes)
+        assert fit_training(spec(), sequence_length=256, sequences=1, limit_bytes=limit).optimizer_state == state
 
 
 QWEN_7_6B = QWEN_1_5B | {
@@ -136,16 +151,18 @@ def test_several_processes_share_weights_and_sequences_but_not_what_is_whole_for
         (2, False, "float32"),
         (1, False, "float32"),
         (2, True, "float32"),
+        (2, True, "bfloat16"),
         (2, True, "int8"),
     ]
     weights, table = 1_543_714_304, 233_373_696
     layer = (weights - table) // 28
-    least = together[-2].estimate
+    least = together[2].estimate
     assert least.weights_bytes == weights + 4 * (2 * table + 3 * layer)
     assert (least.gradients_bytes, least.optimizer_bytes) == (weights, 2 * weights)
     # Of two sequences each has what all eight take alone, over four.
     assert 4 * together[2].estimate.activations_bytes == alone[-1].estimate.activations_bytes
-    # Two bytes a weight, and two scales of four in each block of 256.
+    # Four bytes a weight; or two, and two scales of four in each block of 256.
+    assert together[3].estimate.optimizer_bytes == weights
     assert together[-1].estimate.optimizer_bytes == (2 * weights + 2 * 4 * weights // 256) // 4
 
     # A student that one GPU of 24 GB cannot train in float32 states is trained by four.

@@ -27,7 +27,7 @@ def gathered(trained: Named, optimizer: Any, *, keep: bool) -> dict[str, Tensor]
 
     Args:
         trained: Names and weights.
-        optimizer: AdamW over them, of torch or bitsandbytes.
+        optimizer: AdamW over them, of torch, `rounded_states` or bitsandbytes.
         keep: Whether this process is given them; else it gives its shards alone, and has nothing.
     """
     tensors = {}
@@ -43,7 +43,7 @@ def _one_by_one(trained: Named, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
         yield f"weight.{name}", whole(parameter.detach())
     for name, parameter in trained:
         for key, value in whole_states(parameter, optimizer.state.get(parameter, {})).items():
-            # The 8-bit optimiser counts in int, and shares its code books, of which safetensors wants one a name.
+            # Optimisers of 8 and 16 bits count in int; code books are shared, of which safetensors wants one a name.
             shared = not isinstance(value, Tensor) or key.startswith("qmap")
             yield f"{key}.{name}", torch.as_tensor(value).clone() if shared else whole(value)
 

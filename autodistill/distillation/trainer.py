@@ -25,6 +25,7 @@ from autodistill.distillation.interpolation import Interpolation
 from autodistill.distillation.lora import Adapters
 from autodistill.distillation.memory import TooManyAtOnce, give_back_memory, is_out_of_memory
 from autodistill.distillation.quantization import FakeQuantized, one_step, quantized_training
+from autodistill.distillation.rounded_states import RoundedAdamW
 from autodistill.distillation.schedule import decayed, stable_rate
 from autodistill.distillation.sharding import Sharding, clip_sharded
 from autodistill.distillation.signals import LiveTeacher
@@ -472,6 +473,8 @@ class Trainer:
 def _adamw(groups: list[dict[str, Any]], state: OptimizerState) -> Any:
     if state == "int8":
         return eight_bit_adamw(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
+    if state == "bfloat16":
+        return RoundedAdamW(groups, lr=0.0, betas=_BETAS)
     return torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=0.0, fused=True)
 
 

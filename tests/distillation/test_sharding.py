@@ -311,6 +311,34 @@ def test_eight_bit_states_over_two_processes_are_the_moments_and_any_number_goes
             torch.testing.assert_close(*weights, rtol=1e-4, atol=2e-5)
 
 
+def test_bfloat16_states_over_two_processes_are_the_moments_and_any_number_goes_on(workshop, tmp_path):
+    bare = replace(workshop, cache=None)
+
+    def task(name, until=STEP, begin=None, state="bfloat16"):
+        plan = (("optimizer_state", state),)
+        return Task(bare, workshop.folder, ALIGNED, until, tmp_path / name, begin and tmp_path / begin, plan)
+
+    run(task("exact", state="float32"))
+    run(task("one"))
+    longer, continued = task("longer", 2 * STEP), task("continued", 2 * STEP, begin="two")
+    together([task("two"), longer, continued, task("taken", begin="one")], tmp_path)
+    run(task("back", begin="two"))
+    names = ("exact", "one", "two", "longer", "continued", "taken", "back")
+    exact, one, two, longer, continued, taken, back = (load_file(tmp_path / name) for name in names)
+    for found, expected in ((continued, longer), (taken, one), (back, two)):
+        assert found.keys() == expected.keys()
+        assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+    for found in (one, two):
+        moments = {name for name, tensor in found.items() if tensor.dtype == torch.bfloat16}
+        assert moments == {name for name in exact if name.startswith("exp_avg")}
+        for name in moments:
+            # One of the two neighbours of what float32 has; processes sum in another order.
+            torch.testing.assert_close(found[name].float(), exact[name], rtol=2**-7 + 1e-3, atol=1e-7)
+    for name in {name for name in exact if name.startswith("weight.")}:
+        clear = exact[f"exp_avg.{name[7:]}"].abs() > 1e-6
+        torch.testing.assert_close(two[name][clear], exact[name][clear], rtol=1e-4, atol=2e-5)
+
+
 def test_eight_bit_states_of_what_is_whole_in_every_process_go_on_in_any_number(eight_bit):
     names = ("whole", "taken whole", "back whole", "longer whole", "continued whole")
     begun, taken, back, longer, continued = (load_file(eight_bit / name) for name in names)

@@ -20,7 +20,7 @@ from autodistill.distillation.schedule import branch_point, decayed, end_of, sta
 from autodistill.distillation.step_loss import StepLoss
 from autodistill.errors import TrialFailedError
 from autodistill.grids import Q4_0, Q8_0
-from autodistill.strategy import Alignment, Attention, Distillation, Strategy, Temperature
+from autodistill.strategy import Alignment, Attention, Distillation, Init, Lora, Strategy, Temperature
 
 PLAIN = Strategy(distillation=Distillation(divergence_weight=0.5, learning_rate=1e-3))
 ALIGNED = Strategy(
@@ -39,6 +39,7 @@ BALANCED = replace(
         attention=Attention(kind="relations", relation_heads=4, balance=True),
     ),
 )
+LORA = Strategy(init=Init(depth=1.0), distillation=Distillation(learning_rate=1e-2, lora=Lora(rank=4, alpha=8.0)))
 STEP = 64
 
 
@@ -131,7 +132,13 @@ def test_two_targets_share_their_beginning_to_the_last_bit(workshop):
 @pytest.mark.parametrize("strategy", [PLAIN, ALIGNED, BALANCED], ids=["plain", "with projections", "balanced"])
 @pytest.mark.parametrize(
     "plan",
-    [{"bf16": False}, {"bf16": True}, {"checkpointing": True, "micro_batch": 1}, {"optimizer_state": "int8"}],
+    [
+        {"bf16": False},
+        {"bf16": True},
+        {"checkpointing": True, "micro_batch": 1},
+        {"optimizer_state": "bfloat16"},
+        {"optimizer_state": "int8"},
+    ],
     ids=str,
 )
 def test_continues_to_the_last_bit(workshop, tmp_path, strategy, plan):
@@ -277,6 +284,25 @@ class _Second:
 
 def _raise(error):
     raise error
+
+
+@pytest.mark.parametrize("strategy", [ALIGNED, LORA], ids=["all weights", "low-rank changes"])
+def test_bfloat16_states_take_half_and_descend_as_adamw_does(workshop, strategy):
+    exact, half = workshop.trainer(strategy), workshop.trainer(strategy, optimizer_state="bfloat16")
+    trained = {name: p.detach().clone() for name, p in exact._trained()}
+    losses = [[step.loss for step in trainer.train_stable(512)] for trainer in (exact, half)]
+    # A step's rounding is of 1.1% of it (tests/distillation/test_rounded_states.py), and the first has none.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+    assert losses[1][0] == losses[0][0]
+    ends = [dict(trainer._trained()) for trainer in (exact, half)]
+    moved = sum(float((ends[0][name] - start).detach().square().sum()) for name, start in trained.items())
+    apart = sum(float((ends[0][name] - ends[1][name]).detach().square().sum()) for name in trained)
+    assert apart < 0.011**2 * moved
+    sizes = []
+    for trainer in (exact, half):
+        states = [trainer._optimizer.state[p] for _, p in trainer._trained()]
+        sizes.append(sum(value.nbytes for state in states for key, value in state.items() if key != "step"))
+    assert sizes[0] == 2 * sizes[1] == 8 * sum(start.numel() for start in trained.values())
 
 
 def test_eight_bit_states_take_a_quarter_and_descend_as_adamw_does(workshop):

@@ -139,10 +139,11 @@ ATTENTIVE = replace(STRATEGY, finishing=None, distillation=replace(RECIPE, atten
     [
         (STRATEGY, {}),
         (ATTENTIVE, {"micro_batch": 1, "checkpointing": True}),
+        pytest.param(replace(STRATEGY, finishing=None), {"optimizer_state": "bfloat16"}, marks=pytest.mark.slow),
         # bitsandbytes takes long on a CPU.
         pytest.param(replace(STRATEGY, finishing=None), {"optimizer_state": "int8"}, marks=pytest.mark.slow),
     ],
-    ids=["learned scales", "checkpointing", "8-bit states"],
+    ids=["learned scales", "checkpointing", "16-bit states", "8-bit states"],
 )
 def test_a_trial_reports_what_it_does_on_the_cpu(workshop, teacher, data, tmp_path, device, strategy, changes):
     here, there = (
