@@ -180,6 +180,10 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
     hours = {"machine_hours": 0.1167, "worker_hours": 0.2222, "gpu_hours": 0.0}
     text = plan_summary(document | hours)
     assert "0.12 machine-hours, 0.22 worker-hours of trials\n" in text
+    half = plan_summary(document | hours | {"plan": plan | {"optimizer_state": "bfloat16"}})
+    assert "1 sequence at a time, checkpointing, 16-bit optimiser states: weights" in half
+    full = plan_summary(document | hours | {"plan": plan | {"optimizer_state": "float32"}})
+    assert "1 sequence at a time, checkpointing: weights" in full
     paid = {"price_per_hour": 2.5, "price_of": "GPU", "cost": 5.0, "currency": "EUR", "cost_shown": "5.00 EUR"}
     dear = plan_summary(document | hours | {"gpu_hours": 2.0} | paid)
     assert "2.00 GPU-hours, 0.22 worker-hours of trials; 5.00 EUR at 2.50 EUR an hour of a GPU" in dear
