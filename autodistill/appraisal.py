@@ -20,7 +20,7 @@ from autodistill.training_fit import MEANS
 from autodistill.training_memory import training_memory
 from autodistill.units import CONTEXT, check_streams
 
-WAYS = ("all_kept", "checkpointing", "eight_bit_states")
+WAYS = ("all_kept", "checkpointing", "sixteen_bit_states", "eight_bit_states")
 """What the means of `training_fit.MEANS` are called."""
 _MEMORY_ALONE = "onnxruntime"  # takes graphs that are exported from any packing; how fast it runs them is not predicted
 _NO_SPEED: Mapping[str, None] = dict.fromkeys(field.name for field in fields(Speed))
@@ -167,7 +167,8 @@ def training_parts(spec: ModelSpec, tokens: int, **of: Any) -> dict[str, dict[st
             aligned.
 
     Returns:
-        By way, each with the means of those before it: all activations kept, checkpointing, and 8-bit optimiser states.
+        By way, each but the first with checkpointing: all activations kept, that alone, and optimiser states of 16 and
+        of 8 bits.
 
     Raises:
         InputError: Less than one token.

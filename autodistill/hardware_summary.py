@@ -11,7 +11,7 @@ from autodistill.summary import table
 from autodistill.units import CONTEXT, count_of, format_bytes, format_duration
 
 _PARTS = {"shown_bytes": "rounded copies"}
-_WAYS = {"eight_bit_states": "8-bit states"}
+_WAYS = {"sixteen_bit_states": "16-bit states", "eight_bit_states": "8-bit states"}
 _REASONS = 2  # that are told of devices one by one
 
 
@@ -112,7 +112,7 @@ def _training(found: Mapping[str, Any]) -> str:
     note = (
         f"{trained[0].upper()}{trained[1:]}, by AdamW in float32, products in bfloat16, "
         f"{count_of(found['tokens'], 'token')} a step of one pass.\nWhat was kept is freed as gradients arrive: the "
-        "total has the larger of the two sums. 8-bit states come with checkpointing."
+        "total has the larger of the two sums. 16-bit and 8-bit states come with checkpointing."
     )
     return f"{table([head, *lines], left=1)}\n{note}"
 

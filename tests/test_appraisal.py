@@ -137,11 +137,14 @@ def test_the_memory_of_training_is_told_by_parts() -> None:
     whole = found["all_kept"]["activations_bytes"]
     assert found["checkpointing"]["activations_bytes"] == whole // 4 + 4 * 4 * 256 * 128
     text = appraisal_text(document)
-    assert text.splitlines()[-11].split() == ["training", "all", "kept", "checkpointing", "8-bit", "states"]
-    # Two bytes a weight for both moments, and a float32 scale of each for 256 weights; all else is as checkpointed.
-    small, plain = found["eight_bit_states"], found["checkpointing"]
-    assert small["optimizer_bytes"] == 2 * count + 8 * count // 256
-    assert small["total_bytes"] == plain["total_bytes"] - plain["optimizer_bytes"] + small["optimizer_bytes"]
+    states = [word for bits in (16, 8) for word in (f"{bits}-bit", "states")]
+    assert text.splitlines()[-11].split() == ["training", "all", "kept", "checkpointing", *states]
+    # Two or four bytes a weight for both moments, and of 8 bits a float32 scale of each for 256 weights; all else is as
+    # checkpointed.
+    plain = found["checkpointing"]
+    for way, moments in (("sixteen_bit_states", 4 * count), ("eight_bit_states", 2 * count + 8 * count // 256)):
+        assert found[way]["optimizer_bytes"] == moments
+        assert found[way]["total_bytes"] == plain["total_bytes"] - plain["optimizer_bytes"] + moments
     assert "256 tokens a step of one pass" in text
 
 

@@ -47,7 +47,9 @@ def test_low_rank_changes_have_gradients_and_states_of_their_own_alone() -> None
     found = told(strategy)
     # Four attention matrices of 512 by 512, and three of 512 by 1024, in each of five layers.
     changes = 4 * 5 * (4 * (512 + 512) + 3 * (512 + 1024))
-    for way, states in (("all_kept", 8 * changes), ("eight_bit_states", 2 * changes + 8 * changes // 256)):
+    moments = {"all_kept": 8, "sixteen_bit_states": 4, "eight_bit_states": 2}
+    for way, states in ((way, size * changes) for way, size in moments.items()):
+        states += 8 * changes // 256 if way == "eight_bit_states" else 0
         assert found[way]["weights_bytes"] == 4 * (STUDENT + changes)
         assert (found[way]["gradients_bytes"], found[way]["optimizer_bytes"]) == (4 * changes, states)
     assert found["trained"] == "low-rank changes of rank 4"
@@ -123,7 +125,8 @@ def test_the_text_has_the_parts_that_a_teacher_adds_where_it_adds_any() -> None:
     text = appraisal_text(document | {"training": strategy_training(TEACHER, student, strategy)})
     lines = text.splitlines()
     table = lines[next(place for place, line in enumerate(lines) if line.startswith("training")) :]
-    assert table[0].split() == ["training", "all", "kept", "checkpointing", "8-bit", "states"]
+    states = [word for bits in (16, 8) for word in (f"{bits}-bit", "states")]
+    assert table[0].split() == ["training", "all", "kept", "checkpointing", *states]
     # Its teacher's outputs are kept, so that nothing of it lies beside the student.
     assert [line.split()[0] for line in table[7:10]] == ["overhead", "alignment", "total"]
     assert "All weights but the embedding table, at the end on the grid of gguf-q8_0, by AdamW" in text
