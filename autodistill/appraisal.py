@@ -14,7 +14,7 @@ from autodistill.estimate import cannot_hold
 from autodistill.families import FAMILIES
 from autodistill.records.recalibration import Overhead, Place, overhead_of
 from autodistill.roofline import Speed, speed
-from autodistill.serving_memory import BASIS, memory
+from autodistill.serving_memory import basis_of, memory
 from autodistill.strategy import Deployment
 from autodistill.training_fit import MEANS
 from autodistill.training_memory import training_memory
@@ -57,7 +57,8 @@ def appraise(
         nowhere), the parts of the memory, what measured students change (`memory_overhead`) and the sum, runtime,
         context, batch, `tokens_per_second` and `time_to_first_token_ms` (None without a device or a predicted speed),
         the devices, and under `training` the parts of its memory as `training_parts` has them (None where it is not
-        asked for).
+        asked for). The parts are those of a discrete GPU where that is the one device, and else of a process
+        (`on_gpu`); each device has the sum on it, and what that rests on (`memory_basis`).
 
     Raises:
         InputError: As `memory` and `check_streams`, a runtime that does not serve the deployment, a context beyond the
@@ -79,15 +80,21 @@ def appraise(
         )
     if prompt is not None and not 1 <= prompt <= context:
         raise InputError(f"--prompt must be 1 to the context of {context}, not {prompt}")
-    need = memory(
-        spec,
-        deployment,
-        context=context,
-        batch=batch,
-        kv_type=kv_type,
-        weights=model.weights_bytes,
-        runtime=runtime,
-    )
+    needs = {
+        on_gpu: memory(
+            spec,
+            deployment,
+            context=context,
+            batch=batch,
+            kv_type=kv_type,
+            weights=model.weights_bytes,
+            runtime=runtime,
+            on_gpu=on_gpu,
+        )
+        for on_gpu in {False, *(device.discrete for device in devices)}
+    }
+    # Of several devices the document's own parts are those of a process.
+    need = needs[devices[0].discrete if len(devices) == 1 else False]
     not_held = _not_held(model, deployment, need.runtime)
     changes = [overhead_of(overheads or {}, need.runtime, device.kind.name) for device in devices]
     if devices:
@@ -108,7 +115,7 @@ def appraise(
                 kv_type=kv_type,
                 weights=model.weights_bytes,
             ).to_json()
-        total = need.total_bytes + own.total_bytes
+        total = needs[device.discrete].total_bytes + own.total_bytes
         lacks = "" if need.runtime == _MEMORY_ALONE else device.lacks(need.runtime)
         known = {
             "device": device.name,
@@ -116,7 +123,8 @@ def appraise(
             "reason": lacks or not_held or None,
             "usable_bytes": device.usable_bytes,
         }
-        rows.append({**known, "total_bytes": total, **fast})
+        basis = basis_of(need.runtime, on_gpu=device.discrete)
+        rows.append({**known, "total_bytes": total, "memory_basis": basis, **fast})
     one = rows[0] if len(rows) == 1 else {}
     return {
         "model": model.name,
@@ -127,7 +135,7 @@ def appraise(
         "memory_overhead": asdict(change),
         "total_bytes": need.total_bytes + change.total_bytes,
         "kv_type": kv_type,
-        "basis": BASIS[need.runtime],
+        "basis": basis_of(need.runtime, on_gpu=need.on_gpu),
         "source": "predicted",
         "tokens_per_second": one.get("tokens_per_second"),
         "time_to_first_token_ms": one.get("time_to_first_token_ms"),

@@ -41,6 +41,11 @@ class DeviceBudget(Budget):
         return super().to_json() | {"device": self.device.to_json(), "latency": limits}
 
 
+def on_gpu(budget: Budget) -> bool:
+    """Whether its memory is that of a discrete GPU, and not that of a process."""
+    return isinstance(budget, DeviceBudget) and budget.device.discrete
+
+
 def served(deployments: Iterable[Deployment], budget: Budget) -> tuple[Deployment, ...]:
     """Those deployments whose runtime the budget's device has; all where it names no device."""
     if not isinstance(budget, DeviceBudget):

@@ -288,10 +288,10 @@ def _student_appraised(
 def picked(given: Mapping[str, Any]) -> dict[str, Any]:
     """The best stored student for the hardware that is named."""
     from autodistill.budget import memory_on
-    from autodistill.devices import LOCAL
+    from autodistill.devices import LOCAL, listed
     from autodistill.local_device import choose_device
     from autodistill.needs import Wanted
-    from autodistill.pick import pick, pick_tiers
+    from autodistill.pick import TIERS, pick, pick_tiers, tier_of
     from autodistill.records.candidates import recalibrated_by, stored
     from autodistill.records.measurements import read_measured
 
@@ -324,7 +324,7 @@ def picked(given: Mapping[str, Any]) -> dict[str, Any]:
         timed = tuple(read_measured(given["out"])) if found else ()
         wanted = replace(asked, overheads=recalibrated_by(rows), measured=timed)
         if given["tiers"]:
-            return pick_tiers(rows, wanted)
+            return pick_tiers(rows, wanted, [tier_of(size, listed()) for size in TIERS])
         answer = pick(rows, wanted)
     return answer | {"next": _to_get(answer["pick"], given["out"])}
 

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,8 @@ _FILLERS = {
 }
 
 
+DISCRETE = "discrete-gpu"
+"""The class of GPUs that have memory of their own."""
 ONE_CHIP = ("unified", "board", "phone")
 """Classes whose memory, and whose GPU, are those of the whole machine."""
 
@@ -68,6 +70,78 @@ class Range:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shares:
+    """What a runtime reaches of a device's bandwidth and rates, and what its layers cost beside that.
+
+    Attributes:
+        decode: Share of the stated bandwidth that decoding reaches.
+        decode_measured: The same of a bandwidth that was measured on the device itself.
+        prefill: Share of the matrix rate that reading a prompt reaches.
+        prefill_quantized: The same in llama.cpp with weights whose rows it interleaves for products of integers.
+        dequantize: Share of the matrix rate at which a decoding step multiplies by weights on a grid, which comes on
+            top of reading them; None where it is hidden behind that.
+        attention: Share of the matrix rate at which a decoding step attends; None where that is hidden too.
+        activations: Share of the bandwidth at which a prompt's activations pass between its products; None where
+            that is hidden.
+        layer_seconds: What a layer of a pass costs beside reading its bytes; the least of it is the fast end.
+        ahead: Whether layers are launched while earlier ones run, so that only what launching takes longer counts.
+        rate: The precision whose matrix rate `prefill` is a share of, where it is not the class's own; "" for that.
+        measured_alone: Whether it was found on a device whose bandwidth was measured, so that of a stated one
+            nothing is known.
+        reference: Where these come from.
+        assumed: Why they are assumed and not measured, and the band wide; "" where they were measured.
+    """
+
+    decode: Range
+    decode_measured: Range
+    prefill: Range
+    prefill_quantized: Range
+    dequantize: Range | None
+    attention: Range | None
+    activations: Range | None
+    layer_seconds: Range
+    ahead: bool
+    rate: str
+    measured_alone: bool
+    reference: str
+    assumed: str = ""
+
+    def layer(self, end: str) -> float:
+        """Seconds of a layer at the slow end ("low"), the typical one or the fast one ("high") of the band."""
+        cost = self.layer_seconds
+        return {"low": cost.high, "typical": cost.typical, "high": cost.low}[end]
+
+    def assumed_since(self, why: str) -> Shares:
+        """The same where nothing like it was measured: the slow end twice as slow, the fast one faster by a quarter."""
+        return _assumed(self, why)
+
+    def unlike(self, device: Device) -> str:
+        """In what a device differs from those that the shares were found on, or nothing."""
+        if self.rate and self.rate not in device.rates:
+            return f"it was measured where processors compute in {self.rate}"
+        if self.measured_alone and not device.measured:
+            return "it was measured where the bandwidth was measured too, and not stated"
+        return ""
+
+
+@cache
+def _assumed(shares: Shares, why: str) -> Shares:
+    def wide(share: Range) -> Range:
+        # No more than all of it, unless that was reached.
+        return replace(share, low=0.5 * share.low, high=max(share.high, min(1.0, 1.25 * share.high)))
+
+    fields = ("decode", "decode_measured", "prefill", "prefill_quantized", "dequantize", "attention", "activations")
+    known: dict[str, Any] = {name: wide(share) for name in fields if (share := getattr(shares, name)) is not None}
+    cost = shares.layer_seconds
+    return replace(
+        shares,
+        layer_seconds=replace(cost, low=0.5 * cost.low, high=2 * cost.high),
+        assumed=why,
+        **known,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeviceClass:
     """What devices of a kind have in common.
 
@@ -76,15 +150,8 @@ class DeviceClass:
         runtimes: The engines that serve a student there.
         share, reserve_bytes: What is usable of the memory: the share of it, less the reserve.
         small_bytes, small_share: Up to so much memory the share is another one; 0 where it is the same.
-        decode: Share of the stated bandwidth that decoding reaches.
-        decode_measured: The same of a bandwidth that was measured on the device itself.
-        prefill: Share of the matrix rate that reading a prompt reaches.
-        prefill_quantized: The same in llama.cpp with weights whose rows it interleaves for products of integers.
-        dequantize: Share of the matrix rate at which a decoding step multiplies by weights on a grid, which comes on
-            top of reading them; None where it is hidden behind that.
-        attention: Share of the matrix rate at which a decoding step attends; None where that is hidden too.
-        layer_seconds: What a layer of a decoding step costs beside reading its bytes.
-        reference: Where these come from.
+        speeds: What each engine reaches, by name; assumed where nothing was measured of it on this one.
+        reference: Where the usable memory comes from.
     """
 
     name: str
@@ -93,13 +160,7 @@ class DeviceClass:
     reserve_bytes: int
     small_bytes: int
     small_share: float
-    decode: Range
-    decode_measured: Range
-    prefill: Range
-    prefill_quantized: Range
-    dequantize: Range | None
-    attention: Range | None
-    layer_seconds: float
+    speeds: Mapping[str, Shares]
     reference: str
 
     def share_of(self, memory_bytes: int) -> float:
@@ -139,11 +200,22 @@ class Device:
         """The engines that serve a student on it."""
         return self.own_runtimes or self.kind.runtimes
 
+    @property
+    def discrete(self) -> bool:
+        """Whether it has memory of its own, beside the machine's."""
+        return self.kind.name == DISCRETE
+
     def lacks(self, runtime: str) -> str:
         """Why a student of this engine is none for the device, or nothing where it has the engine."""
         if runtime in self.runtimes:
             return ""
         return f"{self.name} serves students with {' or '.join(self.runtimes)}, not {runtime}"
+
+    def shares(self, runtime: str) -> Shares:
+        """What a runtime reaches here: assumed, with a wide band, where it was measured on nothing like this device."""
+        found = self.kind.speeds[runtime]
+        why = "" if found.assumed else found.unlike(self)
+        return found.assumed_since(f"of {runtime} nothing was measured on such a device: {why}") if why else found
 
     def rate(self, *precisions: str) -> float:
         """Operations a second in the first of these precisions that it has, else in the fastest that is no 8 bits."""
@@ -193,7 +265,7 @@ def devices(*files: Path) -> tuple[Device, ...]:
     """
     own = Path(os.path.expanduser(USER_FILE))
     wanted = [*([own] if own.is_file() else []), *files]
-    found = [*_built_in()]
+    found = [*listed()]
     for path in wanted:
         taken = {_joined(name): name for device in found for name in (device.name, *device.aliases)}
         for device in read_devices(path):
@@ -205,7 +277,8 @@ def devices(*files: Path) -> tuple[Device, ...]:
 
 
 @cache
-def _built_in() -> tuple[Device, ...]:
+def listed() -> tuple[Device, ...]:
+    """The built-in devices."""
     return read_devices(BUILT_IN)
 
 
@@ -245,10 +318,7 @@ def read_devices(path: Path) -> tuple[Device, ...]:
 
 
 def _classes(data: Mapping[str, Mapping[str, Any]]) -> Mapping[str, DeviceClass]:
-    def ranged(values: list[float]) -> Range:
-        low, typical, high = values
-        return Range(low=low, typical=typical, high=high)
-
+    speeds = {name: {runtime: _shares(own) for runtime, own in entry["speeds"].items()} for name, entry in data.items()}
     return {
         name: DeviceClass(
             name=name,
@@ -257,17 +327,55 @@ def _classes(data: Mapping[str, Mapping[str, Any]]) -> Mapping[str, DeviceClass]
             small_bytes=parse_bytes(entry["small"]) if "small" in entry else 0,
             small_share=float(Fraction(entry.get("small_share", 0))),
             reserve_bytes=0 if entry["reserve"] == "0B" else parse_bytes(entry["reserve"]),
-            decode=ranged(entry["decode"]),
-            decode_measured=ranged(entry.get("decode_measured", entry["decode"])),
-            prefill=ranged(entry["prefill"]),
-            prefill_quantized=ranged(entry.get("prefill_quantized", entry["prefill"])),
-            dequantize=ranged(entry["dequantize"]) if "dequantize" in entry else None,
-            attention=ranged(entry["attention"]) if "attention" in entry else None,
-            layer_seconds=entry["layer_us"] / 1e6,
+            speeds={runtime: _speed_of(runtime, name, speeds) for runtime in _RUNTIMES},
             reference=entry["reference"],
         )
         for name, entry in data.items()
     }
+
+
+def _shares(entry: Mapping[str, Any]) -> Shares:
+    def ranged(values: list[float], unit: float = 1.0) -> Range:
+        low, typical, high = (unit * value for value in values)
+        return Range(low=low, typical=typical, high=high)
+
+    def perhaps(name: str) -> Range | None:
+        return ranged(entry[name]) if name in entry else None
+
+    layer = entry["layer_us"]
+    measured, stated = perhaps("decode_measured"), perhaps("decode")
+    decode = stated or measured
+    assert decode is not None, "a runtime's speed needs decode or decode_measured"
+    prefill = ranged(entry["prefill"])
+    return Shares(
+        decode=decode,
+        decode_measured=measured or decode,
+        prefill=prefill,
+        prefill_quantized=perhaps("prefill_quantized") or prefill,
+        dequantize=perhaps("dequantize"),
+        attention=perhaps("attention"),
+        activations=perhaps("activations"),
+        layer_seconds=ranged(layer if isinstance(layer, list) else [layer] * 3, 1e-6),
+        ahead=bool(entry.get("ahead", False)),
+        rate=str(entry.get("rate", "")),
+        measured_alone=stated is None,
+        reference=entry["reference"],
+        assumed=str(entry.get("assumed", "")),
+    )
+
+
+def _speed_of(runtime: str, kind: str, speeds: Mapping[str, Mapping[str, Shares]]) -> Shares:
+    """What a runtime reaches on a class; where nothing was measured, what llama.cpp does, with a wide band.
+
+    transformers launches each operation of a layer from Python, which takes the host about as long whatever computes.
+    """
+    if runtime in speeds[kind]:
+        return speeds[kind][runtime]
+    base = speeds[kind]["llama.cpp"]
+    plain = replace(base, prefill_quantized=base.prefill, dequantize=None)
+    if runtime == "transformers":
+        plain = replace(plain, layer_seconds=speeds["cpu"][runtime].layer_seconds, ahead=base.attention is None)
+    return plain.assumed_since(f"nothing was measured of {runtime} on a device of class {kind}")
 
 
 def _texts(data: Any, path: Path) -> dict[str, str]:
@@ -576,7 +684,7 @@ def is_machine(device: Device, machine: str, *, memory_bytes: int | None = None,
         return True
     name, told = _own_name(machine)
     cores = told or cores
-    found = device_of_system(name, (*_built_in(), device), memory_bytes=memory_bytes, cores=cores)
+    found = device_of_system(name, (*listed(), device), memory_bytes=memory_bytes, cores=cores)
     if found is None or found.name != device.name:
         return False
     # Of a processor whose name does not tell its cores, a share of it cannot be told from the whole.
@@ -593,7 +701,7 @@ def class_of_machine(machine: str, plain: str) -> str:
     words = set(_split(_SYSTEM_WORDS.sub(" ", _own_name(machine)[0]))) - {"gpu"}
     kinds = {
         device.kind.name
-        for device in _built_in()
+        for device in listed()
         for name in (device.name, *device.aliases)
         if words and words <= set(_split(name))
     }

@@ -9,7 +9,7 @@ from functools import lru_cache
 from operator import itemgetter
 from typing import Any
 
-from autodistill.budget import DeviceBudget
+from autodistill.budget import DeviceBudget, on_gpu
 from autodistill.config_fields import check_config
 from autodistill.contracts import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
 from autodistill.errors import InputError
@@ -293,7 +293,7 @@ def fits(spec: ModelSpec, deployments: Sequence[Deployment], budget: Budget) -> 
     """
     found = []
     for deployment in deployments:
-        estimate = memory(spec, deployment, context=budget.context, batch=budget.batch)
+        estimate = memory(spec, deployment, context=budget.context, batch=budget.batch, on_gpu=on_gpu(budget))
         times = latencies(spec, deployment, budget)
         ratios = [estimate.total_bytes / budget.memory_bytes, *(taken / one.seconds for one, taken in times.items())]
         found.append(

@@ -52,6 +52,8 @@ def appraisal_text(document: Mapping[str, Any]) -> str:
     if change["pairs"]:
         lines.append(("by measured students", format_bytes(change["correction_bytes"] + change["margin_bytes"])))
     lines.append(("total", format_bytes(document["total_bytes"])))
+    if document["main_memory_bytes"]:
+        lines.append(("beside, in main memory", format_bytes(document["main_memory_bytes"])))
     size = f"{document['parameters']:,} parameters, {document['deployment']} in {document['runtime']}"
     title = f"{document['model']}: {size}, context {document['context']}, batch {document['batch']}, KV cache "
     not_held = f"\nIt fits nowhere: {document['cannot_hold']}." if document["cannot_hold"] else ""
@@ -72,6 +74,7 @@ def appraisal_text(document: Mapping[str, Any]) -> str:
 def _speeds_note(document: Mapping[str, Any]) -> str:
     """What the speeds are, or why there are none."""
     prompts = [one["prompt"] for one in document["devices"] if one["prompt"] is not None]
+    assumed = dict.fromkeys(one["assumed"] for one in document["devices"] if one["assumed"])
     told = (None, document["cannot_hold"])
     reasons = list(dict.fromkeys(one["reason"] for one in document["devices"] if one["reason"] not in told))
     notes = [f"{reason}." for reason in reasons[:_REASONS]]
@@ -79,16 +82,19 @@ def _speeds_note(document: Mapping[str, Any]) -> str:
         notes.append(f"{len(reasons) - _REASONS} more devices do not serve students with it.")
     if prompts:
         at = f"Speeds are predicted by a roofline at a full context; the first token follows a prompt of {prompts[0]}."
-        notes.insert(0, at)
-    return "\n".join(notes) or f"No speed is predicted of {document['runtime']}."
+        notes = [at, *(f"* Assumed, with a wide band: {why}." for why in assumed), *notes]
+    notes = notes or [f"No speed is predicted of {document['runtime']}."]
+    # Of several devices the parts are a process's, and GPUs have a sum of their own.
+    sums = dict.fromkeys(one["memory_basis"] for one in document["devices"] if one["memory_basis"] != document["basis"])
+    return "\n".join([*notes, *(f"What fits a GPU is {basis}." for basis in sums)])
 
 
 def _speed(one: Mapping[str, Any]) -> tuple[str, ...]:
-    """A device's speed: tokens a second, their band, the first token, and what a token waits for."""
+    """A device's speed: tokens a second, * where assumed, their band, the first token, and what a token waits for."""
     if one["tokens_per_second"] is None:
         return ("-",) * 4
     return (
-        f"{one['tokens_per_second']:,.3g}",
+        f"{one['tokens_per_second']:,.3g}" + ("*" if one["assumed"] else ""),
         f"{one['tokens_per_second_low']:,.3g}-{one['tokens_per_second_high']:,.3g}",
         format_duration(one["time_to_first_token_ms"] / 1e3),
         one["bound"],
@@ -138,12 +144,11 @@ def pick_text(document: Mapping[str, Any]) -> str:
     """
     head = ("", "run", "row", "metric", "value", "memory", "size")
     if "tiers" in document:
-        lines = [(format_bytes(one["memory_bytes"]), *_picked(one["pick"])) for one in document["tiers"]]
-        context = document["context"] or f"{CONTEXT}, or what a student reads where that is less"
-        return f"{table([head, *lines], left=4)}\nAt context {context}; {count_of(document['streams'], 'stream')}."
+        return _tiers_text(document, head)
     named = (("pick", "pick"), ("runner-up", "runner_up"), ("left out", "better_left_out"))
     lines = [(title, *_picked(document[key])) for title, key in named if document[key]]
     margins = document["pick"]["margins"]
+    on_gpu = f"\nMemory is {document['memory_basis']}." if document["memory_basis"] else ""
     told = ", ".join(f"{name} {margin:.0%} below the limit" for name, margin in margins.items() if name != "accuracy")
     if "accuracy" in margins:
         told += f", {_score_above(document['pick'])}"
@@ -162,7 +167,27 @@ def pick_text(document: Mapping[str, Any]) -> str:
     if document["better_unknown"]:
         others += f"\nOf {count_of(document['better_unknown'], 'better row')} it cannot be told what this load takes."
     then = f"\n{document['next']}" if document.get("next") else ""
-    return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}{tie}{others}{source}{kept}{then}"
+    return f"{table([head, *lines], left=4)}\nMargin: {told}. {binds}{tie}{others}{source}{on_gpu}{kept}{then}"
+
+
+def _tiers_text(document: Mapping[str, Any], head: Sequence[str]) -> str:
+    """The rows for classes of GPUs, with what is usable of every one."""
+    lines = [
+        (
+            format_bytes(one["memory_bytes"]),
+            format_bytes(one["usable_bytes"]),
+            one["least_device"] or "-",
+            *_picked(one["pick"]),
+        )
+        for one in document["tiers"]
+    ]
+    context = document["context"] or f"{CONTEXT}, or what a student reads where that is less"
+    rests = "".join(f"\nMemory in {runtime} is {basis}." for runtime, basis in document["memory_basis"].items())
+    return (
+        f"{table([('GPU', 'usable', 'as of', *head[1:]), *lines], left=6)}\n"
+        f"At context {context}; {count_of(document['streams'], 'stream')}. Usable is what every listed GPU of so much "
+        f"memory leaves; where none is listed, 10^9 bytes a GB less what GPUs reserve.{rests}"
+    )
 
 
 def _score_above(picked: Mapping[str, Any]) -> str:

@@ -219,7 +219,7 @@ class LlamaServer:
     def accelerated(self) -> bool:
         """Whether a GPU holds weights."""
         devices = {device for device, kind, _ in _BUFFER.findall(self._child.log()) if kind == "model"}
-        return any(not device.startswith("CPU") for device in devices)
+        return any(map(_of_gpu, devices))
 
     def used_seconds(self) -> float:
         """CPU seconds that llama.cpp and this process have used."""
@@ -229,8 +229,11 @@ class LlamaServer:
         """The most memory that llama.cpp took at a time: of its process, less what its interpreter held before."""
         return peak_memory(self._child.pid) - int(self._child.ready["interpreter_bytes"])
 
-    def buffers(self) -> Buffers:
+    def buffers(self, *, on_gpu: bool | None = None) -> Buffers:
         """The memory that the log states.
+
+        Args:
+            on_gpu: As `parse_buffers` takes it.
 
         Raises:
             VerificationError: The log names no model or compute buffer.
@@ -242,7 +245,7 @@ class LlamaServer:
                 break
             before = log
             time.sleep(0.05)
-        found = parse_buffers(log)
+        found = parse_buffers(log, on_gpu=on_gpu)
         if found.compute_bytes == 0:
             raise VerificationError(f"llama.cpp's log names no compute buffer for {self._path.name}")
         return found
@@ -260,23 +263,35 @@ class LlamaServer:
         return chunks
 
 
-def parse_buffers(log: str) -> Buffers:
+def _of_gpu(device: str) -> bool:
+    """Whether a buffer lies in a GPU's memory; what a GPU reads in the machine's is called CUDA_Host and so on."""
+    return not device.startswith(("CPU", "AMX")) and not device.endswith("_Host")
+
+
+def parse_buffers(log: str, *, on_gpu: bool | None = None) -> Buffers:
     """Reads the buffers from llama.cpp's log.
 
     A model may have several model and KV buffers, which add up. Compute and output buffers may be reserved again, so
     that the last line of each device holds.
+
+    Args:
+        log: All of it.
+        on_gpu: Whether those of GPUs alone count, or those of main memory alone; all do by default.
 
     Raises:
         VerificationError: The log states no model buffer.
     """
     sums: dict[str, float] = defaultdict(float)
     last: dict[tuple[str, str], float] = {}
-    for device, kind, size in _BUFFER.findall(log):
+    stated = _BUFFER.findall(log)
+    for device, kind, size in stated:
+        if on_gpu is not None and _of_gpu(device) != on_gpu:
+            continue
         if kind in ("model", "KV"):
             sums[kind] += float(size)
         else:
             last[kind, device] = float(size)
-    if "model" not in sums:
+    if not any(kind == "model" for _, kind, _ in stated):
         raise VerificationError("llama.cpp's log states no buffer sizes: install the xllamacpp version that this needs")
     for (kind, _), size in last.items():
         sums[kind] += size

@@ -332,8 +332,11 @@ def _kept(request: MeasureRequest, measured: Measured, model: Described, deploym
             # It holds what was read, where llama.cpp makes room for all of the context.
             load = _load(request, context)
             context = load.prompt + load.decoded - 1
-        need = memory(model.spec, deployment, context=context, batch=batch, weights=model.weights_bytes)
-        predicted["memory_bytes"] = need.total_bytes
+        on_gpu = device is not None and device.discrete
+        asked: dict[str, Any] = {"context": context, "batch": batch, "weights": model.weights_bytes, "on_gpu": on_gpu}
+        # llama.cpp's peak is that of its process, which says nothing of a GPU's memory.
+        if not on_gpu or deployment.runtime != "llama.cpp":
+            predicted["memory_bytes"] = memory(model.spec, deployment, **asked).total_bytes
     if device is not None:
         step = speed(model.spec, deployment, device, context=measured.context, weights=model.weights_bytes)
         read = speed(

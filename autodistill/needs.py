@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from autodistill.contracts import ModelSpec
-from autodistill.devices import Device, is_machine
+from autodistill.devices import DISCRETE, Device, is_machine
 from autodistill.errors import InputError
 from autodistill.records.candidates import Candidate
 from autodistill.records.measurements import Correction, Measured, correction
@@ -32,6 +33,7 @@ class Wanted:
         streams: At once; as many as a limit of latency has, where that is more.
         device: For limits of latency; None where memory alone is limited.
         latency: The limits.
+        gpu: Whether the limit is of a discrete GPU's memory although no device is named, as of a tier.
         measured: What was measured of students anywhere; on the device it corrects what is predicted there.
         overheads: By what predicted memory is changed, by class of devices and runtime.
         least: The least of the metric that ranks the runs where more of it is better, else of accuracy; None for none.
@@ -42,6 +44,7 @@ class Wanted:
     streams: int = 1
     device: Device | None = None
     latency: tuple[LatencyLimit, ...] = ()
+    gpu: bool = False
     measured: tuple[Measured, ...] = ()
     overheads: Mapping[Place, Overhead] = field(default_factory=dict)
     least: float | None = None
@@ -70,7 +73,13 @@ class Wanted:
 
     def overhead(self, runtime: str) -> Overhead:
         """What predicted memory is raised by."""
-        return overhead_of(self.overheads, runtime, self.device.kind.name if self.device else None)
+        kind = self.device.kind.name if self.device else DISCRETE if self.gpu else None
+        return overhead_of(self.overheads, runtime, kind)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the memory is that of a discrete GPU, and not a process's."""
+        return self.device.discrete if self.device else self.gpu
 
     def is_on(self, machine: str | None) -> bool:
         """Whether what a machine gave under its own name holds here: on the device, or anywhere where none is asked."""
@@ -102,7 +111,9 @@ class Solved:
         needs: For each limit what it needs, in bytes or seconds; for "accuracy" what it has.
         limits: The limits under the same names.
         sources: Of each of these: "measured", "predicted", or "corrected": predicted, and scaled by measurements there;
-            of an accuracy "simulated", or "missing" where the row has none, which meets no limit.
+            "assumed": predicted where nothing like it was measured; of a percentile that was not timed, with " at p95,
+            an upper bound" behind it, the higher one that stands in; of an accuracy "simulated", or "missing" where the
+            row has none, which meets no limit.
     """
 
     candidate: Candidate
@@ -140,6 +151,7 @@ class Solved:
             "trial": row.trial,
             "kind": row.kind,
             "deployment": row.deployment_name,
+            "runtime": row.deployment["runtime"],
             "format": row.deployment["format"],
             "metric": self.candidate.metric,
             "value": row.figure(self.candidate.metric),
@@ -162,6 +174,7 @@ def solve(candidate: Candidate, wanted: Wanted) -> Solved | None:
     deployment = candidate.deployment
     context = wanted.context_of(candidate)
     there = row.memory_source != "measured" and (row.context, row.batch) == (context, wanted.streams)
+    there = there and _of_gpu(row) == wanted.on_gpu
     spec = None if there and not wanted.latency else candidate.spec
     found = _memory(row, deployment, spec, wanted, context)
     if found is None:
@@ -189,11 +202,16 @@ def _memory(
     What was measured on another machine than the device says nothing of it, so that there it is predicted anew.
     """
     measured = row.memory_source == "measured" and wanted.is_on(_measured_on(row))
+    if wanted.device is None and wanted.gpu:
+        measured = measured and (row.other.get("memory_parts") or {}).get("device_class") == DISCRETE
+    alike = _of_gpu(row) == wanted.on_gpu
     if (row.context, row.batch) == (context, wanted.streams):
         if measured and row.memory_bytes is not None:
             return row.memory_bytes, "measured"
         guess = row.figure("memory_bytes_predicted") if row.memory_source == "measured" else row.memory_bytes
-        if guess is None and spec is None:
+        if not alike and spec is not None:
+            guess = None
+        elif guess is None and spec is None:
             # Of a row whose shape is not known it is the best that there is.
             guess = row.memory_bytes
         if guess is not None:
@@ -201,12 +219,18 @@ def _memory(
     if spec is None or context > spec.max_context:
         return None
     weights = row.size_bytes
-    need = memory(spec, deployment, context=context, batch=wanted.streams, weights=weights).total_bytes
+    fixed: dict[str, Any] = {"weights": weights, "on_gpu": wanted.on_gpu}
+    need = memory(spec, deployment, context=context, batch=wanted.streams, **fixed).total_bytes
     if measured and row.memory_bytes is not None and row.context and row.batch:
-        before = memory(spec, deployment, context=row.context, batch=row.batch, weights=weights).total_bytes
+        before = memory(spec, deployment, context=row.context, batch=row.batch, **fixed).total_bytes
         need += row.memory_bytes - before
         return need, "predicted"
     return need + wanted.overhead(deployment.runtime).total_bytes, "predicted"
+
+
+def _of_gpu(row: Row) -> bool:
+    """Whether a row's predicted memory is that of a discrete GPU; those of earlier versions have a process's."""
+    return row.other.get("memory_on") == DISCRETE
 
 
 def _measured_on(row: Row) -> str | None:
@@ -222,35 +246,69 @@ def _latency(
 
     A measurement of the row in its runtime on the device itself goes before any other prediction; one of another
     machine or runtime is never used. Where it is of a shorter prompt, or of less context behind a step, it is scaled by
-    what is predicted of both loads.
+    what is predicted of both loads. Of a percentile that was not timed the next higher one stands in, which is no less.
     """
     device = wanted.device
     if device is None:
         raise InputError("a limit of latency holds on a device: name it with --device")
     timed = _timed(row, limit) if row.latency_source == "measured" and wanted.is_on(row.machine) else None
     limited = context if limit.quantity == "tpot" else min(PROMPT_TOKENS, context)
-    if timed is not None and timed[1] == limited:
-        return timed[0], "measured"
+    bound = "" if timed is None or timed.percentile == limit.percentile else f" at p{timed.percentile}, an upper bound"
+    if timed is not None and timed.tokens == limited:
+        return timed.seconds, f"measured{bound}"
     if spec is None:
         return None
     seconds = limit_seconds(spec, deployment, device, limit, context=context)
     if timed is not None:
-        return timed[0] * seconds / limit_seconds(spec, deployment, device, limit, context=timed[1]), "corrected"
+        before = limit_seconds(spec, deployment, device, limit, context=timed.tokens)
+        return timed.seconds * seconds / before, f"corrected{bound}"
     known = wanted.correction(deployment.runtime)
     scale = known.decode if limit.quantity == "tpot" else known.prefill
-    return seconds * scale, "corrected" if known.count else "predicted"
+    plain = "assumed" if device.shares(deployment.runtime).assumed else "predicted"
+    return seconds * scale, "corrected" if known.count else plain
 
 
-def _timed(row: Row, limit: LatencyLimit) -> tuple[float, int] | None:
-    """Seconds of the percentile in the row's own timing at the limit's streams, and the tokens it is of.
+class _Timed(NamedTuple):
+    """A percentile of a row's own timing, in seconds, and the tokens that it is of.
 
     Those of the prompt whose first token was timed, or behind a step after it.
     """
-    loads = (row.other.get("latency_detail") or {}).get("loads", ())
-    name = f"{limit.quantity}_p{limit.percentile}_ms"
-    for load in loads:
-        if load["streams"] == limit.streams and name in load:
-            prompt = load["prompt_tokens"]
-            # Rows of earlier versions lack what lay behind a step, which the prompt is most of.
-            return load[name] / 1e3, prompt if limit.quantity == "ttft" else load.get("behind_tokens", prompt)
-    return None
+
+    seconds: float
+    tokens: int
+    percentile: int
+
+
+def _timed(row: Row, limit: LatencyLimit) -> _Timed | None:
+    """What was timed at the limit's streams: its own percentile, or else the next higher one that was stored."""
+    detail = row.other.get("latency_detail") or {}
+    load = next((one for one in detail.get("loads", ()) if one["streams"] == limit.streams), None)
+    if load is None:
+        return None
+    prompt = load["prompt_tokens"]
+    # Rows of earlier versions lack what lay behind a step, which the prompt is most of.
+    tokens = prompt if limit.quantity == "ttft" else load.get("behind_tokens", prompt)
+    named = re.compile(rf"{limit.quantity}_p(\d+)_ms")
+    stored = {int(found[1]): value for name, value in load.items() if (found := named.fullmatch(name))}
+    own = _limited(row, limit, stored)
+    if own is not None:
+        stored[limit.percentile] = own
+    higher = min((percentile for percentile in stored if percentile >= limit.percentile), default=None)
+    return None if higher is None else _Timed(stored[higher] / 1e3, tokens, higher)
+
+
+def _limited(row: Row, limit: LatencyLimit, stored: Mapping[int, float]) -> float | None:
+    """Milliseconds of what the row's own budget limited alike, where it was timed.
+
+    Rows of earlier versions have it beside their figures alone, where what was predicted of another device may stand
+    too: it is one of this timing if it lies between the percentiles that were stored on both sides.
+    """
+    timed = (row.other["latency_detail"].get("limits") or {}).get(limit.name)
+    if timed is not None:
+        return float(timed)
+    beside = row.other.get(limit.name)
+    below = [value for percentile, value in stored.items() if percentile < limit.percentile]
+    above = [value for percentile, value in stored.items() if percentile > limit.percentile]
+    if not isinstance(beside, (int, float)) or not below or not above:
+        return None
+    return float(beside) if max(below) <= beside <= min(above) else None

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from operator import le
 from typing import Any, cast
 
 from autodistill.contracts import Direction
+from autodistill.devices import DISCRETE, Device, device_classes
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimate import in_blocks
 from autodistill.needs import Solved, Wanted, solve
 from autodistill.records.candidates import Candidate, with_documents
 from autodistill.records.leaderboard import rank
+from autodistill.serving_memory import basis_of
 from autodistill.units import CONTEXT, check_streams, count_of, format_bytes, format_duration, written_bytes
 
 TIERS = tuple(size * 10**9 for size in (4, 8, 12, 16, 24, 48, 80))
-"""Classes of GPUs by memory, in bytes."""
+"""Classes of GPUs by the memory that they are sold with, in bytes."""
 
 _MOST_TIED = 32  # rows that are looked at for one that is smaller than the best and tied with it
 _CELLS = 256  # contexts that are named where a shorter one would do are multiples of this
@@ -127,8 +129,16 @@ def pick(candidates: Iterable[Candidate], wanted: Wanted) -> dict[str, Any]:
         "context": chosen[0].context,
         "streams": wanted.streams,
         "device": wanted.device.name if wanted.device else None,
+        "memory_basis": _basis(chosen[0], wanted),
         "memory_overhead": asdict(wanted.overhead(chosen[0].candidate.row.deployment["runtime"])),
     }
+
+
+def _basis(solved: Solved, wanted: Wanted) -> str | None:
+    """What the memory of a GPU rests on, where it was not measured there; None of any other."""
+    if not wanted.on_gpu or solved.sources["memory"] == "measured":
+        return None
+    return basis_of(solved.candidate.deployment.runtime, on_gpu=True)
 
 
 def _lacks(candidate: Candidate, wanted: Wanted) -> str:
@@ -163,16 +173,51 @@ def _order(candidate: Candidate) -> tuple[float, float, str, str]:
     return -candidate.worth, cells.get("memory_bytes") or math.inf, candidate.run, cells["row_id"]
 
 
-def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[int] = TIERS) -> dict[str, Any]:
-    """The best row for each amount of memory; None where nothing fits."""
+@dataclass(frozen=True, kw_only=True)
+class Tier:
+    """A class of GPUs by the memory that they are sold with.
+
+    Attributes:
+        nominal_bytes: That memory.
+        usable_bytes: What every known GPU of it leaves for a student.
+        device: The one that leaves least; None where no GPU of so much is known.
+    """
+
+    nominal_bytes: int
+    usable_bytes: int
+    device: str | None
+
+
+def tier_of(nominal_bytes: int, known: Iterable[Device]) -> Tier:
+    """What is usable of each GPU that is sold with so much memory, at the least.
+
+    A maker's GB is between 10^9 and 2^30 bytes, and so is what its driver reports. Where none of so much is known it is
+    10^9 less what the class reserves.
+    """
+    most = nominal_bytes * 2**30 // 10**9
+    alike = [one for one in known if one.discrete and nominal_bytes <= one.memory_bytes <= most]
+    if alike:
+        least = min(alike, key=lambda one: one.usable_bytes)
+        return Tier(nominal_bytes=nominal_bytes, usable_bytes=least.usable_bytes, device=least.name)
+    kind = device_classes()[DISCRETE]
+    left = int(nominal_bytes * kind.share_of(nominal_bytes)) - kind.reserve_bytes
+    return Tier(nominal_bytes=nominal_bytes, usable_bytes=left, device=None)
+
+
+def pick_tiers(candidates: Sequence[Candidate], wanted: Wanted, tiers: Sequence[Tier]) -> dict[str, Any]:
+    """The best row for each class of GPUs; None where nothing fits."""
     rows = []
-    for size in tiers:
+    for tier in tiers:
+        limited = replace(wanted, memory_bytes=tier.usable_bytes, device=None, gpu=True)
         try:
-            answer = pick(candidates, replace(wanted, memory_bytes=size))["pick"]
+            answer = pick(candidates, limited)["pick"]
         except NothingFitsError:
             answer = None
-        rows.append({"memory_bytes": size, "pick": answer})
-    return {"tiers": rows, "context": wanted.context, "streams": wanted.streams}
+        least = {"usable_bytes": tier.usable_bytes, "least_device": tier.device}
+        rows.append({"memory_bytes": tier.nominal_bytes, **least, "pick": answer})
+    runtimes = sorted({one["pick"]["runtime"] for one in rows if one["pick"]})
+    bases = {runtime: basis_of(runtime, on_gpu=True) for runtime in runtimes}
+    return {"tiers": rows, "context": wanted.context, "streams": wanted.streams, "memory_basis": bases}
 
 
 def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Solved], unknown: int, wanted: Wanted) -> str:
@@ -199,7 +244,7 @@ def _nothing(ranked: Sequence[Candidate], left_out: Sequence[Solved], unknown: i
     elif name == "memory":
         misses = f"needs {format_bytes(need)} at context {nearest.context}, {format_bytes(need - limit)} over the limit"
     else:
-        how = "measured" if nearest.sources[name] == "measured" else "predicted"
+        how = "measured" if nearest.sources[name].startswith("measured") else "predicted"
         times = need / limit
         misses = f"is {how} {format_duration(need)}, {times:,.{0 if times >= 100 else 2}f} times {name}"
     row = nearest.candidate.row

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from autodistill.contracts import ModelSpec
-from autodistill.devices import Device
+from autodistill.devices import Device, Shares
 from autodistill.formats import tensor_bytes, weights_bytes
 from autodistill.grids import Grid, Storage
-from autodistill.serving_memory import kv_bytes, window_in
+from autodistill.serving_memory import activation_rows, kv_bytes, window_in
 from autodistill.strategy import Deployment
 from autodistill.tensors import Role, TensorSpec, is_expert
 from autodistill.units import LatencyLimit
@@ -29,12 +29,14 @@ class Speed:
 
     Attributes:
         tokens_per_second: Of all streams together.
-        tokens_per_second_low, tokens_per_second_high: The band, from the lowest and highest efficiency of the class.
+        tokens_per_second_low, tokens_per_second_high: The band, from the lowest and highest efficiency of the runtime
+            on such a device.
         decode_ms, decode_ms_high: Time of a token after the first, typical and at the slow end of the band.
         time_to_first_token_ms, time_to_first_token_ms_high: Of one prompt, typical and at the slow end.
         prompt: Tokens of that prompt.
         bound: What decoding waits for: "bandwidth", "compute" or "launches".
         source: Always "predicted".
+        assumed: Why the efficiencies are assumed, and the band wide; None where they were measured.
     """
 
     tokens_per_second: float
@@ -47,6 +49,7 @@ class Speed:
     prompt: int
     bound: str
     source: str = "predicted"
+    assumed: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The prediction as plain data."""
@@ -62,12 +65,14 @@ class Work:
         operations: All of them; a multiply-add is two.
         attended: Those of the attention alone.
         plain: Those with linear weights that are on a grid without fast kernels, whatever the format is named after.
+        activations: Bytes of the activations that pass between its products, in 16 bits.
     """
 
     bytes: float
     operations: float
     attended: float
     plain: float
+    activations: float
 
 
 def speed(
@@ -85,7 +90,7 @@ def speed(
 
     A decoding step takes the longer of reading its bytes and computing, plus a cost for each layer; a prompt likewise
     (Williams et al. 2009, Roofline); on a CPU unpacking and attention come on top. The shares of bandwidth and rate
-    that are reached are those of the device's class.
+    that are reached are those of the runtime on the device's class.
 
     Args:
         spec, deployment: The model and its packing.
@@ -111,6 +116,7 @@ def speed(
         time_to_first_token_ms_high=1e3 * first_slow,
         prompt=prompt,
         bound=max(costs["typical"], key=lambda name: costs["typical"][name]),
+        assumed=device.shares(deployment.runtime).assumed or None,
     )
 
 
@@ -129,36 +135,47 @@ def _read(
 
 
 def _step_costs(spec: ModelSpec, deployment: Deployment, device: Device, end: str, step: Work) -> dict[str, float]:
-    """Seconds of a decoding step by what it waits for, at one end of the class's shares.
+    """Seconds of a decoding step by what it waits for, at one end of the runtime's shares.
 
     A GPU computes while it reads, so that the longer of the two counts. A core that multiplies by weights on a grid
     unpacks them between its loads: products are added to reading, at the rate of the integer units. So is attention, of
     one query at a time, which leaves most of a core idle.
     """
-    kind, rate = device.kind, _rate(device)
-    reading = step.bytes / _bandwidth(device, end)
-    products = step.operations if kind.attention is None else step.operations - step.attended
+    shares, rate = device.shares(deployment.runtime), _rate(device)
+    reading = step.bytes / _bandwidth(device, shares, end)
+    products = step.operations if shares.attention is None else step.operations - step.attended
     plain = _plain(deployment, step, products)
     # Of many streams the products are a prompt's, which no longer wait for loads.
-    computing = max(0.0, _product_seconds(device, end, products, plain) - reading)
-    if kind.dequantize is not None and deployment.runtime == "llama.cpp" and deployment.bits < 16:
-        unpacked = rate * getattr(kind.dequantize, end)
-        slowly = rate * _PLAIN_KERNEL * getattr(kind.dequantize, end)
+    computing = max(0.0, _product_seconds(device, shares, end, products, plain) - reading)
+    if shares.dequantize is not None and deployment.bits < 16:
+        unpacked = rate * getattr(shares.dequantize, end)
+        slowly = rate * _PLAIN_KERNEL * getattr(shares.dequantize, end)
         computing = max((products - plain) / unpacked + plain / slowly, computing)
-    if kind.attention is not None:
-        computing += step.attended / (rate * getattr(kind.attention, end))
-    return {"bandwidth": reading, "compute": computing, "launches": spec.layers * kind.layer_seconds}
+    if shares.attention is not None:
+        computing += step.attended / (rate * getattr(shares.attention, end))
+    launches = _launches(spec, shares, end, reading + computing)
+    return {"bandwidth": reading, "compute": computing, "launches": launches}
 
 
 def _prompt_seconds(spec: ModelSpec, deployment: Deployment, device: Device, end: str, read: Work) -> float:
-    computing = _product_seconds(device, end, read.operations, _plain(deployment, read, read.operations))
-    return float(max(read.bytes / _bandwidth(device, end), computing) + spec.layers * device.kind.layer_seconds)
+    shares = device.shares(deployment.runtime)
+    plain = _plain(deployment, read, read.operations)
+    computing = _product_seconds(device, shares, end, read.operations, plain)
+    if shares.activations is not None:
+        computing += read.activations / (device.bandwidth * getattr(shares.activations, end))
+    working = max(read.bytes / _bandwidth(device, shares, end), computing)
+    return float(working + _launches(spec, shares, end, working))
 
 
-def _bandwidth(device: Device, end: str) -> float:
+def _launches(spec: ModelSpec, shares: Shares, end: str, working: float) -> float:
+    """Seconds that layers cost beside what they read and compute."""
+    cost = spec.layers * shares.layer(end)
+    return max(0.0, cost - working) if shares.ahead else cost
+
+
+def _bandwidth(device: Device, shares: Shares, end: str) -> float:
     """Bytes a second that are reached: a measured bandwidth is one that was."""
-    shares = device.kind.decode_measured if device.measured else device.kind.decode
-    return float(device.bandwidth * getattr(shares, end))
+    return float(device.bandwidth * getattr(shares.decode_measured if device.measured else shares.decode, end))
 
 
 def _rate(device: Device) -> float:
@@ -174,16 +191,16 @@ def _plain(deployment: Deployment, work: Work, operations: float) -> float:
     return work.plain if deployment.format in _FAST_KERNELS else operations
 
 
-def _product_seconds(device: Device, end: str, operations: float, plain: float) -> float:
-    """Of matrix products as a prompt makes them, at one end of the class's shares.
+def _product_seconds(device: Device, shares: Shares, end: str, operations: float, plain: float) -> float:
+    """Of matrix products as a prompt makes them, at one end of the runtime's shares.
 
     Args:
-        device, end: Which shares.
+        device, shares, end: Which shares, and of what.
         operations: All of them.
         plain: Those of them without fast kernels.
     """
-    rate, kind = _rate(device), device.kind
-    fast, slow = (rate * getattr(shares, end) for shares in (kind.prefill_quantized, kind.prefill))
+    rate = device.rates.get(shares.rate) or _rate(device)
+    fast, slow = (rate * getattr(share, end) for share in (shares.prefill_quantized, shares.prefill))
     return float((operations - plain) / fast + plain / slow)
 
 
@@ -252,7 +269,13 @@ def work(
     cache = sequences * (kv_bytes(spec, wide, int(behind), kv_type) + kv_bytes(spec, narrow, int(seen), kv_type))
     attended = 4 * tokens * spec.heads * spec.head_dim * (wide * behind + narrow * seen)
     products = 2 * (tokens * multiplied + sequences * head)
-    return Work(bytes=read + cache, operations=products + attended, attended=attended, plain=2 * tokens * plain)
+    return Work(
+        bytes=read + cache,
+        operations=products + attended,
+        attended=attended,
+        plain=2 * tokens * plain,
+        activations=2 * tokens * spec.layers * activation_rows(spec),
+    )
 
 
 def _count(tensor: TensorSpec) -> int:

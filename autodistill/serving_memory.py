@@ -1,14 +1,15 @@
-"""The memory that serving a described model takes, by parts, in each runtime; no torch, nothing loaded."""
+"""The memory that serving a described model takes of a process or a GPU, by parts, in each runtime; loads nothing."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from autodistill.contracts import ModelSpec
 from autodistill.errors import InputError
-from autodistill.formats import weights_bytes
+from autodistill.formats import tensor_bytes, weights_bytes
 from autodistill.grids import Grid
 from autodistill.strategy import Deployment
 from autodistill.tensors import Role
@@ -37,8 +38,17 @@ TRANSFORMERS_HOLES = 0.5
 """What glibc's heap holds beyond what is in use, of the cache and a pass's activations (measured). Keys and values stay
 where they were first put, between activations that were freed, and the next layer's larger ones no longer fit there.
 With a fixed mmap threshold, which gives each tensor pages of its own, the peak is the sum of what is in use."""
-VLLM_PROCESS_BYTES = 10**9
-"""CUDA context, libraries and captured graphs of vLLM: an order of magnitude, not measured here."""
+VLLM_GRAPHS_BYTES = 400 * 10**6
+"""vLLM's captured graphs: 0.21 GiB of a model of 1B (vLLM pull 11349), 0.36 GiB of a larger one (gpustack/runner pull
+251); not measured here."""
+VLLM_PROCESS_BYTES = VLLM_GRAPHS_BYTES + 600 * 10**6
+"""The same with CUDA's context and driver, which no device has taken off where none is named."""
+CUBLAS_WORKSPACE_BYTES = 32 * 2**20
+"""Of a GPU, that cuBLAS works in: its documentation has 32 MiB from Hopper on and 4 MiB before, torch takes 8.1 MiB
+there (pytorch pull 120925; discuss.pytorch.org/t/178671)."""
+TORCH_SEGMENT_BYTES = 20 * 2**20
+"""Of a GPU, by which torch's allocator takes memory for tensors of 1 to 10 MiB (c10/cuda/CUDACachingAllocator): up to
+one of them is unused."""
 ONNX_PROCESS_BYTES = 61 * 10**6
 """Resident memory of a process once ONNX Runtime has run a model of nearly nothing (measured, onnxruntime 1.32)."""
 ONNX_SCORE_BYTES = 17
@@ -60,18 +70,37 @@ BASIS: Mapping[str, str] = {
 }
 """What the figures of a runtime rest on."""
 
+_NOT_ON_GPUS = "predicted, not measured on a GPU: "
+BASIS_ON_GPU: Mapping[str, str] = {
+    "llama.cpp": f"{_NOT_ON_GPUS}weights but for the table that tokens are looked up in, cache and graph as on a CPU, "
+    "16-bit copies of activations, and cuBLAS's workspace",
+    "transformers": f"{_NOT_ON_GPUS}activations counted by module, cuBLAS's workspace, a segment of torch's allocator",
+    "vllm": f"{_NOT_ON_GPUS}packed weights, pages of cache and a step's activations by vLLM's defaults, graphs and "
+    "cuBLAS's workspace",
+    "onnxruntime": f"{_NOT_ON_GPUS}as on a CPU, in float32, without the process",
+}
+"""The same of the memory of a discrete GPU, of which context and driver are taken off what is usable."""
+
+
+def basis_of(runtime: str, *, on_gpu: bool) -> str:
+    """What figures rest on, of a process's memory or of a discrete GPU's."""
+    return (BASIS_ON_GPU if on_gpu else BASIS)[runtime]
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Memory that inference takes, by parts, in bytes.
+    """Memory that inference takes, by parts, in bytes: of the process, or of a discrete GPU.
 
     Attributes:
         weights_bytes: The packed weights as the runtime holds them.
         kv_cache_bytes: Keys and values of `batch` sequences of `context` tokens.
         compute_bytes: Activations and logits.
-        overhead_bytes: What the process takes beyond those.
+        overhead_bytes: What the process takes beyond those; of a GPU, what libraries work in there.
         runtime: The engine.
         context, batch: Tokens of each sequence, and sequences at once.
+        on_gpu: Whether these are of a discrete GPU's memory. CUDA's context is not among them, since a device's usable
+            memory is without it.
+        main_memory_bytes: Of a GPU, what the process takes of the machine's memory meanwhile; no limit is held to it.
     """
 
     weights_bytes: int
@@ -81,6 +110,8 @@ class MemoryEstimate:
     runtime: str
     context: int
     batch: int
+    on_gpu: bool = False
+    main_memory_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -101,6 +132,17 @@ class _Serving:
     batch: int
     kv_type: str
     read: int
+    on_gpu: bool
+
+
+class _Parts(NamedTuple):
+    """Bytes of weights, cache, computing and beyond, and on a GPU of main memory."""
+
+    weights: int
+    cache: int
+    compute: int
+    overhead: int
+    main_memory: int = 0
 
 
 def memory(
@@ -113,6 +155,7 @@ def memory(
     weights: int | None = None,
     runtime: str | None = None,
     read: int | None = None,
+    on_gpu: bool = False,
 ) -> MemoryEstimate:
     """Predicts the memory that serving a model takes.
 
@@ -125,6 +168,7 @@ def memory(
         runtime: Another engine than the deployment's, one of `BASIS`.
         read: Tokens of each sequence that a pass of ONNX Runtime takes, whose graphs are made for a length: the context
             by default, 1 in a step of decoding.
+        on_gpu: Whether a discrete GPU serves it, whose memory is then told.
 
     Raises:
         InputError: A size below 1, a type of cache that the runtime has not or whose blocks do not divide a head, a
@@ -160,17 +204,20 @@ def memory(
         batch=batch,
         kv_type=kv_type,
         read=read or context,
+        on_gpu=on_gpu,
     )
     parts = {"llama.cpp": _llama_cpp, "transformers": _transformers, "vllm": _vllm, "onnxruntime": _onnxruntime}
-    held, cache, compute, overhead = parts[runtime](serving)
+    found = parts[runtime](serving)
     return MemoryEstimate(
-        weights_bytes=held,
-        kv_cache_bytes=cache,
-        compute_bytes=compute,
-        overhead_bytes=overhead,
+        weights_bytes=found.weights,
+        kv_cache_bytes=found.cache,
+        compute_bytes=found.compute,
+        overhead_bytes=found.overhead,
         runtime=runtime,
         context=context,
         batch=batch,
+        on_gpu=on_gpu,
+        main_memory_bytes=found.main_memory,
     )
 
 
@@ -206,6 +253,11 @@ def _active_ffn(spec: ModelSpec) -> int:
     return spec.ffn_width * max(1, spec.active_experts + spec.shared_experts)
 
 
+def activation_rows(spec: ModelSpec) -> int:
+    """Values of a token in a layer: four rows of the width, and three of the FFN's, two where it has no gate."""
+    return 4 * spec.width + _active_ffn(spec) * (2 if spec.architecture in _UNGATED else 3)
+
+
 def _fused(spec: ModelSpec) -> tuple[int, ...]:
     return (3 * spec.heads * spec.head_dim,) if spec.architecture in _UNGATED else ()
 
@@ -217,7 +269,7 @@ def _windowed_cache(serving: _Serving, full: int, windowed: int) -> int:
     return wide + kv_bytes(spec, narrow, min(full, windowed), serving.kv_type)
 
 
-def _llama_cpp(serving: _Serving) -> tuple[int, int, int, int]:
+def _llama_cpp(serving: _Serving) -> _Parts:
     """Weights, KV, compute and overhead as llama.cpp allocates them on a CPU, flash attention on.
 
     The graph's peak was read off llama.cpp's own "compute buffer size" lines while one size at a time was varied. In
@@ -226,6 +278,9 @@ def _llama_cpp(serving: _Serving) -> tuple[int, int, int, int]:
     once with keys and values copied; the logits of one token a sequence. Beside it
     lies the attention mask, F16 [cells, n]. It is exact for three layers and more, and an upper bound for models whose
     FFN is narrower than twice the width. The output buffer holds one token's logits for each sequence.
+
+    On a GPU the table that tokens are looked up in, and the output buffer, stay in main memory (its log's "CUDA_Host");
+    a tied table is there once more, for the head. Products with 16-bit weights copy what goes in and comes out.
     """
     spec, batch = serving.spec, serving.batch
     cells = _round_up(serving.context, _CACHE_CELLS)
@@ -242,44 +297,62 @@ def _llama_cpp(serving: _Serving) -> tuple[int, int, int, int]:
         windowed = min(cells, _round_up(window + tokens, _CACHE_CELLS))
         cache = _windowed_cache(serving, cells * batch, windowed * batch)
         compute += 2 * windowed * tokens
-    return serving.weights, cache, compute + logits, overhead
+    if not serving.on_gpu:
+        return _Parts(serving.weights, cache, compute + logits, overhead)
+    table = _table_bytes(serving)
+    copies = 2 * tokens * 2 * max(spec.width, queries, _active_ffn(spec))
+    held = serving.weights if spec.tied else max(0, serving.weights - table)
+    return _Parts(held, cache, compute, CUBLAS_WORKSPACE_BYTES + copies, overhead + table + logits)
 
 
-def _transformers(serving: _Serving) -> tuple[int, int, int, int]:
+def _table_bytes(serving: _Serving) -> int:
+    """Bytes of the table that tokens are looked up in, as it is stored."""
+    tables = (tensor for tensor in serving.spec.tensors if tensor.role is Role.EMBEDDING)
+    return sum(tensor_bytes(tensor, serving.deployment.storage(tensor)) for tensor in tables)
+
+
+def _transformers(serving: _Serving) -> _Parts:
     """As transformers holds them in bfloat16 on a CPU, the prompt read in one pass, logits of the last token alone.
 
     In use at the peak, in the last layer's FFN, are the cache, four tensors at the width (the embeddings, the stream
     and its norm's input and value) and three at the FFN's, two where it has no gate; attention leaves no more behind.
     A layer with a window caches a slice of the prompt's keys and values, which keeps all of them, and has a mask, in
     truths and in their making. Beyond these lies `TRANSFORMERS_HOLES`. Weights are a mapped file's pages, all of which
-    are resident once tokens from all over the table were read.
+    are resident once tokens from all over the table were read. On a GPU there is no heap with holes, and torch's own
+    allocator is not predicted beyond a segment.
     """
     spec, batch = serving.spec, serving.batch
     weights = 2 * spec.parameters if serving.dense else serving.weights
     tokens = batch * serving.context
-    ffn = _active_ffn(spec) * (2 if spec.architecture in _UNGATED else 3)
-    activations = 2 * tokens * (4 * spec.width + ffn)
+    activations = 2 * tokens * activation_rows(spec)
     masks = 2 * serving.context**2 if 0 < window_in(spec, serving.runtime)[0] < serving.context else 0
     logits = (2 + 4) * batch * spec.vocabulary
     cache = kv_bytes(spec, spec.layers, tokens, serving.kv_type)
+    if serving.on_gpu:
+        overhead = CUBLAS_WORKSPACE_BYTES + TORCH_SEGMENT_BYTES
+        return _Parts(weights, cache, activations + masks + logits, overhead, TRANSFORMERS_SERVING_BYTES)
     holes = int(TRANSFORMERS_HOLES * (cache + activations))
-    return weights, cache, activations + holes + masks + logits, TRANSFORMERS_SERVING_BYTES
+    return _Parts(weights, cache, activations + holes + masks + logits, TRANSFORMERS_SERVING_BYTES)
 
 
-def _vllm(serving: _Serving) -> tuple[int, int, int, int]:
+def _vllm(serving: _Serving) -> _Parts:
     """As vLLM needs them at the least: packed weights, paged KV in bfloat16, and the activations of one step.
 
     vLLM by default takes what is left of the device for more KV cache; `gpu_memory_utilization` is how it is limited.
+    Where no device is named, CUDA's context counts too.
     """
     spec, batch = serving.spec, serving.batch
     paged = _round_up(serving.context, _VLLM_BLOCK) * batch
     cache = _windowed_cache(serving, paged, (window_in(spec, serving.runtime)[0] + _VLLM_BATCHED_TOKENS) * batch)
     activations = 2 * _VLLM_BATCHED_TOKENS * (4 * spec.width + 3 * _active_ffn(spec))
     logits = (2 + 4) * batch * spec.vocabulary
-    return serving.weights, cache, activations + logits, VLLM_PROCESS_BYTES
+    if serving.on_gpu:
+        overhead = VLLM_GRAPHS_BYTES + CUBLAS_WORKSPACE_BYTES
+        return _Parts(serving.weights, cache, activations + logits, overhead, TRANSFORMERS_SERVING_BYTES)
+    return _Parts(serving.weights, cache, activations + logits, VLLM_PROCESS_BYTES)
 
 
-def _onnxruntime(serving: _Serving) -> tuple[int, int, int, int]:
+def _onnxruntime(serving: _Serving) -> _Parts:
     """As ONNX Runtime needs them on a CPU, where it computes in float32, for graphs that torch exports.
 
     A pass takes `read` tokens of each sequence, with the keys and values of those before them among its inputs, and
@@ -297,7 +370,10 @@ def _onnxruntime(serving: _Serving) -> tuple[int, int, int, int]:
     scores = ONNX_SCORE_BYTES * tokens * spec.heads * serving.context
     mask = 4 * serving.read * serving.context
     cache = 2 * kv_bytes(spec, spec.layers, 2 * cells - tokens, "f16")
-    return _onnx_weights(serving), cache, activations + rows + scores + mask + logits, ONNX_PROCESS_BYTES
+    compute = activations + rows + scores + mask + logits
+    if serving.on_gpu:
+        return _Parts(_onnx_weights(serving), cache, compute, CUBLAS_WORKSPACE_BYTES, ONNX_PROCESS_BYTES)
+    return _Parts(_onnx_weights(serving), cache, compute, ONNX_PROCESS_BYTES)
 
 
 def _onnx_weights(serving: _Serving) -> int:

@@ -1,4 +1,4 @@
-"""The speed that the roofline predicts: against llama.cpp on this machine, and what it says of often-quoted rates."""
+"""The speed that the roofline predicts: against llama.cpp and transformers here, and beside often-quoted rates."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import report
 import torch
-from memory_estimate import SIZES, Case, write
+from memory_estimate import SIZES, Case, write, write_folder
 
 from autodistill.described import deployment_named, shape, spec_of
-from autodistill.devices import devices, find_device
-from autodistill.hardware import detect
+from autodistill.devices import Device, devices, find_device
+from autodistill.hardware import computes_bf16, detect
 from autodistill.llama_cpp import LlamaServer
 from autodistill.local_device import local_device
+from autodistill.python_server import PythonServer
 from autodistill.roofline import speed
 from autodistill.serving_memory import memory
+from autodistill.timing import Server
 from autodistill.units import format_bytes
 
 THREADS = 1
@@ -48,6 +52,8 @@ CALIBRATED = ("0.13B", "0.27B")
 FORMS = ("gguf-f16", "gguf-q8_0", "gguf-q4_0")
 CALIBRATED_FORMS = (*FORMS, "gguf-q5_0")
 PROMPTS = (32, 512)
+LONGER = 1024
+"""A prompt that no runtime's shares were set by."""
 _EMPTY = {"layers": 1, "width": 32, "heads": 1, "kv_heads": 1, "head_dim": 32, "ffn": 32, "vocabulary": 256}
 _SECONDS = 0.3  # of CPU that a step is timed over: the system counts it in hundredths
 
@@ -59,66 +65,80 @@ class Point:
     model: str
     form: str
     prompt: int
+    held_out: bool
     step_ms: float
     first_ms: float
     bandwidth: float
-    rate: float
+    rates: dict[str, float]
 
 
-def _cpu(server: LlamaServer) -> float:
+def _cpu(server: Server) -> float:
     """CPU seconds of the runtime's process."""
     return server.used_seconds() - time.process_time()
 
 
-def milliseconds(case: Case, folder: Path, prompt: int) -> tuple[float, float]:
+def _timed(server: Server, vocabulary: int, prompt: int) -> tuple[float, float]:
     """Milliseconds of CPU of a decoding step, and of reading the prompt."""
-    spec, path = spec_of(case.config()), folder / "model.gguf"
-    write(case, spec, deployment_named(case.form), path)
-    ids = [2 + index % (case.vocabulary - 2) for index in range(prompt)]
-    with LlamaServer(path, 2048, THREADS) as server:
-        server.begin([ids[:32]])
+    ids = [2 + index % (vocabulary - 2) for index in range(prompt)]
+    server.begin([ids[:32]])
+    server.step()
+    times, began = max(1, 512 // prompt), _cpu(server)
+    for _ in range(times):
+        server.begin([ids])
+    read = _cpu(server)
+    steps = 0
+    while steps < 16 or _cpu(server) - read < _SECONDS:
         server.step()
-        times, began = max(1, 256 // prompt), _cpu(server)
-        for _ in range(times):
-            server.begin([ids])
-        read = _cpu(server)
-        steps = 0
-        while steps < 16 or _cpu(server) - read < _SECONDS:
-            server.step()
-            steps += 1
-        return 1e3 * (_cpu(server) - read) / steps, 1e3 * (read - began) / times
+        steps += 1
+    return 1e3 * (_cpu(server) - read) / steps, 1e3 * (read - began) / times
 
 
-def points(folder: Path) -> list[Point]:
+def milliseconds(case: Case, folder: Path, prompt: int) -> tuple[float, float]:
+    """Milliseconds of CPU of a decoding step of llama.cpp, and of reading the prompt."""
+    path = folder / "model.gguf"
+    write(case, spec_of(case.config()), deployment_named(case.form), path)
+    with LlamaServer(path, 2048, THREADS) as server:
+        return _timed(server, case.vocabulary, prompt)
+
+
+def _case(model: str, form: str) -> Case:
+    return Case(family="llama", tied=True, form=form, **_SHAPES[model])
+
+
+def llama_points(folder: Path) -> Iterator[Point]:
     """Times every model, format and prompt; the cost of a request, that of nearly no model, is taken off."""
-    found = []
     empty = {prompt: milliseconds(Case(family="llama", **_EMPTY), folder, prompt) for prompt in PROMPTS}
-    for name, sizes in _SHAPES.items():
+    for name in _SHAPES:
         for form in CALIBRATED_FORMS if name in CALIBRATED else FORMS:
-            # The other core's work changes from minute to minute, and with it what this one gets of the memory.
-            bandwidth, rate = _core()
+            core = _core()
             for prompt in PROMPTS:
-                step, first = milliseconds(Case(family="llama", tied=True, form=form, **sizes), folder, prompt)
+                step, first = milliseconds(_case(name, form), folder, prompt)
                 less = empty[prompt]
-                found.append(
-                    Point(
-                        model=name,
-                        form=form,
-                        prompt=prompt,
-                        step_ms=step - less[0],
-                        first_ms=first - less[1],
-                        bandwidth=bandwidth,
-                        rate=rate,
-                    )
-                )
-                print(found[-1], flush=True)
-    return found
+                times = {"step_ms": step - less[0], "first_ms": first - less[1]}
+                yield Point(model=name, form=form, prompt=prompt, held_out=name not in CALIBRATED, **times, **core)
 
 
-def _core() -> tuple[float, float]:
-    """Bandwidth and float32 rate of one core by its CPU time, as `local_device` measures both by the clock."""
+def transformers_points(folder: Path) -> Iterator[Point]:
+    """Times every model and prompt in bfloat16, a longer prompt than any that calibrated among them."""
+    for name in _SHAPES:
+        case = _case(name, "huggingface")
+        write_folder(case, folder)
+        core = _core()
+        with PythonServer(folder, "transformers", 2048, THREADS) as server:
+            for prompt in (*PROMPTS, LONGER):
+                step, first = _timed(server, case.vocabulary, prompt)
+                held_out = name not in CALIBRATED or prompt not in PROMPTS
+                times = {"step_ms": step, "first_ms": first}
+                yield Point(model=name, form=case.form, prompt=prompt, held_out=held_out, **times, **core)
+
+
+def _core() -> dict[str, Any]:
+    """Bandwidth and rates of one core by its CPU time, as `local_device` measures both by the clock.
+
+    Before each model: the other core's work changes from minute to minute, and what this one gets of the memory.
+    """
     torch.set_num_threads(THREADS)
-    matrix, vector, square = torch.ones(2**14, 4096), torch.ones(4096), torch.ones(1024, 1024)
+    matrix, vector = torch.ones(2**14, 4096), torch.ones(4096)
 
     def best(work: Callable[[], Any]) -> float:
         """The least CPU seconds of eight runs, after one that is not counted."""
@@ -130,21 +150,20 @@ def _core() -> tuple[float, float]:
             times.append(time.thread_time() - began)
         return min(times)
 
-    size = 4 * matrix.numel()
+    kinds = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if computes_bf16("cpu") else {})
+    squares = {name: torch.ones(1024, 1024, dtype=dtype) for name, dtype in kinds.items()}
+    rates = {name: 2 * 1024**3 / best(partial(torch.mm, square, square)) for name, square in squares.items()}
     reading = min(best(lambda: torch.mv(matrix, vector)), best(matrix.sum))
-    return size / reading, 2 * 1024**3 / best(lambda: torch.mm(square, square))
+    return {"bandwidth": 4 * matrix.numel() / reading, "rates": rates}
 
 
-def local() -> str:
+def local(found: Sequence[Point], known: Device, told: str) -> str:
     """The prediction against every point."""
-    with tempfile.TemporaryDirectory() as folder:
-        known = local_device(Path(folder), replace(detect(), cpus=THREADS, gpus=()))
-        found = points(Path(folder))
     lines = []
     ratios: dict[tuple[bool, str], list[float]] = defaultdict(list)
     for point in found:
-        case = Case(family="llama", tied=True, form=point.form, **_SHAPES[point.model])
-        device = replace(known, bandwidth=point.bandwidth, rates={"fp32": point.rate})
+        case = _case(point.model, point.form)
+        device = replace(known, bandwidth=point.bandwidth, rates=point.rates)
         guess = speed(
             spec_of(case.config()),
             deployment_named(point.form),
@@ -152,17 +171,16 @@ def local() -> str:
             context=point.prompt + 8,
             prompt=point.prompt,
         )
-        held_out = point.model not in CALIBRATED
         decode, first = guess.decode_ms / point.step_ms, guess.time_to_first_token_ms / point.first_ms
-        ratios[held_out, "token"].append(decode)
-        ratios[held_out, "first"].append(first)
+        ratios[point.held_out, "token"].append(decode)
+        ratios[point.held_out, "first"].append(first)
         within = 1e3 / guess.tokens_per_second_high <= point.step_ms <= guess.decode_ms_high
         lines.append(
             [
                 point.model,
                 point.form.removeprefix("gguf-"),
                 point.prompt,
-                "tests" if held_out else "calibrates",
+                "tests" if point.held_out else "calibrates",
                 f"{guess.decode_ms:.1f} / {point.step_ms:.1f}",
                 f"{decode - 1:+.0%}",
                 "yes" if within else "no",
@@ -171,19 +189,49 @@ def local() -> str:
             ]
         )
     titles = ["model", "format", "prompt", "use", "a token, ms", "error", "in band", "first token, ms", "error"]
-    bandwidths, rates = [point.bandwidth for point in found], [point.rate for point in found]
-    told = (
-        "One thread of llama.cpp, predicted / measured in milliseconds of CPU time, as other work shared the machine "
-        f"(load average {psutil.getloadavg()[0]:.1f}); the cost of a request, that of a model of nearly nothing, is "
-        f"taken off. Beside each model this core was measured the same way: {format_bytes(min(bandwidths))} to "
-        f"{format_bytes(max(bandwidths))}/s, {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} GFLOP/s in float32. The "
-        "class's shares were set by the models that calibrate, in an earlier run; the others test them."
+    bandwidths = [point.bandwidth for point in found]
+    rates = [
+        f"{min(values) / 1e9:.0f} to {max(values) / 1e9:.0f} GFLOP/s in {name}"
+        for name in found[0].rates
+        if (values := [point.rates[name] for point in found])
+    ]
+    core = (
+        f"Beside each model this core was measured the same way: {format_bytes(min(bandwidths))} to "
+        f"{format_bytes(max(bandwidths))}/s, {', '.join(rates)}. The shares were set by the rows that calibrate, in an "
+        f"earlier run; the others test them. Load average {psutil.getloadavg()[0]:.1f}."
     )
     told_errors = [
         f"{'Held out' if held_out else 'Calibrating'}, {what}: median error {_error(values):.0%} over {len(values)}."
         for (held_out, what), values in sorted(ratios.items(), reverse=True)
     ]
-    return "\n\n".join([told, report.table(titles, lines), " ".join(told_errors) + " Target: 15%."])
+    return "\n\n".join([f"{told} {core}", report.table(titles, lines), " ".join(told_errors) + " Target: 15%."])
+
+
+_MADE = "Predicted / measured in milliseconds of CPU time, as other work shares the machine, of one thread"
+_RUNTIMES: dict[str, tuple[str, Callable[[Path], Iterator[Point]], str]] = {
+    "llama.cpp": (
+        "## llama.cpp on this machine",
+        llama_points,
+        f"{_MADE} of llama.cpp; the cost of a request, that of a model of nearly nothing, is taken off.",
+    ),
+    "transformers": (
+        "## transformers on this machine",
+        transformers_points,
+        f"{_MADE} of transformers in bfloat16.",
+    ),
+}
+
+
+def runtime_section(runtime: str) -> str:
+    """One runtime, measured now."""
+    _, points, told = _RUNTIMES[runtime]
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        known = local_device(Path(folder), replace(detect(), cpus=THREADS, gpus=()))
+        for point in points(Path(folder)):
+            found.append(point)
+            print(point, flush=True)
+    return local(found, known, told)
 
 
 def _error(ratios: Sequence[float]) -> float:
@@ -246,22 +294,43 @@ def quoted_1b() -> str:
     return report.table(["format", "weights", "memory", "tokens/s", "waits for"], lines)
 
 
-def main() -> None:
-    """Writes the report."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    sections = [
-        "## llama.cpp on this machine",
-        local(),
+def _quoted() -> list[str]:
+    return [
         "## 7B on an A100 80GB",
         "Predicted for vLLM at a context of 2048 tokens a stream; 320 tokens/s in FP16 and 580 in INT8 are often "
-        "quoted, without a batch. In brackets the band, from the lowest and highest share of the bandwidth that the "
-        "class has.",
+        "quoted, without a batch. In brackets the band, from the lowest and highest share of the bandwidth; of vLLM "
+        "nothing was measured, so that it is llama.cpp's, made wider.",
         quoted_7b(),
         "## 1B in 4 bits on a Raspberry Pi 4B",
         "Often quoted: from 2.1 GB to 530 MB, and 8 tokens/s. Predicted at a context of 512; no board was at hand.",
         quoted_1b(),
     ]
-    print(report.write("latency-roofline", "How fast a device would serve a student, predicted and measured", sections))
+
+
+def measure_again(runtime: str) -> Path:
+    """Puts one runtime's section, measured anew, into the newest report, and what is predicted alone as it is now."""
+    found = runtime_section(runtime)
+    path = max(report.REPORTS.glob("*-latency-roofline.md"))
+    head, *parts = path.read_text(encoding="utf-8").split("\n## ")
+    kept = {f"## {part.splitlines()[0]}": f"## {part}".strip() for part in parts}
+    title = _RUNTIMES[runtime][0]
+    kept[title] = f"{title}\n\n{datetime.now(UTC):%Y-%m-%d}, {report.machine()}. {found}"
+    sections = [kept[title] for title, _, _ in _RUNTIMES.values() if title in kept]
+    path.write_text("\n\n".join([head.strip(), *sections, *_quoted()]) + "\n", encoding="utf-8")
+    return path
+
+
+def main() -> None:
+    """Writes the report, or measures one runtime's part of the newest one again."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runtime", choices=list(_RUNTIMES), help="measure it alone anew, in the newest report")
+    runtime = parser.parse_args().runtime
+    if runtime:
+        print(measure_again(runtime))
+        return
+    sections = [part for runtime, (title, _, _) in _RUNTIMES.items() for part in (title, runtime_section(runtime))]
+    title = "How fast a device would serve a student, predicted and measured"
+    print(report.write("latency-roofline", title, [*sections, *_quoted()]))
 
 
 if __name__ == "__main__":

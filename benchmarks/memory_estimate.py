@@ -259,8 +259,8 @@ _REQUESTS = 4
 """Prompts that are read one after another, since a heap is fuller at the second than at the first."""
 
 
-def measure_folder(case: Case, folder: Path, calibrates: bool) -> tuple[list[str], float]:
-    """A line of transformers' table, and the error of the whole process."""
+def write_folder(case: Case, folder: Path) -> None:
+    """Writes the folder of a model in bfloat16."""
     config = transformers.AutoConfig.for_model(**case.config())
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -269,7 +269,11 @@ def measure_folder(case: Case, folder: Path, calibrates: bool) -> tuple[list[str
     for parameter in model.parameters():
         parameter.data.zero_()
     model.save_pretrained(folder)
-    del model
+
+
+def measure_folder(case: Case, folder: Path, calibrates: bool) -> tuple[list[str], float]:
+    """A line of transformers' table, and the error of the whole process."""
+    write_folder(case, folder)
     spec, deployment = spec_of(case.config()), deployment_named("huggingface")
     # Tokens of the whole table: of a mapped file only what was read is resident.
     tokens = np.arange(_REQUESTS * case.batch * (case.context - 1)) * _STRIDE % case.vocabulary

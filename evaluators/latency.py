@@ -21,9 +21,9 @@ class Latency:
 
     Greedy, three answers of 48 tokens to a prompt of 64, after a short one that warms up; a budget that limits the
     first token has prompts of 512. The detail of each has all that was timed: first tokens by length of prompt,
-    percentiles and rates by number of streams, threads, context, machine and runtime, and why the figures are doubtful
-    where other work ran meanwhile or rounds differ. Nothing of this project runs beside it: a search measures once its
-    trials have ended and their workers are gone.
+    percentiles and rates by number of streams, what the budget limits, threads, context, machine and runtime, and why
+    the figures are doubtful where other work ran meanwhile or rounds differ. Nothing of this project runs beside it: a
+    search measures once its trials have ended and their workers are gone.
     """
 
     name = "latency"
@@ -55,14 +55,15 @@ class Latency:
             context=min(subject.budget.context, subject.spec.max_context),
             threads=subject.threads,
         )
-        detail = timed.to_json()
+        limited = {limit.name: 1e3 * timed.seconds(limit) for limit in limits}
+        detail = timed.to_json() | {"limits": limited}
         alone = timed.alone
         figures: tuple[tuple[str, float, str, Direction], ...] = (
             ("latency_ms", alone.tpot_ms(95), "ms", "min"),
             ("ttft_ms", alone.ttft_ms(50), "ms", "min"),
             ("answer_ms", alone.answer_ms, "ms", "min"),
             ("tokens_per_second", alone.tokens_per_second, "tokens/s", "max"),
-            *((limit.name, 1e3 * timed.seconds(limit), "ms", "min") for limit in limits),
+            *((name, milliseconds, "ms", "min") for name, milliseconds in limited.items()),
         )
         return tuple(
             Measurement(name=name, value=value, unit=unit, direction=direction, source="measured", detail=detail)

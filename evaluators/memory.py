@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
+from autodistill.budget import on_gpu
 from autodistill.contracts import Measurement, Needs, Quantity, Source, Subject
-from autodistill.devices import class_of_machine
+from autodistill.devices import DISCRETE, class_of_machine
 from autodistill.hardware import detect, machine_name
 from autodistill.llama_cpp import LlamaServer
 from autodistill.python_server import PythonServer
-from autodistill.serving_memory import MemoryEstimate, memory
+from autodistill.serving_memory import MemoryEstimate, basis_of, memory
 from autodistill.strategy import Deployment
 
 _PROMPT = 512  # tokens that llama.cpp reads at once, which fill its compute buffer
@@ -21,9 +24,11 @@ class Memory:
 
     It is predicted, unless there is an artefact whose runtime states it. llama.cpp loads a GGUF file and reads a
     prompt: weights, KV cache and compute buffers are those of its log, and the overhead is what its process had at its
-    peak beyond them. transformers loads a folder and reads prompts that fill the context: the peak of its process since
-    it was loaded (or of the GPU's memory) is the sum, its parts but the compute buffers are the estimate's. What vLLM
-    takes is what it is given, so that there the figure stays predicted.
+    peak beyond them. Of a discrete GPU they are the buffers there, and the overhead stays predicted, since neither the
+    log nor the process says what libraries hold on it. transformers loads a folder and reads prompts that fill the
+    context: the peak of its process since it was loaded (or of the GPU's memory) is the sum, its parts but the compute
+    buffers are the estimate's. What vLLM takes is what it is given, so that there the figure stays predicted. So it
+    does where the budget is a discrete GPU's and no such GPU runs it here: a process's memory says nothing of it.
     """
 
     name = "memory"
@@ -37,55 +42,79 @@ class Memory:
             InputError: The format cannot hold one of the tensors.
             VerificationError: The runtime cannot load the artefact.
         """
-        context, batch = subject.budget.context, subject.budget.batch
-        estimate = memory(subject.spec, subject.deployment, context=context, batch=batch)
-        runtime = subject.deployment.runtime
-        if subject.artefact is None or runtime not in ("llama.cpp", "transformers"):
-            return (_measurement(estimate, "predicted"),)
-        # Room may be made for more than the model was made for, but it reads no more.
-        read = min(context, subject.spec.max_context)
-        if runtime == "llama.cpp":
-            with LlamaServer(subject.artefact, context, subject.threads, batch) as server:
-                server.begin([_prompt(subject, min(_PROMPT, read - 1))])
-                buffers, peak, accelerated = server.buffers(), server.peak_bytes(), server.accelerated
-            compute = buffers.compute_bytes + buffers.output_bytes
-            measured = replace(
-                estimate,
-                weights_bytes=buffers.model_bytes,
-                kv_cache_bytes=buffers.kv_bytes,
-                compute_bytes=compute,
-                overhead_bytes=max(0, peak - buffers.total_bytes),
-            )
-            return (_measurement(measured, "measured", accelerated),)
-        with PythonServer(subject.artefact, runtime, context, subject.threads, batch) as folder:
-            folder.begin([_prompt(subject, read - 1)] * batch)
-            folder.step()
-            peak, accelerated = folder.peak_bytes(), folder.accelerated
-        rest = peak - estimate.total_bytes + estimate.compute_bytes
-        return (_measurement(replace(estimate, compute_bytes=rest), "measured", accelerated),)
+        measured = {"llama.cpp": _in_llama_cpp, "transformers": _in_transformers}.get(subject.deployment.runtime)
+        of_gpu = on_gpu(subject.budget)
+        if subject.artefact is None or measured is None or (of_gpu and not detect().accelerator):
+            return (_measurement(_estimate(subject, of_gpu), "predicted"),)
+        found, where = measured(subject, subject.artefact)
+        if of_gpu and not found.on_gpu:
+            return (_measurement(_estimate(subject, of_gpu), "predicted"),)
+        predicted = {"predicted_bytes": _estimate(subject, found.on_gpu).total_bytes}
+        return (_measurement(found, "measured", where | predicted),)
 
     def supports(self, deployment: Deployment) -> bool:
         """Every deployment's memory can at least be predicted."""
         return True
 
 
+def _estimate(subject: Subject, of_gpu: bool) -> MemoryEstimate:
+    budget = subject.budget
+    return memory(subject.spec, subject.deployment, context=budget.context, batch=budget.batch, on_gpu=of_gpu)
+
+
+def _in_llama_cpp(subject: Subject, artefact: Path) -> tuple[MemoryEstimate, dict[str, str]]:
+    """What llama.cpp takes for a file, and where."""
+    context, batch = subject.budget.context, subject.budget.batch
+    with LlamaServer(artefact, context, subject.threads, batch) as server:
+        server.begin([_prompt(subject, min(_PROMPT, _read(subject) - 1))])
+        where = _where(server.accelerated)
+        of_gpu = where["device_class"] == DISCRETE
+        buffers, peak = server.buffers(on_gpu=True if of_gpu else None), server.peak_bytes()
+    stated = replace(
+        _estimate(subject, of_gpu),
+        weights_bytes=buffers.model_bytes,
+        kv_cache_bytes=buffers.kv_bytes,
+        compute_bytes=buffers.compute_bytes + buffers.output_bytes,
+    )
+    if of_gpu:
+        return replace(stated, main_memory_bytes=peak), where
+    return replace(stated, overhead_bytes=max(0, peak - buffers.total_bytes)), where
+
+
+def _in_transformers(subject: Subject, artefact: Path) -> tuple[MemoryEstimate, dict[str, str]]:
+    """What transformers takes for a folder, and where."""
+    context, batch = subject.budget.context, subject.budget.batch
+    with PythonServer(artefact, "transformers", context, subject.threads, batch) as folder:
+        folder.begin([_prompt(subject, _read(subject) - 1)] * batch)
+        folder.step()
+        peak, where = folder.peak_bytes(), _where(folder.accelerated)
+    estimate = _estimate(subject, where["device_class"] == DISCRETE)
+    return replace(estimate, compute_bytes=peak - estimate.total_bytes + estimate.compute_bytes), where
+
+
+def _read(subject: Subject) -> int:
+    """Tokens of each stream: room may be made for more than the model was made for, but it reads no more."""
+    return min(subject.budget.context, subject.spec.max_context)
+
+
 def _prompt(subject: Subject, length: int) -> list[int]:
     return [index % subject.spec.vocabulary for index in range(max(1, length))]
 
 
-def _measurement(parts: MemoryEstimate, source: Source, accelerated: bool = False) -> Measurement:
-    where = _where(accelerated) if source == "measured" else {}
+def _measurement(parts: MemoryEstimate, source: Source, more: Mapping[str, Any] | None = None) -> Measurement:
+    """The sum, with its parts and what a prediction rests on, or what is told of a measurement."""
+    told = {"basis": basis_of(parts.runtime, on_gpu=parts.on_gpu)} if more is None else dict(more)
     return Measurement(
         name="memory_bytes",
         value=float(parts.total_bytes),
         unit="bytes",
         direction="min",
         source=source,
-        detail=asdict(parts) | where,
+        detail=asdict(parts) | told,
     )
 
 
 def _where(accelerated: bool) -> dict[str, str]:
     """The machine that a measurement is of, and its class of devices."""
     machine = machine_name(detect(), accelerated=accelerated)
-    return {"machine": machine, "device_class": class_of_machine(machine, "discrete-gpu" if accelerated else "cpu")}
+    return {"machine": machine, "device_class": class_of_machine(machine, DISCRETE if accelerated else "cpu")}

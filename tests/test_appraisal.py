@@ -13,6 +13,7 @@ from autodistill.devices import devices, find_device
 from autodistill.errors import InputError
 from autodistill.hardware_summary import appraisal_text
 from autodistill.records.recalibration import Overhead
+from autodistill.serving_memory import memory
 
 MODEL = shape({"layers": 4, "width": 128, "heads": 4, "ffn": 256, "vocab": 1000})
 Q4 = deployment_named("gguf-q4_0")
@@ -82,7 +83,8 @@ def test_a_model_that_the_container_cannot_hold_fits_nowhere_and_it_is_said() ->
 def test_of_onnx_runtime_memory_alone_is_predicted() -> None:
     document = appraise(MODEL, Q4, devices=KNOWN[:2], runtime="onnxruntime")
     assert document["runtime"] == "onnxruntime"
-    assert document["devices"][0]["total_bytes"] == document["total_bytes"]
+    on_gpu = memory(MODEL.spec, Q4, context=2048, batch=1, runtime="onnxruntime", on_gpu=True).total_bytes
+    assert document["devices"][0]["total_bytes"] == on_gpu < document["total_bytes"]
     assert [one["tokens_per_second"] for one in document["devices"]] == [None, None]
     text = appraisal_text(document)
     assert "No speed is predicted of onnxruntime." in text
@@ -95,10 +97,27 @@ def test_without_one_device_the_speed_is_left_open_and_all_are_listed() -> None:
     assert document["tokens_per_second"] is None
     assert [one["device"] for one in document["devices"]] == [device.name for device in KNOWN]
     for one, device in zip(document["devices"], KNOWN, strict=True):
-        assert one["fits"] == (document["total_bytes"] <= device.usable_bytes)
+        assert one["fits"] == (one["total_bytes"] <= device.usable_bytes)
+        assert device.discrete or one["total_bytes"] == document["total_bytes"]
+        assert ("predicted, not measured on a GPU" in one["memory_basis"]) == device.discrete
+    assert "What fits a GPU is predicted, not measured on a GPU: " in appraisal_text(document)
     text = appraisal_text(document)
     assert all(device.name in text for device in KNOWN)
     assert "predicted" in text
+
+
+def test_of_a_gpu_its_own_memory_is_told_and_what_the_process_takes_beside_it() -> None:
+    device = find_device("4090", KNOWN)
+    folder = deployment_named("huggingface")
+    process, on_gpu = appraise(MODEL, folder), appraise(MODEL, folder, devices=[device])
+    assert (process["on_gpu"], on_gpu["on_gpu"]) == (False, True)
+    assert process["total_bytes"] - on_gpu["total_bytes"] > 350_000_000  # of a process that has imported torch
+    assert (process["main_memory_bytes"], on_gpu["main_memory_bytes"]) == (0, 427_000_000)
+    assert on_gpu["devices"][0]["total_bytes"] == on_gpu["total_bytes"]
+    text = appraisal_text(on_gpu)
+    assert "Rests on: predicted, not measured on a GPU: " in text
+    assert "beside, in main memory" in text
+    assert "not measured on a GPU" not in appraisal_text(process)
 
 
 @pytest.mark.parametrize("prompt", [0, 2049])
@@ -168,13 +187,15 @@ def test_measured_students_change_the_memory_of_their_class_and_runtime() -> Non
     plain = appraise(MODEL, Q4)["total_bytes"]
     t4, pi = find_device("t4", KNOWN), find_device("i9-13900k", KNOWN)
     document = appraise(MODEL, Q4, devices=[t4], overheads=PAIRS)
-    assert document["total_bytes"] == plain + 2_000_000
+    on_gpu = appraise(MODEL, Q4, devices=[t4])["total_bytes"]
+    assert document["total_bytes"] == on_gpu + 2_000_000
     assert document["memory_overhead"] == {"correction_bytes": -3_000_000, "margin_bytes": 5_000_000, "pairs": 4}
     text = appraisal_text(document)
     assert "3.00 MB less overhead than estimated, and a margin of 5.00 MB, by 4 measured students" in text
     # Of several each has its own, and without one a class must be the only one that was measured.
     several = appraise(MODEL, Q4, devices=[t4, pi], overheads=PAIRS)
-    assert [one["total_bytes"] - plain for one in several["devices"]] == [2_000_000, 8_000_000]
+    gained = [one["total_bytes"] - own for one, own in zip(several["devices"], (on_gpu, plain), strict=True)]
+    assert gained == [2_000_000, 8_000_000]
     assert several["total_bytes"] == appraise(MODEL, Q4, overheads=PAIRS)["total_bytes"] == plain
     alone = {place: one for place, one in PAIRS.items() if place[0] == "cpu"}
     assert appraise(MODEL, Q4, overheads=alone)["total_bytes"] == plain + 8_000_000

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from autodistill.appraisal import appraise
+from autodistill.described import deployment_named, shape
 from autodistill.devices import devices, find_device
-from autodistill.hardware_summary import devices_table
+from autodistill.hardware_summary import appraisal_text, devices_table
 
 
 def test_a_device_is_a_line_with_its_figures() -> None:
@@ -20,3 +22,15 @@ def test_of_a_single_device_it_is_told_where_its_figures_are_from() -> None:
     text = devices_table([device])
     assert f"serves with: {', '.join(device.runtimes)}" in text
     assert all(source in text for source in device.sources.values())
+
+
+def test_a_speed_that_rests_on_no_measurement_is_marked_and_told_why() -> None:
+    known, model = devices(), shape({"layers": 4, "width": 256, "heads": 4, "ffn": 512, "vocab": 1000})
+    chosen = (find_device("4090", known),)
+    texts = [
+        appraisal_text(appraise(model, deployment_named(form), devices=chosen)) for form in ("gguf-f16", "huggingface")
+    ]
+    why = chosen[0].shares("transformers").assumed
+    assert [f"* Assumed, with a wide band: {why}." in text for text in texts] == [False, True]
+    cells = [next(line for line in text.splitlines() if "RTX 4090" in line).split() for text in texts]
+    assert [any(cell.endswith("*") for cell in line) for line in cells] == [False, True]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from autodistill.errors import InputError, MissingDependencyError, VerificationError
 from autodistill.export.gguf import GgufExporter
-from autodistill.llama_cpp import LlamaServer, parse_buffers
+from autodistill.llama_cpp import Buffers, LlamaServer, parse_buffers
 from autodistill.strategy import Deployment
 from autodistill.testing import save_tiny_teacher
 
@@ -102,6 +102,26 @@ def test_buffers_of_a_log_with_two_devices_and_a_second_reservation() -> None:
     assert buffers.output_bytes == round(0.19 * 2**20)
     with pytest.raises(VerificationError, match="no buffer sizes"):
         parse_buffers("load_tensors: done")
+
+
+def test_buffers_of_a_gpu_are_told_apart_from_those_that_it_reads_in_main_memory() -> None:
+    log = """
+    load_tensors:    CUDA_Host model buffer size =    30.00 MiB
+    load_tensors:        CUDA0 model buffer size =   120.00 MiB
+    llama_context:  CUDA_Host  output buffer size =     0.50 MiB
+    llama_kv_cache:      CUDA0 KV buffer size =    45.00 MiB
+    sched_reserve:      CUDA0 compute buffer size =    60.00 MiB
+    sched_reserve:  CUDA_Host compute buffer size =     5.00 MiB
+    """
+    on_gpu, beside, whole = (parse_buffers(log, on_gpu=place) for place in (True, False, None))
+    mib = 2**20
+    assert on_gpu == Buffers(model_bytes=120 * mib, kv_bytes=45 * mib, compute_bytes=60 * mib, output_bytes=0)
+    assert beside == Buffers(model_bytes=30 * mib, kv_bytes=0, compute_bytes=5 * mib, output_bytes=mib // 2)
+    assert on_gpu.total_bytes + beside.total_bytes == whole.total_bytes
+    for text, accelerated in ((log, True), ("x: CUDA_Host model buffer size = 3.00 MiB\nx: CPU model buffer", False)):
+        server = LlamaServer.__new__(LlamaServer)
+        server._child = SimpleNamespace(log=lambda text=text: text)
+        assert server.accelerated == accelerated
 
 
 def test_a_log_that_lags_behind_the_model_is_waited_for() -> None:

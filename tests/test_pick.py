@@ -23,7 +23,7 @@ from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimate import config_of, spec_from_config
 from autodistill.hardware_summary import pick_text
 from autodistill.needs import Wanted, solve
-from autodistill.pick import pick, pick_tiers
+from autodistill.pick import Tier, pick, pick_tiers, tier_of
 from autodistill.records.candidates import Candidate, recalibrated, stored
 from autodistill.records.event_log import EventLog
 from autodistill.records.json_files import read_json, write_json
@@ -159,7 +159,7 @@ def test_where_no_context_is_asked_each_student_stands_at_what_it_reads_of_2048(
     assert answer["context"] == answer["pick"]["context"] == 512
     with pytest.raises(NothingFitsError, match="no student reads a context of 2048 tokens"):
         pick(board[:2], Wanted(memory_bytes=10**9, context=2048))
-    tiers = pick_tiers(board, Wanted(memory_bytes=1), tiers=(350_000_000, 10**9))
+    tiers = pick_tiers(board, Wanted(memory_bytes=1), tiers=(tier(350_000_000), tier(10**9)))
     assert [one["pick"]["context"] for one in tiers["tiers"]][1] == 512
     assert "At context 2048, or what a student reads where that is less;" in pick_text(tiers)
 
@@ -265,7 +265,7 @@ def test_each_change_that_would_do_does(accuracy, limit, microseconds, streams, 
 
 def test_memory_is_held_at_the_streams_of_a_limit_of_latency() -> None:
     device = find_device("4090", devices())
-    alone, many = (memory(SPEC, DEPLOYMENT, context=2048, batch=count).total_bytes for count in (1, 16))
+    alone, many = (memory(SPEC, DEPLOYMENT, context=2048, batch=count, on_gpu=True).total_bytes for count in (1, 16))
     board = [candidate(row("a", 0.5, alone / 1e6))]
     wanted = Wanted(memory_bytes=many, device=device, latency=parse_latency("9s@streams=16"))
     answer = pick(board, wanted)
@@ -277,15 +277,97 @@ def test_memory_is_held_at_the_streams_of_a_limit_of_latency() -> None:
     assert (more.streams, [limit.streams for limit in more.latency]) == (20, [16])
 
 
+@pytest.mark.parametrize(("stored_on", "asked"), [({}, "4090"), ({"memory_on": "discrete-gpu"}, "pi 5")])
+def test_a_row_whose_memory_is_a_process_s_is_predicted_anew_on_a_gpu_and_the_other_way_round(
+    stored_on: dict[str, str], asked: str
+) -> None:
+    one = candidate(row("a", 0.5, 77, other=stored_on))
+    wanted = Wanted(memory_bytes=10**9)
+    here, there = (solve(one, replace(wanted, device=find_device(name, devices()))) for name in ("4090", "pi 5"))
+    assert here is not None
+    assert there is not None
+    guess = {
+        name: memory(SPEC, DEPLOYMENT, context=2048, batch=1, on_gpu=name == "4090").total_bytes
+        for name in ("4090", "pi 5")
+    }
+    found = {"4090": here.needs["memory"], "pi 5": there.needs["memory"]}
+    assert found == {name: guess[name] if name == asked else 77_000_000 for name in found}
+    # Without a shape there is nothing better than what is stored.
+    blind = solve(candidate(one.row, None), replace(wanted, device=find_device(asked, devices())))
+    assert blind is not None
+    assert blind.needs["memory"] == 77_000_000
+
+
 def test_a_context_that_no_student_reads_is_said() -> None:
     with pytest.raises(NothingFitsError, match="reads a context of 9000 tokens: the longest reads 8192"):
         pick(BOARD, Wanted(memory_bytes=10**9, context=9000))
 
 
+def tier(usable: int) -> Tier:
+    return Tier(nominal_bytes=2 * usable, usable_bytes=usable, device=None)
+
+
+ON_GPU = [candidate(one.row, None) for one in BOARD]  # whose memory is as it is stored, since no shape is known
+
+
 def test_each_tier_has_its_own_row() -> None:
-    answer = pick_tiers(BOARD, Wanted(memory_bytes=1), tiers=(50_000_000, 150_000_000, 10**9))
+    answer = pick_tiers(ON_GPU, Wanted(memory_bytes=1), tiers=tuple(map(tier, (50_000_000, 150_000_000, 10**9))))
     picked = [one["pick"] and one["pick"]["row_id"] for one in answer["tiers"]]
     assert picked == [None, "c", "a"]
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "usable", "device"),
+    [
+        (8, 8 * 2**30 - 600_000_000, "NVIDIA GeForce RTX 3060 Ti"),
+        (16, 15360 * 2**20 - 600_000_000, "NVIDIA T4"),
+        (24, 23028 * 2**20 - 600_000_000, "NVIDIA A10"),
+        (48, 46068 * 2**20 - 600_000_000, "NVIDIA L40S"),
+        (80, 81559 * 2**20 - 600_000_000, "NVIDIA H100 80GB HBM3"),
+        (4, 3_400_000_000, None),
+    ],
+)
+def test_of_a_tier_what_is_usable_of_every_listed_gpu_counts(gigabytes: int, usable: int, device: str | None) -> None:
+    found = tier_of(gigabytes * 10**9, devices())
+    assert (found.usable_bytes, found.device) == (usable, device)
+    # A student that fits the tier fits each of its GPUs.
+    alike = [one for one in devices() if one.discrete and one.memory_bytes // 2**30 in (gigabytes, gigabytes - 1)]
+    assert all(one.usable_bytes >= usable for one in alike)
+
+
+def test_a_pick_for_a_tier_fits_each_gpu_of_it_and_says_what_is_usable() -> None:
+    l4 = find_device("l4", devices())
+    between = (l4.usable_bytes + 24 * 10**9) // 2  # fits 24 GB, and no L4
+    large, small = (
+        candidate(row(name, worth, size / 1e6), None)
+        for name, worth, size in (
+            ("large", 0.9, between),
+            ("small", 0.5, 10**9),
+        )
+    )
+    answer = pick_tiers([large, small], Wanted(memory_bytes=1), [tier_of(24 * 10**9, devices())])
+    (found,) = answer["tiers"]
+    assert (found["memory_bytes"], found["pick"]["row_id"]) == (24 * 10**9, "small")
+    assert pick([small], Wanted(memory_bytes=l4.usable_bytes, device=l4))["pick"]["row_id"] == "small"
+    with pytest.raises(NothingFitsError):
+        pick([large], Wanted(memory_bytes=l4.usable_bytes, device=l4))
+    head, line, *notes = pick_text(answer).splitlines()
+    assert head.split()[:3] == ["GPU", "usable", "as"]
+    assert line.startswith("24.0 GB")
+    assert format_bytes(found["usable_bytes"]) in line
+    assert "NVIDIA A10" in line
+    assert any("Memory in llama.cpp is predicted, not measured on a GPU: " in note for note in notes)
+
+
+def test_memory_of_a_tier_is_that_of_a_gpu() -> None:
+    plain = Q8 | {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
+    need = memory(SPEC, Deployment.from_json(plain), context=2048, batch=1, on_gpu=True).total_bytes
+    # Stored as it was predicted, and measured, of a process.
+    fields = {"memory_source": "measured", "other": {"memory_parts": {"device_class": "cpu", "machine": "here"}}}
+    board = [candidate(row("a", 0.5, need / 1e6 + 400, deployment=plain, **fields))]
+    (fits, none) = pick_tiers(board, Wanted(memory_bytes=1), [tier(need), tier(need - 1)])["tiers"]
+    assert (fits["pick"]["memory_bytes"], fits["pick"]["memory_source"]) == (need, "predicted")
+    assert none["pick"] is None
 
 
 DATA = {"data": {"name": "text", "fingerprint": "1"}, "teacher": {"name": "big", "fingerprint": "2"}}
@@ -466,6 +548,64 @@ def test_a_row_measured_on_the_device_is_held_to_that_and_one_of_another_is_not(
     assert several.sources["tpot_p95=1.0s@streams=4"] == "predicted"
 
 
+P90 = "tpot_p90@streams=1"
+
+
+def several(**other: Any) -> dict[str, Any]:
+    """A row's timing with three percentiles of a token at one stream, and what stands beside it."""
+    steps = {"tpot_p50_ms": 5.0, "tpot_p95_ms": 7.0, "tpot_p99_ms": 8.0, "ttft_p50_ms": 80.0, "ttft_p95_ms": 90.0}
+    load = {"streams": 1, "prompt_tokens": 512, "behind_tokens": 1500} | steps
+    return {"latency_source": "measured", "other": {"latency_detail": {"loads": [load]}} | other}
+
+
+@pytest.mark.parametrize(
+    ("asked", "other", "need", "source"),
+    [
+        # What the row's own search limited alike is read of it, of whichever version.
+        ("tpot_p90", {P90: 6.5}, 0.0065, "measured"),
+        ("tpot_p90", {"latency_detail": {"limits": {P90: 6.25}}, P90: 6.5}, 0.00625, "measured"),
+        # One that lies without what was stored on both sides was predicted, of another device perhaps.
+        ("tpot_p90", {P90: 7.5}, 0.007, "measured at p95, an upper bound"),
+        ("tpot_p90", {"tpot_p90@streams=4": 6.5}, 0.007, "measured at p95, an upper bound"),
+        ("tpot_p40", {}, 0.005, "measured at p50, an upper bound"),
+        ("tpot_p97", {}, 0.008, "measured at p99, an upper bound"),
+        ("ttft_p75", {}, 0.09, "measured at p95, an upper bound"),
+        ("tpot_p95", {P90: 6.5}, 0.007, "measured"),
+        ("ttft_p99", {"ttft_p99@streams=1": 95.0}, None, "predicted"),
+    ],
+)
+def test_a_percentile_that_was_not_stored_is_the_row_s_own_limit_or_the_next_higher_one(
+    asked: str, other: dict[str, Any], need: float | None, source: str
+) -> None:
+    device = find_device("pi 4", devices())
+    fields = several()
+    detail = other.pop("latency_detail", {}) | fields["other"]["latency_detail"]
+    fields["other"] |= other | {"latency_detail": detail}
+    wanted = Wanted(memory_bytes=10**9, context=1500, device=device, latency=parse_latency(f"{asked}=9s"))
+    found = solve(candidate(row("a", 0.5, 400, machine=device.name, **fields)), wanted)
+    assert found is not None
+    name = f"{asked}=9.0s@streams=1"
+    assert found.sources[name] == source
+    assert need is None or found.needs[name] == need
+    answer = pick([candidate(row("a", 0.5, 400, machine=device.name, **fields))], wanted)
+    assert f"\n{name} is {source}." in pick_text(answer)
+    # Of more context behind a step it is scaled, and stays a bound.
+    longer = solve(candidate(row("a", 0.5, 400, machine=device.name, **fields)), replace(wanted, context=2000))
+    assert longer is not None
+    if asked.startswith("tpot"):
+        assert longer.sources[name] == source.replace("measured", "corrected")
+
+
+def test_a_limit_on_a_device_whose_runtime_was_never_measured_is_assumed() -> None:
+    device = find_device("4090", devices())
+    plain = Q8 | {"runtime": "transformers", "format": "huggingface", "bits": 16, "group_size": 0}
+    board = [candidate(row("a", 0.5, 400, deployment=plain)), candidate(row("b", 0.4, 300))]
+    wanted = Wanted(memory_bytes=10**9, device=device, latency=parse_latency("1s"))
+    sources = [solve(one, wanted).sources["tpot_p95=1.0s@streams=1"] for one in board]  # type: ignore[union-attr]
+    assert sources == ["assumed", "predicted"]
+    assert "tpot_p95=1.0s@streams=1 is assumed." in pick_text(pick(board, wanted))
+
+
 @pytest.mark.parametrize(
     ("machine", "name"),
     [
@@ -488,7 +628,7 @@ def test_what_a_machine_gave_under_its_own_name_counts_for_the_listed_device(mac
 
 
 def test_memory_is_measured_on_the_machine_it_was_measured_on_and_predicted_elsewhere() -> None:
-    guess = memory(SPEC, DEPLOYMENT, context=2048, batch=1).total_bytes
+    guess, on_gpu = (memory(SPEC, DEPLOYMENT, context=2048, batch=1, on_gpu=gpu).total_bytes for gpu in (False, True))
     parts = {"memory_parts": {"machine": "Tesla T4", "device_class": "discrete-gpu"}}
     measured = {"memory_source": "measured", "other": parts | {"memory_bytes_predicted": guess}}
     one = candidate(row("a", 0.5, guess / 1e6 + 7, **measured))
@@ -497,7 +637,7 @@ def test_memory_is_measured_on_the_machine_it_was_measured_on_and_predicted_else
     for name, need, source in (
         (None, guess + 7_000_000, "measured"),
         ("t4", guess + 7_000_000, "measured"),
-        ("4090", guess + 3_000_000, "predicted"),
+        ("4090", on_gpu + 3_000_000, "predicted"),
         ("pi 5", guess, "predicted"),
     ):
         device = None if name is None else find_device(name, devices())
@@ -505,12 +645,15 @@ def test_memory_is_measured_on_the_machine_it_was_measured_on_and_predicted_else
         assert answer["pick"]["memory_bytes"] == pytest.approx(need, abs=1)
         assert answer["pick"]["memory_source"] == source
         assert (f"~{format_bytes(need)}" in pick_text(answer)) == (source == "predicted")
+        assert ("\nMemory is predicted, not measured on a GPU: " in pick_text(answer)) == (name == "4090")
     # Under another load, too, what it differed by stays on its own machine.
     load = replace(wanted, context=1024)
+    less = [memory(SPEC, DEPLOYMENT, context=1024, batch=1, on_gpu=gpu).total_bytes for gpu in (True, False)]
     more = [solve(one, replace(load, device=find_device(name, devices()))) for name in ("t4", "pi 5")]
     assert more[0] is not None
     assert more[1] is not None
-    assert more[0].needs["memory"] - more[1].needs["memory"] == pytest.approx(7e6, abs=2)
+    assert more[0].needs["memory"] == pytest.approx(less[0] + guess + 7e6 - on_gpu, abs=2)
+    assert more[1].needs["memory"] == less[1]
     # A row that names no machine was measured on none that is asked for; where it was timed, it was measured as well.
     old = {"memory_source": "measured", "other": {"memory_bytes_predicted": guess}}
     wanted = replace(wanted, device=find_device("t4", devices()))

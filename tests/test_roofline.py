@@ -59,19 +59,20 @@ def test_rows_on_the_grid_that_stands_in_for_a_k_quants_are_as_slow_as_that(name
     prompt = work(spec, k_quant, tokens=512, sequences=1, behind=256)
     products = 2 * (512 * (FALLEN + DOWN) + 1000 * 576)
     assert (prompt.plain, prompt.operations - prompt.attended) == (2 * 512 * FALLEN, products)
-    fast, slow = (device.rate("fp32") * share.typical for share in (device.kind.prefill_quantized, device.kind.prefill))
-    layers = 4 * device.kind.layer_seconds
+    shares = device.shares("llama.cpp")
+    fast, slow = (device.rate("fp32") * share.typical for share in (shares.prefill_quantized, shares.prefill))
+    layers = 4 * 80e-6
     seconds = (prompt.operations - 2 * 512 * FALLEN) / fast + 2 * 512 * FALLEN / slow + layers
     found, q4, theirs = (speed(spec, form, device, context=512) for form in (k_quant, Q4, deployment_named(beside)))
     assert found.time_to_first_token_ms == pytest.approx(1e3 * seconds)
     assert q4.time_to_first_token_ms < found.time_to_first_token_ms < theirs.time_to_first_token_ms
     # A step waits for what it reads, and then unpacks it: Q5_0 and Q5_1 at 0.6 of the rate.
     step = work(spec, k_quant, tokens=1, sequences=1, behind=512)
-    assert device.kind.dequantize is not None
-    assert device.kind.attention is not None
-    rates = [device.rate("fp32") * share.typical for share in (device.kind.dequantize, device.kind.attention)]
+    assert shares.dequantize is not None
+    assert shares.attention is not None
+    rates = [device.rate("fp32") * share.typical for share in (shares.dequantize, shares.attention)]
     unpacking = (2 * (DOWN + 1000 * 576) + 2 * FALLEN / 0.6) / rates[0]
-    reading = step.bytes / (device.bandwidth * device.kind.decode.typical)
+    reading = step.bytes / (device.bandwidth * shares.decode.typical)
     assert found.decode_ms == pytest.approx(1e3 * (reading + unpacking + step.attended / rates[1] + layers))
 
 
@@ -80,16 +81,17 @@ def test_rows_on_the_grid_that_stands_in_for_a_k_quants_are_as_slow_as_that(name
     ("name", "fast"),
     [
         *((f"gguf-{name}", True) for name in ("q4_0", "q8_0", "q6_k", "q3_k", "q2_k")),
-        *((name, False) for name in ("gguf-q5_0", "gguf-q5_1", "gguf-q4_1", "gguf-f16", "huggingface")),
+        *((name, False) for name in ("gguf-q5_0", "gguf-q5_1", "gguf-q4_1", "gguf-f16")),
     ],
 )
 def test_of_every_other_format_all_operations_are_at_its_own_rate(name: str, fast: bool, sizes: Any) -> None:
     spec, device, form = shape(sizes).spec, find_device("i9-13900k", KNOWN), deployment_named(name)
-    share = device.kind.prefill_quantized if fast else device.kind.prefill
+    shares = device.shares("llama.cpp")
+    share = shares.prefill_quantized if fast else shares.prefill
     operations = work(spec, form, tokens=512, sequences=1, behind=256).operations
     for found in (form, replace(form, keep=("attention",)) if form.bits < 16 else form):
-        seconds = operations / (device.rate("fp32") * share.typical) + 4 * device.kind.layer_seconds
-        assert speed(spec, found, device, context=512).time_to_first_token_ms == 1e3 * seconds
+        seconds = operations / (device.rate("fp32") * share.typical) + 4 * 80e-6
+        assert speed(spec, found, device, context=512).time_to_first_token_ms == pytest.approx(1e3 * seconds)
 
 
 def test_a_window_and_the_type_of_the_cache_make_it_less() -> None:
@@ -159,6 +161,73 @@ def test_published_rates_of_7b_lie_within_the_band(name: str, form: str, told: f
     spec = shape({"layers": 32, "width": 4096, "heads": 32, "ffn": 11008, "vocab": 32000}).spec
     found = speed(spec, deployment_named(form), find_device(name, KNOWN), context=128)
     assert found.tokens_per_second_low <= told <= found.tokens_per_second_high
+
+
+MEASURED = replace(find_device("i9-13900k", KNOWN), measured=True, bandwidth=35e9, rates={"fp32": 102e9, "bf16": 440e9})
+
+
+def test_transformers_on_a_core_has_its_own_shares_and_the_rate_of_bfloat16() -> None:
+    """By hand, at the typical shares: what is read, attention at float32's rate, and 320 us a layer."""
+    spec, plain = shape(SIZES).spec, deployment_named("huggingface")
+    found = speed(spec, plain, MEASURED, context=600)
+    step = work(spec, plain, tokens=1, sequences=1, behind=600)
+    reading, attending = step.bytes / (0.345 * 35e9), step.attended / (0.026 * 102e9)
+    assert found.decode_ms == pytest.approx(1e3 * (reading + attending + 4 * 320e-6))
+    prompt = work(spec, plain, tokens=512, sequences=1, behind=256)
+    passed = 512 * 4 * 2 * (4 * 256 + 3 * 512)  # bytes of four rows of the width and three of the FFN's, in each layer
+    computing = prompt.operations / (0.75 * 440e9) + passed / (0.021 * 35e9)
+    assert found.time_to_first_token_ms == pytest.approx(1e3 * (computing + 4 * 320e-6))
+    assert found.assumed is None
+    # llama.cpp reads the same bytes on the same core in another time.
+    assert speed(spec, F16, MEASURED, context=600).decode_ms < found.decode_ms / 2
+
+
+def test_a_core_without_bfloat16_s_rate_or_a_measured_bandwidth_is_assumed_and_has_a_wide_band() -> None:
+    spec, plain = shape(SIZES).spec, deployment_named("huggingface")
+    known = speed(spec, plain, MEASURED, context=600)
+    for other in (replace(MEASURED, rates={"fp32": 102e9}), replace(MEASURED, measured=False)):
+        found = speed(spec, plain, other, context=600)
+        assert "of transformers nothing was measured on such a device" in (found.assumed or "")
+        assert found.decode_ms == pytest.approx(known.decode_ms)
+        assert found.decode_ms_high > 1.5 * known.decode_ms_high
+        assert found.tokens_per_second_high > known.tokens_per_second_high
+        assert speed(spec, F16, other, context=600).assumed is None
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "runtime"),
+    [
+        ("4090", "compressed-tensors-int4-g128", "vllm"),
+        ("m1 max", "huggingface", "transformers"),
+        ("dgx spark", "huggingface", "vllm"),
+    ],
+)
+def test_a_runtime_that_was_not_measured_on_a_class_is_assumed_as_llama_cpp_with_a_slow_end_twice_as_slow(
+    name: str, form: str, runtime: str
+) -> None:
+    device = find_device(name, KNOWN)
+    own, theirs = device.shares(runtime), device.shares("llama.cpp")
+    assert f"nothing was measured of {runtime}" in own.assumed
+    assert not theirs.assumed
+    assert own.decode.low == pytest.approx(theirs.decode.low / 2)
+    assert own.decode.typical == theirs.decode.typical
+    assert own.decode.high >= theirs.decode.high
+    spec = shape(SIZES | {"width": 1024, "ffn": 2816}).spec
+    found, known = (speed(spec, form, device, context=512) for form in (deployment_named(form, runtime), F16))
+    assert (found.assumed, known.assumed) == (own.assumed, None)
+    assert found.tokens_per_second_high / found.tokens_per_second_low > 2
+
+
+@pytest.mark.parametrize("told", [1000 / 34])
+def test_a_published_rate_of_transformers_on_a_gpu_lies_within_the_band(told: float) -> None:
+    """Llama-2-7B in FP16 on an A10, 34 ms a token (lmdeploy issue 210): its launches hide behind what it reads."""
+    spec = shape({"layers": 32, "width": 4096, "heads": 32, "ffn": 11008, "vocab": 32000}).spec
+    found = speed(spec, deployment_named("huggingface"), find_device("a10", KNOWN), context=128)
+    assert found.tokens_per_second_low <= told <= found.tokens_per_second_high
+    assert found.decode_ms == pytest.approx(34, rel=0.15)
+    # Of a small model launching is what it waits for.
+    small = speed(shape(SIZES).spec, deployment_named("huggingface"), find_device("a10", KNOWN), context=128)
+    assert (small.bound, small.decode_ms) == ("launches", pytest.approx(4 * 0.6))
 
 
 @settings(deadline=None, max_examples=60)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from autodistill.described import deployment_named, describe, shape, spec_of
 from autodistill.errors import InputError
 from autodistill.llama_cpp import LlamaServer
-from autodistill.serving_memory import BASIS, KV_BYTES, memory
+from autodistill.serving_memory import BASIS, KV_BYTES, basis_of, memory
 
 SIZES = {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "ffn": 256, "vocab": 1000}
 SMALL = {"layers": 6, "width": 128, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 512, "vocabulary": 512}
@@ -147,6 +147,45 @@ def test_all_experts_are_stored_and_the_active_ones_computed() -> None:
 
 def test_a_file_s_own_weights_take_the_place_of_the_format_s() -> None:
     assert memory(shape(SIZES).spec, Q8, context=512, batch=1, weights=12345).weights_bytes == 12345
+
+
+TABLE = 1000 * 128 * 34 // 32  # of the vocabulary's rows, by blocks of 32 in Q8_0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_on_a_gpu_llama_cpp_keeps_the_table_and_the_process_in_main_memory(tied: bool) -> None:
+    """By hand: 512 tokens at once, of which products copy 16 bits of the FFN's 256 in and out; two rows of logits."""
+    spec = shape(SIZES, tied=tied).spec
+    process, on_gpu = (memory(spec, Q8, context=512, batch=2, on_gpu=gpu) for gpu in (False, True))
+    assert (process.on_gpu, on_gpu.on_gpu, process.main_memory_bytes) == (False, True, 0)
+    assert process.weights_bytes - on_gpu.weights_bytes == (0 if tied else TABLE)
+    assert on_gpu.kv_cache_bytes == process.kv_cache_bytes
+    assert process.compute_bytes - on_gpu.compute_bytes == 2 * 4 * 1000
+    assert on_gpu.overhead_bytes == 32 * 2**20 + 512 * 2 * 2 * 256
+    assert on_gpu.main_memory_bytes == process.overhead_bytes + TABLE + 2 * 4 * 1000
+
+
+def test_on_a_gpu_neither_python_nor_cuda_s_context_counts() -> None:
+    spec = shape(SIZES).spec
+    for runtime, overhead in (("transformers", 52 * 2**20), ("vllm", 400_000_000 + 32 * 2**20)):
+        process, on_gpu = (
+            memory(spec, deployment_named("huggingface"), context=512, batch=2, runtime=runtime, on_gpu=gpu)
+            for gpu in (False, True)
+        )
+        assert on_gpu.overhead_bytes == overhead < process.overhead_bytes
+        assert on_gpu.weights_bytes == process.weights_bytes
+        assert on_gpu.kv_cache_bytes == process.kv_cache_bytes
+    # The holes of a heap are no GPU's: by hand, what the last layer's FFN holds of 1024 tokens, and two rows of logits.
+    held = memory(spec, deployment_named("huggingface"), context=512, batch=2, on_gpu=True).compute_bytes
+    assert held == 2 * 1024 * (4 * 128 + 3 * 256) + 2 * 6 * 1000
+
+
+@pytest.mark.parametrize("runtime", BASIS)
+def test_what_is_told_of_a_gpu_says_that_it_was_measured_on_none(runtime: str) -> None:
+    estimate = memory(shape(SIZES).spec, Q8, context=512, batch=1, runtime=runtime, on_gpu=True)
+    assert min(estimate.weights_bytes, estimate.kv_cache_bytes, estimate.compute_bytes, estimate.overhead_bytes) > 0
+    assert basis_of(runtime, on_gpu=True).startswith("predicted, not measured on a GPU: ")
+    assert basis_of(runtime, on_gpu=False) == BASIS[runtime]
 
 
 @pytest.mark.parametrize("runtime", BASIS)

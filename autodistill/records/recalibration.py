@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from autodistill.devices import DISCRETE
 from autodistill.records.row import Row
 
 FEWEST = 3
@@ -61,6 +62,9 @@ def overheads(rows: Iterable[Row]) -> dict[Place, Overhead]:
         if row.memory_source != "measured" or row.memory_bytes is None or predicted is None:
             continue
         if isinstance(parts, Mapping) and isinstance(parts.get("device_class"), str):
+            if parts["device_class"] == DISCRETE and "predicted_bytes" not in parts:
+                # Rows of earlier versions predicted a process's memory, and compare a GPU's with it.
+                continue
             pairs[parts["device_class"], str(row.deployment["runtime"])].append((predicted, row.memory_bytes))
     return {place: recalibrate(found) for place, found in pairs.items()}
 

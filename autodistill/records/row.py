@@ -59,7 +59,9 @@ class Row:
             in `unit` ("tokens" or "questions"), of which all figures are that need them; the `bar`, a trial; and the
             `estimate` of `metric` over all, which the trial is judged by.
         other: Figures of further evaluators by name, their standard errors under `<name>_stderr`;
-            `approximate` says what the loss was where it was not the divergence that the strategy names.
+            `approximate` says what the loss was where it was not the divergence that the strategy names, and
+            `latency_assumed` why a predicted latency rests on nothing that was measured; `memory_on` is "discrete-gpu"
+            where the memory is a GPU's and not a process's.
     """
 
     row_id: str

@@ -14,9 +14,9 @@ import torch
 
 from autodistill import plugins
 from autodistill.applied import student_spec
-from autodistill.budget import DeviceBudget
+from autodistill.budget import DeviceBudget, on_gpu
 from autodistill.contracts import Artefact, Measurement, Subject
-from autodistill.devices import is_machine
+from autodistill.devices import DISCRETE, is_machine
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.memory import give_back_memory
 from autodistill.distillation.scoring import choices
@@ -262,11 +262,18 @@ def _with_measured(row: Row, measured: Mapping[str, Measurement], finisher: Fini
         fields["memory_source"] = measured["memory_bytes"].source
         if row.memory_source != "measured":
             fields["other"] |= {"memory_bytes_predicted": row.memory_bytes, "size_bytes_predicted": row.size_bytes}
-        fields["other"]["memory_parts"] = dict(measured["memory_bytes"].detail)
+        detail = measured["memory_bytes"].detail
+        fields["other"]["memory_parts"] = dict(detail)
+        if "predicted_bytes" in detail:
+            # Of where it was measured: of a GPU it is another figure than of the process that was budgeted for.
+            fields["other"]["memory_bytes_predicted"] = detail["predicted_bytes"]
+            fields["other"].pop("memory_on", None)
+            fields["other"] |= {"memory_on": DISCRETE} if detail["on_gpu"] else {}
     late: tuple[str, ...] = ()
     if "latency_ms" in measured:
         detail = measured["latency_ms"].detail
         fields |= {"latency_source": "measured", "machine": detail["machine"]}
+        fields["other"].pop("latency_assumed", None)
         fields["other"] |= {"latency_detail": dict(detail), "latency_doubts": "; ".join(detail["doubts"]) or None}
         late = _too_late(measured, fields, finisher)
     updated = replace(row, **fields)
@@ -311,6 +318,8 @@ def _on_device(best: Row, budget: Budget) -> list[str]:
             for limit in budget.latency
         )
         notes.append(f"on {budget.device.name} the best student has, {source}: {told}")
+        if best.other.get("latency_assumed"):
+            notes.append(f"these are assumed, at the slow end of a wide band: {best.other['latency_assumed']}")
         if not here:
             notes.append("its limits of latency are met by prediction only: measure it on the device itself")
     if best.figure("latency_ms") is not None and best.other.get("latency_doubts"):
@@ -340,6 +349,8 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
         f"the tightest budget that the best student still meets is {format_bytes(memory)} ({memory} bytes, "
         f"{best.memory_source}), at context {question.budget.context} and batch {question.budget.batch}"
     )
+    if on_gpu(question.budget) and best.memory_source != "measured":
+        notes.append("its memory is that of the GPU: predicted, not measured on a GPU")
     notes += _on_device(best, question.budget)
     teachers = [row for row in rows if row.kind == "teacher" and row.feasible]
     # A student short of the plan's end is one for a person to judge by its metric, as any other.

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from autodistill.budget import DeviceBudget
+from autodistill.budget import DeviceBudget, on_gpu
 from autodistill.contracts import ModelSpec, Plan, Status
-from autodistill.devices import Device
+from autodistill.devices import DISCRETE, Device
 from autodistill.estimate import config_of, latencies, too_late
 from autodistill.evaluation import Evaluation
 from autodistill.records.objectives import PREDICTED_LATENCY
@@ -89,7 +89,7 @@ def make_row(
         seed=seed,
         documents=evaluation.documents,
         cut_short=_cut_short(evaluation),
-        other=others | errors | _remarks(strategy),
+        other=others | errors | _remarks(strategy) | _assumed(evaluation.deployment, budget) | _memory_on(budget),
         **fields,
     )
 
@@ -140,6 +140,17 @@ def _errors(evaluation: Evaluation) -> dict[str, float]:
     """Standard errors, where there are any."""
     found = {f"{name}_stderr": measurement.stderr for name, measurement in evaluation.measurements.items()}
     return {name: error for name, error in found.items() if error is not None}
+
+
+def _memory_on(budget: Budget) -> dict[str, str]:
+    """That the memory is a discrete GPU's, and not a process's, where it is."""
+    return {"memory_on": DISCRETE} if on_gpu(budget) else {}
+
+
+def _assumed(deployment: Deployment, budget: Budget) -> dict[str, str]:
+    """Why the row's own latency is assumed, where nothing of its runtime was measured on such a device."""
+    why = budget.device.shares(deployment.runtime).assumed if isinstance(budget, DeviceBudget) else ""
+    return {"latency_assumed": why} if why else {}
 
 
 def _remarks(strategy: Strategy | None) -> dict[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.applied import probe_deployment, student_spec
+from autodistill.budget import on_gpu
 from autodistill.contracts import Status
 from autodistill.errors import InputError
 from autodistill.evaluators.command import NAME as COMMAND
@@ -278,7 +279,8 @@ def _further(
         return row.standing(objective.figure)
     spec, budget = student_spec(strategy, question.teacher_spec), question.budget
     if objective.name == "memory":
-        return float(memory(spec, deployment, context=budget.context, batch=budget.batch).total_bytes)
+        load: dict[str, Any] = {"context": budget.context, "batch": budget.batch, "on_gpu": on_gpu(budget)}
+        return float(memory(spec, deployment, **load).total_bytes)
     if objective.name == "size":
         return float(weights_bytes(spec.tensors, deployment))
     assert question.served_on is not None

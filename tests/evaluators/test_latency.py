@@ -43,6 +43,9 @@ def test_what_a_budget_limits_is_timed_at_its_streams(subject: Subject, artefact
     assert [(load["streams"], load["prompt_tokens"]) for load in loads] == [(1, 464), (3, 464)]
     assert found["ttft_p95@streams=3"].value == loads[1]["ttft_p95_ms"] > loads[1]["ttft_p50_ms"] * 0.5
     assert found["tpot_p99@streams=3"].value == loads[1]["tpot_p99_ms"]
+    # With the figures, so that whoever reads a row later knows that these were timed.
+    kept = found["latency_ms"].detail["limits"]
+    assert kept == {limit.name: found[limit.name].value for limit in limits}
 
 
 def test_a_shorter_context_than_the_prompts_has_shorter_ones(subject: Subject, artefact: Path) -> None:

@@ -2,15 +2,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Self
 
 import psutil
 import pytest
+from autodistill.evaluators import memory as evaluator
 from autodistill.evaluators.memory import Memory
 
+from autodistill.budget import DeviceBudget
 from autodistill.contracts import Subject
+from autodistill.devices import devices, find_device
 from autodistill.errors import VerificationError
 from autodistill.hardware import detect, machine_name
-from autodistill.llama_cpp import LlamaServer
+from autodistill.llama_cpp import Buffers, LlamaServer
+from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment
 
 
@@ -49,6 +54,53 @@ def test_measures_a_folder_as_the_peak_of_its_process(subject: Subject, student:
     parts = [measured.detail[f"{part}_bytes"] for part in ("weights", "kv_cache", "compute", "overhead")]
     assert measured.detail["machine"] == machine_name(detect(), accelerated=False)
     assert measured.value == sum(parts) > 10**8  # torch and transformers alone take more
+
+
+GPU_LOG = Buffers(model_bytes=9_000_000, kv_bytes=5_000_000, compute_bytes=3_000_000, output_bytes=0)
+
+
+class _OnGpu:
+    """llama.cpp on a GPU: its buffers there are what the log states, and its process is as large as any with CUDA."""
+
+    accelerated = True
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def begin(self, prompts: Any) -> None: ...
+
+    def peak_bytes(self) -> int:
+        return 900_000_000
+
+    def buffers(self, *, on_gpu: bool | None = None) -> Buffers:
+        return GPU_LOG if on_gpu else replace(GPU_LOG, model_bytes=12_000_000, output_bytes=1_000)
+
+
+def test_of_a_gpu_the_process_s_memory_is_no_part_of_what_llama_cpp_takes(
+    subject: Subject, artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluator, "LlamaServer", _OnGpu)
+    monkeypatch.setattr(evaluator, "machine_name", lambda *_, **__: "Tesla T4")
+    (measured,) = Memory().evaluate(replace(subject, artefact=artefact))
+    guess = memory(subject.spec, subject.deployment, context=512, batch=2, on_gpu=True)
+    assert (measured.source, measured.detail["device_class"]) == ("measured", "discrete-gpu")
+    # What libraries hold there is in no log: it stays predicted, and is no process's.
+    assert measured.value == GPU_LOG.total_bytes + guess.overhead_bytes
+    assert measured.detail["main_memory_bytes"] == 900_000_000
+    assert measured.detail["predicted_bytes"] == guess.total_bytes
+
+
+def test_a_process_here_does_not_stand_for_the_gpu_that_a_budget_is_of(subject: Subject, artefact: Path) -> None:
+    device = find_device("4090", devices())
+    budget = DeviceBudget(memory_bytes=10**9, context=512, batch=2, device=device)
+    (found,) = Memory().evaluate(replace(subject, artefact=artefact, budget=budget))
+    guess = memory(subject.spec, subject.deployment, context=512, batch=2, on_gpu=True)
+    assert (found.source, found.value) == ("predicted", guess.total_bytes)
+    assert "not measured on a GPU" in found.detail["basis"]
 
 
 def test_a_file_that_llama_cpp_cannot_load_is_an_error(subject: Subject, tmp_path: Path) -> None:

@@ -51,12 +51,15 @@ def test_no_pair_is_above_what_is_then_predicted(pairs: list[tuple[float, float]
 
 
 def test_pairs_are_those_of_one_class_and_runtime() -> None:
-    gpu = {"memory_bytes_predicted": 100, "memory_parts": {"device_class": "discrete-gpu"}}
+    gpu = {"memory_bytes_predicted": 100, "memory_parts": {"device_class": "discrete-gpu", "predicted_bytes": 100}}
+    # An earlier version predicted a process's memory there, and measured a GPU's.
+    old = {"memory_bytes_predicted": 100, "memory_parts": {"device_class": "discrete-gpu"}}
     vllm = LLAMA | {"runtime": "vllm"}
     rows = [
         row(100, 105),
         row(200, 207),
         row(100, 190, other=gpu),
+        row(100, 999, other=old),
         row(100, 150, deployment=vllm),
         row(100, 999, memory_source="predicted"),
         row(None, 999),
