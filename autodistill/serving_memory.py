@@ -249,8 +249,17 @@ def _round_up(count: int, multiple: int) -> int:
 
 
 def _active_ffn(spec: ModelSpec) -> int:
-    """Neurons that a token passes through."""
-    return spec.ffn_width * max(1, spec.active_experts + spec.shared_experts)
+    """Neurons that a token passes through, in the layer where these are most."""
+    active = spec.ffn_width * max(1, spec.active_experts + spec.shared_experts)
+    if not (spec.latent and spec.experts):
+        return active
+    # Their first layers have one FFN, wider than an expert.
+    return max([active, *_rows(spec, ".mlp.gate_proj.weight")])
+
+
+def _rows(spec: ModelSpec, suffix: str) -> list[int]:
+    """Rows of the tensors that are called so."""
+    return [tensor.shape[0] for tensor in spec.tensors if tensor.name.endswith(suffix)]
 
 
 def activation_rows(spec: ModelSpec) -> int:
@@ -277,7 +286,8 @@ def _llama_cpp(serving: _Serving) -> _Parts:
     of the FFN (of GPT-NeoX, which has no gate, one row, and its fused queries, keys and values); the queries twice, or
     once with keys and values copied; the logits of one token a sequence. Beside it
     lies the attention mask, F16 [cells, n]. It is exact for three layers and more, and an upper bound for models whose
-    FFN is narrower than twice the width. The output buffer holds one token's logits for each sequence.
+    FFN is narrower than twice the width, or with shared experts. The output buffer holds one token's logits for each
+    sequence.
 
     On a GPU the table that tokens are looked up in, and the output buffer, stay in main memory (its log's "CUDA_Host");
     a tied table is there once more, for the head. Products with 16-bit weights copy what goes in and comes out.
@@ -288,7 +298,8 @@ def _llama_cpp(serving: _Serving) -> _Parts:
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     logits = 4 * batch * spec.vocabulary
     ffn = _active_ffn(spec) * (1 if spec.architecture in _UNGATED else 3)
-    peak = max(4 * tokens * max(ffn, 2 * queries, queries + 3 * keys, *_fused(spec)), logits)
+    attention = _latent_attention(spec) if spec.latent else max(2 * queries, queries + 3 * keys)
+    peak = max(4 * tokens * max(ffn, attention, *_fused(spec)), logits)
     compute = 4 * tokens * 5 * spec.width + peak + 2 * cells * tokens + _INPUT_BYTES * tokens
     overhead = LLAMA_CPP_PROCESS_BYTES + LLAMA_CPP_VOCABULARY_BYTES * spec.vocabulary
     cache = kv_bytes(spec, spec.layers, cells * batch, serving.kv_type)
@@ -303,6 +314,11 @@ def _llama_cpp(serving: _Serving) -> _Parts:
     copies = 2 * tokens * 2 * max(spec.width, queries, _active_ffn(spec))
     held = serving.weights if spec.tied else max(0, serving.weights - table)
     return _Parts(held, cache, compute, CUBLAS_WORKSPACE_BYTES + copies, overhead + table + logits)
+
+
+def _latent_attention(spec: ModelSpec) -> int:
+    """Values of a token in latent attention's graph: queries, the same as long as what is cached, and its outputs."""
+    return spec.heads * (spec.head_dim + spec.latent + max(_rows(spec, ".kv_a_layernorm.weight")))
 
 
 def _table_bytes(serving: _Serving) -> int:

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import zip_longest
@@ -27,21 +28,22 @@ import transformers
 
 from autodistill.contracts import ModelSpec
 from autodistill.described import deployment_named, shape, spec_of
-from autodistill.grids import Grid
+from autodistill.grids import Grid, Storage
 from autodistill.llama_cpp import LlamaServer
 from autodistill.python_server import PythonServer
 from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment
-from autodistill.tensors import Role
+from autodistill.tensors import Role, TensorSpec
 from autodistill.units import format_bytes
 
-_TYPES = {"f16": gguf.GGMLQuantizationType.F16, "f32": gguf.GGMLQuantizationType.F32}
 _GRAPHS = {
     "gemma3_text": "gemma3",
     "gpt_neox": "gptneox",
     "qwen3_moe": "qwen3moe",
     "mixtral": "llama",
     "mistral": "llama",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
 }
 _GEMMA = {
     "post_attention_layernorm": "post_attention_norm",
@@ -95,6 +97,16 @@ GEMMA = Case(family="gemma3_text", layers=12, width=640, heads=4, kv_heads=1, he
 NEOX = Case(family="gpt_neox", layers=6, kv_heads=8, ffn=2048, vocabulary=50304, tied=False)
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
 LARGER = MOE | {"num_experts": 16, "num_experts_per_tok": 4}
+LATENT = {
+    "q_lora_rank": 192,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+}
+"""DeepSeek's attention, small."""
+ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 512}
+DEEPSEEK = Case(family="deepseek_v2", layers=6, kv_heads=8, vocabulary=8000, tied=False, more=LATENT)
 
 
 def windowed(size: int) -> dict[str, Any]:
@@ -124,6 +136,11 @@ CASES = (
     replace(NEOX, form="gguf-f16", context=512),
     Case(family="qwen3_moe", more=MOE),
     Case(family="qwen3_moe", form="gguf-q4_0", context=4096, more=LARGER),
+    replace(DEEPSEEK, form="gguf-f16", context=512),
+    replace(DEEPSEEK, context=8192, heads=16),
+    replace(DEEPSEEK, context=4096, more=LATENT | {"kv_lora_rank": 512, "qk_rope_head_dim": 64}),
+    replace(DEEPSEEK, context=4096, batch=2, more=LATENT | ROUTED | {"first_k_dense_replace": 1}),
+    replace(DEEPSEEK, family="deepseek_v3", more=LATENT | ROUTED | {"first_k_dense_replace": 2}),
 )
 
 
@@ -136,6 +153,8 @@ def gguf_name(spec: ModelSpec, family: str, name: str) -> str:
             return f"blk.{block}.{_EXPERTS[part]}.{suffix}"
         if part == "router":
             return f"blk.{block}.ffn_gate_inp.{suffix}"
+        if suffix == "e_score_correction_bias":
+            return f"blk.{block}.exp_probs_b.bias"
         if family == "gemma3_text" and part in _GEMMA:
             return f"blk.{block}.{_GEMMA[part]}.{suffix}"
     if name == "lm_head.weight":
@@ -154,12 +173,14 @@ def write(case: Case, spec: ModelSpec, deployment: Deployment, path: Path) -> No
     writer.add_context_length(spec.max_context)
     writer.add_embedding_length(spec.width)
     writer.add_block_count(spec.layers)
-    writer.add_feed_forward_length(spec.ffn_width)
+    # Of experts beside layers with one FFN the spec has the experts' width.
+    writer.add_feed_forward_length(case.ffn if spec.latent else spec.ffn_width)
     writer.add_head_count(spec.heads)
-    writer.add_head_count_kv(spec.kv_heads)
-    writer.add_key_length(spec.head_dim)
-    writer.add_value_length(spec.head_dim)
-    writer.add_rope_dimension_count(spec.head_dim)
+    if not spec.latent:
+        writer.add_head_count_kv(spec.kv_heads)
+        writer.add_key_length(spec.head_dim)
+        writer.add_value_length(spec.head_dim)
+        writer.add_rope_dimension_count(spec.head_dim)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_layer_norm_eps(1e-5)
     writer.add_parallel_residual(True)
@@ -170,6 +191,8 @@ def write(case: Case, spec: ModelSpec, deployment: Deployment, path: Path) -> No
         writer.add_expert_count(spec.experts)
         writer.add_expert_used_count(spec.active_experts)
         writer.add_expert_feed_forward_length(spec.ffn_width)
+    if spec.latent:
+        _add_latent(writer, case.config())
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list([f"t{index}" for index in range(spec.vocabulary)])
@@ -177,28 +200,63 @@ def write(case: Case, spec: ModelSpec, deployment: Deployment, path: Path) -> No
     writer.add_token_merges(["t 0"])
     writer.add_eos_token_id(1)
     for tensor in spec.tensors:
-        storage = deployment.storage(tensor)
+        storage = "f32" if tensor.role in (Role.NORM, Role.NORM_ABOVE_ONE) else deployment.storage(tensor)
+        if "kv_b_proj" in tensor.name:
+            for name, dims in _latent_halves(case.config(), tensor):
+                _add_zeros(writer, name, dims, storage)
+            continue
         dims = tensor.shape
         if ".experts." in tensor.name:
             dims = (spec.experts, dims[0] // spec.experts, dims[1])
-        if tensor.role in (Role.NORM, Role.NORM_ABOVE_ONE):
-            storage = "f32"
-        kind = (
-            gguf.GGMLQuantizationType[storage.name.removeprefix("gguf-").upper()]
-            if isinstance(storage, Grid)
-            else _TYPES[storage]
-        )
-        name = gguf_name(spec, case.family, tensor.name)
-        if isinstance(storage, Grid):
-            block, size = gguf.GGML_QUANT_SIZES[kind]
-            raw = np.zeros((*dims[:-1], dims[-1] // block * size), np.uint8)
-            writer.add_tensor(name, raw, raw_dtype=kind)
-        else:
-            writer.add_tensor(name, np.zeros(dims, np.float16 if storage == "f16" else np.float32))
+        _add_zeros(writer, gguf_name(spec, case.family, tensor.name), dims, storage)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_zeros(writer: gguf.GGUFWriter, name: str, dims: tuple[int, ...], storage: Storage) -> None:
+    if not isinstance(storage, Grid):
+        writer.add_tensor(name, np.zeros(dims, np.float16 if storage == "f16" else np.float32))
+        return
+    kind = gguf.GGMLQuantizationType[storage.name.removeprefix("gguf-").upper()]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    writer.add_tensor(name, np.zeros((*dims[:-1], dims[-1] // block * size), np.uint8), raw_dtype=kind)
+
+
+def _add_latent(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    """What llama.cpp is told of DeepSeek's attention: one vector for all heads is cached, its values a part of it."""
+    rank, turned = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    writer.add_head_count_kv(1)
+    writer.add_key_length(rank + turned)
+    writer.add_value_length(rank)
+    writer.add_key_length_mla(config["qk_nope_head_dim"] + turned)
+    writer.add_value_length_mla(config["v_head_dim"])
+    writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_kv_lora_rank(rank)
+    writer.add_rope_dimension_count(turned)
+    writer.add_rope_freq_base(10000.0)
+    routed = config.get("n_routed_experts", 0)
+    dense = config["first_k_dense_replace"] if routed else config["num_hidden_layers"]
+    writer.add_leading_dense_block_count(dense)
+    writer.add_expert_weights_scale(1.0)
+    writer.add_expert_weights_norm(False)
+    writer.add_expert_shared_count(config.get("n_shared_experts", 0))
+    if not routed:
+        writer.add_expert_count(0)
+        writer.add_expert_used_count(0)
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
+        return
+    sigmoid = config["model_type"] == "deepseek_v3"
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID if sigmoid else gguf.ExpertGatingFuncType.SOFTMAX)
+
+
+def _latent_halves(config: dict[str, Any], tensor: TensorSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """What keys and what values are made of the cached vector by, which llama.cpp has apart and by heads."""
+    heads, rank = config["num_attention_heads"], config["kv_lora_rank"]
+    block = tensor.name.split(".")[2]
+    yield f"blk.{block}.attn_k_b.weight", (heads, rank, config["qk_nope_head_dim"])
+    yield f"blk.{block}.attn_v_b.weight", (heads, config["v_head_dim"], rank)
 
 
 def measure(case: Case, folder: Path) -> tuple[list[str], float]:
@@ -534,25 +592,8 @@ _RUNTIMES = {
 }
 
 
-def measure_again(runtime: str) -> Path:
-    """Puts one runtime's section, measured anew, into the newest report."""
-    title, table, following = _RUNTIMES[runtime]
-    told = table()
-    path = max(report.REPORTS.glob("*-memory-estimate.md"))
-    before, _, after = path.read_text(encoding="utf-8").partition(f"{title}\n\n")
-    _, end, rest = after.partition(following)
-    path.write_text(f"{before}{title}\n\n{told}\n\n{end}{rest}", encoding="utf-8")
-    return path
-
-
-def main() -> None:
-    """Measures every case and writes the report, or one runtime's part of the newest one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runtime", choices=list(_RUNTIMES), help="measure it alone anew, in the newest report")
-    runtime = parser.parse_args().runtime
-    if runtime:
-        print(measure_again(runtime))
-        return
+def llama_table() -> str:
+    """Every file, in llama.cpp."""
     lines, errors = [], []
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES:
@@ -575,11 +616,39 @@ def main() -> None:
         "compute",
         "sum",
     ]
-    sections = [
-        summary,
+    told = (
         "Predicted / stated by llama.cpp's log, in MB of 10^6 bytes. The process's overhead is left out: the log does "
-        "not state it (`tests/test_estimate.py` holds it to the resident memory of the real teacher).",
-        report.table(titles, lines),
+        "not state it (`tests/test_estimate.py` holds it to the resident memory of the real teacher). DeepSeek's "
+        "attention caches one vector a token and layer, of which no values are stored apart."
+    )
+    return "\n\n".join([summary, told, report.table(titles, lines)])
+
+
+def measure_again(runtime: str) -> Path:
+    """Puts one runtime's section, measured anew, into the newest report."""
+    title, table, following = {"llama.cpp": _LLAMA_CPP, **_RUNTIMES}[runtime]
+    told = table()
+    path = max(report.REPORTS.glob("*-memory-estimate.md"))
+    before, _, after = path.read_text(encoding="utf-8").partition(f"{title}\n\n")
+    _, end, rest = after.partition(following)
+    path.write_text(f"{before}{title}\n\n{told}\n\n{end}{rest}", encoding="utf-8")
+    return path
+
+
+_LLAMA_CPP = ("Made by `python benchmarks/memory_estimate.py`.", llama_table, next(iter(_RUNTIMES.values()))[0])
+
+
+def main() -> None:
+    """Measures every case and writes the report, or one runtime's part of the newest one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = ["llama.cpp", *_RUNTIMES]
+    parser.add_argument("--runtime", choices=known, help="measure it alone anew, in the newest report")
+    runtime = parser.parse_args().runtime
+    if runtime:
+        print(measure_again(runtime))
+        return
+    sections = [
+        llama_table(),
         *(part for title, table, _ in _RUNTIMES.values() for part in (title, table())),
         _VLLM,
         "## 1B, 3B and 7B beside often-quoted figures",

@@ -67,6 +67,31 @@ def test_buffers_are_what_llama_cpp_allocates(case: dict[str, Any], written: Any
     assert read.total_bytes - read.overhead_bytes == pytest.approx(found.total_bytes, rel=0.02)
 
 
+@pytest.mark.parametrize("kv_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("rank", [64, 256])
+def test_of_latent_attention_llama_cpp_caches_one_vector_a_token_and_layer(
+    kv_type: str, routed: bool, rank: int, written: Any, tmp_path: Path
+) -> None:
+    """A tiny DeepSeek: llama.cpp's own log has no values beside the latents, and the graph by heads in their space."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 128}
+    more = written.LATENT | {"kv_lora_rank": rank} | (experts | {"first_k_dense_replace": 1} if routed else {})
+    sizes = SMALL | {"tied": False, "kv_type": kv_type, "context": 1024, "more": more}
+    asked = written.Case(family="deepseek_v2", **sizes)
+    spec, deployment = spec_of(asked.config()), deployment_named(asked.form)
+    written.write(asked, spec, deployment, tmp_path / "model.gguf")
+    with LlamaServer(tmp_path / "model.gguf", asked.context, 1, 1, kv_type) as server:
+        found = server.buffers()
+        assert server.complete([3, 4, 5, 6], 2, ignore_end=True).tokens  # and computes with it
+    guess = memory(spec, deployment, context=asked.context, batch=1, kv_type=kv_type)
+    size, count = KV_BYTES[kv_type]
+    assert guess.kv_cache_bytes == asked.layers * 1024 * (rank + 32) * size // count
+    assert guess.kv_cache_bytes == pytest.approx(found.kv_bytes, rel=0.001, abs=20_000)
+    assert guess.weights_bytes == pytest.approx(found.model_bytes, rel=0.01, abs=20_000)
+    assert guess.compute_bytes == pytest.approx(found.compute_bytes + found.output_bytes, rel=0.1)
+    assert guess.total_bytes - guess.overhead_bytes == pytest.approx(found.total_bytes, rel=0.05)
+
+
 def test_a_cache_in_fewer_bits_is_smaller_by_the_blocks() -> None:
     spec = shape(SIZES).spec
     values = 2 * 4 * 2 * 32 * 1024
