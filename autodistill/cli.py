@@ -447,7 +447,7 @@ def pick(
         ),
     ] = None,
     tiers: Annotated[
-        bool, typer.Option("--tiers", help="Show the best for each of 4 to 80 GB instead. Not with --latency.")
+        bool, typer.Option("--tiers", help="Show the best for GPUs of 4 to 80 GB instead. Not with --latency.")
     ] = False,
     own: DevicesOption = None,
     out: OutOption = RUNS,

@@ -253,13 +253,13 @@ def quoted_7b() -> str:
             )
             implied.append(next((batch for batch, rate in zip(batches, rates, strict=True) if rate >= told), None))
         band = f"{alone.tokens_per_second_low:.0f}-{alone.tokens_per_second_high:.0f}"
-        need = memory(model.spec, deployment, context=2048, batch=implied[1] or 1).total_bytes
+        need = memory(model.spec, deployment, context=2048, batch=implied[1] or 1, on_gpu=True).total_bytes
         lines.append(
             [
                 name,
                 told,
                 f"{alone.tokens_per_second:.0f} ({band})",
-                f"{implied[1]} ({implied[0]}-{implied[2]})",
+                f"{implied[1]} ({implied[0]}-{implied[2] or 'over 256'})",
                 format_bytes(need),
             ]
         )
@@ -307,14 +307,15 @@ def _quoted() -> list[str]:
     ]
 
 
-def measure_again(runtime: str) -> Path:
-    """Puts one runtime's section, measured anew, into the newest report, and what is predicted alone as it is now."""
-    found = runtime_section(runtime)
+def measure_again(runtime: str | None) -> Path:
+    """Puts what is predicted alone, and one runtime's section, measured anew, into the newest report."""
+    found = runtime and runtime_section(runtime)
     path = max(report.REPORTS.glob("*-latency-roofline.md"))
     head, *parts = path.read_text(encoding="utf-8").split("\n## ")
     kept = {f"## {part.splitlines()[0]}": f"## {part}".strip() for part in parts}
-    title = _RUNTIMES[runtime][0]
-    kept[title] = f"{title}\n\n{datetime.now(UTC):%Y-%m-%d}, {report.machine()}. {found}"
+    if runtime:
+        title = _RUNTIMES[runtime][0]
+        kept[title] = f"{title}\n\n{datetime.now(UTC):%Y-%m-%d}, {report.machine()}. {found}"
     sections = [kept[title] for title, _, _ in _RUNTIMES.values() if title in kept]
     path.write_text("\n\n".join([head.strip(), *sections, *_quoted()]) + "\n", encoding="utf-8")
     return path
@@ -324,9 +325,10 @@ def main() -> None:
     """Writes the report, or measures one runtime's part of the newest one again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runtime", choices=list(_RUNTIMES), help="measure it alone anew, in the newest report")
-    runtime = parser.parse_args().runtime
-    if runtime:
-        print(measure_again(runtime))
+    parser.add_argument("--predicted", action="store_true", help="what is predicted alone anew, in the newest report")
+    given = parser.parse_args()
+    if given.runtime or given.predicted:
+        print(measure_again(given.runtime))
         return
     sections = [part for runtime, (title, _, _) in _RUNTIMES.items() for part in (title, runtime_section(runtime))]
     title = "How fast a device would serve a student, predicted and measured"
