@@ -223,6 +223,19 @@ def test_what_was_predicted_stays_beside_a_measurement_that_is_made_again() -> N
     assert (again.figure("memory_bytes_predicted"), again.memory_bytes) == (100, 155)
 
 
+@pytest.mark.parametrize(("on_gpu", "before"), [(True, {}), (False, {"memory_on": "discrete-gpu"})])
+def test_a_measurement_says_whose_memory_it_is_of_and_what_was_predicted_there(
+    on_gpu: bool, before: dict[str, str]
+) -> None:
+    finisher = SimpleNamespace(question=question("accuracy", "max"))
+    detail = {"on_gpu": on_gpu, "predicted_bytes": 140}
+    made = {"name": "memory_bytes", "value": 150, "unit": "bytes", "direction": "min", "source": "measured"}
+    measured = {"memory_bytes": Measurement(**made, detail=detail)}  # type: ignore[arg-type]
+    found = _with_measured(row("t000", "accuracy", 0.5, other=before), measured, finisher)  # type: ignore[arg-type]
+    assert (found.memory_bytes, found.figure("memory_bytes_predicted")) == (150, 140)
+    assert found.other.get("memory_on") == ("discrete-gpu" if on_gpu else None)
+
+
 def test_rows_whose_student_is_gone_are_not_chosen_by_who_reads_the_log() -> None:
     rows = [
         row("t000", "accuracy", 0.9),

@@ -38,6 +38,7 @@ from autodistill.search.progress import Observer
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import Outcome, plan_search, search
 from autodistill.search.trials import Assignment
+from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment
 from autodistill.summary import leaderboard_of, search_summary
 from autodistill.testing import save_tiny_teacher, tiny_text
@@ -507,6 +508,26 @@ def test_limits_of_latency_are_held_to_the_device(inputs: tuple[Path, Path, Path
     tight = replace(budget, latency=parse_latency("1us"))
     with pytest.raises(NothingFitsError, match="is too slow for"):
         search(request(inputs, tmp_path, budget=tight, strategy="logit_kd", trials=None, name="tight"))
+
+
+@pytest.mark.timed
+def test_a_search_for_a_gpu_that_is_not_here_stays_with_what_is_predicted_of_its_memory(
+    inputs: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    device = find_device("4090", devices())
+    budget = DeviceBudget(memory_bytes=300_000_000, context=256, device=device, latency=parse_latency("9s"))
+    found = search(request(inputs, tmp_path, budget=budget, strategy="logit_kd", trials=None))
+    best = found.finish.best
+    spec, deployment = spec_from_config(best.shape), Deployment.from_json(best.deployment)
+    guess = memory(spec, deployment, context=256, batch=1, on_gpu=True).total_bytes
+    assert (best.memory_bytes, best.memory_source, best.feasible) == (guess, "predicted", True)
+    assert {row.other["memory_on"] for row in found.rows} == {"discrete-gpu"}
+    assert any("predicted, not measured on a GPU" in note for note in found.finish.notes)
+    # In a process transformers alone would break the budget; and nothing of it was timed on a GPU.
+    held = {row.deployment["runtime"]: row for row in found.rows if row.trial == "b000"}
+    assert held["transformers"].feasible
+    assert "published rates" in held["transformers"].other["latency_assumed"]
+    assert "latency_assumed" not in held["llama.cpp"].other
 
 
 def test_a_search_of_several_objectives_ends_in_a_front(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
