@@ -46,7 +46,8 @@ def local_device(cache: Path, machine: Machine | None = None, *, again: bool = F
     with alone(path):
         figures = (None if again else _kept(path) or _doubtful.get(path)) or _fresh(kind, machine.cpus, path)
     found = device_classes()[{"cpu": "cpu", "cuda": "discrete-gpu", "mps": "unified"}[kind]]
-    usable, reference = max(memory // 2, int(memory * found.share) - found.reserve_bytes), found.reference
+    usable = max(memory // 2, int(memory * found.share) - found.reserve_bytes)
+    reference = f"the memory, less what is kept for {found.reference}"
     if kind == "mps":
         # What the class's share stands for: here Metal itself says it.
         usable, reference = machine.gpus[0].memory_bytes, "reported by Metal as the working set of a process"
