@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from autodistill.applied import check_strategy, probe_deployment, student_spec, with_own
-from autodistill.budget import served
+from autodistill.budget import on_gpu, served
+from autodistill.contracts import ModelSpec
 from autodistill.errors import InputError
-from autodistill.estimate import Fit, cannot_hold, fits, holdable, shortfall
+from autodistill.estimate import Fit, cannot_hold, fits, holdable, shortfall, smallest
+from autodistill.formats import weights_bytes
 from autodistill.records.confirmation import KIND as CONFIRMATION
+from autodistill.records.objectives import Objective
+from autodistill.roofline import speed
 from autodistill.search.trial_memory import TrainingNeed
 from autodistill.search.trials import Question, TrialState
+from autodistill.serving_memory import memory
 from autodistill.space import Point
 from autodistill.stages import stage_key
-from autodistill.strategy import Strategy
+from autodistill.strategy import Deployment, Strategy
 from autodistill.trial_data import TrialTask
 
 
@@ -40,7 +47,7 @@ def admit(
         length: How many times the plan's tokens.
         training: What its training takes, as `training_need` found when it was proposed; None where nobody asked.
     """
-    fitting, parameters, reason = _fits(question, strategy)
+    fitting, spec, reason = _fits(question, strategy)
     plan = question.plan
     micro_batch = training.micro_batch if training and training.micro_batch < plan.micro_batch else None
     # Fewer at once round otherwise, so that a stage is shared by those of as many.
@@ -78,9 +85,22 @@ def admit(
         point=point,
         fits=fitting,
         reason=reason,
-        parameters=parameters,
+        parameters=spec.parameters if spec else None,
         training=training,
+        further=_before_training(question, spec, fitting, probe),
     )
+
+
+def untrained_figure(objective: Objective, spec: ModelSpec, deployment: Deployment, question: Question) -> float:
+    """What follows from a student's shape and packing, of an objective that is no metric."""
+    budget = question.budget
+    if objective.name == "memory":
+        load: dict[str, Any] = {"context": budget.context, "batch": budget.batch, "on_gpu": on_gpu(budget)}
+        return float(memory(spec, deployment, **load).total_bytes)
+    if objective.name == "size":
+        return float(weights_bytes(spec.tensors, deployment))
+    assert question.served_on is not None
+    return speed(spec, deployment, question.served_on, context=budget.context).decode_ms_high
 
 
 def training_need(question: Question, strategy: Strategy) -> TrainingNeed | None:
@@ -93,18 +113,31 @@ def training_need(question: Question, strategy: Strategy) -> TrainingNeed | None
         return None
 
 
-def _fits(question: Question, strategy: Strategy) -> tuple[tuple[Fit, ...], int | None, str | None]:
-    """How each deployment stands to the budget, the student's weights, and why this teacher has no such student."""
-    parameters = None
+def _fits(question: Question, strategy: Strategy) -> tuple[tuple[Fit, ...], ModelSpec | None, str | None]:
+    """How each deployment stands to the budget, the student's shape, and why this teacher has no such student."""
+    spec = None
     try:
         spec = student_spec(strategy, question.teacher_spec)
-        parameters = spec.parameters
         check_strategy(strategy, question.teacher_spec)
         deployments = served(with_own(strategy, question.deployments), question.budget)
         fitting = fits(spec, holdable(spec, deployments), question.budget)
     except InputError as error:
-        return (), parameters, str(error)
-    return fitting, parameters, None if fitting else cannot_hold(spec, question.deployments[0])
+        return (), spec, str(error)
+    return fitting, spec, None if fitting else cannot_hold(spec, question.deployments[0])
+
+
+def _before_training(
+    question: Question, spec: ModelSpec | None, fitting: Sequence[Fit], probe: Deployment
+) -> tuple[float | None, ...]:
+    """Of each further objective what is known of an untrained student, packed as it will be judged, if it can be so."""
+    held = [fit.deployment for fit in fitting]
+    if spec is None or not held:
+        return (None,) * len(question.further)
+    deployment = probe if probe in held else smallest(fitting).deployment
+    return tuple(
+        None if objective.trained else untrained_figure(objective, spec, deployment, question)
+        for objective in question.further
+    )
 
 
 def describe(strategy: Strategy) -> str:

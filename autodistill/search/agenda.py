@@ -412,7 +412,7 @@ def observation(trial: TrialState, question: Question, *, forkable: bool) -> Obs
         point=trial.point,
         state=trial.status or waiting,
         value=trial.value,
-        further=trial.further if trial.rung >= 0 else (None,) * len(question.further),
+        further=trial.further,
         fidelity=plan.rungs[trial.rung] / plan.tokens if trial.rung >= 0 else 0.0,
         constraint=slack,
         forkable=forkable,

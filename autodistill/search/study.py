@@ -35,7 +35,8 @@ class Observation:
         value: Of the metric, at the highest fidelity seen; None where there is none.
         fidelity: Fraction of the plan's tokens after which `value` was taken.
         constraint: Smallest log(need / limit) over the deployments, above 0 where none fits; None where it is unknown.
-        further: Of each further objective, in their order, where a search has several.
+        further: Of each further objective, in their order, where a search has several; what follows from shape and
+            packing is known before any training.
         repeatable: Whether its point may be proposed again: it was seen in an earlier run, short of full fidelity.
         forkable: Whether its stable training is on disk, so that others may go on from there.
         bits: Of the widest deployment that the budget allows its student; 0 where none is known.
@@ -56,6 +57,11 @@ class Observation:
         """Of all objectives; None where one is missing or not finite."""
         found = tuple(value for value in (self.value, *self.further) if value is not None and math.isfinite(value))
         return found if len(found) == 1 + len(self.further) else None
+
+    @property
+    def infeasible(self) -> bool:
+        """Whether it was not trained, or not to the end, because it breaks a limit."""
+        return self.state in (Status.REJECTED, Status.FAILED) and (self.constraint or 0.0) > 0
 
     def __post_init__(self) -> None:
         if self.state == Status.REJECTED and not (self.constraint or 0.0) > 0:
@@ -149,35 +155,100 @@ def _told(
     objectives it knows no early values, since Optuna has intermediate ones of a single objective alone. There, and in
     the other samplers, which know finished trials only, a trial that was stopped counts as finished, in what training
     decides no better than the worst that was trained to the end, since that is what it lost against.
+
+    Of what breaks a limit TPE is told as pruned. The other two would not see it there: they are told of it as finished
+    with the worst values, which their own handling of constraints then ranks behind all that fits.
     """
     distributions = {dimension.path: _distribution(dimension) for dimension in space.dimensions}
     if name == "tpe" and not further:
         yield from (_as_trial(distributions, observation) for observation in observations)
         return
+    ways = [direction, *(one.direction for one in further)]
+    trained = [True, *(one.trained for one in further)]
+    told = _finished(observations, ways, trained)
+    places: dict[int, int] = {}
+    if name != "tpe":
+        ends = _infeasible_as_finished(told, ways, trained)
+        if name == "nsga2":
+            places = _generations(ends)
+            # What is in no generation is left as it was, pruned, which NSGA-II does not read.
+            ends = [end if place in places else item for place, (end, item) in enumerate(zip(ends, told, strict=True))]
+        told = ends
+    for place, observation in enumerate(told):
+        trial = _as_trial(distributions, observation)
+        if place in places:
+            # It breeds from whole generations, which it would have numbered itself.
+            trial.system_attrs[NSGAIISampler._get_generation_key()] = places[place]
+        yield trial
+
+
+def _finished(
+    observations: Sequence[Observation], ways: Sequence[Direction], trained: Sequence[bool]
+) -> list[Observation]:
+    """The observations with those that were stopped as finished, and without early values of those that run."""
     ends = [item.values for item in observations if item.state == Status.COMPLETED and item.values is not None]
-    # What follows from shape and packing is as true of a stopped trial as of any.
-    limits = [
-        (direction, [end[0] for end in ends]),
-        *((one.direction, [end[place] for end in ends if one.trained]) for place, one in enumerate(further, start=1)),
-    ]
-    finished = 0
+    found = []
     for observation in observations:
-        told = observation
         values = observation.values
         if observation.state in (Status.STOPPED, "paused") and values is not None:
+            # What follows from shape and packing is as true of a stopped trial as of any.
             value, *others = (
-                (min if way == "max" else max)([value, *worst])
-                for value, (way, worst) in zip(values, limits, strict=True)
+                _worst(way, [value, *(end[place] for end in ends if learnt)])
+                for place, (value, way, learnt) in enumerate(zip(values, ways, trained, strict=True))
             )
-            told = replace(observation, state=Status.COMPLETED, value=value, further=tuple(others), fidelity=1.0)
-        elif observation.state == "running" and further:
-            told = replace(observation, value=None)
-        trial = _as_trial(distributions, told)
-        if name == "nsga2" and trial.state == TrialState.COMPLETE:
-            # It breeds from whole generations, which it would have numbered itself.
-            trial.system_attrs[NSGAIISampler._get_generation_key()] = finished // _POPULATION
-            finished += 1
-        yield trial
+            observation = replace(observation, state=Status.COMPLETED, value=value, further=tuple(others), fidelity=1.0)
+        elif observation.state == "running" and len(ways) > 1:
+            observation = replace(observation, value=None)
+        found.append(observation)
+    return found
+
+
+def _infeasible_as_finished(
+    observations: Sequence[Observation], ways: Sequence[Direction], trained: Sequence[bool]
+) -> list[Observation]:
+    """The observations with those that break a limit as finished, with the worst values of all the others.
+
+    What is known of them from shape and packing is theirs. Where nothing is known of anything, any one value is as
+    true as another: it is the same for all, and their constraints alone differ.
+    """
+    known = [item.values for item in observations if item.state == Status.COMPLETED and item.values is not None]
+    worst = [_worst(way, [values[place] for values in known] or [0.0]) for place, way in enumerate(ways)]
+    found = []
+    for observation in observations:
+        if observation.infeasible:
+            own = (observation.value, *observation.further)
+            value, *others = (
+                other if learnt or mine is None or not math.isfinite(mine) else mine
+                for mine, other, learnt in zip(own, worst, trained, strict=True)
+            )
+            observation = replace(observation, state=Status.COMPLETED, value=value, further=tuple(others), fidelity=1.0)
+        found.append(observation)
+    return found
+
+
+def _generations(observations: Sequence[Observation]) -> dict[int, int]:
+    """The generation of each finished observation that is in one, by its place.
+
+    Of those that break a limit a generation has at most half its number, the ones that miss by least: rejections cost
+    nothing, and a generation of them alone would breed from what nobody trained.
+    """
+    found: dict[int, int] = {}
+    number, members = 0, list[int]()
+    for place, observation in enumerate(observations):
+        if observation.state != Status.COMPLETED or observation.values is None:
+            continue
+        members.append(place)
+        beyond = [member for member in members if (observations[member].constraint or 0.0) > 0]
+        if len(beyond) > _POPULATION // 2:
+            members.remove(max(beyond, key=lambda member: observations[member].constraint or 0.0))
+        if len(members) == _POPULATION:
+            found |= dict.fromkeys(members, number)
+            number, members = number + 1, []
+    return found | dict.fromkeys(members, number)
+
+
+def _worst(way: Direction, values: Sequence[float]) -> float:
+    return min(values) if way == "max" else max(values)
 
 
 def _ask(trial: optuna.Trial, space: Space) -> Point:

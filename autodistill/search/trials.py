@@ -159,7 +159,7 @@ class TrialState:
         point: Of the space, or None for a baseline outside of it.
         fits: Of each deployment.
         rung: Last rung reported, -1 before the first.
-        value, further: Of the metric there, and of the further objectives.
+        value, further: Of the metric there, and of the further objectives; before, what is predicted of these.
         running: Whether a worker trains it.
         status, reason, cause: Once it has ended; the cause is that of a failure.
         settled: Deployments that were evaluated at full fidelity, are being, or cannot be.

@@ -9,21 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.applied import probe_deployment, student_spec
-from autodistill.budget import on_gpu
 from autodistill.contracts import Status
 from autodistill.errors import InputError
 from autodistill.evaluators.command import NAME as COMMAND
-from autodistill.formats import weights_bytes
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.json_files import read_json
 from autodistill.records.objectives import Objective
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
-from autodistill.roofline import speed
-from autodistill.search.admission import admit, training_need
+from autodistill.search.admission import admit, training_need, untrained_figure
 from autodistill.search.study import Observation
 from autodistill.search.trials import Question, TrialState
-from autodistill.serving_memory import memory
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment, Strategy
 
@@ -231,12 +227,11 @@ def _observations(events: Sequence[Mapping[str, Any]], question: Question) -> It
 def _observation(question: Question, trial: TrialState, rows: Sequence[Row], cause: str | None) -> Observation | None:
     assert trial.point is not None
     slack = trial.slack
-    missing = (None,) * len(question.further)
     if trial.reason is not None:
-        return Observation(point=trial.point, state=Status.REJECTED, constraint=max(1e-9, slack), further=missing)
+        return Observation(point=trial.point, state=Status.REJECTED, constraint=max(1e-9, slack), further=trial.further)
     if cause in ("nan", "out-of-memory"):
         # What came of the strategy would come of it again; a worker's death would not.
-        return Observation(point=trial.point, state=Status.FAILED, constraint=slack, further=missing)
+        return Observation(point=trial.point, state=Status.FAILED, constraint=slack, further=trial.further)
     usable = [
         (row.train_tokens, Deployment.from_json(row.deployment), row)
         for row in rows
@@ -277,11 +272,4 @@ def _further(
     """What is known of a trained student alone is the row's; the rest is worked out for this search's budget."""
     if objective.trained:
         return row.standing(objective.figure)
-    spec, budget = student_spec(strategy, question.teacher_spec), question.budget
-    if objective.name == "memory":
-        load: dict[str, Any] = {"context": budget.context, "batch": budget.batch, "on_gpu": on_gpu(budget)}
-        return float(memory(spec, deployment, **load).total_bytes)
-    if objective.name == "size":
-        return float(weights_bytes(spec.tensors, deployment))
-    assert question.served_on is not None
-    return speed(spec, deployment, question.served_on, context=budget.context).decode_ms_high
+    return untrained_figure(objective, student_spec(strategy, question.teacher_spec), deployment, question)

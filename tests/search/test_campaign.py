@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from autodistill.applied import student_spec
 from autodistill.certainty import Reading, ends, expected
 from autodistill.contracts import Direction, Measurement, Status
 from autodistill.devices import devices, find_device
@@ -22,6 +23,7 @@ from autodistill.distillation.trainer import StepRecord
 from autodistill.errors import AutoDistillError
 from autodistill.estimate import fits, spec_from_config, with_layers
 from autodistill.evaluation import Evaluation
+from autodistill.formats import weights_bytes
 from autodistill.records.event_log import EventLog
 from autodistill.records.leaderboard import rank
 from autodistill.records.objectives import OBJECTIVES
@@ -1580,6 +1582,27 @@ def test_what_trials_are_held_to_is_the_same_after_a_kill(tmp_path: Path, kept: 
     )
     assert any(row.cut_short for row in expected.values())
     assert rows == expected
+
+
+def test_what_follows_from_the_shape_of_a_rejected_strategy_is_told(tmp_path: Path) -> None:
+    """Its memory, though nobody trained it; of what training decides nothing is known."""
+    asked = question()
+    layers = [with_layers(asked.teacher_spec, count) for count in (12, 16)]
+    needs = [min(fit.need for fit in fits(spec, asked.deployments, asked.budget)) for spec in layers]
+    further = (OBJECTIVES["memory"], OBJECTIVES["perplexity"], OBJECTIVES["size"])
+    asked = replace(question(memory=sum(needs) // 2), further=further)
+    search = campaign(tmp_path, asked)
+    drive(search)
+    rejected = [trial for trial in search.trials.values() if trial.status is Status.REJECTED and trial.point]
+    assert rejected
+    for trial in rejected:
+        told = observation(trial, asked, forkable=False)
+        spec = student_spec(trial.task.strategy, asked.teacher_spec)
+        (judged,) = (fit for fit in fits(spec, asked.deployments, asked.budget) if fit.deployment == trial.task.probe)
+        size = weights_bytes(spec.tensors, trial.task.probe)
+        assert told.further == (judged.need, None, size)
+        assert judged.need > asked.budget.memory_bytes
+        assert told.values is None
 
 
 def test_with_several_objectives_everything_is_read(tmp_path: Path) -> None:

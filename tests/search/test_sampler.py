@@ -193,13 +193,14 @@ def test_every_other_proposal_changes_one_dimension_of_the_best_in_turn():
     assert falling["distillation.learning_rate"] == 7e-4
 
 
+WEIGHT = "distillation.divergence_weight"
 RATE = {"distillation.divergence_weight": {"low": 0.0, "high": 1.0}}
 
 
-def proposals(observations, direction="max", count=20) -> list[float]:
+def proposals(observations, direction="max", count=20, name="tpe") -> list[float]:
     """Weights proposed by samplers that differ in seed only."""
-    samplers = [Sampler(space_of(**RATE), seed=seed, direction=direction) for seed in range(count)]
-    # One of two proposals is a neighbour of the best, the other the model's.
+    samplers = [Sampler(space_of(**RATE), seed=seed, direction=direction, name=name) for seed in range(count)]
+    # With TPE one of two proposals is a neighbour of the best, the other the model's.
     points = [sampler.propose(number, observations) for sampler in samplers for number in (50, 51)]
     return [point["distillation.divergence_weight"] for point in points]
 
@@ -222,16 +223,81 @@ def test_it_goes_where_values_are_better(direction, low, high):
     assert low < mean(proposed) < high
 
 
-def test_rejected_proposals_drive_it_away():
-    # The metric pulls upwards, but nothing above a half fits the budget.
-    observations = [
-        observed(weight, state=Status.REJECTED, fidelity=0.0, constraint=weight)
-        if weight > 0.5
-        else observed(weight, value=weight, constraint=-0.1)
-        for weight in WEIGHTS
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[optuna.trial.FrozenTrial]:
+    """The trials that studies are told of from here on."""
+    told: list[optuna.trial.FrozenTrial] = []
+    real = optuna.study.Study.add_trials
+    monkeypatch.setattr(
+        optuna.study.Study, "add_trials", lambda self, trials: told.extend(trials := list(trials)) or real(self, trials)
+    )
+    return told
+
+
+def pulled(weight: float) -> dict:
+    """What is known at a weight where the metric pulls upwards, but nothing above a half fits the budget."""
+    if weight > 0.5:
+        return {"state": Status.REJECTED, "value": None, "fidelity": 0.0, "constraint": weight}
+    return {"value": weight, "constraint": -0.1}
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp"])
+def test_rejected_proposals_drive_it_away(name):
+    weights = WEIGHTS if name == "tpe" else WEIGHTS[:-1:2]  # the Gaussian process would propose the end itself
+    count = 20 if name == "tpe" else 4
+    observations = [observed(weight, **pulled(weight)) for weight in weights]
+    found = proposals(observations, name=name, count=count)
+    assert mean(found) < 0.6
+    assert mean(proposals([observed(weight, value=weight) for weight in weights], name=name, count=count)) > 0.7
+    # What ran out of memory is rejected by the machine instead of by the estimate.
+    failed = [item if item.values else replace(item, state=Status.FAILED) for item in observations]
+    assert proposals(failed, name=name, count=count) == found
+
+
+def test_rejected_proposals_drive_the_genetic_sampler_away():
+    """It mutates one dimension of several, so that there are some; half of its first generation does not fit."""
+    others = {f"distillation.temperature.{end}": {"low": 1.0, "high": 4.0} for end in ("start", "end")}
+    shape = {"distillation.temperature.shape": {"choices": ["linear", "cosine"]}}
+    space = space_of(**RATE, **shape, **others, **{"init.depth": {"low": 0.2, "high": 0.9}})
+    source = Sampler(space, name="random", seed=4)
+
+    def known(number: int) -> Observation:
+        point = source.propose(number)
+        return Observation(point=point, **{"state": Status.COMPLETED, "fidelity": 1.0} | pulled(point[WEIGHT]))
+
+    def drawn(observations: list[Observation]) -> list[float]:
+        return [Sampler(space, name="nsga2", seed=seed).propose(50, observations)[WEIGHT] for seed in range(40)]
+
+    observations = [known(number) for number in range(60)]
+    feasible = [item for item in observations if item.state == Status.COMPLETED][:4]
+    rejected = [item for item in observations if item.state == Status.REJECTED][:12]
+    assert mean(drawn(feasible + rejected)) < 0.45
+    assert mean(drawn(feasible)) > 0.45  # of no whole generation, so at random
+    # Rejections alone are nothing to breed from, however many they are.
+    assert drawn(rejected) == drawn([])
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "nsga2"])
+def test_where_nothing_fits_yet_a_proposal_is_made_all_the_same(name):
+    observations = [observed(weight, **pulled(weight)) for weight in WEIGHTS if weight > 0.5]
+    found = proposals(observations, name=name)
+    assert len(found) == 40
+    if name == "gp":  # the limit itself is modelled, and what misses it by less is nearer
+        assert mean(found) < 0.4
+
+
+def test_a_generation_is_half_of_rejections_at_most_and_of_those_that_miss_by_least(monkeypatch):
+    told = heard(monkeypatch)
+    constraints = [0.5, 0.1, 0.4, 0.2, 0.3, 0.15]
+    rejections = [
+        observed(0.6 + constraint / 2, state=Status.REJECTED, value=None, fidelity=0.0, constraint=constraint)
+        for constraint in constraints
     ]
-    assert mean(proposals(observations)) < 0.6
-    assert mean(proposals([observed(weight, value=weight) for weight in WEIGHTS])) > 0.7
+    fitting = [observed(weight, value=weight, constraint=-0.1) for weight in WEIGHTS[:6]]
+    Sampler(space_of(**RATE), name="nsga2").propose(20, [*rejections, *fitting, rejections[0]])
+    key = optuna.samplers.NSGAIISampler._get_generation_key()
+    assert [trial.system_attrs.get(key) for trial in told] == [None, 0, None, 0, 0, 0, *[0] * 4, 1, 1, 1]
+    left_out = [trial.state.name for trial in told if key not in trial.system_attrs]
+    assert left_out == ["PRUNED", "PRUNED"]
 
 
 def test_values_of_low_fidelity_do_not_outrank_complete_ones():
@@ -363,11 +429,7 @@ def test_several_objectives_suit_every_sampler(name):
 
 @pytest.mark.parametrize("name", ["tpe", "gp", "nsga2"])
 def test_each_model_is_told_the_values_of_all_objectives(name, monkeypatch):
-    told = []
-    real = optuna.study.Study.add_trials
-    monkeypatch.setattr(
-        optuna.study.Study, "add_trials", lambda self, trials: told.extend(trials := list(trials)) or real(self, trials)
-    )
+    told = heard(monkeypatch)
     known = {"state": Status.COMPLETED, "fidelity": 1.0}
     observations = [
         observed(0.1, value=0.5, further=(100.0, 9.0), **known),
@@ -375,10 +437,19 @@ def test_each_model_is_told_the_values_of_all_objectives(name, monkeypatch):
         observed(0.3, value=0.9, further=(10.0, 5.0), state="paused", fidelity=0.1),
         observed(0.4, value=0.9, further=(None, 5.0), **known),
         observed(0.5, value=0.9, further=(10.0, 5.0), state="running", fidelity=0.1),
-        observed(0.6, value=None, further=(None, None), state=Status.REJECTED, fidelity=0.0, constraint=0.2),
+        observed(0.6, value=None, further=(70.0, None), state=Status.REJECTED, fidelity=0.0, constraint=0.2),
+        observed(0.7, value=0.6, further=(None, 8.0), state=Status.FAILED, fidelity=0.1, constraint=0.1),
+        observed(0.8, value=None, further=(60.0, None), state=Status.FAILED, fidelity=0.0, constraint=-0.3),
     ]
     Sampler(space_of(**RATE), name=name, further=(MEMORY, PERPLEXITY)).propose(9, observations)
-    assert [trial.state.name for trial in told] == ["COMPLETE"] * 3 + ["FAIL", "RUNNING", "PRUNED"]
+    # The genetic one and the Gaussian process know finished trials only.
+    limit = "PRUNED" if name == "tpe" else "COMPLETE"
+    assert [trial.state.name for trial in told] == ["COMPLETE"] * 3 + ["FAIL", "RUNNING", limit, limit, "FAIL"]
+    assert [trial.constraints["budget"] for trial in told[5:7]] == [0.2, 0.1]
+    if name != "tpe":
+        # The worst of what is known, but for what follows from the shape.
+        assert told[5].values == [0.4, 70.0, 12.0]
+        assert told[6].values == [0.4, 100.0, 12.0]
     # A stopped trial lost to those at the end in what training decides; its memory is what it is.
     assert told[2].values == [0.4, 10.0, 12.0]
     assert told[0].values == [0.5, 100.0, 9.0]

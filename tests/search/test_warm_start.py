@@ -233,6 +233,10 @@ def test_further_objectives_are_worked_out_for_this_search(tmp_path: Path) -> No
         possible = [memory(spec, one, context=4096, batch=1).total_bytes for one in asked.deployments]
         assert item.further[0] in possible  # of another context than the earlier run's
         assert all(value is not None and value > 0 for value in item.further)
+    tight = replace(asked, budget=Budget(memory_bytes=10**6, context=4096))
+    rejected = warm_start(tmp_path, ["run"], tight).observations
+    assert {item.state for item in rejected} == {Status.REJECTED}
+    assert all(item.further[0] is not None and item.further[0] > 10**6 for item in rejected)
 
 
 def test_what_is_finished_is_not_proposed_again_and_what_is_not_may_be(tmp_path: Path) -> None:
