@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -30,6 +31,7 @@ from autodistill.calls import (
 from autodistill.console import printable
 from autodistill.errors import AutoDistillError, InputError
 from autodistill.help_pages import PlainCommand, PlainGroup, SectionedCommand
+from autodistill.in_time import calls_left
 from autodistill.options import (
     BUDGET_HELP,
     AnyBudgetOption,
@@ -508,7 +510,16 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line, by default this process's own, and gives its exit code."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
+    code = _run(sys.argv[1:] if arguments is None else list(arguments))
+    if arguments is None and calls_left():
+        # A library would wait for it at exit without end, deaf to interrupts.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(given: Sequence[str]) -> int:
     typed = shlex.join(["autodistill", *given])
     with sigterm_as_interrupt():
         try:

@@ -8,24 +8,31 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import parse_qs
 
 from pyarrow import fs
 
 from autodistill.errors import InputError
+from autodistill.in_time import NotInTimeError, in_time
 
 # Objects that are read at once: each costs a round trip.
 _READERS = 16
 _CHUNK = 2**22
+_GOOGLE = ("gs", "gcs")
+# Until Google's client gives up, and until a storage is said to be silent, which others' clients never say.
+_RETRY_SECONDS, _ANSWER_SECONDS = 15, 30.0
 # Beside the files of a folder that has been sent whole: nothing, or which of those that replace each other it is.
 _WHOLE = ".whole"
 FETCHING = ".fetch-"
 """What names of folders begin with that are being filled."""
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -70,19 +77,22 @@ class Storage:
         """Writes an object, reads it back and removes it.
 
         Raises:
-            InputError: One of these is impossible; says why.
+            InputError: One of these is impossible, or does not come to an end; says why.
         """
-        key = f".probe-{uuid.uuid4().hex}"
         try:
-            self.write(key, b"probe")
-            if self.read(key) != b"probe":
-                raise OSError("what was written is not what is read")
-            self.remove(key)
+            _answered(self._probe, self.uri)
         except (OSError, NotImplementedError) as error:
             raise InputError(
                 f"cannot write into the storage {self.uri}: {_brief(error)}; check its address and your "
                 "credentials, or choose another --storage"
             ) from error
+
+    def _probe(self) -> None:
+        key = f".probe-{uuid.uuid4().hex}"
+        self.write(key, b"probe")
+        if self.read(key) != b"probe":
+            raise OSError("what was written is not what is read")
+        self.remove(key)
 
     def write(self, key: str, data: bytes) -> None:
         """Writes an object.
@@ -371,16 +381,44 @@ def check_folder(folder: Path, option: str) -> None:
 def _open(uri: str) -> tuple[Any, str]:
     if "://" not in uri:
         raise InputError(f"--storage takes a URI, like s3://bucket/prefix or file:///shared/folder, not {uri!r}")
-    if "@" in uri.partition("://")[2].partition("/")[0]:
+    scheme, _, rest = uri.partition("://")
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    # A bucket that anybody may use is asked for by this word, which is no secret.
+    if at and (scheme not in _GOOGLE or user != "anonymous"):
         # It is written into the run's own files, and handed to every node.
         raise InputError("--storage holds a key or a password: give credentials by the environment, not in the URI")
     try:
-        system, root = fs.FileSystem.from_uri(uri)
+        system, root = _answered(lambda: fs.FileSystem.from_uri(_impatient(uri)), uri)
     except (OSError, ValueError) as error:
         raise InputError(f"--storage {uri}: {_brief(error)}; give a URI like s3://bucket/prefix") from error
     if not root.strip("/"):
         raise InputError(f"--storage {uri} names no bucket or folder: give a URI like s3://bucket/prefix")
     return system, root.rstrip("/")
+
+
+def _impatient(uri: str) -> str:
+    """The URI with a limit of how long Google's client tries again, which is 15 minutes else, if it has none."""
+    base, _, query = uri.partition("?")
+    if base.partition("://")[0] not in _GOOGLE or "retry_limit_seconds" in parse_qs(query, keep_blank_values=True):
+        return uri
+    return f"{base}?{'&'.join(filter(None, [query, f'retry_limit_seconds={_RETRY_SECONDS}']))}"
+
+
+def _answered(call: Callable[[], _Result], uri: str) -> _Result:
+    """What a call of a storage returns or raises; a folder of this machine needs no deadline.
+
+    Raises:
+        InputError: The storage did not answer in time.
+    """
+    if uri.startswith("file:"):
+        return call()
+    try:
+        return in_time(call, _ANSWER_SECONDS, "storage")
+    except NotInTimeError:
+        raise InputError(
+            f"the storage {uri} did not answer within {_ANSWER_SECONDS:.0f} s: check its address, and that this "
+            "machine reaches it, or choose another --storage"
+        ) from None
 
 
 def _brief(error: Exception) -> str:

@@ -27,6 +27,7 @@ ROOMS = (
     "llama_cpp",
     "python_server_child",
     "python_server",
+    "in_time",
     "whole_request",
     "endpoint",
     "statistics",

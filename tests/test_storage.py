@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
+import socket
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pyarrow import fs
 
 from autodistill.errors import InputError
+from autodistill.in_time import calls_left
 from autodistill.records.event_log import EventLog
 from autodistill.records.stored_run import StoredLog, check_free, keep, pull
 from autodistill.storage import Storage, StoredFiles, check_folder
@@ -234,6 +241,8 @@ def test_processes_of_a_node_that_ask_at_once_fetch_once(
         ("here/there", "takes a URI"),
         ("nonsense://x", "Unrecognized filesystem"),
         ("s3://key:secret@bucket/prefix", "give credentials by the environment"),
+        ("s3://anonymous@bucket/prefix", "give credentials by the environment"),
+        ("gs://somebody@bucket/prefix", "give credentials by the environment"),
         ("file:///", "names no bucket"),
         ("s3://", "names no bucket"),
     ],
@@ -241,6 +250,76 @@ def test_processes_of_a_node_that_ask_at_once_fetch_once(
 def test_what_is_no_storage_is_refused(uri: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         Storage(uri)
+
+
+def test_google_tries_again_for_seconds_and_not_for_its_quarter_of_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def from_uri(uri: str) -> tuple[fs.LocalFileSystem, str]:
+        opened.append(uri)
+        return fs.LocalFileSystem(), "b/p"
+
+    monkeypatch.setattr("autodistill.storage.fs", SimpleNamespace(FileSystem=SimpleNamespace(from_uri=from_uri)))
+    given = ("gs://b/p", "gs://anonymous@b/p?scheme=http", "gs://b/p?retry_limit_seconds=60", "s3://b/p")
+    assert [Storage(uri).uri for uri in given] == list(given)
+    assert opened == [
+        "gs://b/p?retry_limit_seconds=15",
+        "gs://anonymous@b/p?scheme=http&retry_limit_seconds=15",
+        "gs://b/p?retry_limit_seconds=60",
+        "s3://b/p",
+    ]
+
+
+@pytest.fixture
+def silent() -> Iterator[socket.socket]:
+    """A server that takes connections and says nothing."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield server
+
+
+def mute(server: socket.socket, bucket: str) -> str:
+    return f"{bucket}/prefix?scheme=http&endpoint_override=127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_storage_that_does_not_answer_is_refused(silent: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autodistill.storage._ANSWER_SECONDS", 1.0)
+    uri = mute(silent, "gs://anonymous@bucket") + "&retry_limit_seconds=4"
+    with pytest.raises(InputError, match=r"the storage gs://\S+ did not answer within 1 s: check its address"):
+        Storage(uri).check()
+    assert calls_left()
+
+
+@pytest.mark.parametrize(("patience", "code"), [(1, 2), (3600, 143)])
+def test_a_command_ends_though_a_storage_does_not_answer(
+    silent: socket.socket, tmp_path: Path, patience: int, code: int
+) -> None:
+    """By itself or by SIGTERM, while a thread is stuck in a client that waits without end, at exit too."""
+    program = (
+        f"import sys, autodistill.storage as storage, autodistill.cli as cli; storage._ANSWER_SECONDS = {patience}.0; "
+        "sys.exit(cli.main())"
+    )
+    words = ["search", "--budget", "1GB", "--name", "run", "--out", str(tmp_path), "--storage", mute(silent, "s3://b")]
+    environment = os.environ | {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "x",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    command = subprocess.Popen(
+        [sys.executable, "-c", program, *words], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        connection, _ = silent.accept()
+        if patience > 60:
+            command.send_signal(signal.SIGTERM)
+        _, said = command.communicate(timeout=120)
+        connection.close()
+    finally:
+        command.kill()
+    assert command.returncode == code
+    assert ("did not answer within 1 s" if code == 2 else "stopped") in said
 
 
 def test_storage_that_cannot_be_written_is_refused(tmp_path: Path, s3: str) -> None:

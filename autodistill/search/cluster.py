@@ -21,6 +21,7 @@ import psutil
 
 from autodistill.errors import AutoDistillError, InputError, LostClusterError
 from autodistill.hardware import Gpu, Machine
+from autodistill.in_time import NotInTimeError, in_time
 from autodistill.reply import end_process
 from autodistill.storage import Storage
 from autodistill.termination import sigterm_kept
@@ -320,24 +321,15 @@ def _shut_down() -> None:
 
 def _in_time(connect: Callable[[], None], address: str) -> None:
     """Connects in a thread, which is left alone where it does not come to an end."""
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            connect()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="ray-join", daemon=True)
-    thread.start()
-    thread.join(_JOIN_SECONDS)
-    if thread.is_alive():
+    try:
+        in_time(connect, _JOIN_SECONDS, "ray-join")
+    except NotInTimeError:
         raise InputError(
             f"what listens at {address} did not answer as a Ray cluster does within {_JOIN_SECONDS:.0f} s: check "
             f"--ray-address; or {_TOKEN}"
-        )
-    if errors:
-        raise InputError(f"cannot join the Ray cluster at {address}: {_why(errors[0])}") from errors[0]
+        ) from None
+    except (Exception, SystemExit) as error:
+        raise InputError(f"cannot join the Ray cluster at {address}: {_why(error)}") from error
 
 
 def _why(error: BaseException) -> str:

@@ -1,0 +1,57 @@
+"""A call that has so long to come to an end: one of a library that never does is left alone, in a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+_Result = TypeVar("_Result")
+# Of each call that was left alone, whether it has ended. A thread's own word counts for nothing once an interrupt has
+# met `Thread.join`, which takes it for ended then (Python 3.11).
+_left: list[threading.Event] = []
+
+
+class NotInTimeError(Exception):
+    """A call did not come to an end in its time; nobody knows what it is doing."""
+
+
+def in_time(call: Callable[[], _Result], seconds: float, name: str) -> _Result:
+    """What a call returns, or raises. Meanwhile an interrupt or SIGTERM reaches this thread, which waits in Python.
+
+    Args:
+        call: Made in a daemon thread.
+        seconds: It may take.
+        name: Of the thread.
+
+    Raises:
+        NotInTimeError: It takes longer, and goes on.
+    """
+    results: list[_Result] = []
+    errors: list[BaseException] = []
+    ended = threading.Event()
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            ended.set()
+
+    try:
+        threading.Thread(target=run, name=name, daemon=True).start()
+        ended.wait(seconds)
+    finally:
+        if not ended.is_set():
+            _left.append(ended)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise NotInTimeError
+    return results[0]
+
+
+def calls_left() -> bool:
+    """Whether a call that was left alone still goes on: what a library cleans up at exit may wait for it."""
+    return not all(ended.is_set() for ended in _left)
