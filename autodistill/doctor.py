@@ -60,6 +60,9 @@ def examine(out: Path, cache: Path, storage: str | None = None, ray_address: str
         storage: A URI to write to, read from and remove from.
         ray_address: Of a running cluster whose nodes are asked whether they could serve a search.
     """
+    kept = [_storage(storage)] if storage else []
+    # Of one that cannot be written to from here nodes are not asked.
+    reached = storage if all(finding.ok for finding in kept) else None
     return (
         Finding(name="python", ok=True, detail=platform.python_version()),
         *_packages(),
@@ -69,8 +72,8 @@ def examine(out: Path, cache: Path, storage: str | None = None, ray_address: str
         *_hardware(detect()),
         _disk("runs", out, "--out"),
         _disk("cache", cache, "--cache"),
-        *([_storage(storage)] if storage else []),
-        *([_cluster(ray_address, [] if storage else [out, cache], storage)] if ray_address else []),
+        *kept,
+        *([_cluster(ray_address, [] if storage else [out, cache], reached)] if ray_address else []),
     )
 
 

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 from autodistill import doctor
 from autodistill.doctor import Finding, describe, examine, package, ready, to_json
+from autodistill.errors import InputError
 from autodistill.hardware import Machine
 
 Usage = namedtuple("Usage", "total used free")
@@ -117,6 +118,26 @@ def test_storage_and_cluster_are_looked_at_where_they_are_named(tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("room")
+@pytest.mark.usefixtures("room")
+def test_nodes_are_not_asked_for_a_storage_that_cannot_be_written_to_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody answers they would all wait for it in vain; what else they have is asked."""
+    asked: list[tuple[object, ...]] = []
+
+    def join(*given: object, storage: object) -> None:
+        asked.append((*given, storage))
+        raise InputError("nobody is there")
+
+    monkeypatch.setattr("autodistill.search.cluster.join", join)
+    (tmp_path / "file").touch()
+    findings = examine(tmp_path, tmp_path, f"file://{tmp_path}/file/below", "10.0.0.1:6379")
+    found = {finding.name: finding for finding in findings}
+    assert not found["storage"].ok
+    assert found["cluster"].detail == "nobody is there"
+    assert asked == [("10.0.0.1:6379", [], None)]
+
+
 def test_the_other_tool_of_this_name_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "autodistill" not in by_name(tmp_path, tmp_path)
     version = importlib.metadata.version

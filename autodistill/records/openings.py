@@ -43,6 +43,23 @@ def openings_in(events: Iterable[Mapping[str, Any]]) -> int:
     return count
 
 
+def times_opened(run: RunFolder, data: str) -> int:
+    """How often a run has opened its test split: by the ledger beside it, or by its log where that has more.
+
+    Args:
+        run: The run, whose log may be kept elsewhere too.
+        data: Fingerprint of its data.
+    """
+    recorded = sum(opening["run"] == run.name for opening in recorded_test_openings(run.path.parent, data=data))
+    # The ledger does not know what another machine opened.
+    return max(recorded, openings_in(run.events.read()))
+
+
+def already_opened(times: int) -> str:
+    """That a run's test split has been opened so many times, at least once, in a clause."""
+    return f"this run's test split was opened before ({times} time{'s' if times > 1 else ''}): it is spent"
+
+
 def openings_of(out: Path, search: Mapping[str, Any]) -> dict[str, int]:
     """How often each run in a folder opened the test split of the data that a search is on, from its `search.json`.
 

@@ -13,7 +13,7 @@ from autodistill.distillation.scoring import refer
 from autodistill.evaluation import Evaluation, evaluate
 from autodistill.records.differences import paired, paired_difference
 from autodistill.records.leaderboard import rank
-from autodistill.records.openings import openings_in, record_test_opening, recorded_test_openings
+from autodistill.records.openings import already_opened, record_test_opening, times_opened
 from autodistill.records.row import Row, rows_of
 from autodistill.search.exportable import trained_rows
 from autodistill.search.finisher import Finisher
@@ -123,16 +123,10 @@ def score_on_test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[R
 
 def spent(finisher: Finisher) -> tuple[str, ...]:
     """Says so where this run was scored on test before."""
-    run = finisher.run
-    openings = recorded_test_openings(run.path.parent, data=finisher.data.fingerprint)
-    here = sum(opening["run"] == run.name for opening in openings)
-    earlier = max(here, openings_in(run.events.read())) - 1
+    earlier = times_opened(finisher.run, finisher.data.fingerprint) - 1
     if earlier < 1:
         return ()
-    return (
-        f"this run's test split was opened before ({earlier} time{'s' if earlier > 1 else ''}): it is spent, and its "
-        "figures no longer say how well a choice does on unseen documents",
-    )
+    return (f"{already_opened(earlier)}, and its figures no longer say how well a choice does on unseen documents",)
 
 
 def compared_with(best: Row, rows: Sequence[Row], finisher: Finisher) -> list[tuple[Row, Deployment]]:

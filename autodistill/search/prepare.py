@@ -14,6 +14,7 @@ from autodistill.contracts import ModelSpec, Plan
 from autodistill.errors import InputError
 from autodistill.export.card import NOT_STATED
 from autodistill.records.json_files import write_json
+from autodistill.records.openings import already_opened, times_opened
 from autodistill.records.store import RunFolder
 from autodistill.search.asked import moved
 from autodistill.search.checked import Checked
@@ -87,7 +88,14 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
     if checked.stored is None and checked.request.context_by_default and context < CONTEXT:
         observer.line(f"the budget is stated at a context of {context} tokens: a model of this search reads no more")
     told = moved(checked.asked.record, checked.stored.get("asked", {})) if checked.stored else ()
-    for note in (*told, *loaded.data.notes, *_unasked(checked, loaded), *loaded.notes, *plan.notes):
+    for note in (
+        *_spent(checked, run, loaded),
+        *told,
+        *loaded.data.notes,
+        *_unasked(checked, loaded),
+        *loaded.notes,
+        *plan.notes,
+    ):
         observer.line(note)
     return Planned(loaded=loaded, plan=plan, speed=speed, document=document)
 
@@ -120,6 +128,22 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
         write_json(run.search_file, document)
     warm = WarmStart.from_json(document["warm_start"])
     return Ready(question=question, setting=setting, warm=warm, document=document)
+
+
+def _spent(checked: Checked, run: RunFolder, loaded: Loaded) -> tuple[str, ...]:
+    """What a person must know before more is spent on a run whose test split was opened."""
+    stored = checked.stored
+    if stored is None:
+        return ()
+    # One that has finished, and is given nothing more, ends as it did.
+    ends = "seconds" in stored and not _extends(checked, stored["plan"]["trials"])
+    times = times_opened(run, loaded.data.fingerprint)
+    if not times or (ends and checked.confirm <= stored.get("confirm", 0)):
+        return ()
+    return (
+        f"{already_opened(times)}, and the test figures of whatever else this run exports will not say how well a "
+        "choice does on unseen documents",
+    )
 
 
 def _unasked(checked: Checked, loaded: Loaded) -> tuple[str, ...]:

@@ -130,9 +130,14 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
     """
     observer = observer or Observer()
     checked = check_request(request)
-    with _workplace(checked) as (place, joined), _folder(checked) as run:
+    # Locked before a cluster is joined, whose nodes nobody asks for a run that another process goes on with.
+    with _folder(checked) as run:
         try:
-            with _room(lambda: _after_room(request, run)), _stored(checked, run, observer) as storage:
+            with (
+                _room(lambda: _after_room(request, run)),
+                _workplace(checked) as (place, joined),
+                _stored(checked, run, observer) as storage,
+            ):
                 asked = trainable(replace(checked, name=run.name), place, observer.line)
                 return _search(asked, place, joined, run, storage, observer)
         except KeyboardInterrupt:

@@ -84,6 +84,19 @@ def outcome(inputs: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFa
     return search(request(inputs, out)), out
 
 
+class Said(Observer):
+    """What a person is told, line by line; phases with a mark before them."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def phase(self, name: str) -> None:
+        self.lines.append(f"# {name}")
+
+
 def without_times(value: object) -> object:
     """Less what is timed, and the resident memory of a runtime's process, which differs by some pages."""
     if isinstance(value, dict):
@@ -182,7 +195,11 @@ def test_a_finished_search_is_extended_and_says_that_its_test_is_spent(
     last = max(place for place, line in enumerate(lines) if json.loads(line)["event"] == "test")
     log.write_text("".join(lines[:last] + lines[last + 1 :]))
     before = {row.row_id: row for row in outcome[0].rows}
-    longer = search(request(inputs, out, resume=True, trials=5, confirm=1))
+    said = Said()
+    longer = search(request(inputs, out, resume=True, trials=5, confirm=1), said)
+    spent = "this run's test split was opened before (1 time): it is spent"
+    (warned,) = (place for place, line in enumerate(said.lines) if line.startswith(spent))
+    assert warned < said.lines.index("# trials")
     proposed = {row.trial for row in longer.rows if row.kind == "student"}
     assert len(proposed) == 5  # rejected ones not counted
     assert {row.trial for row in before.values() if row.kind == "student"} < proposed
@@ -445,7 +462,9 @@ def test_a_search_that_ends_once_more_with_what_it_had_does_not_open_the_test_sp
     logged = [event for event in events(out) if event["event"] == "test"]
     with monkeypatch.context() as patch:
         patch.setattr("autodistill.search.held_out.refer", lambda *given, **more: pytest.fail("the teacher was scored"))
-        again = search(request(inputs, out, resume=True))
+        said = Said()
+        again = search(request(inputs, out, resume=True), said)
+    assert not any("it is spent" in line for line in said.lines)
     assert [event for event in events(out) if event["event"] == "test"] == logged
     assert [opening["run"] for opening in recorded_test_openings(out)] == ["run"]
     assert again.document["test"] == outcome[0].document["test"]
@@ -654,12 +673,31 @@ def test_ctrl_c_before_anything_is_planned_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("address", [None, "10.0.0.1:6379"])
 def test_a_run_that_is_held_is_not_gone_on_with(
-    inputs: tuple[Path, Path, Path], outcome: tuple[Outcome, Path], monkeypatch: pytest.MonkeyPatch
+    inputs: tuple[Path, Path, Path],
+    outcome: tuple[Outcome, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    address: str | None,
 ) -> None:
+    """Nor is a cluster joined for it, or a model loaded."""
     monkeypatch.setattr("autodistill.search.prepare.load", lambda checked, place: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("autodistill.search.cluster.join", lambda *given: pytest.fail("a cluster was joined"))
     with (
         RunFolder.open(outcome[1], "run", lock=True),
         pytest.raises(InputError, match=rf"held by the running process {os.getpid()}: wait for it, or stop it"),
     ):
-        search(request(inputs, outcome[1], resume=True))
+        search(request(inputs, outcome[1], resume=True, ray_address=address, runner="ray" if address else "inline"))
+
+
+def test_a_cluster_that_is_not_joined_leaves_no_run(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def join(*given: object) -> None:
+        assert RunFolder(tmp_path, "run").state == "under way"
+        raise InputError("nobody answers")
+
+    monkeypatch.setattr("autodistill.search.cluster.join", join)
+    with pytest.raises(InputError, match="nobody answers"):
+        search(request(inputs, tmp_path, ray_address="10.0.0.1:6379", runner="ray"))
+    assert list(tmp_path.iterdir()) == []
