@@ -20,6 +20,7 @@ from autodistill.units import (
     CONTEXT,
     NO_LIMIT,
     Budget,
+    LatencyLimit,
     check_streams,
     parse_bytes,
     parse_duration,
@@ -128,6 +129,7 @@ def _budget(given: Mapping[str, Any], verb: str) -> Budget:
     # Numbers are read before a device is looked for, since that may measure this machine.
     memory = None if given["budget"] is None else parse_bytes(given["budget"])
     limits = () if given["latency"] is None else parse_latency(given["latency"])
+    _check_streams(given["batch"], limits, "--batch")
     own = _own(given, given["device"] is not None)
     Budget(memory_bytes=1, context=context, batch=batch)
     if given["device"] is None and not limits:
@@ -141,6 +143,16 @@ def _budget(given: Mapping[str, Any], verb: str) -> Budget:
     return DeviceBudget(
         memory_bytes=memory_on(device, memory), context=context, batch=batch, device=device, latency=limits
     )
+
+
+def _check_streams(at_once: int | None, limits: Sequence[LatencyLimit], option: str) -> None:
+    """Refuses fewer sequences at once, where they were typed, than a limit of latency has streams."""
+    most = max((limit.streams for limit in limits), default=1)
+    if at_once is not None and 1 <= at_once < most:
+        raise InputError(
+            f"{option} {at_once} is contradicted by --latency @streams={most}, which wants the memory of {most}: give "
+            f"{option} {most} or more, or leave it out, or lower the streams"
+        )
 
 
 def _own(given: Mapping[str, Any], named: bool) -> Sequence[Path]:
@@ -304,8 +316,9 @@ def picked(given: Mapping[str, Any]) -> dict[str, Any]:
         )
     # Numbers are read before a device is looked for, since that may measure this machine.
     memory = None if given["budget"] is None else parse_bytes(given["budget"])
-    streams = check_streams(given["streams"], "--streams")
+    streams = 1 if given["streams"] is None else check_streams(given["streams"], "--streams")
     limits = () if given["latency"] is None else parse_latency(given["latency"], streams)
+    _check_streams(given["streams"], limits, "--streams")
     own, cache = _own(given, named is not None), given["cache"] or default_cache()
     if named is None and limits:
         named = LOCAL

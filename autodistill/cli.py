@@ -437,7 +437,9 @@ def pick(
         str | None, option("--device", "Device to pick for, like 4090 or local; sets the budget.", "NAME")
     ] = None,
     context: ContextOption = None,
-    streams: Annotated[int, option("--streams", "Number of sequences decoded at once.", "N")] = 1,
+    streams: Annotated[
+        int | None, option("--streams", "Number of sequences decoded at once (default: 1).", "N")
+    ] = None,
     latency: LatencyOption = None,
     min_accuracy: Annotated[
         float | None,

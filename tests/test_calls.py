@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from autodistill.calls import search_request
+from autodistill.calls import _budget, search_request
 from autodistill.cli import app
 
 SPACE = """
@@ -87,3 +87,10 @@ def test_what_a_request_names_is_known_before_a_library_that_asks_hubs_is_import
     )
     said = subprocess.run([sys.executable, "-c", program], cwd=files, capture_output=True, text=True, check=True).stdout
     assert said.splitlines() == ["lm-eval:arc_easy owner/name owner/name", "set()"]
+
+
+@pytest.mark.parametrize(("batch", "most"), [(None, 16), (16, 16), (32, 32)])
+def test_streams_of_a_latency_are_held_in_memory_whatever_batch_allows_them(batch: int | None, most: int) -> None:
+    typed = {"budget": None, "device": "t4", "context": None, "batch": batch, "resume": False, "own": None}
+    budget = _budget({**typed, "latency": "50ms@streams=16", "cache": None}, "search")
+    assert budget.batch == most

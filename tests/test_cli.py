@@ -262,6 +262,22 @@ def test_bad_input_is_one_clear_line_and_exit_2(
 
 
 @pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        ("pick --device t4 --streams 4 --latency 50ms@streams=16", "--streams"),
+        ("search --device t4 --batch 4 --latency 'ttft_p95=1s, 50ms @streams=16'", "--batch"),
+    ],
+)
+@pytest.mark.usefixtures("no_model")
+def test_fewer_sequences_at_once_than_a_limit_has_streams_are_refused(line: str, option: str, capfd: Any) -> None:
+    """They were raised to as many without a word."""
+    assert main(shlex.split(line)) == 2
+    said = capfd.readouterr().err
+    assert f"error: {option} 4 is contradicted by --latency @streams=16, which wants the memory of 16: give" in said
+    assert f"{option} 16 or more, or leave it out" in said
+
+
+@pytest.mark.parametrize(
     ("line", "words"),
     [
         ("pick --streams abc --format json", "'--streams': write a whole number"),
