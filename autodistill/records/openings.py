@@ -10,6 +10,7 @@ from typing import Any
 
 from autodistill.records.event_log import EventLog
 from autodistill.records.store import RunFolder
+from autodistill.units import count_of
 
 _OPENINGS = "test_openings.jsonl"
 
@@ -57,7 +58,7 @@ def times_opened(run: RunFolder, data: str) -> int:
 
 def already_opened(times: int) -> str:
     """That a run's test split has been opened so many times, at least once, in a clause."""
-    return f"this run's test split was opened before ({times} time{'s' if times > 1 else ''}): it is spent"
+    return f"this run's test split was opened before ({count_of(times, 'time')}): it is spent"
 
 
 def openings_of(out: Path, search: Mapping[str, Any]) -> dict[str, int]:

@@ -27,7 +27,8 @@ class Saved:
         sharing: Trials that went on from what another one had trained.
         shared_tokens, shared_flops, shared_seconds: Of training that was not done for that reason.
         rejected: Proposals of which no deployment fits, whose training does not, or that contradict the teacher.
-        rejected_tokens, rejected_flops, rejected_seconds: Of training them to the first rung.
+        rejected_tokens, rejected_flops, rejected_seconds: Of training those to the first rung that have a student.
+        without_student: How many have none: the teacher has no such shape, and there is nothing to train.
         cut_short: Evaluations at rungs that ended early, as their trials were certain to fall short.
         unread: What these did not read, by its unit: "tokens" or "questions".
         to_read: What all evaluations at rungs were to read, of those that are read in parts.
@@ -44,6 +45,7 @@ class Saved:
     rejected_tokens: int
     rejected_flops: float
     rejected_seconds: float
+    without_student: int = 0
     cut_short: int = 0
     unread: Mapping[str, int] = field(default_factory=dict)
     to_read: Mapping[str, int] = field(default_factory=dict)
@@ -63,10 +65,15 @@ class Saved:
             )
         if self.rejected:
             what = "proposals were" if self.rejected > 1 else "proposal was"
-            said.append(
-                f"{self.rejected} {what} rejected without training: up to the first rung "
-                f"{_amount(self.rejected_tokens, self.rejected_flops, self.rejected_seconds)} saved"
-            )
+            sentence = f"{self.rejected} {what} rejected without training"
+            if self.rejected > self.without_student:
+                amount = _amount(self.rejected_tokens, self.rejected_flops, self.rejected_seconds)
+                sentence += f": up to the first rung {amount} saved"
+            if self.without_student == self.rejected:
+                sentence += ", the teacher having no such student: nothing is counted as saved"
+            elif self.without_student:
+                sentence += f"; {self.without_student} of them count nothing, as the teacher has no such student"
+            said.append(sentence)
         if self.cut_short:
             amounts = (f"{count:,} of {self.to_read[unit]:,} {unit}" for unit, count in self.unread.items() if count)
             said.append(
@@ -91,6 +98,7 @@ def saved(events: Sequence[Mapping[str, Any]], plan: Plan) -> Saved:
     rungs = [event for event in events if event["event"] == "rung"]
     ends = {event["trial"]: event["status"] for event in events if event["event"] == "status"}
     rejected = [trial for trial, status in ends.items() if status == Status.REJECTED]
+    described = [trial for trial in rejected if weights.get(trial)]
 
     results = [*rungs, *(event for event in events if event["event"] == "kept")]
     lost = [event for event in events if event["event"] == "lost"]
@@ -108,7 +116,7 @@ def saved(events: Sequence[Mapping[str, Any]], plan: Plan) -> Saved:
     for reading in readings:
         to_read[reading["unit"]] += reading["of"]
         read[reading["unit"]] += reading["read"]
-    avoided = _FLOPS * float(plan.rungs[0]) * sum(weights.get(trial, 0) for trial in rejected)
+    avoided = _FLOPS * float(plan.rungs[0]) * sum(weights[trial] for trial in described)
     return Saved(
         trained_tokens=sum(event.get("trained", 0) + event.get("resumed", 0) for event in (*results, *lost)),
         trained_flops=trained,
@@ -118,9 +126,10 @@ def saved(events: Sequence[Mapping[str, Any]], plan: Plan) -> Saved:
         shared_flops=shared,
         shared_seconds=shared * rate,
         rejected=len(rejected),
-        rejected_tokens=plan.rungs[0] * len(rejected),
+        rejected_tokens=plan.rungs[0] * len(described),
         rejected_flops=avoided,
         rejected_seconds=avoided * rate,
+        without_student=len(rejected) - len(described),
         cut_short=sum(reading["bar"] is not None for reading in readings),
         unread={unit: count - read[unit] for unit, count in to_read.items()},
         to_read=dict(to_read),

@@ -35,7 +35,8 @@ def test_what_was_saved_is_what_the_log_says() -> None:
     assert found.trained_flops == 6 * 1000 * 1792
     assert found.shared_flops == 6 * 1000 * 2560
     assert found.shared_seconds == pytest.approx(20.0 * 2560 / 1792)
-    assert (found.rejected, found.rejected_tokens) == (2, 2048)
+    # Of one there is no student, and nothing that could have been trained.
+    assert (found.rejected, found.without_student, found.rejected_tokens) == (2, 1, 1024)
     assert found.rejected_flops == 6 * 4000 * 1024
     assert found.rejected_seconds == pytest.approx(20.0 * 4 * 1024 / 1792)
     shared, rejected = found.describe()
@@ -43,7 +44,15 @@ def test_what_was_saved_is_what_the_log_says() -> None:
         "1 trial went on from stages that others had trained: 2,560 tokens (about 1.5e+07 FLOPs, 28.6s of a worker) "
         "saved, 1,792 tokens trained, decays at rungs among them"
     )
-    assert rejected.startswith("2 proposals were rejected without training: up to the first rung 2,048 tokens (about")
+    amount = "1,024 tokens (about 2.5e+07 FLOPs, 45.7s of a worker)"
+    assert rejected == (
+        f"2 proposals were rejected without training: up to the first rung {amount} saved; 1 of them count nothing, as "
+        "the teacher has no such student"
+    )
+    alone = [event for event in EVENTS if event.get("trial") in (None, "t003")]
+    assert saved(alone, PLAN).describe() == (
+        "1 proposal was rejected without training, the teacher having no such student: nothing is counted as saved",
+    )
 
 
 def test_nothing_saved_says_nothing() -> None:
