@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from autodistill.budget import read_budget
@@ -14,18 +16,54 @@ from autodistill.estimate import fits, holdable, spec_from_config
 from autodistill.records.choice import chosen, contenders
 from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED
+from autodistill.records.objectives import Objective, objectives_of
 from autodistill.records.openings import opened, openings_of
 from autodistill.records.recalibration import corrected, least_beyond
 from autodistill.records.row import REMOVED, Row, rows_of
 from autodistill.records.saved import Saved, saved
 from autodistill.records.store import RunFolder
-from autodistill.search.study import Observation, importance
-from autodistill.space import Space
+from autodistill.search.study import Importance, Observation, importance
+from autodistill.space import Point, Space
 from autodistill.strategy import Deployment
-from autodistill.units import format_bytes
+from autodistill.units import format_bytes, parse_bytes, parse_duration
 
 # With fewer results a share of the variance is noise.
 _FEWEST_RESULTS = 8
+
+
+# What rejections say, for each cause, and by how much the nearest missed.
+_REJECTIONS = (
+    ("the student takes too much memory", re.compile(r"^the smallest, .*?, (?P<bytes>[\d.]+ \w+) over the .* budget")),
+    ("the student is too slow", re.compile(r"^the nearest, .* is too slow for ")),
+    ("training takes too much memory", re.compile(r"^training it takes .*?, (?P<bytes>[\d.]+ \w+) over the ")),
+)
+_LATE = re.compile(r" is predicted ([^,]+), over ([^;]+)")
+_FIGURE = re.compile(r"\d[\d.,]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """Trials that ended for one cause.
+
+    Attributes:
+        cause: In words; of a kind that has none, what was said of them without its figures.
+        count: How many they are.
+        said: Of the one that missed a limit by least, or of the first.
+        nearest: Whether it is the former.
+        alike: Whether the same was said of all.
+    """
+
+    cause: str
+    count: int
+    said: str
+    nearest: bool
+    alike: bool
+
+    def describe(self) -> str:
+        """What was said, and of whom where that was not said of all."""
+        return (
+            self.said if self.alike else f"{self.cause}; {'the nearest' if self.nearest else 'the first'}: {self.said}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +72,12 @@ class Explanation:
 
     Attributes:
         metric: That the search was judged by.
-        importance: Share of what sets good trials apart that each dimension accounts for, by path, the largest first;
-            of values at the first rung, which every trial reports. Empty where there were too few.
-        results: Trials with such a value.
-        rejected: How many proposals were rejected, by reason.
+        importance: By objective, which dimensions set the better trials apart, of values at the first rung, which every
+            trial reports.
+        rejected: Proposals that were rejected, by cause, the most first.
         stopped: How many trials ended at each rung, by its tokens; those at full fidelity, and
             what was trained on, come last.
-        failed: How many trials failed, by cause.
+        failed: Trials that failed, by cause, the most first.
         retried: How many pieces of work failed once and were given out again, by cause.
         tokens_trained: Training tokens of all trials up to where each ended, those of shared stages counted once.
         tokens_full: What the same trials would have taken to the end, each of them.
@@ -52,11 +89,10 @@ class Explanation:
     """
 
     metric: str
-    importance: Mapping[str, float]
-    results: int
-    rejected: Mapping[str, int]
+    importance: Mapping[str, Importance]
+    rejected: tuple[Ended, ...]
     stopped: Mapping[int, int]
-    failed: Mapping[str, int]
+    failed: tuple[Ended, ...]
     retried: Mapping[str, int]
     tokens_trained: int
     tokens_full: int
@@ -73,15 +109,12 @@ class Explanation:
     def describe(self) -> str:
         """The explanation as lines for a person."""
         lines = []
-        if self.importance:
-            lines.append(f"What mattered, of {self.results} trials at the first rung by {self.metric} (PED-ANOVA):")
-            lines += [f"  {share:6.1%}  {path}" for path, share in self.importance.items()]
-        else:
-            lines.append(f"{self.results} results are too few to tell which dimensions mattered.")
+        for objective, found in self.importance.items():
+            lines += _table(objective, found)
         lines.append("How far trials went:")
         lines += [f"  {count:4d}  ended at {tokens:,} tokens" for tokens, count in self.stopped.items()]
-        lines += [f"  {count:4d}  rejected without training: {reason}" for reason, count in self.rejected.items()]
-        lines += [f"  {count:4d}  failed: {cause}" for cause, count in self.failed.items()]
+        lines += [f"  {ended.count:4d}  rejected without training: {ended.describe()}" for ended in self.rejected]
+        lines += [f"  {ended.count:4d}  failed: {ended.describe()}" for ended in self.failed]
         lines += [f"  {count:4d}  failed once and tried again: {cause}" for cause, count in self.retried.items()]
         if self.tokens_full:
             reached = self.tokens_trained + self.saved.shared_tokens
@@ -110,23 +143,21 @@ def explain(run: RunFolder) -> Explanation:
     reached: dict[str, int] = {}
     for event in rungs:
         reached[event["trial"]] = max(reached.get(event["trial"], 0), event["tokens"])
-    rejected = _reasons(ends, Status.REJECTED)
-    first = {event["trial"]: event["value"] for event in rungs if event["rung"] == 0 and event["value"] is not None}
     points = {trial: event["point"] for trial, event in trials.items() if event["point"] is not None}
-    results = [
-        Observation(point=points[trial], state=Status.COMPLETED, value=value, fidelity=1.0)
-        for trial, value in first.items()
-        if trial in points
-    ]
+    first = {event["trial"]: event for event in rungs if event["rung"] == 0 and event["trial"] in points}
     spared = saved(events, plan)
     binding, following = _limits(asked, rows_of(events))
     return Explanation(
         metric=asked["metric"],
-        importance=importance(space, results, asked["direction"]) if len(results) >= _FEWEST_RESULTS else {},
-        results=len(results),
-        rejected=rejected,
+        importance={
+            objective.name: importance(
+                space, _results(points, first.values(), place), objective.direction, least=_FEWEST_RESULTS
+            )
+            for place, objective in enumerate(_objectives(asked))
+        },
+        rejected=_rejected(ends.values()),
         stopped=dict(sorted(Counter(reached.values()).items())),
-        failed=_reasons(ends, Status.FAILED),
+        failed=_failed(ends.values()),
         retried=dict(Counter(event["cause"] for event in events if event["event"] == "retry").most_common()),
         tokens_trained=sum(reached.values()) - spared.shared_tokens,
         tokens_full=sum(max(plan.tokens, tokens) for tokens in reached.values()),
@@ -138,9 +169,74 @@ def explain(run: RunFolder) -> Explanation:
     )
 
 
-def _reasons(ends: Mapping[str, Mapping[str, Any]], status: Status) -> dict[str, int]:
-    reasons = Counter(str(event["reason"]) for event in ends.values() if event["status"] == status)
-    return dict(reasons.most_common())
+def _objectives(asked: Mapping[str, Any]) -> tuple[Objective, ...]:
+    """What the search was judged by; the direction of the first is written down beside it."""
+    first, *others = objectives_of(asked)
+    return (replace(first, direction=asked["direction"]), *others)
+
+
+def _results(points: Mapping[str, Point], rungs: Iterable[Mapping[str, Any]], place: int) -> list[Observation]:
+    """What trials reported of one objective, by its place among them."""
+    found = []
+    for event in rungs:
+        value = [event["value"], *event.get("further", ())][place : place + 1]
+        if value and value[0] is not None:
+            point = points[event["trial"]]
+            found.append(Observation(point=point, state=Status.COMPLETED, value=value[0], fidelity=1.0))
+    return found
+
+
+def _table(objective: str, found: Importance) -> list[str]:
+    """Which dimensions mattered for one objective, and of which nothing is said, in lines."""
+    if not found.shares:
+        return [f"{found.results} results are too few to tell which dimensions mattered for {objective}."]
+    lines = [f"What mattered, of {found.results} trials at the first rung by {objective} (PED-ANOVA):"]
+    for path, item in found.shares.items():
+        under = "" if item.trials == found.results else f", of what the {item.trials} trials that have it differ in"
+        lines.append(f"  {item.share:6.1%}  {path}{under}")
+    return lines + [f"     --   {path}: {why}" for path, why in found.left_out.items()]
+
+
+def _rejected(ends: Iterable[Mapping[str, Any]]) -> tuple[Ended, ...]:
+    """Rejections by cause: by the limit that was missed, or of a contradiction by what was said, figures aside."""
+    groups: dict[str, list[tuple[float, str]]] = {}
+    for event in ends:
+        if event["status"] == Status.REJECTED:
+            cause, miss = _missed(str(event["reason"]))
+            groups.setdefault(cause, []).append((miss, str(event["reason"])))
+    return _by_cause(groups)
+
+
+def _failed(ends: Iterable[Mapping[str, Any]]) -> tuple[Ended, ...]:
+    groups: dict[str, list[tuple[float, str]]] = {}
+    for event in ends:
+        if event["status"] == Status.FAILED:
+            reason = str(event["reason"])
+            groups.setdefault(event.get("cause") or _FIGURE.sub("…", reason), []).append((math.inf, reason))
+    return _by_cause(groups)
+
+
+def _by_cause(groups: Mapping[str, Sequence[tuple[float, str]]]) -> tuple[Ended, ...]:
+    """Each cause once, of those that were said with by how much they missed, or with infinity; the most first."""
+    found = []
+    for cause, members in groups.items():
+        miss, said = min(members, key=lambda member: member[0])
+        alike = len({reason for _, reason in members}) == 1
+        found.append(Ended(cause=cause, count=len(members), said=said, nearest=math.isfinite(miss), alike=alike))
+    return tuple(sorted(found, key=lambda ended: -ended.count))
+
+
+def _missed(reason: str) -> tuple[str, float]:
+    """The cause of a rejection, and by how much its limit was missed: in bytes, or log(need / limit) of the latest."""
+    for cause, pattern in _REJECTIONS:
+        found = pattern.match(reason)
+        if found is None:
+            continue
+        if "bytes" in pattern.groupindex:
+            return cause, float(parse_bytes(found["bytes"]))
+        late = [math.log(parse_duration(need) / parse_duration(limit)) for need, limit in _LATE.findall(reason)]
+        return cause, max(late, default=math.inf)
+    return _FIGURE.sub("…", reason), math.inf
 
 
 def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:

@@ -118,28 +118,73 @@ def modelled(
         yield point
 
 
-def importance(space: Space, results: Sequence[Observation], direction: Direction) -> dict[str, float]:
-    """Share of what sets the better results apart that each dimension accounts for, the largest first.
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Of what sets the better results apart the part that one dimension accounts for, and the trials that have it."""
 
-    PED-ANOVA (Watanabe et al., 2023, arXiv:2304.10255), of the dimensions that vary and that every result has: one
-    under a condition has no value where that does not hold.
+    share: float
+    trials: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    """Which dimensions set the better results apart.
+
+    Attributes:
+        results: How many there were.
+        shares: By path: of the dimensions that all results have, the largest first, and then of those under a
+            condition. Empty where there were too few results.
+        left_out: Other dimensions of the space, and why nothing is said of them.
+    """
+
+    results: int
+    shares: Mapping[str, Share]
+    left_out: Mapping[str, str]
+
+
+def importance(space: Space, results: Sequence[Observation], direction: Direction, *, least: int) -> Importance:
+    """What sets the better results apart, by PED-ANOVA (Watanabe et al., 2023, arXiv:2304.10255).
+
+    A dimension under a condition is judged by the results that have it, among all that these have: its share is of
+    what sets the better of these apart. (Optuna's own account of conditions weighs it by how many of the best tenth
+    have it, which of some tens of results are one or two.)
 
     Args:
         space: Of the results.
         results: Finished, all at the same fidelity.
         direction: Whether more or less of the metric is better.
+        least: Results below which nothing is said.
     """
-    common = set.intersection(*(set(item.point) for item in results)) if results else set()
+    if len(results) < least:
+        return Importance(results=len(results), shares={}, left_out={})
+    left_out: dict[str, str] = {}
+    together: dict[tuple[int, ...], list[str]] = {}
+    for path in (dimension.path for dimension in space.dimensions):
+        places = tuple(place for place, item in enumerate(results) if path in item.point)
+        if len(places) < least:
+            left_out[path] = f"{len(places)} of {len(results)} trials have it"
+        elif len({str(results[place].point[path]) for place in places}) == 1:
+            left_out[path] = "it is the same in all that have it"
+        else:
+            together.setdefault(places, []).append(path)
+    found: dict[str, Share] = {}
+    for places, paths in sorted(together.items(), key=lambda item: -len(item[0])):
+        among = _shares(space, [results[place] for place in places], direction)
+        ordered = sorted(paths, key=lambda path: -among[path])
+        found |= {path: Share(share=among[path], trials=len(places)) for path in ordered}
+    return Importance(results=len(results), shares=found, left_out=left_out)
+
+
+def _shares(space: Space, results: Sequence[Observation], direction: Direction) -> dict[str, float]:
+    """Shares of the dimensions that all of some results have and that vary among them; they sum to 1."""
+    common = set.intersection(*(set(item.point) for item in results))
     varied = {path for path in common if len({str(item.point[path]) for item in results}) > 1}
-    if not varied:
-        return {}
     with _quiet():
         study = optuna.create_study(direction="maximize" if direction == "max" else "minimize")
         distributions = {dimension.path: _distribution(dimension) for dimension in space.dimensions}
         study.add_trials([_as_trial(distributions, item) for item in results])
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        shares = optuna.importance.get_param_importances(study, evaluator=evaluator, params=sorted(varied))
-    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+        return optuna.importance.get_param_importances(study, evaluator=evaluator, params=sorted(varied))
 
 
 def _told(

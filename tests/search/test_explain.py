@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from autodistill.budget import DeviceBudget
+from autodistill.devices import devices, find_device
 from autodistill.errors import InputError
-from autodistill.estimate import memory, spec_from_config
+from autodistill.estimate import fits, memory, shortfall, spec_from_config
 from autodistill.records.json_files import write_json
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
 from autodistill.search.explain import explain
+from autodistill.search.trial_memory import TrainingNeed
 from autodistill.space import Space
 from autodistill.strategy import Deployment
 from autodistill.testing import small_plan
-from autodistill.units import format_bytes
+from autodistill.units import Budget, format_bytes, parse_latency
 
 PLAN = small_plan()
 SPACE = Space.from_json(
     {
         "dimensions": {
             "init.depth": {"low": 0.2, "high": 0.8},
+            "distillation.temperature.shape": {"choices": ["constant", "linear"]},
+            "distillation.temperature.end": {
+                "low": 0.5,
+                "high": 3.0,
+                "when": {"distillation.temperature.shape": ["linear"]},
+            },
+            "init.layers": {"choices": ["even", "influence"]},
+            "finishing": {"choices": {"none": None, "compressed": {"format": "compressed-tensors", "group_size": 32}}},
+            "finishing.bits": {"choices": [8, 4], "when": {"finishing": ["compressed"]}},
             "distillation.learning_rate": {"low": 1e-5, "high": 1e-3, "log": True},
             "distillation.divergence_weight": {"low": 0.0, "high": 1.0},
         },
@@ -58,8 +72,13 @@ def run(tmp_path: Path) -> RunFolder:
                 "init.depth": source.uniform(0.2, 0.8),
                 "distillation.learning_rate": 10 ** source.uniform(-5, -3),
                 "distillation.divergence_weight": source.random(),
+                "distillation.temperature.shape": ("constant", "linear")[number % 2],
+                **({"distillation.temperature.end": 0.5 + number % 17 * 0.15} if number % 2 else {}),
+                "init.layers": "even",
+                "finishing": "compressed" if number < 5 else "none",
+                **({"finishing.bits": 8} if number < 5 else {}),
             }
-            folder.events.append({"event": "trial", "trial": trial, "point": point})
+            folder.events.append({"event": "trial", "trial": trial, "point": point, "parameters": 1000})
             if number >= 30:
                 folder.events.append(
                     {"event": "status", "trial": trial, "status": "rejected", "reason": "needs 7 MB too much"}
@@ -85,17 +104,69 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def test_the_dimension_that_made_the_values_matters_most(run: RunFolder) -> None:
-    found = explain(run)
+    found = explain(run).importance["accuracy"]
     assert found.results == 30
-    assert next(iter(found.importance)) == "init.depth"
-    assert found.importance["init.depth"] > 0.5
-    assert sum(found.importance.values()) == pytest.approx(1.0)
+    path, first = next(iter(found.shares.items()))
+    assert (path, first.trials) == ("init.depth", 30)
+    assert first.share > 0.5
+    assert sum(item.share for item in found.shares.values() if item.trials == 30) == pytest.approx(1.0)
+
+
+def test_a_dimension_under_a_condition_is_judged_by_the_trials_that_have_it_and_what_is_left_out_is_said(
+    run: RunFolder,
+) -> None:
+    """With a constant temperature all are as good, otherwise those with a low end are the better ones."""
+    events = run.events.read()
+    run.events.path.write_text("")
+    points = {event["trial"]: event["point"] for event in events if event["event"] == "trial"}
+    for event in events:
+        if event["event"] == "rung":
+            event["value"] = 1 / points[event["trial"]].get("distillation.temperature.end", 0.5)
+        run.events.append(event)
+    found = explain(run).importance["accuracy"]
+    assert list(found.shares)[-1] == "distillation.temperature.end"
+    end = found.shares["distillation.temperature.end"]
+    assert end.trials == 15
+    assert end.share > 0.5
+    assert found.left_out == {
+        "finishing.bits": "5 of 30 trials have it",
+        "init.layers": "it is the same in all that have it",
+    }
+    text = explain(run).describe()
+    line = f"  {end.share:6.1%}  distillation.temperature.end, of what the 15 trials that have it differ in\n"
+    assert line in text
+    assert "     --   finishing.bits: 5 of 30 trials have it\n" in text
+
+
+def test_each_objective_has_its_own_table(run: RunFolder) -> None:
+    """Memory follows from the depth, accuracy from the learning rate; latencies are known of few."""
+    asked = json.loads(run.search_file.read_text()) | {"objectives": ["accuracy", "memory", "latency"]}
+    write_json(run.search_file, asked)
+    events = run.events.read()
+    run.events.path.write_text("")
+    points = {event["trial"]: event["point"] for event in events if event["event"] == "trial"}
+    for place, event in enumerate(events):
+        if event["event"] == "rung":
+            point = points[event["trial"]]
+            event["value"] = math.log(point["distillation.learning_rate"])
+            event["further"] = [1e6 * point["init.depth"], 3.0 if place < 9 else None]
+        run.events.append(event)
+    found = explain(run)
+    firsts = [next(iter(item.shares), None) for item in found.importance.values()]
+    assert list(found.importance) == ["accuracy", "memory", "latency"]
+    assert firsts == ["distillation.learning_rate", "init.depth", None]
+    text = found.describe()
+    assert "by accuracy (PED-ANOVA):" in text
+    assert "by memory (PED-ANOVA):" in text
+    assert "results are too few to tell which dimensions mattered for latency." in text
 
 
 def test_counts_and_tokens_are_those_of_the_log(run: RunFolder) -> None:
     found = explain(run)
     assert found.stopped == {1024: 20, 3072: 7, 9216: 3}
-    assert found.rejected == {"needs 7 MB too much": 2}
+    (rejected,) = found.rejected
+    assert (rejected.count, rejected.said, rejected.alike) == (2, "needs 7 MB too much", True)
+    assert "\n     2  rejected without training: needs 7 MB too much\n" in found.describe()
     assert (found.tokens_trained, found.tokens_full) == (20 * 1024 + 7 * 3072 + 3 * 9216, 30 * 9216)
     assert found.tokens_rejected == 2 * 1024
     reached, whole = 20 * 1024 + 7 * 3072 + 3 * 9216, 30 * 9216
@@ -110,6 +181,44 @@ def test_what_would_fit_next_is_what_is_better_and_how_much_it_lacks(run: RunFol
     assert sentence.startswith("2.10 MB more would hold")
     assert "accuracy 0.4000 instead of 0.3000" in sentence
     assert sentence in found.describe()
+
+
+def test_rejections_are_told_by_cause_with_the_nearest_miss(run: RunFolder) -> None:
+    """As those who reject say them: students of many sizes, each with its own bytes."""
+    pi = find_device("pi 5", devices())
+    events = [event for event in run.events.read() if event["event"] != "status"]
+    run.events.path.write_text("")
+    reasons: list[str | None] = []
+    for width in (512, 768, 640, 1024):
+        spec = spec_from_config({**SHAPE, "hidden_size": width})
+        reasons.append(shortfall(fits(spec, SPACE.deployments, Budget(memory_bytes=1000)), Budget(memory_bytes=1000)))
+        slow = DeviceBudget(memory_bytes=10**10, device=pi, latency=parse_latency("ttft_p95=1us,tpot_p95=1us"))
+        reasons.append(shortfall(fits(spec, SPACE.deployments, slow), slow))
+        need = TrainingNeed(need_bytes=width * 10**6, limit_bytes=10**6, micro_batch=1, remedy="less would help")
+        reasons.append(need.shortfall)
+        reasons.append(f"init.heads 0.5 leaves {width} heads: too many")
+    for number, reason in enumerate(reasons):
+        ended = {"event": "status", "trial": f"r{number:03d}", "status": "rejected", "reason": reason}
+        events += [{"event": "trial", "trial": f"r{number:03d}", "point": None, "parameters": 10}, ended]
+    for number in range(3):
+        failed = {"event": "status", "status": "failed", "cause": "nan", "reason": f"nan: at token {number}"}
+        events.append({**failed, "trial": f"t{number:03d}"})
+    for event in events:
+        run.events.append(event)
+    found = explain(run)
+    assert [(ended.cause, ended.count, ended.nearest) for ended in found.rejected] == [
+        ("the student takes too much memory", 4, True),
+        ("the student is too slow", 4, True),
+        ("training takes too much memory", 4, True),
+        ("init.heads … leaves … heads: too many", 4, False),
+    ]
+    assert [ended.said for ended in found.rejected] == reasons[:4]  # of the smallest, which came first
+    text = found.describe()
+    said = f"     4  rejected without training: the student takes too much memory; the nearest: {reasons[0]}\n"
+    assert said in text
+    assert f"rejected without training: init.heads … leaves … heads: too many; the first: {reasons[3]}\n" in text
+    assert "     3  failed: nan; the first: nan: at token 0\n" in text
+    json.dumps(found.to_json())
 
 
 def test_a_run_without_trials_has_nothing_to_explain(tmp_path: Path) -> None:
