@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ import psutil
 import pytest
 import yaml
 
-from autodistill.contracts import ModelSpec, Status
+from autodistill.contracts import ModelSpec, Plan, Status
+from autodistill.distillation.schedule import branch_point
 from autodistill.errors import InputError
 from autodistill.hardware import Machine, detect
 from autodistill.records.event_log import EventLog
+from autodistill.records.json_files import read_json
 from autodistill.records.row import rows_of
+from autodistill.records.store import RunFolder
 from autodistill.search.cluster import JoinedRay, LocalRay, _machine, _object, check_address, join
 from autodistill.search.progress import Observer
 from autodistill.search.request import SearchRequest
@@ -189,12 +193,65 @@ def run_trials(patch: pytest.MonkeyPatch, request: SearchRequest, observer: Obse
         search(request, observer)
 
 
-class NodeKiller(Observer):
-    """Takes a node of the cluster away once a trial of it has been judged at a rung."""
+def held_on(doomed: str, folder: Path) -> Callable[..., Any]:
+    """What makes a worker's work, as the runner's own does, on every node of a cluster.
 
-    def __init__(self, cluster: Any, log: Path) -> None:
-        self.cluster, self.log = cluster, log
-        self.killed: set[str] = set()
+    On the doomed node a trial that goes on from a rung is held at its first step, until the node is taken away; on the
+    others such a trial waits until one is held there, so that one comes to be. A file in the folder is written for each
+    piece of work that is begun, and "held" for the one that is held.
+    """
+
+    # Nested, so that it travels by value: a node has no tests to import it from.
+    def worker(setting: Any, deadline: float | None) -> Callable[[Any], dict[str, Any]]:
+        import json
+        import time
+        import uuid
+
+        import ray
+
+        from autodistill.search import ray_runner
+
+        node = ray.get_runtime_context().get_node_id()
+        given: dict[str, Any] = {}
+
+        def wait(record: object) -> None:
+            if given["rung"] == 0 or given["straight"] or given["deployment"]:
+                return
+            if node == doomed:
+                partial = folder / "held.partial"
+                partial.write_text(json.dumps(given))
+                partial.rename(folder / "held")
+            ends = time.monotonic() + 600
+            while node == doomed or not (folder / "held").exists():
+                if time.monotonic() > ends:
+                    raise RuntimeError("no trial was held on the doomed node, or that was not taken away")
+                time.sleep(0.05)
+
+        ray_runner.step_guard = lambda deadline: wait
+        work = ray_runner._worker(setting, deadline)
+
+        def begin(assignment: Any) -> dict[str, Any]:
+            given.update(
+                node=node,
+                trial=assignment.task.id,
+                rung=assignment.rung,
+                straight=assignment.task.straight,
+                deployment=assignment.deployment is not None,
+            )
+            (folder / f"begun-{time.time_ns()}-{uuid.uuid4().hex}").write_text(json.dumps(given))
+            return work(assignment)
+
+        return begin
+
+    return worker
+
+
+class NodeKiller(Observer):
+    """Takes a node of the cluster away once a trial is held there that goes on from a rung."""
+
+    def __init__(self, cluster: Any, node: Any, held: Path) -> None:
+        self.cluster, self.node, self.held = cluster, node, held
+        self.killed = False
 
     def phase(self, name: str) -> None:
         """Starts to watch when trials begin."""
@@ -202,28 +259,32 @@ class NodeKiller(Observer):
             threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
-        ends = time.monotonic() + 300
-        while not self.killed and time.monotonic() < ends:
-            judged = {event["trial"] for event in EventLog(self.log).read() if event["event"] == "rung"}
-            if len(judged) > 2:
-                self.killed = judged
-                self.cluster.remove_node(next(iter(self.cluster.worker_nodes)), allow_graceful=False)
+        ends = time.monotonic() + 600
+        while not self.held.exists() and time.monotonic() < ends:
             time.sleep(0.05)
+        if self.held.exists():
+            self.cluster.remove_node(self.node, allow_graceful=False)
+            self.killed = True
 
 
 @pytest.mark.slow
 def test_a_search_outlives_a_node(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial that it trained past a rung goes on elsewhere, from the checkpoint before that rung."""
     monkeypatch.setenv("HOME", str(tmp_path))
     save_tiny_teacher(tmp_path / "teacher", layers=5)
     tiny_text(tmp_path / "text", documents=30, sentences=24)
-    killer = NodeKiller(cluster, tmp_path / "runs" / "run" / "trials.jsonl")
+    seen, node = tmp_path / "seen", next(iter(cluster.worker_nodes))
+    seen.mkdir()
+    monkeypatch.setattr("autodistill.search.ray_runner._worker", held_on(node.node_id, seen))
+    killer = NodeKiller(cluster, node, seen / "held")
     run_trials(
         monkeypatch,
         SearchRequest(
             budget=Budget(memory_bytes=16 * 10**9, context=256),
             teacher=str(tmp_path / "teacher"),
             data=str(tmp_path / "text"),
-            trials=4,
+            # Both of them pass the rung, whichever is better: what is lost is overtaken by none.
+            trials=2,
             tokens=2304,
             out=tmp_path / "runs",
             name="run",
@@ -234,17 +295,28 @@ def test_a_search_outlives_a_node(cluster: Any, tmp_path: Path, monkeypatch: pyt
         killer,
     )
     assert killer.killed
-    events = EventLog(killer.log).read()
+    run = RunFolder.open(tmp_path / "runs", "run")
+    events, plan = run.events.read(), Plan.from_json(read_json(run.search_file)["plan"])
+    assert plan.keep == (2,)
     states = {event["trial"]: event["status"] for event in events if event["event"] == "status"}
-    assert sum(status != Status.REJECTED for status in states.values()) == 5
+    assert sum(status != Status.REJECTED for status in states.values()) == 3
     assert Status.FAILED not in states.values(), "the lost trial was not tried again"
-    rungs = {(event["trial"], event["rung"]): event for event in events if event["event"] == "rung"}
-    for event in events:
-        if event["event"] == "retry" and event["rung"] > 0 and event["deployment"] is None:
-            # What was lost went on from the checkpoint of its last rung, unless others have overtaken it.
-            again = rungs.get((event["trial"], event["rung"]))
-            assert again is None or again["trained"] < again["tokens"]
-    assert {row.trial for row in rows_of(events) if row.full and row.kind == "student"}
+    held = json.loads((seen / "held").read_text())
+    lost = [event for event in events if event["event"] == "retry" and event["trial"] == held["trial"]]
+    assert [(event["rung"], event["deployment"]) for event in lost] == [(1, None)]
+    begun = [json.loads(path.read_text()) for path in sorted(seen.glob("begun-*"))]
+    where = [item["node"] for item in begun if (item["trial"], item["rung"]) == (held["trial"], 1)]
+    assert where[0] == node.node_id
+    assert node.node_id not in where[1:]
+    assert len(where) > 1
+    (again,) = (
+        event for event in events if event["event"] == "rung" and (event["trial"], event["rung"]) == (held["trial"], 1)
+    )
+    checkpoint = branch_point(plan.rungs[0], plan.decay, plan.batch_tokens)
+    assert 0 < again["trained"] == again["tokens"] - checkpoint < again["tokens"]
+    ended = {row.trial for row in rows_of(events) if row.full and row.kind == "student"}
+    assert held["trial"] in ended
+    assert len(ended) == 2
 
 
 @pytest.mark.slow
