@@ -4,7 +4,8 @@
 
 A tiny random teacher, a tiny text, the inline runner, fixed trials and tokens. One process after another is killed with
 SIGKILL: after a random number of further events in its log and a random part of a second or two more, so that the
-places do not depend on the machine's speed; or after some seconds, while it loads. The next process resumes. They are
+places do not depend on the machine's speed; or after some seconds, while it loads. Once a search's trials are over,
+where events are few, it is killed once in each part of its end. The next process resumes. They are
 forks of this one, which has imported the libraries, so that not all of the time goes into that. A search that ends
 before all kills are spent is followed by one of the next seed. Each is then compared with a search of the same seed
 that nothing disturbed. With `--work` the folder is kept, and the same command goes on from there.
@@ -40,8 +41,18 @@ from autodistill.units import parse_duration
 TOKENS = 9216
 # Further events after which a process is killed, at the most; with none, it is killed while it starts.
 EVENTS = 4
-# Seconds after that, at the most; and while it starts.
-DELAY, STARTING = 1.5, 4.0
+# What a search says as each part of its end begins, and what that part is.
+ENDS = (
+    ("exporting the 16-bit folder", "exporting the 16-bit folder"),
+    ("exporting ", "exporting and verifying"),
+    ("memory of the ", "measuring the exported student's memory"),
+    ("latency of the ", "timing the exported student"),
+    ("test split", "scoring on test"),
+)
+# As they come, so that none is past when its turn comes: what was done is not done again.
+PARTS = (*(part for _, part in ENDS[1:4]), ENDS[0][1], ENDS[4][1])
+# Seconds after that, at the most; after a part of the end has begun; and while it starts.
+DELAY, ENDING, STARTING = 1.5, 0.5, 4.0
 # What says how long something took. What a runtime's process took of memory differs from time to time as well.
 TIMES = ("train_seconds", "latency_ms", "tokens_per_second")
 
@@ -54,7 +65,7 @@ class Kill:
         seed: Of its search.
         after: Seconds it lived.
         events: In the log when it died.
-        stage: What the last of them was.
+        stage: What the last of them was, or the part of the end that had begun.
     """
 
     seed: int
@@ -100,19 +111,34 @@ class Search:
         found = {f"{row.row_id} validation": row for row in rows_of(self.events)}
         return found | {f"{row.row_id} test": row for row in rows_of(self.events, ("test",))}
 
-    def live(self, events: int | None, seconds: float = 0.0) -> bool:
+    @property
+    def said(self) -> str:
+        """What the latest process has said."""
+        return self._said.read_text() if self._said.exists() else ""
+
+    def live(self, events: int | None, seconds: float = 0.0, end: str = "") -> bool:
         """Runs a process to its end, or kills it so many events and seconds after its start; whether it was killed.
+
+        Args:
+            events: Further ones in its log; None for none of it.
+            seconds: After these.
+            end: A part of the end that must have begun as well.
 
         Raises:
             SystemExit: It failed by itself, which no kill may lead to.
         """
         resume = ["--resume"] if (self.run / "search.json").exists() else []
         wanted = None if events is None else self._lines() + events
+        self._said.unlink(missing_ok=True)
         child = os.fork()
         if child == 0:
             self._become([*self._words, *resume])
         state = None
-        while wanted is not None and (state := _ended(child)) is None and self._lines() < wanted:
+
+        def reached(count: int) -> bool:
+            return self._lines() >= count and (not end or part_of_end(self.said) == end)
+
+        while wanted is not None and (state := _ended(child)) is None and not reached(wanted):
             time.sleep(0.01)
         ends = time.monotonic() + seconds
         while wanted is not None and state is None and time.monotonic() < ends:
@@ -152,8 +178,27 @@ def _ended(child: int) -> int | None:
     return state if found else None
 
 
-def stage_of(events: list[dict[str, Any]]) -> str:
-    """What a log was last told."""
+def part_of_end(said: str) -> str:
+    """The part of a search's end that has begun, by what it said; nothing before."""
+    for line in reversed(said.splitlines()):
+        for beginning, part in ENDS:
+            if line.startswith(beginning):
+                return part
+    return ""
+
+
+def over(events: list[dict[str, Any]], trials: int) -> bool:
+    """Whether all of so many trials have ended, by the log; rejected ones do not count."""
+    ends = {event["trial"]: event["status"] for event in events if event["event"] == "status"}
+    begun = {event["trial"]: event["number"] for event in events if event["event"] == "trial"}
+    counted = sum(number is not None and ends.get(trial) != "rejected" for trial, number in begun.items())
+    return counted >= trials and begun.keys() <= ends.keys()
+
+
+def stage_of(events: list[dict[str, Any]], said: str = "") -> str:
+    """What a log was last told, or the part of the end that a process had begun."""
+    if part := part_of_end(said):
+        return part
     if not events:
         return "before the first event"
     last = events[-1]
@@ -184,7 +229,7 @@ def comparable(row: Row) -> dict[str, Any]:
     data["other"] = {
         field: value
         for field, value in row.other.items()
-        if not field.startswith(("latency", "memory", "ttft", "answer_ms"))
+        if not field.startswith(("answer_ms", "latency", "memory", "ttft"))
     }
     return data
 
@@ -223,15 +268,19 @@ def main() -> None:
     seed = 0
     while True:
         cut = Search(inputs, work / f"cut-{seed}", seed, arguments.trials)
+        died = [kill.stage for kill in kills if kill.seed == seed]
+        ends = [part for part in PARTS if part not in died]
         while not cut.finished:
             if time.monotonic() > deadline:
                 sys.exit(f"the time is over after {len(kills)} kills: call again with --work {work} for the rest")
             spent = len(kills) >= arguments.kills
             count = None if spent else dice.randrange(EVENTS + 1)
+            end = ends.pop(0) if ends and not spent and over(cut.events, arguments.trials) else ""
+            most = ENDING if end else DELAY if count else STARTING
             started = time.monotonic()
-            if cut.live(count, dice.uniform(0, DELAY if count else STARTING)):
-                events = cut.events
-                kill = Kill(seed=seed, after=time.monotonic() - started, events=len(events), stage=stage_of(events))
+            if cut.live(0 if end else count, dice.uniform(0, most), end):
+                events, stage = cut.events, stage_of(cut.events, cut.said)
+                kill = Kill(seed=seed, after=time.monotonic() - started, events=len(events), stage=stage)
                 kills.append(kill)
                 with log.open("a") as file:
                     file.write(json.dumps(vars(kill)) + "\n")
@@ -270,15 +319,20 @@ def sections(lines: list[list[Any]], kills: list[Kill], faults: list[str], secon
         stages[kill.stage] = stages.get(kill.stage, 0) + 1
     head = (
         f"**{verdict}**: {len(kills)} processes were killed with SIGKILL, each after 0 to {EVENTS} further events, "
-        f"evenly drawn, and up to {DELAY:g} s more ({STARTING:g} s from its start where there was none), and the "
-        f"next resumed. Compared with a search of the same seed that was left alone, {len(faults)} fields of rows "
+        f"evenly drawn, and up to {DELAY:g} s more ({STARTING:g} s from its start where there was none), or once its "
+        f"trials were over in each part of its end, and the next resumed. Compared with a search of the same seed that "
+        f"was left alone, {len(faults)} fields of rows "
         "differ; compared are all fields of all rows of validation and test, but for seconds, latency and what a "
         f"runtime's process took of memory. A tiny random teacher (5 layers of 64), {TOKENS:,} tokens a trial, "
         f"inline runner; {seconds:.0f} s."
     )
     titles = ["seed", "kills", "trials", "rows", "fields that differ", "stretches finished twice"]
     where = [[stage, count] for stage, count in sorted(stages.items(), key=lambda item: -item[1])]
-    parts = [head, report.table(titles, lines), "## Where they died\n\nBy the last event in the log."]
+    parts = [
+        head,
+        report.table(titles, lines),
+        "## Where they died\n\nBy the last event in the log, or by the part of the end that had begun.",
+    ]
     parts.append(report.table(["after", "kills"], where))
     if faults:
         parts.append("## What differed\n\n" + "\n".join(f"- {fault}" for fault in faults[:40]))

@@ -238,3 +238,26 @@ def test_the_cost_of_orchestration_is_measured_where_it_stopped(
     program.main()
     assert (len(started), len(measured)) == (count, 6)
     assert started == ["begun", "left"] * (count // 2)
+
+
+def test_a_search_is_killed_in_each_part_of_its_end_once_its_trials_are_over(load: Callable[[str], Any]) -> None:
+    kill = load("kill")
+    events = [
+        {"event": "trial", "trial": "b000", "number": None},
+        {"event": "status", "trial": "b000", "status": "completed"},
+        {"event": "trial", "trial": "t000", "number": 0},
+        {"event": "status", "trial": "t000", "status": "rejected"},
+        {"event": "trial", "trial": "t001", "number": 1},
+    ]
+    ended = {"event": "status", "trial": "t001", "status": "stopped"}
+    assert not kill.over(events, 1)
+    assert kill.over([*events, ended], 1)
+    assert not kill.over([*events, ended], 2)
+    assert kill.stage_of([*events, ended], "loading teacher and data\n") == "status"
+    for said, part in (
+        ("trials\nexporting t001 as gguf-q8_0\nWriting model shards\n", "exporting and verifying"),
+        ("exporting t001 as gguf-q8_0\nlatency of the gguf-q8_0 student\n", "timing the exported student"),
+        ("exporting t001 as gguf-q8_0\nexporting the 16-bit folder\n", "exporting the 16-bit folder"),
+        ("exporting the 16-bit folder\ntest split\n", "scoring on test"),
+    ):
+        assert kill.stage_of([*events, ended], said) == part
