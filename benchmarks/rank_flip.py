@@ -1,16 +1,18 @@
 """Whether candidates keep their order: before distillation, at each rung, after all of it; and which rungs follow.
 
-    python benchmarks/rank_flip.py [--draws 2000]
+    python benchmarks/rank_flip.py [--draws 2000] [--time 10m]
 
 Reads the table that `math_table.py` records. Kendall's tau-b between accuracies at a point of training and those at
 full fidelity, with standard errors over bootstrapped strategies; and successive halving with other rungs and shares, on
 many random draws of as many strategies as a search proposes: its cost, and how far its choice is behind the best drawn.
+Where the time is over first, the report is of the draws until then, and says how many those are.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from simulate import TRIALS, Table, load_table, plan
 
 from autodistill.search.rungs import kept_at_rungs
 from autodistill.strategy import Strategy
+from autodistill.units import parse_duration
 
 SHARES = {rung: f"1/{round(TOKENS / rung)}" if rung < TOKENS else "1" for rung in RUNGS}
 OWN = ((1, 2), kept_at_rungs(TRIALS, 3))
@@ -121,11 +124,37 @@ class Halving:
         return self._final[drawn].max() - self._final[left].max(), spent / self._whole[drawn].sum()
 
 
+def on_draws(
+    halvings: Sequence[Halving], strategies: int, draws: int, deadline: float
+) -> list[list[tuple[float, float]]]:
+    """What each halving comes to on the same random draws, as `Halving.run` gives it.
+
+    Args:
+        halvings: Over the same recorded strategies.
+        strategies: How many those are.
+        draws: To be made.
+        deadline: `time.monotonic()` after which no further one is begun; two are made whatever it is.
+    """
+    dice = np.random.default_rng(0)
+    found: list[list[tuple[float, float]]] = [[] for _ in halvings]
+    for number in range(draws):
+        if number > 1 and time.monotonic() > deadline:
+            break
+        drawn = dice.choice(strategies, TRIALS, replace=False)
+        for halving, results in zip(halvings, found, strict=True):
+            results.append(halving.run(drawn))
+        if (number + 1) % max(1, draws // 20) == 0:
+            print(f"draw {number + 1:,} of {draws:,}", file=sys.stderr, flush=True)
+    return found
+
+
 def main() -> None:
     """Reads the table and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=2000)
+    parser.add_argument("--time", type=parse_duration, default=float("inf"))
     arguments = parser.parse_args()
+    deadline = time.monotonic() + arguments.time
     table = load_table()
     lines = table.recorded
     final = [line.final for line in lines]
@@ -136,13 +165,13 @@ def main() -> None:
         plain, decayed = ([getattr(line, name)[place] for line in lines] for name in ("plain", "decayed"))
         found = [with_error(plain, final), with_error(decayed, final), with_error(decayed, final, shapes)]
         rows.append([f"{SHARES[rung]} of the tokens", *found])
-    dice = np.random.default_rng(0)
-    draws = [dice.choice(len(lines), TRIALS, replace=False) for _ in range(arguments.draws)]
+        print(f"judged at {rows[-1][0]}", file=sys.stderr, flush=True)
+    tried = ((OWN, False), *((one, True) for one in dict.fromkeys(SCHEDULES)))
+    halvings = [Halving(table, *schedule, decayed=decayed) for schedule, decayed in tried]
+    results = on_draws(halvings, len(lines), arguments.draws, deadline)
     schedules = []
-    for schedule, decayed in ((OWN, False), *((one, True) for one in dict.fromkeys(SCHEDULES))):
+    for (schedule, decayed), found in zip(tried, results, strict=True):
         places, keep = schedule
-        halving = Halving(table, places, keep, decayed=decayed)
-        found = [halving.run(drawn) for drawn in draws]
         name = ", ".join(SHARES[RUNGS[place]] for place in places)
         name += " (the search's)" if schedule == OWN and decayed else "" if decayed else " (no decay before it)"
         behind = [one[0] for one in found]
@@ -165,7 +194,7 @@ def main() -> None:
         'stable part, after which rungs are judged; "plain" is without it, at the same tokens. Standard errors are of '
         "bootstrapped strategies.\n\n"
         + report.table(["judged at", "plain", "decayed", "decayed, within a shape"], rows),
-        f"## Rungs\n\nSuccessive halving of {TRIALS} strategies drawn at random, {arguments.draws:,} draws, all "
+        f"## Rungs\n\nSuccessive halving of {TRIALS} strategies drawn at random, {len(results[0]):,} draws, all "
         "proposed at once: operations over those of training all of them to the end, the decays that rungs cost "
         "included; how far, in points, the chosen student is behind the best of those drawn; and how often it is "
         "that one.\n\n"

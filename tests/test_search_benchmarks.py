@@ -161,6 +161,20 @@ def test_halving_keeps_the_best_at_each_rung(load: Load, made: Made) -> None:
     )
 
 
+def test_halvings_are_tried_on_the_same_draws_until_the_time_is_over(
+    load: Load, made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip, count = load("rank_flip"), len(made.table.recorded)
+    halving = flip.Halving(made.table, (1, 2), (6, 2))
+    one, other = flip.on_draws([halving, halving], count, 40, float("inf"))
+    assert one == other
+    assert len(one) == 40
+    assert len({cost for _, cost in one}) > 1
+    said = capsys.readouterr().err.splitlines()
+    assert (said[0], said[-1]) == ("draw 2 of 40", "draw 40 of 40")
+    assert flip.on_draws([halving], count, 40, 0.0) == [one[:2]]
+
+
 def test_results_are_made_once_for_the_same_source(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = load("kept")
     monkeypatch.setattr(kept, "default_cache", lambda: tmp_path / "cache")
