@@ -129,7 +129,7 @@ def _budget(given: Mapping[str, Any], verb: str) -> Budget:
     # Numbers are read before a device is looked for, since that may measure this machine.
     memory = None if given["budget"] is None else parse_bytes(given["budget"])
     limits = () if given["latency"] is None else parse_latency(given["latency"])
-    _check_streams(given["batch"], limits, "--batch")
+    _check_room(given["batch"], limits, "--batch")
     own = _own(given, given["device"] is not None)
     Budget(memory_bytes=1, context=context, batch=batch)
     if given["device"] is None and not limits:
@@ -145,7 +145,7 @@ def _budget(given: Mapping[str, Any], verb: str) -> Budget:
     )
 
 
-def _check_streams(at_once: int | None, limits: Sequence[LatencyLimit], option: str) -> None:
+def _check_room(at_once: int | None, limits: Sequence[LatencyLimit], option: str) -> None:
     """Refuses fewer sequences at once, where they were typed, than a limit of latency has streams."""
     most = max((limit.streams for limit in limits), default=1)
     if at_once is not None and 1 <= at_once < most:
@@ -318,7 +318,7 @@ def picked(given: Mapping[str, Any]) -> dict[str, Any]:
     memory = None if given["budget"] is None else parse_bytes(given["budget"])
     streams = 1 if given["streams"] is None else check_streams(given["streams"], "--streams")
     limits = () if given["latency"] is None else parse_latency(given["latency"], streams)
-    _check_streams(given["streams"], limits, "--streams")
+    _check_room(given["streams"], limits, "--streams")
     own, cache = _own(given, named is not None), given["cache"] or default_cache()
     if named is None and limits:
         named = LOCAL
