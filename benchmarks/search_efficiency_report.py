@@ -156,10 +156,8 @@ def within_reach(found: Outcome) -> str:
             "trainings of the recipe with the teacher's outputs for its own tokens, one evaluation and nothing else"
         )
     told = least is not None and least / found.recipe <= fifth
-    return (
-        f"{known}; one fifth of (c) is {fifth:.2f}. So {'one told that student' if told else 'nobody'} could, and no "
-        "search that trains the recipe first, as (a) does: that alone takes 1."
-    )
+    first = " A search that trains the recipe first, as (a) does, could not: that alone takes 1." if fifth < 1 else ""
+    return f"{known}; one fifth of (c) is {fifth:.2f}: {'one told that student' if told else 'nobody'} could.{first}"
 
 
 def cheapest(table: Table, value: float) -> int | None:
