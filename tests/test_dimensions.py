@@ -47,7 +47,6 @@ def test_every_dimension_has_its_test():
         "distillation.temperature.end": test_temperature_shape,
         "distillation.alignment": test_alignment_layers,
         "distillation.alignment.projection": test_alignment_projection,
-        "distillation.alignment.rank": test_alignment_projection,
         "distillation.alignment.weight": test_alignment_weight,
         "finishing": test_finishing,
         "finishing.bits": test_finishing,

@@ -50,7 +50,7 @@ def test_the_default_space_searches_what_the_project_is_known_by():
     assert len({distillation.temperature.end for distillation in distillations}) > 100
     aligned = {("last", 1), ("even", 2), ("even", 4), ("even", 8)}
     assert {(alignment.layers, alignment.count) for alignment in alignments} == aligned
-    assert {alignment.projection for alignment in alignments} == {"none", "linear", "low-rank"}
+    assert {alignment.projection for alignment in alignments} == {"none", "linear"}
     assert len(alignments) < len(strategies)
     grids = {("compressed-tensors", bits, group) for bits in (8, 4) for group in (32, 64)}
     grids |= {("gguf-q8_0", 8, 32), ("gguf-q4_0", 4, 32)}
