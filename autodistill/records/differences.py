@@ -71,10 +71,14 @@ def paired_difference(
 ) -> tuple[float, float | None] | None:
     """By how much a figure of two rows differs, and its standard error; None where they have none of the same tokens.
 
+    None too where one row has the mean of a figure by document and the other its bins.
+
     Args:
         mine, theirs: As `paired` gives them; the difference is the former's less the latter's.
     """
     if not mine or not theirs or mine["ids"] != theirs["ids"] or mine["count"] != theirs["count"]:
+        return None
+    if ("bins" in mine) != ("bins" in theirs):
         return None
     counts = np.asarray(mine["count"], np.float64)
     if "bins" in mine:

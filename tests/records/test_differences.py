@@ -117,3 +117,15 @@ def test_calibration_of_one_document_or_of_other_ones_has_no_error_or_no_differe
     assert found.difference == pytest.approx((abs(1 - 0.5) + abs(0 - 0.9)) / 2 - (abs(0 - 0.5) + abs(1 - 0.9)) / 2)
     others = binned("teacher", sure, ~right, one + 1)
     assert not [item for item in differences([mine, others]) if item.metric == "ece"]
+
+
+def test_a_mean_and_bins_of_one_metric_are_not_compared() -> None:
+    sure, right = np.array([0.5, 0.9]), np.array([True, False])
+    mine, theirs = (binned(kind, sure, right, np.arange(2, dtype=np.int32)) for kind in ("student", "teacher"))
+    ece = (theirs.documents or {})["others"]["ece"]
+    mean = {"ids": ece["ids"], "count": ece["count"], "sum": [0.5, 0.1]}
+    other = replace(theirs, documents={**(theirs.documents or {}), "others": {"ece": mean}})
+    assert [item.metric for item in differences([mine, theirs])] == ["accuracy", "ece"]
+    assert [item.metric for item in differences([mine, other])] == ["accuracy"]
+    (found, swapped) = replace(other, kind="student"), replace(mine, kind="teacher")
+    assert [item.metric for item in differences([found, swapped])] == ["accuracy"]
