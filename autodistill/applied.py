@@ -43,13 +43,20 @@ def _width(deployment: Deployment) -> tuple[int, bool, float, str]:
     return deployment.bits, bool(deployment.keep), -(deployment.group_size or math.inf), deployment.name
 
 
+def own_deployment(strategy: Strategy) -> Deployment | None:
+    """The deployment that a strategy's finishing is for, or None where it finishes on no grid."""
+    if strategy.finishing is None:
+        return None
+    packing = strategy.finishing.packing
+    return Deployment(runtime=serving(packing)[0], **asdict(packing))
+
+
 def with_own(strategy: Strategy, deployments: tuple[Deployment, ...]) -> tuple[Deployment, ...]:
     """The deployments, and that of the strategy's finishing grid where it is none of them."""
-    finishing = strategy.finishing
-    if finishing is None or any(deployment.packing == finishing.packing for deployment in deployments):
+    own = own_deployment(strategy)
+    if own is None or any(deployment.packing == own.packing for deployment in deployments):
         return deployments
-    packing = finishing.packing
-    return (*deployments, Deployment(runtime=serving(packing)[0], **asdict(packing)))
+    return (*deployments, own)
 
 
 def student_spec(strategy: Strategy, teacher: ModelSpec, pretrained: Path | None = None) -> ModelSpec:

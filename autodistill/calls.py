@@ -285,9 +285,10 @@ def _student_appraised(
     given: Mapping[str, Any], teacher: Described, strategy: Strategy, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the student that a strategy makes takes, served on its own grid or a named one, and trained."""
+    from autodistill.applied import own_deployment
     from autodistill.appraisal import appraise
     from autodistill.described import deployment_named
-    from autodistill.training_appraisal import TOKENS, own_deployment, strategy_training, student_of
+    from autodistill.training_appraisal import TOKENS, strategy_training, student_of
 
     student = student_of(teacher, strategy, given["strategy"])
     named = None if given["format_name"] is None else deployment_named(given["format_name"])

@@ -354,7 +354,8 @@ def estimate(
         str | None,
         option(
             "--format-name",
-            "Format of the weights, like gguf-q4_0 (default: that of a packed MODEL, else gguf-q8_0).",
+            "Format of the weights, like gguf-q4_0 (default: with --strategy its own grid, else that of a packed MODEL, "
+            "else gguf-q8_0).",
             "NAME",
         ),
     ] = None,
@@ -369,7 +370,12 @@ def estimate(
     ] = None,
     training: Annotated[
         int | None,
-        option("--training", "Estimate the memory of training too, with passes of this many tokens.", "TOKENS"),
+        option(
+            "--training",
+            "Estimate the memory of training too, with passes of this many tokens (default: 1024 with --strategy, else "
+            "no training).",
+            "TOKENS",
+        ),
     ] = None,
     strategy: Annotated[
         str | None,

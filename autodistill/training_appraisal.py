@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from autodistill.applied import check_strategy, student_spec
 from autodistill.appraisal import check_trainable, training_parts
 from autodistill.contracts import SEQUENCE_LENGTH
 from autodistill.described import Described, describe
-from autodistill.strategy import Deployment, Strategy, serving
+from autodistill.strategy import Strategy
 from autodistill.training_memory import beside_bytes
 
 TOKENS = 4 * SEQUENCE_LENGTH
@@ -32,14 +31,6 @@ def student_of(teacher: Described, strategy: Strategy, name: str) -> Described:
         check_trainable(describe(strategy.init.model))
     check_strategy(strategy, teacher.spec)
     return Described(name=f"student of {teacher.name} by {name}", spec=student_spec(strategy, teacher.spec))
-
-
-def own_deployment(strategy: Strategy) -> Deployment | None:
-    """The deployment that a strategy's finishing is for, or None where it finishes on no grid."""
-    if strategy.finishing is None:
-        return None
-    packing = strategy.finishing.packing
-    return Deployment(runtime=serving(packing)[0], **asdict(packing))
 
 
 def strategy_training(

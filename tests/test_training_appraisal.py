@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from autodistill.applied import own_deployment, with_own
 from autodistill.appraisal import appraise, training_parts
 from autodistill.described import Described, describe, shape
 from autodistill.errors import InputError
@@ -16,7 +17,7 @@ from autodistill.search.trial_memory import TrialMemory
 from autodistill.space import load_strategy, packaged_files
 from autodistill.strategy import Alignment, Attention, Distillation, Init, Lora, Strategy
 from autodistill.testing import save_tiny_teacher
-from autodistill.training_appraisal import own_deployment, strategy_training, student_of
+from autodistill.training_appraisal import strategy_training, student_of
 
 TEACHER = shape({"layers": 10, "width": 512, "heads": 8, "ffn": 1024, "vocab": 32000}, tied=True)
 TABLE, LAYER = 32000 * 512, 4 * 512 * 512 + 3 * 512 * 1024 + 2 * 512
@@ -114,6 +115,9 @@ def test_a_strategy_for_a_grid_is_served_on_it() -> None:
     deployment = own_deployment(load_strategy("lora"))
     assert deployment is not None
     assert (deployment.runtime, deployment.name) == ("llama.cpp", "gguf-q4_0")
+    # A search asks for the same one beside its own, and for no other.
+    assert with_own(load_strategy("lora"), ()) == (deployment,)
+    assert with_own(Strategy(init=HALF), (deployment,)) == (deployment,)
 
 
 def test_the_text_has_the_parts_that_a_teacher_adds_where_it_adds_any() -> None:
