@@ -63,6 +63,25 @@ class TrialFailedError(AutoDistillError):
         return type(self), (self.cause, str(self))
 
 
+class NotFiniteError(TrialFailedError):
+    """The logits that an answer is written by are not finite.
+
+    Args:
+        place: Of the prompt among those that were given.
+    """
+
+    def __init__(self, place: int) -> None:
+        super().__init__("nan", "the logits that an answer is written by are not finite")
+        self.place = place
+
+    def __reduce__(self) -> tuple[type[NotFiniteError], tuple[int]]:  # type: ignore[override]
+        return type(self), (self.place,)
+
+
+class WritingError(AutoDistillError):
+    """A local teacher cannot answer a prompt; answers that it wrote before are kept."""
+
+
 class EndpointError(AutoDistillError):
     """An endpoint was not reached, refused, or answered nonsense; answers that it gave before are kept."""
 

@@ -25,7 +25,14 @@ from autodistill.distillation.teacher import materialise, read_config, resolve_t
 from autodistill.distillation.text_files import text_files
 from autodistill.documents import resolve_prompts
 from autodistill.endpoint import MOST_LOGPROBS, Endpoint, Reply
-from autodistill.errors import EndpointError, InputError, InterruptedWritingError, RefusedPromptError
+from autodistill.errors import (
+    EndpointError,
+    InputError,
+    InterruptedWritingError,
+    NotFiniteError,
+    RefusedPromptError,
+    WritingError,
+)
 from autodistill.estimate import spec_from_config
 from autodistill.hardware import detect
 from autodistill.records.event_log import EventLog
@@ -70,7 +77,7 @@ class WriteRequest:
 
 # Requests to an endpoint that are under way together.
 _ASKED_AT_ONCE = 8
-_SHOWN = 60  # characters of a prompt that was refused
+_SHOWN = 60  # characters of a prompt that was not answered
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,7 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
         InputError: Bad options, prompts or teacher, or a file that cannot be written or read.
         EndpointError: The endpoint failed, or refused every prompt; the message says how many answers are kept, and
             the tokens that this command took for them.
+        WritingError: The local teacher's logits are not finite; the message names the prompt, and says the same.
         InterruptedWritingError: Ctrl-C at an endpoint, once the answers under way are kept too, with the same said; a
             second one is a KeyboardInterrupt at once.
     """
@@ -172,7 +180,7 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
             if answer is None:
                 counts["too_long"] += 1
             elif isinstance(answer, RefusedPromptError):
-                refused.append({"prompt": " ".join(prompt[-1].content.split())[:_SHOWN], "said": str(answer)})
+                refused.append({"prompt": _beginning(prompt), "said": str(answer)})
             else:
                 log.append(_record(keys[missing[place]], settings, prompt, answer))
                 signal = "text" if answer.told is None else "top-k"
@@ -185,7 +193,7 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
             done = sum(counts[name] for name in ("kept", "written", "too_long")) + len(refused)
             if done == len(prompts) or done % max(1, len(prompts) // 10) == 0:
                 tell(f"{done} of {len(prompts)} prompts")
-    except (EndpointError, InterruptedWritingError) as error:
+    except (EndpointError, WritingError, InterruptedWritingError) as error:
         kept = counts["kept"] + counts["written"]
         raise type(error)(
             f"{error}; {kept} of {len(prompts)} answers are in {request.out}, for which this command took "
@@ -196,6 +204,11 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
         # It is rather the options, or the model, than each of the prompts.
         raise EndpointError(f"none of {len(prompts)} prompts was answered: {refused[0]['said']}")
     return {"out": str(request.out), **counts, "refused": refused}
+
+
+def _beginning(prompt: Sequence[Turn]) -> str:
+    """What tells a person which prompt it is."""
+    return " ".join(prompt[-1].content.split())[:_SHOWN]
 
 
 def _record(key: str, settings: Mapping[str, Any], prompt: Sequence[Turn], answer: _Answer) -> dict[str, Any]:
@@ -231,7 +244,7 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
         yield from ((place, None) for place in ids.keys() - set(read))
         if not read:
             return
-        for number, written in write(
+        came = write(
             load_held(teacher.folder, fit.held, device),
             [ids[place] for place in read],
             stops=renderer.stops,
@@ -239,9 +252,16 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
             sampling=request.sampling,
             batch=request.batch,
             device=device,
-        ):
-            place, text = read[number], str(renderer.tokenizer.decode(written, skip_special_tokens=True))
-            yield place, _Answer(text, written[-1] in renderer.stops, len(ids[place]), len(written))
+        )
+        try:
+            for number, written in came:
+                place, text = read[number], str(renderer.tokenizer.decode(written, skip_special_tokens=True))
+                yield place, _Answer(text, written[-1] in renderer.stops, len(ids[place]), len(written))
+        except NotFiniteError as error:
+            raise WritingError(
+                f"{error}, to the prompt {_beginning(prompts[read[error.place]])!r} of {teacher.name}: check the "
+                "teacher's weights, or leave that prompt out"
+            ) from error
 
     return f"{teacher.name} {fit.of(teacher.fingerprint)}", answers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,7 +36,7 @@ from autodistill.distillation.student import build_student
 from autodistill.distillation.trainer import Trainer
 from autodistill.documents import resolve_data
 from autodistill.endpoint import Choice, Reply
-from autodistill.errors import EndpointError, InputError, InterruptedWritingError
+from autodistill.errors import EndpointError, InputError, InterruptedWritingError, WritingError
 from autodistill.export.gguf import GgufExporter
 from autodistill.rendering import Renderer
 from autodistill.search.request import SearchRequest
@@ -149,6 +150,25 @@ def test_what_the_teacher_does_not_read_is_counted_and_the_rest_written(request_
     assert (again["kept"], again["written"], again["too_long"]) == (2, 0, 1)
     fewer = write_data(replace(request_, max_tokens=7))
     assert (fewer["written"], fewer["too_long"]) == (3, 0)
+
+
+def test_a_prompt_that_the_teacher_has_no_numbers_for_is_named_and_the_others_kept(
+    request_: WriteRequest, teacher: Path, tmp_path: Path
+) -> None:
+    # A word that no other prompt has, read as a NaN.
+    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS[:2], "qq"]))
+    ids = [tiny_tokenizer()(prompt)["input_ids"] for prompt in (*PROMPTS[:2], CHATML, "qq")]
+    (own, *_) = set(ids[3]) - {token for other in ids[:3] for token in other}
+    broken = shutil.copytree(teacher, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.embed_tokens.weight"][own] = math.nan
+    weights["lm_head.weight"][own] = 0  # nor is it written
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    wanted = replace(request_, teacher=str(broken))  # all of them in one batch
+    with pytest.raises(WritingError, match=r"not finite, to the prompt 'qq' .* leave that prompt out; 2 of 3 answers"):
+        write_data(wanted)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    assert (write_data(wanted)["kept"], len(_records(request_.out))) == (2, 2)
 
 
 def _canned(monkeypatch: pytest.MonkeyPatch, replies: dict[str, Any]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autodistill.contracts import Answers
 from autodistill.distillation.parallel import map_batches, pass_tokens
-from autodistill.errors import TrialFailedError
+from autodistill.errors import NotFiniteError
 from autodistill.tasks import marker
 from autodistill.token_sets import Questions
 from autodistill.tokenising import load_tokenizer
@@ -71,7 +71,8 @@ def write(
             that the answer ends there.
 
     Raises:
-        TrialFailedError: Logits are not finite; of these some token would be the largest all the same.
+        NotFiniteError: Logits that an answer is written by are not finite; of these some token would be the largest all
+            the same. The other answers of its batch come before.
     """
     from transformers import GenerationConfig
 
@@ -83,8 +84,8 @@ def write(
     # A folder may bring settings of its own, such as a penalty on repetition, which would be merged with these.
     before, model.generation_config = model.generation_config, chosen
 
-    def work(part: range) -> list[tuple[int, list[int]]]:
-        """Places and answers of some prompts, which are padded on the left and written together."""
+    def work(part: range) -> list[tuple[int, list[int] | None]]:
+        """Places and answers of some prompts, padded on the left and written together; None of logits not finite."""
         places = order[part.start : part.stop]
         rows = [torch.tensor(prompts[place]) for place in places]
         # Where the mask hides the padding, and positions do not count it.
@@ -100,28 +101,39 @@ def write(
                 logits_processor=[finite, *([_Draw(sampling, rows)] if sampling.temperature > 0 else [])],
                 stopping_criteria=[] if look is None else [look],
             )
-        finite.check()
         found = output[:, ids.shape[1] :].tolist()
         ends = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in found]
         if look is not None:
             # Behind them the row is filled up, until the last of the batch ends.
             ends = [min(end, look.ends.get(row, end)) for row, end in enumerate(ends)]
-        return [(place, row[:end]) for place, row, end in zip(places, found, ends, strict=True)]
+        whole = finite.up_to(ends)
+        return [
+            (place, row[:end] if right else None)
+            for place, row, end, right in zip(places, found, ends, whole, strict=True)
+        ]
 
     try:
         if device == "cpu":
             size = batch or at_once(device)
             parts = (range(start, min(start + size, len(order))) for start in range(0, len(order), size))
             for part in parts:
-                yield from work(part)
+                yield from _finite_first(work(part))
         else:
             rows, lengths = batch or at_once(device), [len(prompts[place]) + max_tokens for place in order]
             # All that is held of them bounds how many there are, and not what a pass is best made of.
             tokens = pass_tokens(model, device, most=rows * max(lengths, default=1))
             for found in map_batches(work, len(order), _at_most(lengths, tokens), rows, device):
-                yield from found
+                yield from _finite_first(found)
     finally:
         model.generation_config = before
+
+
+def _finite_first(found: Sequence[tuple[int, list[int] | None]]) -> Iterator[tuple[int, list[int]]]:
+    """The answers of a batch; behind them it raises where one is None."""
+    yield from ((place, tokens) for place, tokens in found if tokens is not None)
+    broken = [place for place, tokens in found if tokens is None]
+    if broken:
+        raise NotFiniteError(min(broken))
 
 
 def _at_most(lengths: Sequence[int], tokens: int) -> Callable[[int, int], int]:
@@ -162,18 +174,17 @@ class _Finite:
     """
 
     def __init__(self) -> None:
-        self._all: Tensor | None = None
+        self._tokens: list[Tensor] = []  # of each token, [rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # The largest of a row with a NaN is NaN.
-        finite = scores.amax(dim=-1).isfinite().all()
-        self._all = finite if self._all is None else self._all & finite
+        self._tokens.append(scores.amax(dim=-1).isfinite())
         return scores
 
-    def check(self) -> None:
-        """Raises where one was not."""
-        if self._all is not None and not bool(self._all):
-            raise TrialFailedError("nan", "the logits that answers are written by are not finite")
+    def up_to(self, ends: Sequence[int]) -> list[bool]:
+        """Of each row, whether as many tokens were: behind them it is only filled up, whatever its logits are."""
+        finite = torch.stack(self._tokens).cpu()
+        return [bool(finite[:end, row].all()) for row, end in enumerate(ends)]
 
 
 class _Draw:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from autodistill.distillation.generation import Sampling, answer, write
-from autodistill.errors import TrialFailedError
+from autodistill.errors import NotFiniteError, TrialFailedError
 from autodistill.testing import save_tiny_teacher, tiny_tokenizer
 from autodistill.token_sets import Question, Questions
 
@@ -59,6 +60,28 @@ def test_logits_that_are_no_numbers_are_no_answer(folder: Path, sampling: Sampli
         parameter.data.fill_(torch.inf)
     with pytest.raises(TrialFailedError, match="are not finite"):
         list(write(broken, PROMPTS, stops=STOPS, max_tokens=3, sampling=sampling, batch=2))
+
+
+def test_what_a_row_is_filled_up_with_behind_its_end_is_not_looked_at(tmp_path: Path) -> None:
+    folder = save_tiny_teacher(tmp_path / "untied", layers=3, tied=False)
+    broken = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompts = [[5, 9, 200], [40, 41, 42]]  # of one length: padding before a prompt would be read too
+    free = [_alone(broken, prompt, 9, ()) for prompt in prompts]
+    # One that ends the first answer early and does not stand in the other; to read it makes every logit a NaN.
+    stop = next(token for token in free[0][:4] if token not in free[1])
+    expected = {0: free[0][: free[0].index(stop) + 1], 1: free[1]}
+    broken.get_input_embeddings().weight.data[stop] = torch.nan
+    assert dict(write(broken, prompts, stops=[stop], max_tokens=9)) == expected
+
+    # One in the midst of the second answer is of it: the first comes all the same.
+    inner = next(token for token in free[1][:8] if token not in free[0])
+    broken.get_input_embeddings().weight.data[inner] = torch.nan
+    written = write(broken, prompts, stops=[stop], max_tokens=9)
+    assert next(written) == (0, expected[0])
+    with pytest.raises(NotFiniteError) as failed:
+        next(written)
+    assert (failed.value.place, failed.value.cause) == (1, "nan")
+    assert pickle.loads(pickle.dumps(failed.value)).place == 1
 
 
 def test_settings_that_a_folder_brings_change_nothing_and_stay(model: torch.nn.Module) -> None:
