@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
@@ -54,6 +54,11 @@ _MODE = re.compile(r"\d+W(?:[-_](?:AI|CPU))?|MAXN")  # of a Jetson, as nvpmodel 
 _REPORTED_MEMORY = (0.75, 1.1)
 # A word that is an amount of memory as `_split` writes it, its unit left out or not.
 _AMOUNT = re.compile(r"(\d{1,6})((?:gb)?)")
+# Alone it is an amount of memory whose unit was left out: the numbers of models have three digits or more.
+_SHORT = re.compile(r"\d{1,2}")
+_SIZE = re.compile(r"\d+(?:\.\d+)?[gm]b")  # as `_size` makes it, and `_split` writes it
+_WHOLE = 0.05  # of a size is left out of a device's name
+_SOCKET = re.compile(r"sxm\d")
 # As alike as a slip of a key leaves a short name; at 0.5 "4O90" is near to "A40".
 _NEAR = 0.6
 # Words that make another product of a name, which nobody means who leaves them out.
@@ -255,25 +260,43 @@ class Device:
 
 
 def devices(*files: Path) -> tuple[Device, ...]:
-    """The built-in devices, then those of a person's own files.
+    """The devices of a person's own files, then the built-in ones; one of these gives way to an own one of its name.
 
     Args:
         files: Further files of the same form; `~/.config/autodistill/devices.yaml` is read as well where it exists.
 
     Raises:
-        InputError: As `read_devices`, or a name that another device has.
+        InputError: As `read_devices`, or a name that a device of another such file has.
     """
     own = Path(os.path.expanduser(USER_FILE))
     wanted = [*([own] if own.is_file() else []), *files]
-    found = [*listed()]
+    found: list[Device] = []
     for path in wanted:
-        taken = {_joined(name): name for device in found for name in (device.name, *device.aliases)}
+        taken = {_joined(name): name for device in found for name in _names(device)}
         for device in read_devices(path):
-            twin = next((taken[key] for name in (device.name, *device.aliases) if (key := _joined(name)) in taken), "")
+            twin = next((taken[key] for name in _names(device) if (key := _joined(name)) in taken), "")
             if twin:
                 raise InputError(f"{path} describes {device.name!r}, but there is {twin!r} already: take another name")
             found.append(device)
-    return tuple(found)
+    return _before(found, listed())
+
+
+def _before(own: Sequence[Device], others: Iterable[Device]) -> tuple[Device, ...]:
+    """Some devices, then others; one of these that has the name of an own one gives way, and leaves it its aliases."""
+    owners = {_joined(name): place for place, device in enumerate(own) for name in _names(device)}
+    aliases = [list(device.aliases) for device in own]
+    left = []
+    for device in others:
+        free = [alias for alias in device.aliases if _joined(alias) not in owners]
+        if (place := owners.get(_joined(device.name))) is not None:
+            aliases[place].extend(free)
+        else:
+            left.append(device if len(free) == len(device.aliases) else replace(device, aliases=tuple(free)))
+    return (*(replace(device, aliases=tuple(found)) for device, found in zip(own, aliases, strict=True)), *left)
+
+
+def _names(device: Device) -> tuple[str, ...]:
+    return (device.name, *device.aliases)
 
 
 @cache
@@ -310,7 +333,7 @@ def read_devices(path: Path) -> tuple[Device, ...]:
         for named, described in data["devices"].items()
         for name, entry in _sizes(named, described, path)
     )
-    names = [key for device in found for key in {_joined(name) for name in (device.name, *device.aliases)}]
+    names = [key for device in found for key in {_joined(name) for name in _names(device)}]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"{path} gives the name {twice!r} to two devices: take another one")
@@ -405,16 +428,23 @@ def _sizes(name: Any, entry: Any, path: Path) -> list[tuple[Any, Any]]:
     called = (name, *_aliases(entry.get("aliases", []), where))
     found = []
     for amount in amounts:
-        size = _size(_amount(amount, f"{where} has the memory"))
+        size = _size(amount, f"{where} has the memory")
         names = [f"{one} {size}" for one in called]
         bare = called if amount == amounts[0] else ()
         found.append((names[0], {**entry, "memory": amount, "aliases": [*names[1:], *bare]}))
     return found
 
 
-def _size(memory_bytes: int) -> str:
-    """An amount of memory as it stands in a device's name: "16GB" of 16 GiB and of 16 GB."""
-    return f"{memory_bytes / 2**30 if memory_bytes % 2**30 == 0 else memory_bytes / 10**9:.0f}GB"
+def _size(amount: Any, what: str) -> str:
+    """An amount of memory as it stands in a device's name: "16GB" of 16 GiB and of 16 GB, "512MB" of half a GiB.
+
+    What a driver reports is a little less than is built in, so that 24564 MiB are "24GB" too.
+    """
+    memory_bytes, thousand = _amount(amount, what), 1024 if "i" in amount.lower() else 1000
+    unit = "GB" if memory_bytes >= thousand**3 else "MB"
+    count = memory_bytes / thousand ** (3 if unit == "GB" else 2)
+    near = round(count)
+    return f"{near if near and abs(count - near) <= _WHOLE * near else round(count, 2):g}{unit}"
 
 
 def _device(name: Any, entry: Any, classes: Mapping[str, DeviceClass], texts: Mapping[str, str], path: Path) -> Device:
@@ -444,6 +474,8 @@ def _device(name: Any, entry: Any, classes: Mapping[str, DeviceClass], texts: Ma
     aliases = _aliases(entry.get("aliases", []), where)
     if taken := [one for one in (name, *aliases) if _joined(one) in (LOCAL, "gpu", *map(_joined, classes))]:
         raise InputError(f"{where} is called {taken[0]!r}, which asks for something else: take another name")
+    if taken := [one for one in (name, *aliases) if _is_memory(one)]:
+        raise InputError(f"{where} is called {taken[0]!r}, which is read as an amount of memory: take another name")
     return Device(
         name=name,
         aliases=aliases,
@@ -521,7 +553,8 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
     not hold it, with or without its unit.
 
     Raises:
-        InputError: An amount of memory alone, or no device or several are called so; the message lists the near ones.
+        InputError: An amount of memory alone, with its unit or as a number of one or two digits; or no device or
+            several are called so, where the message lists the near ones.
     """
     known = tuple(known)
     asked = _words(text)
@@ -537,7 +570,7 @@ def find_device(text: str, known: Iterable[Device]) -> Device:
             f"{text!r} is an amount of memory and no device: give it as --budget, or name a device that autodistill "
             "devices lists"
         )
-    named = [(device, name) for device in known for name in (device.name, *device.aliases)]
+    named = [(device, name) for device in known for name in _names(device)]
     for form in (_joined, _bare):
         same = [device for device, name in named if form(name) == form(text)]
         if same and form(text):
@@ -590,6 +623,10 @@ def _wanted(asked: set[str], words: set[str], device: Device, *, bare_amounts: b
     shared = asked & words
     wanted = set(shared)
     for word in asked - words:
+        if word == "sxm" and (sockets := set(filter(_SOCKET.fullmatch, words))):
+            # A person leaves the generation of a socket out; a system says it, and another one is another device.
+            wanted |= sockets
+            continue
         amount = _AMOUNT.fullmatch(word)
         if amount is None or not (amount[2] or (bare_amounts and shared)) or not _has_memory(device, int(amount[1])):
             wanted.add(word)
@@ -599,11 +636,13 @@ def _wanted(asked: set[str], words: set[str], device: Device, *, bare_amounts: b
 
 
 def _is_memory(text: str) -> bool:
-    """Whether all that is said are amounts of memory, with their units."""
+    """Whether all that is said are amounts of memory, with their units, or one number too short for a model's."""
     try:
         parse_bytes(text)
     except InputError:
-        return all((amount := _AMOUNT.fullmatch(word)) and amount[2] for word in _split(text))
+        words = _split(text)
+        amounts = bool(words) and all((amount := _AMOUNT.fullmatch(word)) and amount[2] for word in words)
+        return amounts or _SHORT.fullmatch("".join(words)) is not None
     return True
 
 
@@ -622,7 +661,7 @@ def matching(text: str, known: Iterable[Device]) -> tuple[Device, ...]:
     found = tuple(
         device
         for device in known
-        if asked and asked <= set(_split(" ".join((device.name, *device.aliases, device.kind.name))))
+        if asked and asked <= _with_socket(_split(" ".join((*_names(device), device.kind.name))))
     )
     return found or (find_device(text, known),)
 
@@ -664,15 +703,22 @@ def _of_memory(memory_bytes: int, known: Iterable[Device]) -> list[Device]:
         if device.kind.name not in ONE_CHIP:
             found.append(device)
         elif low <= share <= high:
-            product = frozenset(word for word in _split(device.name) if word != _size(device.memory_bytes).lower())
+            product = _product(device)
             far = abs(share - 1)
             if product not in nearest or far < nearest[product][0]:
                 nearest[product] = (far, device)
     return [*found, *(device for _, device in nearest.values())]
 
 
+def _product(device: Device) -> frozenset[str]:
+    """The words of its name, but for the size of its memory."""
+    return frozenset(word for word in _split(device.name) if not _SIZE.fullmatch(word))
+
+
 def is_machine(device: Device, machine: str, *, memory_bytes: int | None = None, cores: int | None = None) -> bool:
     """Whether figures that a machine gave under its own name are the device's.
+
+    Where its memory is not known, those of a machine that is sold with several are of each that is as fast.
 
     Args:
         device: A known one, or this machine.
@@ -684,11 +730,18 @@ def is_machine(device: Device, machine: str, *, memory_bytes: int | None = None,
         return True
     name, told = _own_name(machine)
     cores = told or cores
-    found = device_of_system(name, (*listed(), device), memory_bytes=memory_bytes, cores=cores)
-    if found is None or found.name != device.name:
+    found = device_of_system(name, _before((device,), listed()), memory_bytes=memory_bytes, cores=cores)
+    sized = memory_bytes is not None or any(map(_SIZE.fullmatch, _split(name)))
+    if found is None or (found.name != device.name and (sized or not _same_but_size(found, device))):
         return False
     # Of a processor whose name does not tell its cores, a share of it cannot be told from the whole.
     return found.kind.name != "cpu" or _BUILT_CORES.search(name) is not None
+
+
+def _same_but_size(one: Device, other: Device) -> bool:
+    """Whether two are one machine with more and less memory, at one speed."""
+    same = one.kind.name == other.kind.name and (one.bandwidth, one.rates) == (other.bandwidth, other.rates)
+    return same and one.kind.name in ONE_CHIP and _product(one) == _product(other)
 
 
 def class_of_machine(machine: str, plain: str) -> str:
@@ -698,12 +751,14 @@ def class_of_machine(machine: str, plain: str) -> str:
         machine: As `is_machine` takes it, "Apple GPU" included.
         plain: Where no known device, or devices of several classes, are called so.
     """
-    words = set(_split(_SYSTEM_WORDS.sub(" ", _own_name(machine)[0]))) - {"gpu"}
+    said = _split(_SYSTEM_WORDS.sub(" ", _own_name(machine)[0]))
+    # Devices of one name are of one class, whatever the generation of their socket.
+    words = {"sxm" if _SOCKET.fullmatch(word) else word for word in said} - {"gpu"}
     kinds = {
         device.kind.name
         for device in listed()
-        for name in (device.name, *device.aliases)
-        if words and words <= set(_split(name))
+        for name in _names(device)
+        if words and words <= _with_socket(_split(name))
     }
     return kinds.pop() if len(kinds) == 1 else plain
 
@@ -714,13 +769,17 @@ def _own_name(machine: str) -> tuple[str, int | None]:
     return (found[1], int(found[2])) if found else (machine, None)
 
 
+def _with_socket(words: Iterable[str]) -> set[str]:
+    """Words of names, and of a socket also that without its generation."""
+    words = set(words)
+    return words | ({"sxm"} if any(map(_SOCKET.fullmatch, words)) else set())
+
+
 def _split(text: str) -> list[str]:
     plain = re.sub(r"[^a-z0-9+.]+", " ", text.lower())
     plain = re.sub(r"\brpi(?=\d|\b)", "pi", plain)
     # "16 gb", "16g" and "16gib" are one word, and letters part from the number that follows them where it is a model's.
     plain = re.sub(r"(\d) *(?:gib|gb|g)\b", r"\1gb", plain)
-    # Of a socket nobody says the generation.
-    plain = re.sub(r"\bsxm\d\b", "sxm", plain)
     plain = re.sub(r"\b(rtx|gtx|pi|m)(?= ?\d)", lambda found: found[1] + ("" if found[1] == "m" else " "), plain)
     return re.sub(r"(?<=\d)(ti|super|xtx|xt)(?=\d|\b)", r" \1 ", plain).split()
 

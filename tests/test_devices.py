@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,10 @@ def test_a_device_is_found_by_each_of_its_names(device: Device) -> None:
         ("A100 80", "NVIDIA A100-SXM4-80GB"),
         ("A100 40", "NVIDIA A100-SXM4-40GB"),
         ("a100 sxm 40", "NVIDIA A100-SXM4-40GB"),
+        ("a100 sxm 80gb", "NVIDIA A100-SXM4-80GB"),
+        ("a100-sxm4-80gb", "NVIDIA A100-SXM4-80GB"),
+        ("v100 sxm 32", "Tesla V100-SXM2-32GB"),
+        ("h100 sxm5", "NVIDIA H100 80GB HBM3"),
         ("5060ti 16", "NVIDIA GeForce RTX 5060 Ti 16GB"),
         ("4090 24", "NVIDIA GeForce RTX 4090"),
         ("orin agx 64", "Jetson AGX Orin 64GB"),
@@ -181,8 +186,7 @@ def test_a_person_s_spelling(text: str, name: str) -> None:
         ("m4 48gb", "near to it are Apple M4 Pro 48GB, Apple M4 Max 48GB"),
         ("A100 SXM", "'A100 SXM' can be NVIDIA A100-SXM4-40GB, NVIDIA A100-SXM4-80GB: name one"),
         ("a100 pcie", "'a100 pcie' can be NVIDIA A100 80GB PCIe, NVIDIA A100-PCIE-40GB: name one"),
-        ("10", "there is no device '10'"),
-        ("16", "there is no device '16'"),
+        ("a100 sxm2", "there is no device 'a100 sxm2'"),
         ("7900", "near to it are AMD Radeon RX 7900 XT, AMD Radeon RX 7900 XTX"),
         ("rtx 6000", "near to it are NVIDIA RTX 6000 Ada Generation, NVIDIA RTX PRO 6000 Blackwell"),
         ("", "'' names no device"),
@@ -194,7 +198,14 @@ def test_what_names_none_or_several_says_which_are_near(text: str, said: str) ->
         find_device(text, TABLE)
 
 
-@pytest.mark.parametrize("text", ["10GB", "10 gb", "10GiB", "10240MiB", "0.5TB", "24g", "64GB 16GB"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("10GB", "10 gb", "10GiB", "10240MiB", "0.5TB", "24g", "64GB 16GB"),
+        # Each of these is a word of some device's name.
+        *("12", "2", "4", "5", "7", "9", " 10 ", "16"),
+    ],
+)
 def test_an_amount_of_memory_names_no_device(text: str) -> None:
     with pytest.raises(InputError, match="is an amount of memory and no device: give it as --budget"):
         find_device(text, TABLE)
@@ -229,6 +240,22 @@ def test_an_entry_with_several_memories_is_as_many_devices(tmp_path: Path) -> No
     assert [device.memory_bytes for device in known] == [16 * 2**30, 8 * 10**9, 96 * 2**30]
     assert find_device("mybox", known) is find_device("crate", known) is known[0]
     assert find_device("crate 96gb", known) is known[2]
+
+
+@pytest.mark.parametrize(
+    ("memory", "sizes"),
+    [
+        (["24564MiB", "8188MiB"], ["24GB", "8GB"]),
+        (["512MiB", "1GiB"], ["512MB", "1GB"]),
+        (["0.5GB", "1.5GB", "2GB"], ["500MB", "1.5GB", "2GB"]),
+        (["1.5GiB", "16GB", "128GB", "0.5TB"], ["1.5GB", "16GB", "128GB", "500GB"]),
+    ],
+)
+def test_a_device_is_named_with_the_size_that_is_sold(memory: list[str], sizes: list[str], tmp_path: Path) -> None:
+    known = read_devices(write(tmp_path / "own.yaml", box=ENTRY | {"memory": memory, "class": "unified"}))
+    assert [device.name for device in known] == [f"box {size}" for size in sizes]
+    for device in known:
+        assert find_device(device.name.lower(), known) is device
 
 
 @pytest.mark.parametrize(
@@ -278,6 +305,8 @@ def test_impossible_lists_of_memory_are_refused(changes: dict[str, Any], said: s
         ("AMD EPYC 7763 64-Core Processor", None, "", "AMD EPYC 7763 DDR4-3200 8 channels"),
         ("AMD RYZEN AI MAX+ 395 w/ Radeon 8060S", 128_000_000, "", "AMD Ryzen AI Max+ 395 128GB"),
         ("NVIDIA GeForce RTX 3060", None, "", "NVIDIA GeForce RTX 3060 12GB"),
+        ("Tesla V100-SXM2-32GB", None, "", "Tesla V100-SXM2-32GB"),
+        ("Tesla V100-SXM3-32GB", None, "", None),
         ("NVIDIA GeForce RTX 4060 Ti", None, "", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None, "", None),
         ("Intel(R) Xeon(R) CPU @ 2.20GHz", None, "", None),
@@ -346,10 +375,20 @@ def test_a_name_that_asks_for_something_else_is_refused(changes: dict[str, Any],
         read_devices(write(tmp_path / "own.yaml", local=ENTRY))
 
 
+@pytest.mark.parametrize("name", ["48GB", "48 gb", "48", "900MiB"])
+def test_an_amount_of_memory_is_no_device_s_name(name: str, tmp_path: Path) -> None:
+    said = f"is called {name!r}, which is read as an amount of memory: take another name"
+    with pytest.raises(InputError, match=said):
+        read_devices(write(tmp_path / "own.yaml", **{name: ENTRY}))
+    with pytest.raises(InputError, match=said):
+        read_devices(write(tmp_path / "own.yaml", box=ENTRY | {"aliases": [name]}))
+
+
 @pytest.mark.parametrize(
     ("machine", "kind"),
     [
         ("Tesla T4", "discrete-gpu"),
+        ("Tesla V100-SXM3-32GB", "discrete-gpu"),
         ("NVIDIA GB10", "unified"),
         ("Apple GPU", "unified"),
         ("Orin", "board"),
@@ -377,6 +416,29 @@ def test_a_machine_is_of_the_class_that_devices_of_its_name_are_of(machine: str,
 )
 def test_figures_under_a_machine_s_own_name_are_of_the_device(machine: str, name: str, same: bool) -> None:
     assert is_machine(find_device(name, TABLE), machine) == same
+
+
+@pytest.mark.parametrize(
+    ("machine", "memory", "name", "same"),
+    [
+        # Speed does not depend on the size, which its name does not tell.
+        ("Apple M2 Max, 12 cores", None, "m2 max 96gb", True),
+        ("Apple M2 Max, 12 cores", None, "m2 max 64gb", True),
+        ("Raspberry Pi 5 Model B Rev 1.0, 4 cores", None, "pi 5 16gb", True),
+        ("Raspberry Pi 5 Model B Rev 1.0, 4 cores", None, "pi 4 4gb", False),
+        # This one has fewer cores and less bandwidth, and is another product.
+        ("Apple M3 Max, 14 cores", None, "m3 max 36gb", False),
+        ("Apple M2 Max, 12 cores", None, "m2 pro", False),
+        ("Apple M2 Max 96GB", None, "m2 max 64gb", False),
+        # Where it is known it decides.
+        ("Apple M2 Max, 12 cores", 96 * 2**30, "m2 max 96gb", True),
+        ("Apple M2 Max, 12 cores", 96 * 2**30, "m2 max 64gb", False),
+    ],
+)
+def test_of_a_machine_of_unknown_memory_each_size_is_meant(
+    machine: str, memory: int | None, name: str, same: bool
+) -> None:
+    assert is_machine(find_device(name, TABLE), machine, memory_bytes=memory) == same
 
 
 def test_a_share_of_a_processor_is_not_the_processor() -> None:
@@ -465,10 +527,29 @@ def test_an_impossible_source_is_named_with_what_is_wrong(source: Any, tmp_path:
 
 
 def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is 'NVIDIA GeForce RTX 4090' already"):
-        devices(write(tmp_path / "own.yaml", **{"NVIDIA GeForce RTX-4090": ENTRY}))
+    path = write(tmp_path / "own.yaml", **{"My box": ENTRY})
+    with pytest.raises(InputError, match="there is 'My box' already"):
+        devices(path, write(tmp_path / "more.yaml", **{"My-Box": ENTRY}))
     with pytest.raises(InputError, match="to two devices"):
         read_devices(write(tmp_path / "own.yaml", box=ENTRY, other=ENTRY | {"aliases": ["BOX"]}))
+
+
+def test_a_person_s_own_device_goes_before_the_built_in_one_of_its_name(tmp_path: Path) -> None:
+    # A card with more memory, a board whose bandwidth was measured, and a Mac by the name of all sizes.
+    kinds = {"NVIDIA GeForce RTX-4090": "discrete-gpu", "Raspberry Pi 5 8GB": "board", "Apple M2": "unified"}
+    own = {name: ENTRY | {"class": kind} for name, kind in kinds.items()}
+    known = devices(write(tmp_path / "own.yaml", **own))
+    assert len(known) == len(TABLE) + 1
+    for text, name in (
+        *[("4090", "NVIDIA GeForce RTX-4090"), ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX-4090")],
+        *[("pi 5", "Raspberry Pi 5 8GB"), ("m2", "Apple M2")],
+    ):
+        found = find_device(text, known)
+        assert (found.name, found.bandwidth) == (name, 4e10)
+    # What else is built in stays, without the name that is taken.
+    assert find_device("m2 16gb", known) == replace(find_device("m2 16gb", TABLE), aliases=())
+    assert is_machine(find_device("4090", known), "NVIDIA GeForce RTX 4090")
+    assert is_machine(find_device("pi 5", known), "Raspberry Pi 5 Model B Rev 1.0, 4 cores")
 
 
 VALUES = st.recursive(

@@ -192,6 +192,12 @@ def test_nothing_fits_names_the_nearest_and_the_change_that_would_do() -> None:
         pick(board[:1], Wanted(memory_bytes=10**9, least=0.6))
 
 
+def test_what_a_machine_of_unknown_memory_gave_holds_on_the_size_that_is_named() -> None:
+    sizes = [find_device(f"m2 max {size}gb", devices()) for size in (32, 64, 96)]
+    wanted = [Wanted(memory_bytes=10**9, device=device) for device in (*sizes, find_device("m2 ultra", devices()))]
+    assert [one.is_on("Apple M2 Max, 12 cores") for one in wanted] == [True, True, True, False]
+
+
 CT = Q8 | {"runtime": "vllm", "format": "compressed-tensors"}
 
 
