@@ -354,8 +354,8 @@ def estimate(
         str | None,
         option(
             "--format-name",
-            "Format of the weights, like gguf-q4_0 (default: with --strategy its own grid, else that of a packed MODEL, "
-            "else gguf-q8_0).",
+            "Format of the weights, like gguf-q4_0 (default: the grid of --strategy or of a packed MODEL, else "
+            "gguf-q8_0).",
             "NAME",
         ),
     ] = None,

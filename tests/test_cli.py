@@ -324,7 +324,7 @@ def test_the_training_of_a_strategy_s_student_is_estimated_without_loading_the_t
     usual = json.loads(run(capfd, f"estimate @/teacher --strategy {tmp_path}/mine.yaml --format json", inputs)[1])
     assert (usual["deployment"], usual["training"]["tokens"]) == ("gguf-q4_0", 1024)
     told = " ".join(re.sub(r"[^\w.\-:,()]+", " ", run(capfd, "estimate --help", inputs)[1]).split())
-    assert "default: with --strategy its own grid," in told
+    assert "default: the grid of --strategy or of a packed MODEL, else gguf-q8_0" in told
     assert f"default: {usual['training']['tokens']} with --strategy" in told
     assert "student of" in text.splitlines()[0]
     assert "All weights, at the end on the grid of gguf-q4_0" in text
