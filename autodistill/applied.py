@@ -108,12 +108,11 @@ def check_strategy(strategy: Strategy, teacher: ModelSpec) -> None:
     """Refuses a strategy that this teacher cannot be distilled by, before anything is loaded.
 
     Raises:
-        InputError: A shape that this teacher cannot be cut to, as many of its likeliest tokens as it has, more aligned
-            layers than the student has, widths that the projection does not allow, attention that cannot be compared,
-            or a finishing grid that cannot hold the student.
+        InputError: A shape that this teacher cannot be cut to, more aligned layers than the student has, widths that
+            the projection does not allow, attention that cannot be compared, or a finishing grid that cannot hold the
+            student.
     """
     spec = student_spec(strategy, teacher)
-    strategy.distillation.check_vocabulary(teacher.vocabulary)
     alignment = strategy.distillation.alignment
     if alignment is not None:
         aligned_layers(alignment, spec.layers)

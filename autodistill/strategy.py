@@ -322,7 +322,8 @@ class Distillation(Part):
             from the cached last hidden states and the teacher's head; "online", all tokens, from the teacher run
             beside the student; "written", the likeliest tokens that whoever wrote the answers told with them
             (`autodistill write --top-k`), at temperature 1 alone, and cross-entropy where nothing was told.
-        signal_tokens: Above 0 for "top-k", where it is below the teacher's vocabulary, and "sampled"; 0 for the others.
+        signal_tokens: Above 0 for "top-k", where as many as the teacher has, or more, are all of them, and "sampled"; 0
+            for the others.
         positions: Predicted tokens that are learnt: "answers", those that the data mark as such, or all where they mark
             none; "all"; or "uncertain", the share of the first whose predictions by the student have the most entropy
             (alignments take all of the first).
@@ -403,35 +404,25 @@ class Distillation(Part):
             f"distillation.standardise needs the deviation of all logits, which {self.signal} lacks: {full}",
         )
 
-    def check_vocabulary(self, tokens: int) -> None:
-        """Refuses as many of the likeliest tokens as there are, or more: they would be all, told as a part.
-
-        Args:
-            tokens: Of the teacher's vocabulary.
-
-        Raises:
-            InputError: Names the signals that have all tokens.
-        """
-        _check(
-            self.signal != "top-k" or not self.weighs_teacher or self.signal_tokens < tokens,
-            f"distillation.signal_tokens is {self.signal_tokens}, but must be below the teacher's {tokens} tokens "
-            f"for {self.signal}: for all tokens, which is exact, use the signal {' or '.join(_FULL_SIGNALS)}",
-        )
-
     @property
     def weighs_teacher(self) -> bool:
         """Whether the divergence has a weight above 0 at any time."""
         return max(self.divergence_weight, self.final_divergence_weight or 0.0) > 0
 
-    @property
-    def approximation(self) -> str | None:
+    def approximation(self, vocabulary: int) -> str | None:
         """What the logit loss is in place of the divergence that is named, or None where it is that divergence.
 
-        That is so of all tokens, and of draws in the mean. Of the likeliest tokens it never is, at any temperature:
-        with 64 of them forward KL at 1 cost students of SmolLM2-135M 0.98 ± 0.27% of perplexity, where 50 draws cost
-        0.06 ± 0.20% (benchmarks/reports/2026-11-25-cache-quality.md; next-token accuracy was the same).
+        That is so of all tokens, and of draws in the mean. Of fewer of the likeliest tokens it never is, at any
+        temperature: with 64 of them forward KL at 1 cost students of SmolLM2-135M 0.98 ± 0.27% of perplexity, where 50
+        draws cost 0.06 ± 0.20% (benchmarks/reports/2026-11-25-cache-quality.md; next-token accuracy was the same).
+
+        Args:
+            vocabulary: Tokens of teacher and student. How many of them writers told is known of no place: what was told
+                is taken to be less.
         """
         if not self.weighs_teacher or self.signal not in ("top-k", _WRITTEN):
+            return None
+        if self.signal == "top-k" and self.signal_tokens >= vocabulary:
             return None
         tokens = "the tokens told" if self.signal == _WRITTEN else f"{self.signal_tokens} tokens"
         return f"{self.divergence} of {tokens} and the rest as one outcome: a lower bound"

@@ -385,17 +385,23 @@ def test_names_of_deployments():
 
 def test_the_likeliest_tokens_are_approximate_and_all_tokens_and_draws_are_not():
     full = {"signal": "states", "signal_tokens": 0}
-    assert Distillation(divergence="reverse_kl").approximation.startswith("reverse_kl of 64 tokens and the rest")
+    assert Distillation(divergence="reverse_kl").approximation(300).startswith("reverse_kl of 64 tokens and the rest")
     warm = Distillation(temperature=Temperature(shape="linear", start=5.0, end=1.0))
-    assert warm.approximation.startswith("forward_kl of 64 tokens and the rest")
+    assert warm.approximation(300).startswith("forward_kl of 64 tokens and the rest")
     told = Distillation(signal="written", signal_tokens=0, divergence="jsd", mixture=0.5)
-    assert told.approximation == "jsd of the tokens told and the rest as one outcome: a lower bound"
-    assert Distillation().approximation == "forward_kl of 64 tokens and the rest as one outcome: a lower bound"
-    assert Distillation(signal_tokens=1, temperature=Temperature(start=0.7, end=0.7)).approximation is not None
-    assert Distillation(signal="written", signal_tokens=0).approximation.startswith("forward_kl of the tokens told")
+    assert told.approximation(300) == "jsd of the tokens told and the rest as one outcome: a lower bound"
+    assert Distillation().approximation(300) == "forward_kl of 64 tokens and the rest as one outcome: a lower bound"
+    assert Distillation(signal_tokens=1, temperature=Temperature(start=0.7, end=0.7)).approximation(300) is not None
+    assert (
+        Distillation(signal="written", signal_tokens=0).approximation(300).startswith("forward_kl of the tokens told")
+    )
     for exact in (
         Distillation(signal="sampled"),
         Distillation(divergence="reverse_kl", **full),
         Distillation(divergence="reverse_kl", divergence_weight=0.0),
     ):
-        assert exact.approximation is None
+        assert exact.approximation(300) is None
+    # Of a teacher of few tokens the likeliest are all, however many were asked for.
+    for vocabulary, marked in ((65, True), (64, False), (20, False)):
+        assert (Distillation().approximation(vocabulary) is not None) == marked
+    assert told.approximation(20) is not None, "of which writers may have told fewer"

@@ -134,14 +134,6 @@ def test_what_a_teacher_cannot_be_distilled_by_is_refused_before_loading(lab):
         check_strategy(strategy(attention=Attention(teacher_depth=0.2)), spec)
     with pytest.raises(InputError, match=r"alignment.rank is 65"):
         check_strategy(strategy(alignment=Alignment(projection="low-rank", rank=65)), spec)
-    assert spec.vocabulary == 300
-    check_strategy(strategy(signal="top-k", signal_tokens=299), spec)
-    for tokens in (300, 100_000):
-        with pytest.raises(InputError, match=rf"signal_tokens is {tokens}, .* 300 tokens .* use .* states or online"):
-            check_strategy(strategy(signal="top-k", signal_tokens=tokens), spec)
-    # Draws are no tokens, and where the teacher's outputs count for nothing, none of them are read.
-    check_strategy(strategy(signal="sampled", signal_tokens=300), spec)
-    check_strategy(strategy(signal="top-k", signal_tokens=300, divergence_weight=0.0), spec)
     narrow = spec_from_config(json.loads((lab.teacher / "config.json").read_text()) | {"hidden_size": 48})
     with pytest.raises(InputError, match="rows of 48 weights, which the groups of 32"):
         check_strategy(STRATEGY, narrow)

@@ -89,7 +89,7 @@ def make_row(
         seed=seed,
         documents=evaluation.documents,
         cut_short=_cut_short(evaluation),
-        other=others | errors | _remarks(strategy) | _assumed(evaluation.deployment, budget) | _memory_on(budget),
+        other=others | errors | _remarks(strategy, spec) | _assumed(evaluation.deployment, budget) | _memory_on(budget),
         **fields,
     )
 
@@ -153,7 +153,7 @@ def _assumed(deployment: Deployment, budget: Budget) -> dict[str, str]:
     return {"latency_assumed": why} if why else {}
 
 
-def _remarks(strategy: Strategy | None) -> dict[str, str]:
-    """What a reader of the row must know of how it was trained."""
-    approximation = strategy.distillation.approximation if strategy else None
+def _remarks(strategy: Strategy | None, spec: ModelSpec) -> dict[str, str]:
+    """What a reader of the row must know of how it was trained; the student has the teacher's vocabulary."""
+    approximation = strategy.distillation.approximation(spec.vocabulary) if strategy else None
     return {"approximate": approximation} if approximation else {}

@@ -16,7 +16,8 @@ import pytest
 import torch
 from autodistill.evaluators.memory import Memory
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from autodistill.budget import DeviceBudget
 from autodistill.contracts import Decision, Measurement, Subject
@@ -41,7 +42,7 @@ from autodistill.search.trials import Assignment
 from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment
 from autodistill.summary import leaderboard_of, search_summary
-from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.testing import save_tiny_teacher, tiny_config, tiny_text
 from autodistill.trial_data import RungReport
 from autodistill.units import Budget, parse_bytes, parse_latency
 
@@ -449,6 +450,38 @@ def test_what_stands_in_for_a_divergence_is_in_the_record(inputs: tuple[Path, Pa
     assert {row.other["approximate"] for row in result.rows if row.kind == "baseline"} == {said}
     stored = read_parquet(tmp_path / "run" / "leaderboard.parquet")
     assert {row.other.get("approximate") for row in stored} == {said, None}
+
+
+def teacher_of_few_tokens(folder: Path, text: Path) -> Path:
+    """A tiny teacher whose tokens are the characters of some text, fewer than 64."""
+    characters = sorted(set("".join(path.read_text() for path in text.iterdir())))
+    words = {piece: place for place, piece in enumerate(["</s>", "<unk>", *characters])}
+    assert len(words) < 64
+    pieces = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    pieces.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    pieces.decoder = decoders.Fuse()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        changes = {"vocab_size": len(words), "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+        AutoModelForCausalLM.from_config(LlamaConfig(**(tiny_config() | changes))).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=pieces, eos_token="</s>", pad_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_of_a_teacher_of_few_tokens_the_likeliest_are_all(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """The default space asks for 64 likeliest tokens, which is no reason to refuse it, nor an approximation then."""
+    teacher = teacher_of_few_tokens(tmp_path / "teacher", inputs[1])
+    result = search(request((teacher, *inputs[1:]), tmp_path))
+    # Of so few layers, and for its tokenizer's sake, some proposals are refused: none for its tokens.
+    assert not [one for one in result.document["rejected"] if re.search("alignment|GGUF", one["reason"]) is None]
+    trained = [row for row in result.rows if row.strategy is not None]
+    recipes = [(row.strategy or {})["distillation"] for row in trained]
+    assert {(recipe["signal"], recipe["signal_tokens"]) for recipe in recipes} == {("top-k", 64)}
+    assert any(row.fidelity == 1.0 for row in trained)
+    assert not any("approximate" in row.other for row in result.rows)
 
 
 def test_a_search_that_ends_once_more_with_what_it_had_does_not_open_the_test_split_again(
