@@ -132,6 +132,11 @@ def training_fits(
             )
 
 
+def has_eight_bit() -> bool:
+    """Whether the package of 8-bit optimiser states is installed."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
 def _evaluation_bytes(spec: ModelSpec, sequence_length: int, device: str, threads: int) -> int:
     """What scoring a student under a deployment takes.
 
@@ -224,8 +229,7 @@ def fit_training(
             threads=threads,
         )
     )
-    eight_bit = importlib.util.find_spec("bitsandbytes") is not None
-    usable = [way for way in ways if eight_bit or way.optimizer_state != "int8"]
+    usable = [way for way in ways if way.optimizer_state != "int8" or has_eight_bit()]
     safe = (way for way in usable if way.safe_bytes(device) <= limit_bytes)
     tight = (way for way in reversed(usable) if way.total_bytes <= limit_bytes)
     found = next(safe, None) or next(tight, None)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from autodistill.contracts import ModelSpec, Plan
-from autodistill.errors import InputError
+from autodistill.errors import InputError, MissingDependencyError
 from autodistill.export.card import NOT_STATED
 from autodistill.records.json_files import write_json
 from autodistill.records.openings import already_opened, times_opened
@@ -27,6 +27,7 @@ from autodistill.search.teacher_outputs import check_cache_limit, teacher_phase
 from autodistill.search.trials import Question
 from autodistill.search.warm_start import WarmStart, check_fingerprints, steps_differ, warm_start
 from autodistill.token_sets import load_split
+from autodistill.training_fit import INSTALL_8BIT, has_eight_bit
 from autodistill.trial_data import TrialSetting
 from autodistill.units import CONTEXT
 
@@ -209,7 +210,12 @@ def _here(plan: Plan, loaded: Loaded) -> Plan:
 
     Raises:
         InputError: Trials were to be trained by more processes, or fewer, whose figures would differ.
+        MissingDependencyError: Their optimiser states were to be of 8 bits, and the package of these is not installed.
     """
+    if plan.optimizer_state == "int8" and not has_eight_bit():
+        raise MissingDependencyError(
+            f"the run's trials are trained with 8-bit optimiser states, which need bitsandbytes: {INSTALL_8BIT}"
+        )
     workers = loaded.workers
     if plan.processes != workers.processes:
         raise InputError(

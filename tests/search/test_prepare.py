@@ -12,11 +12,12 @@ from autodistill.contracts import Plan
 from autodistill.conversations import asked
 from autodistill.data import prepare
 from autodistill.documents import Source
-from autodistill.errors import InputError
+from autodistill.errors import InputError, MissingDependencyError
 from autodistill.estimate import spec_from_config
 from autodistill.search.expected import Speed
 from autodistill.search.plan import extend
-from autodistill.search.prepare import _box, _extended, _unasked
+from autodistill.search.prepare import _box, _extended, _here, _unasked
+from autodistill.search.share import Workers
 from autodistill.testing import small_plan, tiny_config, tiny_tokenizer
 from autodistill.token_sets import load_split
 
@@ -98,3 +99,19 @@ def test_a_box_is_for_the_whole_run_and_an_extension_has_its_own() -> None:
     assert box(finished, 800.0, trials=1) == first
     # Runs of earlier versions have no box of their own.
     assert box(planned, 500.0) == {"seconds": 600.0, "since": 0.0}
+
+
+def test_a_run_of_8_bit_states_is_not_resumed_where_their_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = Workers(count=2, threads=1, bf16=False, device="cpu")
+    loaded: Any = SimpleNamespace(workers=workers)
+    plans = {state: small_plan(optimizer_state=state) for state in ("float32", "bfloat16", "int8")}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert {state: _here(plan, loaded).optimizer_state for state, plan in plans.items()} == {
+        name: name for name in plans
+    }
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert _here(plans["bfloat16"], loaded).optimizer_state == "bfloat16", "which need no package"
+    with pytest.raises(
+        MissingDependencyError, match=r"8-bit optimiser states.*pip install 'autodistill-search\[8bit\]'"
+    ):
+        _here(plans["int8"], loaded)
