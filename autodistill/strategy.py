@@ -417,8 +417,8 @@ class Distillation(Part):
         draws cost 0.06 ± 0.20% (benchmarks/reports/2026-11-25-cache-quality.md; next-token accuracy was the same).
 
         Args:
-            vocabulary: Tokens of teacher and student. How many of them writers told is known of no place: what was told
-                is taken to be less.
+            vocabulary: Tokens of teacher and student. Those that writers told are taken to be fewer: how many they are
+                differs from place to place.
         """
         if not self.weighs_teacher or self.signal not in ("top-k", _WRITTEN):
             return None

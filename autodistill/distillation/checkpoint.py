@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from autodistill.contracts import OptimizerState
 from autodistill.distillation.eight_bit import own_states, whole_states
 from autodistill.distillation.sharding import like, whole
 from autodistill.errors import TrialFailedError
@@ -60,7 +61,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: dict[s
 
 
 def restore(
-    path: Path, trained: Named, optimizer: Any, identity: Mapping[str, str], *, eight_bit: bool
+    path: Path, trained: Named, optimizer: Any, identity: Mapping[str, str], *, optimizer_state: OptimizerState
 ) -> dict[str, str]:
     """Puts what was written back into weights and optimiser, where the weights lie, and gives its metadata.
 
@@ -68,23 +69,29 @@ def restore(
         path: The file.
         trained, optimizer: As for `gathered`; of several processes each takes its shards.
         identity: Metadata that the file must have.
-        eight_bit: Whether the optimiser is the one of 8-bit states.
+        optimizer_state: What the optimiser's moments are held in; of an older file it is not known.
 
     Raises:
-        TrialFailedError: The checkpoint is of another identity.
+        TrialFailedError: The checkpoint is of another identity, or has other optimiser states.
     """
     # Read on the CPU: to safetensors "cuda" is the first GPU, whichever one the weights lie on.
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())
         if {name: metadata[name] for name in identity} != dict(identity):
             raise TrialFailedError("error", f"{path.name} is a checkpoint of other stages or of another seed")
+        written = metadata.get("optimizer_state", optimizer_state)
+        if written != optimizer_state:
+            raise TrialFailedError(
+                "error",
+                f"{path.name} has optimiser states in {written}, and does not go on with {optimizer_state}",
+            )
         names = sorted(file.keys())  # in one order, since processes cut each of them up together
         for name, parameter in trained:
             with torch.no_grad():
                 parameter.copy_(like(file.get_tensor(f"weight.{name}").to(parameter.device), parameter))
             keys = [key.partition(".")[0] for key in names if key.partition(".")[2] == name]
             states = {key: file.get_tensor(f"{key}.{name}").to(parameter.device) for key in keys if key != "weight"}
-            if eight_bit and states:
+            if optimizer_state == "int8" and states:
                 # What lies beside the student is whole in every process, and so are its states.
                 cut = name.startswith("student.")
                 processes = int(metadata.get("processes", 1)) if cut else 1

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 # core's cache holds is twice as fast there, and a GPU is given enough to do with each kernel. Both are even, since two
 # values share a draw.
 _A_THREAD, _ON_A_GPU = 2**16, 2**22
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class RoundedAdamW(Optimizer):
@@ -27,16 +28,37 @@ class RoundedAdamW(Optimizer):
     a function of a weight's place and steps, so that a continued training is the uninterrupted one to the last bit.
 
     Args:
-        groups: Of float32 parameters.
+        groups: Of float32 parameters, each contiguous.
         lr: Learning rate of groups that name none.
         betas: Memory of the first and the second moment.
         eps: Added to the root of the second one.
+
+    Raises:
+        ValueError: Parameters of another type, or not contiguous.
     """
 
     def __init__(
         self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float = 1e-8
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Takes a further group of parameters, as the first ones are."""
+        super().add_param_group(param_group)
+        # They are moved in place, some values of a row at a time.
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.dtype != torch.float32 or not _local(parameter).is_contiguous():
+                raise ValueError(
+                    f"moments of 16 bits are for contiguous float32 parameters, and one of {tuple(parameter.shape)} is "
+                    f"{parameter.dtype} with strides {parameter.stride()}"
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave; float32 moments, as another AdamW's, become the nearest in bfloat16."""
+        super().load_state_dict(state_dict)
+        # torch gives every state the parameter's type, in which moments of bfloat16 keep their values.
+        for state in self.state.values():
+            state |= {name: state[name].bfloat16() for name in _MOMENTS if name in state}
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -51,14 +73,16 @@ class RoundedAdamW(Optimizer):
     def _move(self, parameter: Any, place: int, group: dict[str, Any]) -> None:
         state, (memory, square_memory) = self.state[parameter], group["betas"]
         if not state:
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in _MOMENTS:
                 state[name] = torch.zeros_like(parameter, dtype=torch.bfloat16)
         state["step"] = steps = int(state.get("step", 0)) + 1
         rate = group["lr"] / (1 - memory**steps)
         correction = math.sqrt(1 - square_memory**steps)
-        tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        moved = [_local(tensor).view(-1) for tensor in (parameter, *(state[name] for name in _MOMENTS))]
+        # Which is read alone, and may lie as it likes.
+        gradients = _local(parameter.grad).reshape(-1)
         at_once = _A_THREAD * torch.get_num_threads() if parameter.device.type == "cpu" else _ON_A_GPU
-        parts = zip(*(_held(tensor).split(at_once) for tensor in tensors), strict=True)
+        parts = zip(*(row.split(at_once) for row in (moved[0], gradients, *moved[1:])), strict=True)
         draws = _draws(parameter, place, steps)
         for values, gradient, first, second in parts:
             mean = first.float().lerp_(gradient, 1 - memory)
@@ -87,9 +111,9 @@ def rounded(values: Tensor, draws: Tensor) -> Tensor:
     return values
 
 
-def _held(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, in one row."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()).view(-1)
+def _local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _draws(parameter: Tensor, place: int, steps: int) -> torch.Generator:

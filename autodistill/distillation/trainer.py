@@ -442,6 +442,7 @@ class Trainer:
         extra = {} if self._interpolation is None else {"interpolation": json.dumps(asdict(self._interpolation))}
         extra |= {} if self._balance is None else {"balance": json.dumps(self._balance)}
         extra |= {"failures": str(self._failures)} if self._failures else {}
+        extra["optimizer_state"] = self._plan.optimizer_state
         extra["processes"] = "1" if self._sharding is None else str(self._sharding.count)
         metadata = {**(notes or {}), **self._identity(), "tokens": str(self.tokens), **extra}
         return partial(write_checkpoint, tensors=tensors, metadata=metadata)
@@ -450,10 +451,10 @@ class Trainer:
         """Continues from what `save` wrote, to the last bit on the CPU.
 
         Raises:
-            TrialFailedError: The checkpoint is of other stages or of another seed.
+            TrialFailedError: The checkpoint is of other stages or of another seed, or has other optimiser states.
         """
-        eight_bit = self._plan.optimizer_state == "int8"
-        metadata = restore(path, self._trained(), self._optimizer, self._identity(), eight_bit=eight_bit)
+        state = self._plan.optimizer_state
+        metadata = restore(path, self._trained(), self._optimizer, self._identity(), optimizer_state=state)
         self.tokens = int(metadata["tokens"])
         if self._interpolation is not None:
             self._interpolation = Interpolation(**json.loads(metadata["interpolation"]))

@@ -86,6 +86,51 @@ def test_parts_of_a_large_weight_are_its_whole(monkeypatch):
     assert all(map(torch.equal, stepped(), whole))
 
 
+@pytest.mark.parametrize("wrong", [torch.zeros(5, 3).T, torch.zeros(6)[::2], torch.zeros(3, dtype=torch.bfloat16)])
+def test_what_it_cannot_move_in_place_is_refused(wrong):
+    with pytest.raises(ValueError, match="for contiguous float32 parameters"):
+        RoundedAdamW([{"params": [torch.nn.Parameter(wrong)]}], lr=0.1, betas=BETAS)
+    optimizer = RoundedAdamW([{"params": [torch.nn.Parameter(torch.zeros(2))]}], lr=0.1, betas=BETAS)
+    with pytest.raises(ValueError, match="for contiguous float32 parameters"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(wrong)]})
+
+
+def test_a_gradient_may_lie_as_it_likes():
+    gradient = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    weights = [torch.nn.Parameter(torch.zeros(3, 5)) for _ in range(2)]
+    for weight, own in zip(weights, (gradient.T, gradient.T.contiguous()), strict=True):
+        optimizer = RoundedAdamW([{"params": [weight]}], lr=0.1, betas=BETAS)
+        weight.grad = own
+        assert weight.grad.is_contiguous() == own.is_contiguous()
+        optimizer.step()
+    assert torch.equal(weights[0], weights[1])
+    assert weights[0].count_nonzero() == 15
+
+
+def test_its_state_dict_goes_on_to_the_last_bit():
+    generator = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(64, generator=generator), torch.randn(6, 64, generator=generator)
+
+    def begun(values):
+        weight = torch.nn.Parameter(values.clone())
+        return weight, RoundedAdamW([{"params": [weight]}], lr=0.1, betas=BETAS)
+
+    def stepped(weight, optimizer, some):
+        for gradient in some:
+            weight.grad = gradient.clone()
+            optimizer.step()
+
+    weight, optimizer = begun(start)
+    stepped(weight, optimizer, gradients[:3])
+    other, continued = begun(weight.detach())
+    continued.load_state_dict(optimizer.state_dict())
+    assert all(continued.state[other][name].dtype == torch.bfloat16 for name in ("exp_avg", "exp_avg_sq"))
+    for one, its in ((weight, optimizer), (other, continued)):
+        stepped(one, its, gradients[3:])
+    assert torch.equal(other, weight)
+    assert torch.equal(continued.state[other]["exp_avg_sq"], optimizer.state[weight]["exp_avg_sq"])
+
+
 def test_a_moment_follows_changes_that_the_nearest_value_would_lose():
     """Squared gradients 3% above the second moment change it by 0.15% a step, and bfloat16's values lie 0.4% apart."""
     weight = torch.nn.Parameter(torch.zeros(2**14))

@@ -361,6 +361,36 @@ def test_a_checkpoint_of_something_else_is_refused(workshop, tmp_path, other):
     assert caught.value.cause == "error"
 
 
+STATES = ("float32", "bfloat16", "int8")
+
+
+@pytest.mark.parametrize("written", STATES)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_checkpoint_with_other_optimiser_states_is_refused(workshop, tmp_path, written, steps):
+    trainer = workshop.trainer(PLAIN, optimizer_state=written)
+    list(trainer.train_stable(steps * STEP))
+    trainer.save(tmp_path / "checkpoint")
+    for other in STATES:
+        going_on = workshop.trainer(PLAIN, optimizer_state=other)
+        if other == written:
+            going_on.load(tmp_path / "checkpoint")
+            continue
+        with pytest.raises(TrialFailedError, match=f"states in {written}, and does not go on with {other}") as caught:
+            going_on.load(tmp_path / "checkpoint")
+        assert caught.value.cause == "error"
+
+
+def test_an_older_checkpoint_says_nothing_of_its_states(workshop, tmp_path):
+    trainer = workshop.trainer(PLAIN)
+    list(trainer.train_stable(STEP))
+    write = trainer.checkpoint()
+    del write.keywords["metadata"]["optimizer_state"]
+    write(tmp_path / "checkpoint")
+    again = workshop.trainer(PLAIN)
+    again.load(tmp_path / "checkpoint")
+    _same(_weights(again), _weights(trainer))
+
+
 def test_finishing_does_not_make_it_another_checkpoint(workshop, tmp_path):
     from autodistill.strategy import Finishing
 
