@@ -169,7 +169,7 @@ class Trainer:
         alignment, projected = self._recipe.alignment, list(self._projections.parameters())
         if alignment and projected:
             groups.append({"params": projected, "factor": alignment.projection_rate})
-        self._optimizer = _adamw(groups, plan.optimizer_state)
+        self._optimizer = adamw(groups, plan.optimizer_state)
         self._micro_batch = plan.micro_batch
         if plan.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -471,7 +471,8 @@ class Trainer:
         return named + [(f"projection.{name}", p) for name, p in self._projections.named_parameters()]
 
 
-def _adamw(groups: list[dict[str, Any]], state: OptimizerState) -> Any:
+def adamw(groups: list[dict[str, Any]], state: OptimizerState) -> Any:
+    """AdamW over groups of parameters, at a rate that each step sets, with its moments held in `state`."""
     if state == "int8":
         return eight_bit_adamw(groups, lr=0.0, betas=_BETAS, weight_decay=0.0)
     if state == "bfloat16":

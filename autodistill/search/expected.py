@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autodistill.contracts import SEQUENCE_LENGTH
 from autodistill.search.rungs import DECAY, confirmed, kept_at_rungs, rung_tokens
@@ -42,6 +42,11 @@ class Speed:
     def train_on(self) -> float:
         """Of a worker that trains the best on."""
         return max(self.alone, self.worker_train)
+
+    def with_steps_longer(self, seconds: float, tokens: int) -> Speed:
+        """The speed of training whose steps, of so many tokens, take so many seconds more than was timed."""
+        rates = (timed / (1 + timed * seconds / tokens) for timed in (self.worker_train, self.alone))
+        return replace(self, **dict(zip(("worker_train", "alone"), rates, strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from autodistill.search.checked import Checked
 from autodistill.search.expected import Demand, Speed
 from autodistill.search.loading import Loaded
 from autodistill.search.outputs_pace import time_outputs
-from autodistill.search.pace import measure_speed
+from autodistill.search.pace import measure_speed, moving_seconds
 from autodistill.search.plan import ENOUGH_STEPS, check_box, make_plan, step_sequences
 from autodistill.search.possible import by_size
 from autodistill.search.teacher_outputs import most_cached
@@ -87,11 +87,14 @@ def plan_from_measurement(checked: Checked, loaded: Loaded, spent: float) -> tup
         speed, share, notes = _time_asked(checked, loaded, teacher, speed, box)
     demand = _demand(checked, loaded, students, box_seconds=box, spent=spent, train_tokens=train_tokens, cached=cached)
     demand, speed, stepped = _with_step(checked, loaded, demand, speed, rates)
+    fit = loaded.fit_step(demand.step_tokens)
+    moving = moving_seconds(fit.optimizer_state, loaded.device, loaded.workers.threads)
+    # Each process moves the weights that it has gradients of.
+    speed = speed.with_steps_longer(moving * fit.estimate.gradients_bytes / 4, demand.step_tokens)
     check_box(demand, speed, loaded.workers)
     plan = make_plan(demand, speed, loaded.workers)
     if train_tokens < all_tokens and plan.tokens > train_tokens - demand.step_tokens:
         notes = (*notes, "the teacher's outputs for more tokens of a trial would not fit --cache-limit")
-    fit = loaded.fit_step(plan.batch_tokens)
     models = (loaded.spec, *(student for _, student in students))
     left_out = [cannot_hold(model, deployment) for model in models for deployment in checked.space.deployments]
     plan = replace(

@@ -11,16 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec
+from autodistill.contracts import SEQUENCE_LENGTH, ModelSpec, OptimizerState
 from autodistill.distillation.memory import give_back_memory, is_out_of_memory
 from autodistill.distillation.parallel import by_length, logit_rows, map_batches, pass_tokens
 from autodistill.distillation.student import decoder_layers
+from autodistill.distillation.trainer import adamw
 from autodistill.search.expected import Speed
 from autodistill.search.plan import WORTH
 from autodistill.search.share import Workers
 
 # Steps that are timed on an accelerator, of which the fastest counts: each takes some hundredths of a second.
 _TIMED = 3
+# Weights that an optimiser is timed with: more than a core's cache holds, in 50 MB.
+_MOVED = 2**22
 
 
 def measure_speed(
@@ -83,6 +86,37 @@ def measure_speed(
     torch.set_num_threads(threads)
     speed = Speed(cache=cache, score=full, worker_train=rates[sizes[0]], worker_score=worker_score, alone=whole)
     return speed, rates
+
+
+def moving_seconds(state: OptimizerState, device: str, threads: int) -> float:
+    """Seconds that an optimiser's step takes for each weight beyond what `expected.TRAINING` has of it.
+
+    Nothing in float32. States of 16 and 8 bits are rounded in each step, on a CPU for many times what float32 takes.
+
+    Args:
+        state: What the moments are held in.
+        device: Where to measure: on this machine.
+        threads: Of a worker's process.
+    """
+    if state == "float32":
+        return 0.0
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        weight = nn.Parameter(torch.zeros(_MOVED, device=device))
+        weight.grad = torch.ones_like(weight)
+        optimizer = adamw([{"params": [weight]}], state)
+
+        def seconds() -> float:
+            began = time.perf_counter()
+            optimizer.step()
+            _wait(device)
+            return time.perf_counter() - began
+
+        seconds()  # makes the states
+        return min(seconds() for _ in range(_TIMED)) / _MOVED
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Passes:

@@ -97,6 +97,26 @@ def test_on_a_cpu_a_step_has_one_sequence(planned) -> None:  # type: ignore[no-u
     assert not any("optimiser step has" in note for note in plan.notes)
 
 
+def test_what_moving_weights_takes_is_in_the_plan(  # type: ignore[no-untyped-def]
+    planned, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def moving(state: str, device: str, threads: int) -> float:
+        asked.append((state, device))
+        return 1e-6
+
+    machine = replace(GPU, gpus=())
+    before, _, _ = planned(machine)
+    monkeypatch.setattr("autodistill.search.measuring.moving_seconds", moving)
+    plan, speed, _ = planned(machine)
+    assert asked == [(plan.optimizer_state, "cpu")]
+    largest = load(_checked(inputs), Place(here=machine, machines=(machine,), share=Share())).largest[1]
+    weights = largest.parameters - largest.vocabulary * largest.width  # the table is frozen
+    assert speed.worker_train == pytest.approx(LENGTH / (LENGTH / SPEED.worker_train + 1e-6 * weights), rel=1e-9)
+    assert plan.seconds["trials"] > before.seconds["trials"]
+
+
 def test_on_an_accelerator_a_step_has_as_many_as_are_worth_it(planned) -> None:  # type: ignore[no-untyped-def]
     plan, speed, timed = planned(tokens=100 * LENGTH * ENOUGH_STEPS)
     assert timed == [1, 2, 4, 8, 16, 32, 64]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from autodistill.contracts import OptimizerState
+from autodistill.distillation.rounded_states import RoundedAdamW
 from autodistill.distillation.student import cut_student, decoder_layers
 from autodistill.distillation.teacher import load_model
 from autodistill.estimate import spec_from_config
-from autodistill.search.pace import _growing, _Passes, measure_speed
+from autodistill.search import pace
+from autodistill.search.expected import Speed
+from autodistill.search.pace import _growing, _Passes, measure_speed, moving_seconds
 from autodistill.search.share import Workers
 from autodistill.strategy import Init
 from autodistill.testing import save_tiny_teacher
@@ -112,3 +118,39 @@ def test_layers_that_are_left_out_take_as_long_as_those_that_are_there(tmp_path:
     assert 1 <= len(decoder_layers(model)) <= LAYERS
     # Noise by which nothing takes longer than something is not taken for speed.
     assert passes.of_all_layers(lambda: 0.03 - 0.001 * len(decoder_layers(model))) > 0
+
+
+def test_what_moving_weights_takes_is_that_of_their_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only optimisers move: the first step, which makes the states, does not count."""
+    clock, steps = [0.0], iter((9.0, 3.0, 2.0, 4.0))
+    make, made = pace.adamw, []
+
+    def slow(groups: list[dict[str, Any]], state: OptimizerState) -> Any:
+        optimizer = make(groups, state)
+        made.append(type(optimizer))
+        step = optimizer.step
+
+        def timed() -> None:
+            step()
+            clock[0] += next(steps)
+
+        optimizer.step = timed
+        return optimizer
+
+    monkeypatch.setattr(pace, "adamw", slow)
+    monkeypatch.setattr(pace, "_MOVED", 1000)
+    monkeypatch.setattr("autodistill.search.pace.time.perf_counter", lambda: clock[0])
+    threads = torch.get_num_threads()
+    assert moving_seconds("float32", "cpu", threads + 1) == 0
+    assert moving_seconds("bfloat16", "cpu", threads + 1) == 2.0 / 1000
+    assert made == [RoundedAdamW]
+    assert torch.get_num_threads() == threads
+
+
+def test_longer_steps_train_fewer_tokens_a_second() -> None:
+    timed = Speed(cache=1.0, score=1.0, worker_train=100.0, worker_score=1.0)
+    # A step of 50 tokens took half a second, and takes a whole one.
+    assert timed.with_steps_longer(0.5, 50) == replace(timed, worker_train=50.0)
+    alone = replace(timed, alone=200.0)
+    assert alone.with_steps_longer(0.5, 50).alone == pytest.approx(50 / 0.75)
+    assert alone.with_steps_longer(0.0, 50) == alone
