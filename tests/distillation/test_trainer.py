@@ -577,6 +577,40 @@ def test_a_frozen_head_computes_what_autocast_would(workshop, quantised, monkeyp
     assert fast[1] == slow[1]
 
 
+@pytest.mark.parametrize("parts", [1, 2], ids=["one pass", "two passes"])
+def test_kept_logits_of_uncertain_positions_train_as_logits_made_again(workshop, monkeypatch, parts):
+    """In bfloat16 with a frozen tied head, on no grid and on its own: the two differ by how products are rounded."""
+    from autodistill.distillation import positions
+
+    recipe = replace(PLAIN.distillation, positions="uncertain", uncertain_share=0.4)
+    strategy = Strategy(distillation=recipe)
+    known, kept = positions._Known.apply, []
+    monkeypatch.setattr(positions._Known, "apply", lambda *given: kept.append(given[1]) or known(*given))
+
+    def first(grid):
+        return _gradients(workshop.trainer(strategy, bf16=True, micro_batch=2 // parts), grid)
+
+    for grid in (None, _grid):
+        kept.clear()
+        (found, record), heads = first(grid), list(kept)
+        assert len(heads) == parts
+        table = workshop.trainer(strategy).model.get_output_embeddings().weight.detach()
+        shown = table if grid is None else torch.from_numpy(deployed(table.numpy(), Q8_0))
+        assert all(torch.equal(head, shown.bfloat16()) for head in heads)
+        kept.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(positions, "_KEPT_BYTES", 0)
+            expected, again = first(grid)
+        assert not kept
+        for term in ("loss", "divergence", "cross_entropy"):
+            assert getattr(record, term) == pytest.approx(getattr(again, term), rel=1e-3)
+        assert found.keys() == expected.keys()
+        apart = sum(float((found[name] - gradient).square().sum()) for name, gradient in expected.items())
+        size = sum(float(gradient.square().sum()) for gradient in expected.values())
+        assert size > 0
+        assert apart <= 1e-4 * size
+
+
 def test_the_table_is_frozen_unless_it_is_trained(workshop):
     frozen = workshop.trainer(PLAIN)
     table = frozen.model.model.embed_tokens.weight.detach().clone()

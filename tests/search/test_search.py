@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+from autodistill import training_fit
 from autodistill.budget import DeviceBudget
 from autodistill.contracts import Decision, Measurement, Subject
 from autodistill.devices import devices, find_device
+from autodistill.distillation import trainer
 from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
 from autodistill.estimate import spec_from_config
 from autodistill.hardware import detect, machine_name
@@ -222,6 +225,36 @@ def test_a_finished_search_is_extended_and_says_that_its_test_is_spent(
         again = by_id[item["row_id"].replace(item["trial"], f"{item['trial']}s1")]
         assert (again.kind, again.seed) == ("confirmation", 1)
         assert again.perplexity != by_id[item["row_id"]].perplexity  # another order of the data
+
+
+def test_a_search_of_16_bit_states_is_the_same_when_it_is_interrupted(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the stretches of a trial its moments lie in a checkpoint, and what is drawn follows from its steps."""
+    made: list[str] = []
+    means, make, report = training_fit.training_fits, trainer.adamw, Campaign.report
+    # The tiny students would fit by faster means.
+    monkeypatch.setattr(training_fit, "training_fits", partial(means, means=[(True, "bfloat16")]))
+    monkeypatch.setattr(trainer, "adamw", lambda groups, state: made.append(state) or make(groups, state))
+    whole = search(request(inputs, tmp_path / "whole", trials=2))
+    assert (whole.document["plan"]["optimizer_state"], set(made)) == ("bfloat16", {"bfloat16"})
+    asked, reports = request(inputs, tmp_path / "cut", trials=2), []
+
+    def interrupted(self: Campaign, assignment: Assignment, found: Any) -> None:
+        report(self, assignment, found)
+        reports.append(assignment)
+        if len(reports) in (2, 4):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Campaign, "report", interrupted)
+        for resume in (False, True):
+            with pytest.raises(InterruptedSearchError):
+                search(replace(asked, resume=resume))
+    resumed = search(replace(asked, resume=True))
+    found, expected = ({row.row_id: without_times(row.to_json()) for row in one.rows} for one in (resumed, whole))
+    assert found == expected
+    assert set(made) == {"bfloat16"}
 
 
 def test_a_longer_search_that_is_killed_goes_on_as_what_it_was_extended_to(
