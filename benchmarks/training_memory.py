@@ -281,8 +281,8 @@ def main() -> None:
         f"## The student\n\n{student.parameters:,} weights, steps of 4 sequences of {LENGTH} tokens, products in "
         "bfloat16, as on a GPU, the last of them on a grid; from the fastest way to the smallest, and the first that "
         f"fits {format_bytes(LIMIT)} with 10% of the training to spare, as more than was predicted was held at the "
-        "most below, is taken; what fits without is told as barely. Of a step of one pass the larger counts of gradients "
-        "and what is kept for them. The evaluation comes after the training, in its place.\n\n"
+        "most below, is taken; what fits without is told as barely. Of a step of one pass the larger counts of "
+        "gradients and what is kept for them. The evaluation comes after the training, in its place.\n\n"
         + report.table(["trained", "sequences at once", *names, "total", "evaluation", "verdict"], ladder(4)),
         "A teacher that is run in the trial (`online`) lies beside the student in bfloat16: "
         f"{format_bytes(2 * teacher.parameters)}, which leaves {format_bytes(LIMIT - 2 * teacher.parameters)}.",
