@@ -135,23 +135,11 @@ def _gguf_grid(kind: str, bits: int, **rule: Any) -> Grid:
 
 
 _SIGNED: Mapping[str, Any] = {"scale_rule": "signed_absmax", "rounding": "half_up"}
-
-
 _MINIMUM: Mapping[str, Any] = {"scale_rule": "range", "rounding": "half_up", "offset": "minimum"}
-
-
 Q4_0 = _gguf_grid("q4_0", 4, qmin=-8, qmax=7, divisor=-8.0, **_SIGNED)
-
-
 Q4_1 = _gguf_grid("q4_1", 4, qmin=0, qmax=15, divisor=15.0, **_MINIMUM)
-
-
 Q5_0 = _gguf_grid("q5_0", 5, qmin=-16, qmax=15, divisor=-16.0, **_SIGNED)
-
-
 Q5_1 = _gguf_grid("q5_1", 5, qmin=0, qmax=31, divisor=31.0, **_MINIMUM)
-
-
 Q8_0 = _gguf_grid("q8_0", 8, qmin=-127, qmax=127, divisor=127.0, scale_rule="absmax", rounding="half_away")
 
 
@@ -186,22 +174,15 @@ def _one_code_fewer(divisor: int) -> tuple[float, float]:
 
 
 Q2_K = _k_grid("q2_k", 2, 16, 4, Q4_0, offset="minimum", cuts=_cuts((0.4, -0.2)))
-
-
 Q3_K = _k_grid("q3_k", 3, 16, 6, Q4_0, cuts=((0, -0.125), (0, -0.625), (0, 0.75), (0, 0.25)))
-
-
 Q4_K = _k_grid("q4_k", 4, 32, 6, Q5_0, offset="minimum", cuts=_cuts(_one_code_fewer(15)))
-
-
 Q5_K = _k_grid("q5_k", 5, 32, 6, Q5_1, offset="minimum", cuts=_cuts(_one_code_fewer(31)))
-
-
 Q6_K = _k_grid("q6_k", 6, 16, 8, Q8_0, cuts=((0, 0), (0, 1), (0, 2), (0, 3)))
 
 
 def integer_grid(bits: int, group_size: int, symmetric: bool) -> Grid:
-    # compressed-tensors' `calculate_qparams`: absmax / ((qmax - qmin) / 2), or the range / (qmax - qmin).
+    """The grid of compressed-tensors with codes of so many bits; a group of 0 is a whole row."""
+    # As its `calculate_qparams`: absmax / ((qmax - qmin) / 2), or the range / (qmax - qmin).
     levels = 2**bits
     return Grid(
         name=f"compressed-tensors{integer_suffix(bits, group_size, symmetric)}",
@@ -219,6 +200,7 @@ def integer_grid(bits: int, group_size: int, symmetric: bool) -> Grid:
 
 
 def integer_suffix(bits: int, group_size: int, symmetric: bool) -> str:
+    """What the name of such a grid ends in, like "-int4-g64-asym"."""
     return f"-int{bits}-{f'g{group_size}' if group_size else 'row'}{'' if symmetric else '-asym'}"
 
 
