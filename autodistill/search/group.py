@@ -7,6 +7,7 @@ import socket
 from dataclasses import replace
 from typing import Any
 
+from autodistill.distillation.memory import settle
 from autodistill.distillation.sharding import Sharding
 from autodistill.search.deadline import step_guard
 from autodistill.search.failures import KILLED, death
@@ -51,6 +52,7 @@ class Member:
         )
         sharding = Sharding(self._setting.device)
         self._bench = Workbench(fetch(self._setting), sharding)
+        settle()
         self._guard = step_guard(self._deadline, sharding)
 
     def work(self, assignment: Assignment) -> dict[str, Any]:

@@ -7,7 +7,6 @@ stretch and promoting the start of another, so that Tune needs no state that our
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import shutil
@@ -15,8 +14,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol, TypeAlias
-
-import torch
 
 from autodistill.distillation.memory import keep_to_share
 from autodistill.errors import LostClusterError
@@ -294,17 +291,20 @@ def _stretch_class() -> Any:
             self._assignment: Assignment | Rest = config["assignment"].assignment
             self._work = make()
             self._suspect = False
+            # By now it is known where the package lies.
+            from autodistill.distillation.memory import settle
+
+            settle()
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
+            from autodistill.distillation.memory import give_back_memory
+
             self._assignment = new_config["assignment"].assignment
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            give_back_memory()
             return True
 
         def step(self) -> dict[str, Any]:
             """Does the assignment; what goes wrong in it is a result too."""
-            # By now it is known where the package lies.
             from autodistill.search.bell import Rest
 
             if self._suspect:
