@@ -57,7 +57,7 @@ def test_the_default_space_searches_what_the_project_is_known_by():
     finishings = [strategy.finishing for strategy in strategies]
     assert {(item.format, item.bits, item.group_size) for item in finishings if item} == grids
     assert None in finishings
-    assert {strategy.init.layers for strategy in strategies} == {"even", "influence"}
+    assert {strategy.init.layers for strategy in strategies} == {"even", "influence", "block-influence"}
     # Fewer layers or narrower ones; the teacher's own shape, to be had in fewer bits.
     assert any(strategy.init == Init(depth=1.0) for strategy in strategies)
     strategies = [strategy for strategy in strategies if strategy.init != Init(depth=1.0)]
@@ -170,7 +170,7 @@ def test_the_extremes_are_the_corners_of_how_a_student_begins():
     assert {strategy.init for strategy in space.extremes()} - {item.init for item in space.required().extremes()} == {
         Init(depth=1.0)
     }
-    shallow = {(depth, layers, 1.0) for depth in (0.6, 0.8) for layers in ("even", "influence")}
+    shallow = {(depth, layers, 1.0) for depth in (0.6, 0.8) for layers in ("even", "influence", "block-influence")}
     assert inits == shallow | {(1.0, "even", ffn) for ffn in (0.4, 0.7)}
     assert space.extremes()[-1] == space.baselines["hand_designed"]
     sibling = {"source": "pretrained", "model": "owner/name", "depth": 1.0}
@@ -190,8 +190,8 @@ def test_alignment_cases_hold_whatever_a_trial_may_need():
     space = load_space("default")
     cases = space.alignment_cases(30)
     known = {(int(init.depth * 30 + 1e-9), init.layers, item.layers, item.count) for init, item in cases}
-    # Four alignments of three depths with two choices of layers, and of all layers.
-    assert len(known) == len(cases) == 4 * (3 * 2 + 1)
+    # Four alignments of three depths with three choices of layers, and of all layers.
+    assert len(known) == len(cases) == 4 * (3 * 3 + 1)
     for seed in range(200):
         strategy = space.strategy(random_point(space, seed))
         alignment = strategy.distillation.alignment
