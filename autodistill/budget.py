@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from autodistill.device_files import device_from_json
 from autodistill.devices import Device
 from autodistill.errors import InputError
 from autodistill.strategy import Deployment
@@ -131,6 +132,6 @@ def read_budget(data: Mapping[str, Any]) -> Budget:
         if data.get("device") is None:
             return Budget(**plain)
         limits = tuple(LatencyLimit(**limit) for limit in data["latency"])
-        return DeviceBudget(**plain, device=Device.from_json(data["device"]), latency=limits)
+        return DeviceBudget(**plain, device=device_from_json(data["device"]), latency=limits)
     except (KeyError, TypeError) as error:
         raise InputError(f"this is no budget as a run stores it ({error}): {dict(data)}") from None

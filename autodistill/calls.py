@@ -199,7 +199,8 @@ def written(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def listed_devices(given: Mapping[str, Any]) -> tuple[Any, ...]:
     """The known devices, or those of a name; this machine where it is asked for."""
-    from autodistill.devices import LOCAL, matching
+    from autodistill.device_lookup import matching
+    from autodistill.devices import LOCAL
     from autodistill.local_device import known_devices
 
     text = " ".join(given["name"] or ())
@@ -301,7 +302,8 @@ def _student_appraised(
 def picked(given: Mapping[str, Any]) -> dict[str, Any]:
     """The best stored student for the hardware that is named."""
     from autodistill.budget import memory_on
-    from autodistill.devices import LOCAL, listed
+    from autodistill.device_files import listed
+    from autodistill.devices import LOCAL
     from autodistill.local_device import choose_device
     from autodistill.needs import Wanted
     from autodistill.pick import TIERS, pick, pick_tiers, tier_of

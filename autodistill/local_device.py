@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from autodistill.devices import LOCAL, Device, device_classes, devices, find_device
+from autodistill.device_files import device_classes, devices
+from autodistill.device_lookup import find_device
+from autodistill.devices import LOCAL, Device
 from autodistill.errors import InputError
 from autodistill.hardware import Machine, computes_bf16, detect, machine_name
 from autodistill.quiet import Watch

@@ -13,7 +13,9 @@ import numpy as np
 
 from autodistill.bench_output import Bench, BoardResult, parse_result
 from autodistill.described import Described, deployment_named, describe
-from autodistill.devices import ONE_CHIP, device_of_system, devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import device_of_system, find_device
+from autodistill.devices import ONE_CHIP
 from autodistill.errors import InputError
 from autodistill.estimate import config_of
 from autodistill.hardware import detect, memory_bytes

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from autodistill.contracts import ModelSpec
-from autodistill.devices import DISCRETE, Device, is_machine
+from autodistill.device_lookup import is_machine
+from autodistill.devices import DISCRETE, Device
 from autodistill.errors import InputError
 from autodistill.records.candidates import Candidate
 from autodistill.records.measurements import Correction, Measured, correction

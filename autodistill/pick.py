@@ -10,7 +10,8 @@ from operator import le
 from typing import Any, cast
 
 from autodistill.contracts import Direction
-from autodistill.devices import DISCRETE, Device, device_classes
+from autodistill.device_files import device_classes
+from autodistill.devices import DISCRETE, Device
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimate import in_blocks
 from autodistill.needs import Solved, Wanted, solve

@@ -20,7 +20,9 @@ import torch
 from memory_estimate import SIZES, Case, write, write_folder
 
 from autodistill.described import deployment_named, shape, spec_of
-from autodistill.devices import Device, devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
+from autodistill.devices import Device
 from autodistill.hardware import computes_bf16, detect
 from autodistill.llama_cpp import LlamaServer
 from autodistill.local_device import local_device

@@ -9,7 +9,8 @@ from typing import Any
 
 from autodistill.budget import on_gpu
 from autodistill.contracts import Measurement, Needs, Quantity, Source, Subject
-from autodistill.devices import DISCRETE, class_of_machine
+from autodistill.device_lookup import class_of_machine
+from autodistill.devices import DISCRETE
 from autodistill.hardware import detect, machine_name
 from autodistill.llama_cpp import LlamaServer
 from autodistill.python_server import PythonServer

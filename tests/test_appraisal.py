@@ -9,7 +9,8 @@ import pytest
 
 from autodistill.appraisal import appraise
 from autodistill.described import deployment_named, shape
-from autodistill.devices import devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
 from autodistill.errors import InputError
 from autodistill.hardware_summary import appraisal_text
 from autodistill.records.recalibration import Overhead

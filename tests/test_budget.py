@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from autodistill.budget import DeviceBudget, memory_on, read_budget
 from autodistill.described import deployment_named, shape
-from autodistill.devices import devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
 from autodistill.errors import InputError
 from autodistill.estimate import fits, latencies, shortfall
 from autodistill.roofline import limit_seconds, speed

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from autodistill.appraisal import appraise
 from autodistill.described import deployment_named, describe, spec_of
-from autodistill.devices import devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
 from autodistill.errors import InputError
 
 SIZES: dict[str, Any] = {

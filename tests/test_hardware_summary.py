@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from autodistill.appraisal import appraise
 from autodistill.described import deployment_named, shape
-from autodistill.devices import devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
 from autodistill.hardware_summary import appraisal_text, devices_table
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from autodistill import local_device as module
-from autodistill.devices import devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
 from autodistill.hardware import Gpu, Machine, computes_bf16
 from autodistill.local_device import choose_device, known_devices, local_device
 from autodistill.quiet import Noise

@@ -12,7 +12,8 @@ import pytest
 
 from autodistill import measure as module
 from autodistill.described import describe
-from autodistill.devices import devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.export.compressed_tensors import CompressedTensorsExporter

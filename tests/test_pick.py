@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from autodistill.contracts import ModelSpec
 from autodistill.described import deployment_named
-from autodistill.devices import devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
 from autodistill.errors import InputError, NothingFitsError
 from autodistill.estimate import config_of, spec_from_config
 from autodistill.hardware_summary import pick_text

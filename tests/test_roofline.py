@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autodistill.described import deployment_named, shape, spec_of
-from autodistill.devices import devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
 from autodistill.roofline import speed, work
 from autodistill.serving_memory import memory
 

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autodistill.devices import Device, is_machine
+from autodistill.device_lookup import is_machine
+from autodistill.devices import Device
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.records.event_log import EventLog

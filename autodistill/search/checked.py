@@ -14,6 +14,7 @@ from typing import Any
 from autodistill.applied import check_strategy
 from autodistill.budget import DeviceBudget, completed, limits_as, read_budget, with_device_of
 from autodistill.contracts import SEQUENCE_LENGTH, Direction, ModelSpec, Plan
+from autodistill.device_files import device_from_json
 from autodistill.devices import LOCAL, Device
 from autodistill.distillation.teacher import TeacherRef, resolve_teacher
 from autodistill.documents import Source, resolve_data
@@ -283,7 +284,7 @@ def _device(request: SearchRequest, known: Mapping[str, Any], objectives: tuple[
     """Where latencies are predicted, if they are: on resuming the device as it was, with the figures it had."""
     if all(one.name != "latency" for one in objectives):
         return None
-    before = Device.from_json(known["device"]) if known.get("device") else None
+    before = device_from_json(known["device"]) if known.get("device") else None
     if isinstance(request.budget, DeviceBudget):
         found = request.budget.device
     elif request.device is None and before is not None:

@@ -16,7 +16,8 @@ from autodistill import plugins
 from autodistill.applied import student_spec
 from autodistill.budget import DeviceBudget, on_gpu
 from autodistill.contracts import Artefact, Measurement, Subject
-from autodistill.devices import DISCRETE, is_machine
+from autodistill.device_lookup import is_machine
+from autodistill.devices import DISCRETE
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.memory import give_back_memory
 from autodistill.distillation.scoring import choices

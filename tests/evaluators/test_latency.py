@@ -9,7 +9,8 @@ from autodistill.evaluators.latency import Latency
 
 from autodistill.budget import DeviceBudget
 from autodistill.contracts import Subject
-from autodistill.devices import devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
 from autodistill.strategy import Deployment
 from autodistill.units import parse_latency
 

@@ -11,7 +11,8 @@ from autodistill.evaluators.memory import Memory
 
 from autodistill.budget import DeviceBudget
 from autodistill.contracts import Subject
-from autodistill.devices import devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
 from autodistill.errors import VerificationError
 from autodistill.hardware import detect, machine_name
 from autodistill.llama_cpp import Buffers, LlamaServer

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autodistill.budget import DeviceBudget
-from autodistill.devices import devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
 from autodistill.errors import InputError
 from autodistill.records.leaderboard import (
     Row,

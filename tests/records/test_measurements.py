@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from autodistill.described import deployment_named, shape
-from autodistill.devices import devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
 from autodistill.estimate import config_of
 from autodistill.records.measurements import Measured, correction, read_measured, store_measured
 from autodistill.roofline import speed

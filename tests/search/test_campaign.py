@@ -17,7 +17,8 @@ import pytest
 from autodistill.applied import student_spec
 from autodistill.certainty import Reading, ends, expected
 from autodistill.contracts import Direction, Measurement, Status
-from autodistill.devices import devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
 from autodistill.distillation.schedule import branch_point
 from autodistill.distillation.trainer import StepRecord
 from autodistill.errors import AutoDistillError

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from autodistill.budget import DeviceBudget
-from autodistill.devices import devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
 from autodistill.errors import InputError
 from autodistill.estimate import fits, memory, shortfall, spec_from_config
 from autodistill.records.json_files import write_json

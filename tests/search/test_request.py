@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from autodistill.budget import DeviceBudget
-from autodistill.devices import devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
 from autodistill.errors import AutoDistillError, InputError
 from autodistill.records.json_files import write_json
 from autodistill.records.store import RunFolder

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from autodistill import training_fit
 from autodistill.budget import DeviceBudget
 from autodistill.contracts import Decision, Measurement, Subject
-from autodistill.devices import devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
 from autodistill.distillation import trainer
 from autodistill.errors import InputError, InterruptedSearchError, NothingFitsError
 from autodistill.estimate import spec_from_config

@@ -11,7 +11,8 @@ import pytest
 
 from autodistill.applied import student_spec
 from autodistill.contracts import Measurement, Status
-from autodistill.devices import devices, find_device
+from autodistill.device_files import devices
+from autodistill.device_lookup import find_device
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config, with_layers
 from autodistill.evaluation import Evaluation

@@ -1,0 +1,185 @@
+"""How devices are called: the words of their names, and what people leave out of these and systems add."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from autodistill.errors import InputError
+from autodistill.units import parse_bytes
+
+# Words of a name that a person leaves out.
+_FILLERS = {
+    *("nvidia", "geforce", "rtx", "gtx", "tesla", "amd", "instinct", "apple", "jetson", "intel", "core", "qualcomm"),
+    *("xeon", "platinum", "gpu", "model", "channels"),
+}
+# Words that make another product of a name, which nobody means who leaves them out.
+_PRODUCTS = {"ti", "super", "xt", "xtx", "max", "pro", "ultra", "ada", "laptop", "nvl", "pcie"}
+# What a system adds to a product's name: the revision of a board, the make of a processor.
+_SYSTEM_WORDS = re.compile(
+    r"\((?:r|tm)\)|\bmodel b\b|\brev [\d.]+|\b(?:engineering reference )?developer kit\b|\b\d+(?:st|nd|rd|th) gen\b"
+    r"|\b\d+-core processor\b|(?:\bcpu *)?@ *[\d.]+ *ghz|\bw/ radeon.*",
+    re.IGNORECASE,
+)
+_BUILT_CORES = re.compile(r"\b(\d+)-core\b", re.IGNORECASE)
+_MODE = re.compile(r"\d+W(?:[-_](?:AI|CPU))?|MAXN")  # of a Jetson, as nvpmodel has it
+# A word that is an amount of memory as `split` writes it, its unit left out or not.
+_AMOUNT = re.compile(r"(\d{1,6})((?:gb)?)")
+# Alone it is an amount of memory whose unit was left out: the numbers of models have three digits or more.
+_SHORT = re.compile(r"\d{1,2}")
+_SIZE = re.compile(r"\d+(?:\.\d+)?[gm]b")  # as `size_in_name` makes it, and `split` writes it
+_WHOLE = 0.05  # of a size is left out of a device's name
+_SOCKET = re.compile(r"sxm\d")
+
+
+def split(text: str) -> tuple[str, ...]:
+    """The words of a name in small letters, each spelled in one way: "RTX4060Ti 16 GiB" has rtx, 4060, ti, 16gb."""
+    plain = re.sub(r"[^a-z0-9+.]+", " ", text.lower())
+    plain = re.sub(r"\brpi(?=\d|\b)", "pi", plain)
+    # "16 gb", "16g" and "16gib" are one word, and letters part from the number that follows them where it is a model's.
+    plain = re.sub(r"(\d) *(?:gib|gb|g)\b", r"\1gb", plain)
+    plain = re.sub(r"\b(rtx|gtx|pi|m)(?= ?\d)", lambda found: found[1] + ("" if found[1] == "m" else " "), plain)
+    return tuple(re.sub(r"(?<=\d)(ti|super|xtx|xt)(?=\d|\b)", r" \1 ", plain).split())
+
+
+def joined(text: str) -> str:
+    """A name without blanks and hyphens, the same of all its spellings."""
+    return "".join(split(text))
+
+
+def bare(text: str) -> str:
+    """As `joined`, without the words that a person leaves out."""
+    return "".join(word for word in split(text) if word not in _FILLERS)
+
+
+def asks_for_a_kind(text: str, classes: Iterable[str]) -> bool:
+    """Whether a text asks for no device in particular: for a class of them, by its name, or for a GPU."""
+    return joined(text) in ("gpu", *map(joined, classes))
+
+
+def distance(text: str, name: str, gigabytes: range, *, bare_amounts: bool) -> tuple[int, int] | None:
+    """How far a name is from what a person says; None where it lacks something of that.
+
+    Args:
+        text: What a person says.
+        name: Of a device.
+        gigabytes: What a person may say that this device's memory is, although its name does not.
+        bare_amounts: Whether a number without a unit is an amount of memory, beside a word of the name.
+
+    Returns:
+        How many words that a person may leave out are said and not in the name, then how many others are left out.
+    """
+    asked, words = _telling(text), _telling(name)
+    said, has = set(split(text)) & _FILLERS, set(split(name)) & _FILLERS
+    wanted = _wanted(asked, words, gigabytes, bare_amounts=bare_amounts)
+    # A maker's name alone asks for all of its devices, and beside other words for those of them that have it.
+    if wanted <= words or asked <= has:
+        return len(said - has), len(words - wanted)
+    return None
+
+
+def _wanted(asked: set[str], words: set[str], gigabytes: range, *, bare_amounts: bool) -> set[str]:
+    """The words that are asked of a name, without the amounts of memory that the device has though it does not say so.
+
+    Args:
+        asked, words: Of what a person says, and of the name.
+        gigabytes, bare_amounts: As `distance` takes them.
+    """
+    shared = asked & words
+    wanted = set(shared)
+    for word in asked - words:
+        if word == "sxm" and (sockets := set(filter(_SOCKET.fullmatch, words))):
+            # A person leaves the generation of a socket out; a system says it, and another one is another device.
+            wanted |= sockets
+            continue
+        amount = _AMOUNT.fullmatch(word)
+        if amount is None or not (amount[2] or (bare_amounts and shared)) or int(amount[1]) not in gigabytes:
+            wanted.add(word)
+        else:
+            wanted |= {f"{amount[1]}gb"} & words
+    return wanted
+
+
+def is_another_product(text: str, name: str) -> bool:
+    """Whether a name has a word beside what a person says that makes it another product's, as "Ti" does."""
+    return bool((_telling(name) - _telling(text)) & _PRODUCTS)
+
+
+def _telling(text: str) -> set[str]:
+    """The words without those that a person leaves out, unless there are no others."""
+    words = split(text)
+    return {word for word in words if word not in _FILLERS} or set(words)
+
+
+def is_amount(text: str) -> bool:
+    """Whether all that is said are amounts of memory, with their units, or one number too short for a model's."""
+    try:
+        parse_bytes(text)
+    except InputError:
+        words = split(text)
+        amounts = bool(words) and all((amount := _AMOUNT.fullmatch(word)) and amount[2] for word in words)
+        return amounts or _SHORT.fullmatch("".join(words)) is not None
+    return True
+
+
+def size_in_name(memory_bytes: int, thousand: int) -> str:
+    """An amount of memory as it stands in a device's name: "16GB" of 16 GiB and of 16 GB, "512MB" of half a GiB.
+
+    What a driver reports is a little less than is built in, so that 24564 MiB are "24GB" too.
+
+    Args:
+        memory_bytes: The amount.
+        thousand: 1024 where it was given in units like GiB, else 1000.
+    """
+    unit = "GB" if memory_bytes >= thousand**3 else "MB"
+    count = memory_bytes / thousand ** (3 if unit == "GB" else 2)
+    near = round(count)
+    return f"{near if near and abs(count - near) <= _WHOLE * near else round(count, 2):g}{unit}"
+
+
+def has_size(name: str) -> bool:
+    """Whether a name has the size of a memory."""
+    return any(map(_SIZE.fullmatch, split(name)))
+
+
+def product_words(name: str) -> frozenset[str]:
+    """The words of a name, but for the size of its memory."""
+    return frozenset(word for word in split(name) if not _SIZE.fullmatch(word))
+
+
+def searched_words(text: str) -> set[str]:
+    """The words by which names are searched: of a socket also that without its generation."""
+    words = set(split(text))
+    return words | ({"sxm"} if any(map(_SOCKET.fullmatch, words)) else set())
+
+
+def without_system_words(name: str, mode: str = "") -> str:
+    """What a system calls its board, processor or GPU, without what it adds to the product's name.
+
+    Args:
+        name: As the system has it, like "Raspberry Pi 5 Model B Rev 1.0".
+        mode: Power mode of a Jetson, as nvpmodel has it; it stands behind the name.
+    """
+    return " ".join((_SYSTEM_WORDS.sub(" ", name), *_MODE.findall(mode)))
+
+
+def built_cores(name: str) -> int | None:
+    """How many cores a processor has, where a system's name of it says so."""
+    found = _BUILT_CORES.search(name)
+    return int(found[1]) if found else None
+
+
+def name_and_cores(machine: str) -> tuple[str, int | None]:
+    """A machine's name as its system has it, and its cores where they stand behind it, as in "Apple M2, 8 cores"."""
+    found = re.fullmatch(r"(.*), (\d+) cores", machine)
+    return (found[1], int(found[2])) if found else (machine, None)
+
+
+def class_words(machine: str) -> set[str]:
+    """The words of a machine's own name that tell its class; devices are of one whatever their socket's generation.
+
+    Args:
+        machine: As `name_and_cores` takes it.
+    """
+    words = split(without_system_words(name_and_cores(machine)[0]))
+    return {"sxm" if _SOCKET.fullmatch(word) else word for word in words} - {"gpu"}
