@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from autodistill.errors import InputError
 from autodistill.units import parse_bytes
@@ -32,6 +33,7 @@ _WHOLE = 0.05  # of a size is left out of a device's name
 _SOCKET = re.compile(r"sxm\d")
 
 
+@lru_cache(maxsize=4096)  # each look-up reads all known names
 def split(text: str) -> tuple[str, ...]:
     """The words of a name in small letters, each spelled in one way: "RTX4060Ti 16 GiB" has rtx, 4060, ti, 16gb."""
     plain = re.sub(r"[^a-z0-9+.]+", " ", text.lower())
