@@ -18,9 +18,9 @@ from autodistill.device_names import (
     joined,
     name_and_cores,
     product_words,
-    without_system_words,
     searched_words,
     split,
+    without_system_words,
 )
 from autodistill.devices import ONE_CHIP, Device
 from autodistill.errors import InputError

@@ -18,10 +18,10 @@ from autodistill.device_names import (
     joined,
     name_and_cores,
     product_words,
-    without_system_words,
     searched_words,
     size_in_name,
     split,
+    without_system_words,
 )
 
 
