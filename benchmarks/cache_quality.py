@@ -29,6 +29,7 @@ BASE = "all logits"
 SIGNALS = {
     BASE: {"signal": "states", "signal_tokens": 0},
     "50 draws": {"signal": "sampled", "signal_tokens": 50},
+    "60 draws": {"signal": "sampled", "signal_tokens": 60},
     "top-64": {"signal": "top-k", "signal_tokens": 64},
     "12 draws": {"signal": "sampled", "signal_tokens": 12},
 }
