@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,16 +27,13 @@ import numpy as np
 import report
 import torch
 from kept import Kept, mean
-from math_search import RECIPE, STEP, TOKENS, prepare
-from prepared import Prepared
+from math_search import RECIPE, TOKENS, prepare
 from simulate import TRIALS, Table, Worker, default_rungs, load_table, plan, simulate
+from timed_parts import live, step_seconds
 
-from autodistill.applied import initial_student
-from autodistill.distillation.trainer import Trainer
 from autodistill.records.store import default_cache
 from autodistill.search.rungs import kept_at_rungs
 from autodistill.strategy import Strategy
-from autodistill.trial import Workbench
 from autodistill.units import parse_duration
 
 CASES: dict[str, dict[str, Any]] = {
@@ -48,7 +44,6 @@ CASES: dict[str, dict[str, Any]] = {
     "without pausing": {"stopping": True},
     "without the cache": {"live_teacher": True},
 }
-STEPS = 12
 
 
 def one(table: Table, case: str, seed: int) -> dict[str, Any]:
@@ -76,34 +71,6 @@ def warm(table: Table, seed: int, warmed: bool) -> dict[str, Any]:
         hints = {"earlier": told, "first": [table.space.point(Strategy.from_json(table.lines[spent.best[3]].strategy))]}
     spent, _ = simulate(table, made, seed=seed, **hints)
     return {"operations": spent.operations, "tokens": spent.trained, "best": spent.best[2]}
-
-
-def step_seconds(prepared: Prepared, strategy: Strategy) -> float:
-    """Seconds of a thread's own time that an optimiser step takes, after some to warm up."""
-    bench, setting = Workbench(prepared.setting), prepared.setting
-    model, kept_layers = initial_student(setting, strategy.init, 0)
-    trainer = Trainer(
-        model,
-        kept=kept_layers,
-        teacher_layers=setting.teacher_spec.layers,
-        teacher_width=setting.teacher_spec.width,
-        strategy=strategy,
-        plan=setting.plan,
-        data=bench.train,
-        cache=bench.cache,
-        seed=0,
-        teacher=bench.teacher,
-    )
-    times = []
-    for record in trainer.train_stable(3 * STEPS * STEP):
-        times.append(time.process_time())
-        del record
-    return float(np.median(np.diff(times[STEPS:])))
-
-
-def live(strategy: Strategy) -> Strategy:
-    """The same strategy with the teacher run in the trial."""
-    return replace(strategy, distillation=replace(strategy.distillation, signal="online", signal_tokens=0))
 
 
 def main() -> None:

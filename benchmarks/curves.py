@@ -31,9 +31,9 @@ class Knowledge(Protocol):
 One = TypeVar("One", bound=Knowledge)
 
 
-def at(curve: Sequence[One], operations: float) -> One | None:
-    """The best student that is known after so many operations."""
-    found = [one for one in curve if one.operations <= operations and one.value is not None]
+def at(curve: Sequence[One], spent: float, what: str = "operations") -> One | None:
+    """The best student that is known after so many operations, or so much of another expense."""
+    found = [one for one in curve if getattr(one, what) <= spent and one.value is not None]
     return max(found, key=lambda one: one.value or 0.0, default=None)
 
 
@@ -44,7 +44,11 @@ def passes(curve: Sequence[Knowledge], value: float, what: str = "operations") -
 
 
 def speedup(
-    mine: Sequence[Sequence[Knowledge]], theirs: Sequence[Sequence[Knowledge]], value: float, ends: Sequence[float]
+    mine: Sequence[Sequence[Knowledge]],
+    theirs: Sequence[Sequence[Knowledge]],
+    value: float,
+    ends: Sequence[float],
+    what: str = "operations",
 ) -> str:
     """How many times the compute of the first the second takes to pass a value, by the medians over seeds.
 
@@ -52,13 +56,14 @@ def speedup(
         mine: Curves of the first, one a seed.
         theirs: Of the second.
         value: Accuracy on validation.
-        ends: Operations up to which each of the second was followed.
+        ends: Operations, or what else is counted, up to which each of the second was followed.
+        what: The expense that is counted.
     """
-    first, second = (float(np.median([passes(curve, value) for curve in curves])) for curves in (mine, theirs))
+    first, second = (float(np.median([passes(curve, value, what) for curve in curves])) for curves in (mine, theirs))
     if not np.isfinite(first):
         return "not held: the median search does not pass it in its box."
     if not np.isfinite(second):
-        followed = [min(passes(curve, value), end) for curve, end in zip(theirs, ends, strict=True)]
+        followed = [min(passes(curve, value, what), end) for curve, end in zip(theirs, ends, strict=True)]
         least = float(np.median(followed)) / first
         return f"{'held' if least >= FIFTH else 'not shown'}: more than {least:.1f} times, where it was given up."
     return f"{'held' if second / first >= FIFTH else 'not held'}: {second / first:.1f} times."

@@ -78,6 +78,11 @@ class Costs:
         self._teacher = teacher
         self._plan = plan
 
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Tokens at which trials are judged."""
+        return self._plan.rungs
+
     def weights(self, strategy: Strategy) -> int:
         """Of the student, and of the projections of its states that are trained beside it."""
         spec = student_spec(strategy, self._teacher)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import report
+from expenses import Expense
 from kept import Kept, mean
 from math_search import TOKENS
 from simulate import Table, default_rungs, load_table, plan, simulate
@@ -43,14 +44,15 @@ SLOW = {"gp": ("pauses and promotes",)}
 
 
 def one(table: Table, scheduler: str, sampler: str, seed: int, trials: int, limit: int | None) -> Any:
-    """The curve of a search as plain data: operations and accuracy, its total, and its seconds."""
+    """The curve of a search as plain data: operations and accuracy, and its total."""
     if scheduler == "to the end":
         made = plan(len(table.recorded) if limit else trials, (TOKENS,), ())
     else:
         count = len(table.recorded) if scheduler.startswith("stops") and limit else trials
         keep = kept_at_rungs(count, 3)
         made = plan(count, default_rungs(), (keep[0], 2) if scheduler.endswith("two to the end") else keep)
-    spent, _ = simulate(table, made, sampler=sampler, seed=seed, limit=limit, **SCHEDULERS[scheduler])
+    until = None if limit is None else Expense(operations=limit)
+    spent, _ = simulate(table, made, sampler=sampler, seed=seed, limit=until, **SCHEDULERS[scheduler])
     return {"curve": [[step[0], step[2]] for step in spent.curve], "total": spent.operations}
 
 

@@ -7,8 +7,9 @@ a good engineer writes in an afternoon: Optuna's TPE and median pruner, the teac
 (d) the hand-designed recipe, its learning rate and then its seed chosen with as much compute as (a) spends, (e)
 fine-tuning without a teacher, chosen likewise. All of them begin with the recipe, look sizes up before they train, and
 train nothing twice. Students are those that `math_table.py` trained and recorded: a trial is looked up and costs what
-training it did. That the table is what a search would have seen is shown by `--real` searches that train, whose every
-value is compared. The chosen students are then scored on the unseen test split. What was made is not made again.
+training it did, in operations and in seconds, of which `timed_parts.py` has timed what the table has none of. That the
+table is what a search would have seen is shown by `--real` searches that train, whose every value is compared. The
+chosen students are then scored on the unseen test split. What was made is not made again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import optuna
 import report
+import timed_parts
 import torch
 from curves import at
+from expenses import Expense
 from kept import Kept
 from math_search import METRIC, RECIPE, TEST_QUESTIONS, prepare
-from math_table import FURTHER_SEEDS, RUNGS, Line, Recorder, read, without_teacher
+from math_table import FURTHER_SEEDS, RUNGS, Recorder, without_teacher
 from math_teacher import LENGTH
-from prepared import Prepared, learns_from_teacher
+from prepared import Prepared
 from search_efficiency_report import Known, Outcome, sections
-from simulate import SEED, TRIALS, Table, Worker, default_rungs, load_table, plan, simulate
+from simulate import SEED, TRIALS, Spent, Table, Worker, default_rungs, load_table, plan, simulate
 
 from autodistill.applied import student_spec
 from autodistill.domains import Choices
@@ -49,6 +52,8 @@ from autodistill.strategy import Strategy, content_hash
 from autodistill.token_sets import load_split
 from autodistill.units import parse_duration
 
+# What a result of this program depends on beside the table: other than this, it is made again.
+VERSION = 2
 # How many times what (a) spends the others are followed, to see when they come as far.
 FOLLOWED = 8
 # Proposals after which the script is given up: most are then what it has trained before, or too large.
@@ -58,25 +63,30 @@ ASKED = 300
 def search(table: Table, seed: int) -> list[Known]:
     """(a): this search with its defaults, to the end of its plan."""
     spent, _ = simulate(table, plan(TRIALS, default_rungs(), kept_at_rungs(TRIALS, 3)), seed=seed)
-    return [
-        Known(operations=one[0], value=one[2], strategy=one[3], seed=SEED, deployment=one[4]) for one in spent.curve
-    ]
+    return curve_of(spent)
 
 
-def random_search(table: Table, seed: int, limit: int) -> list[Known]:
+def random_search(table: Table, seed: int, limit: Expense) -> list[Known]:
     """(b): random search, every trial to the end, one cache, and what does not fit rejected."""
     made = plan(len(table.recorded), (RUNGS[-1],), ())
     spent, _ = simulate(table, made, sampler="random", seed=seed, sharing=False, limit=limit)
+    return curve_of(spent)
+
+
+def curve_of(spent: Spent) -> list[Known]:
+    """What a simulated search knew of students at full fidelity."""
     return [
-        Known(operations=one[0], value=one[2], strategy=one[3], seed=SEED, deployment=one[4]) for one in spent.curve
+        Known(operations=operations, seconds=seconds, value=value, strategy=strategy, seed=SEED, deployment=deployment)
+        for operations, seconds, value, strategy, deployment in spent.curve
     ]
 
 
-def script(table: Table, seed: int, limit: int) -> list[Known]:
+def script(table: Table, seed: int, limit: Expense) -> list[Known]:
     """(c): an afternoon's script."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     made = plan(1, RUNGS, (1,) * (len(RUNGS) - 1))
-    costs, spent = Worker(table, made).costs, Worker(table, made).start - Worker(table, made).costs.cache
+    expenses = Worker(table, made).expenses
+    spent = expenses.teacher_rows
     sampler = optuna.samplers.TPESampler(seed=seed)
     study = optuna.create_study(direction="maximize", sampler=sampler, pruner=optuna.pruners.MedianPruner())
     recipe = table.space.point(table.space.baselines[RECIPE])
@@ -86,7 +96,7 @@ def script(table: Table, seed: int, limit: int) -> list[Known]:
     curve: list[Known] = []
     whole = {line.id for line in table.recorded}
     for _ in range(ASKED):
-        if spent >= limit or whole <= done.keys():
+        if spent.covers(limit) or whole <= done.keys():
             break
         trial = study.ask()
         strategy = table.space.strategy(suggest(trial, table.space))
@@ -98,8 +108,8 @@ def script(table: Table, seed: int, limit: int) -> list[Known]:
         done[strategy.id] = None
         before, pruned = 0, False
         for place, tokens in enumerate(RUNGS):
-            spent += costs.train(strategy, tokens - before) + costs.evaluation(strategy, costs.read_at(place))
-            spent += costs.online(tokens - before) if learns_from_teacher(strategy) else 0
+            spent += expenses.train(strategy, tokens - before, live=True)
+            spent += expenses.evaluation(strategy, expenses.costs.read_at(place))
             before = tokens
             if tokens < RUNGS[-1]:
                 trial.report(line.plain[place], tokens)
@@ -110,10 +120,10 @@ def script(table: Table, seed: int, limit: int) -> list[Known]:
         if pruned:
             continue
         best = max(line.rows, key=lambda name: line.rows[name])
-        spent += (len(line.rows) - 1) * costs.evaluation(strategy, made.eval_tokens)
+        spent += expenses.evaluation(strategy, made.eval_tokens) * (len(line.rows) - 1)
         done[strategy.id] = line.rows[best]
         study.tell(trial, line.rows[best])
-        curve.append(Known(operations=spent, value=line.rows[best], strategy=strategy.id, seed=SEED, deployment=best))
+        curve.append(Known.of(spent, line.rows[best], strategy.id, SEED, best))
     return curve
 
 
@@ -127,29 +137,27 @@ def suggest(trial: optuna.Trial, space: Space) -> Point:
     return point
 
 
-def tuned(table: Table, lines: Sequence[Line], recipe: Strategy, limit: int, *, taught: bool) -> list[Known]:
+def tuned(table: Table, recipe: Strategy, limit: Expense, *, taught: bool) -> list[Known]:
     """(d) and (e): a recipe at each learning rate, its own first, and then the best of them on further seeds."""
-    made = plan(1, (RUNGS[-1],), ())
-    worker = Worker(table, made)
-    spent = worker.start - (0 if taught else worker.costs.cache)
-    by = {(line.id, line.seed): line for line in lines}
+    expenses = Worker(table, plan(1, (RUNGS[-1],), ())).expenses
+    spent = expenses.teacher_rows + (expenses.cache if taught else Expense())
     curve: list[Known] = []
 
     def train(strategy: Strategy, seed: int) -> None:
         nonlocal spent
-        line = by[strategy.id, seed]
-        spent += worker.costs.stretch(strategy, 0, -1)
+        line = table.every[strategy.id, seed]
+        spent += expenses.whole(strategy)
         name = max(line.rows, key=lambda one: line.rows[one])
-        curve.append(Known(operations=spent, value=line.rows[name], strategy=line.id, seed=seed, deployment=name))
+        curve.append(Known.of(spent, line.rows[name], line.id, seed, name))
 
     rates = sorted(table.space.dimensions[1].domain.corners, key=lambda rate: rate != recipe.distillation.learning_rate)
     for rate in rates:
         train(replace(recipe, distillation=replace(recipe.distillation, learning_rate=float(rate))), SEED)
     best = max(curve, key=lambda one: one.value).strategy
     for seed in FURTHER_SEEDS:
-        if spent < limit and (best, seed) in by:
-            train(Strategy.from_json(by[best, seed].strategy), seed)
-    return [one for one in curve if one.operations <= 1.05 * limit]
+        if not spent.covers(limit) and (best, seed) in table.every:
+            train(Strategy.from_json(table.every[best, seed].strategy), seed)
+    return curve
 
 
 class Judge:
@@ -193,10 +201,18 @@ def real(table: Table, prepared: Prepared, seed: int) -> dict[str, float]:
     campaign.replay(prepared.run.events.read())
     run_inline(campaign, setting, None)
     _, looked_up = simulate(table, made, seed=seed)
-    mine, theirs = (dict(_told(events)) for events in (prepared.run.events.read(), looked_up._log.read()))
+    logs = prepared.run.events.read(), looked_up._log.read()
+    mine, theirs = (dict(_told(events)) for events in logs)
     same = sum(mine.get(key) == value for key, value in theirs.items())
     off = max((abs(mine[key] - value) for key, value in theirs.items() if key in mine), default=0.0)
-    return {"stretches": len(theirs), "same": same, "others": len(mine.keys() - theirs.keys()), "off": off}
+    compared = {"stretches": len(theirs), "same": same, "others": len(mine.keys() - theirs.keys()), "off": off}
+    return compared | stretch_seconds(logs[0]) | {"simulated": sum(stretch_seconds(logs[1]).values())}
+
+
+def stretch_seconds(events: Sequence[Any]) -> dict[str, float]:
+    """What the stretches of a log took, by what was done."""
+    told = [event["seconds"] for event in events if event["event"] == "rung"]
+    return {part: sum(float(one[part]) for one in told) for part in ("train", "evaluate", "other")}
 
 
 def _told(events: Sequence[Any]) -> Iterator[tuple[str, float]]:
@@ -214,12 +230,12 @@ def main() -> None:
     parser.add_argument("--time", type=parse_duration, default=float("inf"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    table, lines = load_table(), read()
-    kept = Kept(
-        "search-efficiency",
-        content_hash([table.digest, *sorted([one.id, one.seed, *one.decayed] for one in lines)]),
-        arguments.time,
-    )
+    table = load_table()
+    recorded = [
+        [one.id, one.seed, *one.decayed, one.train_seconds, one.evaluate_seconds] for one in table.every.values()
+    ]
+    source = content_hash([VERSION, table.digest, sorted(recorded), asdict(timed_parts.read())])
+    kept = Kept("search-efficiency", source, arguments.time)
     seeds = range(arguments.seeds)
 
     def curves(name: str, make: Any) -> list[list[Known]]:
@@ -227,13 +243,16 @@ def main() -> None:
         return [[Known(**one) for one in curve] for curve in found]
 
     arms = {"a": curves("a", lambda seed: search(table, seed))}
-    box = float(np.mean([curve[-1].operations for curve in arms["a"]]))
-    limit = round(FOLLOWED * box)
-    arms["b"] = curves("b", lambda seed: random_search(table, seed, limit))
-    arms["c"] = curves("c", lambda seed: script(table, seed, limit))
+    ends = [curve[-1] for curve in arms["a"]]
+    box = Expense(
+        operations=float(np.mean([one.operations for one in ends])),
+        seconds=float(np.mean([one.seconds for one in ends])),
+    )
+    arms["b"] = curves("b", lambda seed: random_search(table, seed, box * FOLLOWED))
+    arms["c"] = curves("c", lambda seed: script(table, seed, box * FOLLOWED))
     recipe = table.space.baselines[RECIPE]
-    arms["d"] = [tuned(table, lines, recipe, round(box), taught=True)]
-    arms["e"] = [tuned(table, lines, without_teacher(recipe), round(box), taught=False)]
+    arms["d"] = [tuned(table, recipe, box, taught=True)]
+    arms["e"] = [tuned(table, without_teacher(recipe), box, taught=False)]
     runs = default_cache() / "benchmarks" / "runs"
     checks = []
     for seed in range(arguments.real):
@@ -241,13 +260,13 @@ def main() -> None:
             checks.append(kept.get(f"real {seed}", lambda seed=seed, one=prepared: real(table, one, seed)))
     with prepare(runs, f"table-{RUNGS[-1]}") as prepared:
         judge = Judge(prepared)
-        by_id = {line.id: Strategy.from_json(line.strategy) for line in lines}
+        by_id = {line.id: Strategy.from_json(line.strategy) for line in table.every.values()}
 
         def tested(one: Known) -> dict[str, Any]:
             key = f"test split {one.strategy} {one.seed} {one.deployment} {TEST_QUESTIONS}"
             return kept.get(key, lambda: judge.judge(by_id[one.strategy], one.seed, one.deployment))
 
-        chosen = {name: [at(curve, box) or curve[0] for curve in found] for name, found in arms.items()}
+        chosen = {name: [at(curve, box.operations) or curve[0] for curve in found] for name, found in arms.items()}
         untuned = arms["d"][0][0]
         test = {name: [tested(one) for one in found] for name, found in chosen.items()}
         test["d, untuned"] = [tested(untuned)]
@@ -264,7 +283,6 @@ def main() -> None:
                 chosen=chosen,
                 test=test,
                 checks=checks,
-                lines=lines,
             )
         ),
     )

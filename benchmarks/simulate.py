@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import math_table
-from math_search import BUDGET, METRIC, QUESTIONS, RUNG_QUESTIONS, SPACE_FILE, STEP, TOKENS
+import timed_parts
+from expenses import Clock, Expense, Expenses
+from math_search import BUDGET, METRIC, QUESTIONS, RECIPE, RUNG_QUESTIONS, SPACE_FILE, STEP, TOKENS
 from math_table import RUNGS, Line
 from math_teacher import LENGTH, SHAPE
-from prepared import Costs, learns_from_teacher
+from prepared import Costs
+from timed_parts import Parts
 
 from autodistill.applied import student_spec
 from autodistill.contracts import Decision, Measurement, ModelSpec, Plan
@@ -69,14 +72,18 @@ class Table:
         space: The space, its learning rates those of which every strategy was recorded.
         deployments: Of the space.
         lines: By strategy.
+        every: By strategy and seed, those of further seeds too.
         teacher: The teacher's shape.
+        clock: How long work took where the table was recorded.
     """
 
-    def __init__(self, lines: Sequence[Line]) -> None:
+    def __init__(self, lines: Sequence[Line], parts: Parts) -> None:
         self.teacher = teacher_spec()
         self.deployments = Space.from_json(read_yaml(SPACE_FILE)).deployments
+        self.every = {(line.id, line.seed): line for line in lines}
         self.lines = {line.id: line for line in lines if line.seed == SEED}
         self.space = self._recorded()
+        self.clock = Clock(lines, parts, self.space.baselines[RECIPE], self.teacher)
 
     @property
     def digest(self) -> str:
@@ -212,7 +219,8 @@ class Spent:
     """What a simulated search has spent and found.
 
     Attributes:
-        operations, seconds: Of all workers, so far, cache and teacher included.
+        operations: Of all workers, so far, cache and teacher included.
+        seconds: Since the search began: cache and teacher before the first trial, and workers side by side.
         curve: (operations, seconds, accuracy, row's strategy, deployment) of each student at full fidelity.
         trained: Tokens trained on.
         shared: Tokens that others had trained.
@@ -247,39 +255,34 @@ class Worker:
         self.table = table
         self.plan = plan
         self.costs = Costs(table.teacher, plan)
+        self.expenses = Expenses(self.costs, table.clock, len(table.deployments))
         self._live = live_teacher
         self._stages: dict[str, set[int]] = {}
 
     @property
-    def start(self) -> int:
-        """Operations before the first trial."""
-        rows = (1 + len(self.table.deployments)) * self.costs.teacher_rows
-        return rows + (0 if self._live else self.costs.cache)
+    def start(self) -> Expense:
+        """Before the first trial."""
+        return self.expenses.teacher_rows + (Expense() if self._live else self.expenses.cache)
 
-    def answer(self, assignment: Assignment) -> tuple[RungReport, int, float]:
-        """The report, its operations, and its seconds."""
+    def answer(self, assignment: Assignment) -> tuple[RungReport, Expense]:
+        """The report, and what came to be spent on it."""
         strategy = assignment.task.strategy
         line = self.table.lines.get(strategy.id)
         last = assignment.rung == len(self.plan.rungs) - 1
         if assignment.deployment is not None:
             assert line is not None
             value = line.rows[assignment.deployment.name]
-            seconds = line.evaluate_seconds
-            report = self._report(assignment, assignment.deployment, value, 0, 0, seconds)
-            return report, self.costs.evaluation(strategy, self.plan.eval_tokens), seconds
+            spent = self.expenses.evaluation(strategy, self.plan.eval_tokens)
+            return self._report(assignment, assignment.deployment, value, 0, 0, spent.seconds), spent
         tokens = self.plan.rungs[assignment.rung]
         start, shared = self._restore(assignment)
         trained = tokens - start
-        operations = self.costs.train(strategy, trained) + self.costs.evaluation(
+        spent = self.expenses.train(strategy, trained, live=self._live) + self.expenses.evaluation(
             strategy, self.costs.read_at(assignment.rung)
         )
-        if self._live and learns_from_teacher(strategy):
-            operations += self.costs.online(trained)
-        if line is None:  # what no budget holds is trained where nothing is rejected, and has no value
-            return self._report(assignment, assignment.task.probe, None, trained, shared, 0.0), operations, 0.0
-        value = line.rows[line.probe] if last else line.decayed[RUNGS.index(tokens)]
-        seconds = line.train_seconds * trained + line.evaluate_seconds
-        return self._report(assignment, assignment.task.probe, value, trained, shared, seconds), operations, seconds
+        # What no budget holds is trained where nothing is rejected, and has no value.
+        value = None if line is None else line.rows[line.probe] if last else line.decayed[RUNGS.index(tokens)]
+        return self._report(assignment, assignment.task.probe, value, trained, shared, spent.seconds), spent
 
     def _restore(self, assignment: Assignment) -> tuple[int, int]:
         """Where a stretch begins: at the furthest checkpoint of its stage; and what others had trained of it."""
@@ -351,7 +354,7 @@ def simulate(
     rejection: bool = True,
     live_teacher: bool = False,
     space: Space | None = None,
-    limit: int | None = None,
+    limit: Expense | None = None,
     **hints: Any,
 ) -> tuple[Spent, Campaign]:
     """One search to its end, in simulated time.
@@ -366,7 +369,7 @@ def simulate(
         rejection: Whether what no deployment can hold is rejected without training.
         live_teacher: Whether there is no cache.
         space: Other than the table's.
-        limit: Operations after which it is broken off.
+        limit: Broken off where as many operations and as many seconds have passed.
         hints: Further arguments of the sampler: what earlier searches observed.
     """
     worker = Worker(table, search_plan, live_teacher=live_teacher)
@@ -393,18 +396,19 @@ def simulate(
     kind = Campaign if rejection else Unrejecting
     halving = Stopping if stopping else SuccessiveHalving
     campaign = kind(question, sampler=proposer, log=Memory(), checkpoints=Path("/nowhere"), halving=halving)
-    spent = Spent(operations=worker.start)
-    now, ticket = 0.0, count()
-    running: list[tuple[float, int, Assignment, RungReport, int]] = []
-    while limit is None or spent.operations < limit:
+    start, ticket = worker.start, count()
+    now = start.seconds
+    spent = Spent(operations=round(start.operations), seconds=now)
+    running: list[tuple[float, int, Assignment, RungReport, Expense]] = []
+    while limit is None or not Expense(operations=spent.operations, seconds=spent.seconds).covers(limit):
         while len(running) < search_plan.workers and (assignment := campaign.next()) is not None:
-            report, operations, seconds = worker.answer(assignment)
+            report, expense = worker.answer(assignment)
             # Rejections aside, work ends in the order of its length; ties in that of its start.
-            heapq.heappush(running, (now + seconds, next(ticket), assignment, report, operations))
+            heapq.heappush(running, (now + expense.seconds, next(ticket), assignment, report, expense))
         if not running:
             break
-        now, _, assignment, report, operations = heapq.heappop(running)
-        spent.operations += operations
+        now, _, assignment, report, expense = heapq.heappop(running)
+        spent.operations += round(expense.operations)
         spent.seconds = now
         spent.trained += report.trained
         spent.shared += report.shared
@@ -428,4 +432,4 @@ def load_table() -> Table:
     Raises:
         SystemExit: Too little of it.
     """
-    return Table(math_table.read())
+    return Table(math_table.read(), timed_parts.read())

@@ -61,7 +61,10 @@ def made(load: Load) -> Made:
                 evaluate_seconds=0.5,
             )
         )
-    return Made(simulate, simulate.Table(lines))
+    parts = load("timed_parts").Parts(
+        machine="made up", step=0.1, live_step=0.125, cache=15.0, evaluation=0.5, teacher_rows=2.0
+    )
+    return Made(simulate, simulate.Table(lines, parts))
 
 
 def test_tau_is_scipys(load: Load) -> None:
@@ -123,16 +126,130 @@ def test_without_rejection_what_cannot_fit_is_trained_to_its_first_rung(made: Ma
     assert all(trial.value is None for trial in unfit)
 
 
-def test_a_search_without_a_cache_pays_for_the_teacher(made: Made) -> None:
+def test_a_search_without_a_cache_pays_for_the_teacher(load: Load, made: Made) -> None:
     simulate, table = made.simulate, made.table
     plan = simulate.plan(4, (simulate.TOKENS,), ())
     cached, campaign = simulate.simulate(table, plan, seed=0, sharing=False)
     live, _ = simulate.simulate(table, plan, seed=0, sharing=False, live_teacher=True)
     costs = simulate.Worker(table, plan).costs
     trained = [trial.task.strategy for trial in campaign.trials.values() if trial.rung == 0]
-    taught = sum(simulate.learns_from_teacher(strategy) for strategy in trained)
+    taught = sum(load("prepared").learns_from_teacher(strategy) for strategy in trained)
     assert live.operations - cached.operations == taught * costs.online(simulate.TOKENS) - costs.cache
+    # By what was timed, over the recipe's 1e-4 s a token: a quarter of its training live, and one and a half to cache.
+    training = 1e-4 * simulate.TOKENS
+    assert live.seconds - cached.seconds == pytest.approx(taught * 0.25 * training - 1.5 * training)
     assert [one[2] for one in live.curve] == [one[2] for one in cached.curve]
+
+
+def test_the_seconds_of_a_search_hold_all_that_its_operations_do(load: Load, made: Made) -> None:
+    simulate, table, tokens = made.simulate, made.table, load("math_search")
+    plan = simulate.plan(12, simulate.default_rungs(), (6, 2))
+    spent, campaign = simulate.simulate(table, plan, seed=3, sharing=False)
+    # Of every student alike: 0.5 s for what the table's evaluations read on the mean, three rungs and the end.
+    question = 0.5 / ((3 * tokens.RUNG_QUESTIONS + tokens.QUESTIONS) / 4)
+    judged = 0
+    for event in campaign._log.read():
+        last = event.get("rung") == len(plan.rungs) - 1
+        judged += (tokens.QUESTIONS if last else tokens.RUNG_QUESTIONS) * (event["event"] == "rung")
+    more = sum(len(trial.task.deployments) - 1 for trial in campaign.trials.values() if trial.status == "completed")
+    cache, teacher = 1.5 * 1e-4 * simulate.TOKENS, 4 * question * tokens.QUESTIONS
+    evaluated = question * (judged + more * tokens.QUESTIONS)
+    assert spent.seconds == pytest.approx(1e-4 * spent.trained + evaluated + cache + teacher)
+    assert spent.curve[-1][1] <= spent.seconds
+    assert spent.curve[0][1] >= cache + teacher + 1e-4 * simulate.TOKENS
+
+
+def test_two_workers_spend_the_same_in_fewer_seconds_of_the_box(made: Made) -> None:
+    simulate, table = made.simulate, made.table
+    alone, beside = (
+        simulate.simulate(
+            table, simulate.plan(6, (simulate.TOKENS,), (), workers=workers), sampler="random", sharing=False
+        )[0]
+        for workers in (1, 2)
+    )
+    start = simulate.Worker(table, simulate.plan(6, (simulate.TOKENS,), ())).start.seconds
+    assert beside.operations == alone.operations
+    assert start + 0.5 * (alone.seconds - start) <= beside.seconds < alone.seconds
+
+
+def test_a_search_is_broken_off_once_both_operations_and_seconds_are_spent(load: Load, made: Made) -> None:
+    simulate, table, expense = made.simulate, made.table, load("expenses").Expense
+    plan = simulate.plan(40, (simulate.TOKENS,), ())
+    settings = {"sampler": "random", "sharing": False}
+    whole, _ = simulate.simulate(table, plan, **settings)
+    assert len(whole.curve) > 12
+    fourth, eighth = whole.curve[3], whole.curve[7]
+    for operations, seconds, last in (
+        (fourth[0], 0.0, fourth),
+        (fourth[0], eighth[1], eighth),
+        (eighth[0], fourth[1], eighth),
+    ):
+        spent, _ = simulate.simulate(table, plan, limit=expense(operations=operations, seconds=seconds), **settings)
+        assert spent.curve == whole.curve[: whole.curve.index(last) + 1]
+
+
+def test_a_kind_of_student_takes_the_median_of_its_records_and_an_unrecorded_one_by_its_size(
+    load: Load, made: Made
+) -> None:
+    from dataclasses import replace
+
+    table, recipe = made.table, made.table.space.baselines[load("math_search").RECIPE]
+    lines = list(table.every.values())
+    mine = [
+        line
+        for line in lines
+        if (one := Strategy.from_json(line.strategy)).init == recipe.init and load("prepared").learns_from_teacher(one)
+    ]
+    # One of them slow, and all others of this kind at twice the pace.
+    odd = {line.id: 1.0 if line is mine[0] else 5e-5 for line in mine}
+    told = [replace(line, train_seconds=odd.get(line.id, line.train_seconds)) for line in lines]
+    parts = load("timed_parts").Parts(machine="", step=0.1, live_step=0.1, cache=1.0, evaluation=0.5, teacher_rows=2.0)
+    clock = load("expenses").Clock(told, parts, recipe, table.teacher)
+    assert clock.train(recipe, 1000) == pytest.approx(0.05)
+    plain = load("math_table").without_teacher(recipe)
+    assert clock.train(plain, 1000) == pytest.approx(0.1)
+    large = next(
+        strategy
+        for point in made.simulate.points(table.space)
+        if (strategy := table.space.strategy(point)).id not in table.lines
+    )
+    size = student_spec(large, table.teacher).parameters
+    rates = sorted(
+        line.train_seconds / student_spec(Strategy.from_json(line.strategy), table.teacher).parameters for line in told
+    )
+    assert clock.train(large, 1000) == pytest.approx(1000 * size * float(np.median(rates)))
+
+
+def test_what_an_arm_knew_and_when_it_passed_is_told_by_either_expense(load: Load) -> None:
+    curves, known = load("curves"), load("search_efficiency_report").Known
+    of = {"strategy": "s", "seed": 0, "deployment": "d"}
+    slow = [known(operations=1, seconds=10.0, value=0.5, **of), known(operations=2, seconds=20.0, value=0.7, **of)]
+    large = [known(operations=5, seconds=12.0, value=0.5, **of), known(operations=30, seconds=24.0, value=0.8, **of)]
+    assert curves.at(slow, 2).value == 0.7
+    assert curves.at(slow, 15.0, "seconds").value == 0.5
+    assert curves.at(slow, 9.0, "seconds") is None
+    assert curves.passes(large, 0.6) == 30
+    assert curves.passes(large, 0.6, "seconds") == 24.0
+    assert curves.speedup([slow], [large], 0.6, [30]) == "held: 15.0 times."
+    assert curves.speedup([slow], [large], 0.6, [30.0], "seconds") == "not held: 1.2 times."
+    assert curves.speedup([slow], [large[:1]], 0.6, [100.0], "seconds").startswith("held: more than 5.0 times")
+
+
+def test_the_script_pays_for_a_live_teacher_and_tuning_without_one_for_no_cache(load: Load, made: Made) -> None:
+    program, table, expense = load("search_efficiency"), made.table, load("expenses").Expense
+    expenses = made.simulate.Worker(table, made.simulate.plan(1, load("math_table").RUNGS, (1, 1, 1))).expenses
+    recipe = table.space.baselines[load("math_search").RECIPE]
+    evaluated = [expenses.evaluation(recipe, expenses.costs.read_at(rung)) for rung in range(4)]
+    by_hand = expenses.teacher_rows + expenses.train(recipe, made.simulate.TOKENS, live=True)
+    (student,) = program.script(table, 0, expenses.teacher_rows + expense(operations=1))
+    assert student.operations == pytest.approx((by_hand + sum(evaluated, expense())).operations)
+    assert student.seconds == pytest.approx((by_hand + sum(evaluated, expense())).seconds)
+    taught = program.tuned(table, recipe, expense(operations=1, seconds=1.0), taught=True)
+    plain = program.tuned(
+        table, load("math_table").without_teacher(recipe), expense(operations=1, seconds=1.0), taught=False
+    )
+    assert taught[0].seconds - plain[0].seconds == pytest.approx(1.5 * 1e-4 * made.simulate.TOKENS)
+    assert taught[0].operations - plain[0].operations == expenses.costs.cache
 
 
 def test_who_is_not_among_the_best_on_reporting_is_stopped_for_good(made: Made) -> None:
