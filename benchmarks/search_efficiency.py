@@ -201,12 +201,12 @@ def real(table: Table, prepared: Prepared, seed: int) -> dict[str, float]:
     campaign.replay(prepared.run.events.read())
     run_inline(campaign, setting, None)
     _, looked_up = simulate(table, made, seed=seed)
-    logs = prepared.run.events.read(), looked_up._log.read()
-    mine, theirs = (dict(_told(events)) for events in logs)
+    trained = prepared.run.events.read()
+    mine, theirs = (dict(_told(events)) for events in (trained, looked_up._log.read()))
     same = sum(mine.get(key) == value for key, value in theirs.items())
     off = max((abs(mine[key] - value) for key, value in theirs.items() if key in mine), default=0.0)
     compared = {"stretches": len(theirs), "same": same, "others": len(mine.keys() - theirs.keys()), "off": off}
-    return compared | stretch_seconds(logs[0]) | {"simulated": sum(stretch_seconds(logs[1]).values())}
+    return compared | stretch_seconds(trained)
 
 
 def stretch_seconds(events: Sequence[Any]) -> dict[str, float]:

@@ -157,20 +157,20 @@ def verdicts(found: Outcome, time: str) -> Iterator[str]:
     """What the targets come to."""
 
     def ratios(value: float) -> str:
-        mine, theirs = found.arms["a"], found.arms["c"]
-        told = [
-            f"by {what} {speedup(mine, found.curves('c', what), value, [found.end(what)] * len(theirs), what)}"
-            for what in EXPENSES
-        ]
+        told = []
+        for what in EXPENSES:
+            theirs, end = found.curves("c", what), found.end(what)
+            ratio = speedup(found.arms["a"], theirs, value, [end] * len(theirs), what)
+            told.append(f"{what.capitalize()}: {ratio}")
         return " ".join(told)
 
     untuned, tuned, near = found.values
     points, error = gap(found.test["a"], found.test["d"][0], "answers", "asked")
-    yield f"(a) passes the recipe as it stands at one fifth of the compute of (c): {ratios(untuned)}"
-    yield f"(a) passes the tuned recipe at one fifth of the compute of (c): {ratios(tuned)}"
+    yield f"(a) passes the recipe as it stands at one fifth of the compute of (c). {ratios(untuned)}"
+    yield f"(a) passes the tuned recipe at one fifth of the compute of (c). {ratios(tuned)}"
     for what in EXPENSES:
         yield within_reach(found, what)
-    yield f"The same for the best of the table less {100 * NEAR:g} points, which is no target: {ratios(near)}"
+    yield f"The same for the best of the table less {100 * NEAR:g} points, which is no target. {ratios(near)}"
     yield (
         f"At the end of the box at least 1.8 points above (d) on test: {'held' if points >= 1.8 else 'not held'}, "
         f"{points:+.2f} ± {error:.2f} points of exact match (mean over the searches, paired and bootstrapped by "
@@ -249,9 +249,8 @@ def clock(found: Outcome) -> str:
     trained = expenses.train(recipe, RUNGS[-1])
     more = expenses.train(recipe, RUNGS[-1], live=True).operations / trained.operations - 1
     told = [
-        f" The stretches of the search of seed {seed} that trained took {whole:.0f} s of this machine's wall, on which "
-        f"others worked, and take {one['simulated']:.0f} s here; {one['other'] / whole:.0%} of them went to making "
-        "students and checkpoints."
+        f" In the search of seed {seed} that trained, the last two were {one['other'] / whole:.0%} of its stretches' "
+        "seconds."
         for seed, one in enumerate(found.checks)
         if (whole := one["train"] + one["evaluate"] + one["other"])
     ]
@@ -265,15 +264,15 @@ def clock(found: Outcome) -> str:
         "Three parts were not recorded, and were timed apart by `timed_parts.py`, each over a part that was, so that "
         f"the pace of the machine cancels ({parts.machine}). The teacher live in every step of (c) adds "
         f"{parts.live_over_training:.0%} to the training of the recipe's student (by operations {more:.0%}). The "
-        f"cache, which (a), (b) and (d) pay for, takes {parts.cache_over_training:.2f} times that training (by "
-        f"operations {expenses.cache.operations / trained.operations:.2f} times): {expenses.cache.seconds:.1f} s, where "
+        f"cache, which (a), (b) and (d) pay for, takes {parts.cache_over_training:.2f} times that training ("
+        f"{expenses.cache.operations / trained.operations:.2f} by operations): {expenses.cache.seconds:.1f} s, where "
         f"training takes {trained.seconds:.1f} s. On a CPU the teacher reads one sequence after the other for it, of "
         f"{LENGTH} tokens here, where a step reads {STEP // LENGTH} at once. The teacher's score and rows, which all "
         f"arms pay for, take {parts.rows_over_evaluation:.1f} evaluations of that student, "
         f"{expenses.teacher_rows.seconds:.1f} s."
         "\n\nLeft out of seconds as of operations, in all arms: starting, reading data, proposals, making students, "
-        "and writing and reading checkpoints. The recorded training reads a cache, in (c) too, where it would not."
-        + "".join(told)
+        "and writing and reading checkpoints." + "".join(told) + " The recorded training reads a cache, in (c) too, "
+        "where it would not."
     )
 
 

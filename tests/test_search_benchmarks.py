@@ -235,6 +235,40 @@ def test_what_an_arm_knew_and_when_it_passed_is_told_by_either_expense(load: Loa
     assert curves.speedup([slow], [large[:1]], 0.6, [100.0], "seconds").startswith("held: more than 5.0 times")
 
 
+def test_an_arm_passes_within_the_boxes_of_the_expense_that_is_counted(load: Load, made: Made) -> None:
+    report, expense = load("search_efficiency_report"), load("expenses").Expense
+
+    def known(operations: float, seconds: float, value: float) -> Any:
+        given = {"strategy": "s", "seed": 0, "deployment": "d"}
+        return report.Known(operations=operations, seconds=seconds, value=value, **given)
+
+    recipe = known(1.0, 1.0, 0.5)
+    arms = {
+        "a": [[known(2.0, 30.0, 0.7)]],
+        "b": [[known(3.0, 50.0, 0.7)]],
+        "c": [[known(1.0, 8.0, 0.4), known(9.0, 10.0, 0.7)]],
+        "d": [[recipe]],
+    }
+    outcome = report.Outcome(
+        table=made.table, arms=arms, box=expense(operations=1.0, seconds=5.0), followed=8, chosen={}, test={}, checks=[]
+    )
+
+    def cells(text: str) -> dict[str, list[str]]:
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+        return {row[0][1]: row[1:] for row in rows}
+
+    # Followed for 8 operations the script passes nothing, and within 40 seconds it does, where random search does not.
+    by_operations = cells(report.compute_to_pass(outcome, "operations"))
+    by_seconds = cells(report.compute_to_pass(outcome, "seconds"))
+    assert [by_operations[name][0] for name in "abc"] == ["100%", "100%", "0%"]
+    assert [by_seconds[name][0] for name in "abc"] == ["100%", "0%", "100%"]
+    unit = outcome.recipe.seconds
+    assert by_seconds["c"][1] == f"{10 / unit:.1f} (10 s)"
+    # After two boxes: 2 operations, or 10 seconds.
+    assert cells(report.best_by_compute(outcome, "operations"))["c"][3] == "40.00"
+    assert cells(report.best_by_compute(outcome, "seconds"))["c"][3] == "70.00"
+
+
 def test_the_script_pays_for_a_live_teacher_and_tuning_without_one_for_no_cache(load: Load, made: Made) -> None:
     program, table, expense = load("search_efficiency"), made.table, load("expenses").Expense
     expenses = made.simulate.Worker(table, made.simulate.plan(1, load("math_table").RUNGS, (1, 1, 1))).expenses
