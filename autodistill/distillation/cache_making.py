@@ -36,6 +36,8 @@ _PARTIAL = ".partial-"
 _ABANDONED_SECONDS = 3600
 # Rows of logits worked on at once for the logsumexp on a CPU: 32 rows of 50,000 float32 logits are 6 MB.
 _CHUNK_ROWS = 32
+# Rows of logits that each of a CPU's threads holds at once; one sequence at least.
+_CPU_ROWS = 256
 
 
 def ensure_cache(
@@ -206,7 +208,7 @@ def _teacher_batches(
             columns: list[dict[str, pa.Array]] = [{} for _ in batch]
             if settings.top_k or settings.draws:
                 head = model.get_output_embeddings()
-                at_once = max(1, logit_rows(head.weight.shape[0]) // rows.shape[1])
+                at_once = max(1, (_CPU_ROWS if device == "cpu" else logit_rows(head.weight.shape[0])) // rows.shape[1])
                 for start in range(0, len(batch), at_once):
                     part = rows[start : start + at_once]
                     found = _sparse_outputs(head(part.flatten(0, 1)), settings, batch[start : start + at_once])

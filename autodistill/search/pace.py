@@ -59,12 +59,12 @@ def measure_speed(
     """
     tokens = pass_tokens(teacher.to(device), device)
     on_cpu = device == "cpu"
-    together = 1 if on_cpu else max(1, tokens // sequence_length)
+    together = max(1, tokens // sequence_length)
     ids = np.random.default_rng(0).integers(0, spec.vocabulary, (max(together, *sizes), sequence_length))
     passes = _Passes(teacher, torch.from_numpy(ids).to(device), tokens, device, workers)
     torch.set_num_threads(threads)
-    cache = passes.rate(threads if on_cpu else together, workers.bf16)
-    full = passes.rate(threads if on_cpu else together, False)
+    cache = passes.rate(together * threads if on_cpu else together, workers.bf16)
+    full = passes.rate(together * threads if on_cpu else together, False)
     # Cut in main memory, and alone on the device: one that holds either need not hold both.
     student = largest(teacher.to("cpu"))
     give_back_memory()
@@ -73,7 +73,7 @@ def measure_speed(
     # All workers that share its memory's bandwidth at once, as they will be.
     beside = workers.beside
     torch.set_num_threads(beside * workers.threads)
-    worker_score = passes.rate(beside * workers.threads if on_cpu else together, False) / beside
+    worker_score = passes.rate(together * beside * workers.threads if on_cpu else together, False) / beside
     if checkpointing:
         student.train()
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

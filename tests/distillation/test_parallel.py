@@ -71,16 +71,27 @@ def test_a_pass_has_what_half_of_the_free_memory_holds(workshop, monkeypatch):
     for free, expected in ((None, parallel.PASS_TOKENS), (10**12, parallel.PASS_TOKENS), (2000 * each, 1000), (1, 1)):
         monkeypatch.setattr(parallel, "free_bytes", lambda device, free=free: free)
         assert pass_tokens(model, DEVICE) == expected
-    assert pass_tokens(model, "cpu") == 1
+    assert pass_tokens(model, "cpu") == parallel.CPU_PASS_TOKENS
 
 
-def test_on_a_cpu_each_pass_has_one_sequence(workshop, tmp_path):
+def test_on_a_cpu_no_thread_is_left_without_a_pass(monkeypatch):
+    monkeypatch.setattr(parallel, "CPU_PASS_TOKENS", 10**6)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    assert batches([8] * 7, 10**6, "cpu")[0] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert batches([8] * 2, 10**6, "cpu")[0] == [[0], [1]]
+
+
+def test_on_a_cpu_a_pass_has_a_few_hundred_tokens(workshop, tmp_path, monkeypatch):
+    length = workshop.data.tokens.shape[1]
+    monkeypatch.setattr(parallel, "CPU_PASS_TOKENS", 3 * length)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     model = AutoModelForCausalLM.from_pretrained(workshop.teacher, dtype=torch.float32).eval()
     shapes = []
     model.base_model.register_forward_pre_hook(
         lambda module, arguments, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
-    count, length = workshop.data.tokens.shape
+    count = len(workshop.data.tokens)
     score(model, workshop.data)
     choices(model, workshop.data)
     ensure_cache(
@@ -94,7 +105,9 @@ def test_on_a_cpu_each_pass_has_one_sequence(workshop, tmp_path):
         root=tmp_path,
         limit_bytes=10**8,
     )
-    assert shapes == 3 * count * [(1, length)]
+    assert shapes == 3 * [*(count // 3 * [(3, length)]), *([(count % 3, length)] if count % 3 else [])]
     shapes.clear()
+    monkeypatch.setattr(parallel, "CPU_PASS_TOKENS", 40)
     rolling(model, [np.arange(50).tolist(), [1, 2, 3]], window=16, stride=8)
-    assert sorted(shapes) == sorted([(1, 16)] * 5 + [(1, 10), (1, 3)])
+    # Padded behind their ends to the longest of the pass, which come first.
+    assert shapes == [(2, 16), (2, 16), (2, 16), (1, 3)]
