@@ -139,6 +139,9 @@ def test_a_script_that_was_carried_brings_back_a_measurement(student: Path, tmp_
     ("system", "gpu", "device"),
     [
         (("Raspberry Pi 5 Model B Rev 1.0", 4, 8_245_148, "ondemand"), "", PI.name),
+        (("Raspberry Pi 5 Model B Rev 1.1", 4, 2_060_000, "ondemand"), "", "Raspberry Pi 5 2GB"),
+        (("Raspberry Pi Compute Module 5 Rev 1.0", 4, 4_140_000, "ondemand"), "", "Raspberry Pi 5 4GB"),
+        (("Raspberry Pi 500 Rev 1.0", 4, 8_245_148, "ondemand"), "", PI.name),
         (("NVIDIA Jetson Orin Nano Developer Kit", 6, 7_802_188, "7W"), "Orin", "Jetson Orin Nano 8GB 7W"),
         (("12th Gen Intel(R) Core(TM) i5-12400", 12, 32_000_000, ""), "NVIDIA GeForce RTX 4090", "4090"),
         (("AMD EPYC 7763 64-Core Processor", 2, 8_000_000, ""), "", None),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from autodistill.described import deployment_named, shape, spec_of
 from autodistill.device_files import devices
 from autodistill.device_lookup import find_device
+from autodistill.errors import InputError
 from autodistill.roofline import speed, work
 from autodistill.serving_memory import memory
 
@@ -162,6 +163,43 @@ def test_published_rates_of_7b_lie_within_the_band(name: str, form: str, told: f
     spec = shape({"layers": 32, "width": 4096, "heads": 32, "ffn": 11008, "vocab": 32000}).spec
     found = speed(spec, deployment_named(form), find_device(name, KNOWN), context=128)
     assert found.tokens_per_second_low <= told <= found.tokens_per_second_high
+
+
+LLAMA_2_7B = {"layers": 32, "width": 4096, "heads": 32, "ffn": 11008, "vocab": 32000}
+TINYLLAMA = {"layers": 22, "width": 2048, "heads": 32, "kv_heads": 4, "ffn": 5632, "vocab": 32000}
+# As many weights in layers, and as wide a table, as Qwen3.5-2B, which has other layers.
+OF_2B = {"layers": 24, "width": 2048, "heads": 8, "kv_heads": 2, "ffn": 6144, "vocab": 248320, "tied": True}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "form", "device", "prompt", "told"),
+    [
+        # Tokens a second of llama.cpp, of the prompt and of what follows it (None: not told).
+        (LLAMA_2_7B, "gguf-q4_0", "pi 5", 109, (8.10, None)),
+        (TINYLLAMA, "gguf-q8_0", "pi 5", 128, (35, 9)),
+        (TINYLLAMA, "gguf-q8_0", "pi 4", 128, (10, 3)),
+        (TINYLLAMA, "gguf-f16", "pi 4", 128, (3, 2)),
+        (OF_2B, "gguf-q4_k", "8 gen 2", 2000, (73.9, 15.5)),
+        (OF_2B, "gguf-q4_k", "8 gen 2", 2000, (64.5, 13.9)),
+    ],
+)
+def test_published_rates_of_boards_and_phones_lie_within_the_band(
+    sizes: dict[str, Any], form: str, device: str, prompt: int, told: tuple[float, float | None]
+) -> None:
+    found = speed(shape(sizes).spec, deployment_named(form), find_device(device, KNOWN), context=prompt, prompt=prompt)
+    read, step = told
+    taken = 1e3 * prompt / read
+    # The shares of prompts have a fast end too, which is no further from the typical one than half of it.
+    assert found.time_to_first_token_ms / 2 <= taken <= found.time_to_first_token_ms_high
+    assert step is None or found.tokens_per_second_low <= step <= found.tokens_per_second_high
+
+
+def test_a_phone_is_found_by_its_processor_and_no_faster_one_is_taken_for_it() -> None:
+    names = {"8 gen 2": 67.2, "8 gen 3": 76.8, "8 elite": 84.8}
+    # Bits of the memory x twice its clock.
+    assert {name: find_device(name, KNOWN).bandwidth / 1e9 for name in names} == pytest.approx(names)
+    with pytest.raises(InputError, match="can be Snapdragon 8 Gen 2, Snapdragon 8 Gen 3, Snapdragon 8 Elite"):
+        find_device("snapdragon 8", KNOWN)
 
 
 MEASURED = replace(find_device("i9-13900k", KNOWN), measured=True, bandwidth=35e9, rates={"fp32": 102e9, "bf16": 440e9})
