@@ -401,8 +401,20 @@ class Exporter(Protocol):
     name: str
     formats: tuple[str, ...]
 
-    def export(self, student: Path, deployment: Deployment, out: Path) -> Artefact:
-        """Packs `student`, a folder of transformers with float32 weights, into the folder `out`."""
+    def export(
+        self,
+        student: Path,
+        deployment: Deployment,
+        out: Path,
+        *,
+        teacher: str | None = None,
+        licence: str | None = None,
+    ) -> Artefact:
+        """Packs `student`, a folder of transformers with float32 weights, into the folder `out`.
+
+        What the student is of, and the licence that it inherits, are written down where the container has a place for
+        them and they are known.
+        """
         ...
 
     def unpack(self, artefact: Path) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
+from gguf.utility import size_label
 
 from autodistill.codes import unpack
 from autodistill.contracts import Artefact, ModelSpec
@@ -17,7 +19,7 @@ from autodistill.errors import InputError, VerificationError
 from autodistill.estimate import check_holds
 from autodistill.export.gguf_text import cannot_cut
 from autodistill.export.gguf_tokenizer import add_tokenizer
-from autodistill.export.student_files import StudentFiles, replacing
+from autodistill.export.student_files import StudentFiles, read_json, replacing
 from autodistill.families import FAMILIES, GGUF_FAMILIES, get_family
 from autodistill.formats import tensor_bytes
 from autodistill.gguf_graphs import SLIDING, rotary, rotary_dims, row_order, window_period
@@ -74,12 +76,20 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 
 class GgufExporter:
-    """Writes `student.gguf`: weights, shape, tokenizer and chat template in one file."""
+    """Writes `student.gguf`: weights, shape, tokenizer, chat template and what it is of, in one file."""
 
     name = "gguf"
     formats = tuple(_FILE_TYPES)
 
-    def export(self, student: Path, deployment: Deployment, out: Path) -> Artefact:
+    def export(
+        self,
+        student: Path,
+        deployment: Deployment,
+        out: Path,
+        *,
+        teacher: str | None = None,
+        licence: str | None = None,
+    ) -> Artefact:
         """Packs the student into `out/student.gguf`, one tensor in memory at a time.
 
         Raises:
@@ -92,6 +102,8 @@ class GgufExporter:
                 if reason := cannot_cut(student):
                     raise InputError(reason)
                 add_metadata(writer, files.spec, files.config, _FILE_TYPES[deployment.format])
+                _add_general(writer, files.spec, teacher, licence)
+                _add_sampling(writer, student)
                 add_tokenizer(writer, student, files.spec.vocabulary)
                 _write_tensors(writer, files, deployment)
             finally:
@@ -179,6 +191,38 @@ def add_metadata(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any],
         writer.add_sliding_window(spec.window)
         writer.add_sliding_window_pattern(period)
         writer.add_float32("gemma3.rope.freq_base_swa", rotary(config, SLIDING)["rope_theta"])
+
+
+def _add_general(writer: GGUFWriter, spec: ModelSpec, teacher: str | None, licence: str | None) -> None:
+    """Writes what programs that list models show of one, as llama.cpp's own converter does."""
+    writer.add_size_label(size_label(spec.parameters, 0, 0, 0))
+    if teacher is not None:
+        writer.add_name(f"Student of {teacher}")
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, teacher.rpartition("/")[2])
+        if "/" in teacher:
+            # Of the hub.
+            writer.add_base_model_organization(0, teacher.partition("/")[0])
+            writer.add_base_model_repo_url(0, f"https://huggingface.co/{teacher}")
+    if licence is not None:
+        writer.add_license(licence.lower())
+
+
+def _add_sampling(writer: GGUFWriter, folder: Path) -> None:
+    """Writes how the model's makers recommend to draw its tokens, which llama.cpp takes where a person says nothing."""
+    path = folder / "generation_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    top_k: Any = settings.get("top_k")
+    if type(top_k) is int and 0 <= top_k < 2**31:
+        writer.add_sampling_top_k(top_k)
+    for name, add in (
+        ("temperature", writer.add_sampling_temp),
+        ("top_p", writer.add_sampling_top_p),
+        ("min_p", writer.add_sampling_min_p),
+    ):
+        value: Any = settings.get(name)
+        if type(value) in (int, float) and 0 <= value < math.inf:
+            add(float(value))
 
 
 def _rope_factors(config: Mapping[str, Any]) -> npt.NDArray[np.float32] | None:

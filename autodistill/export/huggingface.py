@@ -21,8 +21,16 @@ class HuggingFaceExporter:
     name = "huggingface"
     formats = ("huggingface",)
 
-    def export(self, student: Path, deployment: Deployment, out: Path) -> Artefact:
-        """Packs the student into the folder `out`.
+    def export(
+        self,
+        student: Path,
+        deployment: Deployment,
+        out: Path,
+        *,
+        teacher: str | None = None,
+        licence: str | None = None,
+    ) -> Artefact:
+        """Packs the student into the folder `out`, where the model card alone names its teacher and licence.
 
         Raises:
             InputError: The student cannot be read, or `out` not be written.

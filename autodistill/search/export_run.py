@@ -59,9 +59,10 @@ def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], ou
         folder = out / name
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} exists and is not an empty folder: choose another one with --out")
-    paths = {name: _pack(student, deployment, out / name) for name, deployment in deployments.items()}
+    origin = Origin.of(asked)
+    paths = {name: _pack(student, deployment, out / name, origin) for name, deployment in deployments.items()}
     for name, deployment in deployments.items():
-        card = model_card(row, deployment, every, Origin.of(asked))
+        card = model_card(row, deployment, every, origin)
         (out / name / "README.md").write_text(card, encoding="utf-8")
         copy_licence(student, out / name)
     return paths
@@ -145,8 +146,8 @@ def _deployment(container: str, row: Row, ranked: Sequence[Row]) -> Deployment:
     )
 
 
-def _pack(student: Path, deployment: Deployment, out: Path) -> Path:
+def _pack(student: Path, deployment: Deployment, out: Path, origin: Origin) -> Path:
     exporter = plugins.load("exporters", get_format(deployment.format).container)
-    artefact = exporter.export(student, deployment, out)
+    artefact = exporter.export(student, deployment, out, teacher=origin.teacher, licence=origin.teacher_licence)
     verify(exporter, artefact, student, deployment)
     return artefact.path

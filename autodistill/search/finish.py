@@ -205,7 +205,14 @@ def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artefac
     """Writes one deployment of a row's student and holds the bytes on disk to the evaluated weights."""
     container = get_format(deployment.format).container
     exporter = plugins.load("exporters", container)
-    artefact = exporter.export(finisher.student(row), deployment, finisher.run.student(container))
+    origin = Origin.of(read_json(finisher.run.search_file))
+    artefact = exporter.export(
+        finisher.student(row),
+        deployment,
+        finisher.run.student(container),
+        teacher=origin.teacher,
+        licence=origin.teacher_licence,
+    )
     verify(exporter, artefact, finisher.student(row), deployment)
     return artefact, container
 

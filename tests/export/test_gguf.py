@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf.metadata import Metadata
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -153,6 +154,35 @@ def test_metadata_says_what_the_config_says(tmp_path: Path) -> None:
     names = [tensor.name for tensor in gguf.GGUFReader(artefact.path).tensors]
     assert "output.weight" not in names  # tied: the table once
     assert len(names) == len(set(names)) == 2 + 3 * 9
+
+
+def test_general_metadata_is_what_the_gguf_package_makes_of_the_same_folder(tmp_path: Path) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher")
+    settings = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0, "repetition_penalty": 1.05}
+    (teacher / "generation_config.json").write_text(json.dumps(settings))
+    path = GgufExporter().export(teacher, F16, tmp_path / "out", teacher="maker/big", licence="Apache-2.0").path
+    weights = sum(values.numel() for values in load_file(teacher / "model.safetensors").values())
+    expected = Metadata.load(None, teacher)
+    found = {key: value for key, value in metadata(path).items() if key.startswith("general.")}
+    assert found["general.size_label"] == f"{weights / 1e3:.0f}K" == "241K"
+    for name in ("temp", "top_k", "top_p", "min_p"):
+        assert found[f"general.sampling.{name}"] == pytest.approx(getattr(expected, f"sampling_{name}"))
+    assert (found["general.name"], found["general.license"]) == ("Student of maker/big", "apache-2.0")
+    origin = {key.removeprefix("general.base_model.0."): value for key, value in found.items() if ".0." in key}
+    assert origin == {"name": "big", "organization": "maker", "repo_url": "https://huggingface.co/maker/big"}
+    # What llama.cpp draws by where nothing is asked does not move the choices that it is verified by.
+    plain = GgufExporter().export(save_tiny_teacher(tmp_path / "plain"), F16, tmp_path / "again").path
+    tokens = np.random.default_rng(0).integers(3, 300, 40).tolist()
+    np.testing.assert_array_equal(served(path, tokens), served(plain, tokens))
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": None, "top_k": 2.5, "top_p": "0.9", "min_p": True}])
+def test_sampling_that_nobody_recommends_is_left_to_llama_cpp(tmp_path: Path, settings: dict[str, object]) -> None:
+    teacher = save_tiny_teacher(tmp_path / "teacher", layers=1)
+    (teacher / "generation_config.json").write_text(json.dumps(settings))
+    found = metadata(GgufExporter().export(teacher, F16, tmp_path / "out").path)
+    assert not [key for key in found if "sampling" in key or "license" in key or "base_model" in key]
+    assert "general.name" not in found
 
 
 def test_head_dim_that_is_not_the_even_share_is_stated_and_runs(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from autodistill.evaluators.memory import Memory
+from gguf import GGUFReader
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
@@ -125,6 +126,9 @@ def test_the_folder_holds_what_was_promised(outcome: tuple[Outcome, Path]) -> No
     assert set(document["seconds"]) == {"load", "cache", "train", "evaluate", "export", "overhead", "total"}
     json.dumps(document, allow_nan=False)
     assert {row.row_id for row in read_parquet(run / "leaderboard.parquet")} == {row.row_id for row in outcome[0].rows}
+    name = json.loads((run / "search.json").read_text())["teacher"]["name"]
+    fields = GGUFReader(run / "student" / "gguf" / "student.gguf").fields
+    assert fields["general.name"].contents() == f"Student of {name}"
 
 
 def test_what_docs_say_of_python_runs(
