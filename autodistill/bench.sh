@@ -107,6 +107,7 @@ run() {
     "$bench" -m "$model" -o json -r "$repetitions" -t "$threads" "$@" > "$tmp/out" 2> "$tmp/err" &
     child=$!
     peak=0
+    meanwhile=' '
     # A process that has ended but was not waited for is still there, as a zombie.
     while state=$(awk '/^State/ { print $2 }' "/proc/$child/status" 2>/dev/null) && [ -n "$state" ] && [ "$state" != Z ]; do
         now=$(awk '/^VmHWM/ { print $2 }' "/proc/$child/status" 2>/dev/null)
@@ -115,6 +116,9 @@ run() {
         heat=$(hottest)
         rails=$(power)
         echo "${heat:-0} ${rails:-0}" >> "$tmp/watched"
+        # Each value once: most are as they were.
+        now=$(throttled | tr '\n' ' ')
+        case $meanwhile in *" ${now% } "*) ;; *) meanwhile="$meanwhile${now% } " ;; esac
         sleep 0.2 2>/dev/null || sleep 1  # whole seconds are all that POSIX promises
     done
     wait "$child"
@@ -123,6 +127,7 @@ run() {
     say "$name.ended" "$(seconds)"
     say "$name.energy_after_uj" "$(energy)"
     say "$name.throttled_after" "$(throttled | tr '\n' ' ')"
+    say "$name.throttled_meanwhile" "$meanwhile"
     [ "$code" = 0 ] || finish "llama-bench ended with $code: $(grep . "$tmp/err" | tail -n 1)"
     say "$name.peak_kb" "$peak"
     say "$name.temperature_mc" "$(awk '$1 > most { most = $1 } END { print most }' "$tmp/watched")"

@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ class BoardResult:
         threads, cores: CPU threads used, and cores there.
         prompt, decoded: Tokens.
         prompt_ms, step_ms: Of each repetition, the prompt's time, and the mean time of a decoding step.
-        peak_bytes: The most memory llama-bench had, or None where the board does not tell.
+        peak_bytes: The most memory llama-bench had, or None where the board does not tell, or where a GPU holds most:
+            what that has is in no process, on a Jetson either, whose memory they share.
         temperature: The hottest zone's highest, in degrees Celsius, or None.
         throttled: Whether the board slowed itself down meanwhile, or None where it does not tell.
         power_mode: Of a Jetson, else the CPU's governor; empty where unknown.
@@ -122,11 +124,12 @@ def parse_result(text: str, where: str) -> BoardResult:
     steps = tuple(time / decoded for time in times)
     watts = _watts(facts)
     board = facts.get("machine", "") or "an unnamed board"
+    gpu = str(decode.get("gpu_info") or "").strip()
     memory = _number(facts, "memory_kb")
     seconds = float(np.mean(steps)) / 1e3
     return BoardResult(
         student=facts.get("student", ""),
-        machine=str(decode.get("gpu_info") or "").strip() or board,
+        machine=gpu or board,
         board=board,
         memory_bytes=int(1024 * memory) if memory else None,
         system=facts.get("system", ""),
@@ -137,7 +140,7 @@ def parse_result(text: str, where: str) -> BoardResult:
         decoded=decoded,
         prompt_ms=first,
         step_ms=steps,
-        peak_bytes=_most(facts, "peak_kb", 1024),
+        peak_bytes=None if gpu else _most(facts, "peak_kb", 1024),
         temperature=None if (hot := _most(facts, "temperature_mc", 1)) is None else hot / 1000,
         throttled=_throttled(facts),
         power_mode=facts.get("power_mode", ""),
@@ -219,20 +222,24 @@ def _throttled(facts: Mapping[str, str]) -> bool | None:
     """Whether the board says so: a Raspberry Pi by bits 0 to 3 for what holds now, and 16 to 19 for what ever held.
 
     Once the load is gone the lower ones are clear again, but of the upper ones those that were not set before show it.
-    Elsewhere states and counts of cooling rise.
+    Elsewhere states and counts of cooling rise, and the states fall again.
     """
     told = False
     for test in _TESTS:
-        before, after = (facts.get(f"{test}.throttled_{side}", "").split() for side in ("before", "after"))
-        for old, new in zip(before, after, strict=False):
+        before, *seen = (facts.get(f"{test}.throttled_{when}", "").split() for when in ("before", "meanwhile", "after"))
+        for old, new in product(before[:1], chain(*seen)):
             told = True
-            if new.startswith("throttled="):
-                now, earlier = _bits(new), _bits(old)
-                if now & 0xF or (now & ~earlier) >> 16 & 0xF:
-                    return True
-            elif old.isdigit() and new.isdigit() and int(new) > int(old):
+            if _slowed(old, new):
                 return True
     return False if told else None
+
+
+def _slowed(old: str, new: str) -> bool:
+    """Whether a value shows it, against that from before the load."""
+    if new.startswith("throttled="):
+        now, earlier = _bits(new), _bits(old)
+        return bool(now & 0xF or (now & ~earlier) >> 16 & 0xF)
+    return old.isdigit() and new.isdigit() and int(new) > int(old)
 
 
 def _bits(said: str) -> int:

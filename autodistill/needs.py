@@ -22,6 +22,7 @@ from autodistill.strategy import Deployment
 from autodistill.units import CONTEXT, LatencyLimit
 
 _FAR = math.log(1e12)  # of a limit is far enough
+_BY_DOUBTFUL = " by doubtful measurements alone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,8 @@ class Solved:
         context: Tokens of each stream.
         needs: For each limit what it needs, in bytes or seconds; for "accuracy" what it has.
         limits: The limits under the same names.
-        sources: Of each of these: "measured", "predicted", or "corrected": predicted, and scaled by measurements there;
+        sources: Of each of these: "measured", "predicted", or "corrected": predicted, and scaled by measurements there,
+            with " by doubtful measurements alone" behind it where there are no others;
             "assumed": predicted where nothing like it was measured; of a percentile that was not timed, with " at p95,
             an upper bound" behind it, the higher one that stands in; of an accuracy "simulated", or "missing" where the
             row has none, which meets no limit.
@@ -266,7 +268,7 @@ def _latency(
     known = wanted.correction(deployment.runtime)
     scale = known.decode if limit.quantity == "tpot" else known.prefill
     plain = "assumed" if device.shares(deployment.runtime).assumed else "predicted"
-    return seconds * scale, "corrected" if known.count else plain
+    return seconds * scale, f"corrected{_BY_DOUBTFUL if known.doubtful else ''}" if known.count else plain
 
 
 class _Timed(NamedTuple):

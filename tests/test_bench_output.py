@@ -128,6 +128,25 @@ def test_a_fan_that_turns_is_no_throttling(
     assert found.throttled == (firmware == "throttled=0x4" if firmware else slowed)
 
 
+@pytest.mark.parametrize("slowed", [False, True])
+def test_a_board_is_asked_whether_it_slows_down_while_it_works(
+    student: Path, llama_bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slowed: bool
+) -> None:
+    """A Raspberry Pi that was too hot since it booted has the upper bits before and after, and the lower ones then."""
+    working, then = tmp_path / "working", "throttled=0xe0008" if slowed else "throttled=0xe0000"
+    for name, body in {
+        "llama-bench": f'touch {working}\nsleep 0.8\nrm {working}\nexec {llama_bench} "$@"\n',
+        "vcgencmd": f"[ $1 = get_throttled ] || exit 1\n[ -f {working} ] && echo {then} || echo throttled=0xe0000\n",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    said = run(bench(student).script(), str(student), str(tmp_path / "llama-bench"))
+    assert parse_result(said, "x").throttled == slowed
+    # However long it takes, each answer is told once.
+    assert all(line.count("throttled=0xe0000") <= 1 for line in said.splitlines())
+
+
 # tegrastats of a Jetson AGX Orin 64GB and of an Orin Nano: milliwatts now and on average.
 AGX = (
     "RAM 3207/62780MB (lfb 1x4MB) GR3D_FREQ 99% VDD_GPU_SOC 9140mW/9140mW VDD_CPU_CV 2180mW/2180mW "
@@ -245,7 +264,18 @@ def test_a_damaged_result_says_what_is_wrong(said: str, old: str, new: str, comp
         ({"throttled_before": "throttled=0x0", "throttled_after": "throttled=0x50000"}, {"throttled": True}),
         ({"throttled_before": "throttled=0x20000", "throttled_after": "throttled=0x60000"}, {"throttled": True}),
         ({"throttled_before": "throttled=0x0", "throttled_after": "throttled=x"}, {"throttled": False}),
+        # Bits that were set before say nothing of this time, so that it is asked while the load is there.
+        (
+            {
+                "throttled_before": "throttled=0x50000",
+                "throttled_meanwhile": "throttled=0x50000 throttled=0x50005",
+                "throttled_after": "throttled=0x50000",
+            },
+            {"throttled": True},
+        ),
         ({"throttled_before": "3", "throttled_after": "4"}, {"throttled": True}),
+        ({"throttled_before": "3", "throttled_meanwhile": "3 5", "throttled_after": "3"}, {"throttled": True}),
+        ({"throttled_before": "3", "throttled_meanwhile": "3", "throttled_after": "3"}, {"throttled": False}),
         ({"throttled_before": "", "throttled_after": ""}, {"throttled": None}),
         ({"temperature_mc": "61500"}, {"temperature": 61.5}),
         ({"power_uw": "5000000"}, {"watts": 5.0, "joules_per_token": 0.01}),
@@ -272,6 +302,13 @@ def test_sensors_are_read_where_the_board_has_them(
     text = "\n".join(["autodistill-bench=1", *told, prompt, decode, "end=ok"])
     found = parse_result(text, "x")
     assert {name: getattr(found, name) for name in expected} == pytest.approx(expected)
+
+
+def test_what_a_gpu_holds_is_not_told_as_a_process_s_peak(said: str) -> None:
+    """CUDA's memory is in no process's resident pages, on a Jetson either, whose processor and GPU share it."""
+    assert parse_result(said, "x").peak_bytes
+    assert '"gpu_info": ""' in said
+    assert parse_result(said.replace('"gpu_info": ""', '"gpu_info": "Orin"'), "x").peak_bytes is None
 
 
 @settings(max_examples=200, deadline=None)

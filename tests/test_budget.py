@@ -60,6 +60,13 @@ def test_a_device_holds_no_more_than_it_has() -> None:
         memory_on(PI, 24 * 10**9)
 
 
+def test_of_a_jetson_s_memory_what_is_left_beside_its_system_is_the_budget() -> None:
+    """5.2 of 8 GB are free for a model on an Orin Nano, whose processor and GPU share them, in each of its modes."""
+    nanos = [one for one in devices() if one.name.startswith("Jetson Orin Nano") and one.memory_bytes == 8 * 10**9]
+    assert len(nanos) == 5
+    assert {memory_on(one, None) for one in nanos} == {5_200_000_000}
+
+
 def test_the_first_token_at_several_streams_is_that_of_the_last_prompt() -> None:
     (alone,), (four,) = (parse_latency(f"ttft_p95=1s@streams={count}") for count in (1, 4))
     one = limit_seconds(SPEC, FORMS[1], PI, alone, context=1024)

@@ -704,7 +704,7 @@ def test_a_measurement_of_a_lighter_load_is_scaled_to_the_one_that_is_asked() ->
     # 16-bit keys and values of 4 heads of 64 in 12 layers, or waits for its products and the attention of 8 heads; a
     # prompt waits for them. A layer costs 100 us more.
     layers, head = 12 * (2 * 512 * 512 + 2 * 256 * 512 + 3 * 512 * 1024), 8000 * 512
-    bandwidth, rate = 0.30 * device.bandwidth, 0.10 * device.rate("fp32")
+    bandwidth, rate = 0.25 * device.bandwidth, 0.08 * device.rate("int8")
 
     def step(behind: int) -> float:
         reading = ((layers + head) * 34 / 32 + 12 * 2 * 4 * 64 * 2 * behind) / bandwidth
@@ -758,6 +758,13 @@ def test_predictions_are_corrected_by_what_was_measured_on_the_device() -> None:
     ratios = [after.needs[name] / before.needs[name] for name in before.needs if name != "memory"]
     assert ratios == pytest.approx([3, 2], rel=0.02)
     assert set(after.sources.values()) == {"predicted", "corrected"}
+    # One of a board that slowed itself down counts where there is no other, which is said.
+    slow = replace(measured, tpot_ms=8 * step.decode_ms, doubts=("the board slowed itself down meanwhile",))
+    for kept, ratio, behind in (((slow,), 8, " by doubtful measurements alone"), ((slow, measured), 2, "")):
+        answer = pick(BOARD[:1], replace(plain, measured=kept))["pick"]
+        name = "tpot_p50=9.0s@streams=1"
+        assert answer["needs"][name] == pytest.approx(ratio * before.needs[name], rel=0.02)
+        assert answer["sources"][name] == f"corrected{behind}"
 
 
 def test_predicted_memory_has_the_overhead_that_pairs_speak_for() -> None:

@@ -122,11 +122,13 @@ class Correction:
     Attributes:
         decode, prefill: Median ratios; 1 where nothing was measured.
         count: Measurements that they rest on.
+        doubtful: Whether each of these is, as of a board that slowed itself down.
     """
 
     decode: float = 1.0
     prefill: float = 1.0
     count: int = 0
+    doubtful: bool = False
 
 
 def correction(measured: Iterable[Measured], device: Device, runtime: str) -> Correction:
@@ -149,4 +151,5 @@ def correction(measured: Iterable[Measured], device: Device, runtime: str) -> Co
         decode=statistics.median(decodes) if decodes else 1.0,
         prefill=statistics.median(firsts) if firsts else 1.0,
         count=len(used),
+        doubtful=bool(used) and all(one.doubts for one in used),
     )
