@@ -146,12 +146,15 @@ class ModelSpec:
 
     @cached_property
     def kinds(self) -> tuple[tuple[TensorSpec, int], ...]:
-        """One tensor of each role and shape, and how many there are: what packings see that keep no parts."""
-        counts: Counter[tuple[Role, tuple[int, ...], bool]] = Counter()
-        first: dict[tuple[Role, tuple[int, ...], bool], TensorSpec] = {}
+        """One tensor of those that differ in nothing but the name, and how many: what packings see that keep no parts.
+
+        Experts' are apart from others.
+        """
+        counts: Counter[tuple[Role, tuple[int, ...], bool, bool]] = Counter()
+        first: dict[tuple[Role, tuple[int, ...], bool, bool], TensorSpec] = {}
         tensors = self.tensors
         for tensor, count in tensors.kinds if isinstance(tensors, Tensors) else ((one, 1) for one in tensors):
-            key = (tensor.role, tensor.shape, is_expert(tensor.name))
+            key = (tensor.role, tensor.shape, tensor.more_bits, is_expert(tensor.name))
             counts[key] += count
             first.setdefault(key, tensor)
         return tuple((first[key], count) for key, count in counts.items())

@@ -110,8 +110,8 @@ def _check_stored(folder: Path, spec: ModelSpec) -> None:
 def _gguf_format(file: GgufFile, spec: ModelSpec) -> str | None:
     """The format that stores each tensor as the file does; where none does, the one that most bytes are in.
 
-    Most bytes of a K-quant may be on the grid that stands in for it, of which no packing made the file. The mixtures
-    of types that llama.cpp's tools make are none of ours.
+    Most bytes of a K-quant may be on the grid that stands in for it, of which no packing made the file. Of the mixtures
+    of types that llama.cpp's tools make some are none of ours.
     """
     stored = _stored_types(file, spec)
     for name, packing in _packings().items():
@@ -270,12 +270,16 @@ def deployment_named(name: str, runtime: str | None = None) -> Deployment:
 def _instead(name: str, known: Iterable[str]) -> str:
     """What a person may have meant by a format that there is not."""
     asked = name.lower().replace("_", "-")
-    if mixture := _MIXTURE.search(asked):
+    plain = {form.lower().replace("_", "-"): form for form in known}
+    if (mixture := _MIXTURE.search(asked)) and f"gguf-{mixture[0]}" not in plain:
         kind = mixture[1].replace("-", "_")
-        return f"llama.cpp's mixtures of types are not written: gguf-{kind} has all linear layers in {kind.upper()}"
+        written = " and ".join(form.name for form in FORMATS.values() if form.mixture)
+        return (
+            f"of llama.cpp's mixtures of types {written} are written; gguf-{kind} has all linear layers in "
+            f"{kind.upper()}"
+        )
     if _I_QUANT.search(asked):
         return "llama.cpp's I-quants are not supported: its gguf-q4_k, gguf-q4_0 and the like are"
-    plain = {form.lower().replace("_", "-"): form for form in known}
     ends = [form for text, form in plain.items() if asked and asked in text.split("-", 1)[-1]]
     close = [plain[text] for text in difflib.get_close_matches(asked, plain, n=3, cutoff=0.6)]
     meant = list(dict.fromkeys([*ends[:3], *close]))[:3]

@@ -20,7 +20,7 @@ from autodistill.grids import Grid
 from autodistill.roofline import limit_seconds
 from autodistill.serving_memory import MemoryEstimate, memory
 from autodistill.strategy import Deployment
-from autodistill.tensors import Layout, Tensors
+from autodistill.tensors import Entry, Layout, Tensors
 from autodistill.units import Budget, LatencyLimit, format_bytes, format_duration
 
 ARCHITECTURES = tuple(FAMILIES)
@@ -206,7 +206,8 @@ def _layout(
     """The kinds of axes that tensors run along, and the tensors by them; common to all other sizes."""
     family, kinds, found = get_family(architecture), dict[tuple[Axis, ...], int](), []
     for name, role in family.tensors(dict(fields), layers, tied):
-        found.append((name, role, kinds.setdefault(family.axes(name), len(kinds))))
+        index = kinds.setdefault(family.axes(name), len(kinds))
+        found.append(Entry(name, role, family.more_bits(name, layers, tied), index))
     return tuple(kinds), Layout(found)
 
 
@@ -224,7 +225,11 @@ def resized(spec: ModelSpec, layers: Sequence[int] | None = None, **sizes: int |
     changed = replace(changed, **sizes)  # type: ignore[arg-type]
     family, lengths = get_family(spec.architecture), _lengths(changed)
     tensors = (
-        replace(tensor, shape=tuple(lengths[axis] for axis in family.axes(tensor.name)))
+        replace(
+            tensor,
+            shape=tuple(lengths[axis] for axis in family.axes(tensor.name)),
+            more_bits=family.more_bits(tensor.name, changed.layers, changed.tied),
+        )
         for tensor in spec.tensors
         if (part := family.layer_part(tensor.name)) is None or part[0] < changed.layers
     )

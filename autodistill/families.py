@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from autodistill.errors import InputError
-from autodistill.tensors import Role
+from autodistill.tensors import Role, takes_more_bits
 
 
 class Axis(StrEnum):
@@ -110,6 +110,20 @@ class Family:
         if not tied:
             yield "lm_head.weight", Role.HEAD
 
+    def more_bits(self, name: str, layers: int, tied: bool) -> bool:
+        """Whether llama.cpp's mixtures of types store the tensor `name` of a model in more bits than most matrices.
+
+        They do so with the head, a tied table with it, and in some layers with the matrix that makes attention's
+        values, be it queries and keys as well, and with the one that the FFN ends in.
+        """
+        if (found := self.layer_part(name)) is None:
+            return name == f"{self.body}.{self.embedding}.weight" if tied else name == "lm_head.weight"
+        return found[1] in self._sensitive and takes_more_bits(found[0], layers)
+
+    @cached_property
+    def _sensitive(self) -> frozenset[str]:
+        return frozenset(f"{part}.weight" for part, theirs in self._gguf_parts.items() if theirs in _SENSITIVE)
+
     @cached_property
     def conditions(self) -> tuple[tuple[str, bool], ...]:
         """The fields of a config, and their defaults, by which `tensors` differs."""
@@ -205,6 +219,7 @@ _GGUF_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_SENSITIVE = ("attn_v", "attn_qkv", "ffn_down")  # by GGUF's names, as llama.cpp's rule goes
 _PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _ATTENTION_BIAS = ("attention_bias", False)

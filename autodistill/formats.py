@@ -63,7 +63,9 @@ class Format:
         container: "gguf", "compressed-tensors" or "huggingface".
         runtimes: The engines that serve it, the usual one first.
         linears: What the weights of linear layers may be stored as; a packing picks one.
-        tables: What the embedding and an untied head are stored as.
+        tables: What the embedding and an untied head are stored as; in a mixture, the matrices that take more bits.
+        mixture: Whether it is one of llama.cpp's mixtures of types, in which it goes by tensor what takes more bits
+            (`TensorSpec.more_bits`): some layers' attention values and ends of FFNs too, and no untied embedding.
         kept: What weights are stored as that a packing keeps off its grid.
         vectors: What norms and biases are stored as.
     """
@@ -75,6 +77,7 @@ class Format:
     tables: Storage
     kept: Literal["f16", "bf16"]
     vectors: Literal["f32", "bf16"]
+    mixture: bool = False
 
     def linear(self, bits: int, group_size: int, symmetric: bool) -> Storage:
         """What linear layers are stored as at this choice.
@@ -156,9 +159,8 @@ class Packing:
             return held.vectors
         if any(_is_part(part, tensor) for part in self.keep):
             return held.kept
-        storage = held.tables
-        if tensor.role is Role.LINEAR:
-            storage = held.linear(self.bits, self.group_size, self.symmetric)
+        table = tensor.more_bits if held.mixture else tensor.role is not Role.LINEAR
+        storage = held.tables if table else held.linear(self.bits, self.group_size, self.symmetric)
         if isinstance(storage, Grid) and storage.fallback and not storage.divides(tensor.shape[-1]):
             # Where that does not divide them either, the grid that was asked for is named.
             storage = storage.fallback if storage.fallback.divides(tensor.shape[-1]) else storage
@@ -192,14 +194,15 @@ class Packing:
     def _check_blocks(self, grid: Grid, storages: Mapping[TensorSpec, Storage]) -> None:
         """Refuses linear layers of which none is on a grid of super-blocks, but some on what stands in for it."""
         linear = {tensor: storage for tensor, storage in storages.items() if tensor.role is Role.LINEAR}
-        if grid.fallback not in linear.values() or grid in linear.values():
+        grids = {storage for storage in linear.values() if isinstance(storage, Grid)}
+        if not grids or any(one.block_size for one in grids):
             return
-        assert grid.fallback is not None
         if any(grid.divides(tensor.shape[-1]) for tensor in linear):
             raise InputError(f"keep leaves no linear layer on the grid of {grid.name}: name fewer parts")
         raise InputError(
             f"rows in {grid.name} are of whole blocks of {grid.block_size} weights, and those of none of this model's "
-            f"linear layers are: all would be stored as {grid.fallback.name}, so choose that format"
+            f"linear layers are: all would be stored as {_either(sorted(one.name for one in grids))}, so choose "
+            f"{'that format' if len(grids) == 1 else 'one of these'}"
         )
 
 
@@ -213,7 +216,7 @@ def _is_part(part: str, tensor: TensorSpec) -> bool:
     return any(f".{name}." in f".{tensor.name}." for name in names)
 
 
-def _gguf(name: str, linears: Storage, tables: Storage) -> Format:
+def _gguf(name: str, linears: Storage, tables: Storage, *, mixture: bool = False) -> Format:
     return Format(
         name=name,
         container="gguf",
@@ -222,6 +225,7 @@ def _gguf(name: str, linears: Storage, tables: Storage) -> Format:
         tables=tables,
         kept="f16",
         vectors="f32",
+        mixture=mixture,
     )
 
 
@@ -235,6 +239,8 @@ FORMATS: Mapping[str, Format] = {
         # One grid for all linear layers, where llama.cpp's types that end in _S, _M and _L mix some; the tables as the
         # heads of its files.
         *(_gguf(grid.name, grid, Q6_K) for grid in (Q6_K, Q5_K, Q4_K, Q3_K, Q2_K)),
+        # Its _M of these two, in which one other grid holds all that takes more bits: that of Q3_K has two.
+        *(_gguf(f"{grid.name}_m", grid, Q6_K, mixture=True) for grid in (Q5_K, Q4_K)),
         Format(
             name="compressed-tensors",
             container="compressed-tensors",

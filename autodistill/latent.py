@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from autodistill.config_fields import check_config
 from autodistill.contracts import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
 from autodistill.errors import InputError
-from autodistill.tensors import Role, TensorSpec
+from autodistill.tensors import Role, TensorSpec, takes_more_bits
 
 ARCHITECTURES = ("deepseek_v2", "deepseek_v3")
 """transformers' `model_type`s."""
@@ -57,7 +58,9 @@ def describe_latent(config: Mapping[str, Any]) -> ModelSpec:
         max_context=config["max_position_embeddings"],
         tied=tied,
         tensors=tuple(
-            TensorSpec(name=name, role=role, shape=shape)
+            TensorSpec(
+                name=name, role=role, shape=shape, more_bits=_more_bits(name, role, config["num_hidden_layers"], tied)
+            )
             for name, role, shape in _tensors(config, routed, shared, tied)
         ),
         experts=routed,
@@ -65,6 +68,14 @@ def describe_latent(config: Mapping[str, Any]) -> ModelSpec:
         shared_experts=shared if routed else 0,
         latent=rank + turned,
     )
+
+
+def _more_bits(name: str, role: Role, layers: int, tied: bool) -> bool:
+    """As `Family.more_bits`: of these models the head, or a tied table, and in some layers what the FFN ends in."""
+    if role in (Role.EMBEDDING, Role.HEAD):
+        return tied or role is Role.HEAD
+    found = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.(?:\w+\.)?down_proj\.weight", name)
+    return found is not None and takes_more_bits(int(found[1]), layers)
 
 
 def _tensors(

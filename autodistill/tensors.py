@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import overload
+from typing import NamedTuple, overload
 
 
 class Role(StrEnum):
@@ -29,24 +29,35 @@ class TensorSpec:
         name: transformers' name, like "model.layers.0.mlp.up_proj.weight".
         role: What it does. A tied table is stored once, as the embedding.
         shape: A linear is [out, in].
+        more_bits: Whether it is among the matrices that llama.cpp's mixtures of types store in more bits than most.
     """
 
     name: str
     role: Role
     shape: tuple[int, ...]
+    more_bits: bool = False
+
+
+class Entry(NamedTuple):
+    """What a layout says of a tensor: as the fields of `TensorSpec`, with an index of shapes in place of one."""
+
+    name: str
+    role: Role
+    more_bits: bool
+    shape: int
 
 
 class Layout:
     """Names and roles of a family's tensors, and which of them are of one shape, whatever the shapes are.
 
     Attributes:
-        entries: Name, role and index of the shape of each tensor.
-        kinds: The first entry of each role and index, experts' apart, and how many are like it.
+        entries: Of each tensor.
+        kinds: The first entry of those that differ in nothing but the name, experts' apart, and how many there are.
     """
 
-    def __init__(self, entries: Iterable[tuple[str, Role, int]]) -> None:
+    def __init__(self, entries: Iterable[Entry]) -> None:
         self.entries = tuple(entries)
-        keys = [(role, index, is_expert(name)) for name, role, index in self.entries]
+        keys = [(*entry[1:], is_expert(entry.name)) for entry in self.entries]
         first = dict(zip(reversed(keys), reversed(self.entries), strict=True))
         self.kinds = tuple((first[key], count) for key, count in Counter(keys).items())
 
@@ -65,14 +76,17 @@ class Tensors(Sequence[TensorSpec]):
 
     @cached_property
     def _made(self) -> tuple[TensorSpec, ...]:
-        shapes = self._shapes
-        return tuple([TensorSpec(name=name, role=role, shape=shapes[i]) for name, role, i in self._layout.entries])
+        return tuple([self._tensor(entry) for entry in self._layout.entries])
 
     @property
     def kinds(self) -> Iterator[tuple[TensorSpec, int]]:
-        """One tensor of each role and index of a shape, and how many there are."""
-        for (name, role, index), count in self._layout.kinds:
-            yield TensorSpec(name=name, role=role, shape=self._shapes[index]), count
+        """One tensor of those that differ in nothing but the name, and how many there are."""
+        for entry, count in self._layout.kinds:
+            yield self._tensor(entry), count
+
+    def _tensor(self, entry: Entry) -> TensorSpec:
+        name, role, more_bits, shape = entry
+        return TensorSpec(name=name, role=role, shape=self._shapes[shape], more_bits=more_bits)
 
     @overload
     def __getitem__(self, index: int) -> TensorSpec: ...
@@ -97,3 +111,12 @@ class Tensors(Sequence[TensorSpec]):
 def is_expert(name: str) -> bool:
     """Whether a tensor is one of a mixture's experts, of which a token takes some."""
     return ".experts." in name
+
+
+def takes_more_bits(layer: int, layers: int) -> bool:
+    """Whether llama.cpp's mixtures of types have more bits in a layer: the first and last eighth, and every third.
+
+    As `use_more_bits` of its `llama-quant.cpp`, the divisions in whole numbers.
+    """
+    first = layers // 8
+    return layer < first or layer >= 7 * layers // 8 or (layer - first) % 3 == 2

@@ -56,6 +56,23 @@ def test_a_mixture_has_the_weights_of_transformers_model(name: str) -> None:
     assert (spec.experts, spec.active_experts) == (4, 2)
 
 
+# Of tensors in files that llama.cpp's quantiser (v0.4.0) made of 16-bit ones of these sizes.
+QUANTISED = {
+    ("mixtral", "gguf-q4_k_m"): 9_913_600,
+    ("mixtral", "gguf-q5_k_m"): 11_572_480,
+    ("qwen3_moe", "gguf-q4_k_m"): 5_598_976,
+    ("qwen3_moe", "gguf-q5_k_m"): 6_536_960,
+}
+
+
+@pytest.mark.parametrize(("name", "form"), QUANTISED)
+def test_experts_take_more_bits_in_the_layers_that_llama_cpp_gives_them(name: str, form: str) -> None:
+    sizes = {"num_hidden_layers": 9, "hidden_size": 256, "head_dim": 64, "vocab_size": 512}
+    ffn = {"mixtral": {"intermediate_size": 512}, "qwen3_moe": {"moe_intermediate_size": 256}}[name]
+    spec = spec_of(config(name, **sizes, **ffn, tie_word_embeddings=False))
+    assert weights_bytes(spec.tensors, deployment_named(form)) == QUANTISED[name, form]
+
+
 def test_a_mixture_that_cannot_be_told_is_refused() -> None:
     with pytest.raises(InputError, match="num_experts_per_tok, at most as many"):
         spec_of(config("mixtral") | {"num_experts_per_tok": 5})
@@ -78,9 +95,10 @@ def test_a_folder_and_a_gguf_file_are_described_by_their_headers(tmp_path: Path)
     assert 0 < path.stat().st_size - file.weights_bytes < 40_000
 
 
-@pytest.mark.parametrize("name", ["gguf-q6_k", "gguf-q5_k", "gguf-q4_k", "gguf-q3_k", "gguf-q2_k"])
-def test_a_file_of_k_quants_says_its_format_and_is_read(name: str, tmp_path: Path) -> None:
-    folder = save_tiny_teacher(tmp_path / "tiny", width=256, ffn=512, layers=2)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", [name for name in FORMATS if "_k" in name])
+def test_a_file_of_k_quants_says_its_format_and_is_read(name: str, tied: bool, tmp_path: Path) -> None:
+    folder = save_tiny_teacher(tmp_path / "tiny", width=256, ffn=512, layers=2, tied=tied)
     deployment = deployment_named(name)
     path = GgufExporter().export(folder, deployment, tmp_path / "gguf").path
     described = describe(str(path))
@@ -293,8 +311,10 @@ def test_a_packing_of_others_is_no_format_of_ours(changes: dict[str, Any], tmp_p
         ("q4_0", "did you mean gguf-q4_0"),
         ("GGUF-Q8_0", "did you mean gguf-q8_0"),
         ("int8", "did you mean compressed-tensors-int8-g32"),
-        ("gguf-q4_k_m", "mixtures of types are not written: gguf-q4_k has all linear layers in Q4_K"),
-        ("Q3_K_XL", "mixtures of types are not written: gguf-q3_k has all linear layers in Q3_K"),
+        ("Q4_K_M", r"did you mean gguf-q4_k_m\?"),
+        ("gguf_q5_k_m", "did you mean gguf-q5_k_m or "),
+        ("gguf-q4_k_s", "of llama.cpp's mixtures .* gguf-q4_k_m are written; gguf-q4_k has all linear layers in Q4_K"),
+        ("Q3_K_XL", "of types gguf-q5_k_m and gguf-q4_k_m are written; gguf-q3_k has all linear layers in Q3_K"),
         ("Q6_K", "did you mean gguf-q6_k"),
         ("iq4_xs", "I-quants are not supported"),
         ("zzz", "there are gguf-f16, gguf-q8_0"),

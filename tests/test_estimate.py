@@ -148,10 +148,10 @@ def test_kinds_count_each_tensor_once(architecture: str) -> None:
         sizes = {"num_hidden_layers": 3, "intermediate_size": 256, "vocab_size": 64, "max_position_embeddings": 99}
         spec = spec_from_config({"model_type": architecture} | config | sizes)
         kinds = spec.kinds
-        counted = Counter((tensor.role, tensor.shape) for tensor in spec.tensors)
-        assert {(tensor.role, tensor.shape): count for tensor, count in kinds} == counted
+        counted = Counter((tensor.role, tensor.shape, tensor.more_bits) for tensor in spec.tensors)
+        assert {(tensor.role, tensor.shape, tensor.more_bits): count for tensor, count in kinds} == counted
         assert len(kinds) == len(counted)
-        firsts = [next(one for one in spec.tensors if (one.role, one.shape) == key) for key in counted]
+        firsts = [next(one for one in spec.tensors if (one.role, one.shape, one.more_bits) == key) for key in counted]
         assert [tensor for tensor, _ in kinds] == firsts
         assert spec.parameters == sum(math.prod(tensor.shape) for tensor in spec.tensors)
         plain = replace(spec, tensors=tuple(spec.tensors))

@@ -1,10 +1,16 @@
-"""What each tensor is stored as and how many bytes that takes, against what is packed and sums by hand."""
+"""What each tensor is stored as and how many bytes that takes, against packed bytes, llama.cpp and sums by hand."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from autodistill.codes import pack
 from autodistill.errors import InputError
+from autodistill.estimate import resized, spec_from_config
+from autodistill.families import get_family
 from autodistill.formats import (
     FORMATS,
     Packing,
@@ -13,7 +19,8 @@ from autodistill.formats import (
     weights_bytes,
 )
 from autodistill.grids import Grid
-from autodistill.tensors import Role, TensorSpec
+from autodistill.tensors import Role, TensorSpec, takes_more_bits
+from autodistill.testing import tiny_config
 
 PACKINGS = [
     Packing(format=held.name, bits=grid.bits, group_size=grid.group_size, symmetric=grid.symmetric)
@@ -125,9 +132,84 @@ def test_super_blocks_hold_rows_that_they_divide_and_other_grids_the_rest(name):
         _packing(name, bits, 64, symmetric=symmetric)
 
 
+MIXTURES = {"gguf-q4_k_m": 4, "gguf-q5_k_m": 5}
+# Written by benchmarks/mixture_types.py.
+QUANTISED = json.loads((Path(__file__).parent / "llama_cpp_mixtures.json").read_text())["cases"]
+
+
+def _mixture(name, **more):
+    return _packing(name, MIXTURES[name], 32, symmetric=False, **more)
+
+
+def _named(case):
+    tied = "tied" if case["tied"] else "untied"
+    sizes = [f"{case[size]}" for size in ("layers", "width", "ffn")]
+    return "-".join([case["format"], case["architecture"], *sizes, tied])
+
+
+def _described(case):
+    sizes = {"num_hidden_layers": case["layers"], "hidden_size": case["width"], "intermediate_size": case["ffn"]}
+    more = {"head_dim": case["width"] // 4, "tie_word_embeddings": case["tied"]}
+    return spec_from_config(tiny_config(case["architecture"], **sizes, **more))
+
+
+def _stored(spec, packing):
+    """ggml's name of the type of each matrix, by GGUF's names."""
+    family = get_family(spec.architecture)
+    matrices = [tensor for tensor in spec.tensors if len(tensor.shape) == 2]
+    kinds = {family.gguf_name(tensor.name).removesuffix(".weight"): packing.storage(tensor) for tensor in matrices}
+    return {name: kind.name.removeprefix("gguf-").upper() for name, kind in kinds.items()}
+
+
+def _by_llama_cpp(case):
+    found = {}
+    for name, types in case["types"].items():
+        if name in ("token_embd", "output"):
+            found[name] = types
+            continue
+        for layer in range(case["layers"]):
+            found[f"blk.{layer}.{name}"] = types if isinstance(types, str) else types[layer]
+    return found
+
+
+@pytest.mark.parametrize("case", QUANTISED, ids=_named)
+def test_a_mixture_stores_each_matrix_as_llama_cpps_quantiser(case):
+    spec, packing = _described(case), _mixture(case["format"])
+    assert _stored(spec, packing) == _by_llama_cpp(case)
+    # Bytes are counted by what differs, and the layers of a student are its own.
+    assert sum(count * tensor_bytes(one, packing.storage(one)) for one, count in spec.kinds) == weights_bytes(
+        spec.tensors, packing
+    )
+    deeper = resized(spec, [layer for layer in range(case["layers"]) for _ in range(2)])
+    kept = resized(deeper, range(1, 2 * case["layers"], 2))
+    assert tuple(kept.tensors) == tuple(spec.tensors)
+
+
+def test_a_mixture_keeps_parts_and_is_no_format_of_models_without_super_blocks():
+    sizes = {"architecture": "llama", "layers": 3, "width": 256, "ffn": 256, "tied": True}
+    stored = {
+        tensor.name: _mixture("gguf-q4_k_m", keep=("layers.2", "attention")).storage(tensor)
+        for tensor in _described(sizes).tensors
+    }
+    kept = {name for name, storage in stored.items() if storage == "f16"}
+    assert kept == {name for name in stored if "norm" not in name and (".layers.2." in name or ".self_attn." in name)}
+    assert stored["model.embed_tokens.weight"].name == "gguf-q6_k"
+    assert stored["model.layers.0.mlp.down_proj.weight"].name == "gguf-q4_k"
+    _mixture("gguf-q5_k_m").check_model(_described(sizes | {"width": 192}).tensors)
+    said = "all would be stored as gguf-q5_1 or gguf-q8_0, so choose one of these"
+    with pytest.raises(InputError, match=said):
+        _mixture("gguf-q5_k_m").check_model(_described(sizes | {"width": 192, "ffn": 192}).tensors)
+
+
+def test_more_layers_never_have_fewer_of_more_bits():
+    """Whoever compares models by size takes for granted that one of fewer layers takes no more bytes."""
+    counts = [sum(takes_more_bits(layer, layers) for layer in range(layers)) for layers in range(1, 1025)]
+    assert all(after - before in (0, 1) for before, after in pairwise(counts))
+
+
 def test_names_tell_packings_apart():
     names = [packing.name for packing in PACKINGS]
-    assert len(set(names)) == len(names) == 52
+    assert len(set(names)) == len(names) == 54
     assert {"gguf-q4_0", "compressed-tensors-int4-g64", "compressed-tensors-int2-row-asym"} <= set(names)
     kept = _packing("gguf-q4_0", 4, 32, keep=("layers.0", "attention", "layers.0"))
     assert kept.name == "gguf-q4_0+attention+layers.0"

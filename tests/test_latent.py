@@ -60,6 +60,16 @@ def test_weights_and_cache_are_those_of_transformers(name: str, changes: dict[st
     assert reads[1] - reads[0] == 2 * held
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_ends_ffns_has_more_bits_in_the_layers_of_llama_cpps_mixtures(tied: bool) -> None:
+    """As its quantiser did with a model of nine layers, of which the first has one FFN."""
+    spec = spec_of(config("deepseek_v2", num_hidden_layers=9, tie_word_embeddings=tied).to_dict())
+    expected = {"model.embed_tokens.weight" if tied else "lm_head.weight", "model.layers.0.mlp.down_proj.weight"}
+    for layer in (3, 6, 7, 8):
+        expected |= {f"model.layers.{layer}.mlp.{kind}.down_proj.weight" for kind in ("experts", "shared_experts")}
+    assert {tensor.name for tensor in spec.tensors if tensor.more_bits} == expected
+
+
 @pytest.mark.parametrize(
     ("published", "total", "active", "sizes"),
     [

@@ -40,6 +40,8 @@ def written() -> Any:
         {"family": "llama", "kv_type": "q4_0", "context": 1024, "form": "gguf-q4_0"},
         {"family": "llama", "context": 512, "form": "gguf-q4_k"},
         {"family": "llama", "width": 256, "context": 1024, "form": "gguf-q6_k"},
+        {"family": "llama", "width": 256, "context": 512, "tied": False, "form": "gguf-q4_k_m"},
+        {"family": "gpt_neox", "kv_heads": 4, "tied": False, "context": 512, "form": "gguf-q5_k_m"},
         {"family": "gemma3_text", "context": 2048, "more": {"sliding_window": 256, "sliding_window_pattern": 6}},
         {
             "family": "qwen3_moe",

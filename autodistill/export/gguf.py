@@ -42,7 +42,7 @@ from autodistill.tensors import Role
 
 FILE = "student.gguf"
 
-# Of llama.cpp's types of K-quants, which are mixtures by layer but for Q6_K, those that mix least.
+# Where all linear layers are on one grid, that of llama.cpp's types of K-quants (mixtures, but Q6_K) which mixes least.
 _FILE_TYPES = {
     "gguf-f16": LlamaFileType.MOSTLY_F16,
     "gguf-q8_0": LlamaFileType.MOSTLY_Q8_0,
@@ -53,6 +53,8 @@ _FILE_TYPES = {
     "gguf-q6_k": LlamaFileType.MOSTLY_Q6_K,
     "gguf-q5_k": LlamaFileType.MOSTLY_Q5_K_S,
     "gguf-q4_k": LlamaFileType.MOSTLY_Q4_K_S,
+    "gguf-q5_k_m": LlamaFileType.MOSTLY_Q5_K_M,
+    "gguf-q4_k_m": LlamaFileType.MOSTLY_Q4_K_M,
     "gguf-q3_k": LlamaFileType.MOSTLY_Q3_K_S,
     "gguf-q2_k": LlamaFileType.MOSTLY_Q2_K_S,
 }

@@ -14,6 +14,7 @@ from gguf.metadata import Metadata
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from autodistill.described import deployment_named
 from autodistill.errors import InputError, VerificationError
 from autodistill.export.gguf import GgufExporter
 from autodistill.export.verify import verify
@@ -415,6 +416,37 @@ def test_k_quants_of_other_families_run(tmp_path: Path, architecture: str) -> No
     kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(artefact.path).tensors if len(tensor.shape) > 1}
     assert kinds == {"Q5_K", "Q6_K", "Q5_1"}  # the FFN of 128 falls back
     found = {name: torch.from_numpy(np.array(values)) for name, values in GgufExporter().unpack(artefact.path)}
+    tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
+    assert np.mean(served(artefact.path, tokens) == choices(teacher, found, tokens)) >= 0.8
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied", "name", "file_type"),
+    [
+        ("llama", True, "gguf-q4_k_m", 15),
+        ("qwen2", False, "gguf-q4_k_m", 15),
+        ("gemma3_text", True, "gguf-q5_k_m", 17),
+        ("gpt_neox", False, "gguf-q5_k_m", 17),
+    ],
+)
+def test_mixtures_have_more_bits_where_llama_cpps_have_and_run(
+    tmp_path: Path, architecture: str, tied: bool, name: str, file_type: int
+) -> None:
+    sizes = {"width": 256, "ffn": 256, "layers": 4, "tied": tied}
+    teacher = save_tiny_teacher(tmp_path / "teacher", architecture=architecture, **sizes)
+    deployment = deployment_named(name)
+    artefact = GgufExporter().export(teacher, deployment, tmp_path / "out")
+    verify(GgufExporter(), artefact, teacher, deployment)
+    assert metadata(artefact.path)["general.file_type"] == file_type
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(artefact.path).tensors}
+    base = name.removeprefix("gguf-").removesuffix("_m").upper()
+    # Of four layers the third, as every third one, and the last one.
+    values = "attn_qkv" if architecture == "gpt_neox" else "attn_v"
+    wide = {f"blk.{layer}.{part}.weight" for layer in (2, 3) for part in (values, "ffn_down")}
+    wide.add("token_embd.weight" if tied else "output.weight")
+    assert {key for key, kind in types.items() if kind == "Q6_K"} == wide
+    assert {kind for key, kind in types.items() if key not in wide} == {base, "F32"}
+    found = {key: torch.from_numpy(np.array(values)) for key, values in GgufExporter().unpack(artefact.path)}
     tokens = np.random.default_rng(0).integers(3, 300, 120).tolist()
     assert np.mean(served(artefact.path, tokens) == choices(teacher, found, tokens)) >= 0.8
 
