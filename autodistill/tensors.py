@@ -1,4 +1,4 @@
-"""The tensors of a model as far as their storage depends on them: names, roles and shapes, free of torch."""
+"""The tensors of a model as far as their storage depends on them: names, roles, shapes, and which take more bits."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Tensors(Sequence[TensorSpec]):
 
     @cached_property
     def _made(self) -> tuple[TensorSpec, ...]:
-        return tuple([self._tensor(entry) for entry in self._layout.entries])
+        return tuple(map(self._tensor, self._layout.entries))
 
     @property
     def kinds(self) -> Iterator[tuple[TensorSpec, int]]:

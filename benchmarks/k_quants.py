@@ -60,8 +60,10 @@ GRIDS = (Q6_K, Q5_K, Q4_K, Q3_K, Q2_K)
 FORMS = (
     "gguf-q8_0",
     "gguf-q6_k",
+    "gguf-q5_k_m",
     "gguf-q5_k",
     "gguf-q5_1",
+    "gguf-q4_k_m",
     "gguf-q4_k",
     "gguf-q5_0",
     "gguf-q4_0",

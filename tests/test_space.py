@@ -72,10 +72,15 @@ def test_the_documents_space_of_k_quants_is_one(tmp_path: Path):
     _, _, rest = document.partition("## K-quants")
     (tmp_path / "space.yaml").write_text("dimensions:\n" + rest.partition("```yaml\n")[2].partition("```")[0])
     space = load_space(tmp_path / "space.yaml")
-    assert [one.name for one in space.deployments] == [f"gguf-q{bits}_k" for bits in (6, 5, 4, 3, 2)]
+    assert [one.name for one in space.deployments] == [
+        f"gguf-{kind}" for kind in ("q6_k", "q5_k", "q5_k_m", "q4_k", "q4_k_m", "q3_k", "q2_k")
+    ]
     finishings = {space.strategy(point).finishing for point in space.points(lambda dimension: dimension.domain.grid)}
-    trained = Finishing(format="gguf-q4_k", bits=4, group_size=32, symmetric=False, scales="learned")
-    assert finishings == {None, trained}
+    trained = {
+        Finishing(format=name, bits=4, group_size=32, symmetric=False, scales="learned")
+        for name in ("gguf-q4_k", "gguf-q4_k_m")
+    }
+    assert finishings == {None, *trained}
 
 
 @pytest.mark.parametrize("seed", range(30))
