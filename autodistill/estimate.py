@@ -14,7 +14,7 @@ from autodistill.config_fields import check_config
 from autodistill.contracts import MOST_LAYERS, MOST_OF_A_SIZE, ModelSpec
 from autodistill.errors import InputError
 from autodistill.families import FAMILIES, Axis, get_family
-from autodistill.formats import Packing, get_format
+from autodistill.formats import Packing
 from autodistill.gguf_graphs import FULL, SLIDING, cannot_run, not_computed
 from autodistill.grids import Grid
 from autodistill.roofline import limit_seconds
@@ -138,7 +138,7 @@ def in_blocks(config: Mapping[str, Any], packing: Packing) -> tuple[bool, ...]:
         config: As `config_of` gives it.
         packing: What the model is packed in.
     """
-    grid = get_format(packing.format).linear(packing.bits, packing.group_size, packing.symmetric)
+    grid = packing.linear
     if not isinstance(grid, Grid) or not grid.fallback:
         return ()
     queries = config["num_attention_heads"] * config["head_dim"]

@@ -118,7 +118,7 @@ class Packing:
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        linear = get_format(self.format).linear(self.bits, self.group_size, self.symmetric)
+        linear = self.linear  # held by the format, or refused
         if self.keep and not isinstance(linear, Grid):
             raise InputError(f"{self.format} holds all weights in 16 bits: leave keep out")
         for part in self.keep:
@@ -133,6 +133,15 @@ class Packing:
     def packing(self) -> Packing:
         """The fields of this class alone, whatever else the object says: equal where weights are stored equally."""
         return Packing(**{field.name: getattr(self, field.name) for field in fields(Packing)})
+
+    @property
+    def linear(self) -> Storage:
+        """What linear layers are stored as; in a mixture of types, those that do not take more bits.
+
+        Raises:
+            InputError: The format cannot hold it.
+        """
+        return get_format(self.format).linear(self.bits, self.group_size, self.symmetric)
 
     @property
     def container(self) -> str:
@@ -160,7 +169,7 @@ class Packing:
         if any(_is_part(part, tensor) for part in self.keep):
             return held.kept
         table = tensor.more_bits if held.mixture else tensor.role is not Role.LINEAR
-        storage = held.tables if table else held.linear(self.bits, self.group_size, self.symmetric)
+        storage = held.tables if table else self.linear
         if isinstance(storage, Grid) and storage.fallback and not storage.divides(tensor.shape[-1]):
             # Where that does not divide them either, the grid that was asked for is named.
             storage = storage.fallback if storage.fallback.divides(tensor.shape[-1]) else storage
@@ -175,9 +184,8 @@ class Packing:
                 layers of which none can be cut into the format's super-blocks.
         """
         storages = {tensor: self.storage(tensor) for tensor in tensors}
-        linear = get_format(self.format).linear(self.bits, self.group_size, self.symmetric)
-        if isinstance(linear, Grid) and linear.fallback:
-            self._check_blocks(linear, storages)
+        if isinstance(self.linear, Grid) and self.linear.fallback:
+            self._check_blocks(self.linear, storages)
         if not self.keep:
             return
         if not any(isinstance(storage, Grid) for storage in storages.values()):

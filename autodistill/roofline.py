@@ -188,7 +188,11 @@ def _plain(deployment: Deployment, work: Work, operations: float) -> float:
     The shares of formats were found with all operations counted alike, as the format's own kernels do them. K-quants
     alone have linear weights on another grid than the one that they are named after: those count by that one's.
     """
-    return work.plain if deployment.format in _FAST_KERNELS else operations
+    return work.plain if _is_fast(deployment.linear) else operations
+
+
+def _is_fast(stored: Storage) -> bool:
+    return isinstance(stored, Grid) and stored.name in _FAST_KERNELS
 
 
 def _product_seconds(device: Device, shares: Shares, end: str, operations: float, plain: float) -> float:
@@ -259,7 +263,7 @@ def work(
             continue
         taken = count * (chosen if expert else 1)
         multiplied += taken
-        if isinstance(stored, Grid) and stored.name not in _FAST_KERNELS:
+        if isinstance(stored, Grid) and not _is_fast(stored):
             plain += taken
     # What is stored says nothing of weights that are held in 16 bits.
     if weights is not None and not dense:

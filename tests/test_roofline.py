@@ -49,6 +49,19 @@ def test_k_quants_are_read_by_their_blocks_at_the_rate_of_q4_0() -> None:
     assert first == theirs < plain
 
 
+def test_a_mixture_of_types_reads_what_each_matrix_is_in_at_the_same_rate() -> None:
+    spec, mixture = shape(SIZES).spec, deployment_named("gguf-q4_k_m")
+    wide = 2 * (256 * 64 + 256 * 512)  # of the third and the fourth layer the values and what the FFN ends in
+    read = work(spec, mixture, tokens=1, sequences=1, behind=0).bytes
+    assert read == (LINEARS - wide) // 256 * 144 + (wide + HEAD) // 256 * 210
+    device = find_device("i9-13900k", KNOWN)
+    found = [speed(spec, form, device, context=512).time_to_first_token_ms for form in (mixture, Q4)]
+    assert found[0] == found[1]
+    # Rows that no super-block divides are on Q5_0, which is slower, and of those that take more bits on Q8_0.
+    prompt = work(shape(WIDE).spec, mixture, tokens=512, sequences=1, behind=256)
+    assert prompt.plain == 2 * 512 * (FALLEN - 2 * 576 * 192)
+
+
 WIDE = SIZES | {"width": 576, "heads": 9, "kv_heads": 3, "ffn": 1536}  # of the default teacher: 256 divides FFN alone
 FALLEN = 4 * (576 * 576 * 2 + 576 * 192 * 2 + 2 * 576 * 1536)
 DOWN = 4 * 576 * 1536
