@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from autodistill.contracts import ModelSpec
@@ -14,7 +14,7 @@ from autodistill.estimate import cannot_hold
 from autodistill.families import FAMILIES
 from autodistill.records.recalibration import Overhead, Place, overhead_of
 from autodistill.roofline import Speed, speed
-from autodistill.serving_memory import basis_of, memory
+from autodistill.serving_memory import MemoryEstimate, basis_of, memory
 from autodistill.strategy import Deployment
 from autodistill.training_fit import MEANS
 from autodistill.training_memory import training_memory
@@ -64,71 +64,34 @@ def appraise(
         InputError: As `memory` and `check_streams`, a runtime that does not serve the deployment, a context beyond the
             model's, or a model that cannot be trained here.
     """
-    spec = model.spec
-    made = None
-    if training is not None:
-        check_trainable(model)
-        made = {"tokens": training, **training_parts(spec, training)}
+    made = None if training is None else _training(model, training)
     check_streams(batch, "--batch")
     if runtime not in (None, _MEMORY_ALONE):
         deployment = replace(deployment, runtime=runtime)
-    context = min(CONTEXT, spec.max_context) if context is None else context
-    if context > spec.max_context:
-        raise InputError(
-            f"{model.name} has a context of {spec.max_context} tokens: give --context {spec.max_context} or less, or "
-            "leave it out"
-        )
-    if prompt is not None and not 1 <= prompt <= context:
-        raise InputError(f"--prompt must be 1 to the context of {context}, not {prompt}")
-    needs = {
-        on_gpu: memory(
-            spec,
-            deployment,
-            context=context,
-            batch=batch,
-            kv_type=kv_type,
-            weights=model.weights_bytes,
-            runtime=runtime,
-            on_gpu=on_gpu,
-        )
-        for on_gpu in {False, *(device.discrete for device in devices)}
-    }
+    served = _Served(
+        model=model,
+        deployment=deployment,
+        context=_context(model, context, prompt),
+        batch=batch,
+        kv_type=kv_type,
+        runtime=runtime or deployment.runtime,
+        prompt=prompt,
+    )
+    needs = {on_gpu: served.need(on_gpu) for on_gpu in {False, *(device.discrete for device in devices)}}
     # Of several devices the document's own parts are those of a process.
-    need = needs[devices[0].discrete if len(devices) == 1 else False]
-    not_held = _not_held(model, deployment, need.runtime)
-    changes = [overhead_of(overheads or {}, need.runtime, device.kind.name) for device in devices]
-    if devices:
-        change = changes[0] if len(devices) == 1 else Overhead()
-    else:
-        change = overhead_of(overheads or {}, need.runtime)
-    rows = []
-    for device, own in zip(devices, changes, strict=True):
-        fast: Mapping[str, Any] = _NO_SPEED
-        if need.runtime != _MEMORY_ALONE and not device.lacks(need.runtime):
-            fast = speed(
-                spec,
-                deployment,
-                device,
-                context=context,
-                batch=batch,
-                prompt=prompt,
-                kv_type=kv_type,
-                weights=model.weights_bytes,
-            ).to_json()
-        total = needs[device.discrete].total_bytes + own.total_bytes
-        lacks = "" if need.runtime == _MEMORY_ALONE else device.lacks(need.runtime)
-        known = {
-            "device": device.name,
-            "fits": total <= device.usable_bytes and not lacks and not not_held,
-            "reason": lacks or not_held or None,
-            "usable_bytes": device.usable_bytes,
-        }
-        basis = basis_of(need.runtime, on_gpu=device.discrete)
-        rows.append({**known, "total_bytes": total, "memory_basis": basis, **fast})
-    one = rows[0] if len(rows) == 1 else {}
+    alone = devices[0] if len(devices) == 1 else None
+    need = needs[alone is not None and alone.discrete]
+    not_held = _not_held(model, deployment, served.runtime)
+    own = [overhead_of(overheads or {}, served.runtime, device.kind.name) for device in devices]
+    found = [
+        served.on(device, needs[device.discrete].total_bytes + change.total_bytes, not_held)
+        for device, change in zip(devices, own, strict=True)
+    ]
+    # Nor is there one overhead of several.
+    change = own[0] if alone else Overhead() if devices else overhead_of(overheads or {}, served.runtime)
     return {
         "model": model.name,
-        "parameters": spec.parameters,
+        "parameters": model.spec.parameters,
         "cannot_hold": not_held or None,
         "deployment": "as stored" if model.weights_bytes is not None else deployment.name,
         **asdict(need),
@@ -137,11 +100,84 @@ def appraise(
         "kv_type": kv_type,
         "basis": basis_of(need.runtime, on_gpu=need.on_gpu),
         "source": "predicted",
-        "tokens_per_second": one.get("tokens_per_second"),
-        "time_to_first_token_ms": one.get("time_to_first_token_ms"),
-        "devices": rows,
+        "tokens_per_second": found[0]["tokens_per_second"] if alone else None,
+        "time_to_first_token_ms": found[0]["time_to_first_token_ms"] if alone else None,
+        "devices": found,
         "training": made,
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Served:
+    """What is served, how, and under which load."""
+
+    model: Described
+    deployment: Deployment
+    context: int
+    batch: int
+    kv_type: str
+    runtime: str
+    prompt: int | None
+
+    def need(self, on_gpu: bool) -> MemoryEstimate:
+        """What it takes of a process's memory, or of a discrete GPU's."""
+        return memory(
+            self.model.spec,
+            self.deployment,
+            context=self.context,
+            batch=self.batch,
+            kv_type=self.kv_type,
+            weights=self.model.weights_bytes,
+            runtime=self.runtime,
+            on_gpu=on_gpu,
+        )
+
+    def on(self, device: Device, total_bytes: int, not_held: str) -> dict[str, Any]:
+        """Whether it fits a device and how fast it would be there, as plain data.
+
+        Args:
+            device: Where.
+            total_bytes: What it takes there.
+            not_held: Why it could not be stored so, or nothing.
+        """
+        memory_alone = self.runtime == _MEMORY_ALONE
+        lacks = "" if memory_alone else device.lacks(self.runtime)
+        return {
+            "device": device.name,
+            "fits": total_bytes <= device.usable_bytes and not lacks and not not_held,
+            "reason": lacks or not_held or None,
+            "usable_bytes": device.usable_bytes,
+            "total_bytes": total_bytes,
+            "memory_basis": basis_of(self.runtime, on_gpu=device.discrete),
+            **(_NO_SPEED if memory_alone or lacks else self._speed(device).to_json()),
+        }
+
+    def _speed(self, device: Device) -> Speed:
+        return speed(
+            self.model.spec,
+            self.deployment,
+            device,
+            context=self.context,
+            batch=self.batch,
+            prompt=self.prompt,
+            kv_type=self.kv_type,
+            weights=self.model.weights_bytes,
+        )
+
+
+def _context(model: Described, asked: int | None, prompt: int | None) -> int:
+    """The context that is served: what is asked for, or the usual one as far as the model has it.
+
+    Raises:
+        InputError: The model has less than is asked for, or a prompt does not lie in it.
+    """
+    most = model.spec.max_context
+    context = min(CONTEXT, most) if asked is None else asked
+    if context > most:
+        raise InputError(f"{model.name} has a context of {most} tokens: give --context {most} or less, or leave it out")
+    if prompt is not None and not 1 <= prompt <= context:
+        raise InputError(f"--prompt must be 1 to the context of {context}, not {prompt}")
+    return context
 
 
 def _not_held(model: Described, deployment: Deployment, runtime: str) -> str:
@@ -161,6 +197,11 @@ def check_trainable(model: Described) -> None:
     """
     if model.spec.experts or model.spec.architecture not in FAMILIES:
         raise InputError(f"{model.name} cannot be trained here: these families can: {', '.join(FAMILIES)}")
+
+
+def _training(model: Described, tokens: int) -> dict[str, Any]:
+    check_trainable(model)
+    return {"tokens": tokens, **training_parts(model.spec, tokens)}
 
 
 def training_parts(spec: ModelSpec, tokens: int, **of: Any) -> dict[str, dict[str, int]]:

@@ -42,7 +42,6 @@ class Status(StrEnum):
 class Decision(StrEnum):
     """A scheduler's answer to a report."""
 
-    CONTINUE = "continue"
     PAUSE = "pause"
     STOP = "stop"
 

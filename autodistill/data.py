@@ -14,6 +14,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,10 @@ from autodistill.conversations import Conversation
 from autodistill.documents import Source
 from autodistill.errors import InputError
 from autodistill.packing import cut, fill, pack
+from autodistill.parts import content_hash
 from autodistill.records.locks import alone
 from autodistill.rendering import Rendered, Renderer, Template
 from autodistill.splitting import assign, contiguous, first_places, join
-from autodistill.strategy import content_hash
 from autodistill.templates import share, write_text
 from autodistill.token_sets import (
     ENDS,
@@ -162,44 +163,14 @@ def _prepare_conversations(
     for split, firsts in chosen.items():
         inside = set(firsts)
         members = [place for place, owner in owners.items() if owner in inside]
-        rows = fill([max(len(record.tokens) for record in records[place]) for place in members], length)
-        columns: dict[str, npt.NDArray[Any]] = {}
-        for number, name in enumerate(renderers):
-            chunk = [records[place][number] for place in members]
-            packed = pack(chunk, [owners[place] for place in members], length, rows)
-            found: dict[str, npt.NDArray[Any]] = {"tokens": packed.tokens, "documents": packed.documents}
-            # Arrow keeps a bool in a bit, which cannot be mapped.
-            found["answers"] = packed.answers.view(np.uint8)
-            if len(renderers) > 1:
-                found["shared"] = packed.shared.view(np.uint8)
-            columns |= {f"{name}/{column}" if name else column: values for column, values in found.items()}
-            if name:
-                continue
-            told = 0
-            if packed.told is not None:
-                columns |= {name: part.reshape(len(part), -1) for name, part in zip(TOLD, packed.told, strict=True)}
-                told = int((packed.told.ids[:, 1:, 0] >= 0).sum())
-            counts[split] = {"answers": int(packed.answers[:, 1:].sum()), "told": told}
+        chunk = [records[place] for place in members]
+        columns, counts[split] = _columns(chunk, [owners[place] for place in members], list(renderers), length)
         tables[split] = _table(columns, seed)
         if split != "train":
             for name, one in renderers.items():
                 entries = [_question(place, conversations[place], whole[name][place], one) for place in sorted(inside)]
                 asking = {"task": source.task, "stops": one.stops, "entries": [asdict(entry) for entry in entries]}
                 questions[name][split] = json.dumps(asking)
-
-    def add(temporary: Path) -> None:
-        """Writes into the folder what is no token: the tokenizer, other renderings' texts and ends, and questions."""
-        save_tokenizer(renderer.tokenizer, temporary / TOKENIZER)
-        for name, texts in questions.items():
-            if name:
-                own = rendering_folder(temporary, name)
-                write_text(teacher, renderers[name], own)
-                (own / ENDS).write_text(json.dumps([renderer.end, renderers[name].end]), encoding="utf-8")
-            for split, text in texts.items():
-                path = questions_file(temporary, split, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, encoding="utf-8")
-
     if any(one.told for one in conversations):
         learnt, told = counts["train"]["answers"], counts["train"]["told"]
         notes += (
@@ -211,7 +182,61 @@ def _prepare_conversations(
         for number, name in enumerate(renderers)
         if name
     }
+    add = partial(_write_texts, teacher, renderers, questions)
     return _write(folder, source, length, tables, add, notes, counts, infos)
+
+
+def _columns(
+    records: Sequence[Sequence[Rendered]], owners: Sequence[int], names: Sequence[str], length: int
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, int]]:
+    """The sequences of a split by column, those of further renderings under their names, and its counts of answers.
+
+    Args:
+        records: Of the split, each in all renderings.
+        owners: The document that each belongs to.
+        names: Of the renderings; the teacher's, whose name is empty, first.
+        length: Tokens of a sequence.
+    """
+    rows = fill([max(len(one.tokens) for one in record) for record in records], length)
+    columns: dict[str, npt.NDArray[Any]] = {}
+    counts: dict[str, int] = {}
+    for number, name in enumerate(names):
+        packed = pack([record[number] for record in records], owners, length, rows)
+        found: dict[str, npt.NDArray[Any]] = {"tokens": packed.tokens, "documents": packed.documents}
+        # Arrow keeps a bool in a bit, which cannot be mapped.
+        found["answers"] = packed.answers.view(np.uint8)
+        if len(names) > 1:
+            found["shared"] = packed.shared.view(np.uint8)
+        columns |= {f"{name}/{column}" if name else column: values for column, values in found.items()}
+        if not name:
+            counts = {"answers": int(packed.answers[:, 1:].sum()), "told": 0}
+        if not name and packed.told is not None:
+            columns |= {column: part.reshape(len(part), -1) for column, part in zip(TOLD, packed.told, strict=True)}
+            counts["told"] = int((packed.told.ids[:, 1:, 0] >= 0).sum())
+    return columns, counts
+
+
+def _write_texts(
+    teacher: Path, renderers: Mapping[str, Renderer], questions: Mapping[str, Mapping[str, str]], folder: Path
+) -> None:
+    """Writes into a folder of data what is no token: the tokenizer, other renderings' texts and ends, and questions.
+
+    Args:
+        teacher: Folder of its tokenizer.
+        renderers: By name; the teacher's, whose name is empty, first.
+        questions: By name and split, as text.
+        folder: Of the data.
+    """
+    save_tokenizer(renderers[""].tokenizer, folder / TOKENIZER)
+    for name, texts in questions.items():
+        if name:
+            own = rendering_folder(folder, name)
+            write_text(teacher, renderers[name], own)
+            (own / ENDS).write_text(json.dumps([renderers[""].end, renderers[name].end]), encoding="utf-8")
+        for split, text in texts.items():
+            path = questions_file(folder, split, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
 
 
 def _kept(

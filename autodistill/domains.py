@@ -9,15 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autodistill.errors import InputError
+from autodistill.parts import check
 
 Value = str | int | float | bool
-
-
-def check(condition: bool, message: str) -> None:
-    """Raises `InputError` with `message` unless `condition` holds."""
-    if not condition:
-        raise InputError(message)
 
 
 def near(word: object, known: Iterable[str]) -> str:

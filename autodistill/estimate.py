@@ -236,17 +236,6 @@ def resized(spec: ModelSpec, layers: Sequence[int] | None = None, **sizes: int |
     return replace(changed, tensors=tuple(tensors))
 
 
-def with_layers(spec: ModelSpec, layers: int) -> ModelSpec:
-    """The same model with fewer layers: the shape of a student that copies layers.
-
-    Raises:
-        InputError: No layer, or more than the model has.
-    """
-    if not 1 <= layers <= spec.layers:
-        raise InputError(f"a model of {spec.layers} layers cannot be cut to {layers}: keep 1 to {spec.layers}")
-    return resized(spec, range(layers))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Fit:
     """How one deployment stands to a budget.

@@ -244,22 +244,25 @@ def evaluate(
             measurements, reading = _measured(chosen, subject), None
     scores = subject.scores
     assert scores is not None
+    found = Evaluation(
+        deployment=deployment,
+        measurements=measurements,
+        documents=_documents(measurements, scores, metric, split),
+        teacher_accuracy=None if scores.teacher_correct is None else float(scores.teacher_correct.mean()),
+        reading=reading,
+    )
+    return found, scores
+
+
+def _documents(measurements: Mapping[str, Measurement], scores: TokenScores, metric: str, split: str) -> dict[str, Any]:
+    """What is kept of each document for paired comparisons, as `Evaluation` has it."""
     paired = {name: dict(item.documents) for name, item in measurements.items() if item.documents}
     summed = metric if metric in paired else "accuracy"
     if split == "test":
         # Where differences are told: a log of searches would be made up of all documents' bins for the most part.
         paired |= {name: dict(item.bins) for name, item in measurements.items() if item.bins}
     own = paired.pop(summed, None) or per_document(scores.correct, scores.documents)
-    documents = {**own, "metric": summed, "others": paired}
-    theirs = None if scores.teacher_correct is None else float(scores.teacher_correct.mean())
-    found = Evaluation(
-        deployment=deployment,
-        measurements=measurements,
-        documents=documents,
-        teacher_accuracy=theirs,
-        reading=reading,
-    )
-    return found, scores
+    return {**own, "metric": summed, "others": paired}
 
 
 def _asking(chosen: Sequence[Evaluator]) -> dict[Needs, str]:

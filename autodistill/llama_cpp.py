@@ -27,38 +27,17 @@ _LOG_SECONDS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What llama.cpp wrote after a prompt, and how long it says it took.
+    """What llama.cpp wrote after a prompt.
 
     Attributes:
         tokens: Ids of the tokens written, an end token included.
         text: The same as text, without special tokens.
-        prompt_ms: Time to the first token, in milliseconds.
         prompt_tokens: Tokens of the prompt that were computed, those already in the context left out.
-        decode_ms: Time from the first token to the last.
-        decode_tokens: Tokens after the first: the steps that `decode_ms` covers.
     """
 
     tokens: tuple[int, ...]
     text: str
-    prompt_ms: float
     prompt_tokens: int
-    decode_ms: float
-    decode_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """How long a prompt and each token after the first took, by llama.cpp's own clock.
-
-    Attributes:
-        prompt_ms: Time to the first token, in milliseconds, with nothing of the prompt in the context before.
-        prompt_tokens: Tokens of the prompt.
-        step_ms: Of each decoding step, in milliseconds.
-    """
-
-    prompt_ms: float
-    prompt_tokens: int
-    step_ms: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,19 +123,12 @@ class LlamaServer:
         Args:
             tokens: The prompt's ids.
             max_tokens: Tokens to write at most; an end token stops earlier.
-            reuse: Whether what the context already holds of the prompt may be kept; times are then of the rest alone.
+            reuse: Whether what the context already holds of the prompt may be kept, and the rest alone be computed.
             ignore_end: Whether end tokens are never chosen.
         """
         (result,) = self._ask(tokens, max_tokens, cache_prompt=reuse, ignore_eos=ignore_end, return_tokens=True)
-        written, times = result["__verbose"], result["timings"]
-        return Completion(
-            tokens=tuple(written["tokens"]),
-            text=written["content"],
-            prompt_ms=times["prompt_ms"],
-            prompt_tokens=times["prompt_n"],
-            decode_ms=times["predicted_ms"],
-            decode_tokens=times["predicted_n"] - 1,
-        )
+        written, computed = result["__verbose"], result["timings"]["prompt_n"]
+        return Completion(tokens=tuple(written["tokens"]), text=written["content"], prompt_tokens=computed)
 
     def next_token(self, tokens: Sequence[int]) -> int:
         """The most likely token after a prompt.
@@ -164,21 +136,6 @@ class LlamaServer:
         Of a prompt that begins like the one before, only the rest is computed.
         """
         return self.complete(tokens, 1, reuse=True).tokens[0]
-
-    def time_tokens(self, tokens: Sequence[int], count: int) -> Timing:
-        """Times a prompt and the decoding of exactly `count` tokens, the first of which belongs to the prompt.
-
-        Each step is a request of its own that continues the context by one token, which costs what a decoding step
-        costs. (A stream would state the same times, but ends at a token that is no valid text.)
-        """
-        first = self.complete(tokens, 1, ignore_end=True)
-        written = [*tokens, *first.tokens]
-        steps = []
-        for _ in range(count - 1):
-            step = self.complete(written, 1, reuse=True, ignore_end=True)
-            written += step.tokens
-            steps.append(step.prompt_ms)
-        return Timing(prompt_ms=first.prompt_ms, prompt_tokens=first.prompt_tokens, step_ms=tuple(steps))
 
     def tokenize(self, text: str) -> tuple[int, ...]:
         """The ids that llama.cpp cuts a text into, what begins every text included; names of special tokens count."""
@@ -201,6 +158,9 @@ class LlamaServer:
 
     def step(self) -> float:
         """Adds a token to each of the streams that were begun; which one does not matter to the time.
+
+        A request that goes on from the context by one token costs what a decoding step costs. (A stream of tokens would
+        state the same times, but ends at one that is no valid text.)
 
         Returns:
             Seconds that the step took, by llama.cpp's own clock.

@@ -221,11 +221,6 @@ def memory(
     )
 
 
-def tightest_budget(spec: ModelSpec, deployment: Deployment, *, context: int, batch: int) -> int:
-    """The smallest memory limit, in bytes, that this deployment still meets."""
-    return memory(spec, deployment, context=context, batch=batch).total_bytes
-
-
 def kv_bytes(spec: ModelSpec, layers: int, tokens: int, kv_type: str) -> int:
     """Keys and values of `tokens` tokens in some of the layers, or the latents that both are made of."""
     size, count = KV_BYTES[kv_type]

@@ -5,36 +5,23 @@ from __future__ import annotations
 import copy
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from autodistill.domains import Choices, Range, Value, check, check_fields, near, read_choices, read_range
+from autodistill.domains import Choices, Range, Value, check_fields, near, read_choices, read_range
 from autodistill.effects import check_effect
 from autodistill.errors import InputError
+from autodistill.parts import Part, check, content_hash
 from autodistill.plain_yaml import read_yaml
-from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Init, Part, Strategy, content_hash
+from autodistill.strategy import Deployment, Strategy
 
 Point = dict[str, Value]
 
 _DIMENSION_FIELDS = ("choices", "low", "high", "step", "log", "when")
-# What decides the layers that a student has or stands for.
-_LAYERS = ("init", "init.depth", "init.layers", "init.source", "init.model")
-# What decides which outputs of the teacher a strategy reads.
-_SIGNAL = (
-    "distillation",
-    "distillation.signal",
-    "distillation.signal_tokens",
-    "distillation.divergence_weight",
-    "distillation.final_divergence_weight",
-    "distillation.temperature",
-    "distillation.temperature.shape",
-    "distillation.temperature.start",
-    "distillation.temperature.end",
-)
 _SPACE_FIELDS = ("name", "description", "dimensions", "deployments", "baselines", "starts", "optional", "lengths")
 
 
@@ -163,69 +150,47 @@ class Space:
         """Every point whose active dimensions take one of `values(dimension)`."""
         return _points(self.dimensions, values, {})
 
+    def varied(
+        self, paths: Collection[str], values: Callable[[Dimension], Sequence[Value]] | None = None
+    ) -> Iterator[Strategy]:
+        """Strategies with all that some of the dimensions may be, and the baselines.
+
+        What does not bear on these is an example. Without dimensions nothing is proposed, and the baselines are all
+        there is.
+
+        Args:
+            paths: Of those dimensions; the ones that decide whether these count are varied too.
+            values: What a dimension may be; by default its ends, or all of its choices.
+        """
+        yield from map(self.strategy, self._points_over(paths, values) if self.dimensions else ())
+        yield from self.baselines.values()
+
+    def _points_over(
+        self, paths: Collection[str], values: Callable[[Dimension], Sequence[Value]] | None = None
+    ) -> Iterator[Point]:
+        """The points that `varied` is made of."""
+        branching = _with_conditions(self.dimensions, paths)
+
+        def taken(dimension: Dimension) -> Sequence[Value]:
+            corners = dimension.domain.corners
+            if dimension.path not in branching:
+                return corners[:1]
+            return corners if values is None else values(dimension)
+
+        return self.points(taken)
+
     def extremes(self) -> tuple[Strategy, ...]:
         """The baselines, and a strategy for each way a student may begin at the ends of its dimensions.
 
         The smallest and the largest student are among them, and each model that one may start from. What does not bear
         on how a student begins is an example.
         """
-        branching = _with_conditions(self.dimensions, {path for path in PATHS if path.split(".")[0] == "init"})
-        points = self.points(lambda item: item.domain.corners if item.path in branching else item.domain.corners[:1])
-        return (*map(self.strategy, points if self.dimensions else ()), *self.baselines.values())
+        return tuple(self.varied([path for path in PATHS if path.split(".")[0] == "init"]))
 
     @property
     def models(self) -> tuple[str, ...]:
         """References of the pretrained models that a student may begin from."""
         return tuple(dict.fromkeys(found.init.model for found in self.extremes() if found.init.model))
-
-    def alignment_cases(self, teacher_layers: int) -> tuple[tuple[Init, Alignment], ...]:
-        """Every way of keeping layers and choosing aligned ones that the space and its baselines hold.
-
-        The teacher's hidden states that a search may need follow from it. Other fields of both parts are examples.
-        """
-        aligned = {f"distillation.alignment{name}" for name in ("", ".layers", ".count")}
-        cases: dict[tuple[str, str, float, str, str, int], tuple[Init, Alignment]] = {}
-        for strategy in self.cases({*_LAYERS, *aligned, "distillation"}, teacher_layers):
-            init, alignment = strategy.init, strategy.distillation.alignment
-            if alignment is not None:
-                key = (init.source, init.model, init.depth, init.layers, alignment.layers, alignment.count)
-                cases.setdefault(key, (init, alignment))
-        return tuple(cases[key] for key in sorted(cases))
-
-    def attention_cases(self, teacher_layers: int) -> tuple[Attention, ...]:
-        """Every choice of the teacher's layer whose attention is followed; other fields are examples."""
-        paths = {"distillation", "distillation.attention", "distillation.attention.teacher_depth"}
-        found = (strategy.distillation.attention for strategy in self.cases(paths, teacher_layers))
-        cases = {attention.teacher_depth: attention for attention in found if attention is not None}
-        return tuple(cases[depth] for depth in sorted(cases))
-
-    def cases(self, paths: set[str], teacher_layers: int) -> Iterator[Strategy]:
-        """Strategies with all that `paths` may be, and the baselines; a continuous range is taken layer by layer."""
-        branching = _with_conditions(self.dimensions, paths)
-
-        def values(dimension: Dimension) -> Sequence[Value]:
-            if dimension.path not in branching:
-                return dimension.domain.corners[:1]
-            return dimension.domain.grid or _depths(dimension, teacher_layers)
-
-        yield from (self.strategy(point) for point in self.points(values))
-        yield from self.baselines.values()
-
-    def signal_cases(self) -> tuple[Distillation, ...]:
-        """Every source of the teacher's outputs that the space and its baselines hold, at the temperatures' extremes.
-
-        The teacher's outputs that a search may need follow from it. Other fields are examples.
-        """
-        branching = _with_conditions(self.dimensions, set(_SIGNAL))
-
-        def values(dimension: Dimension) -> Sequence[Value]:
-            corners = dimension.domain.corners
-            return corners if dimension.path in branching else corners[:1]
-
-        # Without dimensions nothing is proposed, and the baselines are all there is.
-        proposed = (self.strategy(point) for point in self.points(values)) if self.dimensions else ()
-        found = (strategy.distillation for strategy in (*proposed, *self.baselines.values()))
-        return tuple(dict.fromkeys(found))
 
     def required(self) -> Space:
         """The space without its optional choices, and without the dimensions and starts that ask for one."""
@@ -344,19 +309,13 @@ def _points(
             yield from _points(dimensions[1:], values, point | {dimensions[0].path: value})
 
 
-def _with_conditions(dimensions: Sequence[Dimension], paths: set[str]) -> set[str]:
+def _with_conditions(dimensions: Sequence[Dimension], paths: Collection[str]) -> set[str]:
     """`paths` and all that their conditions name, directly or not; `dimensions` are in order."""
+    found = set(paths)
     for dimension in reversed(dimensions):
-        if dimension.path in paths:
-            paths = paths | set(dimension.when)
-    return paths
-
-
-def _depths(dimension: Dimension, teacher_layers: int) -> tuple[Value, ...]:
-    """One depth of a continuous range for each number of layers that it can leave."""
-    low, high = (float(value) for value in dimension.domain.corners)
-    inner = (min(max((count + 0.5) / teacher_layers, low), high) for count in range(teacher_layers + 1))
-    return tuple(sorted({low, high, *inner}))
+        if dimension.path in found:
+            found.update(dimension.when)
+    return found
 
 
 def _in_order(dimensions: Sequence[Dimension]) -> tuple[Dimension, ...]:
@@ -394,13 +353,7 @@ def _check_corners(space: Space) -> None:
     active: set[str] = set()
     for part in dict.fromkeys(_part_of(dimension.path) for dimension in space.dimensions):
         members = {item.path for item in space.dimensions if _part_of(item.path) == part}
-        branching = _with_conditions(space.dimensions, members)
-
-        def values(dimension: Dimension, branching: set[str] = branching) -> Sequence[Value]:
-            corners = dimension.domain.corners
-            return corners if dimension.path in branching else corners[:1]
-
-        for point in space.points(values):
+        for point in space._points_over(members):
             space.strategy(point)
             active.update(members & set(point))
     idle = [dimension.path for dimension in space.dimensions if dimension.path not in active]

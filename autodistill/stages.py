@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Protocol
 
 from autodistill.contracts import Plan
+from autodistill.parts import content_hash
 from autodistill.storage import Storage, StoredFiles
-from autodistill.strategy import Strategy, content_hash
+from autodistill.strategy import Strategy
 
 _KEY = re.compile(r"([A-Za-z0-9_.]+)\.(\d{12})\.safetensors\Z", re.ASCII)
 # Of the free disk; the rest is left to the students, the caches and whoever else writes there.

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+_RESAMPLES = 1000
+_PAIRS = 256  # whose differences are drawn at once
 FEW_CLUSTERS = 20
 """Below so many, sums over clusters say little of how far they scatter."""
 _ONE_ERROR = math.erf(1 / math.sqrt(2))  # how often a normal variate lies within one standard error
@@ -90,13 +92,15 @@ def clustered_mean(
     return mean, max(widening(count) * stderr, independent)
 
 
-RESAMPLES = 1000
+def _draws(clusters: int) -> npt.NDArray[np.float64]:
+    """How often each of some clusters is in each draw of as many, [draws, clusters]: the same for the same number."""
+    shares = np.full(clusters, 1 / clusters)
+    return np.random.default_rng(0).multinomial(clusters, shares, size=_RESAMPLES).astype(float)
 
 
 def clustered_bootstrap(
     statistic: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]],
     parts: npt.NDArray[np.float64],
-    seed: int = 0,
 ) -> float | None:
     """Standard error of a figure that is a function of sums over clusters, by drawing clusters with replacement.
 
@@ -106,7 +110,6 @@ def clustered_bootstrap(
     Args:
         statistic: Of sums [draws, parts] the figure of each draw [draws].
         parts: [clusters, parts], what each cluster adds to the sums.
-        seed: Of the draws.
 
     Returns:
         The standard error; None where there is but one cluster.
@@ -114,9 +117,7 @@ def clustered_bootstrap(
     clusters = len(parts)
     if clusters < 2:
         return None
-    generator = np.random.default_rng(seed)
-    weights = generator.multinomial(clusters, np.full(clusters, 1 / clusters), size=RESAMPLES).astype(float)
-    return resampled(clusters) * float(statistic(weights @ parts).std(ddof=1))
+    return resampled(clusters) * float(statistic(_draws(clusters) @ parts).std(ddof=1))
 
 
 def binned_error(sums: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -148,6 +149,34 @@ def binned_difference(
 
     parts = np.hstack([mine, theirs, counts[:, None]])
     return float(differ(parts.sum(axis=0)[None])[0]), clustered_bootstrap(differ, parts)
+
+
+def paired_bootstrap(
+    gaps: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mean difference per token of several pairs, and its standard error over documents drawn with replacement.
+
+    The paired bootstrap of Efron and Tibshirani (1993), chapter 6, with the document as the unit that is drawn, since
+    tokens of one document depend on each other; for few documents corrected as `resampled` says. All pairs
+    see the same draws.
+
+    Args:
+        gaps: [pairs, documents], difference of the summed metric in each document.
+        counts: [documents], tokens of each document.
+
+    Returns:
+        The differences [pairs] and their standard errors [pairs], in the metric's unit; the errors are NaN where there
+        is but one document.
+    """
+    documents = len(counts)
+    weights = _draws(documents)
+    tokens = weights @ counts
+    errors = [
+        ((weights @ gaps[start : start + _PAIRS].T) / tokens[:, None]).std(axis=0, ddof=1)
+        for start in range(0, len(gaps), _PAIRS)
+    ]
+    factor = resampled(documents) if documents > 1 else math.nan
+    return gaps.sum(axis=1) / counts.sum(), factor * np.concatenate(errors)
 
 
 def resampled(clusters: int) -> float:

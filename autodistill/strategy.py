@@ -1,102 +1,14 @@
-"""`Strategy` and its parts, and `Deployment`: frozen, validated, JSON-safe, hashed."""
+"""`Strategy` and its parts, and `Deployment`: what each field means, and which may stand together."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import math
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any, Self
+from functools import cached_property
 
-from autodistill.errors import InputError
 from autodistill.formats import Packing, get_format
+from autodistill.parts import Part, check, check_choice, content_hash
 from autodistill.tensors import TensorSpec
-
-
-def content_hash(data: Any, digits: int = 12) -> str:
-    """Hash of plain data, the same in every process and on every platform.
-
-    Keys are sorted, and floats are written by `repr`, which is the shortest text that reads back to the same float.
-    """
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:digits]
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
-def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    _check(value in allowed, f"{name} is {value!r}; it can be {', '.join(allowed)}")
-
-
-class Part:
-    """A frozen dataclass that reads from and writes to plain data, with each field checked by name and type."""
-
-    @classmethod
-    def from_json(cls, data: Any, where: str = "") -> Self:
-        """Builds the part from plain data.
-
-        Raises:
-            InputError: An unknown or missing field, a value of another type, or a rule of the part broken.
-        """
-        where = where or cls.__name__.lower()
-        _check(isinstance(data, Mapping), f"{where} must be a mapping of fields to values, not {data!r}")
-        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        hints = _hints(cls)  # type: ignore[arg-type]
-        unknown = sorted(str(key) for key in data if key not in fields)
-        _check(not unknown, f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
-        values = {}
-        for name, field in fields.items():
-            if name in data:
-                values[name] = _convert(data[name], hints[name], f"{where}.{name}")
-            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise InputError(f"{where} lacks the field {name}")
-        return cls(**values)
-
-    def to_json(self) -> dict[str, Any]:
-        """The part as plain data, every field written out."""
-        return typing.cast(dict[str, Any], _plain(self))
-
-
-@cache
-def _hints(part: type[Part]) -> dict[str, Any]:
-    """Types of a part's fields: Python evaluates the annotations anew for each look, and a search reads thousands."""
-    return typing.get_type_hints(part)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Checks `value` against the annotation of its field; an int is taken where a float is expected."""
-    if isinstance(hint, types.UnionType):
-        if value is None and type(None) in hint.__args__:
-            return None
-        (hint,) = (arm for arm in hint.__args__ if arm is not type(None))
-    if isinstance(hint, type) and issubclass(hint, Part):
-        return hint.from_json(value, where)
-    if typing.get_origin(hint) is tuple:
-        _check(isinstance(value, list | tuple), f"{where} must be a list, not {value!r}")
-        return tuple(_convert(item, typing.get_args(hint)[0], where) for item in value)
-    if hint is float and type(value) is int:
-        value = float(value)
-    _check(type(value) is hint, f"{where} must be of type {hint.__name__}, not {value!r}")
-    if hint is float:
-        _check(math.isfinite(value), f"{where} must be a finite number, not {value!r}")
-    return value
-
 
 # Choices of layers that a calibration of the teacher makes.
 _BY_INFLUENCE = ("influence", "block-influence")
@@ -132,18 +44,18 @@ class Init(Part):
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        _choice("init.source", self.source, ("teacher", "scratch", "pretrained"))
-        _choice("init.layers", self.layers, ("even", "contiguous", *_BY_INFLUENCE))
-        _check(0 < self.depth <= 1, f"init.depth is a fraction of the teacher's layers above 0, not {self.depth}")
+        check_choice("init.source", self.source, ("teacher", "scratch", "pretrained"))
+        check_choice("init.layers", self.layers, ("even", "contiguous", *_BY_INFLUENCE))
+        check(0 < self.depth <= 1, f"init.depth is a fraction of the teacher's layers above 0, not {self.depth}")
         for name in ("ffn", "heads", "width"):
             value = getattr(self, name)
-            _check(0 < value <= 1, f"init.{name} is a fraction of the teacher's above 0, not {value}")
+            check(0 < value <= 1, f"init.{name} is a fraction of the teacher's above 0, not {value}")
         pretrained = self.source == "pretrained"
-        _check(pretrained == (self.model != ""), "init.model names a model where init.source is pretrained, else none")
+        check(pretrained == (self.model != ""), "init.model names a model where init.source is pretrained, else none")
         whole = (self.depth, self.ffn, self.heads, self.width) == (1, 1, 1, 1)
-        _check(whole or not pretrained, "a pretrained model is taken whole: set init.depth (and every fraction) to 1")
+        check(whole or not pretrained, "a pretrained model is taken whole: set init.depth (and every fraction) to 1")
         chosen = self.layers != "even"
-        _check(self.source == "teacher" or not chosen, 'init.layers is "even" where they are not the teacher\'s')
+        check(self.source == "teacher" or not chosen, 'init.layers is "even" where they are not the teacher\'s')
 
     @property
     def by_influence(self) -> bool:
@@ -182,12 +94,12 @@ class Temperature(Part):
     end: float = 1.0
 
     def __post_init__(self) -> None:
-        _choice("temperature.shape", self.shape, ("constant", "linear", "cosine", "exponential"))
+        check_choice("temperature.shape", self.shape, ("constant", "linear", "cosine", "exponential"))
         for name in ("start", "end"):
             value = getattr(self, name)
-            _check(0.5 <= value <= 8, f"temperature.{name} must lie in 0.5 to 8, not {value}")
+            check(0.5 <= value <= 8, f"temperature.{name} must lie in 0.5 to 8, not {value}")
         constant = self.shape == "constant"
-        _check(not constant or self.start == self.end, "a constant temperature has temperature.end equal to its start")
+        check(not constant or self.start == self.end, "a constant temperature has temperature.end equal to its start")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,15 +136,15 @@ class Alignment(Part):
     projection_rate: float = 5.0
 
     def __post_init__(self) -> None:
-        _choice("alignment.layers", self.layers, ("last", "even", "all"))
-        _choice("alignment.distance", self.distance, ("cosine", "l2"))
-        _choice("alignment.projection", self.projection, ("none", "linear", "low-rank", "mlp"))
-        _check(self.count >= 1, f"alignment.count must be at least 1, not {self.count}")
-        _check(self.layers != "all" or self.count == 1, 'alignment.layers "all" counts by itself: leave count at 1')
+        check_choice("alignment.layers", self.layers, ("last", "even", "all"))
+        check_choice("alignment.distance", self.distance, ("cosine", "l2"))
+        check_choice("alignment.projection", self.projection, ("none", "linear", "low-rank", "mlp"))
+        check(self.count >= 1, f"alignment.count must be at least 1, not {self.count}")
+        check(self.layers != "all" or self.count == 1, 'alignment.layers "all" counts by itself: leave count at 1')
         low_rank = self.projection == "low-rank"
-        _check(low_rank == (self.rank > 0), "alignment.rank is above 0 for the low-rank projection and 0 for others")
-        _check(self.weight > 0, f"alignment.weight must be above 0, not {self.weight}: for none, leave alignment out")
-        _check(self.projection_rate > 0, f"alignment.projection_rate must be above 0, not {self.projection_rate}")
+        check(low_rank == (self.rank > 0), "alignment.rank is above 0 for the low-rank projection and 0 for others")
+        check(self.weight > 0, f"alignment.weight must be above 0, not {self.weight}: for none, leave alignment out")
+        check(self.projection_rate > 0, f"alignment.projection_rate must be above 0, not {self.projection_rate}")
 
     @property
     def name(self) -> str:
@@ -262,14 +174,14 @@ class Attention(Part):
     balance: bool = False
 
     def __post_init__(self) -> None:
-        _choice("attention.kind", self.kind, ("maps", "relations"))
+        check_choice("attention.kind", self.kind, ("maps", "relations"))
         relations = self.kind == "relations"
-        _check(
+        check(
             relations == (self.relation_heads > 0), "attention.relation_heads is above 0 for relations and 0 for maps"
         )
         depth = self.teacher_depth
-        _check(0 < depth <= 1, f"attention.teacher_depth is a fraction of the teacher's layers above 0, not {depth}")
-        _check(self.weight > 0, f"attention.weight must be above 0, not {self.weight}: for none, leave attention out")
+        check(0 < depth <= 1, f"attention.teacher_depth is a fraction of the teacher's layers above 0, not {depth}")
+        check(self.weight > 0, f"attention.weight must be above 0, not {self.weight}: for none, leave attention out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,9 +202,9 @@ class Lora(Part):
     layers: str = "all"
 
     def __post_init__(self) -> None:
-        _check(self.rank >= 1, f"lora.rank must be at least 1, not {self.rank}: to train all weights, leave lora out")
-        _check(self.alpha > 0, f"lora.alpha must be above 0, not {self.alpha}")
-        _choice("lora.layers", self.layers, ("attention", "ffn", "all"))
+        check(self.rank >= 1, f"lora.rank must be at least 1, not {self.rank}: to train all weights, leave lora out")
+        check(self.alpha > 0, f"lora.alpha must be above 0, not {self.alpha}")
+        check_choice("lora.layers", self.layers, ("attention", "ffn", "all"))
 
 
 _PLAIN_DIVERGENCES = ("forward_kl", "reverse_kl")
@@ -352,54 +264,54 @@ class Distillation(Part):
     lora: Lora | None = None
 
     def __post_init__(self) -> None:
-        _choice("distillation.divergence", self.divergence, _PLAIN_DIVERGENCES + _MIXED_DIVERGENCES)
+        check_choice("distillation.divergence", self.divergence, _PLAIN_DIVERGENCES + _MIXED_DIVERGENCES)
         mixes = self.divergence in _MIXED_DIVERGENCES
-        _check(
+        check(
             0 < self.mixture < 1 if mixes else self.mixture == 0,
             f"distillation.mixture must lie between 0 and 1 for {', '.join(_MIXED_DIVERGENCES)} and be 0 for "
             f"{' and '.join(_PLAIN_DIVERGENCES)}, not {self.mixture} for {self.divergence}",
         )
         for name in ("divergence_weight", "final_divergence_weight"):
             weight = getattr(self, name)
-            _check(weight is None or 0 <= weight <= 1, f"distillation.{name} must lie in 0 to 1, not {weight}")
+            check(weight is None or 0 <= weight <= 1, f"distillation.{name} must lie in 0 to 1, not {weight}")
         rate = self.learning_rate
-        _check(0 < rate < 1, f"distillation.learning_rate must lie between 0 and 1, not {rate}")
+        check(0 < rate < 1, f"distillation.learning_rate must lie between 0 and 1, not {rate}")
         self._check_signal()
-        _choice("distillation.positions", self.positions, ("all", "answers", "uncertain"))
+        check_choice("distillation.positions", self.positions, ("all", "answers", "uncertain"))
         share, uncertain = self.uncertain_share, self.positions == "uncertain"
-        _check(
+        check(
             0 < share < 1 if uncertain else share == 1,
             f"distillation.uncertain_share must lie between 0 and 1 for uncertain positions and be 1 for others, "
             f"not {share}",
         )
 
     def _check_signal(self) -> None:
-        _choice("distillation.signal", self.signal, (*_SPARSE_SIGNALS, *_FULL_SIGNALS, _WRITTEN))
+        check_choice("distillation.signal", self.signal, (*_SPARSE_SIGNALS, *_FULL_SIGNALS, _WRITTEN))
         sparse, tokens = self.signal in _SPARSE_SIGNALS, self.signal_tokens
-        _check(
+        check(
             tokens > 0 if sparse else tokens == 0,
             f"distillation.signal_tokens must be above 0 for {' and '.join(_SPARSE_SIGNALS)} and 0 for "
             f"{' and '.join(_FULL_SIGNALS)}, which have all tokens, and {_WRITTEN}, which has those that were told, "
             f"not {tokens} for {self.signal}",
         )
         full = f"use the signal {' or '.join(_FULL_SIGNALS)}"
-        _check(
+        check(
             self.signal != "sampled" or self.divergence == "forward_kl",
             f"distillation.divergence is {self.divergence}, of which sampled tokens give no unbiased estimate: {full}",
         )
         coldest, hottest = sorted((self.temperature.start, self.temperature.end))
-        _check(
+        check(
             self.signal != _WRITTEN or coldest == hottest == 1,
             f"distillation.temperature goes from {self.temperature.start:g} to {self.temperature.end:g}, but writers "
             f"tell their log-probabilities at 1, and the share of the tokens left out at no other: leave it at 1, or "
             f"{full}",
         )
-        _check(
+        check(
             self.signal != "sampled" or hottest <= 1,
             f"distillation.temperature goes up to {hottest:g}, but tokens are drawn at 1, and above it their weights "
             f"have no bound: {full}, or a temperature of at most 1",
         )
-        _check(
+        check(
             not self.standardise or self.signal in _FULL_SIGNALS,
             f"distillation.standardise needs the deviation of all logits, which {self.signal} lacks: {full}",
         )
@@ -446,9 +358,9 @@ class Finishing(Packing, Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self.bits < 16, "finishing trains on a quantised grid: for a 16-bit student, leave finishing out")
-        _choice("finishing.scales", self.scales, ("absmax", "learned"))
-        _check(0 <= self.start < 1, f"finishing.start is a share of the decay, 0 to below 1, not {self.start}")
+        check(self.bits < 16, "finishing trains on a quantised grid: for a 16-bit student, leave finishing out")
+        check_choice("finishing.scales", self.scales, ("absmax", "learned"))
+        check(0 <= self.start < 1, f"finishing.start is a share of the decay, 0 to below 1, not {self.start}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -460,11 +372,11 @@ class Strategy(Part):
     finishing: Finishing | None = None
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self.init.source != "scratch" or self.distillation.train_embeddings,
             "a student from scratch has an embedding table that means nothing yet: set distillation.train_embeddings",
         )
-        _check(
+        check(
             self.init.source != "scratch" or self.distillation.lora is None,
             "a student from scratch has weights that mean nothing yet, and lora changes weights a little: leave it out",
         )
@@ -498,7 +410,7 @@ class Deployment(Packing, Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choice(f"the runtime of {self.name}", self.runtime, serving(self))
+        check_choice(f"the runtime of {self.name}", self.runtime, serving(self))
 
     def check_model(self, tensors: Iterable[TensorSpec]) -> None:
         """Refuses a model that cannot be packed, or not be served so.
@@ -515,7 +427,7 @@ class Deployment(Packing, Part):
             for name in storages:
                 for other in others:
                     twin = name.replace(f".{first}.weight", f".{other}.weight")
-                    _check(
+                    check(
                         storages[name] == storages[twin],
                         f"vLLM computes {', '.join((first, *others))} as one: keep all of them or none",
                     )
@@ -529,3 +441,7 @@ def serving(packing: Packing) -> tuple[str, ...]:
     runtimes = get_format(packing.format).runtimes
     kernels = packing.bits in (4, 16) or (packing.bits == 8 and packing.symmetric)
     return runtimes if kernels or packing.container != "compressed-tensors" else ("transformers",)
+
+
+IN_16_BITS = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
+"""What holds any student, and what a teacher is always scored under beside the student's own."""

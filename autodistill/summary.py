@@ -11,9 +11,9 @@ from autodistill.console import leaderboard_table, memory_cell
 from autodistill.formats import get_format
 from autodistill.records.choice import contenders
 from autodistill.records.json_files import read_json
-from autodistill.records.leaderboard import DISTILLED, Ranked, rank, rests_on, rows_of
+from autodistill.records.leaderboard import DISTILLED, Ranked, rank, rests_on
 from autodistill.records.objectives import objectives_of, with_front
-from autodistill.records.row import Row
+from autodistill.records.row import Row, rows_of
 from autodistill.records.saved import Saved
 from autodistill.records.store import RunFolder
 from autodistill.units import Price, format_bytes, format_duration

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from autodistill.conversations import Likeliest
 from autodistill.errors import InputError
-from autodistill.strategy import content_hash
+from autodistill.parts import content_hash
 
 if TYPE_CHECKING:
     import pyarrow

@@ -125,6 +125,29 @@ class Workbench:
         return data, self.reference.head(data.predicted)
 
 
+@dataclass(kw_only=True)
+class _Stretch:
+    """One stretch of a trial, as far as it is trained.
+
+    Attributes:
+        start: Tokens that it goes on from.
+        target: Tokens at the end of its decay, which may come to be fewer.
+        shared: Tokens of it that others had trained.
+        steps: Made so far.
+        between: Tokens of its checkpoint that lies between two from which others go on, or None.
+        saving: Seconds that checkpoints took.
+        unsaved: Why the last one that could not be written was not.
+    """
+
+    start: int
+    target: int
+    shared: int
+    steps: list[StepRecord] = field(default_factory=list)
+    between: int | None = None
+    saving: float = 0.0
+    unsaved: str | None = None
+
+
 class Trial:
     """One trial on one worker, taken from rung to rung.
 
@@ -175,44 +198,14 @@ class Trial:
             raise TrialFailedError("out-of-memory", said[0] if said else "the machine's memory is full") from error
 
     def _run(self, rung: int, keep: bool, until: float | None, bar: Bar | None) -> RungReport | None:
-        plan = self._bench.setting.plan
-        sharding = self._bench.sharding
+        plan, sharding = self._bench.setting.plan, self._bench.sharding
+        last = rung == len(plan.rungs) - 1
         began = time.perf_counter()
         trainer = self._trainer()
-        target, last = self._targets(rung)[-1], rung == len(plan.rungs) - 1
         shared, resumed = self._restore(trainer, rung)
-        start = trainer.tokens
+        stretch = _Stretch(start=trainer.tokens, target=self._targets(rung)[-1], shared=shared)
         ready = time.perf_counter()
-        steps: list[StepRecord] = []
-        saving, unsaved = 0.0, None
-        # The checkpoint between two points that others go on from, and when the last one was written.
-        between, saved = (start if self._is_between(start) else None), ready
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for point in self._points(rung, start):
-            for record in trainer.train_stable(point):
-                steps.append(record)
-                self._on_step(record)
-                if until is not None and self._is_time(until, steps):
-                    target = end_of(trainer.tokens, plan.decay, plan.batch_tokens)
-                    break
-                if self._agreed(time.perf_counter() - saved > _SAVED_EVERY) and trainer.tokens < point:
-                    stable = time.perf_counter()
-                    failed = self._save(trainer, shared, in_place_of=between)
-                    between, unsaved = between if failed else trainer.tokens, failed or unsaved
-                    saved = time.perf_counter()
-                    saving += saved - stable
-            # Nobody but this trial continues a stage of its own, and after the last rung it does not go on.
-            if self._task.stage or not (last and point == self._branches(rung)[-1]):
-                stable = time.perf_counter()
-                unsaved = self._save(trainer, shared, in_place_of=between) or unsaved
-                between, saved = None, time.perf_counter()
-                saving += saved - stable
-            if trainer.tokens < point:
-                break
-        for record in self._decay(trainer, target):
-            steps.append(record)
-            if until is None:
-                self._on_step(record)
+        self._train(trainer, rung, stretch, until)
         trained = time.perf_counter()
         model, scales = trainer.model, trainer.scales
         # The optimiser makes room for the evaluation, and so do shards.
@@ -225,7 +218,7 @@ class Trial:
             return None
         model.to(self._bench.setting.device)
         if last or keep:
-            self._save_student(model, scales, None if last else target)
+            self._save_student(model, scales, None if last else stretch.target)
         kept = time.perf_counter()
         probe, finishing = self._task.probe, self._task.strategy.finishing
         evaluation = self._evaluate(
@@ -237,23 +230,62 @@ class Trial:
             bar=bar,
         )
         ended = time.perf_counter()
-        stride = -(-len(steps) // 20)
+        stride = -(-len(stretch.steps) // 20)
         return RungReport(
             rung=rung,
-            tokens=target,
+            tokens=stretch.target,
             evaluation=evaluation,
             params=self._spec.parameters,
             seconds={
-                "train": trained - ready - saving,
+                "train": trained - ready - stretch.saving,
                 "evaluate": ended - kept,
-                "other": (ready - began) + saving + (kept - trained),
+                "other": (ready - began) + stretch.saving + (kept - trained),
             },
-            steps=tuple(steps[::-1][::stride][::-1]),
-            trained=target - start,
+            steps=tuple(stretch.steps[::-1][::stride][::-1]),
+            trained=stretch.target - stretch.start,
             shared=shared,
-            unsaved=unsaved,
+            unsaved=stretch.unsaved,
             resumed=resumed,
         )
+
+    def _train(self, trainer: Trainer, rung: int, stretch: _Stretch, until: float | None) -> None:
+        """Trains a stretch, its decay included, and leaves a checkpoint where one is of use."""
+        saved = time.perf_counter()
+        if self._is_between(stretch.start):
+            stretch.between = stretch.start
+        self._folder.mkdir(parents=True, exist_ok=True)
+        plan, branch = self._bench.setting.plan, self._branches(rung)[-1]
+        for point in self._points(rung, stretch.start):
+            for record in trainer.train_stable(point):
+                stretch.steps.append(record)
+                self._on_step(record)
+                if until is not None and self._is_time(until, stretch.steps):
+                    stretch.target = end_of(trainer.tokens, plan.decay, plan.batch_tokens)
+                    break
+                if self._agreed(time.perf_counter() - saved > _SAVED_EVERY) and trainer.tokens < point:
+                    self._leave(trainer, stretch, on_the_way=True)
+                    saved = time.perf_counter()
+            # Nobody but this trial continues a stage of its own, and after the last rung it does not go on.
+            if self._task.stage or not (rung == len(plan.rungs) - 1 and point == branch):
+                self._leave(trainer, stretch, on_the_way=False)
+                saved = time.perf_counter()
+            if trainer.tokens < point:
+                break
+        for record in self._decay(trainer, stretch.target):
+            stretch.steps.append(record)
+            if until is None:
+                self._on_step(record)
+
+    def _leave(self, trainer: Trainer, stretch: _Stretch, *, on_the_way: bool) -> None:
+        """Leaves a checkpoint in the place of the one before, where that is between two that others go on from."""
+        began = time.perf_counter()
+        failed = self._save(trainer, stretch.shared, in_place_of=stretch.between)
+        stretch.unsaved = failed or stretch.unsaved
+        if not on_the_way:
+            stretch.between = None
+        elif not failed:
+            stretch.between = trainer.tokens
+        stretch.saving += time.perf_counter() - began
 
     def _is_time(self, until: float, steps: Sequence[StepRecord]) -> bool:
         """Whether the decay must begin to end in time, by what the steps so far took; of several processes the first's.

@@ -35,10 +35,10 @@ from autodistill.errors import (
 )
 from autodistill.estimate import spec_from_config
 from autodistill.hardware import detect
+from autodistill.parts import content_hash
 from autodistill.records.event_log import EventLog
 from autodistill.rendering import Renderer
-from autodistill.strategy import content_hash
-from autodistill.training_fit import fit_teacher
+from autodistill.teacher_fit import fit_teacher
 from autodistill.units import check_streams
 
 Tell = Callable[[str], None]
@@ -78,6 +78,8 @@ class WriteRequest:
 # Requests to an endpoint that are under way together.
 _ASKED_AT_ONCE = 8
 _SHOWN = 60  # characters of a prompt that was not answered
+# What is counted of prompts that have no answer yet, as `write_data` tells it.
+_COUNTED = ("written", "unfinished", "blank", "too_long", "prompt_tokens", "answer_tokens", "top-k", "text")
 
 
 @dataclass(frozen=True)
@@ -145,11 +147,7 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
     if request.endpoint is not None and request.model is not None:
         endpoint = Endpoint(request.endpoint, request.model, timeout=request.timeout)
     prompts = resolve_prompts(request.prompts)
-    log = EventLog(request.out)
-    try:
-        request.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {request.out}: {error.strerror or error}") from error
+    log = _log(request.out)
     known = {record.get("key") for record in log.read()}
     matcher = None
     if endpoint and request.top_k:
@@ -170,9 +168,7 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
         settings["vocabulary"] = matcher.vocabulary
     keys = [content_hash({"settings": settings, "prompt": prompt}, digits=16) for prompt in prompts]
     missing = [place for place, key in enumerate(keys) if key not in known]
-    counts = {"prompts": len(prompts), "kept": len(prompts) - len(missing), "written": 0, "unfinished": 0}
-    counts |= {"blank": 0, "too_long": 0}
-    counts |= {"prompt_tokens": 0, "answer_tokens": 0, "top-k": 0, "text": 0}
+    counts = {"prompts": len(prompts), "kept": len(prompts) - len(missing), **dict.fromkeys(_COUNTED, 0)}
     refused: list[dict[str, str]] = []
     try:
         for place, answer in answers([prompts[place] for place in missing]):
@@ -183,13 +179,7 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
                 refused.append({"prompt": _beginning(prompt), "said": str(answer)})
             else:
                 log.append(_record(keys[missing[place]], settings, prompt, answer))
-                signal = "text" if answer.told is None else "top-k"
-                counts["written"] += 1
-                counts["unfinished"] += not answer.finished
-                counts["blank"] += answer.finished and not answer.text.strip()
-                counts["prompt_tokens"] += answer.prompt_tokens
-                counts["answer_tokens"] += answer.answer_tokens
-                counts[signal] += 1
+                _count(counts, answer)
             done = sum(counts[name] for name in ("kept", "written", "too_long")) + len(refused)
             if done == len(prompts) or done % max(1, len(prompts) // 10) == 0:
                 tell(f"{done} of {len(prompts)} prompts")
@@ -204,6 +194,29 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
         # It is rather the options, or the model, than each of the prompts.
         raise EndpointError(f"none of {len(prompts)} prompts was answered: {refused[0]['said']}")
     return {"out": str(request.out), **counts, "refused": refused}
+
+
+def _log(out: Path) -> EventLog:
+    """The file of answers, whose folder is made.
+
+    Raises:
+        InputError: It cannot be.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+    return EventLog(out)
+
+
+def _count(counts: dict[str, int], answer: _Answer) -> None:
+    """Counts an answer that was written."""
+    counts["written"] += 1
+    counts["unfinished"] += not answer.finished
+    counts["blank"] += answer.finished and not answer.text.strip()
+    counts["prompt_tokens"] += answer.prompt_tokens
+    counts["answer_tokens"] += answer.answer_tokens
+    counts["text" if answer.told is None else "top-k"] += 1
 
 
 def _beginning(prompt: Sequence[Turn]) -> str:

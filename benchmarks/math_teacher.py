@@ -29,8 +29,9 @@ from autodistill.distillation.trainer import Trainer
 from autodistill.documents import resolve_data
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import Evaluation, evaluate
+from autodistill.parts import content_hash
 from autodistill.records.store import default_cache
-from autodistill.strategy import Deployment, Distillation, Init, Strategy, content_hash
+from autodistill.strategy import Deployment, Distillation, Init, Strategy
 from autodistill.students import save_student
 from autodistill.token_sets import TokenSet, load_split
 from autodistill.units import Budget, parse_duration

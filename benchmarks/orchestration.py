@@ -37,10 +37,10 @@ import report
 from kept import Kept
 
 from autodistill.hardware import detect
+from autodistill.parts import content_hash
 from autodistill.search import cluster
 from autodistill.search.cluster import LocalRay
 from autodistill.search.ray_runner import drive
-from autodistill.strategy import content_hash
 from autodistill.units import parse_duration
 
 

@@ -35,9 +35,9 @@ from autodistill.data import prepare
 from autodistill.distillation.scoring import score
 from autodistill.distillation.teacher import load_model, materialise, resolve_teacher, tokenizer_fingerprint
 from autodistill.documents import resolve_data
+from autodistill.parts import content_hash
 from autodistill.records.store import default_cache
 from autodistill.statistics import clustered_mean, per_document
-from autodistill.strategy import content_hash
 from autodistill.token_sets import load_split
 from autodistill.units import format_bytes, parse_duration
 

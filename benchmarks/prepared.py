@@ -13,10 +13,10 @@ from autodistill.contracts import ModelSpec, Plan
 from autodistill.distillation.schedule import branch_point
 from autodistill.records.store import RunFolder
 from autodistill.search.checked import check_request
-from autodistill.search.loading import Place
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest
+from autodistill.search.share import Place
 from autodistill.search.trials import Question
 from autodistill.space import Space
 from autodistill.strategy import Strategy

@@ -47,6 +47,7 @@ from autodistill.distillation.teacher import load_model
 from autodistill.distillation.trainer import Trainer
 from autodistill.domains import Choices, Range
 from autodistill.evaluation import evaluate
+from autodistill.parts import content_hash
 from autodistill.plain_yaml import read_yaml
 from autodistill.records.store import default_cache
 from autodistill.search.admission import describe
@@ -56,7 +57,7 @@ from autodistill.search.sampler import Sampler
 from autodistill.search.trials import Assignment, attempt, work
 from autodistill.space import Point, Space
 from autodistill.statistics import per_document
-from autodistill.strategy import Deployment, Strategy, content_hash
+from autodistill.strategy import Deployment, Strategy
 from autodistill.students import student_folder
 from autodistill.token_sets import load_split
 from autodistill.trial import Workbench

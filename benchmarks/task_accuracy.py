@@ -30,8 +30,8 @@ from autodistill.documents import resolve_data
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import deployed_weights, evaluate
 from autodistill.records.json_files import read_json, write_json
-from autodistill.records.leaderboard import paired_bootstrap
 from autodistill.records.store import default_cache
+from autodistill.statistics import paired_bootstrap
 from autodistill.strategy import Deployment
 from autodistill.task_files import TaskFile, read_tasks
 from autodistill.token_sets import load_split

@@ -26,7 +26,8 @@ from autodistill.estimate import spec_from_config
 from autodistill.grids import Grid
 from autodistill.hardware import Gpu, Machine
 from autodistill.strategy import Distillation, Finishing, Init, Lora, Strategy
-from autodistill.training_fit import fit_teacher, training_fits
+from autodistill.teacher_fit import fit_teacher
+from autodistill.training_fit import Training, training_fits
 from autodistill.training_memory import TrainingEstimate, training_memory
 from autodistill.units import format_bytes
 
@@ -200,8 +201,8 @@ def ladder(sequences: int) -> Iterator[list[str]]:
         ("LoRA, rank 16", LORA, False),
     ):
         taken = False
-        ways = training_fits(
-            spec,
+        training = Training(
+            spec=spec,
             sequence_length=LENGTH,
             sequences=sequences,
             lora=lora,
@@ -210,7 +211,7 @@ def ladder(sequences: int) -> Iterator[list[str]]:
             on_grid=True,
             device="cuda",
         )
-        for way in ways:
+        for way in training_fits(training):
             safe, fits = way.safe_bytes("cuda") <= LIMIT, way.total_bytes <= LIMIT
             means = f"{way.micro_batch}" + (", checkpointing" if way.checkpointing else "")
             means += {"float32": "", "bfloat16": ", 16-bit states", "int8": ", 8-bit states"}[way.optimizer_state]

@@ -27,10 +27,10 @@ from autodistill.contracts import SEQUENCE_LENGTH
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.records.store import RunFolder
 from autodistill.search.checked import check_request
-from autodistill.search.loading import Place
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest
+from autodistill.search.share import Place
 from autodistill.stages import open_stages
 from autodistill.strategy import Deployment, Distillation, Strategy
 from autodistill.trial import Trial, Workbench

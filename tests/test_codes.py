@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from autodistill.codes import deployed, dequantize, from_bf16_bits, pack, quantize, to_bf16_bits, unpack
-from autodistill.distillation.quantization import deploy_tensor
+from autodistill.distillation.grid_values import deploy_tensor
 from autodistill.errors import InputError
 from autodistill.formats import get_format
 from autodistill.grids import (

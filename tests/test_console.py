@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from autodistill.console import LiveView, Progress, View, leaderboard_table, open_view
-from autodistill.records.leaderboard import Row, rank
+from autodistill.records.leaderboard import rank
+from autodistill.records.row import Row
 from autodistill.strategy import Alignment, Attention, Distillation, Finishing, Strategy, Temperature
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")

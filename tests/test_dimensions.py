@@ -25,7 +25,7 @@ from autodistill import formats
 from autodistill.codes import pack
 from autodistill.distillation.student import same_depth
 from autodistill.distillation.trainer import Trainer
-from autodistill.estimate import spec_from_config, with_layers
+from autodistill.estimate import resized, spec_from_config
 from autodistill.grids import Grid
 from autodistill.strategy import Alignment, Attention, Distillation, Finishing, Init, Strategy, Temperature
 
@@ -679,7 +679,7 @@ def test_finishing_fields(workshop, truth, tmp_path, finishing, rule):
         return next((name.replace(ours, theirs) for ours, theirs in student.items() if name.startswith(ours)), name)
 
     spec = spec_from_config(json.loads((truth.folder / "config.json").read_text()))
-    storages = {tensor.name: finishing.storage(tensor) for tensor in with_layers(spec, 3).tensors}
+    storages = {tensor.name: finishing.storage(tensor) for tensor in resized(spec, range(3)).tensors}
     rate = 1e-2
     trainer = _trainer(workshop, _strategy(finishing=finishing, learning_rate=rate))
     grids = {name: storage for name, storage in storages.items() if isinstance(storage, Grid)}

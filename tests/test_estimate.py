@@ -31,14 +31,14 @@ from autodistill.estimate import (
     fits,
     holdable,
     in_blocks,
+    resized,
     shortfall,
     smallest,
     spec_from_config,
-    with_layers,
 )
 from autodistill.grids import Grid
 from autodistill.llama_cpp import LlamaServer
-from autodistill.serving_memory import memory, tightest_budget
+from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment
 from autodistill.tensors import Role
 from autodistill.testing import tiny_config as config
@@ -232,13 +232,9 @@ def test_a_size_that_no_model_has_is_refused(name: str, value: int) -> None:
 
 
 def test_fewer_layers_are_the_same_model_configured_with_fewer() -> None:
-    assert with_layers(spec_from_config(config()), 3) == spec_from_config(config(num_hidden_layers=3))
-    assert with_layers(spec_from_config(config(num_hidden_layers=12)), 2) == spec_from_config(
-        config(num_hidden_layers=2)
-    )
-    for layers in (0, 5):
-        with pytest.raises(InputError, match="keep 1 to 4"):
-            with_layers(spec_from_config(config()), layers)
+    assert resized(spec_from_config(config()), range(3)) == spec_from_config(config(num_hidden_layers=3))
+    many, few = (spec_from_config(config(num_hidden_layers=layers)) for layers in (12, 2))
+    assert resized(many, range(2)) == few
 
 
 @pytest.mark.parametrize(
@@ -323,20 +319,20 @@ def test_transformers_and_vllm_hold_weights_and_cache_at_the_least() -> None:
 def test_memory_grows_with_context_batch_and_layers(
     deployment: Deployment, layers: int, context: int, batch: int, more: int
 ) -> None:
-    spec = with_layers(spec_from_config(config()), layers)
+    spec, larger = (spec_from_config(config(num_hidden_layers=count)) for count in (layers, layers + 1))
 
     def total(spec: ModelSpec, context: int, batch: int) -> int:
-        return tightest_budget(spec, deployment, context=context, batch=batch)
+        return memory(spec, deployment, context=context, batch=batch).total_bytes
 
     least = total(spec, context, batch)
     assert least <= total(spec, context + more, batch)
     assert least < total(spec, context, batch + more)
-    assert least < total(with_layers(spec_from_config(config()), layers + 1), context, batch)
+    assert least < total(larger, context, batch)
 
 
 def test_memory_grows_with_bits() -> None:
     spec = smollm2()
-    four, eight, sixteen = (tightest_budget(spec, item, context=2048, batch=1) for item in (Q4_0, Q8_0, F16))
+    four, eight, sixteen = (memory(spec, item, context=2048, batch=1).total_bytes for item in (Q4_0, Q8_0, F16))
     assert four < eight < sixteen
 
 
@@ -348,7 +344,7 @@ def test_no_context_or_batch_is_refused(context: int, batch: int) -> None:
 
 def test_slack_is_the_logarithm_of_need_over_limit() -> None:
     spec = smollm2()
-    need = tightest_budget(spec, Q8_0, context=2048, batch=1)
+    need = memory(spec, Q8_0, context=2048, batch=1).total_bytes
     exact, above, below = (
         fits(spec, [Q8_0], Budget(memory_bytes=limit))[0] for limit in (need, 2 * need, round(need / math.e))
     )

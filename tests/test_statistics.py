@@ -1,11 +1,21 @@
+"""Standard errors are those of closed forms, of brute-force draws, and of simulated documents."""
+
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 import scipy.stats
 
-from autodistill.records.leaderboard import paired_bootstrap
-from autodistill.statistics import clustered_bootstrap, clustered_mean, per_document, t_quantile, widening
+from autodistill.statistics import (
+    clustered_bootstrap,
+    clustered_mean,
+    paired_bootstrap,
+    per_document,
+    t_quantile,
+    widening,
+)
 
 
 def test_independent_values_have_the_ordinary_standard_error() -> None:
@@ -128,3 +138,28 @@ def test_sums_by_document() -> None:
     documents = np.array([3, 3, 7], dtype=np.int32)
     assert per_document(np.array([True, True, False]), documents) == {"ids": [3, 7], "count": [2, 1], "sum": [2, 0]}
     assert per_document(np.array([0.1, 0.2, 1e-9]), documents)["sum"] == [0.3, 0.0]
+
+
+def test_the_bootstrap_agrees_with_brute_force_and_with_the_closed_form() -> None:
+    generator = np.random.default_rng(7)
+    few = math.sqrt(30 / 29) * scipy.stats.t.ppf(scipy.stats.norm.cdf(1), 29)
+    counts = generator.integers(20, 200, 30).astype(float)
+    gaps = generator.normal(1, 8, (3, 30))
+    estimates, errors = paired_bootstrap(gaps, counts)
+    for gap, estimate, error in zip(gaps, estimates, errors, strict=True):
+        draws = []
+        for _ in range(4000):
+            picked = [generator.integers(30) for _ in range(30)]
+            draws.append(sum(gap[p] for p in picked) / sum(counts[p] for p in picked))
+        assert estimate == pytest.approx(sum(gap) / sum(counts))
+        assert error == pytest.approx(few * np.std(draws, ddof=1), rel=0.1)
+    # For documents of one length the standard error of the mean is sqrt(population variance / n) and what few make up.
+    _, equal = paired_bootstrap(gaps, np.full(30, 50.0))
+    assert equal == pytest.approx(few * gaps.std(axis=1) / 50 / math.sqrt(30), rel=0.1)
+
+
+def test_the_bootstrap_does_not_depend_on_what_else_is_compared() -> None:
+    gaps = np.random.default_rng(0).normal(size=(600, 12))
+    counts = np.arange(1.0, 13)
+    alone = [paired_bootstrap(gap[None], counts)[1][0] for gap in gaps[::100]]
+    assert paired_bootstrap(gaps, counts)[1][::100] == pytest.approx(alone)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from autodistill.errors import InputError
 from autodistill.formats import FORMATS
 from autodistill.grids import Grid
+from autodistill.parts import content_hash
 from autodistill.strategy import (
     Alignment,
     Attention,
@@ -27,7 +28,6 @@ from autodistill.strategy import (
     Lora,
     Strategy,
     Temperature,
-    content_hash,
 )
 from autodistill.tensors import Role, TensorSpec
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from autodistill.records.leaderboard import Row, rank
+from autodistill.records.leaderboard import rank
+from autodistill.records.row import Row
 from autodistill.records.saved import saved
 from autodistill.strategy import Strategy
 from autodistill.summary import plan_summary, search_summary

@@ -95,7 +95,7 @@ def test_every_packaged_strategy_takes_what_a_search_would_hold_it_to(name: str)
         held_bytes=0,
     )
     student = student_of(TEACHER, strategy, name)
-    fit = trial.fit(strategy, student.spec, sequence_length=64, sequences=2)
+    fit = trial.fit(strategy, student.spec, 64, 2)
     assert fit.estimate.total_bytes + trial.beside_bytes([strategy.distillation]) == found["all_kept"]["total_bytes"]
     assert {key: found["all_kept"][key] for key in fit.estimate.parts} == fit.estimate.parts
     assert found["all_kept"]["total_bytes"] >= found["eight_bit_states"]["total_bytes"]

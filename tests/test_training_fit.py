@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
-from autodistill.contracts import HeldType, ModelSpec
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.estimate import spec_from_config
-from autodistill.hardware import Gpu, Machine
 from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
 from autodistill.strategy import Lora
-from autodistill.training_fit import TrainingFit, fit_teacher, fit_training, training_fits
+from autodistill.training_fit import Training, TrainingFit, fit_training, training_fits
 
 QWEN_1_5B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -29,12 +28,13 @@ QWEN_1_5B = {
 }
 
 
-def spec() -> ModelSpec:
-    return spec_from_config(QWEN_1_5B)
+def training(**how: Any) -> Training:
+    """Of all weights of a 1.5B student, unless it is said otherwise, on sequences of 256 tokens."""
+    return Training(spec=spec_from_config(QWEN_1_5B), sequence_length=256, **how)
 
 
 def test_each_way_is_smaller_than_the_one_before() -> None:
-    ways = list(training_fits(spec(), sequence_length=256, sequences=5))
+    ways = list(training_fits(training(sequences=5)))
     # 3 and 2 at once hold 6.2 GB of gradients beside more than the 7.0 GB that 5 keep, less 2.3 GB; with checkpointing
     # the 5 keep no more than the gradients take.
     assert [(way.micro_batch, way.checkpointing, way.optimizer_state) for way in ways] == [
@@ -49,7 +49,7 @@ def test_each_way_is_smaller_than_the_one_before() -> None:
 
 def test_the_parts_of_a_1_5b_student_by_hand() -> None:
     # 1,543,714,304 weights, the table of 233,373,696 among them; 28 layers of width 1536.
-    fit = fit_training(spec(), sequence_length=256, sequences=1, limit_bytes=24 * 10**9)
+    fit = fit_training(training(sequences=1), 24 * 10**9)
     weights = 1_543_714_304
     assert (fit.checkpointing, fit.optimizer_state) == (True, "int8")
     assert fit.estimate.weights_bytes == fit.estimate.gradients_bytes == 4 * weights
@@ -61,92 +61,44 @@ def test_the_parts_of_a_1_5b_student_by_hand() -> None:
 
 def test_the_first_that_fits_is_taken() -> None:
     for device, more in (("cpu", 1.27), ("cuda", 1.10)):
-        ways = list(training_fits(spec(), sequence_length=256, sequences=4, device=device))
+        ways = list(training_fits(training(sequences=4, device=device)))
         for way in ways:
             limit = int(more * way.estimate.total_bytes)
-            assert fit_training(spec(), sequence_length=256, sequences=4, limit_bytes=limit, device=device) == way
+            assert fit_training(training(sequences=4, device=device), limit) == way
         # With nothing to spare, what takes least is the likeliest to fit.
         for way in ways[-2:]:
             limit = way.estimate.total_bytes
-            found = fit_training(spec(), sequence_length=256, sequences=4, limit_bytes=limit, device=device)
+            found = fit_training(training(sequences=4, device=device), limit)
             assert found == ways[-1]
     least = ways[-1].estimate.total_bytes
     with pytest.raises(InputError, match="even one sequence at a time"):
-        fit_training(spec(), sequence_length=256, sequences=4, limit_bytes=least - 1)
+        fit_training(training(sequences=4), least - 1)
 
 
 def test_eight_bit_states_without_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    *_, half, least = (way.estimate.total_bytes for way in training_fits(spec(), sequence_length=256, sequences=1))
+    *_, half, least = (way.estimate.total_bytes for way in training_fits(training(sequences=1)))
     with pytest.raises(MissingDependencyError, match="8bit"):
-        fit_training(spec(), sequence_length=256, sequences=1, limit_bytes=least)
+        fit_training(training(sequences=1), least)
     with pytest.raises(MissingDependencyError, match="8bit"):
-        fit_training(spec(), sequence_length=256, sequences=1, limit_bytes=half - 1)
+        fit_training(training(sequences=1), half - 1)
     # States of 16 bits need none: with the package something to spare would have been preferred.
-    fit = fit_training(spec(), sequence_length=256, sequences=1, limit_bytes=half)
+    fit = fit_training(training(sequences=1), half)
     assert (fit.checkpointing, fit.optimizer_state, fit.estimate.total_bytes) == (True, "bfloat16", half)
 
 
 def test_sixteen_bit_states_are_taken_before_eight_bit_ones_which_round_more() -> None:
     # Of 1,543,714,304 weights: two moments of two bytes each in the place of four.
-    *_, single, half, _ = (way.estimate for way in training_fits(spec(), sequence_length=256, sequences=1))
+    *_, single, half, _ = (way.estimate for way in training_fits(training(sequences=1)))
     assert half.optimizer_bytes == single.total_bytes - half.total_bytes == 4 * 1_543_714_304
     for spare, state in ((1.28, "bfloat16"), (1.26, "int8")):  # on a CPU 27% is kept
         limit = int(spare * half.total_bytes)
-        assert fit_training(spec(), sequence_length=256, sequences=1, limit_bytes=limit).optimizer_state == state
-
-
-QWEN_7_6B = QWEN_1_5B | {
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-}
-
-
-def _machine(memory: float, *gpus: float) -> Machine:
-    found = tuple(Gpu(name="", memory_bytes=int(gpu)) for gpu in gpus)
-    return Machine(cpus=2, memory_bytes=int(memory), gpus=found)
-
-
-@pytest.mark.parametrize(
-    ("config", "stored", "machine", "held", "rounded"),
-    [
-        (QWEN_1_5B, "bfloat16", _machine(24e9), "float32", False),
-        (QWEN_7_6B, "bfloat16", _machine(24e9), "bfloat16", False),
-        (QWEN_7_6B, "float16", _machine(24e9), "float16", False),
-        (QWEN_7_6B, "float32", _machine(24e9), "bfloat16", True),
-        (QWEN_7_6B, "bfloat16", _machine(128e9, 24e9), "bfloat16", False),
-        (QWEN_7_6B, "bfloat16", _machine(24e9, 80e9), "bfloat16", False),
-        (QWEN_7_6B, "bfloat16", _machine(128e9, 80e9), "float32", False),
-    ],
-)
-def test_a_teacher_is_held_in_float32_where_that_fits_twice(
-    config: dict[str, object], stored: HeldType, machine: Machine, held: str, rounded: bool
-) -> None:
-    fit = fit_teacher(spec_from_config(config), stored=stored, sequence_length=256, machine=machine)
-    assert (fit.held, fit.rounded) == (held, rounded)
-    assert fit.of("abc") == ("abc-bfloat16" if rounded else "abc")
-    assert (fit.note is None) == (held == "float32")
-
-
-def test_a_7_6b_teachers_bytes_by_hand() -> None:
-    spec = spec_from_config(QWEN_7_6B)
-    layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
-    matrices = 2 * 152064 * 3584 + 28 * layer
-    vectors = 57 * 3584 + 28 * (3584 + 2 * 512)
-    assert spec.parameters == matrices + vectors == 7_615_616_512
-    fit = fit_teacher(spec, stored="bfloat16", sequence_length=256, machine=_machine(24e9))
-    assert fit.weights_bytes == fit.held_bytes == 2 * matrices + 4 * vectors
-    with pytest.raises(InputError, match="even in 16 bits"):
-        fit_teacher(spec, stored="bfloat16", sequence_length=256, machine=_machine(16e9))
+        assert fit_training(training(sequences=1), limit).optimizer_state == state
 
 
 def test_several_processes_share_weights_and_sequences_but_not_what_is_whole_for_a_moment() -> None:
-    alone = list(training_fits(spec(), sequence_length=256, sequences=8))
-    together = list(training_fits(spec(), sequence_length=256, sequences=8, processes=4))
+    alone = list(training_fits(training(sequences=8)))
+    together = list(training_fits(training(sequences=8, processes=4)))
     assert [(way.micro_batch, way.checkpointing, way.optimizer_state) for way in together] == [
         (2, False, "float32"),
         (1, False, "float32"),
@@ -167,14 +119,7 @@ def test_several_processes_share_weights_and_sequences_but_not_what_is_whole_for
 
     # A student that one GPU of 24 GB cannot train in float32 states is trained by four.
     def fit(gigabytes: float, processes: int) -> TrainingFit:
-        return fit_training(
-            spec(),
-            sequence_length=256,
-            sequences=8,
-            limit_bytes=int(gigabytes * 1e9),
-            processes=processes,
-            device="cuda",
-        )
+        return fit_training(training(sequences=8, processes=processes, device="cuda"), int(gigabytes * 1e9))
 
     assert fit(24, 4).micro_batch == 2
     assert fit(8.1, 4).optimizer_state == "int8"
@@ -192,8 +137,8 @@ def test_an_evaluation_takes_the_weights_and_packed_values_which_on_a_gpu_lie_th
     lora = Lora(rank=16)
 
     def way(device: str, threads: int = 1, processes: int = 1) -> TrainingFit:
-        more = {"sequence_length": 256, "sequences": 8, "lora": lora, "train_embeddings": False}
-        *_, last = training_fits(spec(), device=device, threads=threads, processes=processes, **more)  # type: ignore[arg-type]
+        more = {"device": device, "threads": threads, "processes": processes}
+        *_, last = training_fits(training(sequences=8, lora=lora, train_embeddings=False, **more))
         return last
 
     assert way("cpu").evaluation_bytes == 8 * weights + read + TRANSFORMERS_PROCESS_BYTES
@@ -205,16 +150,16 @@ def test_an_evaluation_takes_the_weights_and_packed_values_which_on_a_gpu_lie_th
     # Low-rank changes take less to train than to evaluate on a CPU, which must hold both.
     low = way("cpu")
     assert low.estimate.total_bytes < low.evaluation_bytes == low.total_bytes
-    most = next(training_fits(spec(), sequence_length=256, sequences=8))
+    most = next(training_fits(training(sequences=8)))
     assert most.total_bytes == most.estimate.total_bytes > most.evaluation_bytes
     limit = (low.estimate.total_bytes + low.evaluation_bytes) // 2
     with pytest.raises(InputError, match=r"evaluating a student of 28 layers takes 13\.3 GB in one process"):
-        fit_training(spec(), sequence_length=256, sequences=8, limit_bytes=limit, lora=lora, train_embeddings=False)
+        fit_training(training(sequences=8, lora=lora, train_embeddings=False), limit)
 
 
 def test_several_processes_each_have_all_of_the_low_rank_changes() -> None:
     lora = Lora(rank=16, layers="attention")
-    ways = training_fits(spec(), sequence_length=256, sequences=8, lora=lora, train_embeddings=False, processes=4)
+    ways = training_fits(training(sequences=8, lora=lora, train_embeddings=False, processes=4))
     weights, table = 1_543_714_304, 233_373_696
     layer = (weights - table) // 28
     # Of each layer: queries and output [1536, 1536], keys and values [256, 1536].

@@ -53,7 +53,8 @@ from autodistill.export.verify import verify
 from autodistill.formats import get_format
 from autodistill.grids import Grid
 from autodistill.plugins import load
-from autodistill.records.leaderboard import Row, rank
+from autodistill.records.leaderboard import rank
+from autodistill.records.row import Row
 from autodistill.space import load_strategy
 from autodistill.stages import open_stages
 from autodistill.statistics import per_document

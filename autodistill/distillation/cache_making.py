@@ -25,8 +25,8 @@ from autodistill.distillation.parallel import by_length, logit_rows, map_batches
 from autodistill.distillation.student import decoder_layers
 from autodistill.distillation.teacher_cache import FILE, META, CacheSettings, id_type
 from autodistill.errors import InputError
+from autodistill.parts import content_hash
 from autodistill.records.locks import alone, claimed
-from autodistill.strategy import content_hash
 from autodistill.token_sets import TokenSet
 from autodistill.units import format_bytes, written_bytes
 

@@ -21,8 +21,8 @@ from autodistill.distillation.gguf_file import read_gguf
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES, get_family
+from autodistill.parts import content_hash
 from autodistill.records.locks import alone
-from autodistill.strategy import content_hash
 
 if TYPE_CHECKING:
     import torch

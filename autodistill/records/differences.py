@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from autodistill.records.leaderboard import DISTILLED, paired_bootstrap
+from autodistill.records.leaderboard import DISTILLED
 from autodistill.records.row import Row
-from autodistill.statistics import binned_difference
+from autodistill.statistics import binned_difference, paired_bootstrap
 
 
 @dataclass(frozen=True, kw_only=True)

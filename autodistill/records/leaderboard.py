@@ -1,4 +1,4 @@
-"""Rows, and their pure ranking: order, ties, Pareto front, the nearest that does not fit."""
+"""The pure ranking of rows: order, ties, Pareto front, the nearest that does not fit."""
 
 from __future__ import annotations
 
@@ -13,38 +13,15 @@ import numpy.typing as npt
 from autodistill.budget import DeviceBudget
 from autodistill.contracts import Direction
 from autodistill.errors import InputError
-from autodistill.records.row import Row, read_parquet, rows_of, to_parquet
-from autodistill.statistics import resampled
+from autodistill.records.row import Row
+from autodistill.statistics import paired_bootstrap
 from autodistill.units import Budget, format_bytes, format_duration
-
-__all__ = [
-    "DISTILLED",
-    "SPEEDS",
-    "Nearest",
-    "Ranked",
-    "Row",
-    "best",
-    "check_comparable",
-    "limits_of",
-    "nearest",
-    "paired_bootstrap",
-    "pareto",
-    "rank",
-    "rank_students",
-    "read_parquet",
-    "rests_on",
-    "rows_of",
-    "smallness",
-    "to_parquet",
-]
 
 DISTILLED = ("student", "baseline")
 SPEEDS = ("latency_ms", "ttft_ms", "tokens_per_second", "answer_ms")
 """Figures that hold on one machine, in one runtime."""
 
-_RESAMPLES = 1000
 _FEW_DOCUMENTS = 10
-_CHUNK = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +46,7 @@ class Ranked:
     front: bool = False
 
 
-def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max", seed: int = 0) -> list[Ranked]:
+def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max") -> list[Ranked]:
     """Ranks rows; the order does not depend on the order they come in.
 
     Rows that have the metric come before those that lack it, feasible ones before infeasible ones, those of full
@@ -83,7 +60,6 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
         rows: Of one split.
         metric: A figure of the rows.
         direction: Whether more ("max") or less ("min") of it is better.
-        seed: Of the bootstrap.
 
     Raises:
         ValueError: The rows are of several splits, whose figures cannot be compared.
@@ -96,7 +72,7 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
     ordered = sorted(rows, key=lambda row: _order(row, metric, direction))
     # The order puts the rows that may tie, feasible and of full fidelity, before all others.
     comparable = [row for row in ordered if row.feasible and row.full and row.figure(metric) is not None]
-    differences = _differences(comparable, metric, direction, seed)
+    differences = _differences(comparable, metric, direction)
     tied = {index for index, (gap, error) in enumerate(differences) if gap <= error}
     places = list(range(len(ordered)))
     if tied:
@@ -171,7 +147,7 @@ def smallness(row: Row) -> tuple[float, float]:
     return memory, size
 
 
-def _differences(rows: Sequence[Row], metric: str, direction: Direction, seed: int) -> list[tuple[float, float]]:
+def _differences(rows: Sequence[Row], metric: str, direction: Direction) -> list[tuple[float, float]]:
     """For each row its paired difference to the first one (above 0 is worse) and the standard error of that.
 
     Rows that cannot be paired have NaN, but for those of exactly the same metric, which have a difference of 0.
@@ -189,7 +165,7 @@ def _differences(rows: Sequence[Row], metric: str, direction: Direction, seed: i
         if other is not None and other[0] == ids and np.array_equal(other[1], counts):
             paired.append(index)
             gaps.append(sums - other[2] if direction == "max" else other[2] - sums)
-    estimates, errors = paired_bootstrap(np.array(gaps), counts, seed)
+    estimates, errors = paired_bootstrap(np.array(gaps), counts)
     for index, estimate, error in zip(paired, estimates, errors, strict=True):
         # Of one document nobody knows how certain a difference is; what is equal ties all the same.
         if math.isfinite(error) or estimate:
@@ -209,56 +185,14 @@ def _documents(row: Row, metric: str) -> tuple[list[Any], npt.NDArray[np.float64
     return [name for name, has in zip(data["ids"], used, strict=True) if has], counts[used], sums[used]
 
 
-def paired_bootstrap(
-    gaps: npt.NDArray[np.float64], counts: npt.NDArray[np.float64], seed: int = 0
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Mean difference per token of several pairs, and its standard error over documents drawn with replacement.
-
-    The paired bootstrap of Efron and Tibshirani (1993), chapter 6, with the document as the unit that is drawn, since
-    tokens of one document depend on each other; for few documents corrected as `statistics.resampled` says. All pairs
-    see the same draws.
-
-    Args:
-        gaps: [pairs, documents], difference of the summed metric in each document.
-        counts: [documents], tokens of each document.
-        seed: Of the draws.
-
-    Returns:
-        The differences [pairs] and their standard errors [pairs], in the metric's unit; the errors are NaN where there
-        is but one document.
-    """
-    documents = len(counts)
-    generator = np.random.default_rng(seed)
-    weights = generator.multinomial(documents, np.full(documents, 1 / documents), size=_RESAMPLES).astype(float)
-    tokens = weights @ counts
-    errors = [
-        ((weights @ gaps[start : start + _CHUNK].T) / tokens[:, None]).std(axis=0, ddof=1)
-        for start in range(0, len(gaps), _CHUNK)
-    ]
-    factor = resampled(documents) if documents > 1 else math.nan
-    return gaps.sum(axis=1) / counts.sum(), factor * np.concatenate(errors)
-
-
-def best(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max", seed: int = 0) -> Row | None:
-    """The first of the ranking if it is feasible and has the metric, else None.
-
-    Where no feasible row reached full fidelity, one of lower fidelity may be the best.
-    """
-    ranking = rank(rows, metric, direction, seed)
-    first = ranking[0].row if ranking else None
-    return first if first is not None and first.feasible and first.figure(metric) is not None else None
-
-
-def rank_students(
-    rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max", seed: int = 0
-) -> list[Row]:
+def rank_students(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max") -> list[Row]:
     """The distilled students among some rows, the best first, so that the leaderboard's first is also what is exported.
 
     They follow each other as they rank among themselves, but for one that is first beside all rows: where the teacher
     is tied with the best student, a smaller student that is better than the teacher is.
     """
-    order = [one.row for one in rank([row for row in rows if row.kind in DISTILLED], metric, direction, seed)]
-    first = rank(rows, metric, direction, seed)[0].row.row_id if order else ""
+    order = [one.row for one in rank([row for row in rows if row.kind in DISTILLED], metric, direction)]
+    first = rank(rows, metric, direction)[0].row.row_id if order else ""
     return sorted(order, key=lambda row: row.row_id != first)
 
 

@@ -11,10 +11,10 @@ from autodistill.records.choice import chosen, contenders
 from autodistill.records.confirmation import KIND, Confirmation, confirmations
 from autodistill.records.differences import differences, shown
 from autodistill.records.json_files import read_json, replacing
-from autodistill.records.leaderboard import DISTILLED, Ranked, limits_of, nearest, pareto, rank, rests_on, rows_of
+from autodistill.records.leaderboard import DISTILLED, Ranked, limits_of, nearest, pareto, rank, rests_on
 from autodistill.records.objectives import Objective, front, objectives_of
 from autodistill.records.openings import opened, openings_of
-from autodistill.records.row import Row
+from autodistill.records.row import Row, rows_of
 from autodistill.records.saved import Saved
 from autodistill.records.store import RunFolder
 from autodistill.units import format_bytes, format_duration

@@ -44,6 +44,7 @@ class Agenda:
         scheduler: Says which trial goes on past its rung.
         stages: Knows which trials wait for another's checkpoint.
         enter: Makes a new trial of a strategy, and writes it down.
+        evaluating: Whether a trained student is being evaluated.
         notify: Told of what is left out.
 
     Attributes:

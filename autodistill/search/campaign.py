@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.applied import student_spec
-from autodistill.certainty import Bar, Reading
+from autodistill.certainty import Reading
 from autodistill.contracts import Decision, Status
 from autodistill.errors import AutoDistillError
 from autodistill.process_memory import killed_for_memory
@@ -18,6 +18,7 @@ from autodistill.records.event_log import EventLog
 from autodistill.records.row import Row, rows_of
 from autodistill.search.admission import admit, training_need
 from autodistill.search.agenda import Agenda
+from autodistill.search.bars import Bars
 from autodistill.search.collector import Collector
 from autodistill.search.failures import KILLED, OUT_OF_MEMORY, RETRIED, WORKER_DIED
 from autodistill.search.rows import make_row
@@ -46,8 +47,8 @@ def _work(assignment: Assignment) -> tuple[int, str | None]:
     return assignment.rung, _KEPT if assignment.keep else name
 
 
-def _of(assignment: Assignment) -> dict[str, Any]:
-    """The same, for the log."""
+def _for_log(assignment: Assignment) -> dict[str, Any]:
+    """The same as fields of an event."""
     rung, work = _work(assignment)
     return {"trial": assignment.task.id, "rung": rung, "work": work}
 
@@ -89,8 +90,9 @@ class Campaign:
         self._log = log
         self._notify = notify
         self.watch: Callable[[], None] = lambda: None
-        # What a trial that was read whole reached at a rung below the last, as a bar for others.
-        self._reached: dict[tuple[str, int], Bar] = {}
+        # While a log is replayed: the deployment of each trial's latest row, and kills when work was last begun.
+        self._judged: dict[str, str] = {}
+        self._kills = 0
         self._worker_seconds = {"train": 0.0, "evaluate": 0.0, "other": 0.0}
         plan = question.plan
         self._stages = StageKeeper(open_stages(checkpoints, storage), checkpoint_limit, plan, question.direction)
@@ -101,6 +103,7 @@ class Campaign:
             direction=question.direction,
             further=[objective.direction for objective in question.further],
         )
+        self._bars = Bars(question, self._scheduler)
         self._agenda = Agenda(
             question,
             trials=self.trials,
@@ -132,27 +135,12 @@ class Campaign:
             trial = self.trials[assignment.task.id]
             if assignment.deployment is None:
                 trial.running = True
-                assignment = replace(assignment, bar=self._bar(assignment))
+                assignment = replace(assignment, bar=self._bars.of(assignment))
             else:
                 trial.settled.add(assignment.deployment.name)
                 trial.evaluating += 1
         self.watch()
         return assignment
-
-    def _bar(self, assignment: Assignment) -> Bar | None:
-        """What a trial must reach at the rung that it is taken to, as the reports stand: what the log says so far."""
-        trial = self.trials[assignment.task.id]
-        below = assignment.rung < len(self.question.plan.rungs) - 1
-        # What is kept short of the end is to be known as well as it can be; with several objectives no figure decides.
-        if not below or trial.task.straight or assignment.keep or self.question.further:
-            return None
-        last = self._scheduler.last_kept(assignment.rung)
-        return self._reached.get((last, assignment.rung)) if last is not None else None
-
-    def _note(self, trial: TrialState, reading: Reading | None) -> None:
-        """Remembers what a trial reached at its rung, if all of it was read there."""
-        if reading is not None and reading.looks and trial.value is not None:
-            self._reached[trial.task.id, trial.rung] = Bar(trial=trial.task.id, value=trial.value, looks=reading.looks)
 
     @property
     def finished(self) -> bool:
@@ -184,54 +172,83 @@ class Campaign:
             assignment: The work.
             kills: Processes that the kernel has ended so far for want of memory.
         """
-        self._write({"event": "begun", **_of(assignment), "kills": kills})
+        self._write({"event": "begun", **_for_log(assignment), "kills": kills})
         self.trials[assignment.task.id].begun[_work(assignment)] += 1
 
     def report(self, assignment: Assignment, report: RungReport) -> Decision:
         """Records what a worker found and says what becomes of the trial."""
         trial, plan = self.trials[assignment.task.id], self.question.plan
-        if not assignment.keep:
-            part = report.evaluation.reading
-            read = part.read / part.of if part is not None else 1.0
-            self.box.learn(assignment, trial.rung, sum(report.seconds.values()), report.trained, read)
         # Beside one that has all threads no other worker does anything.
         share = plan.workers if assignment.threads else 1
-        for phase in self._worker_seconds:
-            self._worker_seconds[phase] += share * report.seconds[phase]
+        self._count_seconds(assignment, report, share)
         # What was lost is in the log already, as is what a student that is kept branches off from; of what was
         # interrupted without a word nothing is.
         resumed = 0 if assignment.keep else max(0, report.resumed - trial.lost)
         trial.begun.clear()
         trial.train_seconds += report.seconds["train"]
         trial.trained_tokens += report.trained + resumed
-        last = report.rung == len(plan.rungs) - 1
-        status = Status.COMPLETED if last else Status.STOPPED
-        row = self._row(trial, report, status)
+        row = self._row(trial, report, Status.COMPLETED if self._is_last(report.rung) else Status.STOPPED)
         self._write({"event": "row", "row": row.to_json()})
-        value = row.standing(self.question.metric)
-        shown = "no value" if value is None else f"{self.question.metric} {value:.4f}"
         if assignment.deployment is not None:
-            trial.evaluating -= 1
-            self._notify(f"{trial.task.id} as {row.deployment_name}: {shown}")
-            self._collector.students()
-            return Decision.STOP
+            return self._evaluated(trial, row)
         trial.running = False
         if assignment.keep:
-            trial.kept = row.feasible and value is not None
-            done = {"trained": report.trained, "seconds": report.seconds}
-            self._write({"event": "kept", "trial": trial.task.id, "kept": trial.kept, **done})
-            self._notify(
-                f"no trial has reached the end: {trial.task.id} is kept as it is after {report.tokens:,} tokens, "
-                f"{shown}"
-            )
-            return Decision.STOP
+            return self._kept(trial, row, report)
+        return self._reached(trial, row, report, resumed, share)
+
+    def _count_seconds(self, assignment: Assignment, report: RungReport, share: int) -> None:
+        """Takes note of how long work took, on so many workers: for what is expected of others, and of all by phase."""
+        if not assignment.keep:
+            part = report.evaluation.reading
+            read = part.read / part.of if part is not None else 1.0
+            rung = self.trials[assignment.task.id].rung
+            self.box.learn(assignment, rung, sum(report.seconds.values()), report.trained, read)
+        for phase in self._worker_seconds:
+            self._worker_seconds[phase] += share * report.seconds[phase]
+
+    def _is_last(self, rung: int) -> bool:
+        return rung == len(self.question.plan.rungs) - 1
+
+    def _shown(self, row: Row) -> str:
+        """The metric of a row, for a person."""
+        value = row.standing(self.question.metric)
+        return "no value" if value is None else f"{self.question.metric} {value:.4f}"
+
+    def _evaluated(self, trial: TrialState, row: Row) -> Decision:
+        """A trained student was evaluated under one more deployment."""
+        trial.evaluating -= 1
+        self._notify(f"{trial.task.id} as {row.deployment_name}: {self._shown(row)}")
+        self._collector.students()
+        return Decision.STOP
+
+    def _kept(self, trial: TrialState, row: Row, report: RungReport) -> Decision:
+        """The student of a rung short of the end was kept, and is its trial's if it may be exported."""
+        trial.kept = row.feasible and row.standing(self.question.metric) is not None
+        done = {"trained": report.trained, "seconds": report.seconds}
+        self._write({"event": "kept", "trial": trial.task.id, "kept": trial.kept, **done})
+        self._notify(
+            f"no trial has reached the end: {trial.task.id} is kept as it is after {report.tokens:,} tokens, "
+            f"{self._shown(row)}"
+        )
+        return Decision.STOP
+
+    def _reached(self, trial: TrialState, row: Row, report: RungReport, resumed: int, share: int) -> Decision:
+        """A trial reached a rung, and is judged there.
+
+        Args:
+            trial: Which one.
+            row: Of its student under the deployment that it is judged by.
+            report: Of the rung.
+            resumed: Tokens of the stretch that it had trained before, when it was interrupted without a word.
+            share: Workers whose time it took.
+        """
         trial.rung = report.rung
         self._ended_at(trial, report.tokens)
-        trial.value = value if row.feasible else None
+        trial.value = row.standing(self.question.metric) if row.feasible else None
         trial.further = tuple(row.figure(objective.figure) for objective in self.question.further)
         trial.settled = {row.deployment_name}
         reading = report.evaluation.reading
-        self._note(trial, reading)
+        self._bars.note(trial, reading)
         decision = self._judge(trial)
         steps = [asdict(step) for step in report.steps]
         self._hold(trial, steps)
@@ -257,10 +274,10 @@ class Campaign:
         self._stages.learn(trial, report.unsaved)
         short = f", an estimate by {row.partly}" if row.partly else ""
         reused = f", {report.shared:,} of them from a shared stage" if report.shared else ""
-        self._notify(f"{trial.task.id} {trial.name}: {shown} after {report.tokens:,} tokens{reused}{short}")
+        self._notify(f"{trial.task.id} {trial.name}: {self._shown(row)} after {report.tokens:,} tokens{reused}{short}")
         if report.unsaved is not None:
             self._notify(f"{trial.task.id}: {report.unsaved}")
-        if last:
+        if self._is_last(report.rung):
             self._end(trial, Status.COMPLETED)
         self._collector.between(self._promotable())
         return decision
@@ -342,7 +359,7 @@ class Campaign:
         """Writes down what an attempt without a result had trained, and that it has ended."""
         trial = self.trials[assignment.task.id]
         if trained or trial.begun:
-            self._write({"event": "lost", **_of(assignment), "trained": trained})
+            self._write({"event": "lost", **_for_log(assignment), "trained": trained})
         self._lost(trial, trained)
 
     def _lost(self, trial: TrialState, trained: int) -> None:
@@ -403,85 +420,104 @@ class Campaign:
     def replay(self, events: Sequence[Mapping[str, Any]]) -> None:
         """Takes up the state that earlier events left; what a kill left undone of the last one is done now."""
         self._agenda.resumed = bool(events)
-        kills = 0  # when work was last begun
-        judged: dict[str, str] = {}  # the deployment of each trial's latest row
+        replayed: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
+            "trial": self._replay_trial,
+            "row": self._replay_row,
+            "rung": self._replay_rung,
+            "status": self._replay_status,
+            "begun": self._replay_begun,
+            "lost": lambda event: self._lost(self.trials[event["trial"]], event["trained"]),
+            "kept": lambda event: setattr(self.trials[event["trial"]], "kept", event["kept"]),
+            "unevaluated": lambda event: self.trials[event["trial"]].settled.add(event["deployment"]),
+            "retry": lambda event: self._retry(self.trials[event["trial"]], event["rung"], event["deployment"]),
+            "collected": lambda event: self._stages.forget(event["gone"]),
+            "students-collected": self._replay_collection,
+        }
         for event in events:
-            if event["event"] == "trial":
-                self._admit(
-                    Strategy.from_json(event["strategy"]),
-                    trial_id=event["trial"],
-                    number=event["number"],
-                    kind=event["kind"],
-                    name=event["name"],
-                    point=event["point"],
-                    seed=event["seed"],
-                    length=event.get("length", 1.0),
-                    # As it was then: what was admitted on another machine stays so.
-                    training=TrainingNeed.from_json(event.get("training")),
-                )
-            elif event["event"] == "rung":
-                trial = self.trials[event["trial"]]
-                trial.rung, trial.value, trial.further = event["rung"], event["value"], tuple(event.get("further", ()))
-                self._ended_at(trial, event["tokens"])
-                trial.train_seconds += event["seconds"]["train"]
-                trial.trained_tokens += event.get("trained", 0) + event.get("resumed", 0)
-                trial.begun.clear()
-                trial.lost = 0
-                trial.settled = {judged[event["trial"]]} if event["trial"] in judged else set()
-                self._keep_none()
-                self._stages.learn(trial, event.get("unsaved"))
-                self._hold(trial, event.get("steps", ()))
-                self._note(trial, Reading.from_json(event["reading"]) if "reading" in event else None)
-                self._judge(trial)
-            elif event["event"] == "status":
-                trial = self.trials[event["trial"]]
-                trial.status, trial.reason = Status(event["status"]), event["reason"]
-                trial.cause = event.get("cause")
-                if trial.status is Status.FAILED:
-                    self._scheduler.discard(event["trial"])
-            elif event["event"] == "row" and event["row"]["trial"] in self.trials:
-                (row,) = rows_of([event])
-                if row.split == "validation":
-                    judged[row.trial] = row.deployment_name
-                    self.trials[row.trial].settled.add(row.deployment_name)
-                    # A training's is followed by its rung; all other work has ended with it.
-                    begun = self.trials[row.trial].begun
-                    for piece in [piece for piece in begun if piece[1] is not None]:
-                        del begun[piece]
-            elif event["event"] == "begun":
-                self.trials[event["trial"]].begun[event["rung"], event["work"]] += 1
-                kills = event["kills"]
-            elif event["event"] == "lost":
-                self._lost(self.trials[event["trial"]], event["trained"])
-            elif event["event"] == "kept":
-                self.trials[event["trial"]].kept = event["kept"]
-            elif event["event"] == "unevaluated":
-                self.trials[event["trial"]].settled.add(event["deployment"])
-            elif event["event"] == "retry":
-                self._retry(self.trials[event["trial"]], event["rung"], event["deployment"])
-            elif event["event"] == "collected":
-                self._stages.forget(event["gone"])
-            elif event["event"] == "students-collected":
-                for name in event["trials"]:
-                    self.trials[name].collected = True
+            if event["event"] in replayed:
+                replayed[event["event"]](event)
         for trial in self.trials.values():
-            # So does one between a trial and its rejection. What was begun had been admitted, by whatever estimate.
-            if trial.status is None and trial.reason is not None and trial.rung < 0 and not trial.begun:
-                self._end(trial, Status.REJECTED, trial.reason)
-            # A kill between the last rung and its status leaves the trial whole but unended.
-            if trial.status is None and trial.rung == len(self.question.plan.rungs) - 1:
-                self._end(trial, Status.COMPLETED)
-            # Leftovers of a closed search may be taken further by a longer one.
-            if trial.status is Status.STOPPED:
-                trial.status = None
-        memory = killed_for_memory() > kills
+            self._end_after_kill(trial)
+        self._give_up_killers()
+        if events:
+            self._collector.between(self._promotable())
+
+    def _replay_trial(self, event: Mapping[str, Any]) -> None:
+        self._admit(
+            Strategy.from_json(event["strategy"]),
+            trial_id=event["trial"],
+            number=event["number"],
+            kind=event["kind"],
+            name=event["name"],
+            point=event["point"],
+            seed=event["seed"],
+            length=event.get("length", 1.0),
+            # As it was then: what was admitted on another machine stays so.
+            training=TrainingNeed.from_json(event.get("training")),
+        )
+
+    def _replay_row(self, event: Mapping[str, Any]) -> None:
+        trial = self.trials.get(event["row"]["trial"])
+        if trial is None:
+            return
+        (row,) = rows_of([event])
+        if row.split != "validation":
+            return
+        self._judged[row.trial] = row.deployment_name
+        trial.settled.add(row.deployment_name)
+        # A training's is followed by its rung; all other work has ended with it.
+        for piece in [piece for piece in trial.begun if piece[1] is not None]:
+            del trial.begun[piece]
+
+    def _replay_rung(self, event: Mapping[str, Any]) -> None:
+        trial = self.trials[event["trial"]]
+        trial.rung, trial.value, trial.further = event["rung"], event["value"], tuple(event.get("further", ()))
+        self._ended_at(trial, event["tokens"])
+        trial.train_seconds += event["seconds"]["train"]
+        trial.trained_tokens += event.get("trained", 0) + event.get("resumed", 0)
+        trial.begun.clear()
+        trial.lost = 0
+        trial.settled = {self._judged[trial.task.id]} if trial.task.id in self._judged else set()
+        self._keep_none()
+        self._stages.learn(trial, event.get("unsaved"))
+        self._hold(trial, event.get("steps", ()))
+        self._bars.note(trial, Reading.from_json(event["reading"]) if "reading" in event else None)
+        self._judge(trial)
+
+    def _replay_status(self, event: Mapping[str, Any]) -> None:
+        trial = self.trials[event["trial"]]
+        trial.status, trial.reason, trial.cause = Status(event["status"]), event["reason"], event.get("cause")
+        if trial.status is Status.FAILED:
+            self._scheduler.discard(trial.task.id)
+
+    def _replay_begun(self, event: Mapping[str, Any]) -> None:
+        self.trials[event["trial"]].begun[event["rung"], event["work"]] += 1
+        self._kills = event["kills"]
+
+    def _replay_collection(self, event: Mapping[str, Any]) -> None:
+        for name in event["trials"]:
+            self.trials[name].collected = True
+
+    def _end_after_kill(self, trial: TrialState) -> None:
+        """Ends a trial that a kill left unended, and opens one again that a closed search had left at a rung."""
+        # Between a trial and its rejection. What was begun had been admitted, by whatever estimate.
+        if trial.status is None and trial.reason is not None and trial.rung < 0 and not trial.begun:
+            self._end(trial, Status.REJECTED, trial.reason)
+        # Between the last rung and its status.
+        if trial.status is None and self._is_last(trial.rung):
+            self._end(trial, Status.COMPLETED)
+        # A longer search may take it further.
+        if trial.status is Status.STOPPED:
+            trial.status = None
+
+    def _give_up_killers(self) -> None:
+        """Ends work that the search has been killed with too often."""
+        memory = killed_for_memory() > self._kills
         for trial in self.trials.values():
             for (rung, work), times in list(trial.begun.items()):
                 over = times >= (_TRIES_IN_MEMORY if memory else _TRIES)
                 if over and (trial.status is None or work is not None):
                     self._give_up(trial, rung, work, times, memory=memory)
-        if events:
-            self._collector.between(self._promotable())
 
     def _give_up(self, trial: TrialState, rung: int, work: str | None, times: int, *, memory: bool) -> None:
         """Ends work that the search was ended with so many times; `memory` says whether the kernel did it for that."""

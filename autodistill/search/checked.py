@@ -95,18 +95,7 @@ def check_request(request: SearchRequest) -> Checked:
         InputError: Of each of its parts, in one line.
         NothingFitsError: Not even the student that needs least fits the budget.
     """
-    for name in ("trials", "tokens", "confirm"):
-        value = getattr(request, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1, not {value}")
-    if request.sequence_length is not None and request.sequence_length < _SHORTEST:
-        raise InputError(f"--sequence-length must be at least {_SHORTEST} tokens, not {request.sequence_length}")
-    if request.runner not in RUNNERS:
-        raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
-    if request.ray_address is not None and request.runner == "inline":
-        raise InputError("--ray-address names a Ray cluster, which --runner inline does not use: leave one of them out")
-    for option, folder in (("--out", request.out), ("--cache", request.cache)):
-        check_folder(folder, option)
+    _check_alone(request)
     storage = None if request.storage is None else Storage(request.storage)
     if storage is not None:
         storage.check()
@@ -169,6 +158,22 @@ def check_request(request: SearchRequest) -> Checked:
         check_asked(request.out, checked.warm_start, asked.record, [one.name for one in objectives])
     check_students(checked, spec)
     return checked
+
+
+def _check_alone(request: SearchRequest) -> None:
+    """Refuses what is wrong whatever else is asked for, or was before."""
+    for name in ("trials", "tokens", "confirm"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} must be at least 1, not {value}")
+    if request.sequence_length is not None and request.sequence_length < _SHORTEST:
+        raise InputError(f"--sequence-length must be at least {_SHORTEST} tokens, not {request.sequence_length}")
+    if request.runner not in RUNNERS:
+        raise InputError(f"there is no runner {request.runner!r}; the runners are {', '.join(RUNNERS)}")
+    if request.ray_address is not None and request.runner == "inline":
+        raise InputError("--ray-address names a Ray cluster, which --runner inline does not use: leave one of them out")
+    for option, folder in (("--out", request.out), ("--cache", request.cache)):
+        check_folder(folder, option)
 
 
 def check_students(checked: Checked, spec: ModelSpec) -> None:

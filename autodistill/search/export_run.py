@@ -14,10 +14,10 @@ from autodistill.export.verify import verify
 from autodistill.formats import get_format
 from autodistill.records.choice import chosen, contenders
 from autodistill.records.json_files import read_json
-from autodistill.records.leaderboard import DISTILLED, rank, rows_of
-from autodistill.records.row import Row
+from autodistill.records.leaderboard import DISTILLED, rank
+from autodistill.records.row import Row, rows_of
 from autodistill.records.store import RunFolder
-from autodistill.strategy import Deployment
+from autodistill.strategy import IN_16_BITS, Deployment
 from autodistill.students import kept_after, student_folder
 from autodistill.templates import copy_licence
 
@@ -136,7 +136,7 @@ def _again(row: Row, asked: Mapping[str, Any]) -> str:
 def _deployment(container: str, row: Row, ranked: Sequence[Row]) -> Deployment:
     """How the row's student is packed in a container."""
     if container == "huggingface":
-        return Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
+        return IN_16_BITS
     for candidate in (row, *ranked):
         if candidate.trial == row.trial and get_format(candidate.deployment["format"]).container == container:
             return Deployment.from_json(candidate.deployment)

@@ -40,8 +40,8 @@ from autodistill.records.leaderboard import (
 from autodistill.records.row import REMOVED, Row, rows_of
 from autodistill.search.exportable import candidates, container_of, next_candidate, passed_over
 from autodistill.search.finisher import Finisher
-from autodistill.search.held_out import FULL, gain_on_test, score_on_test, spent
-from autodistill.strategy import Deployment, Strategy
+from autodistill.search.held_out import gain_on_test, score_on_test, spent
+from autodistill.strategy import IN_16_BITS, Deployment, Strategy
 from autodistill.templates import copy_licence
 from autodistill.token_sets import load_split
 from autodistill.units import Budget, format_bytes, format_duration
@@ -112,8 +112,8 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
             packed["gguf"] = (beside, Deployment.from_json(beside.deployment))
     if "huggingface" not in paths:
         with phases.phase("export", "exporting the 16-bit folder"):
-            paths["huggingface"] = _pack(best, FULL, finisher)[0].path
-        packed["huggingface"] = (best, FULL)
+            paths["huggingface"] = _pack(best, IN_16_BITS, finisher)[0].path
+        packed["huggingface"] = (best, IN_16_BITS)
     for container in set(plugins.names("exporters")) - set(paths):
         # Of the best student that this run had before it went on, perhaps.
         shutil.rmtree(run.student(container), ignore_errors=True)

@@ -18,11 +18,8 @@ from autodistill.records.row import Row, rows_of
 from autodistill.search.exportable import trained_rows
 from autodistill.search.finisher import Finisher
 from autodistill.search.rows import make_row
-from autodistill.strategy import Deployment, Strategy
+from autodistill.strategy import IN_16_BITS, Deployment, Strategy
 from autodistill.token_sets import load_split
-
-FULL = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
-"""The packing that a teacher is always scored under: none."""
 
 
 def known_on_test(best: Row, compared: Sequence[tuple[Row, Deployment]], finisher: Finisher) -> tuple[Row, ...] | None:
@@ -31,7 +28,7 @@ def known_on_test(best: Row, compared: Sequence[tuple[Row, Deployment]], finishe
     The plan, and with it what is read of the split, never changes within a run.
     """
     deployment = Deployment.from_json(best.deployment)
-    of_teacher = [("teacher", "teacher", packing.name, None, 0) for packing in dict.fromkeys((FULL, deployment))]
+    of_teacher = [("teacher", "teacher", packing.name, None, 0) for packing in dict.fromkeys((IN_16_BITS, deployment))]
     of_initial = ("initial", "initial", deployment.name, best.strategy, 0)
     of_students = [
         (row.kind, row.trial, packing.name, row.strategy, row.train_tokens or 0)
@@ -104,7 +101,7 @@ def score_on_test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[R
         finisher.write("test", made)
         results.append(made)
 
-    for packing in dict.fromkeys((FULL, deployment)):
+    for packing in dict.fromkeys((IN_16_BITS, deployment)):
         evaluation = score(teacher, None, packing, None)
         write(evaluation, None, "teacher", "teacher", None)
     del teacher

@@ -1,10 +1,9 @@
-"""Teacher and data on this machine's disk, and how training is made to fit the machines."""
+"""Teacher, data and pretrained models on this machine's disk, and what is known once they are there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from autodistill.applied import check_rendering
 from autodistill.contracts import ModelSpec
 from autodistill.data import prepare
 from autodistill.distillation.held import load_held
-from autodistill.distillation.memory import share_bytes
 from autodistill.distillation.pretrained import token_rows
 from autodistill.distillation.signals import check_told
 from autodistill.distillation.teacher import Teacher, materialise, resolve_teacher, stored_type, tokenizer_fingerprint
@@ -25,20 +23,18 @@ from autodistill.estimate import spec_from_config
 from autodistill.export.gguf_text import cannot_cut
 from autodistill.export.gguf_tokenizer import spaces
 from autodistill.formats import get_format
-from autodistill.hardware import Machine, detect_for_training
 from autodistill.records.json_files import read_json
 from autodistill.rendering import Template
+from autodistill.search.cases import cases, signal_cases
 from autodistill.search.checked import Checked, check_students
-from autodistill.search.possible import by_size
-from autodistill.search.share import Share, Workers, process_bytes, share_out, train_in_bf16
-from autodistill.search.trial_memory import TrialMemory, most_demanding
-from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
-from autodistill.space import Space
-from autodistill.strategy import Alignment, Attention, Distillation, Lora, Strategy
+from autodistill.search.means import main_memory, memory_of_trials, planned_for, tokens_of_step
+from autodistill.search.share import Place, Workers, process_bytes, share_out
+from autodistill.search.trial_memory import TrialMemory
+from autodistill.strategy import Strategy
+from autodistill.teacher_fit import TeacherFit, fit_teacher
 from autodistill.templates import own_template
 from autodistill.token_sets import Prepared, RenderingInfo, load_split
-from autodistill.training_fit import TeacherFit, TrainingFit, fit_teacher, fit_training
-from autodistill.training_memory import adapted_tensors
+from autodistill.training_fit import TrainingFit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,27 +90,6 @@ class Loaded:
         return load_held(self.teacher.folder, self.teacher_fit.held, device)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a search runs.
-
-    Attributes:
-        here: This machine.
-        machines: Those that trials run on: this one, or the nodes of a cluster.
-        share: What of them each trial is given.
-    """
-
-    here: Machine
-    machines: tuple[Machine, ...]
-    share: Share
-
-    @classmethod
-    def alone(cls) -> Place:
-        """This machine, each trial in one process."""
-        here = detect_for_training()
-        return cls(here=here, machines=(here,), share=Share())
-
-
 def load(checked: Checked, place: Place) -> Loaded:
     """Teacher and data on this machine's disk, and how the machines are shared out.
 
@@ -143,14 +118,14 @@ def load(checked: Checked, place: Place) -> Loaded:
         request.cache,
         templates=tuple(own.values()),
     )
-    check_told(checked.space.signal_cases(), data.splits["train"].told > 0)
+    check_told(signal_cases(checked.space), data.splits["train"].told > 0)
     _check_sayable(checked, teacher.folder, data, rows, renderings)
     teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=place.here)
-    whole = _memory(place, spec, teacher_fit)
-    step_tokens = _step_tokens(checked, place)
-    largest, most, fit_step, untrained = _planned_for(checked, whole, step_tokens)
+    whole = memory_of_trials(place, spec, teacher_fit)
+    step_tokens = tokens_of_step(checked, place)
+    largest, most, fit_step, untrained = planned_for(checked, whole, step_tokens)
     fit = fit_step(step_tokens)
-    main_bytes = _main_bytes(checked.space, whole, most, teacher_fit, fit)
+    main_bytes = main_memory(checked.space, whole, most, teacher_fit, fit)
     return Loaded(
         teacher=teacher,
         data=data,
@@ -191,98 +166,6 @@ def _compare_tokens(checked: Checked) -> None:
                 token_rows(folder, teacher, model)
 
 
-def trainable(checked: Checked, place: Place, line: Callable[[str], None]) -> Checked:
-    """The request without its space's optional choices, where training their students fits no machine here.
-
-    Args:
-        checked: What is asked; of a run that is resumed the choices stay as they were.
-        place: Where it runs.
-        line: Is told of it.
-    """
-    required = checked.space.required()
-    if required is checked.space or checked.stored is not None:
-        return checked
-    length = checked.sequence_length
-    teacher_fit = fit_teacher(checked.spec, stored="float32", sequence_length=length, machine=place.here)
-    memory, step_tokens = _memory(place, checked.spec, teacher_fit), _step_tokens(checked, place)
-    try:
-        _training(checked, memory, by_size(checked.space, checked.spec)[-1][1], step_tokens)
-    except InputError as error:
-        line(f"the largest students are left out: {error}")
-        return replace(checked, space=required)
-    return checked
-
-
-def _planned_for(
-    checked: Checked, memory: TrialMemory, step_tokens: int
-) -> tuple[tuple[Strategy, ModelSpec], int, Callable[[int], TrainingFit], str]:
-    """The student that a plan is made for, the most weights of any that is trained, how steps of so many tokens train
-    it, and why others are not trained.
-
-    It is the largest, with all that a trial may train it by; where that fits no machine here, it is what takes most of
-    what does, and each strategy is asked for itself once it is proposed.
-
-    Raises:
-        InputError: Nothing of the space can be trained.
-    """
-    length, largest = checked.sequence_length, by_size(checked.space, memory.teacher)[-1]
-    every = partial(_training, checked, memory, largest[1])
-    try:
-        every(step_tokens)
-    except InputError as error:
-        strategy, student, most = most_demanding(
-            checked.space, memory, sequence_length=length, sequences=step_tokens // length
-        )
-
-        def one(tokens: int) -> TrainingFit:
-            return memory.fit(strategy, student, sequence_length=length, sequences=tokens // length)
-
-        return (strategy, student), most, one, f"what cannot be trained here is rejected when it is proposed: {error}"
-    return largest, largest[1].parameters, every, ""
-
-
-def _training(checked: Checked, memory: TrialMemory, largest: ModelSpec, step_tokens: int) -> TrainingFit:
-    """How the largest student of the space is trained where trials run, in steps of so many tokens.
-
-    Raises:
-        InputError: It cannot be.
-    """
-    space, spec, length = checked.space, memory.teacher, checked.sequence_length
-    return fit_training(
-        largest,
-        teacher=spec,
-        alignments=_alignments(space, spec),
-        lora=_lora(space, spec, largest),
-        train_embeddings=any(recipe.train_embeddings for recipe in _recipes(space, spec, "train_embeddings")),
-        sequence_length=length,
-        sequences=step_tokens // length,
-        limit_bytes=memory.limit_bytes - memory.beside_bytes(space.signal_cases()),
-        processes=memory.processes,
-        bf16=memory.bf16,
-        on_grid=_on_grid(space, spec),
-        device=memory.device,
-        threads=memory.threads,
-    )
-
-
-def _step_tokens(checked: Checked, place: Place) -> int:
-    """Tokens of an optimiser step: asked for, stored, or else a sequence for each process, the least there can be.
-
-    Raises:
-        InputError: They do not divide over the processes of a trial.
-    """
-    length, processes = checked.sequence_length, place.share.processes
-    tokens = checked.request.step_tokens or processes * length
-    if checked.stored:
-        tokens = checked.stored["plan"]["batch_tokens"]
-    if tokens % (processes * length):
-        raise InputError(
-            f"a step of {tokens} tokens does not divide over the {processes} processes of a trial: give --step-tokens "
-            f"a multiple of {processes * length}"
-        )
-    return tokens
-
-
 def _own_templates(
     checked: Checked, teacher: Path, pretrained: Mapping[str, Path]
 ) -> tuple[dict[str, Template], dict[str, str]]:
@@ -304,7 +187,7 @@ def _own_templates(
             )
     if own:
         paths = {"init", "init.model", "distillation", "distillation.attention"}
-        for strategy in checked.space.cases(paths, 1) if checked.space.dimensions else checked.space.baselines.values():
+        for strategy in cases(checked.space, paths, 1):
             check_rendering(strategy, own)
     return own, refused
 
@@ -329,7 +212,7 @@ def _check_sayable(
         InputError: Names such a token.
     """
     paths = {"init", "init.model", "distillation", "distillation.train_embeddings"}
-    strategies = checked.space.cases(paths, 1) if checked.space.dimensions else checked.space.baselines.values()
+    strategies = cases(checked.space, paths, 1)
     frozen = {one.init.model for one in strategies if one.init.model and not one.distillation.train_embeddings}
     for model in sorted(frozen):
         train = load_split(data.folder, "train", renderings.get(model, ""))
@@ -370,67 +253,3 @@ def _told_of(model: str, info: RenderingInfo) -> str:
     )
     theirs, own = info.ends
     return note if theirs == own else f"{note}; where the teacher ends an answer with {theirs}, it does with {own}"
-
-
-def _memory(place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> TrialMemory:
-    """The memory of a process of a trial while no other is beside it on a machine's cores."""
-    limit = _trial_memory(place)
-    return TrialMemory(
-        limit_bytes=limit,
-        share_bytes=limit,
-        device="cuda" if any(machine.gpus for machine in place.machines) else "cpu",
-        threads=place.share.threads or 1,
-        processes=place.share.processes,
-        bf16=train_in_bf16(place.machines),
-        teacher=spec,
-        held_bytes=teacher_fit.held_bytes,
-    )
-
-
-def _trial_memory(place: Place) -> int:
-    """Bytes that a process of a trial may take: of a machine, or its share of a GPU."""
-    gpus = [gpu.memory_bytes for machine in place.machines for gpu in machine.gpus]
-    if not gpus:
-        return min(machine.memory_bytes for machine in place.machines)
-    return min(gpus) if place.share.gpus == 1 else share_bytes(min(gpus), place.share.gpus)
-
-
-def _main_bytes(space: Space, memory: TrialMemory, most: int, teacher_fit: TeacherFit, fit: TrainingFit) -> int:
-    """Main memory of a process of a trial: of training and a teacher in it, or by a GPU of teacher and student.
-
-    A student has no more weights than `most`.
-    """
-    if memory.device == "cpu":
-        return fit.total_bytes + memory.beside_bytes(space.signal_cases())
-    stored = (4 if teacher_fit.stored == "float32" else 2) * memory.teacher.parameters
-    return stored + 4 * most + TRANSFORMERS_PROCESS_BYTES
-
-
-def _recipes(space: Space, spec: ModelSpec, *fields: str) -> Iterator[Distillation]:
-    """Of the space, with all that these fields may be."""
-    paths = {"distillation", *(f"distillation.{name}" for name in fields)}
-    # Without dimensions nothing is proposed, and the baselines are all there is.
-    strategies = space.cases(paths, spec.layers) if space.dimensions else iter(space.baselines.values())
-    return (strategy.distillation for strategy in strategies)
-
-
-def _on_grid(space: Space, spec: ModelSpec) -> bool:
-    """Whether a trial of the space may be trained on a grid."""
-    strategies = space.cases({"finishing"}, spec.layers) if space.dimensions else space.baselines.values()
-    return any(strategy.finishing is not None for strategy in strategies)
-
-
-def _lora(space: Space, spec: ModelSpec, student: ModelSpec) -> Lora | None:
-    """The low-rank changes of a trial that take most memory; None where a trial trains the weights themselves."""
-    found = {recipe.lora for recipe in _recipes(space, spec, "lora", "lora.rank", "lora.layers")}
-    changes = [lora for lora in found if lora is not None]
-    if len(changes) < len(found):
-        return None
-    return max(changes, key=lambda lora: lora.rank * sum(sum(item.shape) for item in adapted_tensors(student, lora)))
-
-
-def _alignments(space: Space, spec: ModelSpec) -> set[tuple[Alignment | None, Attention | None]]:
-    """All that a trial of the space may align, as far as its memory depends on it."""
-    fields = ("", ".layers", ".count", ".projection", ".rank", ".kind")
-    recipes = _recipes(space, spec, *(f"{part}{name}" for part in ("alignment", "attention") for name in fields))
-    return {(recipe.alignment, recipe.attention) for recipe in recipes}

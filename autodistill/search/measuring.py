@@ -28,7 +28,7 @@ from autodistill.search.pace import measure_speed, moving_seconds
 from autodistill.search.plan import ENOUGH_STEPS, check_box, make_plan, step_sequences
 from autodistill.search.possible import by_size
 from autodistill.search.teacher_outputs import most_cached
-from autodistill.strategy import Deployment, Strategy
+from autodistill.strategy import IN_16_BITS, Strategy
 from autodistill.token_sets import load_split
 from autodistill.units import format_bytes
 
@@ -275,7 +275,6 @@ def _time_asked(
     give_back_memory()
     model = teacher.to(loaded.device)
     data = load_split(loaded.data.folder, "validation").head(checked.sequence_length)
-    full = Deployment(runtime="transformers", format="huggingface", bits=16, group_size=0)
     threads = torch.get_num_threads()
     torch.set_num_threads(loaded.workers.threads)
     fixed = scaled = 0.0
@@ -287,7 +286,7 @@ def _time_asked(
         evaluation, _ = evaluate(
             model,
             loaded.spec,
-            full,
+            IN_16_BITS,
             data,
             None,
             budget=checked.request.budget,

@@ -19,10 +19,11 @@ from autodistill.records.store import RunFolder
 from autodistill.search.asked import moved
 from autodistill.search.checked import Checked
 from autodistill.search.expected import Speed
-from autodistill.search.loading import Loaded, Place, load
+from autodistill.search.loading import Loaded, load
 from autodistill.search.measuring import plan_from_measurement
 from autodistill.search.plan import extend, more_trials
 from autodistill.search.progress import Clock, Observer
+from autodistill.search.share import Place
 from autodistill.search.teacher_outputs import check_cache_limit, teacher_phase
 from autodistill.search.trials import Question
 from autodistill.search.warm_start import WarmStart, check_fingerprints, steps_differ, warm_start

@@ -1,4 +1,4 @@
-"""Asynchronous successive halving with pause and promotion, as a pure object: reports in, three words out."""
+"""Asynchronous successive halving with pause and promotion, as a pure object: reports in, decisions out."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ class SuccessiveHalving:
     the best are those of the first fronts, as `best_first` orders them.
 
     Args:
-        trials: Number that will be proposed, exempt ones not counted.
+        trials: Number that will be proposed.
         rungs: Training tokens at which a trial reports, ascending.
         keep: How many trials may go past each rung but the last.
         direction: Whether more or less of the reported value is better.
-        exempt: Trials that are never paused and take nobody's place: baselines.
         further: The same of each further value that is reported, where several count.
 
     Raises:
@@ -36,7 +35,6 @@ class SuccessiveHalving:
         rungs: Sequence[int],
         keep: Sequence[int],
         direction: Direction = "max",
-        exempt: Collection[str] = (),
         further: Sequence[Direction] = (),
     ) -> None:
         if not rungs or list(rungs) != sorted(set(rungs)):
@@ -49,7 +47,6 @@ class SuccessiveHalving:
         self.rungs = tuple(rungs)
         self.keep = tuple(keep)
         self.direction = direction
-        self.exempt = frozenset(exempt)
         self._arriving = arriving
         self._signs = [-1.0 if way == "max" else 1.0 for way in (direction, *further)]
         # At each rung what every trial costs, or None where a value is missing.
@@ -71,7 +68,7 @@ class SuccessiveHalving:
         feasible: bool = True,
         further: Sequence[float | None] = (),
     ) -> Decision:
-        """Takes the value of a trial at a rung: STOP when it is complete, else PAUSE, or CONTINUE where it is exempt.
+        """Takes the value of a trial at a rung: STOP when it is complete, else PAUSE.
 
         Args:
             trial_id: Any name.
@@ -94,9 +91,7 @@ class SuccessiveHalving:
         costs = tuple(sign * item for sign, item in zip(self._signs, known, strict=False))
         self._reports[rung][trial_id] = costs if usable else None
         self._ranks.pop(rung, None)
-        if rung == self.last:
-            return Decision.STOP
-        return Decision.CONTINUE if trial_id in self.exempt else Decision.PAUSE
+        return Decision.STOP if rung == self.last else Decision.PAUSE
 
     def discard(self, trial_id: str) -> None:
         """Takes a trial out that failed or was stopped: it is not promoted, and the place it took is free again."""
@@ -135,11 +130,6 @@ class SuccessiveHalving:
         ranked = self._ranked(rung)
         return ranked[places - 1] if 0 < places <= len(ranked) else None
 
-    def paused(self, in_flight: Collection[str]) -> tuple[str, ...]:
-        """Trials that wait at a rung, promotable or not: what must be stopped when a search ends."""
-        ended = self._discarded | self.exempt | set(self._reports[self.last])
-        return tuple(sorted(set(self._reports[0]) - ended - set(in_flight)))
-
     def promotable(self, in_flight: Collection[str]) -> set[str]:
         """Trials that wait at a rung with a place left above it for them, as the reports stand."""
         found: set[str] = set()
@@ -151,17 +141,16 @@ class SuccessiveHalving:
     def _ranked(self, rung: int) -> list[str]:
         """Usable trials at a rung, the best first, ties by name."""
         if rung not in self._ranks:
-            out = self._discarded | self.exempt
             reports = self._reports[rung].items()
             self._ranks[rung] = best_first(
-                {trial: costs for trial, costs in reports if costs is not None and trial not in out}
+                {trial: costs for trial, costs in reports if costs is not None and trial not in self._discarded}
             )
         return self._ranks[rung]
 
     def _moved_on(self, rung: int, in_flight: Collection[str]) -> set[str]:
         """Trials that left a rung upwards, discarded ones not counted."""
         left = set(self._reports[rung + 1]) | (set(in_flight) & set(self._reports[rung]))
-        return left - self._discarded - self.exempt
+        return left - self._discarded
 
     def _waiting(self, rung: int, in_flight: Collection[str]) -> list[str]:
         moved = self._moved_on(rung, in_flight)
@@ -173,13 +162,12 @@ class SuccessiveHalving:
             return None
         if closed:
             return waiting[0]
-        reported = len(set(self._reports[rung]) - self.exempt)
-        share = reported * self.keep[rung] // self._arriving[rung]
+        share = len(self._reports[rung]) * self.keep[rung] // self._arriving[rung]
         return waiting[0] if waiting[0] in self._ranked(rung)[:share] else None
 
     def _arrivals_over(self, rung: int, in_flight: Collection[str]) -> bool:
         """Whether, with all trials proposed, none is under way to `rung` or may yet be promoted towards it."""
         here = set(self._reports[rung])
-        if any(trial not in here for trial in set(in_flight) - self.exempt):
+        if any(trial not in here for trial in in_flight):
             return False
         return all(self._candidate(below, in_flight, closed=True) is None for below in range(rung))

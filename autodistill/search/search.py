@@ -17,11 +17,11 @@ from autodistill.hardware import detect_for_training
 from autodistill.records.choice import contenders
 from autodistill.records.differences import differences
 from autodistill.records.json_files import read_json, write_json
-from autodistill.records.leaderboard import rank, rows_of, to_parquet
+from autodistill.records.leaderboard import rank
 from autodistill.records.lease import Lease
 from autodistill.records.objectives import front
 from autodistill.records.report import write_report
-from autodistill.records.row import Row
+from autodistill.records.row import Row, rows_of, to_parquet
 from autodistill.records.saved import saved
 from autodistill.records.sessions import SignsOfLife, by_phase, last_ended, lasted
 from autodistill.records.store import RunFolder
@@ -33,13 +33,14 @@ from autodistill.search.failures import is_disk_full
 from autodistill.search.finish import Finish, finish
 from autodistill.search.finisher import Finisher
 from autodistill.search.inline_runner import run_inline
-from autodistill.search.loading import Place, load, trainable
+from autodistill.search.loading import load
+from autodistill.search.means import trainable
 from autodistill.search.measuring import plan_from_measurement
 from autodistill.search.prepare import Planned, Ready, plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest
 from autodistill.search.sampler import Sampler
-from autodistill.search.share import check_share
+from autodistill.search.share import Place, check_share
 from autodistill.search.shortfall import shortfall
 from autodistill.search.supplies import send
 from autodistill.search.teacher_outputs import cache_settings, calibration_file, check_cache_limit
@@ -416,7 +417,6 @@ def _result(
 ) -> dict[str, Any]:
     """The search's one JSON document."""
     ranked = rank(contenders(rows), checked.metric, checked.direction)
-    trials = campaign.trials.values()
     short = _short_of_the_end(finished.best, checked.request, run, plan)
     notes = [*told, *plan.notes, *short, *finished.notes, *shortfall(campaign, plan)]
     return {
@@ -427,16 +427,8 @@ def _result(
         "front": [row.to_json() for row in front(rows, checked.objectives)],
         "baseline": next((one.row.to_json() for one in ranked if one.row.kind == "baseline"), None),
         "teacher": [one.row.to_json() for one in ranked if one.row.kind == "teacher"],
-        "rejected": [
-            {"trial": trial.task.id, "strategy": trial.task.strategy.to_json(), "reason": trial.reason}
-            for trial in trials
-            if trial.status is Status.REJECTED
-        ],
-        "failed": [
-            {"trial": trial.task.id, "strategy": trial.task.strategy.to_json(), "reason": trial.reason}
-            for trial in trials
-            if trial.status is Status.FAILED
-        ],
+        "rejected": _without_student(campaign, Status.REJECTED),
+        "failed": _without_student(campaign, Status.FAILED),
         "test": [row.to_json() for row in finished.test],
         "gain_on_test": finished.gain,
         "differences_on_test": [item.to_json() for item in differences(finished.test)],
@@ -449,6 +441,15 @@ def _result(
         "notes": notes,
         "paths": {"run": str(run.path), **{name: str(path) for name, path in finished.paths.items()}},
     }
+
+
+def _without_student(campaign: Campaign, status: Status) -> list[dict[str, Any]]:
+    """The trials that ended so, each with its strategy and the reason."""
+    return [
+        {"trial": trial.task.id, "strategy": trial.task.strategy.to_json(), "reason": trial.reason}
+        for trial in campaign.trials.values()
+        if trial.status is status
+    ]
 
 
 def _short_of_the_end(best: Row, request: SearchRequest, run: RunFolder, plan: Plan) -> list[str]:

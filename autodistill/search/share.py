@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autodistill.errors import InputError
-from autodistill.hardware import Machine
+from autodistill.hardware import Machine, detect_for_training
 
 # On a CPU more workers than this were not seen to train more tokens in all.
 _MOST_WORKERS = 8
@@ -26,6 +26,27 @@ class Share:
     processes: int = 1
     gpus: float = 1.0
     threads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a search runs.
+
+    Attributes:
+        here: This machine.
+        machines: Those that trials run on: this one, or the nodes of a cluster.
+        share: What of them each trial is given.
+    """
+
+    here: Machine
+    machines: tuple[Machine, ...]
+    share: Share
+
+    @classmethod
+    def alone(cls) -> Place:
+        """This machine, each trial in one process."""
+        here = detect_for_training()
+        return cls(here=here, machines=(here,), share=Share())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +25,10 @@ from autodistill.evaluation import evaluate
 from autodistill.evaluators.command import NAME as COMMAND
 from autodistill.evaluators.command import Command
 from autodistill.records.differences import paired
-from autodistill.records.leaderboard import rows_of
-from autodistill.records.row import Row
+from autodistill.records.row import Row, rows_of
 from autodistill.records.store import RunFolder
 from autodistill.search.asked import Asked
+from autodistill.search.cases import alignment_cases, attention_cases, signal_cases
 from autodistill.search.checked import Checked
 from autodistill.search.loading import Loaded
 from autodistill.search.plan import fewest_tokens
@@ -63,7 +64,7 @@ def cache_settings(space: Space, spec: ModelSpec, bf16: bool, calibration: Path 
     importance = Calibration.load(calibration) if calibration else None
     cases = [
         (kept_layers(init, spec.layers, importance), item)
-        for init, item in space.alignment_cases(spec.layers)
+        for init, item in alignment_cases(space, spec.layers)
         if importance is not None or not init.by_influence
     ]
     states = {
@@ -73,9 +74,9 @@ def cache_settings(space: Space, spec: ModelSpec, bf16: bool, calibration: Path 
         for pair in layer_map(alignment, kept, spec.layers)
     }
     # A layer's attention is computed from its input, the output of the layer before.
-    followed = {teacher_layer(attention, spec.layers) for attention in space.attention_cases(spec.layers)}
+    followed = {teacher_layer(attention, spec.layers) for attention in attention_cases(space, spec.layers)}
     states |= {layer - 1 for layer in followed if layer > 0}
-    return CacheSettings.for_recipes(space.signal_cases(), states, bf16)
+    return CacheSettings.for_recipes(signal_cases(space), states, bf16)
 
 
 def check_cache_limit(checked: Checked, loaded: Loaded) -> None:
@@ -129,79 +130,89 @@ def teacher_phase(
     earlier: list[dict[str, Any]],
 ) -> TrialSetting:
     """Caches the teacher's outputs, scores it, and writes its rows under each deployment."""
-    request, device = checked.request, loaded.device
-    train = load_split(loaded.data.folder, "train").head(plan.most_tokens)
-    validation = load_split(loaded.data.folder, "validation").head(plan.eval_tokens)
     with clock.phase("cache", "calibration"):
         calibration = calibration_file(checked, loaded)
     # A machine that only emulates bfloat16, which may take many times as long, makes them in float32 for any trials.
     settings = cache_settings(checked.space, loaded.spec, plan.bf16 and loaded.bf16, calibration)
-    cache = None
-    if not settings.empty:
-        with clock.phase("cache", "teacher cache"):
-            make = partial(
-                ensure_cache,
-                loaded.load_teacher,
-                teacher_fingerprint=loaded.outputs_of,
-                data_fingerprint=loaded.data.fingerprint,
-                data=train,
-                vocabulary=loaded.spec.vocabulary,
-                width=loaded.spec.width,
-                settings=settings,
-                root=request.cache / "teacher-outputs",
-                limit_bytes=request.cache_limit_bytes,
-                device=device,
-            )
-            # Another search may make room just between the two.
-            while not run.hold((cache := make()) / META):
-                pass
-    model = None
-    reference_file, accuracy_key = run.path / "teacher_reference.npz", "teacher_accuracy"
-    accuracy = next((event[accuracy_key] for event in earlier if event["event"] == "teacher"), None)
-    if accuracy is None or not reference_file.exists():
-        with clock.phase("evaluate", "scoring the teacher"):
-            model = loaded.load_teacher(device)
-            scores, reference = refer(model, validation, device=device)
-            reference.save(reference_file)
-            accuracy = float(scores.correct.mean())
-            run.events.append(
-                {"event": "teacher", accuracy_key: accuracy, "tokens": len(reference.top1), "time": time.time()}
-            )
+    cache = None if settings.empty else _cache(checked, loaded, settings, plan, run, clock)
+    validation = load_split(loaded.data.folder, "validation").head(plan.eval_tokens)
+    # Only where something is to be scored, and once.
+    teacher = functools.cache(partial(loaded.load_teacher, loaded.device))
+    reference = run.path / "teacher_reference.npz"
     setting = TrialSetting(
         teacher=loaded.teacher.folder,
         teacher_spec=loaded.spec,
-        teacher_reference=reference_file,
-        teacher_accuracy=accuracy,
+        teacher_reference=reference,
+        teacher_accuracy=_accuracy(teacher, reference, validation, loaded.device, run, clock, earlier),
         data=loaded.data.folder,
         cache=cache,
         checkpoints=run.checkpoints,
-        budget=request.budget,
+        budget=checked.request.budget,
         plan=plan,
         evaluators=_evaluators(checked.asked),
         metric=checked.metric,
         direction=checked.direction,
-        device=device,
+        device=loaded.device,
         calibration=calibration,
         pretrained=loaded.pretrained,
         held=loaded.teacher_fit.held,
         renderings=loaded.renderings,
     )
-    setting = replace(setting, evaluators=_expecting(setting.evaluators, rows_of(earlier), validation))
-    done = {row.deployment_name for row in rows_of(earlier) if row.kind == "teacher" and row.split == "validation"}
+    rows = [row for row in rows_of(earlier) if row.kind == "teacher" and row.split == "validation"]
+    setting = replace(setting, evaluators=_expecting(setting.evaluators, rows, validation))
+    done = {row.deployment_name for row in rows}
     for deployment in holdable(loaded.spec, checked.space.deployments):
         if deployment.name in done:
             continue
         with clock.phase("evaluate", f"teacher as {deployment.name}"):
-            model = model or loaded.load_teacher(device)
-            reference = TeacherReference.load(reference_file)
-            try:
-                row = teacher_row(model, deployment, setting, "validation", validation, reference, checked.device)
-            except TrialFailedError as error:
-                name = deployment.name
-                raise InputError(f"the teacher as {name} cannot be measured ({error.cause}): {error}") from error
+            row = _teacher_row(teacher(), deployment, setting, validation, checked.device)
             run.events.append({"event": "row", "row": row.to_json(), "time": time.time()})
             setting = replace(setting, evaluators=_expecting(setting.evaluators, [row], validation))
     return setting
+
+
+def _cache(checked: Checked, loaded: Loaded, settings: CacheSettings, plan: Plan, run: RunFolder, clock: Clock) -> Path:
+    """Folder of the teacher's outputs, made if it is not there, which the run holds from then on."""
+    with clock.phase("cache", "teacher cache"):
+        make = partial(
+            ensure_cache,
+            loaded.load_teacher,
+            teacher_fingerprint=loaded.outputs_of,
+            data_fingerprint=loaded.data.fingerprint,
+            data=load_split(loaded.data.folder, "train").head(plan.most_tokens),
+            vocabulary=loaded.spec.vocabulary,
+            width=loaded.spec.width,
+            settings=settings,
+            root=checked.request.cache / "teacher-outputs",
+            limit_bytes=checked.request.cache_limit_bytes,
+            device=loaded.device,
+        )
+        # Another search may make room just between the two.
+        while not run.hold((cache := make()) / META):
+            pass
+    return cache
+
+
+def _accuracy(
+    teacher: Callable[[], Any],
+    reference_file: Path,
+    validation: TokenSet,
+    device: str,
+    run: RunFolder,
+    clock: Clock,
+    earlier: Sequence[Mapping[str, Any]],
+) -> float:
+    """The teacher's accuracy, as it is or as it was scored before; a file has what is kept of it for comparisons."""
+    found = next((event["teacher_accuracy"] for event in earlier if event["event"] == "teacher"), None)
+    if found is not None and reference_file.exists():
+        return float(found)
+    with clock.phase("evaluate", "scoring the teacher"):
+        scores, reference = refer(teacher(), validation, device=device)
+        reference.save(reference_file)
+        accuracy = float(scores.correct.mean())
+        said = {"teacher_accuracy": accuracy, "tokens": len(reference.top1)}
+        run.events.append({"event": "teacher", **said, "time": time.time()})
+    return accuracy
 
 
 def _evaluators(asked: Asked) -> tuple[str | Evaluator, ...]:
@@ -211,8 +222,8 @@ def _evaluators(asked: Asked) -> tuple[str | Evaluator, ...]:
 def _expecting(
     evaluators: tuple[str | Evaluator, ...], rows: Sequence[Row], data: TokenSet
 ) -> tuple[str | Evaluator, ...]:
-    """The evaluators, of which a command is held to as many scores as it printed for the teacher."""
-    found = [paired(row, COMMAND) for row in rows if row.kind == "teacher" and row.split == "validation"]
+    """The evaluators, of which a command is held to as many scores as it printed for the teacher, in its rows."""
+    found = [paired(row, COMMAND) for row in rows]
     given = len(data.tokens) if data.questions is None else len(data.questions.entries)
     counts = [sum(documents["count"]) for documents in found if documents]
     if not counts:
@@ -222,30 +233,34 @@ def _expecting(
     )
 
 
-def teacher_row(
+def _teacher_row(
     model: Any,
     deployment: Deployment,
     setting: TrialSetting,
-    split: str,
-    data: Any,
-    reference: TeacherReference,
-    served_on: Device | None = None,
+    validation: TokenSet,
+    served_on: Device | None,
 ) -> Row:
-    """The unmodified teacher under one deployment."""
-    evaluation, _ = evaluate(
-        model,
-        setting.teacher_spec,
-        deployment,
-        data,
-        reference,
-        budget=setting.budget,
-        evaluators=setting.evaluators,
-        metric=setting.metric,
-        device=setting.device,
-        split=split,
-        share=setting.plan.example_share,
-        tokenizer=setting.teacher,
-    )
+    """The unmodified teacher under one deployment.
+
+    Raises:
+        InputError: It cannot be measured so, by a person's command say.
+    """
+    try:
+        evaluation, _ = evaluate(
+            model,
+            setting.teacher_spec,
+            deployment,
+            validation,
+            TeacherReference.load(setting.teacher_reference),
+            budget=setting.budget,
+            evaluators=setting.evaluators,
+            metric=setting.metric,
+            device=setting.device,
+            share=setting.plan.example_share,
+            tokenizer=setting.teacher,
+        )
+    except TrialFailedError as error:
+        raise InputError(f"the teacher as {deployment.name} cannot be measured ({error.cause}): {error}") from error
     return make_row(
         evaluation,
         trial="teacher",
@@ -254,7 +269,7 @@ def teacher_row(
         strategy=None,
         spec=setting.teacher_spec,
         status=Status.COMPLETED,
-        split=split,
+        split="validation",
         budget=setting.budget,
         plan=setting.plan,
         train_tokens=0,

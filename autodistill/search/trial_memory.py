@@ -13,7 +13,7 @@ from autodistill.contracts import ModelSpec, Plan
 from autodistill.errors import InputError
 from autodistill.space import Point, Space
 from autodistill.strategy import Distillation, Strategy
-from autodistill.training_fit import TrainingFit, fit_training, training_fits
+from autodistill.training_fit import Training, TrainingFit, fit_training, training_fits
 from autodistill.training_memory import beside_bytes
 from autodistill.units import format_bytes
 
@@ -91,19 +91,14 @@ class TrialMemory:
         """Of the teacher in a trial, which lies beside the student: all of it, its head, or nothing."""
         return beside_bytes(recipes, self.teacher, bf16=self.bf16, held_bytes=self.held_bytes)
 
-    def fit(self, strategy: Strategy, spec: ModelSpec, *, sequence_length: int, sequences: int) -> TrainingFit:
+    def fit(self, strategy: Strategy, spec: ModelSpec, sequence_length: int, sequences: int) -> TrainingFit:
         """The fastest way to train one strategy alone, in steps of so many sequences.
 
         Raises:
             InputError: There is none, as `fit_training`.
         """
-        return fit_training(
-            spec,
-            sequence_length=sequence_length,
-            sequences=sequences,
-            limit_bytes=self.limit_bytes - self.beside_bytes([strategy.distillation]),
-            **self.of(strategy),
-        )
+        training = self.training(strategy, spec, sequence_length, sequences)
+        return fit_training(training, self.limit_bytes - self.beside_bytes([strategy.distillation]))
 
     def need(self, strategy: Strategy, spec: ModelSpec, plan: Plan) -> TrainingNeed:
         """What a strategy's own training takes by the plan's means, and with how many sequences at once it fits.
@@ -117,16 +112,9 @@ class TrialMemory:
             plan: Has steps and means.
         """
         beside = self.beside_bytes([strategy.distillation])
-        ways = list(
-            training_fits(
-                spec,
-                sequence_length=plan.sequence_length,
-                sequences=plan.batch_tokens // plan.sequence_length,
-                means=[(plan.checkpointing, plan.optimizer_state)],
-                at_once=plan.micro_batch,
-                **self.of(strategy),
-            )
-        )
+        training = self.training(strategy, spec, plan.sequence_length, plan.batch_tokens // plan.sequence_length)
+        means = [(plan.checkpointing, plan.optimizer_state)]
+        ways = list(training_fits(training, means=means, at_once=plan.micro_batch))
         least = ways[-1]
         held = [way for way in ways if way.total_bytes + beside <= self.share_bytes]
         safe = (way for way in held if way.safe_bytes(self.device) + beside <= self.limit_bytes)
@@ -156,24 +144,27 @@ class TrialMemory:
             parts.append("a machine with more memory")
         return f"{', or '.join(parts)} would help"
 
-    def of(self, strategy: Strategy) -> dict[str, Any]:
-        """What `training_fits` is to know of a strategy and of where it runs."""
+    def training(self, strategy: Strategy, spec: ModelSpec, sequence_length: int, sequences: int) -> Training:
+        """The training of one strategy's student where trials run, in steps of so many sequences."""
         recipe = strategy.distillation
-        return {
-            "teacher": self.teacher,
-            "alignments": [(recipe.alignment, recipe.attention)],
-            "lora": recipe.lora,
-            "train_embeddings": recipe.train_embeddings,
-            "processes": self.processes,
-            "bf16": self.bf16,
-            "on_grid": strategy.finishing is not None,
-            "device": self.device,
-            "threads": self.threads,
-        }
+        return Training(
+            spec=spec,
+            sequence_length=sequence_length,
+            sequences=sequences,
+            teacher=self.teacher,
+            alignments=[(recipe.alignment, recipe.attention)],
+            lora=recipe.lora,
+            train_embeddings=recipe.train_embeddings,
+            processes=self.processes,
+            bf16=self.bf16,
+            on_grid=strategy.finishing is not None,
+            device=self.device,
+            threads=self.threads,
+        )
 
 
 def most_demanding(
-    space: Space, memory: TrialMemory, *, sequence_length: int, sequences: int
+    space: Space, memory: TrialMemory, sequence_length: int, sequences: int
 ) -> tuple[Strategy, ModelSpec, int]:
     """Of what can be trained of a space where not all can, the strategy that takes most, its student, and most weights.
 
@@ -188,14 +179,13 @@ def most_demanding(
     Raises:
         InputError: Nothing can be trained; says what takes least, and how much.
     """
-    steps: dict[str, Any] = {"sequence_length": sequence_length, "sequences": sequences}
     found: list[tuple[int, Strategy, ModelSpec]] = []
     least: tuple[int, Strategy, InputError] | None = None
     for strategy, student in _examples(space, memory.teacher):
-        ways = training_fits(student, **steps, **memory.of(strategy))
+        ways = training_fits(memory.training(strategy, student, sequence_length, sequences))
         need = min(way.total_bytes for way in ways) + memory.beside_bytes([strategy.distillation])
         try:
-            memory.fit(strategy, student, **steps)
+            memory.fit(strategy, student, sequence_length, sequences)
             found.append((need, strategy, student))
         except InputError as error:
             least = min(least or (need, strategy, error), (need, strategy, error), key=lambda one: one[0])

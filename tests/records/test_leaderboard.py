@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,16 +15,14 @@ from autodistill.device_files import devices
 from autodistill.device_lookup import find_device
 from autodistill.errors import InputError
 from autodistill.records.leaderboard import (
-    Row,
-    best,
     limits_of,
     nearest,
-    paired_bootstrap,
     pareto,
     rank,
     rank_students,
     rests_on,
 )
+from autodistill.records.row import Row
 from autodistill.units import parse_latency
 
 
@@ -74,7 +71,6 @@ def test_a_missing_metric_never_ranks_first(missing: float | None, direction: An
     rows = [row("missing", perplexity=missing), row("a", perplexity=20.0), row("b", perplexity=30.0, feasible=False)]
     for order in itertools.permutations(rows):
         assert names(list(order), "perplexity", direction) == ["a", "b", "missing"]
-    assert best([rows[0]], "perplexity", direction) is None
 
 
 def test_the_direction_decides() -> None:
@@ -95,8 +91,6 @@ def test_the_teacher_competes_but_is_no_student() -> None:
         row("student", accuracy=0.4),
     ]
     assert names(rows) == ["teacher", "initial", "baseline", "student"]
-    assert best(rows) is rows[0]
-    assert best([row("x", accuracy=1.0, feasible=False)]) is None
 
 
 def test_what_is_first_beside_the_teacher_is_the_best_student() -> None:
@@ -249,31 +243,6 @@ def test_ties_of_a_minimised_metric() -> None:
     assert [(one.row.name, one.tied) for one in ranking] == [("b", True), ("a", True), ("c", False)]
     assert ranking[0].difference == pytest.approx(0.005)
     assert ranking[0].difference_stderr == pytest.approx(0.0076 * 1.321, rel=0.1)
-
-
-def test_the_bootstrap_agrees_with_brute_force_and_with_the_closed_form() -> None:
-    generator = np.random.default_rng(7)
-    few = math.sqrt(30 / 29) * scipy.stats.t.ppf(scipy.stats.norm.cdf(1), 29)
-    counts = generator.integers(20, 200, 30).astype(float)
-    gaps = generator.normal(1, 8, (3, 30))
-    estimates, errors = paired_bootstrap(gaps, counts)
-    for gap, estimate, error in zip(gaps, estimates, errors, strict=True):
-        draws = []
-        for _ in range(4000):
-            picked = [generator.integers(30) for _ in range(30)]
-            draws.append(sum(gap[p] for p in picked) / sum(counts[p] for p in picked))
-        assert estimate == pytest.approx(sum(gap) / sum(counts))
-        assert error == pytest.approx(few * np.std(draws, ddof=1), rel=0.1)
-    # For documents of one length the standard error of the mean is sqrt(population variance / n) and what few make up.
-    _, equal = paired_bootstrap(gaps, np.full(30, 50.0))
-    assert equal == pytest.approx(few * gaps.std(axis=1) / 50 / math.sqrt(30), rel=0.1)
-
-
-def test_the_bootstrap_does_not_depend_on_what_else_is_compared() -> None:
-    gaps = np.random.default_rng(0).normal(size=(600, 12))
-    counts = np.arange(1.0, 13)
-    alone = [paired_bootstrap(gap[None], counts)[1][0] for gap in gaps[::100]]
-    assert paired_bootstrap(gaps, counts)[1][::100] == pytest.approx(alone)
 
 
 @settings(deadline=None)

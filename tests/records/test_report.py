@@ -12,7 +12,8 @@ from autodistill.device_files import devices
 from autodistill.device_lookup import find_device
 from autodistill.records import report
 from autodistill.records.json_files import write_json
-from autodistill.records.leaderboard import Row, rank
+from autodistill.records.leaderboard import rank
+from autodistill.records.row import Row
 from autodistill.records.saved import saved
 from autodistill.records.store import RunFolder
 from autodistill.testing import small_plan

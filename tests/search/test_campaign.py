@@ -22,7 +22,7 @@ from autodistill.device_lookup import find_device
 from autodistill.distillation.schedule import branch_point
 from autodistill.distillation.trainer import StepRecord
 from autodistill.errors import AutoDistillError
-from autodistill.estimate import fits, spec_from_config, with_layers
+from autodistill.estimate import fits, resized, spec_from_config
 from autodistill.evaluation import Evaluation
 from autodistill.formats import weights_bytes
 from autodistill.records.event_log import EventLog
@@ -171,7 +171,7 @@ def test_trials_are_stopped_at_rungs_and_the_best_reach_the_end(tmp_path: Path) 
 def test_what_cannot_fit_is_recorded_with_its_reason_and_never_trained(tmp_path: Path) -> None:
     asked = question()
     needs = [
-        min(fit.need for fit in fits(with_layers(asked.teacher_spec, layers), asked.deployments, asked.budget))
+        min(fit.need for fit in fits(resized(asked.teacher_spec, range(layers)), asked.deployments, asked.budget))
         for layers in (12, 16)
     ]
     limit = sum(needs) // 2  # between the smallest and the largest student of the space
@@ -1588,7 +1588,7 @@ def test_what_trials_are_held_to_is_the_same_after_a_kill(tmp_path: Path, kept: 
 def test_what_follows_from_the_shape_of_a_rejected_strategy_is_told(tmp_path: Path) -> None:
     """Its memory, though nobody trained it; of what training decides nothing is known."""
     asked = question()
-    layers = [with_layers(asked.teacher_spec, count) for count in (12, 16)]
+    layers = [resized(asked.teacher_spec, range(count)) for count in (12, 16)]
     needs = [min(fit.need for fit in fits(spec, asked.deployments, asked.budget)) for spec in layers]
     further = (OBJECTIVES["memory"], OBJECTIVES["perplexity"], OBJECTIVES["size"])
     asked = replace(question(memory=sum(needs) // 2), further=further)
@@ -1623,8 +1623,8 @@ def test_where_better_ones_fail_a_trial_that_was_cut_short_has_their_place_and_i
     assert short
     task = search.trials["t000"].task
     while (last := scheduler.last_kept(0)) is not None and last not in short:
-        assert search._bar(Assignment(task=task, rung=0)) is not None
+        assert search._bars.of(Assignment(task=task, rung=0)) is not None
         scheduler.discard(scheduler._ranked(0)[0])
     assert last in short
-    assert search._bar(Assignment(task=task, rung=0)) is None
+    assert search._bars.of(Assignment(task=task, rung=0)) is None
     assert last in scheduler.promotable(())

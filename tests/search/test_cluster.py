@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from autodistill.contracts import ModelSpec, Plan, Status
+from autodistill.contracts import Plan, Status
 from autodistill.distillation.schedule import branch_point
 from autodistill.errors import InputError
 from autodistill.hardware import Machine, detect
@@ -32,7 +32,7 @@ from autodistill.search.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.storage import Storage, reached
 from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.training_fit import TrainingFit, training_fits
+from autodistill.training_fit import Training, TrainingFit, training_fits
 from autodistill.units import Budget
 
 
@@ -363,10 +363,10 @@ def test_a_search_over_two_nodes_with_low_rank_changes_and_eight_bit_states_find
     Of changes of rank 37 blocks of 256 values would end elsewhere in shards than they do in the whole.
     """
 
-    def smallest(spec: ModelSpec, *, limit_bytes: int, **more: Any) -> TrainingFit:
-        return list(training_fits(spec, **more))[-1]
+    def smallest(training: Training, limit_bytes: int) -> TrainingFit:
+        return list(training_fits(training))[-1]
 
-    monkeypatch.setattr("autodistill.search.loading.fit_training", smallest)
+    monkeypatch.setattr("autodistill.search.means.fit_training", smallest)
     save_tiny_teacher(tmp_path / "teacher", layers=5)
     tiny_text(tmp_path / "text", documents=30, sentences=24)
     grid = {"format": "gguf-q4_0", "bits": 4, "group_size": 32}

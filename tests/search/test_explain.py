@@ -14,12 +14,13 @@ from autodistill.budget import DeviceBudget
 from autodistill.device_files import devices
 from autodistill.device_lookup import find_device
 from autodistill.errors import InputError
-from autodistill.estimate import fits, memory, shortfall, spec_from_config
+from autodistill.estimate import fits, shortfall, spec_from_config
 from autodistill.records.json_files import write_json
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
 from autodistill.search.explain import explain
 from autodistill.search.trial_memory import TrainingNeed
+from autodistill.serving_memory import memory
 from autodistill.space import Space
 from autodistill.strategy import Deployment
 from autodistill.testing import small_plan

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from autodistill.errors import InputError, VerificationError
 from autodistill.export.gguf import GgufExporter
 from autodistill.records.json_files import write_json
-from autodistill.records.leaderboard import Row
+from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
 from autodistill.search.export_run import export_run
 from autodistill.strategy import Deployment

@@ -17,13 +17,13 @@ from autodistill.errors import InputError
 from autodistill.hardware import Gpu, Machine
 from autodistill.search.checked import Checked, check_request
 from autodistill.search.expected import Speed
-from autodistill.search.loading import Loaded, Place, _trial_memory, load
+from autodistill.search.loading import Loaded, load
 from autodistill.search.measuring import _sizes, plan_from_measurement
 from autodistill.search.outputs_pace import OutputsPace
 from autodistill.search.plan import ENOUGH_STEPS
 from autodistill.search.progress import Clock
 from autodistill.search.request import SearchRequest
-from autodistill.search.share import Share
+from autodistill.search.share import Place, Share
 from autodistill.search.teacher_outputs import teacher_phase
 from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
 from autodistill.testing import save_tiny_teacher, tiny_text
@@ -275,12 +275,6 @@ def test_beside_a_gpu_a_process_has_the_teacher_and_its_student_in_main_memory(i
         machine = replace(GPU, cpus=8, memory_bytes=int(1.01 * held * need / 0.8))
         place = Place(here=machine, machines=(machine,), share=Share(gpus=0.25))
         assert load(checked, place).workers.count == held
-
-
-def test_a_trial_that_shares_a_gpu_fits_what_its_process_may_allocate() -> None:
-    """A quarter of 100 GB, less a context of 600 MB and a quarter of the search's; a whole one, be it of several."""
-    for share, expected in ((Share(gpus=0.25), 24.25e9), (Share(), 1e11), (Share(processes=2), 1e11)):
-        assert _trial_memory(Place(here=GPU, machines=(GPU,), share=share)) == expected
 
 
 def test_a_step_that_memory_does_not_hold_is_not_timed(inputs: Path) -> None:

@@ -12,14 +12,10 @@ from hypothesis import strategies as st
 
 from autodistill.contracts import Plan
 from autodistill.errors import InputError
-from autodistill.estimate import spec_from_config
 from autodistill.search.expected import Demand, Speed, evaluation_seconds, trained_in, trial_seconds
-from autodistill.search.loading import _lora
 from autodistill.search.plan import ENOUGH_STEPS, check_box, extend, make_plan, more_trials, step_sequences
 from autodistill.search.rungs import rung_tokens
 from autodistill.search.share import Workers
-from autodistill.space import load_space, load_strategy
-from autodistill.strategy import Lora
 
 SPEED = Speed(cache=600.0, score=400.0, worker_train=180.0, worker_score=330.0)
 WORKERS = Workers(count=2, threads=1, bf16=True, device="cpu")
@@ -164,20 +160,6 @@ def test_a_step_grows_while_that_is_worth_it_and_leaves_steps_enough(
 
 def test_the_first_rung_of_enough_steps_can_tell_strategies_apart() -> None:
     assert rung_tokens(ENOUGH_STEPS * 256, 256)[0] == 24 * 256
-
-
-def test_low_rank_changes_count_where_every_trial_trains_them() -> None:
-    strategies = {name: load_strategy(name) for name in ("lora", "logit_kd")}
-    wider = replace(strategies["lora"], distillation=replace(strategies["lora"].distillation, lora=Lora(rank=32)))
-    space = replace(load_space("default"), dimensions=())
-    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 128}
-    spec = spec_from_config({"model_type": "llama", "vocab_size": 300, "max_position_embeddings": 512, **sizes})
-    for baselines, expected in (
-        ({"a": strategies["lora"]}, Lora(rank=16)),
-        ({"a": strategies["lora"], "b": wider}, Lora(rank=32)),
-        (strategies, None),
-    ):
-        assert _lora(replace(space, baselines=baselines), spec, spec) == expected
 
 
 def test_a_plan_is_extended_by_trials_that_can_be_compared_with_the_earlier_ones() -> None:

@@ -16,10 +16,11 @@ from autodistill.hardware import Machine
 from autodistill.records.json_files import write_json
 from autodistill.records.store import RunFolder
 from autodistill.search.checked import Checked, check_request
-from autodistill.search.loading import Place, load, trainable
+from autodistill.search.loading import load
+from autodistill.search.means import trainable
 from autodistill.search.possible import narrowed
 from autodistill.search.request import SearchRequest
-from autodistill.search.share import Share
+from autodistill.search.share import Place, Share
 from autodistill.space import Space, load_space
 from autodistill.strategy import Init
 from autodistill.testing import save_tiny_teacher, tiny_text

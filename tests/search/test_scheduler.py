@@ -27,15 +27,10 @@ def make(**changes):
 
 
 def test_words():
-    scheduler = make(exempt={"base"})
+    scheduler = make()
     assert scheduler.report("a", 0, 0.5) is Decision.PAUSE
     assert scheduler.report("a", 1, 0.5) is Decision.PAUSE
     assert scheduler.report("a", 2, 0.5) is Decision.STOP
-    assert [scheduler.report("base", rung, 0.1) for rung in range(3)] == [
-        Decision.CONTINUE,
-        Decision.CONTINUE,
-        Decision.STOP,
-    ]
 
 
 @given(seed=st.integers(0, 10**6), trials=st.integers(1, 12), data=st.data(), direction=st.sampled_from(["max", "min"]))
@@ -61,7 +56,7 @@ def test_in_lockstep_it_is_plain_successive_halving(seed, trials, data, directio
         assert promoted == expected[rung]
         for name in promoted:
             scheduler.report(name, rung + 1, curves[name][rung + 1])
-    assert scheduler.paused(()) == tuple(sorted(set(curves) - set(expected[1])))
+    assert scheduler.next_to_promote([], all_proposed=True) is None
 
 
 def simulate(curves, scheduler, workers, source, extra=False):
@@ -178,7 +173,6 @@ def test_without_a_value_nobody_goes_on(value, direction):
     scheduler.report("b", 0, 0.1)
     assert scheduler.next_to_promote([], all_proposed=True) == "b"
     assert scheduler.next_to_promote(["b"], all_proposed=True, extra=True) is None
-    assert scheduler.paused(["b"]) == ("a",)
 
 
 def test_infeasible_trials_do_not_go_on():
@@ -193,16 +187,6 @@ def test_a_tie_goes_to_the_first_name():
     for name in "cab":
         scheduler.report(name, 0, 0.5)
     assert scheduler.next_to_promote([], all_proposed=True) == "a"
-
-
-def test_exempt_trials_take_nobodys_place():
-    scheduler = make(trials=2, keep=(1, 1), exempt={"base"})
-    scheduler.report("base", 0, 0.9)
-    scheduler.report("a", 0, 0.5)
-    assert scheduler.next_to_promote(["base"], all_proposed=False) is None  # one of two reported: too early
-    scheduler.report("b", 0, 0.4)
-    assert scheduler.next_to_promote(["base"], all_proposed=False) == "a"
-    assert scheduler.paused(["base", "a"]) == ("b",)
 
 
 def test_a_failed_trial_frees_its_place():
@@ -226,7 +210,7 @@ def test_replaying_reports_rebuilds_it(seed):
         for name, rung, value in log:
             copy.report(name, rung, value)
         assert copy.next_to_promote(flying, all_proposed) == original.next_to_promote(flying, all_proposed)
-        assert copy.paused(flying) == original.paused(flying)
+        assert copy.promotable(flying) == original.promotable(flying)
 
 
 @given(data=st.data(), trials=st.integers(1, 10))

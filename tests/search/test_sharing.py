@@ -22,11 +22,11 @@ from autodistill.search.campaign import Campaign
 from autodistill.search.checked import Checked, check_request
 from autodistill.search.explain import explain
 from autodistill.search.inline_runner import run_inline
-from autodistill.search.loading import Place
 from autodistill.search.prepare import plan_run, prepare_trials
 from autodistill.search.progress import Clock, Observer
 from autodistill.search.request import SearchRequest
 from autodistill.search.sampler import Sampler
+from autodistill.search.share import Place
 from autodistill.stages import open_stages, stage_key
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import Budget

@@ -21,18 +21,19 @@ from autodistill.search.admission import admit, training_need
 from autodistill.search.agenda import observation
 from autodistill.search.campaign import Campaign
 from autodistill.search.checked import Checked, check_request
-from autodistill.search.loading import Place, _memory, _planned_for
+from autodistill.search.means import memory_of_trials, planned_for
 from autodistill.search.request import SearchRequest
 from autodistill.search.sampler import Sampler
 from autodistill.search.search import search
-from autodistill.search.share import Share
+from autodistill.search.share import Place, Share
 from autodistill.search.trial_memory import TrainingNeed, TrialMemory
 from autodistill.search.trials import Question, TrialState
 from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
 from autodistill.space import Space
 from autodistill.strategy import Alignment, Distillation, Init, Lora, Strategy
+from autodistill.teacher_fit import TeacherFit
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
-from autodistill.training_fit import TeacherFit, training_fits
+from autodistill.training_fit import training_fits
 from autodistill.units import Budget, format_bytes
 from tests.search.test_campaign import campaign, drive, question
 
@@ -299,7 +300,7 @@ def on_gpus(*memories: float, share: float = 1.0) -> TrialMemory:
     )
     place = Place(here=machines[0], machines=machines, share=Share(gpus=share))
     held = TeacherFit(held="float32", stored="bfloat16", weights_bytes=8 * TEACHER.parameters, pass_bytes=0)
-    return _memory(place, TEACHER, held)
+    return memory_of_trials(place, TEACHER, held)
 
 
 def test_a_plan_is_for_what_takes_most_of_what_can_be_trained(wide: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +312,7 @@ def test_a_plan_is_for_what_takes_most_of_what_can_be_trained(wide: Checked, mon
     }
     for limit in (6e9, 8e9, 12e9):
         trial = on_gpus(80e9, limit)  # it may run on either
-        (strategy, student), most, step, note = _planned_for(wide, trial, 256)
+        (strategy, student), most, step, note = planned_for(wide, trial, 256)
         # Float32 weights, two states of 16 bits, and gradients, of which the table's share is no more than the logits'
         # pass.
         fitting = [
@@ -325,7 +326,7 @@ def test_a_plan_is_for_what_takes_most_of_what_can_be_trained(wide: Checked, mon
         assert step(256).total_bytes <= limit
         assert "what cannot be trained here is rejected" in note
         assert format_bytes(limit) in note
-    (strategy, _), most, _, note = _planned_for(wide, on_gpus(80e9), 256)
+    (strategy, _), most, _, note = planned_for(wide, on_gpus(80e9), 256)
     assert (strategy.init.depth, most, note) == (1.0, TEACHER.parameters, "")
 
 
@@ -335,15 +336,15 @@ def test_the_most_weights_may_be_of_another_than_what_takes_most_memory(wide: Ch
     space = wide.space.to_json()
     space["dimensions"]["distillation.lora"] = {"choices": changes}
     made = replace(wide, space=Space.from_json(space))
-    (strategy, student), most, _, _ = _planned_for(made, on_gpus(9e9), 256)
+    (strategy, student), most, _, _ = planned_for(made, on_gpus(9e9), 256)
     assert strategy.distillation.lora is None
     assert student.parameters < most == TEACHER.parameters
 
 
 def test_a_search_is_refused_where_nothing_of_its_space_can_be_trained(wide: Checked) -> None:
     with pytest.raises(InputError, match=r"nothing of the space wide can be trained here, not even what takes least"):
-        _planned_for(wide, on_gpus(1e9), 256)
-    assert _planned_for(wide, on_gpus(24e9, share=0.5), 256)[3]
+        planned_for(wide, on_gpus(1e9), 256)
+    assert planned_for(wide, on_gpus(24e9, share=0.5), 256)[3]
     assert on_gpus(24e9, share=0.5).limit_bytes < 12e9
 
 
@@ -368,15 +369,14 @@ def test_a_search_of_which_the_largest_cannot_be_trained_goes_on_with_the_others
         runner="inline",
     )
     spec = check_request(asked).spec
-    whole = _memory
 
     def small(*given: Any) -> TrialMemory:
-        found = whole(*given)
+        found = memory_of_trials(*given)
         strategy = Strategy(init=Init(depth=0.6), distillation=Distillation(train_embeddings=True))
-        ways = training_fits(student_spec(strategy, spec), sequence_length=256, sequences=2, **found.of(strategy))
+        ways = training_fits(found.training(strategy, student_spec(strategy, spec), 256, 2))
         return replace(found, limit_bytes=min(way.total_bytes for way in ways))
 
-    monkeypatch.setattr(loading, "_memory", small)
+    monkeypatch.setattr(loading, "memory_of_trials", small)
     monkeypatch.setattr(loading, "process_bytes", lambda machines, limit, *_: limit)
     outcome = search(asked)
     assert any("what cannot be trained here is rejected" in note for note in outcome.document["plan"]["notes"])

@@ -14,7 +14,7 @@ from autodistill.contracts import Measurement, Status
 from autodistill.device_files import devices
 from autodistill.device_lookup import find_device
 from autodistill.errors import InputError
-from autodistill.estimate import spec_from_config, with_layers
+from autodistill.estimate import resized, spec_from_config
 from autodistill.evaluation import Evaluation
 from autodistill.records.json_files import write_json
 from autodistill.records.objectives import OBJECTIVES
@@ -203,7 +203,7 @@ def test_a_tighter_budget_knows_what_cannot_fit_and_values_of_what_can(tmp_path:
     earlier(tmp_path, "run")
     teacher, deployments = question().teacher_spec, question().deployments
     smaller, larger = (
-        min(memory(with_layers(teacher, layers), one, context=2048, batch=1).total_bytes for one in deployments)
+        min(memory(resized(teacher, range(layers)), one, context=2048, batch=1).total_bytes for one in deployments)
         for layers in (12, 16)
     )
     limit = (smaller + larger) // 2

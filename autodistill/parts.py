@@ -1,0 +1,97 @@
+"""Frozen values that are plain data too: read with each field checked by name and type, written out, hashed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Self
+
+from autodistill.errors import InputError
+
+
+def content_hash(data: Any, digits: int = 12) -> str:
+    """Hash of plain data, the same in every process and on every platform.
+
+    Keys are sorted, and floats are written by `repr`, which is the shortest text that reads back to the same float.
+    """
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises `InputError` with `message` unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises `InputError` unless `value` is one of those that are `allowed`."""
+    check(value in allowed, f"{name} is {value!r}; it can be {', '.join(allowed)}")
+
+
+class Part:
+    """A frozen dataclass that reads from and writes to plain data, with each field checked by name and type."""
+
+    @classmethod
+    def from_json(cls, data: Any, where: str = "") -> Self:
+        """Builds the part from plain data.
+
+        Raises:
+            InputError: An unknown or missing field, a value of another type, or a rule of the part broken.
+        """
+        where = where or cls.__name__.lower()
+        check(isinstance(data, Mapping), f"{where} must be a mapping of fields to values, not {data!r}")
+        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        hints = _hints(cls)  # type: ignore[arg-type]
+        unknown = sorted(str(key) for key in data if key not in fields)
+        check(not unknown, f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
+        values = {}
+        for name, field in fields.items():
+            if name in data:
+                values[name] = _convert(data[name], hints[name], f"{where}.{name}")
+            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                raise InputError(f"{where} lacks the field {name}")
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The part as plain data, every field written out."""
+        return typing.cast(dict[str, Any], _plain(self))
+
+
+@cache
+def _hints(part: type[Part]) -> dict[str, Any]:
+    """Types of a part's fields: Python evaluates the annotations anew for each look, and a search reads thousands."""
+    return typing.get_type_hints(part)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Checks `value` against the annotation of its field; an int is taken where a float is expected."""
+    if isinstance(hint, types.UnionType):
+        if value is None and type(None) in hint.__args__:
+            return None
+        (hint,) = (arm for arm in hint.__args__ if arm is not type(None))
+    if isinstance(hint, type) and issubclass(hint, Part):
+        return hint.from_json(value, where)
+    if typing.get_origin(hint) is tuple:
+        check(isinstance(value, list | tuple), f"{where} must be a list, not {value!r}")
+        return tuple(_convert(item, typing.get_args(hint)[0], where) for item in value)
+    if hint is float and type(value) is int:
+        value = float(value)
+    check(type(value) is hint, f"{where} must be of type {hint.__name__}, not {value!r}")
+    if hint is float:
+        check(math.isfinite(value), f"{where} must be a finite number, not {value!r}")
+    return value
