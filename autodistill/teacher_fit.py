@@ -23,7 +23,7 @@ class TeacherFit:
         held: Their type.
         stored: The type of the weights on disk.
         weights_bytes: Of the weights, and in float32 of their copy as a deployment packs them.
-        pass_bytes: What passes over one sequence on each thread take beside them.
+        pass_bytes: What a pass on each thread takes beside them.
     """
 
     held: HeldType
@@ -75,7 +75,7 @@ def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, mach
         stored: Type of the weights on disk.
         sequence_length: Tokens of a sequence.
         machine: The memory of its first GPU is the limit, or its own where that is smaller (through it weights are
-            read) or there is none; on a CPU each core runs a sequence of its own.
+            read) or there is none; on a CPU each core runs a pass of its own.
 
     Raises:
         InputError: Not even 16 bits fit.

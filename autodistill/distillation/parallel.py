@@ -11,13 +11,12 @@ import torch
 
 from autodistill.distillation.memory import free_bytes, give_back_memory, is_out_of_memory
 from autodistill.estimate import spec_from_config
+from autodistill.training_fit import CPU_PASS_TOKENS
 
 Result = TypeVar("Result")
 
 PASS_TOKENS = 16_384
 """Tokens of a pass on an accelerator: with fewer, a small model's kernels end before the next ones are launched."""
-CPU_PASS_TOKENS = 512
-"""The same on a CPU, whose products of a sequence of 40 tokens take a third to a fifth of the time in such company."""
 # Results that may wait for a slow consumer, for each thread.
 _AHEAD = 4
 # Of what is free of an accelerator's memory, a pass may take so much by its estimate; out of memory halves it.
@@ -68,8 +67,7 @@ def map_batches(
 ) -> Iterator[Result]:
     """Yields what `work` makes of successive batches of `count` items, in order.
 
-    Where an accelerator's memory runs out, the batch is made smaller, and all that follow it with it. A CPU's are small
-    enough that each thread has one.
+    Where an accelerator's memory runs out, the batch is made smaller, and all that follow it with it.
 
     Args:
         work: Of the items of a batch; called again with fewer where it ran out of memory.
@@ -80,9 +78,9 @@ def map_batches(
     """
     if device == "cpu":
         batches: list[range] = []
-        start, share = 0, -(-count // torch.get_num_threads())
+        start = 0
         while start < count:
-            batches.append(range(start, min(start + share, take(start, limit))))
+            batches.append(range(start, take(start, limit)))
             start = batches[-1].stop
         yield from map_sequences(lambda index: work(batches[index]), len(batches), device)
         return

@@ -74,18 +74,9 @@ def test_a_pass_has_what_half_of_the_free_memory_holds(workshop, monkeypatch):
     assert pass_tokens(model, "cpu") == parallel.CPU_PASS_TOKENS
 
 
-def test_on_a_cpu_no_thread_is_left_without_a_pass(monkeypatch):
-    monkeypatch.setattr(parallel, "CPU_PASS_TOKENS", 10**6)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    assert batches([8] * 7, 10**6, "cpu")[0] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert batches([8] * 2, 10**6, "cpu")[0] == [[0], [1]]
-
-
 def test_on_a_cpu_a_pass_has_a_few_hundred_tokens(workshop, tmp_path, monkeypatch):
     length = workshop.data.tokens.shape[1]
     monkeypatch.setattr(parallel, "CPU_PASS_TOKENS", 3 * length)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     model = AutoModelForCausalLM.from_pretrained(workshop.teacher, dtype=torch.float32).eval()
     shapes = []
     model.base_model.register_forward_pre_hook(
