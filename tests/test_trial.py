@@ -33,7 +33,7 @@ from autodistill.certainty import Bar
 from autodistill.codes import deployed
 from autodistill.contracts import Answers, Measurement, Quantity, TeacherReference
 from autodistill.data import prepare
-from autodistill.distillation import signals
+from autodistill.distillation import parallel, signals
 from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.held import load_held
@@ -1101,7 +1101,14 @@ def _read(lab, setting, **options):
     return found, scores, data, model
 
 
+@pytest.fixture
+def in_passes_of_two(lab, monkeypatch):
+    """Sequences are read two at a time."""
+    monkeypatch.setattr(parallel, "CPU_PASS_TOKENS", 2 * lab.plan.sequence_length)
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "perplexity", "kl"])
+@pytest.mark.usefixtures("in_passes_of_two")
 def test_what_is_read_in_parts_is_the_same_to_the_last_bit_and_is_read_once(lab, metric, monkeypatch):
     setting, asked = lab.setting(Path()), []
     evaluators = (*setting.evaluators, "kl", "calibration")
@@ -1122,6 +1129,7 @@ def test_what_is_read_in_parts_is_the_same_to_the_last_bit_and_is_read_once(lab,
     assert {key: found.reading.looks[1][key] for key in expected} == expected
 
 
+@pytest.mark.usefixtures("in_passes_of_two")
 def test_an_evaluation_ends_once_it_is_certain_to_fall_short_and_says_what_it_read(lab, monkeypatch):
     setting, asked = lab.setting(Path()), []
     whole, scores, data, model = _read(lab, setting, in_parts=True)
@@ -1150,6 +1158,7 @@ def test_an_evaluation_ends_once_it_is_certain_to_fall_short_and_says_what_it_re
         assert _read(lab, setting, in_parts=True, bar=other)[0] == whole
 
 
+@pytest.mark.usefixtures("in_passes_of_two")
 def test_a_trial_is_held_to_the_bar_at_a_rung_and_read_whole_at_the_last(lab, tmp_path):
     setting = lab.setting(tmp_path)
     trial = Trial(Workbench(setting), _task())
@@ -1200,6 +1209,7 @@ class _AskedInParts(_Asked):
         return (self._found(count) for count in (10, 20, 30, 40))
 
 
+@pytest.mark.usefixtures("in_passes_of_two")
 def test_an_evaluator_that_asks_the_student_is_read_in_parts_where_it_says_so(lab):
     """A person's command, or a task of lm-eval, is not, be it the metric or beside it."""
     setting = lab.setting(Path())
