@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -156,14 +156,24 @@ def make_plan(demand: Demand, speed: Speed, workers: Workers) -> Plan:
     return plan
 
 
-def extend(plan: Plan, trials: int) -> Plan:
+def extend(plan: Plan, trials: int, passed: Sequence[int] = ()) -> Plan:
     """The plan with another number of trials; tokens and rungs stay, so that all of its trials can be compared.
 
-    Of as many trials it is the very plan, whatever share of them another version let pass its rungs.
+    Of as many trials it is the very plan, whatever share of them another version let pass its rungs. Trials that went
+    on in time that was left over take no place from those that are added, however good these turn out to be.
+
+    Args:
+        plan: As it was.
+        trials: Of it and what is added to it.
+        passed: How many have gone past each rung but the last; none by default.
     """
     if trials == plan.trials:
         return plan
-    return replace(plan, trials=trials, keep=kept_at_rungs(trials, len(plan.rungs)))
+    keep = kept_at_rungs(trials, len(plan.rungs))
+    if trials > plan.trials and passed:
+        added = kept_at_rungs(trials - plan.trials, len(plan.rungs))
+        keep = tuple(max(kept, gone + more) for kept, gone, more in zip(keep, passed, added, strict=True))
+    return replace(plan, trials=trials, keep=keep)
 
 
 def more_trials(plan: Plan, parameters: int, speed: Speed, seconds: float, explore: float = 1.0) -> int:

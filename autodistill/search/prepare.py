@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -71,7 +71,7 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
         loaded = load(checked, place)
     if checked.stored is not None:
         speed = Speed(**checked.stored["speed"])
-        plan = _extended(checked, Plan.from_json(checked.stored["plan"]), loaded.spec, speed)
+        plan = _extended(checked, Plan.from_json(checked.stored["plan"]), loaded.spec, speed, run.events.read())
         plan = _here(plan, loaded)
         _check_fingerprints(checked, loaded)
     else:
@@ -93,9 +93,8 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
     for note in (
         *_spent(checked, run, loaded),
         *told,
-        *loaded.data.notes,
-        *_unasked(checked, loaded),
         *loaded.notes,
+        *_unasked(checked, loaded),
         *plan.notes,
     ):
         observer.line(note)
@@ -165,7 +164,7 @@ def _unasked(checked: Checked, loaded: Loaded) -> tuple[str, ...]:
     return (f"{said}, and count as not answered",) if left else ()
 
 
-def _extended(checked: Checked, plan: Plan, spec: ModelSpec, speed: Speed) -> Plan:
+def _extended(checked: Checked, plan: Plan, spec: ModelSpec, speed: Speed, events: Sequence[Mapping[str, Any]]) -> Plan:
     """The plan of a resumed run with the trials that were asked for, or that more time for a finished one holds.
 
     A run of one strategy alone has no trials: its time goes to that one. Trials that a finished run is given without
@@ -180,7 +179,18 @@ def _extended(checked: Checked, plan: Plan, spec: ModelSpec, speed: Speed) -> Pl
         plan = replace(plan, box_seconds=None)
     elif "seconds" in checked.stored and request.time_seconds is not None and request.trials is None:
         trials += more_trials(plan, spec.parameters, speed, request.time_seconds, checked.explore)
-    return extend(plan, trials)
+    return extend(plan, trials, _passed(events, len(plan.rungs)))
+
+
+def _passed(events: Iterable[Mapping[str, Any]], rungs: int) -> tuple[int, ...]:
+    """How many of the proposed trials have gone past each rung but the last, by the log."""
+    proposed, furthest = set(), dict[str, int]()
+    for event in events:
+        if event["event"] == "trial" and event["number"] is not None:
+            proposed.add(event["trial"])
+        elif event["event"] == "rung" and event["trial"] in proposed:
+            furthest[event["trial"]] = event["rung"]
+    return tuple(sum(reached > rung for reached in furthest.values()) for rung in range(rungs - 1))
 
 
 def _extends(checked: Checked, trials: int) -> bool:

@@ -168,6 +168,11 @@ def test_a_plan_is_extended_by_trials_that_can_be_compared_with_the_earlier_ones
     assert (longer.tokens, longer.rungs, longer.eval_tokens) == (plan.tokens, plan.rungs, plan.eval_tokens)
     assert (longer.trials, longer.keep) == (40, (20, 10))
     assert extend(plan, plan.trials) == plan
+    # Trials that left-over time took further have no place from those that are added: nine of twelve, then five.
+    assert extend(plan, plan.trials + 1, (9, 5)).keep == (10, 6)
+    assert extend(plan, plan.trials + 8, (9, 5)).keep == (13, 7)
+    # Where no more have gone on than places were planned, the shares are those of a longer plan.
+    assert extend(plan, 40, plan.keep).keep == (20, 10)
     # As another version made it: a run that goes on as it is stays as it was.
     earlier = replace(plan, keep=(6, 2))
     assert extend(earlier, plan.trials) == earlier

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from autodistill.estimate import spec_from_config
 from autodistill.search.expected import Speed
 from autodistill.search.plan import extend
 from autodistill.search.prepare import _box, _extended, _here, _unasked
+from autodistill.search.scheduler import SuccessiveHalving
 from autodistill.search.share import Workers
 from autodistill.testing import small_plan, tiny_config, tiny_tokenizer
 from autodistill.token_sets import load_split
@@ -52,10 +54,12 @@ def test_questions_that_no_student_can_be_asked_are_counted_and_all_of_them_refu
 SPEED = Speed(cache=1e4, score=1e4, worker_train=1e4, worker_score=1e4)
 
 
-def extended(plan: Plan, *, finished: bool = True, strategy: str | None = None, **asked: Any) -> Plan:
+def extended(
+    plan: Plan, *, finished: bool = True, strategy: str | None = None, events: Sequence[Any] = (), **asked: Any
+) -> Plan:
     request = SimpleNamespace(**({"trials": None, "time_seconds": None, "strategy": strategy} | asked))
     checked: Any = SimpleNamespace(request=request, stored={"seconds": {}} if finished else {}, explore=1.0)
-    return _extended(checked, plan, spec_from_config(tiny_config()), SPEED)
+    return _extended(checked, plan, spec_from_config(tiny_config()), SPEED, events)
 
 
 def test_a_run_of_one_strategy_stays_one_however_much_time_it_is_given() -> None:
@@ -74,6 +78,31 @@ def test_trials_that_a_finished_run_is_given_without_time_are_in_no_box() -> Non
     assert extended(plan) == extended(plan, trials=plan.trials) == plan
     assert extended(plan, trials=40, time_seconds=60.0).box_seconds == 600.0
     assert extended(plan, finished=False, trials=40).box_seconds == 600.0
+
+
+def test_trials_that_are_added_have_places_whatever_went_on_in_time_that_was_left() -> None:
+    """Three of three went to the end; the one that is added, be it the best, must not find all places taken."""
+    plan = small_plan(trials=3, rungs=(1024, 9216), keep=(2,))
+    events: list[dict[str, Any]] = [{"event": "session", "time": 0.0}]
+    for name, number, rungs in (
+        ("b000", None, (1,)),
+        ("t000", 0, (0, 1)),
+        ("t001", 1, (0, 1)),
+        ("t002", 2, (0, 1)),
+        ("t000x", None, (1,)),
+    ):
+        events.append({"event": "trial", "trial": name, "number": number})
+        events += [{"event": "rung", "trial": name, "rung": rung} for rung in rungs]
+    more = extended(plan, trials=4, events=events)
+    assert (more.trials, more.keep) == (4, (4,))
+    assert extended(plan, trials=4, events=events[:5]).keep == (2,), "one went on: there is a place left as planned"
+
+    scheduler = SuccessiveHalving(trials=4, rungs=more.rungs, keep=more.keep)
+    for name in ("t000", "t001", "t002"):
+        for rung in (0, 1):
+            scheduler.report(name, rung, 0.5)
+    scheduler.report("t003", 0, 0.9)
+    assert scheduler.next_to_promote((), all_proposed=True) == "t003"
 
 
 def test_a_box_is_for_the_whole_run_and_an_extension_has_its_own() -> None:
