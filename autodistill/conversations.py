@@ -161,9 +161,18 @@ def _with_context(prompt: str, record: Record, where: str) -> str:
     return f"{text}\n{_text(context, record, where)}" if context and text else text
 
 
+def lacking(name: str, record: Record, where: str) -> InputError:
+    """The refusal of a record without a field that others have, which decided how all are read."""
+    own = f"it has {', '.join(record)}" if record else "it has none"
+    return InputError(
+        f"{where} lacks the field {name}, which other records have ({own}): give all records the same fields, or "
+        "remove this one"
+    )
+
+
 def _text(name: str, record: Record, where: str) -> str:
     if name not in record:
-        raise InputError(f"{where} lacks the field {name}: add it or remove the record")
+        raise lacking(name, record, where)
     value = record[name]
     if value is not None and not isinstance(value, str):
         raise InputError(f"{where} has a field {name} that is not text: write it as text")

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from autodistill.conversations import (
     Conversation,
     Record,
     Turn,
+    lacking,
     read_prompt,
     readers,
 )
@@ -52,6 +53,7 @@ class Source:
         fingerprint: Hash of the documents in their order; that of pydoc begins with the version of Python, which has
             its own text.
         task: The reference of the task that made the conversations and can mark answers; None elsewhere.
+        blank: How many files or records there are besides, of which nothing can be learnt.
     """
 
     name: str
@@ -60,6 +62,18 @@ class Source:
     licence: str | None
     fingerprint: str
     task: str | None = None
+    blank: int = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of the documents, in sentences."""
+        if not self.blank:
+            return ()
+        count, of = self.blank, len(self.documents) + self.blank
+        are, they, have = ("are", "they", "have") if count > 1 else ("is", "it", "has")
+        things = "files" if self.kind == "folder" else "records"
+        why = "no prompt, or no answer" if self.conversations else "no text"
+        return (f"{count:,} of {of:,} {things} {are} left out: {they} {have} {why}",)
 
     @property
     def conversations(self) -> tuple[Conversation, ...]:
@@ -146,8 +160,8 @@ def read_records(path: Path) -> list[tuple[str, Record]]:
     raise InputError(f"{path} is a file of an unsupported kind: give a .jsonl or .parquet file")
 
 
-def _source(name: str, kind: str, found: Iterable[Document], ref: str, licence: str | None = None) -> Source:
-    documents = tuple(one for one in found if isinstance(one, Conversation) or one.strip())
+def _source(name: str, kind: str, found: Sequence[Document | None], ref: str, licence: str | None = None) -> Source:
+    documents = tuple(one for one in found if isinstance(one, Conversation) or (one and one.strip()))
     if not documents:
         raise InputError(f"{ref} holds no text: give data with some")
     digest = hashlib.sha256()
@@ -162,7 +176,14 @@ def _source(name: str, kind: str, found: Iterable[Document], ref: str, licence: 
         digest.update(encoded)
     fingerprint = digest.hexdigest()[:16]
     # All are of one kind: each way to read records gives either texts or conversations.
-    return Source(name=name, kind=kind, documents=documents, licence=licence, fingerprint=fingerprint)  # type: ignore[arg-type]
+    return Source(
+        name=name,
+        kind=kind,
+        documents=documents,  # type: ignore[arg-type]
+        licence=licence,
+        fingerprint=fingerprint,
+        blank=len(found) - len(documents),
+    )
 
 
 def _pydoc() -> Source:
@@ -178,7 +199,8 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}): convert it to UTF-8") from error
+        line = bytes(error.object[: error.start]).count(b"\n") + 1
+        raise InputError(f"{path} is not UTF-8 text (line {line}, byte {error.start}): convert it to UTF-8") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -256,8 +278,8 @@ def _hub(ref: str, field: str | None) -> Source:
     return _source(ref, "hub", _record_documents(records, field, ref), ref, licence)
 
 
-def _record_documents(records: list[tuple[str, Record]], field: str | None, ref: str) -> list[Document]:
-    """The document of each record that has one.
+def _record_documents(records: list[tuple[str, Record]], field: str | None, ref: str) -> list[Document | None]:
+    """The document of each record, None of one that is blank; one at least is not.
 
     Args:
         records: Each with the place it was found at, for error messages.
@@ -272,8 +294,8 @@ def _record_documents(records: list[tuple[str, Record]], field: str | None, ref:
     if field is None:
         ways += readers(found)
     for read in ways:
-        documents = [document for where, record in records if (document := read(record, f"{where} of {ref}"))]
-        if documents:
+        documents = [read(record, f"{where} of {ref}") for where, record in records]
+        if any(documents):
             return documents
     if field is not None:
         raise InputError(f"{ref} holds no text in its field {field}: give data with some")
@@ -284,7 +306,7 @@ def _record_documents(records: list[tuple[str, Record]], field: str | None, ref:
 def _text_reader(name: str) -> Callable[[Record, str], str | None]:
     def read(record: Record, where: str) -> str | None:
         if name not in record:
-            raise InputError(f"{where} lacks the field {name}: add it or remove the record")
+            raise lacking(name, record, where)
         value = record[name]
         if value is not None and not isinstance(value, str):
             raise InputError(f"{where} has a field {name} that is not text: write it as text")

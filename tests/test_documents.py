@@ -158,6 +158,8 @@ def _bad(tmp_path: Path) -> None:
         "table.csv": "a,b",
         "blank.txt": " \n\t",
         "latin.txt": b"caf\xe9",
+        "latin.jsonl": b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "caf\xe9"}\r\n',
+        "mixed.jsonl": '{"prompt": "x", "answer": "y"}\n{"text": "z"}',
         "torn.jsonl": '{"text": "a"}\n\n{"text": "b"',
         "list.jsonl": "[1]",
         "empty.jsonl": "\n",
@@ -192,14 +194,16 @@ def _bad(tmp_path: Path) -> None:
         ("nowhere", ["there is no data at", "pydoc"]),
         ("table.csv", ["unsupported kind", ".parquet"]),
         ("blank.txt", ["holds no text"]),
-        ("latin.txt", ["not UTF-8", "byte 3"]),
+        ("latin.txt", ["not UTF-8", "line 1", "byte 3"]),
+        ("latin.jsonl", ["not UTF-8", "line 3"]),
         ("torn.jsonl", ["line 3", "not JSON"]),
         ("list.jsonl", ["line 1", "not a JSON object"]),
         ("empty.jsonl", ["holds no record"]),
         ("fields.jsonl", ["no field with usable text", "title, score"]),
         ("fields.parquet", ["no field with usable text", "title, score"]),
         ("number.jsonl", ["line 2", "not text"]),
-        ("partial.jsonl", ["line 2", "lacks the field text"]),
+        ("partial.jsonl", ["line 2", "lacks the field text, which other records have (it has title)"]),
+        ("mixed.jsonl", ["line 1", "lacks the field text, which other records have (it has prompt, answer)"]),
         ("nulls.jsonl", ["no field with usable text", "text"]),
         ("chat.jsonl", ["line 1", "role"]),
         ("chats.jsonl", ["line 1", "messages"]),
@@ -222,6 +226,22 @@ def test_each_fault_is_said_in_one_line(tmp_path: Path, name: str, said: list[st
     assert "\n" not in message
     for part in [*said, name]:
         assert part in message
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    asked = [{"prompt": "a?", "answer": "b"}, {"prompt": "c?", "answer": None}, {"prompt": " ", "answer": "d"}]
+    assert resolve_data(_jsonl(tmp_path / "qa.jsonl", *asked)).notes == (
+        "2 of 3 records are left out: they have no prompt, or no answer",
+    )
+    texts = [{"text": "a"}, {"text": None}]
+    assert resolve_data(_jsonl(tmp_path / "texts.jsonl", *texts)).notes == (
+        "1 of 2 records is left out: it has no text",
+    )
+    assert resolve_data(_jsonl(tmp_path / "whole.jsonl", texts[0])).notes == ()
+    for name, text in (("a.txt", "words"), ("b.md", " \n"), ("c.txt", "")):
+        (tmp_path / "folder" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "folder" / name).write_text(text, encoding="utf-8")
+    assert resolve_data(str(tmp_path / "folder")).notes == ("2 of 3 files are left out: they have no text",)
 
 
 def test_both_halves_of_a_character_are_that_character(tmp_path: Path) -> None:

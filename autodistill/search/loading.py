@@ -77,9 +77,9 @@ class Loaded:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know of teacher and templates, in sentences."""
+        """What a reader must know of data, teacher and templates, in sentences."""
         caveat = (self.caveat,) if self.caveat else ()
-        return (*_told_of_teacher(self.teacher), *caveat, *self.templates.values())
+        return (*self.data.notes, *_told_of_teacher(self.teacher), *caveat, *self.templates.values())
 
     def stepping(self, tokens: int) -> Loaded:
         """The same with optimiser steps of so many tokens."""
@@ -118,6 +118,7 @@ def load(checked: Checked, place: Place) -> Loaded:
         request.cache,
         templates=tuple(own.values()),
     )
+    data = replace(data, notes=(*checked.source.notes, *data.notes))
     check_told(signal_cases(checked.space), data.splits["train"].told > 0)
     _check_sayable(checked, teacher.folder, data, rows, renderings)
     teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=place.here)

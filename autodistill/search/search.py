@@ -112,6 +112,8 @@ def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
         "training_bytes": {**loaded.fit.estimate.parts, "total_bytes": loaded.fit.estimate.total_bytes},
         "evaluation_bytes": loaded.fit.evaluation_bytes,
         "budget": request.budget.to_json(),
+        "baselines": list(checked.space.baselines),
+        "notes": list(loaded.notes),
         "expected_seconds": sum(plan.seconds.values()),
         **cost(plan, place.machines, request.price),
     }

@@ -562,6 +562,20 @@ def test_a_plan_writes_no_run(inputs: tuple[Path, Path, Path], tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+def test_records_that_are_left_out_are_told_of_in_the_plan_and_at_the_end(
+    inputs: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    texts = [path.read_text(encoding="utf-8") for path in sorted(inputs[1].iterdir())]
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, None, " "]), encoding="utf-8")
+    asked = request(inputs, tmp_path, data=str(data), trials=1, tokens=1024)
+    told = "2 of 32 records are left out: they have no text"
+    document = plan_search(asked)
+    assert told in document["notes"]
+    assert document["baselines"] == ["hand_designed"]
+    assert told in search(asked).document["notes"]
+
+
 def test_a_search_may_rank_by_answers_in_writing(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     task = "reasoning-gym:chain_sum?size=300&max_terms=3&max_digits=1&worked=false"
     outcome = search(request(inputs, tmp_path, data=task, metric="exact_match", trials=1, tokens=1024))
