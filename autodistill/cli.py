@@ -581,7 +581,7 @@ def _search(ctx: typer.Context) -> None:
         return search_request(ctx.params, ctx.command.name or "", ctx.obj or ctx.command_path, started)
 
     if ctx.params["plan"]:
-        show(output, lambda: planned(asked()), dict, plan_summary)
+        show(output, lambda: planned(asked()), dict, lambda document: plan_summary(document, line_width()))
     else:
         show(output, lambda: searched(asked()), lambda outcome: outcome.document, _summary(ctx))
 

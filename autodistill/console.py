@@ -239,9 +239,11 @@ def leaderboard_table(
     return "\n".join([*body, *said, *([""] if strategies else []), *strategies])
 
 
-def wrapped(text: str, width: int) -> list[str]:
-    """A text as lines of a width, those after the first indented."""
-    return textwrap.wrap(printable(text), width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+def wrapped(text: str, width: int, indent: int = 2) -> list[str]:
+    """A text as lines of a width, those after the first indented by so many characters."""
+    return textwrap.wrap(
+        printable(text), width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 _KEPT, _SIZE, _LATENCY, _TRAINED = 3, 5, 6, 7

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from autodistill.console import Progress, View
 from autodistill.contracts import Status
+from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.search.campaign import Campaign
 from autodistill.search.progress import Observer
 from autodistill.search.rungs import confirmed
@@ -45,15 +46,15 @@ class SearchView(Observer):
             self._end = campaign.box.deadline + after
         plan, baselines = question.plan, len(question.space.baselines)
         trials = list(campaign.trials.values())
-        longer = sum(trial.task.length > 1 for trial in trials)
+        again = sum(trial.kind == CONFIRMATION for trial in trials)
+        longer = sum(trial.task.length > 1 and trial.kind != CONFIRMATION for trial in trials)
+        # More students than the plan's may reach the end, and are then confirmed, in time that is left over.
+        confirming = max(again, question.confirm * confirmed(plan.trials, plan.keep, baselines))
         count = {status: sum(trial.status is status for trial in trials) for status in Status}
         self._show(
             Progress(
                 phase="trials",
-                planned=plan.trials
-                + baselines
-                + longer
-                + question.confirm * confirmed(plan.trials, plan.keep, baselines),
+                planned=plan.trials + baselines + longer + confirming,
                 done=count[Status.COMPLETED],
                 running=sum(trial.running for trial in trials),
                 stopped=count[Status.STOPPED] + sum(_waiting(trial) for trial in trials),

@@ -67,7 +67,9 @@ def noise(*, load_average: float, others: float, steal: float, threads: int, cor
     """What was seen, and the doubts that follow: cores that were not free, or time that the host held back."""
     doubts = []
     if others + threads > cores + _IDLE_CORES:
-        doubts.append(f"other work took {others:.1f} of {cores} cores, and {threads} were needed")
+        doubts.append(
+            f"other work took {others:.1f} of {cores} cores, and {threads} {'was' if threads == 1 else 'were'} needed"
+        )
     if steal > _STEAL:
         doubts.append(f"the machine's host held back {steal:.0%} of its time")
     return Noise(load_average=load_average, others=others, steal=steal, doubts=tuple(doubts))

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from autodistill.budget import read_budget
-from autodistill.console import leaderboard_table, memory_cell
+from autodistill.console import leaderboard_table, memory_cell, wrapped
 from autodistill.formats import get_format
 from autodistill.records.choice import contenders
 from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED, Ranked, rank, rests_on
 from autodistill.records.objectives import objectives_of, with_front
-from autodistill.records.row import Row, rows_of
+from autodistill.records.row import Row, rows_of, task_figures
 from autodistill.records.saved import Saved
 from autodistill.records.store import RunFolder
 from autodistill.units import Price, format_bytes, format_duration
@@ -60,9 +60,10 @@ def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric
     more = len(ranked) - _SHOWN_ROWS
     board = leaderboard_table(ranked[:_SHOWN_ROWS], metric, width, legend=_SHOWN_STRATEGIES)
     sections = [
-        board + (f"\n{more} more rows: autodistill leaderboard {document['name']}" if more > 0 else ""),
+        board
+        + (f"\n{more} more row{'s' * (more > 1)}: autodistill leaderboard {document['name']}" if more > 0 else ""),
         _confirmed(document),
-        _test(document, metric),
+        _test(document, metric, width),
         "\n".join(f"{note[:1].upper()}{note[1:]}." for note in document["notes"]),
         "\n".join(f"{sentence}." for sentence in Saved(**document["saved"]).describe()),
         _seconds(document["seconds"]),
@@ -71,11 +72,12 @@ def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric
     return "\n\n".join(section for section in sections if section)
 
 
-def plan_summary(document: Mapping[str, Any]) -> str:
+def plan_summary(document: Mapping[str, Any], width: int = 120) -> str:
     """A plan as lines: trials, rungs, tokens, cache and time.
 
     Args:
         document: As `plan_search` gives it.
+        width: Characters of a line.
     """
     plan = document["plan"]
     rungs = [f"{rung:,}" for rung in plan["rungs"]]
@@ -92,7 +94,7 @@ def plan_summary(document: Mapping[str, Any]) -> str:
     phases = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in plan["seconds"].items() if seconds)
     lines = {
         "budget": read_budget(document["budget"]).describe(),
-        "trials": f"{plan['trials']} proposed, the space's baselines besides",
+        "trials": f"{plan['trials']} proposed, {_beside(document['baselines'])}",
         "rungs": f"{', '.join(rungs)} tokens, reached by {', '.join(map(str, survivors))} of them",
         "tokens": f"{plan['tokens']:,} a trial at full fidelity, {plan['batch_tokens']:,} an optimiser step",
         **_trained_on(plan),
@@ -108,9 +110,18 @@ def plan_summary(document: Mapping[str, Any]) -> str:
         "phases": phases,
         "hours": _hours(document),
     }
-    width = max(map(len, lines))
-    notes = [f"{note[:1].upper()}{note[1:]}." for note in plan["notes"]]
-    return "\n".join([*(f"{name.ljust(width)}  {words}" for name, words in lines.items()), *notes])
+    column = max(map(len, lines)) + 2
+    told = [f"{name.ljust(column)}{words}" for name, words in lines.items()]
+    said = [f"{note[:1].upper()}{note[1:]}." for note in (*document["notes"], *plan["notes"])]
+    indented = [line for one in told for line in wrapped(one, width, indent=column)]
+    return "\n".join([*indented, *(line for note in said for line in wrapped(note, width))])
+
+
+def _beside(baselines: Sequence[str]) -> str:
+    """What else a plan has trained."""
+    if not baselines:
+        return "and no baseline to beat: neither the space nor --baseline names one"
+    return f"and the baseline{'s' if len(baselines) > 1 else ''} {', '.join(baselines)}"
 
 
 def _trained_on(plan: Mapping[str, Any]) -> dict[str, str]:
@@ -184,9 +195,9 @@ def _confirmed(document: Mapping[str, Any]) -> str:
     return table(lines, left=1)
 
 
-def _test(document: Mapping[str, Any], metric: str) -> str:
+def _test(document: Mapping[str, Any], metric: str, width: int) -> str:
     """The test split: found student, also as it was before it was trained on, baseline, undistilled student, teacher,
-    quantised teacher, and the gain.
+    quantised teacher, and the gain; and how they do in tasks that do not rank.
     """
     rows = [Row.from_json(data) for data in document["test"]]
     if not rows:
@@ -210,7 +221,29 @@ def _test(document: Mapping[str, Any], metric: str) -> str:
         error = "" if gain[1] is None else f" ± {gain[1]:.4f}"
         lines.append(f"Gain over the baseline on the test split: {gain[0]:+.4f}{error} of {what}.")
     lines += filter(None, [rests_on(rows)])
-    return "\n".join(lines)
+    return "\n\n".join(["\n".join(lines), *_tasks(titled, metric, width)])
+
+
+def _tasks(titled: Sequence[tuple[str, Row]], metric: str, width: int) -> list[str]:
+    """Figures of the tasks beside the metric, as many in a table as a line holds; nothing where there are none."""
+    names = task_figures([row for _, row in titled], metric)
+    first = [("tasks", "deployment"), *((title, _packed(row)) for title, row in titled)]
+    columns = [
+        [name, *(_figure(row.figure(name), row.figure(f"{name}_stderr")) for _, row in titled)] for name in names
+    ]
+    tables: list[str] = []
+    while columns:
+        for count in range(len(columns), 0, -1):
+            shown = table([(*start, *cells) for start, *cells in zip(first, *columns[:count], strict=True)], left=2)
+            if count == 1 or len(shown.partition("\n")[0]) <= width:
+                break
+        tables.append(shown)
+        columns = columns[count:]
+    return tables
+
+
+def _packed(row: Row) -> str:
+    return row.deployment_name.replace("compressed-tensors", "ct")
 
 
 _FOUND, _BASELINE, _INITIAL = "found student", "baseline", "undistilled student"
@@ -232,7 +265,7 @@ def _title(row: Row, best: Mapping[str, Any]) -> str:
 def _cells(title: str, row: Row) -> tuple[str, ...]:
     return (
         title,
-        row.deployment_name.replace("compressed-tensors", "ct"),
+        _packed(row),
         _figure(row.accuracy, row.accuracy_stderr),
         "-" if row.perplexity is None else f"{row.perplexity:.2f}",
         "-" if row.agreement is None else f"{row.agreement:.4f}",

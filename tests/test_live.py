@@ -10,11 +10,23 @@ from autodistill.live import SearchView
 
 
 def trial(
-    status: Status | None = None, *, running: bool = False, rung: int = -1, seconds: float = 0.0, tokens: int = 0
+    status: Status | None = None,
+    *,
+    running: bool = False,
+    rung: int = -1,
+    seconds: float = 0.0,
+    tokens: int = 0,
+    kind: str = "student",
+    length: float = 1.0,
 ) -> Any:
-    task = SimpleNamespace(length=1.0)
     return SimpleNamespace(
-        status=status, running=running, rung=rung, train_seconds=seconds, trained_tokens=tokens, task=task
+        status=status,
+        running=running,
+        rung=rung,
+        train_seconds=seconds,
+        trained_tokens=tokens,
+        kind=kind,
+        task=SimpleNamespace(length=length),
     )
 
 
@@ -68,3 +80,12 @@ def test_the_teacher_is_shown_by_the_metric_that_it_was_scored_on() -> None:
 def test_further_seeds_count_among_what_is_to_be_done() -> None:
     """Of two finalists and a baseline, on three more seeds."""
     assert any("of 19 done" in line for line in shown(campaign(confirm=3)))
+
+
+def test_more_are_never_done_than_there_are_to_do() -> None:
+    """In time that was left a third student reached the end, and is confirmed as well; each counts once."""
+    given = campaign(confirm=1)
+    again = [trial(Status.COMPLETED, rung=1, kind="confirmation", length=2.0) for _ in range(4)]
+    given.trials |= {f"s{number}": one for number, one in enumerate(again)}
+    # Nine trials, a baseline, and four on another seed, where three were planned.
+    assert any("trials: 5 of 14 done" in line for line in shown(given))

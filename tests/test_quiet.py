@@ -19,6 +19,7 @@ from autodistill.quiet import Watch, free_cores, noise
         ({"others": 0.1, "steal": 0.01, "threads": 4, "cores": 4}, []),
         ({"others": 1.0, "steal": 0.0, "threads": 3, "cores": 4}, []),
         ({"others": 1.0, "steal": 0.0, "threads": 4, "cores": 4}, ["other work took 1.0 of 4 cores, and 4 were"]),
+        ({"others": 1.0, "steal": 0.0, "threads": 1, "cores": 1}, ["other work took 1.0 of 1 cores, and 1 was needed"]),
         ({"others": 0.0, "steal": 0.2, "threads": 1, "cores": 4}, ["held back 20%"]),
     ],
 )

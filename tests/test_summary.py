@@ -175,15 +175,16 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
     }
     memory = {"weights_bytes": 2e9, "gradients_bytes": 1e9, "total_bytes": 3e9}
     document = {"plan": plan, "cache_bytes": 3.5e6, "expected_seconds": 420.0, "training_bytes": memory}
+    document |= {"baselines": ["hand_designed"], "notes": ["2 of 9 records are left out: they have no text"]}
     document["evaluation_bytes"] = 1.5e9
     document |= {"students": 4, "students_bytes": 24e9}
     document["budget"] = DOCUMENT["budget"]
     hours = {"machine_hours": 0.1167, "worker_hours": 0.2222, "gpu_hours": 0.0}
-    text = plan_summary(document | hours)
+    text = plan_summary(document | hours, width=500)
     assert "0.12 machine-hours, 0.22 worker-hours of trials\n" in text
-    half = plan_summary(document | hours | {"plan": plan | {"optimizer_state": "bfloat16"}})
+    half = plan_summary(document | hours | {"plan": plan | {"optimizer_state": "bfloat16"}}, width=500)
     assert "1 sequence at a time, checkpointing, 16-bit optimiser states: weights" in half
-    full = plan_summary(document | hours | {"plan": plan | {"optimizer_state": "float32"}})
+    full = plan_summary(document | hours | {"plan": plan | {"optimizer_state": "float32"}}, width=500)
     assert "1 sequence at a time, checkpointing: weights" in full
     paid = {"price_per_hour": 2.5, "price_of": "GPU", "cost": 5.0, "currency": "EUR", "cost_shown": "5.00 EUR"}
     dear = plan_summary(document | hours | {"gpu_hours": 2.0} | paid)
@@ -192,7 +193,8 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
         "16.0 GB at context 1024, batch 1",
         "24.0 GB of disk at most for 4 of them, kept in float32; checkpoints besides, and of both what "
         "--checkpoint-limit holds\n",
-        "9 proposed",
+        "9 proposed, and the baseline hand_designed\n",
+        "2 of 9 records are left out: they have no text.\n",
         "1,024, 3,072, 9,216 tokens, reached by 9, 5, 2 of them",
         "9,216 a trial",
         "2 with 1 threads each, bf16",
@@ -208,6 +210,33 @@ def test_a_plan_is_its_trials_rungs_tokens_cache_and_time() -> None:
     further = plan | {"longest": 4.25, "alone": 2, "seconds": plan["seconds"] | {"longer": 150.0}}
     text = plan_summary(document | hours | {"plan": further})
     assert "the best    trained on for 2m 30s, alone on 2 threads, to 4.25 times those tokens at most\n" in text
+    assert "9 proposed, and no baseline to beat" in plan_summary(document | hours | {"baselines": []})
+    narrow = plan_summary(document | hours, width=80).splitlines()
+    assert max(map(len, narrow)) <= 80
+    memory_at = next(place for place, line in enumerate(narrow) if line.startswith("memory "))
+    assert narrow[memory_at + 1].startswith(" " * 12), "what goes on stands under its own column"
+
+
+def test_one_more_row_is_one_row() -> None:
+    board = rank([row(f"t{index:03d}", "student", accuracy=0.4 - index / 1000) for index in range(16)])
+    assert "\n1 more row: autodistill leaderboard small" in search_summary(DOCUMENT, board, "accuracy")
+
+
+def test_tasks_that_do_not_rank_are_shown_of_the_test_split_as_many_in_a_table_as_a_line_holds() -> None:
+    names = [f"task:{name}" for name in ("sums", "capitals", "proverbs")]
+    figures = {name: 0.1 * place for place, name in enumerate(names, start=1)}
+    errors = {f"{name}_stderr": 0.01 for name in names}
+    test = [replace(one, other=figures | errors | {"kl": 0.5}).to_json() for one in TEST]
+    for width, heads in ((120, [names]), (80, [names[:2], names[2:]]), (20, [[name] for name in names])):
+        text = search_summary(DOCUMENT | {"test": test}, RANKED, "accuracy", width)
+        tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("tasks ")]
+        assert [re.split(r"  +", lines[0])[2:] for lines in tables] == heads
+        assert all(len(lines) == 1 + len(TEST) for lines in tables)
+        assert re.split(r"  +", tables[0][1])[:3] == ["found student", "gguf-q8_0", "0.1000 ± 0.0100"]
+    # The one that ranks stands in the table above.
+    text = search_summary(DOCUMENT | {"test": test}, RANKED, "task:sums")
+    assert sum(line.count("task:sums") for line in text.splitlines() if line.startswith(("test split", "tasks "))) == 1
+    assert "\ntasks " not in search_summary(DOCUMENT, RANKED, "accuracy")
 
 
 def test_what_was_confirmed_is_shown_with_means_and_differences() -> None:

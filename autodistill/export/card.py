@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autodistill.formats import get_format
@@ -67,6 +67,7 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
             own.append(one)
         elif one.split == "test" or (one.kind == "teacher" and one.deployment_name == here):
             others.append(one)
+    own = _as_measured(own)
     own.sort(key=lambda one: one.deployment_name != here)
     measured = any(one.deployment_name == here for one in own)
     container = get_format(deployment.format).container
@@ -104,6 +105,18 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
             "",
         ]
     )
+
+
+def _as_measured(rows: Sequence[Row]) -> list[Row]:
+    """A student's rows, those of the test split with what the same packing was measured to need: scoring runs none."""
+    measured = {row.deployment_name: row for row in rows if row.split != "test" and row.memory_source == "measured"}
+    known = ("memory_bytes", "memory_source", "size_bytes")
+    return [
+        replace(row, **{name: getattr(measured[row.deployment_name], name) for name in known})
+        if row.split == "test" and row.deployment_name in measured
+        else row
+        for row in rows
+    ]
 
 
 def _made(row: Row, origin: Origin) -> str:

@@ -14,7 +14,7 @@ from autodistill.records.json_files import read_json, replacing
 from autodistill.records.leaderboard import DISTILLED, Ranked, limits_of, nearest, pareto, rank, rests_on
 from autodistill.records.objectives import Objective, front, objectives_of
 from autodistill.records.openings import opened, openings_of
-from autodistill.records.row import Row, rows_of
+from autodistill.records.row import Row, rows_of, task_figures
 from autodistill.records.saved import Saved
 from autodistill.records.store import RunFolder
 from autodistill.units import format_bytes, format_duration
@@ -310,6 +310,7 @@ def _tested(events: Iterable[Mapping[str, Any]], ids: Sequence[str] | None) -> l
 
 
 def _test(rows: Sequence[Row], metric: str, openings: Mapping[str, int]) -> str:
+    tasks = task_figures(rows, metric)
     lines = [
         [
             _TITLES.get(row.kind, row.kind),
@@ -319,10 +320,11 @@ def _test(rows: Sequence[Row], metric: str, openings: Mapping[str, int]) -> str:
             _figure(row, metric),
             _shown(row.retention, "{:.1%}"),
             _shown(row.perplexity, "{:.2f}"),
+            *(_figure(row, name) for name in tasks),
         ]
         for row in rows
     ]
-    titles = ["what", "name", "deployment", "fidelity", metric, "retention", "perplexity"]
+    titles = ["what", "name", "deployment", "fidelity", metric, "retention", "perplexity", *tasks]
     if not lines:
         return ""
     compared = shown(differences(rows))

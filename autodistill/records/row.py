@@ -175,6 +175,12 @@ def trained_fully(kind: str, fidelity: float | None) -> bool:
     return kind in ("teacher", "initial") or (fidelity is not None and fidelity > 1 - 1e-9)
 
 
+def task_figures(rows: Iterable[Row], metric: str) -> list[str]:
+    """Names of the tasks' figures that rows have beside the metric, in the order in which they were asked for."""
+    names = dict.fromkeys(name for row in rows for name in row.other if name.startswith("task:"))
+    return [name for name in names if name != metric and not name.endswith("_stderr")]
+
+
 def is_field(figure: str) -> bool:
     """Whether a figure is a field of a row, not one of its `other` figures."""
     return _types().get(figure) in (int, float)

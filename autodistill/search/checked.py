@@ -183,8 +183,11 @@ def check_students(checked: Checked, spec: ModelSpec) -> None:
         InputError, NothingFitsError: As `check_strategy` and `check_teacher`.
     """
     if checked.request.strategy is not None or checked.baselines is not None:
-        for strategy in checked.space.baselines.values():
-            check_strategy(strategy, spec)
+        for name, strategy in checked.space.baselines.items():
+            try:
+                check_strategy(strategy, spec)
+            except InputError as error:
+                raise InputError(f"the strategy {name} does not suit this teacher: {error}") from error
     check_teacher(spec, checked.space, checked.request.budget, checked.sequence_length)
 
 

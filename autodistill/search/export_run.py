@@ -54,7 +54,7 @@ def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], ou
     best = chosen(having, asked["metric"], asked["direction"])
     row = _find(run, ranked, row_id or (best.row_id if best else None))
     student = _student(run, row, asked, _collected(run))
-    deployments = {name: _deployment(name, row, ranked) for name in containers}
+    deployments = {name: _deployment(name, row, ranked, asked) for name in containers}
     for name in containers:
         folder = out / name
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -133,16 +133,23 @@ def _again(row: Row, asked: Mapping[str, Any]) -> str:
     return f"`{shlex.join(words)}`"
 
 
-def _deployment(container: str, row: Row, ranked: Sequence[Row]) -> Deployment:
+def _deployment(container: str, row: Row, ranked: Sequence[Row], asked: Mapping[str, Any]) -> Deployment:
     """How the row's student is packed in a container."""
     if container == "huggingface":
         return IN_16_BITS
     for candidate in (row, *ranked):
         if candidate.trial == row.trial and get_format(candidate.deployment["format"]).container == container:
             return Deployment.from_json(candidate.deployment)
+    offered = asked.get("space_definition", {}).get("deployments", ())
+    if any(get_format(deployment["format"]).container == container for deployment in offered):
+        remedy = (
+            "of the space's none fits the budget, or none had its turn; search with a larger --budget or more --time"
+        )
+    else:
+        remedy = "the space has none; search a --space with one"
     raise InputError(
-        f"the trial {row.trial} was evaluated under no {container} deployment, so none can be verified: choose another "
-        "container, or a space with one"
+        f"the trial {row.trial} was evaluated under no {container} deployment, so none can be verified: {remedy}, or "
+        "choose another container"
     )
 
 

@@ -374,10 +374,10 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
             "smaller is better"
         )
     if best.fidelity is not None and best.fidelity > 1 + 1e-9:
-        notes.append(
-            f"the best student was trained for {best.fidelity:.0%} of a trial's tokens ({best.train_tokens:,}); the "
-            "gain over the baseline is of students of equal tokens where both were trained to as many"
-        )
+        further = f"the best student was trained for {best.fidelity:.0%} of a trial's tokens ({best.train_tokens:,})"
+        if any(row.kind == "baseline" for row in rows):
+            further += "; the gain over the baseline is of students of equal tokens where both were trained to as many"
+        notes.append(further)
     if best.kind == "baseline" and best.full and question.space.dimensions:
         notes.append("no searched strategy beat the baseline")
     return tuple(notes)

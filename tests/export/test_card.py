@@ -98,6 +98,16 @@ def test_each_row_of_the_student_is_one_of_its_own_packings() -> None:
     ]
 
 
+def test_the_test_split_has_the_memory_and_size_that_the_packing_was_measured_to_have() -> None:
+    """Scoring loads nothing in a runtime: its row says what was predicted, beside a figure that was measured."""
+    scored = row("t001", Q4, 0.44, split="test", memory_bytes=149_000_000, memory_source="predicted", size_bytes=90**4)
+    other = replace(scored, row_id="b000", trial="b000", kind="baseline")
+    own, others = tables(model_card(BEST, Q4, [BEST, scored, other], ORIGIN))
+    assert [line[5] for line in own] == ["150 MB (measured)"] * 2
+    assert [line[7] for line in own] == ["91.7 MB"] * 2
+    assert [line[6] for line in others] == ["149 MB (predicted)"], "of another student nothing was measured"
+
+
 def test_a_card_says_what_the_student_was_made_of_and_how() -> None:
     card = model_card(BEST, Q4, ROWS, ORIGIN)
     _, header, body = card.split("---\n", 2)

@@ -83,6 +83,14 @@ def test_of_a_run_that_went_on_the_test_table_is_that_of_its_end() -> None:
     assert shown.index("0.4500") < shown.index("0.4550")
 
 
+def test_tasks_that_do_not_rank_stand_beside_the_metric_of_the_test_split() -> None:
+    other = {"task:sums": 0.25, "task:sums_stderr": 0.0625, "kl": 0.5}
+    events = [{"event": "test", "row": row("t001", accuracy=0.40, split="test", other=other).to_json()}]
+    (table,) = tables(report.report_markdown(SEARCH, rank(ROWS), events).split("## Test split")[1].split("##")[0])
+    assert (table[0][-1], table[2][-1]) == ("task:sums", "0.2500 ± 0.0625")
+    assert "task:sums" not in report.report_markdown(SEARCH, rank(ROWS), EVENTS)
+
+
 def tables(page: str) -> list[list[list[str]]]:
     """The page's tables as cells, read as Markdown reads them: an escaped bar is no border."""
     found: list[list[list[str]]] = [[]]

@@ -49,6 +49,7 @@ SEARCH = {
     "data": {"name": "text", "reference": "text"},
     "plan": {"batch_tokens": 512, "sequence_length": 256},
     "licences": {"big": "MIT", "text": "CC0-1.0"},
+    "space_definition": {"deployments": [DEPLOYMENTS[packing].to_json() for packing in ("f16", "int8")]},
 }
 ROWS = [
     row("t000", "f16", 0.30),
@@ -161,7 +162,7 @@ def test_a_row_that_is_asked_for_is_the_one_that_is_exported(run: RunFolder, tmp
         ),
         ("t002-f16", ["gguf"], ["t002-f16", "not trained to the end"]),
         ("teacher-f16", ["gguf"], ["unmodified teacher"]),
-        ("t001-q4_0", ["compressed-tensors"], ["t001", "no compressed-tensors deployment"]),
+        ("t001-q4_0", ["compressed-tensors"], ["t001", "no compressed-tensors deployment", "larger --budget"]),
         (None, ["onion"], ["onion", "compressed-tensors, gguf, huggingface"]),
         (None, [], ["--to", "gguf"]),
         (None, ["gguf", "gguf"], ["twice"]),
@@ -175,6 +176,15 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
     for word in words:
         assert word in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_container_that_the_space_never_had_is_asked_of_another_space(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "runs", "small") as made:
+        write_json(made.search_file, SEARCH | {"space_definition": {"deployments": [DEPLOYMENTS["q4_0"].to_json()]}})
+        made.events.append({"event": "row", "row": row("t001", "q4_0", 0.40).to_json()})
+        save_tiny_teacher(made.checkpoints / "t001" / "student", layers=2)
+    with pytest.raises(InputError, match="the space has none; search a --space with one, or choose another container"):
+        export_run(made, None, ["compressed-tensors"], tmp_path / "out")
 
 
 def test_a_folder_with_something_in_it_is_left_alone(run: RunFolder, tmp_path: Path) -> None:

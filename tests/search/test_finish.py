@@ -351,3 +351,15 @@ def test_a_teacher_that_is_not_quantised_is_not_said_to_be(packing: str, said: s
     teacher = row("teacher", "accuracy", 0.6, packing, kind="teacher", fidelity=None)
     (note,) = (note for note in _notes(best, [best, teacher], finisher) if "has accuracy" in note)
     assert note.startswith(said)
+
+
+def test_a_gain_over_a_baseline_is_told_where_there_is_one() -> None:
+    finisher: Any = SimpleNamespace(
+        question=question("accuracy", "max"), setting=SimpleNamespace(teacher_spec=spec_from_config(CONFIG))
+    )
+    best = row("t000x", "accuracy", 0.5, memory_source="predicted", fidelity=3.0, train_tokens=300)
+    (note,) = (note for note in _notes(best, [best], finisher) if "300%" in note)
+    assert note == "the best student was trained for 300% of a trial's tokens (300)"
+    baseline = row("b000", "accuracy", 0.4, kind="baseline")
+    (note,) = (note for note in _notes(best, [best, baseline], finisher) if "300%" in note)
+    assert "gain over the baseline" in note

@@ -155,6 +155,11 @@ def uncut(tmp_path: Path, *deployments: str, **changes: object) -> Checked:
     return check_request(SearchRequest(**(fields | changes)))  # type: ignore[arg-type]
 
 
+def test_a_baseline_that_a_teacher_does_not_allow_is_named(asked: SearchRequest) -> None:
+    with pytest.raises(InputError, match=r"the strategy narrow does not suit this teacher: alignment\.count is 8"):
+        check_request(replace(asked, baselines=("hand_designed", "narrow")))
+
+
 def test_a_tokenizer_that_llama_cpp_lacks_leaves_gguf_out_before_anything_is_trained(tmp_path: Path) -> None:
     checked = uncut(tmp_path, "gguf", "folder")
     loaded = load(checked, Place.alone())
