@@ -89,13 +89,19 @@ def _speeds_note(document: Mapping[str, Any]) -> str:
     return "\n".join([*notes, *(f"What fits a GPU is {basis}." for basis in sums)])
 
 
+def _rate(tokens_per_second: float) -> str:
+    """Three significant digits, without an exponent."""
+    rounded = float(f"{tokens_per_second:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:.3g}"
+
+
 def _speed(one: Mapping[str, Any]) -> tuple[str, ...]:
     """A device's speed: tokens a second, * where assumed, their band, the first token, and what a token waits for."""
     if one["tokens_per_second"] is None:
         return ("-",) * 4
     return (
-        f"{one['tokens_per_second']:,.3g}" + ("*" if one["assumed"] else ""),
-        f"{one['tokens_per_second_low']:,.3g}-{one['tokens_per_second_high']:,.3g}",
+        _rate(one["tokens_per_second"]) + ("*" if one["assumed"] else ""),
+        f"{_rate(one['tokens_per_second_low'])}-{_rate(one['tokens_per_second_high'])}",
         format_duration(one["time_to_first_token_ms"] / 1e3),
         one["bound"],
     )

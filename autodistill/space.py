@@ -22,6 +22,7 @@ from autodistill.strategy import Deployment, Strategy
 Point = dict[str, Value]
 
 _DIMENSION_FIELDS = ("choices", "low", "high", "step", "log", "when")
+_NO_DIMENSION = "dimensions must be a mapping with an entry"
 _SPACE_FIELDS = ("name", "description", "dimensions", "deployments", "baselines", "starts", "optional", "lengths")
 
 
@@ -247,7 +248,9 @@ class Space:
         for name in ("name", "description"):
             check(isinstance(data.get(name, ""), str), f"{name} must be text, not {data.get(name)!r}")
         dimensions = data.get("dimensions")
-        check(isinstance(dimensions, Mapping) and len(dimensions) > 0, "dimensions must be a mapping with an entry")
+        # A run of one strategy has a space that holds its baseline alone.
+        alone = dimensions == {} and isinstance(data.get("baselines"), Mapping) and len(data["baselines"]) > 0
+        check(alone or (isinstance(dimensions, Mapping) and len(dimensions) > 0), _NO_DIMENSION)
         space = cls(
             name=data.get("name", "unnamed"),
             description=data.get("description", ""),
@@ -419,6 +422,7 @@ def load_space(ref: str | Path) -> Space:
     data = read_yaml(_resolve(ref, "spaces"))
     try:
         space = Space.from_json(data)
+        check(len(space.dimensions) > 0, _NO_DIMENSION)
         for strategy in (*space.baselines.values(), *space.starts.values()):
             check_effect(strategy)
         return space

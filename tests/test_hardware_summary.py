@@ -6,7 +6,7 @@ from autodistill.appraisal import appraise
 from autodistill.described import deployment_named, shape
 from autodistill.device_files import devices
 from autodistill.device_lookup import find_device
-from autodistill.hardware_summary import appraisal_text, devices_table
+from autodistill.hardware_summary import _rate, appraisal_text, devices_table
 
 
 def test_a_device_is_a_line_with_its_figures() -> None:
@@ -35,3 +35,8 @@ def test_a_speed_that_rests_on_no_measurement_is_marked_and_told_why() -> None:
     assert [f"* Assumed, with a wide band: {why}." in text for text in texts] == [False, True]
     cells = [next(line for line in text.splitlines() if "RTX 4090" in line).split() for text in texts]
     assert [any(cell.endswith("*") for cell in line) for line in cells] == [False, True]
+
+
+def test_a_rate_has_three_digits_and_no_exponent() -> None:
+    rates = {1653.2: "1,650", 123456.0: "123,000", 785.4: "785", 99.96: "100", 12.345: "12.3", 0.0456: "0.0456"}
+    assert {rate: _rate(rate) for rate in rates} == rates

@@ -114,6 +114,16 @@ def test_a_strategy_outside_has_no_point():
     assert space.point(load_strategy("hand_designed")) is None
 
 
+def test_a_space_of_a_baseline_alone_is_read_from_records_and_refused_as_a_file(tmp_path: Path) -> None:
+    alone = {"dimensions": {}, "deployments": DEPLOYMENTS, "baselines": {"mine": Strategy().to_json()}}
+    assert Space.from_json(alone).baselines == {"mine": Strategy()}
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(alone), encoding="utf-8")
+    with pytest.raises(InputError, match="dimensions must be a mapping with an entry"):
+        load_space(tmp_path / "space.yaml")
+    with pytest.raises(InputError, match="dimensions must be a mapping with an entry"):
+        Space.from_json(alone | {"baselines": {}})
+
+
 def test_json_and_yaml_round_trips(tmp_path: Path):
     space = load_space("default")
     again = Space.from_json(yaml.safe_load(yaml.safe_dump(space.to_json(), sort_keys=False)))

@@ -25,7 +25,7 @@ from autodistill.records.store import RunFolder
 from autodistill.search.study import Importance, Observation, importance
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment
-from autodistill.units import format_bytes, parse_bytes, parse_duration
+from autodistill.units import NO_LIMIT, format_bytes, parse_bytes, parse_duration
 
 # With fewer results a share of the variance is noise.
 _FEWEST_RESULTS = 8
@@ -154,6 +154,7 @@ def explain(run: RunFolder) -> Explanation:
                 space, _results(points, first.values(), place), objective.direction, least=_FEWEST_RESULTS
             )
             for place, objective in enumerate(_objectives(asked))
+            if space.dimensions
         },
         rejected=_rejected(ends.values()),
         stopped=dict(sorted(Counter(reached.values()).items())),
@@ -259,11 +260,12 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
         if short <= 0:
             return f"Nothing fits: {least.name} as {least.deployment_name} is kept out ({least.reason}).", ()
         return f"Nothing fits {format_bytes(limit)}: the nearest needs {format_bytes(short)} more.", ()
-    used = corrected(best, beyond) / limit
-    binding = (
-        f"The best, {best.name} as {best.deployment_name}, needs {format_bytes(corrected(best, beyond))} of "
-        f"{format_bytes(limit)} ({used:.0%}): memory {'binds' if used > 0.9 else 'does not bind'}."
-    )
+    need, used = format_bytes(corrected(best, beyond)), corrected(best, beyond) / limit
+    binding = f"The best, {best.name} as {best.deployment_name}, needs {need}"
+    if limit >= NO_LIMIT:
+        binding += ": there is no limit of memory."
+    else:
+        binding += f" of {format_bytes(limit)} ({used:.0%}): memory {'binds' if used > 0.9 else 'does not bind'}."
     sign = 1 if asked["direction"] == "max" else -1
     best_value = best.figure(asked["metric"])
     out = [row for row in full if not (row.feasible or row.reason == REMOVED) or corrected(row, beyond) > limit]

@@ -22,9 +22,9 @@ from autodistill.search.explain import explain
 from autodistill.search.trial_memory import TrainingNeed
 from autodistill.serving_memory import memory
 from autodistill.space import Space
-from autodistill.strategy import Deployment
+from autodistill.strategy import Deployment, Strategy
 from autodistill.testing import small_plan
-from autodistill.units import Budget, format_bytes, parse_latency
+from autodistill.units import NO_LIMIT, Budget, format_bytes, parse_latency
 
 PLAN = small_plan()
 SPACE = Space.from_json(
@@ -221,6 +221,24 @@ def test_rejections_are_told_by_cause_with_the_nearest_miss(run: RunFolder) -> N
     assert f"rejected without training: init.heads … leaves … heads: too many; the first: {reasons[3]}\n" in text
     assert "     3  failed: nan; the first: nan: at token 0\n" in text
     json.dumps(found.to_json())
+
+
+def test_a_run_of_one_strategy_without_a_budget_is_explained(tmp_path: Path) -> None:
+    """Its space has no dimension, of which nothing could have mattered, and its limit is a number that nobody gave."""
+    folder = RunFolder.create(tmp_path, "one")
+    alone = replace(SPACE, dimensions=(), baselines={"mine": Strategy()})
+    asked = {"plan": PLAN.to_json(), "space_definition": alone.to_json(), "metric": "accuracy", "direction": "max"}
+    with folder:
+        write_json(folder.search_file, {**asked, "budget": {"memory_bytes": NO_LIMIT}})
+        folder.events.append({"event": "trial", "trial": "b000", "point": {}})
+        folder.events.append({"event": "rung", "trial": "b000", "rung": 2, "tokens": PLAN.tokens, "value": 0.5})
+        folder.events.append({"event": "row", "row": row("b000", 90_000_000, 0.30, True).to_json()})
+    found = explain(folder)
+    deployment = SPACE.deployments[0].name
+    assert found.binding == f"The best, name as {deployment}, needs 90.0 MB: there is no limit of memory."
+    assert found.importance == {}
+    assert "mattered" not in found.describe()
+    assert "1  ended at" in found.describe()
 
 
 def test_a_run_without_trials_has_nothing_to_explain(tmp_path: Path) -> None:
