@@ -151,6 +151,7 @@ def check_request(request: SearchRequest) -> Checked:
         storage=_of_run(request, storage, known),
     )
     if stored is not None:
+        _check_kind(checked, stored)
         _check_same(checked, stored)
         _check_time(checked, stored)
     else:
@@ -389,6 +390,18 @@ def _keeping(request: SearchRequest, storage: Storage | None) -> Storage | None:
         storage = Storage(before)
         storage.check()
     return storage
+
+
+def _check_kind(checked: Checked, stored: Mapping[str, Any]) -> None:
+    """Refuses to go on with a run of one strategy as a search, or with a search as one of these."""
+    was_search = stored.get("space_definition", {}).get("dimensions") != {}
+    if was_search == (checked.request.strategy is None):
+        return
+    made, command = ("is a search", "search") if was_search else ("trained one strategy", "distill STRATEGY")
+    raise InputError(
+        f"the run {checked.name!r} {made}: resume it with autodistill {command} --resume --name {checked.name}, or "
+        "start a new run under another --name"
+    )
 
 
 def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:

@@ -93,8 +93,14 @@ def check_space(out: Path, runs: Sequence[str], space: Space) -> None:
         parts += [path for path in {**here, **there} if here.get(path) != there.get(path)]
         raise InputError(
             f"the run {name!r} cannot warm-start this search: its space is another one, in "
-            f"{', '.join(parts) or 'the order of its dimensions'}; search the same --space, or leave it out"
+            f"{', '.join(parts) or 'the order of its dimensions'}; {_alike(parts)}, or leave it out"
         )
+
+
+def _alike(parts: Sequence[str]) -> str:
+    """What to do about parts of a space that are not those of an earlier run; --baseline changes one of them."""
+    options = {"--baseline" if part == "baselines" else "--space" for part in parts or ("order",)}
+    return f"search the same {' and '.join(sorted(options))}"
 
 
 def check_fingerprints(out: Path, runs: Sequence[str], fingerprints: Mapping[str, str]) -> None:

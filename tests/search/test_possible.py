@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,7 +19,7 @@ from autodistill.estimate import config_of, fits, holdable, spec_from_config
 from autodistill.hardware import Machine
 from autodistill.records.json_files import write_json
 from autodistill.records.store import RunFolder
-from autodistill.search.checked import Checked, check_request
+from autodistill.search.checked import Checked, _check_kind, check_request
 from autodistill.search.loading import load
 from autodistill.search.means import trainable
 from autodistill.search.possible import narrowed
@@ -158,6 +162,23 @@ def uncut(tmp_path: Path, *deployments: str, **changes: object) -> Checked:
 def test_a_baseline_that_a_teacher_does_not_allow_is_named(asked: SearchRequest) -> None:
     with pytest.raises(InputError, match=r"the strategy narrow does not suit this teacher: alignment\.count is 8"):
         check_request(replace(asked, baselines=("hand_designed", "narrow")))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "dimensions", "said"),
+    [
+        (None, {}, "'mine' trained one strategy: resume it with autodistill distill STRATEGY --resume --name mine"),
+        ("lora", {"init.depth": {}}, "'mine' is a search: resume it with autodistill search --resume --name mine"),
+        (None, {"init.depth": {}}, None),
+        ("lora", {}, None),
+    ],
+)
+def test_a_run_is_resumed_by_the_command_that_made_it(
+    strategy: str | None, dimensions: dict[str, Any], said: str | None
+) -> None:
+    checked: Any = SimpleNamespace(name="mine", request=SimpleNamespace(strategy=strategy))
+    with pytest.raises(InputError, match=re.escape(said)) if said else nullcontext():
+        _check_kind(checked, {"space_definition": {"dimensions": dimensions}})
 
 
 def test_a_tokenizer_that_llama_cpp_lacks_leaves_gguf_out_before_anything_is_trained(tmp_path: Path) -> None:

@@ -277,6 +277,10 @@ def test_another_space_teacher_or_data_is_refused_by_name(tmp_path: Path) -> Non
     check_space(tmp_path, ["run"], space)
     with pytest.raises(InputError, match=r"'other' cannot warm-start.*, in distillation.learning_rate;"):
         check_space(tmp_path, ["run", "other"], space)
+    with pytest.raises(InputError, match="search the same --space, or leave it out"):
+        check_space(tmp_path, ["other"], space)
+    with pytest.raises(InputError, match="in baselines; search the same --baseline, or leave it out"):
+        check_space(tmp_path, ["run"], replace(space, baselines={}))
     with pytest.raises(InputError, match="there is no run 'nobody'"):
         check_space(tmp_path, ["nobody"], space)
     check_fingerprints(tmp_path, ["run"], {"teacher": "t", "data": "d"})
