@@ -167,7 +167,8 @@ def has_eight_bit() -> bool:
 
 
 def pass_bytes(spec: ModelSpec, sequence_length: int, threads: int) -> int:
-    """What a process takes beside weights to run a model in a pass of a sequence, or some short ones, on each thread."""
+    """What a process takes beside weights to run a model in passes of a sequence, or some short ones, one on each thread.
+    """
     tokens = max(sequence_length, CPU_PASS_TOKENS)
     logits = 3 * 4 * tokens * spec.vocabulary
     activations = 4 * tokens * (4 * spec.width + 3 * spec.ffn_width)
