@@ -167,7 +167,7 @@ def has_eight_bit() -> bool:
 
 
 def pass_bytes(spec: ModelSpec, sequence_length: int, threads: int) -> int:
-    """What a process takes beside the weights of a model that it runs: a pass of a sequence, or some, on each thread."""
+    """What running a model takes beside its weights: a pass of a sequence, or some short ones, on each thread."""
     tokens = max(sequence_length, CPU_PASS_TOKENS)
     logits = 3 * 4 * tokens * spec.vocabulary
     activations = 4 * tokens * (4 * spec.width + 3 * spec.ffn_width)
