@@ -202,7 +202,9 @@ class Campaign:
             part = report.evaluation.reading
             read = part.read / part.of if part is not None else 1.0
             rung = self.trials[assignment.task.id].rung
-            self.box.learn(assignment, rung, sum(report.seconds.values()), report.trained, read)
+            work = report.seconds["train"] + report.seconds["evaluate"]
+            beside = sum(report.seconds.values()) - work
+            self.box.learn(assignment, rung, work, report.trained, read, beside)
         for phase in self._worker_seconds:
             self._worker_seconds[phase] += share * report.seconds[phase]
 

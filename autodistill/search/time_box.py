@@ -33,6 +33,8 @@ class TimeBox:
         self._slowness = 1.0
         # Seconds that work took, and was expected to take, of late.
         self._took = self._expected = 0.0
+        # Seconds that a piece of work took beside training and reading of late: a process that begins, a student made.
+        self._beside = 0.0
         self._closed = False
 
     def holds(self, seconds: float, *, whole: bool = False) -> bool:
@@ -51,7 +53,7 @@ class TimeBox:
         if self.deadline is None:
             return math.inf
         aside = 0.0 if whole else self._aside
-        return (self.deadline - self._after() - aside - time.monotonic()) / self._slowness
+        return (self._end() - aside - time.monotonic()) / self._slowness
 
     def trained_in(self, after: float, *, alone: bool) -> int:
         """Tokens that a worker may train on before an evaluation and `after` seconds more, in all that is left.
@@ -66,14 +68,19 @@ class TimeBox:
         rate = speed.train_on if alone else speed.worker_train
         if self._closed or self.deadline is None:
             return 0
-        seconds = (self.deadline - self._after() - time.monotonic()) / self._usual() - after
+        seconds = (self._end() - time.monotonic()) / self._usual() - after
         return max(0, trained_in(seconds, question.plan.eval_tokens, question.teacher_spec.parameters, rate, speed))
 
     def until(self, seconds: float) -> float | None:
         """`time.time()` after which so many seconds of work, as expected, no longer end in time; None without a box."""
         if self.deadline is None:
             return None
-        return time.time() + self.deadline - self._after() - seconds * self._usual() - time.monotonic()
+        return time.time() + self._end() - seconds * self._usual() - time.monotonic()
+
+    def _end(self) -> float:
+        """`time.monotonic()` at which the training and reading of a piece of work that begins now must have ended."""
+        assert self.deadline is not None, "there is no box"
+        return self.deadline - self._after() - self._beside
 
     def _after(self) -> float:
         """Seconds that what follows the trials is expected to take longer than planned, being as slow as they are."""
@@ -131,7 +138,15 @@ class TimeBox:
         question = self._question
         return evaluation_seconds(question.plan.eval_tokens, question.teacher_spec.parameters, question.speed)
 
-    def learn(self, work: Assignment, reached: int, seconds: float, trained: int = 0, read: float = 1.0) -> None:
+    def learn(
+        self,
+        work: Assignment,
+        reached: int,
+        seconds: float,
+        trained: int = 0,
+        read: float = 1.0,
+        beside: float = 0.0,
+    ) -> None:
         """Follows how much longer than measured at first work takes: upwards at once, downwards slowly.
 
         What follows the trials, and is of another kind, is told by all of it together.
@@ -139,15 +154,17 @@ class TimeBox:
         Args:
             work: What was done.
             reached: Rung at which its trial stood before.
-            seconds: What it took.
+            seconds: What its training and reading took.
             trained: Tokens that it trained on, fewer than expected where a stage was shared; 0 where that is unknown.
             read: Share of what an evaluation at a rung reads that was read.
+            beside: Seconds that it took beside these, which say nothing of how fast the machine is.
         """
         expected = self._expected_of(work, reached, trained, read)
         ratio = seconds / expected
         self._slowness = max(ratio, 0.8 * self._slowness + 0.2 * ratio)
         self._took = 0.8 * self._took + seconds
         self._expected = 0.8 * self._expected + expected
+        self._beside = max(beside, 0.5 * (self._beside + beside))
 
     def _stretch(self, tokens: int, eval_tokens: int, alone: bool = False, read: float = 1.0) -> float:
         question, speed = self._question, self._question.speed

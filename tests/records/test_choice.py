@@ -111,7 +111,7 @@ def test_all_who_name_the_best_student_name_the_same_one(
     at_the_end = next_candidate([*trained_rows(ROWS, "accuracy", lambda _: True), *others], [], asked)
     assert at_the_end == BEST[0]
 
-    def pack(student: Path, deployment: object, out: Path) -> Path:
+    def pack(student: Path, deployment: object, out: Path, origin: object) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         return student
 

@@ -104,6 +104,24 @@ def test_what_was_not_read_was_not_expected_to_take_time() -> None:
         assert not found.holds(36)
 
 
+def test_a_worker_that_was_slow_to_begin_makes_no_slow_machine() -> None:
+    found = box(100)
+    work = Assignment(task=TASK, rung=0)
+    found.learn(work, -1, found.expected(work, -1), beside=20.0)
+    # The next piece may take as long to begin, and what is trained and read takes as long as was measured.
+    assert found.holds(79)
+    assert not found.holds(81)
+    until, now = found.until(10.0), time.time()
+    assert until is not None
+    assert until - now == pytest.approx(70, abs=1)
+    rest = found.trained_in(0.0, alone=False)
+    assert rest == pytest.approx(box(80).trained_in(0.0, alone=False), rel=0.02)
+    # Once they begin at once, that is soon forgotten.
+    for _ in range(4):
+        found.learn(work, -1, found.expected(work, -1), beside=0.0)
+    assert found.holds(98)
+
+
 def test_a_box_holds_what_ends_in_time_and_nothing_once_closed() -> None:
     found = box(100)
     assert found.holds(99)
