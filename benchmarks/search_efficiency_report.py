@@ -18,6 +18,7 @@ from math_teacher import LENGTH
 from simulate import TRIALS, Table, Worker, plan
 
 from autodistill.strategy import Strategy
+from autodistill.training_fit import CPU_PASS_TOKENS
 
 # How far below the best of the table a student counts as near it.
 NEAR = 0.001
@@ -266,8 +267,8 @@ def clock(found: Outcome) -> str:
         f"{parts.live_over_training:.0%} to the training of the recipe's student (by operations {more:.0%}). The "
         f"cache, which (a), (b) and (d) pay for, takes {parts.cache_over_training:.2f} times that training ("
         f"{expenses.cache.operations / trained.operations:.2f} by operations): {expenses.cache.seconds:.1f} s, where "
-        f"training takes {trained.seconds:.1f} s. On a CPU the teacher reads one sequence after the other for it, of "
-        f"{LENGTH} tokens here, where a step reads {STEP // LENGTH} at once. The teacher's score and rows, which all "
+        f"training takes {trained.seconds:.1f} s. On a CPU the teacher reads {CPU_PASS_TOKENS // LENGTH} sequences of "
+        f"{LENGTH} tokens at once for it, where a step reads {STEP // LENGTH}. The teacher's score and rows, which all "
         f"arms pay for, take {parts.rows_over_evaluation:.1f} evaluations of that student, "
         f"{expenses.teacher_rows.seconds:.1f} s."
         "\n\nLeft out of seconds as of operations, in all arms: starting, reading data, proposals, making students, "
