@@ -164,6 +164,11 @@ def written_summary(counts: Mapping[str, Any]) -> str:
         f"{counts['out']}",
         f"Tokens: {counts['prompt_tokens']:,} of prompts, {counts['answer_tokens']:,} of answers.",
     ]
+    if counts["others"]:
+        lines.append(
+            f"{counts['others']} more answers stand there, of other prompts or settings: all are learnt; to have one "
+            "kind alone, give another --out."
+        )
     if counts["unfinished"]:
         lines.append(f"{counts['unfinished']} answers reached --max-tokens and are not learnt: raise it to use them.")
     if counts["too_long"]:

@@ -131,7 +131,8 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
     Returns:
         Counts: prompts, those kept from before, written, unfinished, blank, too long for a local teacher to read with
         an answer of `max_tokens`, tokens of prompts and answers written, and how many of the answers come with
-        log-probabilities ("top-k") and without ("text"). In "refused" the refused prompts, each with its beginning
+        log-probabilities ("top-k") and without ("text"); beside these, the answers that the file had of other prompts
+        or settings ("others"). In "refused" the refused prompts, each with its beginning
         ("prompt") and the reason ("said").
 
     Raises:
@@ -169,6 +170,7 @@ def write_data(request: WriteRequest, tell: Tell = lambda line: None) -> dict[st
     keys = [content_hash({"settings": settings, "prompt": prompt}, digits=16) for prompt in prompts]
     missing = [place for place, key in enumerate(keys) if key not in known]
     counts = {"prompts": len(prompts), "kept": len(prompts) - len(missing), **dict.fromkeys(_COUNTED, 0)}
+    counts["others"] = len(known - {None, *keys})
     refused: list[dict[str, str]] = []
     try:
         for place, answer in answers([prompts[place] for place in missing]):

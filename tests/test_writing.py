@@ -124,6 +124,7 @@ def test_a_local_teacher_writes_what_it_holds_for_likeliest(request_: WriteReque
         "answer_tokens": 24,
         "top-k": 0,
         "text": 3,
+        "others": 0,
         "refused": [],
     }
 
@@ -150,6 +151,9 @@ def test_what_the_teacher_does_not_read_is_counted_and_the_rest_written(request_
     assert (again["kept"], again["written"], again["too_long"]) == (2, 0, 1)
     fewer = write_data(replace(request_, max_tokens=7))
     assert (fewer["written"], fewer["too_long"]) == (3, 0)
+    # What was written with other settings is learnt too, which is not to be a surprise.
+    assert (again["others"], fewer["others"]) == (0, 2)
+    assert "2 more answers stand there, of other prompts or settings" in written_summary(fewer)
 
 
 def test_a_prompt_that_the_teacher_has_no_numbers_for_is_named_and_the_others_kept(

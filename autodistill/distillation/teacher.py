@@ -209,7 +209,24 @@ def _folder_ref(folder: Path) -> TeacherRef:
                 f"{folder} lacks {', '.join(missing) or 'the weights its index names'}: complete the folder"
             )
     check_weights(folder)
-    return TeacherRef(name=folder.name, kind="folder", path=folder, config=config, licence=config.get("license"))
+    return TeacherRef(name=folder.name, kind="folder", path=folder, config=config, licence=_licence(folder, config))
+
+
+def _licence(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """What a folder says of its licence: its configuration, or else the head of its model card."""
+    import yaml
+    from huggingface_hub.repocard import metadata_load
+
+    stated = config.get("license")
+    if stated is None:
+        try:
+            card = metadata_load(folder / "README.md") or {}
+        except (OSError, ValueError, yaml.YAMLError):
+            return None  # without a card, or with one that is not for programs, it is not known
+        stated = card.get("license")
+        if stated == "other":
+            stated = card.get("license_name", stated)
+    return stated if isinstance(stated, str) else None
 
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:

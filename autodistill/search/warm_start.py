@@ -79,28 +79,22 @@ def parse_runs(text: str) -> tuple[str, ...]:
 def check_space(out: Path, runs: Sequence[str], space: Space) -> None:
     """Refuses runs that are not there, or whose space is another, so that their points mean other strategies.
 
+    Baselines and starts may differ: they are points like others, or lie outside of the space and say nothing of it.
+
     Raises:
         InputError: Names the run, and what of its space differs.
     """
     mine = space.to_json()
     for name in runs:
-        stored = read_json(RunFolder.open(out, name).search_file)
-        if stored["space_hash"] == space.hash:
-            continue
-        theirs = stored["space_definition"]
-        parts = [part for part in ("deployments", "baselines", "starts") if mine[part] != theirs.get(part)]
+        theirs = read_json(RunFolder.open(out, name).search_file)["space_definition"]
+        parts = ["deployments"] if mine["deployments"] != theirs["deployments"] else []
         here, there = mine["dimensions"], theirs["dimensions"]
         parts += [path for path in {**here, **there} if here.get(path) != there.get(path)]
-        raise InputError(
-            f"the run {name!r} cannot warm-start this search: its space is another one, in "
-            f"{', '.join(parts) or 'the order of its dimensions'}; {_alike(parts)}, or leave it out"
-        )
-
-
-def _alike(parts: Sequence[str]) -> str:
-    """What to do about parts of a space that are not those of an earlier run; --baseline changes one of them."""
-    options = {"--baseline" if part == "baselines" else "--space" for part in parts or ("order",)}
-    return f"search the same {' and '.join(sorted(options))}"
+        if parts:
+            raise InputError(
+                f"the run {name!r} cannot warm-start this search: its space is another one, in {', '.join(parts)}; "
+                "search the same --space, or leave it out"
+            )
 
 
 def check_fingerprints(out: Path, runs: Sequence[str], fingerprints: Mapping[str, str]) -> None:

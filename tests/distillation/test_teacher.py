@@ -272,6 +272,29 @@ def test_a_folder_is_used_where_it_stands_and_known_by_its_bytes(folder: Path, t
     assert tokenizer_fingerprint(copy) == tokenizer_fingerprint(folder)
 
 
+@pytest.mark.parametrize(
+    ("card", "stated", "licence"),
+    [
+        ("---\nlicense: mit\n---\n# A model\n", None, "mit"),
+        ("---\nlicense: other\nlicense_name: my-terms\n---\n", None, "my-terms"),
+        ("---\nlicense: mit\n---\n", "apache-2.0", "apache-2.0"),
+        ("---\nlanguage: en\n---\n", None, None),
+        ("---\nlicense: [mit\n---\n", None, None),
+        ("# A model under the MIT licence\n", None, None),
+        (None, None, None),
+    ],
+)
+def test_a_folders_licence_is_that_of_its_configuration_or_its_model_card(
+    folder: Path, tmp_path: Path, card: str | None, stated: str | None, licence: str | None
+) -> None:
+    own = tmp_path / "teacher"
+    shutil.copytree(folder, own)
+    if card is not None:
+        (own / "README.md").write_text(card)
+    _changed(own, {} if stated is None else {"license": stated})
+    assert resolve_teacher(str(own)).licence == licence
+
+
 def test_another_vocabulary_or_end_token_is_another_tokenizer(folder: Path, tmp_path: Path) -> None:
     other = save_tiny_teacher(tmp_path / "other", layers=1, vocabulary=290)
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(folder)
