@@ -216,7 +216,8 @@ def test_what_ended_early_does_so_too_where_a_search_was_killed(inputs: Inputs, 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    asked = command(inputs, "inline", "--metric", "kl", "--trials", "12", "--tokens", "9216")
+    # Of this seed's trials two are certain to fall short before all is read.
+    asked = command(inputs, "inline", "--metric", "kl", "--trials", "12", "--tokens", "9216", "--seed", "2")
     finish(asked, whole)
     expected = {row.row_id: (row.figure("kl"), row.cut_short) for row in rows_of(events(whole))}
     early = [short for _, short in expected.values() if short is not None]
