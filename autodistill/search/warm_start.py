@@ -86,7 +86,10 @@ def check_space(out: Path, runs: Sequence[str], space: Space) -> None:
     """
     mine = space.to_json()
     for name in runs:
-        theirs = read_json(RunFolder.open(out, name).search_file)["space_definition"]
+        stored = read_json(RunFolder.open(out, name).search_file)
+        if stored["space_hash"] == space.hash:
+            continue  # though the run did without choices that could not fit there
+        theirs = stored["space_definition"]
         parts = ["deployments"] if mine["deployments"] != theirs["deployments"] else []
         here, there = mine["dimensions"], theirs["dimensions"]
         parts += [path for path in {**here, **there} if here.get(path) != there.get(path)]
