@@ -325,8 +325,8 @@ class Distillation(Part):
         """What the logit loss is in place of the divergence that is named, or None where it is that divergence.
 
         That is so of all tokens, and of draws in the mean. Of fewer of the likeliest tokens it never is, at any
-        temperature: with 64 of them forward KL at 1 cost students of SmolLM2-135M 0.98 ± 0.27% of perplexity, where 50
-        draws cost 0.06 ± 0.20% (benchmarks/reports/2026-11-25-cache-quality.md; next-token accuracy was the same).
+        temperature: with 64 of them forward KL at 1 cost students of SmolLM2-135M 1.49 ± 0.34% of perplexity, where 50
+        draws cost 0.52 ± 0.12% (benchmarks/reports/2026-11-26-cache-quality.md).
 
         Args:
             vocabulary: Tokens of teacher and student. Those that writers told are taken to be fewer: how many they are
