@@ -1,11 +1,12 @@
 """What quantisation-aware training adds to a step: ratios within alternating rounds, on a student of a teacher.
 
     python benchmarks/qat_step.py [--teacher smollm2] [--threads 1] [--rounds 5] [--batch 256 1024] [--bf16]
-        [--scales absmax learned] [--before quantization.py]
+        [--scales absmax learned] [--eager | --before quantization.py]
 
 The plain step is a cross-entropy step with the embedding frozen, the cheapest there is, and of several sequences each
 has a pass of its own: no share is larger than that of a step of one.
-CPU time is what is compared, so that other work on the machine counts little. `--before` names the module as it was
+CPU time is what is compared, so that other work on the machine counts little. `--eager` takes each step operation by
+operation too, as without numba. `--before` names the module as it was
 (`git show REVISION:autodistill/distillation/quantization.py`), whose steps are taken by turns with those of today's;
 what it imports is today's.
 """
@@ -30,7 +31,7 @@ import report
 import torch
 
 from autodistill.contracts import Plan
-from autodistill.distillation import quantization
+from autodistill.distillation import grid_values, quantization
 from autodistill.distillation import trainer as training
 from autodistill.distillation.memory import keep_freed_memory
 from autodistill.distillation.student import build_student
@@ -44,7 +45,7 @@ from autodistill.strategy import Distillation, Finishing, Init, Strategy
 from autodistill.token_sets import TokenSet
 
 LENGTH = 256
-BEFORE = ", before"
+BEFORE, EAGER = ", before", ", operation by operation"
 SCALES = ("absmax", "learned")
 INIT = Init(depth=0.8)
 INTEGERS = {"format": "compressed-tensors"}
@@ -90,6 +91,10 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
+def _none() -> None:
+    """The loops of a machine without numba."""
+
+
 def measure(
     folder: Path,
     batch: int,
@@ -108,7 +113,7 @@ def measure(
         rounds: In each, every variant takes two steps, of which the second counts.
         threads: Of torch.
         bf16: Whether the forward and backward pass compute in bfloat16.
-        modules: What quantises, by what is added to a variant's name.
+        modules: What quantises, by what is added to a variant's name; that of `EAGER` does so without compiled loops.
         scales: "absmax", which follow from the weights, and "learned" ones, or one of the two.
         finishings: The grids, by name.
     """
@@ -136,10 +141,13 @@ def measure(
         for kind in scales:
             variants |= {f"{name}, {kind}{said}": (grids.get, kind == "learned", it) for said, it in modules.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    compiled = grid_values.loops
     list(trainer.train_stable(batch))
     for number in range(rounds):
         for name in sorted(variants, reverse=number % 2 == 1):
             storage_of, learned, module = variants[name]
+            loops = _none if name.endswith(EAGER) else compiled
+            grid_values.loops = quantization.loops = loops  # type: ignore[assignment]
             training.quantized_training = module.quantized_training
             # A module of before weights were kept from pass to pass has no such thing.
             training.one_step = getattr(module, "one_step", lambda weights: nullcontext())
@@ -160,7 +168,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--scales", nargs="+", choices=SCALES, default=SCALES, help="which of them are measured")
-    parser.add_argument("--before", type=Path, help="the module as it was, to be compared with")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--eager", action="store_true", help="compare with steps without compiled loops")
+    other.add_argument("--before", type=Path, help="the module as it was, to be compared with")
     parser.add_argument("--batch", type=int, nargs="+", default=[LENGTH, 4 * LENGTH], help="tokens of a step")
     arguments = parser.parse_args()
     if arguments.bf16 and not detect().bf16:
@@ -168,7 +178,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     teacher = materialise(resolve_teacher(arguments.teacher), default_cache())
-    modules = {"": quantization} | ({BEFORE: load_module(arguments.before)} if arguments.before else {})
+    modules, said = {"": quantization}, ""
+    if arguments.eager:
+        said, modules[EAGER] = EAGER, quantization
+    if arguments.before:
+        said, modules[BEFORE] = BEFORE, load_module(arguments.before)
     sections = []
     for batch in arguments.batch:
         seconds = measure(
@@ -177,10 +191,10 @@ def main() -> None:
         plain = seconds.pop("plain")
         lines = []
         for name, values in seconds.items():
-            if name.endswith(BEFORE):
+            if said and name.endswith(said):
                 continue
             row = [name]
-            for taken in (values, seconds.get(name + BEFORE)):
+            for taken in (values, seconds.get(name + said) if said else None):
                 shares = [one / other - 1 for one, other in zip(taken or [], plain, strict=bool(taken))]
                 if shares:
                     row += [f"{statistics.median(shares):+.1%}", f"{min(shares):+.1%} to {max(shares):+.1%}"]
@@ -188,7 +202,7 @@ def main() -> None:
         sections += [
             f"## {batch} tokens a step\n\nThe plain step takes {statistics.median(plain):.3f} CPU seconds (median).",
             report.table(
-                ["grid", "added, median", "range", *(["before, median", "range"] if arguments.before else [])], lines
+                ["grid", "added, median", "range", *([f"{said[2:]}, median", "range"] if said else [])], lines
             ),
         ]
     precision = "bfloat16" if arguments.bf16 else "float32"

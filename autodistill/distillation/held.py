@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autodistill.contracts import HeldType
-from autodistill.distillation.grid_values import deploy_tensor, fitted_scales, given_values, stored_scales
+from autodistill.distillation.grid_steps import stored_steps
+from autodistill.distillation.grid_values import deploy_tensor, fitted_scales, given_values
 from autodistill.distillation.teacher import load_model
 from autodistill.grids import Grid, Storage
 from autodistill.super_blocks import on_block_grid
@@ -104,8 +105,8 @@ class _Deployed:
         assert isinstance(self._storage, Grid)
         scales, minima = self._found
         # 0 less what is stored, as its search gives a minimum: 0 without a sign.
-        given = stored_scales(scales.read(which), None if minima is None else 0.0 - minima.read(which))
-        return given_values(rows.detach().float(), given, self._storage)
+        steps = stored_steps(scales.read(which), None if minima is None else 0.0 - minima.read(which), self._storage)
+        return given_values(rows.detach().float(), steps, self._storage)
 
 
 def _parts(weight: Tensor) -> Iterator[slice]:

@@ -11,18 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from autodistill.distillation.grid_steps import Steps, clips, given_steps, in_steps, next_beyond
 from autodistill.distillation.grid_values import (
-    Given,
     buffers_of,
     chunks,
-    clips,
     deploy_tensor,
     fitted_scales,
     fitted_values,
-    given_scales,
-    given_steps,
     given_values,
-    next_beyond,
+    loops,
 )
 from autodistill.distillation.sharding import whole
 from autodistill.errors import InputError
@@ -101,6 +98,10 @@ class _StraightThrough(torch.autograd.Function):
 
 def _stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
     """Writes the gradient of a weight into `out`, which may be the incoming one: 0 where it was clipped."""
+    compiled = loops()
+    if compiled is not None and compiled.fits(gradient, inside, out):
+        compiled.stop_clipped(gradient, inside, out)
+        return
     # As bytes the mask converts to float several times faster than as booleans.
     mask = inside.view(torch.int8)
     size = gradient.shape[1]
@@ -118,7 +119,7 @@ class _LearnedStep(torch.autograd.Function):
         ctx.grid = grid
         # Codes are computed again in the backward pass: to write and read them back would cost as much, and memory.
         ctx.save_for_backward(weight, scale, offset)
-        return given_values(weight, given_scales(scale, offset, grid), grid, dtype)
+        return given_values(weight, given_steps(scale, offset, grid), grid, dtype)
 
     @staticmethod
     @once_differentiable
@@ -140,30 +141,35 @@ def _learned_gradients(
     g that is round(v) - v times g, elsewhere q times g. Some groups at a time.
     """
     size = grid.group(weight.shape[1])
-    given = given_scales(scale, offset, grid)
+    steps = given_steps(scale, offset, grid)
     if grid.block_size:
-        given = given._replace(divisors=_revived(given, scale, grid))
-    zero_points = given.offsets if grid.offset == "zero_point" else None
+        steps = steps._replace(factors=_revived(steps, scale, grid))
+    factor = 1 / math.sqrt(size * grid.levels)
+    compiled = loops()
+    if compiled is not None and compiled.fits(weight, gradient, out):
+        of_groups: Tensor = compiled.learned_gradients(weight, gradient, steps, grid, out)
+        return of_groups.mul_(factor).view_as(scale)
     scale_gradient = torch.empty_like(scale)
     sums, ones = scale_gradient.view(-1), torch.ones(size, device=weight.device)
     low, high = next_beyond(grid)
     buffers = buffers_of(weight, size, 3)
     for part, groups, incoming, target in chunks(size, weight, gradient, out):
         step, code, arriving = buffers[:, : len(groups)]
+        own = steps.part(part)
         arriving.copy_(incoming)
-        given_steps(groups, given.part(part), grid, step)
+        in_steps(groups, own, step)
         torch.ops.aten.hardtanh_backward.grad_input(arriving, step, low, high, grad_input=target)
         torch.clamp(step, grid.qmin, grid.qmax, out=code).round_()
-        if zero_points is not None:
-            code.sub_(zero_points[part])
-            step.sub_(zero_points[part])
+        if own.zero_points is not None:
+            code.sub_(own.zero_points)
+            step.sub_(own.zero_points)
         code.mul_(arriving).addcmul_(target, step, value=-1)
         # As a product: a sum over groups this short takes a third longer.
         torch.mv(code, ones, out=sums[part])
-    return scale_gradient.mul_(1 / math.sqrt(size * grid.levels))
+    return scale_gradient.mul_(factor)
 
 
-def _revived(given: Given, scale: Tensor, grid: Grid) -> Tensor:
+def _revived(steps: Steps, scale: Tensor, grid: Grid) -> Tensor:
     """The divisors of groups, [groups, 1], but where the stored scale is 0 the scale itself, or the least there is.
 
     In steps of infinity every code is 0, and so is the gradient of the scale, which could not leave 0 any more.
@@ -173,7 +179,7 @@ def _revived(given: Given, scale: Tensor, grid: Grid) -> Tensor:
     bounded = unrounded.clamp(min=_LEAST_SCALE)
     if grid.symmetric:
         bounded = torch.where(unrounded < 0, unrounded.clamp(max=-_LEAST_SCALE), bounded)
-    return torch.where(given.scales == 0, bounded, given.divisors)
+    return torch.where(steps.scales == 0, bounded, steps.factors)
 
 
 class _Passing(torch.autograd.Function):
@@ -220,7 +226,7 @@ class _Step:
     def _rounded(self, dtype: torch.dtype) -> Tensor:
         leaf, grid = self._leaf, self._grid
         if self._scale is not None:
-            return given_values(leaf, given_scales(self._scale, self._offset, grid), grid, dtype)
+            return given_values(leaf, given_steps(self._scale, self._offset, grid), grid, dtype)
         if self._inside is None and clips(grid):
             self._inside = torch.empty(leaf.shape, dtype=torch.bool, device=leaf.device)
         return fitted_values(leaf, grid, self._inside, dtype)
@@ -328,7 +334,7 @@ class FakeQuantized:
         """The learned scales and their offsets as a file holds them, or None where none are learned."""
         if self.scale is None:
             return None
-        stored = given_scales(self.scale.detach(), None, self.grid).scales
+        stored = given_steps(self.scale.detach(), None, self.grid).scales
         offset = None if self._offset is None else self._offset.cpu().numpy()
         return Scales(stored.view_as(self.scale).cpu().numpy(), offset)
 

@@ -41,6 +41,29 @@ from autodistill.grids import (
 BLOCKS = [Q2_K, Q3_K, Q4_K, Q5_K, Q6_K]
 GRIDS = [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, *BLOCKS, *get_format("compressed-tensors").linears]
 by_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
+by_type = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+# By compiled loops, in one thread or several, or operation by operation, on all groups at once or on some.
+by_way = pytest.mark.parametrize("way", ["compiled", "in threads", "at once", "in chunks"], indirect=True)
+
+
+@pytest.fixture
+def way(request, monkeypatch):
+    """How matrices are put on their grids."""
+    if request.param in ("compiled", "in threads"):
+        loops = grid_values.loops()
+        monkeypatch.setattr(loops, "_LEAST_PART", 64)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1 if request.param == "compiled" else 3)
+    else:
+        for module in (grid_values, quantization):
+            monkeypatch.setattr(module, "loops", lambda: None)
+        monkeypatch.setattr(grid_values, "_CPU_CHUNK", 2**18 if request.param == "at once" else 256)
+    return request.param
+
+
+def _incoming(weight, way, dtype):
+    """A gradient; of what takes any, one that is transposed, so that it is not contiguous."""
+    incoming = torch.randn(weight.shape[::-1], generator=torch.Generator().manual_seed(0)).to(dtype).T
+    return incoming.contiguous() if way in ("compiled", "in threads") else incoming
 
 
 def _weights():
@@ -75,15 +98,34 @@ def _bits(values):
 
 @by_grid
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
-@pytest.mark.parametrize("chunk", [2**18, 256])
-def test_values_are_bit_for_bit_those_deployed(grid, weights, chunk, monkeypatch):
-    monkeypatch.setattr(grid_values, "_CPU_CHUNK", chunk)
+@by_way
+def test_values_are_bit_for_bit_those_deployed(grid, weights, way):
     expected = _bits(deployed(weights, grid))
     tensor = torch.from_numpy(weights)
     np.testing.assert_array_equal(_bits(fake_quantize(tensor, grid).numpy()), expected)
     trained = fake_quantize(tensor.clone().requires_grad_(), grid)
     np.testing.assert_array_equal(_bits(trained.detach().numpy()), expected)
     np.testing.assert_array_equal(_bits(deploy_tensor(tensor, grid).numpy()), expected)
+    # As autocast would round them.
+    short = fake_quantize(tensor, grid, torch.bfloat16)
+    torch.testing.assert_close(
+        short, torch.from_numpy(deployed(weights, grid)).bfloat16(), rtol=0, atol=0, equal_nan=True
+    )
+
+
+@by_grid
+@by_way
+def test_what_is_no_number_stays_none_and_spoils_no_other_group(grid, way):
+    weights = WEIGHTS["normal"].copy()
+    weights[1, 3], weights[2, 5] = np.nan, -np.nan
+    tensor = torch.from_numpy(weights).requires_grad_()
+    for dtype in (torch.float32, torch.bfloat16):
+        values = fake_quantize(tensor, grid, dtype).detach().float()
+        assert values[1, 3].isnan()
+        assert values[2, 5].isnan()
+        expected = torch.from_numpy(deployed(WEIGHTS["normal"], grid)).to(dtype).float()
+        others = [row for row in range(len(weights)) if row not in (1, 2)]
+        assert torch.equal(values[others], expected[others])
 
 
 @pytest.mark.parametrize("storage", ["f32", "f16", "bf16"])
@@ -118,15 +160,15 @@ def _inside(weights: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 @by_grid
-@pytest.mark.parametrize("chunk", [2**18, 256])
+@by_way
+@by_type
 @pytest.mark.parametrize("name", ["normal", "heavy-tailed", "small"])
-def test_gradient_passes_inside_and_stops_where_clipped(grid, chunk, name, monkeypatch):
-    monkeypatch.setattr(grid_values, "_CPU_CHUNK", chunk)
+def test_gradient_passes_inside_and_stops_where_clipped(grid, way, dtype, name):
     weights = WEIGHTS[name]
     tensor = torch.from_numpy(weights).clone().requires_grad_()
-    # Transposed, so that the incoming gradient is not contiguous.
-    incoming = torch.randn(tensor.shape[::-1], generator=torch.Generator().manual_seed(0)).T
-    (gradient,) = torch.autograd.grad(fake_quantize(tensor, grid), tensor, incoming)
+    incoming = _incoming(tensor, way, dtype)
+    (gradient,) = torch.autograd.grad(fake_quantize(tensor, grid, dtype), tensor, incoming)
+    incoming = incoming.float()
     inside = _inside(weights, grid)
     np.testing.assert_array_equal(gradient.numpy(), np.where(inside, incoming.numpy(), 0))
     if grid.symmetric and grid.group_size == 32:
@@ -202,19 +244,20 @@ def _learned_scales(weight, grid):
 
 
 @by_grid
-@pytest.mark.parametrize("chunk", [2**18, 256])
-def test_learned_scales_have_the_published_gradient(grid, chunk, monkeypatch):
-    monkeypatch.setattr(grid_values, "_CPU_CHUNK", chunk)
+@by_way
+@by_type
+def test_learned_scales_have_the_published_gradient(grid, way, dtype):
     weight = torch.from_numpy(WEIGHTS["normal"]).clone().requires_grad_()
     scale, offset = _learned_scales(weight.detach(), grid)
     scale.requires_grad_()
-    incoming = torch.randn(weight.shape[::-1], generator=torch.Generator().manual_seed(0)).T
-    found = fake_quantize_learned(weight, scale, offset, grid)
+    incoming = _incoming(weight, way, dtype)
+    found = fake_quantize_learned(weight, scale, offset, grid, dtype)
     gradients = torch.autograd.grad(found, (weight, scale), incoming)
+    incoming = incoming.float()
     exact = [tensor.detach().double().requires_grad_() for tensor in (weight, scale)]
     expected = _published(*exact, None if offset is None else offset.double(), grid)
     # What bfloat16 rounds of the product is left out of the published definition.
-    tolerance = 2**-8 if grid.container == "compressed-tensors" else 1e-6
+    tolerance = 2**-8 if grid.container == "compressed-tensors" or dtype == torch.bfloat16 else 1e-6
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=1e-5)
     references = torch.autograd.grad(expected, exact, incoming.double())
     for name, gradient, reference in zip(("weight", "scale"), gradients, references, strict=True):
