@@ -119,6 +119,24 @@ def device() -> str:
     return NAME
 
 
+class _DefaultGenerator:
+    """Torch's default generator: a device that is made in Python can have none of its own."""
+
+    def manual_seed(self, seed: int) -> None:
+        """Seeds it, and gives what stands for it in an operation."""
+        torch.manual_seed(seed)
+
+
+@pytest.fixture
+def generators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generators of the device can be made."""
+
+    def made(device: Any = "cpu", real: type[torch.Generator] = torch.Generator) -> Any:
+        return _DefaultGenerator() if torch.device(device).type == NAME else real(device)
+
+    monkeypatch.setattr(torch, "Generator", made)
+
+
 @pytest.fixture
 def traffic() -> Iterator[Traffic]:
     """What goes between the CPU and the device in a test; cleared, it counts anew."""
@@ -155,6 +173,14 @@ def _is_here(tensor: Tensor) -> bool:
     return tensor.device.type == NAME
 
 
+def _as_declared(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Numbers as tensors where the operation is declared to take those: they arrive as plain ones."""
+    return tuple(
+        torch.tensor(value) if isinstance(value, int | float) and str(declared.type) == "Tensor" else value
+        for value, declared in zip(args, op._schema.arguments, strict=False)
+    )
+
+
 def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Any operation of which an argument, or the output, is on the device."""
     name = op._schema.name
@@ -177,7 +203,7 @@ def _kernel(op: Any, *args: Any, **kwargs: Any) -> Any:
         return _outside(value, ours) if isinstance(value, Tensor) else value
 
     target = kwargs.get("device")
-    found = op(*_mapped(args, down), **_mapped(kwargs, down))
+    found = op(*_as_declared(op, _mapped(args, down)), **_mapped(kwargs, down))
     return found if target is not None and torch.device(target).type != NAME else _mapped(found, up)
 
 

@@ -145,6 +145,7 @@ ATTENTIVE = replace(STRATEGY, finishing=None, distillation=replace(RECIPE, atten
     ],
     ids=["learned scales", "checkpointing", "16-bit states", "8-bit states"],
 )
+@pytest.mark.usefixtures("generators")
 def test_a_trial_reports_what_it_does_on_the_cpu(workshop, teacher, data, tmp_path, device, strategy, changes):
     here, there = (
         _run(_setting(workshop, teacher, data, tmp_path / kind, kind, **changes), strategy) for kind in ("cpu", device)
