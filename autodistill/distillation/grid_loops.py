@@ -292,9 +292,7 @@ def stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
     All are [out, in]; `out` may be what arrives.
     """
     size = gradient.shape[-1]
-    _over_threads(
-        _stop_clipped, *_by_type(gradient, size), _groups(inside.view(torch.uint8), size), _groups(out, size)
-    )
+    _over_threads(_stop_clipped, *_by_type(gradient, size), _groups(inside.view(torch.uint8), size), _groups(out, size))
 
 
 def _groups(tensor: Tensor, size: int) -> Array:
