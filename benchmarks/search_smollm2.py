@@ -197,7 +197,8 @@ def ready(tokens: int) -> Iterator[Prepared]:
         space=str(folder / "space.yaml"),
         trials=TRIALS,
         tokens=tokens,
-        name=f"tokens-{tokens}",
+        # A run is of one space, which may change from call to call.
+        name=f"tokens-{tokens}-{content_hash(space)}",
         out=folder,
         runner="inline",
         cache=folder / "cache",
