@@ -32,6 +32,8 @@ LLAMA_CPP_VOCABULARY_BYTES = 512
 """Resident bytes of llama.cpp's tables for one entry of the vocabulary, merges included (measured, 49,152 entries)."""
 TRANSFORMERS_PROCESS_BYTES = 400 * 10**6
 """Resident memory of a process that has imported torch and transformers (measured, CPU build of torch 2.13)."""
+TRAINING_PROCESS_BYTES = 540 * 10**6
+"""The same once the loops that put weights on a grid are compiled (measured likewise, numba 0.68)."""
 TRANSFORMERS_SERVING_BYTES = 427 * 10**6
 """The same once it has loaded and run a model of nearly nothing (measured likewise)."""
 TRANSFORMERS_HOLES = 0.5

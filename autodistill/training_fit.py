@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from autodistill.contracts import ModelSpec, OptimizerState
 from autodistill.errors import InputError, MissingDependencyError
-from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
+from autodistill.serving_memory import TRAINING_PROCESS_BYTES
 from autodistill.strategy import Alignment, Attention, Lora
 from autodistill.training_memory import TrainingEstimate, training_memory
 from autodistill.units import format_bytes
@@ -171,7 +171,7 @@ def pass_bytes(spec: ModelSpec, sequence_length: int, threads: int) -> int:
     tokens = max(sequence_length, CPU_PASS_TOKENS)
     logits = 3 * 4 * tokens * spec.vocabulary
     activations = 4 * tokens * (4 * spec.width + 3 * spec.ffn_width)
-    return threads * (activations + logits) + TRANSFORMERS_PROCESS_BYTES
+    return threads * (activations + logits) + TRAINING_PROCESS_BYTES
 
 
 def _sharded(estimate: TrainingEstimate, spec: ModelSpec, processes: int) -> TrainingEstimate:

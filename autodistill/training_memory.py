@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from autodistill.contracts import ModelSpec, OptimizerState
 from autodistill.families import Axis, get_family
-from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
+from autodistill.serving_memory import TRAINING_PROCESS_BYTES
 from autodistill.strategy import Alignment, Attention, Distillation, Lora
 from autodistill.tensors import Role, TensorSpec
 
@@ -158,7 +158,7 @@ def training_memory(
         logits_bytes=(2 if bf16 else 4) * tokens * spec.vocabulary,
         alignment_bytes=(_states_bytes(spec, teacher, alignment, tokens) if alignment else 0)
         + (_attention_bytes(spec, teacher, attention, tokens) if attention else 0),
-        overhead_bytes=TRANSFORMERS_PROCESS_BYTES,
+        overhead_bytes=TRAINING_PROCESS_BYTES,
         passes=passes,
     )
 

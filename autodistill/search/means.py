@@ -14,7 +14,7 @@ from autodistill.search.checked import Checked
 from autodistill.search.possible import by_size
 from autodistill.search.share import Place, train_in_bf16
 from autodistill.search.trial_memory import TrialMemory, most_demanding
-from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
+from autodistill.serving_memory import TRAINING_PROCESS_BYTES
 from autodistill.space import Space
 from autodistill.strategy import Alignment, Attention, Distillation, Lora, Strategy
 from autodistill.teacher_fit import TeacherFit, fit_teacher
@@ -119,7 +119,7 @@ def main_memory(space: Space, memory: TrialMemory, most: int, teacher_fit: Teach
     if memory.device == "cpu":
         return fit.total_bytes + memory.beside_bytes(signal_cases(space))
     stored = (4 if teacher_fit.stored == "float32" else 2) * memory.teacher.parameters
-    return stored + 4 * most + TRANSFORMERS_PROCESS_BYTES
+    return stored + 4 * most + TRAINING_PROCESS_BYTES
 
 
 def _training(checked: Checked, memory: TrialMemory, largest: ModelSpec, step_tokens: int) -> TrainingFit:

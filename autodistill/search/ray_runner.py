@@ -292,8 +292,11 @@ def _stretch_class() -> Any:
             self._work = make()
             self._suspect = False
             # By now it is known where the package lies.
+            from autodistill.distillation.grid_values import loops
             from autodistill.distillation.memory import settle
 
+            # Every trial comes to need these, which are many objects: they are to settle too.
+            loops()
             settle()
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:

@@ -25,7 +25,7 @@ from autodistill.search.progress import Clock
 from autodistill.search.request import SearchRequest
 from autodistill.search.share import Place, Share
 from autodistill.search.teacher_outputs import teacher_phase
-from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
+from autodistill.serving_memory import TRAINING_PROCESS_BYTES
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.units import Budget
 
@@ -258,7 +258,7 @@ def test_the_teacher_that_was_timed_is_asked_too(inputs: Path, monkeypatch: pyte
 @pytest.mark.parametrize("full", ["time_outputs", "measure_speed", "_time_asked"])
 def test_memory_that_runs_out_in_measuring_is_told_with_what_is_needed(planned, full: str) -> None:  # type: ignore[no-untyped-def]
     error = torch.OutOfMemoryError("CUDA out of memory")
-    said = r"the GPU's memory ran out .* the teacher takes 40\d MB, and training .* 40\d MB.*--sequence-length"
+    said = r"the GPU's memory ran out .* the teacher takes 54\d MB, and training .* 54\d MB.*--sequence-length"
     with pytest.raises(InputError, match=said) as told:
         planned(fails=(full, error))
     assert told.value.__cause__ is error
@@ -270,7 +270,7 @@ def test_beside_a_gpu_a_process_has_the_teacher_and_its_student_in_main_memory(i
     """The teacher of 32-bit weights, and the largest student of them all; of which machines hold one, two or three."""
     checked = _checked(inputs, trials=1, tokens=10**4)
     tensors = load_file(inputs / "teacher" / "model.safetensors").values()
-    need = 2 * 4 * sum(tensor.numel() for tensor in tensors) + TRANSFORMERS_PROCESS_BYTES
+    need = 2 * 4 * sum(tensor.numel() for tensor in tensors) + TRAINING_PROCESS_BYTES
     for held in (1, 2, 3):
         machine = replace(GPU, cpus=8, memory_bytes=int(1.01 * held * need / 0.8))
         place = Place(here=machine, machines=(machine,), share=Share(gpus=0.25))

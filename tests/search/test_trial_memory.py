@@ -28,7 +28,7 @@ from autodistill.search.search import search
 from autodistill.search.share import Place, Share
 from autodistill.search.trial_memory import TrainingNeed, TrialMemory
 from autodistill.search.trials import Question, TrialState
-from autodistill.serving_memory import TRANSFORMERS_PROCESS_BYTES
+from autodistill.serving_memory import TRAINING_PROCESS_BYTES
 from autodistill.space import Space
 from autodistill.strategy import Alignment, Distillation, Init, Lora, Strategy
 from autodistill.teacher_fit import TeacherFit
@@ -82,7 +82,7 @@ def test_what_a_strategy_takes_by_hand() -> None:
     # Weights, and AdamW's states and gradients of all but the table; a pass keeps less than the gradients take.
     trained = TEN - TABLE
     plain = need(HALF).need_bytes
-    assert plain == 4 * TEN + 12 * trained + TRANSFORMERS_PROCESS_BYTES
+    assert plain == 4 * TEN + 12 * trained + TRAINING_PROCESS_BYTES
     assert need(with_recipe(train_embeddings=True)).need_bytes == plain + 12 * TABLE
     # Beside it lies the teacher's head, or all of the teacher.
     assert need(with_recipe(signal="states", signal_tokens=0)).need_bytes == plain + 4 * TABLE
@@ -94,7 +94,7 @@ def test_what_a_strategy_takes_by_hand() -> None:
     assert aligned > 10 * 16 * 2 * 2048 * (2048 + 2048)
     # Of low-rank changes, gradients and states of a few thousand weights; the pass is what takes most then.
     changes = need(with_recipe(lora=Lora(rank=8, alpha=16.0, layers="ffn"))).need_bytes
-    assert 4 * TEN < changes - TRANSFORMERS_PROCESS_BYTES < 6 * TEN < plain
+    assert 4 * TEN < changes - TRAINING_PROCESS_BYTES < 6 * TEN < plain
 
 
 def test_it_fits_up_to_its_need_and_not_a_byte_below() -> None:
@@ -318,7 +318,7 @@ def test_a_plan_is_for_what_takes_most_of_what_can_be_trained(wide: Checked, mon
         fitting = [
             depth
             for depth, one in strategies.items()
-            if 12 * student_spec(one, TEACHER).parameters + TRANSFORMERS_PROCESS_BYTES <= limit
+            if 12 * student_spec(one, TEACHER).parameters + TRAINING_PROCESS_BYTES <= limit
         ]
         assert strategy.init.depth == max(fitting)
         assert student == student_spec(strategy, TEACHER)
