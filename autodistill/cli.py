@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autodistill import completion
 from autodistill.calls import (
     RUNS,
     appraised,
@@ -61,7 +62,9 @@ from autodistill.options import (
     PriceOption,
     RayAddressOption,
     ResumeOption,
+    RunArgument,
     RunnerOption,
+    RunsArgument,
     SamplerOption,
     SearchBudgetOption,
     SearchDeviceOption,
@@ -92,7 +95,7 @@ if TYPE_CHECKING:
 _SHAPE = "A shape in the place of MODEL"
 # The base of all of Typer's own complaints, which it does not export by name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-app = typer.Typer(cls=PlainGroup, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=PlainGroup, add_completion=True, pretty_exceptions_enable=False)
 
 
 def _version(shown: bool) -> None:
@@ -166,7 +169,12 @@ def search(
 def distill(
     ctx: typer.Context,
     strategy: Annotated[
-        str, typer.Argument(help="A name that autodistill strategies lists, or a YAML file.", metavar="STRATEGY")
+        str,
+        typer.Argument(
+            help="A name that autodistill strategies lists, or a YAML file.",
+            metavar="STRATEGY",
+            autocompletion=completion.strategies,
+        ),
     ],
     budget: AnyBudgetOption = None,
     device: SearchDeviceOption = None,
@@ -253,7 +261,7 @@ def write(
 
 @app.command(cls=PlainCommand)
 def leaderboard(
-    runs: Annotated[list[str] | None, typer.Argument(help="Names of runs (default: all).", metavar="RUN")] = None,
+    runs: RunsArgument = None,
     out: OutOption = RUNS,
     output: FormatOption = Format.TABLE,
 ) -> None:
@@ -263,7 +271,7 @@ def leaderboard(
 
 @app.command(cls=PlainCommand)
 def explain(
-    run: Annotated[str, typer.Argument(help="Name of the run.", metavar="RUN")],
+    run: RunArgument,
     out: OutOption = RUNS,
     output: FormatOption = Format.TABLE,
 ) -> None:
@@ -273,7 +281,7 @@ def explain(
 
 @app.command(cls=PlainCommand)
 def export(
-    run: Annotated[str, typer.Argument(help="Name of the run.", metavar="RUN")],
+    run: RunArgument,
     to: Annotated[
         str, option("--to", "Formats to write, separated by commas: huggingface, gguf, compressed-tensors.", "NAMES")
     ],
@@ -310,7 +318,12 @@ def doctor(
 def devices(
     ctx: typer.Context,
     name: Annotated[
-        list[str] | None, typer.Argument(help="Show only devices of this name, like 4090 or apple m3.", metavar="NAME")
+        list[str] | None,
+        typer.Argument(
+            help="Show only devices of this name, like 4090 or apple m3.",
+            metavar="NAME",
+            autocompletion=completion.devices,
+        ),
     ] = None,
     own: DevicesOption = None,
     local: Annotated[
@@ -328,7 +341,10 @@ def devices(
 
 @app.command(cls=PlainCommand)
 def strategies(
-    name: Annotated[str | None, typer.Argument(help="Print this strategy's YAML.", metavar="NAME")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Print this strategy's YAML.", metavar="NAME", autocompletion=completion.strategies),
+    ] = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """List the strategies that distill and --baseline know by name, or print one."""
@@ -337,7 +353,10 @@ def strategies(
 
 @app.command(cls=PlainCommand)
 def spaces(
-    name: Annotated[str | None, typer.Argument(help="Print this space's YAML.", metavar="NAME")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Print this space's YAML.", metavar="NAME", autocompletion=completion.spaces),
+    ] = None,
     output: FormatOption = Format.TABLE,
 ) -> None:
     """List the search spaces that --space knows by name, or print one, to begin your own with."""
@@ -357,6 +376,7 @@ def estimate(
             "Format of the weights, like gguf-q4_0 (default: the grid of --strategy or of a packed MODEL, else "
             "gguf-q8_0).",
             "NAME",
+            autocompletion=completion.formats,
         ),
     ] = None,
     runtime: Annotated[
@@ -383,10 +403,17 @@ def estimate(
             "--strategy",
             "Estimate the student that this strategy makes of MODEL, and training it: a name, or a .yaml file.",
             "STRATEGY",
+            autocompletion=completion.strategies,
         ),
     ] = None,
     device: Annotated[
-        str | None, option("--device", "Device to estimate the speed on, like 4090 or local.", "NAME")
+        str | None,
+        option(
+            "--device",
+            "Device to estimate the speed on, like 4090 or local.",
+            "NAME",
+            autocompletion=completion.devices,
+        ),
     ] = None,
     all_devices: Annotated[
         bool, typer.Option("--all-devices", help="Estimate the speed on every known device.")
@@ -437,10 +464,16 @@ def estimate(
 @app.command(cls=PlainCommand)
 def pick(
     ctx: typer.Context,
-    runs: Annotated[list[str] | None, typer.Argument(help="Names of runs (default: all).", metavar="RUN")] = None,
+    runs: RunsArgument = None,
     budget: Annotated[str | None, option("--budget", f"{BUDGET_HELP}.", "SIZE")] = None,
     device: Annotated[
-        str | None, option("--device", "Device to pick for, like 4090 or local; sets the budget.", "NAME")
+        str | None,
+        option(
+            "--device",
+            "Device to pick for, like 4090 or local; sets the budget.",
+            "NAME",
+            autocompletion=completion.devices,
+        ),
     ] = None,
     context: ContextOption = None,
     streams: Annotated[
@@ -481,7 +514,13 @@ def measure(
     result: Annotated[Path | None, option("--result", "Read what that script printed.", "FILE")] = None,
     bench: Annotated[str | None, option("--bench", "Path of llama-bench on the board.", "PATH")] = None,
     device: Annotated[
-        str | None, option("--device", "Which device the board is (default: found by its own name).", "NAME")
+        str | None,
+        option(
+            "--device",
+            "Which device the board is (default: found by its own name).",
+            "NAME",
+            autocompletion=completion.devices,
+        ),
     ] = None,
     ssh_config: Annotated[
         Path | None, option("--ssh-config", "ssh configuration to use instead of your own.", "FILE")

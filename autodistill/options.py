@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from autodistill import completion
+
 
 class Format(StrEnum):
     """How a result is printed."""
@@ -28,6 +30,16 @@ def option(name: str, text: str, metavar: str | None = None, **more: Any) -> Any
     return typer.Option(name, help=text, metavar=metavar, **more)
 
 
+def device_option(text: str) -> Any:
+    """The device that a command is for."""
+    return option("--device", text, "NAME", autocompletion=completion.devices)
+
+
+RunArgument = Annotated[str, typer.Argument(help="Name of the run.", metavar="RUN", autocompletion=completion.runs)]
+RunsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(help="Names of runs (default: all).", metavar="RUN", autocompletion=completion.runs),
+]
 LATENCY_HELP = (
     'Latency limit: 50ms for each token, or several in quotes, like "ttft_p95=300ms, tpot_p99=50ms @streams=16": the '
     "95th percentile of the time to the first token, the 99th of each later one, 16 sequences at once"
@@ -37,7 +49,7 @@ SearchBudgetOption = Annotated[str | None, option("--budget", f"{BUDGET_HELP}.",
 AnyBudgetOption = Annotated[str | None, option("--budget", f"{BUDGET_HELP} (default: no limit).", "SIZE")]
 SearchDeviceOption = Annotated[
     str | None,
-    option("--device", 'Device the student will run on, like 4090, "pi 5" or local; sets the budget.', "NAME"),
+    device_option('Device the student will run on, like 4090, "pi 5" or local; sets the budget.'),
 ]
 LatencyOption = Annotated[
     str | None,
@@ -106,7 +118,13 @@ CommandTimeOption = Annotated[
     str | None, option("--metric-timeout", "Kill the metric command after this long (default: 10m).", "TIME")
 ]
 SpaceOption = Annotated[
-    str | None, option("--space", "Search space: a name that autodistill spaces lists, or a YAML file.", "NAME|FILE")
+    str | None,
+    option(
+        "--space",
+        "Search space: a name that autodistill spaces lists, or a YAML file.",
+        "NAME|FILE",
+        autocompletion=completion.spaces,
+    ),
 ]
 BaselineOption = Annotated[
     list[str] | None,
@@ -114,6 +132,7 @@ BaselineOption = Annotated[
         "--baseline",
         "Strategy to beat (a name or a YAML file), instead of the space's own baselines. Repeatable.",
         "NAME|FILE",
+        autocompletion=completion.strategies,
     ),
 ]
 SamplerOption = Annotated[
@@ -149,6 +168,7 @@ WarmStartOption = Annotated[
         "--warm-start",
         "Learn from earlier runs of the same space, teacher and data; the best strategy of each is tried first.",
         "RUN[,RUN]",
+        autocompletion=completion.runs,
     ),
 ]
 SeedOption = Annotated[

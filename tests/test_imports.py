@@ -98,6 +98,7 @@ ROOMS = (
     "evaluators",
     "search",
     "testing",
+    "completion",
     "options",
     "help_pages",
     "console",
