@@ -1,6 +1,7 @@
 """Fake quantisation against the packed bytes' values and a float64 closed form, and training under it."""
 
 import copy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from autodistill import distillation
 from autodistill.codes import deployed, quantize
 from autodistill.distillation import grid_values, quantization
 from autodistill.distillation.grid_values import deploy_tensor, fitted_scales
@@ -126,6 +128,15 @@ def test_what_is_no_number_stays_none_and_spoils_no_other_group(grid, way):
         expected = torch.from_numpy(deployed(WEIGHTS["normal"], grid)).to(dtype).float()
         others = [row for row in range(len(weights)) if row not in (1, 2)]
         assert torch.equal(values[others], expected[others])
+
+
+def test_a_machine_without_numba_does_without_loops(monkeypatch):
+    loops = grid_values.loops.__wrapped__
+    assert loops() is not None
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "autodistill.distillation.grid_loops")
+    monkeypatch.delattr(distillation, "grid_loops")
+    assert loops() is None
 
 
 @pytest.mark.parametrize("storage", ["f32", "f16", "bf16"])
