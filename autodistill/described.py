@@ -15,7 +15,8 @@ from autodistill import latent
 from autodistill.config_fields import check_config
 from autodistill.contracts import ModelSpec
 from autodistill.distillation.gguf_file import GgufFile, read_gguf
-from autodistill.distillation.teacher import check_weights, hub_config, locate, read_config, stored_weights
+from autodistill.distillation.model_folder import check_weights, read_config, stored_weights
+from autodistill.distillation.teacher import hub_config, locate
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES

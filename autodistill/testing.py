@@ -210,7 +210,7 @@ def tiny_subject(folder: Path, *, artefact: bool = False) -> Subject:
     import torch
 
     from autodistill.distillation.simulated import PackedStudent
-    from autodistill.distillation.teacher import load_model
+    from autodistill.distillation.models import load_model
     from autodistill.estimate import spec_from_config
     from autodistill.export.gguf import GgufExporter
     from autodistill.strategy import Deployment

@@ -23,10 +23,10 @@ from autodistill.distillation.checkpoint import read_metadata
 from autodistill.distillation.grid_scales import read_scales, write_scales
 from autodistill.distillation.held import load_held
 from autodistill.distillation.memory import give_back_memory, is_out_of_memory, keep_freed_memory
+from autodistill.distillation.models import load_model
 from autodistill.distillation.schedule import branch_point, end_of
 from autodistill.distillation.sharding import Sharding, whole_model
 from autodistill.distillation.signals import LiveTeacher, check_told
-from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
 from autodistill.distillation.trainer import StepRecord, Trainer
 from autodistill.errors import InputError, TrialFailedError

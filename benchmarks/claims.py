@@ -28,7 +28,7 @@ from math_students import INIT, QUESTIONS, TOKENS, Bench, Line
 from math_teacher import DEPLOYMENT, LENGTH, MathTeacher, ask, math_teacher
 
 from autodistill.distillation.memory import keep_freed_memory
-from autodistill.distillation.teacher import load_model
+from autodistill.distillation.models import load_model
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Temperature, serving
 from autodistill.units import parse_duration
 

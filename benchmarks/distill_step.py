@@ -41,10 +41,12 @@ from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.divergence import divergence_of
 from autodistill.distillation.logit_loss import logit_loss
 from autodistill.distillation.memory import keep_freed_memory
+from autodistill.distillation.model_folder import tokenizer_fingerprint
+from autodistill.distillation.models import load_model
 from autodistill.distillation.signals import LiveTeacher
 from autodistill.distillation.student import build_student, decoder_layers
 from autodistill.distillation.target import FullTarget, TopTarget
-from autodistill.distillation.teacher import Teacher, load_model, materialise, resolve_teacher, tokenizer_fingerprint
+from autodistill.distillation.teacher import Teacher, materialise, resolve_teacher
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
 from autodistill.distillation.trainer import Trainer
 from autodistill.documents import resolve_data

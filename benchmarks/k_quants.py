@@ -34,8 +34,10 @@ from autodistill.data import prepare
 from autodistill.described import deployment_named
 from autodistill.distillation import quantization
 from autodistill.distillation.memory import keep_freed_memory
+from autodistill.distillation.model_folder import tokenizer_fingerprint
+from autodistill.distillation.models import load_model
 from autodistill.distillation.scoring import refer, score
-from autodistill.distillation.teacher import load_model, materialise, resolve_teacher, tokenizer_fingerprint
+from autodistill.distillation.teacher import materialise, resolve_teacher
 from autodistill.documents import resolve_data
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import deployed_weights

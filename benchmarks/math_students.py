@@ -17,10 +17,10 @@ from math_teacher import DEPLOYMENT, LENGTH, MathTeacher, ask, math_plan
 from autodistill.distillation.alignment import layer_map
 from autodistill.distillation.attention import TeacherBlock, teacher_layer
 from autodistill.distillation.cache_making import ensure_cache
+from autodistill.distillation.models import load_model
 from autodistill.distillation.schedule import branch_point
 from autodistill.distillation.signals import LiveTeacher
 from autodistill.distillation.student import build_student, init_spec, kept_layers
-from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
 from autodistill.distillation.trainer import Trainer
 from autodistill.grids import Grid

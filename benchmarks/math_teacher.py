@@ -22,9 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from autodistill.contracts import ModelSpec, Plan
 from autodistill.data import prepare
 from autodistill.distillation.memory import keep_freed_memory
+from autodistill.distillation.model_folder import tokenizer_fingerprint
+from autodistill.distillation.models import load_model
 from autodistill.distillation.schedule import branch_point
 from autodistill.distillation.student import build_student
-from autodistill.distillation.teacher import load_model, tokenizer_fingerprint
 from autodistill.distillation.trainer import Trainer
 from autodistill.documents import resolve_data
 from autodistill.estimate import spec_from_config

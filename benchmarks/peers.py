@@ -32,8 +32,10 @@ from curves import difference
 from kept import Kept
 
 from autodistill.data import prepare
+from autodistill.distillation.model_folder import tokenizer_fingerprint
+from autodistill.distillation.models import load_model
 from autodistill.distillation.scoring import score
-from autodistill.distillation.teacher import load_model, materialise, resolve_teacher, tokenizer_fingerprint
+from autodistill.distillation.teacher import materialise, resolve_teacher
 from autodistill.documents import resolve_data
 from autodistill.parts import content_hash
 from autodistill.records.store import default_cache

@@ -291,7 +291,7 @@ def main() -> None:
 
 def teacher_on_test(prepared: Prepared, judge: Judge) -> dict[str, Any]:
     """The unmodified teacher, in 16 bits."""
-    from autodistill.distillation.teacher import load_model
+    from autodistill.distillation.models import load_model
 
     model = load_model(prepared.setting.teacher, torch.float32)
     packing = judge._deployments["huggingface"]

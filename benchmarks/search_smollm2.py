@@ -43,7 +43,7 @@ from simulate import Memory
 
 from autodistill.applied import initial_student, probe_deployment, student_spec, with_own
 from autodistill.distillation.attention import teacher_layer
-from autodistill.distillation.teacher import load_model
+from autodistill.distillation.models import load_model
 from autodistill.distillation.trainer import Trainer
 from autodistill.domains import Choices, Range
 from autodistill.evaluation import evaluate

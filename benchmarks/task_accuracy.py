@@ -24,8 +24,10 @@ from autodistill.evaluators.task import evaluator_of
 from autodistill.contracts import TeacherReference
 from autodistill.data import prepare
 from autodistill.distillation import scoring
+from autodistill.distillation.model_folder import tokenizer_fingerprint
+from autodistill.distillation.models import load_model
 from autodistill.distillation.scoring import refer, score
-from autodistill.distillation.teacher import load_model, materialise, resolve_teacher, tokenizer_fingerprint
+from autodistill.distillation.teacher import materialise, resolve_teacher
 from autodistill.documents import resolve_data
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import deployed_weights, evaluate

@@ -31,7 +31,7 @@ from prepared import Prepared
 from autodistill.applied import initial_student, student_spec
 from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.memory import keep_freed_memory
-from autodistill.distillation.teacher import load_model
+from autodistill.distillation.models import load_model
 from autodistill.distillation.trainer import Trainer
 from autodistill.evaluation import evaluate
 from autodistill.records.store import default_cache

@@ -25,10 +25,10 @@ from autodistill.data import prepare
 from autodistill.distillation.attention import TeacherBlock, teacher_layer
 from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.calibration import Calibration
+from autodistill.distillation.models import load_model
 from autodistill.distillation.scoring import refer
 from autodistill.distillation.signals import LiveTeacher
 from autodistill.distillation.student import build_student
-from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
 from autodistill.distillation.trainer import Trainer
 from autodistill.documents import resolve_data

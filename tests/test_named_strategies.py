@@ -11,7 +11,7 @@ import torch
 from autodistill.applied import check_strategy, student_spec
 from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.calibration import calibrate
-from autodistill.distillation.teacher import load_model
+from autodistill.distillation.models import load_model
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.estimate import spec_from_config
 from autodistill.grids import Grid

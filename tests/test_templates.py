@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from autodistill.conversations import Conversation, Likeliest, Turn, asked
 from autodistill.data import prepare
 from autodistill.distillation.cache_making import ensure_cache
+from autodistill.distillation.models import load_model
 from autodistill.distillation.pretrained import load_pretrained
 from autodistill.distillation.scoring import REFERENCE_TOKENS, refer, score
 from autodistill.distillation.signals import LiveTeacher
-from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
 from autodistill.distillation.trainer import Trainer
 from autodistill.documents import resolve_data

@@ -37,13 +37,13 @@ from autodistill.distillation import parallel, signals
 from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.held import load_held
+from autodistill.distillation.models import load_model
 from autodistill.distillation.pretrained import pretrained_spec
 from autodistill.distillation.quantization import fake_quantize_learned
 from autodistill.distillation.schedule import branch_point, end_of
 from autodistill.distillation.scoring import refer, score
 from autodistill.distillation.sharding import Sharding
 from autodistill.distillation.student import build_student
-from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings
 from autodistill.documents import resolve_data
 from autodistill.errors import InputError, TrialFailedError

@@ -15,7 +15,7 @@ from torch.nn import functional
 from autodistill.contracts import HeldType
 from autodistill.distillation.grid_steps import stored_steps
 from autodistill.distillation.grid_values import deploy_tensor, fitted_scales, given_values
-from autodistill.distillation.teacher import load_model
+from autodistill.distillation.models import load_model
 from autodistill.grids import Grid, Storage
 from autodistill.super_blocks import on_block_grid
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from autodistill.contracts import ModelSpec
-from autodistill.distillation.teacher import load_model, model_from_weights, read_config, resolve_teacher
+from autodistill.distillation.model_folder import read_config
+from autodistill.distillation.models import load_model, model_from_weights
+from autodistill.distillation.teacher import resolve_teacher
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from autodistill.contracts import HeldType
 from autodistill.conversations import Likeliest
 from autodistill.distillation.held import load_held
+from autodistill.distillation.models import load_head, load_model
 from autodistill.distillation.target import FullTarget, Target, WrittenTarget
-from autodistill.distillation.teacher import load_head, load_model
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.errors import InputError
 from autodistill.strategy import Distillation

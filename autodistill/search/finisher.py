@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from autodistill.distillation.teacher import Teacher, load_model
+from autodistill.distillation.models import load_model
+from autodistill.distillation.teacher import Teacher
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
 from autodistill.search.trials import Question

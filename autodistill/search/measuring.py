@@ -13,9 +13,9 @@ import torch
 from autodistill.contracts import Measurement, ModelSpec, Plan
 from autodistill.distillation.generation import BATCH_ON_ACCELERATOR
 from autodistill.distillation.memory import give_back_memory, is_out_of_memory
+from autodistill.distillation.models import load_model
 from autodistill.distillation.parallel import PASS_TOKENS
 from autodistill.distillation.student import cut_student
-from autodistill.distillation.teacher import load_model
 from autodistill.errors import InputError, TrialFailedError
 from autodistill.estimate import cannot_hold, fits, holdable
 from autodistill.evaluation import evaluate

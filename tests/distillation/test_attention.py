@@ -19,8 +19,8 @@ from autodistill.distillation.attention import (
     teacher_layer,
     watch,
 )
+from autodistill.distillation.models import load_model
 from autodistill.distillation.sdpa import ATTENTION
-from autodistill.distillation.teacher import load_model
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.strategy import Attention

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from autodistill.distillation.calibration import SEQUENCES, Calibration, ensure_calibration
-from autodistill.distillation.teacher import load_model
+from autodistill.distillation.models import load_model
 
 
 def test_it_is_made_once_for_each_teacher_and_data(workshop, tmp_path):

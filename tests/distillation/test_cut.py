@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from autodistill.distillation.calibration import Calibration, calibrate
+from autodistill.distillation.models import load_model
 from autodistill.distillation.student import build_student, decoder_layers, init_spec
-from autodistill.distillation.teacher import load_model
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES
 from autodistill.strategy import Init

@@ -3,8 +3,8 @@
 import torch
 from transformers import AutoModelForCausalLM
 
+from autodistill.distillation.models import load_model
 from autodistill.distillation.sdpa import ATTENTION
-from autodistill.distillation.teacher import load_model
 
 IDS = torch.arange(64).view(2, 32) * 7 % 300
 

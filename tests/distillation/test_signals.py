@@ -10,9 +10,9 @@ from safetensors import safe_open
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from autodistill.distillation.models import load_model
 from autodistill.distillation.signals import LiveTeacher
 from autodistill.distillation.student import build_student
-from autodistill.distillation.teacher import load_model
 from autodistill.errors import TrialFailedError
 from autodistill.strategy import Distillation, Init, Strategy, Temperature
 from autodistill.testing import save_tiny_teacher

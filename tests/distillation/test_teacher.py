@@ -20,14 +20,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.distillation.gguf_file import read_gguf
-from autodistill.distillation.teacher import (
-    hub_config,
-    load_model,
-    materialise,
-    resolve_teacher,
-    stored_type,
-    tokenizer_fingerprint,
-)
+from autodistill.distillation.model_folder import stored_type, tokenizer_fingerprint
+from autodistill.distillation.models import load_model
+from autodistill.distillation.teacher import hub_config, materialise, resolve_teacher
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.export.gguf import GgufExporter
 from autodistill.gguf_cuts import CUTS
@@ -295,17 +290,6 @@ def test_a_folders_licence_is_that_of_its_configuration_or_its_model_card(
     assert resolve_teacher(str(own)).licence == licence
 
 
-def test_another_vocabulary_or_end_token_is_another_tokenizer(folder: Path, tmp_path: Path) -> None:
-    other = save_tiny_teacher(tmp_path / "other", layers=1, vocabulary=290)
-    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(folder)
-    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    text = (copy / "tokenizer_config.json").read_text()
-    (copy / "tokenizer_config.json").write_text(text.replace('"eos_token": "</s>"', '"eos_token": "<pad>"'))
-    assert tokenizer_fingerprint(copy) != tokenizer_fingerprint(folder)
-    with pytest.raises(InputError, match="no tokenizer"):
-        tokenizer_fingerprint(tmp_path)
-
-
 def _changed(folder: Path, change: dict[str, Any]) -> None:
     config = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(config))
@@ -547,23 +531,6 @@ def test_weights_that_a_repository_has_twice_are_taken_once(
     shards = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     taken = [name for name in (*shards, "consolidated.safetensors") if any(fnmatch(name, one) for one in asked)]
     assert taken == shards
-
-
-def test_shards_are_known_by_their_index(folder: Path, tmp_path: Path) -> None:
-    sharded = shutil.copytree(folder, tmp_path / "sharded")
-    stored = load_file(sharded / "model.safetensors")
-    (sharded / "model.safetensors").unlink()
-    names = sorted(stored)
-    for shard, chosen in (("one", names[::2]), ("two", names[1::2])):
-        save_file({name: stored[name] for name in chosen}, sharded / f"model-{shard}.safetensors")
-    places = {name: f"model-{'one' if place % 2 == 0 else 'two'}.safetensors" for place, name in enumerate(names)}
-    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    first = materialise(resolve_teacher(str(sharded)), tmp_path).fingerprint
-    (sharded / "consolidated.safetensors").write_bytes(b"anything")
-    assert materialise(resolve_teacher(str(sharded)), tmp_path).fingerprint == first
-    stored[names[1]] += 1
-    save_file({name: stored[name] for name in names[1::2]}, sharded / "model-two.safetensors")
-    assert materialise(resolve_teacher(str(sharded)), tmp_path).fingerprint != first
 
 
 @pytest.mark.parametrize(("pre", "pieces"), [("smollm", ["Ġ", "3", "4"]), ("gpt-2", ["Ġ34"])])

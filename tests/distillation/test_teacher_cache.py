@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from autodistill.distillation import cache_making
 from autodistill.distillation.cache_making import ensure_cache
-from autodistill.distillation.teacher import load_model
+from autodistill.distillation.models import load_model
 from autodistill.distillation.teacher_cache import META, CacheSettings, TeacherCache
 from autodistill.distillation.temperature import GRID
 from autodistill.errors import InputError

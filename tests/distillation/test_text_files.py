@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from autodistill.distillation.teacher import materialise, read_config, resolve_teacher, tokenizer_fingerprint
+from autodistill.distillation.model_folder import read_config, tokenizer_fingerprint
+from autodistill.distillation.teacher import materialise, resolve_teacher
 from autodistill.distillation.text_files import text_files
 from autodistill.export.gguf import GgufExporter
 from autodistill.strategy import Deployment

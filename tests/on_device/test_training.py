@@ -11,8 +11,8 @@ import torch
 from autodistill.applied import student_spec
 from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.calibration import calibrate
+from autodistill.distillation.models import load_model
 from autodistill.distillation.sharding import Sharding
-from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import TeacherCache
 from autodistill.estimate import spec_from_config
 from autodistill.grids import Grid

@@ -17,9 +17,9 @@ from autodistill.distillation.calibration import calibrate
 from autodistill.distillation.generation import Sampling, write
 from autodistill.distillation.held import load_held
 from autodistill.distillation.likelihood import continuations, rolling
+from autodistill.distillation.models import load_model
 from autodistill.distillation.scoring import choices, refer, score
 from autodistill.distillation.student import cut_student
-from autodistill.distillation.teacher import load_model
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
 from autodistill.documents import resolve_data
 from autodistill.estimate import spec_from_config

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from autodistill.contracts import OptimizerState
+from autodistill.distillation.models import load_model
 from autodistill.distillation.rounded_states import RoundedAdamW
 from autodistill.distillation.student import cut_student, decoder_layers
-from autodistill.distillation.teacher import load_model
 from autodistill.estimate import spec_from_config
 from autodistill.search import pace
 from autodistill.search.expected import Speed

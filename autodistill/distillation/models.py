@@ -1,0 +1,103 @@
+"""Causal language models of transformers in memory: loaded from a folder, or made of another one and other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from autodistill.distillation.model_folder import read_config, weight_files
+from autodistill.errors import InputError
+from autodistill.estimate import spec_from_config
+from autodistill.families import FAMILIES, get_family
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+    """Loads a causal language model for inference: safetensors only, no code of the folder's, no network.
+
+    Args:
+        folder: Of transformers.
+        dtype: Of the weights, whatever the file has.
+        device: Where the model goes.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from autodistill.distillation.sdpa import ATTENTION
+
+    with _no_progress_bar():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    model.to(device)
+    model.eval()
+    return cast("PreTrainedModel", model)
+
+
+def load_head(folder: Path) -> torch.Tensor:
+    """The table [vocab, width] that a model's logits are products with, in its stored type, and nothing else of it.
+
+    Args:
+        folder: Of transformers.
+
+    Raises:
+        InputError: None of its files has it.
+    """
+    from safetensors import safe_open
+
+    spec = spec_from_config(read_config(folder))
+    family = get_family(spec.architecture)
+    name = f"{family.body}.{family.embedding}" if spec.tied else family.stored_head
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            if f"{name}.weight" in file.keys():  # noqa: SIM118 - the file is no mapping
+                return cast("torch.Tensor", file.get_tensor(f"{name}.weight"))
+    raise InputError(f"{folder} has no {name}.weight: get its safetensors files again")
+
+
+def model_from_weights(model: Any, changes: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Any:
+    """A model of the class of `model` in float32, as transformers makes it of another config and other weights.
+
+    Args:
+        model: Gives class, config and generation config; it is not changed.
+        changes: Fields of the config that differ.
+        weights: By name, a tied head left out; the tensors themselves become the parameters.
+    """
+    import torch
+
+    from autodistill.distillation.sdpa import ATTENTION
+
+    config = type(model.config).from_dict(model.config.to_dict() | dict(changes))
+    stored = dict(weights)
+    if "lm_head.weight" in stored:
+        # Under the name in files, or transformers would save it under another one than it read.
+        stored[f"{FAMILIES[config.model_type].stored_head}.weight"] = stored.pop("lm_head.weight")
+    with _no_progress_bar():
+        made = type(model).from_pretrained(
+            None, config=config, state_dict=stored, dtype=torch.float32, attn_implementation=ATTENTION
+        )
+    made.generation_config = model.generation_config
+    made.config._name_or_path = model.config._name_or_path
+    return made.eval()
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
