@@ -25,7 +25,7 @@ import report
 import torch
 import xllamacpp
 from latency_roofline import milliseconds
-from memory_estimate import Case
+from model_files import Case
 from qat_step import FINISHINGS, SCALES, measure
 
 from autodistill.codes import deployed, pack

@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 import report
 import torch
-from memory_estimate import SIZES, Case, write, write_folder
+from memory_estimate import SIZES
+from model_files import Case, write_folder, write_gguf
 
 from autodistill.described import deployment_named, shape, spec_of
 from autodistill.device_files import devices
@@ -98,7 +99,7 @@ def _timed(server: Server, vocabulary: int, prompt: int) -> tuple[float, float]:
 def milliseconds(case: Case, folder: Path, prompt: int) -> tuple[float, float]:
     """Milliseconds of CPU of a decoding step of llama.cpp, and of reading the prompt."""
     path = folder / "model.gguf"
-    write(case, spec_of(case.config()), deployment_named(case.form), path)
+    write_gguf(case, spec_of(case.config()), deployment_named(case.form), path)
     with LlamaServer(path, 2048, THREADS) as server:
         return _timed(server, case.vocabulary, prompt)
 

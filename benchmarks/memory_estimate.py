@@ -2,92 +2,32 @@
 
     pip install onnx onnxscript onnxruntime && python benchmarks/memory_estimate.py
 
-What the weights are does not matter to memory: the files hold zeros, in the shapes and types of real ones, written by
-the `gguf` package alone, so that neither our exporter nor our packing is its own reference.
+What the weights are does not matter to memory: the files hold zeros (`model_files`), written by the `gguf` package
+alone, so that neither our exporter nor our packing is its own reference.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import report
 import torch
-import transformers
+from model_files import LATENT, STRIDE, Case, write_folder, write_gguf
+from onnx_graphs import onnx_deployment, onnx_peak
 
-from autodistill.contracts import ModelSpec
 from autodistill.described import deployment_named, shape, spec_of
-from autodistill.grids import Grid, Storage
 from autodistill.llama_cpp import LlamaServer
 from autodistill.python_server import PythonServer
 from autodistill.serving_memory import memory
-from autodistill.strategy import Deployment
-from autodistill.tensors import Role, TensorSpec
 from autodistill.units import format_bytes
-
-_GRAPHS = {
-    "gemma3_text": "gemma3",
-    "gpt_neox": "gptneox",
-    "qwen3_moe": "qwen3moe",
-    "mixtral": "llama",
-    "mistral": "llama",
-    "deepseek_v2": "deepseek2",
-    "deepseek_v3": "deepseek2",
-}
-_GEMMA = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-_EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One model in one setting."""
-
-    family: str
-    layers: int = 8
-    width: int = 512
-    heads: int = 8
-    kv_heads: int = 4
-    head_dim: int = 64
-    ffn: int = 1536
-    vocabulary: int = 32000
-    tied: bool = True
-    form: str = "gguf-q8_0"
-    context: int = 2048
-    batch: int = 1
-    kv_type: str = "f16"
-    more: dict[str, Any] = field(default_factory=dict)
-
-    def config(self) -> dict[str, Any]:
-        """transformers' config."""
-        config: dict[str, Any] = {
-            "model_type": self.family,
-            "num_hidden_layers": self.layers,
-            "hidden_size": self.width,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "intermediate_size": self.ffn,
-            "vocab_size": self.vocabulary,
-            "max_position_embeddings": 16384,
-            "tie_word_embeddings": self.tied,
-        }
-        return config | self.more
-
 
 SMOL = Case(family="llama", layers=30, width=576, heads=9, kv_heads=3, ffn=1536, vocabulary=49152)
 LLAMA = Case(family="llama", layers=16)
@@ -97,14 +37,6 @@ GEMMA = Case(family="gemma3_text", layers=12, width=640, heads=4, kv_heads=1, he
 NEOX = Case(family="gpt_neox", layers=6, kv_heads=8, ffn=2048, vocabulary=50304, tied=False)
 MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
 LARGER = MOE | {"num_experts": 16, "num_experts_per_tok": 4}
-LATENT = {
-    "q_lora_rank": 192,
-    "kv_lora_rank": 128,
-    "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 64,
-}
-"""DeepSeek's attention, small."""
 ROUTED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 512}
 DEEPSEEK = Case(family="deepseek_v2", layers=6, kv_heads=8, vocabulary=8000, tied=False, more=LATENT)
 
@@ -144,127 +76,12 @@ CASES = (
 )
 
 
-def gguf_name(spec: ModelSpec, family: str, name: str) -> str:
-    """llama.cpp's name of a tensor."""
-    parts = name.split(".")
-    if "layers" in parts:
-        block, part, suffix = parts[parts.index("layers") + 1], parts[-2], parts[-1]
-        if "experts" in parts:
-            return f"blk.{block}.{_EXPERTS[part]}.{suffix}"
-        if part == "router":
-            return f"blk.{block}.ffn_gate_inp.{suffix}"
-        if suffix == "e_score_correction_bias":
-            return f"blk.{block}.exp_probs_b.bias"
-        if family == "gemma3_text" and part in _GEMMA:
-            return f"blk.{block}.{_GEMMA[part]}.{suffix}"
-    if name == "lm_head.weight":
-        return "output.weight"
-    graph = _GRAPHS.get(family, family)
-    kind = next(kind for kind, text in gguf.MODEL_ARCH_NAMES.items() if text == graph)
-    found = gguf.get_tensor_name_map(kind, spec.layers).get_name(name, try_suffixes=(".weight", ".bias"))
-    assert found is not None, name
-    return found
-
-
-def write(case: Case, spec: ModelSpec, deployment: Deployment, path: Path) -> None:
-    """Writes the file."""
-    graph = _GRAPHS.get(case.family, case.family)
-    writer = gguf.GGUFWriter(path, graph)
-    writer.add_context_length(spec.max_context)
-    writer.add_embedding_length(spec.width)
-    writer.add_block_count(spec.layers)
-    # Of experts beside layers with one FFN the spec has the experts' width.
-    writer.add_feed_forward_length(case.ffn if spec.latent else spec.ffn_width)
-    writer.add_head_count(spec.heads)
-    if not spec.latent:
-        writer.add_head_count_kv(spec.kv_heads)
-        writer.add_key_length(spec.head_dim)
-        writer.add_value_length(spec.head_dim)
-        writer.add_rope_dimension_count(spec.head_dim)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_parallel_residual(True)
-    writer.add_vocab_size(spec.vocabulary)
-    if spec.window:
-        writer.add_sliding_window(spec.window)
-    if spec.experts:
-        writer.add_expert_count(spec.experts)
-        writer.add_expert_used_count(spec.active_experts)
-        writer.add_expert_feed_forward_length(spec.ffn_width)
-    if spec.latent:
-        _add_latent(writer, case.config())
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([f"t{index}" for index in range(spec.vocabulary)])
-    writer.add_token_types([gguf.TokenType.NORMAL] * spec.vocabulary)
-    writer.add_token_merges(["t 0"])
-    writer.add_eos_token_id(1)
-    for tensor in spec.tensors:
-        storage = "f32" if tensor.role in (Role.NORM, Role.NORM_ABOVE_ONE) else deployment.storage(tensor)
-        if "kv_b_proj" in tensor.name:
-            for name, dims in _latent_halves(case.config(), tensor):
-                _add_zeros(writer, name, dims, storage)
-            continue
-        dims = tensor.shape
-        if ".experts." in tensor.name:
-            dims = (spec.experts, dims[0] // spec.experts, dims[1])
-        _add_zeros(writer, gguf_name(spec, case.family, tensor.name), dims, storage)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _add_zeros(writer: gguf.GGUFWriter, name: str, dims: tuple[int, ...], storage: Storage) -> None:
-    if not isinstance(storage, Grid):
-        writer.add_tensor(name, np.zeros(dims, np.float16 if storage == "f16" else np.float32))
-        return
-    kind = gguf.GGMLQuantizationType[storage.name.removeprefix("gguf-").upper()]
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    writer.add_tensor(name, np.zeros((*dims[:-1], dims[-1] // block * size), np.uint8), raw_dtype=kind)
-
-
-def _add_latent(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
-    """What llama.cpp is told of DeepSeek's attention: one vector for all heads is cached, its values a part of it."""
-    rank, turned = config["kv_lora_rank"], config["qk_rope_head_dim"]
-    writer.add_head_count_kv(1)
-    writer.add_key_length(rank + turned)
-    writer.add_value_length(rank)
-    writer.add_key_length_mla(config["qk_nope_head_dim"] + turned)
-    writer.add_value_length_mla(config["v_head_dim"])
-    writer.add_q_lora_rank(config["q_lora_rank"])
-    writer.add_kv_lora_rank(rank)
-    writer.add_rope_dimension_count(turned)
-    writer.add_rope_freq_base(10000.0)
-    routed = config.get("n_routed_experts", 0)
-    dense = config["first_k_dense_replace"] if routed else config["num_hidden_layers"]
-    writer.add_leading_dense_block_count(dense)
-    writer.add_expert_weights_scale(1.0)
-    writer.add_expert_weights_norm(False)
-    writer.add_expert_shared_count(config.get("n_shared_experts", 0))
-    if not routed:
-        writer.add_expert_count(0)
-        writer.add_expert_used_count(0)
-        writer.add_expert_feed_forward_length(config["intermediate_size"])
-        return
-    sigmoid = config["model_type"] == "deepseek_v3"
-    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID if sigmoid else gguf.ExpertGatingFuncType.SOFTMAX)
-
-
-def _latent_halves(config: dict[str, Any], tensor: TensorSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """What keys and what values are made of the cached vector by, which llama.cpp has apart and by heads."""
-    heads, rank = config["num_attention_heads"], config["kv_lora_rank"]
-    block = tensor.name.split(".")[2]
-    yield f"blk.{block}.attn_k_b.weight", (heads, rank, config["qk_nope_head_dim"])
-    yield f"blk.{block}.attn_v_b.weight", (heads, config["v_head_dim"], rank)
-
-
 def measure(case: Case, folder: Path) -> tuple[list[str], float]:
     """A line of the table, and the sum's error."""
     spec = spec_of(case.config())
     deployment = deployment_named(case.form)
     path = folder / "model.gguf"
-    write(case, spec, deployment, path)
+    write_gguf(case, spec, deployment, path)
     with LlamaServer(path, case.context, 1, case.batch, case.kv_type) as server:
         found = server.buffers()
     path.unlink()
@@ -280,7 +97,6 @@ def measure(case: Case, folder: Path) -> tuple[list[str], float]:
     return [case.family, setting, case.form.removeprefix("gguf-"), load, *parts, f"{error:+.2%}"], error
 
 
-_STRIDE = 7919  # a prime, so that a prompt's tokens lie all over the vocabulary
 FOLDERS = (
     replace(LLAMA, context=16),
     SMOL,
@@ -319,22 +135,10 @@ _PROCESSES = 3
 """That each folder is served in: where blocks come to lie in a heap, and so its peak, is another each time."""
 
 
-def write_folder(case: Case, folder: Path) -> None:
-    """Writes the folder of a model in bfloat16."""
-    config = transformers.AutoConfig.for_model(**case.config())
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.to_empty(device="cpu")
-    model.tie_weights()  # each is a tensor of its own after `to_empty`, and would be stored as one
-    for parameter in model.parameters():
-        parameter.data.zero_()
-    model.save_pretrained(folder)
-
-
 def process_peak(case: Case, folder: Path) -> int:
     """Bytes that a process which serves the folder takes at most."""
     # Tokens of the whole table: of a mapped file only what was read is resident.
-    tokens = np.arange(_REQUESTS * case.batch * (case.context - 1)) * _STRIDE % case.vocabulary
+    tokens = np.arange(_REQUESTS * case.batch * (case.context - 1)) * STRIDE % case.vocabulary
     with PythonServer(folder, "transformers", case.context, 1, case.batch) as server:
         for prompts in tokens.reshape(_REQUESTS, case.batch, -1).tolist():
             server.begin(prompts)
@@ -411,105 +215,6 @@ STEPS = (
 """Decoding a token with the rest of the context behind it."""
 CALIBRATED_STEPS = 3
 """The first of `STEPS`, by which was set what a token in the context leaves unused."""
-
-_ONNX_CHILD = """
-import json, sys
-import numpy as np, onnxruntime as ort
-from pathlib import Path
-path, vocabulary, stride, cells, row, patterns = sys.argv[1], *map(int, sys.argv[2:])
-options = ort.SessionOptions()
-options.intra_op_num_threads = 1
-options.enable_mem_pattern = bool(patterns)
-session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-Path("/proc/self/clear_refs").write_text("5")
-tokens, *caches = session.get_inputs()
-def run(number, cells):
-    count = tokens.shape[0] * tokens.shape[1]
-    ids = (np.arange(number * count, (number + 1) * count) * stride % vocabulary).reshape(tokens.shape)
-    given = {cache.name: np.ones([cells if isinstance(n, str) else n for n in cache.shape], np.float32)
-             for cache in caches}
-    given[tokens.name] = ids
-    # `run` would copy the outputs to numpy.
-    session.run_with_ort_values(None, {name: ort.OrtValue.ortvalue_from_numpy(found) for name, found in given.items()})
-if caches:
-    # A step looks one row up: a page's worth of the mapped table at a time, it is all read first.
-    stride = max(1, 2**16 // row)
-    for number in range(-(-vocabulary // (stride * tokens.shape[0]))):
-        run(number, 2)
-for number in range(4):
-    run(number, cells)
-lines = Path("/proc/self/status").read_text().splitlines()
-print(next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")))
-"""
-
-
-class Prefill(torch.nn.Module):
-    """A graph that reads a prompt: its logits, and the keys and values of every layer."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: torch.Tensor, *past: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[batch, tokens] to [batch, tokens, vocabulary], and [batch, heads, all tokens, head dim] twice a layer.
-
-        Args:
-            tokens: What is read.
-            past: Keys and values of what lies before, in the same order; none in a prompt.
-        """
-        cache = transformers.DynamicCache() if past else None
-        for layer in range(len(past) // 2):
-            cache.update(past[2 * layer], past[2 * layer + 1], layer)
-        found = self.model(input_ids=tokens, past_key_values=cache, use_cache=True)
-        return (found.logits, *(part for layer in found.past_key_values.layers for part in (layer.keys, layer.values)))
-
-
-def export_onnx(case: Case, path: Path, dtype: torch.dtype, step: bool) -> None:
-    """Writes the graph of a prompt that fills the context, or of a step after any number of tokens."""
-    config = transformers.AutoConfig.for_model(**case.config())
-    model = Prefill(transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
-    options: dict[str, Any] = {"dynamo": True, "external_data": True, "verbose": False}
-    with torch.no_grad():
-        if not step:
-            torch.onnx.export(model, (torch.zeros(case.batch, case.context, dtype=torch.int64),), str(path), **options)
-        else:
-            token = torch.zeros(case.batch, 1, dtype=torch.int64)
-            past = [torch.zeros(case.batch, case.kv_heads, 7, case.head_dim) for _ in range(2 * case.layers)]
-            cells = torch.export.Dim("cells", min=2, max=2**20)
-            shapes = {"tokens": {}, "past": tuple({2: cells} for _ in past)}
-            torch.onnx.export(model, (token, *past), str(path), dynamic_shapes=shapes, **options)
-    deployment = onnx_deployment(case)
-    if deployment.bits < 16:
-        _quantize(path, deployment)
-
-
-def onnx_deployment(case: Case) -> Deployment:
-    """What a graph's weights are in: floats, unless the case names a grid of ONNX Runtime's."""
-    return deployment_named("huggingface" if case.form == Case.form else case.form)
-
-
-def _quantize(path: Path, deployment: Deployment) -> None:
-    """Puts the products' weights on a grid, in place."""
-    import onnx
-    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
-
-    grid = DefaultWeightOnlyQuantConfig(block_size=deployment.group_size, is_symmetric=True, bits=deployment.bits)
-    quantizer = MatMulNBitsQuantizer(onnx.load(path), algo_config=grid)
-    quantizer.process()
-    for file in path.parent.iterdir():
-        file.unlink()
-    onnx.save_model(quantizer.model.model, path, save_as_external_data=True, location="model.onnx.data")
-
-
-def onnx_peak(
-    case: Case, folder: Path, *, dtype: Any = torch.float32, step: bool = False, patterns: bool = False
-) -> int:
-    """Bytes of the most memory that a process takes which runs a model's graph in ONNX Runtime, once it is loaded."""
-    path = folder / "model.onnx"
-    export_onnx(case, path, dtype, step)
-    numbers = (case.vocabulary, _STRIDE, case.context - 1, 4 * case.width, int(patterns))
-    command = [sys.executable, "-c", _ONNX_CHILD, str(path), *map(str, numbers)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def _onnx_line(case: Case, step: bool, use: str) -> tuple[list[str], float]:

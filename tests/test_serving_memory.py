@@ -24,11 +24,11 @@ F16 = deployment_named("huggingface")
 
 @pytest.fixture(scope="module")
 def written() -> Any:
-    """The benchmark's writer of GGUF files, which knows more graphs than the exporter does."""
+    """The benchmarks' writer of GGUF files, which knows more graphs than the exporter does."""
     folder = str(Path(__file__).parents[1] / "benchmarks")
     sys.path.insert(0, folder)
     try:
-        return importlib.import_module("memory_estimate")
+        return importlib.import_module("model_files")
     finally:
         sys.path.remove(folder)
 
@@ -56,7 +56,7 @@ def written() -> Any:
 def test_buffers_are_what_llama_cpp_allocates(case: dict[str, Any], written: Any, tmp_path: Path) -> None:
     asked = written.Case(**(SMALL | case))
     spec, deployment = spec_of(asked.config()), deployment_named(asked.form)
-    written.write(asked, spec, deployment, tmp_path / "model.gguf")
+    written.write_gguf(asked, spec, deployment, tmp_path / "model.gguf")
     with LlamaServer(tmp_path / "model.gguf", asked.context, 1, 1, asked.kv_type) as server:
         found = server.buffers()
     guess = memory(spec, deployment, context=asked.context, batch=1, kv_type=asked.kv_type)
@@ -81,7 +81,7 @@ def test_of_latent_attention_llama_cpp_caches_one_vector_a_token_and_layer(
     sizes = SMALL | {"tied": False, "kv_type": kv_type, "context": 1024, "more": more}
     asked = written.Case(family="deepseek_v2", **sizes)
     spec, deployment = spec_of(asked.config()), deployment_named(asked.form)
-    written.write(asked, spec, deployment, tmp_path / "model.gguf")
+    written.write_gguf(asked, spec, deployment, tmp_path / "model.gguf")
     with LlamaServer(tmp_path / "model.gguf", asked.context, 1, 1, kv_type) as server:
         found = server.buffers()
         assert server.complete([3, 4, 5, 6], 2, ignore_end=True).tokens  # and computes with it
