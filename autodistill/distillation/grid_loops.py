@@ -225,7 +225,7 @@ def fits(*tensors: Tensor | None) -> bool:
 def extremes(groups: Tensor) -> tuple[Tensor, Tensor]:
     """The least and the largest weight of each group, [groups, 1], of float32 [groups, size]."""
     found = torch.empty((2, len(groups), 1))
-    lowest, highest = found.view(torch.int32).numpy()[..., 0]
+    lowest, highest = _array(found.view(torch.int32))[..., 0]
     _over_threads(_extremes, _groups(groups, groups.shape[1]).view(np.int32), lowest, highest)
     return found[0], found[1]
 
@@ -280,7 +280,7 @@ def learned_gradients(weight: Tensor, gradient: Tensor, steps: Steps, grid: Grid
         _flat(steps.minima),
         _flat(steps.zero_points),
         _groups(out, size),
-        sums.numpy(),
+        _array(sums),
         constants=(np.float32(grid.qmin), np.float32(grid.qmax)),
     )
     return sums
@@ -295,12 +295,32 @@ def stop_clipped(gradient: Tensor, inside: Tensor, out: Tensor) -> None:
     _over_threads(_stop_clipped, *_by_type(gradient, size), _groups(inside.view(torch.uint8), size), _groups(out, size))
 
 
+class _Memory:
+    """A tensor's own memory, as numpy asks for it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor  # which lives as long as what is made of it
+        kind = np.dtype(str(tensor.dtype).removeprefix("torch."))
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (tensor.data_ptr(), False),
+            "typestr": kind.str,
+            "shape": tuple(tensor.shape),
+            "strides": tuple(kind.itemsize * step for step in tensor.stride()),
+        }
+
+
+def _array(tensor: Tensor) -> Array:
+    """The array that a tensor is; `Tensor.numpy` would forbid for good to free it, as shards' whole weights are."""
+    return np.asarray(_Memory(tensor))
+
+
 def _groups(tensor: Tensor, size: int) -> Array:
-    return tensor.detach().view(-1, size).numpy()
+    return _array(tensor.detach().view(-1, size))
 
 
 def _flat(tensor: Tensor | None) -> Array | None:
-    return None if tensor is None else tensor.detach().reshape(-1).numpy()
+    return None if tensor is None else _array(tensor.detach().reshape(-1))
 
 
 def _by_type(tensor: Tensor, size: int) -> tuple[Array | None, Array | None]:

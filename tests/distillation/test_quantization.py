@@ -280,6 +280,21 @@ def test_learned_scales_have_the_published_gradient(grid, way, dtype):
     torch.testing.assert_close(gradients[0], torch.where(clipped, 0.0, incoming))
 
 
+@by_way
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_memory_of_what_was_put_on_a_grid_can_still_be_freed(way, learned):
+    """Of shards, whole weights and gradients are gathered for a pass and go after it."""
+    weight = torch.from_numpy(WEIGHTS["normal"]).clone().requires_grad_()
+    scale, offset = (part if part is None else part.clone() for part in _learned_scales(weight.detach(), Q4_0))
+    shown = (
+        fake_quantize_learned(weight, scale.requires_grad_(), offset, Q4_0) if learned else fake_quantize(weight, Q4_0)
+    )
+    incoming = torch.ones_like(shown)
+    shown.backward(incoming)
+    for tensor in (weight.data, scale.data, incoming, weight.grad):
+        tensor.untyped_storage().resize_(0)
+
+
 @by_grid
 def test_learned_scales_show_what_is_deployed(grid):
     master = nn.Parameter(torch.from_numpy(WEIGHTS["normal"]).clone())
