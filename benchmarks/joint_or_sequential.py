@@ -35,8 +35,8 @@ from autodistill.records.store import default_cache
 from autodistill.search.rungs import kept_at_rungs
 from autodistill.space import Point
 from autodistill.strategy import Strategy
-from autodistill.trial import Workbench
 from autodistill.units import parse_duration
+from autodistill.workbench import Workbench
 
 # Shares of the tokens that choosing the shape takes; the distillation has the rest.
 PRUNING = (0.3, 0.5)

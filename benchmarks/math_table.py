@@ -41,8 +41,8 @@ from autodistill.grids import Grid
 from autodistill.records.store import default_cache
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment, Finishing, Strategy
-from autodistill.trial import Workbench
 from autodistill.units import parse_duration
+from autodistill.workbench import Workbench
 
 STORE = report.REPORTS / "math-table.jsonl"
 STUDENTS = default_cache() / "math-table"

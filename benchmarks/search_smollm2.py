@@ -60,8 +60,8 @@ from autodistill.statistics import per_document
 from autodistill.strategy import Deployment, Strategy
 from autodistill.students import student_folder
 from autodistill.token_sets import load_split
-from autodistill.trial import Workbench
 from autodistill.units import Budget, parse_duration
+from autodistill.workbench import Workbench
 
 TRIALS, METRIC, RECIPE = 12, "accuracy", "hand_designed"
 TEST_TOKENS = 8192

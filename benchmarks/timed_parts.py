@@ -36,7 +36,7 @@ from autodistill.distillation.trainer import Trainer
 from autodistill.evaluation import evaluate
 from autodistill.records.store import default_cache
 from autodistill.strategy import Deployment, Strategy
-from autodistill.trial import Workbench
+from autodistill.workbench import Workbench
 
 STORE = report.REPORTS / "math-parts.json"
 STEPS = 12

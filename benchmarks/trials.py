@@ -33,9 +33,10 @@ from autodistill.search.request import SearchRequest
 from autodistill.search.share import Place
 from autodistill.stages import open_stages
 from autodistill.strategy import Deployment, Distillation, Strategy
-from autodistill.trial import Trial, Workbench
+from autodistill.trial import Trial
 from autodistill.trial_data import TrialSetting, TrialTask
 from autodistill.units import Budget
+from autodistill.workbench import Workbench
 
 # What constructions and alignments are compared under: the losses of the default space's start without its alignment.
 LOGITS = Distillation(divergence_weight=0.25, learning_rate=2e-4)

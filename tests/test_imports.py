@@ -93,6 +93,7 @@ ROOMS = (
     "trial_data",
     "applied",
     "training_appraisal",
+    "workbench",
     "trial",
     "export",
     "evaluators",

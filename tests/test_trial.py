@@ -63,9 +63,10 @@ from autodistill.strategy import Alignment, Attention, Deployment, Distillation,
 from autodistill.students import save_student, student_folder, trained_student
 from autodistill.testing import save_tiny_teacher
 from autodistill.token_sets import load_split
-from autodistill.trial import Trial, Workbench
+from autodistill.trial import Trial
 from autodistill.trial_data import TrialTask
 from autodistill.units import Budget
+from autodistill.workbench import Workbench
 
 LENGTH = 32
 F16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
@@ -341,7 +342,8 @@ def test_from_rung_to_rung(lab, tmp_path):
 
 OTHER_PROCESS = """
 import pickle, sys
-from autodistill.trial import Trial, Workbench
+from autodistill.trial import Trial
+from autodistill.workbench import Workbench
 setting, task, rung = pickle.load(open(sys.argv[1], "rb"))
 pickle.dump(Trial(Workbench(setting), task).run(rung), open(sys.argv[2], "wb"))
 """

@@ -14,8 +14,8 @@ from autodistill.search.failures import KILLED, death
 from autodistill.search.kills import Kills
 from autodistill.search.supplies import fetch
 from autodistill.search.trials import Assignment, attempted
-from autodistill.trial import Workbench
 from autodistill.trial_data import TrialSetting
+from autodistill.workbench import Workbench
 
 
 class Member:

@@ -6,8 +6,8 @@ from autodistill.process_memory import killed_for_memory
 from autodistill.search.campaign import Campaign
 from autodistill.search.deadline import step_guard
 from autodistill.search.trials import attempted
-from autodistill.trial import Workbench
 from autodistill.trial_data import TrialSetting
+from autodistill.workbench import Workbench
 
 
 def run_inline(campaign: Campaign, setting: TrialSetting, deadline: float | None) -> None:

@@ -26,8 +26,8 @@ from autodistill.search.group import Group
 from autodistill.search.kills import Kills
 from autodistill.search.supplies import absolute, fetch
 from autodistill.search.trials import Assignment, attempted
-from autodistill.trial import Workbench
 from autodistill.trial_data import TrialSetting
+from autodistill.workbench import Workbench
 
 Work: TypeAlias = Callable[[Assignment], dict[str, Any]]
 

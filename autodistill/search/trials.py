@@ -24,9 +24,10 @@ from autodistill.search.failures import explained
 from autodistill.search.trial_memory import TrainingNeed, TrialMemory
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment
-from autodistill.trial import Trial, Workbench
+from autodistill.trial import Trial
 from autodistill.trial_data import RungReport, TrialTask
 from autodistill.units import Budget
+from autodistill.workbench import Workbench
 
 
 @dataclass(frozen=True, kw_only=True)

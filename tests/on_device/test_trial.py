@@ -30,9 +30,10 @@ from autodistill.search.share import Workers
 from autodistill.strategy import Alignment, Attention, Deployment, Distillation, Finishing, Init, Strategy
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.token_sets import load_split
-from autodistill.trial import Trial, Workbench
+from autodistill.trial import Trial
 from autodistill.trial_data import TrialSetting, TrialTask
 from autodistill.units import Budget
+from autodistill.workbench import Workbench
 
 LENGTH = 32
 F16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
