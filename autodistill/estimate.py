@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal
 
 from autodistill.budget import DeviceBudget, on_gpu
 from autodistill.config_fields import check_config
@@ -256,6 +256,21 @@ class Fit:
     late: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Miss:
+    """A limit that something does not keep to.
+
+    Attributes:
+        limit: Of which kind.
+        slack: log(need / limit), above 0.
+        said: What it misses the limit by, in one line.
+    """
+
+    limit: Literal["memory", "latency", "training memory"]
+    slack: float
+    said: str
+
+
 def latencies(spec: ModelSpec, deployment: Deployment, budget: Budget) -> dict[LatencyLimit, float]:
     """Seconds that are predicted for each limit of latency that a budget has."""
     if not isinstance(budget, DeviceBudget):
@@ -308,18 +323,20 @@ def smallest(fitting: Sequence[Fit]) -> Fit:
     return min(fitting, key=lambda fit: fit.slack)
 
 
-def shortfall(fitting: Sequence[Fit], budget: Budget) -> str | None:
-    """Why nothing fits, in one line that names the smallest and what it misses by, or None where something fits."""
+def nearest_miss(fitting: Sequence[Fit], budget: Budget) -> Miss | None:
+    """Why nothing fits: what that misses which is nearest to the budget, or None where something fits."""
     fit = smallest(fitting)
     if fit.slack <= 0:
         return None
     at = f"context {budget.context}" + (f" and batch {budget.batch}" if budget.batch > 1 else "")
     if fit.late and isinstance(budget, DeviceBudget):
-        return f"the nearest, {fit.deployment.name}, is too slow for {budget.device.name}: {'; '.join(fit.late)}"
-    return (
+        said = f"the nearest, {fit.deployment.name}, is too slow for {budget.device.name}: {'; '.join(fit.late)}"
+        return Miss(limit="latency", slack=fit.slack, said=said)
+    said = (
         f"the smallest, {fit.deployment.name}, needs {format_bytes(fit.need)} at {at}, "
         f"{format_bytes(fit.need - fit.limit)} over the {format_bytes(fit.limit)} budget"
     )
+    return Miss(limit="memory", slack=fit.slack, said=said)
 
 
 def check_holds(spec: ModelSpec, packing: Packing) -> None:

@@ -15,7 +15,7 @@ from autodistill.described import deployment_named, shape
 from autodistill.device_files import devices
 from autodistill.device_lookup import find_device
 from autodistill.errors import InputError
-from autodistill.estimate import fits, latencies, shortfall
+from autodistill.estimate import fits, latencies, nearest_miss
 from autodistill.roofline import limit_seconds, speed
 from autodistill.units import Budget, parse_latency
 
@@ -91,7 +91,10 @@ def test_what_fits_exceeds_no_limit_and_what_does_not_exceeds_one(memory, millis
         assert (fit.slack <= 0) == (fit.need <= memory and seconds <= limits[0].seconds)
         assert bool(fit.late) == (seconds > limits[0].seconds)
         assert fit.slack == pytest.approx(math.log(max(fit.need / memory, seconds / limits[0].seconds)))
-    reason = shortfall(found, budget)
-    assert (reason is None) == any(fit.slack <= 0 for fit in found)
+    miss = nearest_miss(found, budget)
+    assert (miss is None) == any(fit.slack <= 0 for fit in found)
+    if miss is not None:
+        nearest = min(found, key=lambda fit: fit.slack)
+        assert (miss.limit, miss.slack) == ("latency" if nearest.late else "memory", nearest.slack)
     wider = replace(budget, memory_bytes=2 * memory)
     assert all(a.slack <= b.slack for a, b in zip(fits(SPEC, FORMS, wider), found, strict=True))

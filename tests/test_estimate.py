@@ -31,8 +31,8 @@ from autodistill.estimate import (
     fits,
     holdable,
     in_blocks,
+    nearest_miss,
     resized,
-    shortfall,
     smallest,
     spec_from_config,
 )
@@ -351,18 +351,20 @@ def test_slack_is_the_logarithm_of_need_over_limit() -> None:
     assert exact.slack == 0
     assert above.slack == pytest.approx(-math.log(2))
     assert below.slack == pytest.approx(1, abs=1e-6)
-    assert shortfall([above], Budget(memory_bytes=2 * need)) is None
-    assert shortfall([exact], Budget(memory_bytes=need)) is None
+    assert nearest_miss([above], Budget(memory_bytes=2 * need)) is None
+    assert nearest_miss([exact], Budget(memory_bytes=need)) is None
 
 
-def test_a_shortfall_names_the_smallest_and_what_it_misses_by() -> None:
+def test_the_nearest_miss_names_the_smallest_and_what_it_misses_by() -> None:
     budget = Budget(memory_bytes=86_000_000)
     fitting = fits(smollm2(), [F16, Q4_0, Q8_0], budget)
     fit = smallest(fitting)
     assert fit.deployment == Q4_0
     assert fit.need == fit.estimate.total_bytes
-    said = shortfall(fitting, budget)
-    assert said is not None
+    miss = nearest_miss(fitting, budget)
+    assert miss is not None
+    said = miss.said
+    assert (miss.limit, miss.slack) == ("memory", pytest.approx(math.log(fit.need / 86_000_000)))
     over = (fit.need - 86_000_000) / 1e6
     assert said.startswith(f"the smallest, gguf-q4_0, needs {fit.need / 1e6:.0f} MB at context 2048, ")
     assert said.endswith(f"{over:.3g} MB over the 86.0 MB budget")

@@ -10,7 +10,7 @@ from autodistill.applied import check_strategy, probe_deployment, student_spec, 
 from autodistill.budget import on_gpu, served
 from autodistill.contracts import ModelSpec
 from autodistill.errors import InputError
-from autodistill.estimate import Fit, cannot_hold, fits, holdable, shortfall, smallest
+from autodistill.estimate import Fit, cannot_hold, fits, holdable, nearest_miss, smallest
 from autodistill.formats import weights_bytes
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.objectives import Objective
@@ -55,10 +55,9 @@ def admit(
     # What is trained again, or on, was trained before, whatever is predicted of it.
     training = None if kind == CONFIRMATION or length > 1 else training
     allowed = tuple(fit.deployment for fit in fitting if fit.slack <= 0)
-    if reason is None and not allowed:
-        reason = shortfall(fitting, question.budget)
-    if reason is None and training is not None:
-        reason = training.shortfall
+    miss = None
+    if reason is None:
+        miss = nearest_miss(fitting, question.budget) or (training.miss if training else None)
     # Of several objectives a narrower grid serves the others; where nothing is proposed, a strategy has no rival.
     own_first = bool(question.further) or not question.space.dimensions
     probe = probe_deployment(strategy, allowed or question.deployments, own_first=own_first)
@@ -84,7 +83,8 @@ def admit(
         name=name,
         point=point,
         fits=fitting,
-        reason=reason,
+        reason=miss.said if miss else reason,
+        miss=miss,
         parameters=spec.parameters if spec else None,
         training=training,
         further=_before_training(question, spec, fitting, probe),

@@ -570,8 +570,12 @@ class Campaign:
 
     def _end(self, trial: TrialState, status: Status, reason: str | None = None, cause: str | None = None) -> None:
         trial.status, trial.reason, trial.cause = status, reason, cause
-        event = {"event": "status", "trial": trial.task.id, "status": status.value, "reason": reason}
-        self._write(event | ({"cause": cause} if cause else {}))
+        event: dict[str, Any] = {"event": "status", "trial": trial.task.id, "status": status.value, "reason": reason}
+        if cause:
+            event["cause"] = cause
+        if status is Status.REJECTED and trial.miss is not None:
+            event["miss"] = {"limit": trial.miss.limit, "slack": trial.miss.slack}
+        self._write(event)
 
     def _row(self, trial: TrialState, report: RungReport, status: Status) -> Row:
         return make_row(

@@ -25,19 +25,18 @@ from autodistill.records.store import RunFolder
 from autodistill.search.study import Importance, Observation, importance
 from autodistill.space import Point, Space
 from autodistill.strategy import Deployment
-from autodistill.units import NO_LIMIT, format_bytes, parse_bytes, parse_duration
+from autodistill.units import NO_LIMIT, format_bytes
 
 # With fewer results a share of the variance is noise.
 _FEWEST_RESULTS = 8
 
 
-# What rejections say, for each cause, and by how much the nearest missed.
-_REJECTIONS = (
-    ("the student takes too much memory", re.compile(r"^the smallest, .*?, (?P<bytes>[\d.]+ \w+) over the .* budget")),
-    ("the student is too slow", re.compile(r"^the nearest, .* is too slow for ")),
-    ("training takes too much memory", re.compile(r"^training it takes .*?, (?P<bytes>[\d.]+ \w+) over the ")),
-)
-_LATE = re.compile(r" is predicted ([^,]+), over ([^;]+)")
+# Why a strategy is rejected that misses a limit, in words.
+_CAUSES = {
+    "memory": "the student takes too much memory",
+    "latency": "the student is too slow",
+    "training memory": "training takes too much memory",
+}
 _FIGURE = re.compile(r"\d[\d.,]*")
 
 
@@ -203,8 +202,9 @@ def _rejected(ends: Iterable[Mapping[str, Any]]) -> tuple[Ended, ...]:
     groups: dict[str, list[tuple[float, str]]] = {}
     for event in ends:
         if event["status"] == Status.REJECTED:
-            cause, miss = _missed(str(event["reason"]))
-            groups.setdefault(cause, []).append((miss, str(event["reason"])))
+            reason, miss = str(event["reason"]), event.get("miss")
+            cause = _CAUSES[miss["limit"]] if miss else _FIGURE.sub("…", reason)
+            groups.setdefault(cause, []).append((miss["slack"] if miss else math.inf, reason))
     return _by_cause(groups)
 
 
@@ -218,26 +218,13 @@ def _failed(ends: Iterable[Mapping[str, Any]]) -> tuple[Ended, ...]:
 
 
 def _by_cause(groups: Mapping[str, Sequence[tuple[float, str]]]) -> tuple[Ended, ...]:
-    """Each cause once, of those that were said with by how much they missed, or with infinity; the most first."""
+    """Each cause once, the most first; of each what was said, beside log(need / limit) or, of no limit, infinity."""
     found = []
     for cause, members in groups.items():
         miss, said = min(members, key=lambda member: member[0])
         alike = len({reason for _, reason in members}) == 1
         found.append(Ended(cause=cause, count=len(members), said=said, nearest=math.isfinite(miss), alike=alike))
     return tuple(sorted(found, key=lambda ended: -ended.count))
-
-
-def _missed(reason: str) -> tuple[str, float]:
-    """The cause of a rejection, and by how much its limit was missed: in bytes, or log(need / limit) of the latest."""
-    for cause, pattern in _REJECTIONS:
-        found = pattern.match(reason)
-        if found is None:
-            continue
-        if "bytes" in pattern.groupindex:
-            return cause, float(parse_bytes(found["bytes"]))
-        late = [math.log(parse_duration(need) / parse_duration(limit)) for need, limit in _LATE.findall(reason)]
-        return cause, max(late, default=math.inf)
-    return _FIGURE.sub("…", reason), math.inf
 
 
 def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:

@@ -8,7 +8,7 @@ from autodistill.applied import check_strategy, student_spec
 from autodistill.budget import DeviceBudget, served
 from autodistill.contracts import ModelSpec
 from autodistill.errors import InputError, NothingFitsError
-from autodistill.estimate import cannot_hold, fits, holdable, shortfall, smallest
+from autodistill.estimate import cannot_hold, fits, holdable, nearest_miss
 from autodistill.space import Space
 from autodistill.strategy import Strategy
 from autodistill.units import Budget
@@ -95,15 +95,15 @@ def _check_budget(spec: ModelSpec, space: Space, budget: Budget) -> None:
         raise InputError(f"no deployment of the space {space.name} can hold the smallest student: {cause}")
     # Fewer weights are not always less memory: the KV cache goes with the layers.
     least = min(held, key=lambda strategy: min(fit.slack for fit in held[strategy]))
-    reason = shortfall(held[least], budget)
-    if reason is not None:
+    miss = nearest_miss(held[least], budget)
+    if miss is not None:
         remedy = (
             "--latency, or name a faster --device"
-            if smallest(held[least]).late
+            if miss.limit == "latency"
             else "--budget, or lower --context" + (" or the streams (--batch, @streams)" if budget.batch > 1 else "")
         )
         raise NothingFitsError(
-            f"nothing fits: of the student that needs least ({least.init.describe()}), {reason}; raise {remedy}"
+            f"nothing fits: of the student that needs least ({least.init.describe()}), {miss.said}; raise {remedy}"
         )
 
 

@@ -39,10 +39,11 @@ def _exhausted(proposed: list[TrialState], tried: int, plan: Plan) -> str:
     held = f"{tried} of the {plan.trials} planned trials"
     if rejected >= REJECTIONS_IN_A_ROW:
         training = proposed[-1].training
-        if training is not None and training.shortfall is not None:
+        miss = training.miss if training is not None else None
+        if miss is not None:
             return (
                 f"the last {rejected} strategies that were proposed cannot be trained here or do not fit, so that the "
-                f"search tried {held}; of the last one: {training.shortfall}"
+                f"search tried {held}; of the last one: {miss.said}"
             )
         return (
             f"the last {rejected} strategies that were proposed did not fit, so that the search tried {held}: raise "

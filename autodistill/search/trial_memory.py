@@ -11,6 +11,7 @@ from typing import Any
 from autodistill.applied import check_strategy, student_spec
 from autodistill.contracts import ModelSpec, Plan
 from autodistill.errors import InputError
+from autodistill.estimate import Miss
 from autodistill.space import Point, Space
 from autodistill.strategy import Distillation, Strategy
 from autodistill.training_fit import Training, TrainingFit, fit_training, training_fits
@@ -43,15 +44,16 @@ class TrainingNeed:
         return math.log(self.need_bytes / max(1, self.limit_bytes))
 
     @property
-    def shortfall(self) -> str | None:
-        """Why it does not fit, in one line, or None."""
+    def miss(self) -> Miss | None:
+        """Why it does not fit, or None."""
         if self.slack <= 0:
             return None
         over = self.need_bytes - self.limit_bytes
-        return (
+        said = (
             f"training it takes {format_bytes(self.need_bytes)} of memory at the least, {format_bytes(over)} over the "
             f"{format_bytes(self.limit_bytes)} that a trial has here; {self.remedy}"
         )
+        return Miss(limit="training memory", slack=self.slack, said=said)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, which the log keeps: another session's machine may have other memory."""

@@ -16,7 +16,7 @@ from autodistill.devices import Device
 from autodistill.distillation.memory import TooManyAtOnce
 from autodistill.distillation.trainer import StepRecord
 from autodistill.errors import TrialFailedError
-from autodistill.estimate import Fit
+from autodistill.estimate import Fit, Miss
 from autodistill.records.objectives import Objective
 from autodistill.search.deadline import OutOfTime
 from autodistill.search.expected import Speed
@@ -163,6 +163,7 @@ class TrialState:
         value, further: Of the metric there, and of the further objectives; before, what is predicted of these.
         running: Whether a worker trains it.
         status, reason, cause: Once it has ended; the cause is that of a failure.
+        miss: The limit for which it is rejected; None of one that is not, or that contradicts its teacher.
         settled: Deployments that were evaluated at full fidelity, are being, or cannot be.
         retried: Pieces of work that failed once: to which rung, and of an evaluation the deployment's name, or "kept"
             where a student was to be kept.
@@ -191,6 +192,7 @@ class TrialState:
     status: Status | None = None
     reason: str | None = None
     cause: str | None = None
+    miss: Miss | None = None
     settled: set[str] = field(default_factory=set)
     retried: set[tuple[int, str | None]] = field(default_factory=set)
     parameters: int | None = None

@@ -181,6 +181,13 @@ def test_what_cannot_fit_is_recorded_with_its_reason_and_never_trained(tmp_path:
     assert rejected
     assert not {trial.task.id for trial in rejected} & {trial for trial, _ in done}
     assert all(f"over the {format_bytes(limit)} budget" in (trial.reason or "") for trial in rejected)
+    written = {
+        event["trial"]: event for event in EventLog(tmp_path / "trials.jsonl").read() if event["event"] == "status"
+    }
+    for trial in rejected:
+        miss, need = written[trial.task.id]["miss"], min(fit.need for fit in trial.fits)
+        assert miss == {"limit": "memory", "slack": pytest.approx(math.log(need / limit))}
+    assert not any("miss" in event for event in written.values() if event["status"] != "rejected")
     assert sum(trial.number is not None and trial not in rejected for trial in search.trials.values()) == 9
     for trial in search.trials.values():
         assert all(fit.need <= limit for fit in trial.fits if fit.deployment in trial.task.deployments)
@@ -529,6 +536,7 @@ def test_a_finishing_is_also_evaluated_on_its_own_grid(tmp_path: Path) -> None:
     rejected = next(trial for trial in running.trials.values() if trial.name == "not")
     assert rejected.status is Status.REJECTED
     assert "keep names layers.77" in str(rejected.reason)
+    assert rejected.miss is None
 
 
 def test_the_best_few_and_the_baseline_are_trained_on_further_seeds_before_one_is_chosen(tmp_path: Path) -> None:

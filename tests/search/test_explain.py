@@ -14,7 +14,7 @@ from autodistill.budget import DeviceBudget
 from autodistill.device_files import devices
 from autodistill.device_lookup import find_device
 from autodistill.errors import InputError
-from autodistill.estimate import fits, shortfall, spec_from_config
+from autodistill.estimate import Miss, fits, nearest_miss, spec_from_config
 from autodistill.records.json_files import write_json
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
@@ -190,17 +190,21 @@ def test_rejections_are_told_by_cause_with_the_nearest_miss(run: RunFolder) -> N
     pi = find_device("pi 5", devices())
     events = [event for event in run.events.read() if event["event"] != "status"]
     run.events.path.write_text("")
-    reasons: list[str | None] = []
+    found_out: list[Miss | str | None] = []
     for width in (512, 768, 640, 1024):
         spec = spec_from_config({**SHAPE, "hidden_size": width})
-        reasons.append(shortfall(fits(spec, SPACE.deployments, Budget(memory_bytes=1000)), Budget(memory_bytes=1000)))
+        small = Budget(memory_bytes=1000)
+        found_out.append(nearest_miss(fits(spec, SPACE.deployments, small), small))
         slow = DeviceBudget(memory_bytes=10**10, device=pi, latency=parse_latency("ttft_p95=1us,tpot_p95=1us"))
-        reasons.append(shortfall(fits(spec, SPACE.deployments, slow), slow))
+        found_out.append(nearest_miss(fits(spec, SPACE.deployments, slow), slow))
         need = TrainingNeed(need_bytes=width * 10**6, limit_bytes=10**6, micro_batch=1, remedy="less would help")
-        reasons.append(need.shortfall)
-        reasons.append(f"init.heads 0.5 leaves {width} heads: too many")
-    for number, reason in enumerate(reasons):
+        found_out.append(need.miss)
+        found_out.append(f"init.heads 0.5 leaves {width} heads: too many")
+    reasons = [one.said if isinstance(one, Miss) else str(one) for one in found_out]
+    for number, (one, reason) in enumerate(zip(found_out, reasons, strict=True)):
         ended = {"event": "status", "trial": f"r{number:03d}", "status": "rejected", "reason": reason}
+        if isinstance(one, Miss):
+            ended["miss"] = {"limit": one.limit, "slack": one.slack}
         events += [{"event": "trial", "trial": f"r{number:03d}", "point": None, "parameters": 10}, ended]
     for number in range(3):
         failed = {"event": "status", "status": "failed", "cause": "nan", "reason": f"nan: at token {number}"}
@@ -221,6 +225,17 @@ def test_rejections_are_told_by_cause_with_the_nearest_miss(run: RunFolder) -> N
     assert f"rejected without training: init.heads … leaves … heads: too many; the first: {reasons[3]}\n" in text
     assert "     3  failed: nan; the first: nan: at token 0\n" in text
     json.dumps(found.to_json())
+
+
+def test_rejections_of_an_older_log_are_told_by_what_it_says(run: RunFolder) -> None:
+    """It does not say which limit was missed, nor by how much."""
+    for number in (3, 2):
+        reason = f"the smallest, gguf-q4_0, needs {number} MB, {number - 1}.00 MB over the 1.00 MB budget"
+        run.events.append({"event": "trial", "trial": f"r{number}", "point": None, "parameters": 10})
+        run.events.append({"event": "status", "trial": f"r{number}", "status": "rejected", "reason": reason})
+    (found,) = [ended for ended in explain(run).rejected if ended.cause.startswith("the smallest, gguf-q")]
+    assert (found.count, found.nearest) == (2, False)
+    assert "needs 3 MB" in found.said  # of the first
 
 
 def test_a_run_of_one_strategy_without_a_budget_is_explained(tmp_path: Path) -> None:

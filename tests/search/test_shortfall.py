@@ -62,7 +62,9 @@ def test_a_space_that_holds_no_more_or_of_which_nothing_fits_is_said_to() -> Non
         said = told(*few, *[REJECTED] * REJECTIONS_IN_A_ROW, box=box, exhausted=True)
         assert said.startswith(f"the last {REJECTIONS_IN_A_ROW} strategies that were proposed did not fit")
         assert "tried 5 of the 9 planned trials: raise --budget" in said
-        large = trial(Status.REJECTED, -1, training=SimpleNamespace(shortfall="its training needs 20 GB"))
+        large = trial(
+            Status.REJECTED, -1, training=SimpleNamespace(miss=SimpleNamespace(said="its training needs 20 GB"))
+        )
         said = told(*few, *[large] * REJECTIONS_IN_A_ROW, box=box, exhausted=True)
         assert "cannot be trained here or do not fit" in said
         assert said.endswith("its training needs 20 GB")

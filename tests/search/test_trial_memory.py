@@ -99,19 +99,22 @@ def test_what_a_strategy_takes_by_hand() -> None:
 
 def test_it_fits_up_to_its_need_and_not_a_byte_below() -> None:
     least = need(HALF).need_bytes
-    assert (need(HALF, least).slack, need(HALF, least).shortfall) == (0.0, None)
+    assert (need(HALF, least).slack, need(HALF, least).miss) == (0.0, None)
     short = need(HALF, least - 10**9)
     assert short.slack == pytest.approx(math.log(least / (least - 10**9)))
-    said = str(short.shortfall)
+    miss = short.miss
+    assert miss is not None
+    assert (miss.limit, miss.slack) == ("training memory", short.slack)
+    said = miss.said
     assert f"takes {format_bytes(least)} of memory" in said
     assert f"1.00 GB over the {format_bytes(least - 10**9)} that a trial has here" in said
     assert "low-rank changes (distillation.lora), or a larger --gpus-per-trial" in said
     assert "--sequence-length" not in said  # a pass is the smaller part
     assert TrainingNeed.from_json(short.to_json()) == short
     # Beside others on a machine's cores it may take its part alone.
-    assert need(HALF, 10**12, share=least - 1, device="cpu").shortfall is not None
-    assert "--cpus-per-trial" in str(need(HALF, 10**12, share=least - 1, device="cpu").shortfall)
-    assert "a machine with more memory" in str(need(HALF, least - 1, device="cpu").shortfall)
+    assert need(HALF, 10**12, share=least - 1, device="cpu").miss is not None
+    assert "--cpus-per-trial" in str(need(HALF, 10**12, share=least - 1, device="cpu").miss)
+    assert "a machine with more memory" in str(need(HALF, least - 1, device="cpu").miss)
 
 
 def test_where_the_plans_sequences_do_not_fit_at_once_fewer_do() -> None:
@@ -123,7 +126,7 @@ def test_where_the_plans_sequences_do_not_fit_at_once_fewer_do() -> None:
     for spare, device in ((1.10, "cuda"), (1.27, "cpu")):
         limit = int(1.4 * many.need_bytes)
         fewer = memory(limit, device=device).need(HALF, student, plan)
-        assert fewer.shortfall is None
+        assert fewer.miss is None
         assert 1 <= fewer.micro_batch < 32
         alone = replace(plan, micro_batch=fewer.micro_batch)
         assert memory(limit, device=device).need(HALF, student, alone).micro_batch == fewer.micro_batch
