@@ -24,8 +24,8 @@ import numpy.typing as npt
 from autodistill.conversations import Conversation
 from autodistill.documents import Source
 from autodistill.errors import InputError
+from autodistill.hashes import content_hash
 from autodistill.packing import cut, fill, pack
-from autodistill.parts import content_hash
 from autodistill.records.locks import alone
 from autodistill.rendering import Rendered, Renderer, Template
 from autodistill.splitting import assign, contiguous, first_places, join

@@ -14,7 +14,7 @@ from autodistill.device_lookup import find_device
 from autodistill.devices import LOCAL, Device
 from autodistill.errors import InputError
 from autodistill.hardware import Machine, computes_bf16, detect, machine_name
-from autodistill.parts import content_hash
+from autodistill.hashes import content_hash
 from autodistill.quiet import Watch
 from autodistill.records.json_files import read_json, write_json
 from autodistill.records.locks import alone

@@ -1,10 +1,8 @@
-"""Frozen values that are plain data too: read with each field checked by name and type, written out, hashed."""
+"""Frozen values that are plain data too: read with each field checked by name and type, and written out."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import types
 import typing
@@ -13,15 +11,6 @@ from functools import cache
 from typing import Any, Self
 
 from autodistill.errors import InputError
-
-
-def content_hash(data: Any, digits: int = 12) -> str:
-    """Hash of plain data, the same in every process and on every platform.
-
-    Keys are sorted, and floats are written by `repr`, which is the shortest text that reads back to the same float.
-    """
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 def check(condition: bool, message: str) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 from autodistill.domains import Choices, Range, Value, check_fields, near, read_choices, read_range
 from autodistill.effects import check_effect
 from autodistill.errors import InputError
-from autodistill.parts import Part, check, content_hash
+from autodistill.hashes import content_hash
+from autodistill.parts import Part, check
 from autodistill.plain_yaml import read_yaml
 from autodistill.strategy import Deployment, Strategy
 

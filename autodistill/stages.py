@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from autodistill.contracts import Plan
-from autodistill.parts import content_hash
+from autodistill.hashes import content_hash
 from autodistill.storage import Storage, StoredFiles
 from autodistill.strategy import Strategy
 

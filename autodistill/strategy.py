@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from autodistill.formats import Packing, get_format
-from autodistill.parts import Part, check, check_choice, content_hash
+from autodistill.hashes import content_hash
+from autodistill.parts import Part, check, check_choice
 from autodistill.tensors import TensorSpec
 
 # Choices of layers that a calibration of the teacher makes.

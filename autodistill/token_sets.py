@@ -6,7 +6,6 @@ same records in the same sequences, so that the n-th shared token of a sequence 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ import numpy.typing as npt
 
 from autodistill.conversations import Likeliest
 from autodistill.errors import InputError
-from autodistill.parts import content_hash
+from autodistill.hashes import content_hash, file_hash
 
 if TYPE_CHECKING:
     import pyarrow
@@ -327,4 +326,4 @@ def column_of(table: pyarrow.Table, name: str) -> npt.NDArray[Any]:
 def file_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file but the index, by its path within the folder."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != INDEX)
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.relative_to(folder).as_posix(): file_hash(path) for path in files}

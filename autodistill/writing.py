@@ -36,7 +36,7 @@ from autodistill.errors import (
 )
 from autodistill.estimate import spec_from_config
 from autodistill.hardware import detect
-from autodistill.parts import content_hash
+from autodistill.hashes import content_hash
 from autodistill.records.event_log import EventLog
 from autodistill.rendering import Renderer
 from autodistill.teacher_fit import fit_teacher

@@ -30,7 +30,7 @@ from autodistill.distillation.trainer import Trainer
 from autodistill.documents import resolve_data
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import Evaluation, evaluate
-from autodistill.parts import content_hash
+from autodistill.hashes import content_hash
 from autodistill.records.store import default_cache
 from autodistill.strategy import Deployment, Distillation, Init, Strategy
 from autodistill.students import save_student

@@ -37,7 +37,7 @@ import report
 from kept import Kept
 
 from autodistill.hardware import detect
-from autodistill.parts import content_hash
+from autodistill.hashes import content_hash
 from autodistill.search import cluster
 from autodistill.search.cluster import LocalRay
 from autodistill.search.ray_runner import drive

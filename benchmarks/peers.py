@@ -37,7 +37,7 @@ from autodistill.distillation.models import load_model
 from autodistill.distillation.scoring import score
 from autodistill.distillation.teacher import materialise, resolve_teacher
 from autodistill.documents import resolve_data
-from autodistill.parts import content_hash
+from autodistill.hashes import content_hash
 from autodistill.records.store import default_cache
 from autodistill.statistics import clustered_mean, per_document
 from autodistill.token_sets import load_split

@@ -41,6 +41,7 @@ from simulate import SEED, TRIALS, Spent, Table, Worker, default_rungs, load_tab
 from autodistill.applied import student_spec
 from autodistill.domains import Choices
 from autodistill.evaluation import evaluate
+from autodistill.hashes import content_hash
 from autodistill.records.store import default_cache
 from autodistill.search.campaign import Campaign
 from autodistill.search.inline_runner import run_inline
@@ -48,7 +49,7 @@ from autodistill.search.rungs import kept_at_rungs
 from autodistill.search.sampler import Sampler
 from autodistill.space import Point, Space
 from autodistill.statistics import per_document
-from autodistill.strategy import Strategy, content_hash
+from autodistill.strategy import Strategy
 from autodistill.token_sets import load_split
 from autodistill.units import parse_duration
 

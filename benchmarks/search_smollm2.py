@@ -47,7 +47,7 @@ from autodistill.distillation.models import load_model
 from autodistill.distillation.trainer import Trainer
 from autodistill.domains import Choices, Range
 from autodistill.evaluation import evaluate
-from autodistill.parts import content_hash
+from autodistill.hashes import content_hash
 from autodistill.plain_yaml import read_yaml
 from autodistill.records.store import default_cache
 from autodistill.search.admission import describe

@@ -25,6 +25,7 @@ from autodistill.contracts import Decision, Measurement, ModelSpec, Plan
 from autodistill.domains import Value
 from autodistill.estimate import fits, spec_from_config
 from autodistill.evaluation import Evaluation
+from autodistill.hashes import content_hash
 from autodistill.plain_yaml import read_yaml
 from autodistill.records.event_log import EventLog
 from autodistill.search.campaign import Campaign
@@ -34,7 +35,7 @@ from autodistill.search.sampler import Sampler
 from autodistill.search.scheduler import SuccessiveHalving
 from autodistill.search.trials import Assignment, Question, TrialState
 from autodistill.space import Point, Space
-from autodistill.strategy import Deployment, Strategy, content_hash
+from autodistill.strategy import Deployment, Strategy
 from autodistill.trial_data import RungReport
 
 TRIALS = 12

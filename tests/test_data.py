@@ -18,7 +18,7 @@ from autodistill.conversations import Conversation, Turn, asked
 from autodistill.data import prepare
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError
-from autodistill.parts import content_hash
+from autodistill.hashes import content_hash
 from autodistill.testing import tiny_text, tiny_tokenizer
 from autodistill.token_sets import SPLITS, Prepared, load_split, open_prepared
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from autodistill.distillation.parallel import by_length, logit_rows, map_batches
 from autodistill.distillation.student import decoder_layers
 from autodistill.distillation.teacher_cache import FILE, META, CacheSettings, id_type
 from autodistill.errors import InputError
-from autodistill.parts import content_hash
+from autodistill.hashes import content_hash, file_hash
 from autodistill.records.locks import alone, claimed
 from autodistill.token_sets import TokenSet
 from autodistill.units import format_bytes, written_bytes
@@ -129,14 +128,9 @@ def _is_whole(folder: Path) -> bool:
     try:
         meta = json.loads((folder / META).read_text())
         checksum = meta.pop("checksum")
-        return bool(checksum == content_hash(meta) and meta["sha256"] == _sha256(folder / FILE))
+        return bool(checksum == content_hash(meta) and meta["sha256"] == file_hash(folder / FILE))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _make_room(root: Path, allowed: int) -> None:
@@ -169,7 +163,12 @@ def _write(
             writer.write_batch(first)
             for batch in batches:
                 writer.write_batch(batch)
-        meta = {"sequences": sequences, "settings": asdict(settings), "data": data, "sha256": _sha256(temporary / FILE)}
+        meta = {
+            "sequences": sequences,
+            "settings": asdict(settings),
+            "data": data,
+            "sha256": file_hash(temporary / FILE),
+        }
         (temporary / META).write_text(json.dumps(meta | {"checksum": content_hash(meta)}, indent=2))
         try:
             temporary.rename(root / name)

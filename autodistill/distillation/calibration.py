@@ -18,7 +18,7 @@ from torch import Tensor
 
 from autodistill.estimate import spec_from_config
 from autodistill.families import Axis, get_family
-from autodistill.parts import content_hash
+from autodistill.hashes import content_hash
 from autodistill.records.locks import alone
 from autodistill.token_sets import TokenSet
 

@@ -20,6 +20,7 @@ import numpy as np
 from autodistill.distillation.gguf_file import GgufFile
 from autodistill.errors import InputError
 from autodistill.gguf_cuts import cut_named
+from autodistill.hashes import file_hash
 
 _INDEX = "teacher.json"
 
@@ -36,7 +37,7 @@ def convert(file: GgufFile, folder: Path) -> None:
     try:
         convert_text(file, temporary)
         digests = {"model.safetensors": _write_weights(file, temporary / "model.safetensors")}
-        digests |= {path.name: sha256(path) for path in temporary.iterdir() if path.name not in digests}
+        digests |= {path.name: file_hash(path) for path in temporary.iterdir() if path.name not in digests}
         (temporary / _INDEX).write_text(json.dumps(digests, indent=1, sort_keys=True), encoding="utf-8")
         if folder.exists() and not is_whole(folder):
             shutil.rmtree(folder)
@@ -64,15 +65,9 @@ def is_whole(folder: Path) -> bool:
     """Whether a folder stands there that `convert` wrote, with every file as it was."""
     try:
         digests = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        return isinstance(digests, dict) and all(sha256(folder / name) == digest for name, digest in digests.items())
+        return isinstance(digests, dict) and all(file_hash(folder / name) == digest for name, digest in digests.items())
     except (OSError, ValueError):
         return False
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_config(file: GgufFile, folder: Path) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.contracts import HeldType
-from autodistill.distillation.gguf_conversion import sha256
 from autodistill.errors import InputError
-from autodistill.parts import content_hash
+from autodistill.hashes import content_hash, file_hash
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -134,7 +133,7 @@ def folder_fingerprint(folder: Path) -> str:
     """Hash of the files that transformers may read from a model's folder."""
     text = [path for path in folder.iterdir() if path.is_file() and path.suffix in _TEXT_FILES]
     files = sorted([*text, *weight_files(folder)])
-    return content_hash([[path.name, sha256(path)] for path in files], digits=16)
+    return content_hash([[path.name, file_hash(path)] for path in files], digits=16)
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
@@ -143,7 +142,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
     Raises:
         InputError: No tokenizer in the folder.
     """
-    files = [[name, sha256(folder / name)] for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    files = [[name, file_hash(folder / name)] for name in _TOKENIZER_FILES if (folder / name).is_file()]
     if not files:
         raise InputError(f"{folder} holds no tokenizer: give a folder with a tokenizer.json")
     special: dict[str, Any] = {}

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from autodistill.distillation.gguf_conversion import convert, is_whole, sha256
+from autodistill.distillation.gguf_conversion import convert, is_whole
 from autodistill.distillation.gguf_file import read_gguf
 from autodistill.distillation.model_folder import check_weights, folder_fingerprint, read_config, read_json, shards
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.families import FAMILIES
-from autodistill.parts import content_hash
+from autodistill.hashes import content_hash, file_hash
 from autodistill.records.locks import alone
 
 _KINDS = "smollm2, a .gguf file, a folder of transformers with safetensors, or a hub id like owner/name"
@@ -292,7 +292,7 @@ def materialise(ref: TeacherRef, cache: Path) -> Teacher:
         raise ValueError(f"a teacher of kind {ref.kind} has a path")
     if ref.kind == "folder":
         return Teacher(folder=ref.path, fingerprint=folder_fingerprint(ref.path), name=ref.name, licence=ref.licence)
-    fingerprint = content_hash(["gguf", _CONVERSION, sha256(ref.path)], digits=16)
+    fingerprint = content_hash(["gguf", _CONVERSION, file_hash(ref.path)], digits=16)
     folder = (cache / "teachers" / fingerprint).resolve()
     with alone(folder):
         if not is_whole(folder):

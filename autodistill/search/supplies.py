@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.errors import AutoDistillError
-from autodistill.parts import content_hash
+from autodistill.hashes import content_hash
 from autodistill.search.failures import is_disk_full
 from autodistill.search.node_copies import collect_copies, hold_copy
 from autodistill.storage import Storage
