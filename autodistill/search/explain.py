@@ -155,9 +155,9 @@ def explain(run: RunFolder) -> Explanation:
             for place, objective in enumerate(_objectives(asked))
             if space.dimensions
         },
-        rejected=_rejected(ends.values()),
+        rejected=_ended(ends.values(), Status.REJECTED),
         stopped=dict(sorted(Counter(reached.values()).items())),
-        failed=_failed(ends.values()),
+        failed=_ended(ends.values(), Status.FAILED),
         retried=dict(Counter(event["cause"] for event in events if event["event"] == "retry").most_common()),
         tokens_trained=sum(reached.values()) - spared.shared_tokens,
         tokens_full=sum(max(plan.tokens, tokens) for tokens in reached.values()),
@@ -197,33 +197,19 @@ def _table(objective: str, found: Importance) -> list[str]:
     return lines + [f"     --   {path}: {why}" for path, why in found.left_out.items()]
 
 
-def _rejected(ends: Iterable[Mapping[str, Any]]) -> tuple[Ended, ...]:
-    """Rejections by cause: by the limit that was missed, or of a contradiction by what was said, figures aside."""
+def _ended(ends: Iterable[Mapping[str, Any]], status: Status) -> tuple[Ended, ...]:
+    """Trials that ended so by cause, the most first: by the limit missed or the failure, else by what was said."""
     groups: dict[str, list[tuple[float, str]]] = {}
     for event in ends:
-        if event["status"] == Status.REJECTED:
+        if event["status"] == status:
             reason, miss = str(event["reason"]), event.get("miss")
-            cause = _CAUSES[miss["limit"]] if miss else _FIGURE.sub("…", reason)
+            cause = _CAUSES[miss["limit"]] if miss else event.get("cause") or _FIGURE.sub("…", reason)
             groups.setdefault(cause, []).append((miss["slack"] if miss else math.inf, reason))
-    return _by_cause(groups)
-
-
-def _failed(ends: Iterable[Mapping[str, Any]]) -> tuple[Ended, ...]:
-    groups: dict[str, list[tuple[float, str]]] = {}
-    for event in ends:
-        if event["status"] == Status.FAILED:
-            reason = str(event["reason"])
-            groups.setdefault(event.get("cause") or _FIGURE.sub("…", reason), []).append((math.inf, reason))
-    return _by_cause(groups)
-
-
-def _by_cause(groups: Mapping[str, Sequence[tuple[float, str]]]) -> tuple[Ended, ...]:
-    """Each cause once, the most first; of each what was said, beside log(need / limit) or, of no limit, infinity."""
     found = []
     for cause, members in groups.items():
-        miss, said = min(members, key=lambda member: member[0])
+        slack, said = min(members, key=lambda member: member[0])
         alike = len({reason for _, reason in members}) == 1
-        found.append(Ended(cause=cause, count=len(members), said=said, nearest=math.isfinite(miss), alike=alike))
+        found.append(Ended(cause=cause, count=len(members), said=said, nearest=math.isfinite(slack), alike=alike))
     return tuple(sorted(found, key=lambda ended: -ended.count))
 
 
