@@ -209,8 +209,8 @@ def tiny_subject(folder: Path, *, artefact: bool = False) -> Subject:
     import numpy as np
     import torch
 
-    from autodistill.distillation.simulated import PackedStudent
     from autodistill.distillation.models import load_model
+    from autodistill.distillation.simulated import PackedStudent
     from autodistill.estimate import spec_from_config
     from autodistill.export.gguf import GgufExporter
     from autodistill.strategy import Deployment

@@ -60,7 +60,7 @@ def test_the_parts_of_a_1_5b_student_by_hand() -> None:
 
 
 def test_the_first_that_fits_is_taken() -> None:
-    for device, more in (("cpu", 1.27), ("cuda", 1.10)):
+    for device, more in (("cpu", 1.30), ("cuda", 1.10)):
         ways = list(training_fits(training(sequences=4, device=device)))
         for way in ways:
             limit = int(more * way.estimate.total_bytes)
@@ -91,7 +91,7 @@ def test_sixteen_bit_states_are_taken_before_eight_bit_ones_which_round_more() -
     # Of 1,543,714,304 weights: two moments of two bytes each in the place of four.
     *_, single, half, _ = (way.estimate for way in training_fits(training(sequences=1)))
     assert half.optimizer_bytes == single.total_bytes - half.total_bytes == 4 * 1_543_714_304
-    for spare, state in ((1.28, "bfloat16"), (1.26, "int8")):  # on a CPU 27% is kept
+    for spare, state in ((1.31, "bfloat16"), (1.29, "int8")):  # on a CPU 30% is kept
         limit = int(spare * half.total_bytes)
         assert fit_training(training(sequences=1), limit).optimizer_state == state
 
