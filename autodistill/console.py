@@ -16,7 +16,7 @@ from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.leaderboard import Ranked, rests_on
 from autodistill.records.objectives import PREDICTED_LATENCY
 from autodistill.records.row import REMOVED, Row
-from autodistill.strategy import Init
+from autodistill.strategy import Strategy
 from autodistill.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -232,8 +232,11 @@ def leaderboard_table(
         "trained: 1x is as many tokens as the plan gives a trial": bool(ranked) and _TRAINED in shown,
     }
     note = "; ".join(text for text, needed in notes.items() if needed)
-    trials = {one.row.trial: one.row for one in reversed(ranked) if one.row.strategy is not None}
-    told = [_strategy(row) for row in reversed(trials.values())]
+    trials: dict[str, Row] = {}
+    for one in ranked:
+        if one.row.strategy is not None:
+            trials.setdefault(one.row.trial, one.row)
+    told = [_strategy(row) for row in trials.values()]
     strategies = [line for text in told[:legend] for line in wrapped(text, width)]
     said = [line for text in (note, rests_on([one.row for one in ranked])) if text for line in wrapped(text, width)]
     return "\n".join([*body, *said, *([""] if strategies else []), *strategies])
@@ -298,28 +301,8 @@ def _estimated(value: float | None, source: str | None, write: Callable[[float],
 
 
 def _strategy(row: Row) -> str:
-    """A trial, and what sets its strategy apart, the most telling first."""
+    """A trial, and its strategy in a line."""
     assert row.strategy is not None
     # A proposed strategy is named by a description of itself, which is what follows.
     title = row.trial if row.kind in ("student", CONFIRMATION) else f"{row.trial} {row.name}"
-    init, distillation = row.strategy["init"], row.strategy["distillation"]
-    finishing, alignment, temperature = (
-        row.strategy["finishing"],
-        distillation["alignment"],
-        distillation["temperature"],
-    )
-    parts = [Init.from_json(init).describe()]
-    if finishing is not None:
-        parts.append(f"trained for {finishing['bits']} bits")
-    if lora := distillation.get("lora"):
-        parts.append(f"LoRA {lora['rank']}")
-    parts.append(f"KD weight {distillation['divergence_weight']:.2g}")
-    heat = "-".join(f"{value:g}" for value in dict.fromkeys((temperature["start"], temperature["end"])))
-    parts.append(f"temperature {heat}")
-    if alignment is not None:
-        layers = "all" if alignment["layers"] == "all" else alignment["count"]
-        parts.append(f"aligned in {layers} layers ({alignment['projection']})")
-    if attention := distillation.get("attention"):
-        parts.append(f"attention {attention['kind']}")
-    parts.append(f"learning rate {distillation['learning_rate']:.1g}")
-    return f"{title}: {', '.join(parts)}"
+    return f"{title}: {Strategy.from_json(row.strategy).describe()}"

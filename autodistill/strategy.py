@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 from autodistill.formats import Packing, get_format
@@ -73,9 +73,13 @@ class Init(Part):
         """The init in a few words, for a table."""
         if self.source == "pretrained":
             return f"from {self.model}"
-        kept = f"{self.depth:.0%} {self.layers if self.source == 'teacher' else 'from scratch'}"
+        kept = f"{_percent(self.depth)} {self.layers if self.source == 'teacher' else 'from scratch'}"
         fractions = {name: getattr(self, name) for name in ("ffn", "heads", "width")}
-        return " ".join([kept, *(f"{name} {value:.0%}" for name, value in fractions.items() if value < 1)])
+        return " ".join([kept, *(f"{name} {_percent(value)}" for name, value in fractions.items() if value < 1)])
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.4g}%"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,6 +386,17 @@ class Strategy(Part):
             "a student from scratch has weights that mean nothing yet, and lora changes weights a little: leave it out",
         )
 
+    def describe(self) -> str:
+        """The strategy in one line, for a table: strategies that differ have different lines."""
+        return ", ".join(
+            [
+                self.init.describe(),
+                *_of_outputs(self.distillation),
+                *_of_states(self.distillation),
+                *([f"QAT {self.finishing.name}", *_besides(self.finishing, _IN_NAMES)] if self.finishing else []),
+            ]
+        )
+
     @cached_property
     def id(self) -> str:
         """Content hash, the same wherever the same strategy is written."""
@@ -391,6 +406,58 @@ class Strategy(Part):
     def stable_id(self) -> str:
         """Content hash of the stages before finishing, whose checkpoint strategies may share."""
         return content_hash({"init": self.init.to_json(), "distillation": self.distillation.to_json()})
+
+
+def _of_outputs(recipe: Distillation) -> list[str]:
+    """How the outputs are learnt; forward KL is called KD, of which most recipes consist."""
+    temperature = recipe.temperature
+    heat = f"T{temperature.start:g}"
+    if temperature.shape != "constant":
+        heat += f">{temperature.end:g} {temperature.shape}"
+    loss = "KD" if recipe.divergence == "forward_kl" else recipe.divergence.replace("_", " ")
+    loss += f"({recipe.mixture:g})" if recipe.mixture else ""
+    words = [f"{loss} {_share(recipe.divergence_weight)}"]
+    if recipe.final_divergence_weight is not None:
+        words[0] += f">{_share(recipe.final_divergence_weight)}"
+    words[0] += f" {heat}"
+    if (recipe.signal, recipe.signal_tokens) != (Distillation.signal, Distillation.signal_tokens):
+        words.append(f"signal {recipe.signal}" + (f" {recipe.signal_tokens}" if recipe.signal_tokens else ""))
+    told = ("divergence", "mixture", "divergence_weight", "final_divergence_weight", "temperature", "signal")
+    beside = ("signal_tokens", "learning_rate", "alignment", "attention", "lora")
+    return [*words, f"lr {recipe.learning_rate:g}", *_besides(recipe, (*told, *beside))]
+
+
+def _of_states(recipe: Distillation) -> list[str]:
+    """Which states and attention are followed, and whether by low-rank changes."""
+    words = []
+    if one := recipe.alignment:
+        words.append(" ".join([f"{one.name} {one.projection} x{one.weight:g}", *_besides(one, _IN_ALIGNMENT)]))
+    if other := recipe.attention:
+        words.append(" ".join([f"attention {other.kind} x{other.weight:g}", *_besides(other, ("kind", "weight"))]))
+    if recipe.lora:
+        lora = recipe.lora
+        words.append(" ".join([f"LoRA {lora.rank}", *_besides(lora, ("rank",))]))
+    return words
+
+
+_IN_ALIGNMENT = ("layers", "count", "projection", "weight")
+_IN_NAMES = tuple(field.name for field in fields(Packing))
+
+
+def _share(value: float) -> str:
+    """A share with two digits, or as many as it has."""
+    return max(f"{value:.2f}", f"{value:g}", key=len)
+
+
+def _besides(part: Part, told: Collection[str]) -> list[str]:
+    """What nothing else tells of a part: its fields that are not as they are by default."""
+    words = []
+    for field in fields(part):  # type: ignore[arg-type]
+        value = getattr(part, field.name)
+        if field.name not in told and value != field.default:
+            name = field.name.replace("_", " ")
+            words.append(name if value is True else f"{name} {value if isinstance(value, str) else format(value, 'g')}")
+    return words
 
 
 # vLLM computes each of these sets of layers as one matrix, which has one storage.

@@ -162,8 +162,7 @@ def test_the_table_fits_a_hundred_characters_and_its_columns_align() -> None:
     for note in ("tied", "~ predicted", "! over the budget", "kept: share of the teacher's accuracy", "trained: 1x"):
         assert note in re.sub(r"\s+", " ", " ".join(lines[3:]))
     assert " ".join(strategies.split()) == (
-        "t001: 80% even, trained for 4 bits, KD weight 0.5, temperature 5-1, aligned in 4 layers (low-rank), "
-        "attention maps, learning rate 0.0003"
+        "t001: 80% even, KD 0.50 T5>1 cosine, lr 0.0003, even-4 low-rank x1 rank 8, attention maps x1, QAT gguf-q4_0"
     )
 
 
@@ -181,6 +180,17 @@ def test_the_strategies_of_a_leaderboard_are_told_once_a_trial() -> None:
     assert len(leaderboard_table(rank(rows), legend=1).split("\n\n")[1].splitlines()) == 1
 
 
+def test_strategies_stand_in_the_order_of_their_best_rows() -> None:
+    strategy = Strategy().to_json()
+    rows = [
+        row("t001", strategy=strategy, accuracy=0.3),
+        row("b000", kind="baseline", name="logit_kd", strategy=strategy, accuracy=0.2),
+        row("t001", strategy=strategy, accuracy=0.1, bits=8),
+    ]
+    told = leaderboard_table(rank(rows), legend=1).split("\n\n")[1]
+    assert told.startswith("t001: ")
+
+
 def test_a_narrow_leaderboard_keeps_rows_figures_and_memory_whole() -> None:
     found = row(
         "t001x",
@@ -195,7 +205,7 @@ def test_a_narrow_leaderboard_keeps_rows_figures_and_memory_whole() -> None:
     for width in (200, 100, 80, 60):
         text = leaderboard_table(rank([found]), width=width)
         assert max(map(len, text.splitlines())) <= width
-        for cell in (found.short_id, "0.4123 ± 0.0031", "15.9 GB", "12.3ms", "learning", "rate"):
+        for cell in (found.short_id, "0.4123 ± 0.0031", "15.9 GB", "12.3ms", "lr", "0.0003"):
             assert cell in text
 
 

@@ -399,3 +399,77 @@ def test_the_likeliest_tokens_are_approximate_and_all_tokens_and_draws_are_not()
     for vocabulary, marked in ((65, True), (64, False), (20, False)):
         assert (Distillation().approximation(vocabulary) is not None) == marked
     assert told.approximation(20) is not None, "of which writers may have told fewer"
+
+
+def test_strategies_that_differ_in_any_field_have_different_lines():
+    """A neighbour of the best differs in one field: its row must not read like the other one's."""
+    base = Strategy(
+        init=Init(ffn=0.5),
+        distillation=Distillation(
+            divergence="jsd",
+            mixture=0.5,
+            temperature=Temperature(shape="linear", start=3.0, end=1.0),
+            signal="states",
+            signal_tokens=0,
+            alignment=Alignment(layers="even", count=2, projection="low-rank", rank=8),
+            attention=Attention(kind="relations", relation_heads=4),
+            lora=Lora(),
+        ),
+        finishing=Finishing(format="compressed-tensors", bits=4, group_size=32),
+    ).to_json()
+    changes = {
+        "init": {"layers": "contiguous", "depth": 0.625, "ffn": 0.51, "heads": 0.5, "width": 0.5},
+        "distillation": {
+            "divergence": "skew_forward_kl",
+            "mixture": 0.25,
+            "divergence_weight": 0.0361,
+            "final_divergence_weight": 0.1,
+            "standardise": True,
+            "signal": "online",
+            "positions": "all",
+            "learning_rate": 0.000253,
+            "train_embeddings": True,
+        },
+        "distillation.temperature": {"shape": "cosine", "start": 2.9, "end": 1.1},
+        "distillation.alignment": {
+            "layers": "last",
+            "count": 3,
+            "distance": "l2",
+            "rank": 9,
+            "weight": 0.809,
+            "balance": True,
+            "projection_rate": 4.0,
+        },
+        "distillation.attention": {"relation_heads": 2, "teacher_depth": 0.8, "weight": 2.0, "balance": True},
+        "distillation.lora": {"rank": 8, "alpha": 16.0, "layers": "ffn"},
+        "finishing": {"bits": 8, "group_size": 64, "symmetric": False, "scales": "learned", "start": 0.5},
+    }
+    lines = [Strategy.from_json(base).describe()]
+    for path, fields in changes.items():
+        for name, value in fields.items():
+            data = json.loads(json.dumps(base))
+            part = data
+            for key in path.split("."):
+                part = part[key]
+            assert part[name] != value
+            part[name] = value
+            lines.append(Strategy.from_json(data).describe())
+    assert len(set(lines)) == len(lines)
+
+
+def test_the_line_of_a_strategy():
+    assert Strategy().describe() == "80% even, KD 0.50 T1, lr 0.0003"
+    recipe = Distillation(
+        divergence="taid",
+        mixture=0.4,
+        signal="states",
+        signal_tokens=0,
+        divergence_weight=0.98,
+        temperature=Temperature(shape="cosine", start=3.2, end=1.5),
+        alignment=Alignment(weight=5.71),
+        learning_rate=0.00164,
+    )
+    strategy = Strategy(distillation=recipe, finishing=Finishing(format="gguf-q4_0", bits=4, group_size=32))
+    assert strategy.describe() == (
+        "80% even, taid(0.4) 0.98 T3.2>1.5 cosine, signal states, lr 0.00164, last none x5.71, QAT gguf-q4_0"
+    )

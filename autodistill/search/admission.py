@@ -138,20 +138,3 @@ def _before_training(
         None if objective.trained else untrained_figure(objective, spec, deployment, question)
         for objective in question.further
     )
-
-
-def describe(strategy: Strategy) -> str:
-    """A strategy in a few words, for a table."""
-    init, recipe, finishing = strategy.init, strategy.distillation, strategy.finishing
-    temperature = recipe.temperature
-    heat = f"T{temperature.start:g}"
-    if temperature.shape != "constant":
-        heat += f">{temperature.end:g} {temperature.shape}"
-    words = [init.describe(), f"KD {recipe.divergence_weight:.2f} {heat}"]
-    if recipe.alignment:
-        words.append(f"{recipe.alignment.name} {recipe.alignment.projection}")
-    if recipe.attention:
-        words.append(f"attention {recipe.attention.kind}")
-    if finishing:
-        words.append(f"QAT {finishing.name}")
-    return ", ".join(words)

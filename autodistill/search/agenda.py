@@ -10,7 +10,6 @@ from typing import Literal
 from autodistill.contracts import Status
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.confirmation import confirming
-from autodistill.search.admission import describe
 from autodistill.search.longer import TrainingOn, lengthened, next_longer, trained_on
 from autodistill.search.rungs import CONFIRMED
 from autodistill.search.sampler import Sampler
@@ -337,7 +336,7 @@ class Agenda:
                 return None
             strategy = self._question.space.strategy(point)
             trial = self._enter(
-                strategy, trial_id=f"t{number:03d}", number=number, kind="student", name=describe(strategy), point=point
+                strategy, trial_id=f"t{number:03d}", number=number, kind="student", name=strategy.describe(), point=point
             )
             if trial.status is None:
                 return self._assign(trial)
