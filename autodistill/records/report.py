@@ -132,7 +132,7 @@ def figure(ranked: Sequence[Ranked], metric: str = "accuracy", direction: str = 
         axes.step(*points, where="post", color="tab:red", label="Pareto front")
     for row in best:
         point = (_megabytes(row), row.figure(metric) or 0.0)
-        axes.annotate(f"{row.name} {row.deployment_name}", point, textcoords="offset points", xytext=(4, 4), fontsize=7)
+        axes.annotate(row.row_id, point, textcoords="offset points", xytext=(4, 4), fontsize=7)
     axes.set_xlabel("memory [MB]")
     axes.set_ylabel(metric)
     if rows:
@@ -152,11 +152,35 @@ def _asked(search: Mapping[str, Any]) -> str:
         facts["budget"] = read_budget(search["budget"]).describe()
     plan = search.get("plan") or {}
     facts |= {name: plan[name] for name in ("trials", "tokens", "rungs", "workers", "threads", "seed") if name in plan}
+    facts |= _training(plan) | _evaluation(plan, search)
     if plan.get("box_seconds"):
         facts["time box"] = format_duration(plan["box_seconds"])
     # A search that has ended has the plan's notes among its own.
     notes = dict.fromkeys([*plan.get("notes", ()), *search.get("notes", ())])
     return "\n\n".join([_pairs("What was asked", facts), *(f"- {_text(note)}" for note in notes)])
+
+
+def _training(plan: Mapping[str, Any]) -> dict[str, str]:
+    """What a training is besides its strategy, as far as the plan says it."""
+    if "batch_tokens" not in plan:
+        return {}
+    return {
+        "a step": f"{plan['batch_tokens']:,} tokens in sequences of {plan['sequence_length']:,}",
+        "schedule": f"{plan['warmup_tokens']:,} tokens of warm-up, the last {plan['decay']:.0%} of decay",
+        "precision": "bf16" if plan["bf16"] else "float32",
+    }
+
+
+def _evaluation(plan: Mapping[str, Any], search: Mapping[str, Any]) -> dict[str, str]:
+    """How much figures are of: two runs on the same data compare where this is the same."""
+    if "eval_tokens" not in plan:
+        return {}
+    held = (search.get("data") or {}).get("tokens") or {}
+    read = {"validation": plan["eval_tokens"], "test": plan["test_tokens"]}
+    shares = [
+        f"{count:,}{f' of {held[name]:,}' if name in held else ''} tokens of {name}" for name, count in read.items()
+    ]
+    return {"figures are of": f"{', '.join(shares)}; at a rung {plan['rung_eval_tokens']:,} of validation"}
 
 
 def _answer(
@@ -238,12 +262,12 @@ def _short(row: Row) -> str:
 
 
 def _leaderboard(ranked: Sequence[Ranked], metric: str) -> str:
-    titles = ["#", "name", "deployment", metric, "retention", "perplexity", "agreement", "memory", "size", "latency"]
+    titles = ["#", "row", "name", metric, "retention", "perplexity", "agreement", "memory", "size", "latency"]
     lines = [
         [
             f"{one.place}{' =' if one.tied else ''}",
+            one.row.row_id,
             one.row.name,
-            one.row.deployment_name,
             _figure(one.row, metric) + (f" ({one.row.partly})" if one.row.partly else ""),
             _shown(one.row.retention, "{:.1%}"),
             _shown(one.row.perplexity, "{:.2f}"),
@@ -272,13 +296,13 @@ def _front(search: Mapping[str, Any], ranked: Sequence[Ranked]) -> str:
     if len(objectives) < 2:
         return ""
     lines = [
-        [row.name, row.deployment_name, *(_objective(row, objective) for objective in objectives)]
+        [row.row_id, row.name, *(_objective(row, objective) for objective in objectives)]
         for row in front([one.row for one in ranked], objectives)
     ]
     titles = [f"{one.name} ({'more' if one.direction == 'max' else 'less'} is better)" for one in objectives]
     device = f" Latencies are predicted for {_text(search['device']['name'])}." if search.get("device") else ""
     note = "No other row beats one of these in one objective without losing in another." + device
-    return "## Pareto front\n\n" + _table(["name", "deployment", *titles], lines) + "\n\n" + note
+    return "## Pareto front\n\n" + _table(["row", "name", *titles], lines) + "\n\n" + note
 
 
 def _objective(row: Row, objective: Objective) -> str:
@@ -314,8 +338,8 @@ def _test(rows: Sequence[Row], metric: str, openings: Mapping[str, int]) -> str:
     lines = [
         [
             _TITLES.get(row.kind, row.kind),
+            row.row_id,
             row.name,
-            row.deployment_name,
             _shown(row.fidelity, "{:.0%}"),
             _figure(row, metric),
             _shown(row.retention, "{:.1%}"),
@@ -324,7 +348,7 @@ def _test(rows: Sequence[Row], metric: str, openings: Mapping[str, int]) -> str:
         ]
         for row in rows
     ]
-    titles = ["what", "name", "deployment", "fidelity", metric, "retention", "perplexity", *tasks]
+    titles = ["what", "row", "name", "fidelity", metric, "retention", "perplexity", *tasks]
     if not lines:
         return ""
     compared = shown(differences(rows))

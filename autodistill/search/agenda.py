@@ -336,7 +336,12 @@ class Agenda:
                 return None
             strategy = self._question.space.strategy(point)
             trial = self._enter(
-                strategy, trial_id=f"t{number:03d}", number=number, kind="student", name=strategy.describe(), point=point
+                strategy,
+                trial_id=f"t{number:03d}",
+                number=number,
+                kind="student",
+                name=strategy.describe(),
+                point=point,
             )
             if trial.status is None:
                 return self._assign(trial)

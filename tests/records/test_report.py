@@ -118,13 +118,14 @@ def test_the_page_says_what_was_asked_found_and_lost() -> None:
     ):
         assert text in page
     by_title = {table[0][0] or table[2][0]: table for table in tables(page)}
-    assert [line[1] for line in by_title["#"][2:]] == ["t001", "t002", "t003", "t005", "t004"]
+    assert [line[2] for line in by_title["#"][2:]] == ["t001", "t002", "t003", "t005", "t004"]
+    assert [line[1] for line in by_title["#"][2:]] == [one.row.row_id for one in rank(ROWS)]  # as export --row asks
     assert by_title["#"][-1][-1] == "memory 1.25 times | the limit"
     assert by_title["trial"][2:] == [
         ["t006", "rejected", "no deployment fits"],
         ["t007", "failed", "nan in &lt;step> 3"],
     ]
-    assert [line[:2] for line in by_title["what"][2:]] == [["found student", "t001"], ["teacher", "teacher"]]
+    assert [line[:3:2] for line in by_title["what"][2:]] == [["found student", "t001"], ["teacher", "teacher"]]
 
 
 def test_what_is_zero_or_unknown_is_left_out_and_no_note_is_told_twice() -> None:
@@ -226,3 +227,16 @@ def test_a_row_of_which_not_all_was_read_says_so() -> None:
     assert "| 0.3500 ± 0.0200 (256 of 1,024 tokens read) |" in page
     assert "Where not all was read, the trial was certain to fall short at its rung" in page
     assert "Where not all was read" not in report.report_markdown(SEARCH, rank(ROWS), EVENTS)
+
+
+def test_the_page_says_what_a_training_was_and_what_its_figures_are_of() -> None:
+    data = {"name": "text", "tokens": {"train": 70_000, "validation": 8704, "test": 7936}}
+    plan = small_plan(eval_tokens=6400, bf16=True).to_json()
+    page = report.report_markdown(SEARCH | {"data": data, "plan": plan}, rank(ROWS), EVENTS)
+    assert "| a step | 256 tokens in sequences of 256 |" in page
+    assert "| schedule | 512 tokens of warm-up, the last 20% of decay |" in page
+    assert "| precision | bf16 |" in page
+    assert (
+        "| figures are of | 6,400 of 8,704 tokens of validation, 2,048 of 7,936 tokens of test; "
+        "at a rung 1,024 of validation |"
+    ) in page
