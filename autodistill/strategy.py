@@ -104,7 +104,11 @@ class Temperature(Part):
             value = getattr(self, name)
             check(0.5 <= value <= 8, f"temperature.{name} must lie in 0.5 to 8, not {value}")
         constant = self.shape == "constant"
-        check(not constant or self.start == self.end, "a constant temperature has temperature.end equal to its start")
+        check(
+            not constant or self.start == self.end,
+            "a constant temperature has temperature.end equal to its start: leave the end out, in a space by "
+            "`when: {distillation.temperature.shape: [linear, cosine, exponential]}`",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

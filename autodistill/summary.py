@@ -45,7 +45,14 @@ def headline(run: RunFolder) -> str:
         known = asked.get(name, {})
         parts += [f"{name} {known.get('name') or known['reference']}"] if known else []
     parts += [read_budget(asked["budget"]).describe()] if "budget" in asked else []
-    return " · ".join([*parts, run.state])
+    return " · ".join([*parts, *_read(asked), run.state])
+
+
+def _read(asked: Mapping[str, Any]) -> list[str]:
+    """How much of validation figures are of: a box decides, and runs that read differently do not compare."""
+    held = (asked.get("data") or {}).get("tokens", {}).get("validation")
+    read = (asked.get("plan") or {}).get("eval_tokens")
+    return [f"{read:,} of {held:,} validation tokens read"] if held and read else []
 
 
 def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric: str, width: int = 120) -> str:

@@ -590,7 +590,11 @@ def test_the_leaderboard_shows_the_rows_of_the_run(ran: Ran, inputs: Path, capfd
     assert code == 0
     head = out.splitlines()[0]
     assert head.startswith("tiny · teacher ")
-    assert "1.00 GB at context 512, batch 1 · finished" in " ".join(out.splitlines()[:3])
+    said = " ".join(out.splitlines()[:3])
+    assert "1.00 GB at context 512, batch 1 · " in said
+    asked = json.loads((runs / "tiny" / "search.json").read_text())
+    read, held = asked["plan"]["eval_tokens"], asked["data"]["tokens"]["validation"]
+    assert f" · {read:,} of {held:,} validation tokens read · finished" in said
     assert all(row["row_id"].replace("-compressed-tensors-", "-ct-") in out for row in rows)
     assert len(out.splitlines()) >= len(rows) + 2
 

@@ -212,7 +212,7 @@ RULES = [
     ("distillation.temperature.shape", "square", "cosine"),
     ("distillation.temperature.start", 0.4, "0.5 to 8"),
     ("distillation.temperature.end", 8.1, "0.5 to 8"),
-    ("distillation.temperature", {"start": 2.0, "end": 1.0}, "constant temperature"),
+    ("distillation.temperature", {"start": 2.0, "end": 1.0}, "constant temperature .* in a space by `when"),
     ("distillation.alignment.layers", "first", "last, even, all"),
     ("distillation.alignment.distance", "l1", "cosine, l2"),
     ("distillation.alignment.projection", "conv", "none, linear, low-rank, mlp"),

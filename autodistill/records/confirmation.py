@@ -12,6 +12,7 @@ import numpy as np
 from autodistill.contracts import Direction
 from autodistill.records.leaderboard import smallness
 from autodistill.records.row import Row
+from autodistill.statistics import widening
 
 KIND = "confirmation"
 
@@ -34,7 +35,7 @@ class Confirmation:
         trial, name: Of the trial on the search's own seed.
         row_id: Of its row.
         seeds, values: Of the metric, by seed: the further ones, and where that is a single one the search's own first.
-        mean, stderr: Over seeds; the error is None for a single one.
+        mean, stderr: Over seeds; the error is widened for their being few, and None for a single one.
         difference, difference_stderr: Mean to the best's, paired by seed, at or below 0 for all but the best, and its
             standard error; None where seeds differ or there is one alone.
         memory_bytes: Of the row.
@@ -150,4 +151,5 @@ def _tied(item: Confirmation, best: Confirmation, sign: float) -> bool:
 
 
 def _stderr(values: np.ndarray[Any, Any]) -> float | None:
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    """Of a mean over seeds, widened as one of few documents is: two or three seeds say little of how much they vary."""
+    return float(widening(len(values)) * values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None

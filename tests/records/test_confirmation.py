@@ -53,15 +53,27 @@ def test_a_confirmation_names_its_trial() -> None:
 def test_means_errors_and_paired_differences() -> None:
     first, second = [0.90, 0.50, 0.54, 0.52], [0.30, 0.40, 0.46, 0.43]
     found = confirmations([*rows("t001", second), *rows("t000", first), *rows("t002", [0.9])], "accuracy", "max")
+    few = 1.3213  # Student's t of 2 degrees of freedom for 68.27%: tan(asin(p)) sqrt(2), by its closed form
     assert [item.trial for item in found] == ["t000", "t001"]  # what was never confirmed is not compared
     # Both were selected on seed 0.
     assert found[0].seeds == (1, 2, 3)
     for item, values in zip(found, (first, second), strict=True):
         assert item.mean == pytest.approx(np.mean(values[1:]))
-        assert item.stderr == pytest.approx(np.std(values[1:], ddof=1) / np.sqrt(3))
+        assert item.stderr == pytest.approx(few * np.std(values[1:], ddof=1) / np.sqrt(3), rel=1e-3)
     gaps = np.subtract(second, first)[1:]
     assert found[1].difference == pytest.approx(gaps.mean())
-    assert found[1].difference_stderr == pytest.approx(gaps.std(ddof=1) / np.sqrt(3))
+    assert found[1].difference_stderr == pytest.approx(few * gaps.std(ddof=1) / np.sqrt(3), rel=1e-3)
+
+
+def test_errors_over_two_seeds_hold_as_often_as_they_say() -> None:
+    """The mean of two seeds lies within its error of the true one in 68 of 100 searches; unwidened it would in 50."""
+    dice = np.random.default_rng(5)
+    within = []
+    for one, two in dice.normal(0.5, 0.01, size=(4000, 2)):
+        item = confirmations(rows("t000", [0.5, one, two]), "accuracy", "max")[0]
+        assert item.stderr is not None
+        within.append(abs(item.mean - 0.5) <= item.stderr)
+    assert np.mean(within) == pytest.approx(0.683, abs=0.03)
 
 
 def test_what_the_strategies_were_selected_on_does_not_choose_between_them() -> None:
