@@ -34,7 +34,8 @@ class Progress:
     Attributes:
         phase: What it does now, like "teacher cache" or "trials".
         planned: Trials in the plan.
-        done, running, stopped, rejected, failed: Trials by what became of them; `done` reached full fidelity.
+        done, running, paused, stopped, rejected, failed: Trials by what became of them; `done` reached full fidelity,
+            and `paused` stand at a rung, from which they may yet be taken further.
         metric: Name of the figure that ranks.
         best, baseline, teacher: That figure of the best row so far, the baseline and the teacher; None until known.
         tokens_per_second: Training speed of all workers together, or None.
@@ -45,6 +46,7 @@ class Progress:
     planned: int = 0
     done: int = 0
     running: int = 0
+    paused: int = 0
     stopped: int = 0
     rejected: int = 0
     failed: int = 0
@@ -59,8 +61,8 @@ class Progress:
         """The trials in words; empty before any is planned."""
         if not self.planned:
             return ""
-        counts = f"{self.done} of {self.planned} done, {self.running} running, {self.stopped} stopped"
-        return f"{counts}, {self.rejected} rejected, {self.failed} failed"
+        counts = f"{self.done} of {self.planned} done, {self.running} running, {self.paused} paused"
+        return f"{counts}, {self.stopped} stopped, {self.rejected} rejected, {self.failed} failed"
 
     def quality(self) -> str:
         """The best so far against baseline and teacher in words; empty before any is known."""
@@ -97,7 +99,8 @@ class View:
     def update(self, progress: Progress) -> None:
         """Shows new figures."""
         # Trials begin as others end, so the number of running ones alone is not worth a line.
-        key = (progress.phase, progress.done, progress.stopped, progress.rejected, progress.failed, progress.quality())
+        counts = (progress.done, progress.paused, progress.stopped, progress.rejected, progress.failed)
+        key = (progress.phase, *counts, progress.quality())
         now = self._clock()
         if key == self._shown and now - self._when < self._interval:
             return

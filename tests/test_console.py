@@ -21,6 +21,7 @@ PROGRESS = Progress(
     planned=12,
     done=5,
     running=2,
+    paused=4,
     stopped=3,
     rejected=1,
     best=0.4123,
@@ -30,7 +31,7 @@ PROGRESS = Progress(
     seconds_left=252.0,
 )
 LINE = (
-    "trials: 5 of 12 done, 2 running, 3 stopped, 1 rejected, 0 failed; "
+    "trials: 5 of 12 done, 2 running, 4 paused, 3 stopped, 1 rejected, 0 failed; "
     "accuracy: best 0.4123, baseline 0.3900, teacher 0.4550; 1,812 tokens/s, 4m 12s left\n"
 )
 

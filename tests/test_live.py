@@ -67,7 +67,7 @@ def test_a_person_sees_phase_trials_quality_speed_and_time_left() -> None:
     assert shown(campaign()) == [
         "teacher cache",
         "worth a line",
-        "trials: 1 of 10 done, 1 running, 2 stopped, 1 rejected, 1 failed; "
+        "trials: 1 of 10 done, 1 running, 1 paused, 1 stopped, 1 rejected, 1 failed; "
         "accuracy: best 0.4000, baseline 0.3750, teacher 0.5000; 244 tokens/s, 1m 24s left",
         "test split: 1m 24s left",
     ]

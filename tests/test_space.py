@@ -67,6 +67,18 @@ def test_the_default_space_searches_what_the_project_is_known_by():
     assert {deployment.container for deployment in space.deployments} == {held.container for held in FORMATS.values()}
 
 
+def test_the_documents_space_of_ones_own_is_one_all_of_whose_points_are_strategies(tmp_path: Path):
+    document = (Path(__file__).parents[1] / "docs" / "spaces.md").read_text(encoding="utf-8")
+    _, _, rest = document.partition("## A space of your own")
+    (tmp_path / "mine.yaml").write_text(rest.partition("```yaml\n")[2].partition("```")[0])
+    space = load_space(tmp_path / "mine.yaml")
+    strategies = [space.strategy(random_point(space, seed)) for seed in range(200)]
+    assert {strategy.distillation.divergence for strategy in strategies} == {"forward_kl", "jsd"}
+    assert {strategy.init.depth for strategy in strategies} == {0.75, 1.0}
+    assert {strategy.distillation.alignment is None for strategy in strategies} == {True, False}
+    assert {strategy.distillation.temperature.shape for strategy in strategies} == {"constant", "linear", "cosine"}
+
+
 def test_the_documents_space_of_k_quants_is_one(tmp_path: Path):
     document = (Path(__file__).parents[1] / "docs" / "spaces.md").read_text(encoding="utf-8")
     _, _, rest = document.partition("## K-quants")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,9 @@ from autodistill.evaluators.calibration import Calibration
 from autodistill.contracts import Subject, TokenScores
 from autodistill.estimate import spec_from_config
 from autodistill.records.differences import differences, shown
+from autodistill.records.json_files import write_json
 from autodistill.records.row import Row
+from autodistill.records.store import RunFolder
 from autodistill.search.held_out import gain_on_test
 from autodistill.statistics import widening
 from autodistill.strategy import Deployment
@@ -129,3 +133,27 @@ def test_a_mean_and_bins_of_one_metric_are_not_compared() -> None:
     assert [item.metric for item in differences([mine, other])] == ["accuracy"]
     (found, swapped) = replace(other, kind="student"), replace(mine, kind="teacher")
     assert [item.metric for item in differences([found, swapped])] == ["accuracy"]
+
+
+def test_the_documents_way_from_python_gives_the_difference_of_any_two_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The blocks of docs/python.md that read a run, as they stand there."""
+    document = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", document, re.DOTALL) if "RunFolder.open" in block]
+    mine, theirs = [50, 60, 40, 50], [46, 58, 41, 49]
+    with RunFolder.create(tmp_path / "results" / "runs", "first") as folder:
+        write_json(folder.search_file, {"metric": "accuracy", "direction": "max"})
+        for kind, trial, right in (("student", "t001", mine), ("baseline", "b000", theirs)):
+            named = {"trial": trial, "row_id": f"{trial}-gguf-q8_0", "split": "validation"}
+            one = replace(row(kind, Q8, right), **named, accuracy=float(np.mean(right)) / 100)
+            folder.events.append({"event": "row", "row": one.to_json()})
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert [one.row.row_id for one in names["rows"]] == ["t001-gguf-q8_0", "b000-gguf-q8_0"]
+    difference, error = map(float, re.findall(r"-?\d+\.\d+", capsys.readouterr().out))
+    gaps = np.subtract(mine, theirs) / 100
+    assert difference == pytest.approx(gaps.mean())
+    assert error == pytest.approx(scipy.stats.sem(gaps) * widening(4), rel=0.1)
