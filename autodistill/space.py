@@ -334,8 +334,8 @@ def _in_order(dimensions: Sequence[Dimension]) -> tuple[Dimension, ...]:
             domain = by_path[path].domain
             check(isinstance(domain, Choices), f"{dimension.path} has a condition on {path}, which has no choices")
             for value in values:
-                where = f"{dimension.path} has a condition on {path} being {value!r}"
-                check(domain.holds(value), f"{where}; {near(value, map(str, domain.corners))}")
+                where = f"{dimension.path} has a condition on {path} being {value!r}, none of its choices"
+                check(domain.holds(value), f"{where}: {', '.join(map(str, domain.corners))}")
     ordered: list[Dimension] = []
     waiting = list(dimensions)
     while waiting:

@@ -69,7 +69,7 @@ def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric
     sections = [
         board
         + (f"\n{more} more row{'s' * (more > 1)}: autodistill leaderboard {document['name']}" if more > 0 else ""),
-        _confirmed(document),
+        _confirmed(document, width),
         _test(document, metric, width),
         "\n".join(f"{note[:1].upper()}{note[1:]}." for note in document["notes"]),
         "\n".join(f"{sentence}." for sentence in Saved(**document["saved"]).describe()),
@@ -195,16 +195,17 @@ def written_summary(counts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _confirmed(document: Mapping[str, Any]) -> str:
-    """Means over seeds, the chosen strategy first."""
+def _confirmed(document: Mapping[str, Any], width: int) -> str:
+    """Means over seeds, the chosen strategy first, and below what the trials are."""
     found = document["confirmation"]
     if not found:
         return ""
     lines = [(f"on {len(found[0]['seeds'])} seeds", "mean", "less best")]
     for item in found:
         difference = _figure(item["difference"], item["difference_stderr"])
-        lines.append((f"{item['trial']} {item['name']}", _figure(item["mean"], item["stderr"]), difference))
-    return table(lines, left=1)
+        lines.append((item["row_id"], _figure(item["mean"], item["stderr"]), difference))
+    named = [line for item in found for line in wrapped(f"{item['trial']}: {item['name']}", width)]
+    return "\n".join([table(lines, left=1), *named])
 
 
 def _test(document: Mapping[str, Any], metric: str, width: int) -> str:

@@ -303,7 +303,10 @@ FAULTS = {
     "when of no list": ({SHAPE: SHAPES, END: {"low": 1, "high": 2, "when": {SHAPE: "linear"}}}, "needs a list"),
     "when of nothing": ({SHAPE: SHAPES, END: {"low": 1, "high": 2, "when": {SHAPE: []}}}, "needs a list"),
     "when unknown": ({END: {"low": 1, "high": 2, "when": {SHAPE: ["linear"]}}}, "no dimension here"),
-    "when another value": ({SHAPE: SHAPES, END: {"low": 1, "high": 2, "when": {SHAPE: ["liner"]}}}, "mean linear"),
+    "when another value": (
+        {SHAPE: SHAPES, END: {"low": 1, "high": 2, "when": {SHAPE: ["liner"]}}},
+        "being .liner., none of its choices: constant, linear$",
+    ),
     "when of a range": (
         {"init.depth": {"low": 0.5, "high": 0.8}, END: {"low": 1, "high": 2, "when": {"init.depth": [0.5]}}},
         "which has no choices",

@@ -241,11 +241,16 @@ def test_tasks_that_do_not_rank_are_shown_of_the_test_split_as_many_in_a_table_a
 
 def test_what_was_confirmed_is_shown_with_means_and_differences() -> None:
     found = [
-        {"trial": "t003", "name": "80% even", "seeds": [0, 1, 2], "mean": 0.42, "stderr": 0.002},
-        {"trial": "b000", "name": "hand_designed", "seeds": [0, 1, 2], "mean": 0.4, "stderr": 0.001},
+        {"trial": "t003", "name": f"80% even, {', '.join(['last none x5.71'] * 8)}", "mean": 0.42, "stderr": 0.002},
+        {"trial": "b000", "name": "hand_designed", "mean": 0.4, "stderr": 0.001},
     ]
+    found = [{"row_id": f"{one['trial']}-gguf-q8_0", "seeds": [0, 1, 2]} | one for one in found]
     gaps = [{"difference": 0.0, "difference_stderr": 0.0}, {"difference": -0.02, "difference_stderr": 0.003}]
     document = DOCUMENT | {"confirmation": [one | gap for one, gap in zip(found, gaps, strict=True)]}
-    text = search_summary(document, RANKED, "accuracy")
+    text = search_summary(document, RANKED, "accuracy", width=80)
     assert re.search(r"on 3 seeds +mean +less best", text)
-    assert re.search(r"b000 hand_designed +0\.4000 ± 0\.0010 +-0\.0200 ± 0\.0030", text)
+    section = text.partition("on 3 seeds")[2].partition("\n\n")[0]
+    assert max(map(len, section.splitlines())) <= 80
+    assert "\nt003: 80% even, last none x5.71" in section
+    assert "\nb000: hand_designed" in section
+    assert re.search(r"b000-gguf-q8_0 +0\.4000 ± 0\.0010 +-0\.0200 ± 0\.0030", text)
