@@ -50,7 +50,6 @@ from autodistill.evaluation import evaluate
 from autodistill.hashes import content_hash
 from autodistill.plain_yaml import read_yaml
 from autodistill.records.store import default_cache
-from autodistill.search.admission import describe
 from autodistill.search.campaign import Campaign
 from autodistill.search.request import SearchRequest
 from autodistill.search.sampler import Sampler
@@ -107,7 +106,7 @@ class Bench:
         """Writes down a trained student, and scores it on test where none before it was better."""
         best = max((one.value for one in self.known if one.value is not None), default=-1.0)
         test = self._judge(strategy, model(), deployment) if value is not None and value > best else None
-        train, name = self.costs.train(strategy, self.plan.tokens), f"{describe(strategy)} as {deployment.name}"
+        train, name = self.costs.train(strategy, self.plan.tokens), f"{strategy.describe()} as {deployment.name}"
         self._add(value=value, name=name, train=train, test=test)
 
     def note_judged(self, value: float) -> None:
@@ -117,7 +116,7 @@ class Bench:
     def note_short(self, strategy: Strategy, value: float, tokens: int, folder: Path, deployment: Deployment) -> None:
         """Writes down, and scores on test, a student whose training ended at a rung."""
         test = self._judge(strategy, load_model(folder, torch.float32), deployment)
-        train, name = self.costs.train(strategy, tokens), f"{describe(strategy)} as {deployment.name}"
+        train, name = self.costs.train(strategy, tokens), f"{strategy.describe()} as {deployment.name}"
         self._add(judged=value, name=name, train=train, test=test)
 
     def note_end(self) -> None:
