@@ -16,12 +16,12 @@ class NotInTimeError(Exception):
     """A call did not come to an end in its time; nobody knows what it is doing."""
 
 
-def in_time(call: Callable[[], _Result], seconds: float, name: str) -> _Result:
+def in_time(call: Callable[[], _Result], seconds: float | None, name: str) -> _Result:
     """What a call returns, or raises. Meanwhile an interrupt or SIGTERM reaches this thread, which waits in Python.
 
     Args:
         call: Made in a daemon thread.
-        seconds: It may take.
+        seconds: It may take; None where it is left alone on an interrupt only.
         name: Of the thread.
 
     Raises:

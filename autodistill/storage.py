@@ -10,7 +10,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,7 +40,7 @@ class Storage:
     """A prefix of a file system. What crosses to another process is the URI alone.
 
     Keys are paths below it, with slashes. An object is whole or not there: on object stores a write ends with its
-    publication, and a local one is renamed.
+    publication, which no interrupt brings forward, and a local one is renamed.
 
     Attributes:
         uri: As a person gave it, like "s3://bucket/prefix" or "file:///shared/folder".
@@ -100,8 +100,12 @@ class Storage:
         Raises:
             OSError: It cannot be written.
         """
-        with self._writing(key) as path, self._system.open_output_stream(path) as stream:
-            stream.write(data)
+
+        def send() -> None:
+            with self._writing(key) as stream:
+                stream.write(data)
+
+        self._uninterrupted(send)
 
     def read(self, key: str) -> bytes:
         """An object's bytes.
@@ -123,9 +127,13 @@ class Storage:
         Raises:
             OSError: It cannot be read or written.
         """
-        with file.open("rb") as source, self._writing(key) as path, self._system.open_output_stream(path) as stream:
-            while chunk := source.read(_CHUNK):
-                stream.write(chunk)
+
+        def send() -> None:
+            with file.open("rb") as source, self._writing(key) as stream:
+                while chunk := source.read(_CHUNK):
+                    stream.write(chunk)
+
+        self._uninterrupted(send)
 
     def get(self, key: str, file: Path) -> None:
         """Fetches an object to a local path, where it is whole or not there.
@@ -237,21 +245,46 @@ class Storage:
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".rstrip("/")
 
+    def _uninterrupted(self, send: Callable[[], None]) -> None:
+        """Sends an object. An interrupt ends the wait for it, and not the sending, which ends with it or the process.
+
+        A client's stream that an interrupt meets is closed by whoever drops it, and would publish what it has so far.
+        """
+        if self.local:
+            send()
+        else:
+            in_time(send, None, "storage")
+
     @contextmanager
-    def _writing(self, key: str) -> Iterator[str]:
-        """The path to write an object to; local ones get their name at the end."""
+    def _writing(self, key: str) -> Iterator[Any]:
+        """A stream that is the object once it has come to its end; local ones get their name then."""
         path = self._path(key)
         if not self.local:
-            yield path
+            stream = self._system.open_output_stream(path, metadata=self._metadata)
+            try:
+                yield stream
+            except BaseException:
+                # To be closed is all that a stream can be told, which publishes what it has so far unless it fails too.
+                with suppress(OSError):
+                    stream.close()
+                    self.remove(key)
+                raise
+            stream.close()
             return
         folder = Path(path).parent
         folder.mkdir(parents=True, exist_ok=True)
         partial = str(folder / f".write-{uuid.uuid4().hex}")
         try:
-            yield partial
+            with self._system.open_output_stream(partial) as stream:
+                yield stream
             os.replace(partial, path)
         finally:
             Path(partial).unlink(missing_ok=True)
+
+    @property
+    def _metadata(self) -> dict[str, str] | None:
+        """Of an object that is written: Google serves those that anybody may read from a cache of an hour, else."""
+        return {"Cache-Control": "no-store"} if self.uri.partition("://")[0] in _GOOGLE else None
 
 
 def _mark(folder: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""Objects, folders, logs and copies on a local folder and on an S3 server, which must not differ."""
+"""Objects, folders, logs and copies on a local folder, an S3 server and one of Google's, which must not differ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 from pyarrow import fs
@@ -50,6 +50,104 @@ def test_objects_are_written_read_listed_and_removed(storage: Storage, tmp_path:
         storage.get("b", tmp_path / "none")
     assert not (tmp_path / "none").exists()
     assert pickle.loads(pickle.dumps(storage.at("a"))).list() == {"one": 3}
+
+
+def test_more_objects_than_google_lists_at_once_are_listed(gcs: str) -> None:
+    storage = Storage(gcs).at("many")
+    names = {f"{number:04d}" for number in range(1010)}
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: storage.write(name, b"x"), names))
+    assert storage.list() == dict.fromkeys(names, 1)
+
+
+class Unreadable:
+    """A file of a disk that fails after two chunks."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._reads = file, 0
+
+    def __enter__(self) -> Unreadable:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, size: int) -> bytes:
+        self._reads += 1
+        if self._reads > 2:
+            raise OSError("Input/output error")
+        return self._file.read(size)
+
+
+def test_a_file_that_cannot_be_read_to_its_end_becomes_no_object(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one that is closed in the middle the clients of object stores make an object of what they have."""
+    file, opened = tmp_path / "file", Path.open
+    file.write_bytes(bytes(20_000_000))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda self, *given: Unreadable(opened(self, *given)))
+        with pytest.raises(OSError, match="Input/output error"):
+            storage.put(file, "key")
+    assert storage.list() == {}
+    with pytest.raises(FileNotFoundError):
+        storage.put(tmp_path / "none", "key")
+    assert storage.list() == {}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_an_interrupt_meets_while_it_is_sent_is_sent_whole_or_not_at_all(
+    bucket: str, tmp_path: Path, whole: bool
+) -> None:
+    """Whoever drops a client's stream publishes what it has so far; here in a process that ends, as a command does."""
+    storage, pipe = Storage(bucket).at(f"interrupted-{whole}"), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    program = """
+import os, signal, sys, time
+from pathlib import Path
+from autodistill.in_time import calls_left
+from autodistill.storage import Storage
+signal.alarm(60)  # a read of a pipe that has no more may be deaf to an interrupt
+storage, pipe = Storage(sys.argv[1]), Path(sys.argv[2])
+try:
+    storage.put(pipe, "key")
+except KeyboardInterrupt:
+    assert calls_left()
+    print("interrupted", flush=True)
+    sys.stdin.read() if sys.argv[3] == "True" else os._exit(0)
+    while calls_left():
+        time.sleep(0.01)
+"""
+    command = subprocess.Popen(
+        [sys.executable, "-c", program, storage.uri, str(pipe), str(whole)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        with pipe.open("wb") as sender:
+            sender.write(bytes(10_000_000))
+            command.send_signal(signal.SIGINT)
+            assert command.stdout is not None
+            assert command.stdout.readline() == "interrupted\n"
+            if whole:
+                sender.write(bytes(5_000_000))
+            else:
+                command.wait(timeout=60)
+        command.communicate(timeout=60)
+    finally:
+        command.kill()
+    assert command.returncode == 0
+    assert storage.list() == ({"key": 15_000_000} if whole else {})
+
+
+def test_google_is_told_to_serve_no_object_from_a_cache(gcs: str) -> None:
+    """It keeps those that anybody may read for an hour, also where they are another's by now."""
+    storage = Storage(gcs).at("fresh")
+    storage.write("written", b"1")
+    google, root = fs.FileSystem.from_uri(storage.uri)
+    with google.open_input_stream(f"{root}/written") as stream:
+        assert stream.metadata()["Cache-Control"] == b"no-store"
 
 
 def test_a_folder_is_there_once_it_was_sent_whole(storage: Storage, tmp_path: Path) -> None:
@@ -322,12 +420,12 @@ def test_a_command_ends_though_a_storage_does_not_answer(
     assert ("did not answer within 1 s" if code == 2 else "stopped") in said
 
 
-def test_storage_that_cannot_be_written_is_refused(tmp_path: Path, s3: str) -> None:
+def test_storage_that_cannot_be_written_is_refused(tmp_path: Path, s3: str, gcs: str) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(InputError, match="cannot write into the storage"):
-        Storage(f"file://{tmp_path}/file/below").check()
-    with pytest.raises(InputError, match="cannot write into the storage"):
-        Storage(s3.replace("bucket/prefix", "no-bucket/prefix").replace("&allow_bucket_creation=true", "")).check()
+    none = [uri.replace("bucket/prefix", "no-bucket/prefix") for uri in (s3, gcs)]
+    for uri in (f"file://{tmp_path}/file/below", none[0].replace("&allow_bucket_creation=true", ""), none[1]):
+        with pytest.raises(InputError, match="cannot write into the storage"):
+            Storage(uri).check()
 
 
 def test_an_address_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
