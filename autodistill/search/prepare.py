@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -263,7 +264,6 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
             del stored["seconds"]
         stored["asked"] = dict(checked.asked.record)
         return {**stored, "plan": plan.to_json(), "confirm": checked.confirm, "warm_start": warm}
-    packages = ("autodistill-search", "torch", "transformers", "optuna", "ray", "xllamacpp", "gguf")
     return {
         "schema_version": 1,
         "name": checked.name,
@@ -313,11 +313,17 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "plan": plan.to_json(),
         "speed": asdict(speed),
         "licences": _licences(loaded),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in packages},
-        },
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of what a figure may depend on; without numba sums are added in another order."""
+    packages = ("autodistill-search", "torch", "transformers", "optuna", "ray", "xllamacpp", "gguf")
+    found = {package: importlib.metadata.version(package) for package in packages}
+    with suppress(importlib.metadata.PackageNotFoundError):
+        found["numba"] = importlib.metadata.version("numba")
+    return {"python": platform.python_version()} | found
 
 
 def _licences(loaded: Loaded) -> dict[str, str]:
