@@ -77,6 +77,7 @@ def main() -> None:
                 trials.table(found, BASE),
                 trials.verdicts(found, BASE),
             ],
+            STORE,
         )
     )
 

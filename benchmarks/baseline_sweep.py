@@ -78,7 +78,9 @@ def main() -> None:
         f"as {ranked[0]['deployment']}.\n\n"
     )
     titles = ["rate / divergence weight / alignment weight", "accuracy", "perplexity", "agreement"]
-    print(report.write("baseline-sweep", "Sweep of the hand-designed recipe", [text + report.table(titles, lines)]))
+    print(
+        report.write("baseline-sweep", "Sweep of the hand-designed recipe", [text + report.table(titles, lines)], STORE)
+    )
 
 
 if __name__ == "__main__":

@@ -107,6 +107,7 @@ def main() -> None:
                 report.table(titles, lines(found)),
                 "\n".join(findings(found)),
             ],
+            STORE,
         )
     )
 

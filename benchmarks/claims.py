@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import over_seeds
 import report
 import torch
-from math_students import INIT, QUESTIONS, TOKENS, Bench, Line
+from math_students import INIT, QUESTIONS, STORE, TOKENS, Bench, Line
 from math_teacher import DEPLOYMENT, LENGTH, MathTeacher, ask, math_teacher
 
 from autodistill.distillation.memory import keep_freed_memory
@@ -225,6 +225,7 @@ def write_report(bench: Bench, teacher: MathTeacher) -> Path:
             "weights of its own, was given twice as many variants to choose from.",
             report.table(["variant", "exact match", "next token"], sweep),
         ],
+        STORE,
     )
 
 

@@ -390,7 +390,10 @@ def main() -> None:
                 spent = spent_on(runs[BASE])
             del runs
             gc.collect()
+    report.note("seconds", taken)
+    report.note("shares of a step", spent)
     rate, flops = matrix_rate(), counter.get_total_flops()
+    report.note("operations, and matrix rate", [flops, rate])
     floor, base = flops / rate, statistics.median(step.processor for step in taken[sizes[0]][BASE])
     sections = [
         f"Teacher {shop.teacher.name} of {shop.layers} layers, student of {len(shop.kept)}, embedding table frozen, "

@@ -131,6 +131,7 @@ def main() -> None:
     for metric in METRICS:
         found = [one for seed in range(asked.seeds) for one in searched(metric, seed, asked.trials)]
         lines.append(line(metric, found))
+        report.note(metric, found)
         print(lines[-1], flush=True)
     titles = ["metric", "evaluations at rungs", "held to a bar", "ended early", "not read", "of those held to a bar"]
     table = report.table([*titles, "ended and would have reached it", "estimate off by, median"], lines)

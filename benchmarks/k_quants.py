@@ -144,6 +144,7 @@ def losses(found: Mapping[str, Floats]) -> str:
                 for rule in (deployed, by_llama_cpp, by_ends)
             )
             kind = grid.name.removeprefix("gguf-").upper()
+            report.note(f"squared error, {kind} of {name}: here, llama.cpp, codes by ends", [ours, theirs, ends])
             lines.append(
                 [kind, name, f"{ours:.3e}", f"{theirs:.3e}", *(_more(ours, other) for other in (theirs, ends))]
             )
@@ -171,6 +172,7 @@ def seconds(millions: int) -> str:
                 rule(weights, grid)
                 rounds.append(time.process_time() - began)
             taken.append(min(rounds) * times)
+        report.note(f"seconds to pack, {grid.name}: here, llama.cpp", taken)
         lines.append([grid.name.removeprefix("gguf-").upper(), *(f"{one:.1f}" for one in taken)])
     return f"## Seconds of one core to pack {millions} million weights\n\nThe least of three.\n\n" + report.table(
         ["grid", "here", "llama.cpp"], lines
@@ -212,6 +214,8 @@ def divergences(folder: Path, tokens: int) -> str:
             if isinstance(grid := deployment.storage(tensor), Grid) and grid.block_size and tensor.role is Role.LINEAR
         )
         linears = sum(int(np.prod(tensor.shape)) for tensor in spec.tensors if tensor.role is Role.LINEAR)
+        for one, whose in zip(figures, ("here", "llama.cpp"), strict=True):
+            report.note(f"KL and NLL, {form}, {whose}", [np.mean(one.divergence), one.nll.mean()])
         lines.append(
             [
                 form,
@@ -243,6 +247,7 @@ def steps(folder: Path) -> str:
     """The table of what training on a grid adds to a step."""
     teacher = save_tiny_teacher(folder / "teacher", layers=10, width=768, heads=12, kv_heads=4, ffn=2048)
     found = measure(teacher, 1024, 3, 1, False, {"": quantization}, SCALES, FINISHED)
+    report.note("seconds of steps", found)
     plain = found.pop("plain")
     lines = [
         [name, f"{statistics.median(one / other - 1 for one, other in zip(values, plain, strict=True)):+.0%}"]
@@ -262,6 +267,7 @@ def speeds(folder: Path) -> str:
         case = Case(family="llama", tied=True, form=form, **SERVED)
         rounds = [milliseconds(case, folder, prompt) for prompt in (32, 512) for _ in range(2)]
         steps, firsts = zip(*rounds, strict=True)
+        report.note(f"milliseconds of a token and of a prompt, {form}", rounds)
         lines.append([form, f"{min(steps[:2]):.1f}", f"{min(steps[2:]):.1f}", f"{min(firsts[2:]):.0f}"])
     return (
         "## Served by llama.cpp on one core\n\nMilliseconds of CPU, the least of two, of a model of 12 layers, width "

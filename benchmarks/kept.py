@@ -6,11 +6,16 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from autodistill.records.store import default_cache
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import report
 
 
 class Kept:
@@ -26,10 +31,12 @@ class Kept:
         self._path = default_cache() / "benchmarks" / f"{name}-{source}.jsonl"
         self._deadline = time.monotonic() + seconds
         lines = self._path.read_text().splitlines() if self._path.exists() else []
-        self._known = {entry["key"]: entry["value"] for entry in map(json.loads, lines)}
+        entries = [json.loads(line) for line in lines]
+        self._known = {entry["key"]: entry["value"] for entry in entries}
+        self._made = {entry["key"]: entry["made"] for entry in entries if "made" in entry}
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:
-        """The result of a key, made and written down where it is not known.
+        """The result of a key, made and written down where it is not known, and noted for the report's record.
 
         Raises:
             SystemExit: The time is over.
@@ -40,10 +47,13 @@ class Kept:
             value = make()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
-                file.write(json.dumps({"key": key, "value": value}) + "\n")
+                made = report.stamp()
+                file.write(json.dumps({"key": key, "value": value, "made": made}) + "\n")
             self._known[key] = json.loads(json.dumps(value))
+            self._made[key] = made
             if len(self._known) % 50 == 0:
                 print(f"{len(self._known)} results, {key}", file=sys.stderr, flush=True)
+        report.note(key, self._known[key], self._made.get(key))
         return self._known[key]
 
 

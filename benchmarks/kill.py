@@ -302,6 +302,11 @@ def main() -> None:
         if len(kills) >= arguments.kills:
             break
         seed += 1
+    for kill in kills:
+        report.note("kills", kill)
+    for counts in lines:
+        report.note("seed, kills, trials, rows, fields that differ, stretches finished twice", counts)
+    report.note("faults", faults)
     print(
         report.write(
             "kill", "A search killed again and again", sections(lines, kills, faults, time.monotonic() - began)

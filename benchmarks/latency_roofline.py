@@ -233,6 +233,7 @@ def runtime_section(runtime: str) -> str:
         known = local_device(Path(folder), replace(detect(), cpus=THREADS, gpus=()))
         for point in points(Path(folder)):
             found.append(point)
+            report.note(runtime, point)
             print(point, flush=True)
     return local(found, known, told)
 
@@ -321,6 +322,8 @@ def measure_again(runtime: str | None) -> Path:
         kept[title] = f"{title}\n\n{datetime.now(UTC):%Y-%m-%d}, {report.machine()}. {found}"
     sections = [kept[title] for title, _, _ in _RUNTIMES.values() if title in kept]
     path.write_text("\n\n".join([head.strip(), *sections, *_quoted()]) + "\n", encoding="utf-8")
+    if runtime:
+        report.amend(path)
     return path
 
 

@@ -38,6 +38,8 @@ def main() -> None:
     done = subprocess.run([sys.executable, "-m", *command, *extra], stdout=subprocess.PIPE, check=True, text=True)
     wall = time.perf_counter() - began
     result = json.loads(done.stdout)
+    report.note("the search's JSON document", result)
+    report.note("seconds on the clock", wall)
     print(report.write("main-job", "The default command, end to end", sections(" ".join(command), result, wall)))
 
 

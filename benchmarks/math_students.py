@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ class Bench:
         self._deadline = deadline
         self._data = teacher.train.head(SEQUENCES * LENGTH)
         self._cache = TeacherCache(self._ensure_cache())
-        self.lines = [Line(**json.loads(text)) for text in STORE.read_text().splitlines()] if STORE.exists() else []
+        self.lines = [Line(**line) for line in report.lines_of(STORE)]
         self._done = {line.key for line in self.lines}
 
     def _ensure_cache(self) -> Path:
@@ -187,8 +186,7 @@ class Bench:
             tokens=TOKENS,
             questions=QUESTIONS,
         )
-        with STORE.open("a") as file:
-            file.write(json.dumps(asdict(line)) + "\n")
+        report.add_line(STORE, line)
         self.lines.append(line)
         self._done.add(line.key)
         how = " (trained so)" if aware else ""

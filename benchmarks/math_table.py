@@ -13,7 +13,6 @@ the test split. What replays the table takes the rates of which every strategy i
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -92,9 +91,7 @@ class Line:
 
 def read(path: Path = STORE) -> list[Line]:
     """What was recorded at these rungs."""
-    if not path.exists():
-        return []
-    lines = [Line(**json.loads(text)) for text in path.read_text().splitlines()]
+    lines = [Line(**line) for line in report.lines_of(path)]
     return [
         replace(line, **{name: tuple(getattr(line, name)) for name in ("tokens", "decayed", "plain")})
         for line in lines
@@ -284,9 +281,7 @@ def main() -> None:
             if time.monotonic() > deadline:
                 sys.exit(f"the time is over with {len(done)} of {count} recorded: call again for the rest")
             for line in recorder.record(missing, seed):
-                with STORE.open("a") as file:
-                    data = {name: getattr(line, name) for name in line.__dataclass_fields__}
-                    file.write(json.dumps(data) + "\n")
+                report.add_line(STORE, {name: getattr(line, name) for name in line.__dataclass_fields__})
                 done.add((line.id, seed))
                 print(f"{len(done)} of {count}: {line.final:.4f} {line.rows}", file=sys.stderr, flush=True)
 

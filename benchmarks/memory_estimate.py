@@ -89,6 +89,7 @@ def measure(case: Case, folder: Path) -> tuple[list[str], float]:
     predicted = (guess.weights_bytes, guess.kv_cache_bytes, guess.compute_bytes)
     real = (found.model_bytes, found.kv_bytes, found.compute_bytes + found.output_bytes)
     error = sum(predicted) / sum(real) - 1
+    report.note("llama.cpp", {"case": case, "predicted": predicted, "stated": real})
     setting = (
         f"{case.layers} x {case.width}, {case.heads}/{case.kv_heads} x {case.head_dim}, {case.ffn}, {case.vocabulary}"
     )
@@ -159,6 +160,7 @@ def measure_folder(case: Case, folder: Path, calibrates: bool) -> tuple[list[str
     use = "calibrates" if calibrates else "tests"
     cells = [*(f"{part / 1e6:.0f}" for part in parts), f"{guess.total_bytes / 1e6:.0f} / {peak / 1e6:.0f}"]
     cells += [f"{peaks[0] / 1e6:.0f} to {peaks[-1] / 1e6:.0f}", f"{error:+.1%}"]
+    report.note("transformers", {"case": case, "predicted": parts, "peaks": peaks})
     return [case.family, setting, f"{case.context} x {case.batch}", use, *cells], error
 
 
@@ -240,6 +242,7 @@ def _onnx_line(case: Case, step: bool, use: str) -> tuple[list[str], float]:
     tied = "tied" if case.tied else "untied"
     line = [case.family, f"{setting}, {tied}", held, load, use, *cells, f"{error:+.1%}"]
     print(*line, flush=True)
+    report.note("onnxruntime", {"case": case, "step": step, "predicted": parts, "peak": peak})
     return line, abs(error)
 
 
@@ -347,10 +350,11 @@ def measure_again(runtime: str) -> Path:
     before, _, after = path.read_text(encoding="utf-8").partition(f"{title}\n\n")
     _, end, rest = after.partition(following)
     path.write_text(f"{before}{title}\n\n{told}\n\n{end}{rest}", encoding="utf-8")
+    report.amend(path)
     return path
 
 
-_LLAMA_CPP = ("Made by `python benchmarks/memory_estimate.py`.", llama_table, next(iter(_RUNTIMES.values()))[0])
+_LLAMA_CPP = ("## llama.cpp", llama_table, next(iter(_RUNTIMES.values()))[0])
 
 
 def main() -> None:
@@ -363,6 +367,7 @@ def main() -> None:
         print(measure_again(runtime))
         return
     sections = [
+        _LLAMA_CPP[0],
         llama_table(),
         *(part for title, table, _ in _RUNTIMES.values() for part in (title, table())),
         _VLLM,

@@ -162,6 +162,7 @@ def main() -> None:
             write_run(Path(folder), shapes)
             for question, words in asked:
                 now = seconds(Path(folder), words, ROOT)
+                report.note(f"{name}: {' '.join(words)}", now)
                 cells = [f"{value:.2f}" for value in now]
                 if before:
                     then = seconds(Path(folder), words, before.absolute())

@@ -188,6 +188,7 @@ def main() -> None:
         seconds = measure(
             teacher.folder, batch, arguments.rounds, arguments.threads, arguments.bf16, modules, arguments.scales
         )
+        report.note(f"CPU seconds, {batch} tokens a step", seconds)
         plain = seconds.pop("plain")
         lines = []
         for name, values in seconds.items():

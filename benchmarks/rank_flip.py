@@ -23,7 +23,7 @@ import numpy.typing as npt
 import report
 from kept import mean
 from math_search import STEP, TOKENS
-from math_table import RUNGS
+from math_table import RUNGS, STORE
 from prepared import Costs
 from simulate import TRIALS, Table, load_table, plan
 
@@ -200,7 +200,7 @@ def main() -> None:
         "that one.\n\n"
         + report.table(["rungs", "kept", "operations, %", "behind, points", "the best found, %"], schedules),
     ]
-    print(report.write("rank-flip", "Do rankings flip?", parts))
+    print(report.write("rank-flip", "Do rankings flip?", parts, STORE))
 
 
 if __name__ == "__main__":

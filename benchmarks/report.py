@@ -1,13 +1,17 @@
-"""What the benchmark programs share: a dated Markdown report that names the machine and the versions."""
+"""What the benchmark programs share: a dated Markdown report, and beside it the record of what was measured."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from autodistill.hardware import detect
 from autodistill.units import format_bytes
@@ -39,11 +43,110 @@ def table(titles: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
 
 
-def write(name: str, title: str, sections: Iterable[str]) -> Path:
-    """Writes `reports/<date>-<name>.md` and returns its path."""
-    today = datetime.now(UTC).strftime("%Y-%m-%d")
+# What was measured, by name, and when and where: what `write` lays beside the report.
+_NOTED: dict[str, list[Any]] = {}
+_MADE: list[dict[str, str]] = []
+
+
+def stamp() -> dict[str, str]:
+    """When and where something is measured; a report may be rendered from its record later, and elsewhere."""
+    return {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "machine": machine()}
+
+
+def note(name: str, value: Any, made: Mapping[str, str] | None = None) -> None:
+    """Keeps something that was measured for the record that `write` lays beside the report.
+
+    Args:
+        name: Of what was measured; what has one name is kept as a list.
+        value: Plain data, dataclasses or arrays.
+        made: Its `stamp`, where it was not measured just now.
+    """
+    _NOTED.setdefault(name, []).append(plain(value))
+    _MADE.append(dict(made or stamp()))
+
+
+def write(name: str, title: str, sections: Iterable[str], store: Path | None = None) -> Path:
+    """Writes `reports/<date>-<name>.md` and, beside it, what was noted; returns the report's path.
+
+    Date and machine in the header are those of the data.
+
+    Args:
+        name: Of the program, with hyphens.
+        title: Of the report.
+        sections: Its text and tables.
+        store: The file in `reports/` in which the program itself keeps what it measured, a line of JSON each, with its
+            stamp as "made"; nothing has to be noted then.
+
+    Raises:
+        ValueError: Nothing was noted, and there is no store: a figure without a record cannot be checked.
+    """
+    if store is None and not _NOTED:
+        raise ValueError(f"{name} noted nothing that its report is made of")
+    stamps = _MADE if store is None else [*stamps_of(store)]
+    made = max(stamps, key=lambda one: one["date"], default=stamp())
+    machines = list(dict.fromkeys(one["machine"] for one in stamps)) or [made["machine"]]
     REPORTS.mkdir(exist_ok=True)
-    path = REPORTS / f"{today}-{name}.md"
-    head = f"# {title}\n\n{today}, {machine()}.\nMade by `python benchmarks/{name.replace('-', '_')}.py`."
+    path = REPORTS / f"{made['date']}-{name}.md"
+    kept = f"{path.stem}.json" if store is None else store.name
+    if store is None:
+        data = {"made": made, "machines": machines, "record": _NOTED}
+        (REPORTS / kept).write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    program = f"python benchmarks/{name.replace('-', '_')}.py"
+    head = f"# {title}\n\n{made['date']}, {' and '.join(machines)}.\nMade by `{program}` from [{kept}]({kept})."
     path.write_text("\n\n".join([head, *sections]) + "\n", encoding="utf-8")
     return path
+
+
+def amend(path: Path) -> None:
+    """Puts what was noted in place of what has the same names in the record beside a report."""
+    record = path.with_suffix(".json")
+    data = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {"record": {}}
+    data["record"] |= _NOTED
+    data["amended"] = stamp()
+    record.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def add_line(store: Path, data: Any) -> None:
+    """Appends a line of JSON to a store, with its stamp."""
+    with store.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(plain(data) | {"made": stamp()}) + "\n")
+
+
+def lines_of(store: Path) -> list[dict[str, Any]]:
+    """The lines of a store without their stamps; none of one that is not there."""
+    if not store.exists():
+        return []
+    lines = [json.loads(line) for line in store.read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in line.items() if name != "made"} for line in lines]
+
+
+def stamps_of(store: Path) -> Iterator[dict[str, str]]:
+    """The stamps in a store, whose older lines may have none."""
+    for line in store.read_text(encoding="utf-8").splitlines():
+        if '"made"' in line and isinstance(found := json.loads(line).get("made"), dict):
+            yield found
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON holds it: dataclasses by their fields, arrays as lists, keys that are no text as text.
+
+    Raises:
+        TypeError: Something that is no data.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {_key(key): plain(one) for key, one in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(one) for one in value]
+    if isinstance(value, Path):
+        return value.name
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise TypeError(f"a record holds plain data, not {type(value).__name__}")
+
+
+def _key(key: Any) -> str:
+    return key if isinstance(key, str) else " x ".join(map(str, key)) if isinstance(key, tuple) else str(key)

@@ -70,6 +70,7 @@ def main() -> None:
                 trials.table(found, BASE),
                 trials.verdicts(found, BASE),
             ],
+            STORE,
         )
     )
 

@@ -228,7 +228,7 @@ def main() -> None:
         measured = {packed: found[f"{name}:{packed}"] for packed in ASKED if f"{name}:{packed}" in found}
         if measured:
             sections.append(accuracies(name, measured))
-    print(report.write("task-accuracy", "Tasks with ground truth, and divergence from the teacher", sections))
+    print(report.write("task-accuracy", "Tasks with ground truth, and divergence from the teacher", sections, file))
 
 
 if __name__ == "__main__":

@@ -259,6 +259,7 @@ def measured_lines() -> Iterator[list[str]]:
         line = [name, *parts(estimate, own), format_bytes(predicted)]
         for setting in (GIVING_BACK, {}):
             grown = growth(name, setting)
+            report.note(name, {"predicted": predicted, "grown": grown, "environment": setting})
             line += [format_bytes(grown), f"{predicted / grown:.2f}"]
         print(*line, sep=" | ", flush=True)
         yield line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import shutil
@@ -12,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +134,7 @@ def signal_bytes(cache: Path | None, recipe: Distillation) -> float:
 
 def kept(store: Path) -> list[Result]:
     """What earlier calls have written."""
-    return [Result(**json.loads(line)) for line in store.read_text().splitlines()] if store.exists() else []
+    return [Result(**line) for line in report.lines_of(store)]
 
 
 def by_seed(results: Iterable[Result], figure: str) -> dict[str, dict[int, float]]:
@@ -267,8 +266,7 @@ def run(
             result = future.result()
             results.append(result)
             if store is not None:
-                with store.open("a") as file:
-                    file.write(json.dumps(asdict(result)) + "\n")
+                report.add_line(store, result)
             print(
                 f"[{len(results)}/{len(wanted)}] {result.name}, seed {result.seed}: accuracy "
                 f"{result.accuracy:.4f}, perplexity {result.perplexity:.2f}, {result.train_seconds:.0f} s",

@@ -1,0 +1,87 @@
+"""The figures of README and docs are those of the tracked reports, and the program that says so notices a change."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import figures
+import report
+
+
+def test_what_documents_quote_is_what_reports_have():
+    program = Path(figures.__file__)
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def quoted(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    (tmp_path / "benchmarks" / "reports").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "reports" / "r.md").write_text("| students | 0.3652 ± 0.0018 |\n")
+    document = tmp_path / "page.md"
+
+    def quote(text: str) -> tuple[figures.Quote, Path]:
+        document.write_text(text)
+        says, where = "students have {} ± {}%", "| students | {} ± {} |"
+        return figures.Quote(document="page.md", says=says, report="r.md", where=where, times=100), document
+
+    return quote
+
+
+@pytest.mark.parametrize("text", ["students have 36.52 ± 0.18%", "students\nhave 36.5 ± 0.2%", "students have 37 ± 0%"])
+def test_a_figure_may_be_rounded_and_its_line_broken(quoted, text):
+    one, _ = quoted(text)
+    assert [*figures.check([one])] == []
+
+
+@pytest.mark.parametrize("text", ["students have 36.6 ± 0.2%", "students have 36.5 ± 0.1%", "teachers have 1 ± 1%"])
+def test_a_figure_or_a_sentence_that_is_another_is_named(quoted, text):
+    one, document = quoted(text)
+    (fault,) = figures.check([one])
+    assert "page.md" in fault
+    assert document.read_text() == text
+
+
+def test_a_stale_figure_is_written_anew_with_as_many_digits(quoted):
+    one, document = quoted("Of a dozen students have 30.1 ± 1.00%, which is little.")
+    assert [*figures.check([one], write=True)] == []
+    assert document.read_text() == "Of a dozen students have 36.5 ± 0.18%, which is little."
+
+
+@pytest.mark.parametrize("path", sorted((Path(figures.__file__).parent / "reports").glob("*.md")))
+def test_a_report_names_its_records_or_says_that_it_has_none(path):
+    head = path.read_text(encoding="utf-8").split("\n\n")[1:3]
+    named = [one for one in path.parent.iterdir() if one.suffix in (".json", ".jsonl") and one.name in "".join(head)]
+    assert named or "Without records" in head[1]
+
+
+def test_a_report_is_written_with_its_record_and_the_date_of_its_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "REPORTS", tmp_path)
+    monkeypatch.setattr(report, "_NOTED", {})
+    monkeypatch.setattr(report, "_MADE", [])
+    with pytest.raises(ValueError, match="noted nothing"):
+        report.write("some-thing", "Some thing", ["text"])
+    report.note("seconds", {("a", 1): [0.5, 0.25]}, made={"date": "2026-01-02", "machine": "a machine"})
+    path = report.write("some-thing", "Some thing", ["text"])
+    assert path.name == "2026-01-02-some-thing.md"
+    assert "2026-01-02, a machine." in path.read_text()
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert record["record"] == {"seconds": [{"a x 1": [0.5, 0.25]}]}
+
+
+def test_a_store_keeps_when_and_where_each_line_was_measured(tmp_path, monkeypatch):
+    store = tmp_path / "store.jsonl"
+    store.write_text('{"name": "older"}\n')
+    report.add_line(store, {"name": "newer"})
+    assert report.lines_of(store) == [{"name": "older"}, {"name": "newer"}]
+    monkeypatch.setattr(report, "REPORTS", tmp_path)
+    path = report.write("kept", "Kept", ["text"], store)
+    assert "from [store.jsonl](store.jsonl)" in path.read_text()
