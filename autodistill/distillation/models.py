@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from autodistill.distillation.model_folder import read_config, weight_files
+from autodistill.distillation.model_folder import check_files, read_config, weight_files
+from autodistill.distillation.stored_tensors import check_stored
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES, get_family
@@ -17,6 +18,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def check_model(folder: Path) -> None:
+    """Refuses a folder of which transformers would make no model, or another one than its files describe.
+
+    Args:
+        folder: Of transformers, of one of the families.
+
+    Raises:
+        InputError: As `check_files`, `spec_from_config` and `check_stored`; or what transformers says of its configs.
+    """
+    check_files(folder)
+    check_stored(folder, spec_from_config(read_config(folder)))
+    _check_made(folder)
+
+
+def _check_made(folder: Path) -> None:
+    """Has transformers make the model that a folder's configs describe, without memory for its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from autodistill.distillation.sdpa import ATTENTION
+
+    told = "config.json"
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+        if (folder / "generation_config.json").is_file():
+            told = "generation_config.json"
+            GenerationConfig.from_pretrained(folder, local_files_only=True).validate()
+    except Exception as error:  # whatever transformers and torch raise over a field that they cannot use
+        raise InputError(
+            f"transformers cannot make the model that {folder / told} describes ({one_line(error)}): check that file"
+        ) from error
+
+
 def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
     """Loads a causal language model for inference: safetensors only, no code of the folder's, no network.
 
@@ -24,23 +60,49 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrai
         folder: Of transformers.
         dtype: Of the weights, whatever the file has.
         device: Where the model goes.
+
+    Raises:
+        InputError: Weights that are not those of the model that the folder's config describes.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from autodistill.distillation.sdpa import ATTENTION
 
+    check_stored(folder, spec_from_config(read_config(folder)))
     with _no_progress_bar():
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=ATTENTION,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=ATTENTION,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"transformers cannot load {folder} ({one_line(error)}): get the folder again") from error
+    model, report = loaded
+    _check_report(report, folder)
     model.to(device)
     model.eval()
     return cast("PreTrainedModel", model)
+
+
+def _check_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Refuses a model of which transformers filled in, or left out, a weight: the last word after `check_stored`."""
+    faults = {what.removesuffix("_keys"): found for what, found in report.items() if what.endswith("_keys") and found}
+    if faults:
+        what, found = next(iter(faults.items()))
+        named = ", ".join(sorted(map(str, found))[:3])
+        raise InputError(f"{folder} does not hold the weights of its model ({what}: {named}): get the folder again")
+
+
+def one_line(error: Exception) -> str:
+    """What an error of a library says, as part of a line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def load_head(folder: Path) -> torch.Tensor:
