@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from autodistill.distillation.model_folder import check_files, read_config, weight_files
+from autodistill.config_fields import check_tokens
+from autodistill.contracts import ModelSpec
+from autodistill.distillation.model_folder import check_files, read_config, read_json, weight_files
 from autodistill.distillation.stored_tensors import check_stored
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
@@ -16,6 +18,8 @@ from autodistill.families import FAMILIES, get_family
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+_GENERATION = "generation_config.json"
 
 
 def check_model(folder: Path) -> None:
@@ -28,28 +32,46 @@ def check_model(folder: Path) -> None:
         InputError: As `check_files`, `spec_from_config` and `check_stored`; or what transformers says of its configs.
     """
     check_files(folder)
-    check_stored(folder, spec_from_config(read_config(folder)))
-    _check_made(folder)
+    config = read_config(folder)
+    spec = spec_from_config(config)
+    check_stored(folder, spec)
+    _check_made(folder, config, spec)
+    if (folder / _GENERATION).is_file():
+        check_tokens(read_json(folder / _GENERATION), _GENERATION)
+        _check_generation(folder)
 
 
-def _check_made(folder: Path) -> None:
-    """Has transformers make the model that a folder's configs describe, without memory for its weights."""
+def _check_made(folder: Path, content: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Has transformers make the model of a folder's config, without memory for weights, and read two tokens with it."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    from autodistill.distillation.sdpa import ATTENTION
-
-    told = "config.json"
+    path = folder / "config.json"
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        taken = [name for name in content if callable(getattr(type(config), name, None))]
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
-        if (folder / "generation_config.json").is_file():
-            told = "generation_config.json"
-            GenerationConfig.from_pretrained(folder, local_files_only=True).validate()
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+            made = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+            logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits
     except Exception as error:  # whatever transformers and torch raise over a field that they cannot use
         raise InputError(
-            f"transformers cannot make the model that {folder / told} describes ({one_line(error)}): check that file"
+            f"transformers cannot make the model that {path} describes ({one_line(error)}): check that file"
+        ) from error
+    if taken:
+        raise InputError(f"{path} sets {taken[0]}, which is no field of a model's config: remove it")
+    if made != {tensor.name: tensor.shape for tensor in spec.tensors} or logits.shape != (1, 2, spec.vocabulary):
+        raise InputError(f"{path} describes no plain {spec.architecture}: take out what makes it another model")
+
+
+def _check_generation(folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True).validate()
+    except Exception as error:  # whatever transformers raises over a field that it cannot use
+        raise InputError(
+            f"transformers cannot read {folder / _GENERATION} ({one_line(error)}): check or remove that file"
         ) from error
 
 
