@@ -103,6 +103,8 @@ _FIELDS: Mapping[str, tuple[Check, str]] = {
     "tie_word_embeddings": _SWITCH,
     "attention_bias": _SWITCH,
     "mlp_bias": _SWITCH,
+    "dtype": _TEXT,
+    "torch_dtype": _TEXT,
     "hidden_act": _TEXT,
     "hidden_activation": _TEXT,
     "rope_theta": _NUMBER,

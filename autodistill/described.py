@@ -15,7 +15,7 @@ from autodistill import latent
 from autodistill.config_fields import check_config
 from autodistill.contracts import ModelSpec
 from autodistill.distillation.gguf_file import GgufFile, read_gguf
-from autodistill.distillation.model_folder import check_files, read_config
+from autodistill.distillation.model_folder import check_files, read_config, weight_files
 from autodistill.distillation.stored_tensors import check_stored, stored_tensors
 from autodistill.distillation.teacher import hub_config, locate
 from autodistill.errors import InputError
@@ -101,8 +101,10 @@ def _check_weights(folder: Path, config: Mapping[str, Any], spec: ModelSpec) -> 
     Of packed weights, and of models that are described alone, the tensors' names are not known: those are read, and of
     these the sum is compared.
     """
+    if not weight_files(folder):
+        return
     tensors = stored_tensors(folder)
-    if not tensors or config.get("quantization_config"):
+    if config.get("quantization_config"):
         return
     if config["model_type"] in FAMILIES:
         check_stored(folder, spec)
@@ -180,7 +182,7 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
     if name not in _MIXTURES:
         if name not in FAMILIES:
             known = ", ".join([*FAMILIES, *_MIXTURES, *latent.ARCHITECTURES])
-            raise InputError(f"the architecture {name!r} cannot be estimated; these can: {known}")
+            raise InputError(f"the architecture {name[:60]!r} cannot be estimated; these can: {known}")
         return spec_from_config(config)
     check_config(config)
     like, width, count = _MIXTURES[name]

@@ -215,9 +215,9 @@ def _licence(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
-    architecture = config.get("model_type")
+    architecture = str(config.get("model_type"))
     if architecture not in FAMILIES:
-        raise InputError(f"{where} holds the architecture {architecture}; supported are {', '.join(FAMILIES)}")
+        raise InputError(f"{where} holds the architecture {architecture[:60]!r}; supported are {', '.join(FAMILIES)}")
     if config.get("quantization_config") is not None:
         raise InputError(f"{where} holds quantised weights: give the model's 16- or 32-bit folder, or a GGUF file")
 

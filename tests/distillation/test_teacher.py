@@ -471,7 +471,7 @@ def test_an_unreachable_hub_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     ("files", "config", "said"),
     [
         (["config.json", "pytorch_model.bin", "tokenizer.json"], {"model_type": "llama"}, "pickles only"),
-        (["config.json", "model.safetensors", "tokenizer.json"], {"model_type": "bert"}, "architecture bert"),
+        (["config.json", "model.safetensors", "tokenizer.json"], {"model_type": "bert"}, "architecture 'bert'"),
     ],
 )
 def test_a_hub_model_is_checked_before_its_weights_are_downloaded(
