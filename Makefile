@@ -1,6 +1,6 @@
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: check test test-all lint types format
+.PHONY: check test test-all hostile lint types format
 
 check: lint types test
 
@@ -8,12 +8,16 @@ check: lint types test
 # fewest tests; more than four processes would want too much memory.
 PARALLEL = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# Without the slow tests, which pyproject.toml leaves out.
+# Without the slow tests and most of the hostile inputs, which pyproject.toml leaves out.
 test:
 	$(PYTHON) -m pytest $(PARALLEL)
 
 test-all:
 	$(PYTHON) -m pytest -m "" $(PARALLEL)
+
+# Every hostile input, with counts by area and command.
+hostile:
+	$(PYTHON) -m tests.hostile
 
 lint:
 	$(PYTHON) -m ruff check .

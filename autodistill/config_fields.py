@@ -11,6 +11,8 @@ from autodistill.errors import InputError
 
 MOST_EXPERTS = 10_000
 """Of a layer: more are a slip or an attack, and no mixture."""
+MOST_LABELS = 100_000
+"""Of a classifier, which no teacher is: transformers makes a name for each."""
 
 Check = Callable[[Any], bool]
 
@@ -27,6 +29,23 @@ def _number(value: Any) -> bool:
 
 def _share(value: Any) -> bool:
     return _number(value) and value <= 1
+
+
+def _part(value: Any) -> bool:
+    return (value == 0 and type(value) in (int, float)) or (_share(value) and value < 1)
+
+
+def _token(value: Any) -> bool:
+    # Below 0 some say that there is none.
+    return type(value) is int and -MOST_OF_A_SIZE <= value <= MOST_OF_A_SIZE
+
+
+def _tokens(value: Any) -> bool:
+    return _token(value) or (isinstance(value, list | tuple) and all(map(_token, value)))
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_number, value))
 
 
 def _text(value: Any) -> bool:
@@ -46,10 +65,36 @@ _SWITCH = (_switch, "true or false")
 _TEXT = (_text, "text")
 _NUMBER = (_number, "a number above 0")
 _SHARE = (_share, "a number above 0, 1 at the most")
+_PART = (_part, "a number from 0, below 1")
+_TOKEN = (_token, "the number of a token")
+_NUMBERS = (_numbers, "a list of numbers above 0")
+_ABSENT = (lambda value: False, "nothing")
 _MAPPING = (lambda value: isinstance(value, Mapping), "a mapping")
 _EXPERTS = (_whole(0, MOST_EXPERTS), f"a whole number, {MOST_EXPERTS:,} at the most")
 
+_TOKENS: Mapping[str, tuple[Check, str]] = {
+    "bos_token_id": _TOKEN,
+    "eos_token_id": (_tokens, "the number of a token, or a list of these"),
+    "pad_token_id": _TOKEN,
+}
 _FIELDS: Mapping[str, tuple[Check, str]] = {
+    **_TOKENS,
+    "rms_norm_eps": _NUMBER,
+    "layer_norm_eps": _NUMBER,
+    "query_pre_attn_scalar": _NUMBER,
+    "initializer_range": _PART,
+    "attention_dropout": _PART,
+    "hidden_dropout": _PART,
+    "use_parallel_residual": _SWITCH,
+    "use_cache": _SWITCH,
+    "num_labels": (_whole(0, MOST_LABELS), f"a whole number, {MOST_LABELS:,} at the most"),
+    # What would have transformers read other files, make other modules or give outputs of another kind.
+    "transformers_weights": _ABSENT,
+    "fusion_config": _ABSENT,
+    "per_layer_config": _ABSENT,
+    "return_dict": (lambda value: value is True, "true"),
+    "is_encoder_decoder": (lambda value: value is False, "false"),
+    "output_attentions": (lambda value: value is False, "false"),
     "sliding_window": _SIZE,
     "sliding_window_pattern": (_whole(0, MOST_LAYERS), "a whole number of layers"),
     "max_window_layers": (_whole(0, MOST_LAYERS), "a whole number of layers"),
@@ -58,6 +103,8 @@ _FIELDS: Mapping[str, tuple[Check, str]] = {
     "tie_word_embeddings": _SWITCH,
     "attention_bias": _SWITCH,
     "mlp_bias": _SWITCH,
+    "dtype": _TEXT,
+    "torch_dtype": _TEXT,
     "hidden_act": _TEXT,
     "hidden_activation": _TEXT,
     "rope_theta": _NUMBER,
@@ -80,6 +127,10 @@ _ROTARY: Mapping[str, tuple[Check, str]] = {
     "type": _TEXT,
     "rope_theta": _NUMBER,
     "partial_rotary_factor": _SHARE,
+    "original_max_position_embeddings": _NUMBER,
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "attention_factor"), _NUMBER),
+    **dict.fromkeys(("beta_fast", "beta_slow", "mscale", "mscale_all_dim"), _NUMBER),
+    **dict.fromkeys(("short_factor", "long_factor"), _NUMBERS),
 }
 _PACKED: Mapping[str, tuple[Check, str]] = {"format": _TEXT, "config_groups": _MAPPING}
 
@@ -111,13 +162,26 @@ def check_config(config: Mapping[str, Any]) -> None:
         _check(group or {}, {"weights": _MAPPING}, f"{where}.{name}.")
 
 
-def _check(found: Mapping[str, Any], fields: Mapping[str, tuple[Check, str]], where: str) -> None:
+def check_tokens(settings: Mapping[str, Any], file: str) -> None:
+    """Refuses the settings of a model's generation in which a special token is no token.
+
+    Args:
+        settings: Content of a JSON file.
+        file: Its name.
+
+    Raises:
+        InputError: The field, and what it should be.
+    """
+    _check(settings, _TOKENS, "", file)
+
+
+def _check(
+    found: Mapping[str, Any], fields: Mapping[str, tuple[Check, str]], where: str, file: str = "config.json"
+) -> None:
     for name, (check, kind) in fields.items():
         value = found.get(name)
         if value is not None and not check(value):
             shown = repr(value) if isinstance(value, str | float | bool) else type(value).__name__
             if type(value) is int:
                 shown = str(value) if abs(value) < 10**12 else "a far larger number"
-            raise InputError(
-                f"the model's config must give {where}{name} as {kind}, not {shown[:60]}: check config.json"
-            )
+            raise InputError(f"the model's config must give {where}{name} as {kind}, not {shown[:60]}: check {file}")

@@ -15,7 +15,8 @@ from autodistill import latent
 from autodistill.config_fields import check_config
 from autodistill.contracts import ModelSpec
 from autodistill.distillation.gguf_file import GgufFile, read_gguf
-from autodistill.distillation.model_folder import check_weights, read_config, stored_weights
+from autodistill.distillation.model_folder import check_files, read_config, weight_files
+from autodistill.distillation.stored_tensors import check_stored, stored_tensors
 from autodistill.distillation.teacher import hub_config, locate
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
@@ -34,7 +35,7 @@ _SHAPE = ("layers", "width", "heads", "ffn", "vocab")
 _SHAPE_CONTEXT = 2**24  # tokens that a described shape reads: more than any model that is sold
 _MIXTURE = re.compile(r"\b(q[2-6]-k)-(?:s|m|l|xl)\b")  # of llama.cpp's types, as "Q4_K_M"
 _I_QUANT = re.compile(r"\biq[1-4]-")
-_UNTOLD = 0.1  # share of a GGUF file's weights, such as biases, of which its header's sizes may say nothing
+_UNTOLD = 0.1  # share of a file's weights, such as biases, of which the sizes in its header or config may say nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +67,12 @@ def describe(reference: str) -> Described:
     """
     kind, path = locate(reference)
     if kind == "folder":
-        check_weights(path)
+        check_files(path)
     if kind != "gguf":
         name, config = (path.name, read_config(path)) if kind == "folder" else (reference, hub_config(reference))
         spec = spec_of(config)
-        if kind == "folder" and not config.get("quantization_config"):
-            _check_stored(path, spec)
+        if kind == "folder":
+            _check_weights(path, config, spec)
         return Described(name=name, spec=spec, format_name=_stated_format(config))
     file = read_gguf(path)
     spec = spec_of(file.outline())
@@ -94,14 +95,22 @@ def _check_tensors(file: GgufFile, spec: ModelSpec) -> None:
         )
 
 
-def _check_stored(folder: Path, spec: ModelSpec) -> None:
+def _check_weights(folder: Path, config: Mapping[str, Any], spec: ModelSpec) -> None:
     """Refuses a folder whose config describes another model than its weights make; one of no weights is described yet.
 
-    A head that is tied may be stored a second time, and biases need not be told.
+    Of packed weights, and of models that are described alone, the tensors' names are not known: those are read, and of
+    these the sum is compared.
     """
-    stored = stored_weights(folder)
-    head = spec.vocabulary * spec.width if spec.tied else 0
-    if stored and not (1 - _UNTOLD) * spec.parameters <= stored <= (1 + _UNTOLD) * spec.parameters + head:
+    if not weight_files(folder):
+        return
+    tensors = stored_tensors(folder)
+    if config.get("quantization_config"):
+        return
+    if config["model_type"] in FAMILIES:
+        check_stored(folder, spec)
+        return
+    stored, head = sum(math.prod(tensor.shape) for tensor in tensors.values()), spec.vocabulary * spec.width
+    if not (1 - _UNTOLD) * spec.parameters <= stored <= (1 + _UNTOLD) * spec.parameters + head * spec.tied:
         raise InputError(
             f"{folder} has {stored:,} weights in its safetensors, where its config.json makes {spec.parameters:,}: get "
             "the folder again"
@@ -173,7 +182,7 @@ def spec_of(config: Mapping[str, Any]) -> ModelSpec:
     if name not in _MIXTURES:
         if name not in FAMILIES:
             known = ", ".join([*FAMILIES, *_MIXTURES, *latent.ARCHITECTURES])
-            raise InputError(f"the architecture {name!r} cannot be estimated; these can: {known}")
+            raise InputError(f"the architecture {name[:60]!r} cannot be estimated; these can: {known}")
         return spec_from_config(config)
     check_config(config)
     like, width, count = _MIXTURES[name]

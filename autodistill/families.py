@@ -303,5 +303,5 @@ def get_family(architecture: str) -> Family:
         InputError: Not supported; the message lists those that are.
     """
     if architecture not in FAMILIES:
-        raise InputError(f"the architecture {architecture!r} is not supported; these are: {', '.join(FAMILIES)}")
+        raise InputError(f"the architecture {architecture[:60]!r} is not supported; these are: {', '.join(FAMILIES)}")
     return FAMILIES[architecture]

@@ -21,7 +21,8 @@ from autodistill.contracts import SEQUENCE_LENGTH
 from autodistill.conversations import ANSWERING, TOLD, Told, Turn, told_of, told_record
 from autodistill.distillation.generation import Sampling, write
 from autodistill.distillation.held import load_held
-from autodistill.distillation.model_folder import read_config, stored_type
+from autodistill.distillation.model_folder import read_config
+from autodistill.distillation.stored_tensors import stored_type
 from autodistill.distillation.teacher import materialise, resolve_teacher
 from autodistill.distillation.text_files import text_files
 from autodistill.documents import resolve_prompts

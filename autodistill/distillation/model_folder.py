@@ -3,18 +3,73 @@
 from __future__ import annotations
 
 import json
-import math
-import struct
+import os
+import re
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from autodistill.contracts import HeldType
 from autodistill.errors import InputError
 from autodistill.hashes import content_hash, file_hash
+from autodistill.templates import MORE_TEMPLATES
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TEXT_FILES = (".json", ".model", ".txt", ".jinja")
+_LONGEST_TEXT = 2**28  # bytes of a JSON file: the largest tokenizers have a tenth of it
+# transformers would load these beside, or instead of, the weights that are checked here.
+_ADAPTER, _SHARDS_OF_A_GROUP = "adapter_config.json", re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+
+
+def check_files(folder: Path) -> None:
+    """Refuses a folder of which a file is none, or lies elsewhere: what is read of it is copied into students.
+
+    The hub's cache keeps the files of a model beside its snapshots, in `blobs`, and links to them.
+
+    Raises:
+        InputError: A link that leaves the folder, a device or pipe, or files by which transformers would load other
+            weights.
+    """
+    here = folder.resolve()
+    for path in _entries(here):
+        if path.is_symlink() and not _stays(path, here):
+            raise InputError(
+                f"{path} is a link to {os.readlink(path)}, outside of the model's folder: put a copy of the file in "
+                "its place, or remove it"
+            )
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # a link to nothing, which no one reads
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"cannot read {path}: {error}") from error
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise InputError(f"{path} is a pipe or device where a model's folder has files: remove it")
+        if path.name == _ADAPTER:
+            raise InputError(f"{folder} holds an adapter ({_ADAPTER}): merge it into the model's weights first")
+        if _SHARDS_OF_A_GROUP.fullmatch(path.name):
+            raise InputError(f"{folder} holds a checkpoint of distributed training ({path.name}): save the model whole")
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """What a folder holds, and that part of it whose files are read as well."""
+    try:
+        yield from folder.iterdir()
+        if (folder / MORE_TEMPLATES).is_dir():
+            yield from (folder / MORE_TEMPLATES).rglob("*")
+    except OSError as error:
+        raise InputError(f"cannot read {folder}: {error.strerror}") from error
+
+
+def _stays(link: Path, folder: Path) -> bool:
+    """Whether a link ends in the folder, or in the blobs of the hub's cache whose snapshot the folder is."""
+    try:
+        target = link.resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+    cached = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
+    return cached or target.is_relative_to(folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -33,100 +88,65 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: Missing, unreadable, or no object.
     """
     try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise InputError(f"{path} is no file: give a folder that transformers can load")
+        if found.st_size > _LONGEST_TEXT:
+            raise InputError(f"{path} has {found.st_size:,} bytes, which is no description of a model: get it again")
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path.parent} has no {path.name}: give a folder that transformers can load") from error
     except RecursionError:
         raise InputError(f"cannot read {path}: it is nested too deep") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     if not isinstance(data, dict):
         raise InputError(f"{path} is not a JSON object: give a folder that transformers can load")
     return data
 
 
-def shards(folder: Path) -> list[str] | None:
-    """The names of the safetensors files that a folder's index names; None of a folder without an index.
+def shards(folder: Path) -> dict[str, str] | None:
+    """The safetensors file that each tensor is in by a folder's index; None of a folder without an index.
 
     Raises:
-        InputError: An index that cannot be read.
+        InputError: An index that cannot be read, names no files, or files that are not in the folder.
     """
-    index = folder / _INDEX
-    if not index.is_file():
+    path = folder / _INDEX
+    if not path.is_file():
         return None
-    return sorted({str(name) for name in read_json(index).get("weight_map", {}).values()})
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise InputError(f"{path} is damaged: it has no weight_map of tensors to files: get the file again")
+    for name in places.values():
+        # A name alone, so that it leads out of the folder on no system.
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
+            raise InputError(
+                f"{path} is damaged: it names {str(name)[:60]!r}, which is no safetensors file of the folder: get the "
+                "file again"
+            )
+    missing = sorted(name for name in set(places.values()) if not _is_file(folder / name))
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise InputError(f"{folder} lacks {', '.join(missing[:3])}{more}, which its index names: complete the folder")
+    return places
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers reads; some models have the same weights a second time, in another.
 
     Raises:
-        InputError: An index that cannot be read.
+        InputError: As `shards`.
     """
     if (folder / _WHOLE).is_file():
         return [folder / _WHOLE]
-    indexed = shards(folder)
-    if indexed is not None:
-        return [folder / name for name in indexed]
-    return sorted(folder.glob("*.safetensors"))
-
-
-def check_weights(folder: Path) -> None:
-    """Checks that each safetensors file of a folder's model is as long as its header says.
-
-    Raises:
-        InputError: One that is truncated, damaged or unreadable.
-    """
-    for path in weight_files(folder):
-        _check_safetensors(path)
-
-
-def _check_safetensors(path: Path) -> None:
-    """Checks a safetensors file: its header says where each tensor ends."""
-    try:
-        length, header = _header(path)
-        size = path.stat().st_size
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        if 8 + length + end != size:
-            raise ValueError(f"it should have {8 + length + end} bytes, but has {size}")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"{path} is truncated or damaged ({error}): get the file again") from error
-
-
-def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """A safetensors file's header and its length: JSON, whose length in bytes is in the first 8."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > path.stat().st_size - 8:
-            raise ValueError("its header ends beyond the file")
-        return length, json.loads(file.read(length))
-
-
-def stored_weights(folder: Path) -> int:
-    """How many weights the safetensors of a folder hold, each tensor by its shape; 0 where there are none.
-
-    Raises:
-        InputError: A header without the shapes.
-    """
-    count = 0
-    for path in weight_files(folder):
-        for name, entry in _header(path)[1].items():
-            if name == "__metadata__":
-                continue
-            shape = entry.get("shape")
-            if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-                raise InputError(f"{path} is damaged: its tensor {name!r} has no shape: get the file again")
-            count += math.prod(shape)
-    return count
-
-
-def stored_type(folder: Path) -> HeldType:
-    """The 16-bit type that every weight of a folder has, or float32 where they have another, or several."""
-    headers = (_header(path)[1] for path in weight_files(folder))
-    types = {entry["dtype"] for header in headers for name, entry in header.items() if name != "__metadata__"}
-    return {"BF16": "bfloat16", "F16": "float16"}.get(types.pop(), "float32") if len(types) == 1 else "float32"  # type: ignore[return-value]
+    return [folder / name for name in sorted(set((shards(folder) or {}).values()))]
 
 
 def folder_fingerprint(folder: Path) -> str:

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from autodistill.distillation.model_folder import read_config, weight_files
+from autodistill.config_fields import check_tokens
+from autodistill.contracts import ModelSpec
+from autodistill.distillation.model_folder import check_files, read_config, read_json, weight_files
+from autodistill.distillation.stored_tensors import check_stored
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES, get_family
@@ -15,6 +18,61 @@ from autodistill.families import FAMILIES, get_family
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+_GENERATION = "generation_config.json"
+
+
+def check_model(folder: Path) -> None:
+    """Refuses a folder of which transformers would make no model, or another one than its files describe.
+
+    Args:
+        folder: Of transformers, of one of the families.
+
+    Raises:
+        InputError: As `check_files`, `spec_from_config` and `check_stored`; or what transformers says of its configs.
+    """
+    check_files(folder)
+    config = read_config(folder)
+    spec = spec_from_config(config)
+    check_stored(folder, spec)
+    _check_made(folder, config, spec)
+    if (folder / _GENERATION).is_file():
+        check_tokens(read_json(folder / _GENERATION), _GENERATION)
+        _check_generation(folder)
+
+
+def _check_made(folder: Path, content: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Has transformers make the model of a folder's config, without memory for weights, and read two tokens with it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = folder / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        taken = [name for name in content if callable(getattr(type(config), name, None))]
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+            made = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+            logits = model(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits
+    except Exception as error:  # whatever transformers and torch raise over a field that they cannot use
+        raise InputError(
+            f"transformers cannot make the model that {path} describes ({one_line(error)}): check that file"
+        ) from error
+    if taken:
+        raise InputError(f"{path} sets {taken[0]}, which is no field of a model's config: remove it")
+    if made != {tensor.name: tensor.shape for tensor in spec.tensors} or logits.shape != (1, 2, spec.vocabulary):
+        raise InputError(f"{path} describes no plain {spec.architecture}: take out what makes it another model")
+
+
+def _check_generation(folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True).validate()
+    except Exception as error:  # whatever transformers raises over a field that it cannot use
+        raise InputError(
+            f"transformers cannot read {folder / _GENERATION} ({one_line(error)}): check or remove that file"
+        ) from error
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
@@ -24,23 +82,49 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrai
         folder: Of transformers.
         dtype: Of the weights, whatever the file has.
         device: Where the model goes.
+
+    Raises:
+        InputError: Weights that are not those of the model that the folder's config describes.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from autodistill.distillation.sdpa import ATTENTION
 
+    check_stored(folder, spec_from_config(read_config(folder)))
     with _no_progress_bar():
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=ATTENTION,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=ATTENTION,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"transformers cannot load {folder} ({one_line(error)}): get the folder again") from error
+    model, report = loaded
+    _check_report(report, folder)
     model.to(device)
     model.eval()
     return cast("PreTrainedModel", model)
+
+
+def _check_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Refuses a model of which transformers filled in, or left out, a weight: the last word after `check_stored`."""
+    faults = {what.removesuffix("_keys"): found for what, found in report.items() if what.endswith("_keys") and found}
+    if faults:
+        what, found = next(iter(faults.items()))
+        named = ", ".join(sorted(map(str, found))[:3])
+        raise InputError(f"{folder} does not hold the weights of its model ({what}: {named}): get the folder again")
+
+
+def one_line(error: Exception) -> str:
+    """What an error of a library says, as part of a line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def load_head(folder: Path) -> torch.Tensor:

@@ -101,6 +101,9 @@ def load_pretrained(model: Path, teacher: Path) -> Any:
 def describe_tokens(model: Any, text: Path) -> None:
     """Lets a model's configs name the tokens that begin and end a text as `templates.write_text` wrote them.
 
+    The config of its generation becomes the text's own: one that was changed is not saved where it names a temperature,
+    say, that greedy choice leaves unused.
+
     Args:
         model: Of transformers; its weights stay as they are.
         text: Folder.
@@ -108,6 +111,6 @@ def describe_tokens(model: Any, text: Path) -> None:
     from transformers import GenerationConfig
 
     found = GenerationConfig.from_pretrained(text, local_files_only=True)
+    model.generation_config = found
     for name in _SPECIAL_TOKENS:
-        for config in (model.config, model.generation_config):
-            setattr(config, name, getattr(found, name))
+        setattr(model.config, name, getattr(found, name))

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from autodistill.contracts import ModelSpec
 from autodistill.distillation.calibration import Calibration
-from autodistill.distillation.model_folder import read_config, stored_type
+from autodistill.distillation.model_folder import read_config
 from autodistill.distillation.models import load_model, model_from_weights
 from autodistill.distillation.pretrained import load_pretrained, pretrained_spec
 from autodistill.distillation.sdpa import ATTENTION
+from autodistill.distillation.stored_tensors import stored_type
 from autodistill.errors import InputError
 from autodistill.estimate import resized, spec_from_config
 from autodistill.families import Axis, get_family

@@ -14,11 +14,13 @@ from typing import Any, Literal
 
 from autodistill.distillation.gguf_conversion import convert, is_whole
 from autodistill.distillation.gguf_file import read_gguf
-from autodistill.distillation.model_folder import check_weights, folder_fingerprint, read_config, read_json, shards
+from autodistill.distillation.model_folder import check_files, folder_fingerprint, read_config, read_json
+from autodistill.distillation.models import check_model, one_line
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.families import FAMILIES
 from autodistill.hashes import content_hash, file_hash
 from autodistill.records.locks import alone
+from autodistill.tokenising import load_tokenizer
 
 _KINDS = "smollm2, a .gguf file, a folder of transformers with safetensors, or a hub id like owner/name"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -185,18 +187,13 @@ def _gguf_ref(path: Path) -> TeacherRef:
 
 
 def _folder_ref(folder: Path) -> TeacherRef:
-    """Checks a folder: configuration, each safetensors file's length, and a tokenizer."""
+    """Checks a folder: its configurations, the weights that they ask for, and a tokenizer."""
+    check_files(folder)
     config = read_config(folder)
     _check_config(config, str(folder))
-    _check_files([path.name for path in folder.iterdir()], str(folder))
-    indexed = shards(folder)
-    if indexed is not None:
-        missing = [name for name in indexed if not (folder / name).is_file()]
-        if missing or not indexed:
-            raise InputError(
-                f"{folder} lacks {', '.join(missing) or 'the weights its index names'}: complete the folder"
-            )
-    check_weights(folder)
+    _check_names([path.name for path in folder.iterdir()], str(folder))
+    check_model(folder)
+    _check_tokenizer(folder)
     return TeacherRef(name=folder.name, kind="folder", path=folder, config=config, licence=_licence(folder, config))
 
 
@@ -218,14 +215,14 @@ def _licence(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
-    architecture = config.get("model_type")
+    architecture = str(config.get("model_type"))
     if architecture not in FAMILIES:
-        raise InputError(f"{where} holds the architecture {architecture}; supported are {', '.join(FAMILIES)}")
-    if config.get("quantization_config"):
+        raise InputError(f"{where} holds the architecture {architecture[:60]!r}; supported are {', '.join(FAMILIES)}")
+    if config.get("quantization_config") is not None:
         raise InputError(f"{where} holds quantised weights: give the model's 16- or 32-bit folder, or a GGUF file")
 
 
-def _check_files(names: Iterable[str], where: str) -> None:
+def _check_names(names: Iterable[str], where: str) -> None:
     names = set(names)
     if not any(name.endswith(".safetensors") for name in names):
         pickles = sorted(name for name in names if name.endswith(_PICKLES))
@@ -237,6 +234,15 @@ def _check_files(names: Iterable[str], where: str) -> None:
         raise InputError(f"{where} holds no *.safetensors file: give a folder with weights")
     if not ({"tokenizer.json", "tokenizer.model"} & names or {"vocab.json", "merges.txt"} <= names):
         raise InputError(f"{where} holds no tokenizer.json: save the model's tokenizer there")
+
+
+def _check_tokenizer(folder: Path) -> None:
+    try:
+        load_tokenizer(folder)
+    except Exception as error:  # whatever transformers and tokenizers raise over a field that they cannot use
+        raise InputError(
+            f"the tokenizer in {folder} cannot be read ({one_line(error)}): save the model's tokenizer there again"
+        ) from error
 
 
 def _hub_ref(ref: str) -> TeacherRef:
@@ -256,7 +262,7 @@ def _hub_ref(ref: str) -> TeacherRef:
         return TeacherRef(name=ref, kind="hub", path=None, config=found.config, licence=found.licence)
     config = read_json(Path(path))
     _check_config(config, ref)
-    _check_files([file.rfilename for file in info.siblings or ()], ref)
+    _check_names([file.rfilename for file in info.siblings or ()], ref)
     licence = info.card_data.get("license") if info.card_data else None
     return TeacherRef(name=ref, kind="hub", path=None, config=config, licence=licence)
 

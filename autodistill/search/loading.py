@@ -14,9 +14,10 @@ from autodistill.applied import check_rendering
 from autodistill.contracts import ModelSpec
 from autodistill.data import prepare
 from autodistill.distillation.held import load_held
-from autodistill.distillation.model_folder import stored_type, tokenizer_fingerprint
+from autodistill.distillation.model_folder import tokenizer_fingerprint
 from autodistill.distillation.pretrained import token_rows
 from autodistill.distillation.signals import check_told
+from autodistill.distillation.stored_tensors import stored_type
 from autodistill.distillation.teacher import Teacher, materialise, resolve_teacher
 from autodistill.distillation.text_files import text_files
 from autodistill.errors import InputError

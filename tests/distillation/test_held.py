@@ -16,9 +16,9 @@ from autodistill.distillation import held as held_module
 from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.calibration import calibrate
 from autodistill.distillation.held import is_held, load_held
-from autodistill.distillation.model_folder import stored_type
 from autodistill.distillation.models import load_model
 from autodistill.distillation.scoring import score
+from autodistill.distillation.stored_tensors import stored_type
 from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher_cache import CacheSettings, TeacherCache
 from autodistill.estimate import spec_from_config

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodistill.distillation.gguf_file import read_gguf
-from autodistill.distillation.model_folder import stored_type, tokenizer_fingerprint
+from autodistill.distillation.model_folder import tokenizer_fingerprint
 from autodistill.distillation.models import load_model
+from autodistill.distillation.stored_tensors import stored_type
 from autodistill.distillation.teacher import hub_config, materialise, resolve_teacher
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.export.gguf import GgufExporter
@@ -315,7 +316,7 @@ def _sharded(folder: Path) -> None:
         (_pickled, ["pickles only", "pytorch_model.bin", "safetensors"]),
         (_truncated, ["model.safetensors is truncated"]),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"abc"), ["is truncated"]),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 100), ["header ends beyond the file"]),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 100), ["header too large"]),
         (lambda folder: (folder / "model.safetensors").unlink(), ["no *.safetensors"]),
         (_sharded, ["lacks model-00002-of-00002.safetensors"]),
         (lambda folder: (folder / "tokenizer.json").unlink(), ["no tokenizer.json"]),
@@ -470,7 +471,7 @@ def test_an_unreachable_hub_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     ("files", "config", "said"),
     [
         (["config.json", "pytorch_model.bin", "tokenizer.json"], {"model_type": "llama"}, "pickles only"),
-        (["config.json", "model.safetensors", "tokenizer.json"], {"model_type": "bert"}, "architecture bert"),
+        (["config.json", "model.safetensors", "tokenizer.json"], {"model_type": "bert"}, "architecture 'bert'"),
     ],
 )
 def test_a_hub_model_is_checked_before_its_weights_are_downloaded(
