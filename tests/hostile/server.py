@@ -155,7 +155,8 @@ def _import_all() -> None:
 
     from autodistill.cli import main
 
-    main(["spaces", "--format", "json"])  # what reads the command line is made only now
+    with contextlib.redirect_stdout(sys.stderr), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        main(["spaces", "no-such-space"])  # what reads the command line is made only now
 
 
 def _forked(argv: list[str], folder: str) -> dict[str, Any]:
