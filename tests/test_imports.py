@@ -76,6 +76,7 @@ ROOMS = (
     "documents",
     "task_files",
     "tokenising",
+    "chat_templates",
     "rendering",
     "templates",
     "packing",
