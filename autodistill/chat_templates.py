@@ -74,7 +74,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return self.concat(map(self.text, pieces))
 
     def text(self, value: Any) -> str:
-        """What is written of a value; of a list, whose parts may be one and the same, once it is known to be no bomb."""
+        """What is written of a value; a list, whose parts may be one and the same, is counted before."""
         if not isinstance(value, str):
             self._check_parts(value)
         return str(value)
@@ -186,7 +186,9 @@ class _Bounded(ImmutableSandboxedEnvironment):
         if _WIDTH.search(form):
             raise _EndlessError
         for value in values:
-            if isinstance(value, str) and _WIDTH.fullmatch(value) or type(value) is int and value.bit_length() > _LONGEST_NUMBER:
+            if (isinstance(value, str) and _WIDTH.fullmatch(value)) or (
+                type(value) is int and value.bit_length() > _LONGEST_NUMBER
+            ):
                 raise _EndlessError
             if type(value) is int and "*" in form and value > self.left:
                 raise _EndlessError
@@ -230,9 +232,7 @@ class ChatTemplate:
         characters = sum(len(text) for message in messages for text in message.values())
         self._environment.left = _LEAST_WORK + _WORK_OF_A_CHARACTER * characters
         fresh = [dict(message) for message in messages]
-        text = self._template.render(
-            messages=fresh, tools=None, documents=None, add_generation_prompt=asking, **tokens
-        )
+        text = self._template.render(messages=fresh, tools=None, documents=None, add_generation_prompt=asking, **tokens)
         return str(text)
 
 

@@ -284,8 +284,8 @@ class Renderer:
                 spots[inside, 1:] = offsets[inside] - span.content
         if not answers.any():
             raise InputError(
-                "the tokenizer and its chat template leave nothing of an answer, so that nothing could be learnt: check "
-                "chat_template.jinja and tokenizer.json"
+                "the tokenizer and its chat template leave nothing of an answer, so that nothing could be learnt: "
+                "check chat_template.jinja and tokenizer.json"
             )
         last = np.flatnonzero(answers)[-1]
         if ids[last] not in self._special:
@@ -354,9 +354,7 @@ class Renderer:
         except Exception as error:  # a template is a program, which may raise anything
             roles = ", ".join(dict.fromkeys(turn.role for turn in turns))
             why = " ".join(f"{error}".split()) or type(error).__name__
-            raise InputError(
-                f"the tokenizer's chat template refuses a conversation of {roles}: {why}"
-            ) from error
+            raise InputError(f"the tokenizer's chat template refuses a conversation of {roles}: {why}") from error
 
 
 def _alike(one: str, other: str) -> int:

@@ -68,12 +68,18 @@ _ENDLESS = {
     "two macros within each": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}",
     "text that doubles": _GROWING.replace("START", "'a'").replace("STEP", "n.a + n.a").replace("WAY", ""),
     "text that doubles by ~": _GROWING.replace("START", "'a'").replace("STEP", "n.a ~ n.a").replace("WAY", ""),
-    "text that doubles by replace": _GROWING.replace("START", "'a'").replace("STEP", "n.a.replace('a', 'aa')").replace("WAY", ""),
-    "text that doubles by a filter": _GROWING.replace("START", "'a'").replace("STEP", "n.a | replace('a', 'aa')").replace("WAY", ""),
+    "text that doubles by replace": _GROWING.replace("START", "'a'")
+    .replace("STEP", "n.a.replace('a', 'aa')")
+    .replace("WAY", ""),
+    "text that doubles by a filter": _GROWING.replace("START", "'a'")
+    .replace("STEP", "n.a | replace('a', 'aa')")
+    .replace("WAY", ""),
     "text that doubles by join": _GROWING.replace("START", "'aa'").replace("STEP", "n.a.join(n.a)").replace("WAY", ""),
     "lists that double": _GROWING.replace("START", "[1]").replace("STEP", "n.a + n.a").replace("WAY", ""),
     "lists within lists": _GROWING.replace("START", "[1]").replace("STEP", "[n.a, n.a]").replace("WAY", ""),
-    "lists within lists as json": _GROWING.replace("START", "[1]").replace("STEP", "[n.a, n.a]").replace("WAY", "| tojson"),
+    "lists within lists as json": _GROWING.replace("START", "[1]")
+    .replace("STEP", "[n.a, n.a]")
+    .replace("WAY", "| tojson"),
     "numbers that square": _GROWING.replace("START", "7").replace("STEP", "n.a * n.a").replace("WAY", "> 1"),
     "a power": "{{ 10 ** (10 ** 10) }}",
     "a power of a power": "{{ (10 ** 1000) ** 1000 }}",
@@ -102,7 +108,9 @@ def test_what_would_never_end_or_fill_memory_is_ended(text: str) -> None:
 
 
 def test_a_template_ended_does_not_end_the_next() -> None:
-    template = ChatTemplate("{% for a in range(messages[0].content | int) %}{% for b in range(9999) %}{% endfor %}{% endfor %}x")
+    template = ChatTemplate(
+        "{% for a in range(messages[0].content | int) %}{% for b in range(9999) %}{% endfor %}{% endfor %}x"
+    )
     with pytest.raises(TemplateError):
         template.render([{"role": "user", "content": "99999"}], False, {})
     assert template.render([{"role": "user", "content": "1"}], False, {}) == "x"

@@ -82,7 +82,9 @@ def _write_config(file: GgufFile, folder: Path) -> None:
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever transformers raises of sizes that do not go together
         said = " ".join(str(error).split())
-        raise InputError(f"transformers makes no model of the header of {file.path} ({said}): take another file") from error
+        raise InputError(
+            f"transformers makes no model of the header of {file.path} ({said}): take another file"
+        ) from error
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)

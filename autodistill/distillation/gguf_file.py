@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from autodistill.errors import InputError
-from autodistill.files import check_file
 from autodistill.families import GGUF_FAMILIES, Family, get_family
+from autodistill.files import check_file
 from autodistill.gguf_graphs import FULL, LAYERS_OF_27B, SLIDING, row_order
 from autodistill.tensors import Role
 
@@ -233,7 +233,9 @@ class GgufFile:
                 f"{self.path} holds {kind.name} blocks, which cannot be read: take another file"
             ) from error
         if not np.isfinite(values).all():
-            raise InputError(f"{self.path} is damaged: {tensor.name} has weights that are no numbers: get the file again")
+            raise InputError(
+                f"{self.path} is damaged: {tensor.name} has weights that are no numbers: get the file again"
+            )
         heads = self._size("attention.head_count")
         order = row_order(self.architecture, tensor.name, heads, self._size("attention.head_count_kv", heads))
         if order is not None:
@@ -253,16 +255,20 @@ class GgufFile:
         for name, found in lists.items():
             kinds = {"token_type": int, "scores": float}.get(name, str)
             if not isinstance(found, list) or not all(type(one) is kinds for one in found):
-                raise InputError(f"{self.path} has {prefix}{name} of another kind than a tokenizer's: get the file again")
+                raise InputError(
+                    f"{self.path} has {prefix}{name} of another kind than a tokenizer's: get the file again"
+                )
         tokens, rows = len(lists["tokens"]), {one.name: one.shape for one in self.tensors}["token_embd.weight"][0]
         if not 0 < tokens <= rows:
             raise InputError(
-                f"{self.path} has {tokens:,} tokens, and an embedding table of {rows:,} rows: take a file of which both "
-                "are of one model"
+                f"{self.path} has {tokens:,} tokens, and an embedding table of {rows:,} rows: take a file of "
+                "which both are of one model"
             )
         for name in ("token_type", "scores"):
             if len(lists[name]) not in (0, tokens):
-                raise InputError(f"{self.path} has {len(lists[name]):,} {prefix}{name} of {tokens:,} tokens: take another file")
+                raise InputError(
+                    f"{self.path} has {len(lists[name]):,} {prefix}{name} of {tokens:,} tokens: take another file"
+                )
         for name in ("model", "pre"):
             if not isinstance(self.metadata.get(prefix + name, ""), str):
                 raise InputError(f"{self.path} has no text as {prefix}{name}: take another file")

@@ -7,11 +7,91 @@ from collections.abc import Iterator
 
 from tests.hostile.cases import Case, Kit
 
-_NUMBERS = ("0", "-1", "1e3", "nan", "inf", "-inf", "", " ", "x", "1.5", "0x10", "١٢", "1_000", "10" * 11, "9" * 400, "9" * 5_000)
-_AMOUNTS = ("", " ", "0GB", "-1GB", "1", "GB", "1XB", "nanGB", "infGB", "1e400GB", "9" * 400 + "GB", "9" * 5_000 + "GB", "1 G B", "0.1B", ".GB", "1GB" * 500)
-_TIMES = ("", "0s", "-1s", "1", "s", "1y", "nanh", "9" * 400 + "h", "9" * 5_000 + "s", "1s1h", "1h1h", "1e9s", "0.000001us", "١s")
-_NAMES = ("", ".", "..", "a/b", "../x", "/tmp", "-", "--", "x" * 256, "x" * 5_000, "a\nb", "a\x1b[31mb", "\udcff", "é" * 200, " ", "NUL\t")
-_LATENCIES = ("", "0ms", "50", "ttft=", "ttft_p0=1ms", "ttft_p100=1ms", "tpot_p95=1ms,tpot_p95=2ms", "1ms@streams=0", "1ms@streams=" + "9" * 30, "1ms@", "@streams=1", "9" * 5_000 + "ms", "tpot_p95=nan")
+_NUMBERS = (
+    "0",
+    "-1",
+    "1e3",
+    "nan",
+    "inf",
+    "-inf",
+    "",
+    " ",
+    "x",
+    "1.5",
+    "0x10",
+    "١٢",
+    "1_000",
+    "10" * 11,
+    "9" * 400,
+    "9" * 5_000,
+)
+_AMOUNTS = (
+    "",
+    " ",
+    "0GB",
+    "-1GB",
+    "1",
+    "GB",
+    "1XB",
+    "nanGB",
+    "infGB",
+    "1e400GB",
+    "9" * 400 + "GB",
+    "9" * 5_000 + "GB",
+    "1 G B",
+    "0.1B",
+    ".GB",
+    "1GB" * 500,
+)
+_TIMES = (
+    "",
+    "0s",
+    "-1s",
+    "1",
+    "s",
+    "1y",
+    "nanh",
+    "9" * 400 + "h",
+    "9" * 5_000 + "s",
+    "1s1h",
+    "1h1h",
+    "1e9s",
+    "0.000001us",
+    "١s",
+)
+_NAMES = (
+    "",
+    ".",
+    "..",
+    "a/b",
+    "../x",
+    "/tmp",
+    "-",
+    "--",
+    "x" * 256,
+    "x" * 5_000,
+    "a\nb",
+    "a\x1b[31mb",
+    "\udcff",
+    "é" * 200,
+    " ",
+    "NUL\t",
+)
+_LATENCIES = (
+    "",
+    "0ms",
+    "50",
+    "ttft=",
+    "ttft_p0=1ms",
+    "ttft_p100=1ms",
+    "tpot_p95=1ms,tpot_p95=2ms",
+    "1ms@streams=0",
+    "1ms@streams=" + "9" * 30,
+    "1ms@",
+    "@streams=1",
+    "9" * 5_000 + "ms",
+    "tpot_p95=nan",
+)
 _SPEED_OF_A_DEVICE = ("--device", "4090")
 
 
@@ -26,14 +106,46 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
 
     teacher, text = str(kit.teacher), str(kit.text)
     # Without --plan: what should be refused must not train either.
-    search = ("search", "--teacher", teacher, "--data", text, "--budget", "1GB", "--out", "runs", "--cache", "cache", "--runner", "inline")
-    for option in ("--tokens", "--trials", "--seed", "--context", "--batch", "--sequence-length", "--step-tokens", "--confirm"):
+    search = (
+        "search",
+        "--teacher",
+        teacher,
+        "--data",
+        text,
+        "--budget",
+        "1GB",
+        "--out",
+        "runs",
+        "--cache",
+        "cache",
+        "--runner",
+        "inline",
+    )
+    for option in (
+        "--tokens",
+        "--trials",
+        "--seed",
+        "--context",
+        "--batch",
+        "--sequence-length",
+        "--step-tokens",
+        "--confirm",
+    ):
         for value in _NUMBERS:
             if (option, value) in (("--seed", "0"), ("--seed", "1_000")):
                 continue
             # Beside it a budget that nothing fits, in the case that the number can be meant.
             yield case(*_with(search, "--budget", "1kB"), option, value, codes=(2, 3))
-    for option in ("--tokens", "--trials", "--seed", "--context", "--batch", "--sequence-length", "--step-tokens", "--confirm"):
+    for option in (
+        "--tokens",
+        "--trials",
+        "--seed",
+        "--context",
+        "--batch",
+        "--sequence-length",
+        "--step-tokens",
+        "--confirm",
+    ):
         for value in ("1" + "0" * 20, str(2**63), str(2**64 - 1), str(10**12)):
             yield case(*search, option, value, codes=(2, 3))
     for option, values in {
@@ -57,7 +169,13 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         "--gpus-per-trial": _NUMBERS[3:],
         "--cpus-per-trial": _NUMBERS,
         "--teacher": _NAMES,
-        "--data": (*_NAMES, "reasoning-gym:", "reasoning-gym:nothing", "reasoning-gym:chain_sum?size=" + "9" * 30, "reasoning-gym:chain_sum?size=-1"),
+        "--data": (
+            *_NAMES,
+            "reasoning-gym:",
+            "reasoning-gym:nothing",
+            "reasoning-gym:chain_sum?size=" + "9" * 30,
+            "reasoning-gym:chain_sum?size=-1",
+        ),
         "--task": _NAMES,
         "--metric-command": ("", " ", "'", "\\", "true"),
     }.items():
@@ -65,14 +183,41 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
             codes = (2, 3)
             base = _with(search, "--budget", "1kB") if option != "--budget" else search
             yield case(*_without(base, option), option, value, codes=codes)
-    for option in ("--layers", "--width", "--heads", "--kv-heads", "--head-dim", "--ffn", "--vocab", "--experts", "--active-experts", "--window", "--context", "--batch", "--prompt", "--training"):
+    for option in (
+        "--layers",
+        "--width",
+        "--heads",
+        "--kv-heads",
+        "--head-dim",
+        "--ffn",
+        "--vocab",
+        "--experts",
+        "--active-experts",
+        "--window",
+        "--context",
+        "--batch",
+        "--prompt",
+        "--training",
+    ):
         shape = ("estimate", "--layers", "2", "--width", "64", "--heads", "4", "--ffn", "128", "--vocab", "300")
-        for value in dice.sample(_NUMBERS, 6) + ["1" + "0" * 20, "1" + "0" * 9]:
+        for value in [*dice.sample(_NUMBERS, 6), "1" + "0" * 20, "1" + "0" * 9]:
             more = () if option != "--prompt" else _SPEED_OF_A_DEVICE
             yield case(*_without(shape, option), *more, option, value, codes=(0, 2))
-    for option, values in {"--format-name": _NAMES, "--runtime": _NAMES, "--kv-type": _NAMES, "--strategy": _NAMES, "--device": _NAMES}.items():
+    for option, values in {
+        "--format-name": _NAMES,
+        "--runtime": _NAMES,
+        "--kv-type": _NAMES,
+        "--strategy": _NAMES,
+        "--device": _NAMES,
+    }.items():
         for value in values:
-            yield case("estimate", teacher, option, value, codes=(0, 2) if option in ("--runtime", "--format-name") and not value else (2,))
+            yield case(
+                "estimate",
+                teacher,
+                option,
+                value,
+                codes=(0, 2) if option in ("--runtime", "--format-name") and not value else (2,),
+            )
     for option, values in {
         "--max-tokens": _NUMBERS,
         "--temperature": _NUMBERS[1:],
@@ -85,7 +230,9 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     }.items():
         for value in values:
             base = _without(kit.write(teacher), option)
-            yield case(*base, option, value, codes=(0, 2) if value in ("1e3", "1.5", "inf", "1_000", "1", "١٢") else (2,))
+            yield case(
+                *base, option, value, codes=(0, 2) if value in ("1e3", "1.5", "inf", "1_000", "1", "١٢") else (2,)
+            )
     for option, values in {
         "--streams": (*_NUMBERS, "1,,2", ",", "1," * 400 + "1", "0"),
         "--context": _NUMBERS,
@@ -101,18 +248,39 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
             yield case("measure", teacher, "--out", "runs", "--cache", "cache", option, value)
     for command in ("leaderboard", "explain", "export", "pick"):
         for value in _NAMES:
-            more = ("--to", "gguf", "--out", "students") if command == "export" else ("--budget", "1GB") if command == "pick" else ()
+            more = (
+                ("--to", "gguf", "--out", "students")
+                if command == "export"
+                else ("--budget", "1GB")
+                if command == "pick"
+                else ()
+            )
             if command != "export":
                 more += ("--out", "runs")
             yield case(command, *more, "--", value)
-    for option, values in {"--budget": _AMOUNTS, "--latency": _LATENCIES, "--streams": _NUMBERS, "--min-accuracy": _NUMBERS, "--context": _NUMBERS}.items():
+    for option, values in {
+        "--budget": _AMOUNTS,
+        "--latency": _LATENCIES,
+        "--streams": _NUMBERS,
+        "--min-accuracy": _NUMBERS,
+        "--context": _NUMBERS,
+    }.items():
         for value in dice.sample(values, 6):
             base = ("pick", "--out", "runs") + (("--budget", "1GB") if option != "--budget" else ())
             yield case(*base, option, value)
     for command in ("devices", "spaces", "strategies"):
         for value in _NAMES:
             yield case(command, "--", value, codes=(0, 2) if command == "devices" and not value.strip() else (2,))
-    for argv in (("nothing",), ("",), ("--nothing",), ("search", "--nothing"), ("search", "--format", "xml"), ("export",), ("x" * 5_000,), ("search", "--" + "x" * 5_000)):
+    for argv in (
+        ("nothing",),
+        ("",),
+        ("--nothing",),
+        ("search", "--nothing"),
+        ("search", "--format", "xml"),
+        ("export",),
+        ("x" * 5_000,),
+        ("search", "--" + "x" * 5_000),
+    ):
         yield case(*argv)
 
 

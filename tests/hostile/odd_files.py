@@ -50,14 +50,31 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
         "export-out": ("", ("export", "none", "--to", "gguf", "--out")),
     }
     # A folder is what these take, and what is not there yet is made, or nothing to read.
-    right = {"cache", "out", "estimate-cache", "leaderboard-out", "pick-out", "doctor-cache", "export-out", "measure-script", "write-out", "measure-ssh"}
+    right = {
+        "cache",
+        "out",
+        "estimate-cache",
+        "leaderboard-out",
+        "pick-out",
+        "doctor-cache",
+        "export-out",
+        "measure-script",
+        "write-out",
+        "measure-ssh",
+    }
     for place, (suffix, argv) in places.items():
         for kind in _KINDS:
             name = "x" * 300 + suffix if kind == "long" else f"x{suffix}"
             # doctor tells of a cache that cannot be written, beside what is ready.
             codes = (0, 1, 2, 3) if place == "measure-ssh" else (0, 2, 3) if place in right else (2, 3)
             given = f"./{name}" if place in ("distill", "estimate-strategy", "space", "baseline") else name
-            yield Case(area="odd_files", name=f"{place}-{kind}", argv=(*argv, given), make=partial(_make, name=name, kind=kind), codes=codes)
+            yield Case(
+                area="odd_files",
+                name=f"{place}-{kind}",
+                argv=(*argv, given),
+                make=partial(_make, name=name, kind=kind),
+                codes=codes,
+            )
         for device in dice.sample(_DEVICES, 2):
             codes = (0, 1, 2, 3) if place == "measure-ssh" else (0, 2, 3) if place in right else (2, 3)
             link = f"x{suffix}"

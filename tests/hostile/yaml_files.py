@@ -91,7 +91,9 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
             yield _case(f"{what}-{name}", argv, partial(_write, data=data))
         argv, valid, _ = makers["space"]
         if number % 3 == 0:
-            yield _case(f"space-with-{name}", argv, partial(_write, data=yaml.safe_dump(valid).encode() + b"more:\n  " + data))
+            yield _case(
+                f"space-with-{name}", argv, partial(_write, data=yaml.safe_dump(valid).encode() + b"more:\n  " + data)
+            )
     for what, (argv, valid, beside) in makers.items():
         for number in range(45):
             spoilt = _spoilt(valid, random.Random(dice.random()))
@@ -146,7 +148,14 @@ def _devices() -> _Maker:
 
 def _task(kit: Kit) -> _Maker:
     template = {"prompt": "{question}", "choices": "{options}", "answer": "{answer}"}
-    task = {"name": "mine", "files": ["q.jsonl"], "metric": "multiple_choice", "template": template, "limit": 9, "labels": False}
+    task = {
+        "name": "mine",
+        "files": ["q.jsonl"],
+        "metric": "multiple_choice",
+        "template": template,
+        "limit": 9,
+        "labels": False,
+    }
 
     def beside(folder: Path) -> None:
         records = [{"question": f"{n}?", "options": ["yes", "no"], "answer": n % 2} for n in range(40)]
