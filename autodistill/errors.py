@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+_LONGEST = 900  # characters of a message: more of what somebody wrote buries what is wrong with it
+
 
 class AutoDistillError(Exception):
     """Base of all errors shown to a user as one line.
 
     Args:
-        message: What is wrong, and what to do about it, in one line.
+        message: What is wrong, and what to do about it, in one line. Of a very long one the middle is left out.
     """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST * 2 // 3]} ... {message[-_LONGEST // 3 :]}"
+        super().__init__(message)
 
 
 class InputError(AutoDistillError):

@@ -146,6 +146,7 @@ class Renderer:
         if not self.tokenizer.is_fast:
             raise InputError(f"the tokenizer in {folder} cannot tell answers from prompts: save it as tokenizer.json")
         self._template = self.tokenizer.get_chat_template() if self.tokenizer.chat_template else None
+        self._names = self.tokenizer.special_tokens_map
         added = self.tokenizer.added_tokens_decoder
         begun = self._template is None and beginning(self.tokenizer) is not None
         self._beginning = str(self.tokenizer.bos_token) if begun else ""
@@ -281,6 +282,11 @@ class Renderer:
             if span.content >= 0:
                 spots[inside, 0] = span.turn
                 spots[inside, 1:] = offsets[inside] - span.content
+        if not answers.any():
+            raise InputError(
+                "the tokenizer and its chat template leave nothing of an answer, so that nothing could be learnt: "
+                "check chat_template.jinja and tokenizer.json"
+            )
         last = np.flatnonzero(answers)[-1]
         if ids[last] not in self._special:
             # The template leaves the end of the answer open; without an end nothing would stop the student.
@@ -339,15 +345,16 @@ class Renderer:
         return text, spans
 
     def _apply(self, turns: Sequence[Turn], asking: bool = False) -> str:
-        from jinja2 import TemplateError
+        from autodistill.chat_templates import chat_template
 
-        messages = [turn._asdict() for turn in turns]
+        assert self._template is not None
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking)
-        except TemplateError as error:
-            roles = ", ".join(turn.role for turn in turns)
-            raise InputError(f"the tokenizer's chat template refuses a conversation of {roles}: {error}") from error
-        return str(text)
+            template = chat_template(self._template)
+            return template.render([turn._asdict() for turn in turns], asking, self._names)
+        except Exception as error:  # a template is a program, which may raise anything
+            roles = ", ".join(dict.fromkeys(turn.role for turn in turns))
+            why = " ".join(f"{error}".split()) or type(error).__name__
+            raise InputError(f"the tokenizer's chat template refuses a conversation of {roles}: {why}") from error
 
 
 def _alike(one: str, other: str) -> int:

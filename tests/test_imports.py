@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = (
     "errors",
     "units",
+    "files",
     "reply",
     "termination",
     "process_memory",
@@ -75,6 +76,7 @@ ROOMS = (
     "documents",
     "task_files",
     "tokenising",
+    "chat_templates",
     "rendering",
     "templates",
     "packing",

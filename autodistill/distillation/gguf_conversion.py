@@ -76,9 +76,15 @@ def _write_config(file: GgufFile, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     values = file.config()
-    config = AutoConfig.for_model(**values)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        config = AutoConfig.for_model(**values)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever transformers raises of sizes that do not go together
+        said = " ".join(str(error).split())
+        raise InputError(
+            f"transformers makes no model of the header of {file.path} ({said}): take another file"
+        ) from error
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight", None)
@@ -99,10 +105,11 @@ def _write_config(file: GgufFile, folder: Path) -> None:
 def _write_tokenizer(file: GgufFile, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
+    file.check_tokenizer()
     try:
         # AutoTokenizer would give the same, after reading the file twice more for a configuration.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(file.path.parent, gguf_file=file.path.name)
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # transformers looks up what may not be there, and tokenizers raises this very class
         raise InputError(f"the tokenizer in {file.path} cannot be read ({error}): give the model's folder") from error
     tokenizer.save_pretrained(folder)
     if file.metadata.get("tokenizer.ggml.model") == "gpt2":

@@ -6,9 +6,11 @@ second even for a large vocabulary, and finds a truncated file without touching 
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ import numpy.typing as npt
 
 from autodistill.errors import InputError
 from autodistill.families import GGUF_FAMILIES, Family, get_family
+from autodistill.files import check_file
 from autodistill.gguf_graphs import FULL, LAYERS_OF_27B, SLIDING, row_order
 from autodistill.tensors import Role
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 # GGUF's names of mixtures of experts, and transformers'; Mixtral's graph is Llama's with experts.
+_DIMENSIONS = 4  # that ggml's tensors have at the most
 _MIXTURES = {"llama": "mixtral", "qwen3moe": "qwen3_moe"}
 
 
@@ -57,7 +61,7 @@ class _Cursor:
             kind, count = *self.numbers("I"), *self.numbers("Q")
             if kind in _SCALARS and count <= len(self.data):
                 return list(self.numbers(_SCALARS[kind], count))
-            if kind == _STRING:
+            if kind == _STRING and 8 * count <= len(self.data) - self.position:
                 return [self.text() for _ in range(count)]
         if kind not in _SCALARS:  # an array within an array among them, which no writer makes
             raise struct.error(f"unknown value type {kind}")
@@ -114,11 +118,11 @@ class GgufFile:
         """
         self._check_supported()
         config = self.outline()
-        config.setdefault("rope_parameters", self._rotary(self._key("rope.freq_base", 10000.0)))
+        config.setdefault("rope_parameters", self._rotary(self._number("rope.freq_base", 10000.0)))
         if self.architecture != "gptneox":
-            config["rms_norm_eps"] = self._key("attention.layer_norm_rms_epsilon")
+            config["rms_norm_eps"] = self._number("attention.layer_norm_rms_epsilon")
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-            config[f"{name}_token_id"] = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
+            config[f"{name}_token_id"] = self._token(f"tokenizer.ggml.{key}_token_id", config["vocab_size"])
         return {key: value for key, value in config.items() if value is not None}
 
     def outline(self) -> dict[str, Any]:
@@ -170,13 +174,13 @@ class GgufFile:
     def _rotary(self, theta: float) -> dict[str, Any]:
         found = {"rope_theta": theta, "rope_type": "default"}
         if self._key("rope.scaling.type", "none") == "linear":
-            found |= {"rope_type": "linear", "factor": self._key("rope.scaling.factor")}
+            found |= {"rope_type": "linear", "factor": self._number("rope.scaling.factor")}
         return found
 
     def _neox(self, head_dim: int) -> dict[str, Any]:
-        rotary = self._rotary(self._key("rope.freq_base", 10000.0))
+        rotary = self._rotary(self._number("rope.freq_base", 10000.0))
         return {
-            "layer_norm_eps": self._key("attention.layer_norm_epsilon"),
+            "layer_norm_eps": self._number("attention.layer_norm_epsilon"),
             "use_parallel_residual": self._key("use_parallel_residual"),
             "rope_parameters": rotary
             | {"partial_rotary_factor": self._size("rope.dimension_count", head_dim) / head_dim},
@@ -184,16 +188,18 @@ class GgufFile:
 
     def _gemma(self, scaled_by: int) -> dict[str, Any]:
         layers = self._size("block_count")
-        window = self._key("attention.sliding_window", 0)
+        window = self._size("attention.sliding_window") if self._key("attention.sliding_window", 0) else 0
         period = self._size("attention.sliding_window_pattern", 6) if window else 1
-        local = {"rope_theta": self._key("rope.freq_base_swa", 10000.0), "rope_type": "default"}
+        local = {"rope_theta": self._number("rope.freq_base_swa", 10000.0), "rope_type": "default"}
         return {
             "query_pre_attn_scalar": scaled_by,
             # transformers wants one even where no layer has a window.
             "sliding_window": window or self._size("context_length"),
             "layer_types": [SLIDING if (layer + 1) % period else FULL for layer in range(layers)],
-            "rope_parameters": {FULL: self._rotary(self._key("rope.freq_base", 10000.0)), SLIDING: local},
-            "final_logit_softcapping": self.metadata.get("gemma3.final_logit_softcapping"),
+            "rope_parameters": {FULL: self._rotary(self._number("rope.freq_base", 10000.0)), SLIDING: local},
+            "final_logit_softcapping": self._number("final_logit_softcapping")
+            if "gemma3.final_logit_softcapping" in self.metadata
+            else None,
         }
 
     def main_type(self) -> str:
@@ -214,7 +220,7 @@ class GgufFile:
         """The tensor in transformers' layout, float32 [shape].
 
         Raises:
-            InputError: A block format that the gguf package cannot read.
+            InputError: A block format that the gguf package cannot read, or weights that are no numbers.
         """
         from gguf import GGMLQuantizationType, quants
 
@@ -226,6 +232,10 @@ class GgufFile:
             raise InputError(
                 f"{self.path} holds {kind.name} blocks, which cannot be read: take another file"
             ) from error
+        if not np.isfinite(values).all():
+            raise InputError(
+                f"{self.path} is damaged: {tensor.name} has weights that are no numbers: get the file again"
+            )
         heads = self._size("attention.head_count")
         order = row_order(self.architecture, tensor.name, heads, self._size("attention.head_count_kv", heads))
         if order is not None:
@@ -233,6 +243,35 @@ class GgufFile:
         if tensor.name.endswith("_norm.weight") and self.family.norm_role is Role.NORM_ABOVE_ONE:
             values = values - np.float32(1)
         return np.ascontiguousarray(values, dtype=np.float32)
+
+    def check_tokenizer(self) -> None:
+        """Refuses lists of tokens and merges that are no such lists, and more tokens than the embedding table has.
+
+        Raises:
+            InputError: What is wrong.
+        """
+        prefix = "tokenizer.ggml."
+        lists = {name: self.metadata.get(prefix + name, []) for name in ("tokens", "merges", "token_type", "scores")}
+        for name, found in lists.items():
+            kinds = {"token_type": int, "scores": float}.get(name, str)
+            if not isinstance(found, list) or not all(type(one) is kinds for one in found):
+                raise InputError(
+                    f"{self.path} has {prefix}{name} of another kind than a tokenizer's: get the file again"
+                )
+        tokens, rows = len(lists["tokens"]), {one.name: one.shape for one in self.tensors}["token_embd.weight"][0]
+        if not 0 < tokens <= rows:
+            raise InputError(
+                f"{self.path} has {tokens:,} tokens, and an embedding table of {rows:,} rows: take a file of "
+                "which both are of one model"
+            )
+        for name in ("token_type", "scores"):
+            if len(lists[name]) not in (0, tokens):
+                raise InputError(
+                    f"{self.path} has {len(lists[name]):,} {prefix}{name} of {tokens:,} tokens: take another file"
+                )
+        for name in ("model", "pre"):
+            if not isinstance(self.metadata.get(prefix + name, ""), str):
+                raise InputError(f"{self.path} has no text as {prefix}{name}: take another file")
 
     def tokenizer_metadata(self) -> dict[str, Any]:
         """The scalar `tokenizer.ggml.*` keys without that prefix: a GGUF export of a student passes them on."""
@@ -249,9 +288,23 @@ class GgufFile:
     def _size(self, name: str, default: int | None = None) -> int:
         value = self._key(name, default)
         if type(value) is not int or value < 1:
+            shown = repr(value)[:60] if isinstance(value, int | float | str) else f"a {type(value).__name__}"
             raise InputError(
-                f"{self.path} has {self.architecture}.{name} {value!r}: one size for all layers is supported"
+                f"{self.path} has {self.architecture}.{name} {shown}: one size for all layers is supported"
             )
+        return value
+
+    def _number(self, name: str, default: float | None = None) -> float:
+        value = self._key(name, default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            shown = repr(value)[:60] if isinstance(value, int | float | str) else f"a {type(value).__name__}"
+            raise InputError(f"{self.path} has {self.architecture}.{name} {shown}, which must be a number above 0")
+        return float(value)
+
+    def _token(self, name: str, tokens: int) -> int | None:
+        value = self.metadata.get(name)
+        if value is not None and (type(value) is not int or not 0 <= value < tokens):
+            raise InputError(f"{self.path} has a {name} that is none of its {tokens:,} tokens: take another file")
         return value
 
     def _check_supported(self) -> None:
@@ -272,6 +325,7 @@ def read_gguf(path: Path) -> GgufFile:
     Raises:
         InputError: Unreadable, not GGUF, of another version, or truncated.
     """
+    check_file(path)
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if data[:4] != b"GGUF":
@@ -296,19 +350,43 @@ def _read_header(path: Path, data: mmap.mmap) -> GgufFile:
     metadata = {}
     for _ in range(key_count):
         key = cursor.text()
+        if key in metadata:
+            raise struct.error(f"the key {key[:60]} is there twice")
         metadata[key] = cursor.value(cursor.numbers("I")[0])
     entries = []
     for _ in range(tensor_count):
         name = cursor.text()
-        shape = tuple(reversed(cursor.numbers("Q", cursor.numbers("I")[0])))
+        (dimensions,) = cursor.numbers("I")
+        if not 1 <= dimensions <= _DIMENSIONS:
+            raise struct.error(f"the tensor {name[:60]} has {dimensions} dimensions")
+        shape = tuple(reversed(cursor.numbers("Q", dimensions)))
         entries.append((name, shape, *cursor.numbers("I"), *cursor.numbers("Q")))
-    alignment = max(1, int(metadata.get("general.alignment", 32)))
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1:
+        raise struct.error("general.alignment is no number of bytes")
     start = -(-cursor.position // alignment) * alignment
     tensors = []
     for name, shape, kind, offset in entries:
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        size = int(np.prod(shape, dtype=object)) // block * block_bytes
+        if 0 in shape or shape[-1] % block:
+            raise struct.error(f"the tensor {name[:60]} has rows of {shape[-1]} weights in blocks of {block}")
+        size = math.prod(shape) // block * block_bytes
         if start + offset + size > len(data):
-            raise struct.error(f"tensor {name} ends beyond the file")
+            raise struct.error(f"tensor {name[:60]} ends beyond the file")
+        if offset % alignment:
+            raise struct.error(f"the tensor {name[:60]} does not begin at a multiple of {alignment} bytes")
         tensors.append(GgufTensor(name=name, shape=shape, type=kind, offset=start + offset, size=size))
+    _check_apart(tensors)
     return GgufFile(path=path, metadata=metadata, tensors=tuple(tensors))
+
+
+def _check_apart(tensors: Iterable[GgufTensor]) -> None:
+    """Refuses two tensors of one name, or that share bytes."""
+    names, end, before = set(), 0, ""
+    for tensor in sorted(tensors, key=lambda one: one.offset):
+        if tensor.name in names:
+            raise struct.error(f"the tensor {tensor.name[:60]} is there twice")
+        if tensor.offset < end:
+            raise struct.error(f"the tensors {before[:60]} and {tensor.name[:60]} overlap")
+        names.add(tensor.name)
+        end, before = tensor.offset + tensor.size, tensor.name

@@ -1,4 +1,4 @@
-"""Hostile inputs for every command: programs that make them, and a runner that holds each to its exit code and one line.
+"""Hostile inputs for every command: programs that make them, and a runner that holds each to its exit code.
 
 An area is a module of this folder with a function `cases(kit, dice)`. It yields `Case`s: a name, a function that makes
 files in an empty folder, the command line to run there, and the exit codes that are right (2 where nothing is said).

@@ -16,7 +16,9 @@ from tests.hostile.cases import Case, Kit, all_cases
 from tests.hostile.server import Server
 
 
-def faults(cases: Iterable[Case], server: Server, folder: Path, keep: bool = False, talk: bool = False) -> dict[Case, str]:
+def faults(
+    cases: Iterable[Case], server: Server, folder: Path, keep: bool = False, talk: bool = False
+) -> dict[Case, str]:
     """What is wrong, by case; the folder of a case that is right is removed."""
     found = {}
     for number, case in enumerate(cases):
@@ -26,7 +28,10 @@ def faults(cases: Iterable[Case], server: Server, folder: Path, keep: bool = Fal
         if fault is not None:
             found[case] = fault
         if talk:
-            print(f"{'BAD' if fault else 'ok '} {ending.seconds:5.2f}s {ending.code} {case}: {fault or ending.stderr.strip()}", flush=True)
+            print(
+                f"{'BAD' if fault else 'ok '} {ending.seconds:5.2f}s {ending.code} {case}: {fault or ending.stderr.strip()}",
+                flush=True,
+            )
         if not keep:
             shutil.rmtree(place, ignore_errors=True)
     return found
@@ -55,7 +60,9 @@ def _main() -> int:
         if given.sample is not None:
             cases = random.Random(given.seed).sample(cases, min(given.sample, len(cases)))
         began = time.monotonic()
-        found = faults(cases, server, given.keep or Path(scratch) / "cases", keep=given.keep is not None, talk=given.talk)
+        found = faults(
+            cases, server, given.keep or Path(scratch) / "cases", keep=given.keep is not None, talk=given.talk
+        )
     print(counts(cases))
     for case, fault in found.items():
         print(f"{case}: autodistill {' '.join(case.argv)[:200]}\n    {fault}")

@@ -87,7 +87,9 @@ class Kit:
     def chats(self) -> Path:
         """A file of conversations."""
         path = self.folder / "chats.jsonl"
-        records = [{"prompt": f"What is {n} plus {n}?", "answer": f"It is {2 * n}, said the miller."} for n in range(200)]
+        records = [
+            {"prompt": f"What is {n} plus {n}?", "answer": f"It is {2 * n}, said the miller."} for n in range(200)
+        ]
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         return path
 
@@ -127,7 +129,9 @@ class Kit:
 def areas() -> dict[str, Callable[[Kit, random.Random], Iterator[Case]]]:
     """The makers of cases by the name of their area."""
     names = sorted(module.name for module in pkgutil.iter_modules(tests.hostile.__path__))
-    own = [name for name in names if not name.startswith(("test_", "_")) and name not in ("cases", "server", "conftest")]
+    own = [
+        name for name in names if not name.startswith(("test_", "_")) and name not in ("cases", "server", "conftest")
+    ]
     modules = {name: importlib.import_module(f"tests.hostile.{name}") for name in own}
     return {name: module.cases for name, module in modules.items() if hasattr(module, "cases")}
 
@@ -135,7 +139,10 @@ def areas() -> dict[str, Callable[[Kit, random.Random], Iterator[Case]]]:
 def all_cases(kit: Kit, seed: int = 0, only: Sequence[str] = ()) -> list[Case]:
     """Every case of all areas, or of some; the same for the same seed."""
     found = [
-        case for area, make in areas().items() if not only or area in only for case in make(kit, random.Random(f"{area}/{seed}"))
+        case
+        for area, make in areas().items()
+        if not only or area in only
+        for case in make(kit, random.Random(f"{area}/{seed}"))
     ]
     names = [str(case) for case in found]
     repeated = {name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else set()

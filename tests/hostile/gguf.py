@@ -168,7 +168,9 @@ def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
     for number in range(12):
         at = random.Random(dice.random())
         yield from _cases(f"cut-{number}", partial(_cut, source=kit.gguf, dice=at), kit, dice)
-    for number, content in enumerate((b"", b"GGUF", b"GGUF\x03\x00\x00\x00", b"FUGG" + bytes(100), bytes(10_000), b"\xff" * 999)):
+    for number, content in enumerate(
+        (b"", b"GGUF", b"GGUF\x03\x00\x00\x00", b"FUGG" + bytes(100), bytes(10_000), b"\xff" * 999)
+    ):
         yield from _cases(f"content-{number}", lambda folder, c=content: (folder / "m.gguf").write_bytes(c), kit, dice)
 
 
@@ -231,7 +233,9 @@ def _spoil_tensor(file: _File, dice: random.Random) -> None:
     elif way == 5:
         tensor[1] = [dice.choice(_EDGES) for _ in range(dice.choice((0, 1, 2, 3, 4, 5, 100)))]
     elif way == 6:
-        tensor[0] = dice.choice(("", other[0], "blk.999999999999.attn_q.weight", "blk.-1.ffn_up.weight", b"\xff", "x" * 99_999))
+        tensor[0] = dice.choice(
+            ("", other[0], "blk.999999999999.attn_q.weight", "blk.-1.ffn_up.weight", b"\xff", "x" * 99_999)
+        )
     elif way == 7:
         file.tensors.remove(tensor)
     elif way == 8:
@@ -257,7 +261,9 @@ def _spoil_tokens(file: _File, dice: random.Random) -> None:
     elif way == 3:
         values[:] = [values[0]] * len(values)
     elif way == 4 and kind == _TEXT:
-        values[dice.randrange(len(values))] = dice.choice(("", " ", "a", "one two three", "\x00", b"\xff\x80", "x" * 100_000))
+        values[dice.randrange(len(values))] = dice.choice(
+            ("", " ", "a", "one two three", "\x00", b"\xff\x80", "x" * 100_000)
+        )
     elif way == 5 and kind == _TEXT:
         values[:] = [str(place) for place in range(len(values))]
     elif way == 6 and kind == _TEXT:
@@ -281,4 +287,6 @@ def _flip(folder: Path, source: Path, dice: random.Random) -> None:
 
 def _cut(folder: Path, source: Path, dice: random.Random) -> None:
     data = source.read_bytes()
-    (folder / "m.gguf").write_bytes(data[: dice.randrange(len(data)) if dice.random() < 0.5 else dice.randrange(12_000)])
+    (folder / "m.gguf").write_bytes(
+        data[: dice.randrange(len(data)) if dice.random() < 0.5 else dice.randrange(12_000)]
+    )

@@ -85,7 +85,9 @@ class Server:
         )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
@@ -155,7 +157,8 @@ def _import_all() -> None:
 
     from autodistill.cli import main
 
-    main(["spaces", "--format", "json"])  # what reads the command line is made only now
+    with contextlib.redirect_stdout(sys.stderr), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        main(["spaces", "no-such-space"])  # what reads the command line is made only now
 
 
 def _forked(argv: list[str], folder: str) -> dict[str, Any]:
@@ -181,7 +184,9 @@ def _forked(argv: list[str], folder: str) -> dict[str, Any]:
     code: int | None = os.waitstatus_to_exitcode(status)
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         code, why = None, why or "time"
-    texts = {name: path.read_text(encoding="utf-8", errors="replace") for name, path in (("stdout", out), ("stderr", err))}
+    texts = {
+        name: path.read_text(encoding="utf-8", errors="replace") for name, path in (("stdout", out), ("stderr", err))
+    }
     for path in (out, err):
         path.unlink()
     return {"code": code, "why": why, "seconds": time.monotonic() - began} | texts
@@ -203,7 +208,9 @@ def _become_command(argv: list[str], folder: str, out: Path, err: Path) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (int(SECONDS), int(SECONDS)))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.chdir(folder)
-        os.environ.update(HOME=folder, XDG_CACHE_HOME=f"{folder}/.cache", XDG_CONFIG_HOME=f"{folder}/.config", COLUMNS="200")
+        os.environ.update(
+            HOME=folder, XDG_CACHE_HOME=f"{folder}/.cache", XDG_CONFIG_HOME=f"{folder}/.config", COLUMNS="200"
+        )
         with open(os.devnull) as nothing, out.open("w") as stdout, err.open("w") as stderr:
             for file, number in ((nothing, 0), (stdout, 1), (stderr, 2)):
                 os.dup2(file.fileno(), number)

@@ -1,0 +1,242 @@
+"""A chat template, run as transformers runs it, and ended where it takes more work than any rendering does.
+
+A template is a program that comes with a model. Its sandbox keeps it from the machine, not from running for ever or
+filling memory. Here each block that it enters, and each character that it makes, is counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.compiler import CodeGenerator
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.utils import chat_template_utils
+
+# Templates that are in use take some hundred blocks and characters for each one of the conversation, at the most.
+_LEAST_WORK = 20_000_000
+_WORK_OF_A_CHARACTER = 200
+_BLOCK = 20  # of a block that is entered, or a value: they take some microseconds, and a character some nanoseconds
+_LONGEST_NUMBER = 100_000  # bits
+_LONGEST_TEXT = 2_000_000  # characters of a template itself
+_WRITERS = ("tojson", "string", "pprint", "escape", "e", "forceescape", "urlencode", "xmlattr")
+_WIDTH = re.compile(r"\d{6,}")
+
+
+class _EndlessError(TemplateError):
+    """More work than any rendering takes."""
+
+    def __init__(self) -> None:
+        super().__init__("it takes far more work than a conversation does: it may never end")
+
+
+class _Counting(CodeGenerator):
+    """Writes the template's code with a count at the beginning of each block: of a loop, a macro, a branch."""
+
+    def blockvisit(self, nodes: Iterable[Any], frame: Any) -> None:
+        self.writeline(f"environment.spend({_BLOCK})")
+        super().blockvisit(nodes, frame)
+
+    def visit_Template(self, node: Any, frame: Any = None) -> None:
+        super().visit_Template(node, frame)
+        # What joins pieces in the code above, whose names are looked up as it runs.
+        self.writeline("concat = environment.concat")
+        self.writeline("str_join = environment.str_join")
+        self.writeline("str = environment.text")
+
+
+class _Bounded(ImmutableSandboxedEnvironment):
+    """An environment in which a template has so much work to do it in."""
+
+    code_generator_class = _Counting
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+    left = _LEAST_WORK
+
+    def spend(self, work: int) -> None:
+        """Counts; raises `_EndlessError`."""
+        self.left -= work
+        if self.left < 0:
+            raise _EndlessError
+
+    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
+        """As "".join, each piece counted before it is kept."""
+        kept = []
+        for piece in pieces:
+            self.spend(len(piece))
+            kept.append(piece)
+        return "".join(kept)
+
+    def str_join(self, pieces: Iterable[Any]) -> str:
+        """Of `~`."""
+        return self.concat(map(self.text, pieces))
+
+    def text(self, value: Any) -> str:
+        """What is written of a value; a list, whose parts may be one and the same, is counted before."""
+        if not isinstance(value, str):
+            self._check_parts(value)
+        return str(value)
+
+    def _check_parts(self, value: Any) -> None:
+        waiting = [value]
+        while waiting:
+            one = waiting.pop()
+            self.spend(_BLOCK + (len(one) if isinstance(one, str) else 0))
+            if isinstance(one, Mapping):
+                waiting += [*one.keys(), *one.values()]
+            elif isinstance(one, list | tuple):
+                waiting += one
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """An operation whose result is no larger than what is left of the work."""
+        if operator == "*" and (_sized(left) or _sized(right)):
+            times = right if _sized(left) else left
+            self.spend(len(left if _sized(left) else right) * max(times if isinstance(times, int) else 1, 1))
+        elif operator == "+" and _sized(left) and _sized(right):
+            self.spend(len(left) + len(right))
+        elif operator == "%" and isinstance(left, str):
+            self._check_format(left, right if isinstance(right, tuple) else (right,))
+        elif isinstance(left, int) and isinstance(right, int) and operator in ("*", "**"):
+            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+            if bits > _LONGEST_NUMBER:
+                raise _EndlessError
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """A call of a function, a macro or a text's method, of arguments that ask for no huge result."""
+        owner = getattr(called, "__self__", None)
+        if isinstance(owner, str):
+            name = getattr(called, "__name__", "")
+            if name == "join" and args:
+                args = (self._listed(args[0], len(owner)), *args[1:])
+            self._check_made(name, owner, args, kwargs)
+        else:
+            self._check_sizes(args, kwargs)
+        return self._counted(super().call(context, called, *args, **kwargs))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """The sandbox's own formatting, of widths that a text can have."""
+        made = super().wrap_str_format(value)
+        if made is None:
+            return None
+
+        def checked(*args: Any, **kwargs: Any) -> str:
+            self._check_format(str(value.__self__), (*args, *kwargs.values()))
+            return made(*args, **kwargs)
+
+        return checked
+
+    def bound_filters(self) -> None:
+        """Counts what filters make, and refuses what would be huge."""
+        self.filters = {name: self._bounded(name, call) for name, call in self.filters.items()}
+
+    def _bounded(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        # What jinja hands over before the value: the context, or the like.
+        first = 1 if hasattr(call, "jinja_pass_arg") else 0
+
+        def bounded(*args: Any, **kwargs: Any) -> Any:
+            value, rest = args[first] if len(args) > first else "", args[first + 1 :]
+            if name == "join":
+                value = self._listed(value, len(rest[0]) if rest and isinstance(rest[0], str) else 0)
+                args = (*args[:first], value, *rest)
+            elif name in _WRITERS and not isinstance(value, str):
+                self._check_parts(value)
+            elif isinstance(value, str):
+                self._check_made(name, value, rest, kwargs)
+            else:
+                self._check_sizes(rest, kwargs)
+            return self._counted(call(*args, **kwargs))
+
+        bounded.__dict__.update(getattr(call, "__dict__", {}))
+        return bounded
+
+    def _listed(self, values: Iterable[Any], between: int) -> list[Any]:
+        kept = []
+        for value in values:
+            self.spend(_BLOCK + between + (len(value) if isinstance(value, str) else 0))
+            kept.append(value)
+        return kept
+
+    def _counted(self, made: Any) -> Any:
+        self.spend(_BLOCK + (len(made) if _sized(made) else 0))
+        return made
+
+    def _check_sizes(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Refuses numbers that stand for more than may be made: of copies, blanks, items."""
+        for value in (*args, *kwargs.values()):
+            if type(value) is int and value > self.left:
+                raise _EndlessError
+
+    def _check_made(self, name: str, text: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Refuses what is made of a text by a method or filter, where it would be huge."""
+        self._check_sizes(args, kwargs)
+        texts = [value for value in (*args, *kwargs.values()) if isinstance(value, str)]
+        numbers = [value for value in (*args, *kwargs.values()) if type(value) is int]
+        if name == "replace" and len(texts) > 1:
+            self.spend(text.count(texts[0]) * len(texts[1]))
+        elif name in ("expandtabs", "indent"):
+            self.spend(len(text) * max([len(one) for one in texts] + numbers + [1]))
+        elif name == "format":  # the filter; the method is wrapped
+            self._check_format(text, (*args, *kwargs.values()))
+
+    def _check_format(self, form: str, values: Iterable[Any]) -> None:
+        """Refuses widths of a format that no text has, there or among what is put into it."""
+        if _WIDTH.search(form):
+            raise _EndlessError
+        for value in values:
+            if (isinstance(value, str) and _WIDTH.fullmatch(value)) or (
+                type(value) is int and value.bit_length() > _LONGEST_NUMBER
+            ):
+                raise _EndlessError
+            if type(value) is int and "*" in form and value > self.left:
+                raise _EndlessError
+
+
+def _sized(value: Any) -> bool:
+    return isinstance(value, str | list | tuple)
+
+
+class ChatTemplate:
+    """A compiled template.
+
+    Args:
+        text: In Jinja.
+
+    Raises:
+        TemplateError: It is no template.
+    """
+
+    def __init__(self, text: str) -> None:
+        if len(text) > _LONGEST_TEXT:
+            raise TemplateError(f"it has {len(text):,} characters")
+        # With transformers' own functions, filters and tags; private, as it has no other way to them.
+        self._environment = chat_template_utils._cached_compile_jinja_template("").environment
+        self._environment.__class__ = _Bounded
+        self._environment.bound_filters()
+        self._template = self._environment.from_string(text)
+
+    def render(self, messages: Sequence[Mapping[str, str]], asking: bool, tokens: Mapping[str, Any]) -> str:
+        """The text of a conversation, as `apply_chat_template` gives it.
+
+        Args:
+            messages: Each with its role and content.
+            asking: Whether an answer is to be written next.
+            tokens: Names of special tokens to what they are.
+
+        Raises:
+            TemplateError: The template refuses the conversation, or may never end.
+            Exception: Whatever else its code raises.
+        """
+        characters = sum(len(text) for message in messages for text in message.values())
+        self._environment.left = _LEAST_WORK + _WORK_OF_A_CHARACTER * characters
+        fresh = [dict(message) for message in messages]
+        text = self._template.render(messages=fresh, tools=None, documents=None, add_generation_prompt=asking, **tokens)
+        return str(text)
+
+
+@lru_cache(maxsize=16)
+def chat_template(text: str) -> ChatTemplate:
+    """The template of a text, compiled once."""
+    return ChatTemplate(text)

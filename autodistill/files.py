@@ -1,0 +1,51 @@
+"""Files that a person names: only what is a file is read, and never more of it than was asked for.
+
+A pipe has no end until somebody writes to it, and a device like /dev/zero none at all.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from autodistill.errors import InputError
+from autodistill.units import format_bytes
+
+
+def check_file(path: Path) -> None:
+    """Refuses what is there and is no file; what is not there is refused by whoever opens it.
+
+    Raises:
+        InputError: A folder, a pipe, a socket or a device, or a path that no file can have.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise InputError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'a device')}: give a file")
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """The bytes of a file.
+
+    Args:
+        path: A file.
+        most: Bytes that such a file has, and no more.
+
+    Raises:
+        InputError: It cannot be read, is no file, or larger.
+    """
+    check_file(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if len(data) > most:
+        raise InputError(f"{path} is larger than {format_bytes(most)}, which no such file is: check which file it is")
+    return data

@@ -1,0 +1,119 @@
+"""What is no file in the place of one: pipes that nobody writes to, devices without end, sockets, folders, loops."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from tests.hostile.cases import Case, Kit
+
+_KINDS = ("pipe", "socket", "folder", "loop", "nowhere", "long", "unreadable-name")
+_DEVICES = ("/dev/zero", "/dev/stdin", "/dev/full", "/proc/self/mem", "/dev/tty")
+
+
+def cases(kit: Kit, dice: random.Random) -> Iterator[Case]:
+    teacher, text = str(kit.teacher), str(kit.text)
+    search = ("search", "--budget", "1kB", "--plan", *kit.small)
+    known = ("--teacher", teacher, "--data", text)
+    places = {
+        "teacher": (".gguf", (*search, "--data", text, "--teacher")),
+        "teacher-folder": ("", (*search, "--data", text, "--teacher")),
+        "data-jsonl": (".jsonl", (*search, "--teacher", teacher, "--data")),
+        "data-txt": (".txt", (*search, "--teacher", teacher, "--data")),
+        "data-parquet": (".parquet", (*search, "--teacher", teacher, "--data")),
+        "space": (".yaml", (*search, *known, "--space")),
+        "baseline": (".yaml", (*search, *known, "--baseline")),
+        "task": (".yaml", (*search, *known, "--task")),
+        "devices": (".yaml", (*search, *known, "--device", "4090", "--devices")),
+        "cache": ("", (*_less(search, "--cache"), *known, "--cache")),
+        "out": ("", (*_less(search, "--out"), *known, "--out")),
+        "estimate": (".gguf", ("estimate",)),
+        "estimate-strategy": (".yaml", ("estimate", teacher, "--strategy")),
+        "estimate-cache": ("", ("estimate", teacher, "--device", "local", "--cache")),
+        "measure": (".gguf", ("measure",)),
+        "measure-result": ("", ("measure", teacher, "--result")),
+        "measure-script": ("", ("measure", str(kit.gguf), "--script")),
+        "measure-ssh": ("", ("measure", str(kit.gguf), "--on", "ssh://127.0.0.1:1", "--ssh-config")),
+        "prompts-jsonl": (".jsonl", (*_less(kit.write(teacher), "--prompts"), "--prompts")),
+        "prompts-txt": (".txt", (*_less(kit.write(teacher), "--prompts"), "--prompts")),
+        "write-out": (".jsonl", (*_less(kit.write(teacher), "--out"), "--out")),
+        "write-teacher": (".gguf", (*_less(kit.write(teacher), "--teacher"), "--teacher")),
+        "distill": (".yaml", ("distill", "--budget", "1kB", "--plan", *_less(kit.small, "--trials"), *known)),
+        "devices-list": (".yaml", ("devices", "box", "--devices")),
+        "leaderboard-out": ("", ("leaderboard", "--out")),
+        "pick-out": ("", ("pick", "--budget", "1GB", "--out")),
+        "doctor-cache": ("", ("doctor", "--cache")),
+        "export-out": ("", ("export", "none", "--to", "gguf", "--out")),
+    }
+    # A folder is what these take, and what is not there yet is made, or nothing to read.
+    right = {
+        "cache",
+        "out",
+        "estimate-cache",
+        "leaderboard-out",
+        "pick-out",
+        "doctor-cache",
+        "export-out",
+        "measure-script",
+        "write-out",
+        "measure-ssh",
+    }
+    for place, (suffix, argv) in places.items():
+        for kind in _KINDS:
+            name = "x" * 300 + suffix if kind == "long" else f"x{suffix}"
+            # doctor tells of a cache that cannot be written, beside what is ready.
+            codes = (0, 1, 2, 3) if place == "measure-ssh" else (0, 2, 3) if place in right else (2, 3)
+            given = f"./{name}" if place in ("distill", "estimate-strategy", "space", "baseline") else name
+            yield Case(
+                area="odd_files",
+                name=f"{place}-{kind}",
+                argv=(*argv, given),
+                make=partial(_make, name=name, kind=kind),
+                codes=codes,
+            )
+        for device in dice.sample(_DEVICES, 2):
+            codes = (0, 1, 2, 3) if place == "measure-ssh" else (0, 2, 3) if place in right else (2, 3)
+            link = f"x{suffix}"
+            given = f"./{link}" if place in ("distill", "estimate-strategy", "space", "baseline") else link
+            yield Case(
+                area="odd_files",
+                name=f"{place}-{device.replace('/', '-')}",
+                argv=(*argv, given),
+                make=partial(_link, name=link, to=device),
+                codes=codes,
+            )
+
+
+def _less(argv: tuple[str, ...], option: str) -> tuple[str, ...]:
+    place = argv.index(option)
+    return argv[:place] + argv[place + 2 :]
+
+
+def _link(folder: Path, name: str, to: str) -> None:
+    (folder / name).symlink_to(to)
+
+
+def _make(folder: Path, name: str, kind: str) -> None:
+    path = folder / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        here = os.getcwd()
+        os.chdir(folder)  # the path of a socket has 108 characters at most
+        try:
+            with socket.socket(socket.AF_UNIX) as made:
+                made.bind(name)
+        finally:
+            os.chdir(here)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(name)
+    elif kind == "nowhere":
+        path.symlink_to("nothing/there")
+    elif kind == "unreadable-name":
+        path.write_bytes(b"\x00\xff" * 50)
