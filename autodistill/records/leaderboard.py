@@ -18,6 +18,9 @@ from autodistill.statistics import paired_bootstrap
 from autodistill.units import Budget, format_bytes, format_duration
 
 DISTILLED = ("student", "baseline")
+"""Kinds of rows whose models were trained."""
+UNTRAINED = ("teacher", "initial")
+"""Kinds of rows whose models need no training: the teacher itself, and students as they begin."""
 SPEEDS = ("latency_ms", "ttft_ms", "tokens_per_second", "answer_ms")
 """Figures that hold on one machine, in one runtime."""
 
@@ -186,7 +189,7 @@ def _documents(row: Row, metric: str) -> tuple[list[Any], npt.NDArray[np.float64
 
 
 def rank_students(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max") -> list[Row]:
-    """The distilled students among some rows, the best first, so that the leaderboard's first is also what is exported.
+    """The distilled students among some rows, the best first: of these alone the first is what is to be exported.
 
     They follow each other as they rank among themselves, but for one that is first beside all rows: where the teacher
     is tied with the best student, a smaller student that is better than the teacher is.

@@ -63,7 +63,7 @@ class Outcome:
     Attributes:
         document: The one JSON document of `--format json`.
         rows: Of the validation split.
-        finish: The exported student, its verification and the test split.
+        finish: What is exported, its verification and the test split.
     """
 
     document: Mapping[str, Any]
@@ -120,11 +120,11 @@ def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
 
 
 def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
-    """Finds, exports and verifies the best student that fits the budget.
+    """Finds, exports and verifies the best that fits the budget: a student, or what needs no training.
 
     Raises:
         InputError: Bad input, before any work is spent.
-        NothingFitsError: No student fits the budget.
+        NothingFitsError: Nothing fits the budget.
         InterruptedSearchError: Ctrl-C, or SIGTERM to the command; everything finished so far is kept, and the message
             says how to resume.
         LostClusterError: Ray itself ended; likewise.
@@ -357,7 +357,7 @@ def _end(
     seconds = clock.summary()
     result = _result(checked, campaign, rows, finished, plan, seconds, run, loaded.notes)
     kept = {name: result[name] for name in ("notes", "saved")}
-    shown = {"test": [row.row_id for row in finished.test]}
+    shown = {"test": [row.row_id for row in finished.test], **finished.gains.to_json()}
     write_json(run.search_file, {**ready.document, "seconds": seconds, **kept, **shown})
     if storage is not None:
         keep(run.search_file, storage)
@@ -432,8 +432,8 @@ def _result(
         "rejected": _without_student(campaign, Status.REJECTED),
         "failed": _without_student(campaign, Status.FAILED),
         "test": [row.to_json() for row in finished.test],
-        "gain_on_test": finished.gain,
-        "differences_on_test": [item.to_json() for item in differences(finished.test)],
+        **finished.gains.to_json(),
+        "differences_on_test": [item.to_json() for item in differences(finished.test, finished.best.row_id)],
         "confirmation": [item.to_json() for item in finished.confirmed],
         "runtime": {name: asdict(check) for name, check in finished.checks.items()},
         "budget": checked.request.budget.to_json(),
