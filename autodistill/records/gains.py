@@ -41,11 +41,12 @@ class Gain:
         signed = -value if value is not None and direction == "min" else value
         return cls(over=other.row_id, named=named(other), value=signed, stderr=stderr)
 
-    def shown(self) -> str:
-        """The figure with its error."""
+    def shown(self, unit: str = "") -> str:
+        """The figure with its error, and where it is asked for what it is of."""
         if self.value is None:
             return "unknown, since it is not kept by document"
-        return f"{self.value:+.4f}" + ("" if self.stderr is None else f" ± {self.stderr:.4f}")
+        error = "" if self.stderr is None else f" ± {self.stderr:.4f}"
+        return f"{self.value:+.4f}{error}{f' of {unit}' if unit else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +106,13 @@ class Gains:
         else:
             said = (
                 f"Gain on test over the best that needs no training ({self.untrained.named}), paired: "
-                f"{self.untrained.shown()} of {self.unit}"
+                f"{self.untrained.shown(self.unit)}"
             )
         if self.baseline is None:
             return f"{said}."
         if self.untrained is not None:
             return f"{said}; over the baseline: {self.baseline.shown()}."
-        return f"{said}. Gain on test over the baseline, paired: {self.baseline.shown()} of {self.unit}."
+        return f"{said}. Gain on test over the baseline, paired: {self.baseline.shown(self.unit)}."
 
 
 def unit_of(row: Row, metric: str) -> str:

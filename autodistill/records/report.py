@@ -205,7 +205,8 @@ def _answer(
         needs = {f"{row.name} as {row.deployment_name}": {n: row.figure(n) for n in limits} for row in contenders(rows)}
         closest = nearest(needs, limits)
         reason = f" The nearest, {_text(closest.candidate)}, {closest.describe()}." if closest else ""
-        what = "No trained student fits the budget." if only else "Nothing fits the budget."
+        whatever = chosen(rows, metric, direction, students_only=False)
+        what = "No trained student fits the budget." if whatever is not None else "Nothing fits the budget."
         return f"## Answer\n\n{what}{reason}"
     parts = [f"**{_text(best.name)}** ({best.kind}) as {best.deployment_name}: {metric} {_figure(best, metric)}"]
     if best.retention is not None:

@@ -64,7 +64,9 @@ def _to_score(best: Row, untrained: Row | None, compared: Sequence[tuple[Row, De
     packings = [IN_16_BITS, deployment]
     if untrained is not None and untrained.kind == "teacher":
         packings.append(Deployment.from_json(untrained.deployment))
-    found = [_Scored(kind="teacher", trial="teacher", name="teacher", packing=one) for one in dict.fromkeys(packings)]
+    # A folder of 16 bits has one name, whichever runtime serves it.
+    named = {one.name: one for one in packings}.values()
+    found = [_Scored(kind="teacher", trial="teacher", name="teacher", packing=one) for one in named]
     if best.kind in DISTILLED:
         begun = _Scored(kind="initial", trial="initial", name="undistilled student", packing=deployment, row=best)
         found.append(begun)

@@ -234,28 +234,25 @@ def test_a_run_that_chose_among_all_is_not_resumed_with_students_only(
         check_request(replace(again, students_only=True))
 
 
-def test_the_gains_are_those_of_the_scores_of_each_document(insisted: tuple[Outcome, RunFolder]) -> None:
-    """Worked out from the log alone, and the errors by the formula that the bootstrap of a ratio comes near to."""
-    outcome, run = insisted
-    rows = {row.row_id: row for row in rows_of(run.events.read(), ("test",))}
-    found = rows[f"{outcome.finish.best.row_id}-test"]
-    for name, over in (("gain_over_untrained", "teacher-gguf-q8_0-test"), ("gain_over_baseline", None)):
+def test_the_gains_are_those_of_the_scores_of_each_document(
+    ruined: tuple[Outcome, RunFolder], insisted: tuple[Outcome, RunFolder]
+) -> None:
+    """Worked out from the logs alone, and the errors by the formula that the bootstrap of a ratio comes near to."""
+    for (outcome, run), name in ((insisted, "gain_over_untrained"), (ruined, "gain_over_baseline")):
+        rows = {row.row_id: row for row in rows_of(run.events.read(), ("test",))}
         gain = outcome.document[name]
-        if over is None:
-            over = gain["over"] if gain is not None else None
-        if over is None:
-            assert outcome.finish.best.kind == "baseline"
-            continue
-        mine, theirs = (dict(zip(row.documents["ids"], row.documents["sum"])) for row in (found, rows[over]))  # type: ignore[index]
-        counts = dict(zip(found.documents["ids"], found.documents["count"]))  # type: ignore[index]
-        tokens = sum(counts.values())
-        expected = (sum(mine.values()) - sum(theirs.values())) / tokens
+        found, other = (rows[row_id].documents for row_id in (f"{outcome.finish.best.row_id}-test", gain["over"]))
+        assert found is not None
+        assert other is not None
+        theirs = dict(zip(other["ids"], other["sum"], strict=True))
+        gaps = np.array([mine - theirs[one] for one, mine in zip(found["ids"], found["sum"], strict=True)])
+        counts = np.array(found["count"])
+        expected = gaps.sum() / counts.sum()
         assert gain["value"] == pytest.approx(expected)
-        left = np.array([mine[one] - theirs[one] - expected * counts[one] for one in counts])
         many = len(counts)
-        widened = scipy.stats.t.ppf(scipy.stats.norm.cdf(1), many - 1)
         assert many >= 10
-        error = widened * np.sqrt(many / (many - 1) * (left**2).sum()) / tokens
+        widened = scipy.stats.t.ppf(scipy.stats.norm.cdf(1), many - 1)
+        error = widened * np.sqrt(many / (many - 1) * ((gaps - expected * counts) ** 2).sum()) / counts.sum()
         assert gain["stderr"] == pytest.approx(error, rel=0.1)
 
 
