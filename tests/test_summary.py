@@ -151,8 +151,8 @@ def test_what_was_not_trained_and_is_exported_stands_first_and_is_marked() -> No
     titles = [re.split(r"  +", line)[0] for line in lines[start + 1 : start + 4]]
     assert titles == ["quantised teacher, exported", "baseline", "teacher"]
     assert lines[-1] == (
-        "Nothing that was trained does better than the teacher itself as gguf-q8_0, which is exported as it is. Gain on "
-        "test over the baseline, paired: +0.0200 ± 0.0042 of accuracy."
+        "Nothing that was trained does better than the teacher itself as gguf-q8_0, which is exported as it is. Gain "
+        "on test over the baseline, paired: +0.0200 ± 0.0042 of accuracy."
     )
 
 

@@ -101,13 +101,15 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
 def rests_on(rows: Sequence[Row]) -> str:
     """Of how many documents the errors of some rows are, in a sentence that warns where these are few.
 
-    Of a task each question is a document. Empty where no row says.
+    Of a task each question is a document, of one long text some sequences in a row. Empty where no row says.
     """
+    in_a_row = max((row.documents.get("in_a_row", 0) for row in rows if row.documents is not None), default=0)
+    unit, of = ("block", f" of {in_a_row} sequences in a row of one long text") if in_a_row else ("document", "")
     counts = [sum(count > 0 for count in row.documents["count"]) for row in rows if row.documents is not None]
     least, most = min(counts, default=0), max(counts, default=0)
     if not most:
         return ""
-    said = f"± is of {least} to {most} documents" if least < most else f"± is of {most} document{'s' * (most > 1)}"
+    said = f"± is of {f'{least} to ' if least < most else ''}{most} {unit}{'s' * (most > 1)}{of}"
     if least >= _FEW_DOCUMENTS:
         return f"{said}."
     return f"{said}: fewer than {_FEW_DOCUMENTS} say little of others, and errors and ties are uncertain themselves."
