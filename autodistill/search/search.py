@@ -16,8 +16,9 @@ from autodistill.errors import AutoDistillError, InputError, InterruptedSearchEr
 from autodistill.hardware import detect_for_training
 from autodistill.records.choice import contenders
 from autodistill.records.differences import differences
+from autodistill.records.gains import named
 from autodistill.records.json_files import read_json, write_json
-from autodistill.records.leaderboard import rank
+from autodistill.records.leaderboard import DISTILLED, rank
 from autodistill.records.lease import Lease
 from autodistill.records.objectives import front
 from autodistill.records.report import write_report
@@ -419,7 +420,7 @@ def _result(
 ) -> dict[str, Any]:
     """The search's one JSON document."""
     ranked = rank(contenders(rows), checked.metric, checked.direction)
-    short = _short_of_the_end(finished.best, checked.request, run, plan)
+    short = _short_of_the_end(finished.best, rows, checked.request, run, plan)
     notes = [*told, *plan.notes, *short, *finished.notes, *shortfall(campaign, plan)]
     return {
         "name": run.name,
@@ -454,14 +455,19 @@ def _without_student(campaign: Campaign, status: Status) -> list[dict[str, Any]]
     ]
 
 
-def _short_of_the_end(best: Row, request: SearchRequest, run: RunFolder, plan: Plan) -> list[str]:
-    """That the best student is one which a rung judged, and how it is trained on."""
-    if best.full:
+def _short_of_the_end(best: Row, rows: Sequence[Row], request: SearchRequest, run: RunFolder, plan: Plan) -> list[str]:
+    """That no student was trained to the end, what is exported all the same, and how it is trained on."""
+    trained = [row for row in rows if row.kind in DISTILLED]
+    if any(row.full for row in trained) and best.full:
         return []
-    note = (
-        f"no trial reached the end of the plan: the best student is exported as it is after {best.fidelity:.0%} of the "
-        f"plan's tokens ({best.train_tokens:,} of {plan.tokens:,})"
-    )
+    note = "no trial reached the end of the plan" if trained else "nothing was trained as far as a rung"
+    if best.full:
+        note += f": {named(best)} is exported"
+    else:
+        note += (
+            f": the best student is exported as it is after {best.fidelity:.0%} of the plan's tokens "
+            f"({best.train_tokens:,} of {plan.tokens:,})"
+        )
     if plan.box_seconds is None and request.time_seconds is None:
         return [note]
     again = "" if request.time_seconds is not None else f" --time {math.ceil(plan.box_seconds or 0)}s"
