@@ -85,6 +85,7 @@ def search_request(given: Mapping[str, Any], verb: str, command: str, started: f
         time_seconds=seconds,
         explore=given.get("explore"),
         confirm=given.get("confirm"),
+        students_only=given.get("students_only") or None,
         seed=given["seed"],
         name=given["name"],
         out=given["out"],
@@ -346,12 +347,12 @@ def picked(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_get(picked: Mapping[str, Any], runs: Path) -> str:
-    """How to have the student of a row that was picked as a file or a folder."""
+    """How to have the model of a row that was picked as a file or a folder."""
     from autodistill.formats import get_format
     from autodistill.students import student_folder
 
     run, row = RunFolder.open(runs, picked["run"]), picked["row_id"]
-    if not student_folder(run.checkpoints / picked["trial"]).is_dir():
+    if picked["kind"] != "teacher" and not student_folder(run.checkpoints / picked["trial"]).is_dir():
         return f"Its student is not on this disk ({run.checkpoints / picked['trial']}), so it cannot be exported here."
     words = ["autodistill", "export", picked["run"], "--row", row, "--to", get_format(picked["format"]).container]
     words += ["--out", f"students/{row}", *([] if runs == RUNS else ["--runs", str(runs)])]

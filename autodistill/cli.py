@@ -73,6 +73,7 @@ from autodistill.options import (
     SpaceOption,
     StepTokensOption,
     StorageOption,
+    StudentsOnlyOption,
     TaskOption,
     TeacherOption,
     TimeOption,
@@ -141,6 +142,7 @@ def search(
     trials: TrialsOption = None,
     explore: ExploreOption = None,
     confirm: ConfirmOption = None,
+    students_only: StudentsOnlyOption = False,
     warm_start: WarmStartOption = None,
     seed: SeedOption = None,
     tokens: TokensOption = None,
@@ -287,12 +289,12 @@ def export(
     ],
     out: Annotated[Path, option("--out", "Folder to write into; each format gets a folder in it.", "DIR")],
     row: Annotated[
-        str | None, option("--row", "Row of the leaderboard to export (default: the best student).", "ID")
+        str | None, option("--row", "Row of the leaderboard to export (default: the best row).", "ID")
     ] = None,
     runs: Annotated[Path, option("--runs", "Folder that holds the runs.", "DIR")] = RUNS,
     output: FormatOption = Format.TABLE,
 ) -> None:
-    """Export a student of a run to other formats, and verify it."""
+    """Export a row of a run, a student or the teacher, to other formats, and verify it."""
     containers = [name.strip() for name in to.split(",") if name.strip()]
     show(output, lambda: exported(RunFolder.open(runs, run), row, containers, out), dict, lines)
 

@@ -411,11 +411,12 @@ class Exporter(Protocol):
         *,
         teacher: str | None = None,
         licence: str | None = None,
+        name: str | None = None,
     ) -> Artefact:
-        """Packs `student`, a folder of transformers with float32 weights, into the folder `out`.
+        """Packs `student`, a folder of transformers, into the folder `out`: a student's, or the teacher's own.
 
-        What the student is of, and the licence that it inherits, are written down where the container has a place for
-        them and they are known.
+        What the model is called, what it is of, and the licence that it inherits, are written down where the container
+        has a place for them and they are known. Without a name it is called the student of its teacher.
         """
         ...
 

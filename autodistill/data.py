@@ -1,7 +1,7 @@
 """Reference to tokenised, packed, fingerprinted train, validation and test sets, kept in Arrow.
 
 Documents are split before they are packed, so no document is in two splits, and no prompt of a conversation. One long
-text is cut into three contiguous blocks, with a gap of one sequence between them. Where the tokenizer begins every text
+text is cut into three contiguous parts, with a gap of one sequence between them. Where the tokenizer begins every text
 with a token, so does each sequence of text: it is the first, which nothing predicts, so that it is never scored.
 """
 
@@ -28,7 +28,7 @@ from autodistill.hashes import content_hash
 from autodistill.packing import cut, fill, pack
 from autodistill.records.locks import alone
 from autodistill.rendering import Rendered, Renderer, Template
-from autodistill.splitting import assign, contiguous, first_places, join
+from autodistill.splitting import assign, contiguous, first_places, in_a_row, join
 from autodistill.templates import share, write_text
 from autodistill.token_sets import (
     ENDS,
@@ -115,7 +115,9 @@ def _further_rules(texts: Sequence[str], tokenizer: Any) -> list[str]:
     """What is done with some texts and tokenizers alone; the fingerprint of all other data does not name it."""
     places = first_places(texts)
     rules = [] if beginning(tokenizer) is None else ["sequences begin as texts do"]
-    return rules + (["without copies"] if _is_one_text(places) and len(set(places)) < len(places) else [])
+    if _is_one_text(places):
+        rules += ["sequences in a row are a document", *(["without copies"] if len(set(places)) < len(places) else [])]
+    return rules
 
 
 def _prepare_texts(folder: Path, source: Source, tokenizer: Any, sequence_length: int, seed: int) -> Prepared:
@@ -123,7 +125,8 @@ def _prepare_texts(folder: Path, source: Source, tokenizer: Any, sequence_length
     texts, begin = _texts(source), beginning(tokenizer)
     documents, places = _tokenise(texts, tokenizer), first_places(texts)
     length = sequence_length - (begin is not None)
-    if _is_one_text(places):
+    one = _is_one_text(places)
+    if one:
         # A copy of what one block holds would stand in another.
         packed = contiguous(np.concatenate([documents[place] for place in sorted(set(places))]), length)
     else:
@@ -134,7 +137,8 @@ def _prepare_texts(folder: Path, source: Source, tokenizer: Any, sequence_length
         if begin is not None:
             rows, of = np.insert(rows, 0, begin, axis=1), np.concatenate([of[:, :1], of], axis=1)
         tables[split] = _table({"tokens": rows, "documents": of}, seed)
-    return _write(folder, source, sequence_length, tables)
+    blocks = {split: {"in_a_row": in_a_row(len(table))} for split, table in tables.items()} if one else None
+    return _write(folder, source, sequence_length, tables, counts=blocks)
 
 
 def _prepare_conversations(
@@ -371,7 +375,7 @@ def _write(
     Args:
         add: Writes what else belongs there, given the folder.
         notes: Of `Prepared`.
-        counts: "answers" and "told" of each split of conversations.
+        counts: Of each split further fields of `SplitInfo`.
         renderings: Those beside the teacher's.
     """
     import datasets

@@ -51,7 +51,8 @@ class Evaluation:
         measurements: By name.
         documents: Ids, counts and sums of each document, for paired comparisons: of the metric that ranks, or of
             accuracy where that is no mean, whose name is under "metric", and under "others" those of the other
-            measurements that are means, by name.
+            measurements that are means, by name. Where documents are sequences of one long text, "in_a_row" says how
+            many.
         teacher_accuracy: Of the unquantised teacher on the same tokens; None where there was nothing of it.
         reading: What was read, where that is done in parts; else None.
     """
@@ -247,14 +248,16 @@ def evaluate(
     found = Evaluation(
         deployment=deployment,
         measurements=measurements,
-        documents=_documents(measurements, scores, metric, split),
+        documents=_documents(measurements, scores, metric, split, data.in_a_row),
         teacher_accuracy=None if scores.teacher_correct is None else float(scores.teacher_correct.mean()),
         reading=reading,
     )
     return found, scores
 
 
-def _documents(measurements: Mapping[str, Measurement], scores: TokenScores, metric: str, split: str) -> dict[str, Any]:
+def _documents(
+    measurements: Mapping[str, Measurement], scores: TokenScores, metric: str, split: str, in_a_row: int
+) -> dict[str, Any]:
     """What is kept of each document for paired comparisons, as `Evaluation` has it."""
     paired = {name: dict(item.documents) for name, item in measurements.items() if item.documents}
     summed = metric if metric in paired else "accuracy"
@@ -262,7 +265,9 @@ def _documents(measurements: Mapping[str, Measurement], scores: TokenScores, met
         # Where differences are told: a log of searches would be made up of all documents' bins for the most part.
         paired |= {name: dict(item.bins) for name, item in measurements.items() if item.bins}
     own = paired.pop(summed, None) or per_document(scores.correct, scores.documents)
-    return {**own, "metric": summed, "others": paired}
+    # Of an evaluator's own questions each is a document, whatever the text is.
+    of_text = in_a_row > 0 and own["ids"] == np.unique(scores.documents).tolist()
+    return {**own, "metric": summed, "others": paired, **({"in_a_row": in_a_row} if of_text else {})}
 
 
 def _asking(chosen: Sequence[Evaluator]) -> dict[Needs, str]:

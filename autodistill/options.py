@@ -162,6 +162,10 @@ ConfirmOption = Annotated[
     int | None,
     option("--confirm", "Retrain the best 3 and the baseline on N more seeds; the best mean is chosen.", "N"),
 ]
+StudentsOnlyOption = Annotated[
+    bool,
+    option("--students-only", "Export the best trained student, even if the quantised teacher does better."),
+]
 WarmStartOption = Annotated[
     str | None,
     option(
@@ -245,7 +249,18 @@ SECTIONS = {
     "Budget": ("budget", "device", "latency", "own", "context", "batch"),
     "Model and data": ("teacher", "data"),
     "Scores": ("metric", "objectives", "task", "metric_command", "metric_direction", "metric_timeout"),
-    "Search": ("space", "baseline", "sampler", "time_box", "trials", "explore", "confirm", "warm_start", "seed"),
+    "Search": (
+        "space",
+        "baseline",
+        "sampler",
+        "time_box",
+        "trials",
+        "explore",
+        "confirm",
+        "students_only",
+        "warm_start",
+        "seed",
+    ),
     "Training": ("tokens", "sequence_length", "step_tokens"),
     "Run": ("name", "out", "resume", "plan", "price"),
     "Workers": ("runner", "ray_address", "gpus_per_trial", "cpus_per_trial"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,8 +20,21 @@ def first_places(documents: Sequence[str]) -> list[int]:
     return [first.setdefault(text.strip(), place) for place, text in enumerate(documents)]
 
 
+def in_a_row(sequences: int) -> int:
+    """How many of so many sequences of one long text count as one document: their cube root, rounded up.
+
+    What follows each other is alike, so that errors of single sequences would be too small. Blocks of this order give
+    a block bootstrap the least error of a variance (Hall, Horowitz and Jing, Biometrika 82, 1995).
+    """
+    return math.ceil(sequences ** (1 / 3) - 1e-9)
+
+
 def contiguous(tokens: Tokens, length: int) -> dict[str, tuple[Tokens, Tokens]]:
-    """Cuts one long text into contiguous blocks of whole sequences, with a gap of one sequence between them."""
+    """Cuts one long text into contiguous parts of whole sequences, with a gap of one sequence between them.
+
+    Returns:
+        For each split its tokens, and the document of each: some sequences in a row, by the place of the first.
+    """
     sequences = len(tokens) // length
     needed = len(SPLITS) + 2  # two of them are the gaps
     if sequences < needed:
@@ -31,7 +45,8 @@ def contiguous(tokens: Tokens, length: int) -> dict[str, tuple[Tokens, Tokens]]:
     for split in SPLITS:
         rows = np.arange(start, start + counts[split], dtype=np.int32)
         block = tokens[rows[0] * length : (rows[-1] + 1) * length]
-        blocks[split] = (block, np.repeat(rows, length))
+        documents = rows - (rows - start) % in_a_row(counts[split])
+        blocks[split] = (block, np.repeat(documents, length))
         start += counts[split] + 1
     return blocks
 

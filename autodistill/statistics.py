@@ -61,6 +61,8 @@ def clustered_mean(
 ) -> tuple[float, float | None]:
     """Mean over all values, and its standard error where values within a cluster may depend on each other.
 
+    A cluster is a document, or of one long text a block of its sequences.
+
     The sandwich estimator of Liang and Zeger (Biometrika 73, 1986) for a mean, with the usual correction for few
     clusters: with e the values less their mean, G clusters and n values,
 

@@ -10,6 +10,7 @@ from autodistill.budget import read_budget
 from autodistill.console import leaderboard_table, memory_cell, wrapped
 from autodistill.formats import get_format
 from autodistill.records.choice import contenders
+from autodistill.records.gains import Gains
 from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED, Ranked, rank, rests_on
 from autodistill.records.objectives import objectives_of, with_front
@@ -56,7 +57,7 @@ def _read(asked: Mapping[str, Any]) -> list[str]:
 
 
 def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric: str, width: int = 120) -> str:
-    """The end of a search in some forty lines.
+    """The end of a search in some forty lines, of which the last is what it gained.
 
     Args:
         document: The search's JSON document.
@@ -75,6 +76,7 @@ def search_summary(document: Mapping[str, Any], ranked: Sequence[Ranked], metric
         "\n".join(f"{sentence}." for sentence in Saved(**document["saved"]).describe()),
         _seconds(document["seconds"]),
         _paths(document),
+        gains.describe() if (gains := Gains.from_json(document)) is not None else "",
     ]
     return "\n\n".join(section for section in sections if section)
 
@@ -209,8 +211,8 @@ def _confirmed(document: Mapping[str, Any], width: int) -> str:
 
 
 def _test(document: Mapping[str, Any], metric: str, width: int) -> str:
-    """The test split: found student, also as it was before it was trained on, baseline, undistilled student, teacher,
-    quantised teacher, and the gain; and how they do in tasks that do not rank.
+    """The test split: found student, also as it was before it was trained on, baseline, undistilled student, teacher
+    and quantised teacher, one of which is exported; and how they do in tasks that do not rank.
     """
     rows = [Row.from_json(data) for data in document["test"]]
     if not rows:
@@ -219,20 +221,15 @@ def _test(document: Mapping[str, Any], metric: str, width: int) -> str:
     if best.get("memory_source") == "measured":
         # Scoring runs nothing in its runtime: there the exported student was measured before.
         known = {"memory_bytes": best["memory_bytes"], "memory_source": "measured"}
-        rows = [replace(row, **known) if row.trial == best["trial"] else row for row in rows]
-    titled = sorted(((_title(row, best), row) for row in rows), key=lambda pair: _ORDER.index(pair[0]))
+        rows = [replace(row, **known) if _is_exported(row, best) else row for row in rows]
+    ordered = sorted(rows, key=lambda row: (not _is_exported(row, best), _ORDER.index(_title(row, best))))
+    titled = [(_title(row, best) + (", exported" * _untrained(row, best)), row) for row in ordered]
     header = ("test split", "deployment", "accuracy", "perplexity", "agreement", "memory")
     cells = [header, *(_cells(title, row) for title, row in titled)]
     if metric != "accuracy":
         shown = (_figure(row.figure(metric), row.figure(f"{metric}_stderr")) for _, row in titled)
         cells = [(*line, figure) for line, figure in zip(cells, (metric, *shown), strict=True)]
     lines = [table(cells, left=3)]
-    gain = document["gain_on_test"]
-    if gain is not None:
-        unit = (rows[0].documents or {}).get("unit")
-        what = f"{metric}, in {unit}" if unit else metric
-        error = "" if gain[1] is None else f" ± {gain[1]:.4f}"
-        lines.append(f"Gain over the baseline on the test split: {gain[0]:+.4f}{error} of {what}.")
     lines += filter(None, [rests_on(rows)])
     return "\n\n".join(["\n".join(lines), *_tasks(titled, metric, width)])
 
@@ -263,6 +260,15 @@ _FOUND, _BASELINE, _INITIAL = "found student", "baseline", "undistilled student"
 _BEFORE = "found, at 100%"
 _TEACHER, _QUANTISED = "teacher", "quantised teacher"
 _ORDER = (_FOUND, _BEFORE, _BASELINE, _INITIAL, _TEACHER, _QUANTISED)
+
+
+def _is_exported(row: Row, best: Mapping[str, Any]) -> bool:
+    return (row.kind, row.trial, row.deployment) == (best["kind"], best["trial"], best["deployment"])
+
+
+def _untrained(row: Row, best: Mapping[str, Any]) -> bool:
+    """Whether it is exported, and is no student that was trained, as is said of it then."""
+    return _is_exported(row, best) and row.kind not in DISTILLED
 
 
 def _title(row: Row, best: Mapping[str, Any]) -> str:

@@ -42,6 +42,7 @@ class SplitInfo:
         documents: Distinct ones that they come from.
         answers: Tokens that are part of answers; 0 for plain text, of which all count.
         told: Those of them whose likeliest tokens their writer told.
+        in_a_row: Of one long text, how many sequences that follow each other count as one document; else 0.
     """
 
     sequences: int
@@ -49,6 +50,7 @@ class SplitInfo:
     documents: int
     answers: int = 0
     told: int = 0
+    in_a_row: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +145,7 @@ class TokenSet:
         tokens: int32 [sequences, sequence_length], read-only.
         documents: int32 [sequences, sequence_length], the document each token belongs to, by its place in the source;
             equal documents, and conversations that begin with the same prompt, share the place of the first. Of one
-            long text, each sequence counts as a document.
+            long text, some sequences in a row count as a document.
         answers: bool [sequences, sequence_length], whether a token is part of an answer and so counts as a label in
             losses, and in scores where nothing is shared; None where all tokens count.
         told: [sequences, sequence_length, k], the likeliest tokens in each place, as the answers' writer told them;
@@ -153,6 +155,7 @@ class TokenSet:
             are scored: the n-th of a sequence is the n-th in every rendering. None where there is but one.
         teacher: The same sequences as the teacher reads them, where this is another rendering; else None.
         ends: The tokens that end an answer, the teacher's and this rendering's, where they differ; else None.
+        in_a_row: As `SplitInfo` has it.
     """
 
     tokens: Tokens
@@ -163,6 +166,7 @@ class TokenSet:
     shared: npt.NDArray[np.bool_] | None = None
     teacher: TokenSet | None = None
     ends: tuple[int, int] | None = None
+    in_a_row: int = 0
 
     @property
     def scored(self) -> npt.NDArray[np.bool_] | None:
@@ -183,6 +187,7 @@ class TokenSet:
             answers=answers,
             shared=shared,
             ends=self.ends,
+            in_a_row=self.in_a_row,
         )
 
     def head(self, tokens: int) -> TokenSet:
@@ -201,6 +206,7 @@ class TokenSet:
             shared=None if self.shared is None else self.shared[:count],
             teacher=None if self.teacher is None else self.teacher.head(tokens),
             ends=self.ends,
+            in_a_row=self.in_a_row,
         )
 
 
@@ -249,8 +255,18 @@ def fingerprint_of(folder: Path) -> str:
     Raises:
         InputError: No prepared data in the folder.
     """
+    return str(_index(folder)["fingerprint"])
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """What prepared data say of themselves.
+
+    Raises:
+        InputError: No prepared data in the folder.
+    """
     try:
-        return str(json.loads((folder / INDEX).read_text(encoding="utf-8"))["fingerprint"])
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return {name: index[name] for name in ("fingerprint", "splits")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} holds no prepared data: prepare them first") from error
 
@@ -276,7 +292,7 @@ def load_split(folder: Path, split: str, rendering: str = "") -> TokenSet:
     table = datasets.load_from_disk(str(folder / split)).data.table
     teacher = _token_set(folder, split, table)
     if not rendering:
-        return teacher
+        return replace(teacher, in_a_row=_index(folder)["splits"][split].get("in_a_row", 0))
     ends = json.loads((rendering_folder(folder, rendering) / ENDS).read_text(encoding="utf-8"))
     own = _token_set(folder, split, table, rendering)
     return replace(own, teacher=teacher, ends=None if ends[0] == ends[1] else (ends[0], ends[1]))

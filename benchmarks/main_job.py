@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import report
 
+from autodistill.records.gains import Gains
+
 
 def main() -> None:
     """Runs the search and writes the report."""
@@ -73,13 +75,8 @@ def sections(command: str, result: dict, wall: float) -> list[str]:
         ]
         for row in result["test"]
     ]
-    gain = result["gain_on_test"]
-    best = result["best"]
-    gain_line = ""
-    if gain:
-        # Of a single document nobody knows the error.
-        error = "" if gain[1] is None else f" ± {gain[1]:.4f}"
-        gain_line = f"\n\nFound student less baseline on test: {gain[0]:+.4f}{error}, paired by document."
+    gains, best = Gains.from_json(result), result["best"]
+    gain_line = f"\n\n{gains.describe()}" if gains is not None else ""
     return [
         f"`{command}`: {wall:.0f} s as a process.",
         "## Seconds by phase\n\nOf the trials' wall-clock, training, evaluation and loading count as worker-seconds "

@@ -19,6 +19,8 @@ from autodistill.data import prepare
 from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError
 from autodistill.hashes import content_hash
+from autodistill.splitting import in_a_row
+from autodistill.statistics import clustered_mean
 from autodistill.testing import tiny_text, tiny_tokenizer
 from autodistill.token_sets import SPLITS, Prepared, load_split, open_prepared
 
@@ -140,11 +142,39 @@ def test_a_long_text_is_cut_into_contiguous_blocks_with_gaps(tokenizer: Path, tm
     for split in SPLITS:
         sequences = load_split(data.folder, split)
         assert all(len(set(documents)) == 1 for documents in sequences.documents)
-        rows[split] = set(sequences.documents[:, 0].tolist())
-        for tokens, row in zip(sequences.tokens, sequences.documents[:, 0], strict=True):
-            assert tokens.tolist() == ids[row * LENGTH : (row + 1) * LENGTH]
+        rows[split] = set()
+        for tokens, document in zip(sequences.tokens, sequences.documents[:, 0], strict=True):
+            (row,) = (row for row in range(42) if tokens.tolist() == ids[row * LENGTH : (row + 1) * LENGTH])
+            rows[split].add(row)
+            # Those in a row, as many as the cube root of all, are one document by the place of the first.
+            first = {"train": 0, "validation": 33, "test": 38}[split]
+            together = 4 if split == "train" else 2
+            assert document == first + (row - first) // together * together
+        assert sequences.in_a_row == sequences.head(LENGTH).in_a_row == data.splits[split].in_a_row == together
+        assert data.splits[split].documents == len(rows[split]) // together
     # 42 whole sequences less two gaps: 32, 4 and 4 of them.
     assert rows == {"train": set(range(32)), "validation": set(range(33, 37)), "test": set(range(38, 42))}
+
+
+def test_documents_of_their_own_are_no_sequences_in_a_row(prepared: Prepared) -> None:
+    assert {load_split(prepared.folder, split).in_a_row for split in SPLITS} == {0}
+
+
+def test_errors_of_sequences_in_a_row_are_those_of_a_text_whose_neighbours_are_alike() -> None:
+    """Of many drawn texts the mean scatters by what blocks say, and by far more than single sequences would."""
+    dice, sequences = np.random.default_rng(0), 200
+    # What is true of a sequence carries over to the next one in part.
+    drawn = dice.normal(size=(sequences, 2000))
+    for place in range(1, sequences):
+        drawn[place] = 0.3 * drawn[place - 1] + np.sqrt(1 - 0.3**2) * drawn[place]
+    rows = np.arange(sequences, dtype=np.int32)
+    blocked, single = (
+        np.mean([clustered_mean(values, documents)[1] for values in drawn.T])
+        for documents in (rows // in_a_row(sequences), rows)
+    )
+    scatter = drawn.mean(axis=0).std()
+    assert blocked == pytest.approx(scatter, rel=0.1)
+    assert single < 0.8 * scatter
 
 
 @pytest.mark.parametrize("harm", ["cut", "alter", "index", "remove", "half", "another version"])

@@ -43,7 +43,15 @@ DOCUMENT: dict[str, Any] = {
     "name": "small",
     "best": row("t003", "student").to_json(),
     "test": [one.to_json() for one in TEST],
-    "gain_on_test": (0.02, 0.0042),
+    "exported": {"row_id": "t003-gguf-q8_0", "named": "t003 as gguf-q8_0", "trained": True},
+    "gain_over_untrained": {
+        "over": "teacher",
+        "named": "the teacher itself as gguf-q8_0",
+        "value": -0.07,
+        "stderr": 0.01,
+    },
+    "gain_over_baseline": {"over": "b000", "named": "b000 as gguf-q8_0", "value": 0.02, "stderr": 0.0042},
+    "gain_unit": "accuracy",
     "confirmation": [],
     "notes": ["the budget of 16.0 GB does not bind"],
     "seconds": {"load": 12.3, "cache": 20.0, "overhead": 3.25, "total": 590.0},
@@ -57,14 +65,17 @@ RANKED = rank([row(f"t{index:03d}", "student", accuracy=0.4 - index / 1000) for 
 def test_the_summary_holds_everything_in_some_forty_lines() -> None:
     text = search_summary(DOCUMENT, RANKED, "accuracy")
     assert len(text.splitlines()) <= 45
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines()[:-1])) <= 120
     assert text.count("-gguf-q8_0") == 15 + 1
     assert "5 more rows: autodistill leaderboard small" in text
     assert "The budget of 16.0 GB does not bind." in text
-    assert "Gain over the baseline on the test split: +0.0200 ± 0.0042 of accuracy." in text
     assert "Seconds: load 12.3, cache 20.0, overhead 3.2; 9m 50s in all." in text
-    assert text.splitlines()[-2].startswith("Serve t003-gguf-q8_0 with llama.cpp's server (")
-    assert text.splitlines()[-1] == "  llama-server -m runs/small/student/gguf/student.gguf -c 1024"
+    assert text.splitlines()[-4].startswith("Serve t003-gguf-q8_0 with llama.cpp's server (")
+    assert text.splitlines()[-3] == "  llama-server -m runs/small/student/gguf/student.gguf -c 1024"
+    assert text.splitlines()[-1] == (
+        "Gain on test over the best that needs no training (the teacher itself as gguf-q8_0), paired: "
+        "-0.0700 ± 0.0100 of accuracy; over the baseline: +0.0200 ± 0.0042."
+    )
 
 
 def test_what_was_saved_is_said() -> None:
@@ -90,8 +101,10 @@ def test_the_test_split_names_the_five_that_are_compared() -> None:
 def test_the_end_says_of_how_many_documents_its_errors_are_and_has_a_gain_without_one() -> None:
     documents = {"ids": [1], "count": [100], "sum": [40]}
     test = [replace(one, documents=documents).to_json() for one in TEST]
-    text = search_summary(DOCUMENT | {"test": test, "gain_on_test": (0.02, None)}, RANKED, "accuracy")
-    assert "Gain over the baseline on the test split: +0.0200 of accuracy.\n± is of 1 document: fewer than 10" in text
+    single = DOCUMENT["gain_over_baseline"] | {"stderr": None}
+    text = search_summary(DOCUMENT | {"test": test, "gain_over_baseline": single}, RANKED, "accuracy")
+    assert text.endswith("; over the baseline: +0.0200.")
+    assert "\n± is of 1 document: fewer than 10" in text
     board = rank([replace(one.row, documents={"ids": [1] * 30, "count": [5] * 30, "sum": [1] * 30}) for one in RANKED])
     assert "\n± is of 30 documents.\n" in search_summary(DOCUMENT, board, "accuracy")
 
@@ -118,32 +131,53 @@ def test_a_baseline_that_won_is_the_found_student_and_has_no_gain() -> None:
     document = DOCUMENT | {
         "best": row("b000", "baseline").to_json(),
         "test": [one.to_json() for one in TEST if one.kind != "student"],
-        "gain_on_test": None,
+        "gain_over_baseline": None,
         "confirmation": [],
     }
     text = search_summary(document, RANKED, "accuracy")
     assert re.search(r"found student +gguf-q8_0 +0.4000", text)
-    assert "Gain" not in text
+    assert "over the baseline" not in text
+
+
+def test_what_was_not_trained_and_is_exported_stands_first_and_is_marked() -> None:
+    document = DOCUMENT | {
+        "best": row("teacher", "teacher").to_json(),
+        "test": [one.to_json() for one in TEST if one.kind not in ("initial", "student")],
+        "exported": {"row_id": "teacher", "named": "the teacher itself as gguf-q8_0", "trained": False},
+        "gain_over_untrained": None,
+    }
+    lines = search_summary(document, RANKED, "accuracy").splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("test split"))
+    titles = [re.split(r"  +", line)[0] for line in lines[start + 1 : start + 4]]
+    assert titles == ["quantised teacher, exported", "baseline", "teacher"]
+    assert lines[-1] == (
+        "Nothing that was trained does better than the teacher itself as gguf-q8_0, which is exported as it is. Gain "
+        "on test over the baseline, paired: +0.0200 ± 0.0042 of accuracy."
+    )
 
 
 def test_a_metric_that_is_no_mean_is_shown_of_the_test_split_without_a_gain() -> None:
     documents = {"ids": [1], "count": [100], "sum": [40], "metric": "accuracy"}
     rows = [replace(one, documents=documents, other={"ece": 0.1 + index / 100}) for index, one in enumerate(TEST)]
-    document = DOCUMENT | {"test": [one.to_json() for one in rows], "gain_on_test": None}
+    unpaired = {name: DOCUMENT[name] | {"value": None} for name in ("gain_over_untrained", "gain_over_baseline")}
+    document = DOCUMENT | {"test": [one.to_json() for one in rows], "gain_unit": "ece", **unpaired}
     lines = search_summary(document, RANKED, "ece").splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("test split"))
     table = [re.split(r"  +", line) for line in lines[start : start + 6]]
     # The student, the baseline, the undistilled student and the teachers: the order is not that of the rows.
     assert [cells[-1] for cells in table] == ["ece", "0.1300", "0.1400", "0.1200", "0.1000", "0.1100"]
-    assert "Gain" not in "\n".join(lines)
+    assert lines[-1].endswith(
+        "paired: unknown, since it is not kept by document; over the baseline: unknown, since it is not kept by "
+        "document."
+    )
 
 
 @pytest.mark.parametrize(
     ("paths", "line"),
     [({"compressed-tensors": "c"}, "  vllm serve c"), ({"huggingface": "h"}, "huggingface  h")],
 )
-def test_the_last_line_serves_what_was_exported(paths: dict[str, str], line: str) -> None:
-    assert search_summary(DOCUMENT | {"paths": paths}, RANKED, "accuracy").splitlines()[-1] == line
+def test_the_line_before_the_gain_serves_what_was_exported(paths: dict[str, str], line: str) -> None:
+    assert search_summary(DOCUMENT | {"paths": paths}, RANKED, "accuracy").splitlines()[-3] == line
 
 
 def test_a_gguf_that_is_not_the_found_student_is_not_served_as_it() -> None:

@@ -49,21 +49,25 @@ class Origin:
             quantised=search["teacher"].get("quantised"),
         )
 
+    def name_of(self, row: Row) -> str:
+        """What a row's model is called, by programs that list models too."""
+        return self.teacher if row.kind == "teacher" else f"Student of {self.teacher}"
+
 
 def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Origin) -> str:
-    """The README.md of an exported student.
+    """The README.md of an exported model: a student, or the teacher itself.
 
     Args:
-        row: A row of the student.
+        row: A row of the model.
         deployment: How it is packed here.
-        rows: Of the run, both splits. Those of the same student are its packings; of others, those of the test split
+        rows: Of the run, both splits. Those of the same model are its packings; of others, those of the test split
             are what it is compared with, and the teacher in the same packing.
         origin: What it was made of.
     """
     here = deployment.name
     own, others = [], []
     for one in rows:
-        if one.kind in DISTILLED and (one.trial, kept_after(one)) == (row.trial, kept_after(row)):
+        if (one.trial, kept_after(one)) == (row.trial, kept_after(row)):
             own.append(one)
         elif one.split == "test" or (one.kind == "teacher" and one.deployment_name == here):
             others.append(one)
@@ -71,8 +75,9 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
     own.sort(key=lambda one: one.deployment_name != here)
     measured = any(one.deployment_name == here for one in own)
     container = get_format(deployment.format).container
-    strategy = row.strategy or {}
     licence = origin.teacher_licence
+    read = "learnt from" if row.kind in DISTILLED else "was measured on"
+    model = "the teacher" if row.kind == "teacher" else "this student"
     return "\n".join(
         [
             "---",
@@ -82,27 +87,22 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
             f"tags: [distillation, quantization, autodistill, {container}]",
             "---",
             "",
-            f"# Student of {origin.teacher}",
+            f"# {origin.name_of(row)}",
             "",
             _made(row, origin),
             f"It is packed here as {here}.{'' if measured else ' ' + _NO_ROW}",
             "",
             f"- Licence of the teacher, which its students inherit: {licence or NOT_STATED}",
-            f"- Licence of the text it learnt from ({origin.data}): {origin.data_licence or NOT_STATED}",
+            f"- Licence of the text it {read} ({origin.data}): {origin.data_licence or NOT_STATED}",
             "",
             "## Measurements",
             "",
-            "Each row is this student in one packing. Retention is its accuracy over the teacher's on the same tokens.",
+            f"Each row is {model} in one packing. Retention is its accuracy over the teacher's on the same tokens.",
             "",
             *_table(("packed as",), own, lambda one: (f"**{here}**" if one.deployment_name == here else None,)),
             *_compared(others),
             "",
-            "## Strategy",
-            "",
-            "```json",
-            json.dumps(strategy, indent=2),
-            "```",
-            "",
+            *(["## Strategy", "", "```json", json.dumps(row.strategy, indent=2), "```", ""] if row.strategy else []),
         ]
     )
 
@@ -120,7 +120,12 @@ def _as_measured(rows: Sequence[Row]) -> list[Row]:
 
 
 def _made(row: Row, origin: Origin) -> str:
-    made = [f"Distilled from {origin.teacher} on {origin.data} by AutoDistill, under strategy `{row.strategy_id}`."]
+    if row.kind == "teacher":
+        made = [f"This is {origin.teacher} itself: AutoDistill packed it, and nothing was distilled or trained."]
+    elif row.kind == "initial":
+        made = [f"Made of {origin.teacher} by AutoDistill, as strategy `{row.strategy_id}` begins: not trained at all."]
+    else:
+        made = [f"Distilled from {origin.teacher} on {origin.data} by AutoDistill, under strategy `{row.strategy_id}`."]
     if row.fidelity is not None and not row.full:
         made.append(f"It was trained for {row.fidelity:.0%} of the tokens that were planned.")
     if origin.quantised:

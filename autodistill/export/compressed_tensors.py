@@ -44,6 +44,7 @@ class CompressedTensorsExporter:
         *,
         teacher: str | None = None,
         licence: str | None = None,
+        name: str | None = None,
     ) -> Artefact:
         """Packs the student into the folder `out`, where the model card alone names its teacher and licence.
 

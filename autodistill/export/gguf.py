@@ -91,6 +91,7 @@ class GgufExporter:
         *,
         teacher: str | None = None,
         licence: str | None = None,
+        name: str | None = None,
     ) -> Artefact:
         """Packs the student into `out/student.gguf`, one tensor in memory at a time.
 
@@ -104,7 +105,7 @@ class GgufExporter:
                 if reason := cannot_cut(student):
                     raise InputError(reason)
                 add_metadata(writer, files.spec, files.config, _FILE_TYPES[deployment.format])
-                _add_general(writer, files.spec, teacher, licence)
+                _add_general(writer, files.spec, teacher, licence, name)
                 _add_sampling(writer, student)
                 add_tokenizer(writer, student, files.spec.vocabulary)
                 _write_tensors(writer, files, deployment)
@@ -195,11 +196,14 @@ def add_metadata(writer: GGUFWriter, spec: ModelSpec, config: Mapping[str, Any],
         writer.add_float32("gemma3.rope.freq_base_swa", rotary(config, SLIDING)["rope_theta"])
 
 
-def _add_general(writer: GGUFWriter, spec: ModelSpec, teacher: str | None, licence: str | None) -> None:
+def _add_general(
+    writer: GGUFWriter, spec: ModelSpec, teacher: str | None, licence: str | None, name: str | None
+) -> None:
     """Writes what programs that list models show of one, as llama.cpp's own converter does."""
     writer.add_size_label(size_label(spec.parameters, 0, 0, 0))
+    if name is not None or teacher is not None:
+        writer.add_name(name if name is not None else f"Student of {teacher}")
     if teacher is not None:
-        writer.add_name(f"Student of {teacher}")
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, teacher.rpartition("/")[2])
         if "/" in teacher:

@@ -1,4 +1,4 @@
-"""The students of a results folder that may be picked: rows of runs, trained to the end, and their shapes."""
+"""What may be picked of a results folder: rows of runs, trained to the end or without any training, and shapes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 from autodistill.contracts import ModelSpec
 from autodistill.errors import InputError
 from autodistill.estimate import comparable, spec_from_config
+from autodistill.records.choice import students_only
 from autodistill.records.json_files import read_json
-from autodistill.records.leaderboard import DISTILLED
+from autodistill.records.leaderboard import DISTILLED, UNTRAINED
 from autodistill.records.recalibration import Overhead, Place, overheads
 from autodistill.records.row import Row, finite, is_field, rows_of, trained_fully
 from autodistill.records.store import RunFolder, known_runs
@@ -126,7 +127,7 @@ def _deployment(text: str) -> Deployment:
 
 
 def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
-    """The students of runs that were trained to the end, of their validation split.
+    """The students of runs that were trained to the end, and what needs no training, of their validation split.
 
     Args:
         out: Folder of the runs.
@@ -151,7 +152,8 @@ def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
                 f"{run.search_file} does not say what {name} was ranked by and on which data, as one of another "
                 "version may not: name the runs that are to be picked from"
             ) from error
-        found += _candidates(run, *metrics[name])
+        kinds = DISTILLED if students_only(asked) else (*DISTILLED, *UNTRAINED)
+        found += _candidates(run, kinds, *metrics[name])
     if len(set(metrics.values())) > 1:
         told = ", ".join(f"{name} by {metric}" for name, (metric, _) in metrics.items())
         raise InputError(f"runs that rank by different metrics cannot be compared ({told}): name those of one")
@@ -211,11 +213,11 @@ def recalibrated_by(candidates: Iterable[Candidate]) -> dict[Place, Overhead]:
     return overheads(one.row for one in candidates if one.cells.get("memory_source") == "measured")
 
 
-def _candidates(run: RunFolder, metric: str, direction: str) -> Iterator[Candidate]:
-    """The students of a run that were trained to the end and have the metric, of its validation split."""
+def _candidates(run: RunFolder, kinds: Sequence[str], metric: str, direction: str) -> Iterator[Candidate]:
+    """The rows of a run of these kinds, trained to the end if at all, that have the metric, of its validation split."""
     if not run.tabled:
         for row in rows_of(run.events.read()):
-            if row.kind in DISTILLED and row.split != "test" and row.full and row.figure(metric) is not None:
+            if row.kind in kinds and row.split != "test" and row.full and row.figure(metric) is not None:
                 yield Candidate.of(row, run.name, metric, direction, run)
         return
     columns = _columns(run)
@@ -228,7 +230,7 @@ def _candidates(run: RunFolder, metric: str, direction: str) -> Iterator[Candida
     names = tuple(columns)
     for found, shape, *cells in zip(values, shapes, *columns.values(), strict=True):
         value, fields = finite(found), {key: cell for key, cell in zip(names, cells, strict=True) if cell is not None}
-        if value is None or fields["kind"] not in DISTILLED or fields.get("split") == "test":
+        if value is None or fields["kind"] not in kinds or fields.get("split") == "test":
             continue
         if trained_fully(fields["kind"], fields.get("fidelity")):
             yield Candidate(

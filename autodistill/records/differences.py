@@ -1,4 +1,4 @@
-"""Differences of the found student to teacher and baseline in every figure, paired by document."""
+"""Differences of what a search exports to teacher and baseline in every figure, paired by document."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from autodistill.statistics import binned_difference, paired_bootstrap
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How much more of a figure the found student has than another row on the same examples.
+    """How much more of a figure the exported row has than another row on the same examples.
 
     Attributes:
         metric: The figure.
         to: What the other row is: "teacher", "quantised teacher", "baseline" or "undistilled student"; one of other
-            tokens than the found student's says its share of a trial's, like "baseline at 100%", and where two would
+            tokens than the exported student's says its share of a trial's, like "baseline at 100%", and where two would
             have one name each says its deployment, like "teacher as gguf-f16".
         difference, stderr: In `unit`; the error is bootstrapped by document, and None for a single document.
         unit: "" is the figure's own; of a perplexity it is that of its logarithm, nats.
@@ -51,13 +51,17 @@ def paired(row: Row, metric: str) -> Mapping[str, Any] | None:
     return found or data.get("others", {}).get(metric)
 
 
-def differences(rows: Sequence[Row]) -> list[Difference]:
-    """Of the found student to every other row, in every figure that both have by document.
+def differences(rows: Sequence[Row], exported: str | None = None) -> list[Difference]:
+    """Of the exported row to every other row, in every figure that both have by document.
 
     Args:
-        rows: Of one split, the found student among them: the first "student", or else the first "baseline".
+        rows: Of the test split, the exported one among them.
+        exported: Id of its row of the validation split; by default it is the first "student", or else the first
+            "baseline".
     """
     found = next((row for kind in DISTILLED for row in rows if row.kind == kind), None)
+    if exported is not None:
+        found = next((row for row in rows if row.row_id == f"{exported}-test"), None)
     if found is None or found.documents is None:
         return []
     metrics = [found.documents.get("metric", "accuracy"), *found.documents.get("others", {})]
@@ -131,4 +135,4 @@ def shown(items: Iterable[Difference]) -> list[list[str]]:
         name = f"{item.metric} [{item.unit}]" if item.unit else item.metric
         table.setdefault(name, {})[item.to] = f"{item.difference:+.4f}{error}"
     lines = [[name, *(cells.get(title, "-") for title in titles)] for name, cells in table.items()]
-    return [["found student less", *titles], *lines] if lines else []
+    return [["exported less", *titles], *lines] if lines else []

@@ -18,6 +18,9 @@ from autodistill.statistics import paired_bootstrap
 from autodistill.units import Budget, format_bytes, format_duration
 
 DISTILLED = ("student", "baseline")
+"""Kinds of rows whose models were trained."""
+UNTRAINED = ("teacher", "initial")
+"""Kinds of rows whose models need no training: the teacher itself, and students as they begin."""
 SPEEDS = ("latency_ms", "ttft_ms", "tokens_per_second", "answer_ms")
 """Figures that hold on one machine, in one runtime."""
 
@@ -98,13 +101,15 @@ def rank(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "
 def rests_on(rows: Sequence[Row]) -> str:
     """Of how many documents the errors of some rows are, in a sentence that warns where these are few.
 
-    Of a task each question is a document. Empty where no row says.
+    Of a task each question is a document, of one long text some sequences in a row. Empty where no row says.
     """
+    in_a_row = max((row.documents.get("in_a_row", 0) for row in rows if row.documents is not None), default=0)
+    unit, of = ("block", f" of {in_a_row} sequences in a row of one long text") if in_a_row else ("document", "")
     counts = [sum(count > 0 for count in row.documents["count"]) for row in rows if row.documents is not None]
     least, most = min(counts, default=0), max(counts, default=0)
     if not most:
         return ""
-    said = f"± is of {least} to {most} documents" if least < most else f"± is of {most} document{'s' * (most > 1)}"
+    said = f"± is of {f'{least} to ' if least < most else ''}{most} {unit}{'s' * (most > 1)}{of}"
     if least >= _FEW_DOCUMENTS:
         return f"{said}."
     return f"{said}: fewer than {_FEW_DOCUMENTS} say little of others, and errors and ties are uncertain themselves."
@@ -186,7 +191,7 @@ def _documents(row: Row, metric: str) -> tuple[list[Any], npt.NDArray[np.float64
 
 
 def rank_students(rows: Sequence[Row], metric: str = "accuracy", direction: Direction = "max") -> list[Row]:
-    """The distilled students among some rows, the best first, so that the leaderboard's first is also what is exported.
+    """The distilled students among some rows, the best first: of these alone the first is what is to be exported.
 
     They follow each other as they rank among themselves, but for one that is first beside all rows: where the teacher
     is tied with the best student, a smaller student that is better than the teacher is.

@@ -8,7 +8,7 @@ from typing import Any
 
 from autodistill.contracts import Direction
 from autodistill.errors import InputError
-from autodistill.records.leaderboard import DISTILLED, Ranked, pareto
+from autodistill.records.leaderboard import DISTILLED, UNTRAINED, Ranked, pareto
 from autodistill.records.row import Row
 
 # What may rank is measured at every rung, so it must come from the simulated student alone.
@@ -94,10 +94,10 @@ def objectives_of(search: Mapping[str, Any]) -> tuple[Objective, ...]:
 def front(rows: Sequence[Row], objectives: Sequence[Objective]) -> list[Row]:
     """The rows that no other one beats in one objective without losing in another, ordered by the first one.
 
-    Candidates are students, baselines and the unmodified teacher, at full fidelity, that keep to the budget and lack no
+    Candidates are students, baselines and what needs no training, at full fidelity, that keep to the budget and lack no
     objective. A memory that was measured counts as it was measured; latencies are all predicted, so that they compare.
     """
-    candidates = [row for row in rows if row.kind in (*DISTILLED, "teacher") and row.full and row.feasible]
+    candidates = [row for row in rows if row.kind in (*DISTILLED, *UNTRAINED) and row.full and row.feasible]
     return pareto(candidates, {objective.figure: objective.direction for objective in objectives})
 
 

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autodistill.budget import read_budget
+from autodistill.contracts import Direction
 from autodistill.errors import MissingDependencyError
-from autodistill.records.choice import chosen, contenders
+from autodistill.records.choice import chosen, contenders, students_only
 from autodistill.records.confirmation import KIND, Confirmation, confirmations
 from autodistill.records.differences import differences, shown
+from autodistill.records.gains import Gains, named
 from autodistill.records.json_files import read_json, replacing
-from autodistill.records.leaderboard import DISTILLED, Ranked, limits_of, nearest, pareto, rank, rests_on
+from autodistill.records.leaderboard import UNTRAINED, Ranked, limits_of, nearest, pareto, rank, rests_on
 from autodistill.records.objectives import Objective, front, objectives_of
 from autodistill.records.openings import opened, openings_of
 from autodistill.records.row import Row, rows_of, task_figures
@@ -52,17 +54,19 @@ def report_markdown(
     further = [row for row in rows_of(events) if row.kind == KIND and row.split != "test"]
     rows = [*(one.row for one in ranked), *further]
     confirmed = confirmations(rows, metric, direction)
+    gains = Gains.from_json(search)
     sections = [
         f"# {_text(search.get('name', 'A search'))}",
+        _text(gains.describe()) if gains is not None else "",
         _asked(search),
-        _answer(search, ranked, metric, chosen(rows, metric, direction), confirmed),
+        _answer(search, rows, ranked, confirmed),
         "## Leaderboard\n\n" + _leaderboard(ranked, metric),
         f"![{metric} against memory]({picture})" if picture else f"For a plot of this table: `{INSTALL_PLOTS}`",
         _confirmed(confirmed, ranked),
         _front(search, ranked),
         _lost(events),
         _spared(search),
-        _test(_tested(events, search.get("test")), metric, openings or {}),
+        _test(_tested(events, search.get("test")), metric, openings or {}, gains.exported if gains else None),
         _pairs("Seconds by phase", {k: f"{v:.1f}" for k, v in search.get("seconds", {}).items()}),
         _command(search),
         _pairs("Versions", search.get("versions", {})),
@@ -184,41 +188,57 @@ def _evaluation(plan: Mapping[str, Any], search: Mapping[str, Any]) -> dict[str,
 
 
 def _answer(
-    search: Mapping[str, Any],
-    ranked: Sequence[Ranked],
-    metric: str,
-    student: Row | None,
-    confirmed: Sequence[Confirmation],
+    search: Mapping[str, Any], rows: Sequence[Row], ranked: Sequence[Ranked], confirmed: Sequence[Confirmation]
 ) -> str:
-    """What ranks first, or what was chosen on further seeds where the teacher does not rank before that."""
-    rows = [one.row for one in ranked]
-    beside = rows
-    if student is not None and confirmed:
-        beside = [student, *(row for row in rows if row.kind not in DISTILLED)]
-        beside = [one.row for one in rank(beside, metric, search.get("direction", "max"))]
-    first = beside[0] if beside and beside[0].feasible and beside[0].figure(metric) is not None else None
-    if first is not None:
-        parts = [
-            f"**{_text(first.name)}** ({first.kind}) as {first.deployment_name}: {metric} {_figure(first, metric)}"
-        ]
-        if first.retention is not None:
-            parts.append(f"{first.retention:.1%} of the teacher's")
-        if first.memory_bytes is not None:
-            parts.append(
-                f"{format_bytes(first.memory_bytes)} of memory ({first.memory_source or 'source not recorded'})"
-            )
-        if short := _short(first):
-            parts.append(short)
-        tied = sum(one.tied for one in ranked)
-        why = f" It is the smallest of {tied} rows that {metric} cannot tell apart." if tied else ""
-        if confirmed:
-            why = f" It was chosen by its mean on {len(confirmed[0].seeds)} seeds." if first == student else ""
-        return "## Answer\n\n" + ", ".join(parts) + "." + why + _undistilled(first, student, metric)
-    limits = limits_of(read_budget(search["budget"])) if "budget" in search else {}
-    needs = {f"{row.name} as {row.deployment_name}": {n: row.figure(n) for n in limits} for row in rows}
-    closest = nearest(needs, limits)
-    reason = f" The nearest, {_text(closest.candidate)}, {closest.describe()}." if closest else ""
-    return "## Answer\n\nNothing fits the budget." + reason
+    """What is chosen, and what it is where that was not trained; what comes nearest where nothing fits.
+
+    Args:
+        search: `search.json`.
+        rows: Of the validation split, those of further seeds among them.
+        ranked: The leaderboard.
+        confirmed: Means over seeds.
+    """
+    metric, direction, only = search.get("metric", "accuracy"), search.get("direction", "max"), students_only(search)
+    best = chosen(rows, metric, direction, students_only=only)
+    if best is None:
+        limits = limits_of(read_budget(search["budget"])) if "budget" in search else {}
+        needs = {f"{row.name} as {row.deployment_name}": {n: row.figure(n) for n in limits} for row in contenders(rows)}
+        closest = nearest(needs, limits)
+        reason = f" The nearest, {_text(closest.candidate)}, {closest.describe()}." if closest else ""
+        whatever = chosen(rows, metric, direction, students_only=False)
+        what = "No trained student fits the budget." if whatever is not None else "Nothing fits the budget."
+        return f"## Answer\n\n{what}{reason}"
+    parts = [f"**{_text(best.name)}** ({best.kind}) as {best.deployment_name}: {metric} {_figure(best, metric)}"]
+    if best.retention is not None:
+        parts.append(f"{best.retention:.1%} of the teacher's")
+    if best.memory_bytes is not None:
+        parts.append(f"{format_bytes(best.memory_bytes)} of memory ({best.memory_source or 'source not recorded'})")
+    if short := _short(best):
+        parts.append(short)
+    tied = sum(one.tied for one in ranked) if ranked[0].row == best else 0
+    why = f" It is the smallest of {tied} rows that {metric} cannot tell apart." if tied else ""
+    if confirmed and best.trial == confirmed[0].trial:
+        why = f" It was chosen by its mean on {len(confirmed[0].seeds)} seeds."
+    return "## Answer\n\n" + ", ".join(parts) + "." + why + _beside(best, rows, metric, direction)
+
+
+def _beside(best: Row, rows: Sequence[Row], metric: str, direction: Direction) -> str:
+    """Of what needs no training the best student; of a student what needs no training and is before it."""
+    student = chosen(rows, metric, direction, students_only=True)
+    if best.kind in UNTRAINED:
+        said = f" It is {_text(named(best))}: nothing was trained that does better"
+        if student is None:
+            return f"{said}, and no trained student fits."
+        return f"{said}. The first trained student is {_told(student, metric)}."
+    whatever = chosen(rows, metric, direction, students_only=False)
+    if whatever is None or whatever.kind not in UNTRAINED:
+        return ""
+    return f" Only trained students were chosen among: before it is {_told(whatever, metric)}, which needs no training."
+
+
+def _told(row: Row, metric: str) -> str:
+    parts = [_text(named(row)), f"{metric} {_figure(row, metric)}", _short(row)]
+    return ", ".join(filter(None, parts))
 
 
 def _confirmed(confirmed: Sequence[Confirmation], ranked: Sequence[Ranked]) -> str:
@@ -243,17 +263,6 @@ def _confirmed(confirmed: Sequence[Confirmation], ranked: Sequence[Ranked]) -> s
     return (
         "## On further seeds\n\n" + _table(["trial", "name", "deployment", "mean", "less best"], lines) + "\n\n" + note
     )
-
-
-def _undistilled(first: Row, student: Row | None, metric: str) -> str:
-    """Says so plainly where the first row was not distilled, and what distilling reached."""
-    if first.kind in DISTILLED:
-        return ""
-    if student is None:
-        return " It was not distilled, and no distilled student fits."
-    parts = [f"{_text(student.name)} as {student.deployment_name}", f"{metric} {_figure(student, metric)}"]
-    said = ", ".join(filter(None, [*parts, _short(student)]))
-    return f" It was not distilled: the first distilled student is {said}."
 
 
 def _short(row: Row) -> str:
@@ -333,11 +342,11 @@ def _tested(events: Iterable[Mapping[str, Any]], ids: Sequence[str] | None) -> l
     return list(rows.values()) if ids is None else [rows[name] for name in ids if name in rows]
 
 
-def _test(rows: Sequence[Row], metric: str, openings: Mapping[str, int]) -> str:
+def _test(rows: Sequence[Row], metric: str, openings: Mapping[str, int], exported: str | None) -> str:
     tasks = task_figures(rows, metric)
     lines = [
         [
-            _TITLES.get(row.kind, row.kind),
+            _TITLES.get(row.kind, row.kind) + (", exported" if row.row_id == f"{exported}-test" else ""),
             row.row_id,
             row.name,
             _shown(row.fidelity, "{:.0%}"),
@@ -351,7 +360,7 @@ def _test(rows: Sequence[Row], metric: str, openings: Mapping[str, int]) -> str:
     titles = ["what", "row", "name", "fidelity", metric, "retention", "perplexity", *tasks]
     if not lines:
         return ""
-    compared = shown(differences(rows))
+    compared = shown(differences(rows, exported))
     note = (
         "\n\nPaired by document, each with its bootstrapped standard error; of a perplexity, that of its logarithm:\n\n"
     )

@@ -33,7 +33,7 @@ class Row:
         row_id: Unique in a run; a later row of the same id supersedes an earlier one.
         trial: Id of the trial, like "t003".
         kind: "student" (proposed), "baseline" (to be beaten), "confirmation" (one of these on a further seed),
-            "teacher" (unmodified), "initial" (undistilled student).
+            "teacher" (unmodified), "initial" (a student without its training).
         name: For people: the baseline's name, or the trial's.
         deployment: `Deployment` as plain data.
         status: A `Status`.

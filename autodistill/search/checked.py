@@ -22,6 +22,7 @@ from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import ASKING_DATA
 from autodistill.local_device import choose_device
+from autodistill.records import choice
 from autodistill.records.json_files import read_json
 from autodistill.records.lease import check_unheld
 from autodistill.records.objectives import Objective, objectives_of
@@ -72,6 +73,7 @@ class Checked:
     warm_start: tuple[str, ...]
     explore: float
     confirm: int
+    students_only: bool
     seed: int
     spec: ModelSpec
     stored: Mapping[str, Any] | None
@@ -145,6 +147,7 @@ def check_request(request: SearchRequest) -> Checked:
         warm_start=parse_runs(request.warm_start) if request.warm_start is not None else _warmed_by(known),
         explore=_explore(request, known, space),
         confirm=request.confirm if request.confirm is not None else known.get("confirm", 0),
+        students_only=_students_only(request, stored),
         seed=request.seed if request.seed is not None else known.get("seed", 0),
         spec=spec,
         stored=stored,
@@ -232,6 +235,13 @@ def _explore(request: SearchRequest, known: Mapping[str, Any], space: Space) -> 
     return EXPLORE if asked is None else asked
 
 
+def _students_only(request: SearchRequest, stored: Mapping[str, Any] | None) -> bool:
+    """Whether trained students alone are chosen among: where that is asked for, and of one strategy alone always."""
+    if request.students_only is None and stored is not None:
+        return choice.students_only(stored)
+    return bool(request.students_only) or request.strategy is not None
+
+
 def _at_context(request: SearchRequest, known: Mapping[str, Any], spec: ModelSpec, space: Space) -> SearchRequest:
     """The request with the context that its budget has where none is asked for."""
     if not request.context_by_default:
@@ -310,6 +320,10 @@ def _warmed_by(stored: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _named(stored: Sequence[str] | None) -> tuple[str, ...] | None:
     return None if stored is None else tuple(stored)
+
+
+def _choice(students_only: bool) -> str:
+    return "students only" if students_only else "whatever is best"
 
 
 def _told(baselines: Sequence[str] | None) -> str:
@@ -421,6 +435,7 @@ def _check_same(checked: Checked, stored: Mapping[str, Any]) -> None:
         "task or command": (content(checked.asked.record), content(stored.get("asked", checked.asked.record))),
         "sampler": (checked.sampler, stored["sampler"]),
         "warm start": (", ".join(checked.warm_start), ", ".join(_warmed_by(stored))),
+        "choice": (_choice(checked.students_only), _choice(choice.students_only(stored))),
         "seed": (checked.seed, stored["seed"]),
         "budget": limits,
         "baseline": (_told(checked.baselines), _told(stored.get("baselines"))),

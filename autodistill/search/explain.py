@@ -13,9 +13,10 @@ from autodistill.budget import read_budget
 from autodistill.contracts import Plan, Status
 from autodistill.errors import InputError
 from autodistill.estimate import fits, holdable, spec_from_config
-from autodistill.records.choice import chosen, contenders
+from autodistill.records.choice import chosen, contenders, students_only
+from autodistill.records.gains import Gains, named
 from autodistill.records.json_files import read_json
-from autodistill.records.leaderboard import DISTILLED
+from autodistill.records.leaderboard import DISTILLED, UNTRAINED
 from autodistill.records.objectives import Objective, objectives_of
 from autodistill.records.openings import opened, openings_of
 from autodistill.records.recalibration import corrected, least_beyond
@@ -83,6 +84,8 @@ class Explanation:
         tokens_rejected: What the rejected ones would have taken to the first rung.
         saved: What sharing stages and rejecting saved, and what all training took.
         openings: How often each run here opened the test split of this data.
+        gains: What was exported, and by how much it beats what needs no training and the baseline on test; empty before
+            the end.
         binding: The limit and how near the best row is to it, in a sentence.
         next: What would fit next, in sentences.
     """
@@ -98,6 +101,7 @@ class Explanation:
     tokens_rejected: int
     saved: Saved
     openings: Mapping[str, int]
+    gains: str
     binding: str
     next: tuple[str, ...]
 
@@ -123,7 +127,7 @@ class Explanation:
                 f"({1 - reached / self.tokens_full:.0%} saved by stopping){shared}."
             )
         lines += [f"{sentence}." for sentence in self.saved.describe()]
-        return "\n".join([*lines, opened(self.openings), self.binding, *self.next])
+        return "\n".join([*lines, opened(self.openings), *filter(None, [self.gains]), self.binding, *self.next])
 
 
 def explain(run: RunFolder) -> Explanation:
@@ -164,6 +168,7 @@ def explain(run: RunFolder) -> Explanation:
         tokens_rejected=spared.rejected_tokens,
         saved=spared,
         openings=openings_of(run.path.parent, asked),
+        gains=gains.describe() if (gains := Gains.from_json(asked)) else "",
         binding=binding,
         next=following,
     )
@@ -220,11 +225,13 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
     full = contenders(judged)
     beyond = least_beyond(full)
     students = [row for row in full if row.kind in DISTILLED]
-    best = chosen(judged, asked["metric"], asked["direction"])
+    only = students_only(asked)
+    best = chosen(judged, asked["metric"], asked["direction"], students_only=only)
     if best is not None and corrected(best, beyond) > limit:
-        # What was found of one student in its runtime, once exported, holds for those that were only predicted.
-        fitting = [row for row in judged if row.kind not in DISTILLED or corrected(row, beyond) <= limit]
-        best = chosen(fitting, asked["metric"], asked["direction"])
+        # What was found of one row in its runtime, once exported, holds for those that were only predicted.
+        usable = (*DISTILLED, *UNTRAINED)
+        fitting = [row for row in judged if row.kind not in usable or corrected(row, beyond) <= limit]
+        best = chosen(fitting, asked["metric"], asked["direction"], students_only=only)
     if best is None:
         if not students:
             return "No student has been trained to the end yet.", ()
@@ -234,7 +241,7 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
             return f"Nothing fits: {least.name} as {least.deployment_name} is kept out ({least.reason}).", ()
         return f"Nothing fits {format_bytes(limit)}: the nearest needs {format_bytes(short)} more.", ()
     need, used = format_bytes(corrected(best, beyond)), corrected(best, beyond) / limit
-    binding = f"The best, {best.name} as {best.deployment_name}, needs {need}"
+    binding = f"The best, {named(best)}, needs {need}"
     if limit >= NO_LIMIT:
         binding += ": there is no limit of memory."
     else:

@@ -1,4 +1,4 @@
-"""Exports a student of a finished run once more: another row, another container, another folder."""
+"""Exports a row of a finished run once more: another row, another container, another folder."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from autodistill import plugins
+from autodistill.distillation.teacher import materialise, resolve_teacher
 from autodistill.errors import InputError
 from autodistill.export.card import Origin, model_card
 from autodistill.export.verify import verify
 from autodistill.formats import get_format
-from autodistill.records.choice import chosen, contenders
+from autodistill.records.choice import chosen, contenders, students_only
 from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED, rank
 from autodistill.records.row import Row, rows_of
-from autodistill.records.store import RunFolder
+from autodistill.records.store import RunFolder, default_cache
 from autodistill.strategy import IN_16_BITS, Deployment
 from autodistill.students import kept_after, student_folder
 from autodistill.templates import copy_licence
 
 
 def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], out: Path) -> dict[str, Path]:
-    """Packs the student of a row into each container, and holds the bytes on disk to the evaluated weights.
+    """Packs the model of a row into each container, and holds the bytes on disk to the evaluated weights.
 
     A model card lies beside each, and the text of the teacher's licence where its folder has one.
 
@@ -32,7 +33,7 @@ def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], ou
 
     Args:
         run: The run.
-        row_id: Of the row, or None for the run's best student.
+        row_id: Of the row, or None for the run's best.
         containers: Names of exporters; a folder of that name is made in `out` for each.
         out: Folder for them.
 
@@ -40,8 +41,8 @@ def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], ou
         For each container the file or folder that a runtime is given.
 
     Raises:
-        InputError: An unknown or repeated container, an unknown row, a row without a student on disk, a container that
-            the trial has no row in, or a folder that is not empty.
+        InputError: An unknown or repeated container, an unknown row, a row without a student on disk, a teacher that is
+            gone or has changed, a container that the trial has no row in, or a folder that is not empty.
         VerificationError: What was written is not what was evaluated.
     """
     _check_containers(containers)
@@ -51,16 +52,16 @@ def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], ou
     ranked = [one.row for one in rank(contenders(rows), asked["metric"], asked["direction"])]
     # Of students short of the end few are kept, and the best of these need not be the best of all.
     having = [row for row in rows if row.kind not in DISTILLED or row.full or _folder(run, row).is_dir()]
-    best = chosen(having, asked["metric"], asked["direction"])
+    best = chosen(having, asked["metric"], asked["direction"], students_only=students_only(asked))
     row = _find(run, ranked, row_id or (best.row_id if best else None))
-    student = _student(run, row, asked, _collected(run))
+    student = _teacher(asked) if row.kind == "teacher" else _student(run, row, asked, _collected(run))
     deployments = {name: _deployment(name, row, ranked, asked) for name in containers}
     for name in containers:
         folder = out / name
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} exists and is not an empty folder: choose another one with --out")
     origin = Origin.of(asked)
-    paths = {name: _pack(student, deployment, out / name, origin) for name, deployment in deployments.items()}
+    paths = {name: _pack(student, row, deployment, out / name, origin) for name, deployment in deployments.items()}
     for name, deployment in deployments.items():
         card = model_card(row, deployment, every, origin)
         (out / name / "README.md").write_text(card, encoding="utf-8")
@@ -81,10 +82,10 @@ def _check_containers(containers: Sequence[str]) -> None:
 
 
 def _find(run: RunFolder, ranked: Sequence[Row], row_id: str | None) -> Row:
-    ids = [row.row_id for row in ranked if row.kind in DISTILLED and _folder(run, row).is_dir()]
-    listed = f"the rows with a student on disk are {', '.join(ids)}" if ids else "it has no student on disk"
+    ids = [row.row_id for row in ranked if row.kind == "teacher" or _folder(run, row).is_dir()]
+    listed = f"the rows that can be exported are {', '.join(ids)}" if ids else "it has no student on disk"
     if row_id is None:
-        raise InputError(f"the run {run.name!r} has no student that fits its budget to export: {listed}")
+        raise InputError(f"the run {run.name!r} has nothing that fits its budget to export: {listed}")
     for row in ranked:
         if row_id in (row.row_id, row.short_id):
             return row
@@ -105,9 +106,12 @@ def _collected(run: RunFolder) -> set[str]:
 
 def _student(run: RunFolder, row: Row, asked: Mapping[str, Any], collected: Collection[str]) -> Path:
     """The float32 student of a row."""
-    if row.kind not in DISTILLED:
-        raise InputError(f"the row {row.row_id} is the unmodified teacher: choose a student's row")
     folder = _folder(run, row)
+    if row.kind == "initial" and not folder.is_dir():
+        raise InputError(
+            f"the row {row.row_id} is a student without training, of which the search kept none, since it was not the "
+            "best: choose another row"
+        )
     if not folder.is_dir() and row.full and row.trial in collected:
         raise InputError(
             f"the student of the row {row.row_id} was removed by the search, to hold --checkpoint-limit: choose "
@@ -121,6 +125,22 @@ def _student(run: RunFolder, row: Row, asked: Mapping[str, Any], collected: Coll
             "run with more --time"
         )
     return folder
+
+
+def _teacher(asked: Mapping[str, Any]) -> Path:
+    """The folder of the teacher, as it was for the run.
+
+    Raises:
+        InputError: It is gone, or is another one now.
+    """
+    stored = asked["teacher"]
+    teacher = materialise(resolve_teacher(stored["reference"]), default_cache())
+    if teacher.fingerprint != stored["fingerprint"]:
+        raise InputError(
+            f"the teacher {stored['reference']} has changed since the run ({stored['fingerprint']}, now "
+            f"{teacher.fingerprint}): restore it, or choose a student's row"
+        )
+    return teacher.folder
 
 
 def _again(row: Row, asked: Mapping[str, Any]) -> str:
@@ -153,8 +173,9 @@ def _deployment(container: str, row: Row, ranked: Sequence[Row], asked: Mapping[
     )
 
 
-def _pack(student: Path, deployment: Deployment, out: Path, origin: Origin) -> Path:
+def _pack(student: Path, row: Row, deployment: Deployment, out: Path, origin: Origin) -> Path:
     exporter = plugins.load("exporters", get_format(deployment.format).container)
-    artefact = exporter.export(student, deployment, out, teacher=origin.teacher, licence=origin.teacher_licence)
+    named = {"teacher": origin.teacher, "licence": origin.teacher_licence, "name": origin.name_of(row)}
+    artefact = exporter.export(student, deployment, out, **named)
     verify(exporter, artefact, student, deployment)
     return artefact.path

@@ -1,4 +1,4 @@
-"""Which student is exported: of those trained to the end, or else furthest, the best that keeps to the budget."""
+"""Which row is exported: the best that keeps to the budget, of students those trained to the end, or else furthest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from autodistill.formats import get_format
 from autodistill.records.choice import in_order
-from autodistill.records.leaderboard import DISTILLED
+from autodistill.records.leaderboard import DISTILLED, UNTRAINED
 from autodistill.records.recalibration import corrected, least_beyond
 from autodistill.records.row import Row
 from autodistill.search.trials import Question
@@ -40,19 +40,20 @@ def candidates(rows: Sequence[Row], metric: str, kept: Callable[[Row], bool]) ->
 def next_candidate(
     rows: Sequence[Row], rejected: Sequence[Row], question: Question, container: str | None = None
 ) -> Row | None:
-    """The student to export: the chosen one of those that may keep to the budget when measured, given what did not.
+    """The row to export: the chosen one of those that may keep to the budget when measured, given what did not.
 
     A runtime takes about as much more than predicted for one student as for another: see `passed_over`. It is chosen as
     whoever reads the log later will choose, where those rows do not fit.
 
     Args:
-        rows: Students that may be exported, and whatever they rank beside.
+        rows: What may be exported, and whatever that ranks beside.
         rejected: Rows as they were measured.
         question: What was asked.
         container: Its deployment's; any by default.
     """
     out = {row.row_id: row for row in (*passed_over(rows, rejected, question.budget.memory_bytes), *rejected)}
-    ranked = in_order([out.get(row.row_id, row) for row in rows], question.metric, question.direction)
+    known = [out.get(row.row_id, row) for row in rows]
+    ranked = in_order(known, question.metric, question.direction, students_only=question.students_only)
     return next((row for row in ranked if container in (None, container_of(row))), None)
 
 
@@ -65,7 +66,7 @@ def passed_over(rows: Sequence[Row], rejected: Sequence[Row], limit: int) -> lis
     """The rows that would break the limit with the least that their runtime took beyond the predictions so far.
 
     Args:
-        rows: Of students, and of what they rank beside, which is not among what is returned.
+        rows: Of students, of what needs no training, and of whatever these rank beside, which is not returned.
         rejected: Rows as they were measured; these are not among what is returned.
         limit: Bytes of memory.
 
@@ -77,8 +78,8 @@ def passed_over(rows: Sequence[Row], rejected: Sequence[Row], limit: int) -> lis
     found = []
     for row in rows:
         need, runtime = corrected(row, beyond), row.deployment["runtime"]
-        student = row.kind in DISTILLED and row.feasible
-        if student and row.row_id not in tried and need > limit:
+        usable = row.kind in (*DISTILLED, *UNTRAINED) and row.feasible
+        if usable and row.row_id not in tried and need > limit:
             reason = (
                 f"memory: {row.memory_bytes} bytes predicted, {need} with what {runtime} took beyond that for another "
                 f"student, {need - limit} over the budget of {limit}"

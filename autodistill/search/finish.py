@@ -1,4 +1,4 @@
-"""The end of a search: the best student is exported, verified, measured in its runtime and scored on test."""
+"""The end of a search: the best row is exported, verified, measured in its runtime and scored on test."""
 
 from __future__ import annotations
 
@@ -28,19 +28,22 @@ from autodistill.export.card import Origin, model_card
 from autodistill.export.verify import CLEAR_SHARE, MIN_POSITIONS, RuntimeCheck, verify, verify_runtime
 from autodistill.formats import get_format
 from autodistill.quiet import free_cores
-from autodistill.records.choice import in_order
+from autodistill.records.beginnings import worsened
+from autodistill.records.choice import in_order, untrained_in_order
 from autodistill.records.confirmation import Confirmation, confirmations
+from autodistill.records.gains import Gains, named
 from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import (
     DISTILLED,
+    UNTRAINED,
     limits_of,
     nearest,
-    rank,
 )
 from autodistill.records.row import REMOVED, Row, rows_of
-from autodistill.search.exportable import candidates, container_of, next_candidate, passed_over
+from autodistill.search.beginnings import settle, settled_candidate
+from autodistill.search.exportable import candidates, container_of, passed_over
 from autodistill.search.finisher import Finisher
-from autodistill.search.held_out import gain_on_test, score_on_test, spent
+from autodistill.search.held_out import best_untrained, gains_on_test, score_on_test, spent
 from autodistill.strategy import IN_16_BITS, Deployment, Strategy
 from autodistill.templates import copy_licence
 from autodistill.token_sets import load_split
@@ -60,8 +63,7 @@ class Finish:
         checks: Agreement of runtime and simulation by container.
         test: Rows on the test split.
         confirmed: What was trained on further seeds, the chosen one first.
-        gain: Best less baseline on test, paired by document, and its standard error, None of a single document; None
-            where there is none.
+        gains: By how much it is better on test than what needs no training, and than the baseline.
         notes: What a reader must know, in sentences.
     """
 
@@ -69,28 +71,31 @@ class Finish:
     paths: Mapping[str, Path]
     checks: Mapping[str, RuntimeCheck]
     test: tuple[Row, ...]
-    gain: tuple[float, float | None] | None
+    gains: Gains
     confirmed: tuple[Confirmation, ...]
     notes: tuple[str, ...]
 
 
 def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
-    """Exports the best student and everything that proves it.
+    """Exports the best row and everything that proves it.
 
     Args:
         rows: Of the validation split.
         finisher: What the steps share.
 
     Raises:
-        NothingFitsError: No student that was kept, at full fidelity or short of it, fits the budget.
+        NothingFitsError: Nothing that may be exported fits the budget.
         VerificationError: An artefact is not what was evaluated.
     """
     question, phases, run = finisher.question, finisher.phases, finisher.run
     torch.set_num_threads(finisher.threads)
     students = candidates(rows, question.metric, finisher.has)
     confirmed = confirmations(rows, question.metric, question.direction)
-    others = [row for row in rows if row.kind not in DISTILLED]
-    choice = [*students, *others]
+    choice = [*students, *(row for row in rows if row.kind not in DISTILLED)]
+    first = next(iter(in_order(choice, question.metric, question.direction, students_only=True)), None)
+    while first is not None and settle(first, choice, finisher):
+        # What distilling came to is known by what it began with, whatever is exported.
+        first = next((row for row in choice if row.row_id == first.row_id), None)
     paths: dict[str, Path] = {}
     checks: dict[str, RuntimeCheck] = {}
     rejected: list[Row] = []
@@ -117,15 +122,17 @@ def finish(rows: Sequence[Row], finisher: Finisher) -> Finish:
     for container in set(plugins.names("exporters")) - set(paths):
         # Of the best student that this run had before it went on, perhaps.
         shutil.rmtree(run.student(container), ignore_errors=True)
+    rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
+    untrained = best_untrained(rows, finisher)
     with phases.phase("evaluate", "test split"):
-        test = score_on_test(best, rows, finisher)
+        test = score_on_test(best, untrained, rows, finisher)
     _describe(packed, test, finisher)
     return Finish(
         best=best,
         paths=paths,
         checks=checks,
         test=test,
-        gain=gain_on_test(test, question.metric, question.direction),
+        gains=gains_on_test(best, untrained, test, question.metric, question.direction),
         confirmed=tuple(confirmed),
         notes=(*notes, *_notes(best, rows, finisher), *spent(finisher)),
     )
@@ -138,7 +145,7 @@ def _leave_out_removed(best: Row, finisher: Finisher) -> None:
     one that a person removed.
     """
     rows, question = rows_of(finisher.run.events.read()), finisher.question
-    order = in_order([row for row in rows if row.split == "validation"], question.metric, question.direction)
+    order = in_order(rows, question.metric, question.direction, students_only=question.students_only)
     for row in takewhile(lambda one: one.row_id != best.row_id, order):
         if row.full and not finisher.has(row):
             finisher.write("row", replace(row, feasible=False, reason=REMOVED))
@@ -156,7 +163,7 @@ def _describe(packed: Mapping[str, tuple[Row, Deployment]], test: Sequence[Row],
 
 
 def _first_that_fits(
-    rows: Sequence[Row],
+    rows: list[Row],
     rejected: list[Row],
     finisher: Finisher,
     paths: dict[str, Path],
@@ -165,7 +172,7 @@ def _first_that_fits(
 ) -> Row | None:
     """Exports the best row that keeps to the budget when its runtime is measured; those that do not are `rejected`."""
     for _ in range(_CANDIDATES):
-        candidate = next_candidate(rows, rejected, finisher.question, container)
+        candidate = settled_candidate(rows, rejected, finisher, container)
         if candidate is None:
             return None
         found = _export(candidate, finisher, paths, checks)
@@ -181,7 +188,7 @@ def _first_that_fits(
 
 
 def _gguf_beside(
-    choice: Sequence[Row],
+    choice: list[Row],
     rejected: list[Row],
     finisher: Finisher,
     paths: dict[str, Path],
@@ -202,7 +209,7 @@ def _gguf_beside(
 
 
 def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artefact, str]:
-    """Writes one deployment of a row's student and holds the bytes on disk to the evaluated weights."""
+    """Writes one deployment of a row's model and holds the bytes on disk to the evaluated weights."""
     container = get_format(deployment.format).container
     exporter = plugins.load("exporters", container)
     origin = Origin.of(read_json(finisher.run.search_file))
@@ -212,20 +219,22 @@ def _pack(row: Row, deployment: Deployment, finisher: Finisher) -> tuple[Artefac
         finisher.run.student(container),
         teacher=origin.teacher,
         licence=origin.teacher_licence,
+        name=origin.name_of(row),
     )
     verify(exporter, artefact, finisher.student(row), deployment)
     return artefact, container
 
 
 def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[str, RuntimeCheck]) -> Row:
-    """Exports a row's student, verifies it in its runtime, and gives the row with what was measured there."""
+    """Exports a row's model, verifies it in its runtime, and gives the row with what was measured there."""
     deployment = Deployment.from_json(row.deployment)
-    spec = student_spec(Strategy.from_json(row.strategy), finisher.setting.teacher_spec)
+    strategy = Strategy.from_json(row.strategy) if row.strategy else None
+    spec = student_spec(strategy, finisher.setting.teacher_spec) if strategy else finisher.setting.teacher_spec
     with finisher.phases.phase("export", f"exporting {row.name} as {deployment.name}"):
         artefact, container = _pack(row, deployment, finisher)
         length = finisher.question.plan.sequence_length
         sequences = math.ceil(MIN_POSITIONS / CLEAR_SHARE / (length - 1))
-        rendering = finisher.setting.rendering(Strategy.from_json(row.strategy).init)
+        rendering = finisher.setting.rendering(strategy.init if strategy else None)
         data = load_split(finisher.data.folder, "validation", rendering).head(sequences * length)
         model = finisher.load(row)
         with deployed_weights(model, spec, deployment, read_scales(finisher.student(row), deployment)):
@@ -336,9 +345,14 @@ def _on_device(best: Row, budget: Budget) -> list[str]:
 
 
 def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...]:
-    """Whether the budget binds, what is the tightest that the best meets, and whether the teacher beats it."""
+    """Whether the budget binds, what is the tightest that the best meets, and what training came to.
+
+    Args:
+        best: What is exported.
+        rows: Of the validation split, as they are at the end.
+        finisher: What the steps of the end share.
+    """
     question = finisher.question
-    metric = question.metric
     limit = question.budget.memory_bytes
     notes = []
     spec = finisher.setting.teacher_spec
@@ -353,26 +367,16 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
     if not question.space.dimensions:
         # One strategy alone was trained: there was no budget to search under.
         notes = []
+    what = named(best) if best.kind in UNTRAINED else "the best student"
     notes.append(
-        f"the tightest budget that the best student still meets is {format_bytes(memory)} ({memory} bytes, "
+        f"the tightest budget that {what} still meets is {format_bytes(memory)} ({memory} bytes, "
         f"{best.memory_source}), at context {question.budget.context} and batch {question.budget.batch}"
     )
     if on_gpu(question.budget) and best.memory_source != "measured":
         notes.append("its memory is that of the GPU: predicted, not measured on a GPU")
     notes += _on_device(best, question.budget)
-    teachers = [row for row in rows if row.kind == "teacher" and row.feasible]
-    # A student short of the plan's end is one for a person to judge by its metric, as any other.
-    whole = best if best.full else replace(best, fidelity=1.0)
-    first = rank([whole, *teachers], metric, question.direction)[0].row
-    if first.kind == "teacher":
-        packed = first.deployment["bits"] < 16
-        beats = "quantising the teacher beats distilling it here" if packed else "the teacher itself is better here"
-        notes.append(
-            f"{beats}: the teacher as {first.deployment_name} has {metric} "
-            f"{first.figure(metric):.4f} in {format_bytes(first.memory_bytes or 0)}, the best student "
-            f"{best.figure(metric):.4f} in {format_bytes(memory)}; of what is equal within one standard error, the "
-            "smaller is better"
-        )
+    notes += _without_training(best, rows, finisher)
+    notes += _worsened(rows, finisher)
     if best.fidelity is not None and best.fidelity > 1 + 1e-9:
         further = f"the best student was trained for {best.fidelity:.0%} of a trial's tokens ({best.train_tokens:,})"
         if any(row.kind == "baseline" for row in rows):
@@ -381,3 +385,45 @@ def _notes(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[str, ...
     if best.kind == "baseline" and best.full and question.space.dimensions:
         notes.append("no searched strategy beat the baseline")
     return tuple(notes)
+
+
+def _without_training(best: Row, rows: Sequence[Row], finisher: Finisher) -> list[str]:
+    """That what is exported was not trained, or is no better than what needs no training, where that is so."""
+    metric, direction = finisher.question.metric, finisher.question.direction
+
+    def told(row: Row) -> str:
+        return f"{metric} {row.figure(metric) or 0.0:.4f} in {format_bytes(row.memory_bytes or 0)}"
+
+    ties = "of what is equal within one standard error, the smaller is better"
+    if best.kind in UNTRAINED:
+        students = in_order([row for row in rows if row.kind not in UNTRAINED], metric, direction, students_only=True)
+        said = f"{named(best)} is exported, {told(best)}: nothing was trained that does better"
+        if not students:
+            return [f"{said}, and no trained student fits"]
+        return [f"{said}; the best trained student, {named(students[0])}, has {told(students[0])}; {ties}"]
+    # A student short of the plan's end is one for a person to judge by its metric, as any other.
+    beside = [best if best.full else replace(best, fidelity=1.0), *untrained_in_order(rows, metric, direction)]
+    first = in_order(beside, metric, direction, students_only=False)[0]
+    if first.kind not in UNTRAINED:
+        return []
+    whole = first.kind == "teacher" and first.deployment["bits"] == 16
+    beats = "the teacher is better here as it is" if whole else "quantising the teacher beats distilling it here"
+    beats = beats if first.kind == "teacher" else "a student without training is better here"
+    return [f"{beats}: {named(first)} has {told(first)}, the best student {told(best)}; {ties}"]
+
+
+def _worsened(rows: Sequence[Row], finisher: Finisher) -> list[str]:
+    """Whose training ended below its own beginning, with both figures, the best such student first."""
+    metric, direction = finisher.question.metric, finisher.question.direction
+    pairs = [(row, before) for row, before in worsened(rows, metric, direction) if row.full and row.kind in DISTILLED]
+    if not pairs:
+        return []
+    best = in_order([row for row, _ in pairs], metric, direction, students_only=True)
+    row, before = next((pair for pair in pairs if best and pair[0] == best[0]), pairs[0])
+    others = len({one.trial for one, _ in pairs} - {row.trial})
+    more = f", and so did that of {others} other trial{'s' * (others > 1)}" if others else ""
+    passed = "" if finisher.question.students_only else ", which is why it was passed over"
+    return [
+        f"the training of {named(row)} ended below its own untrained beginning: {metric} {row.figure(metric):.4f} "
+        f"after it, {before.figure(metric):.4f} before ({named(before)}){passed}{more}"
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,12 +13,16 @@ from typing import Any, Protocol
 
 import torch
 
+from autodistill.applied import initial_student
+from autodistill.distillation.held import load_held
 from autodistill.distillation.models import load_model
 from autodistill.distillation.teacher import Teacher
+from autodistill.records.leaderboard import UNTRAINED
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
 from autodistill.search.trials import Question
-from autodistill.students import has_student, kept_after, trained_student
+from autodistill.strategy import Strategy
+from autodistill.students import has_student, kept_after, save_student, trained_student
 from autodistill.token_sets import Prepared
 from autodistill.trial_data import TrialSetting
 
@@ -43,15 +49,34 @@ class Finisher:
     line: Callable[[str], None]
 
     def student(self, row: Row) -> Path:
-        """Folder of the float32 student of a row."""
-        return trained_student(self.run.checkpoints / row.trial, self.setting.storage, kept_after(row))
+        """Folder of a row's model: a float32 student, made anew where it needs no training, or the teacher's own."""
+        if row.kind == "teacher":
+            return self.teacher.folder
+        folder = trained_student(self.run.checkpoints / row.trial, self.setting.storage, kept_after(row))
+        if row.kind == "initial" and not folder.is_dir():
+            self._begin(row, folder)
+        return folder
+
+    def _begin(self, row: Row, folder: Path) -> None:
+        """Writes a student as it begins, whole or not at all."""
+        init = Strategy.from_json(row.strategy).init
+        model, _ = initial_student(self.setting, init, row.seed or 0)
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        save_student(model, self.setting.text(init), partial)
+        os.replace(partial, folder)
 
     def has(self, row: Row) -> bool:
-        """Whether its student was kept."""
+        """Whether its model is there: what was trained may not have been kept."""
+        if row.kind in UNTRAINED:
+            return True
         return has_student(self.run.checkpoints / row.trial, self.setting.storage, kept_after(row))
 
     def load(self, row: Row) -> Any:
-        """The float32 student of a row."""
+        """The model of a row, in float32; the teacher as it is held."""
+        if row.kind == "teacher":
+            return load_held(self.teacher.folder, self.setting.held, self.setting.device)
         return load_model(self.student(row), torch.float32, self.setting.device)
 
     def write(self, kind: str, row: Row) -> None:

@@ -121,6 +121,7 @@ def prepare_trials(checked: Checked, planned: Planned, run: RunFolder, clock: Cl
         served_on=checked.device,
         device=planned.loaded.workers.device,
         sharing=checked.request.sharing,
+        students_only=checked.students_only,
         memory=planned.loaded.memory,
     )
     document = dict(planned.document)
@@ -304,6 +305,7 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
         "sampler": checked.sampler,
         "explore": checked.explore,
         "confirm": checked.confirm,
+        "students_only": checked.students_only,
         "warm_start": {"runs": list(checked.warm_start)},
         "seed": checked.seed,
         "runner": checked.request.runner,

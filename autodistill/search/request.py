@@ -45,6 +45,8 @@ class SearchRequest:
             half, and all of it where the space has lengths of its own or `confirm` takes the rest.
         confirm: Further seeds on which the best few are trained before one is chosen; none by default.
         seed: Of data order, projections and proposals.
+        students_only: Whether only trained students may be chosen, and not what needs no training where that is better;
+            a strategy that alone is trained always is.
         name: Of the run; a date and time by default.
         out: Folder of the runs.
         resume: Go on with the run `name`.
@@ -92,6 +94,7 @@ class SearchRequest:
     explore: float | None = None
     confirm: int | None = None
     seed: int | None = None
+    students_only: bool | None = None
     name: str | None = None
     out: Path = Path("results/runs")
     resume: bool = False

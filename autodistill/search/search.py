@@ -16,8 +16,9 @@ from autodistill.errors import AutoDistillError, InputError, InterruptedSearchEr
 from autodistill.hardware import detect_for_training
 from autodistill.records.choice import contenders
 from autodistill.records.differences import differences
+from autodistill.records.gains import named
 from autodistill.records.json_files import read_json, write_json
-from autodistill.records.leaderboard import rank
+from autodistill.records.leaderboard import DISTILLED, rank
 from autodistill.records.lease import Lease
 from autodistill.records.objectives import front
 from autodistill.records.report import write_report
@@ -63,7 +64,7 @@ class Outcome:
     Attributes:
         document: The one JSON document of `--format json`.
         rows: Of the validation split.
-        finish: The exported student, its verification and the test split.
+        finish: What is exported, its verification and the test split.
     """
 
     document: Mapping[str, Any]
@@ -120,11 +121,11 @@ def _plan(checked: Checked, place: Place, observer: Observer) -> dict[str, Any]:
 
 
 def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
-    """Finds, exports and verifies the best student that fits the budget.
+    """Finds, exports and verifies the best that fits the budget: a student, or what needs no training.
 
     Raises:
         InputError: Bad input, before any work is spent.
-        NothingFitsError: No student fits the budget.
+        NothingFitsError: Nothing fits the budget.
         InterruptedSearchError: Ctrl-C, or SIGTERM to the command; everything finished so far is kept, and the message
             says how to resume.
         LostClusterError: Ray itself ended; likewise.
@@ -357,7 +358,7 @@ def _end(
     seconds = clock.summary()
     result = _result(checked, campaign, rows, finished, plan, seconds, run, loaded.notes)
     kept = {name: result[name] for name in ("notes", "saved")}
-    shown = {"test": [row.row_id for row in finished.test]}
+    shown = {"test": [row.row_id for row in finished.test], **finished.gains.to_json()}
     write_json(run.search_file, {**ready.document, "seconds": seconds, **kept, **shown})
     if storage is not None:
         keep(run.search_file, storage)
@@ -419,7 +420,7 @@ def _result(
 ) -> dict[str, Any]:
     """The search's one JSON document."""
     ranked = rank(contenders(rows), checked.metric, checked.direction)
-    short = _short_of_the_end(finished.best, checked.request, run, plan)
+    short = _short_of_the_end(finished.best, rows, checked.request, run, plan)
     notes = [*told, *plan.notes, *short, *finished.notes, *shortfall(campaign, plan)]
     return {
         "name": run.name,
@@ -432,8 +433,8 @@ def _result(
         "rejected": _without_student(campaign, Status.REJECTED),
         "failed": _without_student(campaign, Status.FAILED),
         "test": [row.to_json() for row in finished.test],
-        "gain_on_test": finished.gain,
-        "differences_on_test": [item.to_json() for item in differences(finished.test)],
+        **finished.gains.to_json(),
+        "differences_on_test": [item.to_json() for item in differences(finished.test, finished.best.row_id)],
         "confirmation": [item.to_json() for item in finished.confirmed],
         "runtime": {name: asdict(check) for name, check in finished.checks.items()},
         "budget": checked.request.budget.to_json(),
@@ -454,14 +455,19 @@ def _without_student(campaign: Campaign, status: Status) -> list[dict[str, Any]]
     ]
 
 
-def _short_of_the_end(best: Row, request: SearchRequest, run: RunFolder, plan: Plan) -> list[str]:
-    """That the best student is one which a rung judged, and how it is trained on."""
-    if best.full:
+def _short_of_the_end(best: Row, rows: Sequence[Row], request: SearchRequest, run: RunFolder, plan: Plan) -> list[str]:
+    """That no student was trained to the end, what is exported all the same, and how it is trained on."""
+    trained = [row for row in rows if row.kind in DISTILLED]
+    if any(row.full for row in trained) and best.full:
         return []
-    note = (
-        f"no trial reached the end of the plan: the best student is exported as it is after {best.fidelity:.0%} of the "
-        f"plan's tokens ({best.train_tokens:,} of {plan.tokens:,})"
-    )
+    note = "no trial reached the end of the plan" if trained else "nothing was trained as far as a rung"
+    if best.full:
+        note += f": {named(best)} is exported"
+    else:
+        note += (
+            f": the best student is exported as it is after {best.fidelity:.0%} of the plan's tokens "
+            f"({best.train_tokens:,} of {plan.tokens:,})"
+        )
     if plan.box_seconds is None and request.time_seconds is None:
         return [note]
     again = "" if request.time_seconds is not None else f" --time {math.ceil(plan.box_seconds or 0)}s"

@@ -61,7 +61,8 @@ class StudentKeeper:
         over -= sum(sizes[name] for name in found)
         if over <= 0:
             return found
-        order = [row.trial for row in in_order(rows, self._question.metric, self._question.direction)]
+        ranked = in_order(rows, self._question.metric, self._question.direction, students_only=True)
+        order = [row.trial for row in ranked]
         safe = needed(trials.values(), rows, self._question)
         left = [name for name in sizes if name in trials and name not in safe and not trials[name].collected]
 
@@ -103,7 +104,7 @@ def needed(trials: Collection[TrialState], rows: Sequence[Row], question: Questi
     }
     whole = [row for row in contenders(rows) if row.full and row.figure(metric) is not None]
     usable = [row for row in whole if row.kind in DISTILLED and row.feasible]
-    order = [row for row in in_order(rows, metric, direction) if row.full]
+    order = [row for row in in_order(rows, metric, direction, students_only=True) if row.full]
     kept = {one.row.trial for one in rank(usable, metric, direction) if one.tied}
     kept |= _confirmed(trials, rows, question)
     by_container: dict[str, list[Row]] = {}

@@ -37,6 +37,7 @@ class Question:
     `explore` is the share of the time for training that goes to trials; in the rest the best are trained on.
     `further` are objectives beside the metric; latencies are predicted on `served_on`, where one of them is a latency.
     `sharing` is off where it is to be measured what sharing stages is worth: every trial then trains all of its own.
+    `students_only` is on where what needs no training is not chosen, however good it is.
     `memory` is what a trial has where it runs, which is this session's alone; None where nobody asks for it.
     """
 
@@ -55,6 +56,7 @@ class Question:
     served_on: Device | None = None
     device: str = "cpu"
     sharing: bool = True
+    students_only: bool = False
     memory: TrialMemory | None = None
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from autodistill.records import report
+from autodistill.records.beginnings import worsened
 from autodistill.records.choice import chosen, contenders, in_order
 from autodistill.records.confirmation import KIND
 from autodistill.records.json_files import write_json
@@ -56,13 +58,17 @@ def on_seeds(trial: str, *accuracies: float, **fields: Any) -> list[Row]:
 def test_without_further_seeds_it_is_the_student_that_ranks_first_beside_the_teacher() -> None:
     teacher = row("teacher", 0.9, kind="teacher")
     rows = [teacher, row("t000", 0.4), row("b000", 0.5, kind="baseline"), row("t001", 0.6, feasible=False)]
-    assert [one.trial for one in in_order(rows, "accuracy", "max")] == ["b000", "t000"]
-    assert chosen([teacher, rows[3], row("t002", float("nan"))], "accuracy", "max") is None
+    assert [one.trial for one in in_order(rows, "accuracy", "max", students_only=True)] == ["b000", "t000"]
+    assert chosen([teacher, rows[3], row("t002", float("nan"))], "accuracy", "max", students_only=True) is None
 
 
 def test_what_is_best_on_several_seeds_goes_first_in_its_best_deployment() -> None:
     rows = [*on_seeds("t000", 0.60, 0.40), *on_seeds("t001", 0.55, 0.55), row("t001", 0.56, "q8_0")]
-    assert [one.row_id for one in in_order(rows, "accuracy", "max")] == ["t001-q8_0", "t001-f16", "t000-f16"]
+    assert [one.row_id for one in in_order(rows, "accuracy", "max", students_only=True)] == [
+        "t001-q8_0",
+        "t001-f16",
+        "t000-f16",
+    ]
 
 
 def test_a_lucky_seed_is_no_row_of_its_own() -> None:
@@ -80,14 +86,15 @@ SPACE = Space.from_json({"dimensions": {"init.depth": {"low": 0.2, "high": 0.8}}
 def test_what_breaks_the_budget_once_measured_is_followed_by_what_a_later_reader_of_the_log_would_choose() -> None:
     """The second best mean, not the luckiest on the search's seed; the baseline's mean is between these two."""
     rows = [*LUCKY, *BEST, *on_seeds("t003", 0.51, 0.50, 0.51)]
-    asked: Any = type("Asked", (), {"metric": "accuracy", "direction": "max", "budget": Budget(memory_bytes=1000)})
+    asked: Any = type("Asked", (), {"metric": "accuracy", "direction": "max", "students_only": False})
+    asked.budget = Budget(memory_bytes=1000)
     assert next_candidate(rows, [], asked) == BEST[0]
     over = row("t002", 0.53, memory_bytes=1001, memory_source="measured", feasible=False)
     logged = [over if one.row_id == over.row_id else one for one in rows]
     again = next_candidate(rows, [over], asked)
     assert again is not None
     assert again.trial == "t003"
-    assert again == chosen(logged, "accuracy", "max")
+    assert again == chosen(logged, "accuracy", "max", students_only=True)
 
 
 @pytest.fixture
@@ -95,7 +102,8 @@ def run(tmp_path: Path) -> RunFolder:
     asked = {"name": "run", "plan": small_plan().to_json(), "space_definition": SPACE.to_json(), "metric": "accuracy"}
     with RunFolder.create(tmp_path, "run") as folder:
         named = {"teacher": {"name": "teacher"}, "data": {"name": "text"}, "licences": {}}
-        write_json(folder.search_file, {**asked, **named, "direction": "max", "budget": {"memory_bytes": 200}})
+        limits = {"direction": "max", "budget": {"memory_bytes": 200}, "students_only": False}
+        write_json(folder.search_file, {**asked, **named, **limits})
         folder.events.append({"event": "trial", "trial": "t000", "point": None})
         for one in ROWS:
             folder.events.append({"event": "row", "row": one.to_json()})
@@ -106,12 +114,13 @@ def run(tmp_path: Path) -> RunFolder:
 def test_all_who_name_the_best_student_name_the_same_one(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: Any = type("Asked", (), {"metric": "accuracy", "direction": "max", "budget": Budget(memory_bytes=200)})
+    asked: Any = type("Asked", (), {"metric": "accuracy", "direction": "max", "students_only": False})
+    asked.budget = Budget(memory_bytes=200)
     others = [one for one in ROWS if one.kind == KIND]
     at_the_end = next_candidate([*trained_rows(ROWS, "accuracy", lambda _: True), *others], [], asked)
     assert at_the_end == BEST[0]
 
-    def pack(student: Path, deployment: object, out: Path, origin: object) -> Path:
+    def pack(student: Path, row: Row, deployment: object, out: Path, origin: object) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         return student
 
@@ -145,6 +154,89 @@ def test_a_teacher_that_is_better_than_the_chosen_student_is_the_answer() -> Non
     teacher = row("teacher", 0.54, kind="teacher", fidelity=None)
     rows = [teacher, *ROWS]
     events = [{"event": "row", "row": one.to_json()} for one in rows]
-    page = report.report_markdown({"name": "run"}, rank(contenders(rows)), events)
+    page = report.report_markdown({"name": "run", "students_only": False}, rank(contenders(rows)), events)
     assert "**teacher** (teacher)" in page
-    assert "It was not distilled: the first distilled student is t002 as gguf-f16, accuracy 0.5300" in page
+    assert "nothing was trained that does better. The first trained student is t002 as gguf-f16, accuracy 0.53" in page
+    assert chosen(rows, "accuracy", "max", students_only=False) == teacher
+    # Of a run that asked for students alone, and of earlier versions, it is told beside the student.
+    page = report.report_markdown({"name": "run"}, rank(contenders(rows)), events)
+    assert "**t002** (student)" in page
+    assert "before it is the teacher itself as gguf-f16, accuracy 0.5400, which needs no training" in page
+
+
+def begun(trial: str, accuracy: float, **fields: Any) -> Row:
+    """What a trial began as."""
+    return row(f"{trial}i", accuracy, kind="initial", strategy=HALF, train_tokens=0, fidelity=None, **fields)
+
+
+HALF = {"init": {"source": "teacher", "depth": 0.5}, "finishing": None}
+
+
+def test_a_student_below_its_own_beginning_is_passed_over_and_the_beginning_may_be_chosen() -> None:
+    rows = [
+        row("t000", 0.5, strategy=HALF),
+        row("t001", 0.4, strategy={"init": {"source": "scratch"}}),
+        row("teacher", 0.3, kind="teacher", fidelity=None),
+    ]
+
+    def order(*more: Row, students_only: bool = False) -> list[str]:
+        return [one.trial for one in in_order([*rows, *more], "accuracy", "max", students_only=students_only)]
+
+    assert order() == ["t000", "t001", "teacher"]
+    assert order(begun("t000", 0.45)) == ["t000", "t000i", "t001", "teacher"]
+    worse = begun("t000", 0.55)
+    assert order(worse) == ["t000i", "t001", "teacher"]
+    assert order(worse, students_only=True) == ["t000", "t001"]
+    assert worsened([*rows, worse], "accuracy", "max") == [(rows[0], worse)]
+    assert worsened([*rows, worse], "accuracy", "min") == []
+    # Neither in another packing, nor from another seed, nor of another start.
+    for other in (begun("t000", 0.55, packing="q8_0"), begun("t000", 0.55, seed=1)):
+        assert worsened([*rows, other], "accuracy", "max") == []
+    # A beginning that breaks the budget cannot be exported, and yet the training made it worse.
+    assert order(begun("t000", 0.55, feasible=False)) == ["t001", "teacher"]
+
+
+def test_a_student_that_begins_as_the_whole_teacher_is_held_to_the_teachers_row() -> None:
+    whole = {"init": {"source": "teacher", "depth": 1.0}}
+    shape = {"num_hidden_layers": 4}
+    student = row("t000", 0.2, strategy=whole, shape=shape)
+    teacher = row("teacher", 0.3, kind="teacher", fidelity=None, shape=shape)
+    assert worsened([student, teacher], "accuracy", "max") == [(student, teacher)]
+    for other in (
+        row("t000", 0.2, strategy={"init": {"source": "scratch"}}, shape=shape),
+        row("t000", 0.2, strategy=whole, shape={"num_hidden_layers": 2}),
+        row("t000", 0.2, strategy=whole, shape=shape, packing="q8_0"),
+    ):
+        assert worsened([other, teacher], "accuracy", "max") == []
+
+
+def test_ties_hold_across_kinds_and_the_smallest_wins() -> None:
+    def documents(*right: int) -> dict[str, Any]:
+        return {"ids": list(range(len(right))), "count": [100] * len(right), "sum": list(right)}
+
+    student = row("t000", 0.5025, documents=documents(52, 49, 51, 49), memory_bytes=200)
+    teacher = row("teacher", 0.5, kind="teacher", fidelity=None, documents=documents(50, 50, 50, 50), memory_bytes=100)
+    assert chosen([student, teacher], "accuracy", "max", students_only=False) == teacher
+    large = replace(teacher, memory_bytes=300)
+    assert chosen([student, large], "accuracy", "max", students_only=False) == student
+    # What is best beyond doubt wins, however large it is.
+    sure = replace(large, accuracy=0.6, documents=documents(60, 60, 60, 60))
+    assert chosen([student, sure], "accuracy", "max", students_only=False) == sure
+
+
+def test_a_student_short_of_the_end_is_held_to_the_teacher_by_its_metric() -> None:
+    early = [row("t000", 0.5, fidelity=1 / 3), row("t001", 0.9, fidelity=1 / 9)]
+    for accuracy, first in ((0.4, "t000"), (0.6, "teacher")):
+        rows = [*early, row("teacher", accuracy, kind="teacher", fidelity=None, memory_bytes=100)]
+        best = chosen(rows, "accuracy", "max", students_only=False)
+        assert best is not None
+        assert best.trial == first
+        assert best in rows, "it is told as it is, not as if it had been trained to the end"
+
+
+def test_of_several_seeds_a_strategy_that_training_made_worse_is_passed_over() -> None:
+    rows = [*on_seeds("t000", 0.60, 0.58, strategy=HALF), *on_seeds("t001", 0.55, 0.55, strategy={"init": {}})]
+    assert chosen(rows, "accuracy", "max", students_only=False) == rows[0]
+    worse = begun("t000", 0.61)
+    order = in_order([*rows, worse], "accuracy", "max", students_only=False)
+    assert [one.trial for one in order] == ["t000i", "t001"]

@@ -19,7 +19,7 @@ from autodistill.records.differences import differences, shown
 from autodistill.records.json_files import write_json
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
-from autodistill.search.held_out import gain_on_test
+from autodistill.search.held_out import gains_on_test
 from autodistill.statistics import widening
 from autodistill.strategy import Deployment
 from autodistill.testing import tiny_config
@@ -110,7 +110,9 @@ def test_calibration_errors_differ_by_what_tokens_say_and_draws_of_documents_sca
     # The same of a pair, whatever else is compared.
     more = [*rows, *(replace(rows[1], row_id=f"b{number}", kind="baseline") for number in range(3))]
     assert next(item for item in differences(more) if item.metric == "ece") == found
-    assert gain_on_test([rows[0], replace(rows[1], kind="baseline")], "ece", "min") == (-found.difference, found.stderr)
+    gain = gains_on_test(rows[0], None, [rows[0], replace(rows[1], kind="baseline")], "ece", "min").baseline
+    assert gain is not None
+    assert (gain.value, gain.stderr) == (-found.difference, found.stderr)
 
 
 def test_calibration_of_one_document_or_of_other_ones_has_no_error_or_no_difference() -> None:

@@ -229,6 +229,10 @@ def test_a_page_says_of_how_many_documents_its_errors_are_and_warns_of_few() -> 
     assert few.startswith("± is of 4 documents: fewer than 10 say little of others")
     assert rests_on([row("e", documents=documents([1.0]))]).startswith("± is of 1 document: fewer")
     assert rests_on([row("c")]) == rests_on([]) == ""
+    blocks = {**documents([1.0] * 12), "in_a_row": 5}
+    assert rests_on([row("f", documents=blocks)]) == "± is of 12 blocks of 5 sequences in a row of one long text."
+    one = rests_on([row("g", documents={**documents([1.0]), "in_a_row": 2})])
+    assert one.startswith("± is of 1 block of 2 sequences in a row of one long text: fewer than 10 say little")
 
 
 def test_ties_of_a_minimised_metric() -> None:

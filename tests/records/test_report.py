@@ -151,8 +151,30 @@ def test_every_line_of_a_table_has_as_many_cells_as_its_head() -> None:
 
 def test_a_winning_teacher_is_said_plainly() -> None:
     rows = [*ROWS, row("teacher", kind="teacher", accuracy=0.5, memory_bytes=10)]
-    page = report.report_markdown(SEARCH, rank(rows), [])
-    assert "It was not distilled: the first distilled student is t001 as gguf-q4_0, accuracy 0.4100" in page
+    page = report.report_markdown(SEARCH | {"students_only": False}, rank(rows), [])
+    assert "It is the teacher itself as gguf-q4_0: nothing was trained that does better. The first trained" in page
+    assert "student is t001 as gguf-q4_0, accuracy 0.4100" in page
+    page = report.report_markdown(SEARCH | {"students_only": True}, rank(rows[3:4] + rows[-1:]), [])
+    assert "No trained student fits the budget." in page
+
+
+def test_the_first_line_of_the_page_is_the_gain_over_what_needs_no_training_and_then_over_the_baseline() -> None:
+    gains = {
+        "exported": {"row_id": "t001", "named": "t001 as gguf-q4_0", "trained": True},
+        "gain_over_untrained": {
+            "over": "teacher-test",
+            "named": "the teacher itself",
+            "value": 0.0123,
+            "stderr": 0.004,
+        },
+        "gain_over_baseline": {"over": "b000-test", "named": "even", "value": 0.002, "stderr": None},
+        "gain_unit": "accuracy",
+    }
+    page = report.report_markdown(SEARCH | gains, rank(ROWS), EVENTS)
+    assert page.splitlines()[2] == (
+        "Gain on test over the best that needs no training (the teacher itself), paired: +0.0123 ± 0.0040 of accuracy; "
+        "over the baseline: +0.0020."
+    )
 
 
 def test_where_nothing_fits_the_nearest_and_its_limit_are_named() -> None:

@@ -19,7 +19,7 @@ from autodistill.search import finish
 from autodistill.search.expected import Speed
 from autodistill.search.exportable import candidates, next_candidate, passed_over, trained_rows
 from autodistill.search.finish import _first_that_fits, _gguf_beside, _leave_out_removed, _notes, _with_measured
-from autodistill.search.held_out import compared_with, gain_on_test, known_on_test
+from autodistill.search.held_out import compared_with, gains_on_test, known_on_test
 from autodistill.search.trials import Question
 from autodistill.space import load_space
 from autodistill.strategy import Deployment
@@ -79,10 +79,10 @@ def row(trial: str, metric: str, value: float | None, packing: str = "f16", **fi
 @pytest.mark.parametrize("missing", [None, math.nan, math.inf, -math.inf])
 def test_what_was_not_measured_is_never_exported(metric: str, direction: Direction, missing: float | None) -> None:
     rows = [row("t000", metric, 0.5), row("t001", metric, missing), row("t002", metric, 0.4)]
-    found = in_order(trained_rows(rows, metric, lambda _: True), metric, direction)
+    found = in_order(trained_rows(rows, metric, lambda _: True), metric, direction, students_only=True)
     assert [one.trial for one in found] == (["t000", "t002"] if direction == "max" else ["t002", "t000"])
     assert trained_rows(rows[1:2], metric, lambda _: True) == []
-    assert in_order(rows[1:2], metric, direction) == []
+    assert in_order(rows[1:2], metric, direction, students_only=True) == []
 
 
 def test_only_students_at_full_fidelity_that_are_on_disk_and_fit() -> None:
@@ -95,7 +95,7 @@ def test_only_students_at_full_fidelity_that_are_on_disk_and_fit() -> None:
     ]
     students = trained_rows(rows, "accuracy", lambda one: one.trial != "gone")
     assert [one.trial for one in students] == ["over", "b000"]
-    assert [one.trial for one in in_order(students, "accuracy", "max")] == ["b000"]
+    assert [one.trial for one in in_order(students, "accuracy", "max", students_only=True)] == ["b000"]
 
 
 def test_where_none_that_reached_the_end_fits_those_that_came_furthest_are_exported() -> None:
@@ -113,7 +113,7 @@ def test_where_none_that_reached_the_end_fits_those_that_came_furthest_are_expor
     def found(rows: list[Row]) -> list[str]:
         students = candidates(rows, "accuracy", lambda one: one.trial != "gone")
         others = [one for one in rows if one.kind == "teacher"]
-        return [one.trial for one in in_order([*students, *others], "accuracy", "max")]
+        return [one.trial for one in in_order([*students, *others], "accuracy", "max", students_only=True)]
 
     assert found(rows) == ["t002", "t001", "t000"]
     assert found([*rows, row("b000", "accuracy", 0.1, kind="baseline")]) == ["b000"]
@@ -259,7 +259,10 @@ def test_rows_whose_student_is_gone_are_not_chosen_by_who_reads_the_log() -> Non
     assert (written.trial, written.feasible, written.accuracy) == ("t001", False, 0.8)
     assert "removed" in str(written.reason)
     # Of what is left of the log the exported one is chosen, beside one that is there and ranked before it.
-    assert [one.trial for one in in_order(rows_of(events), "accuracy", "max")][:2] == ["t000", "t002"]
+    assert [one.trial for one in in_order(rows_of(events), "accuracy", "max", students_only=True)][:2] == [
+        "t000",
+        "t002",
+    ]
 
 
 def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be_scored() -> None:
@@ -277,10 +280,10 @@ def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be
     ]
     expected = [replace(one, split="test", row_id=f"{one.row_id}-test") for one in expected]
 
-    def known(rows: list[Row], of: Row = best) -> tuple[Row, ...] | None:
+    def known(rows: list[Row], of: Row = best, untrained: Row | None = None) -> tuple[Row, ...] | None:
         events = [{"event": "test", "row": one.to_json()} for one in rows]
         finisher: Any = SimpleNamespace(run=SimpleNamespace(events=SimpleNamespace(read=lambda: events)))
-        return known_on_test(of, compared, finisher)
+        return known_on_test(of, untrained, compared, finisher)
 
     assert known(expected) == tuple(expected)
     # Whatever else was scored in between.
@@ -291,6 +294,14 @@ def test_rows_on_test_are_taken_from_the_log_where_they_are_of_all_that_would_be
     assert known(expected, of=replace(best, trial="t001")) is None
     assert known(expected, of=replace(best, train_tokens=200)) is None, "it was trained on since"
     assert known(expected, of=replace(best, strategy=other)) is None
+    beside = replace(expected[1], split="validation", row_id="teacher-gguf-q8_0")
+    assert known(expected, untrained=beside) == tuple(expected), "it is scored as the teacher of that deployment"
+    assert known(expected, untrained=replace(beside, deployment=FORMATS["f16"])) is None
+    begun = replace(expected[2], trial="t000i", split="validation", row_id="t000i-gguf-q8_0")
+    assert known(expected, untrained=begun) == tuple(expected), "it is the beginning of what is exported"
+    assert known(expected, untrained=replace(begun, strategy={"init": {"depth": 0.5}})) is None
+    without = (*expected[:2], expected[4])
+    assert known(list(without), of=beside) == without, "a teacher that is exported has no beginning"
 
 
 def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_after_as_many_tokens() -> None:
@@ -321,26 +332,39 @@ def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_af
     def tested(one: Row, right: list[int]) -> Row:
         return replace(one, documents={"ids": [1, 2], "count": [100, 100], "sum": right})
 
+    def over_baseline(rows: list[Row], metric: str = "accuracy", direction: Direction = "max") -> Any:
+        return gains_on_test(best, None, rows, metric, direction).baseline
+
     rows = [tested(best, [70, 72]), tested(baseline, [40, 41]), tested(plain, [50, 50])]
-    gain = gain_on_test(rows, "accuracy", "max")
-    assert gain is not None
-    assert gain[0] == pytest.approx(0.095)
-    gain = gain_on_test([rows[0], tested(as_far, [60, 60]), rows[2]], "accuracy", "max")
-    assert gain is not None
-    assert gain[0] == pytest.approx(0.11)
+    assert over_baseline(rows).value == pytest.approx(0.095)
+    assert over_baseline([rows[0], tested(as_far, [60, 60]), rows[2]]).value == pytest.approx(0.11)
     single = [replace(one, documents={"ids": [1], "count": [100], "sum": [50 + n]}) for n, one in enumerate(rows[:2])]
-    assert gain_on_test(single, "accuracy", "max") == (pytest.approx(-0.01), None), (
-        "of one document nobody knows the error"
+    one = over_baseline(single)
+    assert (one.value, one.stderr) == (pytest.approx(-0.01), None), "of one document nobody knows the error"
+    assert over_baseline([rows[0], rows[2]]) is None
+    unpaired = over_baseline(rows, "ece", "min")
+    assert unpaired.value is None, "these are sums of accuracy, of which fewer are not better"
+    assert "unknown" in unpaired.shown()
+    # What needs no training is held to what is exported, and not to that as it was before.
+    teacher = tested(row("teacher", "accuracy", 0.6, kind="teacher"), [60, 62])
+    gains = gains_on_test(best, teacher, [*rows, teacher], "accuracy", "max")
+    assert gains.untrained is not None
+    assert gains.untrained.value == pytest.approx(0.1)
+    assert gains.describe().startswith(
+        "Gain on test over the best that needs no training (the teacher itself as gguf-f16), paired: +0.1000 ± "
     )
-    assert gain_on_test([rows[0], rows[2]], "accuracy", "max") is None
-    assert gain_on_test(rows, "ece", "min") is None, "these are sums of accuracy, of which fewer are not better"
+    exported = gains_on_test(teacher, teacher, [*rows, teacher], "accuracy", "max")
+    assert exported.untrained is None
+    assert exported.describe().startswith("Nothing that was trained does better than the teacher itself as gguf-f16")
+    assert exported.baseline is not None
+    assert exported.baseline.value == pytest.approx(0.205)
 
 
 @pytest.mark.parametrize(
     ("packing", "said"),
     [
-        ("q8_0", "quantising the teacher beats distilling it here: the teacher as gguf-q8_0 has accuracy 0.6"),
-        ("f16", "the teacher itself is better here: the teacher as gguf-f16 has accuracy 0.6"),
+        ("q8_0", "quantising the teacher beats distilling it here: the teacher itself as gguf-q8_0 has accuracy 0.6"),
+        ("f16", "the teacher is better here as it is: the teacher itself as gguf-f16 has accuracy 0.6"),
     ],
 )
 def test_a_teacher_that_is_not_quantised_is_not_said_to_be(packing: str, said: str) -> None:

@@ -383,8 +383,8 @@ def test_what_was_trained_is_reported_where_nothing_fits_once_measured(
     monkeypatch.setattr(Memory, "evaluate", large)
     with pytest.raises(NothingFitsError, match=r"100 times the limit.*report\.md"):
         search(request(inputs, tmp_path, strategy="logit_kd", trials=None))
-    # The teacher alone is left, which nothing was measured of.
-    assert "It was not distilled, and no distilled student fits." in (tmp_path / "run" / "report.md").read_text()
+    # The teacher is left in 16 bits, whose runtime nothing was measured of.
+    assert "No trained student fits the budget." in (tmp_path / "run" / "report.md").read_text()
     assert not (tmp_path / "run" / "student" / "gguf").exists()
     students = [row for row in read_parquet(tmp_path / "run" / "leaderboard.parquet") if row.kind == "baseline"]
     assert len(students) == 8
@@ -459,7 +459,7 @@ def test_where_no_trial_reaches_the_end_the_best_of_the_furthest_rung_is_exporte
     assert best.accuracy == max(row.accuracy or 0.0 for row in judged)
     assert set(outcome.finish.paths) == {"gguf", "huggingface"}
     assert [row.kind for row in outcome.finish.test] == ["teacher"] * 2 + ["initial", "student"]
-    assert outcome.finish.gain is None
+    assert outcome.finish.gains.baseline is None
     (said,) = (note for note in outcome.document["notes"] if note.startswith("no trial reached the end"))
     assert f"after {best.fidelity:.0%} of the plan's tokens ({best.train_tokens:,} of {plan['tokens']:,})" in said
     assert said.endswith("to train on for as long again: autodistill search --resume")
@@ -485,12 +485,17 @@ def test_a_box_in_which_nothing_is_trained_says_how_to_go_on(
 ) -> None:
     monkeypatch.setattr(Campaign, "next", lambda self: None)
     with pytest.raises(NothingFitsError, match=r"nothing was trained as far as a rung: go on with --resume and more"):
-        search(request(inputs, tmp_path))
+        search(request(inputs, tmp_path / "students", students_only=True))
+    # What needs no training fits all the same.
+    outcome = search(request(inputs, tmp_path / "all", time_seconds=600.0, command="autodistill search"))
+    assert outcome.finish.best.kind == "teacher"
+    (said,) = (note for note in outcome.document["notes"] if note.startswith("nothing was trained as far as a rung: "))
+    assert said.endswith("to train on for as long again: autodistill search --resume")
 
 
 def test_one_strategy_alone_is_distilled(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     result = search(request(inputs, tmp_path, strategy="logit_kd", trials=None))
-    assert {row.kind for row in result.rows} == {"teacher", "baseline"}
+    assert {row.kind for row in result.rows} == {"teacher", "baseline", "initial"}
     assert result.finish.best.name == "logit_kd"
 
 
@@ -576,7 +581,8 @@ def test_a_search_that_ends_once_more_with_what_it_had_does_not_open_the_test_sp
     assert [event for event in events(out) if event["event"] == "test"] == logged
     assert [opening["run"] for opening in recorded_test_openings(out)] == ["run"]
     assert again.document["test"] == outcome[0].document["test"]
-    assert again.document["gain_on_test"] == outcome[0].document["gain_on_test"]
+    for name in ("exported", "gain_over_untrained", "gain_over_baseline"):
+        assert again.document[name] == outcome[0].document[name]
     assert not any("test split was opened before" in note for note in again.document["notes"])
 
 
