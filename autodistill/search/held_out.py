@@ -65,6 +65,8 @@ def score_on_test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[R
     def score(model: Any, row: Row | None, packing: Deployment, strategy: Strategy | None) -> Evaluation:
         """What one model is on test, under one deployment."""
         init = strategy.init if strategy else None
+        # The teacher's may lie beside it as a student's do; what is not trained yet has none.
+        folder = finisher.student(row) if row else None if strategy else setting.teacher
         return evaluate(
             model,
             student_spec(strategy, setting.teacher_spec) if strategy else setting.teacher_spec,
@@ -75,7 +77,7 @@ def score_on_test(best: Row, rows: Sequence[Row], finisher: Finisher) -> tuple[R
             evaluators=setting.evaluators,
             metric=setting.metric,
             device=setting.device,
-            scales=read_scales(finisher.student(row), packing) if row else None,
+            scales=read_scales(folder, packing) if folder else None,
             split="test",
             share=setting.plan.example_share,
             tokenizer=setting.text(init),
