@@ -309,14 +309,15 @@ def _unpack_bits(packed: npt.NDArray[np.uint8], columns: int, bits: int) -> npt.
 def unpack(arrays: Mapping[str, npt.NDArray[Any]], storage: Storage, shape: tuple[int, ...]) -> Floats:
     """The float32 weights of `shape` that a runtime reads from the arrays of `pack`."""
     if isinstance(storage, Grid):
-        return dequantize(*_unpack_codes(arrays, storage, shape), storage)
+        return dequantize(*unpack_codes(arrays, storage, shape), storage)
     data = arrays["data"].reshape(shape)
     if storage == "f32_plus_1":
         return data - np.float32(1)
     return from_bf16_bits(data) if storage == "bf16" else data.astype(np.float32)
 
 
-def _unpack_codes(arrays: Mapping[str, npt.NDArray[Any]], grid: Grid, shape: tuple[int, ...]) -> tuple[Codes, Scales]:
+def unpack_codes(arrays: Mapping[str, npt.NDArray[Any]], grid: Grid, shape: tuple[int, ...]) -> tuple[Codes, Scales]:
+    """The codes in the arrays of `pack` and what is stored beside them, as `quantize` gives both."""
     if grid.block_size:
         return _unpack_blocks(arrays["data"], grid, shape)
     if grid.container == "gguf":

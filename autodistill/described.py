@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ from autodistill.config_fields import check_config
 from autodistill.contracts import ModelSpec
 from autodistill.distillation.gguf_file import GgufFile, read_gguf
 from autodistill.distillation.model_folder import check_files, read_config, weight_files
+from autodistill.distillation.stored_grids import packings, stored_types, storing
 from autodistill.distillation.stored_tensors import check_stored, stored_tensors
 from autodistill.distillation.teacher import hub_config, locate
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES
 from autodistill.formats import FORMATS, Packing
-from autodistill.grids import Grid, Storage
 from autodistill.strategy import Deployment, serving
 from autodistill.tensors import Role, TensorSpec
 
@@ -123,38 +122,10 @@ def _gguf_format(file: GgufFile, spec: ModelSpec) -> str | None:
     Most bytes of a K-quant may be on the grid that stands in for it, of which no packing made the file. Of the mixtures
     of types that llama.cpp's tools make some are none of ours.
     """
-    stored = _stored_types(file, spec)
-    for name, packing in _packings().items():
-        # Where no row is of whole super-blocks, the stand-in's own format comes before the K-quant that it equals.
-        if packing.container == "gguf" and stored and _stores(packing, stored):
-            return name
+    if packing := storing(stored_types(file, spec)):
+        return packing.name
     name = f"gguf-{file.main_type().lower()}"
     return name if name in FORMATS else None
-
-
-def _stored_types(file: GgufFile, spec: ModelSpec) -> list[tuple[TensorSpec, str]]:
-    """Each tensor of a file and ggml's name of its type; none where a matrix, as one of experts, is not told apart."""
-    from gguf import GGMLQuantizationType
-
-    known, family = {tensor.name: tensor for tensor in spec.tensors}, FAMILIES[spec.architecture]
-    found = [(known.get(str(family.from_gguf_name(one.name))), one) for one in file.tensors]
-    if any(tensor is None and len(one.shape) > 1 for tensor, one in found):
-        return []
-    return [(tensor, GGMLQuantizationType(one.type).name) for tensor, one in found if tensor is not None]
-
-
-def _stores(packing: Packing, stored: Iterable[tuple[TensorSpec, str]]) -> bool:
-    """Whether a packing stores each tensor as that type."""
-    try:
-        return all(_type_name(packing.storage(tensor)) == kind for tensor, kind in stored)
-    except InputError:  # rows that its groups do not divide
-        return False
-
-
-def _type_name(storage: Storage) -> str:
-    """ggml's name of what GGUF's formats store a tensor as."""
-    name = storage.name.removeprefix("gguf-") if isinstance(storage, Grid) else storage.removesuffix("_plus_1")
-    return name.upper()
 
 
 def _stated_format(config: Mapping[str, Any]) -> str | None:
@@ -165,7 +136,7 @@ def _stated_format(config: Mapping[str, Any]) -> str | None:
         return None
     weights = (groups[0] or {}).get("weights") or {}
     grid = (weights.get("num_bits"), weights.get("group_size") or 0, weights.get("symmetric", True))
-    known = _packings().items()
+    known = packings().items()
     held = (name for name, one in known if one.format == "compressed-tensors" and _grid(one) == grid)
     return next(held, None)
 
@@ -264,7 +235,7 @@ def deployment_named(name: str, runtime: str | None = None) -> Deployment:
     Raises:
         InputError: There is none of that name, or it is not served by the runtime; the message lists those that are.
     """
-    known = _packings()
+    known = packings()
     if name not in known:
         raise InputError(f"there is no format {name!r}; {_instead(name, known)}")
     packing = known[name]
@@ -294,18 +265,6 @@ def _instead(name: str, known: Iterable[str]) -> str:
     close = [plain[text] for text in difflib.get_close_matches(asked, plain, n=3, cutoff=0.6)]
     meant = list(dict.fromkeys([*ends[:3], *close]))[:3]
     return f"did you mean {' or '.join(meant)}?" if meant else f"there are {', '.join(plain.values())}"
-
-
-@cache
-def _packings() -> Mapping[str, Packing]:
-    """Every packing that a format holds, with nothing kept off its grid, by name."""
-    known = {}
-    for form in FORMATS.values():
-        for storage in form.linears:
-            grid = (16, 0, True) if isinstance(storage, str) else (storage.bits, storage.group_size, storage.symmetric)
-            packing = Packing(format=form.name, bits=grid[0], group_size=grid[1], symmetric=grid[2])
-            known[packing.name] = packing
-    return known
 
 
 def _grid(packing: Packing) -> tuple[int, int, bool]:

@@ -73,13 +73,13 @@ def deployed_weights(
     Of a model on an accelerator the masters wait in this machine's memory: beside them it would hold the weights twice.
 
     Args:
-        model: In float32, or held in 16 bits, where scales are not for it.
+        model: In float32, or held in 16 bits.
         spec: Its shape.
         deployment: How it is packed.
-        scales: Those that were learned for this packing, by name of the weight.
+        scales: Those that were learned for this packing, or are the teacher's own, by name of the weight.
     """
     if is_held(model):
-        with held_as_deployed(model, {tensor.name: deployment.storage(tensor) for tensor in spec.tensors}):
+        with held_as_deployed(model, {tensor.name: deployment.storage(tensor) for tensor in spec.tensors}, scales):
             yield
         return
     parameters = dict(model.named_parameters())

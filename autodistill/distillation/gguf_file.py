@@ -225,9 +225,8 @@ class GgufFile:
         from gguf import GGMLQuantizationType, quants
 
         kind = GGMLQuantizationType(tensor.type)
-        data = np.memmap(self.path, mode="r", dtype=np.uint8, offset=tensor.offset, shape=(tensor.size,))
         try:
-            values = quants.dequantize(data.reshape(*tensor.shape[:-1], -1), kind).reshape(tensor.shape)
+            values = quants.dequantize(self.blocks(tensor), kind).reshape(tensor.shape)
         except NotImplementedError as error:
             raise InputError(
                 f"{self.path} holds {kind.name} blocks, which cannot be read: take another file"
@@ -236,10 +235,6 @@ class GgufFile:
             raise InputError(
                 f"{self.path} is damaged: {tensor.name} has weights that are no numbers: get the file again"
             )
-        heads = self._size("attention.head_count")
-        order = row_order(self.architecture, tensor.name, heads, self._size("attention.head_count_kv", heads))
-        if order is not None:
-            values = order.to_transformers(values)
         if tensor.name.endswith("_norm.weight") and self.family.norm_role is Role.NORM_ABOVE_ONE:
             values = values - np.float32(1)
         return np.ascontiguousarray(values, dtype=np.float32)
@@ -272,6 +267,14 @@ class GgufFile:
         for name in ("model", "pre"):
             if not isinstance(self.metadata.get(prefix + name, ""), str):
                 raise InputError(f"{self.path} has no text as {prefix}{name}: take another file")
+
+    def blocks(self, tensor: GgufTensor) -> npt.NDArray[np.uint8]:
+        """The tensor's bytes, rows in transformers' order: uint8 [rows, bytes of a row]."""
+        data = np.memmap(self.path, mode="r", dtype=np.uint8, offset=tensor.offset, shape=(tensor.size,))
+        rows = data.reshape(tensor.shape[0], -1)
+        heads = self._size("attention.head_count")
+        order = row_order(self.architecture, tensor.name, heads, self._size("attention.head_count_kv", heads))
+        return rows if order is None else order.to_transformers(rows)
 
     def tokenizer_metadata(self) -> dict[str, Any]:
         """The scalar `tokenizer.ggml.*` keys without that prefix: a GGUF export of a student passes them on."""

@@ -1,4 +1,4 @@
-"""The scales that a finishing stage learned, in a file beside the student's weights."""
+"""The scales that a finishing stage learned, or a teacher's own, in a file beside the weights."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from autodistill.formats import Packing
 from autodistill.grids import Scales
 
-_FILE = "grid_scales.safetensors"
+SCALES_FILE = "grid_scales.safetensors"
 
 
 def write_scales(folder: Path, packing: Packing, scales: Mapping[str, Scales]) -> None:
@@ -21,19 +22,19 @@ def write_scales(folder: Path, packing: Packing, scales: Mapping[str, Scales]) -
     if not scales:
         return
     arrays = {
-        f"{name}.{part}": values
+        f"{name}.{part}": np.ascontiguousarray(values)  # else the file would have them in another order
         for name, pair in scales.items()
         for part, values in pair._asdict().items()
         if values is not None
     }
-    save_file(arrays, folder / _FILE, metadata={"packing": _text(packing)})
+    save_file(arrays, folder / SCALES_FILE, metadata={"packing": _text(packing)})
 
 
 def read_scales(folder: Path, packing: Packing) -> dict[str, Scales]:
     """What was learned for `packing`; empty where scales follow from the weights, as under any other packing."""
-    if not (folder / _FILE).is_file():
+    if not (folder / SCALES_FILE).is_file():
         return {}
-    with safe_open(folder / _FILE, framework="numpy") as file:
+    with safe_open(folder / SCALES_FILE, framework="numpy") as file:
         if file.metadata()["packing"] != _text(packing):
             return {}
         names = set(file.keys())

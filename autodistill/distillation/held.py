@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from autodistill.contracts import HeldType
-from autodistill.distillation.grid_steps import stored_steps
+from autodistill.distillation.grid_steps import given_steps, stored_steps
 from autodistill.distillation.grid_values import deploy_tensor, fitted_scales, given_values
 from autodistill.distillation.models import load_model
-from autodistill.grids import Grid, Storage
+from autodistill.grids import Grid, Scales, Storage
 from autodistill.super_blocks import on_block_grid
 
 # Weights shown in float32 at once: a table of 150,000 tokens would take gigabytes, for each thread that multiplies.
@@ -71,6 +71,10 @@ class _Multiples(NamedTuple):
         return (self.units[rows].float() * self.multipliers[rows] + 0.0).flatten(1)
 
 
+_Own: TypeAlias = tuple[Tensor, Tensor | None]
+"""Scales and offsets that are given, float32 [out, groups] each."""
+
+
 class _Deployed:
     """How a matrix is stored in the deployment that is simulated, for all modules that are tied to it.
 
@@ -78,8 +82,9 @@ class _Deployed:
     for once, when a product first reads the matrix.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, own: _Own | None = None) -> None:
         self._storage = storage
+        self._own = own
         self._found: tuple[_Multiples, _Multiples | None] | None = None
         # On a CPU sequences are read by a thread each, and come to a matrix at the same time.
         self._searching = Lock()
@@ -87,7 +92,7 @@ class _Deployed:
     def search(self, weight: Tensor) -> None:
         """Finds the scales of the matrix, [out, in], where they have to be searched for and are not known yet."""
         grid = self._storage
-        if not isinstance(grid, Grid) or not grid.block_size:
+        if not isinstance(grid, Grid) or not grid.block_size or self._own is not None:
             return
         with self._searching:
             if self._found is None:
@@ -100,6 +105,11 @@ class _Deployed:
 
     def values(self, rows: Tensor, which: slice | Tensor) -> Tensor:
         """Some rows of the matrix, and which they are, in float32 as the runtime will see them."""
+        if self._own is not None:
+            assert isinstance(self._storage, Grid)
+            given, offsets = (None if part is None else part[which] for part in self._own)
+            assert given is not None
+            return given_values(rows.detach().float(), given_steps(given, offsets, self._storage), self._storage)
         if self._found is None:
             return deploy_tensor(rows, self._storage)
         assert isinstance(self._storage, Grid)
@@ -171,16 +181,29 @@ def is_held(model: Any) -> bool:
     return any(isinstance(module, _Held) for module in model.modules())
 
 
+def _own_of(scales: Scales | None, weight: Tensor) -> _Own | None:
+    if scales is None:
+        return None
+    first, offsets = (None if part is None else torch.from_numpy(part).to(weight.device) for part in scales)
+    assert first is not None
+    return first, offsets
+
+
 @contextmanager
-def held_as_deployed(model: Any, storages: Mapping[str, Storage]) -> Iterator[None]:
+def held_as_deployed(
+    model: Any, storages: Mapping[str, Storage], scales: Mapping[str, Scales] | None = None
+) -> Iterator[None]:
     """Within the context a held model computes with the values that a runtime will see, and keeps its own in 16 bits.
 
     Args:
         model: Of `load_held`.
         storages: How each tensor is stored, by name; a tied head is stored as its table.
+        scales: Of matrices, by name, where others are given than follow from the weights: a teacher's own.
     """
-    by_id = {id(parameter): storages[name] for name, parameter in model.named_parameters()}
-    deployed = {key: _Deployed(storage) for key, storage in by_id.items()}
+    given = scales or {}
+    parameters = {id(parameter): (name, parameter) for name, parameter in model.named_parameters()}
+    by_id = {key: storages[name] for key, (name, _) in parameters.items()}
+    deployed = {key: _Deployed(by_id[key], _own_of(given.get(name), one)) for key, (name, one) in parameters.items()}
     holding = [module for module in model.modules() if isinstance(module, _Held)]
     # By identity, since a tensor is compared value by value.
     masters: dict[int, tuple[nn.Parameter, Tensor]] = {}
@@ -190,7 +213,7 @@ def held_as_deployed(model: Any, storages: Mapping[str, Storage]) -> Iterator[No
                 storage, shown = by_id[id(parameter)], isinstance(module, _Held) and name == "weight"
                 if storage != "f32" and not shown and id(parameter) not in masters:
                     masters[id(parameter)] = parameter, parameter.data
-                    parameter.data = deploy_tensor(parameter.data, storage)
+                    parameter.data = deploy_tensor(parameter.data, storage, given.get(parameters[id(parameter)][0]))
         for module in holding:
             # A head that is tied to a scaled table reads what was packed above, which packed again could move.
             if id(module.weight) not in masters:

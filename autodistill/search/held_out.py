@@ -144,6 +144,8 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
         """What one model is on test, under its deployment."""
         init = Strategy.from_json(one.strategy).init if one.strategy else None
         trained = one.row if one.kind in DISTILLED else None
+        # The teacher's own scales may lie beside it, as a student's do; what is not trained yet has none.
+        folder = finisher.student(trained) if trained else setting.teacher if one.kind == "teacher" else None
         return evaluate(
             model,
             _spec(one, setting),
@@ -154,7 +156,7 @@ def score_on_test(best: Row, untrained: Row | None, rows: Sequence[Row], finishe
             evaluators=setting.evaluators,
             metric=setting.metric,
             device=setting.device,
-            scales=read_scales(finisher.student(trained), one.packing) if trained else None,
+            scales=read_scales(folder, one.packing) if folder else None,
             split="test",
             share=setting.plan.example_share,
             tokenizer=setting.text(init),

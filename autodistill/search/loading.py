@@ -11,17 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from autodistill.applied import check_rendering
+from autodistill.budget import on_gpu, served
 from autodistill.contracts import ModelSpec
 from autodistill.data import prepare
 from autodistill.distillation.held import load_held
 from autodistill.distillation.model_folder import tokenizer_fingerprint
 from autodistill.distillation.pretrained import token_rows
 from autodistill.distillation.signals import check_told
+from autodistill.distillation.stored_grids import StoredAs, stored_as
 from autodistill.distillation.stored_tensors import stored_type
 from autodistill.distillation.teacher import Teacher, materialise, resolve_teacher
 from autodistill.distillation.text_files import text_files
 from autodistill.errors import InputError
-from autodistill.estimate import spec_from_config
+from autodistill.estimate import holdable, spec_from_config
 from autodistill.export.gguf_text import cannot_cut
 from autodistill.export.gguf_tokenizer import spaces
 from autodistill.formats import get_format
@@ -32,11 +34,13 @@ from autodistill.search.checked import Checked, check_students
 from autodistill.search.means import main_memory, memory_of_trials, planned_for, tokens_of_step
 from autodistill.search.share import Place, Workers, process_bytes, share_out
 from autodistill.search.trial_memory import TrialMemory
-from autodistill.strategy import Strategy
+from autodistill.serving_memory import memory
+from autodistill.strategy import Deployment, Strategy
 from autodistill.teacher_fit import TeacherFit, fit_teacher
 from autodistill.templates import own_template
 from autodistill.token_sets import Prepared, RenderingInfo, load_split
 from autodistill.training_fit import TrainingFit
+from autodistill.units import Budget, format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,8 @@ class Loaded:
     optimiser step of them is trained, and `fit` that of `step_tokens`: what was asked for, is stored, or is the least,
     until a measurement chooses. `largest` is the student, with its strategy, that a plan is made for: of the space, or
     where its training fits no machine here, of what can be trained, and `untrained` says so; no student that is trained
-    has more weights than `most_parameters`. `memory` is a trial's.
+    has more weights than `most_parameters`. `memory` is a trial's. `stored` is of a teacher that is quantised already,
+    and `unranked` says what its file takes where no deployment stores it.
     """
 
     teacher: Teacher
@@ -71,6 +76,8 @@ class Loaded:
     renderings: Mapping[str, str]
     templates: Mapping[str, str]
     caveat: str = ""
+    stored: StoredAs | None = None
+    unranked: str = ""
 
     @property
     def outputs_of(self) -> str:
@@ -78,10 +85,22 @@ class Loaded:
         return self.teacher_fit.of(self.teacher.fingerprint)
 
     @property
+    def of_teacher(self) -> tuple[str, ...]:
+        """What the figures of a teacher mean that is quantised already, in sentences."""
+        return tuple(filter(None, (self.stored.note, self.unranked))) if self.stored else ()
+
+    @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know of data, teacher and templates, in sentences."""
+        """What a reader must know of data, text and templates, in sentences."""
         caveat = (self.caveat,) if self.caveat else ()
-        return (*self.data.notes, *_told_of_teacher(self.teacher), *caveat, *self.templates.values())
+        return (*self.data.notes, *caveat, *self.templates.values())
+
+    def teacher_deployments(self, checked: Checked) -> tuple[Deployment, ...]:
+        """Those that the teacher is evaluated under: of the space, and the one that has its own codes."""
+        deployments = checked.space.deployments
+        if self.stored is not None:
+            deployments = served(self.stored.among(deployments), checked.request.budget)
+        return holdable(self.spec, deployments)
 
     def stepping(self, tokens: int) -> Loaded:
         """The same with optimiser steps of so many tokens."""
@@ -104,6 +123,11 @@ def load(checked: Checked, place: Place) -> Loaded:
     _compare_tokens(checked)
     teacher = materialise(checked.teacher, request.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
+    # A run of an earlier version goes on without the row of a teacher's own codes.
+    if checked.stored is None or "stored_as" in checked.stored["teacher"]:
+        teacher, stored = stored_as(checked.teacher, teacher, spec, request.cache)
+    else:
+        stored = None
     if reason := cannot_cut(teacher.folder):
         spec = replace(spec, text_not_in_gguf=reason)
         check_students(checked, spec)
@@ -151,6 +175,8 @@ def load(checked: Checked, place: Place) -> Loaded:
         renderings=renderings,
         templates=refused | {model: _told_of(model, data.renderings[name]) for model, name in renderings.items()},
         caveat="" if reason or not _in_gguf(checked) else spaces(teacher.folder).caveat,
+        stored=stored,
+        unranked=_unranked(stored, spec, request.budget),
     )
 
 
@@ -237,13 +263,24 @@ def _in_gguf(checked: Checked) -> bool:
     return any(get_format(one.format).container == "gguf" for one in checked.space.deployments)
 
 
-def _told_of_teacher(teacher: Teacher) -> tuple[str, ...]:
-    """What a teacher's figures mean, where its own file is quantised."""
-    if teacher.quantised is None:
-        return ()
+def _unranked(stored: StoredAs | None, spec: ModelSpec, budget: Budget) -> str:
+    """What is predicted of a teacher's own file, which no format here stores and a search so does not rank."""
+    if stored is None or stored.deployment is not None or stored.weights_bytes is None:
+        return ""
+    # Of a file's own bytes the format decides nothing but the runtime.
+    as_gguf = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
+    need = memory(
+        spec,
+        as_gguf,
+        context=budget.context,
+        batch=budget.batch,
+        weights=stored.weights_bytes,
+        on_gpu=on_gpu(budget),
+    ).total_bytes
+    fits = "fits the budget and is a rival" if need <= budget.memory_bytes else "does not fit the budget"
     return (
-        f"the teacher's file is quantised ({teacher.quantised}) and was dequantised: the teacher in 16 bits is that "
-        "model, not the one it was quantised from",
+        f"the teacher's file as it is takes {format_bytes(need)} in llama.cpp, as predicted: it {fits}, but is not "
+        "ranked here"
     )
 
 

@@ -184,7 +184,7 @@ def _demand(
         trials=0 if checked.request.strategy else checked.request.trials,
         tokens=checked.request.tokens,
         baselines=len(checked.space.baselines),
-        teacher_deployments=len(holdable(loaded.spec, checked.space.deployments)),
+        teacher_deployments=len(loaded.teacher_deployments(checked)),
         deployments=max(map(len, allowed)),
         train_tokens=train_tokens,
         validation_tokens=splits["validation"].sequences * checked.sequence_length,

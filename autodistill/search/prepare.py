@@ -81,9 +81,8 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
         check_cache_limit(checked, loaded)
         with clock.phase("plan", "measuring this machine"):
             plan, speed = plan_from_measurement(checked, loaded, time.monotonic() - checked.request.started)
-        plan = replace(
-            plan, notes=(*plan.notes, *steps_differ(checked.request.out, checked.warm_start, plan.batch_tokens))
-        )
+        differ = steps_differ(checked.request.out, checked.warm_start, plan.batch_tokens)
+        plan = replace(plan, notes=(*loaded.of_teacher, *plan.notes, *differ))
         loaded = loaded.stepping(plan.batch_tokens)
     document = _describe(checked, loaded, plan, speed) | {"box": _box(checked, plan, clock.started_at)}
     write_json(run.search_file, document)
@@ -276,6 +275,7 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
             "name": loaded.teacher.name,
             "fingerprint": loaded.teacher.fingerprint,
             "quantised": loaded.teacher.quantised,
+            "stored_as": loaded.stored.name if loaded.stored else None,
             "parameters": loaded.spec.parameters,
             "layers": loaded.spec.layers,
             "held": loaded.teacher_fit.held,

@@ -16,11 +16,11 @@ from autodistill.distillation.alignment import layer_map
 from autodistill.distillation.attention import teacher_layer
 from autodistill.distillation.cache_making import ensure_cache
 from autodistill.distillation.calibration import Calibration, ensure_calibration
+from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.scoring import refer
 from autodistill.distillation.student import kept_layers
 from autodistill.distillation.teacher_cache import META, CacheSettings
 from autodistill.errors import InputError, TrialFailedError
-from autodistill.estimate import holdable
 from autodistill.evaluation import evaluate
 from autodistill.evaluators.command import NAME as COMMAND
 from autodistill.evaluators.command import Command
@@ -129,7 +129,7 @@ def teacher_phase(
     clock: Clock,
     earlier: list[dict[str, Any]],
 ) -> TrialSetting:
-    """Caches the teacher's outputs, scores it, and writes its rows under each deployment."""
+    """Caches the teacher's outputs, scores it, and writes its rows under each deployment and in its own codes."""
     with clock.phase("cache", "calibration"):
         calibration = calibration_file(checked, loaded)
     # A machine that only emulates bfloat16, which may take many times as long, makes them in float32 for any trials.
@@ -161,7 +161,7 @@ def teacher_phase(
     rows = [row for row in rows_of(earlier) if row.kind == "teacher" and row.split == "validation"]
     setting = replace(setting, evaluators=_expecting(setting.evaluators, rows, validation))
     done = {row.deployment_name for row in rows}
-    for deployment in holdable(loaded.spec, checked.space.deployments):
+    for deployment in loaded.teacher_deployments(checked):
         if deployment.name in done:
             continue
         with clock.phase("evaluate", f"teacher as {deployment.name}"):
@@ -256,6 +256,7 @@ def _teacher_row(
             evaluators=setting.evaluators,
             metric=setting.metric,
             device=setting.device,
+            scales=read_scales(setting.teacher, deployment),
             share=setting.plan.example_share,
             tokenizer=setting.teacher,
         )

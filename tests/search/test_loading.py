@@ -8,22 +8,13 @@ from typing import Any
 
 import pytest
 
-from autodistill.distillation.teacher import Teacher, resolve_teacher
+from autodistill.distillation.teacher import resolve_teacher
 from autodistill.errors import InputError
 from autodistill.hardware import Machine
 from autodistill.search import loading
-from autodistill.search.loading import _told_of_teacher, load
+from autodistill.search.loading import load
 from autodistill.search.share import Place, Share
 from autodistill.testing import save_tiny_teacher
-
-
-def test_a_teacher_whose_file_is_quantised_is_said_to_be() -> None:
-    def notes(quantised: str | None) -> tuple[str, ...]:
-        return _told_of_teacher(Teacher(folder=Path(), fingerprint="1", name="big", licence=None, quantised=quantised))
-
-    assert notes(None) == ()
-    (note,) = notes("Q4_1")
-    assert note.startswith("the teacher's file is quantised (Q4_1) and was dequantised")
 
 
 def test_a_model_of_another_tokenizer_is_refused_before_any_weights_are_obtained(
