@@ -537,7 +537,7 @@ def test_weights_that_a_repository_has_twice_are_taken_once(
     assert taken == shards
 
 
-class _Hub:
+class Hub:
     """A hub of one repository, as `huggingface_hub` shows it: its main revision may move on."""
 
     def __init__(self, model: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -575,7 +575,7 @@ class _Hub:
 def test_the_commit_of_a_hub_model_is_known_and_may_be_asked_for(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = _Hub(folder, tmp_path, monkeypatch)
+    hub = Hub(folder, tmp_path, monkeypatch)
     found = resolve_teacher("somebody/model")
     hub.commit = "b" * 40  # between a look at the model and its download
     teacher = materialise(found, tmp_path)
