@@ -100,6 +100,15 @@ def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, mach
     if half.total_bytes <= limit_bytes:
         return half
     raise InputError(
-        f"running a teacher of {spec.layers} layers takes {format_bytes(half.total_bytes)} even in 16 bits, and this "
-        f"machine has {format_bytes(limit_bytes)}: choose a smaller teacher"
+        f"running a teacher of {spec.layers} layers takes {format_bytes(half.total_bytes)} even in 16 bits, and "
+        f"{_holder(machine)} has {format_bytes(limit_bytes)}: choose a smaller teacher, or let it write the text to "
+        "learn from where it is served (autodistill write --endpoint)"
     )
+
+
+def _holder(machine: Machine) -> str:
+    """What must hold a teacher as a whole."""
+    count = len(machine.gpus)
+    if count > 1 and machine.gpus[0].memory_bytes <= machine.memory_bytes:
+        return f"one GPU of this machine's {count}, over which a teacher is not divided,"
+    return "this machine"

@@ -232,14 +232,15 @@ def test_of_a_hub_model_its_config_alone_is_read(tmp_path: Path, monkeypatch: py
     (tmp_path / "config.json").write_text(json.dumps(config("mixtral")))
     asked: list[str] = []
 
-    def download(reference: str, name: str) -> str:
+    def download(reference: str, name: str, revision: str | None) -> str:
         asked.append(name)
         return str(tmp_path / name)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, reference: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, reference, revision: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     found = describe("somebody/mixture")
     assert (found.name, found.spec.experts, asked) == ("somebody/mixture", 4, ["config.json"])
+    assert describe("somebody/mixture@v2").name == "somebody/mixture@v2"
 
 
 @pytest.mark.parametrize(
@@ -252,10 +253,10 @@ def test_of_a_hub_model_its_config_alone_is_read(tmp_path: Path, monkeypatch: py
     ],
 )
 def test_a_hub_that_gives_no_config_is_said(error: Exception, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(reference: str, name: str, local_files_only: bool = False) -> str:
+    def download(reference: str, name: str, revision: str | None, local_files_only: bool = False) -> str:
         raise LocalEntryNotFoundError("no") if local_files_only else error
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, reference: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, reference, revision: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(InputError, match=said):
         describe("somebody/mixture")
@@ -264,10 +265,10 @@ def test_a_hub_that_gives_no_config_is_said(error: Exception, said: str, monkeyp
 def test_of_a_hub_that_cannot_be_reached_what_was_downloaded_before_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: object, reference: str) -> None:
+    def refuse(self: object, reference: str, revision: str | None) -> None:
         raise OSError("no route")
 
-    def download(reference: str, name: str, local_files_only: bool = False) -> str:
+    def download(reference: str, name: str, revision: str | None, local_files_only: bool = False) -> str:
         assert local_files_only, "a dead connection is not tried again"
         return str(tmp_path / name)
 

@@ -57,3 +57,19 @@ def test_a_7_6b_teachers_bytes_by_hand() -> None:
     assert fit.weights_bytes == fit.held_bytes == 2 * matrices + 4 * vectors
     with pytest.raises(InputError, match="even in 16 bits"):
         fit_teacher(spec, stored="bfloat16", sequence_length=256, machine=_machine(16e9))
+
+
+@pytest.mark.parametrize(
+    ("machine", "said"),
+    [
+        (_machine(16e9), "and this machine has 16"),
+        (_machine(128e9, 8e9), "and this machine has 8"),
+        (_machine(128e9, *[8e9] * 4), "and one GPU of this machine's 4, over which a teacher is not divided, has 8"),
+        (_machine(4e9, *[8e9] * 4), "and this machine has 4"),
+    ],
+)
+def test_a_teacher_that_several_gpus_could_hold_together_is_refused_for_what_one_holds(
+    machine: Machine, said: str
+) -> None:
+    with pytest.raises(InputError, match=f"{said}.*choose a smaller teacher, or let it write"):
+        fit_teacher(spec_from_config(QWEN_7_6B), stored="bfloat16", sequence_length=256, machine=machine)

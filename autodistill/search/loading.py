@@ -72,12 +72,17 @@ class Loaded:
     memory: TrialMemory
     untrained: str
     teacher_fit: TeacherFit
-    pretrained: Mapping[str, Path]
+    pretrained_models: Mapping[str, Teacher]
     renderings: Mapping[str, str]
     templates: Mapping[str, str]
     caveat: str = ""
     stored: StoredAs | None = None
     unranked: str = ""
+
+    @property
+    def pretrained(self) -> Mapping[str, Path]:
+        """The folder of each pretrained model, by its reference."""
+        return {model: found.folder for model, found in self.pretrained_models.items()}
 
     @property
     def outputs_of(self) -> str:
@@ -132,7 +137,8 @@ def load(checked: Checked, place: Place) -> Loaded:
         spec = replace(spec, text_not_in_gguf=reason)
         check_students(checked, spec)
     length = checked.sequence_length
-    pretrained = {model: materialise(resolve_teacher(model), request.cache).folder for model in checked.space.models}
+    models = {model: materialise(resolve_teacher(model), request.cache) for model in checked.space.models}
+    pretrained = {model: found.folder for model, found in models.items()}
     rows = {model: token_rows(folder, teacher.folder).numpy() for model, folder in pretrained.items()}
     own, refused = _own_templates(checked, teacher.folder, pretrained)
     renderings = {model: template.name for model, template in own.items()}
@@ -171,7 +177,7 @@ def load(checked: Checked, place: Place) -> Loaded:
         ),
         untrained=untrained,
         teacher_fit=teacher_fit,
-        pretrained=pretrained,
+        pretrained_models=models,
         renderings=renderings,
         templates=refused | {model: _told_of(model, data.renderings[name]) for model, name in renderings.items()},
         caveat="" if reason or not _in_gguf(checked) else spaces(teacher.folder).caveat,

@@ -245,8 +245,16 @@ def _here(plan: Plan, loaded: Loaded) -> Plan:
 
 def _check_fingerprints(checked: Checked, loaded: Loaded) -> None:
     assert checked.stored is not None
-    for name, now in (("teacher", loaded.teacher.fingerprint), ("data", loaded.data.fingerprint)):
-        before = checked.stored[name]["fingerprint"]
+    found = [(name, getattr(loaded, name).fingerprint, checked.stored[name]) for name in ("teacher", "data")]
+    # Runs of older versions do not tell of the models that their students start from.
+    pretrained = checked.stored.get("pretrained", {})
+    found += [
+        (f"model {model}", one.fingerprint, pretrained[model])
+        for model, one in loaded.pretrained_models.items()
+        if model in pretrained
+    ]
+    for name, now, stored in found:
+        before = stored["fingerprint"]
         if now != before:
             raise InputError(
                 f"the {name} of the run {checked.name!r} has changed since ({before}, now {now}): restore it, or start "
@@ -274,12 +282,17 @@ def _describe(checked: Checked, loaded: Loaded, plan: Plan, speed: Speed) -> dic
             "reference": checked.teacher_reference,
             "name": loaded.teacher.name,
             "fingerprint": loaded.teacher.fingerprint,
+            "revision": loaded.teacher.revision,
             "quantised": loaded.teacher.quantised,
             "stored_as": loaded.stored.name if loaded.stored else None,
             "parameters": loaded.spec.parameters,
             "layers": loaded.spec.layers,
             "held": loaded.teacher_fit.held,
             "rounded": loaded.teacher_fit.rounded,
+        },
+        "pretrained": {
+            model: {"fingerprint": found.fingerprint, "revision": found.revision}
+            for model, found in loaded.pretrained_models.items()
         },
         "data": {
             "reference": checked.data_reference,

@@ -24,6 +24,7 @@ from autodistill.distillation.model_folder import tokenizer_fingerprint
 from autodistill.distillation.models import load_model
 from autodistill.distillation.stored_tensors import stored_type
 from autodistill.distillation.teacher import hub_config, materialise, resolve_teacher
+from autodistill.distillation.text_files import text_files
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.export.gguf import GgufExporter
 from autodistill.gguf_cuts import CUTS
@@ -443,7 +444,7 @@ def test_a_model_that_the_hub_refuses_is_one_that_is_here_or_it_is_said_why(
 
     here = False
 
-    def refuse(self: object, ref: str) -> None:
+    def refuse(self: object, ref: str, revision: str | None) -> None:
         error = getattr(errors, kind)
         raise error.__new__(error)  # its constructor wants a reply over HTTP
 
@@ -482,8 +483,8 @@ def test_a_hub_model_is_checked_before_its_weights_are_downloaded(
 
     (tmp_path / "config.json").write_text(json.dumps(config))
     info = ModelInfo(id="somebody/model", siblings=[{"rfilename": name} for name in files])
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, ref: info)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda ref, name: str(tmp_path / name))
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, ref, revision: info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda ref, name, revision: str(tmp_path / name))
     with pytest.raises(InputError, match=said):
         resolve_teacher("somebody/model")
 
@@ -496,14 +497,14 @@ def test_a_hub_model_is_downloaded_as_safetensors_only(
 
     asked: list[str] = []
 
-    def download(ref: str, allow_patterns: list[str]) -> str:
+    def download(ref: str, allow_patterns: list[str], **_: object) -> str:
         asked.extend(allow_patterns)
         return str(folder)
 
     names = [path.name for path in folder.iterdir()]
     info = ModelInfo(id="somebody/model", siblings=[{"rfilename": name} for name in names], cardData={"license": "mit"})
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, ref: info)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda ref, name: str(folder / name))
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, ref, revision: info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda ref, name, revision: str(folder / name))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     teacher = materialise(resolve_teacher("somebody/model"), tmp_path)
     assert (teacher.name, teacher.licence, teacher.folder) == ("somebody/model", "mit", folder)
@@ -526,12 +527,86 @@ def test_weights_that_a_repository_has_twice_are_taken_once(
     assert resolve_teacher(str(both)).kind == "folder"
     asked: list[str] = []
     monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda ref, allow_patterns: asked.extend(allow_patterns) or str(folder)
+        huggingface_hub,
+        "snapshot_download",
+        lambda ref, allow_patterns, **_: asked.extend(allow_patterns) or str(folder),
     )
     materialise(replace(resolve_teacher(str(folder)), kind="hub", path=None), tmp_path)
     shards = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     taken = [name for name in (*shards, "consolidated.safetensors") if any(fnmatch(name, one) for one in asked)]
     assert taken == shards
+
+
+class Hub:
+    """A hub of one repository, as `huggingface_hub` shows it: its main revision may move on."""
+
+    def __init__(self, model: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import huggingface_hub
+
+        self.commit, self.reached = "a" * 40, True
+        self.got: list[str | None] = []
+        self._model, self._root = model, root
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda _, ref, revision: self._info(revision))
+        monkeypatch.setattr(
+            huggingface_hub, "hf_hub_download", lambda ref, name, revision: str(self._folder(revision) / name)
+        )
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self._snapshot)
+
+    def _info(self, revision: str | None) -> Any:
+        from huggingface_hub.hf_api import ModelInfo
+
+        if not self.reached:
+            raise OSError("no route")
+        names = [{"rfilename": path.name} for path in self._model.iterdir()]
+        return ModelInfo(id="somebody/model", sha=revision or self.commit, siblings=names)
+
+    def _folder(self, revision: str | None) -> Path:
+        folder = self._root / "models--somebody--model" / "snapshots" / (revision or self.commit)
+        if not folder.is_dir():
+            shutil.copytree(self._model, folder)
+        return folder
+
+    def _snapshot(self, ref: str, revision: str | None, local_files_only: bool = False, **_: object) -> str:
+        assert ref == "somebody/model"
+        self.got.append(revision)
+        return str(self._folder(revision))
+
+
+def test_the_commit_of_a_hub_model_is_known_and_may_be_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(folder, tmp_path, monkeypatch)
+    found = resolve_teacher("somebody/model")
+    hub.commit = "b" * 40  # between a look at the model and its download
+    teacher = materialise(found, tmp_path)
+    assert (found.name, found.revision, teacher.revision) == ("somebody/model", "a" * 40, "a" * 40)
+    assert set(hub.got) == {"a" * 40}
+    with text_files(found) as text:
+        assert text.name == "a" * 40
+    assert resolve_teacher("somebody/model").revision == "b" * 40
+    pinned = resolve_teacher("somebody/model@" + "a" * 40)
+    assert (pinned.name, pinned.revision) == ("somebody/model", "a" * 40)
+    hub.reached = False
+    assert resolve_teacher("somebody/model").revision == "b" * 40
+    assert resolve_teacher("somebody/model@" + "a" * 40).revision == "a" * 40
+    for wrong in ("somebody/model@", "somebody/model@a@b", "somebody/model@../x/..", "@a", "somebody/model@/a"):
+        with pytest.raises(InputError):
+            resolve_teacher(wrong)
+
+
+def test_of_a_repository_no_subfolders_are_downloaded() -> None:
+    """By the matching of `huggingface_hub` itself, whose patterns go across folders."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    from autodistill.distillation.teacher import _HUB_FILES, _HUB_FOLDERS
+
+    taken = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "additional_chat_templates/a.jinja"]
+    left = [
+        *("checkpoint-100/config.json", "onnx/config.json", "model/fp16/model.safetensors", "old/chat_template.jinja"),
+        *("checkpoint-100/model.safetensors", "pytorch_model.bin", "model.py", "original/tokenizer.model", "a/LICENSE"),
+    ]
+    found = filter_repo_objects([*taken, *left], allow_patterns=_HUB_FILES, ignore_patterns=_HUB_FOLDERS)
+    assert list(found) == taken
 
 
 @pytest.mark.parametrize(("pre", "pieces"), [("smollm", ["Ġ", "3", "4"]), ("gpt-2", ["Ġ34"])])

@@ -34,7 +34,9 @@ def test_of_a_hub_model_no_weights_are_asked_for(tmp_path: Path, monkeypatch: py
     teacher = save_tiny_teacher(tmp_path / "teacher")
     asked: list[str] = []
     monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda ref, allow_patterns: asked.extend(allow_patterns) or str(teacher)
+        huggingface_hub,
+        "snapshot_download",
+        lambda ref, allow_patterns, **_: asked.extend(allow_patterns) or str(teacher),
     )
     with text_files(replace(resolve_teacher(str(teacher)), kind="hub", path=None)) as folder:
         assert folder == teacher

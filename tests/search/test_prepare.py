@@ -17,7 +17,7 @@ from autodistill.errors import InputError, MissingDependencyError
 from autodistill.estimate import spec_from_config
 from autodistill.search.expected import Speed
 from autodistill.search.plan import extend
-from autodistill.search.prepare import _box, _extended, _here, _unasked
+from autodistill.search.prepare import _box, _check_fingerprints, _extended, _here, _unasked
 from autodistill.search.scheduler import SuccessiveHalving
 from autodistill.search.share import Workers
 from autodistill.testing import small_plan, tiny_config, tiny_tokenizer
@@ -144,3 +144,19 @@ def test_a_run_of_8_bit_states_is_not_resumed_where_their_package_is_missing(mon
         MissingDependencyError, match=r"8-bit optimiser states.*pip install 'autodistill-search\[8bit\]'"
     ):
         _here(plans["int8"], loaded)
+
+
+def test_a_run_is_not_resumed_with_another_model_than_its_students_started_from() -> None:
+    def resumed(now: str, stored: dict[str, Any]) -> None:
+        same = {"fingerprint": "1"}
+        checked: Any = SimpleNamespace(name="mine", stored={"teacher": same, "data": same} | stored)
+        one = SimpleNamespace(fingerprint="1")
+        pretrained = {"somebody/model": SimpleNamespace(fingerprint=now)}
+        loaded: Any = SimpleNamespace(teacher=one, data=one, pretrained_models=pretrained)
+        _check_fingerprints(checked, loaded)
+
+    known = {"pretrained": {"somebody/model": {"fingerprint": "2", "revision": "a" * 40}}}
+    resumed("2", known)
+    resumed("3", {})  # a run of an older version
+    with pytest.raises(InputError, match=r"the model somebody/model of the run 'mine' has changed since \(2, now 3\)"):
+        resumed("3", known)

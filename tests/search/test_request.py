@@ -23,6 +23,7 @@ from autodistill.space import load_strategy
 from autodistill.storage import Storage
 from autodistill.testing import save_tiny_teacher, small_plan, tiny_text
 from autodistill.units import Budget, parse_latency
+from tests.distillation.test_teacher import Hub
 
 SPACE = """
 dimensions:
@@ -331,6 +332,23 @@ def test_a_resumed_run_shares_its_box_as_before(asked: SearchRequest, tmp_path: 
         check_request(replace(half, explore=0.7))
     with pytest.raises(InputError, match=r"trained its best on in the rest of its box.*start a new run with --confirm"):
         check_request(replace(half, confirm=2))
+
+
+def test_a_run_of_a_hub_teacher_goes_on_at_the_commit_that_it_was_made_with(
+    asked: SearchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(Path(str(asked.teacher)), tmp_path / "hub", monkeypatch)
+    asked = replace(asked, teacher="somebody/model", out=tmp_path, name="run")
+    stored = stored_run(asked)
+    with RunFolder.create(tmp_path, "run") as run:
+        write_json(run.search_file, stored | {"teacher": stored["teacher"] | {"revision": hub.commit}})
+    hub.commit = "b" * 40
+    resumed = replace(asked, resume=True)
+    for teacher in ("somebody/model", None):
+        assert check_request(replace(resumed, teacher=teacher)).teacher.revision == "a" * 40
+    assert check_request(replace(asked, name="another")).teacher.revision == "b" * 40
+    with pytest.raises(InputError, match=r"another teacher \(somebody/model, now somebody/model@bbb"):
+        check_request(replace(resumed, teacher="somebody/model@" + "b" * 40))
 
 
 def test_a_search_for_a_device_leaves_out_what_the_device_does_not_serve(asked: SearchRequest) -> None:
