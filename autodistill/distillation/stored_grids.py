@@ -44,6 +44,7 @@ from autodistill.grids import Floats, Grid, Scales, Storage
 from autodistill.records.json_files import write_json
 from autodistill.records.locks import alone
 from autodistill.strategy import Deployment, serving
+from autodistill.templates import MORE_TEMPLATES
 from autodistill.tensors import Role, TensorSpec
 
 _VERSION = 1  # of what is kept of a teacher here: to be raised with any change of it
@@ -83,7 +84,7 @@ class StoredAs:
         if self.deployment is None:
             return f"{said}, and no format here has these types tensor by tensor; {_TWICE}"
         loss = "without any loss" if self.exact else "with hardly any loss"
-        return f"{said}, which {self.deployment.name} stores {loss}: its own codes are a rival; {_TWICE}"
+        return f"{said}, which {self.deployment.name} stores {loss}; {_TWICE}"
 
     @property
     def name(self) -> str:
@@ -127,13 +128,12 @@ def stored_as(ref: TeacherRef, teacher: Teacher, spec: ModelSpec, cache: Path) -
             return known
         file = read_gguf(ref.path) if ref.kind == "gguf" and ref.path is not None else None
         found = of_gguf(file, spec) if file else of_folder(teacher.folder, spec)
-        deployment = found and found.deployment
+        deployment, scaled = found and found.deployment, False
         if found and deployment:
             own = _own_of_gguf(file, deployment, spec) if file else _own_of_folder(teacher.folder, deployment, spec)
             found = replace(found, exact=own.exact)
-            if own.scales:
+            if scaled := bool(own.scales):
                 teacher = _with_scales(teacher, deployment, own.scales, record.with_name(teacher.fingerprint))
-        scaled = (teacher.folder / SCALES_FILE).is_file()
         write_json(record, {"version": _VERSION, "scaled": scaled, "stored": found and _to_json(found)})
     return teacher, found
 
@@ -471,16 +471,26 @@ def _with_scales(teacher: Teacher, packing: Packing, scales: Mapping[str, Scales
     """The teacher in `folder` of the cache, with its scales; a person's own folder is not written to but linked."""
     partial = Path(tempfile.mkdtemp(prefix=".stored-", dir=folder.parent))
     try:
-        write_scales(partial, packing, scales)
         if teacher.folder == folder.resolve():
+            write_scales(partial, packing, scales)
             os.replace(partial / SCALES_FILE, folder / SCALES_FILE)
             return teacher
-        shutil.copytree(teacher.folder, partial, dirs_exist_ok=True, copy_function=_linked)
+        shutil.copytree(teacher.folder, partial, dirs_exist_ok=True, copy_function=_linked, ignore=_not_read)
+        write_scales(partial, packing, scales)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return replace(teacher, folder=folder.resolve())
+
+
+def _not_read(folder: str, names: Sequence[str]) -> list[str]:
+    """What of a teacher's folder is not of the model that is read: others beside it, and scales for another packing."""
+    return [
+        name
+        for name in names
+        if name == SCALES_FILE or (name != MORE_TEMPLATES and os.path.isdir(os.path.join(folder, name)))
+    ]
 
 
 def _linked(source: str, target: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from autodistill.distillation.stored_grids import StoredAs
-from autodistill.estimate import spec_from_config
+from autodistill.estimate import cannot_hold, spec_from_config
 from autodistill.export.student_files import StudentFiles
 from autodistill.search import loading
 from autodistill.search.request import SearchRequest
@@ -99,12 +99,12 @@ def test_a_run_of_a_version_without_such_rows_goes_on_without_them(
     assert len(search(request).rows) == len(outcome[0].rows)
 
 
-def test_a_file_that_no_format_stores_is_said_to_be_a_rival_with_what_it_takes() -> None:
+def test_whether_its_own_codes_are_ranked_is_said_and_what_a_file_takes_that_no_format_stores() -> None:
     spec = spec_from_config(tiny_config())
     stored = StoredAs(types="its matrices lie on IQ4_XS", deployment=None, exact=False, weights_bytes=10**6)
 
     def said(memory_bytes: int) -> str:
-        return loading._unranked(stored, spec, Budget(memory_bytes=memory_bytes, context=256))
+        return loading._ranked(stored, spec, Budget(memory_bytes=memory_bytes, context=256))
 
     need = memory(spec, OWN, context=256, batch=1, weights=10**6).total_bytes
     assert said(need) == (
@@ -112,4 +112,8 @@ def test_a_file_that_no_format_stores_is_said_to_be_a_rival_with_what_it_takes()
         "a rival, but is not ranked here"
     )
     assert "it does not fit the budget, but" in said(need - 1)
-    assert loading._unranked(replace(stored, deployment=OWN), spec, Budget(memory_bytes=need)) == ""
+    held, budget = replace(stored, deployment=OWN), Budget(memory_bytes=need)
+    assert "are ranked beside the students, as teacher-gguf-q4_1" in loading._ranked(held, spec, budget)
+    refused = replace(spec, text_not_in_gguf="its text is cut otherwise")
+    assert loading._ranked(held, refused, budget).endswith("not ranked here: " + cannot_hold(refused, OWN))
+    assert loading._ranked(None, spec, budget) == ""
