@@ -44,14 +44,17 @@ from autodistill.grids import Floats, Grid, Scales, Storage
 from autodistill.records.json_files import write_json
 from autodistill.records.locks import alone
 from autodistill.strategy import Deployment, serving
+from autodistill.templates import MORE_TEMPLATES
 from autodistill.tensors import Role, TensorSpec
 
 _VERSION = 1  # of what is kept of a teacher here: to be raised with any change of it
 _ON_GRID = 0.01
 """Share of the squared error of rounding normal weights below which weights lie on a grid already; what they moved by
 when they were rounded to 16 bits since, as far as that is seen, is added."""
+_CLEARLY_OFF = 0.25
 _ROWS, _SAMPLE = 8, 2**14  # rows of a matrix, and weights, of which is told whether it lies on a grid
-_TRIES = 32  # codes that a group's largest weight may have, from the largest code down
+# Codes that a group's largest weight may have, from the largest down. What has 8 bits is made by the rule, or nearly.
+_TRIES, _TRIES_OF_8_BITS = 32, 16
 _AT_ONCE = 2**22  # weights of which a grid's values are in memory at once
 _ROLES = {Role.LINEAR: "matrices", Role.EMBEDDING: "table", Role.HEAD: "head"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -81,7 +84,7 @@ class StoredAs:
         if self.deployment is None:
             return f"{said}, and no format here has these types tensor by tensor; {_TWICE}"
         loss = "without any loss" if self.exact else "with hardly any loss"
-        return f"{said}, which {self.deployment.name} stores {loss}: its own codes are a rival; {_TWICE}"
+        return f"{said}, which {self.deployment.name} stores {loss}; {_TWICE}"
 
     @property
     def name(self) -> str:
@@ -125,13 +128,12 @@ def stored_as(ref: TeacherRef, teacher: Teacher, spec: ModelSpec, cache: Path) -
             return known
         file = read_gguf(ref.path) if ref.kind == "gguf" and ref.path is not None else None
         found = of_gguf(file, spec) if file else of_folder(teacher.folder, spec)
-        deployment = found and found.deployment
+        deployment, scaled = found and found.deployment, False
         if found and deployment:
             own = _own_of_gguf(file, deployment, spec) if file else _own_of_folder(teacher.folder, deployment, spec)
             found = replace(found, exact=own.exact)
-            if own.scales:
+            if scaled := bool(own.scales):
                 teacher = _with_scales(teacher, deployment, own.scales, record.with_name(teacher.fingerprint))
-        scaled = (teacher.folder / SCALES_FILE).is_file()
         write_json(record, {"version": _VERSION, "scaled": scaled, "stored": found and _to_json(found)})
     return teacher, found
 
@@ -283,18 +285,24 @@ def lies_on(weights: Floats, grid: Grid) -> bool:
         weights: float32 [rows, in].
         grid: One that divides the rows.
     """
+    # One row, read coarsely, tells normal weights.
+    row = weights[:1]
+    if not _stays(row, grid, own_scales(row, grid, thorough=False), _CLEARLY_OFF):
+        return False
     return _stays(weights, grid, own_scales(weights, grid))
 
 
-def _stays(weights: Floats, grid: Grid, scales: Scales | None = None) -> bool:
-    """The same under given scales, or those that follow from the weights."""
+def _stays(weights: Floats, grid: Grid, scales: Scales | None = None, share: float = _ON_GRID) -> bool:
+    """The same under given scales, or those that follow from the weights, by a share of the error of normal weights."""
     _, rule = quantize(weights, grid)
     size = grid.group(weights.shape[1])
     # A weight that lies anywhere between two codes moves by a twelfth of a step squared.
     steps = np.where(np.abs(weights.reshape(-1, size)).max(axis=1) > 0, np.abs(rule.scales.reshape(-1)), 0)
     normal = float(np.square(steps, dtype=np.float64).sum()) * size / 12
     moved = float(np.square(deployed(weights, grid, scales) - weights, dtype=np.float64).sum())
-    return bool(0 < normal < np.inf and moved < _ON_GRID * normal + 2 * _rounded_since(weights))
+    if normal == 0:  # zeros lie on every grid
+        return True
+    return bool(np.isfinite(normal) and moved < share * normal + 2 * _rounded_since(weights))
 
 
 def _rounded_since(weights: Floats) -> float:
@@ -309,11 +317,16 @@ def _rounded_since(weights: Floats) -> float:
     return float(np.square(np.where(weights == 0, 0.0, np.ldexp(1.0, exponents - digits))).sum()) / 12
 
 
-def own_scales(weights: Floats, grid: Grid) -> Scales:
+def own_scales(weights: Floats, grid: Grid, *, thorough: bool = True) -> Scales:
     """The scales under which weights that lie on a grid move least; those of the rule where none is better.
 
     The rule takes a group's largest weight for one of the largest code, which it need not have; of super-blocks there
     is the rule alone, which fits them by least squares.
+
+    Args:
+        weights: float32 [out, in].
+        grid: One that divides the rows.
+        thorough: Whether scales are found to the last digit also where weights are read in bfloat16, which hides it.
     """
     _, rule = quantize(weights, grid)
     if grid.block_size:
@@ -322,11 +335,13 @@ def own_scales(weights: Floats, grid: Grid) -> Scales:
     best = [None if part is None else part.reshape(-1, 1).copy() for part in rule]
     error = _moved(groups, Scales(*best), grid)  # type: ignore[arg-type]
     most = max(abs(grid.qmin), grid.qmax) if grid.symmetric else grid.qmax - grid.qmin
-    for code in range(most, max(0, most - _TRIES), -1):
+    tries = _TRIES_OF_8_BITS if grid.bits == 8 else _TRIES
+    near = (0, 1, -1) if grid.scale_dtype == "bf16" and (thorough or grid.bits == 8) else (0,)
+    for code in range(most, max(0, most - tries), -1):
         left = np.flatnonzero(error > 0)
         if not len(left):
             break
-        for tried in _tried(groups[left], code, grid):
+        for tried in _tried(groups[left], code, grid, near):
             found = _moved(groups[left], tried, grid)
             better = found < error[left]
             error[left[better]] = found[better]
@@ -344,36 +359,36 @@ def _moved(groups: Floats, scales: Scales, grid: Grid) -> npt.NDArray[np.float64
         return np.nan_to_num(np.square(values - groups, dtype=np.float64).sum(axis=1), nan=np.inf)
 
 
-def _tried(groups: Floats, code: int, grid: Grid) -> Iterator[Scales]:
-    """Scales by which the largest weight of each group has that code, or the range has so many steps."""
+def _tried(groups: Floats, code: int, grid: Grid, near: Sequence[int]) -> Iterator[Scales]:
+    """Scales by which the largest weight of each group has that code, or the range has so many steps.
+
+    Scales that lie so many places from these too, and zero points: the weights' own rounding may have moved both.
+    """
     with np.errstate(all="ignore"):
         if grid.symmetric:
             largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=-1, keepdims=True), axis=-1)
             of_code = -largest if grid.scale_rule == "signed_absmax" else np.abs(largest)
-            yield from (Scales(one) for one in _stored(of_code, code, grid))
+            yield from (Scales(one) for one in _stored(of_code, code, grid, near))
             return
         low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
         if grid.offset == "minimum":
-            yield from (Scales(one, round_to(low, "f16")) for one in _stored(high - low, code, grid))
+            yield from (Scales(one, round_to(low, "f16")) for one in _stored(high - low, code, grid, near))
             return
         low, high = np.minimum(low, 0), np.maximum(high, 0)
-        for scales in _stored(high - low, code, grid):
+        for scales in _stored(high - low, code, grid, near):
             zero_points = np.rint(np.nan_to_num(grid.qmin - low / scales))
-            for step in (0, 1, -1):  # of 8 bits the rounding of the weights may hide one
+            for step in near:
                 yield Scales(scales, (zero_points + step).clip(grid.qmin, grid.qmax).astype(np.float32))
 
 
-def _stored(extents: Floats, code: int, grid: Grid) -> Iterator[Floats]:
-    """Scales of so many steps in an extent, as a grid stores them.
-
-    Of bfloat16, in which the weights are rounded too, also the ones next to these.
-    """
+def _stored(extents: Floats, code: int, grid: Grid, near: Sequence[int]) -> Iterator[Floats]:
+    """Scales of so many steps in an extent, as a grid stores them, and those so many places from them."""
     scales: Floats = (extents / np.float32(code)).astype(np.float32)
     if grid.scale_dtype == "f16":
         yield round_to(scales, "f16")
         return
     bits = to_bf16_bits(scales)
-    for step in (0, 1, -1):
+    for step in near:
         yield from_bf16_bits((bits.astype(np.int32) + step).clip(0).astype(np.uint16))
 
 
@@ -456,16 +471,26 @@ def _with_scales(teacher: Teacher, packing: Packing, scales: Mapping[str, Scales
     """The teacher in `folder` of the cache, with its scales; a person's own folder is not written to but linked."""
     partial = Path(tempfile.mkdtemp(prefix=".stored-", dir=folder.parent))
     try:
-        write_scales(partial, packing, scales)
         if teacher.folder == folder.resolve():
+            write_scales(partial, packing, scales)
             os.replace(partial / SCALES_FILE, folder / SCALES_FILE)
             return teacher
-        shutil.copytree(teacher.folder, partial, dirs_exist_ok=True, copy_function=_linked)
+        shutil.copytree(teacher.folder, partial, dirs_exist_ok=True, copy_function=_linked, ignore=_not_read)
+        write_scales(partial, packing, scales)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return replace(teacher, folder=folder.resolve())
+
+
+def _not_read(folder: str, names: Sequence[str]) -> list[str]:
+    """What of a teacher's folder is not of the model that is read: others beside it, and scales for another packing."""
+    return [
+        name
+        for name in names
+        if name == SCALES_FILE or (name != MORE_TEMPLATES and os.path.isdir(os.path.join(folder, name)))
+    ]
 
 
 def _linked(source: str, target: str) -> str:

@@ -23,7 +23,7 @@ from autodistill.distillation.stored_tensors import stored_type
 from autodistill.distillation.teacher import Teacher, materialise, resolve_teacher
 from autodistill.distillation.text_files import text_files
 from autodistill.errors import InputError
-from autodistill.estimate import holdable, spec_from_config
+from autodistill.estimate import cannot_hold, holdable, spec_from_config
 from autodistill.export.gguf_text import cannot_cut
 from autodistill.export.gguf_tokenizer import spaces
 from autodistill.formats import get_format
@@ -54,7 +54,7 @@ class Loaded:
     until a measurement chooses. `largest` is the student, with its strategy, that a plan is made for: of the space, or
     where its training fits no machine here, of what can be trained, and `untrained` says so; no student that is trained
     has more weights than `most_parameters`. `memory` is a trial's. `stored` is of a teacher that is quantised already,
-    and `unranked` says what its file takes where no deployment stores it.
+    and `ranked` says whether its own codes are among the rows.
     """
 
     teacher: Teacher
@@ -77,7 +77,7 @@ class Loaded:
     templates: Mapping[str, str]
     caveat: str = ""
     stored: StoredAs | None = None
-    unranked: str = ""
+    ranked: str = ""
 
     @property
     def pretrained(self) -> Mapping[str, Path]:
@@ -92,7 +92,7 @@ class Loaded:
     @property
     def of_teacher(self) -> tuple[str, ...]:
         """What the figures of a teacher mean that is quantised already, in sentences."""
-        return tuple(filter(None, (self.stored.note, self.unranked))) if self.stored else ()
+        return tuple(filter(None, (self.stored.note, self.ranked))) if self.stored else ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -182,7 +182,7 @@ def load(checked: Checked, place: Place) -> Loaded:
         templates=refused | {model: _told_of(model, data.renderings[name]) for model, name in renderings.items()},
         caveat="" if reason or not _in_gguf(checked) else spaces(teacher.folder).caveat,
         stored=stored,
-        unranked=_unranked(stored, spec, request.budget),
+        ranked=_ranked(stored, spec, request.budget),
     )
 
 
@@ -269,15 +269,23 @@ def _in_gguf(checked: Checked) -> bool:
     return any(get_format(one.format).container == "gguf" for one in checked.space.deployments)
 
 
-def _unranked(stored: StoredAs | None, spec: ModelSpec, budget: Budget) -> str:
-    """What is predicted of a teacher's own file, which no format here stores and a search so does not rank."""
-    if stored is None or stored.deployment is not None or stored.weights_bytes is None:
+def _ranked(stored: StoredAs | None, spec: ModelSpec, budget: Budget) -> str:
+    """Whether a teacher's own codes are ranked beside students; what is predicted of a file that no format stores."""
+    if stored is None:
+        return ""
+    if stored.deployment is not None:
+        name = stored.deployment.name
+        if why := cannot_hold(spec, stored.deployment):
+            return f"the teacher's own codes are not ranked here: {why}"
+        if not served((stored.deployment,), budget):
+            return f"the teacher's own codes are not ranked here: the device has no {stored.deployment.runtime}"
+        return f"the teacher's own codes are ranked beside the students, as teacher-{name}, and need no training"
+    if stored.weights_bytes is None:
         return ""
     # Of a file's own bytes the format decides nothing but the runtime.
-    as_gguf = Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32)
     need = memory(
         spec,
-        as_gguf,
+        Deployment(runtime="llama.cpp", format="gguf-q8_0", bits=8, group_size=32),
         context=budget.context,
         batch=budget.batch,
         weights=stored.weights_bytes,

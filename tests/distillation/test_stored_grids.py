@@ -33,7 +33,14 @@ from autodistill.testing import save_tiny_teacher
 
 SIMPLE = ("gguf-q4_0", "gguf-q4_1", "gguf-q5_0", "gguf-q5_1", "gguf-q8_0")
 INTEGERS = [
-    (bits, group, symmetric) for bits in (8, 6, 4, 3, 2) for group in (32, 64, 0) for symmetric in (True, False)
+    (8, 32, True),
+    (8, 64, False),
+    (6, 32, False),
+    (4, 32, True),
+    (4, 64, False),
+    (4, 0, True),
+    (3, 32, True),
+    (2, 0, False),
 ]
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from autodistill.distillation.stored_grids import StoredAs
+from autodistill.estimate import cannot_hold, spec_from_config
 from autodistill.export.student_files import StudentFiles
+from autodistill.search import loading
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import Outcome, search
+from autodistill.serving_memory import memory
 from autodistill.strategy import Deployment
-from autodistill.testing import save_tiny_teacher, tiny_text
-from autodistill.units import Budget
+from autodistill.testing import save_tiny_teacher, tiny_config, tiny_text
+from autodistill.units import Budget, format_bytes
 
 OWN = Deployment(runtime="llama.cpp", format="gguf-q4_1", bits=4, group_size=32, symmetric=False)
 SPACE = """
@@ -77,3 +83,37 @@ def test_a_reader_is_told_so(outcome: tuple[Outcome, Path]) -> None:
     assert any(note.startswith(said) for note in plan["plan"]["notes"])
     assert plan["teacher"]["stored_as"] == "gguf-q4_1"
     assert "the teacher is pre-quantised" in (run / "report.md").read_text()
+
+
+def test_a_run_of_a_version_without_such_rows_goes_on_without_them(
+    outcome: tuple[Outcome, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = outcome[1]
+    shutil.copytree(folder / "runs", tmp_path / "runs")
+    stored = tmp_path / "runs" / "run" / "search.json"
+    document = json.loads(stored.read_text())
+    del document["teacher"]["stored_as"]
+    stored.write_text(json.dumps(document))
+    monkeypatch.setattr(loading, "stored_as", lambda *_: pytest.fail("it was looked for"))
+    request = replace(_request(folder, folder / "teacher"), out=tmp_path / "runs", resume=True)
+    assert len(search(request).rows) == len(outcome[0].rows)
+
+
+def test_whether_its_own_codes_are_ranked_is_said_and_what_a_file_takes_that_no_format_stores() -> None:
+    spec = spec_from_config(tiny_config())
+    stored = StoredAs(types="its matrices lie on IQ4_XS", deployment=None, exact=False, weights_bytes=10**6)
+
+    def said(memory_bytes: int) -> str:
+        return loading._ranked(stored, spec, Budget(memory_bytes=memory_bytes, context=256))
+
+    need = memory(spec, OWN, context=256, batch=1, weights=10**6).total_bytes
+    assert said(need) == (
+        f"the teacher's file as it is takes {format_bytes(need)} in llama.cpp, as predicted: it fits the budget and is "
+        "a rival, but is not ranked here"
+    )
+    assert "it does not fit the budget, but" in said(need - 1)
+    held, budget = replace(stored, deployment=OWN), Budget(memory_bytes=need)
+    assert "are ranked beside the students, as teacher-gguf-q4_1" in loading._ranked(held, spec, budget)
+    refused = replace(spec, text_not_in_gguf="its text is cut otherwise")
+    assert loading._ranked(held, refused, budget).endswith("not ranked here: " + cannot_hold(refused, OWN))
+    assert loading._ranked(None, spec, budget) == ""
