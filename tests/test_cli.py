@@ -525,7 +525,7 @@ def test_a_search_prints_one_json_document_with_the_promised_keys(ran: Ran) -> N
         "symmetric",
         "keep",
     }
-    assert {row["kind"] for row in ran.document["rows"]} == {"student", "baseline", "teacher"}
+    assert {row["kind"] for row in ran.document["rows"]} == {"student", "baseline", "teacher", "initial"}
     for container in ("gguf", "huggingface"):
         assert Path(ran.document["paths"][container]).exists()
     for name in ("search.json", "trials.jsonl", "leaderboard.parquet", "checkpoints", "student/gguf/student.gguf"):
@@ -671,7 +671,8 @@ def test_distilling_one_strategy_trains_that_alone(inputs: Path, tmp_path: Path)
     line = "distill @/strategy.yaml --teacher @/teacher --data @/data --runner inline --tokens 512 --format json"
     done = in_a_process(line, inputs, tmp_path)
     assert done.code == 0, done.err
-    trained = {row["trial"]: row for row in done.document["rows"] if row["kind"] != "teacher"}
+    untrained = ("teacher", "initial")
+    trained = {row["trial"]: row for row in done.document["rows"] if row["kind"] not in untrained}
     assert len(trained) == 1
     (row,) = trained.values()
     assert row["strategy"]["init"]["depth"] == 0.5

@@ -40,7 +40,8 @@ def beginning_of(row: Row, rows: Sequence[Row]) -> Row | None:
 def worsened(rows: Sequence[Row], metric: str, direction: Direction) -> list[tuple[Row, Row]]:
     """The students that do worse than they began, each with the row of its beginning.
 
-    Both are of the same tokens, so that the sign of the figures' difference is that of the one paired by document.
+    Both are of the same tokens, so that the sign of the figures' difference is that of the one paired by document. Of a
+    row of a rung that read fewer than its beginning nothing is said.
 
     Args:
         rows: Of the validation split.
@@ -54,6 +55,14 @@ def worsened(rows: Sequence[Row], metric: str, direction: Direction) -> list[tup
         value = row.figure(metric) if row.kind in DISTILLED else None
         before = beginning_of(row, untrained) if value is not None else None
         known = before.figure(metric) if before is not None else None
-        if value is not None and before is not None and known is not None and sign * value < sign * known:
+        if value is None or before is None or known is None or not _read_alike(row, before):
+            continue
+        if sign * value < sign * known:
             found.append((row, before))
     return found
+
+
+def _read_alike(row: Row, before: Row) -> bool:
+    if row.documents is None or before.documents is None:
+        return True
+    return bool(sum(row.documents["count"]) == sum(before.documents["count"]))

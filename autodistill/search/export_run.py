@@ -109,8 +109,8 @@ def _student(run: RunFolder, row: Row, asked: Mapping[str, Any], collected: Coll
     folder = _folder(run, row)
     if row.kind == "initial" and not folder.is_dir():
         raise InputError(
-            f"the row {row.row_id} is a student without training, of which the search kept none, since it was not the "
-            "best: choose another row"
+            f"the row {row.row_id} is a student without training ({folder} is not there), which is kept where it does "
+            "better than after training: choose another row"
         )
     if not folder.is_dir() and row.full and row.trial in collected:
         raise InputError(
