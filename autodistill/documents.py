@@ -25,6 +25,7 @@ from autodistill.conversations import (
     readers,
 )
 from autodistill.errors import InputError
+from autodistill.files import check_file
 
 _FOLDER_SUFFIXES = (".txt", ".md", ".rst")
 _FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -196,6 +197,7 @@ def _pydoc() -> Source:
 
 
 def _read_text(path: Path) -> str:
+    check_file(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -238,6 +240,7 @@ def _read_parquet(path: Path) -> list[tuple[str, Record]]:
     import pyarrow
     import pyarrow.parquet
 
+    check_file(path)
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
