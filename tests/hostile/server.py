@@ -216,7 +216,7 @@ def _become_command(argv: list[str], folder: str, out: Path, err: Path) -> None:
                 os.dup2(file.fileno(), number)
         for name, number in (("stdout", 1), ("stderr", 2)):
             setattr(sys, name, os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8"))
-        sys.stdin = open(os.devnull)
+        sys.stdin = os.fdopen(os.dup(0), encoding="utf-8")
         sys.argv = ["autodistill", *argv]
         from autodistill.cli import main
 
