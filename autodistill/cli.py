@@ -30,7 +30,7 @@ from autodistill.calls import (
     written,
 )
 from autodistill.console import printable
-from autodistill.errors import AutoDistillError, InputError
+from autodistill.errors import AutoDistillError, InputError, shortened
 from autodistill.help_pages import PlainCommand, PlainGroup, SectionedCommand
 from autodistill.in_time import calls_left
 from autodistill.options import (
@@ -610,7 +610,7 @@ def _complaint(error: Any) -> str:
         said = said.replace(theirs, ours)
     if re.search(r"'--format': 'gguf|'--format': '(?:huggingface|compressed)", said):
         said += "; --format-name names a format of weights"
-    return f"{said}; see {where} --help"
+    return shortened(f"{said}; see {where} --help")
 
 
 def _search(ctx: typer.Context) -> None:

@@ -25,6 +25,7 @@ from autodistill.conversations import (
     readers,
 )
 from autodistill.errors import InputError
+from autodistill.files import check_file
 
 _FOLDER_SUFFIXES = (".txt", ".md", ".rst")
 _FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -151,6 +152,7 @@ def read_records(path: Path) -> list[tuple[str, Record]]:
     Raises:
         InputError: Missing, of another kind, or malformed.
     """
+    check_file(path)
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path}: give a .jsonl or .parquet file")
     if path.suffix.lower() == ".parquet":
@@ -196,6 +198,7 @@ def _pydoc() -> Source:
 
 
 def _read_text(path: Path) -> str:
+    check_file(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -238,14 +241,16 @@ def _read_parquet(path: Path) -> list[tuple[str, Record]]:
     import pyarrow
     import pyarrow.parquet
 
+    check_file(path)
     try:
         table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
+        records = table.to_pylist()
+    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:  # dates beyond Python's among them
         raise InputError(f"cannot read {path} as Parquet: {str(error).splitlines()[0]}") from error
     if not table.num_rows:
         # Nothing would say which fields there are.
         return [("the schema", dict.fromkeys(table.column_names))] if table.column_names else []
-    return [(f"row {number}", record) for number, record in enumerate(table.to_pylist(), start=1)]
+    return [(f"row {number}", record) for number, record in enumerate(records, start=1)]
 
 
 def _is_hub_id(ref: str) -> bool:

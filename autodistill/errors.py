@@ -5,6 +5,11 @@ from __future__ import annotations
 _LONGEST = 900  # characters of a message: more of what somebody wrote buries what is wrong with it
 
 
+def shortened(message: str) -> str:
+    """The message without its middle, where that is very long."""
+    return message if len(message) <= _LONGEST else f"{message[: _LONGEST * 2 // 3]} ... {message[-_LONGEST // 3 :]}"
+
+
 class AutoDistillError(Exception):
     """Base of all errors shown to a user as one line.
 
@@ -15,9 +20,7 @@ class AutoDistillError(Exception):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        if len(message) > _LONGEST:
-            message = f"{message[: _LONGEST * 2 // 3]} ... {message[-_LONGEST // 3 :]}"
-        super().__init__(message)
+        super().__init__(shortened(message))
 
 
 class InputError(AutoDistillError):

@@ -17,11 +17,13 @@ def check_file(path: Path) -> None:
     """Refuses what is there and is no file; what is not there is refused by whoever opens it.
 
     Raises:
-        InputError: A folder, a pipe, a socket or a device, or a path that no file can have.
+        InputError: A folder, a pipe, a link to nothing, a socket or a device, or a path that no file can have.
     """
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
+        if os.path.islink(path):
+            raise InputError(f"{path} is a link to what is not there: give a file") from None
         return
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None

@@ -18,6 +18,7 @@ from autodistill.device_lookup import device_of_system, find_device
 from autodistill.devices import ONE_CHIP
 from autodistill.errors import InputError
 from autodistill.estimate import config_of
+from autodistill.files import check_file
 from autodistill.hardware import detect, memory_bytes
 from autodistill.local_device import local_device
 from autodistill.quiet import look
@@ -145,6 +146,7 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
         threads=request.threads,
     )
     if request.script is not None:
+        check_file(request.script)
         try:
             request.script.write_text(bench.script(), encoding="utf-8")
         except OSError as error:
@@ -158,6 +160,7 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
     else:
         assert request.result is not None
         where = str(request.result)
+        check_file(request.result)
         try:
             said = request.result.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
@@ -182,6 +185,8 @@ def _described(path: Path) -> tuple[Described, Deployment]:
     """The student's shape, and the deployment that most of its weights are packed in."""
     if not path.exists():
         raise InputError(f"there is no student {path}: give a .gguf file, or a folder of transformers")
+    if not path.is_dir():
+        check_file(path)
     model = describe(str(path))
     if path.is_dir():
         if not list(path.glob("*.safetensors")):

@@ -98,15 +98,27 @@ def read_yaml(path: Path) -> Any:
     Raises:
         InputError: An unreadable file, or anything but plain data, with its line.
     """
-    # The bytes are given, so that YAML's own rules on encoding apply; the loader is a safe one.
-    data = read_file(path, _MOST_BYTES)
+    # The bytes are given, so that YAML's own rules on encoding apply.
+    return parse_yaml(read_file(path, _MOST_BYTES), str(path))
+
+
+def parse_yaml(data: bytes | str, where: str) -> Any:
+    """What YAML says.
+
+    Args:
+        data: The YAML.
+        where: It stands, for the message.
+
+    Raises:
+        InputError: Anything but plain data, with its line.
+    """
     try:
-        return yaml.load(data, _PlainLoader)
+        return yaml.load(data, _PlainLoader)  # a safe one
     except RecursionError:
-        raise InputError(f"{path}: not plain data: it is nested too deep") from None
+        raise InputError(f"{where}: not plain data: it is nested too deep") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        where = f"{where}, line {mark.line + 1}" if mark else where
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
         # What constructs values refuses tags and repeated keys; all else is syntax.
         kind = "plain data" if isinstance(error, yaml.constructor.ConstructorError) else "valid YAML"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 
 from autodistill.calls import Boards
 from autodistill.console import leaderboard_table, wrapped
-from autodistill.errors import AutoDistillError, InterruptedSearchError
+from autodistill.errors import AutoDistillError, InputError, InterruptedSearchError
 from autodistill.options import Format
 from autodistill.records.json_files import strict_json
 from autodistill.reply import replying
@@ -18,6 +19,8 @@ from autodistill.summary import headline
 from autodistill.termination import ended_by
 
 T = TypeVar("T")
+# What a path is told that no file or folder can have, wherever it is met first.
+_NO_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.EEXIST)
 
 
 def show(output: Format, work: Callable[[], T], document: Callable[[T], Any], text: Callable[[T], str]) -> T:
@@ -25,7 +28,12 @@ def show(output: Format, work: Callable[[], T], document: Callable[[T], Any], te
     with replying(output is Format.JSON) as reply:
         try:
             with stdout_reserved():
-                result = work()
+                try:
+                    result = work()
+                except OSError as error:
+                    if error.errno in _NO_PATH and error.filename is not None:
+                        raise InputError(f"{error.filename}: {error.strerror}: name another place") from error
+                    raise
                 shown = _dumps(document(result)) if output is Format.JSON else text(result)
         except (Exception, KeyboardInterrupt, SystemExit) as error:
             reply.give_error(*_told(error))

@@ -426,6 +426,8 @@ def _open(uri: str) -> tuple[Any, str]:
         raise InputError(f"--storage {uri}: {_brief(error)}; give a URI like s3://bucket/prefix") from error
     if not root.strip("/"):
         raise InputError(f"--storage {uri} names no bucket or folder: give a URI like s3://bucket/prefix")
+    if "//" in root.strip("/"):
+        raise InputError(f"--storage {uri} has an empty part between two slashes: give a URI like s3://bucket/prefix")
     return system, root.rstrip("/")
 
 

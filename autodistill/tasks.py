@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
 
-import yaml
-
 from autodistill.conversations import Conversation, asked, without_thoughts
 from autodistill.errors import InputError, MissingDependencyError
+from autodistill.plain_yaml import parse_yaml
 
 LICENCE = "Apache-2.0"
 # What stands behind it is the final answer (the convention of GSM8K, arXiv 2110.14168).
 FINAL = "####"
 _PREFIX = "reasoning-gym:"
 _SIZE, _SEED = 2000, 0
+_MOST = {"size": 10**7, "seed": 2**63}  # making as many items takes days
 _INSTALL = "pip install 'autodistill-search[tasks]'"
 _SYNTAX = "reasoning-gym:TASK?option=value&..., like reasoning-gym:chain_sum?size=2000&seed=3&max_terms=4"
 
@@ -62,7 +62,10 @@ def read_task(ref: str) -> Task:
     dataset, worked = _dataset(ref)
     found: dict[str, Conversation] = {}
     for number in range(dataset.size):
-        item = dataset[number]
+        try:
+            item = dataset[number]
+        except Exception as error:  # each task makes its items in its own way, by options that it did not check
+            raise InputError(f"the task {ref} makes no item number {number} ({error}): choose other options") from error
         question = item["question"].strip()
         found.setdefault(question, asked(question, _answer(item, worked), number))
     conversations = tuple(one for one in found.values() if one.answer.strip())
@@ -122,8 +125,10 @@ def _dataset(ref: str) -> tuple[Any, bool]:
     for option in ("size", "seed"):
         value = options.setdefault(option, {"size": _SIZE, "seed": _SEED}[option])
         least = 1 if option == "size" else 0
-        if type(value) is not int or value < least:
-            raise InputError(f"the option {option} of {ref} is a whole number from {least}, not {value!r}")
+        if type(value) is not int or not least <= value <= _MOST[option]:
+            raise InputError(
+                f"the option {option} of {ref} is a whole number from {least} to {_MOST[option]:,}, not {value!r}"
+            )
     try:
         made = configuration(**options)
         made.validate()
@@ -135,9 +140,12 @@ def _dataset(ref: str) -> tuple[Any, bool]:
 def _options(query: str, ref: str) -> dict[str, Any]:
     try:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
-        return {name: yaml.safe_load(value) for name, value in pairs}
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise InputError(f"cannot read the options of {ref}: write {_SYNTAX}") from error
+    try:
+        return {name: parse_yaml(value, name) for name, value in pairs}
+    except InputError as error:
+        raise InputError(f"cannot read the options of {ref} ({error}): write {_SYNTAX}") from None
 
 
 def _answer(item: Mapping[str, Any], worked: bool) -> str:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from autodistill.conversations import ANSWERING, Conversation, Turn
 from autodistill.errors import InputError
 from autodistill.rendering import Rendered, Renderer, Template
-from autodistill.tokenising import save_tokenizer
+from autodistill.tokenising import load_tokenizer, save_tokenizer
 
 # What a student takes from its teacher's folder: by suffix, but for the files that describe the teacher's own weights.
 MORE_TEMPLATES = "additional_chat_templates"
@@ -92,9 +92,7 @@ def own_template(
         The template, and None; or None, and why the model's own template cannot be used. Twice None for a model without
         a template, or whose renderings are the teacher's.
     """
-    from transformers import AutoTokenizer
-
-    if not AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False).chat_template:
+    if not load_tokenizer(model).chat_template:
         return None, None
     theirs = Renderer(teacher)
     try:

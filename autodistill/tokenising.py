@@ -25,10 +25,44 @@ _AROUND = 2_000  # characters on each side of a cut that are tokenised to see wh
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, without its own code and the network."""
+    """The tokenizer of a folder, without its own code and the network.
+
+    Raises:
+        InputError: Its files cannot be read.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if tokenizer.chat_template:
+            tokenizer.get_chat_template()
+        tokenizer("a b", add_special_tokens=False)
+    except BaseException as error:
+        # transformers looks up what may not be there, tokenizers raises Exception itself, and its panics are no
+        # Exception at all.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"the tokenizer in {folder} cannot be read ({said}): get its files again") from error
+    return tokenizer
+
+
+def check_ids(largest: int, vocabulary: int, name: str) -> None:
+    """Refuses tokens that a model's embedding table has no row of; a tokenizer may have some that no text is made of.
+
+    Args:
+        largest: Id of what is to be read.
+        vocabulary: Rows of the table.
+        name: Of the model.
+
+    Raises:
+        InputError: It lies beyond.
+    """
+    if largest >= vocabulary:
+        raise InputError(
+            f"the tokenizer of {name} makes the token {largest} of these texts, and its embedding table has "
+            f"{vocabulary:,} rows: get tokenizer and weights of one model"
+        )
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

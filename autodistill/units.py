@@ -36,13 +36,16 @@ _SECONDS: dict[str, int | Fraction] = {
     "d": 86400,
 }
 _TOO_LARGE = 10**30
+_LONGEST = 100  # characters of a quantity: Python reads no number of some thousand digits
+MOST_CONTEXT = 10**9
+"""Tokens of context; more is a slip, since no model reads as many."""
 _PARTS = re.compile(r"(\d+) *([a-zA-Z]+)", re.ASCII)
 _COMPOUND = re.compile(r"\s*(?:\d+ *[a-zA-Z]+\s*)+\Z", re.ASCII)
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]+)\s*\Z", re.ASCII)
 
 
 def _parse(text: str, units: Mapping[str, int | Fraction], what: str, examples: str) -> Fraction:
-    match = _QUANTITY.match(text)
+    match = _QUANTITY.match(text) if len(text) <= _LONGEST else None
     factor = units.get(match[2].lower()) if match else None
     if match is None or factor is None:
         raise InputError(f"{text!r} is not {what}: write a number and a unit, like {examples}")
@@ -71,7 +74,7 @@ def parse_duration(text: str) -> float:
     Raises:
         InputError: Not a positive number with a known unit, nor several of falling units.
     """
-    parts = _PARTS.findall(text)
+    parts = _PARTS.findall(text) if len(text) <= _LONGEST else []
     units = [_SECONDS.get(unit.lower(), 0) for _, unit in parts]
     falling = all(larger > smaller for larger, smaller in pairwise(units))
     if len(parts) < 2 or not _COMPOUND.match(text) or 0 in units or not falling:
@@ -286,8 +289,9 @@ class Budget:
     def __post_init__(self) -> None:
         if self.memory_bytes < 1:
             raise InputError(f"a budget of {self.memory_bytes} bytes holds nothing: give an amount like 16GB")
-        if self.context < 1:
-            raise InputError(f"--context must be at least 1, not {self.context}")
+        if not 1 <= self.context <= MOST_CONTEXT:
+            bound = "at least 1" if self.context < 1 else f"at most {MOST_CONTEXT:,}"
+            raise InputError(f"--context must be {bound}, not {self.context}")
         check_streams(self.batch, "--batch")
 
     def describe(self) -> str:

@@ -36,11 +36,13 @@ from autodistill.errors import (
     WritingError,
 )
 from autodistill.estimate import spec_from_config
+from autodistill.files import check_file
 from autodistill.hardware import detect
 from autodistill.hashes import content_hash
 from autodistill.records.event_log import EventLog
 from autodistill.rendering import Renderer
 from autodistill.teacher_fit import fit_teacher
+from autodistill.tokenising import check_ids
 from autodistill.units import check_streams
 
 Tell = Callable[[str], None]
@@ -206,6 +208,7 @@ def _log(out: Path) -> EventLog:
     Raises:
         InputError: It cannot be.
     """
+    check_file(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -257,6 +260,9 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         renderer = Renderer(teacher.folder)
         ids = {place: renderer.prompt(prompt) for place, prompt in enumerate(prompts)}
+        check_ids(max(max(one, default=0) for one in ids.values()), spec.vocabulary, teacher.name)
+        if (empty := next((place for place, one in ids.items() if not one), None)) is not None:
+            raise InputError(f"the tokenizer of {teacher.name} makes no token of {_beginning(prompts[empty])!r}")
         read = [place for place, one in ids.items() if len(one) + request.max_tokens <= spec.max_context]
         yield from ((place, None) for place in ids.keys() - set(read))
         if not read:

@@ -44,7 +44,8 @@ def test_its_tags_macros_and_variables_are_transformers_too() -> None:
     text = (
         "{% macro said(one, mark='!') %}{{ one.role }}{{ mark }}{{ one.content }}{% endmacro %}"
         "{% set found = namespace(count=0, text='') %}{% set head %}<{{ messages | length }}>{% endset %}{{ head }}"
-        "{% for one in messages recursive %}{% if loop.first %}{% continue %}{% endif %}{% set found.count = loop.index %}"
+        "{% for one in messages recursive %}{% if loop.first %}{% continue %}{% endif %}"
+        "{% set found.count = loop.index %}"
         "{% generation %}{{ said(one, mark='?') }}{% endgeneration %}{% set found.text = found.text ~ one.role %}"
         "{% endfor %}{{ found.count }}{{ found.text }}{{ strftime_now('%%') }}"
         "{% if tools is none and documents is none %}-{% endif %}{% if nothing is defined %}+{% endif %}"
@@ -65,7 +66,8 @@ _ENDLESS = {
     "loops that write": "{% for a in range(99999) %}{% for b in range(99999) %}{{ b }}{% endfor %}{% endfor %}",
     "a loop within itself": "{% for a in [messages] recursive %}{{ loop([a, a]) }}{% endfor %}",
     "a macro within itself": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
-    "two macros within each": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}",
+    "two macros within each": "{% macro f(n) %}"
+    "{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}",
     "text that doubles": _GROWING.replace("START", "'a'").replace("STEP", "n.a + n.a").replace("WAY", ""),
     "text that doubles by ~": _GROWING.replace("START", "'a'").replace("STEP", "n.a ~ n.a").replace("WAY", ""),
     "text that doubles by replace": _GROWING.replace("START", "'a'")

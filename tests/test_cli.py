@@ -176,6 +176,14 @@ BAD = [
     (f"{GOOD} --explore 0", ["--explore is a share from 0.1 to 1"]),
     (f"{GOOD} --explore half", ["--explore"]),
     (f"{GOOD} --trials many", ["--trials"]),
+    (f"{GOOD} --tokens 1{'0' * 20}", ["--tokens must be at most 10,000,000,000,000,000"]),
+    (f"{GOOD} --trials 1{'0' * 12}", ["--trials must be at most 1,000,000"]),
+    (f"{GOOD} --step-tokens 1{'0' * 20}", ["--step-tokens must be at most 1,000,000,000"]),
+    (f"{GOOD} --context {'9' * 400}", ["--context must be at most 1,000,000,000"]),
+    (f"{GOOD} --cache-limit {'9' * 5000}GB", ["is not an amount of memory"]),
+    (f"{GOOD} --time {'9' * 5000}h", ["is not a duration"]),
+    (f"{GOOD} --storage gs://a//b", ["has an empty part between two slashes"]),
+    ("search --" + "x" * 5000, ["No such option", " ... ", "see autodistill search --help"]),
     (f"{GOOD} --tokens 0", ["--tokens", "at least 1"]),
     (f"{GOOD} --tokens -256", ["--tokens", "at least 1"]),
     (f"{GOOD} --context 0", ["--context", "at least 1"]),
@@ -247,7 +255,7 @@ BAD = [
 
 
 @pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize(("line", "words"), BAD, ids=[line for line, _ in BAD])
+@pytest.mark.parametrize(("line", "words"), BAD, ids=[line[:80] for line, _ in BAD])
 def test_bad_input_is_one_clear_line_and_exit_2(
     line: str, words: list[str], inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

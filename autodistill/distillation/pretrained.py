@@ -15,6 +15,7 @@ from autodistill.distillation.models import load_model, model_from_weights
 from autodistill.distillation.teacher import resolve_teacher
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
+from autodistill.tokenising import load_tokenizer
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -45,12 +46,7 @@ def token_rows(model: Path, teacher: Path, name: str | None = None) -> Tensor:
     Raises:
         InputError: Ordinary tokens of the teacher that the model does not have: another tokenizer.
     """
-    from transformers import AutoTokenizer
-
-    wanted, known = (
-        AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        for folder in (teacher, model)
-    )
+    wanted, known = load_tokenizer(teacher), load_tokenizer(model)
     rows = torch.full((spec_from_config(read_config(teacher)).vocabulary,), -1, dtype=torch.int64)
     held = spec_from_config(read_config(model)).vocabulary
     own = {text: row for text, row in known.get_vocab().items() if row < held}

@@ -85,7 +85,7 @@ class EventLog:
 def _event(line: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(line)
-    except ValueError:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError):  # not JSON, or not UTF-8, or nested deeper than anything written here
         return None
     return event if isinstance(event, dict) else None
 

@@ -49,6 +49,8 @@ from autodistill.units import Budget, format_duration
 _SEEDS = 2**32
 _MANY = 10_000
 _LEAST_EXPLORED = 0.1
+# More is a slip: a thousand times what the longest trainings took, and steps of more than any of them had.
+_MOST = {"trials": 10**6, "tokens": 10**16, "confirm": 10**6, "step_tokens": 10**9}
 _SHORTEST = 8  # tokens of a sequence: fewer give a model nothing to predict from
 
 
@@ -166,10 +168,11 @@ def check_request(request: SearchRequest) -> Checked:
 
 def _check_alone(request: SearchRequest) -> None:
     """Refuses what is wrong whatever else is asked for, or was before."""
-    for name in ("trials", "tokens", "confirm"):
+    for name, most in _MOST.items():
         value = getattr(request, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} must be at least 1, not {value}")
+        if value is not None and not 1 <= value <= most:
+            bound = "at least 1" if value < 1 else f"at most {most:,}"
+            raise InputError(f"--{name.replace('_', '-')} must be {bound}, not {value}")
     if request.sequence_length is not None and request.sequence_length < _SHORTEST:
         raise InputError(f"--sequence-length must be at least {_SHORTEST} tokens, not {request.sequence_length}")
     if request.runner not in RUNNERS:

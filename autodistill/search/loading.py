@@ -39,6 +39,7 @@ from autodistill.strategy import Deployment, Strategy
 from autodistill.teacher_fit import TeacherFit, fit_teacher
 from autodistill.templates import own_template
 from autodistill.token_sets import Prepared, RenderingInfo, load_split
+from autodistill.tokenising import check_ids, load_tokenizer
 from autodistill.training_fit import TrainingFit
 from autodistill.units import Budget, format_bytes
 
@@ -151,6 +152,8 @@ def load(checked: Checked, place: Place) -> Loaded:
         templates=tuple(own.values()),
     )
     data = replace(data, notes=(*checked.source.notes, *data.notes))
+    for split in data.splits:
+        check_ids(int(load_split(data.folder, split).tokens.max(initial=0)), spec.vocabulary, teacher.name)
     check_told(signal_cases(checked.space), data.splits["train"].told > 0)
     _check_sayable(checked, teacher.folder, data, rows, renderings)
     teacher_fit = fit_teacher(spec, stored=stored_type(teacher.folder), sequence_length=length, machine=place.here)
@@ -256,9 +259,7 @@ def _check_sayable(
         learnt = np.bincount(train.tokens[train.answers], minlength=len(rows[model]))
         lacking = np.flatnonzero((rows[model] < 0) & (learnt > 0))
         if len(lacking):
-            from transformers import AutoTokenizer
-
-            token = AutoTokenizer.from_pretrained(teacher).convert_ids_to_tokens(int(lacking[0]))
+            token = load_tokenizer(teacher).convert_ids_to_tokens(int(lacking[0]))
             raise InputError(
                 f"{model} has no {token!r}, which the answers to learn hold {learnt[lacking[0]]:,} times, and with a "
                 "frozen table it could never say it: set distillation.train_embeddings, or choose a model that has it"

@@ -95,7 +95,8 @@ def check_box(demand: Demand, speed: Speed, workers: Workers) -> None:
     # What is evaluated grows with the box, but slower, and no further than there are tokens.
     while not holds(high):
         low, high = high, 2 * high
-    while high - low > 1:
+    # A float cannot tell seconds apart beyond 2^53 of them.
+    while high - low > max(1.0, 1e-9 * high):
         middle = (low + high) / 2
         low, high = (low, middle) if holds(middle) else (middle, high)
     least = math.ceil(1.1 * high)

@@ -29,7 +29,8 @@ def faults(
             found[case] = fault
         if talk:
             print(
-                f"{'BAD' if fault else 'ok '} {ending.seconds:5.2f}s {ending.code} {case}: {fault or ending.stderr.strip()}",
+                f"{'BAD' if fault else 'ok '} {ending.seconds:5.2f}s {ending.code} {case}:",
+                fault or ending.stderr.strip(),
                 flush=True,
             )
         if not keep:

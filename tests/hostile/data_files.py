@@ -32,6 +32,7 @@ _TEXTS: dict[str, bytes] = {
     "returns": b"a\rb\rc\r" * 500,
     "odd-ends": "a\u2028b\u2029c\x0bd\x0ce\x1cf\x85".encode() * 50,
 }
+_TOLD = b'{"prompt": "a", "answer": "b", "signal": "top-k", "vocabulary": "x", '
 _LINES: dict[str, bytes] = {
     "not-json": b"word\n",
     "open": b'{"text": "a\n',
@@ -73,11 +74,15 @@ _LINES: dict[str, bytes] = {
     "messages-parts": b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}\n',
     "messages-no-answer": b'{"messages": [{"role": "user", "content": "a"}]}\n' * 20,
     "messages-answer-first": b'{"messages": [{"role": "assistant", "content": "a"}]}\n' * 20,
-    "messages-odd-role": b'{"messages": [{"role": "\\u001b[31m", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
-    "messages-many": json.dumps({"messages": [{"role": r, "content": "a"} for r in ("user", "assistant")] * 2_000}).encode() + b"\n",
-    "told-odd": b'{"prompt": "a", "answer": "b", "signal": "top-k", "vocabulary": "x", "tokens": ["a"], "top": 7}\n',
-    "told-huge": b'{"prompt": "a", "answer": "b", "signal": "top-k", "vocabulary": "x", "tokens": [1], "top": [[[1e400, -1]]]}\n',
-    "told-beyond": b'{"prompt": "a", "answer": "b", "signal": "top-k", "vocabulary": "x", "tokens": [99999999999], "top": [[[1, -1]]]}\n',
+    "messages-odd-role": b'{"messages": [{"role": "\\u001b[31m", "content": "a"},'
+    b' {"role": "assistant", "content": "b"}]}\n',
+    "messages-many": json.dumps(
+        {"messages": [{"role": role, "content": "a"} for role in ("user", "assistant")] * 2_000}
+    ).encode()
+    + b"\n",
+    "told-odd": _TOLD + b'"tokens": ["a"], "top": 7}\n',
+    "told-huge": _TOLD + b'"tokens": [1], "top": [[[1e400, -1]]]}\n',
+    "told-beyond": _TOLD + b'"tokens": [99999999999], "top": [[[1, -1]]]}\n',
     "line-of-20MB": b'{"text": "' + b"word " * 4_000_000 + b'"}\n',
     "number-of-20MB": b'{"text": ' + b"9" * 20_000_000 + b"}\n",
 }  # fmt: skip

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from tests.hostile.cases import Case, Kit
 
-_PLAIN = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+_PLAIN = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>{% endif %}"
+)
 _BAD: dict[str, str | bytes] = {
     "range": "{% for a in range(10**9) %}x{% endfor %}",
     "range-negative": "{{ range(0, -10**9, -1) | list }}",
@@ -24,7 +27,8 @@ _BAD: dict[str, str | bytes] = {
     "recursive": "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}",
     "doubling": "{% set n = namespace(a='x') %}{% for i in range(99) %}{% set n.a = n.a ~ n.a %}{% endfor %}{{ n.a }}",
     "doubling-list": "{% set n = namespace(a=[1]) %}{% for i in range(99) %}{% set n.a = n.a + n.a %}{% endfor %}",
-    "nesting-list": "{% set n = namespace(a=[1]) %}{% for i in range(99) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}",
+    "nesting-list": "{% set n = namespace(a=[1]) %}{% for i in range(99) %}{% set n.a = [n.a, n.a] %}{% endfor %}"
+    "{{ n.a }}",
     "times": "{{ 'a' * 10**10 }}",
     "power": "{{ 10 ** (10 ** 10) }}",
     "width": "{{ '%9999999999d' % 1 }}",

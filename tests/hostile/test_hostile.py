@@ -1,4 +1,4 @@
-"""Every hostile input ends with its exit code and one line: a sample by default, all of them by the marker `hostile`."""
+"""Every hostile input ends with its exit code and one line: a sample by default, all by the marker `hostile`."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_keys_that_would_not_read_back_are_refused(tmp_path: Path) -> None:
         EventLog(tmp_path / "log.jsonl").append({"layers": {7: 1}})
 
 
-@pytest.mark.parametrize("line", [b"{torn", b"[1]", b"", b'"text"', b"\xff\xfe"])
+@pytest.mark.parametrize("line", [b"{torn", b"[1]", b"", b'"text"', b"\xff\xfe", b"[" * 99_999], ids=range(6))
 def test_a_corrupt_line_in_the_middle_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "trials.jsonl"
     path.write_bytes(b'{"a":1}\n' + line + b'\n{"a":2}\n')

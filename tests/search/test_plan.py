@@ -117,6 +117,11 @@ def test_a_box_that_does_not_hold_the_baselines_training_is_refused_with_one_tha
     check_box(replace(DEMAND, box_seconds=None), SPEED, WORKERS)
 
 
+def test_a_time_that_no_float_tells_seconds_of_is_advised_and_not_looked_for_without_end() -> None:
+    with pytest.raises(InputError, match=r"--time \d+m or more, or fewer --tokens"):
+        check_box(replace(DEMAND, box_seconds=300.0, tokens=256 * 10**18), SPEED, WORKERS)
+
+
 def test_tokens_that_were_asked_for_are_those_that_a_box_must_hold() -> None:
     asked = replace(DEMAND, box_seconds=300.0)
     check_box(asked, SPEED, WORKERS)
