@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from autodistill.applied import initial_student, student_spec
 from autodistill.certainty import Bar
+from autodistill.checksums import check_seal, write_list
 from autodistill.distillation.attention import teacher_layer
 from autodistill.distillation.checkpoint import read_metadata
 from autodistill.distillation.grid_scales import read_scales, write_scales
@@ -24,7 +25,7 @@ from autodistill.distillation.models import load_model
 from autodistill.distillation.schedule import branch_point, end_of
 from autodistill.distillation.sharding import whole_model
 from autodistill.distillation.trainer import StepRecord, Trainer
-from autodistill.errors import TrialFailedError
+from autodistill.errors import DamagedError, TrialFailedError
 from autodistill.evaluation import Evaluation, evaluate
 from autodistill.grids import Grid, Scales
 from autodistill.stages import Checkpoint, open_stages
@@ -85,6 +86,7 @@ class Trial:
         self._folder = setting.checkpoints / task.id
         self._stages = open_stages(setting.checkpoints, setting.storage)
         self._stage = task.stage or task.id
+        self._damaged: str | None = None
 
     def run(
         self, rung: int, *, keep: bool = False, until: float | None = None, bar: Bar | None = None
@@ -133,8 +135,7 @@ class Trial:
         if model is None:
             return None
         model.to(self._bench.setting.device)
-        if last or keep:
-            self._save_student(model, scales, None if last else stretch.target)
+        student = self._save_student(model, scales, None if last else stretch.target) if last or keep else None
         kept = time.perf_counter()
         probe, finishing = self._task.probe, self._task.strategy.finishing
         evaluation = self._evaluate(
@@ -162,6 +163,8 @@ class Trial:
             shared=shared,
             unsaved=stretch.unsaved,
             resumed=resumed,
+            damaged=self._damaged,
+            student=student,
         )
 
     def _train(self, trainer: Trainer, rung: int, stretch: _Stretch, until: float | None) -> None:
@@ -258,20 +261,27 @@ class Trial:
 
         Gives the tokens of this stretch that others had trained, and those that this trial had, which was interrupted.
 
-        A checkpoint that cannot be read, as after a power failure, is removed, and the one before it is taken.
+        A checkpoint that cannot be read, or is not as it was written, is removed, and the one before it is taken; of a
+        storage this machine's copy is fetched once more before.
         """
-        tokens = self._branches(rung)
+        tokens, sharding = self._branches(rung), self._bench.sharding
+        fetched: set[Checkpoint] = set()
         while (found := self._furthest(tokens[-1])) is not None:
             path, checkpoint = found
             try:
+                # Before a weight is changed: without a checkpoint the trial begins with those it was made with.
+                check_seal(path)
                 trainer.load(path)
             except FileNotFoundError:
-                if self._bench.sharding is not None:
+                if sharding is not None:
                     raise  # the other processes wait in theirs: all end, and are tried again
                 continue  # collected meanwhile
-            except (SafetensorError, OSError):
-                self._stages.remove(checkpoint)
-                if self._bench.sharding is not None:
+            except (DamagedError, SafetensorError, OSError) as error:
+                if checkpoint in fetched or sharding is not None or not self._stages.drop_copy(checkpoint):
+                    self._damaged = f"the checkpoint at {checkpoint.tokens:,} tokens is lost: {error}"
+                    self._stages.remove(checkpoint)
+                fetched.add(checkpoint)
+                if sharding is not None:
                     raise
                 continue
             before = tokens[-2] if rung > 0 and not self._task.straight else 0
@@ -405,11 +415,14 @@ class Trial:
             target, grids.get, on_grid_after=finishing.start, learned=finishing.scales == "learned"
         )
 
-    def _save_student(self, model: Any, scales: Mapping[str, Scales], tokens: int | None) -> None:
+    def _save_student(self, model: Any, scales: Mapping[str, Scales], tokens: int | None) -> str:
         """Writes the trained master weights as a folder that transformers loads, whole or not at all.
 
         What scales were learned lie beside them: rounded weights would not give these scales back. A student of full
         fidelity, that of no `tokens`, takes the place of what was kept of the trial before.
+
+        Returns:
+            The hash of the list of its files' checksums.
         """
         temporary, folder = self._folder / ".student.partial", student_folder(self._folder, tokens)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -417,6 +430,7 @@ class Trial:
             save_student(model, self._bench.setting.text(self._task.strategy.init), temporary)
             if self._task.strategy.finishing is not None:
                 write_scales(temporary, self._task.strategy.finishing, scales)
+            written = write_list(temporary)
             for before in (folder, *(self._folder.glob("student-*") if tokens is None else ())):
                 shutil.rmtree(before, ignore_errors=True)
             os.replace(temporary, folder)
@@ -424,3 +438,4 @@ class Trial:
             shutil.rmtree(temporary, ignore_errors=True)
         if (storage := self._bench.setting.storage) is not None:
             send_student(self._folder, storage, tokens)
+        return written

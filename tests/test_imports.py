@@ -42,6 +42,7 @@ ROOMS = (
     "codes",
     "families",
     "hashes",
+    "checksums",
     "parts",
     "strategy",
     "effects",

@@ -23,6 +23,8 @@ KINDS = ("student", "baseline", "confirmation", "teacher", "initial")
 
 REMOVED = "its student was removed before it might have been exported"
 """The reason of a row that would be chosen, were its student there."""
+DAMAGED = "its student was changed or damaged after it was trained"
+"""Likewise, were it as it was written."""
 
 
 @dataclass(frozen=True, kw_only=True)

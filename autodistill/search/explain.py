@@ -19,7 +19,7 @@ from autodistill.records.leaderboard import DISTILLED
 from autodistill.records.objectives import Objective, objectives_of
 from autodistill.records.openings import opened, openings_of
 from autodistill.records.recalibration import corrected, least_beyond
-from autodistill.records.row import REMOVED, Row, rows_of
+from autodistill.records.row import DAMAGED, REMOVED, Row, rows_of
 from autodistill.records.saved import Saved, saved
 from autodistill.records.store import RunFolder
 from autodistill.search.study import Importance, Observation, importance
@@ -241,7 +241,9 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
         binding += f" of {format_bytes(limit)} ({used:.0%}): memory {'binds' if used > 0.9 else 'does not bind'}."
     sign = 1 if asked["direction"] == "max" else -1
     best_value = best.figure(asked["metric"])
-    out = [row for row in full if not (row.feasible or row.reason == REMOVED) or corrected(row, beyond) > limit]
+    out = [
+        row for row in full if not (row.feasible or row.reason in (REMOVED, DAMAGED)) or corrected(row, beyond) > limit
+    ]
     beaten = [
         row
         for row in out

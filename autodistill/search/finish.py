@@ -37,7 +37,7 @@ from autodistill.records.leaderboard import (
     nearest,
     rank,
 )
-from autodistill.records.row import REMOVED, Row, rows_of
+from autodistill.records.row import DAMAGED, REMOVED, Row, rows_of
 from autodistill.search.exportable import candidates, container_of, next_candidate, passed_over
 from autodistill.search.finisher import Finisher
 from autodistill.search.held_out import gain_on_test, score_on_test, spent
@@ -163,9 +163,15 @@ def _first_that_fits(
     checks: dict[str, RuntimeCheck],
     container: str | None = None,
 ) -> Row | None:
-    """Exports the best row that keeps to the budget when its runtime is measured; those that do not are `rejected`."""
+    """Exports the best row that keeps to the budget when its runtime is measured; those that do not are `rejected`,
+    and those whose student was damaged.
+    """
     for _ in range(_CANDIDATES):
         candidate = next_candidate(rows, rejected, finisher.question, container)
+        while candidate is not None and not finisher.whole(candidate):
+            rejected.append(replace(candidate, feasible=False, reason=DAMAGED))
+            finisher.write("row", rejected[-1])
+            candidate = next_candidate(rows, rejected, finisher.question, container)
         if candidate is None:
             return None
         found = _export(candidate, finisher, paths, checks)

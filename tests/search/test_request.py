@@ -341,3 +341,10 @@ def test_a_search_for_a_device_leaves_out_what_the_device_does_not_serve(asked: 
 
     assert runtimes("pi 5") == {"llama.cpp"}
     assert runtimes("4090") == {"llama.cpp", "vllm", "transformers"}
+
+
+@pytest.mark.parametrize("name", ["metric_command", "metric", "space", "storage", "warm_start", "runner", "baselines"])
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_an_empty_text_is_no_default(asked: SearchRequest, name: str, blank: str) -> None:
+    with pytest.raises(InputError, match=f"{name} is empty"):
+        replace(asked, **{name: (blank,) if name == "baselines" else blank})
