@@ -28,6 +28,7 @@ from autodistill.distillation.trainer import StepRecord, Trainer
 from autodistill.errors import DamagedError, TrialFailedError
 from autodistill.evaluation import Evaluation, evaluate
 from autodistill.grids import Grid, Scales
+from autodistill.moments import Moment
 from autodistill.stages import Checkpoint, open_stages
 from autodistill.strategy import Deployment
 from autodistill.students import save_student, send_student, student_folder, trained_student
@@ -89,7 +90,7 @@ class Trial:
         self._damaged: str | None = None
 
     def run(
-        self, rung: int, *, keep: bool = False, until: float | None = None, bar: Bar | None = None
+        self, rung: int, *, keep: bool = False, until: Moment | None = None, bar: Bar | None = None
     ) -> RungReport | None:
         """Trains to a rung and evaluates there, from the furthest checkpoint of its stage, whoever trained it.
 
@@ -99,7 +100,7 @@ class Trial:
             rung: Index of the rung.
             keep: Whether its student is kept, as that of the last rung is. At a rung that was reached before, its decay
                 is trained once more, to the same bits.
-            until: `time.time()` by which the student is to be trained, with fewer tokens than it would have where need
+            until: When the student is to be trained, with fewer tokens than it would have where need
                 be: its decay then begins sooner, and is not given back for the end of the box.
             bar: What it must reach there: once it is certain to fall short, no more of the evaluation is read.
 
@@ -115,7 +116,7 @@ class Trial:
             said = str(error).splitlines()
             raise TrialFailedError("out-of-memory", said[0] if said else "the machine's memory is full") from error
 
-    def _run(self, rung: int, keep: bool, until: float | None, bar: Bar | None) -> RungReport | None:
+    def _run(self, rung: int, keep: bool, until: Moment | None, bar: Bar | None) -> RungReport | None:
         plan, sharding = self._bench.setting.plan, self._bench.sharding
         last = rung == len(plan.rungs) - 1
         began = time.perf_counter()
@@ -167,7 +168,7 @@ class Trial:
             student=student,
         )
 
-    def _train(self, trainer: Trainer, rung: int, stretch: _Stretch, until: float | None) -> None:
+    def _train(self, trainer: Trainer, rung: int, stretch: _Stretch, until: Moment | None) -> None:
         """Trains a stretch, its decay included, and leaves a checkpoint where one is of use."""
         saved = time.perf_counter()
         if self._is_between(stretch.start):
@@ -206,13 +207,13 @@ class Trial:
             stretch.between = trainer.tokens
         stretch.saving += time.perf_counter() - began
 
-    def _is_time(self, until: float, steps: Sequence[StepRecord]) -> bool:
+    def _is_time(self, until: Moment, steps: Sequence[StepRecord]) -> bool:
         """Whether the decay must begin to end in time, by what the steps so far took; of several processes the first's.
 
         Never before the student has more tokens than the plan's.
 
         Args:
-            until: `time.time()` at which it is to end.
+            until: When it is to end.
             steps: Of this stretch, all of them so far.
         """
         plan, tokens = self._bench.setting.plan, steps[-1].tokens
@@ -223,7 +224,7 @@ class Trial:
         each = max(fmean(took[1:]), median(took[-_FEW_STEPS:]))
         left = (end_of(tokens + plan.batch_tokens, plan.decay, plan.batch_tokens) - tokens) // plan.batch_tokens
         slower = _ON_GRID if self._task.strategy.finishing else 1.0
-        return self._agreed(time.time() + _SPARE * slower * left * each > until)
+        return self._agreed(_SPARE * slower * left * each > until.left)
 
     def _agreed(self, own: bool) -> bool:
         """What the first of several processes finds, in each."""

@@ -52,6 +52,7 @@ from autodistill.evaluation import deployed_weights, evaluate
 from autodistill.export.verify import verify
 from autodistill.formats import get_format
 from autodistill.grids import Grid
+from autodistill.moments import Moment
 from autodistill.plugins import load
 from autodistill.records.leaderboard import rank
 from autodistill.records.row import Row
@@ -816,12 +817,12 @@ def test_what_is_trained_on_until_a_time_is_the_same_as_what_was_planned_to_end_
         raise Late
 
     with monkeypatch.context() as patch:
-        clock = SimpleNamespace(time=lambda: float(len(steps)), perf_counter=lambda: 0.0)
-        patch.setattr("autodistill.trial.time", clock)
+        patch.setattr("autodistill.trial.time", SimpleNamespace(perf_counter=lambda: 0.0))
+        patch.setattr("autodistill.moments.time", SimpleNamespace(monotonic=lambda: float(len(steps))))
         patch.setattr("autodistill.distillation.trainer.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-        cut = run("cut", 4.0, 18.0)
+        cut = run("cut", 4.0, Moment(18.0))
         # Too late from the start: it goes on past the plan's tokens, and for the steps that tell how long one takes.
-        least = run("least", 4.0, 0.0)
+        least = run("least", 4.0, Moment(0.0))
     # By hand, from the parent's branch at step 9: at step 17 another step and the 6 of its decay would end at
     # 8 + 1.1 * 1.25 * 7 < 18, as steps on a grid are slower; at step 18 they would end at 9 + 1.1 * 1.25 * 7 > 18.
     assert (cut.tokens, cut.trained) == (24 * 64, (24 - 9) * 64)
@@ -834,7 +835,7 @@ def test_what_is_trained_on_until_a_time_is_the_same_as_what_was_planned_to_end_
         Trial(Workbench(lab.setting(tmp_path / "late", plan=plan)), _task(straight=True, length=2.0), late).run(2)
     bench = Workbench(lab.setting(tmp_path / "least", plan=plan))
     again = Trial(bench, _task(id="t000x", straight=True, length=least.tokens / plan.tokens, stage="stage"), late)
-    assert again.run(2, until=0.0).evaluation == least.evaluation
+    assert again.run(2, until=Moment(0.0)).evaluation == least.evaluation
 
 
 def test_a_long_stretch_is_saved_now_and_then_and_a_kill_costs_no_more(lab, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from autodistill.applied import student_spec
 from autodistill.certainty import Reading
 from autodistill.contracts import Decision, Status
 from autodistill.errors import AutoDistillError
+from autodistill.moments import now
 from autodistill.process_memory import killed_for_memory
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.event_log import EventLog
@@ -601,7 +601,7 @@ class Campaign:
 
     def _write(self, event: Mapping[str, Any]) -> None:
         try:
-            self._log.append({**event, "time": time.time()})
+            self._log.append({**event, "time": now()})
         except AutoDistillError as error:
             self.broken, self.stopping = error, True
             raise

@@ -14,7 +14,6 @@ from autodistill.contracts import Plan, Status
 from autodistill.errors import InputError
 from autodistill.estimate import fits, holdable, spec_from_config
 from autodistill.records.choice import chosen, contenders
-from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED
 from autodistill.records.objectives import Objective, objectives_of
 from autodistill.records.openings import opened, openings_of
@@ -132,8 +131,9 @@ def explain(run: RunFolder) -> Explanation:
     Raises:
         InputError: There is no trial yet.
     """
-    asked, events = read_json(run.search_file), run.events.read()
+    asked, events = run.asked("metric", "direction", "plan", "space_definition"), run.events.read()
     plan, space = Plan.from_json(asked["plan"]), Space.from_json(asked["space_definition"])
+    run.check_together(events, len(plan.rungs))
     trials = {event["trial"]: event for event in events if event["event"] == "trial"}
     if not trials:
         raise InputError(f"the run {run.name!r} has no trial yet: nothing to explain")

@@ -14,13 +14,17 @@ from autodistill.export.card import Origin, model_card
 from autodistill.export.verify import verify
 from autodistill.formats import get_format
 from autodistill.records.choice import chosen, contenders
-from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED, rank
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import RunFolder
 from autodistill.strategy import IN_16_BITS, Deployment
 from autodistill.students import kept_after, listed, student_folder
 from autodistill.templates import copy_licence
+
+_NEEDED = (
+    *("metric", "direction", "teacher.name", "teacher.reference", "data.name"),
+    *("data.reference", "licences", "plan.batch_tokens", "plan.sequence_length"),
+)
 
 
 def export_run(
@@ -53,7 +57,7 @@ def export_run(
         VerificationError: What was written is not what was evaluated.
     """
     _check_containers(containers)
-    asked = read_json(run.search_file)
+    asked = run.asked(*_NEEDED)
     every = rows_of(run.events.read(), ("row", "test"))
     rows = [row for row in every if row.split != "test"]
     ranked = [one.row for one in rank(contenders(rows), asked["metric"], asked["direction"])]

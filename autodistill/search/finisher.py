@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from autodistill.checksums import LIST
 from autodistill.distillation.models import load_model
 from autodistill.distillation.teacher import Teacher
 from autodistill.errors import DamagedError
+from autodistill.moments import now
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
 from autodistill.search.trials import Question
@@ -79,4 +79,4 @@ class Finisher:
 
     def write(self, kind: str, row: Row) -> None:
         """Appends a row to the log."""
-        self.run.events.append({"event": kind, "row": row.to_json(), "time": time.time()})
+        self.run.events.append({"event": kind, "row": row.to_json(), "time": now()})

@@ -144,7 +144,8 @@ def test_a_student_that_was_changed_is_not_exported_under_the_old_figures(tmp_pa
         made.events.append({"event": "row", "row": row("t000", "f16", 0.3).to_json()})
         folder = made.checkpoints / "t000" / "student"
         save_tiny_teacher(folder, layers=2)
-        made.events.append({"event": "rung", "trial": "t000", "tokens": 64, "student": write_list(folder)})
+        reached = {"event": "rung", "trial": "t000", "rung": 0, "tokens": 64, "value": 0.3}
+        made.events.append({**reached, "student": write_list(folder)})
     lines: list[str] = []
     export_run(made, None, ["huggingface"], tmp_path / "first", lines.append)
     assert lines == []

@@ -73,15 +73,18 @@ def test_a_run_goes_on_with_its_own_baselines_and_with_no_others(asked: SearchRe
 def stored_run(asked: SearchRequest) -> dict[str, Any]:
     """`search.json`, as far as a resumed run is compared with it."""
     return {
-        "teacher": {"reference": asked.teacher},
-        "data": {"reference": asked.data},
+        "teacher": {"reference": asked.teacher, "fingerprint": "t"},
+        "data": {"reference": asked.data, "fingerprint": "d"},
         "space": "default",
         "space_hash": check_request(asked).space.hash,
         "metric": "accuracy",
         "sampler": "tpe",
         "seed": 0,
         "budget": asked.budget.to_json(),
-        "plan": {"trials": 3},
+        "direction": "max",
+        "plan": small_plan(trials=3).to_json(),
+        "speed": {"cache": 1e3, "score": 1e3, "worker_train": 1e3, "worker_score": 1e3},
+        "space_definition": check_request(asked).space.to_json(),
     }
 
 
