@@ -28,7 +28,7 @@ from autodistill.hashes import content_hash
 from autodistill.packing import cut, fill, pack
 from autodistill.records.locks import alone
 from autodistill.rendering import Rendered, Renderer, Template
-from autodistill.splitting import assign, contiguous, first_places, join
+from autodistill.splitting import assign, contiguous, first_places, join, set_otherwise
 from autodistill.templates import share, write_text
 from autodistill.token_sets import (
     ENDS,
@@ -89,6 +89,7 @@ def prepare(
     if renderer is not None:
         names = sorted(name + one.further_rule for name, one in own.items())
         parts += [renderer.rule, source.task, *([names] if own else [])]
+        parts += _blanks_rule([one.opening for one in conversations])
     else:
         parts += _further_rules(_texts(source), tokenizer)
     fingerprint = content_hash(parts, digits=16)
@@ -115,7 +116,13 @@ def _further_rules(texts: Sequence[str], tokenizer: Any) -> list[str]:
     """What is done with some texts and tokenizers alone; the fingerprint of all other data does not name it."""
     places = first_places(texts)
     rules = [] if beginning(tokenizer) is None else ["sequences begin as texts do"]
-    return rules + (["without copies"] if _is_one_text(places) and len(set(places)) < len(places) else [])
+    rules += ["without copies"] if _is_one_text(places) and len(set(places)) < len(places) else []
+    return rules + _blanks_rule(texts)
+
+
+def _blanks_rule(texts: Sequence[str]) -> list[str]:
+    """The rule of data in which texts are equal but for their blanks, which once were texts of their own."""
+    return ["equal but for blanks is equal"] if set_otherwise(texts) else []
 
 
 def _prepare_texts(folder: Path, source: Source, tokenizer: Any, sequence_length: int, seed: int) -> Prepared:
@@ -134,7 +141,10 @@ def _prepare_texts(folder: Path, source: Source, tokenizer: Any, sequence_length
         if begin is not None:
             rows, of = np.insert(rows, 0, begin, axis=1), np.concatenate([of[:, :1], of], axis=1)
         tables[split] = _table({"tokens": rows, "documents": of}, seed)
-    return _write(folder, source, sequence_length, tables)
+    copies, alone = len(places) - len(set(places)), _is_one_text(places)
+    said = "are left out" if alone else "stand in the split of the first one"
+    notes = (f"{copies} of {len(places)} documents are copies of others, blanks aside, and {said}",) if copies else ()
+    return _write(folder, source, sequence_length, tables, notes=notes)
 
 
 def _prepare_conversations(
