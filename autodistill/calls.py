@@ -428,4 +428,5 @@ def exported(run: RunFolder, row: str | None, containers: Sequence[str], out: Pa
     quiet_libraries()
     from autodistill.search.export_run import export_run
 
-    return {name: str(path) for name, path in export_run(run, row, containers, out).items()}
+    with open_view() as view:
+        return {name: str(path) for name, path in export_run(run, row, containers, out, view.log).items()}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.leaderboard import Ranked, rests_on
 from autodistill.records.objectives import PREDICTED_LATENCY
-from autodistill.records.row import REMOVED, Row
+from autodistill.records.row import DAMAGED, REMOVED, Row
 from autodistill.strategy import Strategy
 from autodistill.units import format_bytes, format_duration
 
@@ -229,8 +229,8 @@ def leaderboard_table(
             one.row.partly for one in ranked
         ),
         "~ predicted": any(cell.startswith("~") for line in lines for cell in line),
-        "! over the budget": any(not one.row.feasible and one.row.reason != REMOVED for one in ranked),
-        f"! {REMOVED}": any(one.row.reason == REMOVED for one in ranked),
+        "! over the budget": any(not one.row.feasible and one.row.reason not in (REMOVED, DAMAGED) for one in ranked),
+        **{f"! {gone}": any(one.row.reason == gone for one in ranked) for gone in (REMOVED, DAMAGED)},
         f"{kept}: share of the teacher's accuracy": bool(ranked) and _KEPT in shown,
         "trained: 1x is as many tokens as the plan gives a trial": bool(ranked) and _TRAINED in shown,
     }

@@ -28,7 +28,7 @@ from autodistill.hashes import content_hash
 from autodistill.packing import cut, fill, pack
 from autodistill.records.locks import alone
 from autodistill.rendering import Rendered, Renderer, Template
-from autodistill.splitting import assign, contiguous, first_places, in_a_row, join
+from autodistill.splitting import assign, contiguous, first_places, in_a_row, join, set_otherwise
 from autodistill.templates import share, write_text
 from autodistill.token_sets import (
     ENDS,
@@ -89,6 +89,7 @@ def prepare(
     if renderer is not None:
         names = sorted(name + one.further_rule for name, one in own.items())
         parts += [renderer.rule, source.task, *([names] if own else [])]
+        parts += _blanks_rule([one.opening for one in conversations])
     else:
         parts += _further_rules(_texts(source), tokenizer)
     fingerprint = content_hash(parts, digits=16)
@@ -117,7 +118,12 @@ def _further_rules(texts: Sequence[str], tokenizer: Any) -> list[str]:
     rules = [] if beginning(tokenizer) is None else ["sequences begin as texts do"]
     if _is_one_text(places):
         rules += ["sequences in a row are a document", *(["without copies"] if len(set(places)) < len(places) else [])]
-    return rules
+    return rules + _blanks_rule(texts)
+
+
+def _blanks_rule(texts: Sequence[str]) -> list[str]:
+    """The rule of data in which texts are equal but for their blanks, which once were texts of their own."""
+    return ["equal but for blanks is equal"] if set_otherwise(texts) else []
 
 
 def _prepare_texts(folder: Path, source: Source, tokenizer: Any, sequence_length: int, seed: int) -> Prepared:
@@ -138,7 +144,10 @@ def _prepare_texts(folder: Path, source: Source, tokenizer: Any, sequence_length
             rows, of = np.insert(rows, 0, begin, axis=1), np.concatenate([of[:, :1], of], axis=1)
         tables[split] = _table({"tokens": rows, "documents": of}, seed)
     blocks = {split: {"in_a_row": in_a_row(len(table))} for split, table in tables.items()} if one else None
-    return _write(folder, source, sequence_length, tables, counts=blocks)
+    copies = len(places) - len(set(places))
+    said = "are left out" if one else "stand in the split of the first one"
+    notes = (f"{copies} of {len(places)} documents are copies of others, blanks aside, and {said}",) if copies else ()
+    return _write(folder, source, sequence_length, tables, counts=blocks, notes=notes)
 
 
 def _prepare_conversations(

@@ -33,6 +33,10 @@ class MissingDependencyError(InputError):
     """An optional package is not installed; the message holds the command that installs it."""
 
 
+class DamagedError(InputError):
+    """A file that was kept is not what was written: its checksum differs, or it is missing."""
+
+
 class NothingFitsError(AutoDistillError):
     """No student fits the budget; the message names the nearest one and the limit it breaks."""
 

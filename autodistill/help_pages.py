@@ -1,9 +1,10 @@
-"""How the help of a command looks: plain usage lines, flags that take no value, and options in sections."""
+"""How a command reads and shows its options: no empty text, plain usage lines, flags without values, sections."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 from autodistill.options import SECTIONS
@@ -11,6 +12,21 @@ from autodistill.options import SECTIONS
 
 class PlainCommand(TyperCommand):
     """A command whose usage line has NAME for what is needed and [NAME] for what is not."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads a command line.
+
+        Raises:
+            BadParameter: An option or argument is empty or blank, which would be taken for one that was left out.
+        """
+        # As they were typed: what an empty text becomes, the folder "." of a path, is no longer empty.
+        typed, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        for param in self.get_params(ctx):
+            given = typed.get(param.name)
+            texts = given if isinstance(given, list | tuple) else [given]
+            if not ctx.resilient_parsing and any(isinstance(text, str) and not text.strip() for text in texts):
+                raise typer.BadParameter("it is empty: write a value, or leave it out", ctx=ctx, param=param)
+        return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Its parameters, of which the flags are not shown to take a value."""

@@ -21,6 +21,7 @@ from autodistill.estimate import config_of
 from autodistill.files import check_file
 from autodistill.hardware import detect, memory_bytes
 from autodistill.local_device import local_device
+from autodistill.parts import check_no_blank
 from autodistill.quiet import look
 from autodistill.records.measurements import Measured, store_measured
 from autodistill.remote import parse_board, run_on
@@ -93,6 +94,7 @@ class MeasureRequest:
     busy: bool = False
 
     def __post_init__(self) -> None:
+        check_no_blank(self)
         places = {"--on": self.on, "--script": self.script, "--result": self.result}
         given = [name for name, place in places.items() if place is not None]
         if len(given) > 1:

@@ -24,6 +24,22 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     check(value in allowed, f"{name} is {value!r}; it can be {', '.join(allowed)}")
 
 
+def check_no_blank(request: Any) -> None:
+    """Refuses a request of which a text is empty or blank, which would be taken for one that was left out.
+
+    Args:
+        request: A dataclass.
+
+    Raises:
+        InputError: Names the first such field.
+    """
+    for field in dataclasses.fields(request):
+        value = getattr(request, field.name)
+        texts = value if isinstance(value, list | tuple) else [value]
+        blank = any(isinstance(text, str) and not text.strip() for text in texts)
+        check(not blank, f"{field.name} is empty: give it a text, or leave it out")
+
+
 class Part:
     """A frozen dataclass that reads from and writes to plain data, with each field checked by name and type."""
 

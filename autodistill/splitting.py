@@ -15,9 +15,14 @@ _HELD_OUT = 0.1  # share of the tokens that validation gets, and test
 
 
 def first_places(documents: Sequence[str]) -> list[int]:
-    """For each document the place of the first one with the same text."""
+    """For each document the place of the first one with the same text, however their words are set apart by blanks."""
     first: dict[str, int] = {}
-    return [first.setdefault(text.strip(), place) for place, text in enumerate(documents)]
+    return [first.setdefault(" ".join(text.split()), place) for place, text in enumerate(documents)]
+
+
+def set_otherwise(documents: Sequence[str]) -> bool:
+    """Whether some documents are equal but for blanks between their words."""
+    return len({text.strip() for text in documents}) > len(set(first_places(documents)))
 
 
 def in_a_row(sequences: int) -> int:

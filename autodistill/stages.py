@@ -57,6 +57,10 @@ class Files(Protocol):
         """A local path of the file, to be read and not to be changed; None where there is none."""
         ...
 
+    def drop_copy(self, key: str) -> bool:
+        """Drops what `get` gave where that was a copy, which is fetched again then; False where it was the file."""
+        ...
+
     def list(self) -> dict[str, int]:
         """Bytes of each file, by key."""
         ...
@@ -85,6 +89,10 @@ class LocalFiles:
         """The file itself; one that is open outlives its removal."""
         path = self._root / key
         return path if path.is_file() else None
+
+    def drop_copy(self, key: str) -> bool:
+        """It is the file itself."""
+        return False
 
     def list(self) -> dict[str, int]:
         """A file that is removed meanwhile is left out."""
@@ -181,6 +189,10 @@ class StageStore:
             if match and stage in (None, match[1]):
                 found.append(Checkpoint(stage=match[1], tokens=int(match[2]), bytes=size))
         return sorted(found)
+
+    def drop_copy(self, checkpoint: Checkpoint) -> bool:
+        """Drops this machine's copy, which is fetched again; False where there is none beside the checkpoint itself."""
+        return self._files.drop_copy(checkpoint.key)
 
     def remove(self, checkpoint: Checkpoint) -> None:
         """Removes a checkpoint; nothing where it is gone."""

@@ -363,6 +363,11 @@ class StoredFiles:
                 break
             path.unlink(missing_ok=True)
 
+    def drop_copy(self, key: str) -> bool:
+        """Drops this machine's copy, which is fetched again."""
+        (self._scratch / key).unlink(missing_ok=True)
+        return True
+
     def list(self) -> dict[str, int]:
         """Bytes of each file, by key."""
         return self._storage.list()

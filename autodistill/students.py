@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from autodistill.checksums import check_list
+from autodistill.errors import DamagedError
 from autodistill.records.row import Row
 from autodistill.storage import Storage
 from autodistill.templates import copy_text
@@ -40,17 +43,44 @@ def send_student(trial: Path, storage: Storage, tokens: int | None = None) -> No
     storage.replace_folder(student_folder(trial, tokens), student_key(trial, tokens))
 
 
-def trained_student(trial: Path, storage: Storage | None, tokens: int | None = None) -> Path:
+def listed(events: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int | None], str]:
+    """Hashes of the lists of students' files, as a run's log has them, by trial and the tokens of `student_folder`."""
+    found: dict[tuple[str, int | None], str] = {}
+    for event in events:
+        if event["event"] in ("rung", "kept") and event.get("student") is not None:
+            found[event["trial"], event["tokens"] if event["event"] == "kept" else None] = event["student"]
+    return found
+
+
+def trained_student(trial: Path, storage: Storage | None, tokens: int | None = None, known: str | None = None) -> Path:
     """The folder of a student, fetched where another node trained it, or trained it again; it may not be there.
+
+    Its files are held to their checksums, where it has any; a copy that is damaged is fetched once more.
 
     Args:
         trial: The trial's folder.
         storage: Of the run, or None.
         tokens: See `student_folder`.
+        known: Of `listed`, or None.
+
+    Raises:
+        DamagedError: It is not as it was written.
     """
-    folder = student_folder(trial, tokens)
-    if storage is not None and storage.has_folder(student_key(trial, tokens)):
-        storage.fetch_folder(student_key(trial, tokens), folder)
+    folder, key = student_folder(trial, tokens), student_key(trial, tokens)
+    stored = storage is not None and storage.has_folder(key)
+    for last in (False, True):
+        if storage is not None and stored:
+            storage.fetch_folder(key, folder)
+        if not folder.is_dir():
+            return folder
+        try:
+            check_list(folder, known)
+        except DamagedError:
+            if last or not stored:
+                raise
+            shutil.rmtree(folder)
+        else:
+            break
     return folder
 
 

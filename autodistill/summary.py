@@ -11,7 +11,6 @@ from autodistill.console import leaderboard_table, memory_cell, wrapped
 from autodistill.formats import get_format
 from autodistill.records.choice import contenders
 from autodistill.records.gains import Gains
-from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED, Ranked, rank, rests_on
 from autodistill.records.objectives import objectives_of, with_front
 from autodistill.records.row import Row, rows_of, task_figures
@@ -29,7 +28,7 @@ def leaderboard_of(run: RunFolder) -> tuple[list[Ranked], str]:
     Raises:
         InputError: Its records cannot be read.
     """
-    asked = read_json(run.search_file)
+    asked = run.asked("metric", "direction")
     rows = contenders(rows_of(run.events.read()))
     return with_front(rank(rows, asked["metric"], asked["direction"]), objectives_of(asked)), asked["metric"]
 
@@ -40,11 +39,11 @@ def headline(run: RunFolder) -> str:
     Raises:
         InputError: Its records cannot be read.
     """
-    asked = read_json(run.search_file)
+    asked = run.asked()
     parts = [run.name]
     for name in ("teacher", "data"):
         known = asked.get(name, {})
-        parts += [f"{name} {known.get('name') or known['reference']}"] if known else []
+        parts += [f"{name} {known.get('name') or known.get('reference')}"] if known else []
     parts += [read_budget(asked["budget"]).describe()] if "budget" in asked else []
     return " · ".join([*parts, *_read(asked), run.state])
 

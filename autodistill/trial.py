@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from autodistill.applied import initial_student, student_spec
 from autodistill.certainty import Bar
+from autodistill.checksums import check_seal, write_list
 from autodistill.distillation.attention import teacher_layer
 from autodistill.distillation.checkpoint import read_metadata
 from autodistill.distillation.grid_scales import read_scales, write_scales
@@ -24,9 +25,10 @@ from autodistill.distillation.models import load_model
 from autodistill.distillation.schedule import branch_point, end_of
 from autodistill.distillation.sharding import whole_model
 from autodistill.distillation.trainer import StepRecord, Trainer
-from autodistill.errors import TrialFailedError
+from autodistill.errors import DamagedError, TrialFailedError
 from autodistill.evaluation import Evaluation, evaluate
 from autodistill.grids import Grid, Scales
+from autodistill.moments import Moment
 from autodistill.stages import Checkpoint, open_stages
 from autodistill.strategy import Deployment
 from autodistill.students import save_student, send_student, student_folder, trained_student
@@ -85,9 +87,10 @@ class Trial:
         self._folder = setting.checkpoints / task.id
         self._stages = open_stages(setting.checkpoints, setting.storage)
         self._stage = task.stage or task.id
+        self._damaged: str | None = None
 
     def run(
-        self, rung: int, *, keep: bool = False, until: float | None = None, bar: Bar | None = None
+        self, rung: int, *, keep: bool = False, until: Moment | None = None, bar: Bar | None = None
     ) -> RungReport | None:
         """Trains to a rung and evaluates there, from the furthest checkpoint of its stage, whoever trained it.
 
@@ -97,7 +100,7 @@ class Trial:
             rung: Index of the rung.
             keep: Whether its student is kept, as that of the last rung is. At a rung that was reached before, its decay
                 is trained once more, to the same bits.
-            until: `time.time()` by which the student is to be trained, with fewer tokens than it would have where need
+            until: When the student is to be trained, with fewer tokens than it would have where need
                 be: its decay then begins sooner, and is not given back for the end of the box.
             bar: What it must reach there: once it is certain to fall short, no more of the evaluation is read.
 
@@ -113,7 +116,7 @@ class Trial:
             said = str(error).splitlines()
             raise TrialFailedError("out-of-memory", said[0] if said else "the machine's memory is full") from error
 
-    def _run(self, rung: int, keep: bool, until: float | None, bar: Bar | None) -> RungReport | None:
+    def _run(self, rung: int, keep: bool, until: Moment | None, bar: Bar | None) -> RungReport | None:
         plan, sharding = self._bench.setting.plan, self._bench.sharding
         last = rung == len(plan.rungs) - 1
         began = time.perf_counter()
@@ -133,8 +136,7 @@ class Trial:
         if model is None:
             return None
         model.to(self._bench.setting.device)
-        if last or keep:
-            self._save_student(model, scales, None if last else stretch.target)
+        student = self._save_student(model, scales, None if last else stretch.target) if last or keep else None
         kept = time.perf_counter()
         probe, finishing = self._task.probe, self._task.strategy.finishing
         evaluation = self._evaluate(
@@ -162,9 +164,11 @@ class Trial:
             shared=shared,
             unsaved=stretch.unsaved,
             resumed=resumed,
+            damaged=self._damaged,
+            student=student,
         )
 
-    def _train(self, trainer: Trainer, rung: int, stretch: _Stretch, until: float | None) -> None:
+    def _train(self, trainer: Trainer, rung: int, stretch: _Stretch, until: Moment | None) -> None:
         """Trains a stretch, its decay included, and leaves a checkpoint where one is of use."""
         saved = time.perf_counter()
         if self._is_between(stretch.start):
@@ -203,13 +207,13 @@ class Trial:
             stretch.between = trainer.tokens
         stretch.saving += time.perf_counter() - began
 
-    def _is_time(self, until: float, steps: Sequence[StepRecord]) -> bool:
+    def _is_time(self, until: Moment, steps: Sequence[StepRecord]) -> bool:
         """Whether the decay must begin to end in time, by what the steps so far took; of several processes the first's.
 
         Never before the student has more tokens than the plan's.
 
         Args:
-            until: `time.time()` at which it is to end.
+            until: When it is to end.
             steps: Of this stretch, all of them so far.
         """
         plan, tokens = self._bench.setting.plan, steps[-1].tokens
@@ -220,7 +224,7 @@ class Trial:
         each = max(fmean(took[1:]), median(took[-_FEW_STEPS:]))
         left = (end_of(tokens + plan.batch_tokens, plan.decay, plan.batch_tokens) - tokens) // plan.batch_tokens
         slower = _ON_GRID if self._task.strategy.finishing else 1.0
-        return self._agreed(time.time() + _SPARE * slower * left * each > until)
+        return self._agreed(_SPARE * slower * left * each > until.left)
 
     def _agreed(self, own: bool) -> bool:
         """What the first of several processes finds, in each."""
@@ -258,20 +262,27 @@ class Trial:
 
         Gives the tokens of this stretch that others had trained, and those that this trial had, which was interrupted.
 
-        A checkpoint that cannot be read, as after a power failure, is removed, and the one before it is taken.
+        A checkpoint that cannot be read, or is not as it was written, is removed, and the one before it is taken; of a
+        storage this machine's copy is fetched once more before.
         """
-        tokens = self._branches(rung)
+        tokens, sharding = self._branches(rung), self._bench.sharding
+        fetched: set[Checkpoint] = set()
         while (found := self._furthest(tokens[-1])) is not None:
             path, checkpoint = found
             try:
+                # Before a weight is changed: without a checkpoint the trial begins with those it was made with.
+                check_seal(path)
                 trainer.load(path)
             except FileNotFoundError:
-                if self._bench.sharding is not None:
+                if sharding is not None:
                     raise  # the other processes wait in theirs: all end, and are tried again
                 continue  # collected meanwhile
-            except (SafetensorError, OSError):
-                self._stages.remove(checkpoint)
-                if self._bench.sharding is not None:
+            except (DamagedError, SafetensorError, OSError) as error:
+                if checkpoint in fetched or sharding is not None or not self._stages.drop_copy(checkpoint):
+                    self._damaged = f"the checkpoint at {checkpoint.tokens:,} tokens is lost: {error}"
+                    self._stages.remove(checkpoint)
+                fetched.add(checkpoint)
+                if sharding is not None:
                     raise
                 continue
             before = tokens[-2] if rung > 0 and not self._task.straight else 0
@@ -405,11 +416,14 @@ class Trial:
             target, grids.get, on_grid_after=finishing.start, learned=finishing.scales == "learned"
         )
 
-    def _save_student(self, model: Any, scales: Mapping[str, Scales], tokens: int | None) -> None:
+    def _save_student(self, model: Any, scales: Mapping[str, Scales], tokens: int | None) -> str:
         """Writes the trained master weights as a folder that transformers loads, whole or not at all.
 
         What scales were learned lie beside them: rounded weights would not give these scales back. A student of full
         fidelity, that of no `tokens`, takes the place of what was kept of the trial before.
+
+        Returns:
+            The hash of the list of its files' checksums.
         """
         temporary, folder = self._folder / ".student.partial", student_folder(self._folder, tokens)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -417,6 +431,7 @@ class Trial:
             save_student(model, self._bench.setting.text(self._task.strategy.init), temporary)
             if self._task.strategy.finishing is not None:
                 write_scales(temporary, self._task.strategy.finishing, scales)
+            written = write_list(temporary)
             for before in (folder, *(self._folder.glob("student-*") if tokens is None else ())):
                 shutil.rmtree(before, ignore_errors=True)
             os.replace(temporary, folder)
@@ -424,3 +439,4 @@ class Trial:
             shutil.rmtree(temporary, ignore_errors=True)
         if (storage := self._bench.setting.storage) is not None:
             send_student(self._folder, storage, tokens)
+        return written

@@ -110,6 +110,8 @@ class RungReport:
         shared: Tokens of this stretch that were not trained on, since another trial had trained the stage so far.
         unsaved: Why a checkpoint could not be written; None where all were.
         resumed: Tokens of this stretch that earlier attempts of this trial had trained on, which were interrupted.
+        damaged: Which checkpoint was not as it was written, so that what it had was trained again; None where all were.
+        student: Hash of the list of its student's files, where it was kept; see `checksums.write_list`.
     """
 
     rung: int
@@ -122,3 +124,5 @@ class RungReport:
     shared: int = 0
     unsaved: str | None = None
     resumed: int = 0
+    damaged: str | None = None
+    student: str | None = None

@@ -39,6 +39,7 @@ from autodistill.estimate import spec_from_config
 from autodistill.files import check_file
 from autodistill.hardware import detect
 from autodistill.hashes import content_hash
+from autodistill.parts import check_no_blank
 from autodistill.records.event_log import EventLog
 from autodistill.rendering import Renderer
 from autodistill.teacher_fit import fit_teacher
@@ -77,6 +78,9 @@ class WriteRequest:
     top_k: int = 0
     batch: int | None = None
     timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        check_no_blank(self)
 
 
 # Requests to an endpoint that are under way together.

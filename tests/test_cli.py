@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from autodistill.cli import main
+from autodistill.cli import app, main
 from autodistill.errors import InterruptedSearchError, VerificationError
 from autodistill.options import LATENCY_HELP, SECTIONS
 from autodistill.search.checked import check_request
@@ -687,3 +687,29 @@ def test_distilling_one_strategy_trains_that_alone(inputs: Path, tmp_path: Path)
     assert row["train_tokens"] == done.document["plan"]["tokens"]
     assert row["fidelity"] == 1.0
     assert row["context"] == 512, "the teacher reads no more"
+
+
+def _values() -> list[tuple[str, str]]:
+    """Every option and argument of every command that takes a value, as the command line itself declares them."""
+    import typer.main
+
+    commands = typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
+    return [
+        (name, param.opts[0] if param.param_type_name == "option" else param.metavar)
+        for name, command in commands
+        for param in command.get_params(typer.Context(command))
+        if not getattr(param, "is_flag", False)
+    ]
+
+
+@pytest.mark.parametrize("blank", ["", " \t"])
+@pytest.mark.parametrize(("verb", "what"), _values())
+def test_an_empty_text_is_refused_wherever_a_value_is_given(
+    capsys: pytest.CaptureFixture[str], verb: str, what: str, blank: str
+) -> None:
+    code = main([verb, *([f"{what}={blank}"] if what.startswith("--") else [blank])])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert f"Invalid value for '{what}" in line
+    assert "it is empty: write a value, or leave it out" in line

@@ -434,3 +434,24 @@ def test_another_template_makes_another_fingerprint(tokenizer: Path, tmp_path: P
     assert prepare(source, chat, "tiny", 64, tmp_path) == templated
     marked = prepare(_source(_chats(60), task="reasoning-gym:chain_sum"), tokenizer, "tiny", 64, tmp_path)
     assert marked.fingerprint != plain.fingerprint
+
+
+def test_documents_that_differ_in_blanks_alone_are_one_and_are_counted(tokenizer: Path, tmp_path: Path) -> None:
+    """A text copied with other line ends or indents, of which one copy was trained on and another tested."""
+    texts = [" ".join(f"Word {number} of {place}." for number in range(60)) for place in range(40)]
+    copies = [texts[3].replace(" ", "\n"), f"\t{texts[5]}  ", texts[9].replace(". ", ".\r\n  ")]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for place, text in enumerate([*texts, *copies]):
+        (folder / f"{place:03}.txt").write_text(text)
+    source = resolve_data(str(folder))
+    for seed in range(5):
+        found = prepare(source, tokenizer, "tiny", LENGTH, tmp_path / "cache", seed=seed)
+        members = {split: set(load_split(found.folder, split).documents.flat) for split in SPLITS}
+        words = {split: {" ".join(source.documents[place].split()) for place in members[split]} for split in SPLITS}
+        assert not words["train"] & (words["validation"] | words["test"])
+        assert not words["validation"] & words["test"]
+        assert not {40, 41, 42} & set.union(*members.values()), "they count as the first one"
+        assert found.notes == (
+            "3 of 43 documents are copies of others, blanks aside, and stand in the split of the first one",
+        )

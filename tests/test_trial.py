@@ -46,12 +46,13 @@ from autodistill.distillation.sharding import Sharding
 from autodistill.distillation.student import build_student
 from autodistill.distillation.teacher_cache import CacheSettings
 from autodistill.documents import resolve_data
-from autodistill.errors import InputError, TrialFailedError
+from autodistill.errors import DamagedError, InputError, TrialFailedError
 from autodistill.estimate import holdable, spec_from_config
 from autodistill.evaluation import deployed_weights, evaluate
 from autodistill.export.verify import verify
 from autodistill.formats import get_format
 from autodistill.grids import Grid
+from autodistill.moments import Moment
 from autodistill.plugins import load
 from autodistill.records.leaderboard import rank
 from autodistill.records.row import Row
@@ -816,12 +817,12 @@ def test_what_is_trained_on_until_a_time_is_the_same_as_what_was_planned_to_end_
         raise Late
 
     with monkeypatch.context() as patch:
-        clock = SimpleNamespace(time=lambda: float(len(steps)), perf_counter=lambda: 0.0)
-        patch.setattr("autodistill.trial.time", clock)
+        patch.setattr("autodistill.trial.time", SimpleNamespace(perf_counter=lambda: 0.0))
+        patch.setattr("autodistill.moments.time", SimpleNamespace(monotonic=lambda: float(len(steps))))
         patch.setattr("autodistill.distillation.trainer.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-        cut = run("cut", 4.0, 18.0)
+        cut = run("cut", 4.0, Moment(18.0))
         # Too late from the start: it goes on past the plan's tokens, and for the steps that tell how long one takes.
-        least = run("least", 4.0, 0.0)
+        least = run("least", 4.0, Moment(0.0))
     # By hand, from the parent's branch at step 9: at step 17 another step and the 6 of its decay would end at
     # 8 + 1.1 * 1.25 * 7 < 18, as steps on a grid are slower; at step 18 they would end at 9 + 1.1 * 1.25 * 7 > 18.
     assert (cut.tokens, cut.trained) == (24 * 64, (24 - 9) * 64)
@@ -834,7 +835,7 @@ def test_what_is_trained_on_until_a_time_is_the_same_as_what_was_planned_to_end_
         Trial(Workbench(lab.setting(tmp_path / "late", plan=plan)), _task(straight=True, length=2.0), late).run(2)
     bench = Workbench(lab.setting(tmp_path / "least", plan=plan))
     again = Trial(bench, _task(id="t000x", straight=True, length=least.tokens / plan.tokens, stage="stage"), late)
-    assert again.run(2, until=0.0).evaluation == least.evaluation
+    assert again.run(2, until=Moment(0.0)).evaluation == least.evaluation
 
 
 def test_a_long_stretch_is_saved_now_and_then_and_a_kill_costs_no_more(lab, tmp_path, monkeypatch):
@@ -897,6 +898,64 @@ def test_a_checkpoint_that_cannot_be_written_costs_training_and_nothing_else(lab
     assert [one.trained for one in reports] == [256, 512]
     assert "checkpoint at 192 tokens could not be written: " in str(reports[0].unsaved)
     assert expected[0].unsaved is None
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_checkpoint_with_one_changed_bit_is_trained_again(lab, tmp_path, stored):
+    """The bit is of an optimiser's moments or of a weight, so that the file is as sound as before to who reads it."""
+    storage = Storage(f"file://{tmp_path}/there") if stored else None
+    setting = lab.setting(tmp_path / "here", storage=storage)
+    expected = Trial(Workbench(lab.setting(tmp_path / "whole")), _task(straight=True)).run(2)
+    Trial(Workbench(setting), _task()).run(1)
+    places = [tmp_path / "here" / "stages", *([tmp_path / "there" / "stages"] if stored else [])]
+    paths = [next(iter(sorted(place.glob("t000.*.safetensors"))[::-1])) for place in places]
+    for path in paths:
+        _flip(path, path.stat().st_size - 1000)
+    report = Trial(Workbench(setting), _task()).run(2)
+    assert report.evaluation == expected.evaluation
+    assert "its checksum differs" in report.damaged
+    assert str(paths[0].name) in report.damaged
+
+
+def test_of_a_damaged_copy_of_a_stored_checkpoint_another_one_is_fetched(lab, tmp_path):
+    setting = lab.setting(tmp_path / "here", storage=Storage(f"file://{tmp_path}/there"))
+    Trial(Workbench(setting), _task()).run(1)
+    path = max((tmp_path / "here" / "stages").glob("t000.*.safetensors"))
+    _flip(path, path.stat().st_size - 1000)
+    report = Trial(Workbench(setting), _task()).run(2)
+    assert (report.damaged, report.trained) == (None, report.tokens - int(path.name.split(".")[1]))
+
+
+def test_of_a_damaged_copy_of_a_stored_student_another_one_is_fetched(lab, tmp_path):
+    setting = lab.setting(tmp_path / "here", storage=Storage(f"file://{tmp_path}/there"))
+    trial = Trial(Workbench(setting), _task(straight=True))
+    report = trial.run(2)
+    weights = student_folder(tmp_path / "here" / "t000") / "model.safetensors"
+    before = weights.read_bytes()
+    _flip(weights, weights.stat().st_size - 1000)
+    assert trial.evaluate(report.evaluation.deployment).evaluation == report.evaluation
+    assert weights.read_bytes() == before
+    for place in (weights, tmp_path / "there" / "students" / "t000" / "model.safetensors"):
+        _flip(place, place.stat().st_size - 1000)
+    with pytest.raises(DamagedError, match=r"model\.safetensors has changed"):
+        trial.evaluate(report.evaluation.deployment)
+
+
+def test_scales_that_were_changed_or_laid_beside_a_student_are_not_evaluated(lab, tmp_path):
+    trial = Trial(Workbench(lab.setting(tmp_path)), _task(straight=True, probe=Q4))
+    report = trial.run(2)
+    (student_folder(tmp_path / "t000") / "grid_scales.safetensors").write_bytes(b"of another student")
+    with pytest.raises(DamagedError, match="grid_scales"):
+        trial.evaluate(report.evaluation.deployment)
+
+
+def _flip(path: Path, place: int) -> None:
+    """Changes one bit of a file."""
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
 
 
 def test_a_damaged_checkpoint_is_trained_again(lab, tmp_path):

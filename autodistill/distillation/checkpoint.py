@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from autodistill.checksums import seal, unsealed
 from autodistill.contracts import OptimizerState
 from autodistill.distillation.eight_bit import own_states, whole_states
 from autodistill.distillation.sharding import like, whole
@@ -50,10 +51,12 @@ def _one_by_one(trained: Named, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes under another name and renames, so that a kill or a full disk leaves the checkpoint before."""
+    """Writes under another name, sealed, and renames, so that a kill or a full disk leaves the checkpoint before."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, temporary, metadata=unsealed(metadata))
+        seal(temporary)
         os.replace(temporary, path)
     finally:
         # Of a full disk a half-written file would only take what is left.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -13,11 +14,21 @@ from typing import Any, TypeVar
 from autodistill.contracts import ModelSpec
 from autodistill.errors import InputError
 from autodistill.estimate import comparable, spec_from_config
+from autodistill.kinds import hold
 from autodistill.records.choice import students_only
-from autodistill.records.json_files import read_json
+from autodistill.records.json_files import plain_json
 from autodistill.records.leaderboard import DISTILLED, UNTRAINED
 from autodistill.records.recalibration import Overhead, Place, overheads
-from autodistill.records.row import Row, finite, is_field, rows_of, trained_fully
+from autodistill.records.row import (
+    Row,
+    arrow_schema,
+    check_documents,
+    finite,
+    is_field,
+    required,
+    rows_of,
+    trained_fully,
+)
 from autodistill.records.store import RunFolder, known_runs
 from autodistill.strategy import Deployment
 
@@ -39,6 +50,7 @@ class Shape:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        hold(config, dict[str, Any], "a shape")
         self.config = config
 
     @cached_property
@@ -98,7 +110,7 @@ class Candidate:
     @cached_property
     def row(self) -> Row:
         """The row, without its documents, strategy and shape."""
-        return _row(self.cells)
+        return _row(self.cells, self.folder)
 
     @property
     def worth(self) -> float:
@@ -123,7 +135,7 @@ class Candidate:
 
 @lru_cache(1024)
 def _deployment(text: str) -> Deployment:
-    return Deployment.from_json(json.loads(text))
+    return Deployment.from_json(plain_json(text))
 
 
 def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
@@ -144,7 +156,7 @@ def stored(out: Path, runs: Sequence[str] = ()) -> list[Candidate]:
     metrics, sources = {}, {}
     for name in names:
         run = RunFolder.open(out, name)
-        asked = read_json(run.search_file)
+        asked = run.asked()
         try:
             metrics[name], sources[name] = (asked["metric"], asked["direction"]), _measured_on(asked)
         except (KeyError, TypeError) as error:
@@ -193,14 +205,15 @@ def _documents(run: RunFolder, ids: set[str]) -> dict[str, Any]:
     """The scores by document of some rows of a run, by id."""
     if not run.tabled:
         return {row.row_id: row.documents for row in rows_of(run.events.read()) if row.row_id in ids}
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(run.leaderboard_file) as file:
+    with _table(run) as file:
         if "documents" not in file.schema_arrow.names:
             return {}
         columns = file.read(columns=["row_id", "documents"], use_threads=False)
-    pairs = zip(columns.column("row_id").to_pylist(), columns.column("documents"), strict=True)
-    return {name: json.loads(text.as_py()) for name, text in pairs if name in ids and text.is_valid}
+        pairs = zip(columns.column("row_id").to_pylist(), columns.column("documents"), strict=True)
+        found = {name: plain_json(text.as_py()) for name, text in pairs if name in ids and text.is_valid}
+        for documents in found.values():
+            check_documents(documents, "documents")
+    return found
 
 
 def recalibrated(out: Path) -> dict[Place, Overhead]:
@@ -222,11 +235,12 @@ def _candidates(run: RunFolder, kinds: Sequence[str], metric: str, direction: st
         return
     columns = _columns(run)
     count = len(columns["row_id"])
-    shapes = _parsed(columns.pop("shape", [None] * count), Shape)
-    if is_field(metric):
-        values = columns.get(metric, [None] * count)
-    else:
-        values = [other and other.get(metric) for other in _parsed(columns.get("other", [None] * count), dict)]
+    with _whole(run):
+        shapes = _parsed(columns.pop("shape", [None] * count), Shape)
+        if is_field(metric):
+            values = columns.get(metric, [None] * count)
+        else:
+            values = [other and other.get(metric) for other in _parsed(columns.get("other", [None] * count), _figures)]
     names = tuple(columns)
     for found, shape, *cells in zip(values, shapes, *columns.values(), strict=True):
         value, fields = finite(found), {key: cell for key, cell in zip(names, cells, strict=True) if cell is not None}
@@ -247,22 +261,65 @@ def _measured(run: RunFolder) -> Iterator[Row]:
     for cells in zip(*columns.values(), strict=True):
         fields = {key: cell for key, cell in zip(columns, cells, strict=True) if cell is not None and key != "shape"}
         if fields.get("memory_source") == "measured":
-            yield _row(fields)
+            yield _row(fields, run)
 
 
-def _row(cells: Mapping[str, Any]) -> Row:
-    return Row(**{"other": {}} | {name: json.loads(v) if name in _NESTED else v for name, v in cells.items()})
+def _row(cells: Mapping[str, Any], run: RunFolder | None) -> Row:
+    with _whole(run):
+        nested = {name: _figures(plain_json(cells[name])) for name in _NESTED if name in cells}
+        return Row(**{"other": {}} | dict(cells) | nested)
+
+
+def _figures(data: Any) -> dict[str, Any]:
+    hold(data, dict[str, Any], "a cell")
+    return dict(data)
+
+
+@contextmanager
+def _whole(run: RunFolder | None) -> Iterator[None]:
+    """Names the table of a run whose cells are not what was written."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, pa.ArrowException, ValueError, InputError) as error:
+        if run is None:
+            raise
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{run.leaderboard_file} is not what a search writes ({said}): remove it, and the rows are read from the "
+            "run's log, or leave that run out"
+        ) from None
+
+
+@contextmanager
+def _table(run: RunFolder) -> Iterator[Any]:
+    """A run's table, of columns as they are written."""
+    import pyarrow.parquet as pq
+
+    # Not `read_table`, which imports pandas where that is installed, and takes longer than all else here.
+    with _whole(run), pq.ParquetFile(run.leaderboard_file) as file:
+        written = arrow_schema()
+        for field in file.schema_arrow:
+            if field.name in written.names and not field.type.equals(written.field(field.name).type):
+                raise InputError(f"the column {field.name} is of {field.type}")
+        missing = [name for name in required() if name not in file.schema_arrow.names]
+        if missing:
+            raise InputError(f"it lacks the column {missing[0]}")
+        yield file
 
 
 def _columns(run: RunFolder) -> dict[str, list[Any]]:
     """A run's table without what makes up most of it, documents and strategies, and without columns of nothing."""
-    import pyarrow.parquet as pq
-
-    # Not `read_table`, which imports pandas where that is installed, and takes longer than all else here.
-    with pq.ParquetFile(run.leaderboard_file) as file:
+    with _table(run) as file:
         # Runs of earlier versions lack some.
         names = [name for name in _COLUMNS if name in file.schema_arrow.names]
         table = file.read(columns=names, use_threads=False)
+        for name in required():
+            if table.column(name).null_count:
+                raise InputError(f"the column {name} has rows without it")
+        for text in table.column("deployment").unique().to_pylist():
+            Deployment.from_json(plain_json(text))
     columns = {name: table.column(name) for name in names}
     return {name: one.to_pylist() for name, one in columns.items() if name == "row_id" or one.null_count < len(one)}
 
@@ -270,5 +327,5 @@ def _columns(run: RunFolder) -> dict[str, list[Any]]:
 def _parsed(texts: Sequence[str | None], made: Callable[[Any], T]) -> list[T | None]:
     """What is made of each JSON text, one of equal ones: parsed as one list, in a tenth of the time of one by one."""
     distinct = list(dict.fromkeys(text for text in texts if text is not None))
-    found = dict(zip(distinct, map(made, json.loads(f"[{','.join(distinct)}]")), strict=True))
+    found = dict(zip(distinct, map(made, plain_json(f"[{','.join(distinct)}]")), strict=True))
     return [None if text is None else found[text] for text in texts]

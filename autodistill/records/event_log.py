@@ -6,12 +6,12 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from autodistill.errors import AutoDistillError, InputError
-from autodistill.records.json_files import strict_json, sync
+from autodistill.records.json_files import plain_json, read_plain, strict_json, sync
 
 
 class EventLog:
@@ -21,10 +21,12 @@ class EventLog:
 
     Args:
         path: The file; made by the first `append`.
+        check: Holds each event that is read to what it must have; raises `InputError`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, check: Callable[[Mapping[str, Any]], None] = lambda event: None) -> None:
         self.path = path
+        self._holds = check
 
     def append(self, event: Mapping[str, Any]) -> None:
         """Writes one event and syncs it to the disk; returns once it will outlive a crash.
@@ -58,10 +60,11 @@ class EventLog:
         """All whole events, oldest first; none where there is no file yet.
 
         Raises:
-            InputError: The file is unreadable, or a line other than a torn last one is no JSON object.
+            InputError: The file is unreadable, or a line other than a torn last one is no JSON object, or not what it
+                must be.
         """
         try:
-            data = self.path.read_bytes()
+            data = read_plain(self.path)
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -70,7 +73,16 @@ class EventLog:
         events = [self._whole(number, line) for number, line in enumerate(lines, start=1)]
         # A proper beginning of a JSON object is never one itself, so a tail that parses lacks nothing but its newline.
         last = _event(tail)
-        return events if last is None else [*events, last]
+        events += [] if last is None else [last]
+        for number, event in enumerate(events, start=1):
+            try:
+                self._holds(event)
+            except (InputError, ValueError, OverflowError) as error:
+                raise InputError(
+                    f"line {number} of {self.path} is not what was written: {error}; restore the file from a copy, or "
+                    "remove that line to go on without it"
+                ) from None
+        return events
 
     def _whole(self, number: int, line: bytes) -> dict[str, Any]:
         event = _event(line)
@@ -84,7 +96,7 @@ class EventLog:
 
 def _event(line: bytes) -> dict[str, Any] | None:
     try:
-        event = json.loads(line)
+        event = plain_json(line)
     except (ValueError, RecursionError):  # not JSON, or not UTF-8, or nested deeper than anything written here
         return None
     return event if isinstance(event, dict) else None

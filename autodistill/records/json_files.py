@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: The file is missing, unreadable, or not a JSON object.
     """
     try:
-        data = json.loads(path.read_bytes())
+        data = plain_json(read_plain(path))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
@@ -91,6 +93,35 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{path} holds no JSON object: restore it from a copy, or start a new run")
     return data
+
+
+def read_plain(path: Path) -> bytes:
+    """The bytes of a plain file; nothing waits for the writer of a pipe, or reads a device without end.
+
+    Raises:
+        OSError: It cannot be read, or is no plain file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file", str(path))
+        return file.read()
+
+
+def plain_json(text: bytes | str) -> Any:
+    """What strict JSON text holds.
+
+    Raises:
+        ValueError: It is no JSON, has a number that is not finite, or is nested too deep.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _refuse(name: str) -> float:
+    raise ValueError(f"JSON has no {name}")
 
 
 def unwritable(folder: Path, error: OSError) -> InputError:

@@ -12,6 +12,7 @@ from autodistill.device_lookup import is_machine
 from autodistill.devices import Device
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
+from autodistill.kinds import hold
 from autodistill.records.event_log import EventLog
 from autodistill.roofline import speed
 from autodistill.strategy import Deployment
@@ -106,12 +107,15 @@ def read_measured(out: Path) -> list[Measured]:
     for event in EventLog(path).read():
         fields = {name: event[name] for name in Measured.__dataclass_fields__ if name in event}
         try:
-            found = Measured(**fields)
-            key = (found.student, found.machine, found.runtime, found.threads)
-            if not found.doubts or key not in latest or latest[key].doubts:
-                latest[key] = found
-        except (TypeError, KeyError) as error:
+            hold(fields, Measured, "it")
+            Deployment.from_json(fields["deployment"])
+            spec_from_config(fields["shape"])
+        except InputError as error:
             raise InputError(f"{path} has a measurement that is not whole ({error}): remove its line") from None
+        found = Measured(**fields)
+        key = (found.student, found.machine, found.runtime, found.threads)
+        if not found.doubts or key not in latest or latest[key].doubts:
+            latest[key] = found
     return list(latest.values())
 
 

@@ -88,7 +88,11 @@ def parse_objectives(text: str, own: Mapping[str, Direction] | None = None) -> t
 def objectives_of(search: Mapping[str, Any]) -> tuple[Objective, ...]:
     """The objectives of a run, from its `search.json`; one that names none has its metric alone."""
     known = OBJECTIVES | _metrics(search.get("directions", {}))
-    return tuple(known[name] for name in search.get("objectives", [search.get("metric", "accuracy")]))
+    names = search.get("objectives", [search.get("metric", "accuracy")])
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise InputError(f"the run was judged by {unknown[0]!r}, of which its search.json has no direction: restore it")
+    return tuple(known[name] for name in names)
 
 
 def front(rows: Sequence[Row], objectives: Sequence[Objective]) -> list[Row]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.records.event_log import EventLog
+from autodistill.records.schema import check_event, check_opening
 from autodistill.records.store import RunFolder
 from autodistill.units import count_of
 
@@ -29,7 +30,7 @@ def record_test_opening(out: Path, *, run: str, data: str) -> None:
 
 def recorded_test_openings(out: Path, *, data: str | None = None) -> list[dict[str, Any]]:
     """Every recorded opening of a test split (run, data, time), or those of the data with one fingerprint."""
-    openings = EventLog(out / _OPENINGS).read()
+    openings = EventLog(out / _OPENINGS, check_opening).read()
     return [opening for opening in openings if data is None or opening["data"] == data]
 
 
@@ -73,7 +74,7 @@ def openings_of(out: Path, search: Mapping[str, Any]) -> dict[str, int]:
     name = search.get("name")
     if fingerprint and name and (log := RunFolder(out, name).events.path).exists():
         # The ledger does not know what another machine opened.
-        counts |= Counter({name: openings_in(EventLog(log).read())})
+        counts |= Counter({name: openings_in(EventLog(log, check_event).read())})
     return dict(counts.most_common())
 
 

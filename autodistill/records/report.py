@@ -12,7 +12,7 @@ from autodistill.records.choice import chosen, contenders, students_only
 from autodistill.records.confirmation import KIND, Confirmation, confirmations
 from autodistill.records.differences import differences, shown
 from autodistill.records.gains import Gains, named
-from autodistill.records.json_files import read_json, replacing
+from autodistill.records.json_files import replacing
 from autodistill.records.leaderboard import UNTRAINED, Ranked, limits_of, nearest, pareto, rank, rests_on
 from autodistill.records.objectives import Objective, front, objectives_of
 from autodistill.records.openings import opened, openings_of
@@ -84,7 +84,7 @@ def write_report(run: RunFolder) -> tuple[str, ...]:
     Raises:
         InputError: `search.json` or the log cannot be read.
     """
-    search = read_json(run.search_file)
+    search = run.asked()
     events = run.events.read()
     metric, direction = search.get("metric", "accuracy"), search.get("direction", "max")
     ranked = rank(contenders(rows_of(events)), metric, direction)

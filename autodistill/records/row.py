@@ -11,11 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
+from autodistill.contracts import Status
 from autodistill.errors import InputError
+from autodistill.kinds import hold
 from autodistill.records.json_files import replacing, strict_json
 from autodistill.strategy import Deployment
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SCHEMA_VERSION = 1
 KINDS = ("student", "baseline", "confirmation", "teacher", "initial")
@@ -23,6 +28,35 @@ KINDS = ("student", "baseline", "confirmation", "teacher", "initial")
 
 REMOVED = "its student was removed before it might have been exported"
 """The reason of a row that would be chosen, were its student there."""
+DAMAGED = "its student was changed or damaged after it was trained"
+"""Likewise, were it as it was written."""
+
+
+class _Paired(TypedDict):
+    """A figure by document."""
+
+    ids: tuple[Any, ...]
+    count: tuple[float, ...]
+    sum: NotRequired[tuple[float | None, ...]]
+    bins: NotRequired[tuple[Any, ...]]
+    metric: NotRequired[str]
+    unit: NotRequired[str]
+
+
+class _Documents(_Paired):
+    """The metric by document, and further figures by their names."""
+
+    others: NotRequired[Mapping[str, _Paired]]
+
+
+class _CutShort(TypedDict):
+    """What an evaluation that ended early read."""
+
+    read: int
+    of: int
+    unit: str
+    metric: str
+    estimate: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +186,10 @@ class Row:
                 f"a row has schema version {version}, this version of autodistill reads up to {SCHEMA_VERSION}: "
                 "upgrade autodistill to read it"
             )
-        missing = [name for name in _required() if data.get(name) is None]
+        missing = [name for name in required() if data.get(name) is None]
         if missing:
             raise InputError(f"row {data.get('row_id')!r} lacks the field {', '.join(missing)}")
+        hold(data.get("schema_version", SCHEMA_VERSION), int, "schema_version")
         row = cls(**{name: _convert(data[name], name) for name in _types() if data.get(name) is not None})
         row._check()
         return row
@@ -162,12 +197,28 @@ class Row:
     def _check(self) -> None:
         if self.kind not in KINDS:
             raise InputError(f"row {self.row_id!r} is of kind {self.kind!r}; it can be {', '.join(KINDS)}")
+        name = f"row {self.row_id!r}"
+        hold(self.status, Status, f"the status of {name}")
+        hold(self.split, Literal["validation", "test"] | None, f"the split of {name}")
+        hold(dict(self.other), dict[str, Any], f"the figures of {name}")
+        Deployment.from_json(self.deployment)
+        if self.cut_short is not None:
+            hold(dict(self.cut_short), _CutShort, f"cut_short of {name}")
         if self.documents is not None:
-            lengths = [len(self.documents.get(name, ())) for name in ("ids", "count", "sum")]
-            if len(set(lengths)) > 1:
-                raise InputError(
-                    f"the documents of row {self.row_id!r} have {lengths} ids, counts and sums, not as many"
-                )
+            check_documents(dict(self.documents), f"the documents of {name}")
+
+
+def check_documents(documents: Any, where: str) -> None:
+    """Holds a row's paired data to what they must be.
+
+    Raises:
+        InputError: Says what is wrong.
+    """
+    hold(documents, _Documents, where)
+    for data in (documents, *documents.get("others", {}).values()):
+        lengths = [len(data.get(part, ())) for part in ("ids", "count", "bins" if "bins" in data else "sum")]
+        if len(set(lengths)) > 1:
+            raise InputError(f"{where} have {lengths} ids, counts and sums, not as many")
 
 
 def trained_fully(kind: str, fidelity: float | None) -> bool:
@@ -203,7 +254,8 @@ def _types() -> dict[str, type]:
 
 
 @cache
-def _required() -> tuple[str, ...]:
+def required() -> tuple[str, ...]:
+    """Names of the fields that every row has."""
     missing = dataclasses.MISSING
     return tuple(f.name for f in dataclasses.fields(Row) if f.default is missing and f.default_factory is missing)
 
@@ -242,11 +294,18 @@ def to_parquet(rows: Sequence[Row], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    arrow = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
-    schema = pa.schema([(name, arrow.get(kind, pa.string())) for name, kind in _types().items()])
     columns = {name: [_cell(getattr(row, name)) for row in rows] for name in _types()}
     with replacing(path) as temporary:
-        pq.write_table(pa.table(columns, schema=schema), temporary)
+        pq.write_table(pa.table(columns, schema=arrow_schema()), temporary)
+
+
+@cache
+def arrow_schema() -> pa.Schema:
+    """The columns of a table of rows."""
+    import pyarrow as pa
+
+    arrow = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
+    return pa.schema([(name, arrow.get(kind, pa.string())) for name, kind in _types().items()])
 
 
 def _cell(value: Any) -> Any:
@@ -269,7 +328,7 @@ def read_parquet(path: Path) -> list[Row]:
 
     try:
         table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise InputError(f"cannot read {path} as a leaderboard: {str(error).splitlines()[0]}") from error
     nested = {name for name, kind in _types().items() if kind not in (str, bool, int, float)}
     return [

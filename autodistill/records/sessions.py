@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +17,10 @@ from types import TracebackType
 from typing import Any
 
 from autodistill.errors import InputError
-from autodistill.records.json_files import read_json, write_json
+from autodistill.kinds import hold
+from autodistill.moments import now
+from autodistill.records.json_files import plain_json, read_json, write_json
+from autodistill.records.schema import Ended
 from autodistill.storage import Storage
 
 _FILE = "alive.json"
@@ -31,7 +33,7 @@ class SignsOfLife:
     Args:
         folder: Of the run.
         storage: Of the run, or None.
-        started: `time.time()` at which the session began, as its event has it.
+        started: `moments.now()` at which the session began, as its event has it.
         seconds: By phase, as they stand when it is called.
     """
 
@@ -59,7 +61,7 @@ class SignsOfLife:
 
     def give(self) -> None:
         """Writes one; where that is impossible, the one before stands, and costs the next session's box some time."""
-        data = {"session": self._started, "time": time.time(), "seconds": dict(self._seconds())}
+        data = {"session": self._started, "time": now(), "seconds": dict(self._seconds())}
         try:
             write_json(self._folder / _FILE, data)
             if self._storage is not None:
@@ -82,21 +84,29 @@ def last_ended(events: Sequence[Mapping[str, Any]], folder: Path, storage: Stora
     last = next((event for event in reversed(events) if event["event"] in ("session", "ended")), None)
     if last is None or last["event"] == "ended":
         return None
-    signs = [sign for sign in _signs(folder, storage) if sign.get("session") == last["time"]]
+    signs = [sign for sign in _signs(folder, storage) if sign["session"] == last["time"]]
     if not signs:
         return None
-    latest = max(signs, key=lambda sign: float(sign["time"]))
+    latest = max(signs, key=lambda sign: sign["time"])
     return {"event": "ended", "session": last["time"], "time": latest["time"], "seconds": latest["seconds"]}
 
 
 def _signs(folder: Path, storage: Storage | None) -> Iterable[Mapping[str, Any]]:
-    """Of this machine and of the storage: whichever went on with the run last wrote the later one."""
+    """Of this machine and of the storage: whichever went on with the run last wrote the later one.
+
+    One that is not as it was written is passed over: it only says how long something took.
+    """
+    found = []
     if (folder / _FILE).is_file():
-        with suppress(InputError):  # it only says how long something took
-            yield read_json(folder / _FILE)
+        with suppress(InputError):
+            found.append(read_json(folder / _FILE))
     if storage is not None:
         with suppress(OSError, ValueError):
-            yield json.loads(storage.read(_FILE))
+            found.append(plain_json(storage.read(_FILE)))
+    for sign in found:
+        with suppress(InputError):
+            hold(sign, Ended, _FILE)
+            yield sign
 
 
 def lasted(events: Sequence[Mapping[str, Any]], since: float = 0.0) -> float:
@@ -104,13 +114,16 @@ def lasted(events: Sequence[Mapping[str, Any]], since: float = 0.0) -> float:
 
     Args:
         events: The log.
-        since: `time.time()`: sessions that began earlier are left out.
+        since: When a session began: those before it in the log are left out, whatever the clocks said then. Of one that
+            the log does not have, those that began earlier.
     """
     starts = [index for index, event in enumerate(events) if event["event"] == "session"]
+    begun = [events[index]["time"] for index in starts]
+    first = begun.index(since) if since in begun else 0
     total = 0.0
-    for start, end in pairwise([*starts, len(events)]):
+    for number, (start, end) in enumerate(pairwise([*starts, len(events)])):
         times = [event["time"] for event in events[start:end] if "time" in event]
-        if times[0] >= since:
+        if number >= first and (since in begun or times[0] >= since):
             total += max(times) - times[0]
     return total
 

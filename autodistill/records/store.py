@@ -6,14 +6,17 @@ import fcntl
 import os
 import re
 import socket
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from autodistill.errors import InputError
 from autodistill.records.event_log import EventLog
 from autodistill.records.json_files import unwritable
+from autodistill.records.schema import check_event, check_log, read_search
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}\Z", re.ASCII)
 _LOCK = "lock"
@@ -40,7 +43,7 @@ class RunFolder:
         self.name = name
         self.path = out / name
         self._lock: int | None = None
-        self._log = EventLog(self.path / "trials.jsonl")
+        self._log = EventLog(self.path / "trials.jsonl", check_event)
         self._held: list[int] = []
 
     @classmethod
@@ -100,6 +103,28 @@ class RunFolder:
     def search_file(self) -> Path:
         """All that is needed to run the search again."""
         return self.path / _SEARCH
+
+    def asked(self, *needed: str) -> dict[str, Any]:
+        """What `search_file` holds.
+
+        Args:
+            needed: As of `schema.read_search`.
+
+        Raises:
+            InputError: It is not what a search writes.
+        """
+        return read_search(self.search_file, *needed)
+
+    def check_together(self, events: Iterable[Mapping[str, Any]], rungs: int, *, whole: bool = False) -> None:
+        """Holds the events of the log to each other, as `schema.check_log` does.
+
+        Raises:
+            InputError: Names the log, and what does not fit together.
+        """
+        try:
+            check_log(events, rungs, whole=whole)
+        except InputError as error:
+            raise InputError(f"{self._log.path} is not whole: {error}; restore it from a copy") from None
 
     @property
     def events(self) -> EventLog:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from autodistill.errors import AutoDistillError, InputError
+from autodistill.kinds import hold
 from autodistill.records.event_log import EventLog
-from autodistill.records.json_files import strict_json
+from autodistill.records.json_files import plain_json, strict_json
+from autodistill.records.schema import check_event
 from autodistill.storage import Storage
 
 _FOLDER, _SEARCH = "events", "search.json"
@@ -30,7 +32,7 @@ class StoredLog(EventLog):
     """
 
     def __init__(self, path: Path, storage: Storage, check: Callable[[], None] = lambda: None) -> None:
-        super().__init__(path)
+        super().__init__(path, check_event)
         self._storage = storage
         self._check = check
         self._last = 0
@@ -58,10 +60,13 @@ class StoredLog(EventLog):
             InputError: An event cannot be read.
         """
         keys = sorted(self._storage.list(_FOLDER))
-        self._last = max((int(Path(key).name.partition("-")[0]) for key in keys), default=0)
         try:
-            events = [json.loads(data) for data in self._storage.read_all(keys)]
-        except (OSError, ValueError) as error:
+            self._last = max((int(Path(key).name.partition("-")[0]) for key in keys), default=0)
+            events = [plain_json(data) for data in self._storage.read_all(keys)]
+            for event in events:
+                hold(event, Mapping[str, Any], "an event")
+                check_event(event)
+        except (OSError, ValueError, InputError) as error:
             raise InputError(f"the events of {self._storage.uri} cannot be read ({error}): restore them") from error
         if events == self.read():
             return

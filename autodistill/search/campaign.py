@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from autodistill.applied import student_spec
 from autodistill.certainty import Reading
 from autodistill.contracts import Decision, Status
 from autodistill.errors import AutoDistillError
+from autodistill.moments import now
 from autodistill.process_memory import killed_for_memory
 from autodistill.records.confirmation import KIND as CONFIRMATION
 from autodistill.records.event_log import EventLog
@@ -181,6 +181,8 @@ class Campaign:
         # Beside one that has all threads no other worker does anything.
         share = plan.workers if assignment.threads else 1
         self._count_seconds(assignment, report, share)
+        if report.damaged is not None:
+            self._notify(f"{trial.task.id}: {report.damaged}")
         # What was lost is in the log already, as is what a student that is kept branches off from; of what was
         # interrupted without a word nothing is.
         resumed = 0 if assignment.keep else max(0, report.resumed - trial.lost)
@@ -227,6 +229,7 @@ class Campaign:
         """The student of a rung short of the end was kept, and is its trial's if it may be exported."""
         trial.kept = row.feasible and row.standing(self.question.metric) is not None
         done = {"trained": report.trained, "seconds": report.seconds}
+        done |= {"tokens": report.tokens, "student": report.student}
         self._write({"event": "kept", "trial": trial.task.id, "kept": trial.kept, **done})
         self._notify(
             f"no trial has reached the end: {trial.task.id} is kept as it is after {report.tokens:,} tokens, "
@@ -269,6 +272,7 @@ class Campaign:
                 **stage_facts(report),
                 **({"resumed": resumed} if resumed else {}),
                 **({"workers": share} if share > 1 else {}),
+                **({"student": report.student} if report.student is not None else {}),
                 **({"reading": reading.to_json()} if reading is not None else {}),
             }
         )
@@ -597,7 +601,7 @@ class Campaign:
 
     def _write(self, event: Mapping[str, Any]) -> None:
         try:
-            self._log.append({**event, "time": time.time()})
+            self._log.append({**event, "time": now()})
         except AutoDistillError as error:
             self.broken, self.stopping = error, True
             raise

@@ -46,6 +46,11 @@ from autodistill.space import Space, load_space, load_strategy
 from autodistill.storage import Storage, check_folder
 from autodistill.units import Budget, format_duration
 
+# What `search.json` must say for a run to go on.
+_RESUMED = (
+    *("metric", "direction", "plan", "speed", "budget", "teacher.fingerprint"),
+    *("data.fingerprint", "space_definition", "space_hash", "sampler", "seed"),
+)
 _SEEDS = 2**32
 _MANY = 10_000
 _LEAST_EXPLORED = 0.1
@@ -396,7 +401,7 @@ def _stored(request: SearchRequest, storage: Storage | None) -> Mapping[str, Any
                 f"there is no run {request.name!r}, neither in {request.out} nor on {storage.uri}: check --name, "
                 "and whether it was begun with this --storage"
             )
-    return read_json(RunFolder.open(request.out, request.name).search_file)
+    return RunFolder.open(request.out, request.name).asked(*_RESUMED)
 
 
 def _keeping(request: SearchRequest, storage: Storage | None) -> Storage | None:

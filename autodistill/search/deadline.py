@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from autodistill.distillation.sharding import Sharding
 from autodistill.distillation.trainer import StepRecord
+from autodistill.moments import Moment
 
 
 class OutOfTime(Exception):
     """The time box ended while a trial trained; the trial is given back, not failed."""
 
 
-def step_guard(deadline: float | None, sharding: Sharding | None = None) -> Callable[[StepRecord], None]:
-    """A callback for `Trial` that raises `OutOfTime` after the first step past `deadline`, a `time.time()` or None.
+def step_guard(deadline: Moment | None, sharding: Sharding | None = None) -> Callable[[StepRecord], None]:
+    """A callback for `Trial` that raises `OutOfTime` after the first step past `deadline`, if there is one.
 
     Of several processes all raise after the same step, whatever their clocks say.
     """
@@ -23,7 +23,7 @@ def step_guard(deadline: float | None, sharding: Sharding | None = None) -> Call
         """Raises `OutOfTime` where this step, or that of any process, ended past the deadline."""
         if deadline is None:
             return
-        late = time.time() > deadline
+        late = deadline.left < 0
         if sharding is not None:
             late = sharding.sum({"late": float(late)})["late"] > 0
         if late:

@@ -15,12 +15,11 @@ from autodistill.errors import InputError
 from autodistill.estimate import fits, holdable, spec_from_config
 from autodistill.records.choice import chosen, contenders, students_only
 from autodistill.records.gains import Gains, named
-from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED, UNTRAINED
 from autodistill.records.objectives import Objective, objectives_of
 from autodistill.records.openings import opened, openings_of
 from autodistill.records.recalibration import corrected, least_beyond
-from autodistill.records.row import REMOVED, Row, rows_of
+from autodistill.records.row import DAMAGED, REMOVED, Row, rows_of
 from autodistill.records.saved import Saved, saved
 from autodistill.records.store import RunFolder
 from autodistill.search.study import Importance, Observation, importance
@@ -136,8 +135,9 @@ def explain(run: RunFolder) -> Explanation:
     Raises:
         InputError: There is no trial yet.
     """
-    asked, events = read_json(run.search_file), run.events.read()
+    asked, events = run.asked("metric", "direction", "plan", "space_definition"), run.events.read()
     plan, space = Plan.from_json(asked["plan"]), Space.from_json(asked["space_definition"])
+    run.check_together(events, len(plan.rungs))
     trials = {event["trial"]: event for event in events if event["event"] == "trial"}
     if not trials:
         raise InputError(f"the run {run.name!r} has no trial yet: nothing to explain")
@@ -248,7 +248,9 @@ def _limits(asked: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, tuple[s
         binding += f" of {format_bytes(limit)} ({used:.0%}): memory {'binds' if used > 0.9 else 'does not bind'}."
     sign = 1 if asked["direction"] == "max" else -1
     best_value = best.figure(asked["metric"])
-    out = [row for row in full if not (row.feasible or row.reason == REMOVED) or corrected(row, beyond) > limit]
+    out = [
+        row for row in full if not (row.feasible or row.reason in (REMOVED, DAMAGED)) or corrected(row, beyond) > limit
+    ]
     beaten = [
         row
         for row in out

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from autodistill import plugins
+from autodistill.checksums import check_list
 from autodistill.distillation.teacher import materialise, resolve_teacher
-from autodistill.errors import InputError
+from autodistill.errors import DamagedError, InputError
 from autodistill.export.card import Origin, model_card
 from autodistill.export.verify import verify
 from autodistill.formats import get_format
 from autodistill.records.choice import chosen, contenders, students_only
-from autodistill.records.json_files import read_json
 from autodistill.records.leaderboard import DISTILLED, rank
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import RunFolder, default_cache
 from autodistill.strategy import IN_16_BITS, Deployment
-from autodistill.students import kept_after, student_folder
+from autodistill.students import kept_after, listed, student_folder
 from autodistill.templates import copy_licence
 
+_NEEDED = (
+    *("metric", "direction", "teacher.name", "teacher.reference", "data.name"),
+    *("data.reference", "licences", "plan.batch_tokens", "plan.sequence_length"),
+)
 
-def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], out: Path) -> dict[str, Path]:
+
+def export_run(
+    run: RunFolder,
+    row_id: str | None,
+    containers: Sequence[str],
+    out: Path,
+    notify: Callable[[str], None] = lambda line: None,
+) -> dict[str, Path]:
     """Packs the model of a row into each container, and holds the bytes on disk to the evaluated weights.
 
     A model card lies beside each, and the text of the teacher's licence where its folder has one.
@@ -36,17 +47,19 @@ def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], ou
         row_id: Of the row, or None for the run's best.
         containers: Names of exporters; a folder of that name is made in `out` for each.
         out: Folder for them.
+        notify: Told what a person must know of the student.
 
     Returns:
         For each container the file or folder that a runtime is given.
 
     Raises:
-        InputError: An unknown or repeated container, an unknown row, a row without a student on disk, a teacher that is
-            gone or has changed, a container that the trial has no row in, or a folder that is not empty.
+        InputError: An unknown or repeated container, an unknown row, a row without a student on disk, or with one that
+            was changed, a teacher that is gone or has changed, a container that the trial has no row in, or a folder
+            that is not empty.
         VerificationError: What was written is not what was evaluated.
     """
     _check_containers(containers)
-    asked = read_json(run.search_file)
+    asked = run.asked(*_NEEDED)
     every = rows_of(run.events.read(), ("row", "test"))
     rows = [row for row in every if row.split != "test"]
     ranked = [one.row for one in rank(contenders(rows), asked["metric"], asked["direction"])]
@@ -54,7 +67,11 @@ def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], ou
     having = [row for row in rows if row.kind not in DISTILLED or row.full or _folder(run, row).is_dir()]
     best = chosen(having, asked["metric"], asked["direction"], students_only=students_only(asked))
     row = _find(run, ranked, row_id or (best.row_id if best else None))
-    student = _teacher(asked) if row.kind == "teacher" else _student(run, row, asked, _collected(run))
+    if row.kind == "teacher":
+        student = _teacher(asked)
+    else:
+        student = _student(run, row, asked, _collected(run))
+        _check_whole(student, run, row, asked, notify)
     deployments = {name: _deployment(name, row, ranked, asked) for name in containers}
     for name in containers:
         folder = out / name
@@ -114,9 +131,8 @@ def _student(run: RunFolder, row: Row, asked: Mapping[str, Any], collected: Coll
         )
     if not folder.is_dir() and row.full and row.trial in collected:
         raise InputError(
-            f"the student of the row {row.row_id} was removed by the search, to hold --checkpoint-limit: choose "
-            f"another row, or make one like it with {_again(row, asked)}, where FILE has the strategy of {row.trial} "
-            f"as `autodistill leaderboard {run.name} --format json` gives it"
+            f"the student of the row {row.row_id} was removed by the search, to hold --checkpoint-limit: "
+            f"{_another(run, row, asked)}"
         )
     if not folder.is_dir():
         why = "was removed" if row.full else "was not trained to the end, so none was kept"
@@ -141,6 +157,29 @@ def _teacher(asked: Mapping[str, Any]) -> Path:
             f"{teacher.fingerprint}): restore it, or choose a student's row"
         )
     return teacher.folder
+
+
+def _check_whole(
+    student: Path, run: RunFolder, row: Row, asked: Mapping[str, Any], notify: Callable[[str], None]
+) -> None:
+    """Holds the student's files to the checksums that they had when its figures were measured."""
+    known = listed(run.events.read()).get((row.trial, kept_after(row)))
+    try:
+        if not check_list(student, known):
+            notify("an earlier version kept no checksums of this student: its files are taken as they are")
+    except DamagedError as error:
+        raise DamagedError(
+            f"the student of the row {row.row_id} is not the one whose figures the run has ({error}): "
+            f"{_another(run, row, asked)}"
+        ) from None
+
+
+def _another(run: RunFolder, row: Row, asked: Mapping[str, Any]) -> str:
+    """What to do where a row's student is not to be had."""
+    return (
+        f"choose another row, or make one like it with {_again(row, asked)}, where FILE has the strategy of "
+        f"{row.trial} as `autodistill leaderboard {run.name} --format json` gives it"
+    )
 
 
 def _again(row: Row, asked: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import errno
 import re
 
 from autodistill.distillation.memory import is_out_of_memory
-from autodistill.errors import AutoDistillError, TrialFailedError
+from autodistill.errors import AutoDistillError, DamagedError, TrialFailedError
 
 OUT_OF_MEMORY, WORKER_DIED = "out-of-memory", "worker-died"
 KILLED = "killed-for-memory"
@@ -34,7 +34,8 @@ def explained(error: Exception) -> TrialFailedError:
         return TrialFailedError(OUT_OF_MEMORY, said[0] if said else "the machine's memory is full")
     if is_disk_full(error):
         return TrialFailedError("disk-full", said[0])
-    if isinstance(error, AutoDistillError):
+    # What is damaged may be whole elsewhere, or is gone by the next try.
+    if isinstance(error, AutoDistillError) and not isinstance(error, DamagedError):
         return TrialFailedError("refused", str(error))
     return TrialFailedError("error", f"{type(error).__name__}: {error}")
 

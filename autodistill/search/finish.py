@@ -39,7 +39,7 @@ from autodistill.records.leaderboard import (
     limits_of,
     nearest,
 )
-from autodistill.records.row import REMOVED, Row, rows_of
+from autodistill.records.row import DAMAGED, REMOVED, Row, rows_of
 from autodistill.search.beginnings import settle, settled_candidate
 from autodistill.search.exportable import candidates, container_of, passed_over
 from autodistill.search.finisher import Finisher
@@ -170,9 +170,15 @@ def _first_that_fits(
     checks: dict[str, RuntimeCheck],
     container: str | None = None,
 ) -> Row | None:
-    """Exports the best row that keeps to the budget when its runtime is measured; those that do not are `rejected`."""
+    """Exports the best row that keeps to the budget when its runtime is measured; those that do not are `rejected`,
+    and those whose student was damaged.
+    """
     for _ in range(_CANDIDATES):
         candidate = settled_candidate(rows, rejected, finisher, container)
+        while candidate is not None and not finisher.whole(candidate):
+            rejected.append(replace(candidate, feasible=False, reason=DAMAGED))
+            finisher.write("row", rejected[-1])
+            candidate = settled_candidate(rows, rejected, finisher, container)
         if candidate is None:
             return None
         found = _export(candidate, finisher, paths, checks)

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from autodistill.applied import initial_student
+from autodistill.checksums import LIST, write_list
 from autodistill.distillation.held import load_held
 from autodistill.distillation.models import load_model
 from autodistill.distillation.teacher import Teacher
+from autodistill.errors import DamagedError
+from autodistill.moments import now
 from autodistill.records.leaderboard import UNTRAINED
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
 from autodistill.search.trials import Question
 from autodistill.strategy import Strategy
-from autodistill.students import has_student, kept_after, save_student, trained_student
+from autodistill.students import has_student, kept_after, listed, save_student, trained_student
 from autodistill.token_sets import Prepared
 from autodistill.trial_data import TrialSetting
 
@@ -47,15 +49,28 @@ class Finisher:
     threads: int
     phases: Phases
     line: Callable[[str], None]
+    _students: dict[tuple[str, int | None], Path] = field(default_factory=dict, init=False, repr=False)
 
     def student(self, row: Row) -> Path:
-        """Folder of a row's model: a float32 student, made anew where it needs no training, or the teacher's own."""
+        """Folder of a row's model: the teacher's own, a student made anew where it needs no training, or a trained one.
+
+        The files of a trained one are held to their checksums, once.
+
+        Raises:
+            DamagedError: They are not as they were written.
+        """
         if row.kind == "teacher":
             return self.teacher.folder
-        folder = trained_student(self.run.checkpoints / row.trial, self.setting.storage, kept_after(row))
-        if row.kind == "initial" and not folder.is_dir():
-            self._begin(row, folder)
-        return folder
+        key = row.trial, kept_after(row)
+        if key not in self._students:
+            known = listed(self.run.events.read()).get(key)
+            folder = trained_student(self.run.checkpoints / row.trial, self.setting.storage, key[1], known)
+            if row.kind == "initial" and not folder.is_dir():
+                self._begin(row, folder)
+            elif folder.is_dir() and not (folder / LIST).exists():
+                self.line(f"the student of {row.trial} is taken as it lies there: an earlier version kept no checksums")
+            self._students[key] = folder
+        return self._students[key]
 
     def _begin(self, row: Row, folder: Path) -> None:
         """Writes a student as it begins, whole or not at all."""
@@ -65,7 +80,17 @@ class Finisher:
         shutil.rmtree(partial, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         save_student(model, self.setting.text(init), partial)
+        write_list(partial)
         os.replace(partial, folder)
+
+    def whole(self, row: Row) -> bool:
+        """Whether a row's student is as it was written; says so where it is not."""
+        try:
+            self.student(row)
+        except DamagedError as error:
+            self.line(f"the student of {row.trial} is passed over: {error}")
+            return False
+        return True
 
     def has(self, row: Row) -> bool:
         """Whether its model is there: what was trained may not have been kept."""
@@ -81,4 +106,4 @@ class Finisher:
 
     def write(self, kind: str, row: Row) -> None:
         """Appends a row to the log."""
-        self.run.events.append({"event": kind, "row": row.to_json(), "time": time.time()})
+        self.run.events.append({"event": kind, "row": row.to_json(), "time": now()})

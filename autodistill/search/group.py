@@ -9,6 +9,7 @@ from typing import Any
 
 from autodistill.distillation.memory import settle
 from autodistill.distillation.sharding import Sharding
+from autodistill.moments import Moment
 from autodistill.search.deadline import step_guard
 from autodistill.search.failures import KILLED, death
 from autodistill.search.kills import Kills
@@ -23,11 +24,11 @@ class Member:
 
     Args:
         setting: What all trials have in common.
-        deadline: `time.time()` at which a running trial is given back, or None.
+        deadline: When a running trial is given back, or None.
         rank: Of this process.
     """
 
-    def __init__(self, setting: TrialSetting, deadline: float | None, rank: int) -> None:
+    def __init__(self, setting: TrialSetting, deadline: Moment | None, rank: int) -> None:
         self._setting = setting
         self._deadline = deadline
         self._rank = rank
@@ -65,10 +66,10 @@ class Group:
 
     Args:
         setting: What all trials have in common.
-        deadline: `time.time()` at which a running trial is given back, or None.
+        deadline: When a running trial is given back, or None.
     """
 
-    def __init__(self, setting: TrialSetting, deadline: float | None) -> None:
+    def __init__(self, setting: TrialSetting, deadline: Moment | None) -> None:
         self._setting = setting
         self._deadline = deadline
         self._members: list[Any] = []

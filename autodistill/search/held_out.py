@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from autodistill.applied import initial_student, student_spec
@@ -230,14 +231,14 @@ def compared_with(best: Row, rows: Sequence[Row], finisher: Finisher) -> list[tu
     def first(tokens: int | None = None) -> list[tuple[Row, Deployment]]:
         """The best baseline, of so many tokens."""
         found = [row for row in trained if row.kind == "baseline" and tokens in (None, row.train_tokens)]
-        ranked = rank(found, question.metric, question.direction)[:1]
-        return [(one.row, Deployment.from_json(one.row.deployment)) for one in ranked]
+        ranked = (one.row for one in rank(found, question.metric, question.direction))
+        return [(row, Deployment.from_json(row.deployment)) for row in islice(filter(finisher.whole, ranked), 1)]
 
     if baseline := first(best.train_tokens):
         return baseline
     same = [row for row in trained if row.kind == best.kind and (row.strategy, row.seed) == (best.strategy, best.seed)]
     for row in sorted(same, key=lambda row: row.train_tokens or 0, reverse=True):
-        if row.train_tokens != best.train_tokens and (baseline := first(row.train_tokens)):
+        if row.train_tokens != best.train_tokens and finisher.whole(row) and (baseline := first(row.train_tokens)):
             return [*baseline, (row, Deployment.from_json(best.deployment))]
     return first()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from autodistill.moments import Moment
 from autodistill.process_memory import killed_for_memory
 from autodistill.search.campaign import Campaign
 from autodistill.search.deadline import step_guard
@@ -10,13 +11,13 @@ from autodistill.trial_data import TrialSetting
 from autodistill.workbench import Workbench
 
 
-def run_inline(campaign: Campaign, setting: TrialSetting, deadline: float | None) -> None:
+def run_inline(campaign: Campaign, setting: TrialSetting, deadline: Moment | None) -> None:
     """Drives the campaign until it is finished.
 
     Args:
         campaign: Decides what runs.
         setting: What all trials have in common.
-        deadline: `time.time()` at which a running trial is given back, or None.
+        deadline: When a running trial is given back, or None.
     """
     bench, guard = Workbench(setting), step_guard(deadline)
     while (assignment := campaign.next()) is not None:

@@ -14,6 +14,7 @@ from typing import Any
 from autodistill.contracts import ModelSpec, Plan
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.export.card import NOT_STATED
+from autodistill.kinds import hold
 from autodistill.records.json_files import write_json
 from autodistill.records.openings import already_opened, times_opened
 from autodistill.records.store import RunFolder
@@ -71,6 +72,7 @@ def plan_run(checked: Checked, place: Place, run: RunFolder, clock: Clock, obser
     with clock.phase("load", "loading teacher and data"):
         loaded = load(checked, place)
     if checked.stored is not None:
+        hold(checked.stored["speed"], Speed, "speed of search.json")
         speed = Speed(**checked.stored["speed"])
         plan = _extended(checked, Plan.from_json(checked.stored["plan"]), loaded.spec, speed, run.events.read())
         plan = _here(plan, loaded)
@@ -203,7 +205,7 @@ def _extends(checked: Checked, trials: int) -> bool:
 
 
 def _box(checked: Checked, plan: Plan, started_at: float) -> dict[str, float | None]:
-    """The run's time box, in seconds, and the `time.time()` from which sessions count for it.
+    """The run's time box, in seconds, and when the session began from which they count for it.
 
     One that has not finished keeps its box, or has another for all of it; what a finished one is extended by has its
     own. It is written down, so that a kill changes neither.

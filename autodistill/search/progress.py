@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from autodistill.moments import now
 from autodistill.search.campaign import Campaign
 
 _PHASES = ("load", "cache", "train", "evaluate", "export")
@@ -19,13 +20,13 @@ class Clock:
         notify: Told of each phase.
 
     Attributes:
-        started_at: The same, as `time.time()`.
+        started_at: The same, as `moments.now()`.
         earlier: Seconds by phase of the sessions before this one.
     """
 
     def __init__(self, started: float, notify: Callable[[str], None]) -> None:
         self.started = started
-        self.started_at = time.time() - (time.monotonic() - started)
+        self.started_at = now() - (time.monotonic() - started)
         self.seconds: dict[str, float] = {}
         self.earlier: Mapping[str, float] = {}
         self._notify = notify

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeAlias
 
 from autodistill.distillation.memory import keep_to_share
 from autodistill.errors import LostClusterError
+from autodistill.moments import Moment
 from autodistill.search.bell import Bell, Rest
 from autodistill.search.campaign import Campaign
 from autodistill.search.cluster import Cluster
@@ -44,14 +45,14 @@ class Source(Protocol):
         ...
 
 
-def run_ray(cluster: Cluster, campaign: Campaign, setting: TrialSetting, deadline: float | None) -> None:
+def run_ray(cluster: Cluster, campaign: Campaign, setting: TrialSetting, deadline: Moment | None) -> None:
     """Drives the campaign until it is finished, and leaves the cluster.
 
     Args:
         cluster: Where the workers run.
         campaign: Decides what runs.
         setting: What all trials have in common.
-        deadline: `time.time()` at which a running trial is given back, or None.
+        deadline: When a running trial is given back, or None.
 
     Raises:
         AutoDistillError: Ray could not be started.
@@ -74,7 +75,7 @@ def run_ray(cluster: Cluster, campaign: Campaign, setting: TrialSetting, deadlin
         cluster.leave()
 
 
-def _worker(setting: TrialSetting, deadline: float | None) -> Work:
+def _worker(setting: TrialSetting, deadline: Moment | None) -> Work:
     """What a worker process does its assignments by; made once in each."""
     if setting.plan.processes > 1:
         return Group(setting, deadline).work

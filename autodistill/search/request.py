@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from autodistill.contracts import Direction
+from autodistill.parts import check_no_blank
 from autodistill.records.store import default_cache
 from autodistill.units import Budget, Price
 
@@ -111,3 +112,6 @@ class SearchRequest:
     price: Price | None = None
     command: str = "autodistill search"
     started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        check_no_blank(self)

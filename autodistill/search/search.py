@@ -14,6 +14,7 @@ from autodistill.contracts import Plan, Status
 from autodistill.distillation.memory import give_back_memory
 from autodistill.errors import AutoDistillError, InputError, InterruptedSearchError, LostClusterError, NothingFitsError
 from autodistill.hardware import detect_for_training
+from autodistill.moments import Moment
 from autodistill.records.choice import contenders
 from autodistill.records.differences import differences
 from autodistill.records.gains import named
@@ -54,7 +55,7 @@ from autodistill.units import format_duration
 if TYPE_CHECKING:
     from autodistill.search.cluster import Cluster
 
-_Runner: TypeAlias = Callable[[Campaign, TrialSetting, float | None], None]
+_Runner: TypeAlias = Callable[[Campaign, TrialSetting, Moment | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +247,8 @@ def _search(
     request = checked.request
     clock = Clock(request.started, observer.phase)
     clock.add("load", time.monotonic() - request.started)
+    if checked.stored is not None:
+        run.check_together(run.events.read(), len(checked.stored["plan"]["rungs"]), whole=True)
     planned = plan_run(checked, place, run, clock, observer)
     if storage is not None:
         keep(run.search_file, storage)
@@ -307,7 +310,7 @@ def _trials(
     began = time.monotonic()
     observer.phase("trials")
     before = campaign.worker_seconds()
-    until = None if deadline is None else time.time() + deadline - time.monotonic() + 15
+    until = None if deadline is None else Moment(deadline + 15)
     # What the teacher took of a GPU, its trials take now.
     give_back_memory()
 

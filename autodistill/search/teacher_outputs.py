@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ from autodistill.errors import InputError, TrialFailedError
 from autodistill.evaluation import evaluate
 from autodistill.evaluators.command import NAME as COMMAND
 from autodistill.evaluators.command import Command
+from autodistill.moments import now
 from autodistill.records.differences import paired
 from autodistill.records.row import Row, rows_of
 from autodistill.records.store import RunFolder
@@ -166,7 +166,7 @@ def teacher_phase(
             continue
         with clock.phase("evaluate", f"teacher as {deployment.name}"):
             row = _teacher_row(teacher(), deployment, setting, validation, checked.device)
-            run.events.append({"event": "row", "row": row.to_json(), "time": time.time()})
+            run.events.append({"event": "row", "row": row.to_json(), "time": now()})
             setting = replace(setting, evaluators=_expecting(setting.evaluators, [row], validation))
     return setting
 
@@ -211,7 +211,7 @@ def _accuracy(
         reference.save(reference_file)
         accuracy = float(scores.correct.mean())
         said = {"teacher_accuracy": accuracy, "tokens": len(reference.top1)}
-        run.events.append({"event": "teacher", **said, "time": time.time()})
+        run.events.append({"event": "teacher", **said, "time": now()})
     return accuracy
 
 

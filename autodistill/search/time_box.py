@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 from autodistill.distillation.schedule import branch_point
+from autodistill.moments import Moment
 from autodistill.search.expected import evaluation_seconds, trained_in, trial_seconds
 from autodistill.search.trials import Assignment, Question
 from autodistill.trial_data import TrialTask
@@ -71,11 +72,9 @@ class TimeBox:
         seconds = (self._end() - time.monotonic()) / self._usual() - after
         return max(0, trained_in(seconds, question.plan.eval_tokens, question.teacher_spec.parameters, rate, speed))
 
-    def until(self, seconds: float) -> float | None:
-        """`time.time()` after which so many seconds of work, as expected, no longer end in time; None without a box."""
-        if self.deadline is None:
-            return None
-        return time.time() + self._end() - seconds * self._usual() - time.monotonic()
+    def until(self, seconds: float) -> Moment | None:
+        """When so many seconds of work, as expected, no longer end in time; None without a box."""
+        return None if self.deadline is None else Moment(self._end() - seconds * self._usual())
 
     def _end(self) -> float:
         """`time.monotonic()` at which the training and reading of a piece of work that begins now must have ended."""

@@ -12,6 +12,7 @@ from autodistill.applied import check_strategy, student_spec
 from autodistill.contracts import ModelSpec, Plan
 from autodistill.errors import InputError
 from autodistill.estimate import Miss
+from autodistill.kinds import hold
 from autodistill.space import Point, Space
 from autodistill.strategy import Distillation, Strategy
 from autodistill.training_fit import Training, TrainingFit, fit_training, training_fits
@@ -62,7 +63,10 @@ class TrainingNeed:
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | None) -> TrainingNeed | None:
         """Reads what `to_json` wrote; None of a trial that nobody asked it of."""
-        return None if data is None else cls(**data)
+        if data is None:
+            return None
+        hold(data, cls, "training")
+        return cls(**data)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from autodistill.distillation.memory import TooManyAtOnce
 from autodistill.distillation.trainer import StepRecord
 from autodistill.errors import TrialFailedError
 from autodistill.estimate import Fit, Miss
+from autodistill.moments import Moment
 from autodistill.records.objectives import Objective
 from autodistill.search.deadline import OutOfTime
 from autodistill.search.expected import Speed
@@ -74,7 +75,7 @@ class Assignment:
         rung: To be reached, or that the student stands at.
         deployment: To be evaluated; None where the trial is trained.
         keep: Whether the student is kept as this rung judges it, which is done where no trial reaches the end.
-        until: `time.time()` by which a trial that is trained on past the plan is to be trained: it then ends short of
+        until: When a trial that is trained on past the plan is to be trained: it then ends short of
             its length. None for all of its length.
         threads: CPU threads that the worker has for this, where nothing else runs; 0 for as many as ever.
         bar: What the trial must reach at the rung to go on, as those before it stand there; None for no such.
@@ -84,7 +85,7 @@ class Assignment:
     rung: int
     deployment: Deployment | None = None
     keep: bool = False
-    until: float | None = None
+    until: Moment | None = None
     threads: int = 0
     bar: Bar | None = None
 

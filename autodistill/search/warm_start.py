@@ -12,8 +12,8 @@ from autodistill.applied import probe_deployment, student_spec
 from autodistill.contracts import Status
 from autodistill.errors import InputError
 from autodistill.evaluators.command import NAME as COMMAND
+from autodistill.kinds import hold
 from autodistill.records.confirmation import KIND as CONFIRMATION
-from autodistill.records.json_files import read_json
 from autodistill.records.objectives import Objective
 from autodistill.records.row import Row
 from autodistill.records.store import RunFolder
@@ -26,6 +26,7 @@ from autodistill.strategy import Deployment, Strategy
 # A value after so many times this plan's tokens counts as one at its end: tokens follow from a timing of seconds, and
 # two runs of one command hardly ever plan the same.
 _SAME = (0.8, 1.25)
+_KNOWN_BY = ("reference", "fingerprint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,12 @@ class WarmStart:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> WarmStart:
-        """Reads what `to_json` wrote."""
+        """Reads what `to_json` wrote.
+
+        Raises:
+            InputError: Not that.
+        """
+        hold(data, cls, "warm_start of search.json")
         return cls(
             runs=tuple(data["runs"]),
             observations=tuple(
@@ -86,7 +92,9 @@ def check_space(out: Path, runs: Sequence[str], space: Space) -> None:
     """
     mine = space.to_json()
     for name in runs:
-        stored = read_json(RunFolder.open(out, name).search_file)
+        stored = RunFolder.open(out, name).asked(
+            "space_hash", "space_definition.deployments", "space_definition.dimensions"
+        )
         if stored["space_hash"] == space.hash:
             continue  # though the run did without choices that could not fit there
         theirs = stored["space_definition"]
@@ -111,7 +119,7 @@ def check_fingerprints(out: Path, runs: Sequence[str], fingerprints: Mapping[str
         InputError: Names the run, and which of the two differs.
     """
     for name in runs:
-        stored = read_json(RunFolder.open(out, name).search_file)
+        stored = RunFolder.open(out, name).asked(*(f"{part}.{field}" for part in fingerprints for field in _KNOWN_BY))
         for part, now in fingerprints.items():
             if stored[part]["fingerprint"] != now:
                 raise InputError(
@@ -132,7 +140,7 @@ def check_asked(out: Path, runs: Sequence[str], asked: Mapping[str, Any], names:
         InputError: Names the run, and what differs.
     """
     for name in runs:
-        theirs = read_json(RunFolder.open(out, name).search_file).get("asked", {})
+        theirs = RunFolder.open(out, name).asked().get("asked", {})
         for objective in names:
             here, there = _measured_by(objective, asked), _measured_by(objective, theirs)
             # A run that has no figure of that name says nothing of it.
@@ -160,7 +168,7 @@ def steps_differ(out: Path, runs: Sequence[str], step_tokens: int) -> tuple[str,
         out, runs: As checked by `check_space` and `check_fingerprints`.
         step_tokens: Of this search's steps.
     """
-    theirs = {name: read_json(RunFolder.open(out, name).search_file)["plan"]["batch_tokens"] for name in runs}
+    theirs = {name: RunFolder.open(out, name).asked("plan.batch_tokens")["plan"]["batch_tokens"] for name in runs}
     return tuple(
         f"the run {name!r} trained in steps of {tokens:,} tokens, this search in {step_tokens:,}: what it found of "
         f"learning rates may not hold here; --step-tokens {tokens} makes them equal"

@@ -101,7 +101,7 @@ def test_what_breaks_the_budget_once_measured_is_followed_by_what_a_later_reader
 def run(tmp_path: Path) -> RunFolder:
     asked = {"name": "run", "plan": small_plan().to_json(), "space_definition": SPACE.to_json(), "metric": "accuracy"}
     with RunFolder.create(tmp_path, "run") as folder:
-        named = {"teacher": {"name": "teacher"}, "data": {"name": "text"}, "licences": {}}
+        named = {name: {"name": name, "reference": name} for name in ("teacher", "data")} | {"licences": {}}
         limits = {"direction": "max", "budget": {"memory_bytes": 200}, "students_only": False}
         write_json(folder.search_file, {**asked, **named, **limits})
         folder.events.append({"event": "trial", "trial": "t000", "point": None})

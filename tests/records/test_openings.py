@@ -36,7 +36,7 @@ def test_openings_are_counted_by_run(tmp_path):
 
 def test_openings_by_a_run_on_another_machine_are_those_of_its_log(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, "run") as run:
-        for event in ("session", "row", "test", "test", "session", "row", "session", "test", "row", "test"):
+        for event in ("session", "teacher-row", "test", "test", "session", "session", "test", "teacher-row", "test"):
             run.events.append({"event": event})
         assert openings_in(run.events.read()) == 2
     search = {"name": "run", "data": {"fingerprint": "f1"}}

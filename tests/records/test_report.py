@@ -213,7 +213,7 @@ def test_the_plot_shows_rows_of_full_fidelity_and_the_front() -> None:
 
 def written_run(out: Path) -> RunFolder:
     with RunFolder.create(out, "small") as run:
-        write_json(run.search_file, SEARCH)
+        write_json(run.search_file, SEARCH | {"data": {"reference": "pydoc"}})
         for one in ROWS:
             run.events.append({"event": "row", "row": one.to_json()})
     return run

@@ -28,7 +28,7 @@ def test_a_session_that_was_killed_lasted_until_its_last_sign_of_life(
 ) -> None:
     assert last_ended([], tmp_path, None) is None
     assert last_ended(KILLED, tmp_path, None) is None, "nothing tells"
-    monkeypatch.setattr(sessions.time, "time", lambda: 430.0)
+    monkeypatch.setattr(sessions, "now", lambda: 430.0)
     sign(tmp_path, None, 100.0, 250.0)
     ended = last_ended(KILLED, tmp_path, None)
     assert ended == {"event": "ended", "session": 100.0, "time": 430.0, "seconds": {"train": 250.0}}
@@ -46,9 +46,9 @@ def test_of_two_machines_the_one_that_lived_last_is_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: bool
 ) -> None:
     storage = Storage(f"file://{tmp_path}/shared")
-    monkeypatch.setattr(sessions.time, "time", lambda: 200.0)
+    monkeypatch.setattr(sessions, "now", lambda: 200.0)
     sign(tmp_path / "a", storage, 100.0, 1.0)
-    monkeypatch.setattr(sessions.time, "time", lambda: 300.0)
+    monkeypatch.setattr(sessions, "now", lambda: 300.0)
     sign(tmp_path / "a" if here else tmp_path / "b", None if here else storage, 100.0, 2.0)
     ended = last_ended(KILLED, tmp_path / "a", storage)
     assert ended is not None
@@ -73,3 +73,17 @@ def test_signs_are_given_at_both_ends_and_between(tmp_path: Path, monkeypatch: p
     assert len(seen) > inside
     # A folder that cannot be written ends nothing.
     SignsOfLife(tmp_path / "alive.json", None, 1.0, seconds).give()
+
+
+def test_sessions_count_in_their_order_whatever_the_clock_was_set_to_between_them() -> None:
+    """The run was extended at 10,000; before the session after that the clock was set back by an hour."""
+    events = [
+        {"event": "session", "time": 5000.0},
+        {"event": "row", "time": 5100.0},
+        {"event": "session", "time": 10_000.0},
+        {"event": "row", "time": 10_030.0},
+        {"event": "session", "time": 6450.0},
+        {"event": "row", "time": 6457.0},
+    ]
+    assert lasted(events, since=10_000.0) == 37.0
+    assert lasted(events) == 137.0

@@ -8,7 +8,8 @@ import pytest
 from gguf import GGUFReader
 from safetensors.torch import load_file
 
-from autodistill.errors import InputError, VerificationError
+from autodistill.checksums import write_list
+from autodistill.errors import DamagedError, InputError, VerificationError
 from autodistill.export.gguf import GgufExporter
 from autodistill.records.json_files import write_json
 from autodistill.records.row import Row
@@ -135,6 +136,40 @@ def test_a_card_and_the_licence_lie_beside_each(run: RunFolder, tmp_path: Path) 
         assert "(text): CC0-1.0" in card
         assert (folder / "LICENSE").read_text() == "Do as you please."
         assert path.exists()
+
+
+def test_a_student_that_was_changed_is_not_exported_under_the_old_figures(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "runs", "small") as made:
+        write_json(made.search_file, SEARCH)
+        made.events.append({"event": "row", "row": row("t000", "f16", 0.3).to_json()})
+        folder = made.checkpoints / "t000" / "student"
+        save_tiny_teacher(folder, layers=2)
+        reached = {"event": "rung", "trial": "t000", "rung": 0, "tokens": 64, "value": 0.3}
+        made.events.append({**reached, "student": write_list(folder)})
+    lines: list[str] = []
+    export_run(made, None, ["huggingface"], tmp_path / "first", lines.append)
+    assert lines == []
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1000] ^= 1
+    weights.write_bytes(data)
+    said = r"t000-f16 .*model\.safetensors has changed .*: choose another row, or make one like it with `autodistill d"
+    with pytest.raises(DamagedError, match=said) as caught:
+        export_run(made, None, ["huggingface"], tmp_path / "second")
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "second").exists()
+    # Nor is one whose list was made anew.
+    write_list(folder)
+    with pytest.raises(DamagedError, match="is not what the run's log names"):
+        export_run(made, None, ["huggingface"], tmp_path / "second")
+
+
+def test_a_student_of_an_earlier_version_is_exported_and_that_is_said(run: RunFolder, tmp_path: Path) -> None:
+    lines: list[str] = []
+    export_run(run, "t000-q8_0", ["huggingface"], tmp_path, lines.append)
+    (line,) = lines
+    assert "kept no checksums" in line
 
 
 def test_a_row_that_is_asked_for_is_the_one_that_is_exported(run: RunFolder, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from autodistill.contracts import Direction, Measurement
 from autodistill.errors import InputError, VerificationError
 from autodistill.estimate import spec_from_config
 from autodistill.records.choice import in_order
-from autodistill.records.row import Row, rows_of
+from autodistill.records.row import DAMAGED, Row, rows_of
 from autodistill.search import finish
 from autodistill.search.expected import Speed
 from autodistill.search.exportable import candidates, next_candidate, passed_over, trained_rows
@@ -178,6 +178,7 @@ def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
         question=replace(question("accuracy", "max"), budget=Budget(memory_bytes=LIMIT)),
         run=SimpleNamespace(student=lambda container: tmp_path / container),
         line=lines.append,
+        whole=lambda row: True,
     )
     paths: dict[str, Path] = {}
     found = _first_that_fits(students, [], finisher, paths, {})  # type: ignore[arg-type]
@@ -185,6 +186,14 @@ def test_what_does_not_fit_once_measured_is_not_left_to_be_served(
     assert len(lines) == 1
     assert (tmp_path / "gguf").is_dir()
     (tmp_path / "gguf").rmdir()
+    paths.clear()
+    written: list[tuple[str, Row]] = []
+    made.clear()
+    finisher.whole, finisher.write = (lambda row: row.trial != "t004"), (lambda kind, row: written.append((kind, row)))
+    assert _first_that_fits(students, [], finisher, paths, {}) is None  # type: ignore[arg-type]
+    assert "t004" not in made
+    assert [(kind, row.trial, row.feasible, row.reason) for kind, row in written] == [("row", "t004", False, DAMAGED)]
+    finisher.whole = lambda row: True
     paths.clear()
     assert _first_that_fits(students[:4], [], finisher, paths, {}) is None  # type: ignore[arg-type]
     assert (paths, list(tmp_path.iterdir())) == ({}, [])
@@ -195,7 +204,9 @@ def test_a_gguf_file_that_fails_does_not_end_what_has_a_verified_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     folder = tmp_path / "gguf"
-    finisher = SimpleNamespace(question=question("accuracy", "max"), run=SimpleNamespace(student=lambda name: folder))
+    finisher = SimpleNamespace(
+        question=question("accuracy", "max"), run=SimpleNamespace(student=lambda name: folder), whole=lambda row: True
+    )
     paths, checks = {"compressed-tensors": tmp_path}, {"compressed-tensors": "verified"}
 
     def export(row: Row, finisher: object, paths: dict[str, Any], checks: dict[str, Any]) -> Row:
@@ -314,7 +325,10 @@ def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_af
     worse = row("b001", "accuracy", 0.3, kind="baseline", strategy={"name": "d"}, train_tokens=100)
     further = row("b000x", "accuracy", 0.45, kind="baseline", strategy={"name": "c"}, train_tokens=350)
     as_far = replace(further, row_id="far", train_tokens=400)
-    finisher = SimpleNamespace(question=question("accuracy", "max"), has=lambda row: True)
+    finisher = SimpleNamespace(
+        question=question("accuracy", "max"), has=lambda row: True, whole=lambda row: row.trial not in damaged
+    )
+    damaged: list[str] = []
 
     def compared(*rows: Row, of: Row = best) -> list[tuple[str, str]]:
         return [(one.trial, packing.name) for one, packing in compared_with(of, rows, finisher)]  # type: ignore[arg-type]
@@ -328,6 +342,10 @@ def test_a_student_that_was_trained_on_is_held_to_the_baseline_by_what_it_was_af
     assert compared(plain, best) == []
     assert compared(baseline, further, of=further) == []
     assert compared(plain, other, baseline, of=other) == [("b000", "gguf-f16")]
+    assert compared(plain, other, best, baseline, worse, of=other) == [("b000", "gguf-f16")]
+    damaged.append("b000")
+    assert compared(plain, other, best, baseline, worse, of=other) == [("b001", "gguf-f16")], "the next one is whole"
+    damaged.clear()
 
     def tested(one: Row, right: list[int]) -> Row:
         return replace(one, documents={"ids": [1, 2], "count": [100, 100], "sum": right})

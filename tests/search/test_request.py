@@ -74,15 +74,18 @@ def test_a_run_goes_on_with_its_own_baselines_and_with_no_others(asked: SearchRe
 def stored_run(asked: SearchRequest) -> dict[str, Any]:
     """`search.json`, as far as a resumed run is compared with it."""
     return {
-        "teacher": {"reference": asked.teacher},
-        "data": {"reference": asked.data},
+        "teacher": {"reference": asked.teacher, "fingerprint": "t"},
+        "data": {"reference": asked.data, "fingerprint": "d"},
         "space": "default",
         "space_hash": check_request(asked).space.hash,
         "metric": "accuracy",
         "sampler": "tpe",
         "seed": 0,
         "budget": asked.budget.to_json(),
-        "plan": {"trials": 3},
+        "direction": "max",
+        "plan": small_plan(trials=3).to_json(),
+        "speed": {"cache": 1e3, "score": 1e3, "worker_train": 1e3, "worker_score": 1e3},
+        "space_definition": check_request(asked).space.to_json(),
     }
 
 
@@ -359,3 +362,10 @@ def test_a_search_for_a_device_leaves_out_what_the_device_does_not_serve(asked: 
 
     assert runtimes("pi 5") == {"llama.cpp"}
     assert runtimes("4090") == {"llama.cpp", "vllm", "transformers"}
+
+
+@pytest.mark.parametrize("name", ["metric_command", "metric", "space", "storage", "warm_start", "runner", "baselines"])
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_an_empty_text_is_no_default(asked: SearchRequest, name: str, blank: str) -> None:
+    with pytest.raises(InputError, match=f"{name} is empty"):
+        replace(asked, **{name: (blank,) if name == "baselines" else blank})

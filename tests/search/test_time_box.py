@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from autodistill import moments
 from autodistill.estimate import spec_from_config
+from autodistill.moments import Moment, now
+from autodistill.search.deadline import OutOfTime, step_guard
 from autodistill.search.expected import Speed
 from autodistill.search.time_box import TimeBox
 from autodistill.search.trials import Assignment, Question
@@ -111,9 +115,9 @@ def test_a_worker_that_was_slow_to_begin_makes_no_slow_machine() -> None:
     # The next piece may take as long to begin, and what is trained and read takes as long as was measured.
     assert found.holds(79)
     assert not found.holds(81)
-    until, now = found.until(10.0), time.time()
+    until = found.until(10.0)
     assert until is not None
-    assert until - now == pytest.approx(70, abs=1)
+    assert until.left == pytest.approx(70, abs=1)
     rest = found.trained_in(0.0, alone=False)
     assert rest == pytest.approx(box(80).trained_in(0.0, alone=False), rel=0.02)
     # Once they begin at once, that is soon forgotten.
@@ -157,7 +161,9 @@ def test_what_follows_the_trials_is_not_told_by_the_shortest_of_them() -> None:
     found.learn(long, -1, 1.1 * found.expected(long, -1))
     found.learn(short, -1, 2 * found.expected(short, -1))
     # 109 s took 120, and later 16 s took 32: (0.8 x 120 + 32) / (0.8 x 109 + 16) = 1.24.
-    assert found.until(50.0) == pytest.approx(time.time() + 1000 - 30 * 0.24 - 50 * 1.24, abs=0.6)
+    until = found.until(50.0)
+    assert until is not None
+    assert until.left == pytest.approx(1000 - 30 * 0.24 - 50 * 1.24, abs=0.6)
     assert found.left() == pytest.approx((1000 - 30 * 0.24) / 2, abs=0.6)
 
 
@@ -189,10 +195,15 @@ def test_what_is_set_aside_for_the_best_is_for_nothing_else() -> None:
 
 
 def test_when_training_must_end_leaves_time_for_what_follows_it_as_slow_as_it_is() -> None:
+    def left(box: TimeBox) -> float:
+        until = box.until(25.0)
+        assert until is not None
+        return until.left
+
     found = sharing(200)
-    assert found.until(25.0) == pytest.approx(time.time() + 175, abs=0.1)
+    assert left(found) == pytest.approx(175, abs=0.1)
     found.learn(Assignment(task=TASK, rung=0), -1, 32.0)
-    assert found.until(25.0) == pytest.approx(time.time() + 200 - 30 - 50, abs=0.1)
+    assert left(found) == pytest.approx(200 - 30 - 50, abs=0.1)
     assert TimeBox(QUESTION, None).until(25.0) is None
 
 
@@ -203,3 +214,36 @@ def test_one_that_has_all_threads_is_expected_to_train_as_fast_as_was_measured_o
     assert found.expected(replace(work, threads=2), -1) == pytest.approx(1.1 * 112 + 10, rel=1e-3)
     found.learn(replace(work, threads=2), -1, 1.1 * 80 + 10, trained=12_800)
     assert found.left(whole=True) == pytest.approx(1000, abs=0.1)
+
+
+@pytest.mark.parametrize("jump", [-3600.0, 3600.0])
+def test_a_system_clock_that_is_set_neither_ends_a_search_nor_makes_it_longer(
+    monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    found, clock = box(100), time.time
+    began = now()
+    until, guard, late = found.until(10.0), step_guard(Moment.after(60.0)), step_guard(Moment.after(-1.0))
+    assert until is not None
+    monkeypatch.setattr(time, "time", lambda: clock() + jump)
+    assert found.left() == pytest.approx(100, abs=1)
+    assert until.left == pytest.approx(90, abs=1)
+    assert pickle.loads(pickle.dumps(until)).left == pytest.approx(90, abs=1)
+    step: Any = None
+    guard(step)
+    with pytest.raises(OutOfTime):
+        late(step)
+    # What events say of when they were is later than what those before them say, and by as much as has passed.
+    assert 0 <= now() - began < 5
+    again = found.until(10.0)
+    assert again is not None
+    assert again.left == pytest.approx(90, abs=1)
+
+
+def test_a_moment_is_as_far_off_on_another_node_whose_clock_runs_from_another_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent = pickle.dumps(Moment.after(100.0))
+    runs = time.monotonic
+    monkeypatch.setattr(moments, "_machine", lambda: "another")
+    monkeypatch.setattr(time, "monotonic", lambda: runs() + 5000)
+    assert pickle.loads(sent).left == pytest.approx(100, abs=1)

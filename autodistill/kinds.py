@@ -1,0 +1,116 @@
+"""Plain data held to the kinds that annotations name: what is read back is what was written, or is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import reprlib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from autodistill.errors import InputError
+
+# JSON has numbers of any size; what is computed with them here, and what tables hold, has 64 bits.
+_LARGEST = 2**63 - 1
+_MAPPINGS: tuple[Any, ...] = (Mapping, dict)
+_LISTS: tuple[Any, ...] = (Sequence, tuple, list)
+
+
+def hold(value: Any, kind: Any, where: str, *, whole: bool = True) -> None:
+    """Checks plain data, as JSON gives them, against an annotation; lists stand for tuples.
+
+    A `TypedDict` may have keys that it does not name, which a later version may have written; a dataclass may not.
+
+    Args:
+        value: What was read.
+        kind: A plain type, a union, a literal, an enumeration, a mapping, a tuple of one type, a `TypedDict`, a
+            dataclass, or what is made of these. `Any` holds everything.
+        where: What it is, for the message.
+        whole: Whether a field that has no default must be there.
+
+    Raises:
+        InputError: Names the first place that is wrong, and what it must be.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        _hold_any(value, arguments, where)
+    elif origin is typing.Literal:
+        _check(isinstance(value, str) and value in arguments, where, f"one of {', '.join(arguments)}", value)
+    elif origin in _MAPPINGS:
+        _check(isinstance(value, dict), where, "a mapping", value)
+        for key, item in value.items():
+            hold(item, arguments[1], f"{where}.{reprlib.repr(key)[1:-1]}")
+    elif origin in _LISTS:
+        _check(isinstance(value, list | tuple), where, "a list", value)
+        for place, item in enumerate(value):
+            hold(item, arguments[0], f"{where}[{place}]")
+    elif dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
+        _hold_fields(value, kind, where, whole=whole)
+    else:
+        _hold_plain(value, kind, where)
+
+
+def _hold_any(value: Any, kinds: tuple[Any, ...], where: str) -> None:
+    if value is None and type(None) in kinds:
+        return None
+    left = [kind for kind in kinds if kind is not type(None)]
+    for kind in left[:-1]:
+        try:
+            return hold(value, kind, where)
+        except InputError:
+            continue
+    return hold(value, left[-1], where)
+
+
+def _hold_fields(value: Any, kind: Any, where: str, *, whole: bool) -> None:
+    _check(isinstance(value, dict), where, "a mapping", value)
+    hints, required, closed = _fields(kind)
+    missing = sorted(required - value.keys()) if whole else []
+    if missing:
+        raise InputError(f"{where} lacks {', '.join(missing)}")
+    unknown = sorted(value.keys() - hints.keys()) if closed else []
+    if unknown:
+        raise InputError(f"{where} has no {reprlib.repr(unknown[0])[1:-1]}")
+    for name, hint in hints.items():
+        if name in value:
+            hold(value[name], hint, f"{where}.{name}")
+
+
+@cache
+def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str], bool]:
+    """The annotations of a dataclass or `TypedDict`, the names that must be there, and whether others must not."""
+    hints = typing.get_type_hints(kind)
+    if typing.is_typeddict(kind):
+        # `__required_keys__` knows nothing of what stands in an annotation that is text.
+        marked = typing.get_type_hints(kind, include_extras=True)
+        optional = {name for name, hint in marked.items() if typing.get_origin(hint) is typing.NotRequired}
+        return hints, frozenset(hints.keys() - optional) if kind.__total__ else frozenset(), False
+    fields = dataclasses.fields(kind)
+    missing = dataclasses.MISSING
+    needed = {field.name for field in fields if field.default is missing and field.default_factory is missing}
+    return {field.name: hints[field.name] for field in fields}, frozenset(needed), True
+
+
+def _hold_plain(value: Any, kind: Any, where: str) -> None:
+    if kind is Any:
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float:
+        fine = number and abs(value) <= _LARGEST if isinstance(value, int) else number and math.isfinite(value)
+        _check(fine, where, "a finite number", value)
+    elif kind is int:
+        _check(number and isinstance(value, int) and abs(value) <= _LARGEST, where, "a whole number", value)
+    elif isinstance(kind, type) and issubclass(kind, enum.StrEnum):
+        allowed = [one.value for one in kind]
+        _check(value in allowed, where, f"one of {', '.join(allowed)}", value)
+    else:
+        _check(type(value) is kind, where, {str: "text", bool: "true or false"}.get(kind, kind.__name__), value)
+
+
+def _check(fine: bool, where: str, wanted: str, value: Any) -> None:
+    if not fine:
+        raise InputError(f"{where} must be {wanted}, not {reprlib.repr(value)}")

@@ -1,0 +1,277 @@
+"""Records of a run that were altered: whatever stands in them, each command says in one line which file it is."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autodistill.cli import main
+from autodistill.records.json_files import write_json
+from autodistill.records.store import RunFolder
+from autodistill.search.request import SearchRequest
+from autodistill.search.search import search
+from autodistill.testing import save_tiny_teacher, tiny_text
+from autodistill.units import Budget
+
+SPACE = """
+name: small
+dimensions:
+  distillation.learning_rate: {low: 1e-3, high: 3e-3, log: true}
+deployments:
+  - {runtime: transformers, format: huggingface, bits: 16, group_size: 0}
+baselines: [logit_kd]
+"""
+_DEEP = "[" * 100_000
+# What stands in the place of a value; the text of some is no strict JSON.
+WRONG: dict[str, Any] = {
+    "null": None,
+    "text": "odd",
+    "list": [],
+    "mapping": {},
+    "true": True,
+    "negative": -1,
+    "huge": 10**400,
+    "infinite": float("inf"),
+    "nan": float("nan"),
+    "long": "x" * 100_000,
+}
+_GONE = object()
+
+
+def places(record: Any, depth: int = 3, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths of a record's fields, those within it too; of a list the first item's."""
+    items = record.items() if isinstance(record, dict) else enumerate(record[:1]) if isinstance(record, list) else ()
+    for key, value in items:
+        yield (*before, key)
+        if depth > 1:
+            yield from places(value, depth - 1, (*before, key))
+
+
+def altered(record: Any, place: tuple[Any, ...], value: Any) -> Any:
+    """A copy of a record with another value in one place, or nothing there."""
+    made = copy.deepcopy(record)
+    *way, last = place
+    inside = made
+    for key in way:
+        inside = inside[key]
+    if value is _GONE:
+        del inside[last]
+    else:
+        inside[last] = value
+    return made
+
+
+def variants(record: Any, depth: int = 3) -> Iterator[tuple[str, str]]:
+    """Texts of a record with each of its fields gone, or another thing, and what was done."""
+    for place in places(record, depth):
+        for name, value in ({"gone": _GONE} | WRONG).items():
+            # The limit of digits holds for reading alone.
+            yield f"{'.'.join(map(str, place))} {name}", json.dumps(altered(record, place, value))
+
+
+FILES: dict[str, bytes] = {
+    "empty": b"",
+    "nothing": b"{}",
+    "list": b"[]",
+    "text": b'"x"',
+    "bytes": bytes(range(256)),
+    "deep": _DEEP.encode(),
+    "digits": b'{"event": ' + b"9" * 10_000 + b"}",
+    "newlines": b"\n\n\n",
+    "event": b'{"event": "row"}\n',
+    "unknown": b'{"event": "later", "more": 1}\n',
+}
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run that was searched for, finished, and opened its test split."""
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "space.yaml").write_text(SPACE)
+    request = SearchRequest(
+        budget=Budget(memory_bytes=16 * 10**9, context=256),
+        teacher=str(save_tiny_teacher(folder / "teacher", layers=2)),
+        data=str(tiny_text(folder / "text", documents=30, sentences=24)),
+        space=str(folder / "space.yaml"),
+        tokens=1024,
+        trials=1,
+        runner="inline",
+        out=folder / "runs",
+        name="run",
+        cache=folder / "cache",
+    )
+    search(request)
+    return folder / "runs"
+
+
+@pytest.fixture
+def out(real: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    shutil.copytree(real, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def commands(out: Path) -> list[list[str]]:
+    """Those that read a run's records."""
+    where = ["--out", str(out)]
+    export = ["export", "run", "--to", "huggingface", "--runs", str(out), "--out", str(out / "exported")]
+    return [["pick", "--budget", "1GB", *where], ["leaderboard", *where], ["explain", "run", *where], export]
+
+
+class Told:
+    """What commands said of altered records; one that is not as it must be is kept."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+        self.wrong: list[str] = []
+        self.refused = self.taken = 0
+
+    def run(self, words: list[str], what: str, path: Path) -> None:
+        """Runs a command, which takes what was altered, or names its file in one line."""
+        try:
+            code = main(words)
+        except BaseException as error:
+            self._capsys.readouterr()
+            self.wrong.append(f"{words[0]}: {what}: {type(error).__name__}: {str(error)[:200]}")
+            return
+        err = self._capsys.readouterr().err
+        shutil.rmtree(path.parent.parent / "exported", ignore_errors=True)
+        if code == 0:
+            self.taken += 1
+            return
+        self.refused += 1
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        if code not in (2, 3) or len(lines) != 1 or "Traceback" in err or len(err) > 3000:
+            self.wrong.append(f"{words[0]}: {what}: exit {code}: {err[-300:]}")
+        elif code == 2 and path.name not in lines[0] and path.name not in ("measurements.jsonl",):
+            self.wrong.append(f"{words[0]}: {what}: does not name {path.name}: {lines[0][:300]}")
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Told:
+    return Told(capsys)
+
+
+def _write(path: Path, data: bytes, run: RunFolder) -> None:
+    """Writes a file, and makes the table of rows older than it, so that the log is what is read."""
+    path.write_bytes(data)
+    os.utime(run.leaderboard_file, (1, 1))
+
+
+def _sample(found: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    return random.Random(0).sample(found, min(count, len(found)))
+
+
+def test_search_json_of_any_content_is_refused_by_name_or_taken(out: Path, told: Told) -> None:
+    run = RunFolder.open(out, "run")
+    path = run.search_file
+    record = json.loads(path.read_text())
+    texts = [(name, data.decode(errors="replace")) for name, data in FILES.items()]
+    for what, text in (*texts, *_sample(list(variants(record)), 250)):
+        _write(path, text.encode(), run)
+        for words in commands(out):
+            told.run(words, what, path)
+    assert not told.wrong, "\n".join(told.wrong[:20])
+    assert told.refused > 300
+
+
+def test_a_log_of_any_content_is_refused_by_name_or_taken(out: Path, told: Told) -> None:
+    run = RunFolder.open(out, "run")
+    path = run.events.path
+    lines = path.read_text().splitlines()
+    kinds = {json.loads(line)["event"]: place for place, line in enumerate(lines)}
+    found = []
+    for kind, place in kinds.items():
+        for what, text in variants(json.loads(lines[place]), 4 if kind in ("row", "rung") else 3):
+            found.append((f"{kind}: {what}", "\n".join([*lines[:place], text, *lines[place + 1 :]]) + "\n"))
+    whole = [(name, data.decode(errors="replace")) for name, data in FILES.items()]
+    inside = [
+        (f"line {name}", "\n".join([*lines[:3], data.decode(errors="replace"), *lines[3:]]))
+        for name, data in FILES.items()
+    ]
+    cut = [(f"first {count}", "\n".join(lines[:count]) + "\n") for count in range(len(lines))]
+    without = [
+        (f"without {place}", "\n".join(lines[:place] + lines[place + 1 :]) + "\n") for place in range(len(lines))
+    ]
+    for what, text in (*whole, *inside, *cut, *without, *_sample(found, 300)):
+        _write(path, text.encode(), run)
+        for words in commands(out):
+            told.run(words, what, path)
+    assert not told.wrong, "\n".join(told.wrong[:20])
+    assert told.refused > 300
+
+
+def test_a_table_of_any_content_is_refused_by_name_or_taken(out: Path, told: Told) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    run = RunFolder.open(out, "run")
+    path = run.leaderboard_file
+    table, data = pq.read_table(path), path.read_bytes()
+    for name, content in (FILES | {"half": data[: len(data) // 2], "flipped": data[:400] + b"x" + data[401:]}).items():
+        path.write_bytes(content)
+        told.run(commands(out)[0], name, path)
+    for name in table.column_names:
+        place = table.column_names.index(name)
+        for kind, values in {
+            "text": pa.array(["{"] * len(table)),
+            "numbers": pa.array([1] * len(table)),
+            "null": pa.nulls(len(table)),
+            "list": pa.array(["[]"] * len(table)),
+        }.items():
+            pq.write_table(table.set_column(place, name, values), path)
+            told.run(commands(out)[0], f"{name} {kind}", path)
+        pq.write_table(table.drop_columns([name]), path)
+        told.run(commands(out)[0], f"without {name}", path)
+    assert not told.wrong, "\n".join(told.wrong[:20])
+    assert told.refused > 60
+
+
+def test_a_ledger_of_any_content_is_refused_by_name_or_taken(out: Path, told: Told) -> None:
+    run = RunFolder.open(out, "run")
+    path = out / "test_openings.jsonl"
+    assert path.exists()
+    record = json.loads(path.read_text().splitlines()[0])
+    lines = [(name, data.decode(errors="replace")) for name, data in FILES.items() if name != "newlines"]
+    for what, text in (*lines, *variants(record)):
+        path.write_bytes(text.encode() + b"\n")
+        told.run(["explain", run.name, "--out", str(out)], what, path)
+    assert not told.wrong, "\n".join(told.wrong[:20])
+    assert told.refused > 15
+
+
+@pytest.mark.parametrize("name", ["search.json", "trials.jsonl", "leaderboard.parquet", "../test_openings.jsonl"])
+def test_nobody_waits_for_the_writer_of_a_pipe(out: Path, told: Told, name: str) -> None:
+    path = (out / "run" / name).resolve()
+    path.unlink()
+    os.mkfifo(path)
+    for words in commands(out):
+        told.run(words, "pipe", path if name != "search.json" else out / "there is no run")
+    assert not [line for line in told.wrong if "does not name" not in line], told.wrong
+
+
+def test_of_several_runs_a_bad_one_is_named_and_the_others_can_be_asked_for(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(out / "run", out / "bad")
+    (out / "bad" / "search.json").write_text("{}")
+    for words in (["leaderboard"], ["pick", "--budget", "1GB"]):
+        assert main([*words, "--out", str(out)]) == 2
+        assert str(out / "bad" / "search.json") in capsys.readouterr().err
+        assert main([*words, "run", "--out", str(out)]) == 0
+        capsys.readouterr()
+
+
+def test_what_a_later_version_wrote_is_refused_as_that(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = out / "run" / "search.json"
+    write_json(path, json.loads(path.read_text()) | {"schema_version": 2})
+    assert main(["leaderboard", "--out", str(out)]) == 2
+    assert "it is of version 2, and this autodistill reads up to 1: upgrade it" in capsys.readouterr().err
