@@ -236,7 +236,7 @@ def _licence(folder: Path, config: Mapping[str, Any]) -> str | None:
     if stated is None:
         try:
             card = metadata_load(folder / "README.md") or {}
-        except (OSError, ValueError, yaml.YAMLError):
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
             return None  # without a card, or with one that is not for programs, it is not known
         stated = card.get("license")
         if stated == "other":

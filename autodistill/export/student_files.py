@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from autodistill.codes import Arrays, deployed, pack
 from autodistill.contracts import Artefact
 from autodistill.distillation.grid_scales import read_scales
+from autodistill.distillation.model_folder import weight_files
+from autodistill.distillation.stored_tensors import check_stored
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES, get_family
@@ -71,8 +73,8 @@ class StudentFiles:
         specs: Every stored tensor by name; a tied head is not among them.
 
     Raises:
-        InputError: Config or weights are missing, unreadable, of an unsupported architecture or of other shapes than
-            the config says.
+        InputError: Config or weights are missing, unreadable, of an unsupported architecture or not those that the
+            config asks for.
     """
 
     def __init__(self, folder: Path, packing: Packing) -> None:
@@ -80,29 +82,17 @@ class StudentFiles:
         self._scales: dict[str, Scales] = read_scales(folder, packing)
         self.config = read_json(folder / "config.json")
         self.spec = spec_from_config(self.config)
+        check_stored(folder, self.spec)
         self.specs = {tensor.name: tensor for tensor in self.spec.tensors}
         self._open = ExitStack()
         self._files: dict[str, tuple[Any, str]] = {}
         try:
-            for path in _weight_files(folder):
+            for path in weight_files(folder):
                 file = self._open.enter_context(safe_open(path, framework="pt"))
                 self._files |= {_HEADS.get(name, name): (file, name) for name in file.keys()}  # noqa: SIM118
-            self._check(folder)
         except (OSError, SafetensorError) as error:
             self._open.close()
             raise InputError(f"cannot read the weights in {folder}: {error}") from error
-        except InputError:
-            self._open.close()
-            raise
-
-    def _check(self, folder: Path) -> None:
-        for name, tensor in self.specs.items():
-            if name not in self._files:
-                raise InputError(f"the weights in {folder} lack {name}, which its config.json asks for")
-            file, stored = self._files[name]
-            shape = tuple(file.get_slice(stored).get_shape())
-            if shape != tensor.shape:
-                raise InputError(f"{name} in {folder} is {list(shape)}, where its config says {list(tensor.shape)}")
 
     def __enter__(self) -> StudentFiles:
         return self
@@ -122,15 +112,6 @@ class StudentFiles:
         file, stored = self._files[name]
         values: Floats = file.get_tensor(stored).to(torch.float32).numpy()
         return values
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    index = folder / f"{WEIGHTS}.index.json"
-    if not index.is_file():
-        raise InputError(f"{folder} has no {WEIGHTS}: a student is a folder that transformers saved as safetensors")
-    return sorted({folder / file for file in read_json(index)["weight_map"].values()})
 
 
 def read_arrays(path: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from autodistill.distillation.pretrained import load_pretrained, token_rows
+from autodistill.distillation.pretrained import describe_tokens, load_pretrained, token_rows
 from autodistill.distillation.student import build_student, init_spec, kept_layers
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
@@ -112,3 +112,17 @@ def test_another_tokenizer_is_refused_with_what_to_do(teacher, tmp_path):
         InputError, match=r"needs one vocabulary: .* lacks 2 of the teacher's 300 tokens.*sequence-level"
     ):
         token_rows(sibling, teacher)
+
+
+def test_a_student_is_saved_whose_settings_of_generation_greedy_choice_leaves_unused(tmp_path):
+    """As many of the hub's have them: transformers saves those, but none that was changed."""
+    model, text = (save_tiny_teacher(tmp_path / name, layers=1) for name in ("model", "text"))
+    settings = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 1}
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    (text / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [1, 2], "bos_token_id": 0}))
+    loaded = load_pretrained(model, text)
+    describe_tokens(loaded, text)
+    loaded.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [1, 2]
+    assert loaded.config.eos_token_id == [1, 2]
