@@ -79,15 +79,18 @@ class _Bounded(ImmutableSandboxedEnvironment):
             self._check_parts(value)
         return str(value)
 
-    def _check_parts(self, value: Any) -> None:
-        waiting = [value]
+    def _check_parts(self, value: Any) -> int:
+        """Counts the parts of a value, a part that is there twice as two; gives how many there are."""
+        waiting, count = [value], 0
         while waiting:
             one = waiting.pop()
+            count += 1
             self.spend(_BLOCK + (len(one) if isinstance(one, str) else 0))
             if isinstance(one, Mapping):
                 waiting += [*one.keys(), *one.values()]
             elif isinstance(one, list | tuple):
                 waiting += one
+        return count
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An operation whose result is no larger than what is left of the work."""
@@ -142,7 +145,9 @@ class _Bounded(ImmutableSandboxedEnvironment):
                 value = self._listed(value, len(rest[0]) if rest and isinstance(rest[0], str) else 0)
                 args = (*args[:first], value, *rest)
             elif name in _WRITERS and not isinstance(value, str):
-                self._check_parts(value)
+                # Each part may stand on a line of its own, behind an indent.
+                widths = [width for width in (*rest, *kwargs.values()) if type(width) is int]
+                self.spend(self._check_parts(value) * max([1, *widths]))
             elif isinstance(value, str):
                 self._check_made(name, value, rest, kwargs)
             else:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from autodistill.conversations import ANSWERING, Conversation, Likeliest, Told, Turn, asked
 from autodistill.errors import InputError
-from autodistill.tokenising import beginning, groups, load_tokenizer
+from autodistill.tokenising import beginning, groups, load_tokenizer, tokenised
 
 # Where the chat template alone decides it, an answer begins and ends where that of any conversation does: what two of
 # different answers have in common is the template's.
@@ -202,12 +202,8 @@ class Renderer:
         lost = [_answers(one.turns) - len(found) for one, found in zip(conversations, spans, strict=True)]
         rendered: list[Rendered] = []
         for group in groups([len(text) for text in texts]):
-            encoded = self.tokenizer(
-                list(texts[group]),
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_offsets_mapping=True,
-                verbose=False,
+            encoded = tokenised(
+                self.tokenizer, list(texts[group]), return_attention_mask=False, return_offsets_mapping=True
             )
             rows = zip(encoded["input_ids"], encoded["offset_mapping"], spans[group], strict=True)
             rendered += (self._masked(ids, np.array(offsets).reshape(-1, 2), found) for ids, offsets, found in rows)
@@ -329,7 +325,7 @@ class Renderer:
         return None
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = tokenised(self.tokenizer, text)["input_ids"]
         return ids
 
     def _lines(self, turns: Sequence[Turn]) -> tuple[str, list[_Span]]:

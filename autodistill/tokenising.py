@@ -38,13 +38,37 @@ def load_tokenizer(folder: Path) -> Any:
             tokenizer.get_chat_template()
         tokenizer("a b", add_special_tokens=False)
     except BaseException as error:
-        # transformers looks up what may not be there, tokenizers raises Exception itself, and its panics are no
-        # Exception at all.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"the tokenizer in {folder} cannot be read ({said}): get its files again") from error
+        raise _failed(error, f"the tokenizer in {folder} cannot be read") from error
     return tokenizer
+
+
+def tokenised(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
+    """What a tokenizer makes of texts, without what it would begin or end them with.
+
+    Args:
+        tokenizer: Of transformers.
+        texts: One or more.
+        options: Of its call.
+
+    Raises:
+        InputError: It fails on a text, as one without a token for what it does not know.
+    """
+    try:
+        # Not verbose: the model never sees a text longer than a sequence.
+        return tokenizer(texts, add_special_tokens=False, verbose=False, **options)
+    except BaseException as error:
+        raise _failed(error, "the tokenizer fails on these texts") from error
+
+
+def _failed(error: BaseException, what: str) -> BaseException:
+    """An `InputError` of what a tokenizer raised; of what it did not raise, that itself.
+
+    transformers looks up what may not be there, tokenizers raises Exception itself, and its panics are no Exception.
+    """
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        return error
+    said = " ".join(str(error).split()) or type(error).__name__
+    return InputError(f"{what} ({said}): get its files again")
 
 
 def check_ids(largest: int, vocabulary: int, name: str) -> None:
@@ -160,8 +184,5 @@ def _changes_nothing(tokenizer: Any, text: str, cut: int) -> bool:
 
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    # Not verbose: the model never sees a text longer than a sequence.
-    found: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-        "input_ids"
-    ]
+    found: list[list[int]] = tokenised(tokenizer, texts, return_attention_mask=False)["input_ids"]
     return found

@@ -264,7 +264,9 @@ def _from_teacher(request: WriteRequest) -> tuple[str, _Answers]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         renderer = Renderer(teacher.folder)
         ids = {place: renderer.prompt(prompt) for place, prompt in enumerate(prompts)}
-        check_ids(max(max(one, default=0) for one in ids.values()), spec.vocabulary, teacher.name)
+        # What ends an answer fills the room of those that ended before others.
+        largest = max(max(one, default=0) for one in (*ids.values(), renderer.stops))
+        check_ids(largest, spec.vocabulary, teacher.name)
         if (empty := next((place for place, one in ids.items() if not one), None)) is not None:
             raise InputError(f"the tokenizer of {teacher.name} makes no token of {_beginning(prompts[empty])!r}")
         read = [place for place, one in ids.items() if len(one) + request.max_tokens <= spec.max_context]

@@ -96,6 +96,7 @@ _ENDLESS = {
     "blanks by a filter": "{{ 'a' | center(10 ** 9) }}",
     "tabs": "{{ ('\t' * 9999).expandtabs(99999) }}",
     "an indent": "{{ ('\n' * 9999) | indent(99999) }}",
+    "an indent of json": "{{ messages | tojson(indent=10 ** 7) }}",
     "batches": "{{ [1] | batch(10 ** 9, 0) | list }}",
     "slices": "{{ [1] | slice(10 ** 9) | list }}",
     "joined copies": "{{ range(99999) | map('center', 99999) | join }}",

@@ -20,7 +20,7 @@ from autodistill.files import check_file, read_file
 from autodistill.plain_yaml import read_yaml
 from autodistill.rendering import Renderer
 from autodistill.testing import tiny_tokenizer
-from autodistill.tokenising import check_ids, load_tokenizer
+from autodistill.tokenising import check_ids, encode, load_tokenizer
 
 
 def _socket(path: Path) -> None:
@@ -98,6 +98,14 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line(text: str, tmp_path: Path) 
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(InputError, match=r"the tokenizer in .* cannot be read"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_one_line() -> None:
+    def fails(*given: object, **options: object) -> None:
+        raise Exception("no token for what is unknown")
+
+    with pytest.raises(InputError, match=r"the tokenizer fails on these texts .no token"):
+        encode(fails, ["a"])
 
 
 def test_tokens_beyond_a_table_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -49,7 +50,7 @@ def counts(cases: Sequence[Case]) -> str:
 def _main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.hostile", description=__doc__)
     parser.add_argument("--area", action="append", default=[], help="only this one; repeatable")
-    parser.add_argument("--case", help="only those with this in their name")
+    parser.add_argument("--case", help="only those with this pattern in their name")
     parser.add_argument("--seed", type=int, default=0, help="of the cases (default: 0, those of the tests)")
     parser.add_argument("--sample", type=int, help="so many of them")
     parser.add_argument("--keep", type=Path, help="folder to keep all files in")
@@ -57,7 +58,7 @@ def _main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, Server() as server:
         cases = all_cases(Kit(Path(scratch) / "kit"), given.seed, given.area)
-        cases = [case for case in cases if (given.case or "") in case.name]
+        cases = [case for case in cases if re.search(given.case or "", case.name)]
         if given.sample is not None:
             cases = random.Random(given.seed).sample(cases, min(given.sample, len(cases)))
         began = time.monotonic()

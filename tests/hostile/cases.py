@@ -43,6 +43,11 @@ class Case:
         """The verb."""
         return next((word for word in self.argv if not word.startswith("-")), "autodistill")
 
+    @property
+    def slow(self) -> bool:
+        """Whether it may come as far as measuring this machine for a plan, which takes seconds."""
+        return self.command in ("search", "distill") and 0 in self.codes
+
     def __str__(self) -> str:
         return f"{self.area}/{self.name}"
 

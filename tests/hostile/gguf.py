@@ -196,7 +196,9 @@ def _cases(
     ways = [("estimate", ("estimate", "m.gguf")), ("write", kit.write("m.gguf"))]
     ways += [("plan", kit.plan(teacher="m.gguf"))] if dice.random() < 0.05 else []
     for way, argv in ways:
-        yield Case(area="gguf", name=f"{name}-{way}", argv=argv, make=make, codes=codes)
+        # Weights that a bit has made huge are found by what they write, which is no input's fault alone.
+        own = (*codes, 1) if way == "write" and name.startswith(("tensor", "flip")) else codes
+        yield Case(area="gguf", name=f"{name}-{way}", argv=argv, make=make, codes=own)
 
 
 def _set_entry(file: _File, key: str, kind: int, value: Any) -> None:
