@@ -149,7 +149,10 @@ def explain(run: RunFolder) -> Explanation:
     points = {trial: event["point"] for trial, event in trials.items() if event["point"] is not None}
     first = {event["trial"]: event for event in rungs if event["rung"] == 0 and event["trial"] in points}
     spared = saved(events, plan)
-    binding, following = _limits(asked, rows_of(events))
+    try:
+        binding, following = _limits(asked, rows_of(events))
+    except InputError as error:
+        raise InputError(f"{run.events.path} has a row whose shape cannot be read ({error}): restore it") from None
     return Explanation(
         metric=asked["metric"],
         importance={

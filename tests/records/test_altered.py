@@ -16,6 +16,7 @@ import pytest
 from autodistill.cli import main
 from autodistill.records.json_files import write_json
 from autodistill.records.store import RunFolder
+from autodistill.search import export_run
 from autodistill.search.request import SearchRequest
 from autodistill.search.search import search
 from autodistill.testing import save_tiny_teacher, tiny_text
@@ -156,8 +157,16 @@ class Told:
 
 
 @pytest.fixture
-def told(capsys: pytest.CaptureFixture[str]) -> Told:
+def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Told:
+    # What is packed is the student, whose files have checksums of their own.
+    monkeypatch.setattr(export_run, "_pack", _packed)
+    monkeypatch.setattr("autodistill.calls.quiet_libraries", lambda *references: None)
     return Told(capsys)
+
+
+def _packed(student: Path, deployment: Any, out: Path, origin: Any) -> Path:
+    out.mkdir(parents=True)
+    return out
 
 
 def _write(path: Path, data: bytes, run: RunFolder) -> None:
@@ -166,47 +175,52 @@ def _write(path: Path, data: bytes, run: RunFolder) -> None:
     os.utime(run.leaderboard_file, (1, 1))
 
 
+# Beside the whole files, of the several hundred fields of each record; all of them in the slow tests.
+_FEW, _ALL = 25, 10**6
+
+
 def _sample(found: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
     return random.Random(0).sample(found, min(count, len(found)))
 
 
-def test_search_json_of_any_content_is_refused_by_name_or_taken(out: Path, told: Told) -> None:
+def _tell(cases: list[tuple[str, str]], path: Path, run: RunFolder, told: Told, every: bool) -> None:
+    """Has each case read by every command, or by one in turn."""
+    words = commands(run.path.parent)
+    for place, (what, text) in enumerate(cases):
+        _write(path, text.encode(), run)
+        for one in words if every else [words[place % len(words)]]:
+            told.run(one, what, path)
+    assert not told.wrong, f"{len(told.wrong)} wrong:\n" + "\n".join(told.wrong[:40])
+    assert told.refused > len(cases) / 3
+
+
+@pytest.mark.parametrize("count", [_FEW, pytest.param(_ALL, marks=pytest.mark.slow)])
+def test_search_json_of_any_content_is_refused_by_name_or_taken(out: Path, told: Told, count: int) -> None:
     run = RunFolder.open(out, "run")
     path = run.search_file
-    record = json.loads(path.read_text())
-    texts = [(name, data.decode(errors="replace")) for name, data in FILES.items()]
-    for what, text in (*texts, *_sample(list(variants(record)), 250)):
-        _write(path, text.encode(), run)
-        for words in commands(out):
-            told.run(words, what, path)
-    assert not told.wrong, "\n".join(told.wrong[:20])
-    assert told.refused > 300
+    whole = [(name, data.decode(errors="replace")) for name, data in FILES.items()]
+    cases = [*whole, *_sample(list(variants(json.loads(path.read_text()))), count)]
+    _tell(cases, path, run, told, count == _ALL)
 
 
-def test_a_log_of_any_content_is_refused_by_name_or_taken(out: Path, told: Told) -> None:
+@pytest.mark.parametrize("count", [_FEW, pytest.param(_ALL, marks=pytest.mark.slow)])
+def test_a_log_of_any_content_is_refused_by_name_or_taken(out: Path, told: Told, count: int) -> None:
     run = RunFolder.open(out, "run")
     path = run.events.path
     lines = path.read_text().splitlines()
     kinds = {json.loads(line)["event"]: place for place, line in enumerate(lines)}
     found = []
     for kind, place in kinds.items():
-        for what, text in variants(json.loads(lines[place]), 4 if kind in ("row", "rung") else 3):
+        for what, text in variants(json.loads(lines[place])):
             found.append((f"{kind}: {what}", "\n".join([*lines[:place], text, *lines[place + 1 :]]) + "\n"))
-    whole = [(name, data.decode(errors="replace")) for name, data in FILES.items()]
-    inside = [
-        (f"line {name}", "\n".join([*lines[:3], data.decode(errors="replace"), *lines[3:]]))
-        for name, data in FILES.items()
-    ]
-    cut = [(f"first {count}", "\n".join(lines[:count]) + "\n") for count in range(len(lines))]
-    without = [
-        (f"without {place}", "\n".join(lines[:place] + lines[place + 1 :]) + "\n") for place in range(len(lines))
-    ]
-    for what, text in (*whole, *inside, *cut, *without, *_sample(found, 300)):
-        _write(path, text.encode(), run)
-        for words in commands(out):
-            told.run(words, what, path)
-    assert not told.wrong, "\n".join(told.wrong[:20])
-    assert told.refused > 300
+    texts = {name: data.decode(errors="replace") for name, data in FILES.items()}
+    cases = list(texts.items())
+    cases += [(f"line {name}", "\n".join([*lines[:3], text, *lines[3:]])) for name, text in texts.items()]
+    for place in range(len(lines)):
+        cases.append((f"first {place}", "\n".join(lines[:place]) + "\n"))
+        cases.append((f"without {place}", "\n".join(lines[:place] + lines[place + 1 :]) + "\n"))
+    cases = [*(cases if count == _ALL else _sample(cases, count)), *_sample(found, count)]
+    _tell(cases, path, run, told, count == _ALL)
 
 
 def test_a_table_of_any_content_is_refused_by_name_or_taken(out: Path, told: Told) -> None:
