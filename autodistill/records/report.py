@@ -39,8 +39,8 @@ def report_markdown(
 
     Args:
         search: `search.json`: `name`, `command`, `budget` (as `Budget.to_json`), `metric`, `direction`, and where
-            known `teacher`, `data`, `space`, `plan`, `seconds` (by phase), `saved`, `licences` (name to licence),
-            `versions`, `notes`. A mapping under `teacher` or `data` is written as its fields.
+            known `teacher`, `data`, `space`, `plan`, `seconds` (by phase), `saved`, `runtime`, `licences` (name to
+            licence), `versions`, `notes`. A mapping under `teacher` or `data` is written as its fields.
         ranked: The leaderboard.
         events: The log. Of it are read "status" events (`trial`, `status`, `reason`), and the rows of the test split
             and of further seeds.
@@ -62,6 +62,7 @@ def report_markdown(
         _front(search, ranked),
         _lost(events),
         _spared(search),
+        _verified(search.get("runtime", {})),
         _test(_tested(events, search.get("test")), metric, openings or {}),
         _pairs("Seconds by phase", {k: f"{v:.1f}" for k, v in search.get("seconds", {}).items()}),
         _command(search),
@@ -325,6 +326,24 @@ def _lost(events: Iterable[Mapping[str, Any]]) -> str:
 def _spared(search: Mapping[str, Any]) -> str:
     said = Saved(**search["saved"]).describe() if "saved" in search else ()
     return "## Compute saved\n\n" + "\n".join(f"- {sentence}." for sentence in said) if said else ""
+
+
+def _verified(checks: Mapping[str, Mapping[str, Any]]) -> str:
+    """How far the exported files did in their runtimes what was evaluated."""
+    if not checks:
+        return ""
+    lines = [
+        [
+            container,
+            f"{check['agreement']:.1%} of {check['positions']:,}",
+            " to ".join(f"{end:.1%}" for end in check["interval"]),
+            f"{check['raw_agreement']:.1%}",
+            f"{check['same_cut']:.1%}",
+        ]
+        for container, check in checks.items()
+    ]
+    titles = ["file", "same token at clear positions", "95% interval", "at all positions", "text cut alike"]
+    return "## In the runtime\n\n" + _table(titles, lines)
 
 
 def _tested(events: Iterable[Mapping[str, Any]], ids: Sequence[str] | None) -> list[Row]:

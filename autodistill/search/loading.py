@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.export.gguf_text import cannot_cut
 from autodistill.export.gguf_tokenizer import spaces
+from autodistill.export.verify import CLEAR_SHARE, ENOUGH_POSITIONS
 from autodistill.formats import get_format
 from autodistill.records.json_files import read_json
 from autodistill.rendering import Template
@@ -80,7 +82,8 @@ class Loaded:
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of data, teacher and templates, in sentences."""
         caveat = (self.caveat,) if self.caveat else ()
-        return (*self.data.notes, *_told_of_teacher(self.teacher), *caveat, *self.templates.values())
+        few = few_positions(self.data)
+        return (*self.data.notes, *few, *_told_of_teacher(self.teacher), *caveat, *self.templates.values())
 
     def stepping(self, tokens: int) -> Loaded:
         """The same with optimiser steps of so many tokens."""
@@ -103,7 +106,7 @@ def load(checked: Checked, place: Place) -> Loaded:
     _compare_tokens(checked)
     teacher = materialise(checked.teacher, request.cache)
     spec = spec_from_config(read_json(teacher.folder / "config.json"))
-    if reason := cannot_cut(teacher.folder):
+    if reason := cannot_cut(teacher.folder, spec.vocabulary):
         spec = replace(spec, text_not_in_gguf=reason)
         check_students(checked, spec)
     length = checked.sequence_length
@@ -149,7 +152,7 @@ def load(checked: Checked, place: Place) -> Loaded:
         pretrained=pretrained,
         renderings=renderings,
         templates=refused | {model: _told_of(model, data.renderings[name]) for model, name in renderings.items()},
-        caveat="" if reason or not _in_gguf(checked) else spaces(teacher.folder).caveat,
+        caveat=_caveat(checked, reason, teacher.folder),
     )
 
 
@@ -232,8 +235,29 @@ def _check_sayable(
             )
 
 
-def _in_gguf(checked: Checked) -> bool:
-    return any(get_format(one.format).container == "gguf" for one in checked.space.deployments)
+def few_positions(data: Prepared) -> tuple[str, ...]:
+    """That an export will be compared with its runtime at fewer positions than are wanted, where data is small."""
+    positions = data.splits["validation"].sequences * (data.sequence_length - 1)
+    clear = math.ceil(CLEAR_SHARE * positions)
+    if clear >= ENOUGH_POSITIONS:
+        return ()
+    return (
+        f"the validation split is small: an export is compared with its runtime at about {clear} clear positions "
+        f"instead of {ENOUGH_POSITIONS} or more, which finds gross faults alone",
+    )
+
+
+def _caveat(checked: Checked, reason: str, teacher: Path) -> str:
+    """What a person must know of GGUF files of this teacher's text, or nothing where the space has none.
+
+    Args:
+        checked: Has the space.
+        reason: Why there can be no such file, if so.
+        teacher: Its folder.
+    """
+    if not any(get_format(one.format).container == "gguf" for one in checked.space.deployments):
+        return ""
+    return f"the space's GGUF deployments are left out: {reason}" if reason else spaces(teacher).caveat
 
 
 def _told_of_teacher(teacher: Teacher) -> tuple[str, ...]:

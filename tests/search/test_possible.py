@@ -185,6 +185,8 @@ def test_a_tokenizer_that_llama_cpp_lacks_leaves_gguf_out_before_anything_is_tra
     checked = uncut(tmp_path, "gguf", "folder")
     loaded = load(checked, Place.alone())
     assert "its pre_tokenizer is none of those that are known there" in loaded.spec.text_not_in_gguf
+    (told,) = (note for note in loaded.notes if "GGUF" in note)
+    assert told == f"the space's GGUF deployments are left out: {loaded.spec.text_not_in_gguf}"
     for strategy in checked.space.baselines.values():
         if strategy.finishing is None:
             student = student_spec(strategy, loaded.spec)
