@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 ROOMS = (
     "errors",
     "units",
+    "licences",
+    "markdown",
     "reply",
     "termination",
     "process_memory",

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import yaml
+
 from autodistill.formats import get_format
+from autodistill.licences import stated
+from autodistill.markdown import fenced, plain
 from autodistill.records.leaderboard import DISTILLED
 from autodistill.records.row import Row
 from autodistill.strategy import Deployment
@@ -40,12 +45,12 @@ class Origin:
     def of(cls, search: Mapping[str, Any]) -> Origin:
         """Of a run, by its `search.json`."""
         teacher, data = search["teacher"]["name"], search["data"]["name"]
-        stated = {name: text for name, text in search["licences"].items() if text != NOT_STATED}
+        known = {name: text for name, text in search["licences"].items() if text != NOT_STATED}
         return cls(
             teacher=teacher,
             data=data,
-            teacher_licence=stated.get(teacher),
-            data_licence=stated.get(data),
+            teacher_licence=stated(known.get(teacher)),
+            data_licence=stated(known.get(data)),
             quantised=search["teacher"].get("quantised"),
         )
 
@@ -73,22 +78,25 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
     container = get_format(deployment.format).container
     strategy = row.strategy or {}
     licence = origin.teacher_licence
+    head = {
+        **({"license": " ".join(licence.lower().split())} if licence else {}),
+        "library_name": "gguf" if container == "gguf" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["distillation", "quantization", "autodistill", container],
+    }
     return "\n".join(
         [
             "---",
-            *([f"license: {licence.lower()}"] if licence else []),
-            f"library_name: {'gguf' if container == 'gguf' else 'transformers'}",
-            "pipeline_tag: text-generation",
-            f"tags: [distillation, quantization, autodistill, {container}]",
+            yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=math.inf).rstrip(),
             "---",
             "",
-            f"# Student of {origin.teacher}",
+            f"# Student of {plain(origin.teacher)}",
             "",
             _made(row, origin),
             f"It is packed here as {here}.{'' if measured else ' ' + _NO_ROW}",
             "",
-            f"- Licence of the teacher, which its students inherit: {licence or NOT_STATED}",
-            f"- Licence of the text it learnt from ({origin.data}): {origin.data_licence or NOT_STATED}",
+            f"- Licence of the teacher, which its students inherit: {plain(licence or NOT_STATED)}",
+            f"- Licence of the text it learnt from ({plain(origin.data)}): {plain(origin.data_licence or NOT_STATED)}",
             "",
             "## Measurements",
             "",
@@ -99,9 +107,7 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
             "",
             "## Strategy",
             "",
-            "```json",
-            json.dumps(strategy, indent=2),
-            "```",
+            fenced(json.dumps(strategy, indent=2), "json"),
             "",
         ]
     )
@@ -120,11 +126,14 @@ def _as_measured(rows: Sequence[Row]) -> list[Row]:
 
 
 def _made(row: Row, origin: Origin) -> str:
-    made = [f"Distilled from {origin.teacher} on {origin.data} by AutoDistill, under strategy `{row.strategy_id}`."]
+    made = [
+        f"Distilled from {plain(origin.teacher)} on {plain(origin.data)} by AutoDistill, under strategy "
+        f"`{row.strategy_id}`."
+    ]
     if row.fidelity is not None and not row.full:
         made.append(f"It was trained for {row.fidelity:.0%} of the tokens that were planned.")
     if origin.quantised:
-        made.append(f"The teacher was read from a file in {origin.quantised} and dequantised.")
+        made.append(f"The teacher was read from a file in {plain(origin.quantised)} and dequantised.")
     return " ".join(made)
 
 
@@ -140,14 +149,14 @@ def _named(row: Row) -> str:
     if row.kind in _UNTRAINED:
         return _UNTRAINED[row.kind]
     trained = "" if row.fidelity is None else f", after {row.fidelity:.0%} of the plan's tokens"
-    return f"{row.kind} {row.name}{trained}"
+    return f"{row.kind} {plain(row.name)}{trained}"
 
 
 def _table(titles: Sequence[str], rows: Sequence[Row], first: Callable[[Row], Sequence[str | None]]) -> list[str]:
     """A table of rows' figures; in `first` None stands for the name of the packing."""
     lines = [(*titles, *_FIGURES), ["---"] * (len(titles) + len(_FIGURES))]
     lines += [(*(cell or row.deployment_name for cell in first(row)), *_figures(row)) for row in rows]
-    return [f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def _figures(row: Row) -> tuple[str, ...]:
@@ -175,7 +184,3 @@ def _bytes(value: int | None) -> str:
 
 def _sourced(text: str, source: str | None) -> str:
     return text if text == "-" or source is None else f"{text} ({source})"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

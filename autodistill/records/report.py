@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from autodistill.budget import read_budget
 from autodistill.errors import MissingDependencyError
+from autodistill.markdown import fenced, paragraph, plain
 from autodistill.records.choice import chosen, contenders
 from autodistill.records.confirmation import KIND, Confirmation, confirmations
 from autodistill.records.differences import differences, shown
@@ -53,11 +54,11 @@ def report_markdown(
     rows = [*(one.row for one in ranked), *further]
     confirmed = confirmations(rows, metric, direction)
     sections = [
-        f"# {_text(search.get('name', 'A search'))}",
+        f"# {plain(search.get('name', 'A search'))}",
         _asked(search),
         _answer(search, ranked, metric, chosen(rows, metric, direction), confirmed),
         "## Leaderboard\n\n" + _leaderboard(ranked, metric),
-        f"![{metric} against memory]({picture})" if picture else f"For a plot of this table: `{INSTALL_PLOTS}`",
+        f"![{plain(metric)} against memory]({picture})" if picture else f"For a plot of this table: `{INSTALL_PLOTS}`",
         _confirmed(confirmed, ranked),
         _front(search, ranked),
         _lost(events),
@@ -158,7 +159,7 @@ def _asked(search: Mapping[str, Any]) -> str:
         facts["time box"] = format_duration(plan["box_seconds"])
     # A search that has ended has the plan's notes among its own.
     notes = dict.fromkeys([*plan.get("notes", ()), *search.get("notes", ())])
-    return "\n\n".join([_pairs("What was asked", facts), *(f"- {_text(note)}" for note in notes)])
+    return "\n\n".join([_pairs("What was asked", facts), *(f"- {paragraph(note)}" for note in notes)])
 
 
 def _training(plan: Mapping[str, Any]) -> dict[str, str]:
@@ -200,7 +201,8 @@ def _answer(
     first = beside[0] if beside and beside[0].feasible and beside[0].figure(metric) is not None else None
     if first is not None:
         parts = [
-            f"**{_text(first.name)}** ({first.kind}) as {first.deployment_name}: {metric} {_figure(first, metric)}"
+            f"**{plain(first.name)}** ({first.kind}) as {first.deployment_name}: {plain(metric)} "
+            f"{_figure(first, metric)}"
         ]
         if first.retention is not None:
             parts.append(f"{first.retention:.1%} of the teacher's")
@@ -211,14 +213,14 @@ def _answer(
         if short := _short(first):
             parts.append(short)
         tied = sum(one.tied for one in ranked)
-        why = f" It is the smallest of {tied} rows that {metric} cannot tell apart." if tied else ""
+        why = f" It is the smallest of {tied} rows that {plain(metric)} cannot tell apart." if tied else ""
         if confirmed:
             why = f" It was chosen by its mean on {len(confirmed[0].seeds)} seeds." if first == student else ""
         return "## Answer\n\n" + ", ".join(parts) + "." + why + _undistilled(first, student, metric)
     limits = limits_of(read_budget(search["budget"])) if "budget" in search else {}
     needs = {f"{row.name} as {row.deployment_name}": {n: row.figure(n) for n in limits} for row in rows}
     closest = nearest(needs, limits)
-    reason = f" The nearest, {_text(closest.candidate)}, {closest.describe()}." if closest else ""
+    reason = f" The nearest, {plain(closest.candidate)}, {closest.describe()}." if closest else ""
     return "## Answer\n\nNothing fits the budget." + reason
 
 
@@ -252,7 +254,7 @@ def _undistilled(first: Row, student: Row | None, metric: str) -> str:
         return ""
     if student is None:
         return " It was not distilled, and no distilled student fits."
-    parts = [f"{_text(student.name)} as {student.deployment_name}", f"{metric} {_figure(student, metric)}"]
+    parts = [f"{plain(student.name)} as {student.deployment_name}", f"{plain(metric)} {_figure(student, metric)}"]
     said = ", ".join(filter(None, [*parts, _short(student)]))
     return f" It was not distilled: the first distilled student is {said}."
 
@@ -301,7 +303,7 @@ def _front(search: Mapping[str, Any], ranked: Sequence[Ranked]) -> str:
         for row in front([one.row for one in ranked], objectives)
     ]
     titles = [f"{one.name} ({'more' if one.direction == 'max' else 'less'} is better)" for one in objectives]
-    device = f" Latencies are predicted for {_text(search['device']['name'])}." if search.get("device") else ""
+    device = f" Latencies are predicted for {plain(search['device']['name'])}." if search.get("device") else ""
     note = "No other row beats one of these in one objective without losing in another." + device
     return "## Pareto front\n\n" + _table(["row", "name", *titles], lines) + "\n\n" + note
 
@@ -376,14 +378,14 @@ def _test(rows: Sequence[Row], metric: str, openings: Mapping[str, int]) -> str:
     )
     more = note + _table(compared[0], compared[1:]) if compared else ""
     more = "\n\n".join(filter(None, [more, rests_on(rows)]))
-    ledger = f"\n\n{_text(opened(openings))}" if openings else ""
+    ledger = f"\n\n{plain(opened(openings))}" if openings else ""
     return "## Test split\n\n" + _table(titles, lines) + more + ledger
 
 
 def _command(search: Mapping[str, Any]) -> str:
     if "command" not in search:
         return ""
-    return f"## To do it again\n\n```\n{search['command']}\n```"
+    return f"## To do it again\n\n{fenced(search['command'])}"
 
 
 def _figure(row: Row, metric: str) -> str:
@@ -420,9 +422,4 @@ def _value(value: Any) -> str:
 
 def _table(titles: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     rows = [titles, ["---"] * len(titles), *lines]
-    return "\n".join("| " + " | ".join(_text(cell) for cell in row) + " |" for row in rows)
-
-
-def _text(value: Any) -> str:
-    """Text that can neither end a table cell nor begin markup of its own."""
-    return " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return "\n".join("| " + " | ".join(plain(cell) for cell in row) + " |" for row in rows)
