@@ -418,7 +418,8 @@ def _probe(needed: Mapping[str, str], stored: tuple[str, str] | None = None) -> 
             "storage": reached(*stored) if stored else "",
             "unseen": [file for file in files if not os.path.exists(file)],
             "memory_bytes": machine.memory_bytes,
-            "gpus": [(gpu.name, gpu.memory_bytes) for gpu in machine.gpus],
+            "free_bytes": machine.free_bytes,
+            "gpus": [(gpu.name, gpu.memory_bytes, gpu.free_bytes) for gpu in machine.gpus],
             "bf16": {kind: computes_bf16(kind) for kind in ("cuda", "cpu")},
         }
 
@@ -468,8 +469,10 @@ def _machine(name: str, resources: dict[str, float], said: dict[str, Any], neede
             f"node {name} of the Ray cluster does not reach the storage ({said['storage']}): give it the credentials "
             "and the network that this one has"
         )
-    seen = tuple(Gpu(name=kind, memory_bytes=size) for kind, size in said["gpus"])
+    seen = tuple(Gpu(name=kind, memory_bytes=size, free_bytes=free) for kind, size, free in said["gpus"])
     gpus = seen[: int(resources.get("GPU", 0))]
     memory = min(said["memory_bytes"], int(resources.get("memory", said["memory_bytes"])))
     bf16 = said["bf16"]["cuda" if gpus else "cpu"]
-    return Machine(cpus=int(resources.get("CPU", 0)), memory_bytes=memory, gpus=gpus, bf16=bf16)
+    return Machine(
+        cpus=int(resources.get("CPU", 0)), memory_bytes=memory, gpus=gpus, bf16=bf16, free_bytes=said["free_bytes"]
+    )

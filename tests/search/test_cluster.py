@@ -104,11 +104,14 @@ def test_a_node_computes_in_bfloat16_as_what_ray_gives_of_it_does(resources: dic
         "unseen": [],
         "storage": "",
         "memory_bytes": 8,
-        "gpus": [("a", 24), ("a", 24), ("a", 24)],
+        "free_bytes": 6,
+        "gpus": [("a", 24, 20), ("a", 24, None), ("a", 24, 3)],
         "bf16": {"cuda": True, "cpu": False},
     }
     machine = _machine("node", resources, said, {})
     assert (machine.bf16, len(machine.gpus)) == (bf16, resources.get("GPU", 0))
+    assert machine.usable_bytes == 6
+    assert [gpu.usable_bytes for gpu in machine.gpus] == [20, 24][: len(machine.gpus)]
 
 
 def test_a_node_that_does_not_reach_the_storage_is_refused(tmp_path: Path) -> None:
