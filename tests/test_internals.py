@@ -38,6 +38,17 @@ def test_of_ray_a_jobs_working_folder_can_be_kept_off_the_import_path() -> None:
     assert "_runtime_env_has_working_dir()" in source
 
 
+def test_of_ray_a_node_can_be_kept_to_the_loopback_and_its_token_to_the_environment() -> None:
+    """`search/cluster.py` says that there is no cluster, and has a token read anew."""
+    from ray._private import ray_constants, services
+    from ray._raylet import AuthenticationTokenLoader
+
+    assert isinstance(ray_constants.ENABLE_RAY_CLUSTER, bool)
+    assert "ENABLE_RAY_CLUSTER" in inspect.getsource(services.get_node_ip_address)
+    assert "_node_ip_address" in inspect.getsource(__import__("ray._private.worker", fromlist=["worker"]).init)
+    assert callable(AuthenticationTokenLoader.instance().reset_cache)
+
+
 def test_of_tune_searcher_and_scheduler_are_asked_as_they_are_written() -> None:
     """`search/ray_runner.py` hands work out by a searcher, and reads a failed trial's error file."""
     from ray.tune.experiment import Trial

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import secrets
 import socket
 import sys
 import threading
@@ -53,6 +54,9 @@ _AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 _LOOK_SECONDS, _STUCK_SECONDS = 0.5, 10.0
 # Of another's cluster only connections are seen, which may fail for a moment.
 _SILENT_SECONDS = 3.0
+# Where a person names a token; of a Ray of our own there is one for this process.
+_TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+_OWN_TOKEN = secrets.token_hex(32)
 _TOKEN = "it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints there"
 
 
@@ -129,8 +133,11 @@ class LocalRay(_Watched):
     def _start(self) -> None:
         machine = self.machines[0]
         try:
-            # Without an address Ray would join whatever cluster it finds.
-            _init(address="local", num_cpus=machine.cpus, num_gpus=len(machine.gpus), include_dashboard=False)
+            with _for_this_machine() as own:
+                # Without an address Ray would join whatever cluster it finds.
+                _init(
+                    address="local", num_cpus=machine.cpus, num_gpus=len(machine.gpus), include_dashboard=False, **own
+                )
         except BaseException as error:
             # Raised where somebody waits for Ray, in the thread that can answer it.
             self._error = error
@@ -299,6 +306,30 @@ def _essential() -> dict[str, tuple[str, int]]:
 def _set_environment() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def _for_this_machine() -> Iterator[dict[str, Any]]:
+    """Options by which a Ray that starts in this block listens on the loopback alone, and knows whom it serves.
+
+    Whoever reaches Ray can run code as its owner. It replaces the loopback by an address that other machines reach,
+    but where it is told that there are no others; and it would write its token to `~/.ray/auth_token`, for all to read.
+    The token of this process's Rays is in its environment instead, which only its owner reads. It stays there, since
+    Ray's threads may ask for it after their end.
+    """
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationTokenLoader
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    if not _TOKENS & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = _OWN_TOKEN
+        # This process may have had another one before, of a cluster.
+        AuthenticationTokenLoader.instance().reset_cache()
+    try:
+        yield {"_node_ip_address": "127.0.0.1"}
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _init(**options: Any) -> None:
