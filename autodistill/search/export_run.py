@@ -10,6 +10,7 @@ from typing import Any
 from autodistill import plugins
 from autodistill.errors import InputError
 from autodistill.export.card import Origin, model_card
+from autodistill.export.student_files import PARTIAL
 from autodistill.export.verify import verify
 from autodistill.formats import get_format
 from autodistill.records.choice import chosen, contenders
@@ -57,7 +58,8 @@ def export_run(run: RunFolder, row_id: str | None, containers: Sequence[str], ou
     deployments = {name: _deployment(name, row, ranked, asked) for name in containers}
     for name in containers:
         folder = out / name
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # What an interrupted export may have left is removed by the next one.
+        if folder.exists() and not (folder.is_dir() and all(one.name.startswith(PARTIAL) for one in folder.iterdir())):
             raise InputError(f"{folder} exists and is not an empty folder: choose another one with --out")
     origin = Origin.of(asked)
     paths = {name: _pack(student, deployment, out / name, origin) for name, deployment in deployments.items()}
