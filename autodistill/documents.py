@@ -26,6 +26,7 @@ from autodistill.conversations import (
 )
 from autodistill.errors import InputError
 from autodistill.files import check_file
+from autodistill.licences import stated
 
 _FOLDER_SUFFIXES = (".txt", ".md", ".rst")
 _FILE_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -279,8 +280,7 @@ def _hub(ref: str, field: str | None) -> Source:
     splits = dict(loaded)
     split = splits["train"] if "train" in splits else next(iter(splits.values()))
     records = [(f"record {number}", record) for number, record in enumerate(split, start=1)]
-    licence = split.info.license or None
-    return _source(ref, "hub", _record_documents(records, field, ref), ref, licence)
+    return _source(ref, "hub", _record_documents(records, field, ref), ref, stated(split.info.license))
 
 
 def _record_documents(records: list[tuple[str, Record]], field: str | None, ref: str) -> list[Document | None]:

@@ -25,6 +25,9 @@ _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _OF_THE_PROMPT = (400, 413, 422)
 _LONGEST_PAUSE = 60.0
 _SHOWN = 200  # characters of what a server says
+_MOST_SAID = 2**16  # bytes that are read of an error
+# Bytes of an answer: for its text and what servers add, and for each token, with the most likely ones in its place.
+_MOST_BYTES, _TOKEN_BYTES = 2**24, 2**10
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Endpoint:
 
     A request that fails in a way that may pass (a busy server, a time-out, a torn answer) is repeated after a pause
     that doubles, or that the server names. The key, if any, is read from AUTODISTILL_API_KEY; it is sent to this
-    endpoint alone, never across a redirection, and never shown.
+    endpoint alone, and never shown. Redirections are not followed, and an answer that is longer than one can be is not
+    read to its end.
 
     Args:
         url: Base of the API, like "http://localhost:8000/v1".
@@ -102,11 +106,12 @@ class Endpoint:
         body = {"model": self.model, "messages": list(messages), "max_tokens": max_tokens, **options}
         if top_logprobs:
             body |= {"logprobs": True, "top_logprobs": top_logprobs}
+        most = _MOST_BYTES + _TOKEN_BYTES * max_tokens * (1 + top_logprobs)
         trouble = ""
         for attempt in range(self._attempts):
             wait = self._pause * 2**attempt
             try:
-                return _reply(json.loads(self._exchange("/chat/completions", body)))
+                return _reply(json.loads(self._exchange("/chat/completions", body, most)))
             except urllib.error.HTTPError as error:
                 self._reached.set()
                 said = self._said(error)
@@ -151,8 +156,12 @@ class Endpoint:
         said = self._shown(reason)
         return EndpointError(f"{self.url} cannot be reached ({said}): start the server, or correct --endpoint")
 
-    def _exchange(self, path: str, body: Mapping[str, Any] | None = None) -> bytes:
-        """What the server answers to a request: to a question where there is a body."""
+    def _exchange(self, path: str, body: Mapping[str, Any] | None = None, most: int = _MOST_BYTES) -> bytes:
+        """What the server answers to a request, to a question where there is a body: no more than so many bytes.
+
+        Raises:
+            EndpointError: It answers more.
+        """
         request = urllib.request.Request(
             f"{self.url}{path}",
             None if body is None else json.dumps(body).encode(),
@@ -162,12 +171,17 @@ class Endpoint:
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")
         with exchange(request, self._timeout) as response:
             self._reached.set()
-            return response.read()
+            answer = response.read(most + 1)
+        if len(answer) > most:
+            raise EndpointError(f"{self.url} sent more than {most:,} bytes, which no answer has: correct --endpoint")
+        return answer
 
     def _said(self, error: urllib.error.HTTPError) -> str:
-        """What the server says is wrong."""
+        """What the server says is wrong, or where it would be found."""
+        if 300 <= error.code < 400:
+            return self._shown(f"it redirects to {error.headers.get('Location')}")
         try:
-            text = error.read().decode("utf-8", "replace")
+            text = error.read(_MOST_SAID).decode("utf-8", "replace")
         except (OSError, http.client.HTTPException):
             text = ""
         try:
@@ -187,6 +201,8 @@ class Endpoint:
     def _advice(self, status: int) -> str:
         if status in (401, 403):
             return f"; set {KEY_VARIABLE} to a key of this endpoint"
+        if 300 <= status < 400:
+            return ", which is not followed: give --endpoint as the address that answers"
         return "; correct --endpoint or --model" if status == 404 else ""
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import os
 import platform
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
 
 _CGROUP = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
+_NO_LIMIT = 2**62  # version 1 of control groups writes a number beyond any memory where there is no limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +23,17 @@ class Gpu:
     Attributes:
         name: As its driver gives it.
         memory_bytes: All of its memory; of Apple's, which shares the machine's, what Metal lets a process have of it.
+        free_bytes: What nobody had of it when it was looked at; None where that is not known.
     """
 
     name: str
     memory_bytes: int
+    free_bytes: int | None = field(default=None, compare=False)
+
+    @property
+    def usable_bytes(self) -> int:
+        """What may be taken of its memory, as far as is known."""
+        return self.memory_bytes if self.free_bytes is None else min(self.memory_bytes, self.free_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +42,22 @@ class Machine:
 
     Attributes:
         cpus: Cores, after affinity and a container's quota.
-        memory_bytes: Main memory, after a container's limit.
+        memory_bytes: Main memory, after the limits of the control groups that the process is in, as containers set.
         gpus: CUDA or ROCm devices that this process sees, or Apple's one.
         bf16: Whether what trains here, the first CUDA or ROCm device or else the CPU, computes in bfloat16 itself.
+        free_bytes: Of `memory_bytes` what nobody had when it was looked at; None where that is not known.
     """
 
     cpus: int
     memory_bytes: int
     gpus: tuple[Gpu, ...] = ()
     bf16: bool = False
+    free_bytes: int | None = field(default=None, compare=False)
+
+    @property
+    def usable_bytes(self) -> int:
+        """What may be taken of its main memory, as far as is known."""
+        return self.memory_bytes if self.free_bytes is None else min(self.memory_bytes, self.free_bytes)
 
     @property
     def accelerator(self) -> bool:
@@ -53,11 +70,11 @@ def detect() -> Machine:
     import torch
 
     bf16 = computes_bf16("cuda" if torch.cuda.is_available() else "cpu")
-    return Machine(cpus=_cpus(_CGROUP), memory_bytes=memory_bytes(), gpus=_gpus(), bf16=bf16)
+    return Machine(cpus=_cpus(_CGROUP), memory_bytes=memory_bytes(), gpus=_gpus(), bf16=bf16, free_bytes=_free(_CGROUP))
 
 
 def memory_bytes() -> int:
-    """Main memory that this process may use, after a container's limit."""
+    """Main memory that this process may use, after the limits of its control groups."""
     return _memory(_CGROUP)
 
 
@@ -78,7 +95,9 @@ def computes_bf16(kind: str) -> bool:
 
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return kind == "mps" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # Not every build has oneDNN: those for Apple's processors do not.
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return kind == "mps" or (supported is not None and bool(supported()))
 
 
 def _cpus(cgroup: Path) -> int:
@@ -88,20 +107,66 @@ def _cpus(cgroup: Path) -> int:
     return allowed if quota is None else max(1, min(allowed, math.floor(quota)))
 
 
+def _groups(cgroup: Path, controller: str) -> Iterator[Path]:
+    """Folders of the control groups that this process is in, from its own up to the root, in either version.
+
+    Each may have a limit, and all of them hold. In a container the folder of the root is often the process's own.
+    """
+    for line in _read(_OWN_GROUPS).splitlines():
+        _, controllers, path = line.split(":", 2)
+        root = cgroup / controller if controllers else cgroup
+        if ".." in path or (controllers and controller not in controllers.split(",")):
+            continue
+        group = root / path.strip("/")
+        while group != root:
+            yield group
+            group = group.parent
+    yield cgroup
+    yield cgroup / controller
+
+
 def _quota(cgroup: Path) -> float | None:
-    """Cores that the control group grants: `cpu.max` of version 2 holds quota and period, version 1 has a file each."""
-    words = _read(cgroup / "cpu.max").split()
-    if not words:
-        words = [_read(cgroup / "cpu" / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
-    quota, period = (int(word) if word.lstrip("-").isdigit() else -1 for word in (*words, "", "")[:2])
-    return quota / period if quota > 0 and period > 0 else None
+    """Cores that the control groups grant: `cpu.max` of version 2 holds quota and period, version 1 has a file each."""
+    granted = []
+    for group in _groups(cgroup, "cpu"):
+        words = _read(group / "cpu.max").split()
+        if not words:
+            words = [_read(group / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+        quota, period = (int(word) if word.lstrip("-").isdigit() else -1 for word in (*words, "", "")[:2])
+        if quota > 0 and period > 0:
+            granted.append(quota / period)
+    return min(granted, default=None)
+
+
+def _limits(cgroup: Path) -> Iterator[tuple[Path, int]]:
+    """The control groups that limit memory, and how many bytes each allows.
+
+    Beyond `memory.high` a group is slowed until it hardly goes on, so that it is a limit too.
+    """
+    for group in _groups(cgroup, "memory"):
+        words = (_read(group / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes"))
+        found = [int(word) for word in words if word.isdigit() and int(word) < _NO_LIMIT]
+        if found:
+            yield group, min(found)
 
 
 def _memory(cgroup: Path) -> int:
-    total = int(psutil.virtual_memory().total)
-    limit = _read(cgroup / "memory.max") or _read(cgroup / "memory" / "memory.limit_in_bytes")
-    # Version 1 writes a number beyond any memory where there is no limit, version 2 the word "max".
-    return min(total, int(limit)) if limit.isdigit() else total
+    return min(int(psutil.virtual_memory().total), *(limit for _, limit in _limits(cgroup)), _NO_LIMIT)
+
+
+def _free(cgroup: Path) -> int:
+    """Main memory that nobody has: of the machine, and of each limited group what its processes leave."""
+    left = (limit - _taken(group) for group, limit in _limits(cgroup))
+    return max(0, min(int(psutil.virtual_memory().available), *left, _NO_LIMIT))
+
+
+def _taken(group: Path) -> int:
+    """Memory of a control group's processes, without what is kept of files that nobody has read for a while."""
+    used = _read(group / "memory.current") or _read(group / "memory.usage_in_bytes")
+    words = _read(group / "memory.stat").split()
+    kept = dict(zip(words[::2], words[1::2], strict=False))
+    idle = kept.get("total_inactive_file") or kept.get("inactive_file") or "0"
+    return max(0, int(used or 0) - int(idle))
 
 
 def _read(path: Path) -> str:
@@ -130,8 +195,26 @@ def _gpus() -> tuple[Gpu, ...]:
     import torch
 
     if torch.cuda.is_available():
-        devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
-        return tuple(Gpu(name=device.name, memory_bytes=device.total_memory) for device in devices)
+        devices = enumerate(torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+        return tuple(
+            Gpu(name=device.name, memory_bytes=device.total_memory, free_bytes=_free_of_gpu(index, device.total_memory))
+            for index, device in devices
+        )
     if torch.backends.mps.is_available():
         return (Gpu(name="Apple GPU", memory_bytes=int(torch.mps.recommended_max_memory())),)
     return ()
+
+
+def _free_of_gpu(index: int, total: int) -> int | None:
+    """What nobody has of a GPU's memory; None where its driver's library, an optional package, is not there to say.
+
+    The first is asked itself, which takes a context there: it is the one that this process computes on.
+    """
+    import torch
+
+    if index == 0:
+        return int(torch.cuda.mem_get_info(0)[0])
+    try:
+        return max(0, total - int(torch.cuda.device_memory_used(index)))
+    except (ImportError, RuntimeError, OSError):
+        return None

@@ -97,7 +97,7 @@ class JsonChild:
         return times.user + times.system + time.process_time()
 
     def stop(self) -> None:
-        """Ends it, by force where it does not end by itself."""
+        """Ends it, by force where it does not end by itself, or where an interrupt does not let it."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 # A dead child has never read what is left in the pipe.
@@ -106,9 +106,12 @@ class JsonChild:
         try:
             self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._folder.cleanup()
+            pass
+        finally:
+            if self._process.poll() is None:
+                self._process.kill()
+                self._process.wait()
+            self._folder.cleanup()
 
     def _answer(self, failure: str) -> Any:
         assert self._process.stdout is not None

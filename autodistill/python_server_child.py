@@ -11,6 +11,9 @@ import sys
 import time
 from typing import Any
 
+_MOST_SHARE, _LEAST_SHARE = 0.9, 0.02  # of a GPU's memory; the first is vLLM's own choice
+_CONTEXT_BYTES = 10**9  # that its engine takes of a GPU beside what it counts itself
+
 
 class Transformers:
     """A model run by transformers: on the GPU where there is one, else on the CPU."""
@@ -61,6 +64,7 @@ class Vllm:
             max_num_seqs=settings["parallel"],
             enable_prefix_caching=False,
             disable_log_stats=True,
+            gpu_memory_utilization=_free_share(),
         )
         self._engine = LLMEngine.from_engine_args(arguments)
         self._sampling = SamplingParams(temperature=0, ignore_eos=True, max_tokens=settings["context"], min_tokens=1)
@@ -86,6 +90,33 @@ class Vllm:
     def peak_bytes(self) -> int | None:
         """Of the GPU: vLLM takes what it is given, so that this is no need."""
         return None
+
+
+def gpu_share(total: int, used: int) -> float:
+    """The share of a GPU's memory that vLLM is to take: what is free, with room for a context, and not all of it.
+
+    By default it takes nine tenths, and ends where others, such as the process that asks for this, hold more than a
+    tenth.
+
+    Args:
+        total: Bytes of memory.
+        used: By anyone.
+
+    Raises:
+        SystemExit: Nearly nothing is free.
+    """
+    share = min(_MOST_SHARE, (total - used - _CONTEXT_BYTES) / total)
+    if share < _LEAST_SHARE:
+        raise SystemExit(f"of the GPU's {total:,} bytes {used:,} are in use, which leaves vLLM no room: free the GPU")
+    return share
+
+
+def _free_share() -> float:
+    """`gpu_share` of the first GPU, asked of its driver: a context here would take memory, and forbid vLLM to fork."""
+    import torch
+    from vllm.platforms import current_platform
+
+    return gpu_share(int(current_platform.get_device_total_memory(0)), int(torch.cuda.device_memory_used(0)))
 
 
 def main() -> None:

@@ -47,6 +47,43 @@ def _within(angle: float, degrees: int) -> float:
     return 2 / math.pi * (angle + cos * series) if odd else series
 
 
+def binomial_tail(hits: int, count: int, share: float) -> float:
+    """The probability of at most so many hits in `count` independent trials, each of which hits with that share."""
+    if hits >= count or share <= 0:
+        return 1.0
+    if share >= 1:
+        return 0.0
+    found = range(hits + 1)
+    ways = (math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) for k in found)
+    logs = (way + k * math.log(share) + (count - k) * math.log1p(-share) for k, way in zip(found, ways, strict=True))
+    return min(1.0, math.fsum(map(math.exp, logs)))
+
+
+def binomial_interval(hits: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Between what the share lies that gave so many hits in `count` independent trials, at least so confidently.
+
+    The exact interval of Clopper and Pearson (Biometrika 26, 1934): the shares under which neither so few hits nor so
+    many are rarer than half of what the confidence leaves. By halving.
+
+    Raises:
+        ValueError: No trials, or more hits than these.
+    """
+    if not 0 <= hits <= count or count < 1:
+        raise ValueError(f"{hits} hits in {count} trials")
+    rare = (1 - confidence) / 2
+
+    def highest(few: int) -> float:
+        """The largest share under which so few hits are not rare."""
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if binomial_tail(few, count, middle) > rare else (low, middle)
+        return low
+
+    # Hits and misses change places.
+    return 0.0 if hits == 0 else 1 - highest(count - hits), 1.0 if hits == count else highest(hits)
+
+
 def widening(clusters: int) -> float:
     """By how much an error of few clusters, which scatters itself, must be widened to hold as often as it says.
 

@@ -74,13 +74,13 @@ def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, mach
         spec: The teacher.
         stored: Type of the weights on disk.
         sequence_length: Tokens of a sequence.
-        machine: The memory of its first GPU is the limit, or its own where that is smaller (through it weights are
-            read) or there is none; on a CPU each core runs a pass of its own.
+        machine: What is free of its first GPU's memory is the limit, or of its own where that is less (through it
+            weights are read) or there is no GPU; on a CPU each core runs a pass of its own.
 
     Raises:
         InputError: Not even 16 bits fit.
     """
-    limit_bytes = min([machine.memory_bytes, *(gpu.memory_bytes for gpu in machine.gpus[:1])])
+    limit_bytes = min([machine.usable_bytes, *(gpu.usable_bytes for gpu in machine.gpus[:1])])
     threads = 1 if machine.gpus else machine.cpus
     matrices = sum(math.prod(tensor.shape) for tensor in spec.tensors if len(tensor.shape) == 2)
     whole = TeacherFit(
@@ -101,7 +101,7 @@ def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, mach
         return half
     raise InputError(
         f"running a teacher of {spec.layers} layers takes {format_bytes(half.total_bytes)} even in 16 bits, and "
-        f"{_holder(machine)} has {format_bytes(limit_bytes)}: choose a smaller teacher, or let it write the text to "
+        f"{_holder(machine)} has {format_bytes(limit_bytes)} free: choose a smaller teacher, or let it write the text to "
         "learn from where it is served (autodistill write --endpoint)"
     )
 

@@ -227,5 +227,5 @@ def fit_training(training: Training, limit_bytes: int) -> TrainingFit:
         means += f" over {training.processes} processes" if training.processes > 1 else ""
     raise InputError(
         f"{what} a student of {training.spec.layers} layers takes {format_bytes(smallest.total_bytes)} {means}, and "
-        f"this machine has {format_bytes(limit_bytes)}: choose a smaller teacher, or a space with smaller students"
+        f"this machine has {format_bytes(limit_bytes)} free: choose a smaller teacher, or a space with smaller students"
     )

@@ -1,4 +1,4 @@
-"""An HTTP request with a deadline for all of it, where urllib's time-out is of each single read."""
+"""An HTTP request to one server: a deadline for all of it, where urllib's time-out is of each read; no redirections."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from typing import Any, cast
 def exchange(request: urllib.request.Request, seconds: float) -> http.client.HTTPResponse:
     """The answer's status and headers, and a body that is read until the same deadline.
 
+    A redirection is an error of its status, as any other that is none of success: urllib would turn a POST into a GET
+    of whatever it names, and give that for the answer.
+
     Args:
         request: http or https.
         seconds: After which a read, also of the body, raises TimeoutError, however much has come.
@@ -22,8 +25,13 @@ def exchange(request: urllib.request.Request, seconds: float) -> http.client.HTT
         TimeoutError, OSError, http.client.HTTPException: As of `urllib.request.urlopen`.
     """
     until = time.monotonic() + seconds
-    opener = urllib.request.build_opener(_Http(until), _Https(until))
+    opener = urllib.request.build_opener(_Http(until), _Https(until), _NoRedirection())
     return cast(http.client.HTTPResponse, opener.open(request, timeout=seconds))
+
+
+class _NoRedirection(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *arguments: Any) -> None:
+        """See `urllib.request`: no other request is made."""
 
 
 class _Http(urllib.request.HTTPHandler):

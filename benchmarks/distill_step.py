@@ -6,8 +6,9 @@ Every arm trains the same 15-layer student by turns, so that what else the machi
 figure is the median of the arm's steps, and its ratio is taken within the round. Steps of several sizes follow each
 other; the memory of the loss and the floor are those of the first. Ratios of processor time stand beside
 those of wall-clock time: where other processes share the cores, they are the steadier ones. "Cross-entropy" is this
-project's own; the plain one is what transformers computes where a model is given labels. The published loss is TRL's
-own generalised JSD of GKD, with the teacher run in each step.
+project's own; the plain one is what transformers computes where a model is given labels. TRL has two losses for
+generalised JSD with the teacher run in each step, and both are timed: that of its experimental GKD, on all logits at
+once, and that of its stable DistillationTrainer, which makes a chunk of logits at a time.
 """
 
 from __future__ import annotations
@@ -57,8 +58,10 @@ from autodistill.token_sets import TokenSet, load_split
 
 DRAWS = 50
 BASE, QAT = "cross-entropy", "top-64, on the grid of Q8_0"
-PLAIN, PUBLISHED = "transformers' cross-entropy", "TRL's generalised JSD, teacher live"
-COMPARED = (BASE, PLAIN, PUBLISHED)
+PLAIN = "transformers' cross-entropy"
+EXPERIMENTAL = "TRL's experimental GKD, JSD of all logits, teacher live"
+STABLE = "TRL's DistillationTrainer, JSD by chunks, teacher live"
+COMPARED = {BASE: "cross-entropy", PLAIN: "transformers' own", EXPERIMENTAL: "TRL's GKD", STABLE: "TRL's chunked"}
 FULL = {"signal": "states", "signal_tokens": 0}
 ARMS = {
     BASE: Distillation(divergence_weight=0.0),
@@ -80,13 +83,23 @@ def plain_step(student: Any, optimizer: Any, ids: Tensor) -> None:
     descend(student, optimizer, loss)
 
 
-def published_step(student: Any, teacher: Any, optimizer: Any, ids: Tensor, beta: float = 0.5) -> None:
-    """A training step on the generalised JSD of arXiv 2306.13649 as TRL computes it."""
+def experimental_step(student: Any, teacher: Any, optimizer: Any, ids: Tensor, beta: float = 0.5) -> None:
+    """A training step on the generalised JSD of arXiv 2306.13649 as TRL's experimental GKD computes it."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = student(input_ids=ids, use_cache=False).logits[:, :-1]
         with torch.no_grad():
             wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1]
-    descend(student, optimizer, published_loss(logits, wanted, beta))
+    descend(student, optimizer, experimental_loss(logits, wanted, beta))
+
+
+def stable_step(student: Any, teacher: Any, optimizer: Any, ids: Tensor, beta: float = 0.5) -> None:
+    """A training step on the same divergence as TRL's DistillationTrainer computes it: no logits are ever whole."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states = student.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        with torch.no_grad():
+            wanted = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        loss = stable_loss(states, student.lm_head.weight, wanted, teacher.lm_head.weight, beta)
+    descend(student, optimizer, loss)
 
 
 def descend(student: Any, optimizer: Any, loss: Tensor) -> None:
@@ -97,12 +110,26 @@ def descend(student: Any, optimizer: Any, loss: Tensor) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def published_loss(logits: Tensor, wanted: Tensor, beta: float) -> Tensor:
-    """TRL's own function on float32 logits, as its trainer has them: a mean over tokens."""
+def experimental_loss(logits: Tensor, wanted: Tensor, beta: float) -> Tensor:
+    """The experimental GKD's function on float32 logits, as that trainer has them: a mean over tokens."""
     from trl.experimental.gkd import GKDTrainer
 
     tokens = logits[..., 0].numel()
     loss: Tensor = GKDTrainer.generalized_jsd_loss(logits.float(), wanted.float(), beta=beta, num_items_in_batch=tokens)
+    return loss
+
+
+def stable_loss(states: Tensor, head: Tensor, wanted: Tensor, wanted_head: Tensor, beta: float) -> Tensor:
+    """The DistillationTrainer's function on last states and heads: a mean over tokens.
+
+    Its kernel computes in the states' type, to which the trainer's heads are cast.
+    """
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    everywhere = torch.ones(states.shape[:-1], dtype=torch.int64)
+    loss: Tensor = _chunked_divergence_loss(
+        states, wanted.to(states.dtype), head.to(states.dtype), wanted_head.to(states.dtype), everywhere, beta
+    )[0]
     return loss
 
 
@@ -173,11 +200,16 @@ def memory_lines(rows: int, width: int = 576) -> Iterator[list[str]]:
             leaf = logits.clone().requires_grad_()
             return peak_bytes(lambda: logit_loss(leaf, labels, target, weight, *divergence).total.backward())
 
-        def published(logits: Tensor = logits, states: Tensor = states, head: Tensor = head) -> int:
+        def experimental(logits: Tensor = logits, states: Tensor = states, head: Tensor = head) -> int:
             leaf = logits.detach().requires_grad_()
-            return peak_bytes(lambda: published_loss(leaf, functional.linear(states.bfloat16(), head), 0.5).backward())
+            wanted = states.bfloat16()
+            return peak_bytes(lambda: experimental_loss(leaf, functional.linear(wanted, head), 0.5).backward())
 
-        found = [ours(None, 0.0), ours(top, 0.5), ours(full, 0.5, jsd), published()]
+        def stable(states: Tensor = states, head: Tensor = head) -> int:
+            leaf, own = states.bfloat16().requires_grad_(), head.clone().requires_grad_()
+            return peak_bytes(lambda: stable_loss(leaf, own, states.bfloat16(), head, 0.5).backward())
+
+        found = [ours(None, 0.0), ours(top, 0.5), ours(full, 0.5, jsd), experimental(), stable()]
         size = logits.numel() * 2
         yield [f"{vocabulary:,}", f"{size / 1e6:.0f} MB", *(f"{value / 1e6:.0f} MB" for value in found)]
 
@@ -281,7 +313,8 @@ def arms(shop: Workshop, length: int, tokens: int, threads: int) -> dict[str, Ca
     }
     runs[QAT] = lambda: quantised_seconds(trainers[QAT], grids, tokens)
     runs[PLAIN] = lambda: seconds(lambda: plain_step(shop.model, optimizer, ids))
-    runs[PUBLISHED] = lambda: seconds(lambda: published_step(shop.model, wanted, optimizer, ids))
+    runs[EXPERIMENTAL] = lambda: seconds(lambda: experimental_step(shop.model, wanted, optimizer, ids))
+    runs[STABLE] = lambda: seconds(lambda: stable_step(shop.model, wanted, optimizer, ids))
     return runs
 
 
@@ -332,9 +365,7 @@ def step_lines(taken: Mapping[str, list[Taken]], tokens: int) -> Iterator[list[s
 
 def sized(taken: Mapping[tuple[int, int], Mapping[str, list[Taken]]]) -> Iterator[str]:
     """A heading and a table of the steps of each size."""
-    clocks = [
-        cell for other in ("cross-entropy", "transformers' own", "TRL's") for cell in (f"over {other}", "by processor")
-    ]
+    clocks = [cell for other in COMPARED.values() for cell in (f"over {other}", "by processor")]
     for (sequences, length), times in taken.items():
         yield f"## Steps of {sequences} x {length} tokens"
         lines = list(step_lines(times, sequences * length))
@@ -407,9 +438,11 @@ def main() -> None:
         "torch's profiler the time of such a step goes to:",
         report.table(["operations", "share"], spent),
         "## Peak memory of loss and gradient",
-        f"Beyond the student's logits, {rows} rows in bfloat16; the published one includes the "
-        "teacher's logits, and is four times that of a quarter of the rows.",
-        report.table(["vocabulary", "logits", "cross-entropy", "top-64", "states, JSD", "published JSD"], memory),
+        f"Beyond the student's logits, {rows} rows in bfloat16; that of TRL's experimental GKD includes the teacher's "
+        "logits; that of its DistillationTrainer, to which no logits are given, their chunks and the head's gradient.",
+        report.table(
+            ["vocabulary", "logits", "cross-entropy", "top-64", "states, JSD", "TRL's GKD", "TRL's chunked"], memory
+        ),
         "## Cache",
         "Bytes a token at one temperature, and tokens a second read from the page cache into tensors.",
         report.table(["signal", "bytes/token", "tokens/s", "rate"], reading),

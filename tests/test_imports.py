@@ -18,6 +18,8 @@ ROOMS = (
     "errors",
     "units",
     "files",
+    "licences",
+    "markdown",
     "reply",
     "termination",
     "process_memory",

@@ -2,15 +2,17 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
-from importlib.metadata import entry_points, packages_distributions
+from importlib.metadata import PackageNotFoundError, entry_points, packages_distributions, requires, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +72,98 @@ def test_the_default_teachers_package_is_declared_nowhere() -> None:
 @pytest.mark.parametrize("extra", ["plots", "tasks", "8bit", "lm-eval"])
 def test_what_is_an_extra_is_tested(extra: str) -> None:
     assert EXTRAS[extra] <= EXTRAS["test"]
+
+
+def requirements(*extras: str) -> dict[str, SpecifierSet]:
+    """What is asked of each package by the project with some extras, own extras apart."""
+    texts = [*PROJECT["project"]["dependencies"]]
+    for extra in extras:
+        texts += PROJECT["project"]["optional-dependencies"][extra]
+    asked: dict[str, SpecifierSet] = {}
+    for one in map(Requirement, texts):
+        name = canonicalize_name(one.name)
+        if name != canonicalize_name(PROJECT["project"]["name"]):
+            asked[name] = asked.get(name, SpecifierSet()) & one.specifier
+    return asked
+
+
+def test_all_extras_together_leave_a_version_of_each_package() -> None:
+    """The versions that bounds name, and those just above them, are enough to find one that all allow."""
+    for name, specifier in requirements(*EXTRAS).items():
+        bounds = [part.version.removesuffix(".*") for part in specifier]
+        tried = [*bounds, *(f"{bound}.1" for bound in bounds)]
+        assert any(map(specifier.contains, tried)), f"{name}{specifier}"
+
+
+def test_what_is_installed_is_what_is_asked_for() -> None:
+    for name, specifier in requirements("test").items():
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            continue  # numba, of a Python that it has no wheel for
+        assert specifier.contains(installed, prereleases=True), f"{name} {installed} is not {specifier}"
+
+
+def test_what_installed_packages_ask_of_each_other_is_allowed_here() -> None:
+    """A package may pin another one that is declared here too: of each such pin some version must be allowed here."""
+    asked = requirements(*EXTRAS)
+    for name in asked:
+        try:
+            texts = requires(name) or []
+        except PackageNotFoundError:
+            continue
+        for one in map(Requirement, texts):
+            other = canonicalize_name(one.name)
+            if other not in asked or (one.marker and not one.marker.evaluate({"extra": ""})):
+                continue
+            both = one.specifier & asked[other]
+            bounds = [part.version.removesuffix(".*") for part in both]
+            tried = [version(other), *bounds, *(f"{bound}.1" for bound in bounds)]
+            assert any(both.contains(text, prereleases=True) for text in tried), f"{name} asks for {one}"
+
+
+def test_what_vllm_pins_is_allowed() -> None:
+    """vLLM 0.30 to 0.33 ask for compressed-tensors 0.17.0 and no other, by their metadata."""
+    assert requirements("vllm")["compressed-tensors"].contains("0.17.0")
+
+
+def test_what_optunas_samplers_import_without_declaring_it_is_declared() -> None:
+    """Optuna imports scipy for Gaussian processes alone, when a study asks: after trials were trained."""
+    import optuna
+
+    found = set()
+    folder = Path(optuna.__file__).parent
+    for path in (*(folder / "_gp").rglob("*.py"), *(folder / "samplers" / "_gp").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        for name in re.findall(r"^\s*(?:import|from) (\w+)|_LazyImport\(\"(\w+)", text, re.MULTILINE):
+            found |= set(filter(None, name))
+    outside = found - set(sys.stdlib_module_names) - {"optuna"}
+    own = [text for text in requires("optuna") or [] if "extra ==" not in text]
+    declared = REQUIRED | distributions(own)
+    assert "scipy" in outside
+    # What is not installed here either is imported where it is.
+    for package in filter(providers, outside):
+        assert providers(package) & declared, package
+
+
+def pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-input", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+
+
+@pytest.fixture(scope="module")
+def index() -> None:
+    """Skips where no package index can be reached."""
+    if pip("--no-deps", "--ignore-installed", "--retries", "0", "--timeout", "10", "packaging").returncode:
+        pytest.skip("the package index cannot be reached")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", sorted(EXTRAS))
+def test_every_extra_can_be_installed(extra: str, index: None) -> None:
+    """Beside what is installed here; nothing is installed, though packages without separate metadata are fetched."""
+    done = pip(f".[{extra}]")
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("group", ["autodistill.evaluators", "autodistill.exporters"])

@@ -43,16 +43,18 @@ def settle() -> None:
     gc.freeze()
 
 
-def share_bytes(total: int, share: float) -> int:
-    """Bytes of a GPU that each of the processes which share it may allocate.
+def share_bytes(total: int, share: float, free: int | None = None) -> int:
+    """Bytes of a GPU that each of the processes which share it may allocate, or the one that has it.
 
     The contexts of all of them, and that of the search itself, which stays, find room beside that.
 
     Args:
         total: All of the GPU's.
-        share: Of a process, below 1.
+        share: Of a process, 1 at the most.
+        free: What nobody has of it, beside the search's own context; by default all but that.
     """
-    return max(0, int(share * total - (1 + share) * _CONTEXT_BYTES))
+    left = total - _CONTEXT_BYTES if free is None else min(free, total - _CONTEXT_BYTES)
+    return max(0, int(share * left - _CONTEXT_BYTES))
 
 
 def keep_to_share(share: float) -> None:

@@ -20,6 +20,7 @@ from autodistill.distillation.models import check_model, one_line
 from autodistill.errors import InputError, MissingDependencyError
 from autodistill.families import FAMILIES
 from autodistill.hashes import content_hash, file_hash
+from autodistill.licences import stated
 from autodistill.records.locks import alone
 from autodistill.templates import MORE_TEMPLATES
 from autodistill.tokenising import load_tokenizer
@@ -210,7 +211,7 @@ def _gguf_ref(path: Path) -> TeacherRef:
     unknown = [tensor.name for tensor in file.tensors if file.family.from_gguf_name(tensor.name) is None]
     if unknown:
         raise InputError(f"{path} holds the tensor {unknown[0]}, for which {file.architecture} has no place")
-    licence = file.metadata.get("general.license")
+    licence = stated(file.metadata.get("general.license"))
     licence = "Apache-2.0" if licence == "apache-2.0" else licence
     name = _SMOLLM2 if path.name.startswith(_SMOLLM2) else path.stem
     return TeacherRef(name=name, kind="gguf", path=path, config=config, licence=licence, quantised=file.quantised())
@@ -232,16 +233,16 @@ def _licence(folder: Path, config: Mapping[str, Any]) -> str | None:
     import yaml
     from huggingface_hub.repocard import metadata_load
 
-    stated = config.get("license")
-    if stated is None:
+    licence = config.get("license")
+    if licence is None:
         try:
             card = metadata_load(folder / "README.md") or {}
         except (OSError, ValueError, RecursionError, yaml.YAMLError):
             return None  # without a card, or with one that is not for programs, it is not known
-        stated = card.get("license")
-        if stated == "other":
-            stated = card.get("license_name", stated)
-    return stated if isinstance(stated, str) else None
+        licence = card.get("license")
+        if licence == "other":
+            licence = card.get("license_name", licence)
+    return stated(licence)
 
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
@@ -298,7 +299,7 @@ def _hub_ref(ref: str) -> TeacherRef:
     config = read_json(Path(path))
     _check_config(config, ref)
     _check_names([file.rfilename for file in info.siblings or ()], ref)
-    licence = info.card_data.get("license") if info.card_data else None
+    licence = stated(info.card_data.get("license") if info.card_data else None)
     return TeacherRef(name=name, kind="hub", path=None, config=config, licence=licence, revision=revision)
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import yaml
+
 from autodistill.formats import get_format
+from autodistill.licences import stated
+from autodistill.markdown import fenced, plain
 from autodistill.records.leaderboard import DISTILLED
 from autodistill.records.row import Row
 from autodistill.strategy import Deployment
@@ -40,12 +45,12 @@ class Origin:
     def of(cls, search: Mapping[str, Any]) -> Origin:
         """Of a run, by its `search.json`."""
         teacher, data = search["teacher"]["name"], search["data"]["name"]
-        stated = {name: text for name, text in search["licences"].items() if text != NOT_STATED}
+        known = {name: text for name, text in search["licences"].items() if text != NOT_STATED}
         return cls(
             teacher=teacher,
             data=data,
-            teacher_licence=stated.get(teacher),
-            data_licence=stated.get(data),
+            teacher_licence=stated(known.get(teacher)),
+            data_licence=stated(known.get(data)),
             quantised=search["teacher"].get("quantised"),
         )
 
@@ -78,22 +83,25 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
     licence = origin.teacher_licence
     read = "learnt from" if row.kind in DISTILLED else "was measured on"
     model = "the teacher" if row.kind == "teacher" else "this student"
+    head = {
+        **({"license": " ".join(licence.lower().split())} if licence else {}),
+        "library_name": "gguf" if container == "gguf" else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["distillation", "quantization", "autodistill", container],
+    }
     return "\n".join(
         [
             "---",
-            *([f"license: {licence.lower()}"] if licence else []),
-            f"library_name: {'gguf' if container == 'gguf' else 'transformers'}",
-            "pipeline_tag: text-generation",
-            f"tags: [distillation, quantization, autodistill, {container}]",
+            yaml.safe_dump(head, sort_keys=False, allow_unicode=True, width=math.inf).rstrip(),
             "---",
             "",
-            f"# {origin.name_of(row)}",
+            f"# {plain(origin.name_of(row))}",
             "",
             _made(row, origin),
             f"It is packed here as {here}.{'' if measured else ' ' + _NO_ROW}",
             "",
-            f"- Licence of the teacher, which its students inherit: {licence or NOT_STATED}",
-            f"- Licence of the text it {read} ({origin.data}): {origin.data_licence or NOT_STATED}",
+            f"- Licence of the teacher, which its students inherit: {plain(licence or NOT_STATED)}",
+            f"- Licence of the text it {read} ({plain(origin.data)}): {plain(origin.data_licence or NOT_STATED)}",
             "",
             "## Measurements",
             "",
@@ -102,7 +110,7 @@ def model_card(row: Row, deployment: Deployment, rows: Iterable[Row], origin: Or
             *_table(("packed as",), own, lambda one: (f"**{here}**" if one.deployment_name == here else None,)),
             *_compared(others),
             "",
-            *(["## Strategy", "", "```json", json.dumps(row.strategy, indent=2), "```", ""] if row.strategy else []),
+            *(["## Strategy", "", fenced(json.dumps(row.strategy, indent=2), "json"), ""] if row.strategy else []),
         ]
     )
 
@@ -120,16 +128,17 @@ def _as_measured(rows: Sequence[Row]) -> list[Row]:
 
 
 def _made(row: Row, origin: Origin) -> str:
+    teacher = plain(origin.teacher)
     if row.kind == "teacher":
-        made = [f"This is {origin.teacher} itself: AutoDistill packed it, and nothing was distilled or trained."]
+        made = [f"This is {teacher} itself: AutoDistill packed it, and nothing was distilled or trained."]
     elif row.kind == "initial":
-        made = [f"Made of {origin.teacher} by AutoDistill, as strategy `{row.strategy_id}` begins: not trained at all."]
+        made = [f"Made of {teacher} by AutoDistill, as strategy `{row.strategy_id}` begins: not trained at all."]
     else:
-        made = [f"Distilled from {origin.teacher} on {origin.data} by AutoDistill, under strategy `{row.strategy_id}`."]
+        made = [f"Distilled from {teacher} on {plain(origin.data)} by AutoDistill, under strategy `{row.strategy_id}`."]
     if row.fidelity is not None and not row.full:
         made.append(f"It was trained for {row.fidelity:.0%} of the tokens that were planned.")
     if origin.quantised:
-        made.append(f"The teacher was read from a file in {origin.quantised} and dequantised.")
+        made.append(f"The teacher was read from a file in {plain(origin.quantised)} and dequantised.")
     return " ".join(made)
 
 
@@ -145,14 +154,14 @@ def _named(row: Row) -> str:
     if row.kind in _UNTRAINED:
         return _UNTRAINED[row.kind]
     trained = "" if row.fidelity is None else f", after {row.fidelity:.0%} of the plan's tokens"
-    return f"{row.kind} {row.name}{trained}"
+    return f"{row.kind} {plain(row.name)}{trained}"
 
 
 def _table(titles: Sequence[str], rows: Sequence[Row], first: Callable[[Row], Sequence[str | None]]) -> list[str]:
     """A table of rows' figures; in `first` None stands for the name of the packing."""
     lines = [(*titles, *_FIGURES), ["---"] * (len(titles) + len(_FIGURES))]
     lines += [(*(cell or row.deployment_name for cell in first(row)), *_figures(row)) for row in rows]
-    return [f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def _figures(row: Row) -> tuple[str, ...]:
@@ -180,7 +189,3 @@ def _bytes(value: int | None) -> str:
 
 def _sourced(text: str, source: str | None) -> str:
     return text if text == "-" or source is None else f"{text} ({source})"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,10 +10,11 @@ from typing import Any
 
 import numpy.typing as npt
 import torch
+from packaging.version import Version
 
 from autodistill.codes import Arrays, unpack
 from autodistill.contracts import Artefact
-from autodistill.errors import VerificationError
+from autodistill.errors import MissingDependencyError, VerificationError
 from autodistill.export.huggingface import as_bf16
 from autodistill.export.student_files import (
     WEIGHTS,
@@ -27,6 +29,8 @@ from autodistill.grids import Floats, Grid
 from autodistill.strategy import Deployment
 from autodistill.tensors import Role
 
+_PACKAGE = "compressed-tensors"
+_DENSE_SINCE = "0.18"
 _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
@@ -50,7 +54,9 @@ class CompressedTensorsExporter:
 
         Raises:
             InputError: The student cannot be read or not be cut into groups, or `out` not be written.
+            MissingDependencyError: As `check_package`.
         """
+        check_package(deployment)
         tensors: dict[str, torch.Tensor] = {}
         with StudentFiles(student, deployment) as files:
             for name in files.specs:
@@ -82,6 +88,23 @@ class CompressedTensorsExporter:
                 yield f"{prefix}.weight", unpack(arrays, grid, (rows, columns))
         if parts:
             raise VerificationError(f"{min(parts)} lacks a part of its packed weights: export the student again")
+
+
+def check_package(deployment: Deployment) -> None:
+    """Refuses widths that the installed compressed-tensors package would unpack to other weights.
+
+    Of 2, 4 and 8 bits a whole number fills 32, and all versions pack them alike. Others are packed without a gap since
+    0.18, over the words' ends; before they were not.
+
+    Raises:
+        MissingDependencyError: The package is older.
+    """
+    installed = importlib.metadata.version(_PACKAGE)
+    if deployment.container == _PACKAGE and 32 % deployment.bits and Version(installed) < Version(_DENSE_SINCE):
+        raise MissingDependencyError(
+            f"{deployment.name} is packed as {_PACKAGE} {_DENSE_SINCE} and later do, and {installed} is installed: pip "
+            f"install '{_PACKAGE}>={_DENSE_SINCE}', or leave out {deployment.bits} bits"
+        )
 
 
 def quantization_config(deployment: Deployment, kept: Sequence[str] = ()) -> dict[str, Any]:

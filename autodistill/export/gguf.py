@@ -102,7 +102,7 @@ class GgufExporter:
             writer = GGUFWriter(os.fspath(partial / FILE), get_family(files.spec.architecture).gguf)
             try:
                 check_holds(files.spec, deployment)
-                if reason := cannot_cut(student):
+                if reason := cannot_cut(student, files.spec.vocabulary):
                     raise InputError(reason)
                 add_metadata(writer, files.spec, files.config, _FILE_TYPES[deployment.format])
                 _add_general(writer, files.spec, teacher, licence, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import struct
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -35,25 +36,33 @@ class Agreement:
     """How alike texts are cut.
 
     Attributes:
-        share: Of the tokens, those that both have in the same order.
+        same: Tokens that both have in the same order.
+        tokens: Of so many.
         first: The first difference, in words; empty where there is none.
     """
 
-    share: float
+    same: int
+    tokens: int
     first: str
 
+    @property
+    def share(self) -> float:
+        """Of the tokens, those that both have; all of none."""
+        return self.same / self.tokens if self.tokens else 1.0
 
-def cannot_cut(folder: Path) -> str:
+
+def cannot_cut(folder: Path, vocabulary: int) -> str:
     """Why a GGUF file cannot have the tokenizer of a folder, or nothing where llama.cpp cuts texts as it does.
 
-    Where that does not follow from the tokenizer's description, llama.cpp cuts sample texts, under a model of a few
-    megabytes.
+    It is written into a file as an export writes it. Where it does not follow from the tokenizer's description how
+    llama.cpp cuts, that cuts sample texts, under a model of a few megabytes.
 
     Args:
         folder: Holds the tokenizer's files.
+        vocabulary: Rows of the model's embedding table.
     """
     try:
-        reason = refusal(folder)
+        reason = refusal(folder) or _cannot_write(folder, vocabulary)
         if not reason and not is_certain(folder):
             reason = _cut_otherwise(folder)
     except (InputError, VerificationError) as error:
@@ -84,7 +93,7 @@ def agreement(tokenizer: Any, server: LlamaServer, texts: Iterable[str]) -> Agre
         blocks = SequenceMatcher(None, expected, found, autojunk=False).get_matching_blocks()
         same += sum(block.size for block in blocks)
         first = first or _difference(tokenizer, expected, found)
-    return Agreement(share=same / total, first=first)
+    return Agreement(same=same, tokens=total, first=first)
 
 
 def comparable(text: str, tokenizer: Any, put: Spaces) -> str:
@@ -115,6 +124,25 @@ def _difference(tokenizer: Any, expected: Sequence[int], found: Sequence[int]) -
         for tokens in (expected[max(0, place - 2) : place], expected[place : place + 4], found[place : place + 4])
     )
     return f"behind {before} it has {theirs} instead of {mine}"
+
+
+def _cannot_write(folder: Path, vocabulary: int) -> str:
+    """Why the tokenizer's metadata cannot be written, or nothing.
+
+    Raises:
+        InputError: The tokenizer has more tokens than the table has rows.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        writer = GGUFWriter(Path(place) / "tokenizer.gguf", "llama")
+        try:
+            add_tokenizer(writer, folder, vocabulary)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+        except (ValueError, TypeError, struct.error) as error:
+            return f"GGUF cannot hold the tokenizer in {folder}: {error}"
+        finally:
+            writer.close()
+    return ""
 
 
 def _cut_otherwise(folder: Path) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from autodistill.grids import Floats, Scales
 from autodistill.templates import MORE_TEMPLATES
 
 WEIGHTS = "model.safetensors"
+PARTIAL = ".partial-"
+"""What the name of a folder begins with that is being written."""
 _HEAD = "lm_head.weight"
 _HEADS = {f"{family.stored_head}.weight": _HEAD for family in FAMILIES.values()}
 _COMPANIONS = (
@@ -125,14 +128,19 @@ def read_arrays(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def replacing(out: Path) -> Iterator[Path]:
     """Gives an empty folder whose files are moved into `out` when the block ends well, and dropped otherwise.
 
-    The config is moved last: a folder without one is not taken for a model.
+    The config is moved last: a folder without one is not taken for a model. What a process left that was ended in the
+    middle, or interrupted twice, is removed.
 
     Raises:
         InputError: `out` cannot be written.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=out))
+        _remove_left(out)
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=out))
+        held = os.open(partial, os.O_RDONLY)
+        with suppress(OSError):  # of a file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX)
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}; choose another output folder") from error
     try:
@@ -142,7 +150,24 @@ def replacing(out: Path) -> Iterator[Path]:
                 shutil.rmtree(out / file.name, ignore_errors=True)  # a folder replaces none that holds something
             os.replace(file, out / file.name)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            os.close(held)
+
+
+def _remove_left(out: Path) -> None:
+    """Removes the unfinished folders of processes that have ended: one that writes holds a lock on its own."""
+    for left in out.glob(f"{PARTIAL}*"):
+        descriptor = os.open(left, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # held, or on a file system without locks
+            continue
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
 def write_folder(out: Path, student: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Artefact:

@@ -19,6 +19,7 @@ from autodistill.export.gguf_tokenizer import spaces
 from autodistill.export.student_files import StudentFiles
 from autodistill.grids import Floats
 from autodistill.llama_cpp import LlamaServer
+from autodistill.statistics import binomial_interval, binomial_tail
 from autodistill.strategy import Deployment
 from autodistill.tokenising import load_tokenizer
 
@@ -27,13 +28,16 @@ MIN_AGREEMENT = 0.97
 CLEAR_SHARE = 0.8
 """Share of positions that count as clear: those where the simulation's choice leads by most. llama.cpp quantises
 activations on CPUs, so that near-ties fall either way by design: they are reported, and prove nothing."""
-MIN_POSITIONS = 500
-"""Least number of clear positions."""
+POSITIONS = 2000
+"""Positions that are compared where the data has as many."""
+ENOUGH_POSITIONS = 500
+"""From so many on a share is held to its limit as it is; of fewer it must be shown to lie below: `falls_short`."""
 MIN_SAME_CUT = 0.99
 """Least share of the tokens of validation text that the runtime cuts it into as the tokenizer does. Of rare characters
 llama.cpp's tables may differ (of tekken's, capitals beyond ASCII), which proves nothing; a wrong kind of cut shows in
 every sentence."""
 
+_CHANCE = 0.005  # of refusing an export whose true share is no less than the limit, where positions are few
 _PROMPT_TOKENS = 8
 _WRITTEN_TOKENS = 16
 
@@ -59,6 +63,8 @@ class RuntimeCheck:
         agreement: Share of the clear positions at which it chose the simulation's token; this is what is required.
         raw_agreement: The same over all positions, near-ties included.
         positions: Number of clear positions.
+        interval: Between what the true share of `agreement` lies, with a confidence of 95%: Clopper and Pearson's
+            interval of positions that are independent of each other. Few of them make it wide.
         text: What it wrote after the first tokens of the first sequence.
         same_cut: Share of the tokens of these sequences' text that it cuts as the student's tokenizer does, which
             transformers runs itself.
@@ -67,6 +73,7 @@ class RuntimeCheck:
     agreement: float
     raw_agreement: float
     positions: int
+    interval: tuple[float, float]
     text: str
     same_cut: float = 1.0
 
@@ -118,6 +125,12 @@ def verify_runtime(
 ) -> RuntimeCheck:
     """Loads an artefact in its runtime, compares its choices with the simulation's, and lets it write.
 
+    Its weights were compared one by one already (`verify`): what is asked here is whether the runtime computes with
+    them what was evaluated, which a wrong layout, rotation or norm spoils at most positions. Small data gives few
+    positions, and they are held to less, by `falls_short`: a right export is not refused for a near-tie or two, and one
+    that is wrong at most positions is still found. An error of a few in a hundred shows in many positions alone, so
+    that the record has their count and interval.
+
     Args:
         artefact: The exported file or folder.
         deployment: llama.cpp runs GGUF; folders are run by transformers, also where vLLM will serve them.
@@ -128,32 +141,43 @@ def verify_runtime(
         student: The folder that the artefact was made of; it has the tokenizer.
 
     Raises:
-        VerificationError: Fewer than 500 clear positions, less than 97% agreement there, a runtime that does not load
-            the student or does not write, or one that cuts text into other tokens.
+        VerificationError: Less than 97% agreement at the clear positions, a runtime that does not load the student or
+            does not write, or one that cuts text into other tokens.
+        ValueError: No positions, or those of other sequences than were simulated.
     """
     expected, leads = simulated
+    if not expected.size or sequences.shape != expected.shape or leads.shape != expected.shape:
+        raise ValueError(f"{list(sequences.shape)} tokens, and choices of {list(expected.shape)}")
     clear = leads >= np.quantile(leads, 1 - CLEAR_SHARE)
-    if sequences.shape != expected.shape or clear.sum() < MIN_POSITIONS:
-        raise VerificationError(
-            f"agreement needs {MIN_POSITIONS} clear positions or more, of the same sequences: got {int(clear.sum())} "
-            f"of {list(sequences.shape)} and {list(expected.shape)}"
-        )
     run = _run_llama_cpp if deployment.runtime == "llama.cpp" else _run_transformers
     top1, text, same_cut = run(artefact.path, sequences, threads, student)
     same = top1 == expected
-    agreement = float(same[clear].mean())
-    if agreement < MIN_AGREEMENT:
+    alike, positions = int(same[clear].sum()), int(clear.sum())
+    if falls_short(alike, positions, MIN_AGREEMENT):
         raise VerificationError(
-            f"{artefact.path} chose the evaluated student's token in {agreement:.1%} of {int(clear.sum())} clear "
+            f"{artefact.path} chose the evaluated student's token in {alike / positions:.1%} of {positions} clear "
             f"positions in {deployment.runtime}; {MIN_AGREEMENT:.0%} is the least"
         )
     return RuntimeCheck(
-        agreement=agreement,
+        agreement=alike / positions,
         raw_agreement=float(same.mean()),
-        positions=int(clear.sum()),
+        positions=positions,
+        interval=binomial_interval(alike, positions),
         text=text,
         same_cut=same_cut,
     )
+
+
+def falls_short(hits: int, count: int, least: float) -> bool:
+    """Whether what was found so often is less than it must be.
+
+    From 500 observations on, the share itself says so. Of fewer, one miss may be a large share and tell nothing, so
+    that it falls short where so few hits would come less than once in 200 times if the true share were the least: an
+    exact binomial test of independent observations. Of 20 positions and 97% that is 16 hits or fewer, of 5 it is 2.
+    """
+    if count >= ENOUGH_POSITIONS:
+        return hits < least * count
+    return binomial_tail(hits, count, least) < _CHANCE
 
 
 _Run = tuple[npt.NDArray[np.int64], str, float]
@@ -174,7 +198,7 @@ def _check_cut(path: Path, server: LlamaServer, sequences: npt.NDArray[np.intege
     tokenizer, put = load_tokenizer(student), spaces(student)
     texts = [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in sequences.tolist()]
     found = agreement(tokenizer, server, [comparable(text, tokenizer, put) for text in texts])
-    if found.share < MIN_SAME_CUT:
+    if falls_short(found.same, found.tokens, MIN_SAME_CUT):
         raise VerificationError(
             f"llama.cpp cuts the text of {path} into other tokens than the student's tokenizer does, of which only "
             f"{found.share:.1%} are the same: {found.first}; export to huggingface or compressed-tensors instead"

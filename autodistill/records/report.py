@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from autodistill.budget import read_budget
 from autodistill.contracts import Direction
 from autodistill.errors import MissingDependencyError
+from autodistill.markdown import fenced, paragraph, plain
 from autodistill.records.choice import chosen, contenders, students_only
 from autodistill.records.confirmation import KIND, Confirmation, confirmations
 from autodistill.records.differences import differences, shown
@@ -41,8 +42,8 @@ def report_markdown(
 
     Args:
         search: `search.json`: `name`, `command`, `budget` (as `Budget.to_json`), `metric`, `direction`, and where
-            known `teacher`, `data`, `space`, `plan`, `seconds` (by phase), `saved`, `licences` (name to licence),
-            `versions`, `notes`. A mapping under `teacher` or `data` is written as its fields.
+            known `teacher`, `data`, `space`, `plan`, `seconds` (by phase), `saved`, `runtime`, `licences` (name to
+            licence), `versions`, `notes`. A mapping under `teacher` or `data` is written as its fields.
         ranked: The leaderboard.
         events: The log. Of it are read "status" events (`trial`, `status`, `reason`), and the rows of the test split
             and of further seeds.
@@ -56,16 +57,17 @@ def report_markdown(
     confirmed = confirmations(rows, metric, direction)
     gains = Gains.from_json(search)
     sections = [
-        f"# {_text(search.get('name', 'A search'))}",
-        _text(gains.describe()) if gains is not None else "",
+        f"# {plain(search.get('name', 'A search'))}",
+        plain(gains.describe()) if gains is not None else "",
         _asked(search),
         _answer(search, rows, ranked, confirmed),
         "## Leaderboard\n\n" + _leaderboard(ranked, metric),
-        f"![{metric} against memory]({picture})" if picture else f"For a plot of this table: `{INSTALL_PLOTS}`",
+        f"![{plain(metric)} against memory]({picture})" if picture else f"For a plot of this table: `{INSTALL_PLOTS}`",
         _confirmed(confirmed, ranked),
         _front(search, ranked),
         _lost(events),
         _spared(search),
+        _verified(search.get("runtime", {})),
         _test(_tested(events, search.get("test")), metric, openings or {}, gains.exported if gains else None),
         _pairs("Seconds by phase", {k: f"{v:.1f}" for k, v in search.get("seconds", {}).items()}),
         _command(search),
@@ -99,7 +101,7 @@ def write_report(run: RunFolder) -> tuple[str, ...]:
     openings = openings_of(run.path.parent, search)
     text = report_markdown(search, ranked, events, picture=_PICTURE if _PICTURE in written else None, openings=openings)
     with replacing(run.path / "report.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.writeplain(text, encoding="utf-8")
     return written
 
 
@@ -161,7 +163,7 @@ def _asked(search: Mapping[str, Any]) -> str:
         facts["time box"] = format_duration(plan["box_seconds"])
     # A search that has ended has the plan's notes among its own.
     notes = dict.fromkeys([*plan.get("notes", ()), *search.get("notes", ())])
-    return "\n\n".join([_pairs("What was asked", facts), *(f"- {_text(note)}" for note in notes)])
+    return "\n\n".join([_pairs("What was asked", facts), *(f"- {paragraph(note)}" for note in notes)])
 
 
 def _training(plan: Mapping[str, Any]) -> dict[str, str]:
@@ -204,11 +206,11 @@ def _answer(
         limits = limits_of(read_budget(search["budget"])) if "budget" in search else {}
         needs = {f"{row.name} as {row.deployment_name}": {n: row.figure(n) for n in limits} for row in contenders(rows)}
         closest = nearest(needs, limits)
-        reason = f" The nearest, {_text(closest.candidate)}, {closest.describe()}." if closest else ""
+        reason = f" The nearest, {plain(closest.candidate)}, {closest.describe()}." if closest else ""
         whatever = chosen(rows, metric, direction, students_only=False)
         what = "No trained student fits the budget." if whatever is not None else "Nothing fits the budget."
         return f"## Answer\n\n{what}{reason}"
-    parts = [f"**{_text(best.name)}** ({best.kind}) as {best.deployment_name}: {metric} {_figure(best, metric)}"]
+    parts = [f"**{plain(best.name)}** ({best.kind}) as {best.deployment_name}: {plain(metric)} {_figure(best, metric)}"]
     if best.retention is not None:
         parts.append(f"{best.retention:.1%} of the teacher's")
     if best.memory_bytes is not None:
@@ -216,7 +218,7 @@ def _answer(
     if short := _short(best):
         parts.append(short)
     tied = sum(one.tied for one in ranked) if ranked[0].row == best else 0
-    why = f" It is the smallest of {tied} rows that {metric} cannot tell apart." if tied else ""
+    why = f" It is the smallest of {tied} rows that {plain(metric)} cannot tell apart." if tied else ""
     if confirmed and best.trial == confirmed[0].trial:
         why = f" It was chosen by its mean on {len(confirmed[0].seeds)} seeds."
     return "## Answer\n\n" + ", ".join(parts) + "." + why + _beside(best, rows, metric, direction)
@@ -226,7 +228,7 @@ def _beside(best: Row, rows: Sequence[Row], metric: str, direction: Direction) -
     """Of what needs no training the best student; of a student what needs no training and is before it."""
     student = chosen(rows, metric, direction, students_only=True)
     if best.kind in UNTRAINED:
-        said = f" It is {_text(named(best))}: nothing was trained that does better"
+        said = f" It is {plain(named(best))}: nothing was trained that does better"
         if student is None:
             return f"{said}, and no trained student fits."
         return f"{said}. The first trained student is {_told(student, metric)}."
@@ -237,7 +239,7 @@ def _beside(best: Row, rows: Sequence[Row], metric: str, direction: Direction) -
 
 
 def _told(row: Row, metric: str) -> str:
-    parts = [_text(named(row)), f"{metric} {_figure(row, metric)}", _short(row)]
+    parts = [plain(named(row)), f"{plain(metric)} {_figure(row, metric)}", _short(row)]
     return ", ".join(filter(None, parts))
 
 
@@ -309,7 +311,7 @@ def _front(search: Mapping[str, Any], ranked: Sequence[Ranked]) -> str:
         for row in front([one.row for one in ranked], objectives)
     ]
     titles = [f"{one.name} ({'more' if one.direction == 'max' else 'less'} is better)" for one in objectives]
-    device = f" Latencies are predicted for {_text(search['device']['name'])}." if search.get("device") else ""
+    device = f" Latencies are predicted for {plain(search['device']['name'])}." if search.get("device") else ""
     note = "No other row beats one of these in one objective without losing in another." + device
     return "## Pareto front\n\n" + _table(["row", "name", *titles], lines) + "\n\n" + note
 
@@ -334,6 +336,24 @@ def _lost(events: Iterable[Mapping[str, Any]]) -> str:
 def _spared(search: Mapping[str, Any]) -> str:
     said = Saved(**search["saved"]).describe() if "saved" in search else ()
     return "## Compute saved\n\n" + "\n".join(f"- {sentence}." for sentence in said) if said else ""
+
+
+def _verified(checks: Mapping[str, Mapping[str, Any]]) -> str:
+    """How far the exported files did in their runtimes what was evaluated."""
+    if not checks:
+        return ""
+    lines = [
+        [
+            container,
+            f"{check['agreement']:.1%} of {check['positions']:,}",
+            " to ".join(f"{end:.1%}" for end in check["interval"]),
+            f"{check['raw_agreement']:.1%}",
+            f"{check['same_cut']:.1%}",
+        ]
+        for container, check in checks.items()
+    ]
+    titles = ["file", "same token at clear positions", "95% interval", "at all positions", "text cut alike"]
+    return "## In the runtime\n\n" + _table(titles, lines)
 
 
 def _tested(events: Iterable[Mapping[str, Any]], ids: Sequence[str] | None) -> list[Row]:
@@ -366,14 +386,14 @@ def _test(rows: Sequence[Row], metric: str, openings: Mapping[str, int], exporte
     )
     more = note + _table(compared[0], compared[1:]) if compared else ""
     more = "\n\n".join(filter(None, [more, rests_on(rows)]))
-    ledger = f"\n\n{_text(opened(openings))}" if openings else ""
+    ledger = f"\n\n{plain(opened(openings))}" if openings else ""
     return "## Test split\n\n" + _table(titles, lines) + more + ledger
 
 
 def _command(search: Mapping[str, Any]) -> str:
     if "command" not in search:
         return ""
-    return f"## To do it again\n\n```\n{search['command']}\n```"
+    return f"## To do it again\n\n{fenced(search['command'])}"
 
 
 def _figure(row: Row, metric: str) -> str:
@@ -410,9 +430,4 @@ def _value(value: Any) -> str:
 
 def _table(titles: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     rows = [titles, ["---"] * len(titles), *lines]
-    return "\n".join("| " + " | ".join(_text(cell) for cell in row) + " |" for row in rows)
-
-
-def _text(value: Any) -> str:
-    """Text that can neither end a table cell nor begin markup of its own."""
-    return " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return "\n".join("| " + " | ".join(plain(cell) for cell in row) + " |" for row in rows)

@@ -21,6 +21,7 @@ from autodistill.documents import Source, resolve_data
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import ASKING_DATA
+from autodistill.export.compressed_tensors import check_package
 from autodistill.local_device import choose_device
 from autodistill.records import choice
 from autodistill.records.json_files import read_json
@@ -136,6 +137,8 @@ def check_request(request: SearchRequest) -> Checked:
     request = _budget_as_before(_at_context(request, known, spec, space), known)
     space = _under_budget(space, spec, request.budget, known)
     _check_possible(space, request)
+    for deployment in space.deployments:
+        check_package(deployment)
     checked = Checked(
         request=request,
         name=request.name or datetime.now().strftime("search-%Y%m%d-%H%M%S"),

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import secrets
 import socket
 import sys
 import threading
@@ -53,6 +54,9 @@ _AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 _LOOK_SECONDS, _STUCK_SECONDS = 0.5, 10.0
 # Of another's cluster only connections are seen, which may fail for a moment.
 _SILENT_SECONDS = 3.0
+# Where a person names a token; of a Ray of our own there is one for this process.
+_TOKENS = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+_OWN_TOKEN = secrets.token_hex(32)
 _TOKEN = "it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` prints there"
 
 
@@ -129,8 +133,11 @@ class LocalRay(_Watched):
     def _start(self) -> None:
         machine = self.machines[0]
         try:
-            # Without an address Ray would join whatever cluster it finds.
-            _init(address="local", num_cpus=machine.cpus, num_gpus=len(machine.gpus), include_dashboard=False)
+            with _for_this_machine() as own:
+                # Without an address Ray would join whatever cluster it finds.
+                _init(
+                    address="local", num_cpus=machine.cpus, num_gpus=len(machine.gpus), include_dashboard=False, **own
+                )
         except BaseException as error:
             # Raised where somebody waits for Ray, in the thread that can answer it.
             self._error = error
@@ -301,6 +308,30 @@ def _set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+@contextmanager
+def _for_this_machine() -> Iterator[dict[str, Any]]:
+    """Options by which a Ray that starts in this block listens on the loopback alone, and knows whom it serves.
+
+    Whoever reaches Ray can run code as its owner. It replaces the loopback by an address that other machines reach,
+    but where it is told that there are no others; and it would write its token to `~/.ray/auth_token`, for all to read.
+    The token of this process's Rays is in its environment instead, which only its owner reads. It stays there, since
+    Ray's threads may ask for it after their end.
+    """
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationTokenLoader
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    if not _TOKENS & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = _OWN_TOKEN
+        # This process may have had another one before, of a cluster.
+        AuthenticationTokenLoader.instance().reset_cache()
+    try:
+        yield {"_node_ip_address": "127.0.0.1"}
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
 def _init(**options: Any) -> None:
     import ray
 
@@ -418,7 +449,8 @@ def _probe(needed: Mapping[str, str], stored: tuple[str, str] | None = None) -> 
             "storage": reached(*stored) if stored else "",
             "unseen": [file for file in files if not os.path.exists(file)],
             "memory_bytes": machine.memory_bytes,
-            "gpus": [(gpu.name, gpu.memory_bytes) for gpu in machine.gpus],
+            "free_bytes": machine.free_bytes,
+            "gpus": [(gpu.name, gpu.memory_bytes, gpu.free_bytes) for gpu in machine.gpus],
             "bf16": {kind: computes_bf16(kind) for kind in ("cuda", "cpu")},
         }
 
@@ -468,8 +500,10 @@ def _machine(name: str, resources: dict[str, float], said: dict[str, Any], neede
             f"node {name} of the Ray cluster does not reach the storage ({said['storage']}): give it the credentials "
             "and the network that this one has"
         )
-    seen = tuple(Gpu(name=kind, memory_bytes=size) for kind, size in said["gpus"])
+    seen = tuple(Gpu(name=kind, memory_bytes=size, free_bytes=free) for kind, size, free in said["gpus"])
     gpus = seen[: int(resources.get("GPU", 0))]
     memory = min(said["memory_bytes"], int(resources.get("memory", said["memory_bytes"])))
     bf16 = said["bf16"]["cuda" if gpus else "cpu"]
-    return Machine(cpus=int(resources.get("CPU", 0)), memory_bytes=memory, gpus=gpus, bf16=bf16)
+    return Machine(
+        cpus=int(resources.get("CPU", 0)), memory_bytes=memory, gpus=gpus, bf16=bf16, free_bytes=said["free_bytes"]
+    )

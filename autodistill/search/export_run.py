@@ -12,6 +12,7 @@ from autodistill.checksums import check_list
 from autodistill.distillation.teacher import materialise, resolve_teacher
 from autodistill.errors import DamagedError, InputError
 from autodistill.export.card import Origin, model_card
+from autodistill.export.student_files import PARTIAL
 from autodistill.export.verify import verify
 from autodistill.formats import get_format
 from autodistill.records.choice import chosen, contenders, students_only
@@ -75,7 +76,8 @@ def export_run(
     deployments = {name: _deployment(name, row, ranked, asked) for name in containers}
     for name in containers:
         folder = out / name
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # What an interrupted export may have left is removed by the next one.
+        if folder.exists() and not (folder.is_dir() and all(one.name.startswith(PARTIAL) for one in folder.iterdir())):
             raise InputError(f"{folder} exists and is not an empty folder: choose another one with --out")
     origin = Origin.of(asked)
     paths = {name: _pack(student, row, deployment, out / name, origin) for name, deployment in deployments.items()}

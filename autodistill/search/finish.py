@@ -25,7 +25,7 @@ from autodistill.errors import InputError, NothingFitsError, VerificationError
 from autodistill.estimate import fits, holdable, too_late
 from autodistill.evaluation import deployed_weights
 from autodistill.export.card import Origin, model_card
-from autodistill.export.verify import CLEAR_SHARE, MIN_POSITIONS, RuntimeCheck, verify, verify_runtime
+from autodistill.export.verify import POSITIONS, RuntimeCheck, verify, verify_runtime
 from autodistill.formats import get_format
 from autodistill.quiet import free_cores
 from autodistill.records.beginnings import worsened
@@ -239,7 +239,7 @@ def _export(row: Row, finisher: Finisher, paths: dict[str, Path], checks: dict[s
     with finisher.phases.phase("export", f"exporting {row.name} as {deployment.name}"):
         artefact, container = _pack(row, deployment, finisher)
         length = finisher.question.plan.sequence_length
-        sequences = math.ceil(MIN_POSITIONS / CLEAR_SHARE / (length - 1))
+        sequences = math.ceil(POSITIONS / (length - 1))
         rendering = finisher.setting.rendering(strategy.init if strategy else None)
         data = load_split(finisher.data.folder, "validation", rendering).head(sequences * length)
         model = finisher.load(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from autodistill.errors import InputError
 from autodistill.estimate import cannot_hold, holdable, spec_from_config
 from autodistill.export.gguf_text import cannot_cut
 from autodistill.export.gguf_tokenizer import spaces
+from autodistill.export.verify import CLEAR_SHARE, ENOUGH_POSITIONS
 from autodistill.formats import get_format
 from autodistill.records.json_files import read_json
 from autodistill.rendering import Template
@@ -99,7 +101,7 @@ class Loaded:
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of data, text and templates, in sentences."""
         caveat = (self.caveat,) if self.caveat else ()
-        return (*self.data.notes, *caveat, *self.templates.values())
+        return (*self.data.notes, *few_positions(self.data), *caveat, *self.templates.values())
 
     def teacher_deployments(self, checked: Checked) -> tuple[Deployment, ...]:
         """Those that the teacher is evaluated under: of the space, and the one that has its own codes."""
@@ -134,7 +136,7 @@ def load(checked: Checked, place: Place) -> Loaded:
         teacher, stored = stored_as(checked.teacher, teacher, spec, request.cache)
     else:
         stored = None
-    if reason := cannot_cut(teacher.folder):
+    if reason := cannot_cut(teacher.folder, spec.vocabulary):
         spec = replace(spec, text_not_in_gguf=reason)
         check_students(checked, spec)
     length = checked.sequence_length
@@ -183,7 +185,7 @@ def load(checked: Checked, place: Place) -> Loaded:
         pretrained_models=models,
         renderings=renderings,
         templates=refused | {model: _told_of(model, data.renderings[name]) for model, name in renderings.items()},
-        caveat="" if reason or not _in_gguf(checked) else spaces(teacher.folder).caveat,
+        caveat=_caveat(checked, reason, teacher.folder),
         stored=stored,
         ranked=_ranked(stored, spec, request.budget),
     )
@@ -266,8 +268,29 @@ def _check_sayable(
             )
 
 
-def _in_gguf(checked: Checked) -> bool:
-    return any(get_format(one.format).container == "gguf" for one in checked.space.deployments)
+def few_positions(data: Prepared) -> tuple[str, ...]:
+    """That an export will be compared with its runtime at fewer positions than are wanted, where data is small."""
+    positions = data.splits["validation"].sequences * (data.sequence_length - 1)
+    clear = math.ceil(CLEAR_SHARE * positions)
+    if clear >= ENOUGH_POSITIONS:
+        return ()
+    return (
+        f"the validation split is small: an export is compared with its runtime at about {clear} clear positions "
+        f"instead of {ENOUGH_POSITIONS} or more, which finds gross faults alone",
+    )
+
+
+def _caveat(checked: Checked, reason: str, teacher: Path) -> str:
+    """What a person must know of GGUF files of this teacher's text, or nothing where the space has none.
+
+    Args:
+        checked: Has the space.
+        reason: Why there can be no such file, if so.
+        teacher: Its folder.
+    """
+    if not any(get_format(one.format).container == "gguf" for one in checked.space.deployments):
+        return ""
+    return f"the space's GGUF deployments are left out: {reason}" if reason else spaces(teacher).caveat
 
 
 def _ranked(stored: StoredAs | None, spec: ModelSpec, budget: Budget) -> str:

@@ -38,11 +38,11 @@ def memory_of_trials(place: Place, spec: ModelSpec, teacher_fit: TeacherFit) -> 
 
 
 def _limit_bytes(place: Place) -> int:
-    """Bytes that a process of a trial may take: of a machine, or its share of a GPU."""
-    gpus = [gpu.memory_bytes for machine in place.machines for gpu in machine.gpus]
+    """Bytes that a process of a trial may take of what is free: of a machine, or its share of a GPU."""
+    gpus = [(gpu.memory_bytes, gpu.usable_bytes) for machine in place.machines for gpu in machine.gpus]
     if not gpus:
-        return min(machine.memory_bytes for machine in place.machines)
-    return min(gpus) if place.share.gpus == 1 else share_bytes(min(gpus), place.share.gpus)
+        return min(machine.usable_bytes for machine in place.machines)
+    return min(share_bytes(total, place.share.gpus, free) for total, free in gpus)
 
 
 def tokens_of_step(checked: Checked, place: Place) -> int:

@@ -360,7 +360,7 @@ def _end(
     rows = [row for row in rows_of(run.events.read()) if row.split == "validation"]
     seconds = clock.summary()
     result = _result(checked, campaign, rows, finished, plan, seconds, run, loaded.notes)
-    kept = {name: result[name] for name in ("notes", "saved")}
+    kept = {name: result[name] for name in ("notes", "saved", "runtime")}
     shown = {"test": [row.row_id for row in finished.test], **finished.gains.to_json()}
     write_json(run.search_file, {**ready.document, "seconds": seconds, **kept, **shown})
     if storage is not None:

@@ -211,7 +211,7 @@ def process_bytes(
     if runner == "inline" or any(machine.gpus for machine in machines):
         return limit_bytes
     threads = share.threads if share else None
-    return min(machine.memory_bytes // _places(machine, main_bytes, threads) for machine in machines)
+    return min(machine.usable_bytes // _places(machine, main_bytes, threads) for machine in machines)
 
 
 def _each(share: Share) -> int:
@@ -226,7 +226,7 @@ def _beside_gpus(machine: Machine, share: Share, threads: int) -> int:
 
 def _held(machine: Machine, main_bytes: int) -> int:
     """Processes that a machine's main memory holds at once, with some to spare."""
-    return max(1, int(0.8 * machine.memory_bytes // main_bytes))
+    return max(1, int(0.8 * machine.usable_bytes // main_bytes))
 
 
 def _places(machine: Machine, main_bytes: int, threads: int | None) -> int:

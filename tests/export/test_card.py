@@ -143,3 +143,50 @@ def test_a_runs_document_tells_the_origin(licence: str | None) -> None:
     }
     expected = Origin(teacher="big", data="text", teacher_licence=licence, data_licence=None, quantised="Q8_0")
     assert Origin.of(search) == expected
+
+
+HOSTILE = "x\nlicense: gpl-3.0\n---\n# A title\n<script>alert(1)</script> | [a](javascript:b) `c` **d** _e_"
+
+
+def text_of(page: str) -> list[tuple[str, str]]:
+    """The kinds of a page's blocks and the text of each, as a parser of GitHub's Markdown reads it."""
+    from markdown_it import MarkdownIt
+
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(page)
+    kinds = []
+    for token in tokens:
+        for child in token.children or []:
+            kinds.append((child.type, child.content))
+        if token.type.endswith(("_open", "_block", "fence", "hr")):
+            kinds.append((token.type, token.content))
+    return kinds
+
+
+def test_names_and_licences_of_others_are_text_and_nothing_else() -> None:
+    """Lines of their own in the head, HTML, links and headings all stay letters of a name."""
+    origin = replace(ORIGIN, teacher=HOSTILE, data=HOSTILE, teacher_licence=HOSTILE, data_licence=HOSTILE)
+    rows = [replace(one, name=HOSTILE) for one in ROWS]
+    card = model_card(BEST, Q4, rows, origin)
+    _, header, body = card.split("---\n", 2)
+    plain_card = model_card(BEST, Q4, ROWS, ORIGIN)
+    head = yaml.safe_load(header)
+    assert head["license"] == " ".join(HOSTILE.lower().split())
+    assert set(head) == set(yaml.safe_load(plain_card.split("---\n", 2)[1]))
+    kinds = [kind for kind, _ in text_of(body)]
+    assert not {"html_block", "html_inline", "link_open", "em_open"} & set(kinds)
+    assert kinds.count("heading_open") == [kind for kind, _ in text_of(plain_card.split("---\n", 2)[2])].count(
+        "heading_open"
+    )
+    assert "".join(text for kind, text in text_of(body) if kind == "text").count("<script>alert(1)</script>") >= 5
+
+
+@pytest.mark.parametrize("licence", [7, ["mit", "apache-2.0"], {"a": 1}, "", None, True])
+def test_a_licence_of_another_kind_makes_a_card(licence: Any) -> None:
+    search = {
+        "teacher": {"name": "big", "quantised": None},
+        "data": {"name": "text"},
+        "licences": {"big": licence, "text": licence},
+    }
+    card = model_card(BEST, Q4, ROWS, Origin.of(search))
+    expected = "mit, apache-2.0" if isinstance(licence, list) else None
+    assert yaml.safe_load(card.split("---\n", 2)[1]).get("license") == expected

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from autodistill.errors import VerificationError
-from autodistill.export.compressed_tensors import CompressedTensorsExporter
+from autodistill.errors import MissingDependencyError, VerificationError
+from autodistill.export.compressed_tensors import CompressedTensorsExporter, check_package
 from autodistill.export.verify import load_in_transformers
-from autodistill.strategy import Deployment
+from autodistill.strategy import IN_16_BITS, Deployment
 from autodistill.testing import save_tiny_teacher
 
 
@@ -129,3 +129,23 @@ def test_a_lost_scale_is_noticed(tmp_path: Path) -> None:
     save_file(stored, out / "model.safetensors")
     with pytest.raises(VerificationError, match=r"mlp\.up_proj"):
         list(CompressedTensorsExporter().unpack(out))
+
+
+@pytest.mark.parametrize(("bits", "allowed"), [(8, True), (6, False), (4, True), (3, False), (2, True)])
+def test_widths_that_do_not_fill_words_need_a_package_that_packs_them_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, allowed: bool
+) -> None:
+    """Both packages were asked for these bits of the same integers: of 3 and 6 they gave others before 0.18."""
+    asked = deployment(bits, 32)
+    check_package(asked)  # with the one that is installed
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.17.0")
+    if allowed:
+        check_package(asked)
+        return
+    said = rf"int{bits}-g32 is packed as compressed-tensors 0\.18 .*0\.17\.0 is installed: pip install"
+    with pytest.raises(MissingDependencyError, match=said):
+        check_package(asked)
+    with pytest.raises(MissingDependencyError, match=said):
+        CompressedTensorsExporter().export(save_tiny_teacher(tmp_path / "student"), asked, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    check_package(IN_16_BITS)

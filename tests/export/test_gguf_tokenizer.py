@@ -119,7 +119,21 @@ def test_an_unknown_way_to_cut_text_is_refused(folder: Path) -> None:
     ):
         changed(folder, lambda description, step=unknown: description.update(pre_tokenizer=step))
         assert "its pre_tokenizer is none of those that are known there (gpt-2, smollm, " in refusal(folder)
-        assert cannot_cut(folder).endswith("export to huggingface or compressed-tensors instead")
+        assert cannot_cut(folder, 400).endswith("export to huggingface or compressed-tensors instead")
+
+
+def test_a_tokenizer_that_a_file_cannot_hold_is_known_without_an_export(folder: Path) -> None:
+    assert cannot_cut(folder, 300) == ""
+    assert "the tokenizer has 300 tokens, but the model's vocabulary is 299" in cannot_cut(folder, 299)
+    (folder / "gguf_tokenizer.json").write_text(json.dumps({"bos_token_id": -1}))
+    assert f"GGUF cannot hold the tokenizer in {folder}" in cannot_cut(folder, 300)
+    (folder / "gguf_tokenizer.json").unlink()
+    changed(folder, without_merges)
+    assert "it has no merges, which llama.cpp asks for" in cannot_cut(folder, 300)
+
+
+def without_merges(description: dict[str, Any]) -> None:
+    description["model"]["merges"] = []
 
 
 def test_words_that_the_merges_do_not_make_are_known_by_name(folder: Path) -> None:
@@ -142,11 +156,11 @@ def test_what_a_gguf_teacher_calls_its_cut_is_asked_of_llama_cpp(folder: Path) -
     changed(folder, merge_digits)
     for name, certain, right in (("gpt-2", True, True), ("olmo", True, True), ("exaone4", False, True)):
         (folder / "gguf_tokenizer.json").write_text(json.dumps({"pre": name}))
-        assert (is_certain(folder), cannot_cut(folder) == "") == (certain, right)
+        assert (is_certain(folder), cannot_cut(folder, 400) == "") == (certain, right)
     (folder / "gguf_tokenizer.json").write_text(json.dumps({"pre": "llama-bpe"}))
-    assert "would cut text into other tokens" in cannot_cut(folder)
+    assert "would cut text into other tokens" in cannot_cut(folder, 400)
     (folder / "gguf_tokenizer.json").write_text(json.dumps({"pre": "unheard-of"}))
-    assert "unknown pre-tokenizer type: 'unheard-of'" in cannot_cut(folder)
+    assert "unknown pre-tokenizer type: 'unheard-of'" in cannot_cut(folder, 400)
 
 
 def test_what_transformers_makes_of_the_files_counts(folder: Path) -> None:
@@ -337,7 +351,7 @@ def test_where_llama_cpp_knows_no_such_space_the_most_usual_texts_are_right_and_
     for file in teacher.glob("tokenizer*"):
         file.unlink()
     llama_like(teacher, legacy=legacy, template=template)
-    assert (is_certain(teacher), cannot_cut(teacher)) == (False, "")
+    assert (is_certain(teacher), cannot_cut(teacher, 400)) == (False, "")
     assert caveat in spaces(teacher).caveat
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     artefact = GgufExporter().export(teacher, F16, tmp_path / "out")
@@ -357,8 +371,8 @@ def test_a_space_before_texts_is_only_believed_when_llama_cpp_was_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = llama2_like(tmp_path)
-    assert (refusal(folder), is_certain(folder), cannot_cut(folder)) == ("", False, "")
+    assert (refusal(folder), is_certain(folder), cannot_cut(folder, 400)) == ("", False, "")
     (folder / "gguf_tokenizer.json").write_text(json.dumps({"add_space_prefix": False}))
-    assert re.search(r"would cut text into other tokens .*: behind \[\] it has", cannot_cut(folder))
+    assert re.search(r"would cut text into other tokens .*: behind \[\] it has", cannot_cut(folder, 400))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install xllamacpp" in cannot_cut(folder)
+    assert "pip install xllamacpp" in cannot_cut(folder, 400)

@@ -70,7 +70,7 @@ def test_unreadable_students_are_refused(tmp_path: Path) -> None:
         StudentFiles(student, F16)
 
 
-def replace(folder: Path, text: str, error: Exception | None = None) -> None:
+def replace(folder: Path, text: str, error: BaseException | None = None) -> None:
     with replacing(folder) as partial:
         (partial / "kept").write_text(text)
         if error is not None:
@@ -92,3 +92,25 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="choose another output folder"), replacing(tmp_path / "file"):
         pass
+
+
+def test_what_two_interrupts_left_is_removed_by_the_next_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second Ctrl-C meets the removal that the first one has led to."""
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as twice:
+        twice.setattr("autodistill.export.student_files.shutil.rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            replace(tmp_path, "half", KeyboardInterrupt())
+    (partial,) = tmp_path.iterdir()
+    assert partial.is_dir()
+    with replacing(tmp_path) as other:
+        assert not partial.exists()
+        # What is being written is let alone by whoever comes.
+        with replacing(tmp_path) as third:
+            assert other.is_dir()
+            (third / "b").write_text("3")
+        (other / "a").write_text("2")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "2", "b": "3"}

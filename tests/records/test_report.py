@@ -262,3 +262,10 @@ def test_the_page_says_what_a_training_was_and_what_its_figures_are_of() -> None
         "| figures are of | 6,400 of 8,704 tokens of validation, 2,048 of 7,936 tokens of test; "
         "at a rung 1,024 of validation |"
     ) in page
+
+
+def test_what_runtimes_did_is_told_with_how_sure_that_is() -> None:
+    check = {"agreement": 0.985, "raw_agreement": 0.941, "positions": 204, "interval": [0.957, 0.997], "same_cut": 1.0}
+    page = report.report_markdown(SEARCH | {"runtime": {"gguf": check}}, rank(ROWS), EVENTS)
+    assert "| gguf | 98.5% of 204 | 95.7% to 99.7% | 94.1% | 100.0% |" in page
+    assert "In the runtime" not in report.report_markdown(SEARCH, rank(ROWS), EVENTS)

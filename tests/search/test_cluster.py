@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import ipaddress
 import json
 import os
 import platform
@@ -104,11 +105,14 @@ def test_a_node_computes_in_bfloat16_as_what_ray_gives_of_it_does(resources: dic
         "unseen": [],
         "storage": "",
         "memory_bytes": 8,
-        "gpus": [("a", 24), ("a", 24), ("a", 24)],
+        "free_bytes": 6,
+        "gpus": [("a", 24, 20), ("a", 24, None), ("a", 24, 3)],
         "bf16": {"cuda": True, "cpu": False},
     }
     machine = _machine("node", resources, said, {})
     assert (machine.bf16, len(machine.gpus)) == (bf16, resources.get("GPU", 0))
+    assert machine.usable_bytes == 6
+    assert [gpu.usable_bytes for gpu in machine.gpus] == [20, 24][: len(machine.gpus)]
 
 
 def test_a_node_that_does_not_reach_the_storage_is_refused(tmp_path: Path) -> None:
@@ -128,6 +132,73 @@ def test_a_node_that_does_not_reach_the_storage_is_refused(tmp_path: Path) -> No
     }
     with pytest.raises(InputError, match=r"node b .*does not reach the storage \(ACCESS_DENIED\): give it the cred"):
         _machine("b", {"CPU": 1}, said, {})
+
+
+def test_a_ray_of_its_own_is_told_to_listen_on_the_loopback_and_writes_no_token(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from ray._private import ray_constants, services
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    seen: list[tuple[dict[str, Any], str, str | None]] = []
+
+    def init(**options: Any) -> None:
+        address = services.resolve_ip_for_localhost(options["_node_ip_address"])
+        seen.append((options, address, os.environ.get("RAY_AUTH_TOKEN")))
+
+    monkeypatch.setattr("autodistill.search.cluster._init", init)
+    monkeypatch.setattr("autodistill.search.cluster._shut_down", lambda: None)
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    local = LocalRay(Machine(cpus=1, memory_bytes=10**9, gpus=()))
+    local.wait()
+    local.leave()
+    ((options, address, token),) = seen
+    assert options["address"] == "local"
+    assert address == "127.0.0.1"
+    assert token is not None
+    assert len(token) == 64
+    assert before == ray_constants.ENABLE_RAY_CLUSTER, "a cluster that is joined later has other machines"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_token_that_a_person_named_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 64)
+    monkeypatch.setattr("autodistill.search.cluster._init", lambda **options: None)
+    monkeypatch.setattr("autodistill.search.cluster._shut_down", lambda: None)
+    local = LocalRay(Machine(cpus=1, memory_bytes=10**9, gpus=()))
+    local.wait()
+    local.leave()
+    assert os.environ["RAY_AUTH_TOKEN"] == "a" * 64
+
+
+@pytest.mark.slow
+def test_nothing_of_a_ray_of_its_own_listens_beyond_the_loopback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of this process, Ray's and a worker's, as the system lists their sockets; and there is no file with a token."""
+    import ray
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    own = {one.laddr.port for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN}
+    local = LocalRay(Machine(cpus=1, memory_bytes=10**9, gpus=()))
+    try:
+        local.wait()
+        assert ray.get(ray.remote(lambda: 2).remote()) == 2  # with a worker
+        names, listening = set(), []
+        for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+            for one in process.net_connections("inet"):
+                if one.status == psutil.CONN_LISTEN and one.laddr.port not in own:
+                    names.add(process.name())
+                    listening.append(ipaddress.ip_address(one.laddr.ip.removeprefix("::ffff:")))
+    finally:
+        local.leave()
+    assert {"gcs_server", "raylet"} <= names
+    assert all(address.is_loopback for address in listening), listening
+    assert not (tmp_path / ".ray" / "auth_token").exists()
 
 
 @pytest.mark.slow

@@ -231,6 +231,15 @@ def test_a_folder_with_something_in_it_is_left_alone(run: RunFolder, tmp_path: P
     assert not (tmp_path / "huggingface").exists()
 
 
+def test_an_export_that_was_interrupted_twice_can_be_given_again(run: RunFolder, tmp_path: Path) -> None:
+    left = tmp_path / "out" / "huggingface" / ".partial-abc"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    paths = export_run(run, None, ["huggingface"], tmp_path / "out")
+    assert not left.exists()
+    assert (paths["huggingface"] / "model.safetensors").is_file()
+
+
 def test_what_is_on_disk_is_held_to_the_student(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

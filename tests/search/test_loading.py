@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,19 @@ from autodistill.distillation.teacher import resolve_teacher
 from autodistill.errors import InputError
 from autodistill.hardware import Machine
 from autodistill.search import loading
-from autodistill.search.loading import load
+from autodistill.search.loading import few_positions, load
 from autodistill.search.share import Place, Share
 from autodistill.testing import save_tiny_teacher
+
+
+@pytest.mark.parametrize(("sequences", "few"), [(1, True), (9, True), (10, False)])
+def test_small_validation_data_is_known_before_anything_is_trained(sequences: int, few: bool) -> None:
+    """Four fifths of 63 positions a sequence: 500 clear ones take ten of them."""
+    data: Any = SimpleNamespace(splits={"validation": SimpleNamespace(sequences=sequences)}, sequence_length=64)
+    notes = few_positions(data)
+    assert bool(notes) is few
+    if few:
+        assert f"at about {math.ceil(0.8 * 63 * sequences)} clear positions instead of 500" in notes[0]
 
 
 def test_a_model_of_another_tokenizer_is_refused_before_any_weights_are_obtained(

@@ -37,13 +37,30 @@ def test_workers_on_a_cpu_have_room_for_the_teacher_that_each_loads(signal: str,
 
 
 def test_a_trial_that_shares_a_gpu_fits_what_its_process_may_allocate() -> None:
-    """A quarter of 100 GB, less a context of 600 MB and a quarter of the search's; a whole one, be it of several."""
+    """A quarter of 100 GB, less a context of 600 MB and a quarter of the search's; a whole one less both of them."""
     spec, gpus = spec_from_config(QWEN_1_5B), (Gpu(name="made up", memory_bytes=10**11),)
     machine = Machine(cpus=2, memory_bytes=10**11, gpus=gpus)
-    for share, expected in ((Share(gpus=0.25), 24.25e9), (Share(), 1e11), (Share(processes=2), 1e11)):
+    for share, expected in ((Share(gpus=0.25), 24.25e9), (Share(), 98.8e9), (Share(processes=2), 98.8e9)):
         place = Place(here=machine, machines=(machine,), share=share)
         held = TeacherFit(held="float32", stored="float32", weights_bytes=0, pass_bytes=0)
         assert memory_of_trials(place, spec, held).limit_bytes == expected
+
+
+def test_a_trial_has_what_others_leave_free() -> None:
+    """Of a GPU beside its own context; the search's is not free when it is looked at. Of a machine all of that."""
+    spec, held = (
+        spec_from_config(QWEN_1_5B),
+        TeacherFit(held="float32", stored="float32", weights_bytes=0, pass_bytes=0),
+    )
+    for gpus, share, expected in (
+        ((Gpu(name="a", memory_bytes=10**11, free_bytes=4 * 10**10),), Share(), 39.4e9),
+        ((Gpu(name="a", memory_bytes=10**11, free_bytes=4 * 10**10),), Share(gpus=0.5), 19.4e9),
+        ((), Share(), 3e9),
+    ):
+        machine = Machine(cpus=2, memory_bytes=10**11, gpus=gpus, free_bytes=3 * 10**9)
+        place = Place(here=machine, machines=(machine,), share=share)
+        assert memory_of_trials(place, spec, held).limit_bytes == expected
+    assert share_out([machine], 10**9, "ray").count == 2
 
 
 def test_low_rank_changes_count_where_every_trial_trains_them() -> None:

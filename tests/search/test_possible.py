@@ -14,7 +14,7 @@ import pytest
 
 from autodistill.applied import student_spec
 from autodistill.contracts import ModelSpec
-from autodistill.errors import InputError, NothingFitsError
+from autodistill.errors import InputError, MissingDependencyError, NothingFitsError
 from autodistill.estimate import config_of, fits, holdable, spec_from_config
 from autodistill.hardware import Machine
 from autodistill.records.json_files import write_json
@@ -185,6 +185,8 @@ def test_a_tokenizer_that_llama_cpp_lacks_leaves_gguf_out_before_anything_is_tra
     checked = uncut(tmp_path, "gguf", "folder")
     loaded = load(checked, Place.alone())
     assert "its pre_tokenizer is none of those that are known there" in loaded.spec.text_not_in_gguf
+    (told,) = (note for note in loaded.notes if "GGUF" in note)
+    assert told == f"the space's GGUF deployments are left out: {loaded.spec.text_not_in_gguf}"
     for strategy in checked.space.baselines.values():
         if strategy.finishing is None:
             student = student_spec(strategy, loaded.spec)
@@ -217,3 +219,15 @@ def test_what_is_left_must_fit_the_budget(tmp_path: Path) -> None:
     narrow = Budget(memory_bytes=40 * 10**6, context=256)
     with pytest.raises(NothingFitsError, match="nothing fits"):
         load(uncut(tmp_path, "gguf", "folder", budget=narrow), Place.alone())
+
+
+def test_a_packing_that_the_installed_package_does_not_know_is_refused_before_any_work(
+    asked: SearchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    narrow = {"runtime": "transformers", "format": "compressed-tensors", "bits": 3, "group_size": 32}
+    write_json(tmp_path / "space.yaml", SPACE.to_json() | {"deployments": [LISTED["folder"], narrow]})
+    check_request(replace(asked, space=str(tmp_path / "space.yaml")))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.17.0")
+    with pytest.raises(MissingDependencyError, match=r"int3-g32 is packed as compressed-tensors 0\.18"):
+        check_request(replace(asked, space=str(tmp_path / "space.yaml")))
+    check_request(asked)

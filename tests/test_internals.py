@@ -1,0 +1,131 @@
+"""What is used of other libraries without their promise to keep it: each is there, as it is used, below a bound.
+
+Where one of these fails with a new version, the bound in pyproject.toml holds until what uses it has been changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+PROJECT: dict[str, Any] = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+EVERY = [*PROJECT["project"]["dependencies"], *chain(*PROJECT["project"]["optional-dependencies"].values())]
+
+
+@pytest.mark.parametrize("package", ["accelerate", "bitsandbytes", "ray", "transformers"])
+def test_packages_whose_internals_are_used_have_an_upper_bound(package: str) -> None:
+    found = [one for one in map(Requirement, EVERY) if one.name == package]
+    assert found
+    for requirement in found:
+        assert any(part.operator in ("<", "<=") for part in requirement.specifier), str(requirement)
+
+
+def test_of_ray_a_jobs_working_folder_can_be_kept_off_the_import_path() -> None:
+    """`search/cluster.py` replaces the method by one of its own."""
+    from ray.job_config import JobConfig
+
+    assert list(inspect.signature(JobConfig()._runtime_env_has_working_dir).parameters) == []
+    source = inspect.getsource(__import__("ray._private.worker", fromlist=["worker"]))
+    assert "_runtime_env_has_working_dir()" in source
+
+
+def test_of_ray_a_node_can_be_kept_to_the_loopback_and_its_token_to_the_environment() -> None:
+    """`search/cluster.py` says that there is no cluster, and has a token read anew."""
+    from ray._private import ray_constants, services
+    from ray._raylet import AuthenticationTokenLoader
+
+    assert isinstance(ray_constants.ENABLE_RAY_CLUSTER, bool)
+    assert "ENABLE_RAY_CLUSTER" in inspect.getsource(services.get_node_ip_address)
+    assert "_node_ip_address" in inspect.getsource(__import__("ray._private.worker", fromlist=["worker"]).init)
+    assert callable(AuthenticationTokenLoader.instance().reset_cache)
+
+
+def test_of_tune_searcher_and_scheduler_are_asked_as_they_are_written() -> None:
+    """`search/ray_runner.py` hands work out by a searcher, and reads a failed trial's error file."""
+    from ray.tune.experiment import Trial
+    from ray.tune.schedulers import FIFOScheduler
+    from ray.tune.search import Searcher
+
+    assert Searcher.FINISHED == "FINISHED"
+    assert list(inspect.signature(Searcher.suggest).parameters) == ["self", "trial_id"]
+    assert list(inspect.signature(Searcher.on_trial_complete).parameters) == ["self", "trial_id", "result", "error"]
+    assert list(inspect.signature(FIFOScheduler.on_trial_error).parameters)[2:] == ["trial"]
+    assert isinstance(inspect.getattr_static(Trial, "error_file"), property)
+
+
+def test_of_accelerate_fsdp2_is_prepared_without_an_accelerator() -> None:
+    """`distillation/sharding.py` names the type of a CPU's processes by hand, and prepares the model itself."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp2_prepare_model
+
+    assert list(inspect.signature(fsdp2_prepare_model).parameters) == ["accelerator", "model"]
+    assert DistributedType.FSDP == "FSDP"
+    assert {"fsdp_version", "auto_wrap_policy", "cpu_ram_efficient_loading"} <= set(
+        inspect.signature(FullyShardedDataParallelPlugin).parameters
+    )
+    assert isinstance(inspect.getattr_static(Accelerator, "process_index"), property)
+    # Set on the state's shared dictionary, which has no property of that name in the way.
+    assert not isinstance(inspect.getattr_static(AcceleratorState, "distributed_type", None), property)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_of_bitsandbytes_the_optimizer_s_steps_are_overridden() -> None:
+    """`distillation/eight_bit.py` wraps these three, and reads states by their names."""
+    from bitsandbytes.functional import quantize_blockwise
+    from bitsandbytes.optim.adamw import AdamW8bit
+
+    assert list(inspect.signature(AdamW8bit.get_config).parameters) == ["self", "gindex", "pindex", "group"]
+    for method in (AdamW8bit.init_state, AdamW8bit.update_step):
+        assert list(inspect.signature(method).parameters) == ["self", "group", "p", "gindex", "pindex"]
+    assert {"code", "blocksize"} <= set(inspect.signature(quantize_blockwise).parameters)
+    weight = torch.nn.Parameter(torch.ones(128, 128))
+    weight.grad = torch.ones(128, 128)
+    optimizer = AdamW8bit([weight], min_8bit_size=0)
+    optimizer.step()
+    states = {"state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2", "step"}
+    assert states <= set(optimizer.state[weight])
+    assert len(optimizer.state[weight]["absmax1"]) == 128 * 128 // 256
+
+
+def test_of_transformers_attention_and_names_are_where_they_are_looked_for() -> None:
+    """`distillation/attention.py` puts its own in the place of a model's attention, `models.py` keeps a name."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    config = LlamaConfig(attn_implementation="sdpa")
+    assert config._attn_implementation == "sdpa"
+    assert hasattr(config, "_name_or_path")
+    assert "llama3" in ROPE_INIT_FUNCTIONS
+    assert "sdpa" in ALL_ATTENTION_FUNCTIONS
+
+
+def test_of_torch_parameters_have_a_version_and_modules_a_dictionary() -> None:
+    """`distillation/quantization.py` keeps rounded weights while their version is the same."""
+    module = torch.nn.Linear(2, 2)
+    before = module.weight._version
+    with torch.no_grad():
+        module.weight.mul_(2)
+    assert module.weight._version > before
+    assert set(module._parameters) == {"weight", "bias"}
+
+
+def test_of_torch_onednn_says_whether_it_computes_in_bfloat16() -> None:
+    """`hardware.py` asks; of a build without oneDNN it takes a no for granted."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    flags = Path("/proc/cpuinfo").read_text() if psutil.LINUX else ""
+    found = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert isinstance(found, bool)
+    if "amx_bf16" in flags or "avx512_bf16" in flags:
+        assert found
