@@ -101,8 +101,8 @@ def fit_teacher(spec: ModelSpec, *, stored: HeldType, sequence_length: int, mach
         return half
     raise InputError(
         f"running a teacher of {spec.layers} layers takes {format_bytes(half.total_bytes)} even in 16 bits, and "
-        f"{_holder(machine)} has {format_bytes(limit_bytes)} free: choose a smaller teacher, or let it write the text to "
-        "learn from where it is served (autodistill write --endpoint)"
+        f"{_holder(machine)} has {format_bytes(limit_bytes)} free: choose a smaller teacher, or let it write the text "
+        "to learn from where it is served (autodistill write --endpoint)"
     )
 
 
