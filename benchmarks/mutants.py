@@ -1,6 +1,6 @@
 """Wrong changes of the core's lines, drawn at random by a seed: how many of them the tests find.
 
-    python benchmarks/mutants.py [--mutants 100] [--seed 0] [--jobs 2] [--limit 2m] [--work DIR]
+    python benchmarks/mutants.py [--mutants 100] [--seed 0] [--jobs 2] [--limit 120] [--stop-after S] [--work DIR]
 
 First each test file runs once over a copy of the tree whose core marks every statement that is reached, so that it is
 known which tests get where, and what each costs. A mutant is then run against those that reach its line, the module's
@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import math
 import os
 import random
 import resource
@@ -49,16 +50,13 @@ GOAL = 0.95
 CORE = tuple(Path(__file__).with_name("mutants_core.txt").read_text().split())
 # Imported once, before a process is forked for each run. Nothing of ours is among them.
 LIBRARIES = (
-    "bitsandbytes",
     "compressed_tensors",
-    "datasets",
     "gguf",
     "hypothesis.extra.numpy",
     "numba",
     "optuna",
     "pyarrow.parquet",
     "ray",
-    "scipy.stats",
     "torch.distributed.tensor",
     "transformers.models.llama.modeling_llama",
     "typer.testing",
@@ -112,11 +110,20 @@ class Test:
 
 
 def copy_tree(folder: Path) -> None:
-    """A copy of the repository in which its own package is found before the installed one."""
+    """A copy of the repository in which its own package is found before the installed one.
+
+    One that is there already stays, unless files have changed or a mutant was left in it.
+    """
+    files = [path for name in ("autodistill", "evaluators", "tests") for path in sorted((ROOT / name).rglob("*.py"))]
+    stamp, state = folder.with_suffix(".copied"), _hash(*files)
+    if stamp.exists() and stamp.read_text() == state:
+        return
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT, folder, ignore=LEFT_OUT, symlinks=True)
     for name in ("evaluators", "search_spaces"):
         (folder / "autodistill" / name).symlink_to(f"../{name}")
+    compileall.compile_dir(folder / "autodistill", quiet=2)
+    stamp.write_text(state)
 
 
 class Job:
@@ -165,11 +172,16 @@ class Job:
         return bool(pid)
 
 
-def in_parallel(jobs: int, work: Sequence[Callable[[int], Iterator[Job]]]) -> None:
-    """Runs pieces of work, each of which has jobs one after another in the place that it is given."""
+def in_parallel(jobs: int, work: Sequence[Callable[[int], Iterator[Job]]], until: float = math.inf) -> None:
+    """Runs pieces of work, each of which has jobs one after another in the place that it is given.
+
+    Once `until` has come, by `time.monotonic`, none is begun.
+    """
     waiting, free = list(reversed(work)), list(range(jobs))
     running: list[tuple[int, Iterator[Job], Job]] = []
     while waiting or running:
+        if time.monotonic() > until:
+            waiting.clear()
         while waiting and free:
             place = free.pop()
             steps = waiting.pop()(place)
@@ -280,8 +292,8 @@ class Bench:
     tests: list[Test] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
-    def trace(self) -> None:
-        """Finds out what each test reaches, unless that is known."""
+    def trace(self, until: float) -> bool:
+        """Finds out what each test reaches, unless that is known; False where time was up first."""
         own = {f"test_{Path(name).stem}.py" for name in CORE}
         # Those of the core's own files first, which find most.
         files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: (path.name not in own, path))
@@ -296,7 +308,6 @@ class Bench:
             (tree / "autodistill_reached.py").write_text(_REACHED)
             for name in CORE:
                 (tree / name).write_text(marked(name, (ROOT / name).read_text()))
-            compileall.compile_dir(tree / "autodistill", quiet=2)
             # Each place has a folder of its own for temporary files.
             for place in range(self.jobs):
                 (self.work / f"marked-{place}").unlink(missing_ok=True)
@@ -314,13 +325,17 @@ class Bench:
 
                 return steps
 
-            in_parallel(self.jobs, [traced(path) for path in missing])
+            in_parallel(self.jobs, [traced(path) for path in missing], until)
+            if left := sum(not path.exists() for path in results.values()):
+                print(f"{left} test files are left, or could not be run: see {self.work / 'logs'}")
+                return False
         for path in files:
             if results[path].exists():
                 found = json.loads(results[path].read_text())
                 sets = [frozenset((module, line) for module, line in lines) for lines in found["sets"]]
                 self.tests += [Test(name=n, seconds=s, reached=sets[index]) for n, s, index in found["tests"]]
                 self.left_out += found["left out"]
+        return True
 
     def tests_of(self, mutant: Mutation) -> list[Test]:
         """The tests that reach a mutant: the module's own first, then file by file, the cheapest first."""
@@ -353,7 +368,10 @@ class Bench:
             folder = self.work / f"tree-{place}"
             target, result = folder / mutant.module, self.work / f"failed-{place}.txt"
             whole, stamp, seconds, verdict, by = target.read_bytes(), target.stat(), 0.0, "survived", ""
+            copied = folder.with_suffix(".copied")
+            state = copied.read_text()
             try:
+                copied.unlink()
                 target.write_text(mutant.source())
                 os.utime(target, (stamp.st_atime, stamp.st_mtime + random.Random(_id(mutant)).randrange(1, 10**6)))
                 for number, stage in enumerate(stages):
@@ -375,6 +393,7 @@ class Bench:
             finally:
                 target.write_bytes(whole)
                 os.utime(target, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+                copied.write_text(state)
             tell(
                 {
                     "verdict": verdict if tests else "not reached",
@@ -421,6 +440,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--limit", type=float, default=120.0, help="processor seconds of tests for one mutant")
     parser.add_argument("--work", type=Path, default=ROOT / "results" / "runs" / "mutants")
+    parser.add_argument("--stop-after", type=float, default=math.inf, help="seconds after which nothing more is begun")
     parser.add_argument("--trace-only", action="store_true", help="end once it is known what each test reaches")
     options = parser.parse_args()
     began = time.monotonic()
@@ -430,7 +450,8 @@ def main() -> int:
     options.work = options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(work=options.work, jobs=options.jobs)
-    bench.trace()
+    if not bench.trace(began + options.stop_after):
+        return 3
     traced = time.monotonic() - began
     if options.trace_only:
         return 0
@@ -472,12 +493,12 @@ def main() -> int:
 
         work.append(bench.try_out(mutant, options.limit, tell))
     if work:
-        copy_tree(options.work / "tree-0")
-        compileall.compile_dir(options.work / "tree-0" / "autodistill", quiet=2)
-        for place in range(1, options.jobs):
-            shutil.rmtree(options.work / f"tree-{place}", ignore_errors=True)
-            shutil.copytree(options.work / "tree-0", options.work / f"tree-{place}", symlinks=True)
-        in_parallel(options.jobs, work)
+        for place in range(options.jobs):
+            copy_tree(options.work / f"tree-{place}")
+        in_parallel(options.jobs, work, began + options.stop_after)
+    if left := len(mutants) - len(record):
+        print(f"{left} mutants are left: the same command goes on with them")
+        return 3
     record.sort(key=lambda one: one["number"])
     return tell_all(record, traced, bench, options)
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from autodistill import distillation
 from autodistill.codes import deployed, quantize
-from autodistill.distillation import grid_values, quantization
+from autodistill.distillation import grid_steps, grid_values, quantization
 from autodistill.distillation.grid_values import deploy_tensor, fitted_scales
 from autodistill.distillation.quantization import (
     FakeQuantized,
@@ -139,6 +139,28 @@ def test_values_are_bit_for_bit_those_deployed(grid, way):
         torch.testing.assert_close(
             short, as_short, rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+class _Elsewhere(torch.Tensor):
+    """A tensor of this machine that says it is another device's."""
+
+    @property
+    def device(self):
+        return torch.device("meta")
+
+
+def test_the_first_of_the_largest_magnitudes_counts_wherever_it_is_looked_for():
+    for groups in (WEIGHTS["tied magnitudes"].reshape(-1, 32), WEIGHTS["normal"].reshape(-1, 32)):
+        first = np.abs(groups).argmax(-1)[:, None]
+        expected = np.take_along_axis(groups, first, -1)
+        here = torch.from_numpy(groups.copy())
+
+        def extremes(groups):
+            return groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+
+        for tensor in (here, here.as_subclass(_Elsewhere)):
+            found = grid_steps._signed_absmax(tensor, extremes)
+            np.testing.assert_array_equal(found.as_subclass(torch.Tensor).numpy(), expected)
 
 
 @by_path
