@@ -387,7 +387,10 @@ class Bench:
                     if job.code < 0:
                         verdict, by = "found", "it does not end"
                     elif job.code not in (0, 5):
-                        verdict, by = "found", result.read_text() if result.exists() else f"pytest ends with {job.code}"
+                        verdict, by = (
+                            "found",
+                            result.read_text() if result.exists() else "that the tests cannot be loaded",
+                        )
                     if verdict == "found":
                         break
             finally:
@@ -464,7 +467,7 @@ def main() -> int:
     same = equivalents()
     mutants = drawn(options.mutants, options.seed)
     record: list[dict[str, Any]] = []
-    work = []
+    work, again = [], []
     for number, mutant in enumerate(mutants):
         said = {
             "id": _id(mutant) + _hash(ROOT / mutant.module),
@@ -491,8 +494,9 @@ def main() -> int:
                 file.write(json.dumps(one) + "\n")
             print(f"{len(record)}/{len(mutants)} {_told(one)}", flush=True)
 
-        work.append(bench.try_out(mutant, options.limit, tell))
-    if work:
+        # What survived earlier tests comes after all that is not known.
+        (again if earlier else work).append(bench.try_out(mutant, options.limit, tell))
+    if work := work + again:
         for place in range(options.jobs):
             copy_tree(options.work / f"tree-{place}")
         in_parallel(options.jobs, work, began + options.stop_after)
