@@ -1,6 +1,6 @@
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: check test test-all hostile lint types format
+.PHONY: check test test-all slow hostile crash mutants lint types format
 
 check: lint types test
 
@@ -8,12 +8,22 @@ check: lint types test
 # fewest tests; more than four processes would want too much memory.
 PARALLEL = -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# Without the slow tests and most of the hostile inputs, which pyproject.toml leaves out.
+# Without what pyproject.toml leaves out: slow tests, all of the hostile inputs, and searches cut off at every write.
 test:
 	$(PYTHON) -m pytest $(PARALLEL)
 
-test-all:
-	$(PYTHON) -m pytest -m "" $(PARALLEL)
+test-all: test slow hostile crash mutants
+
+slow:
+	$(PYTHON) -m pytest -m "slow and not hostile and not crash" $(PARALLEL)
+
+# Searches cut off at every write, and under every failing call.
+crash:
+	$(PYTHON) -m pytest -m crash $(PARALLEL)
+
+# 100 wrong changes of the core at random: at least 95% must be found.
+mutants:
+	$(PYTHON) benchmarks/mutants.py
 
 # Every hostile input, with counts by area and command.
 hostile:

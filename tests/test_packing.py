@@ -78,6 +78,16 @@ def test_what_was_told_of_a_token_stays_with_it() -> None:
     assert pack([_record(0, 4)], [0], 12).told is None
 
 
+def test_what_all_renderings_share_stays_with_its_record() -> None:
+    common = np.array([False, True, False, True])
+    records = [_record(0, 5), replace(_record(1, 4), shared=common)]
+    packed = pack(records, [0, 1], 12)
+    assert packed.shared is not None
+    begin = packed.tokens[0].tolist().index(100)
+    assert packed.shared[0, begin : begin + 4].tolist() == common.tolist()
+    assert packed.shared.sum() == 2
+
+
 def test_a_cut_record_keeps_what_was_told_of_what_is_left() -> None:
     half = cut(_told(1, 10, 2), 7)
     assert half is not None

@@ -241,6 +241,24 @@ def test_whole_ranges_are_whole():
     assert not dimension.domain.holds(True)
 
 
+def test_a_whole_range_without_a_step_visits_every_whole_number():
+    assert Range(low=2, high=5, integer=True).grid == (2, 3, 4, 5)
+    assert Range(low=2.0, high=5.0).grid is None
+
+
+def test_a_strategy_lies_at_the_fullest_choice_that_agrees_with_it_be_that_an_empty_one():
+    choices = {
+        "none": None,
+        "plain": {},
+        "second": {"count": 2},
+        "low": {"count": 2, "projection": "low-rank", "rank": 8},
+    }
+    space = space_of({"distillation.alignment": {"choices": choices}})
+    for name in choices:
+        point = {"distillation.alignment": name}
+        assert space.point(space.strategy(point)) == point, name
+
+
 def test_choices_tell_true_from_one():
     domain = Choices(values={True: True, False: False})
     assert domain.holds(True)

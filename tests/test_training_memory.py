@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ import transformers
 from autodistill.distillation.alignment import alignment_loss, projection
 from autodistill.distillation.attention import TeacherBlock, attention_loss, watch
 from autodistill.distillation.student import decoder_layers
+from autodistill.distillation.trainer import adamw
 from autodistill.estimate import ARCHITECTURES, spec_from_config
-from autodistill.strategy import Alignment, Attention
+from autodistill.strategy import Alignment, Attention, Distillation, Lora
 from autodistill.testing import tiny_config as config
-from autodistill.training_memory import training_memory
+from autodistill.training_memory import beside_bytes, training_memory
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
@@ -132,3 +134,99 @@ def test_adamw_takes_sixteen_bytes_a_weight_and_four_where_frozen() -> None:
 
     assert held(True) == 16 * spec.parameters
     assert held(False) == 16 * spec.parameters - 12 * table
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "int8"])
+def test_moments_take_what_the_optimisers_hold(state: Any) -> None:
+    """The tensors that each AdamW holds of weights of the shapes of a model, but for its counts of steps."""
+    spec = spec_from_config(config(hidden_size=256, intermediate_size=512))
+    weights = [torch.nn.Parameter(torch.randn(tensor.shape)) for tensor in spec.tensors if len(tensor.shape) == 2]
+    optimiser = adamw([{"params": weights}], state)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimiser.step()
+    held = 0
+    for weight in weights:
+        moments = {name: part for name, part in optimiser.state[weight].items() if torch.is_tensor(part)}
+        # bitsandbytes' table of 8-bit values is one for all.
+        held += sum(part.nbytes for name, part in moments.items() if part.numel() > 1 and "qmap" not in name)
+    trained = sum(weight.numel() for weight in weights)
+    left_out = spec.parameters - trained
+    estimate = training_memory(spec, tokens=64, optimizer_state=state)
+    per_value = {"float32": 8.0, "bfloat16": 4.0, "int8": 2 + 8 / 256}[state]
+    assert estimate.optimizer_bytes == pytest.approx(held + per_value * left_out, rel=1e-3)
+
+
+def test_a_checkpointed_model_keeps_what_torch_keeps() -> None:
+    """Outside of its layers: each one's input. Within, one layer at a time has what all have without."""
+    described, tokens = config(num_hidden_layers=4), 250
+    spec = spec_from_config(described)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described)).float()
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inputs: list[int] = []
+    for layer in decoder_layers(model):
+        layer.register_forward_pre_hook(lambda module, given: inputs.append(given[0].nbytes))
+    model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+    whole, kept = (training_memory(spec, tokens=tokens, checkpointing=on).activations_bytes for on in (False, True))
+    assert inputs == [4 * spec.width * tokens] * 4
+    assert kept == sum(inputs) + whole / 4
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        ("attention", "q_proj k_proj v_proj o_proj"),
+        ("ffn", "gate_proj up_proj down_proj"),
+        ("all", "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
+    ],
+)
+def test_low_rank_changes_are_those_of_the_matrices_that_are_named(layers: str, names: str) -> None:
+    described = config(num_hidden_layers=3)
+    spec, rank = spec_from_config(described), 4
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described))
+    adapted = [m.weight for name, m in model.named_modules() if name.rpartition(".")[2] in names.split()]
+    assert len(adapted) == 3 * len(names.split())
+    changes = sum(rank * sum(weight.shape) for weight in adapted)
+    changed = training_memory(spec, tokens=64, lora=Lora(rank=rank, layers=layers), train_embeddings=False)
+    assert changed.weights_bytes == 4 * (spec.parameters + changes)
+    assert changed.gradients_bytes == 4 * changes
+    assert changed.optimizer_bytes == 8 * changes
+    table = spec.vocabulary * spec.width
+    with_table = training_memory(spec, tokens=64, lora=Lora(rank=rank, layers=layers))
+    assert with_table.gradients_bytes == 4 * (changes + table)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shown_are_the_matrices_of_one_layer_or_of_all_and_the_table(bf16: bool, checkpointing: bool) -> None:
+    spec = spec_from_config(config(num_hidden_layers=4))
+    matrices = sum(math.prod(t.shape) for t in spec.tensors if len(t.shape) == 2 and ".layers." in t.name)
+    table, size = spec.vocabulary * spec.width, 2 if bf16 else 4
+    shares = {"bf16": bf16, "checkpointing": checkpointing, "tokens": 64}
+    shown = size * (matrices // (4 if checkpointing else 1) + table)
+    assert training_memory(spec, **shares).shown_bytes == (shown if bf16 else 0)
+    on_grid = training_memory(spec, **shares, on_grid=True)
+    # A table that is trained is looked up in float32.
+    assert on_grid.shown_bytes == shown + (4 * table if bf16 else 0)
+    frozen = training_memory(spec, **shares, on_grid=True, train_embeddings=False)
+    assert frozen.shown_bytes == shown
+
+
+def test_what_lies_of_the_teacher_beside_a_student() -> None:
+    teacher = spec_from_config(config())
+    head = teacher.vocabulary * teacher.width
+    recipes = {
+        signal: Distillation(signal=signal, signal_tokens=0 if signal in ("online", "states", "written") else 12)
+        for signal in ("online", "states", "top-k", "sampled")
+    }
+
+    def beside(*signals: str, bf16: bool = False) -> int:
+        return beside_bytes([recipes[signal] for signal in signals], teacher, bf16=bf16, held_bytes=12345)
+
+    assert beside("top-k", "sampled") == beside() == 0
+    assert (beside("states", "top-k"), beside("states", bf16=True)) == (4 * head, 2 * head)
+    assert (beside("online", "states"), beside("online", bf16=True)) == (12345, 2 * teacher.parameters)
+    # What is not weighed is not needed.
+    nothing = Distillation(signal="online", signal_tokens=0, divergence_weight=0.0)
+    assert beside_bytes([nothing], teacher, bf16=False, held_bytes=12345) == 0

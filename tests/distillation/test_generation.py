@@ -108,8 +108,9 @@ def test_draws_depend_on_prompt_and_seed_alone(model: torch.nn.Module) -> None:
     assert drawn(PROMPTS, 1) != first
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.7)])
-def test_draws_follow_the_models_distribution(model: torch.nn.Module, temperature: float, top_p: float) -> None:
+def test_draws_follow_the_models_distribution(model: torch.nn.Module) -> None:
+    """Both knobs at once: either alone would take as long again, and say no more."""
+    temperature, top_p = 1.5, 0.7
     draws = 1000
     counts = np.zeros(300)
     for seed in range(draws):

@@ -43,3 +43,19 @@ def test_a_step_that_nothing_was_heard_in_leaves_the_pace():
 def test_a_loss_that_is_not_finite_changes_nothing():
     state = Interpolation(share=0.5, momentum=0.1, loss=2.0)
     assert state.after(math.nan, 0.4, 0.9) == state
+
+
+def test_it_remembers_ninety_nine_parts_in_a_hundred_of_earlier_falls():
+    """The paper's recurrence with its figures by hand: a fall by three quarters, a rise by a half, a level loss."""
+    state, shares = Interpolation(share=0.4), []
+    for loss in (8.0, 2.0, 3.0, 3.0):
+        state = state.after(loss, 0.4, 0.0)
+        shares.append(state.share)
+    momenta = [0.01 * 0.75, 0.99 * 0.0075 - 0.01 * 0.5, 0.99 * 0.002425]
+    assert momenta[1] == pytest.approx(0.002425, rel=1e-12)
+    left, expected = 0.6, [0.4]
+    for momentum in momenta:
+        left *= 1 - 5e-4 / (1 + math.exp(-momentum))
+        expected.append(1 - left)
+    assert shares == pytest.approx(expected, rel=1e-13)
+    assert state.momentum == pytest.approx(momenta[-1], rel=1e-9)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from autodistill import distillation
 from autodistill.codes import deployed, quantize
-from autodistill.distillation import grid_values, quantization
+from autodistill.distillation import grid_steps, grid_values, quantization
 from autodistill.distillation.grid_values import deploy_tensor, fitted_scales
 from autodistill.distillation.quantization import (
     FakeQuantized,
@@ -41,11 +41,28 @@ from autodistill.grids import (
 )
 
 BLOCKS = [Q2_K, Q3_K, Q4_K, Q5_K, Q6_K]
-GRIDS = [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, *BLOCKS, *get_format("compressed-tensors").linears]
-by_grid = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.name)
-by_type = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+# The integer grids first, by bits, then size of groups, then symmetric or not.
+GRIDS = [*get_format("compressed-tensors").linears, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, *BLOCKS]
+TYPES = (torch.float32, torch.bfloat16)
 # By compiled loops, in one thread or several, or operation by operation, on all groups at once or on some.
-by_way = pytest.mark.parametrize("way", ["compiled", "in threads", "at once", "in chunks"], indirect=True)
+WAYS = ("compiled", "in threads", "at once", "in chunks")
+
+
+def _path(grid):
+    """All of a grid that code branches on: those that differ in figures alone go the same way through it."""
+    kind = (grid.container, grid.scale_rule, grid.rounding, grid.offset, grid.scale_dtype)
+    return (*kind, bool(grid.block_size), bool(grid.group_size))
+
+
+# The first grid of each path goes all ways; each of the others goes one, in turn.
+PATHS = list({_path(grid): grid for grid in reversed(GRIDS)}.values())
+PAIRS = [(grid, way) for grid in PATHS for way in WAYS]
+PAIRS += [(grid, WAYS[(n // 8 + n // 2 + 2 * n) % 4]) for n, grid in enumerate(GRIDS) if grid not in PATHS]
+by_way = pytest.mark.parametrize("way", WAYS, indirect=True)
+by_path = pytest.mark.parametrize("grid", PATHS, ids=lambda grid: grid.name)
+by_pair = pytest.mark.parametrize(
+    ("grid", "way"), PAIRS, indirect=["way"], ids=[f"{grid.name}-{way}" for grid, way in PAIRS]
+)
 
 
 @pytest.fixture
@@ -98,24 +115,55 @@ def _bits(values):
     return np.ascontiguousarray(values).view(np.uint32)
 
 
-@by_grid
-@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
-@by_way
-def test_values_are_bit_for_bit_those_deployed(grid, weights, way):
-    expected = _bits(deployed(weights, grid))
-    tensor = torch.from_numpy(weights)
-    np.testing.assert_array_equal(_bits(fake_quantize(tensor, grid).numpy()), expected)
-    trained = fake_quantize(tensor.clone().requires_grad_(), grid)
-    np.testing.assert_array_equal(_bits(trained.detach().numpy()), expected)
-    np.testing.assert_array_equal(_bits(deploy_tensor(tensor, grid).numpy()), expected)
-    # As autocast would round them.
-    short = fake_quantize(tensor, grid, torch.bfloat16)
-    torch.testing.assert_close(
-        short, torch.from_numpy(deployed(weights, grid)).bfloat16(), rtol=0, atol=0, equal_nan=True
-    )
+def test_every_grid_goes_some_way_and_every_path_goes_all():
+    assert {grid.name for grid, _ in PAIRS} == {grid.name for grid in GRIDS}
+    assert {(_path(grid), way) for grid, way in PAIRS} == {(_path(grid), way) for grid in GRIDS for way in WAYS}
+    # Integer grids of a bit-width, of a size of groups, with offsets and without: each goes all ways among them.
+    integers = [(grid, way) for grid, way in PAIRS if grid.container == "compressed-tensors"]
+    for part in ("bits", "group_size", "symmetric"):
+        met = {(getattr(grid, part), way) for grid, way in integers}
+        assert met == {(getattr(grid, part), way) for grid, _ in integers for way in WAYS}, part
 
 
-@by_grid
+@by_pair
+def test_values_are_bit_for_bit_those_deployed(grid, way):
+    for name, weights in WEIGHTS.items():
+        values = deployed(weights, grid)
+        expected, tensor = _bits(values), torch.from_numpy(weights)
+        np.testing.assert_array_equal(_bits(fake_quantize(tensor, grid).numpy()), expected, err_msg=name)
+        trained = fake_quantize(tensor.clone().requires_grad_(), grid)
+        np.testing.assert_array_equal(_bits(trained.detach().numpy()), expected, err_msg=name)
+        np.testing.assert_array_equal(_bits(deploy_tensor(tensor, grid).numpy()), expected, err_msg=name)
+        # As autocast would round them.
+        short, as_short = fake_quantize(tensor, grid, torch.bfloat16), torch.from_numpy(values).bfloat16()
+        torch.testing.assert_close(
+            short, as_short, rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+class _Elsewhere(torch.Tensor):
+    """A tensor of this machine that says it is another device's."""
+
+    @property
+    def device(self):
+        return torch.device("meta")
+
+
+def test_the_first_of_the_largest_magnitudes_counts_wherever_it_is_looked_for():
+    for groups in (WEIGHTS["tied magnitudes"].reshape(-1, 32), WEIGHTS["normal"].reshape(-1, 32)):
+        first = np.abs(groups).argmax(-1)[:, None]
+        expected = np.take_along_axis(groups, first, -1)
+        here = torch.from_numpy(groups.copy())
+
+        def extremes(groups):
+            return groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+
+        for tensor in (here, here.as_subclass(_Elsewhere)):
+            found = grid_steps._signed_absmax(tensor, extremes)
+            np.testing.assert_array_equal(found.as_subclass(torch.Tensor).numpy(), expected)
+
+
+@by_path
 @by_way
 def test_what_is_no_number_stays_none_and_spoils_no_other_group(grid, way):
     weights = WEIGHTS["normal"].copy()
@@ -170,23 +218,22 @@ def _inside(weights: np.ndarray, grid: Grid) -> np.ndarray:
     return ((steps <= grid.qmax + 0.5) & (steps >= grid.qmin - 0.5)).reshape(weights.shape)
 
 
-@by_grid
-@by_way
-@by_type
-@pytest.mark.parametrize("name", ["normal", "heavy-tailed", "small"])
-def test_gradient_passes_inside_and_stops_where_clipped(grid, way, dtype, name):
-    weights = WEIGHTS[name]
-    tensor = torch.from_numpy(weights).clone().requires_grad_()
-    incoming = _incoming(tensor, way, dtype)
-    (gradient,) = torch.autograd.grad(fake_quantize(tensor, grid, dtype), tensor, incoming)
-    incoming = incoming.float()
-    inside = _inside(weights, grid)
-    np.testing.assert_array_equal(gradient.numpy(), np.where(inside, incoming.numpy(), 0))
-    if grid.symmetric and grid.group_size == 32:
-        assert inside.all() == (grid is Q8_0)
+@by_pair
+def test_gradient_passes_inside_and_stops_where_clipped(grid, way):
+    for name in ("normal", "heavy-tailed", "small"):
+        weights = WEIGHTS[name]
+        inside = _inside(weights, grid)
+        for dtype in TYPES:
+            tensor = torch.from_numpy(weights).clone().requires_grad_()
+            incoming = _incoming(tensor, way, dtype)
+            (gradient,) = torch.autograd.grad(fake_quantize(tensor, grid, dtype), tensor, incoming)
+            passed = np.where(inside, incoming.float().numpy(), 0)
+            np.testing.assert_array_equal(gradient.numpy(), passed, err_msg=f"{name}, {dtype}")
+        if grid.symmetric and grid.group_size == 32:
+            assert inside.all() == (grid is Q8_0)
 
 
-@by_grid
+@by_path
 def test_a_linears_gradient_is_the_closed_form(grid):
     random = np.random.default_rng(3)
     weights, inputs, incoming = (random.standard_normal(shape) for shape in ((8, 256), (5, 256), (5, 8)))
@@ -254,10 +301,13 @@ def _learned_scales(weight, grid):
     return (0.7 * scale).to(dtype).float(), offset
 
 
-@by_grid
-@by_way
-@by_type
-def test_learned_scales_have_the_published_gradient(grid, way, dtype):
+@by_pair
+def test_learned_scales_have_the_published_gradient(grid, way):
+    for dtype in TYPES:
+        _check_learned(grid, way, dtype)
+
+
+def _check_learned(grid, way, dtype):
     weight = torch.from_numpy(WEIGHTS["normal"]).clone().requires_grad_()
     scale, offset = _learned_scales(weight.detach(), grid)
     scale.requires_grad_()
@@ -295,7 +345,7 @@ def test_the_memory_of_what_was_put_on_a_grid_can_still_be_freed(way, learned):
         tensor.untyped_storage().resize_(0)
 
 
-@by_grid
+@by_path
 def test_learned_scales_show_what_is_deployed(grid):
     master = nn.Parameter(torch.from_numpy(WEIGHTS["normal"]).clone())
     shown = FakeQuantized(master, grid, learned=True)
@@ -357,7 +407,7 @@ def test_a_scale_whose_multiplier_is_0_has_the_gradient_of_what_it_is(grid):
         assert (gradient.double() - reference).norm() / reference.norm() < 1e-5
 
 
-@pytest.mark.parametrize("grid", [grid for grid in GRIDS if not grid.block_size], ids=lambda grid: grid.name)
+@pytest.mark.parametrize("grid", [grid for grid in PATHS if not grid.block_size], ids=lambda grid: grid.name)
 def test_a_scale_of_0_that_is_stored_by_itself_stays(grid):
     """Nothing is near it but float16's least numbers, or bfloat16's."""
     weight = torch.from_numpy(WEIGHTS["normal"]).clone().requires_grad_()
@@ -499,7 +549,7 @@ def test_a_frozen_weight_is_quantised_again_only_when_it_changes(monkeypatch):
     assert len(calls) == 3
 
 
-@by_grid
+@by_path
 @pytest.mark.parametrize("learned", [False, True], ids=["absmax", "learned"])
 def test_several_passes_of_a_step_have_the_gradients_of_one_over_all(grid, learned):
     """By the closed forms above, float64: the sum of what arrives, through the grid."""

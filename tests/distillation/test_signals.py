@@ -208,6 +208,20 @@ def test_answers(workshop, logits):
     assert record.cross_entropy == pytest.approx(float(functional.cross_entropy(student, labels)), rel=2e-5)
 
 
+def test_a_single_answer_counts_whole(workshop, logits):
+    """Means are over what is learnt, of however little."""
+    answers = np.zeros(workshop.data.tokens.shape, dtype=bool)
+    answers[3, 8] = True
+    marked = replace(workshop, data=replace(workshop.data, answers=answers))
+    strategy = _strategy(divergence_weight=0.5, positions="answers", signal="online", signal_tokens=0)
+    _, record = _first_step(marked, strategy)
+    log_p, log_q = (functional.log_softmax(rows[3 * 31 + 7 : 3 * 31 + 8], dim=1) for rows in logits[:2])
+    label = logits[2][3 * 31 + 7 : 3 * 31 + 8]
+    assert record.cross_entropy == pytest.approx(float(functional.nll_loss(log_q, label)), rel=2e-5)
+    assert record.divergence == pytest.approx(float(_kl(log_p, log_q).mean()), rel=2e-4)
+    assert record.loss == pytest.approx(0.5 * record.cross_entropy + 0.5 * record.divergence, rel=1e-6)
+
+
 def test_a_step_without_answers_moves_nothing(workshop):
     nothing = np.zeros(workshop.data.tokens.shape, dtype=bool)
     marked = replace(workshop.data, answers=nothing)

@@ -118,6 +118,28 @@ def test_it_learns(workshop):
     assert last < 0.75 * first
 
 
+def test_a_step_is_adamws_with_memories_of_nine_tenths_and_nineteen_twentieths(workshop):
+    """By the published recurrence (arXiv:1711.05101) in float64, without decay, over gradients as they were clipped."""
+    trainer, gradients, rates = workshop.trainer(PLAIN, tokens=4 * STEP), [], []
+    name, weight = next((n, w) for n, w in trainer.model.named_parameters() if n.endswith("q_proj.weight"))
+    value = weight.detach().double().numpy().copy()
+    group = next(group for group in trainer._optimizer.param_groups if any(w is weight for w in group["params"]))
+
+    def note(*_):
+        gradients.append(weight.grad.double().numpy().copy())
+        rates.append(float(group["lr"]))
+
+    trainer._optimizer.register_step_pre_hook(note)
+    list(trainer.train_stable(4 * STEP))
+    assert len(gradients) == 4, name
+    mean = square = 0.0
+    for step, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        mean = 0.9 * mean + 0.1 * gradient
+        square = 0.95 * square + 0.05 * gradient**2
+        value -= rate * (mean / (1 - 0.9**step)) / (np.sqrt(square / (1 - 0.95**step)) + 1e-8)
+    np.testing.assert_allclose(weight.detach().double().numpy(), value, rtol=0, atol=1e-6)
+
+
 def test_two_targets_share_their_beginning_to_the_last_bit(workshop):
     """A run to 256 tokens and a run to 512 are the same run until the first of them decays."""
     near, far = workshop.trainer(ALIGNED), workshop.trainer(ALIGNED)

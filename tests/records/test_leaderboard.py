@@ -145,6 +145,24 @@ def test_the_smallest_of_the_tied_wins_and_the_rest_sort_by_the_metric() -> None
     assert ranking[4].difference_stderr == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize(("lead", "tied"), [(0.8, True), (0.95, True), (1.05, False), (1.5, False), (1.95, False)])
+def test_rows_tie_within_one_standard_error_and_no_more(lead: float, tied: bool) -> None:
+    """Of 400 documents, whose mean difference is so many of its standard errors by the textbook's formula."""
+    scatter = np.random.default_rng(0).standard_normal(400)
+    scatter = (scatter - scatter.mean()) / scatter.std(ddof=1)
+    gaps = scatter + lead / math.sqrt(400)
+    best = np.full(400, 50.0)
+    rows = [
+        row("best", accuracy=0.5, memory_bytes=300, documents=documents(best.tolist())),
+        row("smaller", accuracy=0.499, memory_bytes=100, documents=documents((best - gaps).tolist())),
+    ]
+    first, second = rank(rows)
+    assert (first.row.name, first.tied) == (("smaller", True) if tied else ("best", False))
+    # Errors by 1,000 draws scatter by some percent themselves.
+    error = second.difference_stderr if tied is False else first.difference_stderr
+    assert error == pytest.approx(0.01 / math.sqrt(400), rel=0.05)
+
+
 def test_the_smallest_of_the_tied_is_still_so_once_it_was_measured() -> None:
     """Its runtime takes 250 bytes beyond what is predicted, and would of the other."""
     top = documents([50.0, 60.0, 40.0, 50.0])

@@ -49,6 +49,7 @@ from autodistill.storage import Storage
 from autodistill.strategy import Deployment
 from autodistill.summary import leaderboard_of, search_summary
 from autodistill.testing import save_tiny_teacher, tiny_config, tiny_text
+from autodistill.token_sets import TokenSet, load_split
 from autodistill.trial_data import RungReport
 from autodistill.units import Budget, parse_bytes, parse_latency
 
@@ -170,6 +171,40 @@ def test_the_test_split_was_opened_once(outcome: tuple[Outcome, Path]) -> None:
     assert {row.split for row in outcome[0].rows} == {"validation"}
     kinds = [row.kind for row in outcome[0].finish.test]
     assert {"teacher", "initial"} < set(kinds)
+
+
+def test_figures_on_test_are_of_the_test_split_as_transformers_alone_finds_them(
+    inputs: tuple[Path, Path, Path], outcome: tuple[Outcome, Path]
+) -> None:
+    plan = json.loads((outcome[1] / "run" / "search.json").read_text())["plan"]
+    (folder,) = (inputs[2] / "data").iterdir()
+    test, validation = (load_split(folder, name).head(plan["test_tokens"]) for name in ("test", "validation"))
+
+    def figures(path: Path, data: TokenSet) -> tuple[float, float]:
+        """Accuracy and perplexity of next tokens."""
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        ids = torch.from_numpy(data.tokens.astype("int64"))
+        with torch.no_grad():
+            logits = model(ids).logits[:, :-1].double()
+        right = (logits.argmax(-1) == ids[:, 1:]).double().mean()
+        surprise = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        return float(right), float(surprise.exp())
+
+    rows = outcome[0].finish.test
+    teacher, other = figures(inputs[0], test), figures(inputs[0], validation)
+    assert abs(teacher[1] / other[1] - 1) > 1e-3, "the two splits cannot be told apart"
+    plain = next(row for row in rows if row.kind == "teacher")
+    assert plain.accuracy == pytest.approx(teacher[0], abs=2e-3)
+    assert plain.perplexity == pytest.approx(teacher[1], rel=2e-4)
+    # What it is compared with are its own outputs for the same tokens.
+    assert plain.agreement == pytest.approx(1, abs=5e-3)
+    for row in rows:
+        assert row.split == "test"
+        assert row.retention == pytest.approx((row.accuracy or 0) / teacher[0], rel=1e-6)
+    # The exported master weights, beside the row of their packing.
+    best = next(row for row in rows if row.trial == outcome[0].finish.best.trial)
+    student = figures(outcome[1] / "run" / "student" / "huggingface", test)
+    assert best.perplexity == pytest.approx(student[1], rel=5e-3)
 
 
 def test_two_runs_give_the_same_log_but_for_times(
