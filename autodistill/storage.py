@@ -18,6 +18,7 @@ from urllib.parse import parse_qs
 
 from pyarrow import fs
 
+from autodistill.durable import make_folder, put
 from autodistill.errors import InputError
 from autodistill.in_time import NotInTimeError, in_time
 
@@ -40,7 +41,7 @@ class Storage:
     """A prefix of a file system. What crosses to another process is the URI alone.
 
     Keys are paths below it, with slashes. An object is whole or not there: on object stores a write ends with its
-    publication, which no interrupt brings forward, and a local one is renamed.
+    publication, which no interrupt brings forward, and a local one is on the disk before it is renamed.
 
     Attributes:
         uri: As a person gave it, like "s3://bucket/prefix" or "file:///shared/folder".
@@ -146,7 +147,7 @@ class Storage:
             partial = Path(folder) / file.name
             with self._system.open_input_stream(self._path(key)) as source, partial.open("wb") as sink:
                 shutil.copyfileobj(source, sink, _CHUNK)
-            os.replace(partial, file)
+            put(partial, file)
 
     def list(self, below: str = "") -> dict[str, int]:
         """Bytes of each object below a key, by key."""
@@ -239,7 +240,7 @@ class Storage:
                     inside = name.removeprefix(f"{key}/")
                     if mark or inside != _WHOLE:
                         self.get(name, partial / inside)
-                os.replace(partial, folder)
+                put(partial, folder)
         return folder
 
     def _path(self, key: str) -> str:
@@ -272,12 +273,12 @@ class Storage:
             stream.close()
             return
         folder = Path(path).parent
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         partial = str(folder / f".write-{uuid.uuid4().hex}")
         try:
             with self._system.open_output_stream(partial) as stream:
                 yield stream
-            os.replace(partial, path)
+            put(Path(partial), Path(path))
         finally:
             Path(partial).unlink(missing_ok=True)
 

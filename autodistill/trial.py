@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from autodistill.distillation.models import load_model
 from autodistill.distillation.schedule import branch_point, end_of
 from autodistill.distillation.sharding import whole_model
 from autodistill.distillation.trainer import StepRecord, Trainer
+from autodistill.durable import make_folder, put
 from autodistill.errors import TrialFailedError
 from autodistill.evaluation import Evaluation, evaluate
 from autodistill.grids import Grid, Scales
@@ -412,6 +412,7 @@ class Trial:
         fidelity, that of no `tokens`, takes the place of what was kept of the trial before.
         """
         temporary, folder = self._folder / ".student.partial", student_folder(self._folder, tokens)
+        make_folder(self._folder)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             save_student(model, self._bench.setting.text(self._task.strategy.init), temporary)
@@ -419,7 +420,7 @@ class Trial:
                 write_scales(temporary, self._task.strategy.finishing, scales)
             for before in (folder, *(self._folder.glob("student-*") if tokens is None else ())):
                 shutil.rmtree(before, ignore_errors=True)
-            os.replace(temporary, folder)
+            put(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         if (storage := self._bench.setting.storage) is not None:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = (
     "errors",
     "units",
+    "durable",
     "reply",
     "termination",
     "process_memory",

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from autodistill.codes import Arrays, deployed, pack
 from autodistill.contracts import Artefact
 from autodistill.distillation.grid_scales import read_scales
+from autodistill.durable import make_folder, sync, sync_below
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES, get_family
@@ -150,16 +151,18 @@ def replacing(out: Path) -> Iterator[Path]:
         InputError: `out` cannot be written.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=out))
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}; choose another output folder") from error
     try:
         yield partial
+        sync_below(partial)
         for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
             if file.is_dir():
                 shutil.rmtree(out / file.name, ignore_errors=True)  # a folder replaces none that holds something
             os.replace(file, out / file.name)
+        sync(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
