@@ -168,7 +168,7 @@ class StageStore:
         Raises:
             OSError: It cannot be written; so may `write` raise.
         """
-        self._scratch.mkdir(parents=True, exist_ok=True)
+        make_folder(self._scratch)
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             file = Path(folder) / _key(stage, tokens)
             write(file)

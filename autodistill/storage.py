@@ -142,7 +142,7 @@ class Storage:
         Raises:
             FileNotFoundError, OSError: There is none, or it cannot be read or written.
         """
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         with tempfile.TemporaryDirectory(prefix=FETCHING, dir=file.parent) as folder:
             partial = Path(folder) / file.name
             with self._system.open_input_stream(self._path(key)) as source, partial.open("wb") as sink:
@@ -223,7 +223,7 @@ class Storage:
         Raises:
             FileNotFoundError: It was never sent whole.
         """
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         with _locked(folder.with_name(f".{folder.name}.lock")):
             try:
                 mark = self.read(f"{key}/{_WHOLE}")
@@ -335,7 +335,7 @@ class StoredFiles:
         if not self._storage.has(key):
             path.unlink(missing_ok=True)
             return None
-        self._scratch.mkdir(parents=True, exist_ok=True)
+        make_folder(self._scratch)
         with _locked(path.with_name(f".{key}.lock")):
             if not path.is_file():
                 self._drop_removed()
@@ -350,7 +350,7 @@ class StoredFiles:
 
         Where the disk does not hold another one of the largest, those longest unused go too: they can be fetched again.
         """
-        self._scratch.mkdir(parents=True, exist_ok=True)
+        make_folder(self._scratch)
         # Looked at first, since a copy is here only after its file is on the storage.
         copies = [path for path in self._scratch.iterdir() if path.is_file() and not path.name.startswith(".")]
         kept = self._storage.list()

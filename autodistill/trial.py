@@ -169,7 +169,7 @@ class Trial:
         saved = time.perf_counter()
         if self._is_between(stretch.start):
             stretch.between = stretch.start
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         plan, branch = self._bench.setting.plan, self._branches(rung)[-1]
         for point in self._points(rung, stretch.start):
             for record in trainer.train_stable(point):
@@ -412,7 +412,6 @@ class Trial:
         fidelity, that of no `tokens`, takes the place of what was kept of the trial before.
         """
         temporary, folder = self._folder / ".student.partial", student_folder(self._folder, tokens)
-        make_folder(self._folder)
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             save_student(model, self._bench.setting.text(self._task.strategy.init), temporary)

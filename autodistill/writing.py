@@ -25,6 +25,7 @@ from autodistill.distillation.model_folder import read_config, stored_type
 from autodistill.distillation.teacher import materialise, resolve_teacher
 from autodistill.distillation.text_files import text_files
 from autodistill.documents import resolve_prompts
+from autodistill.durable import make_folder
 from autodistill.endpoint import MOST_LOGPROBS, Endpoint, Reply
 from autodistill.errors import (
     EndpointError,
@@ -206,7 +207,7 @@ def _log(out: Path) -> EventLog:
         InputError: It cannot be.
     """
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from error
     return EventLog(out)

@@ -1,4 +1,4 @@
-"""What a disk holds after a crash, by the calls that had been made: names and data, and what of both had been synced."""
+"""What a disk holds after a crash, by the calls made until then: names and data, and what of both had been synced."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The calls by which a process changes files, as the kernel announces each before it is done: seen, counted, failed.
 
-A forked process gives the kernel a filter (seccomp), which holds every such call until another process, the watcher, has
-looked at it and says that it goes on, or with what error it ends. This is below Python and whatever library writes, in
-all threads and children of the process, and needs no right that a person lacks. Linux on x86-64 only.
+A forked process gives the kernel a filter (seccomp), which holds every such call until another process, the watcher,
+has looked at it and says that it goes on, or with what error it ends. This is below Python and whatever library writes,
+in all threads and children of the process, and needs no right that a person lacks. Linux on x86-64 only.
 """
 
 from __future__ import annotations
@@ -269,7 +269,8 @@ def _understood(process: int, name: str, given: list[int], root: str) -> Call | 
         path = of(first)
         if not path.startswith(root):
             return None
-        return made("write", path, data=memory(given[1], given[2]), offset=given[3] if name[0] == "p" else position(first))
+        offset = given[3] if name == "pwrite64" else position(first)
+        return made("write", path, data=memory(given[1], given[2]), offset=offset)
     if name == "writev":
         path = of(first)
         if not path.startswith(root):

@@ -1,4 +1,4 @@
-"""Crashes and failing disks, one after another: a search goes on after each, and must find what one left alone finds."""
+"""Crashes and failing disks, one after another: a search goes on after each, and must find what it finds undisturbed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from tests.crash.disk import State, replay
+from tests.crash.disk import MODELS, State, replay, states
 from tests.crash.kernel import Call
 from tests.crash.searches import Found, Slot, Spoken
 
@@ -26,6 +27,9 @@ ERRORS = {
 }
 # What takes room on a disk.
 _TAKING = ("create", "write", "mkdir")
+
+
+Job = Callable[[Slot], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,17 +114,16 @@ def on_failing_disk(slot: Slot, fault: Fault, whole: Found) -> dict[str, Any]:
     return {**facts, "said": said, **after, "wrong": [*wrong, *after["wrong"], *lost]}
 
 
-def many(
-    jobs: Sequence[Callable[[Slot], dict[str, Any]]], work: Path, results: Path, *, until: float, processes: int = 2
-) -> None:
+def many(jobs: Sequence[Job], work: Path, results: Path, *, until: float, processes: int = 2) -> None:
     """Does jobs in processes of their own, each on a core, until all are done or `time.monotonic()` is `until`.
 
-    Each result is a line of a file. The processes are forks of this one, which must have been settled.
+    Each result is a line of a file, and what is in it by then is not done again. The processes are forks of this one,
+    which must have been settled.
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    waiting = list(range(len(jobs)))
-    cores = sorted(os.sched_getaffinity(0)) if processes == 1 else list(range(os.cpu_count() or 1))
+    done = {json.loads(line)["job"] for line in results.read_text().splitlines()} if results.exists() else set()
+    waiting = [number for number in range(len(jobs)) if number not in done]
     children = []
     for number in range(processes):
         child = os.fork()
@@ -128,7 +131,7 @@ def many(
             code = 1
             try:
                 os.close(writing)
-                os.sched_setaffinity(0, [cores[number % len(cores)]])
+                os.sched_setaffinity(0, [number % (os.cpu_count() or 1)])
                 _work(reading, jobs, Slot(work / f"slot-{number}"), results, until)
                 code = 0
             except BaseException:  # a fork must never go on as its parent
@@ -151,17 +154,37 @@ def many(
         raise AssertionError("a process that does jobs has failed")
 
 
-def _work(
-    reading: int, jobs: Sequence[Callable[[Slot], dict[str, Any]]], slot: Slot, results: Path, until: float
-) -> None:
+def _work(reading: int, jobs: Sequence[Job], slot: Slot, results: Path, until: float) -> None:
     while time.monotonic() < until and (said := os.read(reading, 4)):
-        found = jobs[struct.unpack("=I", said)[0]](slot)
+        (number,) = struct.unpack("=I", said)
+        line = json.dumps({"job": number, **jobs[number](slot)}) + "\n"
         with results.open("a") as file:
-            file.write(json.dumps(found) + "\n")
+            file.write(line)
 
 
-def sample(seed: int, everything: Sequence[Any], size: int | None = None) -> list[Any]:
-    """All in a random order that a seed decides, or the first `size` of them."""
-    order = list(everything)
-    random.Random(seed).shuffle(order)
-    return order if size is None else order[:size]
+def sample(seed: int, kinds: Sequence[Sequence[Any]]) -> list[Any]:
+    """All of several kinds: of each in turn the next, in an order that a seed decides; a part has as many of each.
+
+    Args:
+        seed: Of the order.
+        kinds: What there is of each.
+    """
+    dice = random.Random(seed)
+    shuffled = [dice.sample(kind, len(kind)) for kind in kinds]
+    return [item for turn in zip_longest(*shuffled) for item in turn if item is not None]
+
+
+def jobs_of(calls: Sequence[Call], whole: Found, seed: int) -> list[Job]:
+    """Every crash and every fault that a record of calls allows, as `sample` orders them."""
+    kinds: dict[str, list[Any]] = {name: [] for name in (*MODELS, *ERRORS)}
+    for state in states(calls):
+        kinds[state.model].append(state)
+    for fault in faults(calls):
+        kinds[fault.error].append(fault)
+
+    def job(item: State | Fault) -> Job:
+        if isinstance(item, Fault):
+            return lambda slot: on_failing_disk(slot, item, whole)
+        return lambda slot: after_crash(slot, calls, item, whole)
+
+    return [job(item) for item in sample(seed, [*kinds.values()])]

@@ -40,11 +40,9 @@ deployments:
   - {runtime: transformers, format: huggingface, bits: 16, group_size: 0}
 baselines: [hand_designed]
 """
-_WORDS = (
-    "search --budget 16GB --context 256 --teacher ../../inputs/teacher --data ../../inputs/text "
-    "--space ../../inputs/space.yaml --trials 2 --tokens 2304 --runner inline --name run --out runs --cache cache "
-    "--format json"
-).split()
+_INPUTS = ("--teacher", "../../inputs/teacher", "--data", "../../inputs/text", "--space", "../../inputs/space.yaml")
+_PLAN = ("--budget", "16GB", "--context", "256", "--trials", "2", "--tokens", "2304", "--runner", "inline")
+_WORDS = ("search", *_INPUTS, *_PLAN, "--name", "run", "--out", "runs", "--cache", "cache", "--format", "json")
 _SECONDS = 900.0
 _EXPORTED = ("student/gguf/student.gguf", "student/huggingface/model.safetensors")
 
