@@ -1,6 +1,6 @@
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: check test test-all lint types format
+.PHONY: check test test-all crash lint types format
 
 check: lint types test
 
@@ -14,6 +14,10 @@ test:
 
 test-all:
 	$(PYTHON) -m pytest -m "" $(PARALLEL)
+
+# A part of what a crash or a failing disk may leave, in an order that a seed decides; `test-all` has it too.
+crash:
+	$(PYTHON) -m pytest -m crash -s tests/crash
 
 lint:
 	$(PYTHON) -m ruff check .

@@ -1,4 +1,4 @@
-"""Crashes and failing disks, one after another: a search goes on after each, and must find what it finds undisturbed."""
+"""Crashes and failing disks, one after another: a search goes on after each, and finds what it finds undisturbed."""
 
 from __future__ import annotations
 
