@@ -39,11 +39,19 @@ def table(titles: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
 
 
-def write(name: str, title: str, sections: Iterable[str]) -> Path:
-    """Writes `reports/<date>-<name>.md` and returns its path."""
+def write(name: str, title: str, sections: Iterable[str], made_by: str = "") -> Path:
+    """Writes `reports/<date>-<name>.md` and returns its path.
+
+    Args:
+        name: Of the report; the program is called likewise, unless `made_by` says what was called.
+        title: Its first line.
+        sections: Its parts.
+        made_by: The program, as Python is given it.
+    """
     today = datetime.now(UTC).strftime("%Y-%m-%d")
     REPORTS.mkdir(exist_ok=True)
     path = REPORTS / f"{today}-{name}.md"
-    head = f"# {title}\n\n{today}, {machine()}.\nMade by `python benchmarks/{name.replace('-', '_')}.py`."
+    by = made_by or f"benchmarks/{name.replace('-', '_')}.py"
+    head = f"# {title}\n\n{today}, {machine()}.\nMade by `python {by}`."
     path.write_text("\n\n".join([head, *sections]) + "\n", encoding="utf-8")
     return path

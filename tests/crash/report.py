@@ -1,6 +1,6 @@
 """Crashes and failing disks at every call of a tiny search, or at a seeded sample of as many as a time allows.
 
-    python -m tests.crash.report --work DIR [--minutes 25] [--processes 2] [--seed 0]
+    python -m tests.crash.report --work DIR [--minutes 25] [--most N] [--processes 2] [--seed 0] [--no-report]
 
 Writes `benchmarks/reports/<date>-crash.md`, and beside it the data it is made of, a line for each crash or fault. The
 same command goes on from there with the same folder, and with `--minutes 0` makes the report of what that has.
@@ -33,8 +33,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--most", type=int, default=None, help="crashes and faults in all")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-report", action="store_true", help="print the counts, and write no file")
     arguments = parser.parse_args()
     if arguments.minutes and (why := why_not()):
         sys.exit(why)
@@ -49,7 +51,8 @@ def main() -> None:
         calls, whole, _ = pickle.loads(kept.read_bytes())
         settle(work)
         until = began + 60 * arguments.minutes
-        many(jobs_of(calls, whole, arguments.seed), work, results, until=until, processes=arguments.processes)
+        jobs = jobs_of(calls, whole, arguments.seed)[: arguments.most]
+        many(jobs, work, results, until=until, processes=arguments.processes)
         with (work / "spent.jsonl").open("a") as file:
             file.write(json.dumps({"seconds": time.monotonic() - began, "time": time.time()}) + "\n")
     calls, _, ended = pickle.loads(kept.read_bytes())
@@ -62,12 +65,14 @@ def main() -> None:
         **_of_whole(calls),
         "undisturbed_cpu_seconds": ended.cpu_seconds,
     }
-    path = report.write("crash", "A search on a disk that crashes or fails", sections(facts, found))
-    data = report.REPORTS / f"{path.stem}.jsonl"
-    data.write_text("".join(json.dumps(line) + "\n" for line in [facts, *found]), encoding="utf-8")
-    text = path.read_text(encoding="utf-8").replace("`python benchmarks/crash.py`", "`python -m tests.crash.report`")
-    path.write_text(text, encoding="utf-8")
-    print(path)
+    if arguments.no_report:
+        print("\n\n".join(sections(facts, found)))
+    else:
+        title = "A search on a disk that crashes or fails"
+        path = report.write("crash", title, sections(facts, found), "-m tests.crash.report")
+        data = "".join(json.dumps(line) + "\n" for line in [facts, *found])
+        path.with_suffix(".jsonl").write_text(data, encoding="utf-8")
+        print(path)
     if any(one["wrong"] for one in found):
         sys.exit("not every one went on as if nothing had been")
 
