@@ -222,9 +222,12 @@ class TeacherReference:
     def save(self, path: Path) -> None:
         """Writes plain arrays, whole or not at all."""
         partial = path.with_name(f".{path.name}.partial")
-        with partial.open("wb") as file:
-            np.savez(file, top1=self.top1, tokens=self.tokens, log_probs=self.log_probs)
-        put(partial, path)
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, top1=self.top1, tokens=self.tokens, log_probs=self.log_probs)
+            put(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> TeacherReference:

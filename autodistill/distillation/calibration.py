@@ -50,8 +50,11 @@ class Calibration:
     def save(self, path: Path) -> None:
         """Writes a safetensors file, whole or not at all."""
         partial_file = path.with_name(f".{uuid.uuid4().hex}")
-        save_file({item.name: getattr(self, item.name) for item in fields(self)}, partial_file)
-        put(partial_file, path)
+        try:
+            save_file({item.name: getattr(self, item.name) for item in fields(self)}, partial_file)
+            put(partial_file, path)
+        finally:
+            partial_file.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
