@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from autodistill.durable import put
 from autodistill.strategy import Deployment
 from autodistill.tensors import Role, Tensors, TensorSpec, is_expert
 from autodistill.units import Budget
@@ -219,8 +220,14 @@ class TeacherReference:
         return TeacherReference(top1=top1, tokens=tokens, log_probs=self.log_probs)
 
     def save(self, path: Path) -> None:
-        """Writes plain arrays."""
-        np.savez(path, top1=self.top1, tokens=self.tokens, log_probs=self.log_probs)
+        """Writes plain arrays, whole or not at all."""
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, top1=self.top1, tokens=self.tokens, log_probs=self.log_probs)
+            put(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> TeacherReference:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ import numpy.typing as npt
 
 from autodistill.conversations import Conversation
 from autodistill.documents import Source
+from autodistill.durable import make_folder, put
 from autodistill.errors import InputError
 from autodistill.hashes import content_hash
 from autodistill.packing import cut, fill, pack
@@ -391,7 +391,8 @@ def _write(
 
     fingerprint = folder.name
     temporary = folder.with_name(f".{fingerprint}-{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
+    make_folder(folder.parent)
+    temporary.mkdir()
     try:
         splits = {}
         for split, table in tables.items():
@@ -433,8 +434,10 @@ def _replace(temporary: Path, folder: Path) -> None:
             return
         shutil.rmtree(folder)
     try:
-        os.rename(temporary, folder)
+        put(temporary, folder)
     except OSError:
+        if not folder.exists():
+            raise
         open_prepared(folder)  # another process was first; raises if what stands there is not whole
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from autodistill.contracts import Plan
+from autodistill.durable import make_folder, put
 from autodistill.hashes import content_hash
 from autodistill.storage import Storage, StoredFiles
 from autodistill.strategy import Strategy
@@ -81,9 +82,9 @@ class LocalFiles:
         self._root = root
 
     def put(self, file: Path, key: str) -> None:
-        """Renames, so that a reader sees no part of a file and a kill leaves none."""
-        self._root.mkdir(parents=True, exist_ok=True)
-        os.replace(file, self._root / key)
+        """Renames what is on the disk, so that a reader sees no part of a file and a kill or a crash leaves none."""
+        make_folder(self._root)
+        put(file, self._root / key)
 
     def get(self, key: str) -> Path | None:
         """The file itself; one that is open outlives its removal."""
@@ -175,7 +176,7 @@ class StageStore:
         Raises:
             OSError: It cannot be written; so may `write` raise.
         """
-        self._scratch.mkdir(parents=True, exist_ok=True)
+        make_folder(self._scratch)
         with tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             file = Path(folder) / _key(stage, tokens)
             write(file)

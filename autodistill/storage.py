@@ -18,6 +18,7 @@ from urllib.parse import parse_qs
 
 from pyarrow import fs
 
+from autodistill.durable import make_folder, put
 from autodistill.errors import InputError
 from autodistill.in_time import NotInTimeError, in_time
 
@@ -40,7 +41,7 @@ class Storage:
     """A prefix of a file system. What crosses to another process is the URI alone.
 
     Keys are paths below it, with slashes. An object is whole or not there: on object stores a write ends with its
-    publication, which no interrupt brings forward, and a local one is renamed.
+    publication, which no interrupt brings forward, and a local one is on the disk before it is renamed.
 
     Attributes:
         uri: As a person gave it, like "s3://bucket/prefix" or "file:///shared/folder".
@@ -141,12 +142,12 @@ class Storage:
         Raises:
             FileNotFoundError, OSError: There is none, or it cannot be read or written.
         """
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         with tempfile.TemporaryDirectory(prefix=FETCHING, dir=file.parent) as folder:
             partial = Path(folder) / file.name
             with self._system.open_input_stream(self._path(key)) as source, partial.open("wb") as sink:
                 shutil.copyfileobj(source, sink, _CHUNK)
-            os.replace(partial, file)
+            put(partial, file)
 
     def list(self, below: str = "") -> dict[str, int]:
         """Bytes of each object below a key, by key."""
@@ -222,7 +223,7 @@ class Storage:
         Raises:
             FileNotFoundError: It was never sent whole.
         """
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         with _locked(folder.with_name(f".{folder.name}.lock")):
             try:
                 mark = self.read(f"{key}/{_WHOLE}")
@@ -239,7 +240,7 @@ class Storage:
                     inside = name.removeprefix(f"{key}/")
                     if mark or inside != _WHOLE:
                         self.get(name, partial / inside)
-                os.replace(partial, folder)
+                put(partial, folder)
         return folder
 
     def _path(self, key: str) -> str:
@@ -272,12 +273,12 @@ class Storage:
             stream.close()
             return
         folder = Path(path).parent
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         partial = str(folder / f".write-{uuid.uuid4().hex}")
         try:
             with self._system.open_output_stream(partial) as stream:
                 yield stream
-            os.replace(partial, path)
+            put(Path(partial), Path(path))
         finally:
             Path(partial).unlink(missing_ok=True)
 
@@ -334,7 +335,7 @@ class StoredFiles:
         if not self._storage.has(key):
             path.unlink(missing_ok=True)
             return None
-        self._scratch.mkdir(parents=True, exist_ok=True)
+        make_folder(self._scratch)
         with _locked(path.with_name(f".{key}.lock")):
             if not path.is_file():
                 self._drop_removed()
@@ -349,7 +350,7 @@ class StoredFiles:
 
         Where the disk does not hold another one of the largest, those longest unused go too: they can be fetched again.
         """
-        self._scratch.mkdir(parents=True, exist_ok=True)
+        make_folder(self._scratch)
         # Looked at first, since a copy is here only after its file is on the storage.
         copies = [path for path in self._scratch.iterdir() if path.is_file() and not path.name.startswith(".")]
         kept = self._storage.list()

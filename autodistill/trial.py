@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from autodistill.distillation.models import load_model
 from autodistill.distillation.schedule import branch_point, end_of
 from autodistill.distillation.sharding import whole_model
 from autodistill.distillation.trainer import StepRecord, Trainer
+from autodistill.durable import make_folder, put
 from autodistill.errors import DamagedError, TrialFailedError
 from autodistill.evaluation import Evaluation, evaluate
 from autodistill.grids import Grid, Scales
@@ -173,7 +173,7 @@ class Trial:
         saved = time.perf_counter()
         if self._is_between(stretch.start):
             stretch.between = stretch.start
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         plan, branch = self._bench.setting.plan, self._branches(rung)[-1]
         for point in self._points(rung, stretch.start):
             for record in trainer.train_stable(point):
@@ -434,7 +434,7 @@ class Trial:
             written = write_list(temporary)
             for before in (folder, *(self._folder.glob("student-*") if tokens is None else ())):
                 shutil.rmtree(before, ignore_errors=True)
-            os.replace(temporary, folder)
+            put(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         if (storage := self._bench.setting.storage) is not None:

@@ -26,6 +26,7 @@ from autodistill.distillation.stored_tensors import stored_type
 from autodistill.distillation.teacher import materialise, resolve_teacher
 from autodistill.distillation.text_files import text_files
 from autodistill.documents import resolve_prompts
+from autodistill.durable import make_folder
 from autodistill.endpoint import MOST_LOGPROBS, Endpoint, Reply
 from autodistill.errors import (
     EndpointError,
@@ -214,7 +215,7 @@ def _log(out: Path) -> EventLog:
     """
     check_file(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from error
     return EventLog(out)

@@ -1,14 +1,17 @@
 """A search killed at 20 random moments and resumed each time ends with the rows of one left alone.
 
-    python benchmarks/kill.py [--kills 20] [--trials 4] [--time 15m] [--work DIR]
+    python benchmarks/kill.py [--runner inline] [--kills 20] [--trials 4] [--time 15m] [--work DIR]
 
-A tiny random teacher, a tiny text, the inline runner, fixed trials and tokens. One process after another is killed with
+A tiny random teacher, a tiny text, fixed trials and tokens. One process after another is killed with
 SIGKILL: after a random number of further events in its log and a random part of a second or two more, so that the
 places do not depend on the machine's speed; or after some seconds, while it loads. Once a search's trials are over,
 where events are few, it is killed once in each part of its end. The next process resumes. They are
 forks of this one, which has imported the libraries, so that not all of the time goes into that. A search that ends
 before all kills are spent is followed by one of the next seed. Each is then compared with a search of the same seed
 that nothing disturbed. With `--work` the folder is kept, and the same command goes on from there.
+
+With `--runner ray` all processes of a search are killed with it, its workers and those of Ray, always while trials run,
+and all is done on one core, on which Ray has one worker: with several, what a sampler knows depends on who is faster.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import psutil
 import report
 import torch
 
@@ -77,7 +82,7 @@ class Kill:
 class Search:
     """One search of the tiny teacher in a folder of its own, started as a person would."""
 
-    def __init__(self, inputs: Path, folder: Path, seed: int, trials: int) -> None:
+    def __init__(self, inputs: Path, folder: Path, seed: int, trials: int, runner: str = "inline") -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.run = folder / "runs" / "run"
@@ -89,7 +94,7 @@ class Search:
             "--cache",
             str(inputs / "cache"),
         ]
-        fixed = ["--trials", str(trials), "--tokens", str(TOKENS), "--seed", str(seed), "--runner", "inline"]
+        fixed = ["--trials", str(trials), "--tokens", str(TOKENS), "--seed", str(seed), "--runner", runner]
         self._words = ["search", "--budget", "16GB", "--context", "256", *options, *fixed, "--name", "run"]
         self._words += ["--out", str(folder / "runs"), "--format", "json"]
         self._finished = folder / "finished.json"
@@ -145,8 +150,14 @@ class Search:
             state = _ended(child)
             time.sleep(0.01)
         if wanted is not None and state is None:
+            # What a killed search has started: Ray's processes and its workers, or a runtime that serves a student.
+            family = psutil.Process(child).children(recursive=True)
             os.kill(child, signal.SIGKILL)
+            for member in family:
+                with suppress(psutil.NoSuchProcess):
+                    member.kill()
             os.waitpid(child, 0)
+            psutil.wait_procs(family, timeout=60)
             return True
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1] if state is None else state)
         if code:
@@ -248,6 +259,7 @@ def kept_kills(path: Path) -> list[Kill]:
 def main() -> None:
     """Kills, resumes, compares and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runner", choices=("inline", "ray"), default="inline")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--time", type=parse_duration, default=float("inf"))
@@ -255,6 +267,9 @@ def main() -> None:
     arguments = parser.parse_args()
     # One thread: a fork has none of its parent's, and one that waits for a core that others use is slower than none.
     torch.set_num_threads(1)
+    on_ray = arguments.runner == "ray"
+    if on_ray:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     work = arguments.work or Path(tempfile.mkdtemp(prefix="kill-"))
     inputs = work / "inputs"
     if not (inputs / "text").exists():
@@ -267,14 +282,15 @@ def main() -> None:
     lines, faults = [], []
     seed = 0
     while True:
-        cut = Search(inputs, work / f"cut-{seed}", seed, arguments.trials)
+        cut = Search(inputs, work / f"cut-{seed}", seed, arguments.trials, arguments.runner)
         died = [kill.stage for kill in kills if kill.seed == seed]
-        ends = [part for part in PARTS if part not in died]
+        ends = [] if on_ray else [part for part in PARTS if part not in died]
         while not cut.finished:
             if time.monotonic() > deadline:
                 sys.exit(f"the time is over after {len(kills)} kills: call again with --work {work} for the rest")
-            spent = len(kills) >= arguments.kills
-            count = None if spent else dice.randrange(EVENTS + 1)
+            spent = len(kills) >= arguments.kills or (on_ray and over(cut.events, arguments.trials))
+            # Past what a session writes down before its trials go on.
+            count = None if spent else 2 + dice.randrange(EVENTS) if on_ray else dice.randrange(EVENTS + 1)
             end = ends.pop(0) if ends and not spent and over(cut.events, arguments.trials) else ""
             most = ENDING if end else DELAY if count else STARTING
             started = time.monotonic()
@@ -289,7 +305,7 @@ def main() -> None:
                     file=sys.stderr,
                     flush=True,
                 )
-        whole = Search(inputs, work / f"whole-{seed}", seed, arguments.trials)
+        whole = Search(inputs, work / f"whole-{seed}", seed, arguments.trials, arguments.runner)
         if not whole.finished:
             whole.live(None)
         differing = [*differences(cut.rows, whole.rows)]
@@ -307,29 +323,33 @@ def main() -> None:
     for counts in lines:
         report.note("seed, kills, trials, rows, fields that differ, stretches finished twice", counts)
     report.note("faults", faults)
-    print(
-        report.write(
-            "kill", "A search killed again and again", sections(lines, kills, faults, time.monotonic() - began)
-        )
-    )
+    name, made_by = ("kill-ray", "benchmarks/kill.py --runner ray") if on_ray else ("kill", "")
+    seconds = time.monotonic() - began
+    parts = sections(lines, kills, faults, seconds, arguments.runner)
+    print(report.write(name, "A search killed again and again", parts, made_by=made_by))
     if faults:
         sys.exit("\n".join(faults))
 
 
-def sections(lines: list[list[Any]], kills: list[Kill], faults: list[str], seconds: float) -> list[str]:
+def sections(lines: list[list[Any]], kills: list[Kill], faults: list[str], seconds: float, runner: str) -> list[str]:
     """The report's parts."""
     verdict = "Held" if not faults and not any(line[-1] for line in lines) else "Not held"
     stages: dict[str, int] = {}
     for kill in kills:
         stages[kill.stage] = stages.get(kill.stage, 0) + 1
+    drawn = f"further events, evenly drawn, and up to {DELAY:g} s more"
+    when = (
+        f"each after 2 to {EVENTS + 1} {drawn}, while trials ran, with all its processes"
+        if runner == "ray"
+        else f"each after 0 to {EVENTS} {drawn} ({STARTING:g} s from its start where there was none), or once its "
+        "trials were over in each part of its end"
+    )
     head = (
-        f"**{verdict}**: {len(kills)} processes were killed with SIGKILL, each after 0 to {EVENTS} further events, "
-        f"evenly drawn, and up to {DELAY:g} s more ({STARTING:g} s from its start where there was none), or once its "
-        f"trials were over in each part of its end, and the next resumed. Compared with a search of the same seed that "
-        f"was left alone, {len(faults)} fields of rows "
-        "differ; compared are all fields of all rows of validation and test, but for seconds, latency and what a "
-        f"runtime's process took of memory. A tiny random teacher (5 layers of 64), {TOKENS:,} tokens a trial, "
-        f"inline runner; {seconds:.0f} s."
+        f"**{verdict}**: {len(kills)} searches were killed with SIGKILL, {when}, and the next resumed. Compared with a "
+        f"search of the same seed that was left alone, {len(faults)} fields of rows differ; compared are all fields of "
+        "all rows of validation and test, but for seconds, latency and what a runtime's process took of memory. A tiny "
+        f"random teacher (5 layers of 64), {TOKENS:,} tokens a trial, {'Ray' if runner == 'ray' else 'inline runner'}; "
+        f"{seconds:.0f} s."
     )
     titles = ["seed", "kills", "trials", "rows", "fields that differ", "stretches finished twice"]
     where = [[stage, count] for stage, count in sorted(stages.items(), key=lambda item: -item[1])]

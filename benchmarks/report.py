@@ -65,7 +65,7 @@ def note(name: str, value: Any, made: Mapping[str, str] | None = None) -> None:
     _MADE.append(dict(made or stamp()))
 
 
-def write(name: str, title: str, sections: Iterable[str], store: Path | None = None) -> Path:
+def write(name: str, title: str, sections: Iterable[str], store: Path | None = None, made_by: str = "") -> Path:
     """Writes `reports/<date>-<name>.md` and, beside it, what was noted; returns the report's path.
 
     Date and machine in the header are those of the data.
@@ -76,6 +76,7 @@ def write(name: str, title: str, sections: Iterable[str], store: Path | None = N
         sections: Its text and tables.
         store: The file in `reports/` in which the program itself keeps what it measured, a line of JSON each, with its
             stamp as "made"; nothing has to be noted then.
+        made_by: The program, as Python is given it, where it is not called as the report is.
 
     Raises:
         ValueError: Nothing was noted, and there is no store: a figure without a record cannot be checked.
@@ -91,7 +92,7 @@ def write(name: str, title: str, sections: Iterable[str], store: Path | None = N
     if store is None:
         data = {"made": made, "machines": machines, "record": _NOTED}
         (REPORTS / kept).write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    program = f"python benchmarks/{name.replace('-', '_')}.py"
+    program = f"python {made_by}" if made_by else f"python benchmarks/{name.replace(chr(45), chr(95))}.py"
     head = f"# {title}\n\n{made['date']}, {' and '.join(machines)}.\nMade by `{program}` from [{kept}]({kept})."
     path.write_text("\n\n".join([head, *sections]) + "\n", encoding="utf-8")
     return path

@@ -20,6 +20,7 @@ ROOMS = (
     "files",
     "licences",
     "markdown",
+    "durable",
     "reply",
     "termination",
     "process_memory",

@@ -68,6 +68,8 @@ from autodistill.trial import Trial
 from autodistill.trial_data import TrialTask
 from autodistill.units import Budget
 from autodistill.workbench import Workbench
+from tests.crash.kernel import why_not
+from tests.test_durable import lost
 
 LENGTH = 32
 F16 = Deployment(runtime="llama.cpp", format="gguf-f16", bits=16, group_size=0)
@@ -469,6 +471,12 @@ def test_the_saved_student_is_what_was_evaluated(lab, tmp_path):
     text = "The miller paints a silver lamp."
     mine, theirs = (AutoTokenizer.from_pretrained(path)(text).input_ids for path in (folder, lab.teacher))
     assert mine == theirs
+
+
+def test_the_student_and_the_checkpoints_of_a_trial_outlive_a_power_failure(lab, tmp_path):
+    if why := why_not():
+        pytest.skip(why)
+    assert lost(lambda folder: Trial(Workbench(lab.setting(folder)), _task()).run(2), tmp_path / "checkpoints") == []
 
 
 @pytest.mark.parametrize("attention", [Attention(), Attention(kind="relations", relation_heads=4)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from autodistill.durable import put
 from autodistill.estimate import spec_from_config
 from autodistill.families import Axis, get_family
 from autodistill.hashes import content_hash
@@ -50,8 +50,11 @@ class Calibration:
     def save(self, path: Path) -> None:
         """Writes a safetensors file, whole or not at all."""
         partial_file = path.with_name(f".{uuid.uuid4().hex}")
-        save_file({item.name: getattr(self, item.name) for item in fields(self)}, partial_file)
-        os.replace(partial_file, path)
+        try:
+            save_file({item.name: getattr(self, item.name) for item in fields(self)}, partial_file)
+            put(partial_file, path)
+        finally:
+            partial_file.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:

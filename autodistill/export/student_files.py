@@ -21,6 +21,7 @@ from autodistill.contracts import Artefact
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.model_folder import weight_files
 from autodistill.distillation.stored_tensors import check_stored
+from autodistill.durable import make_folder, sync, sync_below
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.families import FAMILIES, get_family
@@ -135,7 +136,7 @@ def replacing(out: Path) -> Iterator[Path]:
         InputError: `out` cannot be written.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         _remove_left(out)
         partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=out))
         held = os.open(partial, os.O_RDONLY)
@@ -145,10 +146,12 @@ def replacing(out: Path) -> Iterator[Path]:
         raise InputError(f"cannot write to {out}: {error.strerror}; choose another output folder") from error
     try:
         yield partial
+        sync_below(partial)
         for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
             if file.is_dir():
                 shutil.rmtree(out / file.name, ignore_errors=True)  # a folder replaces none that holds something
             os.replace(file, out / file.name)
+        sync(out)
     finally:
         try:
             shutil.rmtree(partial, ignore_errors=True)

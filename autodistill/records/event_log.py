@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from autodistill.durable import sync
 from autodistill.errors import AutoDistillError, InputError
-from autodistill.records.json_files import plain_json, read_plain, strict_json, sync
+from autodistill.records.json_files import plain_json, read_plain, strict_json
 
 
 class EventLog:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from autodistill.durable import make_folder, put
 from autodistill.errors import InputError
 
 
@@ -58,15 +59,13 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary.touch()
     except OSError as error:
         raise unwritable(path.parent, error) from error
     try:
         yield temporary
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
+        put(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -127,12 +126,3 @@ def _refuse(name: str) -> float:
 def unwritable(folder: Path, error: OSError) -> InputError:
     """What a person is told of a folder that cannot be written."""
     return InputError(f"cannot write into {folder}: {error.strerror}; choose another folder with --out")
-
-
-def sync(path: Path) -> None:
-    """Has what was written to a file or folder outlive a crash."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from autodistill.durable import make_folder
+
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
@@ -17,7 +19,7 @@ def alone(path: Path) -> Iterator[None]:
     The lock ends with its holder, however that ends. Where a file system has no locks nobody waits: what is made twice
     is renamed into place whole by each.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     lock = path.with_name(f".{path.name}.lock")
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

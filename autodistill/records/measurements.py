@@ -10,6 +10,7 @@ from typing import Any
 
 from autodistill.device_lookup import is_machine
 from autodistill.devices import Device
+from autodistill.durable import make_folder
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.kinds import hold
@@ -87,7 +88,7 @@ class Measured:
 def store_measured(out: Path, measured: Measured) -> Path:
     """Appends a measurement to those beside the runs, and says where they are."""
     path = out / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     EventLog(path).append({"event": "measured", **measured.to_json()})
     return path
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from autodistill.durable import make_folder
 from autodistill.errors import InputError
 from autodistill.records.event_log import EventLog
 from autodistill.records.json_files import unwritable
@@ -57,7 +58,7 @@ class RunFolder:
         run = cls(out, name)
         run.check_free()
         try:
-            run.path.mkdir(parents=True, exist_ok=True)
+            make_folder(run.path)
         except OSError as error:
             raise unwritable(out, error) from error
         run._acquire()
@@ -259,9 +260,13 @@ class RunFolder:
         except OSError as error:
             os.close(descriptor)
             raise InputError(f"{self.path} cannot be locked ({error.strerror}): put --out on a local disk") from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
         self._lock = descriptor
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+        except OSError as error:
+            self.close()
+            raise unwritable(self.path, error) from error
 
 
 def default_cache() -> Path:

@@ -18,6 +18,7 @@ from autodistill.device_files import device_from_json
 from autodistill.devices import LOCAL, Device
 from autodistill.distillation.teacher import TeacherRef, resolve_teacher
 from autodistill.documents import Source, resolve_data
+from autodistill.durable import make_folder
 from autodistill.errors import InputError
 from autodistill.estimate import spec_from_config
 from autodistill.evaluation import ASKING_DATA
@@ -310,7 +311,7 @@ def _check_possible(space: Space, request: SearchRequest) -> None:
 def _check_cache(cache: Path) -> None:
     """Refuses a cache that cannot be written; it is made here, since nothing else would tell."""
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        make_folder(cache)
         writable = os.access(cache, os.W_OK | os.X_OK)
     except OSError as error:
         raise InputError(f"cannot write into {cache}: {error.strerror}; choose another folder with --cache") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Sequence
 
 from autodistill.distillation.memory import is_out_of_memory
 from autodistill.errors import AutoDistillError, DamagedError, TrialFailedError
@@ -23,6 +24,8 @@ Values that are not finite would come again, and out of memory has been met by t
 _BY_RAY = re.compile("OutOfMemoryError|memory usage threshold|low on memory")
 # What says that there is no room for a file: the disk, a quota, or the largest file that is allowed.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What says that a disk does not work, or lets nothing be written any more.
+_BROKEN = (errno.EIO, errno.EROFS)
 
 
 def explained(error: Exception) -> TrialFailedError:
@@ -55,7 +58,16 @@ def death(said: str, kills: int) -> tuple[str, str]:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether a file could not be written for want of room, whichever library tried to."""
+    return _is_one_of(_FULL, error)
+
+
+def is_disk_broken(error: BaseException) -> bool:
+    """Whether a file could not be read or written since its disk does not work."""
+    return _is_one_of(_BROKEN, error)
+
+
+def _is_one_of(numbers: Sequence[int], error: BaseException) -> bool:
     if isinstance(error, OSError):
-        return error.errno in _FULL
+        return error.errno in numbers
     # safetensors writes in Rust, whose errors end with the number.
-    return any(str(error).endswith(f"(os error {number})") for number in _FULL)
+    return any(str(error).endswith(f"(os error {number})") for number in numbers)

@@ -21,6 +21,7 @@ from autodistill.devices import DISCRETE
 from autodistill.distillation.grid_scales import read_scales
 from autodistill.distillation.memory import give_back_memory
 from autodistill.distillation.scoring import choices
+from autodistill.durable import sync_below
 from autodistill.errors import InputError, NothingFitsError, VerificationError
 from autodistill.estimate import fits, holdable, too_late
 from autodistill.evaluation import deployed_weights
@@ -160,6 +161,7 @@ def _describe(packed: Mapping[str, tuple[Row, Deployment]], test: Sequence[Row],
         folder = run.student(container)
         (folder / "README.md").write_text(model_card(row, deployment, [*rows, *test], origin), encoding="utf-8")
         copy_licence(finisher.student(row), folder)
+        sync_below(folder)
 
 
 def _first_that_fits(

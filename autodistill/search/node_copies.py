@@ -11,6 +11,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
+from autodistill.durable import make_folder
 from autodistill.records.locks import claimed
 from autodistill.records.store import default_cache
 from autodistill.storage import FETCHING, Storage
@@ -27,7 +28,7 @@ def hold_copy(storage: Storage, key: str) -> Path:
     From here on, and until this process ends, it is not collected.
     """
     path = _root() / hashlib.sha256(f"{storage.uri}/{key}".encode()).hexdigest()[:16]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     descriptor = os.open(_used(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     _held.append(descriptor)
     # Waits where it is being collected just now; a file system without locks holds nothing.

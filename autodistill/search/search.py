@@ -31,7 +31,7 @@ from autodistill.records.stored_run import StoredLog, check_free, keep, pull
 from autodistill.search.campaign import Campaign
 from autodistill.search.checked import Checked, check_request
 from autodistill.search.cost import cost, students_disk
-from autodistill.search.failures import is_disk_full
+from autodistill.search.failures import is_disk_broken, is_disk_full
 from autodistill.search.finish import Finish, finish
 from autodistill.search.finisher import Finisher
 from autodistill.search.inline_runner import run_inline
@@ -85,7 +85,7 @@ def plan_search(request: SearchRequest, observer: Observer | None = None) -> dic
             "out --plan or --resume"
         )
     checked = check_request(request)
-    with _room(lambda: f"make room in {request.cache}"), _workplace(checked) as (place, _):
+    with _disk(str(request.cache), lambda: ""), _workplace(checked) as (place, _):
         told = observer or Observer()
         return _plan(trainable(checked, place, told.line), place, told)
 
@@ -139,7 +139,7 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
     with _folder(checked) as run:
         try:
             with (
-                _room(lambda: _after_room(request, run)),
+                _disk(f"{request.out} and {request.cache}", lambda: f"; {_again(request, run)}"),
                 _workplace(checked) as (place, joined),
                 _stored(checked, run, observer) as storage,
             ):
@@ -162,20 +162,24 @@ def search(request: SearchRequest, observer: Observer | None = None) -> Outcome:
 
 
 @contextmanager
-def _room(then: Callable[[], str]) -> Iterator[None]:
-    """Says what to do where a file of the search itself finds no room; one of a trial's is a failure of that trial."""
+def _disk(folders: str, then: Callable[[], str]) -> Iterator[None]:
+    """Says what to do where a file of the search itself finds no room, or its disk does not work.
+
+    One of a trial's is a failure of that trial.
+    """
     try:
         yield
     except Exception as error:
-        if not is_disk_full(error):
-            raise
         said = error.strerror if isinstance(error, OSError) else str(error)
-        raise AutoDistillError(f"a file could not be written ({said}): {then()}") from error
+        if is_disk_full(error):
+            raise AutoDistillError(f"a file could not be written ({said}): make room in {folders}{then()}") from error
+        if is_disk_broken(error):
+            raise AutoDistillError(f"a disk failed ({said}): look after that of {folders}{then()}") from error
+        raise
 
 
-def _after_room(request: SearchRequest, run: RunFolder) -> str:
-    room = f"make room in {request.out} and {request.cache}"
-    return f"{room}; {_to_go_on(request, run)}" if run.search_file.exists() else f"{room}, and start it again"
+def _again(request: SearchRequest, run: RunFolder) -> str:
+    return _to_go_on(request, run) if run.search_file.exists() else "and start it again"
 
 
 def _to_go_on(request: SearchRequest, run: RunFolder) -> str:

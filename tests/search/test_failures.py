@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from autodistill.contracts import Status, TeacherReference
@@ -21,7 +22,7 @@ from autodistill.errors import AutoDistillError, InputError, TrialFailedError
 from autodistill.process_memory import killed_for_memory
 from autodistill.search.failures import KILLED, RETRIED, death, explained
 from autodistill.search.request import SearchRequest
-from autodistill.search.search import search
+from autodistill.search.search import _disk, search
 from autodistill.testing import save_tiny_teacher, tiny_text
 from autodistill.trial import Trial
 from autodistill.units import Budget
@@ -151,6 +152,27 @@ def test_a_disk_that_is_full_before_the_first_trial_ends_the_search_with_how_to_
         with pytest.raises(AutoDistillError, match=r"File too large\): make room in .*; every finished .* --resume$"):
             search(asked)
     assert search(replace(asked, resume=True)).finish.best.trial == "b000"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        OSError(errno.EROFS, "Read-only file system"),
+        SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)"),
+    ],
+)
+def test_a_disk_that_fails_is_said_in_one_line_with_how_to_go_on(error: Exception) -> None:
+    said = (
+        r"^a disk failed \(.*(Input/output error|Read-only file system).*\): look after that of runs; to go on: again$"
+    )
+    with pytest.raises(AutoDistillError, match=said), _disk("runs", lambda: "; to go on: again"):
+        raise error
+
+
+def test_what_is_no_fault_of_a_disk_is_not_called_so() -> None:
+    with pytest.raises(FileNotFoundError), _disk("runs", lambda: ""):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
 
 
 def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""What outlives a crash of the machine: files and folders whose data and names are on the disk when a call returns.
+
+A rename alone is not enough. After a power failure the new name may be there without the data, or the old one still.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Has the data of a file, or the names in a folder, outlive a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_below(folder: Path) -> None:
+    """Has a folder, and all that lies below it, outlive a crash."""
+    for root, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            sync(Path(root, name))
+        sync(Path(root))
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it that are missing; their names outlive a crash."""
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
+
+
+def put(temporary: Path, path: Path) -> None:
+    """Gives a file, or a folder with all that lies below it, its name once it is on the disk, and the name likewise.
+
+    Args:
+        temporary: What was written, on the same file system.
+        path: Its name from now on; a file may have it, or an empty folder.
+    """
+    if temporary.is_dir():
+        sync_below(temporary)
+    else:
+        sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
