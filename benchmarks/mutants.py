@@ -569,6 +569,7 @@ def tell_all(record: list[dict[str, Any]], traced: float, bench: Bench, options:
                 ],
             ),
         ],
+        RECORD,
     )
     return int(score < GOAL)
 
