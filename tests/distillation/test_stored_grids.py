@@ -239,3 +239,19 @@ def test_its_own_deployment_is_added_once() -> None:
     stored = StoredAs(types="its matrices lie on Q4_1", deployment=own, exact=True)
     assert stored.among((other,)) == (other, own)
     assert stored.among((own, other)) == (own, other)
+
+
+def test_a_mixture_of_k_quants_is_kept_by_its_own_scales_which_a_search_would_not_find_again(tmp_path: Path) -> None:
+    source = save_tiny_teacher(tmp_path / "tiny", layers=4, width=256, ffn=256)
+    deployment = _deployment("gguf-q4_k_m")
+    made = GgufExporter().export(source, deployment, tmp_path / "made").path
+    teacher, found, _ = _found(str(made), tmp_path / "cache")
+    assert found is not None
+    assert (found.deployment, found.exact) == (deployment, True)
+    assert found.types == "its matrices lie on Q4_K and Q6_K, its table on Q6_K"
+    # A group whose scale is 0 reads all codes as one weight, so that values are compared and not bytes.
+    file = read_gguf(made)
+    with StudentFiles(teacher.folder, deployment) as files:
+        for tensor in file.tensors:
+            name = str(file.family.from_gguf_name(tensor.name))
+            assert np.array_equal(files.deployed(name), file.values(tensor)), name
