@@ -9,8 +9,11 @@ from typing import Any
 
 from autodistill import plugins
 from autodistill.checksums import check_list
+from autodistill.distillation.model_folder import read_config
+from autodistill.distillation.stored_grids import stored_as
 from autodistill.distillation.teacher import materialise, resolve_teacher
 from autodistill.errors import DamagedError, InputError
+from autodistill.estimate import spec_from_config
 from autodistill.export.card import Origin, model_card
 from autodistill.export.student_files import PARTIAL
 from autodistill.export.verify import verify
@@ -146,18 +149,21 @@ def _student(run: RunFolder, row: Row, asked: Mapping[str, Any], collected: Coll
 
 
 def _teacher(asked: Mapping[str, Any]) -> Path:
-    """The folder of the teacher, as it was for the run.
+    """The folder of the teacher, as it was for the run, with its own scales where it had these.
 
     Raises:
         InputError: It is gone, or is another one now.
     """
-    stored = asked["teacher"]
-    teacher = materialise(resolve_teacher(stored["reference"]), default_cache())
+    stored, cache = asked["teacher"], default_cache()
+    found = resolve_teacher(stored["reference"])
+    teacher = materialise(found, cache)
     if teacher.fingerprint != stored["fingerprint"]:
         raise InputError(
             f"the teacher {stored['reference']} has changed since the run ({stored['fingerprint']}, now "
             f"{teacher.fingerprint}): restore it, or choose a student's row"
         )
+    if "stored_as" in stored:
+        teacher, _ = stored_as(found, teacher, spec_from_config(read_config(teacher.folder)), cache)
     return teacher.folder
 
 
