@@ -121,7 +121,11 @@ def _place(path: Path) -> int | None:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length) if length <= _LONGEST_HEADER else b""
-    if len(header) < length or not header.startswith(b"{") or b'"__metadata__"' not in header:
+    try:
+        whole = len(header) == length and "__metadata__" in json.loads(header)
+    except (ValueError, TypeError, RecursionError):
+        whole = False
+    if not whole:
         raise DamagedError(f"{path} is no whole safetensors file")
     # An odd digit is one that has changed: the hash then tells.
     found = re.search(rb'"%s":"(.{64})"' % _SEAL.encode(), header, re.DOTALL)
