@@ -61,7 +61,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         if self.left < 0:
             raise _EndlessError
 
-    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, pieces: Iterable[str]) -> str:
         """As "".join, each piece counted before it is kept."""
         kept = []
         for piece in pieces:
@@ -107,7 +107,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
                 raise _EndlessError
         return super().call_binop(context, operator, left, right)
 
-    def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:
         """A call of a function, a macro or a text's method, of arguments that ask for no huge result."""
         owner = getattr(called, "__self__", None)
         if isinstance(owner, str):
