@@ -61,6 +61,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> SearchRequest:
         teacher=str(save_tiny_teacher(folder / "teacher", layers=3)),
         data=str(tiny_text(folder / "text", documents=30, sentences=24)),
         tasks=(folder / "tasks.yaml",),
+        students_only=True,
         trials=2,
         tokens=2304,
         runner="inline",
@@ -118,7 +119,7 @@ def test_differences_to_teacher_and_baseline_are_paired(by_task: tuple[Outcome, 
     assert ece["difference"] == pytest.approx(mine.figure("ece") - teacher.figure("ece"), abs=1e-5)  # type: ignore[operator]
     assert (ece["documents"], ece["stderr"] is None) == (accuracy["documents"], accuracy["stderr"] is None)
     assert not any("ece" in (row.documents or {})["others"] for row in outcome.rows)
-    assert "found student less" in (request.out / "task" / "report.md").read_text()
+    assert "exported less" in (request.out / "task" / "report.md").read_text()
     json.dumps(found, allow_nan=False)
     assert "task:miller" in search_summary(outcome.document, rank(outcome.rows, "task:miller"), "task:miller")
 
