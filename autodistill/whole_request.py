@@ -30,7 +30,7 @@ def exchange(request: urllib.request.Request, seconds: float) -> http.client.HTT
 
 
 class _NoRedirection(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *arguments: Any) -> None:
+    def redirect_request(self, *arguments: Any, **options: Any) -> None:
         """See `urllib.request`: no other request is made."""
 
 

@@ -318,7 +318,7 @@ def _for_this_machine() -> Iterator[dict[str, Any]]:
     Ray's threads may ask for it after their end.
     """
     from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined, unused-ignore]
 
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
