@@ -109,7 +109,7 @@ def sections(facts: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
     verdict = "Not held" if wrong or facts["torn"] else "Held"
     head = (
         f"**{verdict}**. A tiny search of three trials changes files by {facts['calls']:,} calls, {facts['syncs']} of "
-        f"which sync, and writes {facts['written_bytes'] / 1e6:.1f} MB, by what the kernel announces before it is done. "
+        f"which sync, and writes {facts['written_bytes'] / 1e6:.1f} MB; the kernel announces each before it is done. "
         "Every prefix of them, under each of four models of what a crash leaves, comes to "
         f"{every:,} different states of the disk. In all of these every file under its name was held to what was once "
         "written whole (but the teacher's outputs, which have a checksum), the log to its beginning, and each trial "
