@@ -101,7 +101,7 @@ def write_report(run: RunFolder) -> tuple[str, ...]:
     openings = openings_of(run.path.parent, search)
     text = report_markdown(search, ranked, events, picture=_PICTURE if _PICTURE in written else None, openings=openings)
     with replacing(run.path / "report.md") as temporary:
-        temporary.writeplain(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     return written
 
 

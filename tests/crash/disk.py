@@ -60,6 +60,7 @@ class Disk:
 
     def __init__(self) -> None:
         self._root = _Folder()
+        self._keys: dict[Model, bytes] = {}
 
     def apply(self, call: Call) -> None:
         """Makes one call.
@@ -143,6 +144,11 @@ class Disk:
             else None
             for path, node in _walk(self._root, model)
         }
+
+    def changed(self, model: Model) -> bool:
+        """Whether what is there after a crash is not what it was when this was last asked of a model."""
+        before, self._keys[model] = self._keys.get(model), self.key(model)
+        return before != self._keys[model]
 
     def key(self, model: Model) -> bytes:
         """What two states that are the same have in common."""

@@ -22,6 +22,7 @@ from tests.crash.disk import MODELS, Disk, states
 from tests.crash.kernel import why_not
 from tests.crash.replaying import ERRORS, FAILING, faults, jobs_of, many
 from tests.crash.searches import record, settle
+from tests.crash.whole import faults_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -73,7 +74,7 @@ def main() -> None:
         report.note("facts", facts, made)
         report.note("crashes and faults", found, made)
         print(report.write("crash", title, sections(facts, found), made_by="-m tests.crash.report"))
-    if any(one["wrong"] for one in found):
+    if facts["torn"] or any(one["wrong"] for one in found):
         sys.exit("not every one went on as if nothing had been")
 
 
@@ -94,6 +95,7 @@ def _of_whole(calls: list[Any]) -> dict[str, Any]:
         "failing": sum(call.name in FAILING for call in calls),
         "states": dict(Counter(state.model for state in states(calls))),
         "faults": len(faults(calls)),
+        "torn": [*faults_of(calls)],
         "files": sum(kept is not None for kept in disk.after("killed").values()),
     }
 
@@ -104,16 +106,22 @@ def sections(facts: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
     crashes = [one for one in found if one["kind"] in MODELS]
     failed = [one for one in found if one["kind"] in ERRORS and one["outcome"] != "not struck"]
     every = sum(facts["states"].values())
+    verdict = "Not held" if wrong or facts["torn"] else "Held"
     head = (
-        f"**{'Held' if not wrong else 'Not held'}**: {len(crashes)} crashes and {len(failed)} faults of the disk, "
-        f"after which {len(wrong)} searches did not go on to what is found undisturbed. A tiny search of three trials "
-        f"changes files by {facts['calls']:,} calls ({facts['syncs']} of them sync, {facts['written_bytes'] / 1e6:.1f} "
-        "MB are written), as the kernel announces each before it is done. Every prefix of them, under each of four "
-        f"models of what a crash leaves, comes to {every:,} different states of the disk; a fault at each of the "
-        f"{facts['failing']} calls that may fail, of three kinds, to {facts['faults']:,} more. Of all these a sample "
-        f"was tried, as many as {facts['minutes']:.0f} minutes on cores shared with other work allowed, of each kind "
-        f"in turn (seed {facts['seed']}). Compared are all fields of all rows of validation and test but "
-        "times and memory that was measured, and the bytes of the exported weights."
+        f"**{verdict}**. A tiny search of three trials changes files by {facts['calls']:,} calls, {facts['syncs']} of "
+        f"which sync, and writes {facts['written_bytes'] / 1e6:.1f} MB; the kernel announces each before it is done. "
+        "Every prefix of them, under each of four models of what a crash leaves, comes to "
+        f"{every:,} different states of the disk. In all of these every file under its name was held to what was once "
+        "written whole (but the teacher's outputs, which have a checksum), the log to its beginning, and each trial "
+        f"that the log calls completed to a student that is there: {len(facts['torn'])} are not so."
+    )
+    tried = (
+        f"From a sample a search went on, of {len(crashes)} states, and after {len(failed)} faults of the disk, of the "
+        f"{facts['faults']:,} that three kinds at each of {facts['failing']} calls come to: as many as "
+        f"{facts['minutes']:.0f} minutes allowed, on two cores shared with much other work, of each kind in turn (seed "
+        f"{facts['seed']}). {len(wrong)} of them did not come to what is found undisturbed, or did not say in one line "
+        "what was wrong. Compared are all fields of all rows of validation and test, but times and memory that was "
+        "measured, and the bytes of the exported weights."
     )
     lines = []
     for model, what in MODELS.items():
@@ -130,16 +138,20 @@ def sections(facts: dict[str, Any], found: list[dict[str, Any]]) -> list[str]:
     tops = ["error", "what fails", "calls", "tried", "exit codes", "went on", "resumed", "begun anew", "wrong"]
     parts = [
         head,
+        tried,
         "## Crashes\n\nA state that several prefixes or models have is counted once, under the first of them.",
         report.table(titles, lines),
         "## Failing disks\n\nA search must end with a documented exit code and one line, and goes on once the disk "
         "works; or it went on by itself.",
         report.table(tops, failures),
     ]
-    if wrong:
+    if wrong or facts["torn"]:
         listed = [
-            f"- {one['kind']} at call {one.get('calls', one.get('call'))} ({one['at']}): {one['wrong'][0][:300]}"
-            for one in wrong
+            *(f"- {said}" for said in facts["torn"]),
+            *(
+                f"- {one['kind']} at call {one.get('calls', one.get('call'))} ({one['at']}): {one['wrong'][0][:300]}"
+                for one in wrong
+            ),
         ]
         parts.append("## What went wrong\n\n" + "\n".join(listed[:40]))
     return parts

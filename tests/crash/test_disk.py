@@ -10,6 +10,7 @@ import pytest
 
 from tests.crash.disk import MODELS, Disk, states
 from tests.crash.kernel import Call, watched, why_not
+from tests.crash.whole import faults_of
 
 NEW = os.O_CREAT | os.O_WRONLY
 
@@ -57,6 +58,14 @@ def test_equal_states_count_once() -> None:
     found = states(calls)
     # Nothing, and an empty file; under the strict model the first alone.
     assert [(state.calls, state.prefixes) for state in found] == [(0, 10), (1, 6)]
+
+
+def test_a_name_before_its_data_is_found_torn_and_a_name_after_them_is_not() -> None:
+    written = [call("create", ".a", flags=NEW), call("write", ".a", data=b"1")]
+    renamed = [call("rename", ".a", other="a"), call("sync", "")]
+    said = [line.rpartition(": a is")[0] for line in faults_of([*written, *renamed])]
+    assert said == ["names, after call 3 (rename .a)", "zeros, after call 3 (rename .a)"]
+    assert [*faults_of([*written, call("sync", ".a"), *renamed])] == []
 
 
 def test_calls_are_seen_failed_and_counted_in_whatever_library_makes_them(tmp_path: Path) -> None:
