@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import compileall
 import contextlib
+import fcntl
 import hashlib
 import importlib
 import json
@@ -452,6 +453,16 @@ def main() -> int:
         importlib.import_module(name)
     options.work = options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
+    with (options.work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            parser.error(f"{options.work} is in use by another run: wait for it, or give another --work")
+        return measure(options, began)
+
+
+def measure(options: argparse.Namespace, began: float) -> int:
+    """Traces the tests, runs the mutants drawn, and tells of them; 3 where time was up first."""
     bench = Bench(work=options.work, jobs=options.jobs)
     if not bench.trace(began + options.stop_after):
         return 3
