@@ -51,6 +51,39 @@ def test_training_keeps_what_torch_keeps(architecture: str, bf16: bool) -> None:
     assert estimate.weights_bytes == sum(parameter.nbytes for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "gpt_neox"])
+def test_two_more_layers_keep_what_torch_keeps_of_two_more(architecture: str, bf16: bool) -> None:
+    """Their difference has nothing of what stands around the layers, and so each figure of a family shows."""
+    tokens, kept, told = 250, [], []
+    for layers in (2, 4):
+        described = config(architecture, num_hidden_layers=layers)
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**described)).float()
+        owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        shapes: dict[int, tuple[int, torch.Size]] = {}
+
+        def keep(tensor: torch.Tensor, shapes: dict[int, tuple[int, torch.Size]] = shapes) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            # A weight that was rounded anew counts with what is shown.
+            shapes.setdefault(storage.data_ptr(), (storage.nbytes(), tensor.shape))
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        ):
+            model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+        kept.append(
+            sum(
+                nbytes
+                for address, (nbytes, shape) in shapes.items()
+                if address not in owned and not (len(shape) == 2 and tokens not in shape)
+            )
+        )
+        told.append(training_memory(spec_from_config(described), tokens=tokens, bf16=bf16).activations_bytes)
+    assert told[1] - told[0] == pytest.approx(kept[1] - kept[0], rel=0.015)
+
+
 def test_gradients_come_as_what_was_kept_goes_in_a_step_of_one_pass() -> None:
     spec = spec_from_config(config())
     one, several = (training_memory(spec, tokens=256, passes=passes) for passes in (1, 4))
